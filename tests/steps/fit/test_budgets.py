@@ -108,7 +108,8 @@ def test_embeddings_have_values_and_no_zeros() -> None:
     assert (
         size_of["int8"] == size_of["bfloat16"] == size_of["70% zeros, int8"] == 512 * 64 + 4 * 512
     )
-    assert size_of["int4"] == size_of["int3"] == 512 * 64 // 2 + 512 + 512
+    assert size_of["int4"] == size_of["30% zeros, int4"] == 512 * 64 // 2 + 512 + 512
+    assert size_of["int3"] == size_of["int2"] < size_of["int4"]
     assert costs.of(EMBEDDINGS, FORMATS[0])[2] == 0
 
 

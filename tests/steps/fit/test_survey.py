@@ -29,7 +29,7 @@ LOSSES = UnitLosses(
     pruned={"a": 0.03, "b": 0.01},
     coarser={name: {"int8": 0.001, "int4": 0.25, "int3": 1.0, "int2": 4.0} for name in "ab"},
     kept={},
-    embeddings={"int8": 0.0, "int4": 0.05},
+    embeddings={"int8": 0.0, "int4": 0.05, "int3": 0.2},
 )
 
 
@@ -42,7 +42,7 @@ LOSSES = UnitLosses(
         ("a", StorageFormat("bfloat16", 0.5), 0.03),
         ("a", StorageFormat("bfloat16", 0.7), 0.03 * exp(1.8)),
         ("a", StorageFormat("int4", 0.5), 0.03 + 0.75 * 0.005),
-        (EMBEDDINGS, StorageFormat("int3", 0.5), 0.05),
+        (EMBEDDINGS, StorageFormat("int3", 0.5), 0.2),
         (EMBEDDINGS, StorageFormat("bfloat16", 0.0), 0.0),
     ],
 )

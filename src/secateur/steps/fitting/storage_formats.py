@@ -5,7 +5,7 @@
 | cpu, any  | a packed folder: all formats, zeros by a bitmask                              |
 | llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0                     |
 
-Embedding and head are int8 or int4. A GGUF file stores zeros like other weights, so formats with
+Embedding and head are int8, int4 or int3. A GGUF file stores zeros like other weights, so formats with
 zeros are not offered for it. No type of its keeps the numbers of int3 and int2.
 """
 
@@ -79,7 +79,7 @@ FORMATS = tuple(StorageFormat(values, share) for share in SPARSITIES for values 
 EMBEDDINGS = "embeddings"
 """What embedding and head are called among the linears."""
 
-EMBEDDED: Mapping[str, str] = {"int4": "int4", "int3": "int4", "int2": "int4"}
+EMBEDDED: Mapping[str, str] = {"int4": "int4", "int3": "int3", "int2": "int3"}
 """The values of embedding and head by those of a format; int8 for all others."""
 
 

@@ -62,6 +62,9 @@ GROWTH = ByDivergence.growth
 KEPT = 0.5
 """What zeros take off the cost of rounding, by their fraction."""
 
+HEAD_WINDOWS = 16
+"""Calibration windows on which embedding and head are rounded for the survey."""
+
 SAMPLED = 2**16
 """Weights of a linear that say how much coarser one grid is than another."""
 
@@ -248,7 +251,7 @@ def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, 
     """The divergence with embedding and head in each of their values."""
     found = {"int8": 0.0}
     windows = load_windows(context.calibration_file)
-    windows = windows[: len(windows) - stored_extra(context.calibration_file)]
+    windows = windows[: min(HEAD_WINDOWS, len(windows) - stored_extra(context.calibration_file))]
     for values in {embedded(stored) for stored in context.costs.formats} - found.keys():
         options = {
             "values": values,
