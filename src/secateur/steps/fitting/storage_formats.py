@@ -5,8 +5,8 @@
 | cpu, any  | a packed folder: all formats, zeros by a bitmask                              |
 | llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0                     |
 
-Embedding and head are int8, int4 or int3. A GGUF file stores zeros like other weights, so formats with
-zeros are not offered for it. No type of its keeps the numbers of int3 and int2.
+Embedding and head are int8, int4 or int3. A GGUF file stores zeros like other weights, so formats
+with zeros are not offered for it. No type of its keeps the numbers of int3 and int2.
 """
 
 from __future__ import annotations
