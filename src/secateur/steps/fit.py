@@ -68,7 +68,6 @@ from secateur.steps.fitting.bounds import (
     speedup_of,
 )
 from secateur.steps.fitting.candidates import (
-    SINGLE,
     BuiltCandidate,
     Workshop,
     build_mixes,
@@ -440,7 +439,6 @@ def _judge(
     rounded = [one for one in candidates if one.only_rounded]
     rivals = {
         WINNER: winner,
-        SINGLE: next((one for one in candidates if one.row.name == SINGLE), None),
         ONLY_ROUNDED: min(rounded, key=lambda one: one.divergence, default=None),
     }
     found = {}

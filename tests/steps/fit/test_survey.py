@@ -14,12 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.search.knapsack import Knapsack
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.storage_plan import MixedReader
-from secateur.steps.fitting.candidates import best_single
 from secateur.steps.fitting.costs import SIZE, CostKind, Costs
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, FORMATS, StorageFormat
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat
 from secateur.steps.fitting.survey import Predictions, UnitLosses
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -62,16 +60,6 @@ def test_predictions_are_scaled_by_what_was_made() -> None:
     # a cut model takes over the rise of what is left of a linear
     cut = Predictions(LOSSES).knapsack(costs, {"a": ("b", 0.5), "b": ("b", 1.0)})
     assert cut.predicted((3, 0, 0)) == pytest.approx(0.05)
-
-
-def test_the_best_single_format_is_that_of_all_of_them() -> None:
-    costs = Costs((CostKind(SIZE, 0.0, 5200.0),), {"a": (64, 64), "b": (64, 64)}, ((64, 64),))
-    knapsack: Knapsack = Predictions(LOSSES).knapsack(costs)
-    found = best_single(knapsack, costs)
-    every = [(n, n, outer) for n in range(len(FORMATS)) for outer in range(len(FORMATS))]
-    fitting = [one for one in every if knapsack.total(one)[0] <= costs.aim[0]]
-    assert found is not None
-    assert knapsack.predicted(found) == min(map(knapsack.predicted, fitting))
 
 
 @torch.no_grad()

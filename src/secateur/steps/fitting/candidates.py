@@ -1,7 +1,8 @@
 """The candidates of a fit, made as real models, packed, and measured as they run.
 
 What every unit costs and is predicted to lose is known (`survey`). For a budget the knapsack
-chooses three models: one format for all, formats without zeros, and all formats. All are made.
+chooses two models: the best of all formats without zeros, and the best of all formats. Both are
+made.
 
 A candidate can also have a cut structure: fewer layers, neurons, KV groups or experts. `secateur
 structure` cuts it with the preset of the fit, which also refits or teaches what is left. It takes
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from secateur.engine.search.knapsack import Knapsack, fits
+from secateur.engine.search.knapsack import Knapsack
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.progress import Labelled
@@ -53,7 +54,6 @@ from secateur.structured.cut_plan import CutPlan, plan_cut
 
 MIXED = "all formats, mixed"
 ROUNDED = "only rounded, mixed"
-SINGLE = "the best single format"
 
 WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried. On SmolLM2, any
@@ -176,7 +176,7 @@ class Workshop:
 
 
 def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate], Workshop]:
-    """Make and measure the best single format and the best mixes within a budget.
+    """Make and measure the best mixes within a budget.
 
     Returns:
         The candidates within it, and the workshop with predictions scaled by what was made.
@@ -184,7 +184,6 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
     context, most = workshop.context, costs.kinds[0].limit
     bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
     choices: Mapping[str, Callable[[Knapsack], Candidate | None]] = {
-        SINGLE: lambda knapsack: best_single(knapsack, costs),
         ROUNDED: lambda knapsack: knapsack.best(costs.aim, bare),
         MIXED: lambda knapsack: knapsack.best(costs.aim),
     }
@@ -208,16 +207,6 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
             workshop = replace(workshop, predictions=scaled)
         found.append(made)
     return [one for one in found if one.row.file_bytes <= most], workshop
-
-
-def best_single(knapsack: Knapsack, costs: Costs) -> Candidate | None:
-    """The best candidate within a budget whose linears have one format."""
-    count, embeddings = len(costs.formats), len(costs.units) - 1
-    every = [
-        ((linears,) * embeddings + (outer,)) for linears in range(count) for outer in range(count)
-    ]
-    fitting = [one for one in every if fits(knapsack.total(one), costs.aim)]
-    return min(fitting, key=knapsack.predicted, default=None)
 
 
 def heal_candidates(
