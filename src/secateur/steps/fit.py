@@ -74,9 +74,8 @@ from secateur.steps.fitting.candidates import (
     build_structured,
     heal_candidates,
 )
-from secateur.steps.fitting.context import FitContext, TimeBudget
 from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
-from secateur.steps.fitting.models import ModelEvaluator, chain_steps
+from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget, chain_steps
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
 from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, source_of, step_of

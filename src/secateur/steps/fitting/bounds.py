@@ -26,8 +26,8 @@ from secateur.progress import Labelled
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitCheck, FitLoss
-from secateur.steps.fitting.context import FitContext
 from secateur.steps.fitting.costs import MEMORY, SECONDS, SIZE, Costs
+from secateur.steps.fitting.models import FitContext
 
 OPTION_OF: Mapping[str, str] = {
     SIZE: "max_size",

@@ -37,9 +37,9 @@ from secateur.runs.folder import NOTES
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.checkpoint_files import STEPS
-from secateur.steps.fitting.context import FitContext
 from secateur.steps.fitting.costs import Costs, costs_of
 from secateur.steps.fitting.models import (
+    FitContext,
     Formats,
     ModelEvaluator,
     heal_model,

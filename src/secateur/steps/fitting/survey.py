@@ -43,9 +43,8 @@ from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.storage_plan import MixedReader, PackableCheckpoint
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.steps.compress import round_head
-from secateur.steps.fitting.context import FitContext
 from secateur.steps.fitting.costs import Costs
-from secateur.steps.fitting.models import ModelEvaluator, paths, shared_options
+from secateur.steps.fitting.models import FitContext, ModelEvaluator, paths, shared_options
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
 from secateur.types import Weight
 
