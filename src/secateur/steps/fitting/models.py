@@ -49,8 +49,8 @@ from secateur.steps.runner import carry_out, step_of
 Formats = Mapping[str, StorageFormat]
 """How every linear is stored, and the embeddings, by their names."""
 
-HEALING: Mapping[str, Any] = {"epochs": 1, "next_token": 0.5, "hidden": 3.0}
-"""How a rounded model learns: as in the presets of `secateur prune`."""
+HEALING: Mapping[str, Any] = {"epochs": 1, "next_token": 0.2, "hidden": 3.0}
+"""How a rounded model learns (docs/methods/joint-rounding.md)."""
 
 
 def make_model(
