@@ -159,7 +159,7 @@ CASES: Mapping[str, Case] = {
     "fit": Case(
         "fit",
         "dense",
-        {"max_size": "60KiB", "effort": "fast", "heal_tokens": 128, **WINDOWS},
+        {"max_size": "60KiB", "effort": "fast", "heal_tokens": 128, "structure": True, **WINDOWS},
     ),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "import": Case("import_model", "dense", MASKED, resumes=False),

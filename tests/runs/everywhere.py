@@ -283,7 +283,7 @@ def warm_up() -> None:
     small = Search(generations=2, offspring=2, stages=((2, 40), (1, 80)))
     Search.__init__.__defaults__ = tuple(getattr(small, x.name) for x in fields(Search))
     candidates.WORTH = -1.0  # so that a fit of a random model tries a cut
-    candidates.STRUCTURED_CANDIDATES = candidates.STRUCTURED_CANDIDATES[-1:]
+    candidates.STRUCTURED_CANDIDATES = candidates.STRUCTURED_CANDIDATES[1:2]
 
 
 def main() -> None:

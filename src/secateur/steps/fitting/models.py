@@ -148,7 +148,7 @@ def _compress_options(
     }
     if GRID_BITS.keys() & {embeddings, *wanted.values()}:
         options["group_size"] = GROUP
-    if BITS.keys() & {embeddings, *wanted.values()} or teacher:
+    if BITS.keys() & set(wanted.values()) or embeddings in GRID_BITS or teacher:
         options |= {"calibration": {"source": text}, **shared_options(recipe)}
     if teacher:
         learning = {**HEALING, "tokens": recipe.tokens_to_heal, "teacher": teacher}
