@@ -19,7 +19,7 @@ The best candidates learn from the dense model on their own grids and masks (`he
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -175,6 +175,21 @@ class Workshop:
         return base.parent / folder
 
 
+def _rounded(knapsack: Knapsack, costs: Costs) -> Candidate | None:
+    """The best formats without zeros."""
+    bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
+    return knapsack.best(costs.aim, bare)
+
+
+def _mixed(knapsack: Knapsack, costs: Costs) -> Candidate | None:
+    """The best of all formats."""
+    return knapsack.best(costs.aim)
+
+
+CHOICES = {ROUNDED: _rounded, MIXED: _mixed}
+"""How the models are chosen."""
+
+
 def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate], Workshop]:
     """Make and measure the best mixes within a budget.
 
@@ -182,15 +197,10 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
         The candidates within it, and the workshop with predictions scaled by what was made.
     """
     context, most = workshop.context, costs.kinds[0].limit
-    bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
-    choices: Mapping[str, Callable[[Knapsack], Candidate | None]] = {
-        ROUNDED: lambda knapsack: knapsack.best(costs.aim, bare),
-        MIXED: lambda knapsack: knapsack.best(costs.aim),
-    }
     found, seen = list[BuiltCandidate](), set[Candidate]()
-    for name, choose in choices.items():
+    for name, choose in CHOICES.items():
         knapsack = workshop.predictions.knapsack(costs)
-        candidate = choose(knapsack)
+        candidate = choose(knapsack, costs)
         if candidate is None or candidate in seen:
             continue
         seen.add(candidate)

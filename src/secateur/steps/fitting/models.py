@@ -49,8 +49,9 @@ from secateur.steps.runner import carry_out, step_of
 Formats = Mapping[str, StorageFormat]
 """How every linear is stored, and the embeddings, by their names."""
 
-HEALING: Mapping[str, Any] = {"epochs": 1, "next_token": 0.2, "hidden": 3.0}
-"""How a rounded model learns (docs/methods/joint-rounding.md)."""
+HEALING: Mapping[str, Any] = {"epochs": 1, "hidden": 3.0}
+"""How a rounded model learns: the predictions and the last hidden states of the dense one. The text
+itself it does not learn, so that a dense model which knows the text too little stays the aim."""
 
 
 def make_model(

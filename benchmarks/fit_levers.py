@@ -1,0 +1,111 @@
+"""What each lever of `secateur fit` gains at one size: the fit without it.
+
+    python benchmarks/fit_levers.py MODEL --name NAME --calibration TEXT --size MIB --work DIR
+
+A row for all levers, and one without zeros, without int2, without int2 and int3, with embeddings in
+int8 alone, with one format for all linears, and without healing. Loss in nats above the dense
+model's, of the packed winner as it runs, on the calibration windows that neither made nor chose a
+model (a sixth of 64 windows of 512 tokens), with its standard error over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur
+from hardware import add, heading
+from secateur.engine.search.knapsack import Knapsack, fits
+from secateur.steps.fitting import candidates, storage_formats
+from secateur.steps.fitting.costs import Costs
+from secateur.steps.fitting.storage_formats import FORMATS, PackedFolder, StorageFormat
+from stored import known_rows
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Without:
+    """A fit that lacks something.
+
+    Attributes:
+        keeps: whether a format takes part.
+        embeddings: the values of embedding and head by those of a format.
+        one_format: whether all linears have the same.
+        options: of the fit.
+    """
+
+    keeps: Callable[[StorageFormat], bool] = lambda stored: True
+    embeddings: Mapping[str, str] = storage_formats.EMBEDDED
+    one_format: bool = False
+    options: Mapping[str, Any] = {}
+
+
+LEVERS = {
+    "all levers": Without(),
+    "no zeros": Without(lambda stored: not stored.sparsity),
+    "no int2": Without(lambda stored: stored.values != "int2"),
+    "no int2, no int3": Without(lambda stored: stored.values not in ("int2", "int3")),
+    "embeddings in int8": Without(embeddings={}),
+    "one format for all": Without(one_format=True),
+    "no healing": Without(options={"heal_tokens": 0}),
+}
+
+
+def best_single(knapsack: Knapsack, costs: Costs) -> tuple[int, ...] | None:
+    """The best candidate whose linears have one format."""
+    count, linears = range(len(costs.formats)), len(costs.units) - 1
+    every = [(one,) * linears + (outer,) for one in count for outer in count]
+    fitting = [one for one in every if fits(knapsack.total(one), costs.aim)]
+    return min(fitting, key=knapsack.predicted, default=None)
+
+
+def row_of(args: argparse.Namespace, label: str) -> dict[str, Any]:
+    """Fit without a lever."""
+    lever = LEVERS[label]
+    files = PackedFolder(tuple(stored for stored in FORMATS if lever.keeps(stored)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(storage_formats.FILES, "cpu", files)
+        patch.setattr(storage_formats, "EMBEDDED", lever.embeddings)
+        if lever.one_format:
+            patch.setattr(candidates, "CHOICES", {label: best_single})
+        found = secateur.fit(
+            args.model, output=args.work / label.replace(" ", "-").replace(",", ""), resume=True,
+            max_size=round(args.size * MIB), calibration=args.calibration, windows=64,
+            sequence_length=512, **lever.options,
+        )  # fmt: skip
+    loss = found.losses["winner"]
+    return {
+        "model": args.name, "size": args.size, "contender": label,
+        "mib": found.packed.file_bytes / MIB, "loss": loss.loss_increase,
+        "standard_error": loss.standard_error, "seconds": found.seconds,
+        "made": found.winner.divergence, "predicted": found.winner.predicted,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Fill the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--size", type=float, required=True, help="MiB")
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
+    print(heading())
+    args.work.mkdir(parents=True, exist_ok=True)
+    known = {(r["model"], r["size"], r["contender"]) for r in known_rows("fit-levers")}
+    for label in LEVERS:
+        if (args.name, args.size, label) not in known:
+            row = row_of(args, label)
+            add("fit-levers", {"protocol": __doc__}, row)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
