@@ -20,6 +20,7 @@ from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.steps import fit as fit_module
+from secateur.steps.fitting.models import ModelEvaluator
 from secateur.steps.fitting.storage_formats import FORMATS
 from tiny import save_tiny
 from zoo import tiny_windows
@@ -114,6 +115,38 @@ def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
     for file in files:
         first, second = (place / folder / file for folder in ("small", "again"))
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_healed_winner_is_made_again_by_its_recipe(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ModelEvaluator.packed
+
+    def packed(self: ModelEvaluator, folder: Path) -> float:
+        return real(self, folder) + (0.0 if folder.name == "healed" else 1.0)
+
+    monkeypatch.setattr(ModelEvaluator, "packed", packed)
+    found = secateur.fit(
+        place / "shallow", output=tmp_path / "small", max_size="36KiB", effort="fast",
+        heal_tokens=240, calibration=str(write_text(tmp_path)), windows=12, sequence_length=24,
+    )  # fmt: skip
+    assert found.winner.healed is not None
+    assert found.winner.healed < found.winner.divergence
+    assert found.packed.rounding["distillation"]["tokens"] >= 240
+    options = yaml.safe_load((tmp_path / "small" / "secateur" / "recipe.yaml").read_text())
+    learning = options["steps"][-1]["compress"]["distillation"]
+    assert learning["tokens"] == 240
+    assert learning["teacher"] == str(place / "shallow")
+    secateur.chain(options.pop("model"), **{**options, "output": tmp_path / "again"})
+    for file in (tmp_path / "small").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def write_text(folder: Path) -> Path:
+    """Windows that make models, and more that heal them."""
+    windows = tiny_windows(22, 24)
+    save_windows(windows, folder / "text.safetensors", extra=10)
+    return folder / "text.safetensors"
 
 
 def test_the_packed_model_loads_and_generates(place: Path) -> None:
