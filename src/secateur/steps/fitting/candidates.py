@@ -59,8 +59,8 @@ WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried. On SmolLM2, any
 cut of a tenth of the decoder costs at least 0.2 (docs/structure/README.md)."""
 
-HEALED = 2
-"""How many candidates are healed: those that lose the least before."""
+NEAR = 1.1
+"""The best candidate is healed, and those that lose at most so many times as much before."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,9 @@ def heal_candidates(
     """Heal the candidates that lose the least; the others stay as they are."""
     context = workshop.context
     ordered, found = sorted(candidates, key=lambda one: one.divergence), []
-    for place, one in enumerate(ordered):
-        heals = context.recipe.tokens_to_heal and place < HEALED
+    most = NEAR * ordered[0].divergence
+    for one in ordered:
+        heals = context.recipe.tokens_to_heal and one.divergence <= most
         if heals and context.time.allows("healing", context.time.expected("healing")):
             one = workshop.healed(one)
         found.append(one)
