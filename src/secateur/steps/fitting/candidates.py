@@ -59,6 +59,9 @@ WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried. On SmolLM2, any
 cut of a tenth of the decoder costs at least 0.2 (docs/structure/README.md)."""
 
+TRIES = 2
+"""How often a mix is chosen, if the first one becomes larger than predicted."""
+
 NEAR = 1.1
 """The best candidate is healed, and those that lose at most so many times as much before."""
 
@@ -153,16 +156,19 @@ class Workshop:
         return BuiltCandidate(base, sparse, packed, formats, row, cut)
 
     def healed(self, candidate: BuiltCandidate) -> BuiltCandidate:
-        """A candidate after it has learned from the dense model, unless it is worse then."""
+        """A candidate after it has learned from the dense model.
+
+        One that is worse then, or too large, because fewer weights round to zero, stays as it was.
+        """
         context, formats = self.context, candidate.formats
         label = Labelled(context.progress, f"healing {candidate.row.name}")
         place = self._place(candidate.base, formats)
         with context.time.phase("healing"):
             packed = heal_model(context, candidate.sparse, formats, place, label)
             divergence = self.evaluator.packed(packed)
-        if divergence >= candidate.row.divergence:
-            return candidate
         size = context.costs.files.finish(packed, context.progress)
+        if divergence >= candidate.row.divergence or size > context.costs.kinds[0].limit:
+            return candidate
         row = replace(candidate.row, file_bytes=size, healed=divergence)
         return replace(candidate, packed=packed, row=row)
 
@@ -196,27 +202,42 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
     Returns:
         The candidates within it, and the workshop with predictions scaled by what was made.
     """
-    context, most = workshop.context, costs.kinds[0].limit
     found, seen = list[BuiltCandidate](), set[Candidate]()
+    most = costs.kinds[0].limit
     for name, choose in CHOICES.items():
-        knapsack = workshop.predictions.knapsack(costs)
-        candidate = choose(knapsack, costs)
-        if candidate is None or candidate in seen:
-            continue
-        seen.add(candidate)
-        if found and not context.time.allows(name, context.time.expected("making")):
-            continue
-        formats = {n: costs.formats[x] for n, x in zip(costs.units, candidate, strict=True)}
-        predicted = knapsack.predicted(candidate)
-        made = workshop.made(name, context.source.folder, formats, predicted, {})
-        if not any(stored.sparsity for stored in formats.values()):  # then its size is arithmetic
-            size = costs.rest[0] + knapsack.total(candidate)[0]
-            costs = costs.with_rest(made.row.file_bytes - size)
-        if predicted > 0 and made.divergence > 0:
-            scaled = workshop.predictions.scaled(made.divergence, predicted)
-            workshop = replace(workshop, predictions=scaled)
-        found.append(made)
-    return [one for one in found if one.row.file_bytes <= most], workshop
+        own = costs
+        for _ in range(TRIES):
+            knapsack = workshop.predictions.knapsack(own)
+            candidate = choose(knapsack, own)
+            if candidate is None or candidate in seen:
+                break
+            seen.add(candidate)
+            time = workshop.context.time
+            if found and not time.allows(name, time.expected("making")):
+                break
+            made, workshop = _made(workshop, name, knapsack, candidate, own)
+            size = made.row.file_bytes
+            if not any(stored.sparsity for stored in made.formats.values()):
+                # all but the rest is arithmetic
+                costs = costs.with_rest(size - own.rest[0] - knapsack.total(candidate)[0])
+            if size <= most:
+                found.append(made)
+                break
+            own = own.limited(0, own.kinds[0].limit - (size - most))
+    return found, workshop
+
+
+def _made(
+    workshop: Workshop, name: str, knapsack: Knapsack, candidate: Candidate, costs: Costs
+) -> tuple[BuiltCandidate, Workshop]:
+    """A mix of the whole model, and the workshop with predictions scaled by what it lost."""
+    formats = {n: costs.formats[x] for n, x in zip(costs.units, candidate, strict=True)}
+    predicted = knapsack.predicted(candidate)
+    made = workshop.made(name, workshop.context.source.folder, formats, predicted, {})
+    if predicted > 0 and made.divergence > 0:
+        scaled = workshop.predictions.scaled(made.divergence, predicted)
+        workshop = replace(workshop, predictions=scaled)
+    return made, workshop
 
 
 def heal_candidates(
