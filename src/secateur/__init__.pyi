@@ -462,8 +462,8 @@ def fit(
     """Find the best compressed model within a budget, and make it.
 
     Every linear may stay as it is, be rounded to 8, 4, 3 or 2 bits, be pruned to 30 to 70 %, or
-    both; embedding and head are rounded to 8 or 4 bits. One survey of the model predicts what each
-    of these loses. The best choices are made, healed and measured.
+    both; embedding and head are rounded to 8, 4 or 3 bits. One survey of the model predicts what
+    each of these loses. The best choices are made, healed and measured.
 
     Args:
         model: Folder, hub id, GGUF file or named sample.

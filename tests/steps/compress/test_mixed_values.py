@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.calibration.run_windows import WindowReader
@@ -20,14 +21,26 @@ from secateur.runtime.storage_plan import ChosenValues
 from secateur.steps.compress import MOST_CHOICES, MixedChoice
 from trained import save_trained, source_text
 
+LARGE = 32.0
+
 OPTIONS = {"windows": 36, "sequence_length": 64, "group_size": 128, "values": "auto"}
 
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model without a tenth of its weights, so that rounding shows in the loss."""
+    """The trained model without a tenth of its weights, with one large column in every matrix that
+    a norm feeds, so that rounding shows in the loss.
+    """
     place = tmp_path_factory.mktemp("mixed")
     save_trained(place / "dense", steps=80)
+    weights = load_file(place / "dense" / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("layernorm.weight"):
+            weight[0] /= LARGE
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight",
+                            "up_proj.weight")):  # fmt: skip
+            weight[:, 0] *= LARGE
+    save_file(weights, place / "dense" / "model.safetensors", {"format": "pt"})
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.1)
     (place / "text.txt").write_text(source_text(held_out=True)[:20_000])
     return place

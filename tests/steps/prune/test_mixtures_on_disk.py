@@ -246,7 +246,8 @@ def test_tuned_and_distilled(tmp_path: Path, windows: Path) -> None:
         asymmetric=True, tune_passes=1, distill_epochs=1, generated_windows=2,
     )  # fmt: skip
     assert report.sparsity == 0.5
-    assert set(report.manifest.distillation) == {"loss_before", "loss_after", "learning_rate"}
+    learned = {"loss_before", "loss_after", "learning_rate", "teacher", "tokens"}
+    assert set(report.manifest.distillation) == learned
 
 
 def test_evaluated(tmp_path: Path) -> None:
