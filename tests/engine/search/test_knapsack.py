@@ -122,27 +122,3 @@ def test_only_allowed_levels_are_taken() -> None:
     found = knapsack.best((math.inf,), [2, 3])
     assert found is not None
     assert set(found) <= {2, 3}
-
-
-@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(2, 4), st.integers(1, 3))
-def test_mutants_stay_within_the_budget(seed: int, units: int, levels: int, kinds: int) -> None:
-    knapsack = menu_of(seed, units, levels, kinds)
-    budget = between(knapsack, [0.6] * kinds)
-    start = knapsack.best(budget)
-    if start is None:
-        return
-    mutate, random = knapsack.mutation(budget), Random(seed)
-    for _ in range(20):
-        mutant = mutate(start, random)
-        assert fits(knapsack.total(mutant), budget)
-        assert len(mutant) == units
-
-
-@pytest.mark.parametrize("kinds", [1, 2])
-def test_mutations_reach_other_candidates(kinds: int) -> None:
-    knapsack = menu_of(1, 8, 4, kinds)
-    budget = between(knapsack, [0.6] * kinds)
-    start = knapsack.best(budget)
-    assert start is not None
-    mutate, random = knapsack.mutation(budget), Random(0)
-    assert len({mutate(start, random) for _ in range(50)}) > 10

@@ -21,15 +21,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from random import Random
 
-from secateur.sparsity.evolution import Candidate, Mutation
+from secateur.sparsity.evolution import Candidate
 
 Cost = tuple[int | float, ...]
 """A number for each kind of cost; bytes are whole. As a budget: the most of each, or infinite."""
-
-TRIES = 16
-"""Units that a mutation tries to improve with what is left of the budgets."""
 
 GRID = {1: 1, 2: 8}
 """Steps from 0 to 1 of a weight in the grid of mixes, by the number of budgets; 4 for more."""
@@ -111,7 +107,7 @@ class Knapsack:
         """The greedy candidate for one price; None if it does not come within the budget."""
         for chosen, total in self.descent(price, levels):
             if fits(total, budget):
-                self.spend(chosen, budget, range(len(chosen)), levels)
+                self._spend(chosen, budget, levels)
                 return tuple(chosen)
         return None
 
@@ -154,15 +150,12 @@ class Knapsack:
         old, new = self.cost[unit][here], self.cost[unit][then]
         return tuple(t - x + y for t, x, y in zip(total, old, new, strict=True))
 
-    def spend(
-        self, chosen: list[int], budget: Cost, units: Sequence[int], levels: Sequence[int]
-    ) -> None:
+    def _spend(self, chosen: list[int], budget: Cost, levels: Sequence[int]) -> None:
         """Improve units, in place, while something is left of the budget; most gain first."""
         total = self.total(tuple(chosen))
         while True:
             gain, best = 0.0, (-1, -1)
-            for unit in units:
-                here = chosen[unit]
+            for unit, here in enumerate(chosen):
                 for level in levels:
                     less = self.rise[unit][here] - self.rise[unit][level]
                     if less > gain and fits(self.exchanged(total, unit, here, level), budget):
@@ -172,42 +165,6 @@ class Knapsack:
             unit, level = best
             total = self.exchanged(total, unit, chosen[unit], level)
             chosen[unit] = level
-
-    def mutation(self, budget: Cost) -> Mutation:
-        """A mutation that stays within a budget.
-
-        One to three units get another level. If the cost is too large then, other units step down
-        the hulls of a random mix; what is left of the budget goes to a few random units.
-        """
-        levels = range(len(self.cost[0]))
-        priced = [
-            (price, [hull(p, rise, levels) for p, rise in zip(price, self.rise, strict=True)])
-            for price in self.prices(budget)
-        ]
-
-        def mutate(candidate: Candidate, random: Random) -> Candidate:
-            chosen = list(candidate)
-            price, hulls = random.choice(priced)
-            changed = random.sample(range(len(chosen)), min(random.randint(1, 3), len(chosen)))
-            for unit in changed:
-                chosen[unit] = random.choice([x for x in hulls[unit] if x != chosen[unit]] or [0])
-            others = [unit for unit in range(len(chosen)) if unit not in changed]
-            random.shuffle(others)
-            total = self.total(tuple(chosen))
-            for unit in others:
-                if fits(total, budget):
-                    break
-                here = chosen[unit]
-                cheaper = [x for x in hulls[unit] if price[unit][x] < price[unit][here]]
-                chosen[unit] = cheaper[0] if cheaper else here
-                total = self.exchanged(total, unit, here, chosen[unit])
-            if not fits(total, budget):
-                return candidate
-            few = random.sample(range(len(chosen)), min(TRIES, len(chosen)))
-            self.spend(chosen, budget, [u for u in few if u not in changed], levels)
-            return tuple(chosen)
-
-        return mutate
 
 
 def hull(price: Sequence[float], rise: Sequence[float], levels: Sequence[int]) -> list[int]:

@@ -58,7 +58,6 @@ class Level:
         error_of: the squared relative error of each linear's outputs, ‖(W − Ŵ)X‖² / ‖WX‖²; empty
             for level 0.
         rounded_inputs: how kernels round the inputs, if the values are integers.
-        family: `quantize`, `prune` or `both`.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Level:
     bytes_of: Mapping[str, int]
     error_of: Mapping[str, float]
     rounded_inputs: Shares | None = None
-    family: str = "quantize"
 
 
 class StoredVariants(WeightVariants):

@@ -20,7 +20,6 @@ from secateur.exporting import ExportSource
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
-from secateur.quantization.activations import Shares, shares_of
 from secateur.runtime.formats import GRID_BITS, Layout, formats
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.storage_plan import PackableCheckpoint
@@ -51,18 +50,6 @@ class StorageFormat:
     def name(self) -> str:
         """For people."""
         return f"{self.sparsity:.0%} zeros, {self.values}" if self.sparsity else self.values
-
-    @property
-    def family(self) -> str:
-        """Which techniques it uses."""
-        if self.rounded_inputs is not None:
-            return "both" if self.sparsity else "quantize"
-        return "prune"
-
-    @property
-    def rounded_inputs(self) -> Shares | None:
-        """How kernels round the inputs, if the values are integers."""
-        return shares_of(self.group) if self.values.startswith("int") else None
 
     @property
     def group(self) -> int | None:

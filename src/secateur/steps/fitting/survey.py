@@ -251,7 +251,7 @@ def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, 
     found = {"int8": 0.0}
     windows = load_windows(context.calibration_file)
     windows = windows[: min(HEAD_WINDOWS, len(windows) - stored_extra(context.calibration_file))]
-    for values in {embedded(stored) for stored in context.costs.formats} - found.keys():
+    for values in sorted({embedded(stored) for stored in context.costs.formats} - found.keys()):
         options = {
             "values": values,
             "embeddings": values,
