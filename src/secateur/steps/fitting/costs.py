@@ -238,7 +238,10 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
         skeleton = build_skeleton(model.reader.folder, trust_remote_code=trust)
     if recipe.max_inference_memory is not None:
         shape = counted("", skeleton)
-        held = memory_with(_resident_rest(model), shape, "cpu", 1, recipe.context_length)
+        others = [e for name, e in model.reader.entries.items() if name not in model.matrices]
+        # In memory they are bfloat16.
+        rest = sum(2 * entry.size_bytes // entry.dtype.itemsize for entry in others)
+        held = memory_with(rest, shape, "cpu", 1, recipe.context_length)
         kinds.append(CostKind(MEMORY, held.total, _limit(recipe.max_inference_memory)))
     if recipe.decode_speedup is not None:
         times = time_linears(skeleton.config, model.shapes, progress)
@@ -280,9 +283,3 @@ TIMED = [stored for stored in FORMATS if stored.sparsity in (0.0, 0.5, 0.7)]
 def weight_format(stored: StorageFormat) -> WeightFormat:
     """How linears of a format are timed."""
     return WeightFormat(SHORT.get(stored.values, stored.values), stored.sparsity)
-
-
-def _resident_rest(model: PackableCheckpoint) -> int:
-    """Bytes in memory of the weights outside the matrices, in bfloat16."""
-    others = [entry for name, entry in model.reader.entries.items() if name not in model.matrices]
-    return sum(2 * entry.size_bytes // entry.dtype.itemsize for entry in others)
