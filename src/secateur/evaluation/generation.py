@@ -12,8 +12,9 @@ the difference from the dense model says something about pruning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -85,6 +86,40 @@ PROMPTS = (
     "Dear Sir or Madam,\n\nI am writing to complain about",
     "The three most important differences between a river and a lake are:\n1.",
 )
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "prose": (
+            "The old lighthouse stood at the end of the harbour wall. On the evening of the storm",
+            "My grandmother kept bees behind the house. Every spring, before the first flowers,",
+            "The history of glass begins long before anyone knew how to make it clear. At first",
+            "Rain falls on the hills, runs into small streams, and then",
+        ),
+        "code": (
+            "def read_table(path):\n"
+            '    """Read a file of comma-separated values into a list of dictionaries."""\n    ',
+            "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
+            "# Count how often each word occurs in a text, and print the ten most frequent words.\n"
+            "import collections\n\n",
+            "SELECT customers.name, SUM(orders.total)\nFROM customers\nJOIN orders ON",
+        ),
+        "chat": (
+            "User: My bicycle makes a clicking noise when I pedal. What can it be?\nAssistant:",
+            "User: Can you explain to a child why the sky is blue?\nAssistant:",
+            "User: I have eggs, rice and an onion. What can I cook?\n"
+            "Assistant: You can make fried rice.\nUser: How do I do that?\nAssistant:",
+            "User: Please write a short and polite message that cancels a meeting.\nAssistant:",
+        ),
+        "lists": (
+            "Ten things to pack for a week of camping:\n1. A tent\n2. A sleeping bag\n3.",
+            "The planets of the solar system, from the sun outwards:\n- Mercury\n-",
+            "| animal | legs | where it lives |\n|---|---|---|\n| horse | 4 | meadow |\n| spider |",
+            "Shopping list:\n- 2 litres of milk\n- 1 loaf of bread\n-",
+        ),
+    }
+)
+"""Prompts of four kinds of text; a model continues them itself. Speculative decoding is as fast as
+the draft is predictable, and that differs by kind."""
+
 NEW_TOKENS = 64
 RUN = 4
 DEGENERATE = 0.5
