@@ -271,6 +271,41 @@ class DivergenceRecord(Divergence, TextMeasurement):
     """Distance from the reference on a text."""
 
 
+class Acceptance(Record):
+    """How much of a draft's text its parent takes. Standard errors are over windows; None for one.
+
+    Attributes:
+        mean: the mean of a_t = Σ_x min(p_t(x), q_t(x)): the probability that rejection sampling
+            takes a token that the draft has drawn, at temperature 1.
+        standard_error: standard error of `mean`.
+        agreement: the share of positions where both models rank the same token first: that a token
+            of the draft is taken in greedy decoding.
+        agreement_standard_error: standard error of `agreement`.
+        runs: the mean of Π_{j<i} a_{t+j}, for i = 1, 2, …: that the first i tokens are all taken.
+        greedy_runs: the same in greedy decoding.
+        tokens: number of positions.
+    """
+
+    mean: float = Field(ge=0, le=1)
+    standard_error: float | None
+    agreement: float = Field(ge=0, le=1)
+    agreement_standard_error: float | None
+    runs: tuple[float, ...]
+    greedy_runs: tuple[float, ...]
+    tokens: int
+
+    def accepted(self, k: int, *, greedy: bool = False) -> float:
+        """The expected number of tokens that are taken of k proposed ones.
+
+            accepted(k) = Σ_{i=1..k} mean_t Π_{j<i} a_{t+j}
+
+        Args:
+            k: at most as many as there are `runs`.
+            greedy: in greedy decoding; otherwise at temperature 1.
+        """
+        return sum((self.greedy_runs if greedy else self.runs)[:k])
+
+
 class Score(Record):
     """One metric of one task.
 

@@ -1,0 +1,227 @@
+"""How much of a draft's text its parent takes, and what speculative decoding gains by it.
+
+A draft proposes k tokens, one call of the parent reads all of them, and rejection sampling keeps
+the first ones (Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023,
+arXiv 2211.17192). The text has the parent's distribution p exactly. A proposed token, drawn from
+the draft's distribution q, is taken with the probability
+
+    a_t = Σ_x min(p_t(x), q_t(x)) = 1 − TV(p_t, q_t)
+
+at temperature 1; in greedy decoding it is taken where both rank the same token first. Of k proposed
+tokens, the first i are all taken with the probability Π_{j<i} a_{t+j}, so
+
+    accepted(k) = Σ_{i=1..k} mean_t Π_{j<i} a_{t+j}
+
+a_t of neighbouring positions are not independent, so the products are taken before the mean.
+Nothing is generated: both models read the same held-out windows once. In text that the parent
+writes itself a_t is higher than in text that people wrote, because the parent is surer of it.
+
+A round costs k calls of the draft and one call of k + 1 tokens of the parent, and gives one token
+more than it takes: the parent's own, where a token is refused and after the last one.
+
+    speed-up(k) = (1 + accepted(k)) · c(1) / (k · c_draft + c(k + 1))
+
+c(n) are the seconds of one call of the parent with n tokens. For k = 0 it is 1.
+
+A draft may have a head over some tokens only: q is then renormalised over these, and 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import NumericalError, RecipeError
+from secateur.evaluation.perplexity import (
+    LOGITS_BYTES,
+    PROBE_TOKENS,
+    TOKENS_PER_FORWARD,
+    Parts,
+    body_and_head,
+    check_windows,
+    evaluating,
+    given,
+    last_states,
+    place_of,
+)
+from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.runs.records.measured import Acceptance
+from secateur.types import Windows
+
+MOST_PROPOSED = 7
+"""One call reads eight tokens: the last one that is known, and so many proposed ones."""
+
+
+def acceptance(
+    draft: nn.Module,
+    parent: nn.Module,
+    windows: Windows,
+    *,
+    heads: Sequence[Tensor | None] = (None,),
+    start_tokens: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Acceptance]:
+    """Measure what a parent takes of a draft's text, in one pass of both over windows of text.
+
+    Args:
+        draft: proposes; it runs on the device of its weights.
+        parent: takes or refuses, with the same vocabulary; it runs on its own device.
+        windows: token ids [windows, sequence_length].
+        heads: for each result, the token ids that the head of the draft is restricted to, or None
+            for all. All of them are measured in the same pass.
+        start_tokens: number of start tokens in each window; none of them is predicted.
+        batch_size: windows in one forward; by default about 2048 tokens.
+        progress: called after each forward with the number of windows done and in total.
+
+    Returns:
+        An acceptance for each of the heads.
+
+    Raises:
+        NumericalError: an acceptance is not a number.
+        RecipeError: the vocabularies differ, or the windows are too long for a model.
+        SourceError: a token id is not in a vocabulary.
+    """
+    count, length = windows.shape
+    check_windows(draft, windows, start_tokens)
+    check_windows(parent, windows, start_tokens)
+    first = given(start_tokens)
+    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
+    found: list[Tensor] = []
+    with torch.inference_mode(), evaluating(draft), evaluating(parent):
+        probe = windows[:1, :PROBE_TOKENS]
+        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (draft, parent)]
+        for begin in range(0, count, batch_size):
+            some = windows[begin : begin + batch_size]
+            found.append(_of_batch(both, some, heads, first))
+            if progress is not None:
+                progress(min(count, begin + batch_size), count)
+    # [heads, rate or agreement, windows, positions]
+    return [_summary(*values) for values in torch.cat(found, dim=2)]
+
+
+def _of_batch(
+    both: Sequence[tuple[nn.Module, Parts | None]],
+    ids: Tensor,
+    heads: Sequence[Tensor | None],
+    first: int,
+) -> Tensor:
+    """a_t and agreement [heads, 2, windows, positions], where a token is predicted."""
+    sides = [last_states(model, parts, ids.to(place_of(model)), first) for model, parts in both]
+    vocabularies = [parts.vocabulary for parts, _ in sides]
+    if len(set(vocabularies)) > 1:
+        raise RecipeError(
+            f"a draft of {vocabularies[0]} tokens cannot propose to a parent of {vocabularies[1]}",
+            remedy="draft and parent need the same vocabulary: make the draft from this parent",
+        )
+    chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
+    (draft, states), (parent, parent_states) = sides
+    rows = []
+    for own, other in zip(states.split(chunk), parent_states.split(chunk), strict=True):
+        logits = draft.head(own).float()
+        p = torch.softmax(parent.head(other).float().to(logits.device), dim=-1)
+        rows.append(torch.stack([_of_tokens(logits, p, only) for only in heads]))
+    return torch.cat(rows, dim=2).view(len(heads), 2, len(ids), -1).cpu()
+
+
+def _of_tokens(logits: Tensor, p: Tensor, only: Tensor | None) -> Tensor:
+    """a_t and agreement of a few tokens, float32 [2, tokens], with the draft's head on some ids.
+
+    Example:
+        >>> import torch
+        >>> from secateur.evaluation.acceptance import _of_tokens
+        >>> draft, parent = torch.zeros(1, 4), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+        >>> _of_tokens(draft, parent, None)[0]
+        tensor([0.8000])
+        >>> _of_tokens(draft, parent, torch.tensor([2, 3])).tolist()
+        [[0.7000000476837158], [0.0]]
+    """
+    best = p.argmax(dim=-1)
+    if only is not None:
+        only = only.to(logits.device)
+        logits, p = logits[:, only], p[:, only]
+    proposed = logits.argmax(dim=-1)
+    proposed = proposed if only is None else only[proposed]
+    taken = torch.minimum(torch.softmax(logits, dim=-1), p).sum(dim=-1)
+    return torch.stack([taken, (proposed == best).float()])
+
+
+def _summary(rates: Tensor, agreements: Tensor) -> Acceptance:
+    """The numbers of one head by its values at all positions [windows, positions]."""
+    rates, agreements = rates.double().clamp(max=1.0), agreements.double()
+    means, same = rates.mean(dim=1).tolist(), agreements.mean(dim=1).tolist()
+    if not bool(rates.isfinite().all()):
+        where = rates.isfinite().all(dim=1).tolist().index(False)
+        raise NumericalError(
+            "the acceptance is not a number",
+            where=f"window {where} of {len(rates)}",
+            remedy="a logit overflowed: evaluate in float32 or bfloat16",
+        )
+    return Acceptance(
+        mean=mean_of(means),
+        standard_error=standard_error(means),
+        agreement=mean_of(same),
+        agreement_standard_error=standard_error(same),
+        runs=_runs(rates),
+        greedy_runs=_runs(agreements),
+        tokens=rates.numel(),
+    )
+
+
+def _runs(rates: Tensor) -> tuple[float, ...]:
+    """mean_t Π_{j<i} a_{t+j} for i = 1 to 7. A run that no window is long enough for has 0."""
+    product, found = rates, []
+    for place in range(1, MOST_PROPOSED + 1):
+        found.append(float(product.mean()) if product.numel() else 0.0)
+        product = product[:, :-1] * rates[:, place:]
+    return tuple(found)
+
+
+class Speculation(NamedTuple):
+    """What a draft gains with some number of proposed tokens.
+
+    Attributes:
+        k: tokens that are proposed in each round; 0 where no number pays.
+        accepted: of these, the expected number that is taken.
+        speedup: over decoding without the draft.
+    """
+
+    k: int
+    accepted: float
+    speedup: float
+
+
+def speculation(
+    found: Acceptance,
+    parent_seconds: Sequence[float],
+    draft_seconds: float,
+    *,
+    greedy: bool = False,
+) -> Speculation:
+    """The number of proposed tokens with the largest expected speed-up.
+
+    Args:
+        found: what the parent takes.
+        parent_seconds: c(1), c(2), …: seconds of one call of the parent with so many tokens.
+        draft_seconds: of one token of the draft.
+        greedy: in greedy decoding; otherwise at temperature 1.
+
+    Example:
+        >>> from secateur.evaluation.acceptance import speculation
+        >>> from secateur.runs.records.measured import Acceptance
+        >>> runs = (0.8, 0.64)
+        >>> found = Acceptance(mean=0.8, standard_error=None, agreement=0.8, tokens=100, runs=runs,
+        ...                    agreement_standard_error=None, greedy_runs=runs)
+        >>> best = speculation(found, [1.0, 1.1, 1.2], 0.2)
+        >>> best.k, round(best.accepted, 2), round(best.speedup, 3)
+        (2, 1.44, 1.525)
+    """
+    rounds = []
+    for k in range(min(len(parent_seconds) - 1, MOST_PROPOSED) + 1):
+        accepted = found.accepted(k, greedy=greedy)
+        seconds = k * draft_seconds + parent_seconds[k]
+        rounds.append(Speculation(k, accepted, (1 + accepted) * parent_seconds[0] / seconds))
+    return max(rounds, key=lambda one: one.speedup)
