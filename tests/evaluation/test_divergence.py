@@ -10,24 +10,25 @@ from torch import nn
 
 from secateur.errors import NumericalError, RecipeError
 from secateur.evaluation import divergence as room
-from secateur.evaluation.divergence import divergence
+from secateur.evaluation.divergence import divergence, divergence_of_texts
 from secateur.evaluation.perplexity import perplexity
 from zoo import tiny_model, tiny_windows
 
 
 def oracle(model: nn.Module, reference: nn.Module, windows: torch.Tensor) -> list[list[float]]:
-    """[KL, agreement, loss change] of each window: a forward a token, plain sums in float64."""
+    """[KL, agreement, acceptance, loss change] of each window: a forward a token, in float64."""
     model, reference = model.double(), reference.double()
     found = []
     with torch.no_grad():
         for window in windows:
-            sums = [0.0, 0.0, 0.0]
+            sums = [0.0, 0.0, 0.0, 0.0]
             for t in range(1, len(window)):
                 q = torch.softmax(model(window[None, :t]).logits[0, -1], -1).tolist()
                 p = torch.softmax(reference(window[None, :t]).logits[0, -1], -1).tolist()
                 sums[0] += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
                 sums[1] += p.index(max(p)) == q.index(max(q))
-                sums[2] += math.log(p[window[t]] / q[window[t]])
+                sums[2] += sum(map(min, p, q))
+                sums[3] += math.log(p[window[t]] / q[window[t]])
             found.append([value / (len(window) - 1) for value in sums])
     model.float(), reference.float()
     return found
@@ -56,6 +57,7 @@ def test_against_the_oracle(family: str, chunk_tokens: int, monkeypatch) -> None
         [
             (got.kl, got.kl_standard_error),
             (got.top1_agreement, got.top1_standard_error),
+            (got.acceptance, got.acceptance_standard_error),
             (got.loss_change, got.loss_change_standard_error),
         ]
     ):
@@ -86,8 +88,22 @@ def test_a_model_has_not_moved_from_itself() -> None:
         model, model, tiny_windows(1, 8), progress=lambda done, total: steps.append((done, total))
     )
     assert (got.kl, got.top1_agreement, got.loss_change) == (0.0, 1.0, 0.0)
+    assert got.acceptance == pytest.approx(1, abs=1e-6)
     assert got.kl_standard_error is None
     assert steps == [(1, 1)]
+
+
+def test_texts_of_different_lengths_count_alike() -> None:
+    model, reference = pair("llama")
+    texts = [(tiny_windows(1, 12)[0, :n], given) for n, given in ((12, 5), (7, 2), (9, 1))]
+    got = divergence_of_texts(model, reference, texts)
+    alone = [divergence(model, reference, ids[None], start_tokens=n) for ids, n in texts]
+    for name in ("kl", "top1_agreement", "acceptance", "loss_change"):
+        values = [getattr(one, name) for one in alone]
+        assert getattr(got, name) == pytest.approx(sum(values) / 3)
+        error = getattr(got, f"{name.removesuffix('_agreement')}_standard_error")
+        assert error == pytest.approx(torch.tensor(values).std().item() / math.sqrt(3), rel=1e-4)
+    assert got.tokens == 7 + 5 + 8
 
 
 def test_other_vocabulary() -> None:

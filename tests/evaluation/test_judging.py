@@ -15,6 +15,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import generation
 from secateur.evaluation.generation import check_generation, repetition
 from secateur.runs.records.measured import EvaluationRecord, read_evaluation
+from secateur.steps import evaluate as steps_evaluate
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
 
@@ -97,6 +98,30 @@ def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> No
     assert "retention" in printed
     assert "retention" not in alone
     assert "0.500" in alone  # chance
+
+
+def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(steps_evaluate, "NEW_TOKENS", 6)
+    arguments = ["evaluate", pruned, "--dense", dense, "--kinds"]
+    assert command(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    record = read_evaluation(pruned / "secateur" / "evaluation.json")
+    assert record.perplexity == []
+    assert [one.protocol["kind"] for one in record.divergence] == ["prose", "code", "chat", "lists"]
+    for one in record.divergence:
+        assert 0 < one.acceptance < 1
+        assert one.acceptance_standard_error > 0
+        assert 4 <= one.tokens <= 24
+        assert f"{one.acceptance:.4f}" in printed
+    same = secateur.evaluate(dense, dense=dense, kinds=True).divergence
+    assert [one.acceptance for one in same] == pytest.approx([1.0] * 4, abs=1e-5)
+    texts = [one.protocol["token_ids"] for one in record.divergence]
+    assert [one.protocol["token_ids"] for one in same] == texts
+
+
+def test_kinds_need_a_dense_model(pruned, monkeypatch, capsys) -> None:
+    assert command(monkeypatch, "evaluate", pruned, "--kinds") == 2
+    assert "--dense" in capsys.readouterr().err
 
 
 def test_loaded_models(text: Path) -> None:

@@ -3,9 +3,15 @@
     KL(dense ‖ pruned) = Σ_v p(v) · (log p(v) − log q(v)), p of the dense model, q of the pruned one
 
 in nats, for every predicted token, over the whole vocabulary. Perplexity depends only on the
-probability of the token in the text. The divergence also measures errors on all other tokens. Two
-more numbers: how often both models rank the same token first, and how much the loss of a token
-changed.
+probability of the token in the text. The divergence also measures errors on all other tokens. Three
+more numbers: how often both models rank the same token first, how much the loss of a token changed,
+and the acceptance: the share of drawn tokens that the dense model accepts if the pruned one is its
+draft,
+
+    acceptance = Σ_v min(p(v), q(v)) = 1 − ½ Σ_v |p(v) − q(v)|
+
+(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding",
+arXiv:2211.17192, Theorem 3.5). With greedy decoding the share is that of equal first tokens.
 
 Both models read each batch once. If a model can be split into body and head, its logits are
 computed for a few tokens at a time and take at most 64 MiB; see `perplexity`.
@@ -15,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +104,7 @@ def divergence(
                 progress(min(count, done * ranks.count), count)
     gathered = ranks.gather(torch.cat(rows, dim=1).tolist())
     seconds = time.perf_counter() - started
-    kl, agreement, own, dense = (
+    kl, agreement, acceptance, own, dense = (
         [x for part in parts for x in part] for parts in zip(*gathered, strict=True)
     )
     results = [summary(losses, length, first, seconds) for losses in (own, dense)]
@@ -114,6 +120,8 @@ def divergence(
         kl_standard_error=standard_error(kl),
         top1_agreement=mean_of(agreement),
         top1_standard_error=standard_error(agreement),
+        acceptance=mean_of(acceptance),
+        acceptance_standard_error=standard_error(acceptance),
         loss_change=mean_of(change),
         loss_change_standard_error=standard_error(change),
         tokens=results[0].tokens,
@@ -122,8 +130,36 @@ def divergence(
     )
 
 
+def divergence_of_texts(
+    model: nn.Module, reference: nn.Module, texts: Sequence[tuple[Tensor, int]]
+) -> Divergence:
+    """Compare a model with its reference on texts of different lengths.
+
+    Args:
+        model: the pruned model.
+        reference: the dense model, with the same vocabulary.
+        texts: token ids [tokens] of each text, and how many at its start are not predicted.
+
+    Returns:
+        Means over texts, with standard errors over them; every text counts alike.
+
+    Raises:
+        SecateurError: as `divergence`.
+    """
+    found = [divergence(model, reference, ids[None], start_tokens=n) for ids, n in texts]
+    names = ("kl", "top1_agreement", "acceptance", "loss_change")
+    values: dict[str, float | None] = {}
+    for name in names:
+        each = [getattr(one, name) for one in found]
+        values |= {
+            name: mean_of(each),
+            f"{name.removesuffix('_agreement')}_standard_error": standard_error(each),
+        }
+    return Divergence.model_validate({**values, "tokens": sum(one.tokens for one in found)})
+
+
 def _compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int) -> Tensor:
-    """For each window of a batch: KL, agreement, loss of the model, loss of the reference.
+    """For each window of a batch: KL, agreement, acceptance, loss of both models.
 
     Each is a mean over the tokens of a window, without the `first` tokens, which are not predicted.
     """
@@ -143,19 +179,19 @@ def _compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: in
             states.split(chunk), dense_states.split(chunk), targets.split(chunk), strict=True
         )
     ]
-    return torch.cat(found, dim=1).view(4, len(ids), -1).double().mean(dim=2).cpu()
+    return torch.cat(found, dim=1).view(5, len(ids), -1).double().mean(dim=2).cpu()
 
 
 def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
-    """KL, agreement and both losses for a few tokens, float32 [4, tokens].
+    """KL, agreement, acceptance and both losses for a few tokens, float32 [5, tokens].
 
     Example:
         >>> import torch
         >>> from secateur.evaluation.divergence import _token_numbers
         >>> dense, pruned = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-        >>> kl, agreement, loss, dense_loss = _token_numbers(pruned, dense, torch.tensor([0]))
-        >>> [round(float(number), 3) for number in (kl, agreement, loss, dense_loss)]
-        [0.12, 1.0, 0.313, 0.693]
+        >>> numbers = _token_numbers(pruned, dense, torch.tensor([0]))
+        >>> [round(float(number), 3) for number in numbers]
+        [0.12, 1.0, 0.769, 0.313, 0.693]
     """
     log_q = functional.log_softmax(logits, dim=-1)
     log_p = functional.log_softmax(dense_logits, dim=-1)
@@ -163,4 +199,5 @@ def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Ten
     index = targets[:, None]
     losses = [-log.gather(1, index)[:, 0] for log in (log_q, log_p)]
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return torch.stack([kl, agreement, *losses])
+    acceptance = torch.minimum(log_p, log_q).exp().sum(dim=-1).clamp(max=1)
+    return torch.stack([kl, agreement, acceptance, *losses])

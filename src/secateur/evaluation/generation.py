@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from jaxtyping import Int64
+from torch import Tensor
+
 from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import evaluating, fingerprint
 from secateur.models.tokenizer import Tokenizer
@@ -48,6 +51,24 @@ def generate(
     Raises:
         RecipeError: the prompt has no tokens, or a number is out of range.
     """
+    _, made = continuation(model, tokenizer, prompt, max_new_tokens, sampling)
+    if made and made[-1] in end_tokens(model):
+        made.pop()
+    return str(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def continuation(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 40,
+    sampling: Sampling = GREEDY,
+) -> tuple[Int64[Tensor, " tokens"], list[int]]:
+    """The tokens of a prompt, and those with which a model continues it.
+
+    The arguments and errors are those of `generate`. A text that ends before the limit has the end
+    token as its last.
+    """
     if max_new_tokens < 1:
         raise RecipeError(
             f"max_new_tokens is {max_new_tokens}", remedy="give at least one new token"
@@ -61,11 +82,14 @@ def generate(
         tokens = len(ids) + max_new_tokens
         steps = CapturedGeneration(model, tokens) if captures else SteppedGeneration(model)
         try:
-            ends = end_tokens(model)
-            made = [*continued(steps, ids, max_new_tokens, sampling=sampling, stop=ends)]
+            made, ends = list[int](), end_tokens(model)
+            for token in continued(steps, ids, max_new_tokens, sampling=sampling):
+                made.append(token)
+                if token in ends:
+                    break
         finally:
             steps.close()
-    return str(tokenizer.decode(made, skip_special_tokens=True))
+    return ids, made
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -117,8 +141,8 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-"""Prompts of four kinds of text; a model continues them itself. Speculative decoding is as fast as
-the draft is predictable, and that differs by kind."""
+"""Prompts of four kinds of text; a model continues them itself. How often a model accepts the
+tokens of a draft differs by kind."""
 
 NEW_TOKENS = 64
 RUN = 4

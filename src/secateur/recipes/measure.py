@@ -58,11 +58,14 @@ class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
     """One evaluation."""
 
     group = WHAT
-    needs = dict.fromkeys(("task_data", "limit", "shots"), ("tasks",))
+    needs: ClassVar = {
+        **dict.fromkeys(("task_data", "limit", "shots"), ("tasks",)),
+        "kinds": ("dense",),
+    }
     conflicts = tuple(
         Conflict(
             name,
-            "tasks or generation",
+            "tasks or generation or kinds",
             "windows are cut from texts, and none is measured",
             "name the text (wikitext2, or a file), or leave it out",
             unless="text",
@@ -78,13 +81,16 @@ class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
     text: Annotated[
         Texts,
         BeforeValidator(text_alone),
-        Flag(value="TEXT", default="wikitext2, if there are no tasks and no --generation"),
+        Flag(value="TEXT", default="wikitext2, if nothing else is measured"),
     ] = ()
     """Text for the perplexity: file, named text or hub data set; may be repeated."""
     tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = ()
     """Tasks, separated by commas: hellaswag,piqa."""
     generation: bool = False
     """Continue a few prompts, and count repetitions in the texts."""
+    kinds: bool = False
+    """Also compare on prose, code, chat and lists, which the dense model writes: how often it would
+    accept the tokens of this model as its draft."""
 
 
 Contender = Literal[

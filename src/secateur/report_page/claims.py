@@ -383,14 +383,20 @@ def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
 
 
 def _divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cell]]:
-    """Three numbers for the distance of the predictions from the dense model's."""
+    """The numbers for the distance of the predictions from the dense model's."""
     change = signed(found.loss_change, 4) + plus_minus(found.loss_change_standard_error)
     kl = with_error(found.kl, found.kl_standard_error)
     text, same = bare_name(found.text), percent(found.top1_agreement, 1)
     same += _points(found.top1_standard_error)
-    yield QualityRow(f"KL from dense, {text}", "lower", "", "0"), Cell(kl, "nats a token")
+    if "kind" not in found.protocol:
+        yield QualityRow(f"KL from dense, {text}", "lower", "", "0"), Cell(kl, "nats a token")
     yield QualityRow(f"same top token as dense, {text}", "higher", "", percent(1)), Cell(same)
-    yield QualityRow(f"change of loss, {text}", "lower", "", "0"), Cell(change, "nats a token")
+    if found.acceptance is not None:
+        accepted = percent(found.acceptance, 1) + _points(found.acceptance_standard_error)
+        row = QualityRow(f"accepted as a draft of dense, {text}", "higher", "", percent(1))
+        yield row, Cell(accepted)
+    if "kind" not in found.protocol:
+        yield QualityRow(f"change of loss, {text}", "lower", "", "0"), Cell(change, "nats a token")
 
 
 def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:

@@ -59,7 +59,7 @@ class EvaluateResult(Result):
 
     @property
     def divergence(self) -> Sequence[DivergenceRecord]:
-        """The distance from the dense model on the first text; empty without a dense model."""
+        """The distance from the dense model on each text; empty without a dense model."""
         return self.record.divergence
 
     @property
@@ -130,7 +130,8 @@ class EvaluateResult(Result):
                 for one in self.texts
             ]
             found.append(Table.of_records(self.model, perplexities))
-        found += [_divergence_table(one) for one in self.divergence]
+        found += [_divergence_table(one) for one in self.divergence if "kind" not in one.protocol]
+        found += _kinds_table([one for one in self.divergence if "kind" in one.protocol])
         if self.tasks:
             found += _task_blocks(self.tasks)
         for one in self.generation:
@@ -146,10 +147,37 @@ def _divergence_table(found: DivergenceRecord) -> Table:
     rows = [
         ("KL(dense ‖ model), nats per token", with_error(found.kl, found.kl_standard_error)),
         ("same token most likely", with_error(found.top1_agreement, found.top1_standard_error)),
+        ("accepted as a draft, at temperature 1", _accepted(found)),
         ("change of loss, nats per token", changed),
     ]
     title = f"distance from {found.reference} on {found.text} ({found.protocol_id})"
     return Table.of(title, ("", ""), rows)
+
+
+def _kinds_table(found: Sequence[DivergenceRecord]) -> list[Block]:
+    """Distance from the dense model by kind of text, on texts of its own."""
+    if not found:
+        return []
+    rows = [
+        {
+            "kind of text": one.protocol["kind"],
+            "same token most likely": with_error(one.top1_agreement, one.top1_standard_error),
+            "accepted as a draft": _accepted(one),
+            "KL, nats per token": with_error(one.kl, one.kl_standard_error),
+            "tokens": str(one.tokens),
+            "protocol": one.protocol_id,
+        }
+        for one in found
+    ]
+    title = f"on texts that {found[0].reference} wrote at temperature 1"
+    return [Table.of_records(title, rows)]
+
+
+def _accepted(found: DivergenceRecord) -> str:
+    """The acceptance with its error."""
+    if found.acceptance is None:
+        return "not measured"
+    return with_error(found.acceptance, found.acceptance_standard_error)
 
 
 def _task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:

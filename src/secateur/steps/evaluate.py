@@ -7,20 +7,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.errors import RecipeError
-from secateur.evaluation.divergence import divergence
+from secateur.evaluation.divergence import divergence, divergence_of_texts
 from secateur.evaluation.generation import (
+    KINDS,
+    NEW_TOKENS,
     PROMPTS,
     Sample,
     check_generation,
+    continuation,
     generation_protocol,
 )
 from secateur.evaluation.perplexity import (
     COMPUTED,
     PerplexityResult,
     computed_by,
+    fingerprint,
     load_model,
     perplexity,
     place_of,
@@ -34,6 +39,7 @@ from secateur.models.architecture import refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent, listener
+from secateur.recipes.deploy import Sampling
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.recipes.measure import EvaluateRecipe
 from secateur.reporting.evaluate import EvaluateResult
@@ -59,6 +65,8 @@ DEFAULT_TEXT = "wikitext2"
 
 NOT_COMPARED: dict[str, Any] = dict.fromkeys(Comparison.model_fields)
 """What a score without a reference says about one."""
+
+BY_DENSE = "written by dense"
 
 UNUSED = dict.fromkeys(("device", "trust_remote_code"), "load the model so, then evaluate it")
 """Options that loaded models cannot use."""
@@ -174,7 +182,9 @@ def run_evaluation(
     _refuse_several(recipe, ranks.count)
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
-    names = recipe.text or (() if recipe.tasks or recipe.generation else (DEFAULT_TEXT,))
+    names = recipe.text or (
+        () if recipe.tasks or recipe.generation or recipe.kinds else (DEFAULT_TEXT,)
+    )
     kept, notes = None, Path(recipe.model) / NOTES
     if model is None and notes.is_dir():  # a run folder keeps its results
         kept = notes / FILE_NAME
@@ -191,10 +201,13 @@ def run_evaluation(
     measure = _Measurement(own, reference, progress, ranks)
     texts = [measure.text(text, recipe.sequence_length, recipe.windows) for text in names]
     generated = [measure.generation(prompts)] if recipe.generation else []
+    moved = [divergence for _, divergence in texts if divergence]
+    if recipe.kinds and reference is not None:
+        moved += measure.kinds(reference)
     record = EvaluationRecord(
         model=own.name,
         perplexity=[perplexity for perplexity, _ in texts],
-        divergence=[divergence for _, divergence in texts if divergence][:1],
+        divergence=moved,
         tasks=measure.tasks(prepared),
         generation=generated,
     )
@@ -211,7 +224,11 @@ def run_evaluation(
 
 def _refuse_several(recipe: EvaluateRecipe, count: int) -> None:
     """Refuse what several processes cannot measure yet."""
-    for option, given in (("--tasks", recipe.tasks), ("--generation", recipe.generation)):
+    for option, given in (
+        ("--tasks", recipe.tasks),
+        ("--generation", recipe.generation),
+        ("--kinds", recipe.kinds),
+    ):
         if count > 1 and given:
             raise RecipeError(
                 f"{option} does not work with several processes yet, and there are {count}",
@@ -284,6 +301,37 @@ class _Measurement:
             **self.shared,
         )
         return self._perplexity(text, found.model, found.reference, protocol), record
+
+    def kinds(self, dense: LoadedModel) -> list[DivergenceRecord]:
+        """Compare both models on four kinds of text that the dense model writes."""
+        self.progress.start("kinds of text", sum(map(len, KINDS.values())))
+        found = []
+        for kind, prompts in KINDS.items():
+            texts = []
+            for number, prompt in enumerate(prompts):
+                drawn = Sampling(temperature=1.0, seed=number)
+                ids, made = continuation(dense.model, dense.tokenizer, prompt, NEW_TOKENS, drawn)
+                texts.append((torch.cat([ids, torch.tensor(made)]), len(ids)))
+                self.progress.step()
+            both = {
+                "kind": kind,
+                "prompts": len(prompts),
+                "token_ids": fingerprint([ids.tolist() for ids, _ in texts]),
+                "new_tokens": NEW_TOKENS,
+                "written_by": "the dense model, at temperature 1",
+                **computed_by(self.own.model),
+            }
+            both |= {f"reference_{k}": v for k, v in computed_by(dense.model).items()}
+            record = DivergenceRecord(
+                text=f"{kind} ({BY_DENSE})",
+                **divergence_of_texts(self.own.model, dense.model, texts).model_dump(),
+                protocol=both,
+                protocol_id=protocol_id("div", both),
+                **self.shared,
+            )
+            found.append(record)
+        self.progress.finish()
+        return found
 
     def _perplexity(
         self,

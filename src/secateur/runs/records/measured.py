@@ -253,6 +253,9 @@ class Divergence(Record):
         kl_standard_error: standard error of `kl`.
         top1_agreement: share of positions where both models rank the same token first.
         top1_standard_error: standard error of `top1_agreement`.
+        acceptance: Σ_v min(p(v), q(v)), the share of tokens of the pruned model that speculative
+            decoding accepts; None in files of earlier releases.
+        acceptance_standard_error: standard error of `acceptance`.
         loss_change: loss of the pruned model minus loss of the dense one, nats per token.
         loss_change_standard_error: standard error of the paired differences.
         tokens: number of predicted tokens.
@@ -262,6 +265,8 @@ class Divergence(Record):
     kl_standard_error: float | None
     top1_agreement: float = Field(ge=0, le=1)
     top1_standard_error: float | None
+    acceptance: float | None = Field(None, ge=0, le=1)
+    acceptance_standard_error: float | None = None
     loss_change: float
     loss_change_standard_error: float | None
     tokens: int
