@@ -394,6 +394,7 @@ def export(
     to: Literal["gguf", "compressed-tensors", "onnx", "openvino", "semi-structured"] | None = None,
     type: str | None = None,
     keep_zeros: bool | None = None,
+    draft_of: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
 ) -> ExportResult:
@@ -412,6 +413,8 @@ def export(
             which lose exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4.
             openvino: q8_0, f16, q4_0. semi-structured: bf16, f16. [the first that the target names]
         keep_zeros: Refuse a type that loses exact zeros. [off]
+        draft_of: The parent of this draft. The export is refused unless both have the same
+            tokenizer and as many tokens, which every engine asks of a draft model. [none]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
 

@@ -17,6 +17,7 @@ from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.exporting.gguf.tokenizer import split_rules
 from secateur.exporting.gguf.writing import dequantized, stored_blocks
 from secateur.quantization.groups import GroupGrid
+from tiny import save_tiny
 from trained import source_text
 from zoo import SIZES
 
@@ -35,6 +36,20 @@ def pruned(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = save(place / "model", tokenizer, "llama", intermediate_size=64)
     secateur.prune(source, output=place / "pruned", method="magnitude", sparsity=0.5)
     return place / "pruned"
+
+
+def test_a_draft_has_the_tokens_of_its_parent(pruned: Path, tokenizer, tmp_path: Path) -> None:
+    found = secateur.export(pruned, output=tmp_path / "out", draft_of=pruned.parent / "model")
+    assert any("so it can be its draft model" in note for note in found.exported.notes)
+    rows = len(tokenizer) + 8
+    more = save(tmp_path / "more", tokenizer, "llama", intermediate_size=64, vocab_size=rows)
+    with pytest.raises(RecipeError, match=rf"{rows} rows of the embedding"):
+        secateur.export(pruned, output=tmp_path / "other", draft_of=more)
+    words = save_tiny(tmp_path / "words")
+    for to in ("gguf", "compressed-tensors"):
+        with pytest.raises(RecipeError, match="draft and parent have different vocabularies"):
+            secateur.export(pruned, output=tmp_path / "other", to=to, draft_of=words)
+    assert not (tmp_path / "other").exists()
 
 
 FAMILIES = {

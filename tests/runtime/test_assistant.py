@@ -1,4 +1,4 @@
-"""A draft folder as `assistant_model` of transformers: the parent's text with fewer of its calls."""
+"""A draft as `assistant_model` of transformers: the parent's text with fewer of its calls."""
 
 from __future__ import annotations
 

@@ -54,12 +54,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
             ) from error
 
 
-def refuse_other_words(student: Path, teacher: Path, *, trust_remote_code: bool = False) -> None:
+def refuse_other_words(
+    student: Path,
+    teacher: Path,
+    *,
+    roles: tuple[str, str] = ("student", "teacher"),
+    trust_remote_code: bool = False,
+) -> None:
     """Refuse a teacher whose token ids mean other words than the student's.
 
     Args:
         student: folder of the model that learns.
         teacher: folder of the model that it learns from.
+        roles: what the message calls the two.
         trust_remote_code: whether code from both folders may run.
 
     Raises:
@@ -72,11 +79,11 @@ def refuse_other_words(student: Path, teacher: Path, *, trust_remote_code: bool 
     if own != other:
         differing = sum(own.get(token) != number for token, number in other.items())
         raise RecipeError(
-            f"student and teacher have different vocabularies: {len(own)} and {len(other)} "
-            f"tokens, {differing} of the teacher's have another number or none",
+            f"{roles[0]} and {roles[1]} have different vocabularies: {len(own)} and {len(other)} "
+            f"tokens, {differing} of the {roles[1]}'s have another number or none",
             where=str(teacher),
-            remedy="a teacher needs the tokenizer of the student: name the model that it was "
-            "made from",
+            remedy=f"a {roles[1]} needs the tokenizer of the {roles[0]}: name the model that it "
+            "was made from",
         )
 
 

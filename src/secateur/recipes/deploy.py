@@ -173,6 +173,9 @@ class ExportRecipe(OutputFolder, Recipe):
     f16, q4_0. semi-structured: bf16, f16."""
     keep_zeros: bool = False
     """Refuse a type that loses exact zeros."""
+    draft_of: Annotated[str | None, Flag(value="MODEL", default="none")] = None
+    """The parent of this draft. The export is refused unless both have the same tokenizer and as
+    many tokens, which every engine asks of a draft model."""
 
 
 class WhatToImport(Section):

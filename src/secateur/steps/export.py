@@ -8,6 +8,8 @@ from pathlib import Path
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.models.configuration import read_configuration
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import refuse_other_words, start_tokens_of
 from secateur.recipes.deploy import ExportRecipe
 from secateur.registry import did_you_mean
 from secateur.reporting.models import ExportResult
@@ -33,6 +35,8 @@ class Export(Step[ExportRecipe, ExportResult]):
         self.source = ExportSource(
             named, folder, read_configuration(folder), open_checkpoint(folder)
         )
+        if recipe.draft_of is not None:
+            self.refuse_other_vocabulary(recipe.draft_of)
 
     @classmethod
     def check(cls, recipe: ExportRecipe) -> None:
@@ -51,6 +55,34 @@ class Export(Step[ExportRecipe, ExportResult]):
                 remedy=f"types that do: {', '.join(keeping)}",
             )
 
+    @classmethod
+    def reads(cls, recipe: ExportRecipe) -> tuple[str | None, ...]:
+        """The parent of a draft."""
+        return (recipe.draft_of,)
+
+    def refuse_other_vocabulary(self, name: str) -> None:
+        """Refuse a parent that could not take the tokens of this model as its draft's.
+
+        Raises:
+            RecipeError: the tokenizers differ, or the rows of the embeddings.
+        """
+        parent = resolve(name, values=False).folder
+        refuse_other_words(self.source.folder, parent, roles=("draft", "parent"))
+        own, other = (
+            (start_tokens_of(folder), (config.get("text_config") or config).get("vocab_size"))
+            for folder, config in (
+                (self.source.folder, self.source.config),
+                (parent, read_configuration(parent)),
+            )
+        )
+        if own != other:
+            raise RecipeError(
+                f"no engine takes this draft: it and its parent have {own[1]} and {other[1]} rows "
+                f"of the embedding, and begin a text with the tokens {[*own[0]]} and {[*other[0]]}",
+                where=name,
+                remedy="make the draft from this parent, without a cut of the vocabulary",
+            )
+
     def work(self) -> ExportResult:
         """Write the files, and refuse a loss of zeros that the type does not announce."""
         to, type, folder = self.recipe.to, self.type, self.run.folder
@@ -61,6 +93,10 @@ class Export(Step[ExportRecipe, ExportResult]):
         if lost and type not in target.lossy:
             raise VerificationError(
                 message, where=str(folder.output), remedy="choose another --type"
+            )
+        if self.recipe.draft_of is not None:
+            exported.notes.append(
+                f"it has the tokens of {self.recipe.draft_of}, so it can be its draft model"
             )
         if lost:
             exported.notes.insert(0, message)
