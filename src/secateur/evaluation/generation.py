@@ -51,24 +51,6 @@ def generate(
     Raises:
         RecipeError: the prompt has no tokens, or a number is out of range.
     """
-    _, made = continuation(model, tokenizer, prompt, max_new_tokens, sampling)
-    if made and made[-1] in end_tokens(model):
-        made.pop()
-    return str(tokenizer.decode(made, skip_special_tokens=True))
-
-
-def continuation(
-    model: Any,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int = 40,
-    sampling: Sampling = GREEDY,
-) -> tuple[Int64[Tensor, " tokens"], list[int]]:
-    """The tokens of a prompt, and those with which a model continues it.
-
-    The arguments and errors are those of `generate`. A text that ends before the limit has the end
-    token as its last.
-    """
     if max_new_tokens < 1:
         raise RecipeError(
             f"max_new_tokens is {max_new_tokens}", remedy="give at least one new token"
@@ -76,6 +58,25 @@ def continuation(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
     if len(ids) == 0:
         raise RecipeError("the prompt has no token", remedy="give a prompt of at least one word")
+    made = continuation(model, ids, max_new_tokens, sampling)
+    if made and made[-1] in end_tokens(model):
+        made.pop()
+    return str(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def continuation(
+    model: Any, ids: Int64[Tensor, " tokens"], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> list[int]:
+    """The tokens with which a model continues a prompt.
+
+    A text that ends before the limit has the end token as its last.
+
+    Args:
+        model: a transformers causal language model, on any device.
+        ids: the prompt, at least one token.
+        max_new_tokens: largest number of new tokens.
+        sampling: how to sample tokens.
+    """
     with evaluating(model):
         # on a GPU one graph for each token, if that works
         captures = model.device.type == "cuda" and why_not_captured(model) is None
@@ -89,7 +90,7 @@ def continuation(
                     break
         finally:
             steps.close()
-    return ids, made
+    return made
 
 
 def end_tokens(model: Any) -> frozenset[int]:

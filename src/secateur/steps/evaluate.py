@@ -35,7 +35,7 @@ from secateur.evaluation.perplexity import (
 )
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import compare, mean_of
-from secateur.models.architecture import refuse_foreign
+from secateur.models.architecture import positions_of, refuse_foreign
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent, listener
@@ -305,19 +305,22 @@ class _Measurement:
     def kinds(self, dense: LoadedModel) -> list[DivergenceRecord]:
         """Compare both models on four kinds of text that the dense model writes."""
         self.progress.start("kinds of text", sum(map(len, KINDS.values())))
+        room = positions_of(dense.model.config) or 2048
+        tokens = min(NEW_TOKENS, room // 2)
         found = []
         for kind, prompts in KINDS.items():
             texts = []
             for number, prompt in enumerate(prompts):
                 drawn = Sampling(temperature=1.0, seed=number)
-                ids, made = continuation(dense.model, dense.tokenizer, prompt, NEW_TOKENS, drawn)
+                ids = dense.tokenizer(prompt, return_tensors="pt")["input_ids"][0][tokens - room :]
+                made = continuation(dense.model, ids, tokens, drawn)
                 texts.append((torch.cat([ids, torch.tensor(made)]), len(ids)))
                 self.progress.step()
             both = {
                 "kind": kind,
                 "prompts": len(prompts),
                 "token_ids": fingerprint([ids.tolist() for ids, _ in texts]),
-                "new_tokens": NEW_TOKENS,
+                "new_tokens": tokens,
                 "written_by": "the dense model, at temperature 1",
                 **computed_by(self.own.model),
             }
