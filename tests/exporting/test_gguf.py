@@ -39,11 +39,22 @@ def pruned(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_draft_has_the_tokens_of_its_parent(pruned: Path, tokenizer, tmp_path: Path) -> None:
-    found = secateur.export(pruned, output=tmp_path / "out", draft_of=pruned.parent / "model")
+    """Engines compare the tokenizers of both files, and the rows of their embeddings."""
+    parent = pruned.parent / "model"
+    found = secateur.export(pruned, output=tmp_path / "out", type="q4_0", draft_of=parent)
     assert any("so it can be its draft model" in note for note in found.exported.notes)
-    rows = len(tokenizer) + 8
-    more = save(tmp_path / "more", tokenizer, "llama", intermediate_size=64, vocab_size=rows)
-    with pytest.raises(RecipeError, match=rf"{rows} rows of the embedding"):
+    theirs = secateur.export(parent, output=tmp_path / "parent", type="f32")
+    draft, dense = (gguf.GGUFReader(x.output / x.files[0]) for x in (found, theirs))
+    words = [name for name in dense.fields if name.startswith("tokenizer.")]
+    assert "tokenizer.ggml.tokens" in words
+    assert words == [name for name in draft.fields if name.startswith("tokenizer.")]
+    assert all(draft.fields[n].contents() == dense.fields[n].contents() for n in words)
+    rows = [{t.name: t.shape[1] for t in one.tensors if t.name == "token_embd.weight"}
+            for one in (draft, dense)]  # fmt: skip
+    assert rows[0] == rows[1] == {"token_embd.weight": len(tokenizer)}
+    count = len(tokenizer) + 8
+    more = save(tmp_path / "more", tokenizer, "llama", intermediate_size=64, vocab_size=count)
+    with pytest.raises(RecipeError, match=rf"{count} rows of the embedding"):
         secateur.export(pruned, output=tmp_path / "other", draft_of=more)
     words = save_tiny(tmp_path / "words")
     for to in ("gguf", "compressed-tensors"):
