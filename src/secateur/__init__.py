@@ -32,6 +32,7 @@ __all__ = [
     "compress",
     "decompress",
     "diagnose",
+    "draft",
     "evaluate",
     "export",
     "fit",

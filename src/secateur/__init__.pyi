@@ -14,6 +14,7 @@ from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
 from secateur.report_page.report import report as report
+from secateur.reporting.draft import DraftPlanResult, DraftResult
 from secateur.reporting.evaluate import BenchResult, EvaluateResult
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
@@ -61,6 +62,7 @@ __all__ = [
     "compress",
     "decompress",
     "diagnose",
+    "draft",
     "evaluate",
     "export",
     "fit",
@@ -323,6 +325,93 @@ def decompress(
         progress: receives every step.
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+@overload
+def draft(
+    model: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Any,
+) -> DraftPlanResult: ...
+@overload
+def draft(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    runs_as: str | None = None,
+    effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
+    heal_tokens: int | None = None,
+    structure: bool | None = None,
+    minutes: float | None = None,
+    own_text: float | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
+    field: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+    max_memory: int | str | None = None,
+    output: str | Path | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
+    dry_run: Literal[False] | None = None,
+) -> DraftResult:
+    """Find and make the draft of a model that makes it decode fastest.
+
+    The text of the model stays exactly the same: a draft proposes tokens, and the model takes or
+    refuses them. A draft is made of the model's own weights, rounded and pruned, and then learns
+    from it. What it brings on this machine is known from how often its tokens are taken on text,
+    and from the times of both.
+
+    Args:
+        model: Folder, hub id, GGUF file or named sample: the parent. The draft is made from its
+            weights.
+        progress: receives every step.
+        runs_as: Folder of the same model as it runs, if it is packed: the draft is measured and
+            timed beside it. [MODEL]
+        effort: The preset that prunes, and that decides how much is healed. [balanced]
+        heal_tokens: Tokens of the calibration text on which the best models learn from the dense
+            one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,
+            thorough 131,072, best 262,144. [by --effort]
+        structure: Also try models with fewer layers, FFN neurons or experts, where zeros and
+            rounding lose much. [off]
+        minutes: Time budget in minutes. If it runs short, candidates, cuts and healing are left
+            out; the result says what. [no limit]
+        own_text: Share of --heal-tokens that the parent writes itself; the rest is calibration
+            text. [0.5]
+        calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
+            text, or safetensors file of windows. Or several with weights:
+            code.jsonl=2,math.jsonl=1. [c4]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`), which the model's chat template writes.
+            [text]
+        windows: Number of calibration windows. [128]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
+        seed: Seed that chooses the windows. [0]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
+        output: Folder for the new model. It must not exist. [required]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
+        restart: Discard a stopped run and start again. [off]
+        dry_run: Check the options and show what the run would need. Reads no weights, and writes
+            nothing. [off]
 
     Raises:
         SecateurError: what, where, and what to do.

@@ -61,6 +61,7 @@ OWN: dict[str, Callable[..., Any]] = {}
 EXIT_CODES: Mapping[str, Callable[[Any], int]] = {
     "compress": lambda result: 3 if result.broken else 0,
     "fit": lambda result: 3 if getattr(result, "broken", False) else 0,
+    "draft": lambda result: 3 if getattr(result, "broken", False) else 0,
     "bench": lambda result: int(all(speed.failure is not None for speed in result.speeds)),
     "diagnose": lambda result: 3 if hasattr(result, "count") and result.count("error") else 0,
     "sweep": lambda result: int(bool(result.failures)),

@@ -50,7 +50,7 @@ REMEDIES = {
 """Remedies for common errors of the operating system, by error number."""
 
 
-RESUMED_BY_FLAG = {"prune", "structure", "train", "chain", "compress", "fit"}
+RESUMED_BY_FLAG = {"prune", "structure", "train", "chain", "compress", "fit", "draft"}
 """Verbs that resume with --resume."""
 RESUMED_BY_REPETITION = {"sweep"}
 """Verbs that resume when the same command runs again."""

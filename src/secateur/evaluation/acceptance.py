@@ -29,7 +29,6 @@ A draft may have a head over some tokens only: q is then renormalised over these
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ from secateur.evaluation.perplexity import (
     place_of,
 )
 from secateur.evaluation.uncertainty import mean_of, standard_error
-from secateur.runs.records.measured import Acceptance
+from secateur.runs.records.measured import Acceptance, Speculation
 from secateur.types import Windows
 
 MOST_PROPOSED = 7
@@ -180,48 +179,42 @@ def _runs(rates: Tensor) -> tuple[float, ...]:
     return tuple(found)
 
 
-class Speculation(NamedTuple):
-    """What a draft gains with some number of proposed tokens.
-
-    Attributes:
-        k: tokens that are proposed in each round; 0 where no number pays.
-        accepted: of these, the expected number that is taken.
-        speedup: over decoding without the draft.
-    """
-
-    k: int
-    accepted: float
-    speedup: float
-
-
 def speculation(
-    found: Acceptance,
+    runs: Sequence[float],
     parent_seconds: Sequence[float],
     draft_seconds: float,
     *,
-    greedy: bool = False,
+    least: int = 0,
 ) -> Speculation:
     """The number of proposed tokens with the largest expected speed-up.
 
     Args:
-        found: what the parent takes.
+        runs: how often the first 1, 2, … proposed tokens are all taken (`Acceptance.runs`, or
+            `Acceptance.greedy_runs`).
         parent_seconds: c(1), c(2), …: seconds of one call of the parent with so many tokens.
         draft_seconds: of one token of the draft.
-        greedy: in greedy decoding; otherwise at temperature 1.
+        least: the fewest proposed tokens; 1 says what a draft that does not pay would bring.
 
     Example:
         >>> from secateur.evaluation.acceptance import speculation
-        >>> from secateur.runs.records.measured import Acceptance
-        >>> runs = (0.8, 0.64)
-        >>> found = Acceptance(mean=0.8, standard_error=None, agreement=0.8, tokens=100, runs=runs,
-        ...                    agreement_standard_error=None, greedy_runs=runs)
-        >>> best = speculation(found, [1.0, 1.1, 1.2], 0.2)
+        >>> best = speculation([0.8, 0.64], [1.0, 1.1, 1.2], 0.2)
         >>> best.k, round(best.accepted, 2), round(best.speedup, 3)
         (2, 1.44, 1.525)
     """
-    rounds = []
-    for k in range(min(len(parent_seconds) - 1, MOST_PROPOSED) + 1):
-        accepted = found.accepted(k, greedy=greedy)
-        seconds = k * draft_seconds + parent_seconds[k]
-        rounds.append(Speculation(k, accepted, (1 + accepted) * parent_seconds[0] / seconds))
-    return max(rounds, key=lambda one: one.speedup)
+    found, accepted = [Speculation(0, 0.0, 1.0)], 0.0
+    for k, (run, verify) in enumerate(zip(runs, parent_seconds[1:], strict=False), start=1):
+        accepted += run
+        seconds = k * draft_seconds + verify
+        found.append(Speculation(k, accepted, (1 + accepted) * parent_seconds[0] / seconds))
+    return max(found[least:], key=lambda one: one.speedup)
+
+
+def even_runs(rate: float) -> tuple[float, ...]:
+    """The runs of an acceptance that is the same at all positions.
+
+    Example:
+        >>> from secateur.evaluation.acceptance import even_runs
+        >>> even_runs(0.5)[:3]
+        (0.5, 0.25, 0.125)
+    """
+    return tuple(rate**i for i in range(1, MOST_PROPOSED + 1))

@@ -65,6 +65,9 @@ BASE = WeightFormat("int8", 0.0)
 
 LEAST_MATRICES, PASSES, LOOP_TURNS = 2, 12, 7
 
+MOST_HEADS = 16
+"""Different matrices that an output head is timed on, at most."""
+
 
 class TimeTable:
     """Times that were measured once, in a file of the cache.
@@ -272,6 +275,24 @@ def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
 
     least: list[float] = alternate(matrices, seconds, min, turns=PASSES)
     return statistics.mean(least)
+
+
+@torch.inference_mode()
+def time_head(shape: Shape, stored: WeightFormat, *, file: Path | None = None) -> float:
+    """Seconds of one product with an output head, from the table or measured.
+
+    Args:
+        shape: [rows, hidden]: all tokens of the vocabulary, or some.
+        stored: its format.
+        file: the table; None for the file in the cache.
+    """
+    rows, columns = shape
+    count = min(
+        MOST_HEADS, max(LEAST_MATRICES, round(8 * LAYER_BYTES / stored.bits / rows / columns))
+    )
+    name = f"{_entry(shape, stored)}, a head"
+    seconds: float = TimeTable(file).seconds(name, lambda: timed(shape, stored, count))
+    return seconds
 
 
 def how_many(counts: Mapping[Shape, int], shape: Shape, stored: WeightFormat) -> int:

@@ -181,23 +181,16 @@ class FitCorrection:
     reached: float | None
 
 
-class FitResult(Result, Record):
-    """The winner of a fit, and what it won against: `fit.json`.
+class FittedResult(Result, Record):
+    """A packed model whose formats a search has chosen.
 
     Attributes:
-        output: folder of the packed winner.
+        output: folder of the packed model.
         seconds: wall time.
         dropped: what was left out to keep the time.
         kind_of: how each linear is stored, by its name.
         embeddings: the values of embedding and head.
-        winner: the best finalist.
-        finalists: the candidates that were made whole and keep the bound.
         branches: the cuts that were tried.
-        frontier: what is predicted for some sizes, of all formats and of rounding alone.
-        losses: of the winner and its rivals, on the judged windows.
-        costs: the kinds of cost, size first.
-        checks: every bound beside what was measured.
-        corrections: winners that were slower than predicted.
         packed: sizes of what was written.
     """
 
@@ -206,15 +199,41 @@ class FitResult(Result, Record):
     dropped: tuple[str, ...]
     kind_of: dict[str, str]
     embeddings: str
+    branches: tuple[FitBranch, ...]
+    packed: CompressResult
+
+    @property
+    def stored(self) -> list[tuple[str, str | None]]:
+        """Rows for the table: how many linears have which format, and the embeddings."""
+        kinds = Counter(self.kind_of.values()).most_common()
+        return [
+            ("linear layers", ", ".join(f"{n} {name}" for name, n in kinds)),
+            ("embeddings", self.embeddings),
+            ("time", f"{self.seconds:.0f} s"),
+            ("output", str(self.output)),
+        ]
+
+
+class FitResult(FittedResult):
+    """The winner of a fit, and what it won against: `fit.json`.
+
+    Attributes:
+        winner: the best finalist.
+        finalists: the candidates that were made whole and keep the bound.
+        frontier: what is predicted for some sizes, of all formats and of rounding alone.
+        losses: of the winner and its rivals, on the judged windows.
+        costs: the kinds of cost, size first.
+        checks: every bound beside what was measured.
+        corrections: winners that were slower than predicted.
+    """
+
     winner: FitFinalist
     finalists: tuple[FitFinalist, ...]
-    branches: tuple[FitBranch, ...]
     frontier: tuple[FitPoint, ...]
     losses: dict[str, FitLoss]
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
     corrections: tuple[FitCorrection, ...]
-    packed: CompressResult
 
     def chart(self) -> LineChart:
         """Size against divergence: what is predicted, what was made, cuts, and the winner."""
@@ -265,14 +284,10 @@ class FitResult(Result, Record):
 
     def blocks(self) -> Sequence[Block]:
         """The winner, its rivals, the frontier, and the next commands."""
-        kinds = Counter(self.kind_of.values())
         facts = [
             ("weight files", binary_size(self.packed.file_bytes)),
             ("loss", f"{self.losses[WINNER]} nats per token"),
-            ("linear layers", ", ".join(f"{n} {name}" for name, n in kinds.most_common())),
-            ("embeddings", self.embeddings),
-            ("time", f"{self.seconds:.0f} s"),
-            ("output", str(self.output)),
+            *self.stored,
         ]
         rivals = [(name, binary_size(x.file_bytes), str(x)) for name, x in self.losses.items()]
         made = [

@@ -186,6 +186,31 @@ def after_a_fit(folder: Path) -> list[Block]:
     )
 
 
+def after_a_draft(folder: Path, parent: str) -> list[Block]:
+    """The next steps with a draft.
+
+    Args:
+        folder: folder of the draft.
+        parent: the model that it proposes to.
+    """
+    notes, beside = folder / "secateur", ("--draft", folder)
+    prompt = "The capital of France is"
+    return next_steps(
+        {
+            "the draft": folder,
+            "every candidate": notes / "draft.json",
+            "the recipe": notes / "recipe.yaml",
+        },
+        {
+            "let the model write faster": command("generate", parent, *beside, "--prompt", prompt),
+            "measure by how much": command("bench", parent, *beside),
+            "give the draft to llama.cpp": command(
+                "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
+            ),
+        },
+    )
+
+
 def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
     """The next steps after a sweep: make its best model with about half of the weights.
 

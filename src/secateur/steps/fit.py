@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,8 +37,6 @@ from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
-from secateur.recipes.prune import ChainRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
 from secateur.reporting.fit import (
@@ -52,10 +49,9 @@ from secateur.reporting.fit import (
     FitPoint,
     FitResult,
 )
-from secateur.reporting.models import CompressResult
 from secateur.reporting.plan import FitPlanResult
-from secateur.runs.folder import NOTES, STATE, check_output, file_digests
-from secateur.runs.output import write_json, write_text
+from secateur.runs.folder import NOTES, check_output, file_digests
+from secateur.runs.output import write_json
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting.bounds import (
@@ -73,14 +69,13 @@ from secateur.steps.fitting.candidates import (
     build_mixes,
     build_structured,
     heal_candidates,
+    pack_winner,
 )
 from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
-from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget, chain_steps
+from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
 from secateur.steps.fitting.survey import survey_model
-from secateur.steps.runner import RunContext, Step, source_of, step_of
-
-RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
+from secateur.steps.runner import RunContext, Step, source_of
 
 FIT = "fit.json"
 
@@ -226,7 +221,7 @@ class Fit(Step[FitRecipe, FitResult]):
             workshop, heal_candidates(workshop, candidates), costs
         )
         winner = best_of(candidates)
-        packed = _pack_winner(run, context, winner)
+        packed = pack_winner(run, context, winner)
         size = costs.files.finish(folder.model, run.progress)
         losses = _judge(context, folder.model, winner, candidates)
         result = FitResult(
@@ -393,42 +388,6 @@ def misses(wanted: float, speedup: float) -> bool:
 def is_faster(speedup: float | None, before: float) -> bool:
     """Whether a speed-up is more than another one, by more than the error of timing."""
     return speedup is not None and speedup > before * (1 + TIMING_ERROR)
-
-
-def _pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -> CompressResult:
-    """Put the packed winner into the folder of the run, with the recipe that makes it again."""
-    recipe, folder = context.recipe, run.folder
-    text = f"{recipe.output}/{NOTES}/{WINDOWS}"
-    teacher = None if winner.row.healed is None else recipe.model
-    steps = chain_steps(recipe, winner.formats, text, teacher)
-    if winner.cut:
-        [[verb, given]] = winner.cut.items()
-        steps.insert(0, {verb: {**given, "calibration": {"source": text}}})
-    shutil.copytree(winner.packed, folder.fresh_model(), dirs_exist_ok=True)
-    (folder.notes / STATE).unlink(missing_ok=True)
-    shutil.copyfile(context.calibration_file, folder.notes / WINDOWS)
-    if winner.cut:
-        steps_of_cut = folder.notes / "steps" / "structure"
-        shutil.copytree(winner.base / NOTES, steps_of_cut, dirs_exist_ok=True)
-    chain = {
-        "model": recipe.model,
-        "output": f"{recipe.output}-again",
-        "steps": steps,
-        "trust_remote_code": recipe.trust_remote_code,
-    }
-    write_text(folder.notes / RECIPE, dump_recipe(build_recipe(ChainRecipe, chain)))
-    # the card and the notes name places of the result, and none among the work of the run
-    places = {str(context.calibration_file): text, str(winner.packed): str(recipe.output)}
-    places |= {str(one): str(recipe.output) for one in (winner.sparse, winner.base)
-               if one != context.source.folder}  # fmt: skip
-    notes = [file for file in folder.notes.rglob("*") if file.suffix in (".json", ".yaml")]
-    for file in (folder.model / "README.md", *notes):
-        content = file.read_text(encoding="utf-8")
-        for work, result in places.items():
-            content = content.replace(work, result)
-        write_text(file, content)
-    packed: CompressResult = step_of("compress").result(folder.model)
-    return packed.model_copy(update={"output": folder.output})
 
 
 def _judge(

@@ -311,6 +311,21 @@ class Acceptance(Record):
         return sum((self.greedy_runs if greedy else self.runs)[:k])
 
 
+@dataclass(frozen=True)
+class Speculation:
+    """What a draft gains with some number of proposed tokens.
+
+    Attributes:
+        k: tokens that are proposed in each round; 0 where no number pays.
+        accepted: of these, the expected number that is taken.
+        speedup: over decoding without the draft.
+    """
+
+    k: int
+    accepted: float
+    speedup: float
+
+
 class Score(Record):
     """One metric of one task.
 

@@ -19,6 +19,7 @@ The best candidates learn from the dense model on their own grids and masks (`he
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -30,10 +31,13 @@ from secateur.engine.search.knapsack import Knapsack
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.progress import Labelled
-from secateur.recipes.reading import build_recipe
+from secateur.recipes.prune import ChainRecipe
+from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.fit import FitBranch, FitFinalist
-from secateur.runs.folder import NOTES
+from secateur.reporting.models import CompressResult
+from secateur.runs.folder import NOTES, STATE
+from secateur.runs.output import write_text
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.checkpoint_files import STEPS
@@ -42,6 +46,7 @@ from secateur.steps.fitting.models import (
     FitContext,
     Formats,
     ModelEvaluator,
+    chain_steps,
     heal_model,
     make_model,
     paths,
@@ -49,8 +54,10 @@ from secateur.steps.fitting.models import (
 )
 from secateur.steps.fitting.storage_formats import PACKED_FOLDER
 from secateur.steps.fitting.survey import Predictions
-from secateur.steps.runner import carry_out, step_of
+from secateur.steps.runner import RunContext, carry_out, step_of
 from secateur.structured.cut_plan import CutPlan, plan_cut
+
+RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
 MIXED = "all formats, mixed"
 ROUNDED = "only rounded, mixed"
@@ -215,7 +222,7 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
             time = workshop.context.time
             if found and not time.allows(name, time.expected("making")):
                 break
-            made, workshop = _made(workshop, name, knapsack, candidate, own)
+            made, workshop = made_mix(workshop, name, knapsack, candidate, own)
             size = made.row.file_bytes
             if not any(stored.sparsity for stored in made.formats.values()):
                 # all but the rest is arithmetic
@@ -227,7 +234,7 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
     return found, workshop
 
 
-def _made(
+def made_mix(
     workshop: Workshop, name: str, knapsack: Knapsack, candidate: Candidate, costs: Costs
 ) -> tuple[BuiltCandidate, Workshop]:
     """A mix of the whole model, and the workshop with predictions scaled by what it lost."""
@@ -253,6 +260,42 @@ def heal_candidates(
             one = workshop.healed(one)
         found.append(one)
     return found
+
+
+def pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) -> CompressResult:
+    """Put the packed winner into the folder of the run, with the recipe that makes it again."""
+    recipe, folder = context.recipe, run.folder
+    text = f"{recipe.output}/{NOTES}/{WINDOWS}"
+    teacher = None if winner.row.healed is None else recipe.model
+    steps = chain_steps(recipe, winner.formats, text, teacher)
+    if winner.cut:
+        [[verb, given]] = winner.cut.items()
+        steps.insert(0, {verb: {**given, "calibration": {"source": text}}})
+    shutil.copytree(winner.packed, folder.fresh_model(), dirs_exist_ok=True)
+    (folder.notes / STATE).unlink(missing_ok=True)
+    shutil.copyfile(context.calibration_file, folder.notes / WINDOWS)
+    if winner.cut:
+        steps_of_cut = folder.notes / "steps" / "structure"
+        shutil.copytree(winner.base / NOTES, steps_of_cut, dirs_exist_ok=True)
+    chain = {
+        "model": recipe.model,
+        "output": f"{recipe.output}-again",
+        "steps": steps,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+    write_text(folder.notes / RECIPE, dump_recipe(build_recipe(ChainRecipe, chain)))
+    # the card and the notes name places of the result, and none among the work of the run
+    places = {str(context.calibration_file): text, str(winner.packed): str(recipe.output)}
+    places |= {str(one): str(recipe.output) for one in (winner.sparse, winner.base)
+               if one != context.source.folder}  # fmt: skip
+    notes = [file for file in folder.notes.rglob("*") if file.suffix in (".json", ".yaml")]
+    for file in (folder.model / "README.md", *notes):
+        content = file.read_text(encoding="utf-8")
+        for work, result in places.items():
+            content = content.replace(work, result)
+        write_text(file, content)
+    packed: CompressResult = step_of("compress").result(folder.model)
+    return packed.model_copy(update={"output": folder.output})
 
 
 def build_structured(

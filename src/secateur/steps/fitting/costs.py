@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.engine.search.knapsack import Cost, Knapsack
 from secateur.errors import ArchitectureError
 from secateur.evaluation.random_models import WeightFormat
-from secateur.evaluation.token_times import MatrixTimes, time_matrices
+from secateur.evaluation.token_times import MatrixTimes, time_head, time_matrices
 from secateur.models.shape import counted, memory_with
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
@@ -89,6 +89,8 @@ class Costs:
         outer: shapes of embedding and head; one if they are tied.
         times: of the linears, if seconds are bounded.
         files: of the target.
+        head: seconds of the output head beyond those in int8, by its values; where there are none,
+            it takes the same in all.
     """
 
     kinds: tuple[CostKind, ...]
@@ -96,6 +98,7 @@ class Costs:
     outer: tuple[tuple[int, int], ...] = ()
     times: MatrixTimes | None = None
     files: TargetFiles = PACKED_FOLDER
+    head: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def units(self) -> list[str]:
@@ -145,7 +148,8 @@ class Costs:
     def of_another(self, other: Costs) -> Costs:
         """The costs of a cut of the model, with the limits of this one."""
         pairs = zip(other.kinds, self.kinds, strict=True)
-        return replace(other, kinds=tuple(replace(a, limit=b.limit) for a, b in pairs))
+        kinds = tuple(replace(a, limit=b.limit) for a, b in pairs)
+        return replace(other, kinds=kinds, head=self.head)
 
     def narrowed(self, size: float) -> Costs:
         """The same with at most so many bytes for all units."""
@@ -177,7 +181,12 @@ class Costs:
         if name == EMBEDDINGS:
             stored = StorageFormat(embedded(stored), 0.0)
             each = [self._of_matrix(shape, stored) for shape in self.outer]
-            return tuple(map(sum, zip(*each, strict=True))) if each else (0.0,) * len(self.kinds)
+            if not each:
+                return (0.0,) * len(self.kinds)
+            whole = [sum(kind) for kind in zip(*each, strict=True)]
+            if self.head:
+                whole[-1] += self.head[stored.values]
+            return tuple(whole)
         return self._of_matrix(self.shapes[name], stored, kept, timed=True)
 
     def _of_matrix(
@@ -283,3 +292,10 @@ TIMED = [stored for stored in FORMATS if stored.sparsity in (0.0, 0.5, 0.7)]
 def weight_format(stored: StorageFormat) -> WeightFormat:
     """How linears of a format are timed."""
     return WeightFormat(SHORT.get(stored.values, stored.values), stored.sparsity)
+
+
+def time_heads(shape: tuple[int, int]) -> dict[str, float]:
+    """Seconds of an output head [out, in] beyond those in int8, by its values, from the table."""
+    values = dict.fromkeys(map(embedded, FORMATS))
+    seconds = {one: time_head(shape, weight_format(StorageFormat(one, 0.0))) for one in values}
+    return {one: each - seconds["int8"] for one, each in seconds.items()}

@@ -1,0 +1,48 @@
+"""The recipe of `draft`: a model that proposes tokens to its parent."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from secateur.recipes.compress import FitRecipe, FitText, HowToSearch
+from secateur.recipes.options import HOW, WHAT, Flag, Recipe, Section
+from secateur.recipes.shared import Device, Memory, OutputFolder, Planning
+
+
+class WhatToDraft(Section):
+    """The model that a draft is made of, and the one that it proposes to."""
+
+    group = WHAT
+
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder, hub id, GGUF file or named sample: the parent. The draft is made from its weights."""
+    runs_as: Annotated[str | None, Flag(value="FOLDER", default="MODEL")] = None
+    """Folder of the same model as it runs, if it is packed: the draft is measured and timed beside
+    it."""
+
+
+class HowToTeach(Section):
+    """What the draft learns from."""
+
+    group = HOW
+
+    own_text: float = Field(0.5, ge=0, le=1)
+    """Share of --heal-tokens that the parent writes itself; the rest is calibration text."""
+
+
+class DraftRecipe(Device, HowToTeach, HowToSearch, WhatToDraft, OutputFolder, Recipe):
+    """One draft."""
+
+    run = Planning
+
+    calibration: FitText = FitText()
+    memory: Memory = Memory()
+
+    @property
+    def fitted(self) -> FitRecipe:
+        """How models are made on the way: as by a fit whose seconds are counted."""
+        shared = FitRecipe.model_fields.keys() & DraftRecipe.model_fields.keys()
+        given = {name: getattr(self, name) for name in shared}
+        return FitRecipe(**given, decode_speedup=1.0)

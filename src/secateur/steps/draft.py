@@ -1,0 +1,350 @@
+"""`secateur draft`: the draft with the largest expected speed-up of its parent on this machine.
+
+    survey ─► drafts for several times of a token ─► made, measured ─► healed ─► judged
+
+Speculative decoding gives exactly the parent's text, so a draft needs no quality of its own: only
+to be fast, and taken often. Both are known before anything is generated (`evaluation/acceptance`):
+
+    speed-up(k) = (1 + accepted(k)) · c(1) / (k · c_draft + c(k + 1))
+
+The search is that of a fit, with the seconds of a token as its only bound. For each of several
+bounds the knapsack chooses the formats that are predicted to diverge least from the parent. By
+Pinsker, a divergence D means a refusal of at most
+
+    1 − acceptance = TV ≤ √(D / 2)        so it is predicted as    s · √(D / 2)
+
+The bound with the largest predicted speed-up is made as a real model, and measured. That sets s and
+the ratio of its seconds to those of the table, and the choice is made again, at most twice. The
+best draft is healed, and then the number of tokens of its head is chosen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.calibration.continuation import PREFIX
+from secateur.calibration.windows import stored_start
+from secateur.engine.search.candidate_evaluator import cut_windows
+from secateur.engine.search.knapsack import Knapsack
+from secateur.errors import ArchitectureError
+from secateur.evaluation.acceptance import even_runs, speculation
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.progress import Progress
+from secateur.recipes.draft import DraftRecipe
+from secateur.recipes.shared import texts_of
+from secateur.reporting.draft import DraftPlanResult, DraftPoint, DraftResult
+from secateur.reporting.fit import FitBranch
+from secateur.runs.folder import NOTES, check_output, file_digests
+from secateur.runs.output import write_json, write_text
+from secateur.runs.records import read_record
+from secateur.runs.records.measured import Acceptance
+from secateur.runtime.layer_forms import why_not
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.sparsity.evolution import Candidate
+from secateur.steps.fit import open_model
+from secateur.steps.fitting.candidates import (
+    Workshop,
+    build_structured,
+    heal_candidates,
+    made_mix,
+    pack_winner,
+)
+from secateur.steps.fitting.costs import MARGINS, SECONDS, Costs, costs_of, time_heads
+from secateur.steps.fitting.drafts import (
+    FREQUENT,
+    HEADS,
+    DraftBench,
+    MeasuredDraft,
+    save_frequent,
+    with_own_text,
+    written_by_parent,
+)
+from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, embedded
+from secateur.steps.fitting.survey import survey_model
+from secateur.steps.runner import RunContext, Step, source_of
+from secateur.types import Windows
+
+DRAFT = "draft.json"
+
+BOUNDS = 9
+"""Times of a token that drafts are chosen for: from the fastest one to that of dense int8."""
+
+MOST_MADE = 3
+"""How many drafts are made without a cut, at most."""
+
+BETTER = 1.01
+"""Another draft is made where it is predicted to bring so many times as much as the best one."""
+
+REFUSED = 0.7
+"""s, until a draft is measured. On SmolLM2 it is 0.6 to 0.8 (docs/draft.md)."""
+
+
+def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> DraftPlanResult:
+    """Check a recipe, and show what making the draft would try.
+
+    Args:
+        recipe: recipe of the draft.
+        progress: receives the reading of the model.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the run would.
+    """
+    source = source_of(recipe, progress)
+    model = open_model(recipe.fitted, source)
+    refuse_parent(recipe, source)
+    read = [recipe.model, str(source.folder), *Draft.reads(recipe)]
+    check_output(recipe.output, "draft", 0, read, call)
+    costs = Costs((), model.shapes)
+    config = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code).config
+    return DraftPlanResult(
+        linears=len(model.shapes),
+        file_bytes=model.file_bytes,
+        bounds={},
+        formats=tuple(stored.name for stored in costs.formats),
+        tokens_to_heal=recipe.fitted.tokens_to_heal,
+        minutes=recipe.minutes,
+        heads=(config.vocab_size, *(n for n in HEADS if n < config.vocab_size)),
+        tokens_to_write=round(recipe.own_text * recipe.fitted.tokens_to_heal),
+    )
+
+
+def refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
+    """Refuse a parent that our loop does not decode.
+
+    Raises:
+        ArchitectureError: says why.
+    """
+    trust = recipe.trust_remote_code
+    reason = why_not(build_skeleton(source.folder, trust_remote_code=trust))
+    if reason is not None:
+        raise ArchitectureError(
+            f"a draft of this model would not be used: {reason}",
+            where=recipe.model,
+            remedy="drafts are for families that one call decodes (docs/architectures.md); "
+            "transformers drafts by itself: generate(prompt_lookup_num_tokens=…)",
+        )
+
+
+class Draft(Step[DraftRecipe, DraftResult]):
+    """Find and make the draft of a model that makes it decode fastest.
+
+    The text of the model stays exactly the same: a draft proposes tokens, and the model takes or
+    refuses them. A draft is made of the model's own weights, rounded and pruned, and then learns
+    from it. What it brings on this machine is known from how often its tokens are taken on text,
+    and from the times of both.
+    """
+
+    verb = "draft"
+
+    def __init__(self, recipe: DraftRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        self.model: PackableCheckpoint = open_model(recipe.fitted, run.source)
+        refuse_parent(recipe, run.source)
+        trust = recipe.trust_remote_code
+        runs_as = recipe.runs_as or str(run.source.folder)
+        self.parent = resolve(runs_as, trust_remote_code=trust, progress=run.progress).folder
+
+    @classmethod
+    def reads(cls, recipe: DraftRecipe) -> Iterable[str]:
+        """The calibration texts, and the parent as it runs."""
+        return [*texts_of(recipe.calibration.source), *filter(None, [recipe.runs_as])]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that affects the result."""
+        return {
+            **self.recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
+            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            "source_files": file_digests(self.model.reader.files, self.run.progress),
+        }
+
+    @classmethod
+    def result(cls, output: Path) -> DraftResult:
+        """Read the result of a finished run from its notes."""
+        return read_record(DraftResult, output / NOTES / DRAFT)
+
+    def work(self) -> DraftResult:
+        """Survey the parent, make drafts and measure them beside it, heal and judge the best."""
+        run, folder, fitted = self.run, self.run.folder, self.recipe.fitted
+        costs = costs_of(fitted, self.model, run.progress)
+        costs = replace(costs, head=time_heads(costs.outer[-1]))
+        budget = TimeBudget(fitted.minutes, folder.work / "pace.json", run.meter.started)
+        context = FitContext.prepare(
+            fitted, run.source, self.model, costs, budget, folder.work, run.progress
+        )
+        context = with_own_text(context, self.recipe.own_text)
+        windows = context.choosing.windows
+        evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
+        workshop = Workshop(context, survey_model(context, evaluator), evaluator)
+        bench = DraftBench(context, self.parent)
+        found, points, cuts = make_drafts(workshop, bench, costs)
+        unhealed = max(found, key=lambda one: one.gain)
+        [built] = heal_candidates(workshop, [unhealed.built])
+        winner = unhealed
+        if built.packed != unhealed.built.packed:
+            healed = bench.measured(built)
+            found.append(healed)
+            winner = max(unhealed, healed, key=lambda one: one.gain)
+        packed = pack_winner(run, context, winner.built)
+        head, place = bench.heads[winner.best_head], winner.heads[winner.best_head]
+        if head is not None:
+            save_frequent(head, folder.notes / FREQUENT)
+        before, taken, own = self._judged(bench, unhealed, winner, head)
+        sampled, greedy = (
+            speculation(runs, winner.times.parent, place.seconds, least=1)
+            for runs in (taken.runs, taken.greedy_runs)
+        )
+        formats = winner.built.formats
+        result = DraftResult(
+            output=folder.output,
+            parent=self.recipe.runs_as or self.recipe.model,
+            seconds=time.perf_counter() - run.meter.started,
+            dropped=tuple(budget.dropped),
+            kind_of={n: stored.name for n, stored in formats.items() if n != EMBEDDINGS},
+            embeddings=embedded(formats[EMBEDDINGS]),
+            head_tokens=place.tokens,
+            vocabulary=bench.vocabulary,
+            parent_seconds=winner.times.parent,
+            draft_seconds=place.seconds,
+            unhealed=before,
+            acceptance=taken,
+            own_text=own,
+            sampled=sampled,
+            greedy=greedy,
+            candidates=tuple(one.row for one in found),
+            heads=winner.heads,
+            branches=tuple(cuts),
+            frontier=tuple(points),
+            packed=packed,
+        )
+        write_json(folder.notes / DRAFT, result.to_json())
+        card = folder.model / "README.md"
+        write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{draft_section(result)}")
+        return result
+
+    def _judged(
+        self, bench: DraftBench, unhealed: MeasuredDraft, winner: MeasuredDraft, head: Tensor | None
+    ) -> tuple[Acceptance | None, Acceptance, Acceptance | None]:
+        """What the parent takes on text that neither made nor chose.
+
+        Returns:
+            Before healing, if the winner was healed; of the winner; and on the parent's own text,
+            if it writes any.
+        """
+        judging = bench.context.judging
+
+        def taken(one: MeasuredDraft, windows: Windows, name: str) -> Acceptance:
+            [found] = bench.acceptances(one.built.packed, windows, judging.start, name, [head])
+            return found
+
+        before = own = None
+        if winner is not unhealed:
+            before = taken(unhealed, judging.windows, "judged")
+        if self.recipe.own_text and judging.windows.shape[1] > PREFIX + judging.start:
+            start = stored_start(judging.file)
+            written = written_by_parent(
+                bench.context, judging.windows, start, len(judging.windows), "judges"
+            )
+            own = taken(winner, written, "own")
+        return before, taken(winner, judging.windows, "judged"), own
+
+
+@dataclass(frozen=True)
+class DraftChoice:
+    """The formats of a draft that may be made, and what is predicted for it."""
+
+    candidate: Candidate
+    point: DraftPoint
+
+
+def choices(
+    knapsack: Knapsack, costs: Costs, parent: Sequence[float], refused: float, slower: float
+) -> list[DraftChoice]:
+    """The best drafts for several times of a token, fastest first.
+
+    Args:
+        knapsack: the formats of every unit.
+        costs: size, and seconds by the table.
+        parent: c(1), c(2), …
+        refused: (1 − acceptance) / √(D / 2).
+        slower: seconds of a draft over those by the table.
+    """
+    int8 = [stored.name for stored in costs.formats].index("int8")
+    low, high = knapsack.least[1], knapsack.total((int8,) * len(costs.units))[1]
+    found: dict[Candidate, DraftPoint] = {}
+    for step in range(BOUNDS):
+        bound = low + (high - low) * step / (BOUNDS - 1)
+        candidate = knapsack.best((math.inf, bound))
+        if candidate is None:
+            continue
+        seconds = slower * (costs.rest[1] + knapsack.total(candidate)[1])
+        divergence = max(0.0, knapsack.predicted(candidate))
+        taken = 1 - min(1.0, refused * math.sqrt(divergence / 2))
+        expected = speculation(even_runs(taken), parent, seconds, least=1)
+        found[candidate] = DraftPoint(seconds, divergence, taken, expected)
+    return [DraftChoice(*pair) for pair in found.items()]
+
+
+def make_drafts(
+    workshop: Workshop, bench: DraftBench, costs: Costs
+) -> tuple[list[MeasuredDraft], list[DraftPoint], list[FitBranch]]:
+    """Make and measure the drafts that are predicted to bring most.
+
+    Returns:
+        Those that were made, what is predicted for others after all measurements, and what became
+        of every cut.
+    """
+    context, found = workshop.context, list[MeasuredDraft]()
+    seen, cuts = set[Candidate](), list[FitBranch]()
+    parent, refused, slower, bound = bench.alone.parent, REFUSED, 1.0, math.inf
+    while True:
+        knapsack = workshop.predictions.knapsack(costs)
+        predicted = choices(knapsack, costs, parent, refused, slower)
+        best = max(predicted, key=lambda one: one.point.expected.speedup)
+        most = max((one.row.sampled.speedup for one in found), default=0.0)
+        known = best.candidate in seen or best.point.expected.speedup < BETTER * most
+        if known or len(found) == MOST_MADE:
+            break
+        if found and not context.time.allows("another draft", context.time.expected("making")):
+            break
+        seen.add(best.candidate)
+        name = f"draft {len(found) + 1}"
+        built, workshop = made_mix(workshop, name, knapsack, best.candidate, costs)
+        measured = bench.measured(built)
+        taken, table = measured.row.acceptance.mean, knapsack.total(best.candidate)[1]
+        if built.divergence > 0:
+            refused = (1 - taken) / math.sqrt(built.divergence / 2)
+        slower, parent = measured.times.draft / (costs.rest[1] + table), measured.times.parent
+        if measured.gain > max((one.gain for one in found), default=0.0):
+            bound = costs.rest[1] + table / (1 - MARGINS[SECONDS])
+        found.append(measured)
+    if context.recipe.structure and context.time.allows(
+        "cuts", 2 * context.time.expected("making")
+    ):
+        leader = max(found, key=lambda one: one.gain).built
+        structured, cuts = build_structured(workshop, leader, costs.limited(1, bound))
+        found += map(bench.measured, structured)
+    return found, [one.point for one in predicted], cuts
+
+
+def draft_section(result: DraftResult) -> str:
+    """The part of the model card that says whose draft it is."""
+    taken, head = result.acceptance, ""
+    if result.head_tokens < result.vocabulary:
+        head = f" Its head proposes {result.head_tokens:,} frequent tokens (`{NOTES}/{FREQUENT}`)."
+    return (
+        f"## A draft\n\nThis model is a draft of {Path(result.parent).name} for speculative "
+        f"decoding: it proposes tokens, and {Path(result.parent).name} takes or refuses them, so "
+        f"the text stays exactly its own. On text that neither made nor chose the draft, it takes "
+        f"{taken.mean:.0%} of the tokens at temperature 1 and {taken.agreement:.0%} in greedy "
+        f"decoding.{head}\n"
+    )
