@@ -39,6 +39,7 @@ VERBS = {
     "structure": ["--keep-layers", 2, "--calibration", "WINDOWS"],
     "compress": ["--values", "int4"],
     "fit": ["--max-size", "1MiB", "--calibration", "WINDOWS"],
+    "draft": ["--calibration", "WINDOWS"],
     "export": [],
     "import": [],
     "generate": ["--prompt", "a b"],
@@ -50,7 +51,7 @@ VERBS = {
     "sweep": ["--methods", "magnitude", "--sparsities", 0.5, "--text", "WINDOWS"],
     "push": ["owner/name", "--dry-run"],
 }
-WRITING = {"prune", "structure", "compress", "fit", "export", "import", "train", "sweep"}
+WRITING = {"prune", "structure", "compress", "fit", "draft", "export", "import", "train", "sweep"}
 
 
 @pytest.mark.parametrize("case", VERBS)

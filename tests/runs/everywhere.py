@@ -44,6 +44,7 @@ from faults import (
 from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, table
 
 import secateur
+from fixed_times import use_fixed_times
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
 from secateur.steps.fitting import candidates
@@ -282,6 +283,7 @@ def warm_up() -> None:
         importlib.import_module(name)
     small = Search(generations=2, offspring=2, stages=((2, 40), (1, 80)))
     Search.__init__.__defaults__ = tuple(getattr(small, x.name) for x in fields(Search))
+    use_fixed_times()
     candidates.WORTH = -1.0  # so that a fit of a random model tries a cut
     candidates.STRUCTURED_CANDIDATES = candidates.STRUCTURED_CANDIDATES[1:2]
 

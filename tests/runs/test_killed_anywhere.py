@@ -45,6 +45,7 @@ SHARES = {
             "decompress",
             "export",
             "fit",
+            "draft",
             "import",
         ],
         ["train", "train with a teacher", "chain", "compress", "compress int8", "sweep"],

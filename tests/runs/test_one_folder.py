@@ -319,7 +319,7 @@ def test_resume_with_another_text_is_refused(
     assert contents(tmp_path / "out") == straight.contents
 
 
-@pytest.mark.parametrize("name", [*RESUMABLE, slow("fit")])
+@pytest.mark.parametrize("name", [*RESUMABLE, slow("fit"), slow("draft")])
 def test_resume_of_a_finished_run_shows_its_result(
     name: str, sources: Path, finished: Finish, caplog: pytest.LogCaptureFixture
 ) -> None:

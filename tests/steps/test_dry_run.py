@@ -19,6 +19,7 @@ VERBS: dict[str, dict[str, Any]] = {
     "structure": {"ffn": 0.5, "effort": "fast", "calibration": "text.txt"},
     "train": {"text": "text.txt", "steps": 3},
     "fit": {"max_size": "60KiB", "calibration": "text.txt"},
+    "draft": {"calibration": "text.txt"},
 }
 LENGTH = {"sequence_length": 32, "windows": 24}
 

@@ -1,0 +1,86 @@
+"""Which draft is made: that of the largest predicted speed-up among those of least divergence."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from fixed_times import PARENT, head_time, matrix_times
+from secateur.engine.search.knapsack import Knapsack
+from secateur.progress import Silent
+from secateur.steps.draft import BOUNDS, choices
+from secateur.steps.fitting.costs import SECONDS, SIZE, TIMED, CostKind, Costs, weight_format
+from secateur.steps.fitting.storage_formats import EMBEDDINGS, FORMATS, StorageFormat
+
+SHAPES = {"a": (64, 64), "b": (128, 64), "c": (64, 128)}
+
+
+def costs() -> Costs:
+    """Three linears and a head, timed by their bytes."""
+    times = matrix_times(None, [*SHAPES.values()], [*map(weight_format, TIMED)], Silent())
+    kinds = CostKind(SIZE, 0.0, math.inf), CostKind(SECONDS, times.rest, times.base)
+    outer = (96, 64)
+    seconds = {x: head_time(outer, weight_format(StorageFormat(x, 0.0))) for x in ("int8", "int4")}
+    head = {x: seconds["int4" if x == "int3" else x] - seconds["int8"] for x in (*seconds, "int3")}
+    return Costs(kinds, SHAPES, (outer,), times, head=head)
+
+
+def test_the_head_counts_in_seconds() -> None:
+    found = costs()
+    int8, int4, int3 = (
+        found.of(EMBEDDINGS, StorageFormat(x, 0.0)) for x in ("int8", "int4", "int3")
+    )
+    assert int8[1] == 0.0
+    assert int4[1] == int3[1] == pytest.approx(-1e-6 * 96 * 64 / 2)
+    assert int3[0] < int4[0] < int8[0]
+
+
+def levels() -> list[int]:
+    """Few enough formats to try all combinations."""
+    wanted = ("bfloat16", "int8", "int4", "50% zeros, int8", "50% zeros, int4")
+    return [n for n, stored in enumerate(FORMATS) if stored.name in wanted]
+
+
+@pytest.mark.parametrize("refused", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("slower", [1.0, 1.3])
+def test_the_best_choice_against_all_combinations(refused: float, slower: float) -> None:
+    whole = costs()
+    lost = {"bfloat16": 0.0, "int8": 0.001, "int4": 0.05, "50% zeros, int8": 0.2,
+            "50% zeros, int4": 0.3}  # fmt: skip
+    weight = {"a": 1.0, "b": 2.5, "c": 0.4, EMBEDDINGS: 1.5}
+    rise = tuple(
+        tuple(weight[unit] * lost.get(stored.name, 50.0) for stored in FORMATS)
+        for unit in whole.units
+    )
+    cost = tuple(tuple(whole.of(unit, stored) for stored in FORMATS) for unit in whole.units)
+    knapsack = Knapsack(cost, rise)
+    scale = 1 / whole.table.base  # dense int8 takes a second, as one call of the parent
+    parent = [each * 1.5 for each in PARENT]
+    found = choices(knapsack, whole, parent, refused, slower * scale)
+
+    def promise(divergence: float, seconds: float) -> float:
+        taken = max(0.0, 1 - refused * math.sqrt(divergence / 2))
+        return max(
+            (1 + sum(taken**i for i in range(1, k + 1))) * parent[0] / (k * seconds + parent[k])
+            for k in range(1, 8)
+        )
+
+    for one in found:
+        total = knapsack.total(one.candidate)[1]
+        assert one.point.seconds == pytest.approx(slower * scale * (whole.rest[1] + total))
+        assert one.point.divergence == pytest.approx(knapsack.predicted(one.candidate))
+        expected = promise(one.point.divergence, one.point.seconds)
+        assert one.point.expected.speedup == pytest.approx(expected)
+    assert 1 < len(found) <= BOUNDS
+    assert [one.point.seconds for one in found] == sorted(one.point.seconds for one in found)
+    every = [
+        promise(
+            knapsack.predicted(candidate),
+            slower * scale * (whole.rest[1] + knapsack.total(candidate)[1]),
+        )
+        for candidate in itertools.product(levels(), repeat=4)
+    ]
+    best = max(one.point.expected.speedup for one in found)
+    assert 0.95 * max(every) < best <= max(every) + 1e-9
