@@ -9,7 +9,8 @@ Parent: SmolLM2-135M in float32. Drafts: the parent in int4 (`compress --values 
 `prepare` makes them and exports both sides with `export --draft-of`. `check` lets each engine write
 48 greedy tokens after each of 16 prompts (`KINDS`), with the draft and without, in an environment
 of its own: PYTHON is one with the engine (docs/vllm.md, `pip install xllamacpp`). A row has the
-number of equal texts, the tokens up to the first difference of each text, and the speed of both.
+number of equal texts, how much of a text is before the first difference (tokens; characters in
+llama.cpp), and the speed of both, prompts included.
 
 With a draft an engine computes several tokens in one call, and sums may have another order. Where
 two tokens are nearly as likely the texts can part, without any draft too.
@@ -31,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 HERE, NAME, SAMPLE = Path(__file__).parent, "draft-engines", "smollm2-135m"
-TOKENS, THREADS, PROPOSED = 48, 2, 3
+TOKENS, PROPOSED = 48, 3
 INT4: dict[str, Any] = {"values": "int4", "group_size": 32, "embeddings": "int8"}
-PROTOCOL = {"model": SAMPLE, "tokens": TOKENS, "threads": THREADS, "proposed": PROPOSED}
+PROTOCOL = {"model": SAMPLE, "tokens": TOKENS, "proposed": PROPOSED}
 CASES = (
     ("transformers", "parent", "packed"),
     ("llama.cpp", "f32", "q4_0"),
@@ -109,7 +110,7 @@ def answer(python: str, script: list[str], asked: dict[str, Any]) -> dict[str, A
     return dict(json.loads(lines[-1]))
 
 
-def check(work: Path, pythons: dict[str, str], drafts: list[str]) -> None:
+def check(work: Path, pythons: dict[str, str], drafts: list[str], threads: int) -> None:
     """Measure the missing rows."""
     from hardware import add, keep
     from stored import known_rows
@@ -128,7 +129,7 @@ def check(work: Path, pythons: dict[str, str], drafts: list[str]) -> None:
                 "model": place(work, "parent", parent),
                 "prompts": prompts,
                 "tokens": TOKENS,
-                "threads": THREADS,
+                "threads": threads,
                 "proposed": PROPOSED,
                 "singly": True,
             }
@@ -139,7 +140,7 @@ def check(work: Path, pythons: dict[str, str], drafts: list[str]) -> None:
             alone = answer(pythons[engine], script, asked)
             helped = answer(pythons[engine], script, {**asked, "draft": place(work, draft, type)})
             row: dict[str, Any] = dict(zip(key, (engine, parent, draft, type), strict=True))
-            row |= compared(alone, helped)
+            row |= compared(alone, helped) | {"threads": threads}
             add(NAME, PROTOCOL, row)
             print(row, flush=True)
 
@@ -149,15 +150,16 @@ def compared(alone: dict[str, Any], helped: dict[str, Any]) -> dict[str, Any]:
     for one in (alone, helped):
         if "fault" in one:
             return {"fault": one["fault"]}
-    alike = [
-        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-        for x, y in zip(alone["tokens"], helped["tokens"], strict=True)
+    pairs = list(zip(alone["tokens"], helped["tokens"], strict=True))
+    shared = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), len(x)) / len(x)
+        for x, y in pairs
     ]
-    made = sum(map(len, alone["tokens"]))
+    made = TOKENS * len(pairs)
     return {
-        "texts": len(alike),
-        "equal_texts": sum(n == TOKENS for n in alike),
-        "equal_tokens": sum(alike),
+        "texts": len(pairs),
+        "equal_texts": sum(one == other for one, other in pairs),
+        "shared": sum(shared) / len(shared),
         "tokens_per_second": made / alone["seconds"],
         "tokens_per_second_with_draft": made / helped["seconds"],
         "calls": helped.get("calls"),
@@ -210,11 +212,11 @@ def in_llama_cpp(asked: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"tokens": [], "seconds": 0.0, "proposed": 0, "accepted": 0}
     for prompt in asked["prompts"]:
         question = {"prompt": prompt, "n_predict": asked["tokens"], "temperature": 0.0}
-        question |= {"ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+        question |= {"ignore_eos": True, "cache_prompt": False}
         begun = time.perf_counter()
         said = server.handle_completions(question)
         found["seconds"] += time.perf_counter() - begun
-        found["tokens"].append(said["tokens"])
+        found["tokens"].append(said["choices"][0]["text"])
         found["proposed"] += said["timings"].get("draft_n", 0)
         found["accepted"] += said["timings"].get("draft_n_accepted", 0)
     return {**found, "versions": {"xllamacpp": version("xllamacpp")}}
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, nargs="?", default=Path("draft-engines-work"))
     parser.add_argument("--engine", action="append", default=[], help="NAME or NAME=PYTHON")
     parser.add_argument("--draft", action="append", type=Path, default=[])
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     pythons = {n: p or sys.executable for n, _, p in (e.partition("=") for e in given.engine)}
     if given.what == "worker":
@@ -261,7 +264,12 @@ def main() -> None:
     elif given.what == "prepare":
         prepare(given.work.resolve(), given.draft)
     elif given.what == "check":
-        check(given.work.resolve(), pythons, ["int4", *(one.name for one in given.draft)])
+        check(
+            given.work.resolve(),
+            pythons,
+            ["int4", *(one.name for one in given.draft)],
+            given.threads,
+        )
     else:
         show()
 
