@@ -11,7 +11,7 @@ import pytest
 
 import secateur as library
 from report_page.test_report import Page
-from reporting.examples import write_fit, write_full_run
+from reporting.examples import write_draft, write_fit, write_full_run
 from secateur.errors import CheckpointError, RecipeError
 from secateur.report_page.claims import pruning_brought
 from secateur.report_page.report import report
@@ -48,6 +48,26 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     # two frontiers of four, a cut, the winner and another finalist
     assert page.figures["frontier"] == 11
     assert {"fit", "quality", "provenance"} <= set(page.ids)
+
+
+def test_a_draft_is_faster_with_the_same_output(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_draft(tmp_path / "draft"))
+    for text in (
+        "draft: faster with the same output",
+        "1.42×",
+        "1.42× in greedy decoding, 1.32× at temperature 1",
+        "secateur bench smollm2-135m --draft draft",
+        "73\u00a0%",
+        "66\u00a0% before healing; 75\u00a0% in greedy decoding",
+        "15\u00a0%",
+        "8,192 of 49,152 tokens",
+    ):
+        assert text in page.text, text
+    assert {"draft", "provenance"} <= set(page.ids)
+    assert not {"fit", "quality"} & set(page.ids)
+    assert "no draft pays here" not in page.text
+    slow = page_of(tmp_path, write_draft(tmp_path / "slow", speedup=1.01))
+    assert "no draft pays here: the best one is expected to bring 1.01 x" in slow.text
 
 
 def test_the_chart_of_a_fit_shows_every_finalist(tmp_path: Path) -> None:

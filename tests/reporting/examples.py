@@ -352,3 +352,36 @@ TOTALS = {
     "matrices": 5, "weights": 1000, "nonzeros": 850, "bytes": 500, "bits_per_weight": 4.0,
     "ratio": 0.25,
 }  # fmt: skip
+
+
+def write_draft(folder: Path, *, speedup: float = 1.42) -> Path:
+    """A finished draft of ten matrices."""
+
+    def accepted(mean: float) -> dict[str, Any]:
+        runs = [mean**i for i in range(1, 8)]
+        return {
+            "mean": mean, "standard_error": 0.01, "agreement": mean + 0.02,
+            "agreement_standard_error": 0.01, "runs": runs, "greedy_runs": runs, "tokens": 4096,
+        }  # fmt: skip
+
+    def expected(gain: float) -> dict[str, Any]:
+        return {"k": 3, "accepted": 1.8, "speedup": gain}
+
+    fit = json.loads((write_fit(folder) / "secateur" / "fit.json").read_text())
+    (folder / "secateur" / "fit.json").unlink()
+    shared = ("output", "dropped", "kind_of", "embeddings", "branches", "packed", "seconds")
+    candidate = {
+        "name": "all formats, mixed", "file_bytes": 67 * 2**20, "divergence": 0.2, "healed": True,
+        "acceptance": accepted(0.74), "seconds": 0.004, "sampled": expected(1.4),
+        "greedy": expected(1.4),
+    }  # fmt: skip
+    record = {
+        **{name: fit[name] for name in shared},
+        "parent": "smollm2-135m", "head_tokens": 8192, "vocabulary": 49152,
+        "parent_seconds": [0.02, 0.021, 0.022, 0.023, 0.024, 0.025, 0.026, 0.027],
+        "draft_seconds": 0.003, "unhealed": accepted(0.66), "acceptance": accepted(0.73),
+        "own_text": None, "sampled": expected(speedup - 0.1), "greedy": expected(speedup),
+        "candidates": [candidate], "heads": [], "frontier": [],
+    }  # fmt: skip
+    (folder / "secateur" / "draft.json").write_text(json.dumps(record))
+    return folder

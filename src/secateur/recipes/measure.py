@@ -346,8 +346,8 @@ class WhatToReport(Section):
     group = WHAT
 
     runs: Annotated[Texts, Flag(value="DIR")] = Field(min_length=1)
-    """Run folders, compressed or not; folders of sweeps and fits; files that `secateur advise
-    --json` wrote."""
+    """Run folders, compressed or not; folders of sweeps, fits and drafts; files that `secateur
+    advise --json` wrote."""
 
 
 class ReportRecipe(WhatToReport, Recipe):

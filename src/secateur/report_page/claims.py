@@ -18,6 +18,7 @@ import yaml
 from secateur.evaluation.perplexity import COMPUTED, judged_part
 from secateur.report_page.records import ReportedRun
 from secateur.reporting.cards import OURS, split_card, without_folders
+from secateur.reporting.draft import DraftResult
 from secateur.reporting.evaluate import GAIN, fastest_other
 from secateur.reporting.fit import ONLY_ROUNDED, WINNER, FitResult
 from secateur.reporting.next_steps import command
@@ -255,6 +256,34 @@ def fit_claims(result: FitResult) -> list[Claim]:
             tone="good" if loss < 0.05 else "fair" if loss < 0.3 else "bad",
         ),
         pruning_brought(result),
+    ]
+
+
+def draft_claims(result: DraftResult) -> list[Claim]:
+    """What a draft is expected to bring, what the parent accepts, and what it costs."""
+    best, unhealed = max(result.sampled.speedup, result.greedy.speedup), result.unhealed
+    before = "" if unhealed is None else f", {percent(unhealed.mean)} before healing"
+    return [
+        Claim(
+            "Faster by, output unchanged",
+            f"{best:.2f}×",
+            f"expected from measured times: {result.greedy.speedup:.2f}× in greedy decoding, "
+            f"{result.sampled.speedup:.2f}× at temperature 1. On text of your own: "
+            f"`secateur bench {bare_name(result.parent)} --draft {result.output.name}`.",
+            tone="fair" if result.broken else "good",
+        ),
+        Claim(
+            "Accepted",
+            percent(result.acceptance.mean),
+            f"of its tokens at temperature 1{before}; "
+            f"{percent(result.acceptance.agreement)} in greedy decoding.",
+        ),
+        Claim(
+            "Cost of a token",
+            percent(result.cost),
+            f"of a token of {bare_name(result.parent)}; {binary_size(result.packed.file_bytes)} "
+            "beside it.",
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Read what a report is about: folders of runs, sweeps and fits, and files of advice."""
+"""Read what a report is about: folders of runs, sweeps, fits and drafts, and files of advice."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from secateur.advisor.advise import AdviseResult
 from secateur.errors import CheckpointError, SourceError
 from secateur.reporting.cards import shown_place, source_name, without_folders
+from secateur.reporting.draft import DraftResult
 from secateur.reporting.fit import FitResult
 from secateur.reporting.next_steps import Origin, command
 from secateur.reporting.sweep import SweepResult
@@ -23,7 +24,7 @@ from secateur.runs.records.measured import (
     read_evaluation,
 )
 
-FIT = Path("secateur") / "fit.json"
+FIT, DRAFT = Path("secateur") / "fit.json", Path("secateur") / "draft.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ AnyResult = TypeVar("AnyResult")
 
 @dataclass(frozen=True)
 class Reported(Generic[AnyResult]):
-    """A sweep, a fit or an advice.
+    """A sweep, a fit, a draft or an advice.
 
     Attributes:
         name: its name on the page.
@@ -101,11 +102,12 @@ class Records:
     runs: tuple[ReportedRun, ...] = ()
     sweeps: tuple[Reported[SweepResult], ...] = ()
     fits: tuple[Reported[FitResult], ...] = ()
+    drafts: tuple[Reported[DraftResult], ...] = ()
     advices: tuple[Reported[AdviseResult], ...] = ()
 
 
 def read_records(places: Sequence[Path]) -> Records:
-    """Read folders of runs, sweeps and fits, and files of advice, in the given order.
+    """Read folders of runs, sweeps, fits and drafts, and files of advice, in the given order.
 
     Raises:
         SourceError: a path is none of these; the error says what is missing.
@@ -113,23 +115,25 @@ def read_records(places: Sequence[Path]) -> Records:
     """
     if not places:
         raise SourceError(
-            "there is nothing to report", remedy="name folders of runs, sweeps or fits, or the "
-            "JSON of an advice"
+            "there is nothing to report", remedy="name folders of runs, sweeps, fits or drafts, "
+            "or the JSON of an advice"
         )  # fmt: skip
     runs = list[ReportedRun]()
     sweeps, fits = list[Reported[SweepResult]](), list[Reported[FitResult]]()
-    advices = list[Reported[AdviseResult]]()
+    drafts, advices = list[Reported[DraftResult]](), list[Reported[AdviseResult]]()
     for place, name in zip(places, _names_of(places), strict=True):
         if (place / "sweep.json").is_file():
             sweep = read_record(Sweep, place / "sweep.json")
             sweeps.append(Reported(name, place, SweepResult(sweep, place)))
         elif (place / FIT).is_file():
             fits.append(Reported(name, place, read_record(FitResult, place / FIT)))
+        elif (place / DRAFT).is_file():
+            drafts.append(Reported(name, place, read_record(DraftResult, place / DRAFT)))
         elif place.is_file():
             advices.append(Reported(name, place, AdviseResult.read(place)))
         else:
             runs.append(read_run(place, name))
-    return Records(tuple(runs), tuple(sweeps), tuple(fits), tuple(advices))
+    return Records(tuple(runs), tuple(sweeps), tuple(fits), tuple(drafts), tuple(advices))
 
 
 def _names_of(places: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A report over runs, sweeps, fits and advice: the page, charts as files, the model card.
+"""A report over runs, sweeps, fits, drafts and advice: the page, charts as files, the model card.
 
 The page is one HTML file that contains everything it shows. The templates escape all text from
 files and models. The page also blocks the network and every script except its own, which computes
@@ -29,7 +29,14 @@ from secateur.evaluation.generation import DEGENERATE
 from secateur.models import shape
 from secateur.progress import Progress
 from secateur.recipes.measure import ReportRecipe
-from secateur.report_page.claims import claims, evidence, fit_claims, fit_summary, quality_rows
+from secateur.report_page.claims import (
+    claims,
+    draft_claims,
+    evidence,
+    fit_claims,
+    fit_summary,
+    quality_rows,
+)
 from secateur.report_page.figures import (
     alike,
     all_figures,
@@ -43,6 +50,7 @@ from secateur.report_page.figures import (
 from secateur.report_page.records import Records, Reported, ReportedRun, read_records
 from secateur.reporting.cards import prune_card, shown_place, with_dense_card, without_folders
 from secateur.reporting.charts import page_svg, save_plots
+from secateur.reporting.draft import DraftResult
 from secateur.reporting.fit import FitResult
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import (
@@ -70,7 +78,8 @@ def report(
     """Write one page with all measurements of pruned models, side by side.
 
     Args:
-        runs: run folders, compressed or not; folders of sweeps and fits; JSON files of advice.
+        runs: run folders, compressed or not; folders of sweeps, fits and drafts; JSON files of
+            advice.
         output: the HTML file.
         plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
         card: also write the model card of the only run, with all its measurements, to this file;
@@ -193,7 +202,8 @@ def _content(records: Records) -> dict[str, Any]:
         "samples": _samples(runs),
         "provenance": [
             *(*map(_of_run, records.runs), *map(_of_sweep, records.sweeps)),
-            *(*map(_of_fit, records.fits), *map(_of_advice, records.advices)),
+            *(*map(_of_fit, records.fits), *map(_of_draft, records.drafts)),
+            *map(_of_advice, records.advices),
         ],
         "made_by": _made_by,
         "claims": claims,
@@ -203,6 +213,7 @@ def _content(records: Records) -> dict[str, Any]:
         "sweep_lines": _sweep_lines,
         "fit_summary": fit_summary,
         "fit_claims": fit_claims,
+        "draft_claims": draft_claims,
         "tables_of": lambda result: [x for x in result.blocks() if isinstance(x, Table)],
         "sliders": SLIDERS,
         "what_if": lambda found: json.dumps(
@@ -216,7 +227,7 @@ def _title(records: Records) -> str:
     """The title of the page."""
     models = [run.manifest.source.name for run in records.runs]
     models += [sweep.result.sweep.model for sweep in records.sweeps]
-    models += [fit.name for fit in records.fits]
+    models += [one.name for one in (*records.fits, *records.drafts)]
     models += [advice.result.model for advice in records.advices]
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
@@ -231,12 +242,15 @@ def _title(records: Records) -> str:
         return f"{subject}: quality against sparsity"
     if records.fits:
         return f"{subject}: fitted to a budget"
+    if records.drafts:
+        return f"{subject}: faster with the same output"
     return f"{subject}: does it pay?"
 
 
 def lead(records: Records) -> str:
     """A sentence about the content of the page."""
-    if records.advices and not (records.runs or records.sweeps or records.fits):
+    measured = (records.runs, records.sweeps, records.fits, records.drafts)
+    if records.advices and not any(measured):
         return (
             "Nothing was run. Numbers are published, estimated by formulas, or times measured here."
         )
@@ -256,6 +270,7 @@ def _sections(records: Records) -> list[tuple[str, str]]:
         ("advice", "Advice", records.advices),
         ("what-if", "What if", records.advices),
         ("fit", "Fit", records.fits),
+        ("draft", "Draft", records.drafts),
         ("quality", "Quality", ours),
         ("sparsity", "Sparsity", records.sweeps or curves(records)),
         ("layers", "Layers", ours),
@@ -416,6 +431,15 @@ def _of_fit(fit: Reported[FitResult]) -> Part:
         ("Stored as", _facts(stored)),
     ]
     return Part(fit.name, [table for table in tables if table[1]])
+
+
+def _of_draft(draft: Reported[DraftResult]) -> Part:
+    """The parent of a draft, and how it is stored."""
+    result = draft.result
+    made: dict[str, Any] = {"folder": shown_place(draft.place), "parent": bare_name(result.parent)}
+    made |= {"candidates": [one.name for one in result.candidates], "seconds": result.seconds}
+    stored = {name: f"{one.matrices} matrices" for name, one in result.packed.formats.items()}
+    return Part(draft.name, [("Made", _facts(made)), ("Stored as", _facts(stored))])
 
 
 def _of_advice(advice: Reported[AdviseResult]) -> Part:
