@@ -227,7 +227,7 @@ def _title(records: Records) -> str:
     """The title of the page."""
     models = [run.manifest.source.name for run in records.runs]
     models += [sweep.result.sweep.model for sweep in records.sweeps]
-    models += [one.name for one in (*records.fits, *records.drafts)]
+    models += [*(fit.name for fit in records.fits), *(draft.name for draft in records.drafts)]
     models += [advice.result.model for advice in records.advices]
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
