@@ -207,14 +207,3 @@ def speculation(
         seconds = k * draft_seconds + verify
         found.append(Speculation(k, accepted, (1 + accepted) * parent_seconds[0] / seconds))
     return max(found[least:], key=lambda one: one.speedup)
-
-
-def even_runs(rate: float) -> tuple[float, ...]:
-    """The runs of an acceptance that is the same at all positions.
-
-    Example:
-        >>> from secateur.evaluation.acceptance import even_runs
-        >>> even_runs(0.5)[:3]
-        (0.5, 0.25, 0.125)
-    """
-    return tuple(rate**i for i in range(1, MOST_PROPOSED + 1))

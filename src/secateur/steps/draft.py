@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
@@ -34,7 +35,7 @@ from secateur.calibration.windows import stored_start
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import Knapsack
 from secateur.errors import ArchitectureError
-from secateur.evaluation.acceptance import even_runs, speculation
+from secateur.evaluation.acceptance import MOST_PROPOSED, speculation
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.progress import Progress
@@ -43,7 +44,7 @@ from secateur.recipes.shared import texts_of
 from secateur.reporting.draft import DraftPlanResult, DraftPoint, DraftResult
 from secateur.reporting.fit import FitBranch
 from secateur.runs.folder import NOTES, check_output, file_digests
-from secateur.runs.output import write_json, write_text
+from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runs.records.measured import Acceptance
 from secateur.runtime.layer_forms import why_not
@@ -63,7 +64,6 @@ from secateur.steps.fitting.drafts import (
     HEADS,
     DraftBench,
     MeasuredDraft,
-    save_frequent,
     with_own_text,
     written_by_parent,
 )
@@ -197,7 +197,7 @@ class Draft(Step[DraftRecipe, DraftResult]):
         packed = pack_winner(run, context, winner.built)
         head, place = bench.heads[winner.best_head], winner.heads[winner.best_head]
         if head is not None:
-            save_frequent(head, folder.notes / FREQUENT)
+            write_bytes(folder.notes / FREQUENT, save({"ids": head}))
         before, taken, own = self._judged(bench, unhealed, winner, head)
         sampled, greedy = (
             speculation(runs, winner.times.parent, place.seconds, least=1)
@@ -259,39 +259,56 @@ class Draft(Step[DraftRecipe, DraftResult]):
 
 
 @dataclass(frozen=True)
-class DraftChoice:
-    """The formats of a draft that may be made, and what is predicted for it."""
+class Prediction:
+    """Predicts what drafts bring, by what the survey and the drafts so far say.
 
-    candidate: Candidate
-    point: DraftPoint
-
-
-def choices(
-    knapsack: Knapsack, costs: Costs, parent: Sequence[float], refused: float, slower: float
-) -> list[DraftChoice]:
-    """The best drafts for several times of a token, fastest first.
-
-    Args:
+    Attributes:
         knapsack: the formats of every unit.
         costs: size, and seconds by the table.
         parent: c(1), c(2), …
         refused: (1 − acceptance) / √(D / 2).
         slower: seconds of a draft over those by the table.
     """
-    int8 = [stored.name for stored in costs.formats].index("int8")
-    low, high = knapsack.least[1], knapsack.total((int8,) * len(costs.units))[1]
-    found: dict[Candidate, DraftPoint] = {}
-    for step in range(BOUNDS):
-        bound = low + (high - low) * step / (BOUNDS - 1)
-        candidate = knapsack.best((math.inf, bound))
-        if candidate is None:
-            continue
-        seconds = slower * (costs.rest[1] + knapsack.total(candidate)[1])
-        divergence = max(0.0, knapsack.predicted(candidate))
-        taken = 1 - min(1.0, refused * math.sqrt(divergence / 2))
-        expected = speculation(even_runs(taken), parent, seconds, least=1)
-        found[candidate] = DraftPoint(seconds, divergence, taken, expected)
-    return [DraftChoice(*pair) for pair in found.items()]
+
+    knapsack: Knapsack
+    costs: Costs
+    parent: Sequence[float]
+    refused: float = REFUSED
+    slower: float = 1.0
+
+    def table_seconds(self, candidate: Candidate) -> float:
+        """Seconds of a token of a draft, by the table of times."""
+        return self.costs.rest[1] + self.knapsack.total(candidate)[1]
+
+    def of(self, candidate: Candidate) -> DraftPoint:
+        """What is predicted for a draft."""
+        divergence = max(0.0, self.knapsack.predicted(candidate))
+        taken = 1 - min(1.0, self.refused * math.sqrt(divergence / 2))
+        seconds = self.slower * self.table_seconds(candidate)
+        runs = [taken**i for i in range(1, MOST_PROPOSED + 1)]
+        expected = speculation(runs, self.parent, seconds, least=1)
+        return DraftPoint(seconds, divergence, taken, expected)
+
+    def choices(self) -> dict[Candidate, DraftPoint]:
+        """The drafts of least divergence for several times of a token, fastest first."""
+        int8 = [stored.name for stored in self.costs.formats].index("int8")
+        low, high = self.knapsack.least[1], self.knapsack.total((int8,) * len(self.costs.units))[1]
+        bounds = [low + (high - low) * step / (BOUNDS - 1) for step in range(BOUNDS)]
+        found = [self.knapsack.best((math.inf, bound)) for bound in bounds]
+        return {candidate: self.of(candidate) for candidate in found if candidate is not None}
+
+    def after(self, measured: MeasuredDraft, candidate: Candidate) -> Prediction:
+        """The same after a draft was made and measured."""
+        head, divergence = measured.heads[measured.best_head], measured.built.divergence
+        refused = self.refused
+        if divergence > 0:
+            refused = (1 - head.acceptance.mean) / math.sqrt(divergence / 2)
+        return replace(
+            self,
+            parent=measured.times.parent,
+            refused=refused,
+            slower=head.seconds / self.table_seconds(candidate),
+        )
 
 
 def make_drafts(
@@ -303,37 +320,30 @@ def make_drafts(
         Those that were made, what is predicted for others after all measurements, and what became
         of every cut.
     """
-    context, found = workshop.context, list[MeasuredDraft]()
-    seen, cuts = set[Candidate](), list[FitBranch]()
-    parent, refused, slower, bound = bench.alone.parent, REFUSED, 1.0, math.inf
+    context, made = workshop.context, dict[Candidate, MeasuredDraft]()
+    prediction = Prediction(workshop.predictions.knapsack(costs), costs, bench.alone.parent)
     while True:
-        knapsack = workshop.predictions.knapsack(costs)
-        predicted = choices(knapsack, costs, parent, refused, slower)
-        best = max(predicted, key=lambda one: one.point.expected.speedup)
-        most = max((one.row.sampled.speedup for one in found), default=0.0)
-        known = best.candidate in seen or best.point.expected.speedup < BETTER * most
-        if known or len(found) == MOST_MADE:
+        choices = prediction.choices()
+        best = max(choices, key=lambda one: choices[one].expected.speedup)
+        known = max((prediction.of(one).expected.speedup for one in made), default=0.0)
+        if choices[best].expected.speedup < BETTER * known or len(made) == MOST_MADE:
             break
-        if found and not context.time.allows("another draft", context.time.expected("making")):
+        if made and not context.time.allows("another draft", context.time.expected("making")):
             break
-        seen.add(best.candidate)
-        name = f"draft {len(found) + 1}"
-        built, workshop = made_mix(workshop, name, knapsack, best.candidate, costs)
-        measured = bench.measured(built)
-        taken, table = measured.row.acceptance.mean, knapsack.total(best.candidate)[1]
-        if built.divergence > 0:
-            refused = (1 - taken) / math.sqrt(built.divergence / 2)
-        slower, parent = measured.times.draft / (costs.rest[1] + table), measured.times.parent
-        if measured.gain > max((one.gain for one in found), default=0.0):
-            bound = costs.rest[1] + table / (1 - MARGINS[SECONDS])
-        found.append(measured)
-    if context.recipe.structure and context.time.allows(
-        "cuts", 2 * context.time.expected("making")
-    ):
-        leader = max(found, key=lambda one: one.gain).built
-        structured, cuts = build_structured(workshop, leader, costs.limited(1, bound))
+        name = f"draft {len(made) + 1}"
+        built, workshop = made_mix(workshop, name, prediction.knapsack, best, costs)
+        made[best] = bench.measured(built)
+        prediction = replace(prediction, knapsack=workshop.predictions.knapsack(costs))
+        prediction = prediction.after(made[best], best)
+    found, cuts = [*made.values()], list[FitBranch]()
+    cutting = 2 * context.time.expected("making")
+    if context.recipe.structure and context.time.allows("cuts", cutting):
+        leader = max(made, key=lambda one: made[one].gain)
+        seconds = prediction.knapsack.total(leader)[1] / (1 - MARGINS[SECONDS])
+        bounded = costs.limited(1, costs.rest[1] + seconds)
+        structured, cuts = build_structured(workshop, made[leader].built, bounded)
         found += map(bench.measured, structured)
-    return found, [one.point for one in predicted], cuts
+    return found, [*choices.values()], cuts
 
 
 def draft_section(result: DraftResult) -> str:

@@ -10,7 +10,7 @@ import pytest
 from fixed_times import PARENT, head_time, matrix_times
 from secateur.engine.search.knapsack import Knapsack
 from secateur.progress import Silent
-from secateur.steps.draft import BOUNDS, choices
+from secateur.steps.draft import BOUNDS, Prediction
 from secateur.steps.fitting.costs import SECONDS, SIZE, TIMED, CostKind, Costs, weight_format
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FORMATS, StorageFormat
 
@@ -58,7 +58,8 @@ def test_the_best_choice_against_all_combinations(refused: float, slower: float)
     knapsack = Knapsack(cost, rise)
     scale = 1 / whole.table.base  # dense int8 takes a second, as one call of the parent
     parent = [each * 1.5 for each in PARENT]
-    found = choices(knapsack, whole, parent, refused, slower * scale)
+    prediction = Prediction(knapsack, whole, parent, refused, slower * scale)
+    found = prediction.choices()
 
     def promise(divergence: float, seconds: float) -> float:
         taken = max(0.0, 1 - refused * math.sqrt(divergence / 2))
@@ -67,14 +68,15 @@ def test_the_best_choice_against_all_combinations(refused: float, slower: float)
             for k in range(1, 8)
         )
 
-    for one in found:
-        total = knapsack.total(one.candidate)[1]
-        assert one.point.seconds == pytest.approx(slower * scale * (whole.rest[1] + total))
-        assert one.point.divergence == pytest.approx(knapsack.predicted(one.candidate))
-        expected = promise(one.point.divergence, one.point.seconds)
-        assert one.point.expected.speedup == pytest.approx(expected)
+    for candidate, point in found.items():
+        total = knapsack.total(candidate)[1]
+        assert point.seconds == pytest.approx(slower * scale * (whole.rest[1] + total))
+        assert point.divergence == pytest.approx(knapsack.predicted(candidate))
+        expected = promise(point.divergence, point.seconds)
+        assert point.expected.speedup == pytest.approx(expected)
     assert 1 < len(found) <= BOUNDS
-    assert [one.point.seconds for one in found] == sorted(one.point.seconds for one in found)
+    seconds = [point.seconds for point in found.values()]
+    assert seconds == sorted(seconds)
     every = [
         promise(
             knapsack.predicted(candidate),
@@ -82,5 +84,5 @@ def test_the_best_choice_against_all_combinations(refused: float, slower: float)
         )
         for candidate in itertools.product(levels(), repeat=4)
     ]
-    best = max(one.point.expected.speedup for one in found)
+    best = max(point.expected.speedup for point in found.values())
     assert 0.95 * max(every) < best <= max(every) + 1e-9

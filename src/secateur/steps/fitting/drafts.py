@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from secateur.calibration.continuation import PREFIX
@@ -43,7 +42,7 @@ from secateur.evaluation.perplexity import window_progress
 from secateur.evaluation.token_times import time_head
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.draft import DraftCandidate, DraftHead
-from secateur.runs.output import write_bytes, write_json
+from secateur.runs.output import write_json
 from secateur.runs.records.measured import Acceptance
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.load import load
@@ -281,11 +280,6 @@ def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: 
     uses = torch.bincount(windows.flatten(), minlength=vocabulary)
     uses[[one for one in always if one < vocabulary]] = windows.numel() + 1
     return uses.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def save_frequent(ids: Tensor, file: Path) -> None:
-    """Write the tokens of a head over frequent tokens."""
-    write_bytes(file, save({"ids": ids.contiguous()}))
 
 
 def with_own_text(context: FitContext, share: float) -> FitContext:
