@@ -155,9 +155,7 @@ class Token(NamedTuple):
 class SlotDecoder:
     """Decodes up to eight tokens of several sequences with one call.
 
-    What is computed for a sequence does not depend on the others, bit for bit. The exception are
-    matrices of bfloat16: on the tiers `avx512bf16` and `amx` their sums have another order from
-    four tokens on, on `avx2` from three on.
+    What is computed for a token does not depend on the others in the call, bit for bit.
 
     Args:
         model: a transformers model in eval mode, from `secateur.load` or plain.

@@ -99,39 +99,45 @@ SCT_INLINE __m256i thirty_two_bytes(const int8_t **v, uint32_t kept, int packed)
 }
 
 /* bfloat16 values, float32 activations. A sum waits four cycles for itself, so there are four of
- * them where registers allow it. */
-SCT_INLINE void pairs(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
-                      float *y, int64_t y_stride, const int B, const int packed) {
+ * them. Registers allow that for two vectors; more of them read a row, which is in the first cache
+ * then, once more for each two. So the order of sums is the same for any number. */
+SCT_INLINE void pair(const sct_matrix *m, const sct_input *in, int64_t row, int first_vector,
+                     float *y, int64_t y_stride, const int B, const int packed) {
     const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);
-    const int both = B <= 2;
-    for (int64_t row = begin; row < end; row++) {
-        const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
-        __m256 even[2][SCT_MAX_BATCH], odd[2][SCT_MAX_BATCH];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++)
-            even[0][b] = odd[0][b] = even[1][b] = odd[1][b] = _mm256_setzero_ps();
-        for (int64_t w = 0; w < m->words; w++) {
-            uint64_t kept = packed ? m->mask[row * m->words + w] : 0;
+    const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
+    __m256 even[2][2], odd[2][2];
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++)
+        even[0][b] = odd[0][b] = even[1][b] = odd[1][b] = _mm256_setzero_ps();
+    for (int64_t w = 0; w < m->words; w++) {
+        uint64_t kept = packed ? m->mask[row * m->words + w] : 0;
 #pragma GCC unroll 4
-            for (int h = 0; h < 4; h++) {
-                const int s = both ? h & 1 : 0;
-                __m256i e = sixteen_two_bytes(&v, kept >> (16 * h), packed);
-                __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(e, 16));
-                __m256 second = _mm256_castsi256_ps(_mm256_and_si256(e, upper));
-#pragma GCC unroll 8
-                for (int b = 0; b < B; b++) {
-                    const float *x = in->floats + b * in->padded + w * 64 + h * 16;
-                    even[s][b] = _mm256_fmadd_ps(first, _mm256_loadu_ps(x), even[s][b]);
-                    odd[s][b] = _mm256_fmadd_ps(second, _mm256_loadu_ps(x + 8), odd[s][b]);
-                }
+        for (int h = 0; h < 4; h++) {
+            const int s = h & 1;
+            __m256i e = sixteen_two_bytes(&v, kept >> (16 * h), packed);
+            __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(e, 16));
+            __m256 second = _mm256_castsi256_ps(_mm256_and_si256(e, upper));
+#pragma GCC unroll 2
+            for (int b = 0; b < B; b++) {
+                const float *x = in->floats + (first_vector + b) * in->padded + w * 64 + h * 16;
+                even[s][b] = _mm256_fmadd_ps(first, _mm256_loadu_ps(x), even[s][b]);
+                odd[s][b] = _mm256_fmadd_ps(second, _mm256_loadu_ps(x + 8), odd[s][b]);
             }
         }
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) {
-            __m256 all = _mm256_add_ps(even[0][b], odd[0][b]);
-            if (both) all = _mm256_add_ps(all, _mm256_add_ps(even[1][b], odd[1][b]));
-            y[b * y_stride + row] = sum_of(all);
-        }
+    }
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++)
+        y[(first_vector + b) * y_stride + row] =
+            sum_of(_mm256_add_ps(_mm256_add_ps(even[0][b], odd[0][b]),
+                                 _mm256_add_ps(even[1][b], odd[1][b])));
+}
+
+SCT_INLINE void pairs(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
+                      float *y, int64_t y_stride, const int B, const int packed) {
+    for (int64_t row = begin; row < end; row++) {
+        int b = 0;
+        for (; b + 2 <= B; b += 2) pair(m, in, row, b, y, y_stride, 2, packed);
+        if (b < B) pair(m, in, row, b, y, y_stride, 1, packed);
     }
 }
 SCT_ROWS(rows_pairs, pairs)

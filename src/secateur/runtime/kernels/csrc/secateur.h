@@ -179,8 +179,7 @@ typedef struct {
 /* Up to 8 tokens at once. hidden [tokens, hidden] are embedded; no two have the same place. In each
  * slot keys and values of all positions before a token are in the caches, or the token is in this
  * call. logits [answers, vocabulary] are those of the first `answers` tokens. What is computed for a
- * token does not depend on the others, but for bfloat16 values, whose sums have another order from
- * 4 tokens on with AVX-512 BF16, from 3 on with AVX2. Returns 0, or -1 if memory ran out. */
+ * token does not depend on the others, to the last bit. Returns 0, or -1 if memory ran out. */
 SCT_API int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
                        int64_t tokens, int64_t answers, float *logits);
 
