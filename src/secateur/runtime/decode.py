@@ -74,8 +74,7 @@ class Decoder:
 
     def known(self, text: Sequence[int]) -> int:
         """How many tokens of a prompt are in the cache; at least its last one is read."""
-        limit = min(self.length, len(self.text), len(text) - 1)
-        return next((n for n in range(limit) if text[n] != self.text[n]), limit)
+        return min(self.length, shared_length(self.text, text), len(text) - 1)
 
     def step(self, token: int) -> Float[Tensor, " vocabulary"]:
         """Process one token; returns the logits of the next, float32.
@@ -87,6 +86,18 @@ class Decoder:
         logits = self.slots.step([Token(0, self.length, token)])[0]
         self.text.append(token)
         return logits
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their beginning on."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class TokenSteps(Protocol):
@@ -163,8 +174,10 @@ class SlotDecoder:
         slots: how many sequences have a cache. Memory is used when a slot is filled.
         cache: the type of keys and values, `bf16` or `int8`; None is bf16 for models of bfloat16,
             float32 for others.
+        head: the tokens whose logits are computed, int64; None for all.
 
     Attributes:
+        vocabulary: ids that a token may have.
         lengths: how many tokens of each slot are in the cache.
         together: the most tokens of one `step`.
 
@@ -175,7 +188,13 @@ class SlotDecoder:
     together = MAX_BATCH
 
     def __init__(
-        self, model: Any, capacity: int, slots: int = 1, *, cache: str | None = None
+        self,
+        model: Any,
+        capacity: int,
+        slots: int = 1,
+        *,
+        cache: str | None = None,
+        head: Int64[Tensor, " answers"] | None = None,
     ) -> None:
         reason = why_not(model, capacity)
         if reason is not None:
@@ -197,12 +216,12 @@ class SlotDecoder:
             head=attention.head_dim,
         )
         self._kernel_model = KernelModel(model, capacity, exact=self.dtype != torch.bfloat16)
-        self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.addresses)
-        self.vocabulary = self.c.vocabulary
+        self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.addresses, head)
+        self.vocabulary = model.get_output_embeddings().out_features
         self._embed = model.get_input_embeddings()
         self._embedding_factor = getattr(model.model, "embedding_multiplier", 1.0)  # of Granite
         bias = model.get_output_embeddings().bias
-        self._head_bias = None if bias is None else bias.detach()
+        self._head_bias = None if bias is None else bias.detach()[... if head is None else head]
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self._logit_factor: float = factor
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -236,7 +255,7 @@ class SlotDecoder:
             )
         self.check(ids.tolist())
         hidden = self._embedded(ids)
-        logits = torch.empty(len(ids) if every else 1, self.vocabulary)
+        logits = torch.empty(len(ids) if every else 1, self.c.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), slot, begin
         if kernels().sct_read(*given, len(ids), len(logits), logits.data_ptr()) != 0:
             raise KernelError(f"a prompt of {len(ids)} tokens could not be read: memory ran out")
@@ -291,7 +310,7 @@ class SlotDecoder:
         answers = sum(token.answered for token in tokens)
         hidden = self._embedded(torch.tensor([token.id for token in ordered]))
         places = (CToken * len(ordered))(*((token.slot, token.position) for token in ordered))
-        logits = torch.empty(answers, self.vocabulary)
+        logits = torch.empty(answers, self.c.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), places
         if kernels().sct_decode(*given, len(ordered), answers, logits.data_ptr()) != 0:
             raise KernelError(f"{len(tokens)} tokens could not be decoded: memory ran out")
@@ -323,7 +342,7 @@ class SlotDecoder:
         self.check(ids.tolist())
         hidden = self._embedded(ids)
         places = (CToken * count)(*enumerate(self.lengths[:count]))
-        logits = torch.empty(count if answered else 0, self.vocabulary)
+        logits = torch.empty(count if answered else 0, self.c.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), places, count
         if kernels().sct_advance(*given, logits.data_ptr() if answered else None) != 0:
             raise KernelError(f"{count} tokens could not be decoded: memory ran out")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
@@ -268,13 +269,17 @@ class KernelModel:
         self.alive: list[Any] = []
 
     def decoder(
-        self, cache_dtype: torch.dtype, caches: Callable[[int], tuple[int, int]]
+        self,
+        cache_dtype: torch.dtype,
+        caches: Callable[[int], tuple[int, int]],
+        answers: Int64[Tensor, " answers"] | None = None,
     ) -> CDecoder:
         """The whole model.
 
         Args:
             cache_dtype: of keys and values.
             caches: the addresses of keys and values of a layer, by its number.
+            answers: the tokens whose logits are computed; None for all.
         """
         config, layers = self.model.config, self.model.model.layers
         attention = layers[0].self_attn
@@ -283,21 +288,23 @@ class KernelModel:
         described = (CLayer * len(layers))(
             *(self.layer(layer, i, angles, caches(i)) for i, layer in enumerate(layers))
         )
-        self.alive.append(described)
+        head = self.matrix(self.model.get_output_embeddings())
+        head = head if answers is None else head.of_rows(answers)
+        self.alive += [described, head]
         return CDecoder(
             layers=len(layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head=attention.head_dim,
-            vocabulary=self.model.get_output_embeddings().out_features,
+            vocabulary=head.rows,
             capacity=self.capacity,
             cache_type=TYPES[cache_dtype],
             exact=int(self.exact),
             epsilon=epsilon_of(final),
             layer=described,
             final_norm=self.norm(final),
-            head_matrix=self.matrix(self.model.get_output_embeddings()).c,
+            head_matrix=head.c,
             centered=int(is_layer_norm(final)),
             parallel=int(self.form.parallel or getattr(layers[0], "use_parallel_residual", False)),
             residual=getattr(config, "residual_multiplier", 1.0),

@@ -68,32 +68,64 @@ class Draws:
             logits: float32, of all tokens.
         """
         logits = self.penalised(logits)
-        greedy = self.temperature == 0  # numpy finds the largest several times as fast as torch
-        token = int(logits.numpy().argmax()) if greedy else self.chosen(logits)
+        token = greatest(logits) if self.temperature == 0 else self.chosen(logits)
+        self.note(token)
+        return token
+
+    def note(self, token: int) -> None:
+        """Append a token to the text."""
         if token not in self.known:
             self.known.add(token)
             self.seen = torch.cat((self.seen, torch.tensor([token])))
         self.text.append(token)
-        return token
 
-    def penalised(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
-        """The logits after all penalties; the argument stays as it is."""
+    def penalised(
+        self, logits: Float[Tensor, " vocabulary"], more: Sequence[int] = ()
+    ) -> Float[Tensor, " vocabulary"]:
+        """The logits after all penalties; the argument stays as it is.
+
+        Args:
+            logits: of the token after the text and `more`.
+            more: tokens that may follow the text.
+        """
         s, r = self.sampling, self.repetition_penalty
         if r != 1:
-            found = logits[self.seen]
+            seen = torch.cat((self.seen, torch.tensor(more, dtype=torch.long)))
+            found = logits[seen]
             logits = logits.clone()
-            logits[self.seen] = torch.where(found > 0, found / r, found * r)
-        if self.text and (s.presence_penalty or s.frequency_penalty):
-            seen, counts = torch.tensor(self.text).unique(return_counts=True)
+            logits[seen] = torch.where(found > 0, found / r, found * r)
+        text = [*self.text, *more]
+        if text and (s.presence_penalty or s.frequency_penalty):
+            seen, counts = torch.tensor(text).unique(return_counts=True)
             logits = logits.clone()
             logits[seen] -= s.presence_penalty + s.frequency_penalty * counts
         return logits
 
     def chosen(self, logits: Float[Tensor, " vocabulary"]) -> int:
         """A token by its probability among those that may be drawn."""
+        shares, tokens = self.drawable(logits)
+        return self.any_of(shares) if tokens is None else int(tokens[self.place(shares)])
+
+    def chances(
+        self, logits: Float[Tensor, " vocabulary"], more: Sequence[int] = ()
+    ) -> Float[Tensor, " vocabulary"]:
+        """The probability of every token to be drawn after the text and `more`.
+
+        At temperature 0 the most likely token has all of it.
+        """
+        logits = self.penalised(logits, more)
+        found = torch.zeros_like(logits)
+        if self.temperature == 0:
+            found[greatest(logits)] = 1.0
+            return found
+        shares, tokens = self.drawable(logits)
+        return shares if tokens is None else found.index_copy_(0, tokens, shares / shares.sum())
+
+    def drawable(self, logits: Float[Tensor, " vocabulary"]) -> tuple[Tensor, Tensor | None]:
+        """Shares of the tokens that may be drawn, and these tokens; None for all of them."""
         chances = (logits / self.temperature).softmax(-1)
         if self.top_k is None and self.top_p >= 1 and self.min_p == 0:
-            return self.any_of(chances)
+            return chances, None
         ordered, tokens = self.likeliest(chances)
         if self.top_k is not None:
             ordered, tokens = ordered[: self.top_k], tokens[: self.top_k]
@@ -101,7 +133,8 @@ class Draws:
         # the probability of all tokens before this one: the first is always kept
         kept = ordered.cumsum(-1) - ordered < self.top_p
         kept &= ordered >= self.min_p * ordered[0]
-        return int(tokens[self.place(ordered[: int(kept.sum())])])
+        count = int(kept.sum())
+        return ordered[:count], tokens[:count]
 
     def any_of(self, chances: Float[Tensor, " vocabulary"]) -> int:
         """A token by its probability: a block of tokens, then one of the block.
@@ -129,6 +162,11 @@ class Draws:
             if float(ordered.sum()) > self.top_p or self.min_p >= FIRST_LOOK:
                 return ordered, found[places]
         return chances.sort(descending=True, stable=True)
+
+
+def greatest(logits: Float[Tensor, " vocabulary"]) -> int:
+    """The most likely token; the first of several."""
+    return int(logits.numpy().argmax())  # several times as fast as torch
 
 
 FILE = "generation_config.json"

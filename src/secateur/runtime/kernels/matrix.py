@@ -310,6 +310,21 @@ class KernelMatrix:
             raise no_kernel()
         return out[:, : self.columns].contiguous()
 
+    def of_rows(self, rows: Tensor) -> KernelMatrix:
+        """A matrix of some rows of this one, which has no mask.
+
+        Args:
+            rows: their numbers, int64 [count].
+        """
+        assert not self.packed
+        if self.scales is not None and self.group is not None:
+            scales = Scales(self.scales.exponent[rows], self.scales.code[rows])
+            codes = GroupGrid(4, self.group).codes(self.gathered(rows), scales)
+            return KernelMatrix.of_codes(codes, scales, self.group)
+        width = self.words * WORD
+        values = self.values[: self.rows * width].view(self.rows, width)[rows, : self.columns]
+        return KernelMatrix(values, scale=None if self.scale is None else self.scale[rows])
+
     @property
     def weight(self) -> Tensor | None:
         """The dense weight [out, in] where it is stored as one, without a scale; else None."""

@@ -1,0 +1,447 @@
+"""Speculative decoding: a draft proposes tokens, and one call of the parent checks them all.
+
+A draft is a smaller model with the parent's vocabulary (`secateur draft` makes one). It proposes up
+to seven tokens, each drawn from its own probabilities q. The parent computes its probabilities p
+for all of them in one call, which takes little longer than a call for one token, because it reads
+the same weights. A proposed token x is accepted with probability min(1, p(x) / q(x)). If it is not,
+a token is drawn from the positive part of p − q, and the rest of the proposal is dropped. If all
+are accepted, the parent's last probabilities give one token more. So every token has the parent's
+probabilities, whatever the draft is (Leviathan et al., Fast Inference from Transformers via
+Speculative Decoding, ICML 2023, arXiv 2211.17192; Chen et al., arXiv 2302.01318). Temperature,
+top-k, top-p, min-p and penalties change p and q alike. At temperature 0 the text is the same as
+without a draft, bit for bit: what the parent computes for a token does not depend on how many
+tokens are in its call.
+
+How many tokens are proposed is decided anew for each of them, by what calls take here and by how
+often the draft was right when it was as sure as now. Where the draft costs more than it saves, it
+sleeps for some tokens, each time for longer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors.torch import load_file
+from torch import Tensor
+
+from secateur.errors import CheckpointError, RecipeError
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.deploy import Sampling
+from secateur.runs.folder import NOTES
+from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
+from secateur.runtime.kernels.library import MAX_BATCH
+from secateur.runtime.layer_forms import why_not
+from secateur.runtime.load import load
+from secateur.runtime.sampling import Draws, greatest
+
+FREQUENT = "frequent_tokens.safetensors"
+"""File in the notes of a draft: the tokens that it may propose, `ids` int64, ascending."""
+
+
+class Guess(NamedTuple):
+    """A token that a draft proposes.
+
+    Args:
+        token: its id.
+        chances: the draft's probabilities, from which it was drawn [vocabulary]; None at
+            temperature 0, where it is the most likely token.
+        sure: the largest of the draft's probabilities at temperature 1.
+    """
+
+    token: int
+    chances: Float[Tensor, " vocabulary"] | None
+    sure: float
+
+
+class DraftedText(NamedTuple):
+    """A text that goes on.
+
+    Args:
+        slot: of the parent and of the draft.
+        ids: all of its tokens. The last one is in neither cache.
+        draws: draws its tokens.
+        most: how many tokens may be proposed.
+    """
+
+    slot: int
+    ids: Sequence[int]
+    draws: Draws
+    most: int
+
+
+BINS = 10
+"""Acceptance is learned for each tenth of the draft's largest probability."""
+
+PRIOR = 4.0
+"""So many imagined proposals of each bin were accepted as often as the draft was sure."""
+
+FORGETTING = 0.98
+"""What was accepted counts so much less with each later proposal of its bin."""
+
+TRIALS = 3
+"""Rounds before the draft may fall asleep."""
+
+NAPS = (16, 512)
+"""Calls of the first sleep and of the longest one; each is twice as long as the one before."""
+
+PLAIN_EVERY = 32
+"""One call in so many has no proposal, so that it is known what a token takes without a draft."""
+
+
+class Pace:
+    """Decides how many tokens a draft proposes.
+
+    A draft is asked for one more token, and the token is proposed, while
+
+        P(all before are accepted) · P(this one is accepted) · seconds of a token  >  what it costs
+
+    The probability that a token is accepted is learned by how sure the draft is, of its most likely
+    token and not of the drawn one: a choice by the drawn token would change the distribution.
+    Seconds are those of the calls so far, the newer ones counting more.
+    """
+
+    def __init__(self) -> None:
+        self.parent = dict[int, float]()
+        self.draft = dict[int, float]()
+        self.right = [[PRIOR * (place + 0.5) / BINS, PRIOR] for place in range(BINS)]
+        self.usual = [PRIOR / 2, PRIOR]
+        self.spent = self.gained = 0.0
+        self.rounds = self.tried = self.asleep = 0
+        self.nap = NAPS[0]
+
+    def awake(self, texts: int) -> bool:
+        """Whether the draft proposes for the next call."""
+        if self.asleep:
+            self.asleep -= 1
+            return False
+        self.rounds += 1
+        return texts in self.parent and self.rounds % PLAIN_EVERY != 0
+
+    def took(self, calls: dict[int, float], tokens: int, seconds: float) -> None:
+        """Note the seconds of a call of so many tokens."""
+        calls[tokens] = 0.8 * calls[tokens] + 0.2 * seconds if tokens in calls else seconds
+
+    def seconds(self, calls: dict[int, float], tokens: int) -> float:
+        """What a call of so many tokens takes; between known numbers by a straight line."""
+        below = max((n for n in calls if n <= tokens), default=None)
+        above = min((n for n in calls if n >= tokens), default=None)
+        if below is None or above is None or below == above:
+            nearest = below if above is None else above
+            return 0.0 if nearest is None else calls[nearest]
+        share = (tokens - below) / (above - below)
+        return (1 - share) * calls[below] + share * calls[above]
+
+    def token_seconds(self, texts: int) -> float:
+        """What a token takes in a call without proposals."""
+        return self.seconds(self.parent, texts) / texts
+
+    def value(self, texts: int) -> float:
+        """The seconds that an accepted token saves."""
+        plain = self.token_seconds(texts)
+        return min(plain, self.spent / self.gained) if self.gained else plain
+
+    def accepts(self, sure: float) -> float:
+        """The probability that a token is accepted."""
+        accepted, proposed = self.right[self.place(sure)]
+        return accepted / proposed
+
+    def place(self, sure: float) -> int:
+        """The bin of a probability."""
+        return min(int(sure * BINS), BINS - 1)
+
+    def judged(self, guess: Guess, accepted: bool) -> None:
+        """Note what became of a token that the parent has judged."""
+        for counts in (self.right[self.place(guess.sure)], self.usual):
+            counts[0] = FORGETTING * counts[0] + accepted
+            counts[1] = FORGETTING * counts[1] + 1
+
+    def round(self, texts: int, seconds: float, tokens: int) -> None:
+        """Note what a round with a draft took and gave; the draft may fall asleep."""
+        self.spent, self.gained = 0.9 * self.spent + seconds, 0.9 * self.gained + tokens
+        self.tried += 1
+        if self.tried < TRIALS:
+            return
+        if self.spent > self.gained * self.token_seconds(texts):
+            self.asleep, self.nap = self.nap, min(2 * self.nap, NAPS[1])
+            self.spent = self.gained = 0.0
+            self.tried = 0
+        elif self.tried > NAPS[0]:
+            self.nap = NAPS[0]
+
+
+class Drafter:
+    """Proposes the next tokens of one or several texts.
+
+    Args:
+        decoder: decodes the draft, with a slot for each one of the parent.
+        vocabulary: tokens of the parent.
+        ids: the token of each logit of the draft, int64; None where they are the same.
+        clock: seconds.
+
+    Attributes:
+        proposed, accepted: tokens so far.
+        pace: how many tokens it proposes.
+    """
+
+    def __init__(
+        self,
+        decoder: SlotDecoder,
+        vocabulary: int,
+        ids: Int64[Tensor, " drafted"] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.decoder, self.vocabulary, self.ids, self.clock = decoder, vocabulary, ids, clock
+        self.texts = [list[int]() for _ in decoder.lengths]
+        self.pace = Pace()
+        self.proposed = self.accepted = 0
+        self.drafting = 0.0
+
+    def propose(self, texts: Sequence[DraftedText], room: int) -> list[list[Guess]]:
+        """What the draft thinks that comes next, for each text.
+
+        Args:
+            texts: at most as many as a call takes.
+            room: how many tokens may be proposed for all of them together.
+
+        Returns:
+            The proposals of each text; nothing where it does not pay.
+        """
+        found = [list[Guess]() for _ in texts]
+        self.drafting = 0.0
+        if room < 1 or not self.pace.awake(len(texts)):
+            return found
+        reach = [1.0] * len(texts)
+        unread = [self.unread(text) if text.most > 0 else [] for text in texts]
+        began = self.clock()
+        value, usual = self.pace.value(len(texts)), self.pace.usual
+        while left := [n for n, ids in enumerate(unread) if ids]:
+            rows = self.step([(texts[n].slot, unread[n]) for n in left])
+            for n, logits in zip(left, rows, strict=True):
+                unread[n] = []
+                guess = self.guess(texts[n].draws, logits, [x.token for x in found[n]])
+                size = len(texts) + sum(map(len, found))
+                more = self.pace.seconds(self.pace.parent, size + 1)
+                more -= self.pace.seconds(self.pace.parent, size)
+                reach[n] *= self.pace.accepts(guess.sure)
+                if size == len(texts) + room or reach[n] * value < more:
+                    continue
+                found[n].append(guess)
+                cost = self.pace.seconds(self.pace.draft, len(left)) / len(left)
+                if len(found[n]) < texts[n].most and reach[n] * usual[0] / usual[1] * value > cost:
+                    unread[n] = [guess.token]
+        self.drafting = self.clock() - began
+        return found
+
+    def unread(self, text: DraftedText) -> list[int]:
+        """One or two tokens of a text that the draft has not read; others are read here."""
+        known, ids = self.texts[text.slot], [*text.ids]
+        begin = min(shared_length(known, ids), len(ids) - 1)
+        self.decoder.rewind(text.slot, begin)
+        rest = ids[begin:]
+        if len(rest) > 2:
+            self.decoder.read(text.slot, torch.tensor(rest[:-1]))
+            rest = rest[-1:]
+        self.texts[text.slot] = ids[: self.decoder.lengths[text.slot]]
+        return rest
+
+    def step(self, texts: Sequence[tuple[int, list[int]]]) -> Float[Tensor, "texts vocabulary"]:
+        """Read one or two tokens of each text; returns the logits after the last one."""
+        if sum(len(ids) for _, ids in texts) > MAX_BATCH:
+            for slot, ids in texts:
+                self.decoder.read(slot, torch.tensor(ids[:-1])) if len(ids) > 1 else None
+                self.texts[slot] += ids[:-1]
+            texts = [(slot, ids[-1:]) for slot, ids in texts]
+        tokens = []
+        for slot, ids in texts:
+            first = self.decoder.lengths[slot]
+            last = len(ids) - 1
+            tokens += [Token(slot, first + n, token, n == last) for n, token in enumerate(ids)]
+            self.texts[slot] += ids
+        began = self.clock()
+        logits = self.decoder.step(tokens)
+        self.pace.took(self.pace.draft, len(texts), self.clock() - began)
+        return logits
+
+    def guess(self, draws: Draws, logits: Tensor, before: Sequence[int]) -> Guess:
+        """Draw a token from the draft's probabilities."""
+        if self.ids is not None or len(logits) != self.vocabulary:
+            every = torch.full((self.vocabulary,), -torch.inf)
+            at = torch.arange(len(logits)) if self.ids is None else self.ids
+            known = at < self.vocabulary
+            logits = every.index_copy_(0, at[known], logits[known])
+        if draws.temperature == 0:
+            logits = draws.penalised(logits, before)
+            token = greatest(logits)
+            sure = 1 / float((logits - logits[token]).exp().sum())
+            return Guess(token, None, sure)
+        chances = draws.chances(logits, before)
+        return Guess(draws.any_of(chances), chances, float(chances.max()))
+
+    def called(self, texts: int, guesses: Sequence[Sequence[Guess]], seconds: float) -> None:
+        """Note the seconds of the parent's call for the texts and what was proposed."""
+        self.pace.took(self.pace.parent, texts + sum(map(len, guesses)), seconds)
+
+    def judged(self, guesses: Sequence[Guess], tokens: int) -> None:
+        """Note that a proposal of a text gave so many tokens; the last one is the parent's own."""
+        for number, guess in enumerate(guesses[:tokens], start=1):
+            self.pace.judged(guess, number < tokens)
+        self.proposed += len(guesses)
+        self.accepted += min(tokens - 1, len(guesses))
+
+    def ended(self, texts: int, seconds: float, tokens: int) -> None:
+        """Note a round in which the parent took so long, and all texts together got so many tokens.
+
+        Rounds in which the draft did nothing do not count.
+        """
+        if self.drafting:
+            self.pace.round(texts, seconds + self.drafting, tokens)
+
+
+def verified(
+    draws: Draws, logits: Float[Tensor, "tokens vocabulary"], guesses: Sequence[Guess]
+) -> Iterator[int]:
+    """The tokens that a proposal gives: those accepted, and one more.
+
+    Args:
+        draws: draws the tokens of the text, and notes them.
+        logits: of the parent, after the text and after each proposed token.
+        guesses: what was proposed.
+    """
+    for place, row in enumerate(logits):
+        guess = guesses[place] if place < len(guesses) else None
+        token = draws.draw(row) if guess is None or guess.chances is None else None
+        if token is None:
+            assert guess is not None
+            token = accepted_or_drawn(draws, draws.chances(row), guess)
+            draws.note(token)
+        yield token
+        if guess is None or token != guess.token:
+            return
+
+
+def accepted_or_drawn(draws: Draws, p: Float[Tensor, " vocabulary"], guess: Guess) -> int:
+    """A token with probabilities p: the proposed one, or one of the positive part of p − q.
+
+    Both can be the same token only if it was accepted, because p is less than q where a token is
+    rejected.
+    """
+    q = guess.chances
+    assert q is not None
+    point = float(torch.rand(1, generator=draws.generator, dtype=torch.float64))
+    if point * float(q[guess.token]) < float(p[guess.token]):
+        return guess.token
+    rest = (p - q).clamp_(min=0)
+    return draws.any_of(rest if float(rest.sum()) > 0 else p)
+
+
+def speculated(
+    decoder: Decoder,
+    drafter: Drafter,
+    ids: Int64[Tensor, " tokens"],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield the tokens that follow a prompt, as `decode.continued`, with a draft.
+
+    Raises:
+        ShapeError: prompt and new tokens do not fit.
+    """
+    text, slots, clock = ids.tolist(), decoder.slots, drafter.clock
+    draws, last = Draws(sampling, text), len(text) + max_new_tokens
+    tokens, guesses = [draws.draw(decoder.prefill(ids))], list[Guess]()
+    while True:
+        for token in tokens:
+            if token in stop:
+                return
+            text.append(token)
+            yield token
+        if len(text) >= last:
+            return
+        room = min(last - len(text) - 1, MAX_BATCH - 1)
+        [guesses] = drafter.propose([DraftedText(0, text, draws, room)], room)
+        begin, began = len(text) - 1, clock()
+        decoder.text = [*text, *(guess.token for guess in guesses)]
+        logits = slots.step([Token(0, begin + n, x) for n, x in enumerate(decoder.text[begin:])])
+        seconds = clock() - began
+        drafter.called(1, [guesses], seconds)
+        tokens = [*verified(draws, logits, guesses)]
+        slots.rewind(0, begin + len(tokens))
+        drafter.judged(guesses, len(tokens))
+        drafter.ended(1, seconds, len(tokens))
+
+
+def open_drafter(
+    draft: str,
+    parent: SlotDecoder,
+    tokenizer: Any,
+    *,
+    trust_remote_code: bool = False,
+) -> Drafter:
+    """Load a draft for a parent.
+
+    Args:
+        draft: folder (compressed or not), hub id or named sample.
+        parent: decodes the parent; the draft gets as many slots of the same length.
+        tokenizer: of the parent.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Raises:
+        RecipeError: the draft has another vocabulary, or our loop cannot decode it.
+        CheckpointError: its frequent tokens cannot be read.
+    """
+    folder = resolve(draft, trust_remote_code=trust_remote_code).folder
+    own: Any = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise RecipeError(
+            f"the draft has another vocabulary: {len(own)} tokens, and the model has "
+            f"{len(tokenizer)}",
+            where=draft,
+            remedy="make a draft of this very model: secateur draft MODEL --output DRAFT",
+        )
+    model = load(folder, trust_remote_code=trust_remote_code)
+    reason = why_not(model, parent.capacity)
+    if reason is not None:
+        raise RecipeError(
+            f"the draft cannot be decoded by our own loop: {reason}",
+            where=draft,
+            remedy="leave --draft out",
+        )
+    ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
+    slots = len(parent.lengths)
+    return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)
+
+
+def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] | None:
+    """The tokens that a draft may propose; None for all.
+
+    Raises:
+        CheckpointError: the file is damaged, or has no ascending ids of the vocabulary.
+    """
+    file = folder / NOTES / FREQUENT
+    if not file.exists():
+        return None
+    try:
+        ids = load_file(file)["ids"]
+    except Exception as error:  # safetensors raises several kinds
+        raise _damaged(file, str(error)) from None
+    if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+        raise _damaged(file, f"ids are {ids.dtype} {list(ids.shape)}")
+    if int(ids[0]) < 0 or int(ids[-1]) >= vocabulary or not bool((ids.diff() > 0).all()):
+        raise _damaged(file, f"ids are no ascending numbers below {vocabulary}")
+    return ids
+
+
+def _damaged(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the draft's frequent tokens cannot be used: {why}",
+        where=str(file),
+        remedy="delete the file: the draft then proposes any token",
+    )

@@ -1,0 +1,342 @@
+"""A text with a draft is the same as without, or has the same distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import chisquare
+
+import secateur
+from runtime.packed_models import packed_model, settled
+from secateur.errors import CheckpointError, RecipeError
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.deploy import Sampling
+from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
+from secateur.runtime.kernels import library as lib
+from secateur.runtime.sampling import Draws
+from secateur.runtime.speculative import (
+    DraftedText,
+    Drafter,
+    Guess,
+    Pace,
+    accepted_or_drawn,
+    frequent_tokens,
+    open_drafter,
+    speculated,
+    verified,
+)
+
+pytestmark = [
+    pytest.mark.skipif(
+        lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
+    ),
+    pytest.mark.usefixtures("settled"),
+]
+__all__ = ["settled"]
+
+ROOM = 80
+GREEDY = Sampling(temperature=0.0)
+
+
+class Eager(Pace):
+    """Proposes as many tokens as it may, whatever they cost."""
+
+    def awake(self, texts: int) -> bool:
+        return True
+
+    def value(self, texts: int) -> float:
+        return float("inf")
+
+
+def parent_and_draft(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, Any]:
+    """A model in bfloat16, and the same one with weights of 4 bits and half of them zero."""
+    parent = packed_model(
+        folder / "parent", family, values="bfloat16", sparsity=0.02, dtype=dtype, head_dim=16
+    )
+    draft = packed_model(
+        folder / "draft", family, values="int4", group_size=32, sparsity=0.1, dtype=dtype,
+        head_dim=16,
+    )  # fmt: skip
+    return secateur.load(parent), secateur.load(draft)
+
+
+def drafter_of(draft: Any, slots: int = 1, ids: torch.Tensor | None = None) -> Drafter:
+    decoder = SlotDecoder(draft, ROOM, slots, head=ids)
+    drafter = Drafter(decoder, decoder.vocabulary, ids)
+    drafter.pace = Eager()
+    return drafter
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_greedy_text_is_the_same(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    parent, draft = parent_and_draft(tmp_path, family, dtype)
+    drafter = drafter_of(draft)
+    for seed in range(3):
+        ids = torch.randint(3, 96, (5,), generator=torch.Generator().manual_seed(seed))
+        expected = [*continued(Decoder(parent, ROOM), ids, 40)]
+        found = [*speculated(Decoder(parent, ROOM), drafter, ids, 40, sampling=GREEDY)]
+        assert found == expected
+    assert 0 < drafter.accepted < drafter.proposed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.4, "frequency_penalty": 0.7},
+    ],
+    ids=str,
+)
+def test_penalties_count_proposed_tokens(tmp_path: Path, options: dict[str, float]) -> None:
+    parent, draft = parent_and_draft(tmp_path)
+    sampling, ids = Sampling(temperature=0.0, **options), torch.tensor([5, 17, 80])
+    expected = [*continued(Decoder(parent, ROOM), ids, 40, sampling=sampling)]
+    drafter = drafter_of(draft)
+    assert [*speculated(Decoder(parent, ROOM), drafter, ids, 40, sampling=sampling)] == expected
+    assert drafter.accepted > 0
+
+
+def test_a_draft_that_is_the_parent_is_always_right(tmp_path: Path) -> None:
+    parent, _ = parent_and_draft(tmp_path)
+    for sampling in (GREEDY, Sampling(temperature=1.0)):
+        drafter = drafter_of(parent)
+        found = [
+            *speculated(Decoder(parent, ROOM), drafter, torch.tensor([5]), 33, sampling=sampling)
+        ]
+        assert len(found) == 33
+        assert drafter.accepted == drafter.proposed == 28  # 1 token, then 4 times 7 and 1
+
+
+def test_stop_tokens_and_limits(tmp_path: Path) -> None:
+    parent, draft = parent_and_draft(tmp_path)
+    ids = torch.tensor([5, 17, 80])
+    expected = [*continued(Decoder(parent, ROOM), ids, 30)]
+    for number in (1, 2, 9):
+        found = speculated(Decoder(parent, ROOM), drafter_of(draft), ids, number, sampling=GREEDY)
+        assert [*found] == expected[:number]
+    stop = expected[11]
+    found = speculated(
+        Decoder(parent, ROOM), drafter_of(draft), ids, 30, sampling=GREEDY, stop={stop}
+    )
+    assert [*found] == expected[: expected.index(stop)]
+
+
+def test_a_conversation_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """Also after a text that was left in the middle of a proposal."""
+    parent, draft = parent_and_draft(tmp_path)
+    decoder, drafter = Decoder(parent, ROOM, continues=True), drafter_of(draft)
+    text = [5, 17, 80]
+    for number in (9, 4, 11):
+        found = speculated(decoder, drafter, torch.tensor(text), 30, sampling=GREEDY)
+        text += [next(found) for _ in range(number)]
+        found.close()
+        text.append(number)
+    expected = [*continued(Decoder(parent, ROOM), torch.tensor(text), 10)]
+    found = speculated(decoder, drafter, torch.tensor(text), 10, sampling=GREEDY)
+    assert [*found] == expected
+
+
+SHAPE = {
+    "temperature": {"temperature": 0.7},
+    "plain": {"temperature": 1.0},
+    "top_k": {"temperature": 1.5, "top_k": 4},
+    "top_p": {"temperature": 1.2, "top_p": 0.7},
+    "min_p": {"temperature": 1.3, "min_p": 0.2},
+}
+
+
+def check_draws(options: dict[str, Any], draft: str, count: int) -> None:
+    """Draws from nine tokens, and what a slow calculation says of accepted ones."""
+    random = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(9, generator=random)
+    noise = torch.randn(9, generator=random)
+    guessed = {"near": logits + 0.3 * noise, "far": logits + 3 * noise, "opposite": -logits}[draft]
+    draws = Draws(Sampling(**options, seed=5))
+    p, q = draws.chances(logits), draws.chances(guessed)
+    found, accepted = Counter[int](), 0
+    for _ in range(count):
+        guess = Guess(draws.any_of(q), q, 0.0)
+        token = accepted_or_drawn(draws, p, guess)
+        found[token] += 1
+        accepted += token == guess.token
+    drawable = [n for n in range(9) if p[n] > 0]
+    assert set(found) <= {*drawable}
+    expected = p[drawable].double() / p.double().sum()
+    assert chisquare([found[n] for n in drawable], count * expected).pvalue > 1e-3
+    rate = sum(min(float(a), float(b)) for a, b in zip(p, q, strict=True))
+    assert accepted / count == pytest.approx(rate, abs=4 * (0.25 / count) ** 0.5)
+
+
+@pytest.mark.parametrize("options", SHAPE.values(), ids=SHAPE)
+@pytest.mark.parametrize("draft", ["near", "far", "opposite"])
+def test_the_distribution_is_the_parents(options: dict[str, Any], draft: str) -> None:
+    check_draws(options, draft, 5_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["near", "far"])
+def test_the_distribution_of_many_draws(draft: str) -> None:
+    check_draws(SHAPE["plain"], draft, 100_000)
+
+
+@pytest.mark.slow
+def test_texts_of_two_tokens_have_the_parents_distribution(tmp_path: Path) -> None:
+    """Through the whole loop: 8,000 texts of three tokens from the three most likely."""
+    parent, draft = parent_and_draft(tmp_path)
+    ids = torch.tensor([5, 17, 80])
+    counts = []
+    drafter = drafter_of(draft)
+    decoder = Decoder(parent, ROOM, continues=True)
+    for loop in ("plain", "drafted"):
+        found = Counter[Sequence[int]]()
+        for seed in range(8_000):
+            sampling = Sampling(temperature=1.0, top_k=3, seed=seed + 100_000 * (loop == "plain"))
+            text = (
+                continued(decoder, ids, 3, sampling=sampling)
+                if loop == "plain"
+                else speculated(decoder, drafter, ids, 3, sampling=sampling)
+            )
+            found[tuple(text)] += 1
+        counts.append(found)
+    assert 0 < drafter.accepted < drafter.proposed
+    common = [text for text in counts[0] if counts[0][text] >= 20]
+    left = [8_000 - sum(found[text] for text in common) for found in counts]
+    table = torch.tensor(
+        [
+            [found[text] for text in common] + [rest]
+            for found, rest in zip(counts, left, strict=True)
+        ]
+    ).double()
+    table = table[:, table.sum(0) > 0]
+    expected = table.sum(0, keepdim=True) / 2
+    statistic = float(((table - expected) ** 2 / expected).sum())
+    freedom = table.shape[1] - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_several_texts_at_once(tmp_path: Path) -> None:
+    """Each is what it is alone, with proposals of any lengths, through slots that are used again."""
+    parent, draft = parent_and_draft(tmp_path)
+    drafter, slots = drafter_of(draft, slots=3), SlotDecoder(parent, ROOM, 3)
+    for begin in (0, 3):
+        prompts = [[5 + n, 17, 80, 3 + begin][: 2 + n % 3] for n in range(begin, begin + 3)]
+        expected = [[*continued(Decoder(parent, ROOM), torch.tensor(ids), 25)] for ids in prompts]
+        texts, draws = [[*ids] for ids in prompts], [Draws(GREEDY, ids) for ids in prompts]
+        for slot, ids in enumerate(prompts):
+            slots.rewind(slot)
+            logits = slots.read(slot, torch.tensor(ids))[0]
+            texts[slot].append(draws[slot].draw(logits))
+        while min(len(t) - len(p) for t, p in zip(texts, prompts, strict=True)) < 25:
+            drafted = [DraftedText(n, texts[n], draws[n], 4) for n in range(3)]
+            guesses = drafter.propose(drafted, 5)
+            assert sum(map(len, guesses)) <= 5
+            tokens = []
+            for n, text in enumerate(texts):
+                ids = [text[-1], *(guess.token for guess in guesses[n])]
+                tokens += [Token(n, len(text) - 1 + i, x) for i, x in enumerate(ids)]
+            rows = slots.step(tokens).split([1 + len(found) for found in guesses])
+            for n, text in enumerate(texts):
+                new = [*verified(draws[n], rows[n], guesses[n])]
+                slots.rewind(n, len(text) - 1 + len(new))
+                text += new
+        for text, ids, right in zip(texts, prompts, expected, strict=True):
+            assert text[len(ids) :][:25] == right
+    assert drafter.pace.parent == {}
+
+
+def test_a_head_over_frequent_tokens(tmp_path: Path) -> None:
+    """Only these are proposed, with the logits that the whole head has for them."""
+    parent, draft = parent_and_draft(tmp_path)
+    ids = torch.tensor(sorted({*range(0, 96, 3), *range(60, 90)}))
+    text = torch.tensor([5, 17, 80, 33])
+    whole = SlotDecoder(draft, ROOM).read(0, text)
+    few = SlotDecoder(draft, ROOM, head=ids).read(0, text)
+    assert torch.equal(few, whole[:, ids])
+    drafter = drafter_of(draft, ids=ids)
+    expected = [*continued(Decoder(parent, ROOM), text, 40)]
+    assert [*speculated(Decoder(parent, ROOM), drafter, text, 40, sampling=GREEDY)] == expected
+    guess = drafter.guess(Draws(Sampling(temperature=1.0)), few[0], [])
+    assert guess.chances is not None
+    assert set(guess.chances.nonzero()[:, 0].tolist()) <= set(ids.tolist())
+    assert float(guess.chances.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "float32"])
+def test_rows_of_every_kind_of_head(tmp_path: Path, values: str) -> None:
+    embeddings = {"embeddings": values, "group_size": 32} if values != "float32" else {}
+    folder = packed_model(tmp_path, values="int4", **embeddings)
+    model, ids = secateur.load(folder), torch.tensor([0, 7, 8, 41, 95])
+    text = torch.tensor([5, 17, 80, 33])
+    found = SlotDecoder(model, ROOM, head=ids).read(0, text, every=True)
+    assert torch.equal(found, SlotDecoder(model, ROOM).read(0, text, every=True)[:, ids])
+
+
+def test_the_pace_follows_costs_and_acceptance() -> None:
+    """A draft that is often right proposes more; one that never is falls asleep, ever longer."""
+    pace = Pace()
+    assert not pace.awake(1)  # what a call takes is not known yet
+    pace.took(pace.parent, 1, 1.0)
+    pace.took(pace.draft, 1, 0.2)
+    assert pace.awake(1)
+    assert pace.seconds(pace.parent, 5) == 1.0
+    pace.took(pace.parent, 5, 2.0)
+    assert pace.seconds(pace.parent, 3) == pytest.approx(1.5)
+    guess = Guess(1, None, 0.95)
+    assert pace.accepts(0.95) == pytest.approx(0.95)
+    for _ in range(200):
+        pace.judged(guess, False)
+    assert pace.accepts(0.95) < 0.05
+    assert pace.accepts(0.15) == pytest.approx(0.15)
+    naps = []
+    for _ in range(3):
+        for _ in range(3):
+            assert pace.asleep == 0
+            pace.round(1, 1.5, 1)
+        naps.append(pace.asleep)
+        pace.asleep = 0
+    assert naps == [16, 32, 64]
+    for _ in range(40):
+        pace.round(1, 1.5, 3)
+    assert pace.asleep == 0
+    assert pace.nap == 16
+
+
+def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
+    folder = packed_model(tmp_path / "parent", values="int4")
+    parent, tokenizer = SlotDecoder(secateur.load(folder), ROOM), load_tokenizer(folder)
+    assert open_drafter(str(folder), parent, tokenizer).ids is None
+    other: Any = load_tokenizer(folder)
+    other.add_tokens(["new"])
+    with pytest.raises(RecipeError, match="another vocabulary"):
+        open_drafter(str(folder), parent, other)
+    strange = packed_model(tmp_path / "strange", "gpt2", values="int8")
+    with pytest.raises(RecipeError, match="own loop"):
+        open_drafter(str(strange), parent, tokenizer)
+    notes = folder / "secateur"
+    notes.mkdir(exist_ok=True)
+    file = notes / "frequent_tokens.safetensors"
+    for ids in (
+        torch.tensor([3, 2]),
+        torch.tensor([96_000]),
+        torch.tensor([1.0]),
+        torch.tensor([]),
+    ):
+        save_file({"ids": ids}, file)
+        with pytest.raises(CheckpointError, match="frequent tokens"):
+            frequent_tokens(folder, 96)
+    file.write_bytes(b"no such file")
+    with pytest.raises(CheckpointError, match="frequent tokens"):
+        frequent_tokens(folder, 96)
+    save_file({"ids": torch.tensor([1, 5, 80])}, file)
+    drafter = open_drafter(str(folder), parent, tokenizer)
+    assert drafter.ids is not None
+    assert drafter.ids.tolist() == [1, 5, 80]
