@@ -224,7 +224,7 @@ def test_texts_of_two_tokens_have_the_parents_distribution(tmp_path: Path) -> No
 
 
 def test_several_texts_at_once(tmp_path: Path) -> None:
-    """Each is what it is alone, with proposals of any lengths, through slots that are used again."""
+    """Each is what it is alone, with proposals of any lengths, in slots that are used again."""
     parent, draft = parent_and_draft(tmp_path)
     drafter, slots = drafter_of(draft, slots=3), SlotDecoder(parent, ROOM, 3)
     for begin in (0, 3):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
+from secateur.runtime.speculative import Drafter
 from secateur.serving.scheduler import (
     BLOCK_TOKENS,
     LEAST_PIECE,
@@ -48,6 +49,8 @@ def next_logits(text: Sequence[int]) -> Tensor:
 class Pretended:
     """An engine that remembers tokens in place of keys and values, and checks how it is used.
 
+    Every so many texts, by `wrong`, it is wrong about the next token, as a draft is.
+
     Its clock is `now`. A call takes `call` seconds. A piece takes `fixed`, for each token `each`,
     and for each token and position `deeper`.
     """
@@ -60,6 +63,7 @@ class Pretended:
     each: float = 0.0
     deeper: float = 0.0
     copy: float = 0.0
+    wrong: int = 0
     now: float = 0.0
     texts: list[list[int]] = field(default_factory=list)
     calls: list[list[Token]] = field(default_factory=list)
@@ -79,7 +83,7 @@ class Pretended:
         found = []
         for token in ids.tolist():
             self.texts[slot].append(token)
-            found.append(next_logits(self.texts[slot]))
+            found.append(self.logits(slot))
         assert len(self.texts[slot]) <= self.capacity
         return torch.stack(found if every else found[-1:])
 
@@ -93,10 +97,15 @@ class Pretended:
             self.texts[token.slot].append(token.id)
             assert len(self.texts[token.slot]) <= self.capacity
             if token.answered:
-                found.append(next_logits(self.texts[token.slot]))
+                found.append(self.logits(token.slot))
         return torch.stack(found) if found else torch.empty(0, VOCABULARY)
 
+    def logits(self, slot: int) -> Tensor:
+        text = self.texts[slot]
+        return next_logits([*text, 0] if self.wrong and sum(text) % self.wrong == 0 else text)
+
     def rewind(self, slot: int, length: int = 0) -> None:
+        assert length <= len(self.texts[slot])
         del self.texts[slot][length:]
 
     def copy_out(self, slot: int, begin: int, end: int) -> Tensor:
@@ -165,17 +174,31 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+def eager(slots: int, wrong: int) -> Drafter:
+    """A draft that proposes as much as it may."""
+    decoder: Any = Pretended(slots, wrong=wrong)
+    drafter = Drafter(decoder, VOCABULARY)
+    pace: Any = drafter.pace
+    pace.awake, pace.value = (lambda texts: True), (lambda texts: float("inf"))
+    return drafter
+
+
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None:
     """Random arrivals, cancels, ends, sizes, and a prefix cache that is too small or not."""
     engine = Pretended(data.draw(st.integers(1, 8)), together=8)
     cache = PrefixCache(data.draw(st.sampled_from([0, 3, 1000])) * BLOCK_TOKENS * 8)
     piece = data.draw(st.integers(9, 40))
-    scheduler = Scheduler(engine, queue_limit=50, prefixes=cache, most_piece=piece)
+    drafter = (
+        eager(engine.slots, data.draw(st.integers(1, 9))) if data.draw(st.booleans()) else None
+    )
+    scheduler = Scheduler(engine, queue_limit=50, prefixes=cache, most_piece=piece, drafter=drafter)
     clients: list[Client] = []
     for _ in range(data.draw(st.integers(1, 12))):
         request = data.draw(REQUESTS)
+        if drafter is not None:  # other texts have the same distribution, and are not the same
+            request = replace(request, sampling=Sampling())
         client = Client(
             request, data.draw(st.none() | st.integers(1, 10)), data.draw(st.booleans())
         )
@@ -202,6 +225,7 @@ def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None
             for number, logits in enumerate(client.logits, start=1):
                 assert torch.equal(logits, next_logits(ids[:number]))
     assert sorted(scheduler.free) == [*range(engine.slots)]
+    assert scheduler.counts.accepted_tokens <= scheduler.counts.proposed_tokens
     assert scheduler.counts.new_tokens == sum(len(c.tokens) for c in clients)
     assert sum(scheduler.counts.ended.values()) == len(clients)
     assert max(engine.pieces, default=0) <= piece
@@ -210,6 +234,18 @@ def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None
 
 def request_of(ids: Sequence[int], new: int = 5, **options: Any) -> Request:
     return Request(ids, new, Sampling(), **options)
+
+
+def test_a_draft_saves_calls() -> None:
+    """A draft that is always right: eight tokens of one text, or two of each of four, in a call."""
+    for texts, calls in ((1, 5), (4, 20)):
+        engine, client = Pretended(4), [Client(request_of([n] * 20, 41)) for n in range(texts)]
+        scheduler = Scheduler(engine, drafter=eager(4, 0))
+        scheduler.submit(*(one.job for one in client))
+        run(scheduler)
+        assert [one.tokens for one in client] == [plain_loop(one.request) for one in client]
+        assert scheduler.counts.calls == calls
+        assert scheduler.counts.accepted_tokens == scheduler.counts.proposed_tokens > 0
 
 
 def test_running_requests_get_a_token_in_every_step_while_a_long_prompt_is_read() -> None:

@@ -242,6 +242,7 @@ def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conv
         chat=chat,
         system=recipe.system,
         kv_cache=recipe.kv_cache,
+        draft=recipe.draft,
         trust_remote_code=recipe.trust_remote_code,
     )
 

@@ -80,7 +80,18 @@ class KeysAndValues(Section):
     """Type of the KV cache. int8 takes half the memory of bf16."""
 
 
-class GenerateRecipe(RemoteCode, KeysAndValues, TokenDrawing, Recipe):
+class Drafted(Section):
+    """Whether a draft proposes tokens."""
+
+    group = HOW
+
+    draft: Annotated[str | None, Flag(value="DRAFT", default="none")] = None
+    """A smaller model with the same vocabulary, such as `secateur draft` makes. It proposes tokens,
+    and the model checks several in one call: faster, and with the same output (speculative
+    decoding)."""
+
+
+class GenerateRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
     """One text."""
 
     group = WHAT
@@ -98,7 +109,7 @@ class GenerateRecipe(RemoteCode, KeysAndValues, TokenDrawing, Recipe):
     """Use the tokenizer's chat template."""
 
 
-class ChatRecipe(RemoteCode, KeysAndValues, TokenDrawing, Recipe):
+class ChatRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
     """One conversation."""
 
     group = WHAT
@@ -135,7 +146,7 @@ class ServingLimits(Section):
     """How long running requests may go on after SIGTERM."""
 
 
-class ServeRecipe(RemoteCode, KeysAndValues, ServingLimits, Recipe):
+class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
     """One server."""
 
     group = WHAT

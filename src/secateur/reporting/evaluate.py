@@ -353,6 +353,8 @@ class GenerateResult(Result):
         tokens_per_second: speed after the first token; None for a single token.
         loop: `fused decode loop`, one call into C for each token; or `transformers` and the reason.
         chat: whether the prompt was a message in the tokenizer's chat template.
+        proposed: tokens that a draft has proposed; None without a draft.
+        accepted: of these, those that are in the text.
     """
 
     model: str
@@ -364,12 +366,16 @@ class GenerateResult(Result):
     tokens_per_second: float | None
     loop: str
     chat: bool = False
+    proposed: int | None = None
+    accepted: int | None = None
 
     @property
     def account(self) -> str:
         """Number of tokens, speed and decode loop; a line more if there is no answer."""
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
         text = f"{self.tokens} tokens{rate} ({self.loop})"
+        if self.proposed is not None:
+            text += f", {self.accepted} of {self.proposed} drafted tokens accepted"
         if self.tokens == 0 and self.chat:
             text += (
                 "\nThe model ends its answer at once, as a pruned one does that has forgotten the "

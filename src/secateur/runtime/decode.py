@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -117,7 +117,7 @@ def continued(
     *,
     sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
-) -> Iterator[int]:
+) -> Generator[int]:
     """Yield the tokens that follow a prompt, one by one.
 
     Args:

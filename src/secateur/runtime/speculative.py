@@ -20,7 +20,7 @@ sleeps for some tokens, each time for longer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -348,7 +348,7 @@ def speculated(
     *,
     sampling: Sampling,
     stop: Collection[int] = (),
-) -> Iterator[int]:
+) -> Generator[int]:
     """Yield the tokens that follow a prompt, as `decode.continued`, with a draft.
 
     Raises:
@@ -417,6 +417,20 @@ def open_drafter(
     ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
     slots = len(parent.lengths)
     return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)
+
+
+def refuse_draft(draft: str | None, reason: str) -> None:
+    """Refuse a draft for a model that our own loop does not decode.
+
+    Raises:
+        RecipeError: a draft was given.
+    """
+    if draft is not None:
+        raise RecipeError(
+            f"a draft needs our own loop, which does not decode this model: {reason}",
+            where="--draft",
+            remedy="leave it out; transformers takes it as assistant_model (docs/howto/draft.md)",
+        )
 
 
 def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] | None:

@@ -21,6 +21,7 @@ from secateur.errors import SecateurError, ShapeError
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import SteppedGeneration, Token
 from secateur.runtime.sampling import Draws
+from secateur.runtime.speculative import DraftedText, Drafter, Guess, verified
 
 
 class Engine(Protocol):
@@ -124,6 +125,8 @@ class ServingCounts:
         cached_tokens: of these, those that the prefix cache knew.
         new_tokens: passed on.
         calls: of the engine's `step`.
+        proposed_tokens: of the draft, if there is one.
+        accepted_tokens: of these.
         ended: requests by the reason of their end.
     """
 
@@ -131,6 +134,8 @@ class ServingCounts:
     cached_tokens: int = 0
     new_tokens: int = 0
     calls: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     ended: Counter[str] = field(default_factory=Counter)
 
 
@@ -208,6 +213,7 @@ class Scheduler:
         engine: computes tokens.
         queue_limit: if so many jobs wait for a slot, new ones are refused.
         prefixes: what is known of prompts.
+        drafter: proposes tokens where a call has room for them; needs a `SlotDecoder`.
         gap_seconds: between two tokens of a request, while prompts of others are read.
         most_piece: tokens of the largest piece.
         clock: seconds; a monotonic clock.
@@ -219,12 +225,13 @@ class Scheduler:
         *,
         queue_limit: int = 64,
         prefixes: PrefixCache | None = None,
+        drafter: Drafter | None = None,
         gap_seconds: float = 0.1,
         most_piece: int = MOST_PIECE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.queue_limit, self.clock = engine, queue_limit, clock
-        self.prefixes = prefixes or PrefixCache(0)
+        self.prefixes, self.drafter = prefixes or PrefixCache(0), drafter
         self.gap_seconds, self.most_piece = gap_seconds, most_piece
         self.piece_times, self.call_seconds, self.turns = PromptTimes(), 0.0, 0
         self.lock = threading.Lock()
@@ -328,7 +335,7 @@ class Scheduler:
         if others:
             self.piece_times.note(size, first, max(self.clock() - began, 1e-6))
         if size == len(rest):
-            self.answer(job, logits[-1])
+            self.answer(job, logits[-1:])
 
     def recall(self, job: ServingJob, until: float) -> bool:
         """Copy what the cache knows of a prompt by now. Return False if time ran out first."""
@@ -348,15 +355,19 @@ class Scheduler:
         return self.clock() < until
 
     def decode(self) -> None:
-        """Compute one call: the last token of each text, and short prompts."""
+        """Compute one call: the last token of each text, and proposals or short prompts."""
         texts = [job for job in self.running if job.text]
         short = [job for job in self.running if not job.text and not self.in_pieces(job)]
         room = self.engine.together - bool(short)
         if not texts and not short:
             return
-        began, jobs, tokens = self.clock(), texts[:room], list[Token]()
-        for job in jobs:
-            tokens.append(Token(job.slot, self.engine.lengths[job.slot], job.text[-1]))
+        jobs, tokens = texts[:room], list[Token]()
+        guesses = [*self.proposals(jobs, 0 if short else room - len(jobs))]
+        began = self.clock()
+        for job, proposed in zip(jobs, guesses, strict=True):
+            begin = self.engine.lengths[job.slot]
+            ids = [job.text[-1], *(guess.token for guess in proposed)]
+            tokens += [Token(job.slot, begin + n, id) for n, id in enumerate(ids)]
         for job in short:
             rest, begin = self.unread(job), self.engine.lengths[job.slot]
             here = rest[: self.engine.together - len(tokens)]
@@ -364,38 +375,74 @@ class Scheduler:
                 tokens.append(Token(job.slot, begin + number - 1, id, number == len(rest)))
             if here and len(here) == len(rest):
                 jobs.append(job)
+                guesses.append([])
         logits = self.engine.step(tokens)
+        seconds = self.clock() - began
         self.counts.calls += 1
         self.running = [*(job for job in self.running if job not in jobs), *jobs]
-        for job, row in zip(jobs, logits, strict=True):
+        rows, before = logits.split([1 + len(x) for x in guesses]), self.counts.new_tokens
+        for job, proposed, own in zip(jobs, guesses, rows, strict=True):
             if not job.text:
                 self.keep(job, job.request.ids)
             job.owed = False
-            self.answer(job, row)
+            self.answer(job, own, proposed)
+        if self.drafter is not None and not short:
+            self.drafter.called(len(jobs), guesses, seconds)
+            self.drafter.ended(len(jobs), seconds, self.counts.new_tokens - before)
         seconds = self.clock() - began
         self.call_seconds += (seconds - self.call_seconds) * (0.2 if self.call_seconds else 1.0)
+
+    def proposals(self, jobs: Sequence[ServingJob], room: int) -> list[list[Guess]]:
+        """What the draft proposes for each text, in so many places of a call."""
+        if self.drafter is None:
+            return [[] for _ in jobs]
+        texts = []
+        for job in jobs:
+            ids = [*job.request.ids, *job.text]
+            most = job.request.max_new_tokens - len(job.text) - 1
+            texts.append(DraftedText(job.slot, ids, job.draws, most))
+        return self.drafter.propose(texts, room)
 
     def keep(self, job: ServingJob, ids: Sequence[int]) -> None:
         """Keep the keys and values of some tokens of a slot."""
         slot = job.slot
         self.prefixes.add(ids, lambda begin, end: self.engine.copy_out(slot, begin, end))
 
-    def answer(self, job: ServingJob, logits: Tensor) -> None:
-        """Draw the next token of a job and pass it on."""
+    def answer(self, job: ServingJob, logits: Tensor, proposed: Sequence[Guess] = ()) -> None:
+        """Pass on what a call gives a job: the tokens accepted of a proposal, and one more.
+
+        Args:
+            job: the job.
+            logits: after the text or prompt, and after each proposed token.
+            proposed: tokens.
+        """
         if job.request.max_new_tokens == 0:
             self.finish(job, "length")
             return
-        token = job.draws.draw(logits)
+        first = self.engine.lengths[job.slot] - len(proposed)
+        tokens = [*verified(job.draws, logits, proposed)]
+        if self.drafter is not None:
+            self.drafter.judged(proposed, len(tokens))
+            self.counts.proposed_tokens = self.drafter.proposed
+            self.counts.accepted_tokens = self.drafter.accepted
+        for number, token in enumerate(tokens, start=1):
+            reason = self.take(job, token, logits[number - 1])
+            if proposed and (reason or number == len(tokens)):  # forget what was not accepted
+                self.engine.rewind(job.slot, first + number - 1)
+            if reason:
+                self.finish(job, reason)
+                return
+
+    def take(self, job: ServingJob, token: int, logits: Tensor) -> str | None:
+        """Pass on a token. Return why the job ends with it, if it does."""
         if token in job.request.ends:
             job.last = token, logits
-            self.finish(job, "stop")
-            return
+            return "stop"
         job.text.append(token)
         self.counts.new_tokens += 1
         if not job.take(token, logits):
-            self.finish(job, "stop")
-        elif len(job.text) >= job.request.max_new_tokens:
-            self.finish(job, "length")
+            return "stop"
+        return "length" if len(job.text) >= job.request.max_new_tokens else None
 
     def finish(self, job: ServingJob, reason: str) -> None:
         """End a job and free its slot."""

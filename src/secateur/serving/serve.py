@@ -21,6 +21,7 @@ from secateur.runtime.kv_cache import refuse_cache
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
+from secateur.runtime.speculative import open_drafter, refuse_draft
 from secateur.serving.scheduler import (
     MOST_PIECE,
     Engine,
@@ -117,10 +118,14 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     defaults, model = sampling_in(folder), load(folder, trust_remote_code=code)
     capacity = _capacity_of(model, recipe.context_length)
     engine, line = _engine_of(model, capacity, recipe)
+    drafter = None
+    if recipe.draft is not None and isinstance(engine, SlotDecoder):
+        drafter = open_drafter(recipe.draft, engine, tokenizers[0], trust_remote_code=code)
     scheduler = Scheduler(
         engine,
         queue_limit=recipe.queue,
         prefixes=PrefixCache(bytes_of(recipe.prefix_cache) if engine.together > 1 else 0),
+        drafter=drafter,
         gap_seconds=recipe.inter_token_ms / 1000,
         most_piece=MOST_PIECE if engine.together > 1 else capacity,
     )
@@ -162,6 +167,7 @@ def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[Engine, 
     reason, slots = why_not(model, capacity), recipe.slots
     if reason is not None:
         refuse_cache(recipe.kv_cache, reason)
+        refuse_draft(recipe.draft, reason)
         line = f"one request at a time, through transformers, because {reason}"
         return TransformersEngine(model, capacity), line
     decoder = SlotDecoder(model, capacity, slots, cache=recipe.kv_cache)

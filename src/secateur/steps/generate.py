@@ -19,11 +19,12 @@ from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.evaluate import GenerateResult
-from secateur.runtime.decode import Decoder, SteppedGeneration, TokenSteps, continued
+from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.kv_cache import refuse_cache
 from secateur.runtime.layer_forms import longest, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
+from secateur.runtime.speculative import Drafter, open_drafter, refuse_draft, speculated
 
 POSITIONS = "max_position_embeddings"
 
@@ -60,6 +61,7 @@ def generate(
     chat: bool | None = None,
     system: str | None = None,
     kv_cache: str | None = None,
+    draft: str | Path | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
@@ -82,6 +84,8 @@ def generate(
         chat: use the tokenizer's chat template; None uses it if there is one.
         system: a system message before the prompt, with a chat template.
         kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
+        draft: a smaller model with the same vocabulary, which proposes tokens; the output stays the
+            same at temperature 0, and has the same distribution above.
         trust_remote_code: whether code that comes with the checkpoint may run.
         tell: receives the text piece by piece.
 
@@ -105,6 +109,7 @@ def generate(
         chat=chat,
         system=system,
         kv_cache=kv_cache,
+        draft=None if draft is None else str(draft),
         trust_remote_code=trust_remote_code,
     )
     return conversation.say(prompt, tell)
@@ -122,6 +127,7 @@ class Conversation:
         chat: use the tokenizer's chat template; None uses it if there is one.
         system: a system message at the beginning.
         kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
+        draft: a smaller model with the same vocabulary, which proposes tokens; or None.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Attributes:
@@ -141,6 +147,7 @@ class Conversation:
         chat: bool | None = None,
         system: str | None = None,
         kv_cache: str | None = None,
+        draft: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -157,7 +164,8 @@ class Conversation:
         self.model: Any = None
         self.load_seconds = 0.0
         self.decoder: Decoder | None = None
-        self.kv_cache = kv_cache
+        self.drafter: Drafter | None = None
+        self.kv_cache, self.draft = kv_cache, draft
         defaults, given = sampling_in(self.folder), dict(sampling or {})
         self.sampling = sampling_with(defaults, given)
         if not self.sampling.temperature:  # 0, or not given
@@ -210,10 +218,12 @@ class Conversation:
         if new_tokens is None:
             new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
         stream, begun = TextStream(self.tokenizer, self.stop, tell), time.perf_counter()
+        before = self.drafted
         try:
             loop = self._run(ids, new_tokens, stream)
         finally:
             stream.finish()
+        drafted = [now - then for now, then in zip(self.drafted, before, strict=True)]
         self.messages = [*messages, {"role": "assistant", "content": stream.text}]
         times = stream.times
         rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
@@ -227,7 +237,15 @@ class Conversation:
             tokens_per_second=rate,
             loop=loop,
             chat=chat,
+            proposed=drafted[0] if self.draft else None,
+            accepted=drafted[1] if self.draft else None,
         )
+
+    @property
+    def drafted(self) -> tuple[int, int]:
+        """Tokens that the draft has proposed so far, and those accepted."""
+        drafter = self.drafter
+        return (0, 0) if drafter is None else (drafter.proposed, drafter.accepted)
 
     def forget(self) -> None:
         """Forget the conversation except the system message."""
@@ -272,25 +290,39 @@ class Conversation:
         if self.chat and self.tokenizer.eos_token_id is not None:
             ends |= {self.tokenizer.eos_token_id}
         steps, loop = self._steps(len(ids) + new_tokens)
+        how: dict[str, Any] = {"sampling": self.sampling, "stop": ends}
+        if isinstance(steps, Decoder) and self.drafter is not None:
+            text = speculated(steps, self.drafter, ids, new_tokens, **how)
+        else:
+            text = continued(steps, ids, new_tokens, **how)
         try:
-            for token in continued(steps, ids, new_tokens, sampling=self.sampling, stop=ends):
+            for token in text:
                 if not stream.add(token):
                     break
         finally:
+            text.close()
             if isinstance(steps, SteppedGeneration):
                 steps.close()
         return loop
 
-    def _steps(self, tokens: int) -> tuple[TokenSteps, str]:
+    def _steps(self, tokens: int) -> tuple[Decoder | SteppedGeneration, str]:
         """What computes a text of so many tokens, and its name."""
         reason = why_not(self.model, tokens)
         if reason is not None:
             refuse_cache(self.kv_cache, reason)
+            refuse_draft(self.draft, reason)
             return SteppedGeneration(self.model), f"transformers: {reason}"
         if self.decoder is None or self.decoder.capacity < tokens:
             most = longest(self.model.config) or ROOM_TOKENS
             room = max(tokens, min(ROOM_TOKENS, most, self.positions or tokens))
             self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
+            if self.draft is not None:
+                self.drafter = open_drafter(
+                    self.draft,
+                    self.decoder.slots,
+                    self.tokenizer,
+                    trust_remote_code=self.trust_remote_code,
+                )
         return self.decoder, ONE_CALL
 
 
