@@ -357,3 +357,24 @@ def test_the_page_at_the_root(server: Running, serve: Callable[..., Running]) ->
     assert "Authorization: Bearer $SECATEUR_API_KEY" in closed.text
     odd = serve(name="<b>&").client.get("/", headers={"accept": "text/html"}).text
     assert "<h1>&lt;b&gt;&amp;</h1>" in odd
+
+
+def test_a_draft_changes_no_answer(
+    serve: Callable[..., Running], model: Path, tmp_path: Path
+) -> None:
+    """Alone and beside others, with a stop text, log probabilities and a prefix that is known."""
+    draft = tmp_path / "draft"
+    secateur.compress(model, values="int4", group_size=32, embeddings="int4", output=draft)
+    drafted, alone = serve(draft=str(draft)), serve()
+    questions = [{"prompt": text, "max_tokens": 40, "temperature": 0, "logprobs": 2}
+                 for text in ("import o", "def f(x", "class A", "x = [", "import o")]  # fmt: skip
+    questions.append({**questions[0], "stop": ["n"]})
+    expected = [alone.post("completions", body).json()["choices"] for body in questions]
+    for workers in (1, 6):
+        with ThreadPoolExecutor(workers) as pool:
+            answers = pool.map(lambda body: drafted.post("completions", body).json(), questions)
+            assert [answer["choices"] for answer in answers] == expected
+    counts = drafted.scheduler.counts
+    assert 0 < counts.accepted_tokens <= counts.proposed_tokens
+    metrics = drafted.client.get("/metrics").text
+    assert f"secateur_draft_tokens_accepted_total {counts.accepted_tokens}\n" in metrics

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 from torch import Tensor
 
 import secateur
@@ -653,3 +654,36 @@ def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: 
             found = logits_of(scheduler, *prompts)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert (scheduler.counts.cached_tokens > 0) == (cache > 0)
+
+
+@pytest.mark.slow
+def test_many_draws_have_the_models_distribution() -> None:
+    """100,000 tokens of a language in which a token depends on the one before, by chi-squared."""
+    states, random = 8, torch.Generator().manual_seed(2)
+    table = torch.randn(states, states, generator=random)
+    guesses = table + torch.randn(states, states, generator=random)
+
+    def engine(logits: Tensor) -> Any:
+        made = Pretended(4, capacity=10_000)
+        made.logits = lambda slot: logits[made.texts[slot][-1]]  # type: ignore[method-assign]
+        return made
+
+    drafter = eager(4, 0)
+    drafter.decoder, drafter.vocabulary = engine(guesses), states
+    scheduler = Scheduler(engine(table), drafter=drafter)
+    clients = [
+        Client(Request([n % states], 5_000, Sampling(temperature=1.0, seed=n))) for n in range(20)
+    ]
+    scheduler.submit(*(client.job for client in clients))
+    run(scheduler, 100_000)
+    counts = torch.zeros(states, states, dtype=torch.float64)
+    for client in clients:
+        text = torch.tensor([*client.request.ids, *client.tokens])
+        counts.index_put_(
+            (text[:-1], text[1:]), torch.ones(len(text) - 1).double(), accumulate=True
+        )
+    assert counts.sum() == 100_000
+    assert 0.3 < drafter.accepted / drafter.proposed < 0.9
+    expected = counts.sum(1, keepdim=True) * table.double().softmax(1)
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert chi2.sf(statistic, states * (states - 1)) > 1e-3

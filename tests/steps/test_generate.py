@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -186,3 +187,26 @@ def test_the_rate_counts_the_tokens_after_the_first(
     made = secateur.generate(model, "abc", max_new_tokens=8)
     assert made.tokens > 2
     assert made.tokens_per_second == 1.0
+
+
+def test_a_draft_changes_nothing_but_the_speed(tmp_path: Path) -> None:
+    """In a conversation too. One for another loop or vocabulary is refused."""
+    sizes = {"head_dim": 16, "max_position_embeddings": 128}
+    model = with_template(save_tiny(tmp_path / "m", "llama", **sizes))
+    secateur.compress(model, values="int4", group_size=32, output=tmp_path / "draft")
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.0}
+    alone = secateur.generate(model, "def f(", **options)
+    drafted = secateur.generate(model, "def f(", draft=tmp_path / "draft", **options)
+    assert drafted.text == alone.text
+    assert alone.proposed is None
+    assert drafted.proposed is not None
+    assert f"of {drafted.proposed} drafted tokens accepted" in drafted.account
+    talks = [
+        Conversation(str(model), max_new_tokens=20, sampling={"temperature": 0}, draft=draft)
+        for draft in (None, str(tmp_path / "draft"))
+    ]
+    for line in ("def f(", "x = 1", "import o"):
+        assert len({talk.say(line).text for talk in talks}) == 1
+    other = save_tiny(tmp_path / "gpt2", "gpt2", n_positions=128)
+    with pytest.raises(RecipeError, match="does not decode this model"):
+        secateur.generate(other, "def f(", draft=model, **options)

@@ -62,7 +62,7 @@ EXIT_CODES: Mapping[str, Callable[[Any], int]] = {
     "compress": lambda result: 3 if result.broken else 0,
     "fit": lambda result: 3 if getattr(result, "broken", False) else 0,
     "draft": lambda result: 3 if getattr(result, "broken", False) else 0,
-    "bench": lambda result: int(all(speed.failure is not None for speed in result.speeds)),
+    "bench": lambda result: int(getattr(result, "failed", False)),
     "diagnose": lambda result: 3 if hasattr(result, "count") and result.count("error") else 0,
     "sweep": lambda result: int(bool(result.failures)),
 }
@@ -147,7 +147,7 @@ def _methods(recipe: MethodsRecipe) -> Result:
 @_own("bench")
 def _bench(recipe: BenchRecipe) -> Result:
     result = _run("bench", recipe)
-    for reason, failed in result.failures.items():
+    for reason, failed in getattr(result, "failures", {}).items():
         print(f"{', '.join(failed)} could not run: {reason}", file=sys.stderr)
     return result
 

@@ -112,7 +112,7 @@ class TimedRounds(Section):
 
     prompt_tokens: int = Field(32, ge=1)
     """Tokens in the prompt."""
-    new_tokens: int = Field(8, ge=2)
+    new_tokens: Annotated[int | None, Flag(default="8, or 64 with a draft")] = Field(None, ge=2)
     """Tokens to generate in each round."""
     rounds: int = Field(5, ge=1)
     """Largest number of rounds."""
@@ -124,6 +124,15 @@ class BenchRecipe(TimedRounds, Recipe):
     """One timing."""
 
     group = WHAT
+    conflicts = tuple(
+        Conflict(
+            name,
+            "draft",
+            "a draft is timed on texts of four kinds, in our own loop",
+            "time other ways to run the model in a call of their own",
+        )
+        for name in ("contenders", "gguf", "prompt_tokens", "rounds", "seconds")
+    )
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id or named sample."""
@@ -135,6 +144,9 @@ class BenchRecipe(TimedRounds, Recipe):
     int8, torch bf16, torch int8; or all."""
     gguf: Annotated[Texts, Flag(value="FILE")] = ()
     """Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."""
+    draft: Annotated[str | None, Flag(value="DRAFT", default="none")] = None
+    """Time the model as it is, with this draft and without, on prompts of four kinds: prose, code,
+    chat, lists; at temperature 0 and 1."""
 
 
 class InspectRecipe(RemoteCode, Recipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,11 @@ class BenchResult(Result):
         return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
 
     @property
+    def failed(self) -> bool:
+        """Whether no contender could run."""
+        return all(speed.failure is not None for speed in self.speeds)
+
+    @property
     def failures(self) -> dict[str, list[str]]:
         """The contenders that could not run, grouped by reason."""
         found: dict[str, list[str]] = {}
@@ -337,6 +342,96 @@ class BenchResult(Result):
             f"{p['rounds']} rounds in turns",
         )
         return [Table.of(self.model, columns, rows), *map(Line, lines)]
+
+
+@dataclass(frozen=True)
+class DraftedSpeed:
+    """A model on texts of one kind, with a draft and without.
+
+    Attributes:
+        kind: of text: prose, code, chat or lists.
+        temperature: 0 or 1.
+        tokens: of all texts, after the first token of each.
+        alone_seconds: without the draft.
+        drafted_seconds: with it.
+        calls: of the model, with the draft.
+        proposed: tokens that the draft proposed.
+        accepted: of these.
+        equal: at temperature 0, whether all texts were the same; None at others.
+    """
+
+    kind: str
+    temperature: float
+    tokens: int
+    alone_seconds: float
+    drafted_seconds: float
+    calls: int
+    proposed: int
+    accepted: int
+    equal: bool | None
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as without the draft."""
+        return self.alone_seconds / self.drafted_seconds
+
+
+@dataclass(frozen=True, repr=False)
+class DraftedBenchResult(Result):
+    """The speed of a model with a draft and without, on texts of several kinds.
+
+    Attributes:
+        model: the name from the user.
+        draft: the name of the draft from the user.
+        speeds: a measurement for each kind of text and temperature.
+        protocol: how and on which machine it was measured.
+    """
+
+    model: str
+    draft: str
+    speeds: tuple[DraftedSpeed, ...]
+    protocol: dict[str, Any]
+
+    def speedup(self, temperature: float) -> float:
+        """Over all texts of a temperature."""
+        own = [speed for speed in self.speeds if speed.temperature == temperature]
+        return sum(x.alone_seconds for x in own) / sum(x.drafted_seconds for x in own)
+
+    @property
+    def verdict(self) -> str:
+        """A sentence: what the draft brings."""
+        most = max(self.speedup(0.0), self.speedup(1.0))
+        if most < GAIN:
+            return f"no gain: at best {most:.2f} times as fast as without the draft"
+        return (
+            f"{self.speedup(0.0):.2f} times as fast as without the draft at temperature 0, with "
+            f"the same text; {self.speedup(1.0):.2f} times at temperature 1"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All measurements."""
+        speeds = [{**asdict(speed), "speedup": speed.speedup} for speed in self.speeds]
+        found = {"model": self.model, "draft": self.draft, "speeds": speeds}
+        return {**found, "verdict": self.verdict, "protocol": self.protocol}
+
+    def blocks(self) -> Sequence[Block]:
+        """A row for each kind and temperature, then the verdict."""
+        rows = [
+            (
+                x.kind,
+                f"{x.temperature:g}",
+                f"{x.tokens / x.alone_seconds:.1f}",
+                f"{x.tokens / x.drafted_seconds:.1f}",
+                f"{x.speedup:.2f}",
+                f"{x.accepted / x.proposed:.0%}" if x.proposed else "",
+                f"{x.tokens / x.calls:.2f}",
+                {None: "", True: "yes", False: "NO"}[x.equal],
+            )
+            for x in self.speeds
+        ]
+        heads = ("text", "temperature", "tokens/s", "with draft", "times", "accepted",
+                 "tokens a call", "same text")  # fmt: skip
+        return [Table.of("", heads, rows), Line(self.verdict)]
 
 
 @dataclass(frozen=True, repr=False)

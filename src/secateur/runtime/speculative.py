@@ -419,13 +419,17 @@ def open_drafter(
     return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)
 
 
-def refuse_draft(draft: str | None, reason: str) -> None:
+def refuse_draft(draft: str | None, reason: str | None) -> None:
     """Refuse a draft for a model that our own loop does not decode.
 
+    Args:
+        draft: as it was given; None for no draft.
+        reason: from `why_not`; None if our loop decodes the model.
+
     Raises:
-        RecipeError: a draft was given.
+        RecipeError: there are both.
     """
-    if draft is not None:
+    if draft is not None and reason is not None:
         raise RecipeError(
             f"a draft needs our own loop, which does not decode this model: {reason}",
             where="--draft",

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.errors import RecipeError
+from secateur.evaluation.generation import KINDS
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
+from secateur.recipes.deploy import Sampling
 from secateur.recipes.measure import BenchRecipe
-from secateur.reporting.evaluate import BenchResult
+from secateur.reporting.evaluate import BenchResult, DraftedBenchResult, DraftedSpeed
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import write_record
+from secateur.runtime.decode import Decoder, continued
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.layer_forms import why_not
+from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
+from secateur.runtime.speculative import Drafter, open_drafter, refuse_draft, speculated
 from secateur.steps.generate import positions_in
 
+NEW_TOKENS, DRAFTED_TOKENS = 8, 64
+"""The default number of tokens of a round, and that of a text with a draft."""
 
-def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult:
-    """Time a checkpoint at batch 1 with several backends, in turns.
 
-    For a run folder, the result is also written to `secateur/bench.json`.
+def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | DraftedBenchResult:
+    """Time a checkpoint at batch 1 with several backends, or with a draft and without, in turns.
+
+    For a run folder, the result is also written to `secateur/bench.json`, unless there is a draft.
     """
-    model, new_tokens, prompt_tokens = recipe.model, recipe.new_tokens, recipe.prompt_tokens
+    if recipe.draft is not None:
+        return bench_draft(recipe, recipe.draft, progress)
+    model, prompt_tokens = recipe.model, recipe.prompt_tokens
+    new_tokens = recipe.new_tokens or NEW_TOKENS
     names: Sequence[str] = recipe.contenders or USUAL_BACKENDS
     if names == ("all",):
         names = BACKENDS
@@ -74,6 +90,76 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult:
     if (folder / NOTES).is_dir():
         write_record(folder / NOTES / "bench.json", result.record.to_json())
     return result
+
+
+def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedBenchResult:
+    """Time a model with a draft and without, on the prompts of `KINDS`.
+
+    Each text is written without the draft, and then with it. The first token, which the model's
+    reading of the prompt gives, is not timed; the draft's reading is.
+
+    Raises:
+        SecateurError: as generating with a draft.
+    """
+    folder = resolve(recipe.model, progress=progress).folder
+    tokenizer: Any = load_tokenizer(folder)
+    prompts = {
+        kind: [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+        for kind, texts in KINDS.items()
+    }
+    new_tokens = recipe.new_tokens or DRAFTED_TOKENS
+    model, room = load(folder), new_tokens + max(len(x) for own in prompts.values() for x in own)
+    refuse_draft(draft, why_not(model, room))
+    decoder = Decoder(model, room)
+    drafter = open_drafter(draft, decoder.slots, tokenizer)
+    speeds = []
+    progress.start("measuring", 2 * len(prompts))
+    for temperature in (0.0, 1.0):
+        for kind, texts in prompts.items():
+            speeds.append(_drafted_speed(decoder, drafter, kind, texts, new_tokens, temperature))
+            progress.step(note=f"{kind} at temperature {temperature:g}")
+    progress.finish()
+    protocol = {"batch": 1, "new_tokens": new_tokens, "kernels": kernel_info().tier,
+                **environment(torch.device("cpu"))}  # fmt: skip
+    return DraftedBenchResult(recipe.model, draft, tuple(speeds), protocol)
+
+
+def _drafted_speed(
+    decoder: Decoder,
+    drafter: Drafter,
+    kind: str,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    temperature: float,
+) -> DraftedSpeed:
+    """The times of the texts of one kind."""
+    seconds, equal = [0.0, 0.0], True
+    before = drafter.proposed, drafter.accepted
+    for seed, ids in enumerate(prompts):
+        sampling = Sampling(temperature=temperature, seed=seed)
+        alone = continued(decoder, ids, new_tokens, sampling=sampling)
+        drafted = speculated(decoder, drafter, ids, new_tokens, sampling=sampling)
+        found = []
+        for place, text in enumerate((alone, drafted)):
+            tokens = [next(text)]
+            began = time.perf_counter()
+            tokens += text
+            seconds[place] += time.perf_counter() - began
+            found.append(tokens)
+        equal = equal and found[0] == found[1]
+    proposed, accepted = drafter.proposed - before[0], drafter.accepted - before[1]
+    count = len(prompts) * (new_tokens - 1)
+    return DraftedSpeed(
+        kind=kind,
+        temperature=temperature,
+        tokens=count,
+        alone_seconds=seconds[0],
+        drafted_seconds=seconds[1],
+        calls=count - accepted,
+        proposed=proposed,
+        accepted=accepted,
+        equal=None if temperature else equal,
+    )
 
 
 def _without_packed(names: Sequence[str], model: str, *, chosen: bool) -> list[str]:

@@ -1,0 +1,33 @@
+"""Timing a model with a draft; tests/evaluation/test_speed.py times other ways to run one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import secateur
+from secateur.errors import RecipeError
+from secateur.evaluation.generation import KINDS
+from secateur.reporting.evaluate import GAIN
+from tiny import save_tiny
+
+
+def test_a_draft_is_timed_beside_the_model_alone(tmp_path: Path) -> None:
+    sizes = {"head_dim": 16, "max_position_embeddings": 512}
+    model = save_tiny(tmp_path / "m", "llama", **sizes)
+    secateur.compress(model, values="int4", group_size=32, output=tmp_path / "draft")
+    found = secateur.bench(str(model), draft=str(tmp_path / "draft"), new_tokens=20)
+    assert [(x.kind, x.temperature) for x in found.speeds] == [
+        (kind, temperature) for temperature in (0.0, 1.0) for kind in KINDS
+    ]
+    for speed in found.speeds:
+        assert speed.equal is (None if speed.temperature else True)
+        assert speed.tokens == 4 * 19 == speed.calls + speed.accepted
+        assert speed.accepted <= speed.proposed
+        assert min(speed.alone_seconds, speed.drafted_seconds) > 0
+    said = found.to_json()
+    assert said["speeds"][0]["speedup"] == found.speeds[0].speedup
+    assert ("no gain" in said["verdict"]) == (max(map(found.speedup, (0.0, 1.0))) < GAIN)
+    with pytest.raises(RecipeError, match="a draft is timed on texts of four kinds"):
+        secateur.bench(str(model), draft="any", rounds=3)
