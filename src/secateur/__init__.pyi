@@ -15,7 +15,7 @@ from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
 from secateur.report_page.report import report as report
 from secateur.reporting.draft import DraftPlanResult, DraftResult
-from secateur.reporting.evaluate import BenchResult, EvaluateResult
+from secateur.reporting.evaluate import BenchResult, DraftedBenchResult, EvaluateResult
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
     ChainResult,
@@ -150,14 +150,15 @@ def bench(
     ]
     | None = None,
     gguf: Sequence[str | Path] | None = None,
+    draft: str | None = None,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
     rounds: int | None = None,
     seconds: float | None = None,
-) -> BenchResult:
-    """Time a checkpoint at batch 1 with several backends, in turns.
+) -> BenchResult | DraftedBenchResult:
+    """Time a checkpoint at batch 1 with several backends, or with a draft and without, in turns.
 
-    For a run folder, the result is also written to `secateur/bench.json`.
+    For a run folder, the result is also written to `secateur/bench.json`, unless there is a draft.
 
     Args:
         model: Folder (compressed or not), hub id or named sample.
@@ -166,8 +167,10 @@ def bench(
             dense bf16, dense int8, torch bf16, torch int8; or all. [packed, dense bf16, dense int8,
             torch bf16]
         gguf: Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated. [none]
+        draft: Time the model as it is, with this draft and without, on prompts of four kinds:
+            prose, code, chat, lists; at temperature 0 and 1. [none]
         prompt_tokens: Tokens in the prompt. [32]
-        new_tokens: Tokens to generate in each round. [8]
+        new_tokens: Tokens to generate in each round. [8, or 64 with a draft]
         rounds: Largest number of rounds. [5]
         seconds: Start no round after this many seconds; at least two rounds are timed. [30]
 

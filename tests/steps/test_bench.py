@@ -1,4 +1,4 @@
-"""Timing a model with a draft; tests/evaluation/test_speed.py times other ways to run one."""
+"""Timing a model with a draft."""
 
 from __future__ import annotations
 

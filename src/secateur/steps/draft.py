@@ -48,6 +48,7 @@ from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runs.records.measured import Acceptance
 from secateur.runtime.layer_forms import why_not
+from secateur.runtime.speculative import FREQUENT
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.fit import open_model
@@ -60,7 +61,6 @@ from secateur.steps.fitting.candidates import (
 )
 from secateur.steps.fitting.costs import MARGINS, SECONDS, Costs, costs_of, time_heads
 from secateur.steps.fitting.drafts import (
-    FREQUENT,
     HEADS,
     DraftBench,
     MeasuredDraft,

@@ -53,9 +53,6 @@ from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat, em
 from secateur.timing import alternate, seconds_of
 from secateur.types import Windows
 
-FREQUENT = "frequent_tokens.safetensors"
-"""The file with the tensor `ids`: the tokens that the head of a draft proposes, ascending."""
-
 HEADS = (32768, 16384, 8192, 4096)
 """Numbers of tokens that a head over frequent tokens may have."""
 
