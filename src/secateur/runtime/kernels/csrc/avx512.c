@@ -254,35 +254,44 @@ static void expand(const sct_matrix *m, int64_t begin, int64_t end, void *tile) 
 SCT_TARGET_END
 SCT_TARGET_BEGIN(SCT_AVX512 ",avx512bf16")
 
-/* bfloat16 values and activations, two products for each 32 bits at once: two sums that do not wait
- * for each other. Their order is the same however many vectors there are. */
-SCT_INLINE void bfloats(const sct_matrix *m, const sct_input *in, int64_t begin, int64_t end,
-                        float *y, int64_t y_stride, const int B, const int packed) {
-    for (int64_t row = begin; row < end; row++) {
-        const uint16_t *v = (const uint16_t *)m->values + start_of(m, row, packed);
-        __m512 sum[SCT_MAX_BATCH], other[SCT_MAX_BATCH];
+/* bfloat16 values and activations, two products for each 32 bits at once. Two rows share each load of
+ * x. A row has one sum, so that its order is the same however many vectors there are. */
+SCT_INLINE void bfloats_at(const sct_matrix *m, const sct_input *in, int64_t row, float *y,
+                           int64_t y_stride, const int B, const int packed, const int R) {
+    const uint16_t *v[2];
+    __m512 sum[2][SCT_MAX_BATCH];
+    for (int r = 0; r < R; r++) {
+        v[r] = (const uint16_t *)m->values + start_of(m, row + r, packed);
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) sum[b] = other[b] = _mm512_setzero_ps();
-        for (int64_t w = 0; w < m->words; w++) {
-            __m512i e[2];
-            ask_for(v);
-            if (!packed) ask_for(v + 32);
-            ask_for_mask(m, row, w, packed);
-            v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
-#pragma GCC unroll 8
-            for (int b = 0; b < B; b++) {
-                const uint16_t *x = in->bfloats + b * in->padded + w * 64;
-                const __m512bh first = (__m512bh)_mm512_load_si512(x);
-                const __m512bh second = (__m512bh)_mm512_load_si512(x + 32);
-                sum[b] = _mm512_dpbf16_ps(sum[b], (__m512bh)e[0], first);
-                other[b] = _mm512_dpbf16_ps(other[b], (__m512bh)e[1], second);
-            }
+        for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_ps();
+    }
+    for (int64_t w = 0; w < m->words; w++) {
+        __m512i e[2][2];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+            ask_for(v[r]);
+            if (!packed) ask_for(v[r] + 32);
+            ask_for_mask(m, row + r, w, packed);
+            v[r] = two_bytes(v[r], packed ? mask_of(m, row + r)[w] : 0, packed, e[r]);
         }
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++)
-            y[b * y_stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(sum[b], other[b]));
+        for (int b = 0; b < B; b++) {
+            const uint16_t *x = in->bfloats + b * in->padded + w * 64;
+            const __m512bh first = (__m512bh)_mm512_load_si512(x);
+            const __m512bh second = (__m512bh)_mm512_load_si512(x + 32);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++) {
+                sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)e[r][0], first);
+                sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)e[r][1], second);
+            }
+        }
     }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++)
+            y[b * y_stride + row + r] = _mm512_reduce_add_ps(sum[r][b]);
 }
+SCT_TWO_ROWS(bfloats, bfloats_at)
 SCT_ROWS(rows_bfloats, bfloats)
 
 #include "attention_bf16.inc"
