@@ -161,7 +161,9 @@ CASES: Mapping[str, Case] = {
         "dense",
         {"max_size": "60KiB", "effort": "fast", "heal_tokens": 128, "structure": True, **WINDOWS},
     ),
-    "draft": Case("draft", "dense", {"effort": "fast", "heal_tokens": 128, **WINDOWS}),
+    "draft": Case(
+        "draft", "dense", {"effort": "fast", "heal_tokens": 128, "structure": True, **WINDOWS}
+    ),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "import": Case("import_model", "dense", MASKED, resumes=False),
     "sweep": Case(
