@@ -1,13 +1,14 @@
 """What drafts gain: measured on SmolLM2, and computed for larger models.
 
-    python benchmarks/drafts.py costs [--models 1.1b 8b] [--turns 7]      on a quiet machine
+    python benchmarks/drafts.py costs [--models 1.1b 8b] [--turns 9]
     python benchmarks/drafts.py show
 
 `costs` measures c(1) … c(8), the seconds of one call of our decode loop with so many tokens and the
 logits after each, after 64 tokens, on the shapes of TinyLlama (1.1 billion parameters) and Llama
 3.1 8B with random weights. Layers are timed that have 768 MiB together (8B in bfloat16: 2 of 32
 layers), and the time of all layers is that of those times L / n (`evaluation/random_models.py`).
-Embedding and head are bfloat16 or, beside integers, int8. Formats of a model take turns; medians.
+Embedding and head are bfloat16 or, beside integers, int8. Formats of a model take turns, and the
+lowest times count, since other work on the machine only adds to them.
 
 `show` computes what a pair gains, by `evaluation/acceptance.py`:
 
@@ -23,7 +24,6 @@ part of the time outside the layers. Rows with `part` "measured" are decodings t
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,9 +92,9 @@ class Calls(FormatTimer):
         self.decoder.slots.rewind(0, PROMPT_TOKENS)
         found = []
         for count in range(1, MOST + 1):
-            whole = statistics.median([self.call(count) for _ in range(4)][1:])
+            whole = min([self.call(count) for _ in range(4)][1:])
             with self.without_layers():
-                bare = statistics.median([self.call(count) for _ in range(4)][1:])
+                bare = min([self.call(count) for _ in range(4)][1:])
             found.append((bare, whole))
         return found
 
@@ -114,8 +114,8 @@ def costs(models: list[str], turns: int) -> None:
         for name, timer, own in zip(FORMATS, timers, measured, strict=True):
             outside, layers = [], []
             for count in range(MOST):
-                bare = statistics.median(turn[count][0] for turn in own)
-                whole = statistics.median(turn[count][1] for turn in own)
+                bare = min(turn[count][0] for turn in own)
+                whole = min(turn[count][1] for turn in own)
                 outside.append(bare)
                 layers.append(timer.of_all_layers(whole - bare))
             row = {"part": "costs", "model": model, "format": name, "timed_layers": timer.count}
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("costs", "show"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=9)
     given = parser.parse_args()
     if given.what == "costs":
         costs(given.models, given.turns)
