@@ -116,6 +116,8 @@ def shortened(words: list[str]) -> list[str]:
         options = options | {"--windows": "32"}
     if verb in ("compress", "diagnose") and {"--calibration", "--dense"} & set(words):
         options = {name: text for name, text in CALIBRATED.items() if name != "--calibration"}
+    if verb == "bench" and "--draft" in words:
+        options = {"--new-tokens": "4"}
     if "--gpus" in words:  # a plan on paper
         options = {}
     if verb == "evaluate" and {"--generation", "--tasks"} & set(words) and "--text" not in words:
