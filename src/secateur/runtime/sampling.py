@@ -11,16 +11,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
-from torch.nn import functional
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models.header import parse_json
 from secateur.models.tokenizer import Tokenizer
 from secateur.recipes.deploy import Sampling
+
+Numbers = NDArray[Any]
+"""Logits or probabilities, float32 [vocabulary], or ids of tokens."""
 
 FIRST_LOOK = 1e-4
 """Tokens of less than this part of the largest probability are seldom needed, and sorting all of
@@ -47,6 +51,9 @@ class Draws:
     probability (Nguyen et al., Turning Up the Heat, ICLR 2025, arXiv 2407.01082). The rest is never
     drawn.
 
+    All arithmetic is numpy's: the threads of torch's, which begin at 32,768 numbers, would wait
+    busily on the processors that the kernels need for the next token.
+
     Args:
         sampling: how tokens are drawn. What is None changes nothing, and neither does `top_k` 0.
         prompt: the tokens before the text, which the repetition penalty counts.
@@ -59,7 +66,7 @@ class Draws:
         self.repetition_penalty = sampling.repetition_penalty or 1.0
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.text, self.known = list[int](), {*prompt}
-        self.seen = torch.tensor(sorted(self.known), dtype=torch.long)
+        self.seen = sorted(self.known)
 
     def draw(self, logits: Float[Tensor, " vocabulary"]) -> int:
         """The next token.
@@ -67,8 +74,8 @@ class Draws:
         Args:
             logits: float32, of all tokens.
         """
-        logits = self.penalised(logits)
-        token = greatest(logits) if self.temperature == 0 else self.chosen(logits)
+        found = self.penalised(logits.numpy())
+        token = int(found.argmax()) if self.temperature == 0 else self.chosen(found)
         self.note(token)
         return token
 
@@ -76,12 +83,10 @@ class Draws:
         """Append a token to the text."""
         if token not in self.known:
             self.known.add(token)
-            self.seen = torch.cat((self.seen, torch.tensor([token])))
+            self.seen.append(token)
         self.text.append(token)
 
-    def penalised(
-        self, logits: Float[Tensor, " vocabulary"], more: Sequence[int] = ()
-    ) -> Float[Tensor, " vocabulary"]:
+    def penalised(self, logits: Numbers, more: Sequence[int] = ()) -> Numbers:
         """The logits after all penalties; the argument stays as it is.
 
         Args:
@@ -90,83 +95,95 @@ class Draws:
         """
         s, r = self.sampling, self.repetition_penalty
         if r != 1:
-            seen = torch.cat((self.seen, torch.tensor(more, dtype=torch.long)))
-            found = logits[seen]
-            logits = logits.clone()
-            logits[seen] = torch.where(found > 0, found / r, found * r)
+            seen = [*self.seen, *more]
+            found, logits = logits[seen], logits.copy()
+            logits[seen] = np.where(found > 0, found / np.float32(r), found * np.float32(r))
         text = [*self.text, *more]
         if text and (s.presence_penalty or s.frequency_penalty):
-            seen, counts = torch.tensor(text).unique(return_counts=True)
-            logits = logits.clone()
-            logits[seen] -= s.presence_penalty + s.frequency_penalty * counts
+            once, counts = np.unique(text, return_counts=True)
+            logits = logits.copy()
+            logits[once] -= (s.presence_penalty + s.frequency_penalty * counts).astype(np.float32)
         return logits
 
-    def chosen(self, logits: Float[Tensor, " vocabulary"]) -> int:
+    def chosen(self, logits: Numbers) -> int:
         """A token by its probability among those that may be drawn."""
         shares, tokens = self.drawable(logits)
         return self.any_of(shares) if tokens is None else int(tokens[self.place(shares)])
 
-    def chances(
-        self, logits: Float[Tensor, " vocabulary"], more: Sequence[int] = ()
-    ) -> Float[Tensor, " vocabulary"]:
+    def chances(self, logits: Numbers, more: Sequence[int] = ()) -> Numbers:
         """The probability of every token to be drawn after the text and `more`.
 
         At temperature 0 the most likely token has all of it.
         """
         logits = self.penalised(logits, more)
-        found = torch.zeros_like(logits)
+        found = np.zeros_like(logits)
         if self.temperature == 0:
-            found[greatest(logits)] = 1.0
+            found[logits.argmax()] = 1.0
             return found
         shares, tokens = self.drawable(logits)
-        return shares if tokens is None else found.index_copy_(0, tokens, shares / shares.sum())
+        if tokens is None:
+            return shares
+        found[tokens] = shares / shares.sum()
+        return found
 
-    def drawable(self, logits: Float[Tensor, " vocabulary"]) -> tuple[Tensor, Tensor | None]:
+    def drawable(self, logits: Numbers) -> tuple[Numbers, Numbers | None]:
         """Shares of the tokens that may be drawn, and these tokens; None for all of them."""
-        chances = (logits / self.temperature).softmax(-1)
+        chances = softmax(logits, self.temperature)
         if self.top_k is None and self.top_p >= 1 and self.min_p == 0:
             return chances, None
         ordered, tokens = self.likeliest(chances)
         if self.top_k is not None:
-            ordered, tokens = ordered[: self.top_k], tokens[: self.top_k]
             ordered = ordered / ordered.sum()
         # the probability of all tokens before this one: the first is always kept
-        kept = ordered.cumsum(-1) - ordered < self.top_p
+        kept = ordered.cumsum() - ordered < self.top_p
         kept &= ordered >= self.min_p * ordered[0]
         count = int(kept.sum())
         return ordered[:count], tokens[:count]
 
-    def any_of(self, chances: Float[Tensor, " vocabulary"]) -> int:
+    def any_of(self, chances: Numbers) -> int:
         """A token by its probability: a block of tokens, then one of the block.
 
         `torch.multinomial` takes a millisecond for 50,000 tokens, and five for 250,000.
         """
         count = -(-len(chances) // BLOCK)
-        blocks = functional.pad(chances, (0, count * BLOCK - len(chances))).view(count, BLOCK)
+        blocks = np.pad(chances, (0, count * BLOCK - len(chances))).reshape(count, BLOCK)
         block = self.place(blocks.sum(1))
         return min(block * BLOCK + self.place(blocks[block]), len(chances) - 1)
 
-    def place(self, shares: Float[Tensor, " count"]) -> int:
+    def point(self) -> float:
+        """A random number from 0 on, below 1."""
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
+
+    def place(self, shares: Numbers) -> int:
         """A place by its share of the sum."""
-        sums = shares.cumsum(-1, dtype=torch.float64)
-        point = torch.rand(1, generator=self.generator, dtype=torch.float64) * sums[-1]
-        return min(int(torch.searchsorted(sums, point, right=True)), len(shares) - 1)
+        sums = shares.cumsum(dtype=np.float64)
+        found = np.searchsorted(sums, self.point() * sums[-1], side="right")
+        return min(int(found), len(shares) - 1)
 
-    def likeliest(self, chances: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities in descending order and their tokens, as many as may be needed."""
-        if self.top_k is not None and self.top_k < len(chances):
-            return chances.topk(self.top_k)
-        if self.top_k is None:
-            found = (chances >= FIRST_LOOK * chances.max()).nonzero()[:, 0]
-            ordered, places = chances[found].sort(descending=True, stable=True)
-            if float(ordered.sum()) > self.top_p or self.min_p >= FIRST_LOOK:
-                return ordered, found[places]
-        return chances.sort(descending=True, stable=True)
+    def likeliest(self, chances: Numbers) -> tuple[Numbers, Numbers]:
+        """Probabilities in descending order and their tokens, as many as may be needed.
+
+        Of equal ones the first comes first.
+        """
+        k = self.top_k
+        if k is not None and k < len(chances):
+            found = np.flatnonzero(chances >= np.partition(chances, -k)[-k])
+            tokens = found[np.argsort(-chances[found], kind="stable")][:k]
+            return chances[tokens], tokens
+        if k is None:
+            found = np.flatnonzero(chances >= FIRST_LOOK * chances.max())
+            tokens = found[np.argsort(-chances[found], kind="stable")]
+            if float(chances[tokens].sum()) > self.top_p or self.min_p >= FIRST_LOOK:
+                return chances[tokens], tokens
+        tokens = np.argsort(-chances, kind="stable")
+        return chances[tokens], tokens
 
 
-def greatest(logits: Float[Tensor, " vocabulary"]) -> int:
-    """The most likely token; the first of several."""
-    return int(logits.numpy().argmax())  # several times as fast as torch
+def softmax(logits: Numbers, temperature: float = 1.0) -> Numbers:
+    """Probabilities of all tokens, float32."""
+    chances: Numbers = np.exp((logits - logits.max()) / np.float32(temperature))
+    chances /= chances.sum()
+    return chances
 
 
 FILE = "generation_config.json"

@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file
@@ -38,7 +39,7 @@ from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
 from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
-from secateur.runtime.sampling import Draws, greatest
+from secateur.runtime.sampling import Draws, Numbers, softmax
 
 FREQUENT = "frequent_tokens.safetensors"
 """File in the notes of a draft: the tokens that it may propose, `ids` int64, ascending."""
@@ -55,7 +56,7 @@ class Guess(NamedTuple):
     """
 
     token: int
-    chances: Float[Tensor, " vocabulary"] | None
+    chances: Numbers | None
     sure: float
 
 
@@ -268,18 +269,20 @@ class Drafter:
         self.pace.took(self.pace.draft, len(texts), self.clock() - began)
         return logits
 
-    def guess(self, draws: Draws, logits: Tensor, before: Sequence[int]) -> Guess:
+    def guess(self, draws: Draws, row: Float[Tensor, " drafted"], before: Sequence[int]) -> Guess:
         """Draw a token from the draft's probabilities."""
+        logits = row.numpy()
         if self.ids is not None or len(logits) != self.vocabulary:
-            every = torch.full((self.vocabulary,), -torch.inf)
-            at = torch.arange(len(logits)) if self.ids is None else self.ids
+            every = np.full(self.vocabulary, -np.inf, dtype=np.float32)
+            at = np.arange(len(logits)) if self.ids is None else self.ids.numpy()
             known = at < self.vocabulary
-            logits = every.index_copy_(0, at[known], logits[known])
+            every[at[known]] = logits[known]
+            logits = every
         if draws.temperature == 0:
             logits = draws.penalised(logits, before)
-            token = greatest(logits)
-            sure = 1 / float((logits - logits[token]).exp().sum())
-            return Guess(token, None, sure)
+            chances = softmax(logits)
+            token = int(logits.argmax())
+            return Guess(token, None, float(chances[token]))
         chances = draws.chances(logits, before)
         return Guess(draws.any_of(chances), chances, float(chances.max()))
 
@@ -318,14 +321,14 @@ def verified(
         token = draws.draw(row) if guess is None or guess.chances is None else None
         if token is None:
             assert guess is not None
-            token = accepted_or_drawn(draws, draws.chances(row), guess)
+            token = accepted_or_drawn(draws, draws.chances(row.numpy()), guess)
             draws.note(token)
         yield token
         if guess is None or token != guess.token:
             return
 
 
-def accepted_or_drawn(draws: Draws, p: Float[Tensor, " vocabulary"], guess: Guess) -> int:
+def accepted_or_drawn(draws: Draws, p: Numbers, guess: Guess) -> int:
     """A token with probabilities p: the proposed one, or one of the positive part of p − q.
 
     Both can be the same token only if it was accepted, because p is less than q where a token is
@@ -333,11 +336,10 @@ def accepted_or_drawn(draws: Draws, p: Float[Tensor, " vocabulary"], guess: Gues
     """
     q = guess.chances
     assert q is not None
-    point = float(torch.rand(1, generator=draws.generator, dtype=torch.float64))
-    if point * float(q[guess.token]) < float(p[guess.token]):
+    if draws.point() * float(q[guess.token]) < float(p[guess.token]):
         return guess.token
-    rest = (p - q).clamp_(min=0)
-    return draws.any_of(rest if float(rest.sum()) > 0 else p)
+    rest = np.maximum(p - q, 0)
+    return draws.any_of(rest if rest.any() else p)
 
 
 def speculated(
