@@ -85,14 +85,46 @@ PRIOR = 4.0
 FORGETTING = 0.98
 """What was accepted counts so much less with each later proposal of its bin."""
 
-TRIALS = 3
+TRIALS = 4
 """Rounds before the draft may fall asleep."""
 
-NAPS = (16, 512)
+NAPS = (32, 512)
 """Calls of the first sleep and of the longest one; each is twice as long as the one before."""
 
 PLAIN_EVERY = 32
 """One call in so many has no proposal, so that it is known what a token takes without a draft."""
+
+
+class CallTimes:
+    """Seconds of a call = fixed + each · tokens, by least squares of the relative errors.
+
+    Newer calls count more. Until calls of several numbers of tokens are known, each is 0.
+
+    Attributes:
+        known: whether there was a call.
+    """
+
+    def __init__(self) -> None:
+        self.known = False
+        self.sums = [0.0] * 5
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Add a call."""
+        weight = seconds**-2
+        new = (1, tokens, tokens**2, seconds, tokens * seconds)
+        pairs = zip(self.sums, new, strict=True)
+        self.known, self.sums = True, [0.97 * old + weight * x for old, x in pairs]
+
+    def seconds(self, tokens: int) -> float:
+        """What a call of so many tokens takes."""
+        if not self.known:
+            return 0.0
+        count, first, second, taken, product = self.sums
+        spread = count * second - first**2
+        # of calls that all had one number, rounding leaves a little
+        each = (count * product - first * taken) / spread if spread > 1e-6 * first**2 else 0.0
+        each = max(0.0, each)
+        return (taken - each * first) / count + each * tokens
 
 
 class Pace:
@@ -104,43 +136,31 @@ class Pace:
 
     The probability that a token is accepted is learned by how sure the draft is, of its most likely
     token and not of the drawn one: a choice by the drawn token would change the distribution.
-    Seconds are those of the calls so far, the newer ones counting more.
+
+    Attributes:
+        parent, draft: what their calls take.
+        asleep: calls until the draft is tried again.
     """
 
     def __init__(self) -> None:
-        self.parent = dict[int, float]()
-        self.draft = dict[int, float]()
+        self.parent, self.draft = CallTimes(), CallTimes()
         self.right = [[PRIOR * (place + 0.5) / BINS, PRIOR] for place in range(BINS)]
         self.usual = [PRIOR / 2, PRIOR]
         self.spent = self.gained = 0.0
         self.rounds = self.tried = self.asleep = 0
         self.nap = NAPS[0]
 
-    def awake(self, texts: int) -> bool:
+    def awake(self) -> bool:
         """Whether the draft proposes for the next call."""
         if self.asleep:
             self.asleep -= 1
             return False
         self.rounds += 1
-        return texts in self.parent and self.rounds % PLAIN_EVERY != 0
-
-    def took(self, calls: dict[int, float], tokens: int, seconds: float) -> None:
-        """Note the seconds of a call of so many tokens."""
-        calls[tokens] = 0.8 * calls[tokens] + 0.2 * seconds if tokens in calls else seconds
-
-    def seconds(self, calls: dict[int, float], tokens: int) -> float:
-        """What a call of so many tokens takes; between known numbers by a straight line."""
-        below = max((n for n in calls if n <= tokens), default=None)
-        above = min((n for n in calls if n >= tokens), default=None)
-        if below is None or above is None or below == above:
-            nearest = below if above is None else above
-            return 0.0 if nearest is None else calls[nearest]
-        share = (tokens - below) / (above - below)
-        return (1 - share) * calls[below] + share * calls[above]
+        return self.parent.known and self.rounds % PLAIN_EVERY != 0
 
     def token_seconds(self, texts: int) -> float:
         """What a token takes in a call without proposals."""
-        return self.seconds(self.parent, texts) / texts
+        return self.parent.seconds(texts) / texts
 
     def value(self, texts: int) -> float:
         """The seconds that an accepted token saves."""
@@ -172,7 +192,7 @@ class Pace:
             self.asleep, self.nap = self.nap, min(2 * self.nap, NAPS[1])
             self.spent = self.gained = 0.0
             self.tried = 0
-        elif self.tried > NAPS[0]:
+        elif self.tried > PLAIN_EVERY:
             self.nap = NAPS[0]
 
 
@@ -215,7 +235,7 @@ class Drafter:
         """
         found = [list[Guess]() for _ in texts]
         self.drafting = 0.0
-        if room < 1 or not self.pace.awake(len(texts)):
+        if room < 1 or not self.pace.awake():
             return found
         reach = [1.0] * len(texts)
         unread = [self.unread(text) if text.most > 0 else [] for text in texts]
@@ -227,13 +247,12 @@ class Drafter:
                 unread[n] = []
                 guess = self.guess(texts[n].draws, logits, [x.token for x in found[n]])
                 size = len(texts) + sum(map(len, found))
-                more = self.pace.seconds(self.pace.parent, size + 1)
-                more -= self.pace.seconds(self.pace.parent, size)
+                more = self.pace.parent.seconds(size + 1) - self.pace.parent.seconds(size)
                 reach[n] *= self.pace.accepts(guess.sure)
                 if size == len(texts) + room or reach[n] * value < more:
                     continue
                 found[n].append(guess)
-                cost = self.pace.seconds(self.pace.draft, len(left)) / len(left)
+                cost = self.pace.draft.seconds(len(left)) / len(left)
                 if len(found[n]) < texts[n].most and reach[n] * usual[0] / usual[1] * value > cost:
                     unread[n] = [guess.token]
         self.drafting = self.clock() - began
@@ -266,7 +285,7 @@ class Drafter:
             self.texts[slot] += ids
         began = self.clock()
         logits = self.decoder.step(tokens)
-        self.pace.took(self.pace.draft, len(texts), self.clock() - began)
+        self.pace.draft.note(len(texts), self.clock() - began)
         return logits
 
     def guess(self, draws: Draws, row: Float[Tensor, " drafted"], before: Sequence[int]) -> Guess:
@@ -288,7 +307,7 @@ class Drafter:
 
     def called(self, texts: int, guesses: Sequence[Sequence[Guess]], seconds: float) -> None:
         """Note the seconds of the parent's call for the texts and what was proposed."""
-        self.pace.took(self.pace.parent, texts + sum(map(len, guesses)), seconds)
+        self.pace.parent.note(texts + sum(map(len, guesses)), seconds)
 
     def judged(self, guesses: Sequence[Guess], tokens: int) -> None:
         """Note that a proposal of a text gave so many tokens; the last one is the parent's own."""
