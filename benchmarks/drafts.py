@@ -1,7 +1,12 @@
 """What drafts gain: measured on SmolLM2, and computed for larger models.
 
+    python benchmarks/drafts.py measured --parent NAME=DIR --draft NAME=DIR --draft n-gram ...
     python benchmarks/drafts.py costs [--models 1.1b 8b] [--turns 9]
     python benchmarks/drafts.py show
+
+`measured` times a parent with a draft and without, as `secateur bench --draft`: 64 tokens after
+each of four prompts of four kinds, at temperature 0 and 1, without the draft and then with it.
+The draft `n-gram` proposes what followed the last three tokens, or two, when they last occurred.
 
 `costs` measures c(1) … c(8), the seconds of one call of our decode loop with so many tokens and the
 logits after each, after 64 tokens, on the shapes of TinyLlama (1.1 billion parameters) and Llama
@@ -18,13 +23,15 @@ a is the acceptance, the same at every position. It is given, not measured on th
 SmolLM2's draft of the same kind, 0.75 (T5-small for T5-XXL, greedy translation: Leviathan et al.
 2023, table 2) and 0.9 (layers skipped and chosen for the text: SWIFT, Xia et al. 2024). Drawing,
 tokenizer and adaptation of k cost more on top. The draft with a head over 16,384 tokens has that
-part of the time outside the layers. Rows with `part` "measured" are decodings that were timed.
+part of the time outside the layers.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,8 +40,14 @@ from transformers import LlamaConfig
 from hardware import add, heading, keep, markdown
 from int4_models import SHAPES
 from secateur.evaluation.acceptance import even_runs, speculation
+from secateur.evaluation.generation import KINDS
 from secateur.evaluation.random_models import PROMPT_TOKENS, FormatTimer, WeightFormat
-from secateur.runtime.decode import Token
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.runtime.decode import Decoder, Token
+from secateur.runtime.load import load
+from secateur.runtime.speculative import DraftedText, Drafter, Guess, open_drafter
+from secateur.steps.bench import _drafted_speed
 from secateur.timing import alternate, seconds_of
 from stored import known_rows
 
@@ -73,6 +86,76 @@ DRAFTS: dict[str, tuple[str, float, bool, float]] = {
 draft of that kind on WikiText-2 (of zeros and cuts without int4; a third of the layers cut where
 half are cut here)."""
 PUBLISHED = {"0.75": 0.75, "0.9": 0.9}
+
+
+NGRAM, LONGEST, NEW_TOKENS = "n-gram", 3, 64
+
+
+class NGrams(Drafter):
+    """A draft without a model: what followed the last tokens when they last occurred."""
+
+    def __init__(self, vocabulary: int) -> None:
+        no_model: Any = SimpleNamespace(lengths=[0])
+        super().__init__(no_model, vocabulary)
+
+    def propose(self, texts: Sequence[DraftedText], room: int) -> list[list[Guess]]:
+        """The tokens after an earlier occurrence; at most four."""
+        [text] = texts
+        self.drafting = 0.0
+        if not self.pace.awake(1):
+            return [[]]
+        began = self.clock()
+        found = [self.certain(token, text) for token in continuation(text.ids)[: min(room, 4)]]
+        self.drafting = self.clock() - began
+        return [found]
+
+    def certain(self, token: int, text: DraftedText) -> Guess:
+        """A proposal that is drawn with probability 1."""
+        chances = None
+        if text.draws.temperature:
+            chances = torch.zeros(self.vocabulary)
+            chances[token] = 1.0
+        return Guess(token, chances, 0.5)
+
+
+def continuation(ids: Sequence[int]) -> list[int]:
+    """What followed the last three tokens of a text, or two, when they last occurred in it."""
+    text = list(ids)
+    for length in range(LONGEST, 1, -1):
+        last = text[-length:]
+        for begin in range(len(text) - length - 1, -1, -1):
+            if text[begin : begin + length] == last:
+                return text[begin + length :]
+    return []
+
+
+def measured(parent: str, drafts: list[str]) -> None:
+    """Time a parent with each draft and without."""
+    if not known_rows(NAME, PROTOCOL):
+        keep(NAME, PROTOCOL, [])
+    name, _, place = parent.partition("=")
+    folder = resolve(place).folder
+    tokenizer: Any = load_tokenizer(folder)
+    prompts = {
+        kind: [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+        for kind, texts in KINDS.items()
+    }
+    room = NEW_TOKENS + max(len(ids) for own in prompts.values() for ids in own)
+    decoder = Decoder(load(folder), room)
+    for draft in drafts:
+        label, _, where = draft.partition("=")
+        vocabulary = decoder.slots.vocabulary
+        for temperature in (0.0, 1.0):
+            for kind, texts in prompts.items():
+                drafter = (
+                    NGrams(vocabulary)
+                    if label == NGRAM
+                    else open_drafter(where, decoder.slots, tokenizer)
+                )
+                found = _drafted_speed(decoder, drafter, kind, texts, NEW_TOKENS, temperature)
+                row = {"part": "measured", "parent": name, "draft": label, **asdict(found)}
+                add(NAME, PROTOCOL, {**row, "speedup": found.speedup})
+                print(name, label, kind, temperature, f"{found.speedup:.2f}", flush=True)
 
 
 class Calls(FormatTimer):
@@ -146,6 +229,17 @@ def computed(model: str) -> list[list[str]]:
     return lines
 
 
+def timed() -> list[list[str]]:
+    """For each pair that was timed: the speed-ups by kind of text, greedy and then drawn."""
+    found: dict[tuple[str, str], dict[tuple[str, float], str]] = {}
+    for row in known_rows(NAME):
+        if row["part"] == "measured":
+            pair = found.setdefault((row["parent"], row["draft"]), {})
+            pair[row["kind"], row["temperature"]] = f"{row['speedup']:.2f}"
+    cells = [(kind, temperature) for temperature in (0.0, 1.0) for kind in KINDS]
+    return [[*pair, *(own.get(cell, "") for cell in cells)] for pair, own in found.items()]
+
+
 def gain(rate: float, calls: Sequence[float], draft_seconds: float) -> str:
     """The largest speed-up, and its k."""
     best = speculation(even_runs(rate), calls, draft_seconds)
@@ -155,6 +249,8 @@ def gain(rate: float, calls: Sequence[float], draft_seconds: float) -> str:
 def show() -> None:
     """Print the tables."""
     print(heading())
+    print(markdown(["parent", "draft", *KINDS, *(f"{kind}, drawn" for kind in KINDS)], timed()))
+    print()
     rows = [row for row in known_rows(NAME) if row["part"] == "costs"]
     lines = []
     for row in rows:
@@ -174,12 +270,16 @@ def show() -> None:
 def main() -> None:
     """Measure or show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("costs", "show"))
+    parser.add_argument("what", choices=("costs", "measured", "show"))
+    parser.add_argument("--parent", default="float32=smollm2-135m", help="NAME=FOLDER")
+    parser.add_argument("--draft", action="append", default=[], help="NAME=FOLDER, or n-gram")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--turns", type=int, default=9)
     given = parser.parse_args()
     if given.what == "costs":
         costs(given.models, given.turns)
+    elif given.what == "measured":
+        measured(given.parent, given.draft)
     else:
         show()
 
