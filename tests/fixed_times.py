@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import BASE, MatrixTimes
 from secateur.steps.fitting import costs, drafts
-from secateur.steps.fitting.drafts import CallTimes
+from secateur.steps.fitting.drafts import TurnTimes
 
 PARENT = tuple(1.0 + 0.02 * n for n in range(8))
 """c(1), c(2), …"""
@@ -43,8 +43,8 @@ def use_fixed_times(draft: float = 0.3, replace: Callable[[Any, str, Any], None]
         replace: sets a name of a module; that of a `MonkeyPatch` undoes it.
     """
 
-    def calls(parent: Any, own: Any, prompt: Tensor) -> CallTimes:
-        return CallTimes(PARENT, draft)
+    def calls(parent: Any, own: Any, prompt: Tensor) -> TurnTimes:
+        return TurnTimes(PARENT, draft)
 
     replace(costs, "time_matrices", matrix_times)
     for module in (costs, drafts):

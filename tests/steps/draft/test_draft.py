@@ -21,6 +21,7 @@ from secateur.evaluation.acceptance import acceptance
 from secateur.reporting.draft import DraftResult
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.speculative import FREQUENT
 from secateur.steps.fitting import drafts
 from secateur.steps.fitting.models import ModelEvaluator
 from tiny import save_tiny
@@ -75,7 +76,7 @@ def result(place: Path) -> DraftResult:
 
 
 def test_the_head_has_the_frequent_tokens(place: Path, result: DraftResult) -> None:
-    tensors = load_file(place / "made" / "secateur" / drafts.FREQUENT)
+    tensors = load_file(place / "made" / "secateur" / FREQUENT)
     assert [*tensors] == ["ids"]
     ids = tensors["ids"].tolist()
     assert tensors["ids"].dtype == torch.int64
@@ -88,7 +89,7 @@ def test_the_head_has_the_frequent_tokens(place: Path, result: DraftResult) -> N
 
 
 def test_what_is_said_is_what_the_folder_does(place: Path, result: DraftResult) -> None:
-    ids = load_file(place / "made" / "secateur" / drafts.FREQUENT)["ids"]
+    ids = load_file(place / "made" / "secateur" / FREQUENT)["ids"]
     judged = load_windows(place / "text.safetensors")[10:12]
     models = secateur.load(place / "made"), secateur.load(place / "dense")
     [got] = acceptance(*models, judged, heads=[ids])

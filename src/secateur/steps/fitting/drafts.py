@@ -62,7 +62,7 @@ each other too."""
 
 
 @dataclass(frozen=True)
-class CallTimes:
+class TurnTimes:
     """Seconds of calls that took turns.
 
     Attributes:
@@ -75,7 +75,7 @@ class CallTimes:
 
 
 @torch.inference_mode()
-def time_calls(parent: Any, draft: Any, prompt: Tensor) -> CallTimes:
+def time_calls(parent: Any, draft: Any, prompt: Tensor) -> TurnTimes:
     """Time the calls of a parent and of its draft in turns.
 
     Args:
@@ -110,7 +110,7 @@ def time_calls(parent: Any, draft: Any, prompt: Tensor) -> CallTimes:
     for call in calls:
         call()
     *parents, own = alternate(calls, lambda call: call(), statistics.median, turns=TURNS)
-    return CallTimes(tuple(parents), own)
+    return TurnTimes(tuple(parents), own)
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ class DraftBench:
         ]
 
     @property
-    def alone(self) -> CallTimes:
+    def alone(self) -> TurnTimes:
         """The times of the parent before there is a draft, from a file or measured."""
         return self.times(None)
 
-    def times(self, folder: Path | None) -> CallTimes:
+    def times(self, folder: Path | None) -> TurnTimes:
         """The times of the parent and of a draft, from a file or measured.
 
         Args:
@@ -192,7 +192,7 @@ class DraftBench:
             write_json(file, {"parent": found.parent, "draft": found.draft})
             self.context.progress.finish()
         known = json.loads(file.read_text(encoding="utf-8"))
-        return CallTimes(tuple(known["parent"]), known["draft"])
+        return TurnTimes(tuple(known["parent"]), known["draft"])
 
     def _file(self, what: str, folder: Path, name: str) -> Path:
         """Where a measured value of a folder among the work of the run is kept."""
@@ -245,7 +245,7 @@ class MeasuredDraft:
     built: BuiltCandidate
     row: DraftCandidate
     heads: tuple[DraftHead, ...]
-    times: CallTimes
+    times: TurnTimes
 
     @property
     def best_head(self) -> int:
