@@ -34,6 +34,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -102,7 +103,7 @@ class NGrams(Drafter):
         """The tokens after an earlier occurrence; at most four."""
         [text] = texts
         self.drafting = 0.0
-        if not self.pace.awake(1):
+        if not self.pace.awake():
             return [[]]
         began = self.clock()
         found = [self.certain(token, text) for token in continuation(text.ids)[: min(room, 4)]]
@@ -113,7 +114,7 @@ class NGrams(Drafter):
         """A proposal that is drawn with probability 1."""
         chances = None
         if text.draws.temperature:
-            chances = torch.zeros(self.vocabulary)
+            chances = np.zeros(self.vocabulary, dtype=np.float32)
             chances[token] = 1.0
         return Guess(token, chances, 0.5)
 

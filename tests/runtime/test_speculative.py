@@ -22,7 +22,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import (
     TRIALS,
-    CallTimes,
+    CallSeconds,
     DraftedText,
     Drafter,
     Guess,
@@ -284,7 +284,7 @@ def test_rows_of_every_kind_of_head(tmp_path: Path, values: str) -> None:
 
 def test_seconds_of_calls_are_a_line() -> None:
     """The newer counts more, and one slow call little."""
-    times = CallTimes()
+    times = CallSeconds()
     assert times.seconds(3) == 0
     for _ in range(10):
         times.note(1, 2.0)

@@ -95,7 +95,7 @@ PLAIN_EVERY = 32
 """One call in so many has no proposal, so that it is known what a token takes without a draft."""
 
 
-class CallTimes:
+class CallSeconds:
     """Seconds of a call = fixed + each · tokens, by least squares of the relative errors.
 
     Newer calls count more. Until calls of several numbers of tokens are known, each is 0.
@@ -143,7 +143,7 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.parent, self.draft = CallTimes(), CallTimes()
+        self.parent, self.draft = CallSeconds(), CallSeconds()
         self.right = [[PRIOR * (place + 0.5) / BINS, PRIOR] for place in range(BINS)]
         self.usual = [PRIOR / 2, PRIOR]
         self.spent = self.gained = 0.0
