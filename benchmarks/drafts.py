@@ -40,7 +40,7 @@ from transformers import LlamaConfig
 
 from hardware import add, heading, keep, markdown
 from int4_models import SHAPES
-from secateur.evaluation.acceptance import even_runs, speculation
+from secateur.evaluation.acceptance import MOST_PROPOSED, speculation
 from secateur.evaluation.generation import KINDS
 from secateur.evaluation.random_models import PROMPT_TOKENS, FormatTimer, WeightFormat
 from secateur.models.sources import resolve
@@ -243,7 +243,8 @@ def timed() -> list[list[str]]:
 
 def gain(rate: float, calls: Sequence[float], draft_seconds: float) -> str:
     """The largest speed-up, and its k."""
-    best = speculation(even_runs(rate), calls, draft_seconds)
+    runs = [rate**count for count in range(1, MOST_PROPOSED + 1)]
+    best = speculation(runs, calls, draft_seconds)
     return f"{best.speedup:.2f} ({best.k})" if best.k else "none"
 
 
