@@ -100,6 +100,8 @@ def test_everything_that_was_measured_is_there(whole: tuple[Page, Path]) -> None
         "187 tokens a second, 163 by dense int8",
         "31.99 ± 0.67",
         "+0.387 nats a token",
+        "accepted as a draft of dense, boolq-held-out",
+        "68.0\u00a0% ± 0.4",
         "37.5\u00a0% ± 3.4",
         "−5.5 ± 2.4 points, 69\u00a0% kept",
         "significantly worse",

@@ -111,6 +111,7 @@ def evaluation(
             "text": "boolq-held-out", "kl": 0.312, "kl_standard_error": 0.008,
             "top1_agreement": 0.71, "top1_standard_error": 0.003, "loss_change": 0.387,
             "loss_change_standard_error": 0.011, "tokens": 20440,
+            "acceptance": 0.68, "acceptance_standard_error": 0.004,
             "protocol_id": "div-9a8b7c6d", "protocol": dict(PERPLEXITY_PROTOCOL),
         }],
         "tasks": [
