@@ -179,7 +179,7 @@ class DraftResult(FittedResult):
                 f"{x.name}{', healed' if x.healed else ''}",
                 *row(x.seconds, x.acceptance),
                 f"{x.divergence:.4f}",
-                *map(_expected, (x.sampled, x.greedy)),
+                *map(_short, (x.sampled, x.greedy)),
             )
             for x in self.candidates
         ]
@@ -191,16 +191,16 @@ class DraftResult(FittedResult):
                 f"{x.seconds / first:.2f}",
                 f"{x.acceptance:.3f}",
                 f"{x.divergence:.4f}",
-                _expected(x.expected),
+                _short(x.expected),
             )
             for x in self.frontier
         ]
         cuts = [(x.name, x.outcome) for x in self.branches]
-        columns = ("", COST, *RATES, "divergence", *(f"speed-up, {x}" for x in RATES))
+        columns = ("", COST, *RATES, "divergence", "speed-up (k)", "greedy (k)")
         yield Table.of("drafts that were made, on the text that chose", columns, made)
         columns = ("tokens", COST, *RATES, "speed-up")
         yield Table.of("heads over frequent tokens", columns, heads, 0)
-        columns = (COST, RATES[0], "divergence", "speed-up")
+        columns = (COST, RATES[0], "divergence", "speed-up (k)")
         yield Table.of("predicted for other drafts", columns, points, 0)
         if cuts:
             yield Table.of("cuts", ("", "outcome"), cuts)
@@ -212,6 +212,10 @@ RATES, COST = ("temperature 1", "greedy"), "c_draft / c(1)"
 
 def _expected(found: Speculation) -> str:
     return f"{found.speedup:.2f} x with {found.k} proposed"
+
+
+def _short(found: Speculation) -> str:
+    return f"{found.speedup:.2f} x ({found.k})"
 
 
 @dataclass(frozen=True, repr=False)
