@@ -46,8 +46,8 @@ SOURCES, MADE, KILLED, PRINTED = (PLACE / x for x in ("sources", "made", "killed
 KILLS = 2
 """At so many points a case is killed."""
 
-WRITING = ("prune", "structure", "train", "compress", "fit", "chain", "sweep", "export", "import",
-           "decompress")  # fmt: skip
+WRITING = ("prune", "structure", "train", "compress", "fit", "draft", "chain", "sweep", "export",
+           "import", "decompress")  # fmt: skip
 AGAIN = {"sweep": [], "export": [], "import": ["--overwrite"], "decompress": ["--overwrite"]}
 """What a second call needs, that prints a table. Verbs that are not here take `--resume`."""
 
@@ -245,7 +245,7 @@ def run_killed(name: str) -> Iterator[Digests]:
 
         return in_fork(work, out, err)
 
-    kills, count = 1 if case.verb == "fit" else KILLS, 0  # a fit takes long
+    kills, count = 1 if case.verb in ("fit", "draft") else KILLS, 0  # these take long
     for kill in range(kills + 1):
         shutil.rmtree(KILLED, ignore_errors=True)
         KILLED.mkdir()

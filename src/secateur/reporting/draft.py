@@ -196,12 +196,12 @@ class DraftResult(FittedResult):
             for x in self.frontier
         ]
         cuts = [(x.name, x.outcome) for x in self.branches]
-        columns = ("", COST, *RATES, "divergence", "speed-up (k)", "greedy (k)")
-        yield Table.of("drafts that were made, on the text that chose", columns, made)
-        columns = ("tokens", COST, *RATES, "speed-up")
-        yield Table.of("heads over frequent tokens", columns, heads, 0)
-        columns = (COST, RATES[0], "divergence", "speed-up (k)")
-        yield Table.of("predicted for other drafts", columns, points, 0)
+        title, speedup = "drafts that were made, on the text that chose", "speed-up (k)"
+        yield Table.of(title, ("", COST, *RATES, "divergence", speedup, "greedy (k)"), made)
+        title = "heads over frequent tokens"
+        yield Table.of(title, ("tokens", COST, *RATES, "speed-up"), heads, 0)
+        title = "predicted for other drafts"
+        yield Table.of(title, (COST, RATES[0], "divergence", speedup), points, 0)
         if cuts:
             yield Table.of("cuts", ("", "outcome"), cuts)
 

@@ -85,7 +85,7 @@ BETTER = 1.01
 """Another draft is made where it is predicted to bring so many times as much as the best one."""
 
 REFUSED = 0.7
-"""s, until a draft is measured. On SmolLM2 it is 0.6 to 0.8 (docs/draft.md)."""
+"""s, until a draft is measured. Pinsker's inequality is a bound, so it is below 1."""
 
 
 def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> DraftPlanResult:

@@ -229,6 +229,26 @@ def test_where_nothing_pays_the_exit_code_is_3_and_the_miss_is_named(
     assert "a token of it costs 110% of one of the parent" in " ".join(done.out.split())
 
 
+def test_a_parent_that_runs_packed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fixed_times(replace=monkeypatch.setattr)
+    secateur.compress(place / "dense", output=tmp_path / "int8", values="int8", embeddings="int8")
+    found = secateur.draft(
+        place / "dense", runs_as=tmp_path / "int8", output=tmp_path / "made", effort="fast",
+        calibration=place / "text.safetensors",
+    )  # fmt: skip
+    assert found.parent == str(tmp_path / "int8")
+    judged = load_windows(place / "text.safetensors")[10:12]
+    made = secateur.load(tmp_path / "made")
+    [packed], [dense] = (
+        acceptance(made, secateur.load(folder), judged)
+        for folder in (tmp_path / "int8", place / "dense")
+    )
+    assert found.acceptance.mean == pytest.approx(packed.mean, abs=1e-5)
+    assert found.acceptance.mean != pytest.approx(dense.mean, abs=1e-5)
+
+
 def test_a_parent_that_our_loop_does_not_decode(tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense", "gpt2")
     with pytest.raises(ArchitectureError, match="its positions are learned"):
