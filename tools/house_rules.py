@@ -40,12 +40,12 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 326,
+    "source files": 332,
     "modules that only their neighbour imports": 10,
     "pairs of classes with five equal fields": 4,
-    "percent of lines that import": 6.6,
-    "lines of statements": 42858,
-    "functions named in one place": 549,
+    "percent of lines that import": 6.7,
+    "lines of statements": 44300,
+    "functions named in one place": 558,
     "files a run opens before it changes a weight": 53,
     "functions deep where it changes a weight": 12,
 }
