@@ -1112,7 +1112,7 @@ def train(
     validation_windows: int | None = None,
     seed: int | None = None,
     teacher: str | Path | None = None,
-    kind: Literal["forward", "reverse", "symmetric"] | None = None,
+    kind: Literal["forward", "reverse", "symmetric", "total_variation"] | None = None,
     temperature: float | None = None,
     next_token: float | None = None,
     hidden_weight: float | None = None,
@@ -1175,7 +1175,8 @@ def train(
         teacher: Model to learn from, such as the one that was pruned: hub id, folder or named
             sample. [none: learn from the text]
         kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
-            teacher), symmetric is the mean of both. [forward]
+            teacher), symmetric is the mean of both; total_variation is what a draft is refused by.
+            [forward]
         temperature: Temperature of both models; gradients are scaled by its square. [1]
         next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
         hidden_weight: Weight of the hidden-state loss; 0: none. [0]

@@ -32,6 +32,8 @@ def divergence(logits: Tensor, wanted: Tensor, kind: str, temperature: float) ->
 
 def of_kind(p: Tensor, q: Tensor, kind: str) -> Tensor:
     """One divergence."""
+    if kind == "total_variation":
+        return (p - q).abs().sum() / 2
     each = {"forward": kl(p, q), "reverse": kl(q, p)}
     return each[kind] if kind in each else (each["forward"] + each["reverse"]) / 2
 

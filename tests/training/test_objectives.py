@@ -125,12 +125,14 @@ def test_the_square_of_the_temperature_keeps_gradients_large() -> None:
 def test_one_does_not_differ_from_oneself(kind: str) -> None:
     model = model_of()
     objective = Distil.between(model, ModelTeacher(copy.deepcopy(model)), kind=kind)
-    assert abs(objective(model, BATCH).item()) < 1e-3
+    # KL is to second order in what bfloat16 rounds, the total variation to first
+    assert abs(objective(model, BATCH).item()) < (0.02 if kind == "total_variation" else 1e-3)
 
 
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(
-    ("kind", "temperature"), [("forward", 1.0), ("forward", 2.0), ("reverse", 1.0)]
+    ("kind", "temperature"),
+    [("forward", 1.0), ("forward", 2.0), ("reverse", 1.0), ("total_variation", 1.0)],
 )
 def test_a_share_of_the_plain_loss(kind: str, temperature: float) -> None:
     """The forward divergence at temperature 1 has both in one pass."""
@@ -158,7 +160,12 @@ def test_a_written_teacher_is_the_divergence_with_the_rest_as_one_outcome(
     expected = lumped_divergence(logits_of(student).flatten(0, 1), wanted, k, kind, 2.0)
     with torch.autocast("cpu", torch.bfloat16):  # what is stored in float16 must pass here too
         written(BATCH, 2.0, ())
-    assert_same(objective(student, BATCH), expected, student, 5e-3)  # log p is in float16
+    if kind == "total_variation":  # its gradient jumps where p = q, and log p is in float16
+        torch.testing.assert_close(
+            objective(student, BATCH).double(), expected, rtol=5e-3, atol=1e-7
+        )
+    else:
+        assert_same(objective(student, BATCH), expected, student, 5e-3)
 
 
 def test_hidden_states_are_compared_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:

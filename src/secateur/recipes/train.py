@@ -226,9 +226,9 @@ class TeacherSection(Section):
 
     teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = None
     """Model to learn from, such as the one that was pruned: hub id, folder or named sample."""
-    kind: Literal["forward", "reverse", "symmetric"] = "forward"
+    kind: Literal["forward", "reverse", "symmetric", "total_variation"] = "forward"
     """Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher),
-    symmetric is the mean of both."""
+    symmetric is the mean of both; total_variation is what a draft is refused by."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of both models; gradients are scaled by its square."""
     next_token: float = Field(0.0, ge=0, le=1)

@@ -233,7 +233,8 @@ def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
     """Describe in words the loss of a training, and its pruning."""
     text = "next token"
     if recipe.teacher is not None:
-        text = f"{recipe.kind} KL, T = {recipe.temperature:g}"
+        name = "total variation" if recipe.kind == "total_variation" else f"{recipe.kind} KL"
+        text = f"{name}, T = {recipe.temperature:g}"
         if recipe.next_token:
             part = recipe.next_token
             text = f"{1 - part:g} of {text}, {part:g} of next token"

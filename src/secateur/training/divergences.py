@@ -6,11 +6,13 @@ same temperature T. All losses are per token and multiplied by T²:
     forward    KL(p ‖ q) = Σ p (log p − log q)         gradient T (q − p)
     reverse    KL(q ‖ p) = Σ q (log q − log p)         gradient T q (log q − log p − KL(q ‖ p))
     symmetric  half of each
+    total_variation   ½ Σ |p − q|                      gradient T q (s − Σ q s),  s = ½ sign(q − p)
 
-Forward KL makes the student cover every token that the teacher could choose. Reverse KL
-concentrates it on the teacher's likely tokens. The factor T² keeps the gradients as large as at
-T = 1. Papers: Hinton et al. 2015, arXiv:1503.02531 (forward, T²);
-Gu et al. 2023, "MiniLLM", arXiv:2306.08543 (reverse). Everything is in float32.
+1 − total variation is the probability that a draft's token is accepted. Forward KL makes the
+student cover every token that the teacher could choose. Reverse KL concentrates it on the teacher's
+likely tokens. The factor T² keeps the gradients as large as at T = 1. Papers: Hinton et al. 2015,
+arXiv:1503.02531 (forward, T²); Gu et al. 2023, "MiniLLM", arXiv:2306.08543 (reverse); Zhou et al.
+2023, "DistillSpec", arXiv:2310.08461 (total variation). Everything is in float32.
 
 With a vocabulary of fifty thousand, the logits of a batch and their float32 copies are the largest
 tensors of a training. This module computes the logits of a few tokens, overwrites them with the
@@ -45,7 +47,7 @@ from torch.nn import functional
 from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError
 
-KINDS = ("forward", "reverse", "symmetric")
+KINDS = ("forward", "reverse", "symmetric", "total_variation")
 LEAST = -1e4
 """Replaces log p of impossible tokens, so that 0 · log 0 is 0. Its exponential is 0 in float32."""
 
@@ -102,7 +104,7 @@ def divergence_rows(
     """The divergence of the student from the teacher.
 
     Args:
-        kind: forward, reverse or symmetric.
+        kind: one of `KINDS`.
         temperature: T.
         count: number of all tokens.
         expected: rows and log q → log p, float32 [tokens, vocabulary]. Where only a part of p is
@@ -122,6 +124,11 @@ def divergence_rows(
         if kind == "forward":
             loss = -torch.dot(p.flatten(), apart.flatten())
             gradient = q.sub_(p)
+        elif kind == "total_variation":
+            signs = apart.sign_().div_(2)
+            loss = torch.dot(signs.flatten(), (q - p).flatten())
+            each = signs.mul_(q)
+            gradient = each.addcmul_(q, each.sum(-1, keepdim=True), value=-1.0)
         else:
             each = apart.mul_(q) if kind == "reverse" else apart * q
             sums = each.sum(-1, keepdim=True)

@@ -281,7 +281,7 @@ class Distil:
     Args:
         head: the student's output head; see `NextToken`.
         teacher: the model to learn from.
-        kind: forward, reverse or symmetric.
+        kind: one of `KINDS`.
         temperature: T.
         next_token: share of the next-token loss, 0 to 1.
         hidden: weight of the loss of hidden states; 0 for none.
