@@ -134,8 +134,10 @@ class Pace:
 
         P(all before are accepted) · P(this one is accepted) · seconds of a token  >  what it costs
 
-    The probability that a token is accepted is learned by how sure the draft is, of its most likely
-    token and not of the drawn one: a choice by the drawn token would change the distribution.
+    Before the draft has computed it, the cost is that of the draft and of the parent's longer call,
+    and the usual acceptance counts; then that of the longer call alone. The probability that a
+    token is accepted is learned by how sure the draft is, of its most likely token and not of the
+    drawn one: a choice by the drawn token would change the distribution.
 
     Attributes:
         parent, draft: what their calls take.
@@ -252,7 +254,7 @@ class Drafter:
                 if size == len(texts) + room or reach[n] * value < more:
                     continue
                 found[n].append(guess)
-                cost = self.pace.draft.seconds(len(left)) / len(left)
+                cost = self.pace.draft.seconds(len(left)) / len(left) + more
                 if len(found[n]) < texts[n].most and reach[n] * usual[0] / usual[1] * value > cost:
                     unread[n] = [guess.token]
         self.drafting = self.clock() - began
