@@ -318,7 +318,7 @@ def test_the_pace_follows_costs_and_acceptance() -> None:
             pace.round(1, 1.5, 1)
         naps.append(pace.asleep)
         pace.asleep = 0
-    assert naps == [32, 64, 128]
+    assert naps == [32, 128, 512]
     for _ in range(40):
         pace.round(1, 1.5, 3)
     assert pace.asleep == 0

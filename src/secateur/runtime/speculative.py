@@ -88,8 +88,8 @@ FORGETTING = 0.98
 TRIALS = 4
 """Rounds before the draft may fall asleep."""
 
-NAPS = (32, 512)
-"""Calls of the first sleep and of the longest one; each is twice as long as the one before."""
+NAPS = (32, 1024)
+"""Calls of the first sleep and of the longest one; each is four times as long as the one before."""
 
 PLAIN_EVERY = 32
 """One call in so many has no proposal, so that it is known what a token takes without a draft."""
@@ -134,10 +134,10 @@ class Pace:
 
         P(all before are accepted) · P(this one is accepted) · seconds of a token  >  what it costs
 
-    Before the draft has computed it, the cost is that of the draft and of the parent's longer call,
-    and the usual acceptance counts; then that of the longer call alone. The probability that a
-    token is accepted is learned by how sure the draft is, of its most likely token and not of the
-    drawn one: a choice by the drawn token would change the distribution.
+    Before the draft has computed it, the cost is that of the draft, and the usual acceptance
+    counts; then that of the parent's longer call. The probability that a token is accepted is
+    learned by how sure the draft is, of its most likely token and not of the drawn one: a choice by
+    the drawn token would change the distribution.
 
     Attributes:
         parent, draft: what their calls take.
@@ -191,7 +191,7 @@ class Pace:
         if self.tried < TRIALS:
             return
         if self.spent > self.gained * self.token_seconds(texts):
-            self.asleep, self.nap = self.nap, min(2 * self.nap, NAPS[1])
+            self.asleep, self.nap = self.nap, min(4 * self.nap, NAPS[1])
             self.spent = self.gained = 0.0
             self.tried = 0
         elif self.tried > PLAIN_EVERY:
@@ -241,9 +241,9 @@ class Drafter:
             return found
         reach = [1.0] * len(texts)
         unread = [self.unread(text) if text.most > 0 else [] for text in texts]
-        began = self.clock()
         value, usual = self.pace.value(len(texts)), self.pace.usual
         while left := [n for n, ids in enumerate(unread) if ids]:
+            began = self.clock()
             rows = self.step([(texts[n].slot, unread[n]) for n in left])
             for n, logits in zip(left, rows, strict=True):
                 unread[n] = []
@@ -254,10 +254,11 @@ class Drafter:
                 if size == len(texts) + room or reach[n] * value < more:
                     continue
                 found[n].append(guess)
-                cost = self.pace.draft.seconds(len(left)) / len(left) + more
+                cost = self.pace.draft.seconds(len(left)) / len(left)
                 if len(found[n]) < texts[n].most and reach[n] * usual[0] / usual[1] * value > cost:
                     unread[n] = [guess.token]
-        self.drafting = self.clock() - began
+            self.pace.draft.note(len(left), self.clock() - began)
+            self.drafting += self.pace.draft.seconds(len(left))
         return found
 
     def unread(self, text: DraftedText) -> list[int]:
@@ -285,10 +286,7 @@ class Drafter:
             last = len(ids) - 1
             tokens += [Token(slot, first + n, token, n == last) for n, token in enumerate(ids)]
             self.texts[slot] += ids
-        began = self.clock()
-        logits = self.decoder.step(tokens)
-        self.pace.draft.note(len(texts), self.clock() - began)
-        return logits
+        return self.decoder.step(tokens)
 
     def guess(self, draws: Draws, row: Float[Tensor, " drafted"], before: Sequence[int]) -> Guess:
         """Draw a token from the draft's probabilities."""
@@ -307,10 +305,6 @@ class Drafter:
         chances = draws.chances(logits, before)
         return Guess(draws.any_of(chances), chances, float(chances.max()))
 
-    def called(self, texts: int, guesses: Sequence[Sequence[Guess]], seconds: float) -> None:
-        """Note the seconds of the parent's call for the texts and what was proposed."""
-        self.pace.parent.note(texts + sum(map(len, guesses)), seconds)
-
     def judged(self, guesses: Sequence[Guess], tokens: int) -> None:
         """Note that a proposal of a text gave so many tokens; the last one is the parent's own."""
         for number, guess in enumerate(guesses[:tokens], start=1):
@@ -318,13 +312,17 @@ class Drafter:
         self.proposed += len(guesses)
         self.accepted += min(tokens - 1, len(guesses))
 
-    def ended(self, texts: int, seconds: float, tokens: int) -> None:
-        """Note a round in which the parent took so long, and all texts together got so many tokens.
+    def called(self, guesses: Sequence[Sequence[Guess]], seconds: float, tokens: int) -> None:
+        """Note a call of the parent for some texts: its seconds, and the tokens that it gave.
 
-        Rounds in which the draft did nothing do not count.
+        Whether the draft pays is judged by what such calls usually take, so that one which the
+        machine interrupted does not count; rounds in which the draft did nothing do not either.
         """
+        size = len(guesses) + sum(map(len, guesses))
+        self.pace.parent.note(size, seconds)
         if self.drafting:
-            self.pace.round(texts, seconds + self.drafting, tokens)
+            usual = self.pace.parent.seconds(size) + self.drafting
+            self.pace.round(len(guesses), usual, tokens)
 
 
 def verified(
@@ -394,11 +392,10 @@ def speculated(
         decoder.text = [*text, *(guess.token for guess in guesses)]
         logits = slots.step([Token(0, begin + n, x) for n, x in enumerate(decoder.text[begin:])])
         seconds = clock() - began
-        drafter.called(1, [guesses], seconds)
         tokens = [*verified(draws, logits, guesses)]
         slots.rewind(0, begin + len(tokens))
         drafter.judged(guesses, len(tokens))
-        drafter.ended(1, seconds, len(tokens))
+        drafter.called([guesses], seconds, len(tokens))
 
 
 def open_drafter(

@@ -387,8 +387,7 @@ class Scheduler:
             job.owed = False
             self.answer(job, own, proposed)
         if self.drafter is not None and not short:
-            self.drafter.called(len(jobs), guesses, seconds)
-            self.drafter.ended(len(jobs), seconds, self.counts.new_tokens - before)
+            self.drafter.called(guesses, seconds, self.counts.new_tokens - before)
         seconds = self.clock() - began
         self.call_seconds += (seconds - self.call_seconds) * (0.2 if self.call_seconds else 1.0)
 
