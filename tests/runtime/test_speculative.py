@@ -318,11 +318,11 @@ def test_the_pace_follows_costs_and_acceptance() -> None:
             pace.round(1, 1.5, 1)
         naps.append(pace.asleep)
         pace.asleep = 0
-    assert naps == [32, 128, 512]
+    assert naps == [128, 512, 2048]
     for _ in range(40):
         pace.round(1, 1.5, 3)
     assert pace.asleep == 0
-    assert pace.nap == 32
+    assert pace.nap == 128
 
 
 @pytest.mark.parametrize("right", [0.0, 0.5, 1.0])

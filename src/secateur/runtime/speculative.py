@@ -88,7 +88,7 @@ FORGETTING = 0.98
 TRIALS = 4
 """Rounds before the draft may fall asleep."""
 
-NAPS = (32, 1024)
+NAPS = (128, 2048)
 """Calls of the first sleep and of the longest one; each is four times as long as the one before."""
 
 PLAIN_EVERY = 32
@@ -391,8 +391,8 @@ def speculated(
         begin, began = len(text) - 1, clock()
         decoder.text = [*text, *(guess.token for guess in guesses)]
         logits = slots.step([Token(0, begin + n, x) for n, x in enumerate(decoder.text[begin:])])
-        seconds = clock() - began
         tokens = [*verified(draws, logits, guesses)]
+        seconds = clock() - began
         slots.rewind(0, begin + len(tokens))
         drafter.judged(guesses, len(tokens))
         drafter.called([guesses], seconds, len(tokens))

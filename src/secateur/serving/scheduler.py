@@ -377,7 +377,6 @@ class Scheduler:
                 jobs.append(job)
                 guesses.append([])
         logits = self.engine.step(tokens)
-        seconds = self.clock() - began
         self.counts.calls += 1
         self.running = [*(job for job in self.running if job not in jobs), *jobs]
         rows, before = logits.split([1 + len(x) for x in guesses]), self.counts.new_tokens
@@ -386,9 +385,9 @@ class Scheduler:
                 self.keep(job, job.request.ids)
             job.owed = False
             self.answer(job, own, proposed)
+        seconds = self.clock() - began
         if self.drafter is not None and not short:
             self.drafter.called(guesses, seconds, self.counts.new_tokens - before)
-        seconds = self.clock() - began
         self.call_seconds += (seconds - self.call_seconds) * (0.2 if self.call_seconds else 1.0)
 
     def proposals(self, jobs: Sequence[ServingJob], room: int) -> list[list[Guess]]:
