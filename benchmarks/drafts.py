@@ -41,14 +41,14 @@ from transformers import LlamaConfig
 from hardware import add, heading, keep, markdown
 from int4_models import SHAPES
 from secateur.evaluation.acceptance import MOST_PROPOSED, speculation
-from secateur.evaluation.generation import KINDS
+from secateur.evaluation.generation import KINDS, prompts_of_kinds
 from secateur.evaluation.random_models import PROMPT_TOKENS, FormatTimer, WeightFormat
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import Decoder, Token
 from secateur.runtime.load import load
 from secateur.runtime.speculative import DraftedText, Drafter, Guess, open_drafter
-from secateur.steps.bench import _drafted_speed
+from secateur.steps.bench import drafted_speed
 from secateur.timing import alternate, seconds_of
 from stored import known_rows
 
@@ -137,10 +137,7 @@ def measured(parent: str, drafts: list[str]) -> None:
     name, _, place = parent.partition("=")
     folder = resolve(place).folder
     tokenizer: Any = load_tokenizer(folder)
-    prompts = {
-        kind: [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
-        for kind, texts in KINDS.items()
-    }
+    prompts = prompts_of_kinds(tokenizer)
     room = NEW_TOKENS + max(len(ids) for own in prompts.values() for ids in own)
     decoder = Decoder(load(folder), room)
     for draft in drafts:
@@ -153,7 +150,7 @@ def measured(parent: str, drafts: list[str]) -> None:
                     if label == NGRAM
                     else open_drafter(where, decoder.slots, tokenizer)
                 )
-                found = _drafted_speed(decoder, drafter, kind, texts, NEW_TOKENS, temperature)
+                found = drafted_speed(decoder, drafter, kind, texts, NEW_TOKENS, temperature)
                 row = {"part": "measured", "parent": name, "draft": label, **asdict(found)}
                 add(NAME, PROTOCOL, {**row, "speedup": found.speedup})
                 print(name, label, kind, temperature, f"{found.speedup:.2f}", flush=True)

@@ -145,6 +145,15 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Prompts of four kinds of text; a model continues them itself. How often a model accepts the
 tokens of a draft differs by kind."""
 
+
+def prompts_of_kinds(tokenizer: Tokenizer) -> dict[str, list[Int64[Tensor, " tokens"]]]:
+    """The token ids of the prompts of every kind of text."""
+    return {
+        kind: [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+        for kind, texts in KINDS.items()
+    }
+
+
 NEW_TOKENS = 64
 RUN = 4
 DEGENERATE = 0.5

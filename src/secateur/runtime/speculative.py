@@ -277,8 +277,9 @@ class Drafter:
         """Read one or two tokens of each text; returns the logits after the last one."""
         if sum(len(ids) for _, ids in texts) > MAX_BATCH:
             for slot, ids in texts:
-                self.decoder.read(slot, torch.tensor(ids[:-1])) if len(ids) > 1 else None
-                self.texts[slot] += ids[:-1]
+                if len(ids) > 1:
+                    self.decoder.read(slot, torch.tensor(ids[:-1]))
+                    self.texts[slot] += ids[:-1]
             texts = [(slot, ids[-1:]) for slot, ids in texts]
         tokens = []
         for slot, ids in texts:
@@ -337,9 +338,9 @@ def verified(
     """
     for place, row in enumerate(logits):
         guess = guesses[place] if place < len(guesses) else None
-        token = draws.draw(row) if guess is None or guess.chances is None else None
-        if token is None:
-            assert guess is not None
+        if guess is None or guess.chances is None:
+            token = draws.draw(row)
+        else:
             token = accepted_or_drawn(draws, draws.chances(row.numpy()), guess)
             draws.note(token)
         yield token

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import RecipeError
-from secateur.evaluation.generation import KINDS
+from secateur.evaluation.generation import prompts_of_kinds
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
@@ -103,10 +103,7 @@ def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedB
     """
     folder = resolve(recipe.model, progress=progress).folder
     tokenizer: Any = load_tokenizer(folder)
-    prompts = {
-        kind: [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
-        for kind, texts in KINDS.items()
-    }
+    prompts = prompts_of_kinds(tokenizer)
     new_tokens = recipe.new_tokens or DRAFTED_TOKENS
     model, room = load(folder), new_tokens + max(len(x) for own in prompts.values() for x in own)
     refuse_draft(draft, why_not(model, room))
@@ -116,7 +113,7 @@ def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedB
     progress.start("measuring", 2 * len(prompts))
     for temperature in (0.0, 1.0):
         for kind, texts in prompts.items():
-            speeds.append(_drafted_speed(decoder, drafter, kind, texts, new_tokens, temperature))
+            speeds.append(drafted_speed(decoder, drafter, kind, texts, new_tokens, temperature))
             progress.step(note=f"{kind} at temperature {temperature:g}")
     progress.finish()
     protocol = {"batch": 1, "new_tokens": new_tokens, "kernels": kernel_info().tier,
@@ -124,7 +121,7 @@ def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedB
     return DraftedBenchResult(recipe.model, draft, tuple(speeds), protocol)
 
 
-def _drafted_speed(
+def drafted_speed(
     decoder: Decoder,
     drafter: Drafter,
     kind: str,

@@ -130,7 +130,7 @@ def refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
         raise ArchitectureError(
             f"a draft of this model would not be used: {reason}",
             where=recipe.model,
-            remedy="drafts are for families that one call decodes (docs/architectures.md); "
+            remedy="drafts are for families that one call decodes (docs/families.md); "
             "transformers drafts by itself: generate(prompt_lookup_num_tokens=…)",
         )
 

@@ -20,6 +20,7 @@ from secateur.evaluation.generation import (
     check_generation,
     continuation,
     generation_protocol,
+    prompts_of_kinds,
 )
 from secateur.evaluation.perplexity import (
     COMPUTED,
@@ -308,11 +309,10 @@ class _Measurement:
         room = positions_of(dense.model.config) or 2048
         tokens = min(NEW_TOKENS, room // 2)
         found = []
-        for kind, prompts in KINDS.items():
+        for kind, prompts in prompts_of_kinds(dense.tokenizer).items():
             texts = []
             for number, prompt in enumerate(prompts):
-                drawn = Sampling(temperature=1.0, seed=number)
-                ids = dense.tokenizer(prompt, return_tensors="pt")["input_ids"][0][tokens - room :]
+                drawn, ids = Sampling(temperature=1.0, seed=number), prompt[tokens - room :]
                 made = continuation(dense.model, ids, tokens, drawn)
                 texts.append((torch.cat([ids, torch.tensor(made)]), len(ids)))
                 self.progress.step()

@@ -218,12 +218,10 @@ class Conversation:
         if new_tokens is None:
             new_tokens = min(NEW_TOKENS, (self.positions or NEW_TOKENS + len(ids)) - len(ids))
         stream, begun = TextStream(self.tokenizer, self.stop, tell), time.perf_counter()
-        before = self.drafted
         try:
-            loop = self._run(ids, new_tokens, stream)
+            loop, drafted = self._run(ids, new_tokens, stream)
         finally:
             stream.finish()
-        drafted = [now - then for now, then in zip(self.drafted, before, strict=True)]
         self.messages = [*messages, {"role": "assistant", "content": stream.text}]
         times = stream.times
         rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
@@ -237,15 +235,8 @@ class Conversation:
             tokens_per_second=rate,
             loop=loop,
             chat=chat,
-            proposed=drafted[0] if self.draft else None,
-            accepted=drafted[1] if self.draft else None,
+            **drafted,
         )
-
-    @property
-    def drafted(self) -> tuple[int, int]:
-        """Tokens that the draft has proposed so far, and those accepted."""
-        drafter = self.drafter
-        return (0, 0) if drafter is None else (drafter.proposed, drafter.accepted)
 
     def forget(self) -> None:
         """Forget the conversation except the system message."""
@@ -284,15 +275,24 @@ class Conversation:
                 remedy=f"use a smaller number; prompt and new tokens together are at most {most}",
             )
 
-    def _run(self, ids: Int64[Tensor, " tokens"], new_tokens: int, stream: TextStream) -> str:
-        """Generate until the text ends. Return the loop used, and why it is not the fast one."""
+    def _run(
+        self, ids: Int64[Tensor, " tokens"], new_tokens: int, stream: TextStream
+    ) -> tuple[str, dict[str, int]]:
+        """Generate until the text ends.
+
+        Returns:
+            The loop used, and why it is not the fast one; and with a draft, how many tokens it has
+            proposed and how many of them were accepted.
+        """
         ends = end_tokens(self.model)
         if self.chat and self.tokenizer.eos_token_id is not None:
             ends |= {self.tokenizer.eos_token_id}
         steps, loop = self._steps(len(ids) + new_tokens)
         how: dict[str, Any] = {"sampling": self.sampling, "stop": ends}
-        if isinstance(steps, Decoder) and self.drafter is not None:
-            text = speculated(steps, self.drafter, ids, new_tokens, **how)
+        drafter, proposed, accepted = self.drafter, 0, 0
+        if isinstance(steps, Decoder) and drafter is not None:
+            proposed, accepted = drafter.proposed, drafter.accepted
+            text = speculated(steps, drafter, ids, new_tokens, **how)
         else:
             text = continued(steps, ids, new_tokens, **how)
         try:
@@ -303,7 +303,12 @@ class Conversation:
             text.close()
             if isinstance(steps, SteppedGeneration):
                 steps.close()
-        return loop
+        if drafter is None:
+            return loop, {}
+        return loop, {
+            "proposed": drafter.proposed - proposed,
+            "accepted": drafter.accepted - accepted,
+        }
 
     def _steps(self, tokens: int) -> tuple[Decoder | SteppedGeneration, str]:
         """What computes a text of so many tokens, and its name."""
