@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch import Tensor
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import EXTRA, load_windows
+from secateur.engine.prepared import teacher_of
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -96,6 +97,15 @@ class Compress(Step[CompressRecipe, CompressResult]):
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
         self.model = self.opened(run.source.folder)
+        learning, trust = recipe.distillation, recipe.trust_remote_code
+        if learning.epochs:  # it is refused before any work
+            target = self.target(self.model)
+            teacher_of(learning, target, run.progress, trust)
+
+    def target(self, model: PackableCheckpoint) -> CheckpointTarget:
+        """The layers of a model."""
+        device, trust = choose_device(self.recipe.device), self.recipe.trust_remote_code
+        return CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
 
     def opened(self, folder: Path) -> PackableCheckpoint:
         """A folder, and what of it is packed."""
@@ -158,33 +168,49 @@ class Compress(Step[CompressRecipe, CompressResult]):
         if recipe.max_loss_increase is not None:
             choice = MixedChoice(recipe, model, run.folder.work, run.progress)
             return _pack_within(run, recipe, choice)
-        heals, calibrated = bool(recipe.distillation.epochs), recipe.calibration.source is not None
-        if calibrated and heals and recipe.embeddings in GRID_BITS:  # linears learn with this head
-            mixed, rounding = self.with_head(model)
-            ready = run.folder.work / "with-head"
-            model = self.opened(_write_embeddings(recipe, mixed, ready, run.progress))
-        if calibrated and (heals or _rounds_linears(recipe)):
-            rounded = run.folder.work / "rounded"
-            round_checkpoint(recipe, model, rounded, run.progress, self.model.reader.folder)
-            model, rounding = self.opened(rounded), {**rounding, **rounding_record(rounded)}
-        if calibrated and not heals and recipe.embeddings in GRID_BITS:
-            model, head = self.with_head(model)
-            rounding = {**head, **rounding}
+        if recipe.calibration.source is not None:
+            model, rounding = self.rounded()
         if recipe.overrides:
             names = model.linears
             own = own_values(recipe, names)
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
         return pack_into(run, recipe, ChosenValues(model, values_of, rounding))
 
+    @property
+    def place(self) -> Path:
+        """Where rounded checkpoints are; one that is there is used."""
+        return self.run.folder.work
+
+    def rounded(self) -> tuple[PackableCheckpoint, dict[str, Any]]:
+        """The model with linears and head on their grids, healed if it heals, and the record."""
+        recipe, model, place, progress = self.recipe, self.model, self.place, self.run.progress
+        record = dict[str, Any]()
+        if _rounds_linears(recipe):
+            folder = round_checkpoint(recipe, model, place / "rounded", progress)
+            model, record = self.opened(folder), rounding_record(folder)
+        if recipe.embeddings in GRID_BITS:
+            model, head = self.with_head(model)
+            record = {**head, **record}
+        if recipe.distillation.epochs:
+            if recipe.embeddings in GRID_BITS:  # linears learn with this head
+                ready = self.run.folder.work / "with-head"
+                model = self.opened(_write_embeddings(recipe, model, ready, progress))
+            folder = heal_checkpoint(
+                recipe, self.model, model, self.run.folder.work / "healed", progress
+            )
+            learnt = read_record(Manifest, folder / NOTES / "manifest.json")
+            record |= {"calibration": learnt.calibration, "distillation": learnt.distillation}
+            model = self.opened(folder)
+        return model, record
+
     def with_head(self, model: PackableCheckpoint) -> tuple[PackableCheckpoint, dict[str, Any]]:
         """A model with the output head on its grid, and the record of the rounding."""
         recipe, run, trust = self.recipe, self.run, self.recipe.trust_remote_code
-        device, folder = choose_device(recipe.device), model.reader.folder
-        target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        target, folder = self.target(model), model.reader.folder
         reader = WindowReader.of_folder(folder, target.model.config, trust_remote_code=trust)
         windows, found = reader.read(str(recipe.calibration.source), recipe.calibration)
         windows = windows[: len(windows) - found.get(EXTRA, 0)]
-        head = round_head(recipe, target, windows, run.folder.work / HEAD, run.progress)
+        head = round_head(recipe, target, windows, self.place / HEAD, run.progress)
         mixed = replace(model, reader=MixedReader.of(model.reader, head))
         return mixed, {"calibration": found, "head": "calibrated"}
 
@@ -341,57 +367,96 @@ ROUNDED = ("int8", "int4")
 
 
 def round_checkpoint(
-    recipe: CompressRecipe,
-    model: PackableCheckpoint,
-    output: Path,
-    progress: Progress,
-    teacher: Path | None = None,
+    recipe: CompressRecipe, model: PackableCheckpoint, output: Path, progress: Progress
 ) -> Path:
-    """Round to grids and keep the zeros of the source. Resume or reuse an earlier run.
-
-    Where the recipe distils, the rounded model then learns the predictions of its teacher, with its
-    zeros and grids held. Linears whose values are no integers learn too: their zeros are held, and
-    those with zeros are first fitted to the text again, to make up for what others lost.
+    """Round linears to grids and keep the zeros of the source. Resume or reuse an earlier run.
 
     Args:
-        recipe: gives the values of every linear, the text, the distillation and the device.
+        recipe: gives the values of every linear, the text and the device.
         model: the source.
         output: folder of the run.
         progress: receives every step.
-        teacher: folder of the model to learn from, if the recipe names none; None for the source.
 
     Returns:
         The folder of the run.
     """
     if output.exists():
         return output
-    sparsity_of = model.zero_fractions
-    own = own_values(recipe, sparsity_of)
-    group = {"group": recipe.group_size or DEFAULT_GROUP}
-    parameters = {v: {"bits": bits, **(group if bits < 8 else {})} for v, bits in BITS.items()}
+    values = own_values(recipe, model.linears)
+    bits_of = {name: BITS[own] for name, own in values.items() if own in BITS}
+    options = {
+        "model": str(model.reader.folder),
+        "solver": "obs",
+        "asymmetric": True,
+        "fast_matmuls": True,
+    }
+    return _hold_zeros(recipe, model, bits_of, options, output, progress)
+
+
+def heal_checkpoint(
+    recipe: CompressRecipe,
+    model: PackableCheckpoint,
+    rounded: PackableCheckpoint,
+    output: Path,
+    progress: Progress,
+) -> Path:
+    """Let a rounded checkpoint learn the predictions of a teacher. Resume or reuse an earlier run.
+
+    Its zeros and grids are held. Linears whose values are no integers learn too, with their zeros.
+
+    Args:
+        recipe: gives the values of every linear, the distillation, the text and the device.
+        model: the source, which has the zeros; also the teacher if the recipe names none.
+        rounded: the same with linears on grids.
+        output: folder of the run.
+        progress: receives every step.
+
+    Returns:
+        The folder of the run.
+    """
+    if output.exists():
+        return output
     learning = recipe.distillation
-    if learning.epochs and learning.teacher is None and teacher is not None:
-        learning = learning.model_copy(update={"teacher": str(teacher)})
+    if learning.teacher is None:
+        learning = learning.model_copy(update={"teacher": str(model.reader.folder)})
+    values = own_values(recipe, model.linears)
+    bits_of = {name: BITS.get(own, 0) for name, own in values.items()}
+    options = {
+        "model": str(rounded.reader.folder),
+        "solver": "zero",
+        "distillation": learning.model_dump(exclude_unset=True),
+    }
+    return _hold_zeros(recipe, model, bits_of, options, output, progress)
+
+
+def _hold_zeros(
+    recipe: CompressRecipe,
+    model: PackableCheckpoint,
+    bits_of: Mapping[str, int],
+    options: Mapping[str, Any],
+    output: Path,
+    progress: Progress,
+) -> Path:
+    """A pruning run that prunes what is zero already, and puts linears on grids of so many bits."""
+    sparsity_of = model.zero_fractions
+    group = recipe.group_size or DEFAULT_GROUP
     how = {
-        n: parameters.get(v, {"bits": 0}) for n, v in own.items() if v in BITS or learning.epochs
+        name: {"bits": bits, **({"group": group} if 0 < bits < 8 else {})}
+        for name, bits in bits_of.items()
     }
     common = max(how.values(), key=[*how.values()].count)
     run = build_recipe(
         PruneRecipe,
         {
-            "model": str(model.reader.folder),
+            **options,
             "output": str(output),
             "score": "kept",
-            "solver": "obs",
             "method_parameters": common,
             "method_overrides": {name: one for name, one in how.items() if one != common},
             "scope": "layer",
             "sparsity": 0.0,
             "include": tuple(how),
             "overrides": {name: sparsity_of[name] for name in how},
-            "asymmetric": True,
-            "fast_matmuls": True,
-            "distillation": learning.model_dump(exclude_unset=True),
             "calibration": recipe.calibration.model_dump(exclude_unset=True),
             "memory": recipe.memory.model_dump(exclude_unset=True),
             "device": recipe.device,
@@ -535,7 +600,6 @@ def rounding_record(rounded: Path) -> dict[str, Any]:
         "calibration": manifest.calibration,
         "mean_error": sum(errors) / len(errors) if errors else 0.0,
         "seconds": manifest.cost.seconds,
-        **({"distillation": manifest.distillation} if manifest.distillation else {}),
     }
 
 

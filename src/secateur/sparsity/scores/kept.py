@@ -12,11 +12,12 @@ from secateur.types import Score, Statistics, Weight
 @scores.register("kept")
 @dataclass(frozen=True)
 class Kept(ScoreDefaults):
-    """S_ij = 1 where the stored weight is not zero, else 0; float32 [out, in].
+    """S_ij = 1 where the stored weight is not zero, ½ where it is −0, else 0; float32 [out, in].
 
     For solvers that improve or round a pruned model: at the present sparsity of a matrix, its own
     zeros are the mask. It reads `stored`, the weight from the file, because the weight to solve may
-    have been fitted and then has no zeros.
+    have been fitted and then has no zeros. A kept weight that rounded to 0 is −0 in the file; where
+    fewer weights are to be pruned than are zero, these stay.
 
     Example:
         >>> import torch
@@ -30,4 +31,5 @@ class Kept(ScoreDefaults):
 
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype."""
-        return (statistics["stored"] != 0).float()
+        stored = statistics["stored"]
+        return (stored != 0).float() + ((stored == 0) & stored.signbit()).float() / 2

@@ -1,10 +1,13 @@
-"""Zeroing: pruned weights become zero, the others do not change."""
+"""Zeroing: pruned weights become zero; the others stay, or are rounded to the nearest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secateur.quantization.groups import GroupGrid
+from secateur.quantization.int8 import nearest_rows
+from secateur.sparsity.column_sweep import Rounding, mark_kept
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
@@ -14,6 +17,17 @@ from secateur.types import Mask, Statistics, Weight, float32_bytes
 @dataclass(frozen=True)
 class Zeroing(SolverDefaults):
     """Ŵ = mask ⊙ W; needs no statistics and measures no error.
+
+    With `bits`, the kept weights are then rounded to the nearest of their grid. Nothing makes up
+    for what rounding changes. Weights that are on such a grid already stay as they are.
+
+    Args:
+        bits: 2, 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not
+            to round.
+        group: 32, 64 or 128 weights of a row that share a scale; for 2 to 4 bits.
+
+    Raises:
+        RecipeError: a parameter is out of range.
 
     Example:
         >>> import torch
@@ -25,7 +39,22 @@ class Zeroing(SolverDefaults):
         tensor([[3., 0.]])
     """
 
+    bits: int = 0
+    group: int = 64
     requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _ = self.grid  # checks the parameters
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it also rounds the kept weights."""
+        return self.bits > 0
+
+    @property
+    def grid(self) -> GroupGrid | None:
+        """The grid of groups on which the weights then are."""
+        return Rounding(self.bits, self.group, 0).group_grid
 
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
@@ -46,8 +75,13 @@ class Zeroing(SolverDefaults):
         """
         mask = required_mask(mask, "zero")
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
+        if self.grid is not None:
+            pruned = self.grid.dequantize(*self.grid.quantize(pruned))
+            mark_kept(pruned, mask)
+        elif self.rounds:
+            pruned = nearest_rows(pruned)
         return Solution(weight=pruned, mask=mask, error=None)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Three float32 copies of the weight."""
-        return 3 * float32_bytes(shape)
+        """Copies of the weight in float32: three, and two more of what is rounded."""
+        return (5 if self.rounds else 3) * float32_bytes(shape)

@@ -69,6 +69,10 @@ cut of a tenth of the decoder costs at least 0.2 (docs/structure/README.md)."""
 TRIES = 2
 """How often a mix is chosen, if the first one becomes larger than predicted."""
 
+LESS = 0.95
+"""A second mix is made only if it is predicted to lose less than so much of what the first has lost:
+a smaller gain is within the error of predictions."""
+
 NEAR = 1.1
 """The best candidate is healed, and those that lose at most so many times as much before."""
 
@@ -220,6 +224,8 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
                 break
             seen.add(candidate)
             time = workshop.context.time
+            if found and knapsack.predicted(candidate) > LESS * found[0].divergence:
+                break
             if found and not time.allows(name, time.expected("making")):
                 break
             made, workshop = made_mix(workshop, name, knapsack, candidate, own)

@@ -41,7 +41,7 @@ from secateur.runs.output import write_json
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.load import load
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.compress import BITS, split_text
+from secateur.steps.compress import BITS, Compress, split_text
 from secateur.steps.fitting.costs import Costs
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
 from secateur.steps.runner import carry_out, step_of
@@ -84,7 +84,7 @@ def make_model(
 def heal_model(
     context: FitContext, sparse: Path, formats: Formats, output: Path, progress: Progress
 ) -> Path:
-    """Make a model again, and let it learn from the dense one before it is packed.
+    """Let a model that was made learn from the dense one, and pack it.
 
     Args:
         context: of the fit.
@@ -106,8 +106,17 @@ def _compress(
 ) -> Path:
     if not output.exists():
         recipe = build_recipe(CompressRecipe, {**options, **paths(context.recipe, source, output)})
-        carry_out(step_of("compress"), recipe, Labelled(progress, "rounding"), resume=True)
+        carry_out(_CompressBeside, recipe, Labelled(progress, "rounding"), resume=True)
     return output
+
+
+class _CompressBeside(Compress):
+    """Keeps the rounded checkpoint beside the result, so healing begins with it."""
+
+    @property
+    def place(self) -> Path:
+        """The folder of all that is made with the same formats."""
+        return self.run.folder.output.parent
 
 
 def chain_steps(
