@@ -16,7 +16,7 @@ WikiText-2's validation part and of C4 that nobody calibrated on. All are calibr
   bfloat16. The same again with the embedding counted as int8, but judged unrounded: kinder than it
   can be.
 * `secateur VALUES, embeddings VALUES`: `secateur compress` with calibration, one level for all.
-* `fit SIZE`: `secateur fit --max-size SIZE`, with and without healing; `--fit LABEL=FOLDER` is a
+* `fit SIZE`: `secateur fit --max-size SIZE`, and its best candidate before healing; `--fit LABEL=FOLDER` is a
   folder that it has made. With `--for llama.cpp` also its GGUF file.
 
 For the models of `bench_models.py`, use the C4 pieces of their folder: they have read the rest.
@@ -34,10 +34,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,6 +52,8 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
+from secateur.steps.fitting.candidates import heal_candidates
+from secateur.steps.fit import best_of
 from stored import known_rows
 
 TABLE = "fit-rivals"
@@ -205,19 +208,34 @@ class Bench:
         return [x * MIB for x in self.args.sizes or ()] or [weights * x / 8 for x in self.args.bits]
 
     def by_fit(self) -> None:
-        """Two rows for each size: before healing and healed."""
-        for size, healed in itertools.product(self.sizes, (False, True)):
-            label = f"fit {size / MIB:.2f} MiB, {'healed' if healed else 'not healed'}"
+        """Two rows for each size: the best candidate before healing, and the result."""
+        for size in self.sizes:
+            label = f"fit {size / MIB:.2f} MiB"
             label += f" for {self.args.target}" if self.args.target != "cpu" else ""
-            if self.known(label):
+            if self.known(f"{label}, healed"):
                 continue
             folder, begun = self.work / label.replace(" ", "-"), time.perf_counter()
-            secateur.fit(
-                self.source, max_size=int(size), calibration=str(self.args.calibration), windows=64,
-                sequence_length=512, output=folder, resume=True, target=self.args.target,
-                **({} if healed else {"heal_tokens": 0}),
-            )  # fmt: skip
-            self.keep_fit(label, folder, seconds=time.perf_counter() - begun)
+            judging = 0.0
+
+            def heal(workshop: Any, candidates: Any, label: str = label) -> Any:
+                nonlocal judging
+                judged = time.perf_counter()
+                best = best_of(candidates)
+                name, seconds = f"{label}, not healed", judged - begun
+                if not self.known(name):
+                    self.keep(name, best.packed, best.row.file_bytes, seconds=seconds)
+                judging = time.perf_counter() - judged
+                return heal_candidates(workshop, candidates)
+
+            with mock.patch("secateur.steps.fit.heal_candidates", heal):
+                found = secateur.fit(
+                    self.source, max_size=int(size), calibration=str(self.args.calibration),
+                    windows=64, sequence_length=512, output=folder, resume=True,
+                    target=self.args.target, heal_tokens=self.args.heal_tokens,
+                )  # fmt: skip
+            rows = [asdict(row) for row in found.finalists]
+            seconds = time.perf_counter() - begun - judging
+            self.keep_fit(f"{label}, healed", folder, seconds=seconds, finalists=rows)
 
     def by_folders(self) -> None:
         """A row for each folder that is given."""
@@ -287,9 +305,11 @@ def main() -> None:
         "--recipe", default="default", choices=["default", "light", "short", "opt_rtn"]
     )
     parser.add_argument("--fit", nargs="*", default=[], metavar="LABEL=FOLDER")
+    parser.add_argument("--heal-tokens", type=int, help="of the fits")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--for", dest="target", default="cpu", help="target of the fits")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     print(heading())
     bench = Bench(args.name or Path(args.model).name, resolve(args.model).folder, args)
     bench.work.mkdir(parents=True, exist_ok=True)
