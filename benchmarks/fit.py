@@ -16,8 +16,8 @@ WikiText-2's validation part and of C4 that nobody calibrated on. All are calibr
   bfloat16. The same again with the embedding counted as int8, but judged unrounded: kinder than it
   can be.
 * `secateur VALUES, embeddings VALUES`: `secateur compress` with calibration, one level for all.
-* `fit SIZE`: `secateur fit --max-size SIZE`, and its best candidate before healing; `--fit LABEL=FOLDER` is a
-  folder that it has made. With `--for llama.cpp` also its GGUF file.
+* `fit SIZE`: `secateur fit --max-size SIZE`, and its best candidate before healing;
+  `--fit LABEL=FOLDER` is a folder that it has made. With `--for llama.cpp` also its GGUF file.
 
 For the models of `bench_models.py`, use the C4 pieces of their folder: they have read the rest.
 Every finished row is kept at once; a row that is there is not made again. The source of SmolLM2 is
@@ -27,13 +27,13 @@ a 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +52,8 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
-from secateur.steps.fitting.candidates import heal_candidates
 from secateur.steps.fit import best_of
+from secateur.steps.fitting.candidates import heal_candidates
 from stored import known_rows
 
 TABLE = "fit-rivals"
@@ -215,27 +215,34 @@ class Bench:
             if self.known(f"{label}, healed"):
                 continue
             folder, begun = self.work / label.replace(" ", "-"), time.perf_counter()
-            judging = 0.0
-
-            def heal(workshop: Any, candidates: Any, label: str = label) -> Any:
-                nonlocal judging
-                judged = time.perf_counter()
-                best = best_of(candidates)
-                name, seconds = f"{label}, not healed", judged - begun
-                if not self.known(name):
-                    self.keep(name, best.packed, best.row.file_bytes, seconds=seconds)
-                judging = time.perf_counter() - judged
-                return heal_candidates(workshop, candidates)
-
-            with mock.patch("secateur.steps.fit.heal_candidates", heal):
+            with self.judging_before_healing(f"{label}, not healed") as judging:
                 found = secateur.fit(
                     self.source, max_size=int(size), calibration=str(self.args.calibration),
                     windows=64, sequence_length=512, output=folder, resume=True,
                     target=self.args.target, heal_tokens=self.args.heal_tokens,
                 )  # fmt: skip
             rows = [asdict(row) for row in found.finalists]
-            seconds = time.perf_counter() - begun - judging
+            seconds = time.perf_counter() - begun - sum(judging)
             self.keep_fit(f"{label}, healed", folder, seconds=seconds, finalists=rows)
+
+    @contextmanager
+    def judging_before_healing(self, label: str) -> Iterator[list[float]]:
+        """Keep the row of the best candidate of a fit before it is healed.
+
+        Yields:
+            The seconds that this has taken.
+        """
+        begun, taken = time.perf_counter(), list[float]()
+
+        def heal(workshop: Any, candidates: Any) -> Any:
+            judged, best = time.perf_counter(), best_of(candidates)
+            if not self.known(label):
+                self.keep(label, best.packed, best.row.file_bytes, seconds=judged - begun)
+            taken.append(time.perf_counter() - judged)
+            return heal_candidates(workshop, candidates)
+
+        with mock.patch("secateur.steps.fit.heal_candidates", heal):
+            yield taken
 
     def by_folders(self) -> None:
         """A row for each folder that is given."""

@@ -70,8 +70,8 @@ TRIES = 2
 """How often a mix is chosen, if the first one becomes larger than predicted."""
 
 LESS = 0.95
-"""A second mix is made only if it is predicted to lose less than so much of what the first has lost:
-a smaller gain is within the error of predictions."""
+"""A second mix is made only if it is predicted to lose less than so much of what the first lost:
+predictions err by more than a smaller gain."""
 
 NEAR = 1.1
 """The best candidate is healed, and those that lose at most so many times as much before."""
