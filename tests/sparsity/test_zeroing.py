@@ -1,4 +1,4 @@
-"""Zeroing with and without a grid, and the zeros of a rounded model that are no zeros of its mask."""
+"""Zeroing with and without a grid, and zeros of a rounded model that its mask keeps."""
 
 from __future__ import annotations
 

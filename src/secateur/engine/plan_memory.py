@@ -619,8 +619,8 @@ def logits_bytes(target: Target, window: Tensor) -> int:
 
 
 def _on_grid_bytes(tasks: Tasks) -> int:
-    """The rounded copies of matrices that learn on a grid, which the backward reads."""
-    return sum(float32_bytes(x.shape) for x in tasks.values() if x.rounded)
+    """What the backward reads of matrices that learn on a grid: rounded copies, a byte a weight."""
+    return sum(float32_bytes(x.shape) * 5 // 4 for x in tasks.values() if x.rounded)
 
 
 def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:

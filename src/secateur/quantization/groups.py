@@ -12,7 +12,7 @@ no other record of its scales: `quantize` finds them again, and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -184,24 +184,27 @@ class GroupGrid:
             for rows in self._blocks(weight)
         )
 
-    def nearest(self, weight: Weight, scale: Tensor) -> Weight:
-        """The nearest weights s · q, float32 [out, in], with given scales [out, groups].
+    def nearest(self, weight: Weight, scale: Tensor) -> tuple[Weight, Tensor]:
+        """The nearest weights s · q with given scales, and where round(w / s) is beyond the grid.
 
-        Unlike `codes` and `dequantize` it needs no more memory than its result, and a little.
+        Unlike `codes` and `dequantize` it needs no more memory than its results, and a little.
+
+        Args:
+            weight: [out, in].
+            scale: s, [out, groups].
+
+        Returns:
+            float32 [out, in], and bool [out, in].
         """
-        result = torch.empty(weight.shape, device=weight.device)
-        parts = (x.split(self.group, dim=1) for x in (weight, result))
-        for part, out, s in zip(*parts, scale.split(1, dim=1), strict=True):
-            torch.div(part, s, out=out)
-            out.round_().clamp_(self.lowest, self.largest).mul_(s)
-        return result
-
-    def clipped(self, weight: Weight, scale: Tensor) -> Tensor:
-        """Where round(w / s) is no integer of the grid, bool [out, in]; s is [out, groups]."""
-        ends = torch.stack([(self.largest + 0.5) * scale, (self.lowest - 0.5) * scale])
-        above, below = (end.split(1, dim=1) for end in (ends.amax(dim=0), ends.amin(dim=0)))
-        parts = zip(weight.split(self.group, dim=1), above, below, strict=True)
-        return torch.cat([(part > high) | (part < low) for part, high, low in parts], dim=1)
+        nearest = torch.empty(weight.shape, device=weight.device)
+        beyond = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        parts = (self._blocks(x, weight.shape[1]) for x in (weight, scale, nearest, beyond))
+        for rows, s, out, flags in zip(*parts, strict=True):
+            rounded = self._grouped(rows.float()).div(s[:, :, None]).round_()
+            codes = rounded.clamp(self.lowest, self.largest)
+            flags.copy_((codes != rounded).flatten(1)[:, : weight.shape[1]])
+            out.copy_(codes.mul_(s[:, :, None]).flatten(1)[:, : weight.shape[1]])
+        return nearest, beyond
 
     def search(
         self, weight: Weight, importance: Tensor | None = None, exponent: Tensor | None = None
@@ -294,6 +297,6 @@ class GroupGrid:
         padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
         return padded.reshape(len(weight), -1, self.group)
 
-    def _blocks(self, weight: Weight) -> Iterator[Tensor]:
-        """Rows that together are about `AT_ONCE` weights."""
-        yield from weight.split(max(1, AT_ONCE // max(1, weight.shape[1])))
+    def _blocks(self, matrix: Tensor, columns: int | None = None) -> Sequence[Tensor]:
+        """Rows that together are about `AT_ONCE` weights, where a row has so many."""
+        return matrix.split(max(1, AT_ONCE // max(1, columns or matrix.shape[1])))

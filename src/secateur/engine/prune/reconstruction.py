@@ -333,15 +333,15 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rounded: RoundedWeight) -> Tensor:
         """The rounded weight."""
-        ctx.save_for_backward(weight)
-        ctx.rounded = rounded
-        return rounded.nearest(weight)
+        nearest, beyond = rounded.nearest(weight)
+        ctx.save_for_backward(beyond)
+        return nearest
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The gradient of the rounded weight, without that of clipped weights."""
-        (weight,) = ctx.saved_tensors
-        return gradients[0].masked_fill(ctx.rounded.clipped(weight), 0.0), None
+        (beyond,) = ctx.saved_tensors
+        return gradients[0] if beyond is None else gradients[0].masked_fill(beyond, 0.0), None
 
 
 class RoundedWeight:
@@ -358,20 +358,16 @@ class RoundedWeight:
             _, scales = grid.quantize(linear.weight)
             self.scale = scales.values
 
-    def nearest(self, weight: Tensor) -> Tensor:
-        """A weight in the module's orientation, rounded with the scales."""
-        return self._turned(self._nearest(self._turned(weight)))
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A weight in the module's orientation, rounded with the scales.
 
-    def clipped(self, weight: Tensor) -> Tensor:
-        """Where a weight in the module's orientation lies beyond the ends of the grid, bool."""
+        Returns:
+            The rounded weight, and where it lies beyond the ends of the grid; None for nowhere.
+        """
         if self.grid is None:
-            return torch.zeros_like(weight, dtype=torch.bool)
-        return self._turned(self.grid.clipped(self._turned(weight), self.scale))
-
-    def _nearest(self, weight: Tensor) -> Tensor:
-        if self.grid is None:
-            return nearest_rows(weight)
-        return self.grid.nearest(weight, self.scale)
+            return self._turned(nearest_rows(self._turned(weight))), None
+        nearest, beyond = self.grid.nearest(self._turned(weight), self.scale)
+        return self._turned(nearest), self._turned(beyond)
 
     def _turned(self, matrix: Tensor) -> Tensor:
         """Convert from the module's orientation to [out, in], or back."""
@@ -382,7 +378,7 @@ class RoundedWeight:
         """Round the parameter itself."""
         parameter = self.linear.module.get_parameter("weight")
         kept = kept_weights(parameter)
-        parameter.copy_(self.nearest(parameter))
+        parameter.copy_(self.nearest(parameter)[0])
         if self.grid is not None:
             mark_kept(parameter, kept)
 

@@ -64,7 +64,7 @@ KEPT = 0.5
 HEAD_WINDOWS = 16
 """Calibration windows on which embedding and head are rounded for the survey."""
 
-SAMPLED = 2**16
+SAMPLED = 2**14
 """Weights of a linear that say how much coarser one grid is than another."""
 
 
