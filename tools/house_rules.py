@@ -43,9 +43,9 @@ RATCHETS: Mapping[str, float] = {
     "source files": 332,
     "modules that only their neighbour imports": 10,
     "pairs of classes with five equal fields": 4,
-    "percent of lines that import": 6.7,
-    "lines of statements": 44286,
-    "functions named in one place": 558,
+    "percent of lines that import": 6.6,
+    "lines of statements": 44340,
+    "functions named in one place": 557,
     "files a run opens before it changes a weight": 53,
     "functions deep where it changes a weight": 12,
 }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.evaluation import acceptance as room
+from secateur.evaluation import divergence as room
 from secateur.evaluation.acceptance import acceptance, speculation
 from secateur.runs.records.measured import Speculation
 from zoo import tiny_model, tiny_windows
@@ -137,7 +137,7 @@ def test_other_vocabulary() -> None:
         def forward(self, ids):
             return self.table(ids)
 
-    with pytest.raises(RecipeError, match="a draft of 96 tokens cannot propose to a parent of 90"):
+    with pytest.raises(RecipeError, match="vocabularies of 96 and 90 tokens cannot be compared"):
         acceptance(Table(96), Table(90), tiny_windows(2, 6))
 
 

@@ -33,19 +33,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import NumericalError, RecipeError
-from secateur.evaluation.perplexity import (
-    LOGITS_BYTES,
-    PROBE_TOKENS,
-    TOKENS_PER_FORWARD,
-    Parts,
-    body_and_head,
-    check_windows,
-    evaluating,
-    given,
-    last_states,
-    place_of,
-)
+from secateur.errors import NumericalError
+from secateur.evaluation.divergence import side_by_side
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.runs.records.measured import Acceptance, Speculation
 from secateur.types import Windows
@@ -84,46 +73,17 @@ def acceptance(
         RecipeError: the vocabularies differ, or the windows are too long for a model.
         SourceError: a token id is not in a vocabulary.
     """
-    count, length = windows.shape
-    check_windows(draft, windows, start_tokens)
-    check_windows(parent, windows, start_tokens)
-    first = given(start_tokens)
-    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
-    found: list[Tensor] = []
-    with torch.inference_mode(), evaluating(draft), evaluating(parent):
-        probe = windows[:1, :PROBE_TOKENS]
-        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (draft, parent)]
-        for begin in range(0, count, batch_size):
-            some = windows[begin : begin + batch_size]
-            found.append(_of_batch(both, some, heads, first))
-            if progress is not None:
-                progress(min(count, begin + batch_size), count)
+
+    def of_heads(logits: Tensor, parents: Tensor, _: Tensor) -> Tensor:
+        p = torch.softmax(parents, dim=-1)
+        return torch.cat([_of_tokens(logits, p, only) for only in heads])
+
+    found = side_by_side(
+        draft, parent, windows, of_heads, start_tokens=start_tokens, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
     # [heads, rate or agreement, windows, positions]
-    return [_summary(*values) for values in torch.cat(found, dim=2)]
-
-
-def _of_batch(
-    both: Sequence[tuple[nn.Module, Parts | None]],
-    ids: Tensor,
-    heads: Sequence[Tensor | None],
-    first: int,
-) -> Tensor:
-    """a_t and agreement [heads, 2, windows, positions], where a token is predicted."""
-    sides = [last_states(model, parts, ids.to(place_of(model)), first) for model, parts in both]
-    vocabularies = [parts.vocabulary for parts, _ in sides]
-    if len(set(vocabularies)) > 1:
-        raise RecipeError(
-            f"a draft of {vocabularies[0]} tokens cannot propose to a parent of {vocabularies[1]}",
-            remedy="draft and parent need the same vocabulary: make the draft from this parent",
-        )
-    chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
-    (draft, states), (parent, parent_states) = sides
-    rows = []
-    for own, other in zip(states.split(chunk), parent_states.split(chunk), strict=True):
-        logits = draft.head(own).float()
-        p = torch.softmax(parent.head(other).float().to(logits.device), dim=-1)
-        rows.append(torch.stack([_of_tokens(logits, p, only) for only in heads]))
-    return torch.cat(rows, dim=2).view(len(heads), 2, len(ids), -1).cpu()
+    return [_summary(*values) for values in found.unflatten(0, (len(heads), 2))]
 
 
 def _of_tokens(logits: Tensor, p: Tensor, only: Tensor | None) -> Tensor:

@@ -87,22 +87,13 @@ def divergence(
         RecipeError: the vocabularies differ, or the windows are too long for a model.
         SourceError: a token id is not in a vocabulary.
     """
-    count, length = windows.shape
-    check_windows(model, windows, start_tokens)
-    check_windows(reference, windows, start_tokens)
-    first = given(start_tokens)
-    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
-    rows: list[Tensor] = []
-    done, started = 0, time.perf_counter()
-    with torch.inference_mode(), evaluating(model), evaluating(reference):
-        probe = windows[:1, :PROBE_TOKENS]
-        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
-        for part in own_batches(count, batch_size, ranks):
-            rows.append(_compared(both, windows[part], first))
-            done += part.stop - part.start
-            if progress is not None:
-                progress(min(count, done * ranks.count), count)
-    gathered = ranks.gather(torch.cat(rows, dim=1).tolist())
+    started = time.perf_counter()
+    found = side_by_side(
+        model, reference, windows, _token_numbers, start_tokens=start_tokens,
+        batch_size=batch_size, progress=progress, ranks=ranks,
+    )  # fmt: skip
+    rows, (count, length), first = found.double().mean(dim=2), windows.shape, given(start_tokens)
+    gathered = ranks.gather(rows.tolist())
     seconds = time.perf_counter() - started
     kl, agreement, acceptance, own, dense = (
         [x for part in parts for x in part] for parts in zip(*gathered, strict=True)
@@ -158,28 +149,64 @@ def divergence_of_texts(
     return Divergence.model_validate({**values, "tokens": sum(one.tokens for one in found)})
 
 
-def _compared(both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int) -> Tensor:
-    """For each window of a batch: KL, agreement, acceptance, loss of both models.
+Numbers = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Numbers of a few tokens [k, tokens] by the logits [tokens, vocabulary] of a model and its
+reference, both float32, and the tokens that follow."""
 
-    Each is a mean over the tokens of a window, without the `first` tokens, which are not predicted.
+
+def side_by_side(
+    model: nn.Module,
+    reference: nn.Module,
+    windows: Windows,
+    numbers: Numbers,
+    *,
+    start_tokens: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Read windows with two models at once; arguments as of `divergence`.
+
+    Returns:
+        The numbers wherever a token is predicted, float32 [k, windows of this process, positions].
     """
+    count, length = windows.shape
+    check_windows(model, windows, start_tokens)
+    check_windows(reference, windows, start_tokens)
+    first, done, found = given(start_tokens), 0, list[Tensor]()
+    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
+    with torch.inference_mode(), evaluating(model), evaluating(reference):
+        probe = windows[:1, :PROBE_TOKENS]
+        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
+        for part in own_batches(count, batch_size, ranks):
+            found.append(_of_batch(both, windows[part], first, numbers))
+            done += part.stop - part.start
+            if progress is not None:
+                progress(min(count, done * ranks.count), count)
+    return torch.cat(found, dim=1)
+
+
+def _of_batch(
+    both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int, numbers: Numbers
+) -> Tensor:
+    """Numbers of a batch; the `first` tokens of each window are not predicted."""
     sides = [last_states(model, parts, ids.to(place_of(model)), first) for model, parts in both]
     vocabularies = [parts.vocabulary for parts, _ in sides]
     if len(set(vocabularies)) > 1:
         raise RecipeError(
             f"vocabularies of {vocabularies[0]} and {vocabularies[1]} tokens cannot be compared",
-            remedy="name the dense model that this one was pruned from as reference",
+            remedy="name the dense model that this one was made from",
         )
     chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
     (parts, states), (dense_parts, dense_states) = sides
     targets = ids[:, first:].reshape(-1).to(states.device)
     found = [
-        _token_numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
+        numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
         for own, dense, t in zip(
             states.split(chunk), dense_states.split(chunk), targets.split(chunk), strict=True
         )
     ]
-    return torch.cat(found, dim=1).view(5, len(ids), -1).double().mean(dim=2).cpu()
+    return torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).cpu()
 
 
 def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:
