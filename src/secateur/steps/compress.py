@@ -20,9 +20,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
         reader = WindowReader.of_folder(folder, target.model.config, trust_remote_code=trust)
         windows, found = reader.read(str(recipe.calibration.source), recipe.calibration)
         windows = windows[: len(windows) - found.get(EXTRA, 0)]
-        head = round_head(recipe, target, windows, self.place / HEAD, run.progress)
+        gram_of = partial(head_gram, target, windows, run.progress)
+        head = round_head(recipe, target, gram_of, self.place / HEAD, run.progress)
         mixed = replace(model, reader=MixedReader.of(model.reader, head))
         return mixed, {"calibration": found, "head": "calibrated"}
 
@@ -479,7 +480,7 @@ head, where the row is also looked up."""
 def round_head(
     recipe: CompressRecipe,
     target: CheckpointTarget,
-    windows: Tensor,
+    gram_of: Callable[[], Tensor],
     folder: Path,
     progress: Progress,
 ) -> dict[str, CheckpointReader]:
@@ -492,9 +493,9 @@ def round_head(
     Args:
         recipe: gives values and group.
         target: the model.
-        windows: token ids [windows, length].
+        gram_of: returns G, as `head_gram` does.
         folder: for the rounded matrix.
-        progress: receives every window.
+        progress: receives every part of the head.
 
     Returns:
         What reads the rounded matrix, by its stored name.
@@ -503,9 +504,9 @@ def round_head(
     matrix = target.model.get_input_embeddings() if tied else head_of(target)
     name = target.stored[f"{path_of(target.model, matrix)}.weight"]
     if not folder.exists():
-        gram = head_gram(target, windows, progress)
+        gram = gram_of()
         if tied:
-            gram.diagonal().add_(LOOKED_UP * gram.diagonal().mean())
+            gram = gram + LOOKED_UP * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
         bits, group = GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP
         solver, held = OBS(bits=bits, group=group), parse_pattern("unstructured")
         weight, prepared = target.reader.read(name), solver.prepare({"gram": gram})
@@ -689,7 +690,8 @@ class MixedChoice:
             self.levels.append(Level(values, rounded, size, errors, shares))
         self.head: dict[str, CheckpointReader] = {}
         if recipe.embeddings in GRID_BITS:
-            self.head = round_head(recipe, self.target, load_windows(fitted), work / HEAD, progress)
+            gram_of = partial(head_gram, self.target, load_windows(fitted), progress)
+            self.head = round_head(recipe, self.target, gram_of, work / HEAD, progress)
 
     def within(self, bound: float) -> ChosenValues:
         """The values of each linear, with a rise of the loss of at most `bound` by the search."""

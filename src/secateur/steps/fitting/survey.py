@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import exp
 from typing import Any
 
@@ -42,7 +43,7 @@ from secateur.runs.output import write_json
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.storage_plan import MixedReader, PackableCheckpoint
 from secateur.sparsity.allocation.divergence import ByDivergence
-from secateur.steps.compress import round_head
+from secateur.steps.compress import head_gram, round_head
 from secateur.steps.fitting.costs import Costs
 from secateur.steps.fitting.models import FitContext, ModelEvaluator, paths, shared_options
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
@@ -251,6 +252,7 @@ def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, 
     found = {"int8": 0.0}
     windows = load_windows(context.calibration_file)
     windows = windows[: min(HEAD_WINDOWS, len(windows) - stored_extra(context.calibration_file))]
+    gram_of = cache(partial(head_gram, context.target, windows, context.progress))
     for values in sorted({embedded(stored) for stored in context.costs.formats} - found.keys()):
         options = {
             "values": values,
@@ -261,7 +263,7 @@ def _of_embeddings(context: FitContext, evaluator: ModelEvaluator) -> dict[str, 
         own = paths(context.recipe, context.source.folder, context.work / "embeddings")
         recipe = build_recipe(CompressRecipe, {**options, **own})
         folder = context.work / f"head-{values}"
-        readers = round_head(recipe, context.target, windows, folder, context.progress)
+        readers = round_head(recipe, context.target, gram_of, folder, context.progress)
         reader = MixedReader.of(context.model.reader, readers)
         trust = context.recipe.trust_remote_code
         target = CheckpointTarget(reader, None, context.target.device, trust_remote_code=trust)
