@@ -212,7 +212,8 @@ class Bench:
         for size in self.sizes:
             label = f"fit {size / MIB:.2f} MiB"
             label += f" for {self.args.target}" if self.args.target != "cpu" else ""
-            if self.known(f"{label}, healed"):
+            last = f"{label}, {'not healed' if self.args.heal_tokens == 0 else 'healed'}"
+            if self.known(last):
                 continue
             folder, begun = self.work / label.replace(" ", "-"), time.perf_counter()
             with self.judging_before_healing(f"{label}, not healed") as judging:
@@ -223,7 +224,7 @@ class Bench:
                 )  # fmt: skip
             rows = [asdict(row) for row in found.finalists]
             seconds = time.perf_counter() - begun - sum(judging)
-            self.keep_fit(f"{label}, healed", folder, seconds=seconds, finalists=rows)
+            self.keep_fit(last, folder, seconds=seconds, finalists=rows)
 
     @contextmanager
     def judging_before_healing(self, label: str) -> Iterator[list[float]]:
