@@ -32,4 +32,4 @@ class Kept(ScoreDefaults):
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score a weight [out, in] of any floating dtype."""
         stored = statistics["stored"]
-        return (stored != 0).float() + ((stored == 0) & stored.signbit()).float() / 2
+        return (stored != 0).float().masked_fill_((stored == 0) & stored.signbit(), 0.5)
