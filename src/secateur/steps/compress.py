@@ -381,8 +381,6 @@ def round_checkpoint(
     Returns:
         The folder of the run.
     """
-    if output.exists():
-        return output
     values = own_values(recipe, model.linears)
     bits_of = {name: BITS[own] for name, own in values.items() if own in BITS}
     options = {
@@ -415,8 +413,6 @@ def heal_checkpoint(
     Returns:
         The folder of the run.
     """
-    if output.exists():
-        return output
     learning = recipe.distillation
     if learning.teacher is None:
         learning = learning.model_copy(update={"teacher": str(model.reader.folder)})
@@ -438,7 +434,9 @@ def _hold_zeros(
     output: Path,
     progress: Progress,
 ) -> Path:
-    """A pruning run that prunes what is zero already, and puts linears on grids of so many bits."""
+    """Prune what is zero already, and put linears on grids of so many bits, unless a run has."""
+    if output.exists():
+        return output
     sparsity_of = model.zero_fractions
     group = recipe.group_size or DEFAULT_GROUP
     how = {

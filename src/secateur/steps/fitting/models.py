@@ -111,7 +111,7 @@ def _compress(
 
 
 class _CompressBeside(Compress):
-    """Keeps the rounded checkpoint beside the result, so healing begins with it."""
+    """Keeps the rounded checkpoint in the folder of its result. The healing run finds it there."""
 
     @property
     def place(self) -> Path:
