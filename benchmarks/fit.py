@@ -18,6 +18,7 @@ WikiText-2's validation part and of C4 that nobody calibrated on. All are calibr
 * `secateur VALUES, embeddings VALUES`: `secateur compress` with calibration, one level for all.
 * `fit SIZE`: `secateur fit --max-size SIZE`, and its best candidate before healing;
   `--fit LABEL=FOLDER` is a folder that it has made. With `--for llama.cpp` also its GGUF file.
+  `memory` is the most that the process had resident until then, mapped files of weights included.
 
 For the models of `bench_models.py`, use the C4 pieces of their folder: they have read the rest.
 Every finished row is kept at once; a row that is there is not made again. The source of SmolLM2 is
@@ -31,6 +32,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +54,7 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
+from secateur.runs.environment import resident_bytes
 from secateur.steps.fit import best_of
 from secateur.steps.fitting.candidates import heal_candidates
 from stored import known_rows
@@ -216,7 +219,10 @@ class Bench:
             if self.known(last):
                 continue
             folder, begun = self.work / label.replace(" ", "-"), time.perf_counter()
-            with self.judging_before_healing(f"{label}, not healed") as judging:
+            with (
+                watched_memory() as memory,
+                self.judging_before_healing(f"{label}, not healed", memory) as judging,
+            ):
                 found = secateur.fit(
                     self.source, max_size=int(size), calibration=str(self.args.calibration),
                     windows=64, sequence_length=512, output=folder, resume=True,
@@ -224,11 +230,15 @@ class Bench:
                 )  # fmt: skip
             rows = [asdict(row) for row in found.finalists]
             seconds = time.perf_counter() - begun - sum(judging)
-            self.keep_fit(last, folder, seconds=seconds, finalists=rows)
+            self.keep_fit(last, folder, seconds=seconds, memory=max(memory), finalists=rows)
 
     @contextmanager
-    def judging_before_healing(self, label: str) -> Iterator[list[float]]:
+    def judging_before_healing(self, label: str, memory: list[int]) -> Iterator[list[float]]:
         """Keep the row of the best candidate of a fit before it is healed.
+
+        Args:
+            label: of the row.
+            memory: the resident bytes that were seen so far.
 
         Yields:
             The seconds that this has taken.
@@ -236,9 +246,10 @@ class Bench:
         begun, taken = time.perf_counter(), list[float]()
 
         def heal(workshop: Any, candidates: Any) -> Any:
-            judged, best = time.perf_counter(), best_of(candidates)
+            judged, best, most = time.perf_counter(), best_of(candidates), max(memory)
             if not self.known(label):
-                self.keep(label, best.packed, best.row.file_bytes, seconds=judged - begun)
+                cost = {"seconds": judged - begun, "memory": most}
+                self.keep(label, best.packed, best.row.file_bytes, **cost)
             taken.append(time.perf_counter() - judged)
             return heal_candidates(workshop, candidates)
 
@@ -257,6 +268,24 @@ class Bench:
         for file in folder.rglob("*.gguf"):
             if not self.known(f"{label}, GGUF"):
                 self.keep_gguf(f"{label}, GGUF", file)
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """The resident bytes of this process, twice a second."""
+    seen, done = [resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            seen.append(resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
 
 
 def size_of(folder: Path) -> int:

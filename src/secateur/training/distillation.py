@@ -22,7 +22,7 @@ step. So the best rate of S steps is about S/T times that of T steps (docs/metho
 Weights on grids of few integers learn straight through: nothing changes before a weight has moved
 by about half a step of its grid, and too high a rate moves many back and forth. There the best rate
 does not depend on the number of steps. So a trial has the rate of the training: the usual highest
-one, then half of it and so on, or twice and four times that, while the loss falls.
+one, then twice and four times that while the loss falls. If twice is worse: half of it, and so on.
 """
 
 from __future__ import annotations
@@ -404,18 +404,18 @@ class RateTrials:
             [0.125, 0.03125, 0.0078125, 0.001953125]
         """
         longer = 1.0 if self.on_grid else self.steps / trial_steps(self.steps)
-        by = 2 if self.on_grid else 4
         rate, found = highest, self._trial(highest / longer, math.inf)
-        while rate > LOWEST * highest:
-            lower = self._trial(rate / by / longer, found.loss)
-            if lower.loss >= found.loss and math.isfinite(found.loss):
+        factors = [1 / 2 if self.on_grid else 1 / 4]
+        if self.on_grid and math.isfinite(found.loss):
+            factors.insert(0, 2.0)
+        for by in factors:
+            while LOWEST * highest <= rate * by <= MOST_ON_GRID * highest:
+                other = self._trial(rate * by / longer, found.loss)
+                if other.loss >= found.loss and math.isfinite(found.loss):
+                    break
+                rate, found = rate * by, other
+            if rate > highest:  # lower ones are worse
                 break
-            rate, found = rate / by, lower
-        while self.on_grid and highest <= rate < MOST_ON_GRID * highest:
-            higher = self._trial(2 * rate, found.loss)
-            if higher.loss >= found.loss:
-                break
-            rate, found = 2 * rate, higher
         return Beginning(rate, found.losses)
 
     def _trial(self, rate: float, best: float) -> _Trial:

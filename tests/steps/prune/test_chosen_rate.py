@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,14 @@ def choose(losses: dict[float, float], steps: int = 1, *, on_grid: bool = False)
 
 
 def test_on_a_grid_a_trial_has_the_rate_of_the_training_and_higher_ones_are_tried() -> None:
-    assert choose({1.0: 3.0, 0.5: 3.1, 2.0: 2.9, 4.0: 2.8}, steps=64, on_grid=True) == 4.0
-    assert choose({1.0: 3.0, 0.5: 3.1, 2.0: 3.2}, steps=64, on_grid=True) == 1.0
-    assert choose({1.0: 3.0, 0.5: 2.9, 0.25: 2.95}, steps=64, on_grid=True) == 0.5
+    assert choose({1.0: 3.0, 2.0: 2.9, 4.0: 2.8}, steps=64, on_grid=True) == 4.0
+    assert choose({1.0: 3.0, 2.0: 2.9, 4.0: 2.95}, steps=64, on_grid=True) == 2.0
+
+
+def test_on_a_grid_lower_rates_are_tried_if_twice_is_worse() -> None:
+    assert choose({1.0: 3.0, 2.0: 3.2, 0.5: 3.1}, steps=64, on_grid=True) == 1.0
+    lower = {1.0: 3.0, 2.0: 3.2, 0.5: 2.9, 0.25: 2.95}
+    assert choose(lower, steps=64, on_grid=True) == 0.5
 
 
 def test_the_rate_falls_by_quarters_while_the_loss_falls() -> None:
@@ -92,6 +98,7 @@ def test_a_lost_trial_is_no_choice() -> None:
 
     trials = RateTrials(train, lambda: 1.0, lambda: None, lambda: None, 1)
     assert trials.choose(1.0).rate == 0.25 / 4
+    assert replace(trials, on_grid=True).choose(1.0).rate == 0.25 / 2
 
 
 def test_sizes() -> None:
