@@ -40,12 +40,12 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 332,
+    "source files": 331,
     "modules that only their neighbour imports": 10,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.6,
-    "lines of statements": 44340,
-    "functions named in one place": 557,
+    "lines of statements": 44030,
+    "functions named in one place": 556,
     "files a run opens before it changes a weight": 53,
     "functions deep where it changes a weight": 12,
 }

@@ -216,7 +216,6 @@ def compress(
     | None = None,
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
-    max_loss_increase: float | None = None,
     embeddings: Literal["auto", "int8", "int4", "int3"] | None = None,
     archive: bool | None = None,
     calibration: str | Path | Sequence[str] | None = None,
@@ -258,9 +257,6 @@ def compress(
         group_size: How many consecutive weights of a row share a scale in int4, int3 and int2: 32,
             64 or 128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
         overrides: Own values for some linear layers, by name; the last match counts. [none]
-        max_loss_increase: Let --values auto choose for each matrix: int4, int8 or the type of the
-            source. The result is the smallest one found whose loss rises by at most so many nats
-            per token, measured on calibration text (needs --calibration). [none]
         embeddings: auto keeps embedding and output head; int8, int4 and int3 round both: one matrix
             if they are tied, else each its own. int4 and int3 have the groups of --group-size; with
             --calibration the head's weights compensate each other's errors. [auto]

@@ -25,10 +25,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
-from secateur.calibration.documents import (
-    read_documents,
-    template_digest,
-)
+from secateur.calibration.documents import read_documents, template_digest
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import (
     EXTRA,

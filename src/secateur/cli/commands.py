@@ -59,7 +59,6 @@ OWN: dict[str, Callable[..., Any]] = {}
 """The work of the verbs that do more than to run their step: takes the recipe and the call."""
 
 EXIT_CODES: Mapping[str, Callable[[Any], int]] = {
-    "compress": lambda result: 3 if result.broken else 0,
     "fit": lambda result: 3 if getattr(result, "broken", False) else 0,
     "draft": lambda result: 3 if getattr(result, "broken", False) else 0,
     "bench": lambda result: int(getattr(result, "failed", False)),

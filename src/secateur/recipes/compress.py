@@ -69,12 +69,6 @@ class WhatToCompress(Section):
     Smaller groups lose less and need 8 / SIZE bits more per weight."""
     overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(default_factory=dict)
     """Own values for some linear layers, by name; the last match counts."""
-    max_loss_increase: Annotated[float | None, Flag(value="NATS", default="none")] = Field(
-        None, gt=0
-    )
-    """Let --values auto choose for each matrix: int4, int8 or the type of the source. The result is
-    the smallest one found whose loss rises by at most so many nats per token, measured on
-    calibration text (needs --calibration)."""
     embeddings: Embeddings = "auto"
     """auto keeps embedding and output head; int8, int4 and int3 round both: one matrix if they are
     tied, else each its own. int4 and int3 have the groups of --group-size; with --calibration the
@@ -98,32 +92,6 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
         ),
         **DISTILLING,
     }
-    conflicts = (
-        Conflict(
-            "max_loss_increase",
-            "overrides",
-            "a bound on the loss chooses the values of all linears, but some have their own",
-            "leave one of the two out",
-        ),
-        Conflict(
-            "max_loss_increase",
-            "values",
-            "a bound on the loss chooses the values",
-            "use --values auto, or leave --max-loss-increase out",
-        ),
-        Conflict(
-            "max_loss_increase",
-            "distill_epochs",
-            "the loss of what is chosen is measured before it learns",
-            "leave one of the two out",
-        ),
-        Conflict(
-            "max_loss_increase",
-            "calibration=None",
-            "a bound on the loss needs text to measure the loss on",
-            "add --calibration TEXT, or leave --max-loss-increase out",
-        ),
-    )
 
     distillation: Distill = Distill()
     calibration: RoundingText = RoundingText()

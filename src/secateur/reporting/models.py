@@ -22,8 +22,6 @@ from secateur.reporting.tables import (
     by_layer,
     layer_of,
     not_pruned,
-    plus_minus,
-    signed,
 )
 from secateur.runs.records import (
     ChainStep,
@@ -70,18 +68,6 @@ class CompressResult(Result, Compression):
             f"{found['loss_before']:.4f} at first, {found['loss_after']:.4f} at last"
         )
 
-    @property
-    def broken(self) -> list[str]:
-        """Bounds that the packed model does not keep."""
-        chosen = self.rounding.get("chosen")
-        if chosen is None or chosen["loss_increase"] <= chosen["max_loss_increase"]:
-            return []
-        measured, given = chosen["loss_increase"], chosen["max_loss_increase"]
-        return [
-            f"--max-loss-increase is broken: {measured:.4f} was measured on text that did not "
-            f"choose, {given:g} was given; a lower bound or more --windows keeps it"
-        ]
-
     def blocks(self) -> Sequence[Block]:
         """Sizes and formats, and where the result is."""
         sizes = [
@@ -98,17 +84,9 @@ class CompressResult(Result, Compression):
             (n, str(x.matrices), binary_size(x.bytes), f"{x.bits_per_weight:.3f}", f"{x.ratio:.2%}")
             for n, x in stored.items()
         ]
-        chosen, error = self.rounding.get("chosen"), self.rounding.get("mean_error")
+        error = self.rounding.get("mean_error")
         lost, squared = "of the weights' norm", "of the linear layers' outputs, squared"
-        judged = searched = None
-        if chosen:
-            judged = _judged(chosen)
-            uniform = chosen["uniform_loss_increase"].items()
-            others = "".join(f", all {values} {signed(rise, 4)}" for values, rise in uniform)
-            searched = f"{signed(chosen['searched_loss_increase'], 4)}{others}"
         closing = [
-            ("change of the loss", judged),
-            ("in the search", searched),
             ("error of rounding", None if error is None else f"{error:.2g} {squared}"),
             ("learned", self.learned),
             ("loss of rounding", f"{self.value_error:.2%} {lost}" if self.value_error else None),
@@ -121,19 +99,8 @@ class CompressResult(Result, Compression):
                 f"stored as ({self.sparsity:.2%} zeros in the linear layers)", columns, formats
             ),
             Table.facts("", closing),
-            *(Line(fault, "bold red") for fault in self.broken),
             *_commands(self.output),
         ]
-
-
-def _judged(chosen: dict[str, Any]) -> str:
-    """The rise of the loss of the packed model, and its bound."""
-    error = chosen["loss_increase_standard_error"]
-    return (
-        f"{signed(chosen['loss_increase'], 4)}{plus_minus(error)} nats per token on "
-        f"{chosen['judged_tokens']:,} tokens that did not choose "
-        f"(at most {chosen['max_loss_increase']:g} allowed)"
-    )
 
 
 def stored_as(layout: Mapping[str, Any]) -> str:

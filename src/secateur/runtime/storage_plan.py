@@ -7,8 +7,8 @@ pay. So all sizes are known. The second pass (`StoragePlan.packed_tensors`) pack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -219,23 +219,6 @@ class PackableCheckpoint:
                     found[kept] = PackableMatrix()
         return cls(reader, found)
 
-    def copy_in(self, folder: Path) -> PackableCheckpoint:
-        """A copy with other weights, stored under the same names.
-
-        Raises:
-            ArchitectureError: the copy stores a linear under another name.
-        """
-        reader = CheckpointReader(folder)
-        missing = next((x for x in self.linears.values() if x not in reader.entries), None)
-        if missing is not None:
-            raise ArchitectureError(
-                f"the rounded copy does not store {missing!r} under this name, so values cannot be "
-                "chosen for each matrix",
-                where=str(folder),
-                remedy="choose the values yourself: --values int8 or --values int4",
-            )
-        return replace(self, reader=reader)
-
     @property
     def file_bytes(self) -> int:
         """Bytes of its weight files."""
@@ -261,23 +244,6 @@ class PackableCheckpoint:
         """The fraction of zeros of every linear, by its name."""
         weights = ((linear, self.reader.read(name)) for linear, name in self.linears.items())
         return {linear: 1 - int(w.count_nonzero()) / w.numel() for linear, w in weights}
-
-    def packed_bytes(
-        self,
-        values_of: Callable[[str], Sequence[str]],
-        *,
-        format: str = AUTO,
-        group: int | None = None,
-    ) -> dict[str, list[int]]:
-        """Bytes of every linear when it is packed, with each of its `values_of`, by its name."""
-        sizes = {}
-        for linear, name in self.linears.items():
-            weight, matrix = self.reader.read(name), self.matrices[name]
-            sizes[linear] = [
-                matrix.choose_layout(weight, name, format=format, values=x, group=group).nbytes
-                for x in values_of(linear)
-            ]
-        return sizes
 
     def settled_values(self, values: str) -> str:
         """Resolve `auto`: bfloat16 if most of the weights are wider, else `keep`.

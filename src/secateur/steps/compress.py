@@ -7,19 +7,12 @@ name.
 With calibration text, a pruning run first moves the weights to grids of integers, layer by layer.
 The zeros stay the same, and the weights of a row compensate each other's rounding errors.
 The result is a checkpoint of the same dtype with weights on grids.
-
-Within a bound on the loss (`MixedChoice`), the checkpoint is rounded as a whole to int8 and to
-int4, by the same runs as `--values int8` and `--values int4`. Then each linear takes its weights
-from the source or from one of the two (`engine/search/stored_levels.py`). A sixth of the
-calibration windows, which the rounding does not see, measures the loss of candidates and of the
-packed model; another sixth measures that of the result.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -32,23 +25,19 @@ from torch import Tensor
 
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.statistics.gram import Gram
-from secateur.calibration.windows import EXTRA, load_windows
+from secateur.calibration.windows import EXTRA
 from secateur.engine.prepared import teacher_of
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
-from secateur.engine.search.stored_levels import Level, choose_levels
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
-from secateur.evaluation.perplexity import LossComparison
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import refuse_quantized
-from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_matmuls
-from secateur.progress import Labelled, Progress
-from secateur.quantization.activations import Shares
+from secateur.progress import Progress
 from secateur.quantization.groups import GroupGrid
-from secateur.recipes.compress import CompressRecipe, FitRecipe
+from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.registry import did_you_mean
@@ -79,9 +68,6 @@ from secateur.steps.runner import RunContext, Step, carry_out, step_of
 
 Packed = tuple[StoragePlan, PackedCheckpoint]
 """A checkpoint that was packed, and its plan."""
-
-MOST_CHOICES = 4
-"""How often values are chosen within a bound on the loss, at most."""
 
 
 class Compress(Step[CompressRecipe, CompressResult]):
@@ -119,9 +105,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
         Raises:
             RecipeError: a format is unknown, or options do not fit together.
         """
-        bound = recipe.max_loss_increase
         others = {recipe.embeddings, *recipe.overrides.values()}
-        grouped = bound is not None or bool(GRID_BITS.keys() & others)
+        grouped = bool(GRID_BITS.keys() & others)
         check_names(recipe.format, recipe.values, recipe.group_size, grouped=grouped)
         for glob, values in recipe.overrides.items():
             if values not in VALUES:
@@ -132,7 +117,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
                 )
         helps = recipe.distillation.epochs or recipe.embeddings in GRID_BITS
         helps = helps or _rounds_linears(recipe)
-        if bound is None and recipe.calibration.source is not None and not helps:
+        if recipe.calibration.source is not None and not helps:
             raise RecipeError(
                 "calibration text helps to round to integers, but the values are "
                 f"{recipe.values!r}",
@@ -165,16 +150,14 @@ class Compress(Step[CompressRecipe, CompressResult]):
         """Round the weights if there is text for it, and pack them."""
         recipe, model, run = self.recipe, self.model, self.run
         values_of, rounding = dict[str, str](), dict[str, Any]()
-        if recipe.max_loss_increase is not None:
-            choice = MixedChoice(recipe, model, run.folder.work, run.progress)
-            return _pack_within(run, recipe, choice)
         if recipe.calibration.source is not None:
             model, rounding = self.rounded()
         if recipe.overrides:
             names = model.linears
             own = own_values(recipe, names)
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
-        return pack_into(run, recipe, ChosenValues(model, values_of, rounding))
+        chosen = ChosenValues(model, values_of, rounding)
+        return _report(run, recipe, chosen, _pack(run, recipe, chosen))
 
     @property
     def place(self) -> Path:
@@ -221,60 +204,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
         return read_record(CompressResult, output / NOTES / COMPRESSION)
 
 
-def _pack_within(run: RunContext, recipe: CompressRecipe, choice: MixedChoice) -> CompressResult:
-    """Choose values within the bound on the loss, and pack them; then measure what was packed.
-
-    The search only estimates the loss. If that of the packed model, and its standard error, exceed
-    the bound on the same windows, the search runs again with a bound that is lower by the excess.
-    """
-    assert recipe.max_loss_increase is not None
-    folder = run.folder
-    bound = allowed = recipe.max_loss_increase
-    for _ in range(MOST_CHOICES):
-        chosen = choice.within(allowed)
-        made = pack_model(folder.fresh_model(), recipe, run.source, chosen, run.progress)
-        excess = choice.choosing.increase(folder.model).cautious - bound
-        if excess <= 0 or allowed <= 0:
-            break
-        allowed = max(allowed - excess, 0.0)
-    found = choice.judging.increase(folder.model)
-    chosen.rounding["chosen"] |= {
-        "max_loss_increase": bound,
-        "loss_increase": found.mean,
-        "loss_increase_standard_error": found.standard_error,
-        "judged_tokens": found.tokens,
-    }
-    return _report(run, recipe, chosen, made)
-
-
-def pack_into(run: RunContext, recipe: CompressRecipe, chosen: ChosenValues) -> CompressResult:
-    """Write the compressed checkpoint into the folder of a run, and verify it.
-
-    Args:
-        run: its source has the configuration and the tokenizer.
-        recipe: format, values, embeddings, archive.
-        chosen: the tensors.
-    """
-    made = pack_model(run.folder.fresh_model(), recipe, run.source, chosen, run.progress)
-    return _report(run, recipe, chosen, made)
-
-
-def pack_model(
-    made: Path,
-    recipe: CompressRecipe,
-    source: LocalCheckpoint,
-    chosen: ChosenValues,
-    progress: Progress,
-) -> Packed:
-    """Write a compressed checkpoint into an empty folder, and verify it.
-
-    Args:
-        made: the folder.
-        recipe: format, values, embeddings, archive.
-        source: the checkpoint whose configuration and tokenizer are taken over.
-        chosen: the tensors.
-        progress: receives every tensor.
-    """
+def _pack(run: RunContext, recipe: CompressRecipe, chosen: ChosenValues) -> Packed:
+    """Write the compressed checkpoint into the folder of a run, and verify it."""
+    made, source, progress = run.folder.fresh_model(), run.source, run.progress
     reader = chosen.model.reader
     plan = make_plan(chosen, recipe, progress)
     files = plan.files(reader)
@@ -362,9 +294,6 @@ def _dense_bytes(layout: Layout, values: str) -> int:
 
 BITS = {"int8": 8, **GRID_BITS}
 """The bits of the values that can be rounded with text."""
-
-ROUNDED = ("int8", "int4")
-"""The values to choose from besides those of the source, from the largest."""
 
 
 def round_checkpoint(
@@ -592,7 +521,8 @@ def rounding_record(rounded: Path) -> dict[str, Any]:
     """The record of the rounding for the notes of the result."""
     notes = rounded / "secateur"
     manifest = read_record(Manifest, notes / "manifest.json")
-    errors = output_errors(rounded).values()
+    lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    errors = [linear["error"] for line in lines for linear in json.loads(line)["linears"]]
     return {
         "solver": manifest.method["solver"],
         "asymmetric": manifest.method["asymmetric"],
@@ -600,118 +530,3 @@ def rounding_record(rounded: Path) -> dict[str, Any]:
         "mean_error": sum(errors) / len(errors) if errors else 0.0,
         "seconds": manifest.cost.seconds,
     }
-
-
-def output_errors(rounded: Path) -> dict[str, float]:
-    """The squared relative error of the outputs of every linear, from the notes of a run."""
-    lines = (rounded / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
-    linears = [linear for line in lines for linear in json.loads(line)["linears"]]
-    return {linear["name"]: linear["error"] for linear in linears}
-
-
-def split_text(
-    recipe: CompressRecipe | FitRecipe,
-    target: CheckpointTarget,
-    work: Path,
-    purposes: str,
-    progress: Progress,
-    extra_tokens: int = 0,
-) -> tuple[Path, LossComparison, LossComparison]:
-    """Cut the calibration text in three parts, unless an earlier run has.
-
-    Args:
-        recipe: gives the text.
-        target: the model.
-        work: folder for the parts.
-        purposes: of the three, for people.
-        progress: receives the steps.
-        extra_tokens: further tokens in the first file, for a distillation.
-
-    Returns:
-        The file of the windows that make models, and what measures packed folders on the windows
-        that choose among them and on those that judge the result.
-
-    Raises:
-        RecipeError: there are fewer windows than purposes.
-    """
-    text, trust = recipe.calibration, recipe.trust_remote_code
-    files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
-    reader = WindowReader.of_folder(
-        target.reader.folder, target.model.config, trust_remote_code=trust
-    )
-    reader.save_parts(str(text.source), text, files, purposes, progress, extra_tokens)
-    choosing, judging = (
-        LossComparison(target, x, progress, trust_remote_code=trust) for x in files[1:]
-    )
-    return files[0], choosing, judging
-
-
-class MixedChoice:
-    """A checkpoint that was rounded as a whole, ready to choose the values of each linear.
-
-    Args:
-        recipe: with `max_loss_increase` and a calibration text.
-        model: the source.
-        work: folder for the windows, the rounded checkpoints and the measured losses.
-        progress: receives every step.
-
-    Attributes:
-        choosing: measures packed folders on the windows that choose.
-        judging: measures them on windows that neither rounded nor chose.
-    """
-
-    def __init__(
-        self, recipe: CompressRecipe, model: PackableCheckpoint, work: Path, progress: Progress
-    ) -> None:
-        self.model, self.work, self.progress = model, work, progress
-        device, trust = choose_device(recipe.device), recipe.trust_remote_code
-        self.target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
-        purposes = "fit the rounding, choose the values and judge the result"
-        fitted, self.choosing, self.judging = split_text(
-            recipe, self.target, work, purposes, progress
-        )
-        forms = (model.settled_values(recipe.values), *ROUNDED)
-        sizes = model.packed_bytes(lambda _: forms, format=recipe.format, group=recipe.group_size)
-        size_of = [{n: found[number] for n, found in sizes.items()} for number in range(len(forms))]
-        self.levels = [Level("unchanged", model.reader, size_of[0], {})]
-        for values, size in zip(ROUNDED, size_of[1:], strict=True):
-            own = {
-                "values": values,
-                "group_size": recipe.group_size if values == "int4" else None,
-                "calibration": recipe.calibration.model_copy(update={"source": str(fitted)}),
-            }
-            rounding, label = recipe.model_copy(update=own), f"rounding to {values}"
-            output = work / f"rounded-{values}"
-            round_checkpoint(rounding, model, output, Labelled(progress, label))
-            rounded, errors = model.copy_in(output).reader, output_errors(output)
-            shares: Shares = "spread" if values == "int8" else "consecutive"
-            self.levels.append(Level(values, rounded, size, errors, shares))
-        self.head: dict[str, CheckpointReader] = {}
-        if recipe.embeddings in GRID_BITS:
-            gram_of = partial(head_gram, self.target, load_windows(fitted), progress)
-            self.head = round_head(recipe, self.target, gram_of, work / HEAD, progress)
-
-    def within(self, bound: float) -> ChosenValues:
-        """The values of each linear, with a rise of the loss of at most `bound` by the search."""
-        windows, file = self.choosing.windows, self.work / "values.jsonl"
-        chosen = choose_levels(self.target, self.levels, windows, bound, file, self.progress)
-        level_of = {linear: self.levels[n] for linear, n in chosen.level_of.items()}
-        record = rounding_record(self.levels[-1].reader.folder)
-        errors = [level.error_of.get(linear, 0.0) for linear, level in level_of.items()]
-        record["mean_error"] = sum(errors) / len(errors)
-        record["chosen"] = {
-            "searched_loss_increase": chosen.loss - chosen.source_loss,
-            "uniform_loss_increase": {
-                values: loss - chosen.source_loss
-                for values, loss in zip(ROUNDED, chosen.uniform_loss[1:], strict=True)
-            },
-            "matrices": dict(Counter(level.name for level in level_of.values())),
-        }
-        rounded = {self.model.linears[n]: x for n, x in level_of.items() if x.rounded_inputs}
-        readers = {name: level.reader for name, level in rounded.items()} | self.head
-        record |= {"head": "calibrated"} if self.head else {}
-        return ChosenValues(
-            replace(self.model, reader=MixedReader(self.model.reader.folder, readers)),
-            {name: level.name for name, level in rounded.items()},
-            record,
-        )

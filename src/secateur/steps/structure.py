@@ -59,12 +59,7 @@ from secateur.structured.cut_plan import (
     plan_cut,
     trims_vocabulary,
 )
-from secateur.structured.cut_steps import (
-    STEP,
-    CutContext,
-    CutStep,
-    RefitStep,
-)
+from secateur.structured.cut_steps import STEP, CutContext, CutStep, RefitStep
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared

@@ -82,7 +82,6 @@ def test_one_run_rounds_to_several_grids(place: Path) -> None:
         ("compress", {"values": "int4", "overrides": {"*.nothing": "int8"}}, "no linear matches"),
         ("compress", {"values": "int4", "overrides": {"*": "int5"}}, "unknown values 'int5'"),
         ("compress", {"values": "bfloat16", "overrides": {"*": "float32"}}, "helps to round"),
-        ("compress", {"max_loss_increase": 0.1, "overrides": {"*": "int8"}}, "chooses the values"),
         (
             "prune",
             {"method": "sparsegpt", "sparsity": 0.5, "method_overrides": {"*.no": {"bits": 3}}},

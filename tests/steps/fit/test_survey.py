@@ -47,7 +47,7 @@ LOSSES = UnitLosses(
 def test_what_a_unit_is_predicted_to_lose(
     name: str, stored: StorageFormat, expected: float
 ) -> None:
-    assert LOSSES.rise(name, stored) == pytest.approx(expected)
+    assert LOSSES.rise(name, stored, stored.sparsity) == pytest.approx(expected)
 
 
 def test_predictions_are_scaled_by_what_was_made() -> None:

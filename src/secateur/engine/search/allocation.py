@@ -15,15 +15,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from secateur.calibration.statistics import ForwardSource, Gathering
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
@@ -37,7 +38,10 @@ from secateur.engine.prune.tasks import (
     with_sparsities,
 )
 from secateur.engine.search.candidate_evaluator import (
-    WeightVariants,
+    CandidateEvaluator,
+    FitnessCache,
+    Version,
+    Versions,
     cut_windows,
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -54,6 +58,7 @@ from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle
 from secateur.sparsity.allocation.search import LevelSearch, is_measured_alone
+from secateur.sparsity.evolution import Candidate
 from secateur.sparsity.exact_count import pruned_count
 from secateur.sparsity.methods import Method
 from secateur.sparsity.scores import scores
@@ -321,7 +326,8 @@ def search_levels(
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
     file = survey.work / "search.jsonl"
-    fitness = variants.fitness("divergence", tokens, file, survey.progress)
+    evaluator = CandidateEvaluator(outer, variants, "divergence", survey.progress)
+    fitness = FitnessCache(evaluator, variants.versions, variants.names, tokens, file)
     survey.progress.start("allocation: search", search.generations + 1)
     errors: dict[str, float] = {}  # at the targets, without reading the weights in the same files
     for path in files:
@@ -340,8 +346,11 @@ def search_levels(
     return FoundLevels(sparsity_of, best.fitness, uniform)
 
 
-class LevelVariants(WeightVariants):
-    """Decoder layers at levels of sparsity.
+class LevelVariants:
+    """Decoder layers whose linears have the weights of given levels of sparsity.
+
+    The version of a layer is a tuple with the level of each of its competing linears. In the dense
+    model it is `dense`.
 
     Args:
         outer: embedding and head of the model.
@@ -350,6 +359,8 @@ class LevelVariants(WeightVariants):
         files: for each layer, the weights of its linears at each level.
     """
 
+    dense: ClassVar[Version] = "dense"
+
     def __init__(
         self,
         outer: EmbeddingAndHead,
@@ -357,20 +368,46 @@ class LevelVariants(WeightVariants):
         fixed: set[str],
         files: Sequence[Path],
     ) -> None:
-        super().__init__(outer, competing)
+        self.outer, self.names = outer, list(competing)
         self.fixed, self.files = fixed, files
+        layer_name, count = outer.target.architecture.layer_name, len(outer.target.layers)
+        prefixes = [layer_name(index) + "." for index in range(count)]
+        self.places = [
+            [place for place, name in enumerate(competing) if name.startswith(prefix)]
+            for prefix in prefixes
+        ]
 
-    def source(self, number: int) -> AbstractContextManager[Any]:
-        """The file of the layer."""
-        return cast(AbstractContextManager[Any], safe_open(self.files[number], "pt"))
+    def versions(self, candidate: Candidate) -> Versions:
+        """The levels of a candidate, layer by layer."""
+        return tuple(tuple(candidate[place] for place in places) for places in self.places)
 
-    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
-        """The weight at a level; a linear with its own sparsity has only one."""
-        if level is None and linear.name not in self.fixed:
-            return None
-        weight: Tensor = source.get_tensor(f"{linear.name}/{level or 0}")
-        weight = weight.to(self.outer.target.device)
-        return weight.t() if linear.transposed else weight
+    @contextmanager
+    def opened(
+        self, number: int, layer: nn.Module
+    ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
+        """The forward of each version. Making a forward reads its weights."""
+        prefix = self.outer.target.architecture.layer_name(number)
+        linears, names = linears_of(layer, prefix), [self.names[p] for p in self.places[number]]
+        with safe_open(self.files[number], "pt") as stored:
+
+            def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
+                if version == self.dense:
+                    return partial(self.outer.run, number, layer)
+                level_of = dict(zip(names, cast(tuple[int, ...], version), strict=True))
+                weights: dict[str, Tensor] = {}
+                for name, linear in linears.items():
+                    level = level_of.get(linear.name, 0 if linear.name in self.fixed else None)
+                    if level is not None:
+                        weight = stored.get_tensor(f"{linear.name}/{level}")
+                        weight = weight.to(self.outer.target.device)
+                        weights[f"{name}.weight"] = weight.t() if linear.transposed else weight
+
+                def replaced(*args: Any, **kwargs: Any) -> Any:
+                    return functional_call(layer, weights, args, kwargs)
+
+                return partial(self.outer.run, number, replaced)
+
+            yield forward_of
 
 
 Ways = Mapping[str, Mapping[str, Tensor]]

@@ -12,25 +12,22 @@ a stopped search quickly repeats them from the file and continues where it stopp
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 from zlib import crc32
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.models.architecture import Linear, linears_of
 from secateur.precision import fast_matmuls
 from secateur.progress import Progress
-from secateur.quantization.activations import Shares, round_activations
 from secateur.runs.folder import Ledger, refuse_another
 from secateur.sparsity.evolution import Candidate
 
@@ -293,109 +290,20 @@ class DenseLogits:
         return total
 
 
-class WeightVariants(ABC):
-    """Decoder layers whose linears have the weights of given levels.
+@dataclass(frozen=True)
+class Unchanged:
+    """The decoder layers of a model as they are.
 
-    The version of a layer is a tuple with the level of each of its named linears. In the dense
-    model it is `dense`.
-
-    Args:
+    Attributes:
         outer: embedding and head of the model.
-        names: names of the linears; a candidate has a level for each.
     """
 
+    outer: EmbeddingAndHead
     dense: ClassVar[Version] = "dense"
-
-    def __init__(self, outer: EmbeddingAndHead, names: Sequence[str]) -> None:
-        self.outer, self.names = outer, list(names)
-        layer_name, count = outer.target.architecture.layer_name, len(outer.target.layers)
-        prefixes = [layer_name(index) + "." for index in range(count)]
-        self.places = [
-            [place for place, name in enumerate(names) if name.startswith(prefix)]
-            for prefix in prefixes
-        ]
-
-    def versions(self, candidate: Candidate) -> Versions:
-        """The levels of a candidate, layer by layer."""
-        return tuple(tuple(candidate[place] for place in places) for places in self.places)
-
-    def fitness(
-        self, objective: str, tokens: int, file: Path | None, progress: Progress, **conditions: Any
-    ) -> FitnessCache:
-        """The measured fitness of candidates.
-
-        Args:
-            objective: of `CandidateEvaluator`.
-            tokens: number of tokens in the last stage.
-            file: file of the values; None keeps them in memory only.
-            progress: receives the layers.
-            conditions: what else affects the values.
-        """
-        evaluator = CandidateEvaluator(self.outer, self, objective, progress)
-        return FitnessCache(evaluator, self.versions, self.names, tokens, file, **conditions)
 
     @contextmanager
     def opened(
         self, number: int, layer: nn.Module
     ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
-        """The forward of each version. Making a forward reads its weights."""
-        prefix = self.outer.target.architecture.layer_name(number)
-        linears, names = linears_of(layer, prefix), [self.names[p] for p in self.places[number]]
-        with self.source(number) as source:
-
-            def forward_of(version: Version) -> Callable[[Tensor], Tensor]:
-                if version == self.dense:
-                    return lambda hidden: self.outer.run(number, layer, hidden)
-                weights: dict[str, Tensor] = {}
-                rounded: list[tuple[nn.Module, Shares]] = []
-                level_of = dict(zip(names, cast(tuple[int, ...], version), strict=True))
-                for name, linear in linears.items():
-                    level = level_of.get(linear.name)
-                    weight = self.weight_of(linear, level, source)
-                    if weight is not None:
-                        weights[f"{name}.weight"] = weight
-                    if (shares := self.rounded_inputs(level)) is not None:
-                        rounded.append((linear.module, shares))
-
-                def replaced(*args: Any, **kwargs: Any) -> Any:
-                    with _rounded_inputs(rounded):
-                        return functional_call(layer, weights, args, kwargs)
-
-                return lambda hidden: self.outer.run(number, replaced, hidden)
-
-            yield forward_of
-
-    def rounded_inputs(self, level: int | None) -> Shares | None:
-        """How a level rounds the inputs of its linears; None if it does not."""
-        return None
-
-    @abstractmethod
-    def source(self, number: int) -> AbstractContextManager[Any]:
-        """The place that the weights of a layer are read from, opened."""
-        ...
-
-    @abstractmethod
-    def weight_of(self, linear: Linear, level: int | None, source: Any) -> Tensor | None:
-        """The weight of a linear as its module stores it; None if it keeps its own.
-
-        Args:
-            linear: the linear.
-            level: its level; None if it is not among the named ones.
-            source: opened by `source`.
-        """
-        ...
-
-
-@contextmanager
-def _rounded_inputs(linears: Iterable[tuple[nn.Module, Shares]]) -> Iterator[None]:
-    """A context in which these linears round their inputs, and multiply in the dtype they have."""
-
-    def rounding(shares: Shares) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-        return lambda _, args: (round_activations(args[0], shares).to(args[0].dtype),)
-
-    hooks = [module.register_forward_pre_hook(rounding(shares)) for module, shares in linears]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        """See `Variants`."""
+        yield lambda version: partial(self.outer.run, number, layer)

@@ -27,13 +27,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
-from secateur.plugins.vllm.reading import (
-    FOUR_BIT_DTYPES,
-    ends_of,
-    folder_of,
-    four_bits,
-    tensors_of,
-)
+from secateur.plugins.vllm.reading import FOUR_BIT_DTYPES, ends_of, folder_of, four_bits, tensors_of
 from secateur.runtime.load import gpu_matrix, values_of
 from secateur.runtime.packed import QUANT_METHOD, PackedCheckpoint
 

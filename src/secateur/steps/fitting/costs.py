@@ -11,6 +11,9 @@ each linear, and of embedding and head, in each format:
 
 A size is always counted; memory and seconds are where they have a bound. A bound that no model can
 keep is refused before any work, and the error names the nearest one that can be kept.
+
+A linear of a pruned model keeps its zeros in every format; a format with more of them prunes it
+further.
 """
 
 from __future__ import annotations
@@ -49,6 +52,9 @@ SHORT = {"bfloat16": "bf16", "int3": "int4", "int2": "int4"}
 MARGINS = {SIZE: 0.005, MEMORY: 0.01, SECONDS: 0.04}
 """Of a budget, kept free. A model that is made has a few zeros more or fewer; time is predicted
 from a table."""
+
+FEWEST_ZEROS = 1 / 16
+"""Of a linear, as a fraction; a bitmask takes more than fewer ones save in any format."""
 
 LEAST_STEP = 0.01
 """By which a bound on seconds is tightened at least, as a fraction."""
@@ -91,6 +97,7 @@ class Costs:
         files: of the target.
         head: seconds of the output head beyond those in int8, by its values; where there are none,
             it takes the same in all.
+        zeros: the fraction of zeros that linears have already, by their names.
     """
 
     kinds: tuple[CostKind, ...]
@@ -99,6 +106,7 @@ class Costs:
     times: MatrixTimes | None = None
     files: TargetFiles = PACKED_FOLDER
     head: Mapping[str, float] = field(default_factory=dict)
+    zeros: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def units(self) -> list[str]:
@@ -187,7 +195,13 @@ class Costs:
             if self.head:
                 whole[-1] += self.head[stored.values]
             return tuple(whole)
+        stored = replace(stored, sparsity=max(stored.sparsity, self.zeros.get(name, 0.0)))
         return self._of_matrix(self.shapes[name], stored, kept, timed=True)
+
+    def pruned(self, name: str, stored: StorageFormat) -> float:
+        """The fraction of the nonzero weights of a linear that a format prunes."""
+        own = self.zeros.get(name, 0.0)
+        return (stored.sparsity - own) / (1 - own) if stored.sparsity > own else 0.0
 
     def _of_matrix(
         self,
@@ -233,7 +247,7 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
 
     Args:
         recipe: the recipe.
-        model: dense.
+        model: dense, or pruned.
         progress: receives the matrices that are timed.
 
     Raises:
@@ -261,7 +275,8 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
         if not matrix.prunable
         for rows, columns in [model.reader.entries[name].shape]
     )
-    return Costs(tuple(kinds), model.shapes, outer, times, files)
+    zeros = {name: share for name, share in model.zero_fractions.items() if share >= FEWEST_ZEROS}
+    return Costs(tuple(kinds), model.shapes, outer, times, files, zeros=zeros)
 
 
 def _limit(size: int | str | None) -> float:

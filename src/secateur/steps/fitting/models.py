@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
-from secateur.engine.search.stored_levels import StoredVariants
+from secateur.calibration.run_windows import WindowReader
+from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache, Unchanged
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
@@ -41,7 +41,7 @@ from secateur.runs.output import write_json
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.load import load
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.compress import BITS, Compress, split_text
+from secateur.steps.compress import BITS, Compress
 from secateur.steps.fitting.costs import Costs
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
 from secateur.steps.runner import carry_out, step_of
@@ -205,7 +205,7 @@ class ModelEvaluator:
     def of_target(self, target: CheckpointTarget, name: str) -> float:
         """The divergence of an opened model, which is kept by its name."""
         evaluator = self._evaluator(target, self.dense)
-        versions = ("dense",) * len(target.layers)
+        versions = (Unchanged.dense,) * len(target.layers)
         rows = range(len(self.windows))
         return self._once(name, lambda: evaluator.fitness([versions], rows)[0])
 
@@ -242,8 +242,8 @@ class ModelEvaluator:
     ) -> CandidateEvaluator:
         """Passes one model, as it is, through its layers."""
         outer = EmbeddingAndHead(target, self.windows)
-        variants = StoredVariants(outer, (), ())
-        return CandidateEvaluator(outer, variants, "divergence", self.context.progress, dense)
+        progress = self.context.progress
+        return CandidateEvaluator(outer, Unchanged(outer), "divergence", progress, dense)
 
 
 class TimeBudget:
@@ -354,6 +354,15 @@ class FitContext:
         """
         device, trust = choose_device(recipe.device), recipe.trust_remote_code
         target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
-        purposes = "make models, choose among them and judge"
-        text = split_text(recipe, target, work, purposes, progress, recipe.tokens_to_heal)
-        return cls(recipe, source, target, model, costs, time, work, *text, progress)
+        reader = WindowReader.of_folder(source.folder, target.model.config, trust_remote_code=trust)
+        files = [work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
+        purposes, text = "make models, choose among them and judge", str(recipe.calibration.source)
+        reader.save_parts(
+            text, recipe.calibration, files, purposes, progress, recipe.tokens_to_heal
+        )
+        choosing, judging = (
+            LossComparison(target, file, progress, trust_remote_code=trust) for file in files[1:]
+        )
+        return cls(
+            recipe, source, target, model, costs, time, work, files[0], choosing, judging, progress
+        )  # fmt: skip

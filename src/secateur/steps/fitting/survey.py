@@ -1,14 +1,16 @@
 """What every linear, and the embeddings, lose in every format.
 
 One pass through the dense model (`engine.search.allocation.ChangedAlone`) measures the divergence
-that each linear makes alone, once rounded to 3 bits and once pruned to half. By these two,
+that each linear makes alone, once rounded to 3 bits and once without half of its nonzero weights.
+By these two,
 
     rise(values, s) = D_rounded · R(values) / R(int3) · (1 − s / 2)  +  D_pruned · exp(9 (s − 1/2))
 
-for s zeros; without zeros the second term is none. R is the squared error of rounding to the
-nearest, of some rows of the matrix. The rises of all linears add up (to second order errors of
-different linears are independent). 9 is the growth of the allocation by divergence. With half of
-the weights pruned, rounding the others costs three quarters (SmolLM2-135M, int4 and int3).
+where a fraction s of the nonzero weights is pruned; without pruning the second term is none. R is
+the squared error of rounding to the nearest, of some rows of the matrix. The rises of all linears
+add up (to second order errors of different linears are independent). 9 is the growth of the
+allocation by divergence. With half of the weights pruned, rounding the others costs three quarters
+(SmolLM2-135M, int4 and int3).
 
 Embedding and head are rounded once, on the calibration text, and the model with them is measured.
 
@@ -20,7 +22,6 @@ by what the first model that was made lost, over what was predicted (`Prediction
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import exp
@@ -75,7 +76,7 @@ class UnitLosses:
 
     Attributes:
         rounded: the divergence of each linear rounded to `PROBE`, nats per token.
-        pruned: of each linear with half of its weights.
+        pruned: of each linear with half of its nonzero weights.
         coarser: the squared error of each linear rounded to the nearest, over that of `PROBE`, by
             values.
         kept: the fraction of nonzeros of each linear, by the names of formats with zeros.
@@ -88,11 +89,10 @@ class UnitLosses:
     kept: dict[str, dict[str, float]]
     embeddings: dict[str, float]
 
-    def rise(self, name: str, stored: StorageFormat) -> float:
-        """What a unit adds to the divergence in a format."""
+    def rise(self, name: str, stored: StorageFormat, share: float) -> float:
+        """What a unit adds to the divergence in a format that prunes a share of its weights."""
         if name == EMBEDDINGS:
             return self.embeddings[embedded(stored)]
-        share = stored.sparsity
         rounding = self.rounded[name] * self.coarser[name].get(stored.values, 0.0)
         pruning = self.pruned[name] * exp(GROWTH * (share - HALF)) if share else 0.0
         return rounding * (1 - KEPT * share) + pruning
@@ -125,8 +125,8 @@ class Predictions:
             home, share = (share_of or {}).get(name, (name, 1.0))
             kept = self.losses.kept.get(home, {})
             cost.append(tuple(costs.of(name, x, kept.get(x.name)) for x in costs.formats))
-            rises = (self.scale * share * self.losses.rise(home, one) for one in costs.formats)
-            rise.append(tuple(rises))
+            rises = (self.losses.rise(home, x, costs.pruned(name, x)) for x in costs.formats)
+            rise.append(tuple(self.scale * share * each for each in rises))
         return Knapsack(tuple(cost), tuple(rise))
 
     def scaled(self, made: float, predicted: float) -> Predictions:
@@ -139,7 +139,7 @@ def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
     file = context.work / "survey.json"
     if not file.exists():
         rounded, pruned = _divergences(context)
-        coarser, kept = _sampled(context.model, context.costs.formats)
+        coarser, kept = _sampled(context.model, context.costs)
         write_json(
             file,
             {
@@ -154,7 +154,8 @@ def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
 
 
 def _divergences(context: FitContext) -> tuple[dict[str, float], dict[str, float]]:
-    """The divergence of every linear, rounded to the probe and pruned to half."""
+    """The divergence of every linear, rounded to the probe and without half of its weights."""
+    zeros = context.costs.zeros
     recipe = build_recipe(PruneRecipe, {**_probe(context), "sparsity": HALF})
     prepared = prepare(recipe, context.source)
     pruning = prepared.method
@@ -168,7 +169,9 @@ def _divergences(context: FitContext) -> tuple[dict[str, float], dict[str, float
         found: dict[str, dict[str, Tensor]] = {name: {} for name in view.weights}
         for way, method, share in (("pruned", pruning, HALF), ("rounded", rounding, 0.0)):
             for name, weight in view.weights.items():
-                found[name][way] = view.solved(name, method, share) - weight
+                own = zeros.get(name, 0.0)
+                solved = view.solved(name, method, own + (1 - own) * share)
+                found[name][way] = solved - weight
         return found
 
     names = survey.statistics_for(part)
@@ -198,23 +201,24 @@ def _rounding() -> dict[str, Any]:
         "method": None,
         "score": "kept",
         "solver": "obs",
+        "scope": "layer",
         "sparsity": 0.0,
         "method_parameters": {"bits": GRID_BITS[PROBE], "group": GROUP, "descent": 0},
     }
 
 
 def _sampled(
-    model: PackableCheckpoint, stored: Sequence[StorageFormat]
+    model: PackableCheckpoint, costs: Costs
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """What some rows of every linear say of grids: their errors, and the weights that stay nonzero.
 
-    Zeros are those of the smallest weights of a row.
+    Zeros are those of the smallest weights of a row, or those that the linear has already.
 
     Returns:
         By linear: squared errors over that of the probe, by values; and the fraction of nonzeros,
-        by the names of formats with zeros.
+        by the names of formats, for linears with zeros.
     """
-    coarser, kept = {}, {}
+    coarser, kept = {}, dict[str, dict[str, float]]()
     for linear, name in model.linears.items():
         weight = model.reader.read(name).float()
         weight = weight.t() if model.matrices[name].transposed else weight
@@ -222,16 +226,12 @@ def _sampled(
         errors = {x: float((_nearest(rows, x) - rows).square().sum()) for x in GRIDS}
         coarser[linear] = {x: error / max(errors[PROBE], 1e-30) for x, error in errors.items()}
         order = rows.abs().argsort(dim=1).argsort(dim=1)
-        kept[linear] = {
-            one.name: float(
-                _nearest(
-                    rows * (order >= round(one.sparsity * rows.shape[1])), one.values
-                ).count_nonzero()
-            )
-            / rows.numel()
-            for one in stored
-            if one.sparsity and one.values in GRIDS
-        }
+        kept[linear] = {}
+        for one in costs.formats:
+            if one.values in GRIDS and (one.sparsity or linear in costs.zeros):
+                pruned = round(one.sparsity * rows.shape[1]) if costs.pruned(linear, one) else 0
+                nonzeros = _nearest(rows * (order >= pruned), one.values).count_nonzero()
+                kept[linear][one.name] = float(nonzeros) / rows.numel()
     return coarser, kept
 
 
