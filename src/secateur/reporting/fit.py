@@ -18,6 +18,9 @@ WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
 """Names in `FitResult.losses`."""
 
+MIXED = "all formats, mixed"
+"""The name of the best mix with zeros."""
+
 MADE = ("", "size", "predicted", "made", "healed")
 """Columns of the table of finalists."""
 
@@ -148,10 +151,10 @@ class FitPoint:
 
 @dataclass(frozen=True)
 class FitBranch:
-    """What became of a cut that was tried.
+    """What became of a cut that was tried, or of a mix that was not made.
 
     Attributes:
-        name: the cut.
+        name: the cut, or what chose the mix.
         file_bytes: of the cut model with bfloat16 linears and int8 embeddings; None if it was not
             made.
         divergence: of the cut model from the dense one, in nats per token; None likewise.
@@ -190,7 +193,7 @@ class FittedResult(Result, Record):
         dropped: what was left out to keep the time.
         kind_of: how each linear is stored, by its name.
         embeddings: the values of embedding and head.
-        branches: the cuts that were tried.
+        branches: the cuts that were tried, and mixes that were not made.
         packed: sizes of what was written.
     """
 
@@ -275,7 +278,9 @@ class FitResult(FittedResult):
         if rival is None:
             return "Rounding alone does not reach the bound: zeros or cuts are needed."
         if won == rival:
-            return "Rounding alone is best here: zeros and cuts brought nothing."
+            unmade = any(one.name == MIXED for one in self.branches)
+            zeros = "are predicted to bring too little" if unmade else "and cuts brought nothing"
+            return f"Rounding alone is best here: zeros {zeros}."
         saved = rival.loss_increase - won.loss_increase
         return (
             f"Zeros and cuts brought {signed(saved, 4)} nats per token of less loss than the best "
@@ -320,7 +325,7 @@ class FitResult(FittedResult):
                 for one in self.corrections
             ),
             Line(self.brought),
-            *([Table.of("cuts", columns, cuts)] if cuts else []),
+            *([Table.of("tried besides", columns, cuts)] if cuts else []),
             Table.of("predicted for other sizes", ("", "size", "divergence, nats per token"), rows),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),

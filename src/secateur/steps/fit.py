@@ -210,7 +210,7 @@ class Fit(Step[FitRecipe, FitResult]):
         evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
         workshop = Workshop(context, survey_model(context, evaluator), evaluator)
         frontier = _frontier(workshop, costs)
-        candidates, cuts, workshop, costs = _within_loss(workshop, costs)
+        candidates, branches, workshop, costs = _within_loss(workshop, costs)
         if not candidates:
             raise VerificationError(
                 "no model that was made keeps the bounds",
@@ -230,7 +230,7 @@ class Fit(Step[FitRecipe, FitResult]):
             embeddings=embedded(winner.formats[EMBEDDINGS]),
             winner=winner.row,
             finalists=tuple(one.row for one in candidates),
-            branches=tuple(cuts),
+            branches=tuple(branches),
             frontier=tuple(frontier),
             losses=losses,
             costs=tuple(
@@ -269,7 +269,7 @@ def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
 
 
 Built = tuple[list[BuiltCandidate], list[FitBranch], Workshop]
-"""The candidates that keep the bounds, what became of every cut, and the scaled predictions."""
+"""The candidates that keep the bounds, what became of others, and the scaled predictions."""
 
 
 def build_candidates(workshop: Workshop, costs: Costs, *, structure: bool = True) -> Built:
@@ -281,13 +281,13 @@ def build_candidates(workshop: Workshop, costs: Costs, *, structure: bool = True
         structure: whether cuts take part, if the recipe has them.
     """
     context = workshop.context
-    candidates, workshop = build_mixes(workshop, costs)
+    candidates, unmade, workshop = build_mixes(workshop, costs)
     structure = structure and context.recipe.structure
     expected = 2 * context.time.expected("making")
     if not structure or not candidates or not context.time.allows("cuts", expected):
-        return candidates, [], workshop
+        return candidates, unmade, workshop
     structured, cuts = build_structured(workshop, best_of(candidates), costs)
-    return [*candidates, *structured], cuts, workshop
+    return [*candidates, *structured], [*unmade, *cuts], workshop
 
 
 def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
@@ -310,8 +310,8 @@ def _within_loss(
     aim, kept = bound, None
     for _ in range(MOST + 1):
         narrowed = costs.narrowed(_smallest(workshop, costs, aim))
-        candidates, cuts, workshop = build_candidates(workshop, narrowed)
-        built = candidates, cuts, workshop, narrowed
+        candidates, branches, workshop = build_candidates(workshop, narrowed)
+        built = candidates, branches, workshop, narrowed
         if not candidates:
             break
         rise = context.choosing.increase(best_of(candidates).packed).cautious

@@ -21,6 +21,7 @@ from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.sparsity.solvers.obs import OBS
 from secateur.steps import fit as fit_module
+from secateur.steps.fitting import candidates
 from secateur.steps.fitting.candidates import heal_candidates
 from secateur.steps.fitting.models import ModelEvaluator
 from secateur.steps.fitting.storage_formats import FORMATS
@@ -103,6 +104,22 @@ def test_no_cut_is_tried_where_none_can_help(place: Path) -> None:
     found = result_of(place / "small")
     assert found["winner"]["divergence"] < 0.1
     assert found["branches"] == []
+
+
+def test_a_mix_that_promises_too_little_is_named_and_not_made(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "LESS", 0.0)
+    found = secateur.fit(
+        place / "shallow", output=tmp_path / "small", max_size="36KiB",
+        calibration=place / "windows.safetensors", **OPTIONS,
+    )  # fmt: skip
+    (only,), (unmade,) = found.finalists, found.branches
+    assert unmade.name == "all formats, mixed"
+    assert unmade.outcome.startswith("not made: predicted ")
+    assert unmade.outcome.endswith(f"{only.divergence:.3g} is reached")
+    assert "not made" in str(found)
+    assert "zeros are predicted to bring too little" in str(found)
 
 
 def test_the_recipe_makes_the_same_model_again(place: Path) -> None:

@@ -34,7 +34,7 @@ from secateur.progress import Labelled
 from secateur.recipes.prune import ChainRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe
 from secateur.recipes.structure import StructureRecipe
-from secateur.reporting.fit import FitBranch, FitFinalist
+from secateur.reporting.fit import MIXED, FitBranch, FitFinalist
 from secateur.reporting.models import CompressResult
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import write_text
@@ -59,7 +59,6 @@ from secateur.structured.cut_plan import CutPlan, plan_cut
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
-MIXED = "all formats, mixed"
 ROUNDED = "only rounded, mixed"
 
 WORTH = 0.1
@@ -207,13 +206,16 @@ CHOICES = {ROUNDED: _rounded, MIXED: _mixed}
 """How the models are chosen."""
 
 
-def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate], Workshop]:
+def build_mixes(
+    workshop: Workshop, costs: Costs
+) -> tuple[list[BuiltCandidate], list[FitBranch], Workshop]:
     """Make and measure the best mixes within a budget.
 
     Returns:
-        The candidates within it, and the workshop with predictions scaled by what was made.
+        The candidates within it, the mixes that were not made because they promise too little,
+        and the workshop with predictions scaled by what was made.
     """
-    found, seen = list[BuiltCandidate](), set[Candidate]()
+    found, unmade, seen = list[BuiltCandidate](), list[FitBranch](), set[Candidate]()
     most = costs.kinds[0].limit
     for name, choose in CHOICES.items():
         own = costs
@@ -224,7 +226,10 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
                 break
             seen.add(candidate)
             time = workshop.context.time
-            if found and knapsack.predicted(candidate) > LESS * found[0].divergence:
+            predicted, first = knapsack.predicted(candidate), found[0].divergence if found else 0.0
+            if found and predicted > LESS * first:
+                outcome = f"not made: predicted {predicted:.3g}, and {first:.3g} is reached"
+                unmade.append(FitBranch(name, None, None, outcome))
                 break
             if found and not time.allows(name, time.expected("making")):
                 break
@@ -237,7 +242,7 @@ def build_mixes(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
                 found.append(made)
                 break
             own = own.limited(0, own.kinds[0].limit - (size - most))
-    return found, workshop
+    return found, unmade, workshop
 
 
 def made_mix(
