@@ -6,9 +6,10 @@
 One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol for every row:
 
 - Calibration is 64 windows of 512 tokens (`random-crop`, seed 0) of one file, for pruning and for
-  rounding. `best` reads more windows of the same file. The published code of Wanda, SparseGPT and
-  ALPS gets the same windows (`rivals.py`, an environment of its own); what it wrote is rounded and
-  stored by the same `secateur compress` as ours, because its own files are as large as dense ones.
+  rounding. `best` reads more windows of the same file, and so does `fit`, which heals. The
+  published code of Wanda, SparseGPT and ALPS gets the same windows (`rivals.py`, an environment of
+  its own); what it wrote is rounded and stored by the same `secateur compress` as ours, because its
+  own files are as large as dense ones.
 - Perplexity is that of the stored files as they run: weights rounded, activations rounded by our
   kernels; non-overlapping windows of 2048 tokens, the loss over each window's own next tokens, the
   first windows of the text. llama.cpp's perplexity comes from its own logits, on the same windows.
@@ -71,6 +72,7 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt, int8": ("sparsegpt", INT8),
     "alps, int8": ("alps", INT8),
 }
+FITTED = {"fit, 75 MiB": "75MiB", "fit, 60 MiB": "60MiB"}
 GGUF = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 OWN_FILE = "llama.cpp Q4_1, the source"
 TIMED = (
@@ -80,6 +82,7 @@ TIMED = (
     "balanced, int8",
     "balanced, int4",
     "balanced, int4, embedding too",
+    *FITTED,
 )
 TORCH = "no zeros, bfloat16, torch"
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
@@ -184,6 +187,13 @@ def make(args: argparse.Namespace, table: Table) -> None:
             shutil.rmtree(output, ignore_errors=True)
             store(args, row, output)
             table.put(row, file_bytes=file_bytes(output))
+    for row, size in FITTED.items():
+        if table.missing(row, "file_bytes") and wanted(args, row):
+            secateur.fit(
+                MODEL, output=args.work / row, resume=True, max_size=size,
+                calibration=args.calibration, windows=64, sequence_length=512,
+            )  # fmt: skip
+            table.put(row, file_bytes=file_bytes(args.work / row))
     for row, type in GGUF.items():
         if table.missing(row, "file_bytes") and wanted(args, row):
             shutil.rmtree(args.work / row, ignore_errors=True)
@@ -223,7 +233,7 @@ def time_rows(args: argparse.Namespace, table: Table) -> None:
 
 def judge(args: argparse.Namespace, table: Table) -> None:
     """Perplexity of every row whose folder is there."""
-    for row in STORED:
+    for row in (*STORED, *FITTED):
         if table.missing(row, "perplexity") and not table.missing(row, "file_bytes"):
             found = secateur.evaluate(
                 args.work / row, text=str(args.text), sequence_length=2048, windows=args.windows
