@@ -6,10 +6,10 @@
 One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol for every row:
 
 - Calibration is 64 windows of 512 tokens (`random-crop`, seed 0) of one file, for pruning and for
-  rounding. `best` reads more windows of the same file, and so does `fit`, which heals. The
-  published code of Wanda, SparseGPT and ALPS gets the same windows (`rivals.py`, an environment of
-  its own); what it wrote is rounded and stored by the same `secateur compress` as ours, because its
-  own files are as large as dense ones.
+  rounding. `best` reads more windows of the same file. `fit` has 64 consecutive ones, and heals on
+  more of them. The published code of Wanda, SparseGPT and ALPS gets the same windows (`rivals.py`,
+  an environment of its own); what it wrote is rounded and stored by the same `secateur compress` as
+  ours, because its own files are as large as dense ones.
 - Perplexity is that of the stored files as they run: weights rounded, activations rounded by our
   kernels; non-overlapping windows of 2048 tokens, the loss over each window's own next tokens, the
   first windows of the text. llama.cpp's perplexity comes from its own logits, on the same windows.
@@ -72,7 +72,7 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt, int8": ("sparsegpt", INT8),
     "alps, int8": ("alps", INT8),
 }
-FITTED = {"fit, 75 MiB": "75MiB", "fit, 60 MiB": "60MiB"}
+FITTED = {"fit, 75 MiB": 75 * 2**20, "fit, 60 MiB": 60 * 2**20}
 GGUF = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 OWN_FILE = "llama.cpp Q4_1, the source"
 TIMED = (
