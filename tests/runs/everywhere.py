@@ -1,6 +1,6 @@
 """A fault between any two file operations of every verb; then the same call again.
 
-    PYTHONPATH=tests python tests/runs/everywhere.py [--points few|some|all] [--twice]
+    PYTHONPATH=tests python tests/runs/everywhere.py [--points few|all] [--twice]
                                                      [--json FILE] [CASE …]
 
 Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -51,15 +51,11 @@ from secateur.steps.fitting import candidates
 from secateur.training import distillation
 
 OUTPUT = "out"
-Counts = Mapping[tuple[bool, bool], int]
 
-COUNTS: Mapping[str, Counts | None] = {
-    "few": {(False, False): 4, (False, True): 3, (True, False): 2, (True, True): 1},
-    "some": {(False, False): 5, (False, True): 4, (True, False): 3, (True, True): 1},
-    "all": None,
-}
-"""How many points of a case are tried: by whether the disk is full, and whether an old output is
-replaced. `few` is for the default tests, `some` for those marked as slow."""
+
+FEW = {(False, False): 4, (False, True): 3, (True, False): 2, (True, True): 1}
+"""How many points of a case the tests try: by whether the disk is full, and whether an old output
+is replaced."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +237,7 @@ def is_output(point: Point) -> bool:
 
 
 def trials(
-    shim: Shim, place: Path, names: Sequence[str], *, points: str, stride: int, twice: bool
+    shim: Shim, place: Path, names: Sequence[str], *, few: bool, stride: int, twice: bool
 ) -> Iterator[Trial]:
     """Try every case, without and with an output to replace.
 
@@ -249,22 +245,21 @@ def trials(
         shim: which injects.
         place: a folder to work in, with the sources.
         names: of the cases.
-        points: how many points of each case, a key of `COUNTS`.
+        few: only so many points of each case as `FEW` says.
         stride: of all points between begin and end, every so manyth; a quarter of them where an
             output is replaced.
         twice: kill the call that follows on a fault, too.
     """
-    counts = COUNTS[points]
     for name in names:
         for replacing in (False, True) if CASES[name].replaces else (False,):
             bench = Bench(shim, name, place / "sources", place / "here", replacing)
             operations = bench.measure()
             for full in (False, True):
                 there = points_of(operations, full=full)
-                if counts is None:
-                    there = chosen(there, operations, 4 * stride if replacing else stride)
+                if few:
+                    there = spread(there, FEW[full, replacing] * CASES[name].weight)
                 else:
-                    there = spread(there, counts[full, replacing] * CASES[name].weight)
+                    there = chosen(there, operations, 4 * stride if replacing else stride)
                 for point in there:
                     yield bench.attempt(point, twice=twice)
 
@@ -292,7 +287,9 @@ def main() -> None:
     """Try every point and print what became of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--points", choices=COUNTS, default="all", help="how many points are tried")
+    parser.add_argument(
+        "--points", choices=["few", "all"], default="all", help="how many points are tried"
+    )
     parser.add_argument("--read", type=Path, nargs="+", help="print the table of such files")
     parser.add_argument(
         "--stride", type=int, default=1, help="every so manyth point only between begin and end"
@@ -328,7 +325,7 @@ def main() -> None:
             shim,
             place,
             args.cases or [*CASES],
-            points=args.points,
+            few=args.points == "few",
             stride=args.stride,
             twice=args.twice,
         ):
