@@ -111,11 +111,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--size", type=float, required=True, help="MiB")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=[*LEVERS], default=[*LEVERS])
     args = parser.parse_args()
     print(heading())
     args.work.mkdir(parents=True, exist_ok=True)
     known = {(r["model"], r["size"], r["contender"]) for r in known_rows("fit-levers")}
-    for label in LEVERS:
+    for label in args.only:
         if (args.name, args.size, label) not in known:
             for row in rows_of(args, label):
                 add("fit-levers", {"protocol": "see benchmarks/fit_levers.py"}, row)
