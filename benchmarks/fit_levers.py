@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Without:
     """
 
     keeps: Callable[[StorageFormat], bool] = lambda stored: True
-    embeddings: Mapping[str, str] = storage_formats.EMBEDDED
+    embeddings: Mapping[str, str] = field(default_factory=lambda: storage_formats.EMBEDDED)
     one_format: bool = False
 
 
