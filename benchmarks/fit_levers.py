@@ -5,9 +5,9 @@
 A row for all levers, and one without zeros, without int2, without int2 and int3, with embeddings in
 int8 alone, and with one format for all linears. Loss in nats above the dense model's, of the packed
 winner as it runs, on the calibration windows that neither made nor chose a model (a sixth of 64
-windows of 512 tokens), with its standard error over them. All fits share one survey, which is the
-same for all; `seconds` are those after the first. The row without zeros is the best such candidate
-of the fit with all levers. What healing gains, `fit.py` shows.
+windows of 512 tokens), with its standard error over them. The row without zeros is the best such
+candidate of the fit with all levers. If that comes first, the others take over its survey, and
+their `seconds` are without it. What healing gains, `fit.py` shows.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def rows_of(args: argparse.Namespace, label: str) -> list[dict[str, Any]]:
         if known.exists():
             shutil.copy(known, own)
         found = survey_model(context, evaluator)
-        shutil.copy(own, known)
+        if lever == Without():  # the others lack something
+            shutil.copy(own, known)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
