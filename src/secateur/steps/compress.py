@@ -371,6 +371,7 @@ def _hold_zeros(
     how = {
         name: {"bits": bits, **({"group": group} if 0 < bits < 8 else {})}
         for name, bits in bits_of.items()
+        if sparsity_of[name] < 1  # of nothing but zeros, nothing is rounded
     }
     common = max(how.values(), key=[*how.values()].count)
     run = build_recipe(

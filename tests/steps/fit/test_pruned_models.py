@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -104,3 +106,17 @@ def test_no_format_is_chosen_that_prunes_nothing_further() -> None:
         assert chosen is not None
         stored = costs.formats[chosen[0]]
         assert stored.sparsity in (0.0, 0.6, MORE), bits
+
+
+def test_a_linear_of_nothing_but_zeros_stays_as_it_is(place: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj"
+    shutil.copytree(place / "half", tmp_path / "empty")
+    weights = load_file(tmp_path / "empty" / "model.safetensors")
+    weights[f"{name}.weight"].zero_()
+    save_file(weights, tmp_path / "empty" / "model.safetensors", {"format": "pt"})
+    found = secateur.fit(
+        tmp_path / "empty", output=tmp_path / "small", max_size="60KiB", effort="fast",
+        calibration=place / "windows.safetensors",
+    )  # fmt: skip
+    assert found.packed.file_bytes <= 60 * 1024
+    assert not open_checkpoint(tmp_path / "small").read(f"{name}.weight").any()

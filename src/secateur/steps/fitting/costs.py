@@ -275,7 +275,9 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
         if not matrix.prunable
         for rows, columns in [model.reader.entries[name].shape]
     )
-    zeros = {name: share for name, share in model.zero_fractions.items() if share >= FEWEST_ZEROS}
+    shares = model.zero_fractions.items()
+    # one without any weight left is as good dense
+    zeros = {name: share for name, share in shares if FEWEST_ZEROS <= share < 1}
     return Costs(tuple(kinds), model.shapes, outer, times, files, zeros=zeros)
 
 

@@ -42,7 +42,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runs.output import write_json
 from secateur.runtime.formats import GRID_BITS
-from secateur.runtime.storage_plan import MixedReader, PackableCheckpoint
+from secateur.runtime.storage_plan import MixedReader
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.steps.compress import head_gram, round_head
 from secateur.steps.fitting.costs import Costs
@@ -139,7 +139,7 @@ def survey_model(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
     file = context.work / "survey.json"
     if not file.exists():
         rounded, pruned = _divergences(context)
-        coarser, kept = _sampled(context.model, context.costs)
+        coarser, kept = _sampled(context)
         write_json(
             file,
             {
@@ -208,7 +208,7 @@ def _rounding() -> dict[str, Any]:
 
 
 def _sampled(
-    model: PackableCheckpoint, costs: Costs
+    context: FitContext,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """What some rows of every linear say of grids: their errors, and the weights that stay nonzero.
 
@@ -219,6 +219,8 @@ def _sampled(
         by the names of formats, for linears with zeros.
     """
     coarser, kept = {}, dict[str, dict[str, float]]()
+    model, costs, progress = context.model, context.costs, context.progress
+    progress.start("rounding samples", len(model.linears))
     for linear, name in model.linears.items():
         weight = model.reader.read(name).float()
         weight = weight.t() if model.matrices[name].transposed else weight
@@ -232,6 +234,8 @@ def _sampled(
                 pruned = round(one.sparsity * rows.shape[1]) if costs.pruned(linear, one) else 0
                 nonzeros = _nearest(rows * (order >= pruned), one.values).count_nonzero()
                 kept[linear][one.name] = float(nonzeros) / rows.numel()
+        progress.step(note=linear)
+    progress.finish()
     return coarser, kept
 
 
