@@ -44,7 +44,7 @@ RATCHETS: Mapping[str, float] = {
     "modules that only their neighbour imports": 10,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.6,
-    "lines of statements": 44030,
+    "lines of statements": 44043,
     "functions named in one place": 556,
     "files a run opens before it changes a weight": 53,
     "functions deep where it changes a weight": 12,
