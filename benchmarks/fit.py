@@ -32,7 +32,6 @@ import json
 import shlex
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,13 +47,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import secateur
-from hardware import add, heading, markdown
+from hardware import add, heading, markdown, watched_memory
 from llama_types import TYPES, LlamaCpp, types_of
 from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
-from secateur.runs.environment import resident_bytes
 from secateur.steps.fit import best_of
 from secateur.steps.fitting.candidates import heal_candidates
 from stored import known_rows
@@ -268,24 +266,6 @@ class Bench:
         for file in folder.rglob("*.gguf"):
             if not self.known(f"{label}, GGUF"):
                 self.keep_gguf(f"{label}, GGUF", file)
-
-
-@contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """The resident bytes of this process, twice a second."""
-    seen, done = [resident_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            seen.append(resident_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        watcher.join()
 
 
 def size_of(folder: Path) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from secateur.runs.environment import environment
@@ -38,3 +42,22 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+@contextmanager
+def watched_memory(process: int | None = None) -> Iterator[list[int]]:
+    """The resident bytes of a process, of this one if none is named; read twice a second."""
+    watched, done = psutil.Process(process), threading.Event()
+    seen = [watched.memory_info().rss]
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            seen.append(watched.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()

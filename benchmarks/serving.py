@@ -32,7 +32,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,10 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 import secateur
-from hardware import heading, keep, markdown
+from hardware import heading, keep, markdown, watched_memory
 from secateur.models.tokenizer import load_tokenizer
 
 CLIENTS = (1, 4, 8, 16)
@@ -303,19 +301,11 @@ def load(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     model = packed(args, args.pruned, "int8", "int8")
     server = Server(OURS, model, args.work / "load.log", "--prefix-cache", "32MiB")
-    process, memory, done = psutil.Process(server.process.pid), list[float](), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            memory.append(process.memory_info().rss / 2**20)
-
     try:
         with httpx.Client(timeout=300) as client:
             for number in range(8):  # before anything is measured, all slots have been used
                 streamed(client, server.address, 300 + number)
             began = time.perf_counter()
-            watcher = threading.Thread(target=watch)
-            watcher.start()
             seconds: list[float] = []
 
             def work(number: int) -> str:
@@ -326,16 +316,14 @@ def load(args: argparse.Namespace) -> None:
                 seconds.append(time.perf_counter() - asked)
                 return text
 
-            with ThreadPoolExecutor(16) as pool:
+            with watched_memory(server.process.pid) as seen, ThreadPoolExecutor(16) as pool:
                 texts = [*pool.map(work, range(args.requests))]
             wall = time.perf_counter() - began
-            done.set()
-            watcher.join()
             alone = [streamed(client, server.address, number) for number in range(args.requests)]
             metrics = client.get(f"{server.address}/metrics").text
     finally:
-        done.set()
         server.stop()
+    memory = [resident / 2**20 for resident in seen]
     half = len(memory) // 2
     row: dict[str, Any] = {
         "requests": args.requests,

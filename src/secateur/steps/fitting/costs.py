@@ -276,7 +276,7 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
         for rows, columns in [model.reader.entries[name].shape]
     )
     shares = model.zero_fractions.items()
-    # one without any weight left is as good dense
+    # a linear without any weight left is counted as dense
     zeros = {name: share for name, share in shares if FEWEST_ZEROS <= share < 1}
     return Costs(tuple(kinds), model.shapes, outer, times, files, zeros=zeros)
 
