@@ -13,6 +13,7 @@ import secateur
 from secateur.cli.app import make_app
 from secateur.errors import RecipeError
 from secateur.recipes.keywords import public_function, recipe_of
+from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.options import GROUPS, options_of, run_options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, nested, read_flag, recipe_from_flags
@@ -28,8 +29,8 @@ IN_PYTHON = [verb for verb in DECLARED if verb.in_python]
 def test_every_option_has_a_sentence_a_default_and_a_name_of_its_own(verb) -> None:
     kind = imported(verb.recipe)
     options = [*options_of(kind), *run_options_of(kind)]
-    names = [option.name for option in options]
-    assert len(names) == len(set(names))
+    names = [name for o in options for name in (o.name, o.flag.off, *o.flag.aliases) if name]
+    assert len(names) == len({*names})
     for option in options:
         assert option.help[-1] == "."
         assert option.help[0].isupper() or option.help.split()[0] in option.about
@@ -152,6 +153,31 @@ def test_a_flag_that_there_is_not_is_refused_with_the_right_one(secateur, words,
     done = secateur(*words)
     assert done.code == 2
     assert said in " ".join(done.err.split())
+
+
+ALIASES = [
+    ("generate", ("--max-tokens", "0"), "--max-new-tokens 0: must be 1 or more"),
+    ("generate", ("--kv-cache-dtype", "int9"), "--kv-cache int9: must be bf16 or int8"),
+    ("serve", ("--max-num-seqs", "0"), "--slots 0: must be 1 or more"),
+    ("serve", ("--parallel", "65"), "--slots 65: must be 64 or less"),
+    ("serve", ("--max-model-len", "1"), "--context-length 1: must be 2 or more"),
+    ("serve", ("--ctx-size", "1"), "--context-length 1: must be 2 or more"),
+    ("evaluate", ("--num-fewshot", "-1"), "--shots -1: must be 0 or more"),
+    ("serve", ("--slots", "2", "--parallel", "2"), "--parallel is --slots; give one of them"),
+]
+
+
+@pytest.mark.parametrize(("verb", "words", "said"), ALIASES)
+def test_the_flags_of_other_tools_are_known_and_not_shown(secateur, verb, words, said) -> None:
+    done = secateur(verb, "m", *words)
+    assert done.code == 2
+    assert said in " ".join(done.err.split())
+    assert f"{words[-2]} " not in secateur(verb, "--help").out
+
+
+def test_python_names_the_option_that_an_alias_means() -> None:
+    with pytest.raises(RecipeError, match=r"num_fewshot.*mean 'shots'"):
+        build_recipe(EvaluateRecipe, {"model": "m", "num_fewshot": 5})
 
 
 def test_all_unknown_flags_are_reported_at_once(secateur) -> None:

@@ -303,10 +303,20 @@ def make_command(verb: str) -> Callable[..., None]:
     shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
     if of_recipe:
         shown.append(replace(SET, help=SET_HELP.format(example_of(kind))))
-    signature = Signature(sorted(map(_parameter, shown), key=lambda p: p.kind))
+    meant = {alias: option for option in shown for alias in option.flag.aliases}
+    hidden = [
+        _parameter(replace(option, name=name, flag=replace(option.flag, short=None)), show=False)
+        for name, option in meant.items()
+    ]
+    signature = Signature(sorted([*map(_parameter, shown), *hidden], key=lambda p: p.kind))
 
     def run_command(*words: str, **flags: Any) -> None:
         given = dict(signature.bind_partial(*words, **flags).arguments)
+        for alias in meant.keys() & given.keys():
+            name = meant[alias].name
+            if name in given:
+                raise RecipeError(f"{_dashed(alias)} is {_dashed(name)}; give one of them")
+            given[name] = given.pop(alias)
         _refuse_several(verb, given.get("dry_run", False))
         assignments = given.pop("set", None) or ()
         as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
@@ -370,7 +380,7 @@ def _refuse_several(verb: str, dry_run: bool) -> None:
         )
 
 
-def _parameter(option: Option) -> Argument:
+def _parameter(option: Option, *, show: bool = True) -> Argument:
     """The parameter of a command for an option.
 
     Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
@@ -381,6 +391,7 @@ def _parameter(option: Option) -> Argument:
         help=option.help if option.required else option.about,
         group=HEADINGS[option.group],
         metavar=None if is_bool else option.word,
+        show=show,
         show_default=False,
         converter=None if is_bool else _as_text,  # a `Path` would turn ./DIR into DIR
         completer=(lambda _: choices) if choices else None,

@@ -29,7 +29,9 @@ MODELS_OWN = "the model's generation_config.json, else {}"
 class TextLength(Section):
     """How long a text may be."""
 
-    max_new_tokens: Annotated[int | None, Flag(default="256")] = Field(None, gt=0)
+    max_new_tokens: Annotated[int | None, Flag(aliases=("max_tokens",), default="256")] = Field(
+        None, gt=0
+    )
     """Stop after this many tokens."""
 
 
@@ -75,7 +77,7 @@ class KeysAndValues(Section):
 
     kv_cache: Annotated[
         Literal["bf16", "int8"] | None,
-        Flag(default="bf16, or float32 if the model is"),
+        Flag(aliases=("kv_cache_dtype",), default="bf16, or float32 if the model is"),
     ] = None
     """Type of the KV cache. int8 takes half the memory of bf16."""
 
@@ -85,7 +87,10 @@ class Drafted(Section):
 
     group = HOW
 
-    draft: Annotated[str | None, Flag(value="DRAFT", default="none")] = None
+    draft: Annotated[
+        str | None,
+        Flag(aliases=("assistant_model", "model_draft"), value="DRAFT", default="none"),
+    ] = None
     """A smaller model with the same vocabulary, such as `secateur draft` makes. It proposes tokens,
     and the model checks several in one call: faster, and with the same output (speculative
     decoding)."""
@@ -125,11 +130,15 @@ class ServingLimits(Section):
 
     group = HOW
 
-    slots: int = Field(8, ge=1, le=64)
+    slots: Annotated[int, Flag(aliases=("max_num_seqs", "parallel"))] = Field(8, ge=1, le=64)
     """Requests that run at once. One call computes tokens of up to eight; more take turns."""
-    context_length: Annotated[int | None, Flag(default="the model's positions, at most 4096")] = (
-        Field(None, ge=2)
-    )
+    context_length: Annotated[
+        int | None,
+        Flag(
+            aliases=("max_model_len", "ctx_size"),
+            default="the model's positions, at most 4096",
+        ),
+    ] = Field(None, ge=2)
     """Tokens that a prompt and its answer may have together."""
     queue: int = Field(64, ge=0)
     """Requests that may wait. More are refused with status 429."""
@@ -153,7 +162,9 @@ class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file or named sample."""
-    name: Annotated[str | None, Flag(default="the name of the folder")] = None
+    name: Annotated[
+        str | None, Flag(aliases=("served_model_name",), default="the name of the folder")
+    ] = None
     """The name of the model in the API."""
     host: Annotated[str, Flag(value="ADDRESS")] = "127.0.0.1"
     """The address to listen on. 0.0.0.0 lets other machines connect; give an API key then."""

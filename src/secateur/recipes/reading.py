@@ -534,6 +534,9 @@ def _unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
         return unknown_name("key", name, list(section.model_fields))
     options = options_of(kind)
     home = next((option.key for option in options if option.name == name), None)
+    meant = next((option.name for option in options if name in option.flag.aliases), None)
+    if meant is not None:
+        return f"unknown key; did you mean {meant!r}?"
     if home is not None:
         return f"unknown key; in a recipe this is {home!r}"
     known = dict.fromkeys([*kind.model_fields, *(option.name for option in options)])
