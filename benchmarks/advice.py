@@ -28,7 +28,7 @@ from secateur.advisor.capacity import memory_of
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.evaluation.random_models import FormatTimer, WeightFormat
 from secateur.evaluation.speed import Process
-from secateur.models.shape import counted
+from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton
 from stored import known_rows
 

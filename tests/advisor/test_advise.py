@@ -14,7 +14,7 @@ from commands import runner
 from secateur.advisor.facts import read_facts
 from secateur.advisor.options import known_shape, options_for
 from secateur.errors import RecipeError, SecateurError, SourceError
-from secateur.models.shape import counted
+from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton, without_weights
 from secateur.recipes.options import options_of, run_options_of
 from secateur.recipes.verbs import VERBS, imported

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers as t
 
-from secateur.models.shape import LayerCache, ModelShape, counted, layer_caches
+from secateur.models.counting import counted, layer_caches
+from secateur.models.shape import LayerCache, ModelShape
 from secateur.models.skeleton import without_weights
 from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, SEEING, tiny_model, tiny_windows
 

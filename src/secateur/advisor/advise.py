@@ -28,8 +28,9 @@ from secateur.advisor.options import known_shape, options_for
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import time_tokens
+from secateur.models.counting import counted
 from secateur.models.hub import download_model, hub_name, kind_of_name
-from secateur.models.shape import ModelShape, counted
+from secateur.models.shape import ModelShape
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
 from secateur.progress import Progress

@@ -423,7 +423,7 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
     if windows is None or not unwritten:
         return 0
     from secateur.calibration.continuation import AT_ONCE, DRAWN_AT_ONCE, kernels_write
-    from secateur.models.shape import layer_caches
+    from secateur.models.counting import layer_caches
 
     size, tokens = target.dtype.itemsize, windows.shape[1]
     rows = min(unwritten, AT_ONCE)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from secateur.errors import VerificationError
 from secateur.models.architecture import Couplings
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.counting import layer_caches
 from secateur.models.opening import form_of
-from secateur.models.shape import layer_caches
 from secateur.models.skeleton import build_skeleton, parameters_of
 from secateur.runs.records import Counts
 from secateur.structured.cut import Cut

@@ -20,7 +20,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.perplexity import load_model
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
-from secateur.models.shape import counted
+from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Labelled
 from secateur.recipes.compress import FitRecipe

@@ -27,7 +27,8 @@ from secateur.engine.search.knapsack import Cost, Knapsack
 from secateur.errors import ArchitectureError
 from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import MatrixTimes, time_head, time_matrices
-from secateur.models.shape import counted, memory_with
+from secateur.models.counting import counted
+from secateur.models.shape import memory_with
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
