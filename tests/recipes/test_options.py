@@ -206,6 +206,10 @@ def test_text_of_flags_becomes_values() -> None:
         ["lora.alpha=4"],
     )
     assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
+    named, _ = recipe_of(TrainRecipe, {"model": "m"}, {"lora_alpha": 4.0, "lora": 8})
+    assert (named.lora.rank, named.lora.alpha) == (8, 4)
+    alone, _ = recipe_from_flags(TrainRecipe, {"model": "m", "lora_targets": ["q_proj,v_proj"]})
+    assert (alone.lora.rank, alone.lora.targets) == (16, ("q_proj", "v_proj"))
     assert taught.text == ("a", "b")
     assert taught.teacher_layers == (0, 3, 5)
 

@@ -129,6 +129,39 @@ def test_saved_adapters_come_back(tmp_path):
     assert same_zeros(before, zeros_of(merge(again)))
 
 
+def test_peft_loads_what_was_saved_as_the_same_function(tmp_path):
+    """Of a dense model the mask holds everything, so a plain adapter is the same function."""
+    import peft
+
+    dense = tiny_model("llama")
+    how = LoraOptions(rank=3, alpha=12.0, dropout=0.25, targets=("q_proj", "mlp.*"))
+    adapted = attach(copy.deepcopy(dense), how)
+    trained(adapted)
+    function = logits_of(adapted)
+    assert not torch.allclose(function, logits_of(dense), atol=1e-2)
+    adapted.save_pretrained(tmp_path)
+    with quiet_transformers():
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(dense), str(tmp_path)).eval()
+    torch.testing.assert_close(logits_of(loaded), function)
+    config = loaded.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 12.0, 0.25)
+    names = {name.rpartition(".")[2] for name in config.target_modules}
+    assert names == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    torch.testing.assert_close(logits_of(merge(adapted)), function, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [17, 100_000])
+def test_refuses_a_rank_above_the_shortest_side(rank):
+    model = pruned_model("llama")
+    least = min(min(weight_of(matrix).shape) for matrix in matrices(model).values())
+    assert least == 16
+    attach(copy.deepcopy(model), LoraOptions(rank=least))
+    with pytest.raises(RecipeError, match=f"rank {rank} is more than the shorter side") as raised:
+        attach(model, LoraOptions(rank=rank))
+    assert "--lora 16 is the most" in str(raised.value)
+    attach(model, LoraOptions(rank=17, exclude=("k_proj", "v_proj")))
+
+
 def test_bfloat16_keeps_its_zeros():
     model = pruned_model("llama").bfloat16()
     before = zeros_of(model)
@@ -153,7 +186,7 @@ def test_dropout_falls_on_the_inputs_alone_in_training():
 
 def test_globs_choose_linears():
     model = pruned_model("llama")
-    how = LoraOptions(include=("*.self_attn.*", "*.mlp.*"), exclude=("*.mlp.down_proj",))
+    how = LoraOptions(targets=("*.self_attn.*", "mlp.*"), exclude=("*.mlp.down_proj",))
     adapted = attach(model, how)
     tuned = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert all(".lora_A." in name or ".lora_B." in name for name in tuned)
@@ -184,7 +217,7 @@ def test_refuses_numbers_out_of_range(options, said):
 
 def test_refuses_globs_that_leave_nothing():
     with pytest.raises(RecipeError, match="leave no linear"):
-        attach(pruned_model("llama"), LoraOptions(include=("nothing",)))
+        attach(pruned_model("llama"), LoraOptions(exclude=("*",)))
 
 
 def test_without_peft_says_how_to_get_it(monkeypatch):

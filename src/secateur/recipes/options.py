@@ -68,7 +68,8 @@ class Flag:
     """The name of a field outside its section, and how the help shows it.
 
     Attributes:
-        name: the keyword in Python; with dashes, the flag. None: the name of the field.
+        name: the keyword in Python; with dashes, the flag. None: the name of the field. A field of
+            a section that may be missing has a flag only if it has a name here.
         short: a second flag, such as `-o`.
         aliases: flags of other tools that mean the same, without dashes. The command line accepts
             them, and nothing shows them.
@@ -271,7 +272,9 @@ def all_options(kind: type[Section]) -> tuple[Option, ...]:
 def _flattened(
     kind: type[BaseModel], path: tuple[str, ...], presets: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Option]:
-    """The options of a class and of its required sections."""
+    """The options of a class and of its sections; of a section that may be missing, those with a
+    name of their own.
+    """
     for name, field in kind.model_fields.items():
         here = (*path, name)
         section = section_of(field)
@@ -293,6 +296,8 @@ def _flattened(
             or _docstrings(home.__module__).get((home.__qualname__, name), ""),
             flag=flag,
         )
+        if section is not None:
+            yield from (x for x in _flattened(section, here, presets) if x.flag.name)
 
 
 @functools.cache

@@ -176,15 +176,8 @@ def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> 
             f"--set {assignment!r} is not KEY=VALUE",
             remedy=f"for example --set {example_of(kind)}" if issubclass(kind, Recipe) else None,
         )
-    *sections, key = path.split(".")
-    inner: type[Section] | None = kind
-    for name in sections:
-        inner = _section_named(inner, name)
-        values[name] = values.get(name, {}) if inner is None else inner.opened(values.get(name, {}))
-        values = values[name]
-        if not isinstance(values, dict):
-            raise RecipeError(f"--set {assignment!r}: {name!r} holds a value, not keys")
-    values[key] = read_yaml(text, f"--set {assignment}"[:200])
+    where = f"--set {assignment}"[:200]
+    _put(kind, values, path.split("."), read_yaml(text, where), where)
 
 
 def _section_named(kind: type[Section] | None, name: str) -> type[Section] | None:
@@ -205,20 +198,31 @@ def nested(kind: type[Section], options: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {option.name: option for option in options_of(kind)}
     values: dict[str, Any] = {}
-    for name, value in options.items():
+    paths = {name: known[name].path if name in known else (name,) for name in options}
+    for name, path in sorted(paths.items(), key=lambda item: len(item[1])):
+        value = options[name]
         if isinstance(value, Mapping) and _section_named(kind, name):
             for key, inner in value.items():
-                _put(values, (name, str(key)), inner)
+                _put(kind, values, (name, str(key)), inner)
         else:
-            _put(values, known[name].path if name in known else (name,), value)
+            _put(kind, values, path, value)
     return values
 
 
-def _put(values: dict[str, Any], path: Sequence[str], value: Any, where: str | None = None) -> None:
-    """Put a value at its path."""
+def _put(
+    kind: type[Section],
+    values: dict[str, Any],
+    path: Sequence[str],
+    value: Any,
+    where: str | None = None,
+) -> None:
+    """Put a value at its path. A single value that stands for a section on the way is opened."""
     *sections, key = path
+    inner: type[Section] | None = kind
     for name in sections:
-        values = values.setdefault(name, {})
+        inner = _section_named(inner, name)
+        values[name] = values.get(name, {}) if inner is None else inner.opened(values.get(name, {}))
+        values = values[name]
         if not isinstance(values, dict):
             raise RecipeError(
                 f"{name} is {str(values)[:40]!r}, not keys and values",
@@ -260,8 +264,8 @@ def recipe_from_flags(
         del read["model"]
     spelled = {known[name].path: known[name].flag_text for name in read}
     call = {name: read.pop(name) for name in of_call & read.keys()}
-    for name, value in read.items():
-        _put(values, known[name].path, value, where)
+    for name, value in sorted(read.items(), key=lambda item: len(known[item[0]].path)):
+        _put(kind, values, known[name].path, value, where)
     return build_call(kind, values, call, assignments, where, spelled)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from secateur.recipes.options import (
     MAX_SEED,
@@ -30,14 +30,16 @@ class LoraOptions(Section):
 
     rank: int = Field(16, gt=0)
     """Rank of the matrix that is added to a weight."""
-    alpha: Annotated[float | None, Flag(default="2 · rank")] = Field(None, gt=0)
-    """The added matrix is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapters' inputs."""
-    include: Texts = ("*",)
-    """Names of the linear layers that get adapters, as globs."""
-    exclude: Texts = ()
-    """Names of linear layers that get none, as globs."""
+    alpha: Annotated[float | None, Flag("lora_alpha", default="2 · rank")] = Field(None, gt=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Flag("lora_dropout")] = Field(0.0, ge=0, lt=1)
+    """Dropout on the inputs of the adapters."""
+    targets: Annotated[Texts, Flag("lora_targets", value="GLOB", commas=True)] = Field(
+        ("*",), min_length=1
+    )
+    """Names of the linear layers that get adapters, such as q_proj,v_proj."""
+    exclude: Annotated[Texts, Flag("lora_exclude", value="GLOB", commas=True)] = ()
+    """Names of linear layers that get none."""
 
 
 class PruningOptions(Section):
@@ -111,7 +113,9 @@ class TrainingTextSection(Section):
     field: str = "text"
     """The field of a JSONL line that holds the text. Lines without it may hold conversations
     (`messages`, `conversations`) or pairs of `prompt` and `completion`."""
-    answers_only: Annotated[bool, Flag(off="whole_conversations")] = True
+    answers_only: Annotated[
+        bool | None, Flag(off="whole_conversations", default="on, where there are answers")
+    ] = None
     """Of conversations, learn only what the assistant writes, and of pairs the completion."""
     sequence_length: Annotated[
         int | None, Flag(default="512, or the model's length if that is shorter")
@@ -144,6 +148,13 @@ class TrainingLength(Section):
     """Windows per optimizer step."""
 
 
+def _without_rate(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a second learning rate."""
+    if "lr" in options:
+        raise ValueError(f"lr={options['lr']} conflicts with --learning-rate, which sets the rate")
+    return options
+
+
 class OptimizerOptions(Section):
     """The optimizer and its learning rates."""
 
@@ -158,7 +169,9 @@ class OptimizerOptions(Section):
     optimizer: str = "AdamW"
     """A class of torch.optim."""
     optimizer_options: Annotated[
-        dict[str, bool | int | float | list[float]], Flag(value="NAME=VALUE", advanced=True)
+        dict[str, bool | int | float | list[float]],
+        AfterValidator(_without_rate),
+        Flag(value="NAME=VALUE", advanced=True),
     ] = Field(default_factory=dict)
     """Other arguments of the optimizer, such as weight_decay."""
     rates: Annotated[dict[str, float], Flag(value="GLOB=FACTOR", advanced=True)] = Field(
@@ -175,7 +188,8 @@ class Optimisation(OptimizerOptions, TrainingLength):
     """Lower learning rates for earlier layers: layer i of L has the factor layer_decay^(L - 1 - i),
     the embeddings layer_decay^L. `rates` replaces these factors."""
     lora: Annotated[LoraOptions | None, Flag(value="RANK", default="train all weights")] = None
-    """Train low-rank adapters of this rank, and merge them at the end."""
+    """Train low-rank adapters of this rank, and merge them at the end. Another --lora option alone
+    means rank 16."""
     gradual: Annotated[
         GradualOptions | None, Flag(value="SPARSITY", default="the zeros stay as they are")
     ] = None

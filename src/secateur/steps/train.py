@@ -123,7 +123,10 @@ class Train(Step[TrainRecipe, TrainResult]):
     @classmethod
     def check(cls, recipe: TrainRecipe) -> None:
         """Check the optimizer, the device, and the parts of gradual pruning."""
-        TrainingPlan(steps=1, optimizer=recipe.optimizer)
+        plan = TrainingPlan(
+            steps=1, optimizer=recipe.optimizer, optimizer_options=recipe.optimizer_options
+        )
+        plan.make_optimizer([("weight", torch.nn.Parameter(torch.ones(2, 2)))])
         choose_device(recipe.device)
         if recipe.gradual is not None:
             scores[recipe.gradual.score]

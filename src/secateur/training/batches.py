@@ -7,10 +7,11 @@ With `DomainLoading`, domains with a high loss get more text.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from secateur.calibration.windows import (
 )
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import positions_of
+from secateur.models.hub import TEXTS
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
 from secateur.recipes.train import TrainRecipe
 from secateur.types import Windows
@@ -305,6 +307,8 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
         RecipeError: the training text contains the validation text, or the windows are longer
             than the model's context.
     """
+    if recipe.validation_windows and recipe.validation_text is not None:
+        _refuse_same_text(recipe.validation_text, recipe.text)
     length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
     start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
     windows, answers = _windows_of(recipe, folder, length, config)
@@ -317,7 +321,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
             tokenizer,
             windows.shape[1],
             max_windows=recipe.validation_windows,
-            answers=recipe.answers_only,
+            answers=recipe.answers_only is not False,
         )
         watched = text.dataset
     elif recipe.validation_windows:
@@ -364,6 +368,24 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     )
 
 
+def _refuse_same_text(validation: str, texts: Sequence[str]) -> None:
+    """Refuse a validation text that is one of the training texts: a sample, or equal files."""
+    watched = Path(validation).expanduser()
+    for text in texts:
+        read, same = Path(text).expanduser(), text == validation and text in TEXTS
+        if read.exists() and watched.exists():
+            same = read.samefile(watched)
+            if read.is_file() and watched.is_file():
+                same = filecmp.cmp(read, watched, shallow=False)
+        if same:
+            raise RecipeError(
+                "the validation text is a training text, so its perplexity would say nothing",
+                where=validation,
+                remedy="name another --validation-text, or leave it out: windows of the text are "
+                "then held out of the training",
+            )
+
+
 def _check_shared(shared: float, watched: str, *, refuses: bool) -> None:
     """Refuse a validation text that the training reads; conversations may share their prompts."""
     if refuses and shared > REFUSED:
@@ -388,9 +410,16 @@ def _windows_of(
     reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
     plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
     read = [
-        reader.read_up_to(text, plan, recipe.field, answers=recipe.answers_only)
+        reader.read_up_to(text, plan, recipe.field, answers=recipe.answers_only is not False)
         for text in recipe.text
     ]
+    if recipe.answers_only and all(marks is None for _, marks in read):
+        raise RecipeError(
+            "--answers-only changes nothing: there are neither conversations nor pairs of prompt "
+            "and completion, so the model learns every token",
+            where=", ".join(recipe.text),
+            remedy="leave it out, or name a text with answers",
+        )
     found = [windows for windows, _ in read]
     if len({windows.shape[1] for windows in found}) > 1:
         lengths = [f"{text}: {w.shape[1]}" for text, w in zip(recipe.text, found, strict=True)]

@@ -11,12 +11,12 @@ So the merged model is the trained model. The adapters and their files are peft'
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from secateur.engine.prune.tasks import Selection, refuse_idle_globs
 from secateur.errors import RecipeError, VerificationError, install_extra
 from secateur.models.architecture import Linear
 from secateur.models.skeleton import quiet_transformers
@@ -38,19 +38,25 @@ def chosen_linears(model: nn.Module, options: LoraOptions) -> list[Linear]:
     """The linear layers of the decoder layers that get an adapter.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, a glob matches none, or the rank is larger than a side.
     """
-    linears = prunable(model)
-    chosen = [
-        linear
-        for linear in linears
-        if any(fnmatchcase(linear.name, glob) for glob in options.include)
-        and not any(fnmatchcase(linear.name, glob) for glob in options.exclude)
-    ]
+    linears, selection = prunable(model), Selection(options.targets, options.exclude)
+    refuse_idle_globs([*options.targets, *options.exclude], [x.name for x in linears])
+    chosen = [linear for linear in linears if selection.selects(linear.name)]
     if not chosen:
         raise RecipeError(
-            "include and exclude leave no linear to put an adapter on",
+            "targets and exclude leave no linear to put an adapter on",
             remedy=f"loosen them; there are {', '.join(x.name for x in linears[:4])}, …",
+        )
+    least = min(chosen, key=lambda linear: min(linear.shape))
+    if options.rank > min(least.shape):
+        narrow = sum(options.rank > min(linear.shape) for linear in chosen)
+        raise RecipeError(
+            f"rank {options.rank} is more than the shorter side of {narrow} of {len(chosen)} "
+            f"matrices; the smallest is {least.shape[0]} x {least.shape[1]}",
+            where=least.name,
+            remedy=f"--lora {min(least.shape)} is the most that every matrix can use; usual are 8 "
+            "to 64",
         )
     return chosen
 

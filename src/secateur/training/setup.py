@@ -150,7 +150,7 @@ class TrainingInputs:
             raise RecipeError(
                 "with adapters nothing else is trained, so --rates and --layer-decay change "
                 "nothing",
-                remedy="leave them out; lora.include and lora.exclude choose the linears",
+                remedy="leave them out; --lora-targets and --lora-exclude choose the linear layers",
             )
         return ADAPTERS_ALONE
 

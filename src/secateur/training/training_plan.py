@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from secateur.engine.prune.tasks import last_match
 from secateur.errors import RecipeError
 from secateur.models.attention import writes_out
 from secateur.recipes.train import OptimizerOptions
@@ -120,8 +120,8 @@ class TrainingPlan(OptimizerOptions):
 
     def factor(self, name: str) -> float:
         """The factor of the learning rate of a parameter."""
-        matching = [factor for glob, factor in self.rates.items() if fnmatchcase(name, glob)]
-        return matching[-1] if matching else 1.0
+        factor = last_match(self.rates, name)
+        return 1.0 if factor is None else factor
 
     def make_optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Any:
         """Make the optimizer of the trained parameters. Each group has its `factor`.

@@ -40,7 +40,7 @@ def changed(before: Path, after: Path) -> set[str]:
 
 
 def test_adapters_are_merged_and_the_zeros_stay(places: Path, tmp_path: Path) -> None:
-    lora = {"rank": 4, "include": ["*.q_proj", "*.down_proj"]}
+    lora = {"rank": 4, "targets": ["q_proj", "*.down_proj"]}
     done = train(places, tmp_path / "out", lora=lora, validation_windows=8)
     assert done.perplexity_after < done.perplexity_before
     assert done.sparsity == pytest.approx(0.5)
@@ -102,8 +102,11 @@ def test_stopped_runs_go_on_to_the_same_files(places: Path, tmp_path: Path) -> N
     [
         ({"lora": 4, "gradual": 0.8}, "adapters keep"),
         ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates and layer_decay change nothing"),
-        ({"lora": {"include": ["nowhere"]}}, "no linear"),
+        ({"lora": {"targets": ["nowhere"]}}, "no linear"),
+        ({"lora": {"targets": ["q_proj", "nowhere"]}}, "no linear matches 'nowhere'"),
         ({"lora": 0}, "lora=0: must be 1 or more"),
+        ({"lora": 100_000}, r"rank 100000 is more than the shorter side of \d+ of \d+ matrices"),
+        ({"lora_targets": ["q_proj"], "gradual": 0.8}, "adapters keep"),
         ({"gradual": {"every": 2}}, "sparsity to end at"),
         ({"gradual": {"pattern": "1:4", "sparsity": 0.5}}, "0.75, not 0.5"),
         ({"gradual": 0.3}, "50.0% of the weights are zero already"),
@@ -139,12 +142,13 @@ def test_by_the_command_line(
         return json.loads(capsys.readouterr().out)
 
     pruned = places / "pruned"
-    record = command(
-        pruned, "-o", tmp_path / "1", "--lora", 2, "--set", "lora.exclude=['*.o_proj']"
-    )
-    assert record["recipe"]["lora"]["rank"] == 2
+    flags = "--lora-alpha 6 --lora 2 --lora-dropout 0.1 --lora-exclude o_proj,down_proj"
+    record = command(pruned, "-o", tmp_path / "1", *flags.split())
+    how = {"rank": 2, "alpha": 6.0, "dropout": 0.1, "targets": ["*"]}
+    assert record["recipe"]["lora"] == {**how, "exclude": ["o_proj", "down_proj"]}
     assert record["objective"] == "next token, adapters of rank 2"
-    assert not any("o_proj" in name for name in changed(pruned, tmp_path / "1"))
+    moved = {name.split(".")[-2] for name in changed(pruned, tmp_path / "1")}
+    assert moved == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     record = command(pruned, "-o", tmp_path / "2", "--gradual", 0.6, "--set", "gradual.every=2")
     assert record["recipe"]["gradual"]["every"] == 2
     assert record["result"]["decoder_sparsity"] == pytest.approx(0.6, abs=1e-3)

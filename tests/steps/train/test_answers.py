@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainings import assert_same, make_place, stopped_at, tensors, train_in
 
-from secateur.errors import SourceError
+from secateur.errors import RecipeError, SourceError
 from secateur.models.configuration import read_configuration
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.train import TrainRecipe
@@ -75,6 +75,12 @@ def test_beside_a_text_all_its_tokens_count(place: Path) -> None:
     judged = text_of(place, "text.txt", validation_text=str(place / "watched.jsonl"))
     assert judged.answers is None
     assert judged.validation_answers.shape == judged.validation.shape
+
+
+def test_answers_alone_of_a_text_without_answers_are_refused(place: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)--answers-only changes nothing.*text\.txt"):
+        text_of(place, "text.txt", answers_only=True)
+    assert text_of(place, "chats.jsonl", "text.txt", answers_only=True).answers is not None
 
 
 def test_training_on_answers(place: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -180,8 +181,17 @@ def test_what_was_saved_survives_a_training_that_goes_wrong(
 
 
 def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None:
+    copied = shutil.copy(places / "text.txt", tmp_path / "copied.txt")
+    for same in (places / "text.txt", copied):
+        with pytest.raises(RecipeError, match="the validation text is a training text"):
+            train(places, tmp_path / "out", validation_text=str(same), windows=4)
+    with Path(copied).open("a") as longer:
+        longer.write("And more.")
     with pytest.raises(RecipeError, match="in the training text too"):
-        train(places, tmp_path / "out", validation_text=str(places / "text.txt"))
+        train(places, tmp_path / "out", validation_text=copied)
+    for options, said in (({"lr": 1.0}, "lr=1.0 conflicts"), ({"speed": 1}, "AdamW cannot be")):
+        with pytest.raises(RecipeError, match=said):
+            train(places, tmp_path / "out", optimizer_options=options, restart=True)
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(SourceError):
         train(places, tmp_path / "out", text=str(tmp_path / "empty.txt"), restart=True)

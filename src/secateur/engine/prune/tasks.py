@@ -197,7 +197,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Selection:
-    """Globs over the full names of linears, for example `model.layers.*.mlp.*`.
+    """Globs over the names of linears (`matches`), for example `q_proj` or `model.layers.0.*`.
 
     Attributes:
         include: a linear is pruned if one of these matches.
@@ -214,8 +214,8 @@ class Selection:
 
     def selects(self, name: str) -> bool:
         """Whether a linear is pruned at all."""
-        chosen = any(fnmatchcase(name, glob) for glob in self.include)
-        return chosen and not any(fnmatchcase(name, glob) for glob in self.exclude)
+        chosen = any(matches(name, glob) for glob in self.include)
+        return chosen and not any(matches(name, glob) for glob in self.exclude)
 
     def override(self, name: str) -> float | None:
         """The fixed sparsity of a linear, if any."""
@@ -242,6 +242,17 @@ class Selection:
             )
 
 
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob fits a full name, or the last parts of it.
+
+    Example:
+        >>> from secateur.engine.prune.tasks import matches
+        >>> matches("model.layers.0.mlp.up_proj", "up_proj"), matches("layers.0.up", "layers")
+        (True, False)
+    """
+    return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}")
+
+
 def refuse_idle_globs(globs: Iterable[str], names: Sequence[str], kind: str = "linear") -> None:
     """Refuse globs that match no name, because they are spelling mistakes.
 
@@ -253,7 +264,7 @@ def refuse_idle_globs(globs: Iterable[str], names: Sequence[str], kind: str = "l
     Raises:
         RecipeError: lists all such globs, and shows three names and a glob that works.
     """
-    idle = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
+    idle = [g for g in globs if not any(matches(n, g) for n in names)]
     if not idle:
         return
     near = get_close_matches(idle[0], names, n=1, cutoff=0.0)
@@ -268,7 +279,7 @@ def refuse_idle_globs(globs: Iterable[str], names: Sequence[str], kind: str = "l
 
 def last_match(values: Mapping[str, Value], name: str) -> Value | None:
     """The value of the last glob that matches a name, if any does."""
-    own = [value for glob, value in values.items() if fnmatchcase(name, glob)]
+    own = [value for glob, value in values.items() if matches(name, glob)]
     return own[-1] if own else None
 
 
