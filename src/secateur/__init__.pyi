@@ -1124,6 +1124,10 @@ def train(
     clip: float | None = None,
     optimizer: str | None = None,
     lora: int | Mapping[str, Any] | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    lora_targets: Sequence[str] | None = None,
+    lora_exclude: Sequence[str] | None = None,
     gradual: float | str | Mapping[str, Any] | None = None,
     iterative: float | str | Mapping[str, Any] | None = None,
     regrow: bool | None = None,
@@ -1160,7 +1164,7 @@ def train(
             conversations (`messages`, `conversations`) or pairs of `prompt` and `completion`.
             [text]
         answers_only: Of conversations, learn only what the assistant writes, and of pairs the
-            completion. [on]
+            completion. [on, where there are answers]
         sequence_length: Tokens per window. [512, or the model's length if that is shorter]
         windows: Largest number of training windows. A longer run repeats them. [4096]
         mask: Masks to hold: a file of masks, or the folder of a pruned model. [the model's own
@@ -1190,7 +1194,12 @@ def train(
         warm_up: Share of the run in which the learning rate rises. [0.05]
         clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]
         optimizer: A class of torch.optim. [AdamW]
-        lora: Train low-rank adapters of this rank, and merge them at the end. [train all weights]
+        lora: Train low-rank adapters of this rank, and merge them at the end. Another --lora option
+            alone means rank 16. [train all weights]
+        lora_alpha: What an adapter adds is multiplied by alpha / rank. [2 · rank]
+        lora_dropout: Dropout on the inputs of the adapters. [0]
+        lora_targets: Names of the linear layers that get adapters, such as q_proj,v_proj. [*]
+        lora_exclude: Names of linear layers that get none. [none]
         gradual: Prune gradually during training, up to this sparsity or N:M pattern. [the zeros
             stay as they are]
         iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains

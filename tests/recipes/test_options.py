@@ -162,6 +162,11 @@ ALIASES = [
     ("serve", ("--parallel", "65"), "--slots 65: must be 64 or less"),
     ("serve", ("--max-model-len", "1"), "--context-length 1: must be 2 or more"),
     ("serve", ("--ctx-size", "1"), "--context-length 1: must be 2 or more"),
+    ("train", ("--lora-r", "0"), "--lora 0: must be 1 or more"),
+    ("train", ("--target-modules", ""), "--lora-targets"),
+    ("train", ("--max-steps", "0"), "--steps 0: must be 1 or more"),
+    ("train", ("--num-train-epochs", "0"), "--epochs 0: must be more than 0"),
+    ("train", ("--micro-batch-size", "0"), "--micro-batch-windows 0: must be 1 or more"),
     ("evaluate", ("--num-fewshot", "-1"), "--shots -1: must be 0 or more"),
     ("serve", ("--slots", "2", "--parallel", "2"), "--parallel is --slots; give one of them"),
 ]

@@ -34,9 +34,15 @@ class LoraOptions(Section):
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: Annotated[float, Flag("lora_dropout")] = Field(0.0, ge=0, lt=1)
     """Dropout on the inputs of the adapters."""
-    targets: Annotated[Texts, Flag("lora_targets", value="GLOB", commas=True)] = Field(
-        ("*",), min_length=1
-    )
+    targets: Annotated[
+        Texts,
+        Flag(
+            "lora_targets",
+            aliases=("target_modules", "lora_target_modules"),
+            value="GLOB",
+            commas=True,
+        ),
+    ] = Field(("*",), min_length=1)
     """Names of the linear layers that get adapters, such as q_proj,v_proj."""
     exclude: Annotated[Texts, Flag("lora_exclude", value="GLOB", commas=True)] = ()
     """Names of linear layers that get none."""
@@ -138,11 +144,13 @@ class TrainingTextSection(Section):
 class TrainingLength(Section):
     """How long the model is trained."""
 
-    steps: Annotated[int | None, Flag(default="as many as the epochs need")] = Field(None, gt=0)
+    steps: Annotated[
+        int | None, Flag(aliases=("max_steps",), default="as many as the epochs need")
+    ] = Field(None, gt=0)
     """Optimizer steps."""
     minutes: Annotated[float | None, Flag(default="as long as the steps take")] = Field(None, gt=0)
     """Minutes to train, instead of steps."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: Annotated[float, Flag(aliases=("num_epochs", "num_train_epochs"))] = Field(1.0, gt=0)
     """Epochs over the windows, if neither steps nor minutes are given."""
     batch: int = Field(4, gt=0)
     """Windows per optimizer step."""
@@ -187,7 +195,9 @@ class Optimisation(OptimizerOptions, TrainingLength):
     layer_decay: Annotated[float, Flag(advanced=True)] = Field(1.0, gt=0, le=1)
     """Lower learning rates for earlier layers: layer i of L has the factor layer_decay^(L - 1 - i),
     the embeddings layer_decay^L. `rates` replaces these factors."""
-    lora: Annotated[LoraOptions | None, Flag(value="RANK", default="train all weights")] = None
+    lora: Annotated[
+        LoraOptions | None, Flag(aliases=("lora_r",), value="RANK", default="train all weights")
+    ] = None
     """Train low-rank adapters of this rank, and merge them at the end. Another --lora option alone
     means rank 16."""
     gradual: Annotated[
@@ -212,9 +222,9 @@ class TrainingMemorySection(Section):
 
     group = MEMORY
 
-    micro_batch_windows: Annotated[int | None, Flag(default="about 2048 tokens")] = Field(
-        None, gt=0
-    )
+    micro_batch_windows: Annotated[
+        int | None, Flag(aliases=("micro_batch_size",), default="about 2048 tokens")
+    ] = Field(None, gt=0)
     """Windows in one forward."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass: a third slower, much less memory."""
