@@ -363,6 +363,24 @@ def test_help_shows_every_word_that_was_written(
     assert VERBS[verb].summary in shown
 
 
+@pytest.mark.parametrize("columns", ["0", "-5", "abc", "²", ""])
+def test_a_width_that_is_none_is_unknown(secateur, model: Path, monkeypatch, columns: str) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    usual = secateur("inspect", model).out
+    assert "decoder layers" in usual
+    monkeypatch.setenv("COLUMNS", columns)
+    assert secateur("inspect", model).out == usual
+
+
+@pytest.mark.parametrize("columns", ["1", "20"])
+def test_a_narrow_terminal_hides_no_cell(secateur, model: Path, monkeypatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    folded = secateur("inspect", model).out
+    cells = [[x.strip() for x in line.split("│")] for line in folded.splitlines()]
+    counts = zip(*(line for line in cells if len(line) == 8), strict=True)
+    assert list(filter(None, map("".join, counts))) == ["0to2", "7", "7,680", "0.00%"]
+
+
 def test_a_pipe_of_windows_gets_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its encoding does not have every character."""
     written = io.BytesIO()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import RecipeError
+from secateur.runs import output
 from secateur.runs.output import check_own, check_writable
 
 ALL = ["prune", "structure", "train", "compress", "sweep", "report"]
@@ -112,3 +113,29 @@ def test_a_sweep_takes_its_own_folder_and_no_other(tmp_path: Path) -> None:
         check_own(tmp_path, "sweep", "sweep.json")
     (tmp_path / "run.json").write_text(json.dumps({"verb": "sweep"}))
     check_own(tmp_path, "sweep", "sweep.json")
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
+@pytest.mark.parametrize(
+    ("verb", "options", "file", "shown"),
+    [
+        ("evaluate", ["--windows", 2, "--sequence-length", 32], "evaluation", "perplexity"),
+        ("diagnose", [], "diagnosis", "21"),
+        ("bench", ["--rounds", 1, "--contenders", "torch bf16", "--prompt-tokens", 4], "bench",
+         "torch bf16"),
+    ],
+)  # fmt: skip
+def test_results_of_a_read_only_model_are_shown(
+    run, model: Path, tmp_path: Path, monkeypatch, caplog, verb, options, file, shown, form
+) -> None:
+    notes = model / "secateur"
+    notes.mkdir()
+    (tmp_path / "text.txt").write_text("w3 w4 w5 w6 " * 40)
+    text = ["--text", tmp_path / "text.txt"] if verb == "evaluate" else []
+    monkeypatch.setattr(output, "write_bytes", read_only)
+    done = run(verb, model, *text, *options, *form)
+    assert done.code == 0, done.err
+    assert shown in (json.dumps(json.loads(done.out)) if form else done.out)
+    unstored = f"not stored in {notes / file}.json: Read-only file system"
+    assert unstored in caplog.text
+    assert not list(notes.iterdir())

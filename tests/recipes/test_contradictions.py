@@ -185,3 +185,62 @@ def test_a_method_with_its_own_parts_is_no_contradiction() -> None:
     assert method_of(build_recipe(PruneRecipe, given))[0].name == "wanda"
     given = {"model": "m", "sparsity": 0.5, "score": "wanda", "solver": "obs", "scope": "row"}
     assert method_of(build_recipe(PruneRecipe, given))[0].name == "wanda+obs"
+
+
+def default_words(option: Any, usual: Any) -> Any:
+    """The default of an option as the words of a command line; None if it has none to write."""
+    if isinstance(usual, bool):
+        return usual
+    if isinstance(usual, (tuple, list)):
+        return [str(x) for x in usual] or None
+    return None if usual in (None, {}) else str(usual)
+
+
+DEFAULTS = [
+    (verb, option, section)
+    for verb, kind in KINDS.items()
+    for section in filter(None, (kind, kind.run))
+    for option in options_of(section)
+    if not option.flag.hidden
+]
+
+
+@pytest.mark.parametrize(("verb", "option", "section"), DEFAULTS)
+def test_an_option_with_its_default_is_read_or_refused_by_name(
+    verb: str, option: Any, section: Any
+) -> None:
+    kind, value = KINDS[verb], section.model_construct()
+    for key in option.path:
+        value = getattr(value, key, None)
+    words = default_words(option, value)
+    base = {**sensible(verb), **({"ffn": "0.5"} if verb == "structure" else {})}
+    steps = base.pop("steps", None)
+    base.pop("vocabulary", None)
+    if words is None or option.name in base:
+        return
+    try:
+        _, call = recipe_from_flags(
+            kind, {**base, option.name: words}, [f"steps={steps}"] if steps else []
+        )
+    except RecipeError as error:
+        assert f"{option.flag_text}: changes nothing without" in str(error)  # noqa: PT017
+    else:  # what the runner takes
+        assert call.keys() <= {"resume", "restart", "overwrite", "dry_run"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "message"),
+    [
+        ("prune", {"nodes": "1"}, "--nodes: changes nothing without --gpus"),
+        ("prune", {"gpu": "h100-80gb"}, "--gpu: changes nothing without --gpus"),
+        ("prune", {"network": "400Gb"}, "--network: changes nothing without --gpus"),
+        ("train", {"kind": "forward"}, "--kind: changes nothing without --teacher"),
+        ("train", {"steps": "3", "epochs": "1"}, "--steps with --epochs: must be one of them"),
+        ("bench", {"draft": "d", "rounds": "5"}, "--rounds with --draft: a draft is timed"),
+    ],
+)
+def test_a_flag_with_its_default_counts_as_given(
+    verb: str, given: dict[str, str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_flags(KINDS[verb], {"model": "m", **given})

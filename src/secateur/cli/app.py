@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -64,7 +65,12 @@ def main() -> None:
 
 
 def _show_what_can_be_shown() -> None:
-    """Print a question mark for a character that stdout cannot show, as Windows' pipes cannot."""
+    """Print a question mark for a character that stdout cannot show, as Windows' pipes cannot.
+
+    A width that is no width counts as unknown.
+    """
+    if not re.fullmatch(r"0*[1-9][0-9]*", os.environ.get("COLUMNS", "")):
+        os.environ.pop("COLUMNS", None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")

@@ -99,8 +99,8 @@ class Flag:
 class Conflict:
     """Two options that do not go together: one row of the table of a recipe.
 
-    An option counts if its value is not the default, and `NAME=VALUE` if it has this value. Several
-    are separated by `or`. A row without options holds for every recipe.
+    An option counts if its value is not the default or a number that was given, and `NAME=VALUE` if
+    it has this value. Several are separated by `or`. A row without options holds for every recipe.
 
     Attributes:
         option: one of the two.

@@ -367,7 +367,7 @@ def _refuse_contradictions(
 ) -> None:
     """Refuse options that change nothing, and options that do not go together; list all."""
     idle = [line for section in made for line in idle_lines(section, given, spelled)]
-    faults = [(line, NEEDED) for line in idle] + list(_conflicts_in(made, spelled))
+    faults = [(line, NEEDED) for line in idle] + list(_conflicts_in(made, given, spelled))
     if not faults:
         return
     [(what, remedy), *more] = faults
@@ -380,9 +380,10 @@ def _refuse_contradictions(
 def idle_lines(section: Section, given: Mapping[str, Any], spelled: Spelled) -> list[str]:
     """A line for each option that was given and changes nothing, as another one is missing.
 
-    An option with its default counts as not given, because a recipe that was written lists all.
-    Who switches the other one off knows what is left without effect: a keyword or a flag may switch
-    off what a recipe has, and a line of a recipe what another line has.
+    A line of a recipe with the default counts as not given, because a recipe that was written lists
+    all. A flag or a keyword counts, unless it only says that a switch stays off. Who switches the
+    other one off knows what is left without effect: a keyword or a flag may switch off what a
+    recipe has, and a line of a recipe what another line has.
 
     Args:
         section: the recipe, its preset filled in, or the options of a call.
@@ -395,7 +396,9 @@ def idle_lines(section: Section, given: Mapping[str, Any], spelled: Spelled) -> 
     usual, lines = type(section).model_construct(**preset), []
     for name, others in section.needs.items():
         path, needed = options[name].path, [options[other] for other in others]
-        if not holds(given, path) or _value_at(section, path) in (None, _value_at(usual, path)):
+        value = _value_at(section, path)
+        usually = value == _value_at(usual, path) and (path not in spelled or value is False)
+        if not holds(given, path) or value is None or usually:
             continue
         if any(holds(given, x.path) and (x.path in spelled or path not in spelled) for x in needed):
             continue
@@ -408,8 +411,13 @@ def idle_lines(section: Section, given: Mapping[str, Any], spelled: Spelled) -> 
     return lines
 
 
-def _conflicts_in(made: Sequence[Section], spelled: Spelled) -> Iterator[tuple[str, str]]:
-    """What does not go together, and the remedy."""
+def _conflicts_in(
+    made: Sequence[Section], given: Mapping[str, Any], spelled: Spelled
+) -> Iterator[tuple[str, str]]:
+    """What does not go together, and the remedy.
+
+    An option counts if its value is not the default, or if it is a number above 0 that was given.
+    """
     states = {
         option.name: (option, _value_at(section, option.path), _value_at(usual, option.path))
         for section in made
@@ -422,7 +430,9 @@ def _conflicts_in(made: Sequence[Section], spelled: Spelled) -> Iterator[tuple[s
         for word in words.split(" or "):
             name, equals, wanted = word.partition("=")
             option, value, usual = states[name]
-            if str(value) == wanted if equals else value != usual:
+            named = option.path in spelled and holds(given, option.path)
+            amount = named and type(value) in (int, float) and value > 0
+            if str(value) == wanted if equals else value != usual or amount:
                 return option, wanted
         return None
 

@@ -26,6 +26,10 @@ PLAIN_WIDTH = 100
 """Width of a result as text, in characters."""
 
 
+NARROWEST_COLUMN = 7
+"""Characters of a column with its frame. A narrower terminal wraps a table, which hides no cell."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -132,8 +136,11 @@ def _print_blocks(blocks: Iterable[Block], console: Console | None = None) -> No
     from rich.console import Console
 
     console = console or Console()
+    usual = console.width
     for block in blocks:
-        console.print(block.renderable(), soft_wrap=isinstance(block, Line), highlight=False)
+        columns = 0 if isinstance(block, Line) else len(block.columns)
+        console.width = max(usual, NARROWEST_COLUMN * columns + 1)
+        console.print(block.renderable(), soft_wrap=not columns, highlight=False)
 
 
 def plain_text(blocks: Iterable[Block]) -> str:

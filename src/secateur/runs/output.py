@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
+
+log = logging.getLogger(__name__)
 
 LONGEST_ENDING = ".partial"
 """The suffix of the output's name while a run works."""
@@ -265,15 +268,14 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_record(file: Path, content: Any) -> None:
-    """Write content as JSON into the notes of a model.
+    """Write a result as JSON into the notes of a model that was only read.
 
-    Raises:
-        SecateurError: the file cannot be written.
+    Such a model may lie on a read-only disk: its result is shown all the same, with a warning.
     """
     try:
         write_json(file, content)
     except OSError as error:
-        raise cannot_write(error, file) from error
+        log.warning("the result was not stored in %s: %s", file, error.strerror or error)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from secateur.errors import CheckpointError
-from secateur.runs.output import write_json
+from secateur.runs.output import write_json, write_record
 from secateur.runs.records.base import PartialRecord, Record
 
 Severity = Literal["error", "warning", "note"]
@@ -474,12 +474,13 @@ class EvaluationRecord(Record):
             ) from error
 
     def add_to(self, file: Path) -> None:
-        """Add these results to a file, which need not exist yet.
+        """Add these results to a model's file, which need not exist yet; see `write_record`.
 
         Raises:
-            CheckpointError: the existing file cannot be read, or the new one cannot be written.
+            CheckpointError: the existing file cannot be read.
         """
-        (self.after(read_evaluation(file)) if file.is_file() else self).save(file)
+        whole = self.after(read_evaluation(file)) if file.is_file() else self
+        write_record(file, whole.to_json())
 
 
 def _merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
