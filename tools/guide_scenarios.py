@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from secateur.advisor.advice import MONTH_HOURS, AdviceQuestion, Requirements
 from secateur.advisor.capacity import GIB, Capacity, Load
 from secateur.advisor.facts import Estimate, read_facts
-from secateur.advisor.options import CompressionWay, known_shape
+from secateur.advisor.options import CompressionWay
 from secateur.models.shape import ModelShape
 from written_files import table
 
@@ -16,7 +16,7 @@ FACTS = read_facts()
 
 def shape(name: str) -> ModelShape:
     """A well-known model."""
-    return known_shape(name, FACTS.shapes[name])
+    return FACTS.shapes[name].shape(name)
 
 
 def asked(model: str, hardware: str, load: Load, loss: float | None) -> AdviceQuestion:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import transformers
 import secateur
 from commands import runner
 from secateur.advisor.facts import read_facts
-from secateur.advisor.options import known_shape, options_for
+from secateur.advisor.options import options_for
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton, without_weights
@@ -117,7 +119,7 @@ def test_all_experts_of_a_layer_are_never_allocated(tmp_path: Path) -> None:
 def test_every_command_that_is_advised_can_be_given() -> None:
     """Verbs and flags exist, nothing required is missing, and each step reads the one before."""
     facts = read_facts()
-    shape = known_shape("qwen3-30b-a3b", facts.shapes["qwen3-30b-a3b"])  # with experts
+    shape = facts.shapes["qwen3-30b-a3b"].shape("qwen3-30b-a3b")  # with experts
     seen = set()
     for device in facts.hardware.values():
         for option in options_for(shape, device):
@@ -138,6 +140,32 @@ def test_every_command_that_is_advised_can_be_given() -> None:
                     assert required - {"--model"} <= used, line
                     seen.add(line.split()[1])
     assert seen == {"structure", "train", "prune", "compress"}
+
+
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False,
+    "sliding_window": None, "use_sliding_window": False,
+}  # fmt: skip
+"""As in its published config.json."""
+
+
+def test_a_plain_configuration_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    for hardware, code in (("h100-80gb", 0), ("nosuch", 2)):
+        words = ["secateur", "advise", str(tmp_path), "--hardware", hardware]
+        script = (
+            f"import sys; sys.argv = {words}\nfrom secateur.cli.app import main\n"
+            "try:\n    main()\n"
+            "finally:\n    print({'torch', 'transformers'} & sys.modules.keys())"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == code, ran.stderr
+        assert ran.stdout.splitlines()[-1] == "set()"
 
 
 def test_a_name_that_is_nothing_names_a_near_shape() -> None:

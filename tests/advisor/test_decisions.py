@@ -10,7 +10,7 @@ import pytest
 from secateur.advisor.advice import Advice, AdviceQuestion, Requirements, advise_on, nearest
 from secateur.advisor.capacity import Capacity, Load, ServingDevice, weight_bytes
 from secateur.advisor.facts import Estimate, read_facts
-from secateur.advisor.options import CompressionWay, known_shape
+from secateur.advisor.options import CompressionWay
 from secateur.errors import RecipeError
 from secateur.models.shape import ModelShape
 
@@ -43,7 +43,7 @@ def decided(
     requests: float, quality_loss: float | None, hours: float | None = None, batch: int = 1
 ) -> Advice:
     facts = read_facts()
-    model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
+    model = facts.shapes["llama-2-7b"].shape("llama-2-7b")
     need = Requirements(Load(requests, 100, 100), quality_loss, hours)
     h100 = facts.hardware["h100-80gb"]
     return advise_on(ByBytesQuestion(model, h100, 80 * 2**30, facts, need, batch=batch))
@@ -61,7 +61,7 @@ def test_one_device_is_enough_so_the_model_stays_as_it_is() -> None:
 def test_a_load_that_does_not_fill_a_device_is_sent_elsewhere_first() -> None:
     """A thousand requests of 500 tokens a day on an H100: no row of the tables contradicts it."""
     facts = read_facts()
-    model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
+    model = facts.shapes["llama-3.1-8b"].shape("llama-3.1-8b")
     device = facts.hardware["h100-80gb"]
     room, need = round(79.1 * 2**30), Requirements(Load(1000, 250, 250), 0.01)
     question = AdviceQuestion(model, device, room, facts, need)
@@ -96,7 +96,7 @@ def test_a_load_that_does_not_fill_a_device_is_sent_elsewhere_first() -> None:
 
 def test_a_load_that_fills_its_device_is_not_sent_away() -> None:
     facts = read_facts()
-    model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
+    model = facts.shapes["llama-3.1-8b"].shape("llama-3.1-8b")
     need = Requirements(Load(1e6, 250, 250), 0.03)
     device = facts.hardware["h100-80gb"]
     found = AdviceQuestion(model, device, round(79.1 * 2**30), facts, need).answer()
@@ -134,7 +134,7 @@ def test_a_looser_bound_lets_cuts_win_and_hours_rule_them_out() -> None:
 
 def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:
     facts = read_facts()
-    model = known_shape("x", facts.shapes["llama-2-7b"])
+    model = facts.shapes["llama-2-7b"].shape("x")
     need = Requirements(Load(1000, 100, 100, token_ms=0.001), 0.01)
     h100 = facts.hardware["h100-80gb"]
     found = advise_on(ByBytesQuestion(model, h100, 80 * 2**30, facts, need))
@@ -155,7 +155,7 @@ def test_the_nearest_bound_that_is_named_can_be_kept(
     bounds: dict[str, float], flag: str, field: str
 ) -> None:
     facts = read_facts()
-    model = known_shape("llama-3.1-8b", facts.shapes["llama-3.1-8b"])
+    model = facts.shapes["llama-3.1-8b"].shape("llama-3.1-8b")
     room = 12 * 2**30  # bfloat16 does not fit
     need = Requirements(Load(1000, 100, 100), 0.03)
     device = facts.hardware["laptop-cpu"]
@@ -171,7 +171,7 @@ def test_the_nearest_bound_that_is_named_can_be_kept(
 
 def test_hours_and_memory_are_named_too() -> None:
     facts = read_facts()
-    model = known_shape("llama-3.1-70b", facts.shapes["llama-3.1-70b"])
+    model = facts.shapes["llama-3.1-70b"].shape("llama-3.1-70b")
     load = Load(1000, 100, 100)
     small = AdviceQuestion(
         model, facts.hardware["laptop-cpu"], 2**30, facts, Requirements(load, 0.03)

@@ -27,15 +27,15 @@ from secateur.advisor.capacity import (
     weight_bytes,
     weights_read,
 )
-from secateur.advisor.facts import API, Estimate, Facts, KnownShape, read_facts
+from secateur.advisor.facts import API, Estimate, Facts, read_facts
 from secateur.advisor.options import (
     STRUCTURES,
     VALUES,
     ZEROS,
     CompressionWay,
-    known_shape,
     options_for,
 )
+from secateur.models.plain_decoder import PlainDecoder
 from secateur.models.shape import ModelShape
 
 
@@ -50,7 +50,7 @@ def facts() -> Facts:
 
 @pytest.fixture(scope="module")
 def llama(facts: Facts) -> ModelShape:
-    return known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
+    return facts.shapes["llama-2-7b"].shape("llama-2-7b")
 
 
 def test_known_shapes_have_the_published_parameters(facts: Facts) -> None:
@@ -65,18 +65,17 @@ def test_known_shapes_have_the_published_parameters(facts: Facts) -> None:
         "qwen3-8b": 8_190_726_144,
     }  # Qwen3's norms of queries and keys, 9,216 weights, are not in a known shape
     for name, parameters in published.items():
-        found = known_shape(name, facts.shapes[name]).parameters
+        found = facts.shapes[name].shape(name).parameters
         assert abs(found - parameters) <= 9_216, name
-    mixture = known_shape("q", facts.shapes["qwen3-30b-a3b"])
+    mixture = facts.shapes["qwen3-30b-a3b"].shape("q")
     assert mixture.parameters == pytest.approx(30.5e9, rel=0.01)
     assert mixture.active + mixture.outer == pytest.approx(3.3e9, rel=0.03)
 
 
 def test_weights_of_a_small_shape_by_hand() -> None:
-    tiny = known_shape(
-        "tiny",
-        KnownShape(layers=2, hidden=8, ffn=16, heads=2, kv_heads=1, head=4, vocabulary=10),
-    )
+    tiny = PlainDecoder(
+        layers=2, hidden=8, ffn=16, heads=2, kv_heads=1, head=4, vocabulary=10
+    ).shape("tiny")
     # q 8x8, k and v 4x8, o 8x8; gate, up, down 16x8
     assert tiny.linears == 2 * (64 + 32 + 32 + 64 + 3 * 128)
     assert tiny.parameters == tiny.linears + 2 * 80 + 5 * 8
@@ -128,7 +127,7 @@ def test_roofline_by_hand(facts: Facts, llama: ModelShape) -> None:
 
 
 def test_a_batch_reads_the_experts_that_it_hits(facts: Facts) -> None:
-    mixture = known_shape("q", facts.shapes["qwen3-30b-a3b"])
+    mixture = facts.shapes["qwen3-30b-a3b"].shape("q")
     dense = mixture.linears - mixture.expert_weights
     assert weights_read(mixture, 1) == pytest.approx(mixture.active)
     hit = 1 - (1 - 8 / 128) ** 16

@@ -15,7 +15,6 @@ import pytest
 from secateur.advisor.advice import AdviceQuestion, Requirements
 from secateur.advisor.capacity import Capacity, Load, TokenTimes
 from secateur.advisor.facts import Facts, read_facts
-from secateur.advisor.options import known_shape
 from secateur.models.shape import LayerCache, LayerKind, ModelShape
 from secateur.report_page import report
 from secateur.report_page.report import what_if_data
@@ -62,7 +61,7 @@ def drawn_shape(draw: random.Random, facts: Facts) -> ModelShape:
         vocabulary=draw.randrange(100, 300000),
         tied=draw.random() < 0.5,
     )
-    shape = known_shape("drawn & <b>", sizes)
+    shape = sizes.shape("drawn & <b>")
     return replace(shape, kinds=drawn_kinds(draw, shape.layers))
 
 
@@ -175,7 +174,7 @@ def test_a_question_survives_its_json() -> None:
 
 def test_other_hardware_gives_what_a_new_advice_gives() -> None:
     facts = read_facts()
-    model = known_shape("llama-2-7b", facts.shapes["llama-2-7b"])
+    model = facts.shapes["llama-2-7b"].shape("llama-2-7b")
     need = Requirements(Load(1e6, 400, 100), 0.03)
 
     def on(name: str) -> AdviceQuestion:

@@ -1,4 +1,8 @@
-"""Advises on a model without running it: prune, quantize, both, distil, or leave it."""
+"""Advises on a model without running it: prune, quantize, both, distil, or leave it.
+
+An answer takes well under a second: torch and transformers are imported only where this machine
+is timed, or where transformers has to say the sizes of a model.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,11 @@ from secateur.advisor.facts import (
     Hardware,
     read_facts,
 )
-from secateur.advisor.options import known_shape, options_for
+from secateur.advisor.options import options_for
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.evaluation.random_models import WeightFormat
-from secateur.evaluation.token_times import time_tokens
-from secateur.models.counting import counted
 from secateur.models.hub import download_model, hub_name, kind_of_name
+from secateur.models.plain_decoder import PlainDecoder
 from secateur.models.shape import ModelShape
-from secateur.models.skeleton import build_skeleton
-from secateur.models.sources import resolve
 from secateur.progress import Progress
 from secateur.recipes.measure import AdviseRecipe
 from secateur.recipes.verbs import imported
@@ -102,6 +102,9 @@ def _times_here(
             remedy=f"name a folder with config.json, or other hardware: "
             f"{', '.join(n for n in facts.hardware if n != THIS_MACHINE)}",
         )
+    from secateur.evaluation.random_models import WeightFormat
+    from secateur.evaluation.token_times import time_tokens
+
     storages = {
         option.stored: WeightFormat(option.values.name, option.zeros.sparsity)
         for option in options_for(shape, hardware)
@@ -115,7 +118,7 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
     """The sizes of the model, and its configuration; None for a well-known shape."""
     name = recipe.model
     if name in facts.shapes and kind_of_name(name) is None:
-        return known_shape(name, facts.shapes[name]), None
+        return facts.shapes[name].shape(name), None
     if kind_of_name(name) is None:
         raise SourceError(
             f"{name!r} is no folder, no hub id (org/name), no sample and no well-known shape",
@@ -129,9 +132,25 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
     elif kind_of_name(name) == "folder":
         folder = Path(name).expanduser()
     else:
+        resolve = imported("secateur.models.sources:resolve")
         folder = resolve(name, values=False, progress=progress).folder
+    plain = None if recipe.hardware == THIS_MACHINE else _plain_decoder(folder / "config.json")
+    if plain is not None:
+        return plain.shape(name), None
+    from secateur.models.counting import counted
+    from secateur.models.skeleton import build_skeleton
+
     model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
     return counted(name, model), model.config
+
+
+def _plain_decoder(file: Path) -> PlainDecoder | None:
+    """The sizes that a configuration says plainly; None where transformers has to read it."""
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # transformers' own reader says what is wrong with the file
+    return PlainDecoder.of(config) if isinstance(config, dict) else None
 
 
 SCHEMA = "secateur.advice/1"

@@ -24,9 +24,10 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from secateur.advisor.facts import Efficiency, Estimate, Hardware, KnownShape, read_facts
+from secateur.advisor.facts import Efficiency, Estimate, Hardware, read_facts
 from secateur.engine.prepared import method_of
 from secateur.errors import RecipeError
+from secateur.models.plain_decoder import PlainDecoder
 from secateur.parallel.ranks import micro_batches, owners
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, time_range
@@ -89,7 +90,7 @@ class PlannedModel:
     other: int
 
     @classmethod
-    def of(cls, sizes: KnownShape) -> PlannedModel:
+    def of(cls, sizes: PlainDecoder) -> PlannedModel:
         """A decoder of Llama's kind: q, k, v; o; gate, up; down, in each expert."""
         query, value = sizes.heads * sizes.head, sizes.kv_heads * sizes.head
         hidden, ffn = sizes.hidden, sizes.ffn

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import RecipeError
-from secateur.models.shape import DecoderSizes
+from secateur.models.plain_decoder import PlainDecoder
 from secateur.registry import did_you_mean
 
 THIS_MACHINE = "this-machine"
@@ -112,19 +112,6 @@ class API(Entry):
     source: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownShape(DecoderSizes):
-    """The sizes of a well-known model; no unknown keys, as in `Entry`."""
-
-    __pydantic_config__ = Entry.model_config
-
-    ffn: int
-    heads: int
-    kv_heads: int
-    head: int
-    experts_per_token: int = 0
-
-
 class Facts(Entry):
     """Everything that the advice counts with.
 
@@ -146,7 +133,7 @@ class Facts(Entry):
     compressions: dict[str, PublishedLoss]
     pruning_seconds_of_7b: dict[str, float]
     apis: dict[str, API]
-    shapes: dict[str, KnownShape]
+    shapes: dict[str, PlainDecoder]
 
     @model_validator(mode="after")
     def check(self) -> Facts:

@@ -2,8 +2,6 @@
 
 An option is offered only where something runs it faster or smaller. So unstructured zeros are not
 offered for GPUs, where no engine skips them, and 2:4 is not offered for CPUs.
-
-`ModelShape` holds the sizes of a model that memory, speed and cost depend on.
 """
 
 from __future__ import annotations
@@ -12,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from secateur.advisor.facts import Estimate, Facts, Hardware, KnownShape
-from secateur.models.shape import LayerCache, LayerKind, ModelShape
+from secateur.advisor.facts import Estimate, Facts, Hardware
+from secateur.models.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -216,34 +214,3 @@ def options_for(model: ModelShape, device: Hardware) -> Iterator[CompressionWay]
         if zero == "2:4" and value != "bf16":
             continue  # no engine joins them on a GPU
         yield CompressionWay(structure, ZEROS[zero], VALUES[value])
-
-
-def known_shape(name: str, sizes: KnownShape) -> ModelShape:
-    """The shape of a decoder of Llama's kind: q, k, v, o; gate, up, down, in each expert.
-
-    attention = hidden · (2 · heads + 2 · kv_heads) · head; FFN = 3 · hidden · ffn, times experts;
-    a router has hidden · experts.
-    """
-    attention = sizes.hidden * sizes.head * 2 * (sizes.heads + sizes.kv_heads)
-    ffn = 3 * sizes.hidden * sizes.ffn
-    router = sizes.hidden * sizes.experts
-    many = sizes.layers * ffn * sizes.experts
-    once = sizes.layers * (attention + router + (0 if sizes.experts else ffn))
-    embedding = sizes.vocabulary * sizes.hidden
-    kept, width = 2 * sizes.kv_heads * sizes.head, 2 * sizes.heads * sizes.head
-    cache = LayerCache(kept, kept, width=width, step_width=width)
-    return ModelShape(
-        name=name,
-        layers=sizes.layers,
-        hidden=sizes.hidden,
-        linears=once + many,
-        active=once + sizes.layers * ffn * sizes.experts_per_token,
-        embedding=embedding,
-        head=embedding,
-        tied=sizes.tied,
-        other=sizes.hidden * (2 * sizes.layers + 1),
-        kinds=(LayerKind(sizes.layers, cache),),
-        vocabulary=sizes.vocabulary,
-        experts=sizes.experts,
-        expert_weights=many,
-    )

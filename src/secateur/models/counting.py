@@ -169,7 +169,7 @@ def counted(name: str, model: Any) -> ModelShape:
     architecture = describe(model)
     layers = architecture.layers(model)
     config = model.config.get_text_config(decoder=True)
-    linears = active = in_experts = 0
+    linears = in_experts = 0
     mixture = architecture.experts
     experts = mixture.opened_in(layers) if mixture else 0
     taken = (mixture.per_token(config) if mixture else None) or experts
@@ -179,9 +179,6 @@ def counted(name: str, model: Any) -> ModelShape:
             linears += weights
             if experts and architecture.of_expert(linear.name):
                 in_experts += weights
-                active += round(weights * taken / experts)
-            else:
-                active += weights
     total = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
@@ -192,7 +189,7 @@ def counted(name: str, model: Any) -> ModelShape:
         layers=len(layers),
         hidden=config.hidden_size,
         linears=linears,
-        active=active,
+        active=linears - in_experts + round(in_experts * taken / max(1, experts)),
         embedding=embedding.numel(),
         head=head.numel(),
         tied=tied,

@@ -15,13 +15,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -280,6 +281,8 @@ def write_record(file: Path, content: Any) -> None:
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to a safetensors file, completely or not at all."""
+    from safetensors.torch import save_file  # needs torch, and other files do not
+
     unfinished = file.with_name(file.name + UNFINISHED)
     save_file(tensors, unfinished)
     unfinished.replace(file)
