@@ -30,7 +30,12 @@ from secateur.recipes.reading import build_recipe
 from slow import slow_but
 
 HOW_TO = [name_of(page) for page in PAGES if page.parent.name == "howto"]
-AS_PROGRAMS = ("CONTRIBUTING", "docs/howto/several-machines", "docs/howto/add-a-method")
+AS_PROGRAMS = (
+    "CONTRIBUTING",
+    "docs/howto/several-machines",
+    "docs/howto/add-a-method",
+    "docs/howto/own-kernel",
+)
 WALKED = [name_of(page) for page in PAGES if run_blocks(page) and name_of(page) not in AS_PROGRAMS]
 BY_DEFAULT = {"docs/start", "docs/howto/prune-experts"}
 FAMILIES = {
@@ -104,6 +109,8 @@ SMALLER = {
 
 def shortened(words: list[str]) -> list[str]:
     """A command for a tiny model, with few and short windows, and few steps instead of minutes."""
+    if words[0] == "cc":
+        return words
     words = [NAMED.get(word, SMALLER.get(word, word)) for word in words]
     for place, pair in enumerate(pairwise(words), 1):
         words[place] = SMALLER.get(" ".join(pair), words[place])
@@ -206,18 +213,18 @@ def test_a_page_does_what_it_says_in_programs_of_their_own(page: str, folder: Pa
     }
     file = ROOT / f"{page}.md"
     for number, block in enumerate(blocks(file)):
-        if block.reason or block.language not in ("python", "toml", "bash"):
+        if block.reason or block.language not in ("python", "toml", "bash", "c"):
             continue
         if block.language == "bash":
             started = [as_program(shortened(words)) for words in commands(block)]
         else:
-            started = [as_file(block, folder, number)] if block.language == "python" else []
+            written = as_file(block, folder, number)
+            started = [[sys.executable, *written]] if block.language == "python" else []
             if block.language == "toml":
-                as_file(block, folder, number)
                 install(folder, block.text)
         for words in started:
             ended = subprocess.run(
-                [sys.executable, *words],
+                words,
                 env=environment,
                 cwd=folder,
                 capture_output=True,
@@ -228,15 +235,16 @@ def test_a_page_does_what_it_says_in_programs_of_their_own(page: str, folder: Pa
 
 
 def as_program(words: list[str]) -> list[str]:
-    """A command as arguments of Python."""
-    launcher = {"secateur": ["-m"], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
-    return [*launcher, *(words if words[0] == "secateur" else words[1:])]
+    """A command as it is started here."""
+    modules = {"secateur": "secateur", "torchrun": "torch.distributed.run"}
+    launcher = [sys.executable, "-m", modules[words[0]]] if words[0] in modules else words[:1]
+    return [*launcher, *words[1:]]
 
 
 def as_file(block: Block, folder: Path, number: int) -> list[str]:
     """Write a block to the file that its first line names; Python runs it."""
     named = block.text.partition("\n")[0]
-    place = named.removeprefix("# ") if named.startswith("# ") else f"block{number}.py"
+    place = named.split(" ", 1)[1] if named.startswith(("# ", "// ")) else f"block{number}.py"
     file = folder / place
     file.parent.mkdir(exist_ok=True)
     file.write_text(block.text, encoding="utf-8")
@@ -245,12 +253,13 @@ def as_file(block: Block, folder: Path, number: int) -> list[str]:
 
 def install(folder: Path, project: str) -> None:
     """What `pip install .` leaves: the entry points beside the package."""
-    points = project.partition('[project.entry-points."')[2].partition("\n\n")[0]
-    group, _, entries = points.partition('"]\n')
-    target = folder / "energy-1.0.dist-info"
+    name = re.findall(r'^name = "(\w+)"', project, re.M)[0]
+    groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n(.+)', project, re.M)
+    target = folder / f"{name}-1.0.dist-info"
     target.mkdir()
-    (target / "METADATA").write_text("Metadata-Version: 2.1\nName: energy\nVersion: 1.0\n")
-    (target / "entry_points.txt").write_text(f"[{group}]\n" + entries.replace('"', "") + "\n")
+    (target / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    points = "\n".join(f"[{group}]\n" + entry.replace('"', "") for group, entry in groups)
+    (target / "entry_points.txt").write_text(points + "\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -259,7 +268,7 @@ def test_every_block_names_its_language_and_is_run_or_says_why_not(page: Path) -
         assert block.language in LANGUAGES, block
         if block.language == "bash" and not block.reason:
             programs = {words[0] for words in commands(block)}
-            assert programs <= {"secateur", "torchrun"}, block
+            assert programs <= {"secateur", "torchrun", "cc"}, block
         if block.language == "text":
             assert not re.search(r"^ *(secateur|pip|torchrun) ", block.text, re.M), block
     marks = re.findall(r"^<!-- not run:", page.read_text(encoding="utf-8"), re.M)
@@ -267,7 +276,7 @@ def test_every_block_names_its_language_and_is_run_or_says_why_not(page: Path) -
 
 
 def test_every_how_to_says_what_lies_where() -> None:
-    assert len(HOW_TO) == 10
+    assert len(HOW_TO) == 11
     assert set(HOW_TO) <= {*WALKED, *AS_PROGRAMS}
     for page in HOW_TO:
         assert promised(ROOT / f"{page}.md"), page

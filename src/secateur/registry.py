@@ -116,6 +116,8 @@ class Registry(Generic[T]):
         self._loaded = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
+            if module.name.startswith("_"):  # private; a library that is no module of Python
+                continue
             importlib.import_module(f"{self.package}.{module.name}")
         for plug_in in entry_points(group=f"secateur.{self.plural}"):
             plug_in.load()

@@ -28,6 +28,7 @@ from secateur.quantization.groups import Scales
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
 from secateur.runtime.formats.kept import decode_values
+from secateur.runtime.kernels import product_of
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
@@ -105,7 +106,7 @@ def install(
     kernels = kernels and kernel_info().tier != "none"
     replaced = kernels or matrices_only
     found: list[str] = []
-    head_module: PackedLinear | IntegerLinear | None = None
+    head_module: nn.Module | None = None
     embedding_at = path_of(model, model.get_input_embeddings())
     names = stored_names(model, view)
     tied = tied_head(model, names)
@@ -252,9 +253,12 @@ def _linear_of(
     dtype: torch.dtype,
     kernels: bool,
     bias: Tensor | None = None,
-) -> PackedLinear | IntegerLinear:
-    """A linear of checked parts, multiplied by kernels or by torch."""
+) -> nn.Module:
+    """A linear of checked parts, multiplied by the format's product, our kernels or torch."""
     if kernels:
+        product = product_of(layout, torch.device("cpu"))
+        if product is not None:
+            return product.linear(parts, layout, bias, torch.device("cpu"))
         return PackedLinear(matrix_of(parts, layout), bias)
     if layout.integers:
         return integers_of(parts, layout, bias)
@@ -294,7 +298,7 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
 
 
 def tie_head(
-    model: Any, embedding_at: str, tied: str, module: PackedLinear | IntegerLinear | None
+    model: Any, embedding_at: str, tied: str, module: nn.Module | None
 ) -> None:
     """Give the head the matrix of the embedding: in a module of its own, or as its weight.
 

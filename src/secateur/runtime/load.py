@@ -39,8 +39,9 @@ from secateur.runtime.install import (
     tie_head,
     tied_head,
 )
+from secateur.runtime.kernels import product_of
 from secateur.runtime.kernels.dispatch import KernelChoice
-from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear
+from secateur.runtime.kernels.linear import InferenceLinear, PackedEmbedding
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 from secateur.runtime.sampling import generation_config
 
@@ -105,9 +106,8 @@ def load(
             if device.type != "cpu":
                 model.to(device)
     model.config.dtype = dtype
-    packed_modules = (IntegerLinear, PackedLinear, PackedEmbedding, OpenExperts)
-    on_gpu = "GpuLinear"  # by its name: importing it needs Triton
-    if any(isinstance(x, packed_modules) or type(x).__name__ == on_gpu for x in model.modules()):
+    packed_modules = (InferenceLinear, PackedEmbedding, OpenExperts)
+    if any(isinstance(x, packed_modules) for x in model.modules()):
         refuse_saving(model)  # transformers would lose weights, or names of experts
     else:
         del model.config.quantization_config
@@ -159,6 +159,12 @@ def install_on_gpu(
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
         module = model.get_submodule(path)
+        product = None if layout is None else product_of(layout, device)
+        if layout is not None and product is not None and isinstance(module, nn.Linear):
+            parts = packed.parts(owner)
+            replace(model, path, product.linear(parts, layout, module.bias, device))
+            found.append(path)
+            continue
         if layout is not None and layout.format != "dense" and isinstance(module, nn.Linear):
             matrix = gpu_matrix(packed, [owner], device)
             share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
