@@ -28,10 +28,16 @@ from secateur.quantization.groups import Scales
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
 from secateur.runtime.formats.kept import decode_values
-from secateur.runtime.kernels import product_of
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
-from secateur.runtime.kernels.linear import IntegerLinear, PackedEmbedding, PackedLinear, ReadLinear
+from secateur.runtime.kernels.linear import (
+    InferenceLinear,
+    IntegerLinear,
+    PackedEmbedding,
+    PackedLinear,
+    ReadLinear,
+    product_of,
+)
 from secateur.runtime.kernels.matrix import KernelMatrix, to_large_pages
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
@@ -106,7 +112,7 @@ def install(
     kernels = kernels and kernel_info().tier != "none"
     replaced = kernels or matrices_only
     found: list[str] = []
-    head_module: nn.Module | None = None
+    head_module: InferenceLinear | None = None
     embedding_at = path_of(model, model.get_input_embeddings())
     names = stored_names(model, view)
     tied = tied_head(model, names)
@@ -253,7 +259,7 @@ def _linear_of(
     dtype: torch.dtype,
     kernels: bool,
     bias: Tensor | None = None,
-) -> nn.Module:
+) -> InferenceLinear:
     """A linear of checked parts, multiplied by the format's product, our kernels or torch."""
     if kernels:
         product = product_of(layout, torch.device("cpu"))
@@ -297,9 +303,7 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner) if owner else model, leaf, module)
 
 
-def tie_head(
-    model: Any, embedding_at: str, tied: str, module: nn.Module | None
-) -> None:
+def tie_head(model: Any, embedding_at: str, tied: str, module: InferenceLinear | None) -> None:
     """Give the head the matrix of the embedding: in a module of its own, or as its weight.
 
     Args:

@@ -39,9 +39,8 @@ from secateur.runtime.install import (
     tie_head,
     tied_head,
 )
-from secateur.runtime.kernels import product_of
 from secateur.runtime.kernels.dispatch import KernelChoice
-from secateur.runtime.kernels.linear import InferenceLinear, PackedEmbedding
+from secateur.runtime.kernels.linear import InferenceLinear, PackedEmbedding, product_of
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 from secateur.runtime.sampling import generation_config
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from secateur.errors import ShapeError
 from secateur.quantization.activations import GROUP, integers_of, shares_of, spread_order
+from secateur.registry import Registry
+from secateur.runtime.formats import Layout
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -75,6 +77,39 @@ class InferenceLinear(nn.Module):
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
         return _stand_in(self.out_features, self.in_features, self.dtype)
+
+
+class Product(Protocol):
+    """The contract of a product that reads the parts of one format as they are stored."""
+
+    def why_not(self, layout: Layout, device: torch.device) -> str | None:
+        """Why it cannot multiply a matrix on a device; None if it can."""
+        ...
+
+    def linear(
+        self, parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None, device: torch.device
+    ) -> InferenceLinear:
+        """A linear layer that holds the parts on the device.
+
+        Args:
+            parts: checked parts of W [out, in], by suffix, on the CPU.
+            layout: how they are stored.
+            bias: b [out], or None.
+            device: where x will be.
+        """
+        ...
+
+
+products: Registry[Product] = Registry("product", "secateur.runtime.kernels")
+"""Products by the name of the format that they read."""
+
+
+def product_of(layout: Layout, device: torch.device) -> Product | None:
+    """The product that multiplies this matrix as it is stored; None leaves it to our kernels."""
+    if layout.format not in products:
+        return None
+    product = products[layout.format]
+    return product if product.why_not(layout, device) is None else None
 
 
 class NumberedModule(nn.Module):
