@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.errors import ArchitectureError, CheckpointError
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes
 from secateur.models.opening import load_whole
-from secateur.models.skeleton import build_skeleton
+from secateur.models.skeleton import build_skeleton, stored_names
 from tiny import save_tiny
 from zoo import CONFIGS, MIXTURES
 
@@ -45,7 +47,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"intermediate_size": 10**15}, "config.json asks for (32, 1000000000000000)"),
     ({"intermediate_size": "many"}, ""),
     ({"max_position_embeddings": 10**12}, "no model has as many"),
-    ({"hidden_act": "nonsense"}, "transformers cannot build this model"),
+    ({"hidden_act": "nonsense"}, "hidden_act is 'nonsense', which transformers does not know"),
+    ({"num_hidden_layers": 1}, "2 of 3 stored layers are not in the configuration, which has 1"),
     ({"rope_parameters": 7}, ""),
     ({"model_type": "no_such_type"}, "transformers cannot build this model"),
     ({"model_type": ["llama"]}, "has no 'model_type'"),
@@ -84,7 +87,80 @@ def test_a_configuration_that_is_nested_too_deeply(refused, model: Path) -> None
 
 @pytest.mark.parametrize("family", [*CONFIGS, *MIXTURES])
 def test_every_family_of_the_zoo_fits_its_own_weights(tmp_path: Path, family: str) -> None:
-    check_sizes(save_tiny(tmp_path / "m", family, tokenizer=False))
+    folder = save_tiny(tmp_path / "m", family, tokenizer=False)
+    check_sizes(folder)
+    stored_names(build_skeleton(folder), CheckpointReader(folder))
+    load_whole(folder, torch.device("cpu"))
+
+
+def add(folder: Path, **tensors: torch.Tensor) -> None:
+    """Store other tensors, too; an underscore between two is a dot."""
+    file = folder / "model.safetensors"
+    more = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+
+
+DAMAGES: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
+    ({"num_hidden_layers": 1}, {}, "2 of 3 stored layers are not in the configuration"),
+    ({}, {"model__layers__9__mlp__up_proj__weight": torch.ones(3, 3)},
+     "1 of 4 stored layers are not in the configuration, which has 3"),
+    ({}, {"model__layers__1__mlp__up_proj__weight": torch.ones(48, 32, dtype=torch.int32)},
+     "model.layers.1.mlp.up_proj.weight: integers (int32) are stored"),
+    ({"vocab_size": 90}, {}, "is stored, config.json asks for (90, 32)"),
+]  # fmt: skip
+WORDS = {
+    "inspect": (),
+    "prune": ("--method", "magnitude", "--sparsity", 0.5, "-o", "out"),
+    "generate": ("--prompt", "a"),
+    "evaluate": ("--text", "t.txt"),
+    "train": ("--text", "t.txt", "--steps", 1, "-o", "out"),
+    "compress": ("-o", "out"),
+    "export": ("-o", "out"),
+    "structure": ("--ffn", 0.5, "--score", "magnitude", "--calibration", "t.txt", "-o", "out"),
+}
+
+
+@pytest.mark.parametrize(("changes", "tensors", "said"), DAMAGES)
+@pytest.mark.parametrize("verb", WORDS)
+def test_weights_of_another_model_are_refused_by_every_verb(
+    refused, model: Path, monkeypatch: pytest.MonkeyPatch, verb: str, changes, tensors, said: str
+) -> None:
+    monkeypatch.chdir(model.parent)
+    Path("t.txt").write_text("Some words to read, and some more of them. " * 400)
+    change(model, **changes)
+    add(model, **tensors)
+    assert said in refused(verb, model, *WORDS[verb])
+    assert not list(Path().glob("out*"))
+
+
+FURTHER: list[tuple[str, dict[str, torch.Tensor]]] = [
+    ("deepseek_v3", {"model__layers__3__eh_proj__weight": torch.ones(32, 64)}),
+    ("glm4_moe", {"model__layers__3__eh_proj__weight": torch.ones(32, 64)}),
+    ("qwen3_next", {"mtp__layers__9__mlp__up_proj__weight": torch.ones(4, 8)}),
+    ("llama", {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(8)}),
+    ("llama", {"vision_tower__blocks__9__up_proj__weight": torch.ones(4, 8)}),
+]
+
+
+@pytest.mark.parametrize(("family", "tensors"), FURTHER)
+def test_tensors_that_transformers_leaves_out_are_no_damage(
+    tmp_path: Path, family: str, tensors
+) -> None:
+    folder = save_tiny(tmp_path / "m", family, tokenizer=False)
+    add(folder, **tensors)
+    stored_names(build_skeleton(folder), CheckpointReader(folder))
+    load_whole(folder, torch.device("cpu"))
+    if family in ("deepseek_v3", "glm4_moe"):  # one further layer, not two
+        add(folder, model__layers__4__mlp__up_proj__weight=torch.ones(4, 8))
+        with pytest.raises(CheckpointError, match="1 of 5 stored layers are not"):
+            load_whole(folder, torch.device("cpu"))
+
+
+def test_surplus_experts_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "mixtral", tokenizer=False)
+    change(folder, num_local_experts=2)
+    with pytest.raises(CheckpointError, match=r"config\.json asks for|experts are not in the conf"):
+        stored_names(build_skeleton(folder), CheckpointReader(folder))
 
 
 @pytest.mark.parametrize("archive", [False, True])

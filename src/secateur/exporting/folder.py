@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, SecateurError
 from secateur.exporting import ExportSource
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
@@ -74,7 +74,7 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
         raise ArchitectureError(
             f"{len(transposed or unknown)} matrices {why}; this target stores those of nn.Linear",
             where=first_of(transposed or unknown),
-            remedy="export to another target",
+            remedy=HERE,
         )
     others = {
         name.removesuffix(".weight")
@@ -86,6 +86,18 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
     others |= {path for path, module in model.named_modules() if module is head}
     shapes = {m.name: (m.shape[0], m.shape[1]) for m in found if m.linear is not None}
     return DecoderLinears(MappingProxyType(shapes), tuple(sorted(others)), MappingProxyType(names))
+
+
+HERE = "run the model here: `secateur compress` makes it smaller, `secateur serve` serves it"
+
+
+def elsewhere(source: ExportSource) -> str:
+    """The remedy for a model that a target cannot hold: the targets that can."""
+    try:
+        decoder_linears(source)
+    except SecateurError:
+        return f"no other target takes it either; {HERE}"
+    return f"export it with --to compressed-tensors (vLLM, SGLang, transformers), or {HERE}"
 
 
 def first_of(names: Sequence[str]) -> str:

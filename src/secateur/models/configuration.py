@@ -175,12 +175,26 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     except (SecateurError, MemoryError):
         raise
     except Exception as error:
+        config = read_configuration(folder)
+        parts = {"": config, **{f"{name}.": config.get(name) for name in TEXT_PARTS}}
+        named = [
+            f"{prefix}{key}"
+            for prefix, part in parts.items()
+            for key, value in (part.items() if isinstance(part, dict) else ())
+            if isinstance(error, KeyError) and error.args and value == error.args[0]
+        ]
+        if named:
+            raise CheckpointError(
+                f"{named[0]} is {first_line(error)[:100]}, which transformers does not know",
+                where=str(folder / "config.json"),
+                remedy="copy or download config.json again",
+            ) from error
+        trusting = "; for code that comes with a checkpoint you trust, pass --trust-remote-code"
         raise ArchitectureError(
             f"transformers cannot build this model: {first_line(error)[:300]}",
             where=str(folder / "config.json"),
             remedy="only decoders that AutoModelForCausalLM knows can be pruned, also inside "
-            "models of AutoModelForImageTextToText; for code that comes with a checkpoint you "
-            "trust, pass --trust-remote-code",
+            f"models of AutoModelForImageTextToText{trusting if 'auto_map' in config else ''}",
         ) from error
 
 

@@ -39,7 +39,13 @@ from secateur.models.checkpoint import (
     write_index,
 )
 from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
-from secateur.models.skeleton import auto_class, build_skeleton, quiet_transformers, refuse_missing
+from secateur.models.skeleton import (
+    auto_class,
+    build_skeleton,
+    quiet_transformers,
+    refuse_missing,
+    stored_names,
+)
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing
 
@@ -168,7 +174,10 @@ def load_whole(
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=form_of(folder) is None,
             )
+            if form_of(folder) is None:
+                stored_names(loaded, CheckpointReader(folder), split=False)
     # transformers draws missing ones at random, and says so only in its log
     refuse_missing(sorted(report["missing_keys"]), {}, folder)
     loaded = loaded.to(device).eval()

@@ -14,6 +14,7 @@ in memory.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchitectureError, CheckpointError
-from secateur.models.architecture import experts_of, text_config
+from secateur.models.architecture import experts_of, setting, text_config
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
@@ -157,22 +158,76 @@ def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> 
 
 
 def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> dict[str, str]:
-    """Map each parameter and stored buffer of the model to the name it is stored under."""
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    shapes |= {n: tuple(b.shape) for n, b in stored_buffers(model).items()}
+    """Map each parameter and stored buffer of the model to the name it is stored under.
+
+    Raises:
+        CheckpointError: a tensor has another shape or kind of numbers than in the model, or the
+            model has fewer layers than are stored.
+    """
+    built = {**dict(model.named_parameters()), **stored_buffers(model)}
+    names = model_names(model, reader, split=split)
+    _refuse_surplus(model, names.values(), reader.folder)
     mapping = {}
-    for stored, name in model_names(model, reader, split=split).items():
-        found = reader.entries[stored].shape
-        if name not in shapes and (split or "experts" not in name):
+    for stored, name in names.items():
+        if name not in built and (split or "experts" not in name):
             continue
         mapping[name] = stored
-        if shapes.get(name, found) != found:
+        found, asked = reader.entries[stored], built.get(name)
+        if asked is None:
+            continue
+        if tuple(asked.shape) != found.shape:
             raise CheckpointError(
-                f"{stored}: shape {found} is stored, config.json asks for {shapes[name]}",
-                where=str(reader.entries[stored].file),
+                f"{stored}: shape {found.shape} is stored, config.json asks for "
+                f"{tuple(asked.shape)}",
+                where=str(found.file),
                 remedy="the configuration and the weights are of different models",
             )
+        if asked.is_floating_point() and not found.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{stored}: integers ({str(found.dtype).removeprefix('torch.')}) are stored, where "
+                "the model has floating-point numbers",
+                where=str(found.file),
+                remedy="copy or download the file again; a quantized checkpoint names its form in "
+                "config.json, under quantization_config",
+            )
     return mapping
+
+
+MTP_LAYERS = (
+    "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules",
+)  # fmt: skip
+"""How configurations call the number of layers that predict further tokens."""
+
+
+def _refuse_surplus(model: Any, names: Iterable[str], folder: Path) -> None:
+    """Refuse stored decoder layers, or modules in them, that the model has no place for.
+
+    Layers that predict further tokens may stand after the last one; transformers builds none.
+    """
+    config = text_config(model.config)
+    depth = setting(config, "num_hidden_layers")
+    further = max((setting(config, key) or 0 for key in MTP_LAYERS), default=0)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    decoder = {path for path, length in lists.items() if length == depth}
+    stored: dict[str, set[int]] = {}
+    for name in names:
+        for found in re.finditer(r"\.(\d+)(?=\.)", name):
+            path = name[: found.start()]
+            inside = path in lists and any(f"{path}.".startswith(f"{x}.") for x in decoder)
+            if inside and not any(re.search(pattern, name) for pattern in ignored):
+                stored.setdefault(path, set()).add(int(found[1]))
+    for path, numbers in stored.items():
+        room = lists[path] + (further if path in decoder else 0)
+        if surplus := [number for number in numbers if number >= room]:
+            kind = path.rpartition(".")[2]
+            raise CheckpointError(
+                f"{len(surplus)} of {len(numbers)} stored {kind} are not in the configuration, "
+                f"which has {lists[path]}",
+                where=f"{path}.{min(surplus)} in {folder}",
+                remedy="the configuration and the weights are of different models: copy or "
+                "download both again",
+            )
 
 
 def refuse_missing(needed: Iterable[str], stored: Mapping[str, str], folder: Path) -> None:

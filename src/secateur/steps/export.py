@@ -8,6 +8,7 @@ from pathlib import Path
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.models.configuration import read_configuration
+from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import refuse_other_words, start_tokens_of
 from secateur.recipes.deploy import ExportRecipe
@@ -35,6 +36,8 @@ class Export(Step[ExportRecipe, ExportResult]):
         self.source = ExportSource(
             named, folder, read_configuration(folder), open_checkpoint(folder)
         )
+        skeleton = build_skeleton(folder, opened=False)
+        stored_names(skeleton, self.source.reader, split=False)  # refuses damage
         if recipe.draft_of is not None:
             self.refuse_other_vocabulary(recipe.draft_of)
 

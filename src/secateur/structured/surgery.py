@@ -42,6 +42,7 @@ from secateur.models.checkpoint import (
 from secateur.models.inventory import part_outside
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import (
+    MTP_LAYERS,
     assign,
     build_skeleton,
     model_names,
@@ -55,9 +56,6 @@ from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
-
-MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-"""How configurations call the number of layers that predict further tokens."""
 
 PATTERN = "re:"
 """How compressed-tensors marks a name as a regular expression."""

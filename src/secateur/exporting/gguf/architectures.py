@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.exporting import ExportSource
+from secateur.exporting.folder import elsewhere
 from secateur.models.architecture import family_of_type
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
@@ -346,7 +346,7 @@ class LlamaCppModel:
                 raise ArchitectureError(
                     f"llama.cpp has no place for the tensor {name!r}",
                     where=str(source.folder),
-                    remedy="export to another target",
+                    remedy=elsewhere(source),
                 )
             shape = entries[group[0]].shape
             yield Planned(known, group, (len(group), *shape) if name in stacked else shape)
@@ -394,7 +394,7 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     kind = model_type(source)
     family = LLAMA_CPP_FAMILIES.get(kind)
     if family is None:
-        raise _differs(source.folder, f"models of type {kind!r} are not described for it here")
+        raise _differs(source, f"models of type {kind!r} are not described for it here")
     declared = family_of_type(kind)
     if declared and declared.experts:
         declared.experts.split(source.reader, {name: name for name in source.reader.entries})
@@ -404,9 +404,7 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     decoder = _decoder_of(source, family, config)
     if decoder.varied:
         if family.varied is None:
-            raise _differs(
-                source.folder, f"its layers differ in size, which it does not allow of {kind}"
-            )
+            raise _differs(source, f"its layers differ in size, which it does not allow of {kind}")
         decoder = replace(decoder, arch=family.varied)
     model = LlamaCppModel(family, decoder)
     _check(model, source)
@@ -439,7 +437,7 @@ def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Ll
         ffn = tuple(entries[down[0]].shape[1] if down else 0 for down in downs)
         counts = {len(down) for down in downs}
         if len(counts) > 1:
-            raise _differs(source.folder, f"its layers have {sorted(counts)} experts")
+            raise _differs(source, f"its layers have {sorted(counts)} experts")
         (count,) = counts
     return LlamaCppDecoder(
         arch=family.arch,
@@ -463,9 +461,9 @@ def _check(model: LlamaCppModel, source: ExportSource) -> None:
     names = ("hidden_activation", "hidden_act")
     activation = next(filter(None, (getattr(config, name, None) for name in names)), None)
     if activation not in family.activations:
-        raise _differs(source.folder, f"the activation is {activation}")
+        raise _differs(source, f"the activation is {activation}")
     for why in (*_rope_differences(decoder), *family.differences(decoder)):
-        raise _differs(source.folder, why)
+        raise _differs(source, why)
 
 
 def _stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
@@ -557,12 +555,12 @@ def _rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
         yield "only a part of each head is rotated"
 
 
-def _differs(folder: Path, why: str) -> ArchitectureError:
+def _differs(source: ExportSource, why: str) -> ArchitectureError:
     """The error for a model that llama.cpp would not compute alike."""
     return ArchitectureError(
         f"llama.cpp would not compute this model like transformers: {why}",
-        where=str(folder),
-        remedy="export to another target",
+        where=str(source.folder),
+        remedy=elsewhere(source),
     )
 
 
@@ -571,5 +569,6 @@ def refused(why: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"llama.cpp would not tokenize like this model: {why}",
         where=where,
-        remedy="export to another target; to try it all the same, use llama.cpp's own converter",
+        remedy="export it with --to compressed-tensors, which keeps the files of the tokenizer; to "
+        "try it all the same, use llama.cpp's own converter",
     )
