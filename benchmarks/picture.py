@@ -3,9 +3,9 @@
     python benchmarks/picture.py            writes docs/pictures/measured.svg
     python benchmarks/picture.py --check    fails if that file differs from the results
 
-Both halves show SmolLM2-135M. Left: excess loss on WikiText-2 at 50 % zeros before quantization:
+Both parts show SmolLM2-135M. Above: excess loss on WikiText-2 at 50 % zeros before quantization:
 published methods as means of all seeds in `results/presets.json`, the presets as they are, one
-seed, in `results/presets-curve.json`. Right: tokens per second of stored models in
+seed, in `results/presets-curve.json`. Below: tokens per second of stored models in
 `results/first-page.json`. It measures nothing.
 """
 
@@ -27,7 +27,15 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "docs" / "pictures" / "measured.svg"
-OURS, OTHERS = "#0f7a52", "#9aa5aa"
+OURS, OTHERS, PAGE, INK = "#0f7a52", "#9aa5aa", "#ffffff", "#1f2937"
+DARK = (
+    "<style>@media (prefers-color-scheme: dark) {"
+    f' [style*="fill: {PAGE}"] {{ fill: #1e2129 !important }}'
+    f' [style*="fill: {INK}"] {{ fill: #e2e4e9 !important }}'
+    f' [style*="fill: {OURS}"] {{ fill: #2dae80 !important }}'
+    " }</style>"
+)
+"""The colours of a dark page."""
 METHODS = {
     ("presets", "wanda"): "Wanda",
     ("presets", "sparsegpt"): "SparseGPT",
@@ -37,7 +45,7 @@ METHODS = {
     ("presets-curve", "thorough"): "secateur thorough",
     ("presets-curve", "best"): "secateur best",
 }
-"""The bars of the left half, by results and row."""
+"""The bars of the upper part, by results and row."""
 ENGINES = {
     "no zeros, bfloat16, torch": "torch bfloat16",
     "llama.cpp Q8_0": "llama.cpp Q8_0",
@@ -92,15 +100,19 @@ def bars(axes: Any, values: dict[str, float], form: str, title: str, below: str)
 
 def picture() -> str:
     """The picture as SVG; the same text for the same results."""
-    plt.rcParams.update({"svg.hashsalt": "secateur", "font.size": 10})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    title = "Loss added by pruning to 50 % zeros (lower is better)"
-    bars(left, excess(), "{:.2f}", title, "SmolLM2-135M, WikiText-2, nats per token")
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "ytick.labelcolor"), INK)
+    plt.rcParams.update(
+        {"svg.hashsalt": "secateur", "font.size": 11, "axes.edgecolor": OTHERS, **colors}
+    )
+    # as narrow as a phone, where wider pictures have letters too small to read
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.8, 5.8), layout="constrained")
+    title = "Loss added by 50 % zeros (lower is better)"
+    bars(upper, excess(), "{:.2f}", title, "SmolLM2-135M, WikiText-2, nats per token")
     title = "Tokens per second (higher is better)"
-    bars(right, speed(), "{:.0f}", title, "SmolLM2-135M, one text at a time, two CPU cores")
+    bars(lower, speed(), "{:.0f}", title, "SmolLM2-135M, one text at a time, two CPU cores")
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    return text.getvalue().replace(" <metadata>", f" {DARK}\n <metadata>", 1)
 
 
 def main() -> None:

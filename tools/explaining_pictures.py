@@ -30,6 +30,16 @@ LINES = (("wanda", "Wanda", "#9ca3af"), ("sparsegpt", "SparseGPT", "#6b7280"),
          ("alps", "ALPS", "#374151"), ("balanced", "balanced", "#14b8a6"),
          ("best, 98,304 tokens", "best, 98k tokens", "#0f766e"))  # fmt: skip
 
+DARK = "".join([
+    "<style>@media (prefers-color-scheme: dark) {",
+    *(f' [{part}="{light}"] {{ {part}: {dark} }}' for light, dark in (
+        ("white", "#1e2129"), (GONE, "#3f4654"), (INK, "#e2e4e9"),
+        ("#374151", "#cbd0d8"), ("#6b7280", "#9aa3b2"), ("#0f766e", "#2dd4bf"),
+    ) for part in ("fill", "stroke")),
+    " }</style>",
+])  # fmt: skip
+"""The colours of a dark page; in a style sheet they come before the attributes."""
+
 Mask = list[list[bool]]
 
 
@@ -161,13 +171,13 @@ def text(x: float, y: float, words: str, anchor: str, color: str = INK) -> str:
 
 
 def svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
-    """A picture on white, which is read on dark pages too."""
+    """A picture that is light or dark as the reader's system is."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" font-family="sans-serif" font-size="13" role="img">'
     )
     ground = f'<rect width="{width:g}" height="{height:g}" fill="white"/>'
-    return "\n".join([head, f"<title>{title}</title>", ground, *parts, "</svg>"]) + "\n"
+    return "\n".join([head, f"<title>{title}</title>", DARK, ground, *parts, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":

@@ -158,11 +158,29 @@ def page() -> str:
     for stage in STAGES:
         links = [f"[{v.name}](#secateur-{v.name})" for v in VERBS.values() if v.stage == stage]
         parts.append(f"| {stage} | {', '.join(links)} |\n")
+    parts += ["\n## By flag\n", *by_flag()]
     for verb in VERBS.values():
         if verb.recipe:
             parts += [f"\n## secateur {verb.name}\n\n{verb.summary}\n", *tables(verb)]
             parts += contradictions(verb)
     return "".join(parts)
+
+
+def by_flag() -> Iterator[str]:
+    """Every flag with its verbs, a paragraph for each first letter."""
+    verbs: dict[str, list[str]] = {}
+    for verb in VERBS.values():
+        kind = imported(verb.recipe) if verb.recipe else None
+        for option in (*options_of(kind), *run_options_of(kind)) if kind else ():
+            if not option.required and not option.flag.hidden:
+                verbs.setdefault(dashed(option), []).append(f"[{verb.name}](#secateur-{verb.name})")
+    for _, flags in groupby(sorted(verbs), key=lambda flag: flag[2]):
+        yield "\n" + " · ".join(f"`{flag}` {', '.join(verbs[flag])}" for flag in flags) + "\n"
+
+
+def dashed(option: Option) -> str:
+    """The flag of an option."""
+    return "--" + option.name.replace("_", "-")
 
 
 def tables(verb: Verb) -> Iterator[str]:
@@ -210,8 +228,7 @@ def contradictions(verb: Verb) -> Iterator[str]:
 
 def row(option: Option, *, called: bool) -> str:
     """The row of an option."""
-    dashed = "--" + option.name.replace("_", "-")
-    flag = f"`{option.name.upper()}`" if option.required else f"`{dashed}`"
+    flag = f"`{option.name.upper()}`" if option.required else f"`{dashed(option)}`"
     if option.flag.hidden:
         flag = "none"
     elif option.flag.off:

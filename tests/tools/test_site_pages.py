@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 import build_site
 import secateur
+import site_hooks
 import site_pages
 
 ROOT = build_site.ROOT
@@ -28,9 +30,25 @@ def test_the_home_page_says_what_it_is_and_leads_to_every_page() -> None:
     page = site_pages.home_page(ROOT)
     assert page.startswith("# Secateur\n")
     assert "(pictures/measured.svg)" in page
-    assert "\n## Documentation\n" in page
-    assert "\n### Understand a method\n" in page
+    assert "(map.md#understand-a-method)" in page
     assert "](docs/" not in page
+
+
+def test_each_verb_has_a_page_of_options_and_each_flag_leads_there() -> None:
+    text = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    pages = site_pages.option_pages(text)
+    assert "| `--scope` |" in pages[Path("options/prune.md")]
+    assert "`--gguf` [bench](options/bench.md)" in pages[Path("options.md")]
+    flags = re.findall(r"^\| `(--[\w-]+)`", text, re.MULTILINE)
+    index = pages[Path("options.md")]
+    assert [flag for flag in flags if f"`{flag}` [" not in index] == []
+
+
+def test_a_flag_stays_on_one_line() -> None:
+    html = "<p><code>--top-p 0.9</code></p><pre><span></span><code>x --top-p\n</code></pre>"
+    assert site_hooks.on_page_content(html) == html.replace(
+        "<code>--top-p", '<code><span class="flag">--top-p</span>'
+    )
 
 
 def test_code_is_not_relinked() -> None:
@@ -54,7 +72,7 @@ def test_every_public_name_has_an_entry_with_text() -> None:
 
 def test_assistants_are_led_to_built_pages() -> None:
     text = site_pages.assistants_page(ROOT)
-    assert "(index.html)" in text
+    assert "(map.html)" in text
     assert "(howto/lora.html)" in text
     assert "(project/ARCHITECTURE.html)" in text
     assert ".md)" not in text
