@@ -130,7 +130,7 @@ def annotation(kind: Any, function: Callable[..., Any], imports: set[str]) -> st
             imports.add(f"from {package} import {last}")
         elif name in ("Any", "Literal"):
             imports.add(f"from typing import {name}")
-        elif name in ("Mapping", "Sequence"):
+        elif name in ("Iterable", "Mapping", "Sequence"):
             imports.add(f"from collections.abc import {name}")
         elif name == "Path":
             imports.add("from pathlib import Path")

@@ -3,7 +3,7 @@
 Written by tools/option_files.py from the sections in secateur/recipes; do not edit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -218,7 +218,7 @@ def compress(
     overrides: Mapping[str, str] | None = None,
     embeddings: Literal["auto", "int8", "int4", "int3"] | None = None,
     archive: bool | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -347,7 +347,7 @@ def draft(
     structure: bool | None = None,
     minutes: float | None = None,
     own_text: float | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -536,7 +536,7 @@ def fit(
     heal_tokens: int | None = None,
     structure: bool | None = None,
     minutes: float | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -662,7 +662,7 @@ def prune(
     model: str | Path | nn.Module,
     *,
     method: str | Method | None = None,
-    calibration: str | Path | Sequence[str] | Tensor | None = None,
+    calibration: str | Path | Iterable[str] | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
     sparsity: float | None = None,
@@ -731,8 +731,8 @@ def prune(
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        calibration: Calibration text, as a file, folder, hub data set or named text, or as a list
-            of texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+        calibration: Calibration text, as a file, folder, hub data set or named text, or as several
+            texts; for a loaded model also token windows [windows, sequence_length]. [c4]
         tokenizer: of a loaded model, to read text. [the one at the place the model came from]
         progress: receives every step.
         sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
@@ -902,7 +902,7 @@ def structure(
     experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
     depth_units: Literal["layers", "blocks"] | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -1040,7 +1040,7 @@ def sweep(
     text: Sequence[str | Path] | None = None,
     text_sequence_length: int | None = None,
     text_windows: int | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Iterable[str] | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,

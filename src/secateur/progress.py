@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol, runtime_checkable
+
+from secateur.errors import RecipeError
 
 
 @runtime_checkable
@@ -38,20 +41,21 @@ class Silent:
 
 
 class ProgressBar:
-    """Shows a bar for every stage, in a notebook and on a terminal.
+    """Shows a bar for every stage: one after the other in one line of a notebook, or on stderr.
 
     Example: `secateur.prune(model, sparsity=0.5, progress=secateur.ProgressBar())`.
     """
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.stream: Any = CellLine() if _in_notebook() else sys.stderr
 
     def start(self, label: str, steps: int) -> None:
         """A stage begins; a stage of one step shows only its time."""
         from tqdm import tqdm  # plain, not its widgets: they need a package of their own
 
         self.finish()
-        self.bar = tqdm(total=steps if steps > 1 else None, desc=label, file=sys.stderr)
+        self.bar = tqdm(total=steps if steps > 1 else None, desc=label, file=self.stream)
 
     def step(self, count: int = 1, note: str = "") -> None:
         """Some steps are done."""
@@ -66,12 +70,47 @@ class ProgressBar:
             self.bar = None
 
 
-def listener(progress: Progress | None) -> Progress:
-    """Who hears of the steps of a call: what the caller gave, else a bar in a notebook."""
-    if progress is not None:
-        return progress
+class CellLine(io.TextIOBase):
+    """One line of output below a cell of a notebook. What is written replaces it."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def write(self, text: str) -> int:
+        """Show a bar; the line break after the last one shows nothing."""
+        from IPython.display import display
+
+        if shown := text.strip():
+            content = {"text/plain": shown}
+            if self.handle is None:
+                self.handle = display(content, raw=True, display_id=True)
+            else:
+                self.handle.update(content, raw=True)
+        return len(text)
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel of Jupyter runs this code."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return ProgressBar() if type(shell).__name__ == "ZMQInteractiveShell" else Silent()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def listener(progress: Progress | None) -> Progress:
+    """Who hears of the steps of a call: what the caller gave, else a bar in a notebook.
+
+    Raises:
+        RecipeError: what the caller gave does not listen.
+    """
+    if isinstance(progress, Progress) and not isinstance(progress, type):
+        return progress
+    if progress is not None:
+        raise RecipeError(
+            f"progress is {progress!r}, which has no start, step and finish"[:200],
+            remedy="pass secateur.ProgressBar(), or leave it out",
+        )
+    return ProgressBar() if _in_notebook() else Silent()
 
 
 def each_step(progress: Progress, label: str, names: Collection[str]) -> Iterator[str]:

@@ -149,3 +149,22 @@ def test_what_llama_cpp_computes_differently_is_refused(
     with pytest.raises(ArchitectureError, match=said):
         secateur.export(source, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 1, "norm_topk_prob": False}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {}),
+    ],
+)
+def test_the_refusal_names_a_target_that_takes_the_model(
+    family, changes, tokenizer, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "model", tokenizer, family, **changes)
+    with pytest.raises(ArchitectureError, match=r"to='compressed-tensors'") as refusal:
+        secateur.export(source, output=tmp_path / "out")
+    assert "serve" in str(refusal.value)
+    secateur.export(source, output=tmp_path / "out", to="compressed-tensors", type="w8a8")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import secateur
 from secateur.errors import ArchitectureError, RecipeError
+from secateur.training.lora import attach
 from tiny import tiny_tokenizer
 from zoo import config_of, tiny_windows
 
@@ -66,6 +69,31 @@ def test_evaluate_refuses_what_it_would_ignore(model: LlamaForCausalLM, tmp_path
         secateur.evaluate(tmp_path, tokenizer=tiny_tokenizer(), text="t.txt")
     with pytest.raises(RecipeError, match="a checkpoint has its own"):
         secateur.prune(tmp_path, output=tmp_path / "o", sparsity=0.5, tokenizer=tiny_tokenizer())
+
+
+def test_wrapped_models_are_refused_by_what_wraps_them() -> None:
+    model = AutoModelForCausalLM.from_config(config_of("llama"))
+    prune = partial(secateur.prune, sparsity=0.5, method="magnitude")
+    with pytest.raises(ArchitectureError, match=r"torch\.compile(?s:.*)_orig_mod"):
+        prune(torch.compile(model, backend="eager"))
+    with pytest.raises(RecipeError, match=r"LlamaForCausalLM has no adapters to merge"):
+        secateur.merge(model)
+    adapted = attach(model)
+    for wrapped in (adapted, adapted.get_base_model()):
+        with pytest.raises(ArchitectureError, match=r"adapters of peft(?s:.*)secateur\.merge"):
+            prune(wrapped)
+    assert prune(secateur.merge(adapted)).sparsity > 0.4
+
+
+def test_a_model_without_values() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of("llama"))
+    for verb in (
+        partial(secateur.prune, sparsity=0.5, method="magnitude"),
+        partial(secateur.evaluate, tokenizer=tiny_tokenizer(), text="t.txt"),
+    ):
+        with pytest.raises(ArchitectureError, match="on the meta device"):
+            verb(model)
 
 
 def test_a_module_that_is_no_model() -> None:

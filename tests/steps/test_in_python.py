@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,9 @@ def test_a_list_of_texts_is_calibration_as_a_file_of_them_is(folder: Path, tmp_p
     secateur.prune(by_file, calibration=lines, **WINDOWS)
     secateur.prune(by_list, calibration=TEXTS, **WINDOWS)
     assert same_weights(by_file, by_list)
+    by_generator = loaded(folder)
+    secateur.prune(by_generator, calibration=(text for text in TEXTS), **WINDOWS)
+    assert same_weights(by_file, by_generator)
     output = secateur.prune(folder, output=tmp_path / "out", calibration=TEXTS, **WINDOWS).output
     assert output is not None
     assert same_weights(loaded(output), by_list)
@@ -105,6 +109,44 @@ def test_the_tokenizer_is_found_where_the_model_came_from(folder: Path, tmp_path
         secateur.evaluate(model, text=tmp_path / "text.txt", sequence_length=16)
 
 
+CELLS = (
+    """
+from secateur.progress import listener
+bar = listener(None)
+for stage in ("reading", "pruning", "writing"):
+    bar.start(stage, 2)
+    bar.step(note="one")
+    bar.step(note="two")
+    bar.finish()
+""",
+    """
+from secateur.reporting.tables import Result, Table, next_steps
+class Shown(Result):
+    def blocks(self):
+        return [Table.facts("t", [("a", "1")]), *next_steps({"here": "."}, {"look": "ls"})]
+    __repr__ = Result.__repr__
+Shown()
+""",
+    "Shown().show()",
+    "print(Shown())",
+)
+
+
+def test_a_cell_of_a_notebook_has_one_output() -> None:
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    [bars], [value], [shown], [printed] = [cell.outputs for cell in notebook.cells]
+    assert bars.data["text/plain"].startswith("writing: 100%|██████████| 2/2")
+    assert "<table>" in value.data["text/html"]
+    for text in (value.data["text/plain"], shown.text, printed.text):
+        assert "here: ." in text
+        assert "  ls" in text
+
+
 def test_a_notebook_gets_a_bar_and_a_script_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +157,7 @@ def test_a_notebook_gets_a_bar_and_a_script_does_not(
     monkeypatch.setitem(sys.modules, "IPython", notebook)
     bar = listener(None)
     assert isinstance(bar, ProgressBar)
+    bar.stream = sys.stderr
     bar.start("pruning", 2)
     bar.step(note="layer 1")
     bar.step(note="layer 2")
@@ -122,3 +165,15 @@ def test_a_notebook_gets_a_bar_and_a_script_does_not(
     assert "pruning: 100%" in capsys.readouterr().err
     own = Silent()
     assert listener(own) is own
+
+
+@pytest.mark.parametrize("progress", ["bar", True, ProgressBar])
+def test_a_progress_that_does_not_listen_is_refused(folder: Path, progress: Any) -> None:
+    with pytest.raises(RecipeError, match=r"has no start, step and finish(?s:.*)ProgressBar\(\)"):
+        secateur.prune(loaded(folder), method="magnitude", sparsity=0.5, progress=progress)
+
+
+@pytest.mark.parametrize("prompt", [None, ["a", "b"], 3])
+def test_a_prompt_that_is_no_text_is_refused(folder: Path, prompt: Any) -> None:
+    with pytest.raises(RecipeError, match=r"the prompt is .*, not text"):
+        secateur.generate(folder, prompt=prompt)

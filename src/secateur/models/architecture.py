@@ -323,12 +323,19 @@ def vocabulary_of(model: Any) -> int:
 
 
 def refuse_foreign(model: nn.Module) -> None:
-    """Refuse a module that no class of transformers has made."""
+    """Refuse a module that no class of transformers has made, or that has no weights."""
     if not hasattr(model, "config"):
         raise ArchitectureError(
             f"{type(model).__name__} is no causal language model of transformers: it has no "
             "configuration",
             remedy="load one with AutoModelForCausalLM.from_pretrained(DIR), or name its folder",
+        )
+    if empty := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ArchitectureError(
+            f"{len(empty)} parameters of the model have no values: they are on the meta device",
+            where=empty[0],
+            remedy="load the model into memory, without device_map='meta' or offloading; or name "
+            "its folder, which needs memory for one layer",
         )
 
 

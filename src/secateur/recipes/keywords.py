@@ -10,7 +10,7 @@ import operator
 import os
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -46,7 +46,7 @@ FUNCTION_HELP = """{about}
     """
 """The help of a function that is made from its options."""
 CALIBRATION_TEXT = "calibration"
-"""The option that also takes the texts themselves, as a list."""
+"""The option that also takes the texts themselves: a list, or what yields them."""
 
 
 def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -129,7 +129,7 @@ def _parameter_of(option: Option) -> inspect.Parameter:
     """The keyword parameter of an option."""
     kind = _widened(option.type, str | Path if option.is_path else str)
     if option.name == CALIBRATION_TEXT:
-        kind |= Sequence[str]
+        kind |= Iterable[str]
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -178,8 +178,9 @@ def recipe_of(
         RecipeError: listing every fault.
     """
     given = {k: plain(v) for k, v in {**values, **options}.items() if v is not None}
-    if isinstance(given.get(CALIBRATION_TEXT), list | tuple):
-        given[CALIBRATION_TEXT] = str(_keep_texts(given[CALIBRATION_TEXT]))
+    texts = given.get(CALIBRATION_TEXT)
+    if isinstance(texts, Iterable) and not isinstance(texts, str | Mapping):
+        given[CALIBRATION_TEXT] = str(_keep_texts(list(texts)))
     call = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
     spelled = {option.path: option.name for option in all_options(kind)}
     return build_call(kind, nested(kind, given), call, spelled=spelled)

@@ -135,12 +135,13 @@ def _print_blocks(blocks: Iterable[Block], console: Console | None = None) -> No
     """Write blocks to a console; to stdout if none is given."""
     from rich.console import Console
 
-    console = console or Console()
+    console = console or Console(force_jupyter=False)
     usual = console.width
-    for block in blocks:
-        columns = 0 if isinstance(block, Line) else len(block.columns)
-        console.width = max(usual, NARROWEST_COLUMN * columns + 1)
-        console.print(block.renderable(), soft_wrap=not columns, highlight=False)
+    with console:  # writes once: a notebook shows every write as an output of its own
+        for block in blocks:
+            columns = 0 if isinstance(block, Line) else len(block.columns)
+            console.width = max(usual, NARROWEST_COLUMN * columns + 1)
+            console.print(block.renderable(), soft_wrap=not columns, highlight=False)
 
 
 def plain_text(blocks: Iterable[Block]) -> str:
@@ -148,9 +149,8 @@ def plain_text(blocks: Iterable[Block]) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    _print_blocks(
-        blocks, Console(file=stream, width=PLAIN_WIDTH, no_color=True, force_terminal=False)
-    )
+    plain: Any = {"no_color": True, "force_terminal": False, "force_jupyter": False}
+    _print_blocks(blocks, Console(file=stream, width=PLAIN_WIDTH, **plain))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 

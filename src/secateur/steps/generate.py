@@ -5,6 +5,7 @@ A `Conversation` holds the model, and generates piece by piece with the fastest 
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -201,9 +202,8 @@ class Conversation:
         Raises:
             RecipeError: the prompt is empty or no text, or does not fit the model.
         """
-        if not prompt.strip():
+        if not _check_text(prompt).strip():
             raise RecipeError("the prompt is empty", remedy="give at least one word")
-        _check_text(prompt)
         new_tokens, chat = self.max_new_tokens, self.chat
         messages = [*self.messages, {"role": "user", "content": prompt}]
         self._check_length(new_tokens or 1)
@@ -344,6 +344,12 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
 
 def _check_text(prompt: str) -> str:
     """Return the same text if UTF-8 can encode it."""
+    if not isinstance(prompt, str):
+        raise RecipeError(
+            f"the prompt is {reprlib.repr(prompt)}, not text",
+            remedy="give one text; several prompts are several calls, and `secateur serve` "
+            "answers many at once",
+        )
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

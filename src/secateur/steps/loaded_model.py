@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from secateur.engine.prune.run import check_finite, refuse_all_zero
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
 from secateur.engine.stream.calls import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
+from secateur.errors import ArchitectureError
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
@@ -73,7 +74,7 @@ OF_TEXT = dict.fromkeys(
 
 def prune_module(
     model: nn.Module,
-    calibration: str | Path | Sequence[str] | Tensor | None,
+    calibration: str | Path | Iterable[str] | Tensor | None,
     tokenizer: Any,
     progress: Progress,
     options: Mapping[str, Any],
@@ -87,6 +88,7 @@ def prune_module(
     if isinstance(calibration, Tensor):
         refuse_unused(PruneRecipe, options, OF_TEXT, "the calibration is a tensor of windows")
     refuse_foreign(model)
+    _refuse_wrapped(model)
     named = None if isinstance(calibration, Tensor) else calibration
     recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
     method, sparsity = method_of(recipe)
@@ -133,6 +135,21 @@ def prune_module(
     finally:
         model.train(was_training)
     return PruneResult(sparsity, ledger.layers, left=left)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model inside a wrapper: its adapters, or code that torch has compiled for it."""
+    if hasattr(model, "_orig_mod"):
+        raise ArchitectureError(
+            "the model is compiled by torch.compile",
+            remedy="prune the model itself (model._orig_mod), and compile it afterwards",
+        )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ArchitectureError(
+            "the model has adapters of peft, whose product would fill the zeros",
+            remedy="merge them first: model = secateur.merge(model); or prune the base model, and "
+            "train adapters on it",
+        )
 
 
 def _decoder_sparsity(model: nn.Module, matrices: Sequence[StoredMatrix]) -> float:

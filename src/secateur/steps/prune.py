@@ -89,7 +89,7 @@ def prune(
     model: str | Path | nn.Module,
     *,
     method: str | Method | None = None,
-    calibration: str | Path | Sequence[str] | Tensor | None = None,
+    calibration: str | Path | Iterable[str] | Tensor | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Any,
@@ -99,8 +99,8 @@ def prune(
     Args:
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
-        calibration: Calibration text, as a file, folder, hub data set or named text, or as a list
-            of texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+        calibration: Calibration text, as a file, folder, hub data set or named text, or as several
+            texts; for a loaded model also token windows [windows, sequence_length]. [c4]
         tokenizer: of a loaded model, to read text. [the one at the place the model came from]
         progress: receives every step.
         **options: the other options of the recipe.

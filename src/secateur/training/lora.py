@@ -116,8 +116,15 @@ def merge(adapted: PeftModel) -> Any:
         adapted: a pruned model in peft's wrapper. The adapters that are active are merged.
 
     Raises:
+        RecipeError: the model has no adapters.
         VerificationError: a weight of an adapter from `attach` that was zero no longer is.
     """
+    if not isinstance(adapted, need_peft().PeftModel):
+        raise RecipeError(
+            f"{type(adapted).__name__} has no adapters to merge: it is no PeftModel",
+            remedy="load them first: peft.PeftModel.from_pretrained(model, ADAPTER); from a file, "
+            "`secateur import MODEL --adapter ADAPTER --output MERGED` does both",
+        )
     from secateur.training.masked_adapter import MaskedAdapter
 
     base = adapted.get_base_model()
