@@ -99,6 +99,7 @@ def advise(
     gpu_hours: float | None = None,
     peak: float | None = None,
     utilisation: float | None = None,
+    spot: bool | None = None,
     usd_per_hour: float | None = None,
     facts: str | Path | None = None,
     trust_remote_code: bool | None = None,
@@ -113,8 +114,9 @@ def advise(
         model: Hub id, folder (config.json is enough), named sample, or a well-known shape such as
             llama-3.1-8b.
         progress: receives every step.
-        hardware: What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu,
-            raspberry-pi-5, this-machine, or a name from --facts. [this-machine]
+        hardware: What it runs on, such as h100-80gb, rtx-4090, m4-24gb, strix-halo-128gb,
+            laptop-cpu, this-machine, or a name from --facts. The page of advise lists all.
+            [this-machine]
         requests_per_day: Requests on an average day. [1000]
         tokens_per_request: Tokens of prompt and answer together. [500]
         new_tokens: Tokens of the answer alone. [half of them]
@@ -124,6 +126,7 @@ def advise(
         gpu_hours: Most GPU hours for making the model. [any]
         peak: How many times the average the busiest moment has. [2]
         utilisation: The fraction of a device's time that may be planned. [0.7]
+        spot: Count with prices of rented devices that can be taken away at any time. [off]
         usd_per_hour: What you pay for one device. [from the facts]
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]

@@ -13,6 +13,7 @@ import transformers
 
 import secateur
 from commands import runner
+from secateur.advisor.capacity import Capacity
 from secateur.advisor.facts import read_facts
 from secateur.advisor.options import options_for
 from secateur.errors import RecipeError, SecateurError, SourceError
@@ -20,6 +21,7 @@ from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton, without_weights
 from secateur.recipes.options import options_of, run_options_of
 from secateur.recipes.verbs import VERBS, imported
+from secateur.reporting.tables import Table
 from tiny import save_tiny
 
 RECURRENT = ("mamba", "falcon_h1")
@@ -139,7 +141,7 @@ def test_every_command_that_is_advised_can_be_given() -> None:
                     required = {name for name, one in flags.items() if one.required}
                     assert required - {"--model"} <= used, line
                     seen.add(line.split()[1])
-    assert seen == {"structure", "train", "prune", "compress"}
+    assert seen == {"structure", "train", "prune", "compress", "export"}
 
 
 QWEN3_30B_A3B = {
@@ -166,6 +168,73 @@ def test_a_plain_configuration_needs_neither_torch_nor_transformers(tmp_path: Pa
         )
         assert ran.returncode == code, ran.stderr
         assert ran.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_model_as_it_is_has_a_row_or_a_reason(tmp_path: Path) -> None:
+    """On 0d9766ca an H100 had eight rows for this load, none of them the model itself."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    served = secateur.advise(tmp_path, hardware="h100-80gb", requests_per_day=1e6)
+    names = [row.option.name for row in served.shown()]
+    assert len(names) == 8
+    assert names[0] == "fp8"
+    assert "as it is" in names
+    small = secateur.advise(tmp_path, hardware="rtx-4060-ti-16gb", latency_p99_ms=1.0)
+    assert any(line.startswith("as it is: ") for line in small.refused())
+
+
+def test_quantizing_takes_time_and_money(tmp_path: Path) -> None:
+    """On 0d9766ca FP8 took "0.0 GPU hours, 0 USD (nothing to make)"."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    found = secateur.advise(tmp_path, hardware="h100-80gb", requests_per_day=1e6)
+    fp8 = next(row for row in found.advice.considered if row.option.name == "fp8")
+    assert fp8.making.gpu_hours.typical == pytest.approx(25 / 3600 * 30.53 / 7, rel=1e-3)
+    assert "takes about 1.8 GPU minutes, 0.05 (0.02 to 0.09) USD" in str(found)
+    assert "paid back within a day" in str(found)
+    whole = next(row for row in found.advice.considered if not row.option.changed)
+    assert (whole.making.gpu_hours.high, whole.making.formula) == (0, "nothing to make")
+
+
+def test_serving_oneself_stands_beside_hosted_models_with_cost_and_latency() -> None:
+    found = secateur.advise("llama-3.1-8b", hardware="a40", requests_per_day=1e6)
+    (table, _) = found.hosted()
+    assert isinstance(table, Table)
+    rows = {str(row[0]): row for row in table.rows}
+    assert {"as it is", "int4", "2:4 zeros", "2:4 zeros + int4", "gpt-4o (API)"} <= rows.keys()
+    assert (
+        rows["gpt-4o (API)"][3] == f"{0.39 + 250 / 81:.2g}"
+    )  # first token, then 250 at 81 a second
+    assert rows["llama-3.1-8b (API)"][3] == "not known"
+    whole = next(row for row in found.advice.considered if not row.option.changed).capacity
+    assert isinstance(whole, Capacity)
+    expected = whole.first_token.typical + 250 * whole.step.typical
+    assert rows["as it is"][3] == f"{expected:.2g}"
+
+
+def test_spot_prices_are_apart() -> None:
+    asked = {"hardware": "a100-80gb", "requests_per_day": 1e6}
+    for spot, price in ((False, 1.5), (True, 0.86)):
+        found = secateur.advise("llama-2-7b", spot=spot, **asked)  # type: ignore[arg-type]
+        assert found.advice.device.usd_per_hour[1] == price
+    with pytest.raises(RecipeError, match="nobody publishes a spot price"):
+        secateur.advise("llama-2-7b", hardware="rtx-3090", spot=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("macbook", "m4-16gb/24gb/32gb"),
+        ("Mac mini", "m4-pro-24gb/48gb/64gb"),
+        ("4090", "name one of: rtx-4090;"),
+        ("raspberry", "raspberry-pi-5, raspberry-pi-5-16gb;"),
+        ("a100", "a100-80gb;"),
+        ("h20", "h200"),
+        ("", "a100-80gb"),
+    ],
+)
+def test_near_names_of_hardware(name: str, near: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        secateur.advise("llama-2-7b", hardware=name)
+    assert near in caught.value.remedy
 
 
 def test_a_name_that_is_nothing_names_a_near_shape() -> None:

@@ -205,7 +205,10 @@ def test_a_users_facts_replace_single_entries(tmp_path: Path) -> None:
         ("hardware: {mine: {name: x, kind: cpu, usd_per_hour: [1, 1, 1]}}", "mine needs memory"),
         ("hardware: {h200: {memory_gib: -3}}", "larger than 0"),
         ("efficiency: {cuda: {compute: [0.9, 0.5, 2]}}", "compute is"),
-        ("hardware: {mine: {name: x, kind: tpu, usd_per_hour: [1, 1, 1]}}", "cuda or cpu"),
+        (
+            "hardware: {mine: {name: x, kind: tpu, usd_per_hour: [1, 1, 1]}}",
+            "kind is one of: cuda, llama.cpp, cpu",
+        ),
         ("speed: 3", "speed: Extra inputs"),
         ("- 1", "no table of names"),
         ("{", "cannot be read"),

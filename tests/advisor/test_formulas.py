@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ from secateur.advisor.capacity import (
     weight_bytes,
     weights_read,
 )
-from secateur.advisor.facts import API, Estimate, Facts, read_facts
+from secateur.advisor.facts import API, GIVEN, Estimate, Facts, read_facts
 from secateur.advisor.options import (
     STRUCTURES,
     VALUES,
@@ -35,6 +36,7 @@ from secateur.advisor.options import (
     CompressionWay,
     options_for,
 )
+from secateur.errors import RecipeError
 from secateur.models.plain_decoder import PlainDecoder
 from secateur.models.shape import ModelShape
 
@@ -291,3 +293,43 @@ def test_only_what_a_device_gains_from_is_offered(facts: Facts, llama: ModelShap
     assert "50% zeros + int4" in here
     assert not any("2:4" in name or "fp8" in name or "experts" in name for name in here)
     assert "as it is" in here
+
+
+@pytest.mark.parametrize(("name", "tokens_per_second"), [("m4-16gb", 20.87), ("m1-max-64gb", 46.2)])
+def test_a_mac_decodes_as_quickly_as_its_owner_measured(
+    facts: Facts, name: str, tokens_per_second: float
+) -> None:
+    """normiebench issues 3 and 40: Llama-3.1-8B in Q4_K_M by llama.cpp, 128 tokens."""
+    device = facts.hardware[name]
+    speed = Roofline(device, facts.efficiency[device.kind])
+    eight = facts.shapes["llama-3.1-8b"].shape("l")
+    step = speed.step(eight, option(values="q4_0"), 1, 128)
+    assert step.low < 1 / tokens_per_second < step.high
+
+
+def test_every_device_says_where_its_numbers_are_from(facts: Facts) -> None:
+    for name, device in facts.hardware.items():
+        assert len(device.price_source) > 10, name
+        assert (device.spot_usd_per_hour is None) == (device.spot_source == GIVEN), name
+        if device.spot_usd_per_hour is not None:
+            assert device.spot_usd_per_hour[1] < device.usd_per_hour[1], name
+        if device.bought is not None:
+            hour = device.bought.usd[1] / 26280 + device.bought.watts * 0.15e-3
+            assert device.usd_per_hour[1] == pytest.approx(hour, abs=1e-4), name
+    assert facts.hardware["m4-24gb"].memory_gib == pytest.approx(16, abs=0.05)
+    assert facts.hardware["m2-ultra-192gb"].memory_gib == 144
+
+
+def test_sizes_of_memory_are_entries_of_their_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "hardware:\n  mine: {name: Mine, kind: llama.cpp, sizes_gb: [8, 32], usable: 0.5,\n"
+        "    bandwidth_gb_s: 100, tflops: {bf16: 3}, bought: {usd: [1, 2, 3], watts: 5}}\n"
+        "  m4-24gb: {bandwidth_gb_s: 1}\n"
+    )
+    found = read_facts(mine).hardware
+    assert (found["mine-8gb"].memory_gib, found["mine-32gb"].memory_gib) == (4, 16)
+    assert (found["m4-24gb"].bandwidth_gb_s, found["m4-16gb"].bandwidth_gb_s) == (1, 120)
+    mine.write_text("hardware: [8]")
+    with pytest.raises(RecipeError, match="hardware"):
+        read_facts(mine)

@@ -14,7 +14,8 @@ Serving and making the model cost
     month  = devices · price · 730 h           year = devices · price · 8760 h
     tokens = month / (requests per day · 30.42 · tokens of a request) · 1,000,000
     API    = requests per month · (P · input + N · output) / 1,000,000
-    prune  = seconds of a 7B model · parameters / 7 billion
+    prune  = seconds of a 7B model · parameters / 7 billion     ALPS, the longest of the one-shot
+             methods, for each step; one pass without a text (FP8, Q8_0): magnitude pruning
     learn  = (6 · student + 2 · teacher) · tokens / (peak · e)     operations of a training step
 
 A `AdviceQuestion` is everything that an advice depends on, as data: the same question has the same
@@ -30,7 +31,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.advisor.capacity import (
+    BATCHES,
     GIB,
+    SHARED_BY,
     Capacity,
     Load,
     Measured,
@@ -43,15 +46,13 @@ from secateur.advisor.capacity import (
     most_requests,
 )
 from secateur.advisor.facts import API, Estimate, Facts, Hardware
-from secateur.advisor.options import CompressionWay, options_for
+from secateur.advisor.options import ENGINES, CompressionWay, options_for
 from secateur.models.shape import LayerCache, LayerKind, ModelShape
 
 MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
 
-PRUNING_METHOD = "alps"
-"""Its published time is the longest of the one-shot methods; the presets are near it."""
-
 PRUNING_DEVICE = "a100-80gb"
+"""On it the times of methods were published."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,18 @@ def cost_of(found: Capacity, load: Load, price: Estimate) -> ServingCost:
 def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making:
     """What it costs to make an option: pruning or cutting, rounding, distillation."""
     device = facts.hardware[PRUNING_DEVICE]
-    ours = ("".join(part.commands).startswith("secateur") for part in option.parts)  # FP8: none
-    passes = sum(ours)
-    seconds = facts.pruning_seconds_of_7b[PRUNING_METHOD] * model.parameters / 7e9 * passes
+    steps = [part.takes for part in option.parts if part.takes]
+    seconds = sum(facts.pruning_seconds_of_7b[step] for step in steps) * model.parameters / 7e9
     hours = Estimate.exact(seconds / 3600)
-    formula = f"{passes} x {PRUNING_METHOD} on one {device.name}, published time, by parameters"
+    took = f"as long as pruning with {' and '.join(steps)} on one {device.name}, published"
+    formula = f"{took} for 7 B, by parameters" if steps else "nothing to make"
     if option.structure.tokens:
         student = option.shape(model)
         operations = 6 * student.per_token + 2 * model.per_token
         hours = hours + learning_hours(operations, option.structure.tokens, device, facts)
         formula += f"; distillation on {option.structure.tokens / 1e9:g} billion tokens"
     usd = hours.times(facts.price(device))
-    return Making(hours, usd, formula if passes else "nothing to make")
+    return Making(hours, usd, formula)
 
 
 def learning_hours(operations: float, tokens: float, device: Hardware, facts: Facts) -> Estimate:
@@ -318,9 +319,15 @@ def considered(question: AdviceQuestion) -> list[Considered]:
 
 
 def _cheapest(questions: Sequence[AdviceQuestion]) -> Elsewhere | None:
-    """The cheapest way to serve a load on other devices that surely keeps the bounds, if any."""
-    found = []
-    for question in questions:
+    """The cheapest way to serve a load on other devices that surely keeps the bounds, if any.
+
+    One device costs the least that a way on it can cost, so dear ones need no computation.
+    """
+    found: list[Elsewhere] = []
+    for question in sorted(questions, key=lambda one: one.hardware.usd_per_hour[1]):
+        least = question.hardware.usd_per_hour[1] * MONTH_HOURS
+        if found and least > min(one.month for one in found):
+            break
         rows = considered(question)
         row = next((row for row in rows if row.possible and row.safe), None)
         if row is not None and isinstance(row.capacity, Capacity):
@@ -473,8 +480,9 @@ class AdviceQuestion:
     def device(self) -> ServingDevice:
         """The memory of the device and its time model."""
         kind = self.hardware.kind
-        alone = {"most": 1, "most_batch": 1} if kind == "cpu" else {}
-        return ServingDevice(kind, self.memory_bytes, self.speed, **alone)
+        engine = ENGINES[kind]
+        most, batch = SHARED_BY[-1] if engine.shared else 1, BATCHES[-1] if engine.batched else 1
+        return ServingDevice(kind, self.memory_bytes, self.speed, most, batch)
 
     def speed(self, devices: int) -> TimeModel:
         """The times when so many devices share a model."""
@@ -487,9 +495,10 @@ class AdviceQuestion:
         return advise_on(self, self.others())
 
     def others(self) -> list[AdviceQuestion]:
-        """The same question about all other devices with a data sheet."""
-        known = self.facts.hardware.values()
-        return [self.on(x) for x in known if x.on_paper and x.name != self.hardware.name]
+        """The same question about all other devices with a data sheet, rented or owned as this."""
+        mine, known = self.hardware, self.facts.hardware.values()
+        alike = (x for x in known if (x.bought is None) == (mine.bought is None))
+        return [self.on(x) for x in alike if x.on_paper and x.name != mine.name]
 
     def on(self, other: Hardware) -> AdviceQuestion:
         """The same question about another device, by its data sheet."""

@@ -55,6 +55,16 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
         check_writable(page, file=True)
     facts = read_facts(None if recipe.facts is None else Path(recipe.facts))
     hardware = facts.device(recipe.hardware)
+    if recipe.spot:
+        if hardware.spot_usd_per_hour is None:
+            known = (n for n, one in facts.hardware.items() if one.spot_usd_per_hour)
+            raise RecipeError(
+                f"nobody publishes a spot price of {hardware.name}",
+                where="--spot",
+                remedy=f"known are those of {', '.join(known)}; or give yours with --usd-per-hour",
+            )
+        facts = facts.at_spot_prices()
+        hardware = facts.device(recipe.hardware)
     if recipe.usd_per_hour is not None:
         price = (recipe.usd_per_hour,) * 3
         given = {"usd_per_hour": price, "price_source": GIVEN}
@@ -156,6 +166,9 @@ def _plain_decoder(file: Path) -> PlainDecoder | None:
 SCHEMA = "secateur.advice/1"
 SHOWN = 8
 """Options in the table; --json has all."""
+
+BESIDE = ("as it is", "int4", "q4_0", "2:4 zeros", "2:4 zeros + int4", "50% zeros + int4")
+"""Options beside hosted models, whether or not they keep the bounds."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -281,12 +294,12 @@ class AdviseResult(Result):
         rate = f"{load.requests_per_day:,.0f} requests a day of {load.prompt_tokens} + "
         rate += f"{load.new_tokens} tokens"
         title = f"{self.model} ({advice.model.parameters / 1e9:.2f} B) on {advice.device.name}, "
-        fit = [row for row in advice.considered if not row.refused][:SHOWN]
+        fit = self.shown()
         rows = [self.row(row) for row in fit]
         styles = [
             "bold green" if row is advice.chosen else "" if row.safe else "yellow" for row in fit
         ]
-        columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month", "USD/M")
+        columns = ("option", "accuracy", "memory", "devices", "ms/token", "USD/month")
         blocks: list[Block] = [Line(advice.verdict, "bold")]
         blocks += [Line(f"nearest: {line}") for line in self.nearest]
         if rows:
@@ -294,6 +307,13 @@ class AdviseResult(Result):
         blocks += [Line(line, "dim") for line in [*self.legend(), *self.refused()]]
         blocks += [*self.recipe(), *self.hosted(), *(Line(x, "dim") for x in self.origins())]
         return blocks if self.page is None else [*blocks, Line(f"page: {self.page}")]
+
+    def shown(self) -> list[Considered]:
+        """The cheapest options that are in, the advised one and the model as it is among them."""
+        fit = [row for row in self.advice.considered if not row.refused]
+        kept = [row for row in fit if row is self.advice.chosen or not row.option.changed]
+        first = [row for row in fit if row not in kept][: SHOWN - len(kept)]
+        return [row for row in fit if row in kept or row in first]
 
     def notes(self) -> list[str]:
         """What the numbers mean, why options are out, and where numbers are from."""
@@ -313,20 +333,19 @@ class AdviseResult(Result):
             f"{found.devices.typical:.0f}",
             f"{found.step.typical * 1e3:.1f}",
             f"{cost.month.typical:,.0f}",
-            f"{cost.million_tokens.typical:.3g}",
         )
 
     def legend(self) -> list[str]:
         """What the marks and columns of the table of options mean."""
-        shown = [row.capacity for row in self.advice.considered if not row.refused][:SHOWN]
-        sizes = sorted({one.batch for one in shown if isinstance(one, Capacity)})
+        found = [row.capacity for row in self.shown()]
+        sizes = sorted({one.batch for one in found if isinstance(one, Capacity)})
         if not sizes:
             return []
         batch = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         return [
             "*: advised. ?: may break your limit on accuracy: measure its loss first.",
             f"Memory of a copy and ms/token at the batch size that this load needs ({batch}). "
-            "USD/M: for a million tokens. Ranges: --json",
+            f"{len(self.advice.considered)} options with ranges and sources: --json",
         ]
 
     def refused(self) -> list[str]:
@@ -340,25 +359,44 @@ class AdviseResult(Result):
         if chosen is None or not self.commands:
             return []
         making = chosen.making
-        cost = f"{_ranged(making.gpu_hours, ',.1f')} GPU hours, {_ranged(making.usd, ',.0f')} USD"
+        quick = making.gpu_hours.typical < 1
+        time = _ranged(making.gpu_hours * (60 if quick else 1), ",.2g" if quick else ",.1f")
+        usd = _ranged(making.usd, ",.2f" if making.usd.typical < 10 else ",.0f")
+        cost = f"{time} GPU {'minutes' if quick else 'hours'}, {usd} USD"
         lines = [Line(f"  {command}") for command in self.commands]
         lines.append(Line(f"  takes about {cost} ({making.formula})"))
         months = self.advice.paid_back_months
         if months:
-            lines.append(Line(f"  paid back after {months:.2g} months"))
+            when = "within a day" if months < 1 / 30 else f"after {months:.2g} months"
+            lines.append(Line(f"  paid back {when}"))
         return [Line("recipe:", "bold"), *lines]
 
     def hosted(self) -> list[Block]:
-        """Hosted models under the same load."""
-        rows = []
-        for api in self.advice.apis:
-            least = api.requests_per_day
-            shown = "never" if least is None else f"{least:,.0f}"
-            rows.append((api.name, f"{api.month:,.0f}", shown))
-        if not rows:
+        """Serving it oneself beside hosted models, under the same load."""
+        advice, tokens = self.advice, self.load.new_tokens
+        if not advice.apis:
             return []
-        columns = ("hosted model", "USD/month", "serving is cheaper from, requests/day")
-        return [Table.of("", columns, rows)]
+        rows = []
+        for row in advice.considered:
+            found, cost, name = row.capacity, row.cost, row.option.name
+            if (row is advice.chosen or name in BESIDE) and isinstance(found, Capacity) and cost:
+                low, high = row.kept
+                accuracy = "100%" if low == 1 else f"{100 * low:.3g}-{100 * high:.3g}%"
+                seconds, month = found.seconds(tokens).typical, f"{cost.month.typical:,.0f}"
+                rows.append((name, accuracy, month, f"{seconds:.2g}", ""))
+        for api in advice.apis:
+            least, time = api.requests_per_day, self.facts.apis[api.name].seconds(tokens)
+            shown = "never" if least is None else f"{least:,.0f}"
+            rows.append((
+                f"{api.name} (API)", "", f"{api.month:,.0f}",
+                "not known" if time is None else f"{time:.2g}", shown,
+            ))  # fmt: skip
+        columns = ("served as", "accuracy", "USD/month", "P50, s", "own cheaper from")
+        note = (
+            "P50: half of the requests take at most so many seconds, waiting not counted. From so "
+        )
+        note += "many requests a day on, the advised option on one's own device costs less."
+        return [Table.of("", columns, rows), Line(note, "dim")]
 
     def format_cache(self) -> str:
         """What one sequence of the load keeps, and in which layers."""
@@ -377,7 +415,8 @@ class AdviseResult(Result):
     def price_origin(self) -> str:
         """Where the price of the device is from."""
         source = self.advice.device.price_source
-        return source if source == GIVEN else f"{PUBLISHED}; {source}"
+        ours = source == GIVEN or source.startswith("our estimate")
+        return source if ours else f"{PUBLISHED}; {source}"
 
     def origins(self) -> list[str]:
         """Where each kind of number is from."""

@@ -299,6 +299,10 @@ class Capacity:
         low, high = self.replicas_range
         return Estimate(low, self.replicas, high) * self.shared_by
 
+    def seconds(self, tokens: int) -> Estimate:
+        """The time of a request with an answer of so many tokens, without waiting: its median."""
+        return self.first_token + self.step * tokens
+
     def used(self, load: Load) -> float:
         """The part of the copies that the busiest moment of a load needs, with typical times."""
         most = most_requests(self.least_busy.typical, load)

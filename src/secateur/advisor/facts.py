@@ -6,9 +6,10 @@ Numbers have a range, and say where they come from.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from secateur.errors import RecipeError
 from secateur.models.plain_decoder import PlainDecoder
-from secateur.registry import did_you_mean
 
 THIS_MACHINE = "this-machine"
 """The device whose memory and times are measured."""
@@ -38,18 +38,57 @@ class Entry(BaseModel):
 Range = Annotated[tuple[float, float, float], Field(description="low, typical, high")]
 
 
+KINDS = ("cuda", "llama.cpp", "cpu")
+"""What runs the model: vLLM or its like on CUDA, llama.cpp on another GPU, or our kernels."""
+
+LIFE_HOURS, USD_PER_KWH = 3 * 8760, 0.15
+"""Over how many hours a bought device is paid off, and its electricity; our estimates."""
+
+
+class Purchase(Entry):
+    """A device that people own.
+
+    Attributes:
+        usd: list prices: low, typical, high.
+        watts: while it works.
+    """
+
+    usd: Range
+    watts: float
+
+    @property
+    def usd_per_hour(self) -> Range:
+        """Usd / life + watts · price of electricity."""
+        low, typical, high = (
+            round(usd / LIFE_HOURS + self.watts / 1000 * USD_PER_KWH, 4) for usd in self.usd
+        )
+        return low, typical, high
+
+    @property
+    def source(self) -> str:
+        """Where its price for an hour is from."""
+        return (
+            f"our estimate: {self.usd[1]:,.0f} USD ({self.usd[0]:,.0f} to {self.usd[2]:,.0f}) over "
+            f"three years, and {self.watts:g} W at {USD_PER_KWH} USD a kWh"
+        )
+
+
 class Hardware(Entry):
     """One device that a model runs on.
 
     Attributes:
         name: for people.
-        kind: `cuda` or `cpu`.
+        kind: one of `KINDS`.
         memory_gib: what the driver reports; None for this machine, where it is read.
         bandwidth_gb_s: of the memory, from the data sheet; None for this machine.
         tflops: dense peak of matrix products, by the type of the values.
         semi_structured: whether it multiplies 2:4 matrices faster.
-        usd_per_hour: price of one device: low, typical, high.
+        usd_per_hour: price of one device, on demand: low, typical, high.
         price_source: where the price is from.
+        spot_usd_per_hour: of a device that can be taken away at any time; None if nobody says.
+        spot_source: where that price is from.
+        bought: what it costs to own; `usd_per_hour` is computed from it. None for rented ones.
+        source: where bandwidth and peak are from, if not the maker's data sheet.
     """
 
     name: str
@@ -60,14 +99,29 @@ class Hardware(Entry):
     semi_structured: bool = False
     usd_per_hour: Range
     price_source: str = GIVEN
+    spot_usd_per_hour: Range | None = None
+    spot_source: str = GIVEN
+    bought: Purchase | None = None
+    source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def price_of_bought(cls, given: Any) -> Any:
+        """The price of an hour of a bought device, where none is given."""
+        if not isinstance(given, Mapping) or "usd_per_hour" in given or "bought" not in given:
+            return given
+        bought = Purchase.model_validate(given["bought"])
+        return {"price_source": bought.source, **given, "usd_per_hour": bought.usd_per_hour}
 
     @model_validator(mode="after")
     def check(self) -> Hardware:
         """Prices rise from low to high; nothing is negative."""
-        if sorted(self.usd_per_hour) != list(self.usd_per_hour) or self.usd_per_hour[0] < 0:
-            raise ValueError("usd_per_hour is [low, typical, high]")
-        if self.kind not in ("cuda", "cpu"):
-            raise ValueError("kind is cuda or cpu")
+        for name in ("usd_per_hour", "spot_usd_per_hour"):
+            price = getattr(self, name)
+            if price is not None and (sorted(price) != list(price) or price[0] < 0):
+                raise ValueError(f"{name} is [low, typical, high]")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is one of: {', '.join(KINDS)}")
         sizes = (self.memory_gib, self.bandwidth_gb_s, *self.tflops.values())
         if any(size is not None and size <= 0 for size in sizes):
             raise ValueError("memory_gib, bandwidth_gb_s and tflops are larger than 0")
@@ -105,11 +159,20 @@ class PublishedLoss(Entry):
 
 
 class API(Entry):
-    """A hosted model: USD for a million tokens."""
+    """A hosted model: USD for a million tokens, and how quick it is."""
 
     input: float
     output: float
     source: str
+    first_token_seconds: float | None = None
+    tokens_per_second: float | None = None
+    speed_source: str = ""
+
+    def seconds(self, tokens: int) -> float | None:
+        """The median time of an answer of so many tokens; None if nobody published it."""
+        if self.first_token_seconds is None or self.tokens_per_second is None:
+            return None
+        return self.first_token_seconds + tokens / self.tokens_per_second
 
 
 class Facts(Entry):
@@ -151,17 +214,65 @@ class Facts(Entry):
         Raises:
             RecipeError: there is none; near names are given.
         """
-        if name not in self.hardware:
-            raise RecipeError(
-                f"no hardware is called {name!r}",
-                where="--hardware",
-                remedy=f"{did_you_mean(name, [*self.hardware])}; or describe yours with --facts",
+        if name in self.hardware:
+            return self.hardware[name]
+        wanted = _plain(name)
+        near = [n for n, one in self.hardware.items() if wanted and wanted in _plain(n + one.name)]
+        near = near or get_close_matches(name, self.hardware, n=4, cutoff=0.5) or [*self.hardware]
+        raise RecipeError(
+            f"no hardware is called {name!r}",
+            where="--hardware",
+            remedy=f"name one of: {_by_size(near)}; or describe yours with --facts",
+        )
+
+    def at_spot_prices(self) -> Facts:
+        """The same, with the prices of devices that can be taken away, where they are known."""
+        spot = {
+            name: one.model_copy(
+                update={"usd_per_hour": one.spot_usd_per_hour, "price_source": one.spot_source}
             )
-        return self.hardware[name]
+            for name, one in self.hardware.items()
+            if one.spot_usd_per_hour is not None
+        }
+        return self.model_copy(update={"hardware": {**self.hardware, **spot}})
 
     def price(self, device: Hardware) -> Estimate:
         """The price of one device for an hour, in USD."""
         return Estimate(*device.usd_per_hour)
+
+
+def _by_size(names: Sequence[str]) -> str:
+    """Names for a message; those that differ in the size of the memory are one."""
+    sizes: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, size = name.rpartition("-")
+        sized = size.endswith("gb")
+        sizes.setdefault(f"{stem}-" if sized else name, []).append(size if sized else "")
+    return ", ".join(stem + "/".join(each) for stem, each in sizes.items())
+
+
+def _plain(name: str) -> str:
+    """A name without signs and capitals."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def _each_size(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with one entry of hardware for each size of memory."""
+    hardware = given.get("hardware")
+    if not isinstance(hardware, Mapping):
+        return dict(given)
+    found: dict[str, Any] = {}
+    for name, entry in hardware.items():
+        sizes = entry.get("sizes_gb") if isinstance(entry, Mapping) else None
+        if not isinstance(sizes, list):
+            found[name] = entry
+            continue
+        rest = {key: value for key, value in entry.items() if key not in ("sizes_gb", "usable")}
+        for size in sizes:
+            free = {"memory_gib": round(size * entry.get("usable", 1), 1)}
+            words = {"name": f"{entry.get('name', name)}, {size} GB"}
+            found[f"{name}-{size}gb"] = {**rest, **words, **free}
+    return {**given, "hardware": found}
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = 2) -> dict[str, Any]:
@@ -177,7 +288,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], depth: int = 2) ->
 def _own_facts() -> dict[str, Any]:
     """The facts of this package, as they stand in the file."""
     text = files("secateur.advisor").joinpath("facts.yaml").read_text("utf-8")
-    return cast("dict[str, Any]", yaml.safe_load(text))
+    return _each_size(cast("dict[str, Any]", yaml.safe_load(text)))
 
 
 def read_facts(override: Path | None = None) -> Facts:
@@ -203,7 +314,7 @@ def read_facts(override: Path | None = None) -> Facts:
                 remedy="see `secateur/advisor/facts.yaml` for the form",
             )  # fmt: skip
     try:
-        return Facts.model_validate(_merged(_own_facts(), given))
+        return Facts.model_validate(_merged(_own_facts(), _each_size(given)))
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"{part}." for part in first["loc"]).removesuffix(".")

@@ -1,14 +1,13 @@
 """The ways to make a model smaller that the advice compares: structure × zeros × values.
 
-An option is offered only where something runs it faster or smaller. So unstructured zeros are not
-offered for GPUs, where no engine skips them, and 2:4 is not offered for CPUs.
+An option is offered only where something runs it faster or smaller (`ENGINES`). So unstructured
+zeros are not offered for GPUs, where no engine skips them, and 2:4 is not offered for CPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 
 from secateur.advisor.facts import Estimate, Facts, Hardware
 from secateur.models.shape import ModelShape
@@ -24,6 +23,7 @@ class Values:
         value_bits: of a weight, without scales.
         product: the type of its products, a key of `Hardware.tflops`. int4 is expanded to bfloat16.
         loss: the key of its published loss.
+        takes: the method whose published time it takes to make; empty if nothing is made.
         commands: what makes it; {model} is the model, {source} what the step before wrote.
     """
 
@@ -32,22 +32,29 @@ class Values:
     value_bits: int
     product: str
     loss: str
+    takes: str
     commands: tuple[str, ...]
 
 
 VALUES = {
     one.name: one
     for one in (
-        Values("bf16", 16, 16, "bf16", "none", ()),
-        Values("fp8", 8, 8, "fp8", "fp8",
+        Values("bf16", 16, 16, "bf16", "none", "", ()),
+        Values("fp8", 8, 8, "fp8", "fp8", "magnitude",
                ("quantize {source} to FP8 (W8A8) with llm-compressor or vLLM",)),
-        Values("int8", 8, 8, "int8", "int8",
+        Values("int8", 8, 8, "int8", "int8", "alps",
                ("secateur compress {source} --values int8 --calibration TEXT --output SMALL",)),
-        Values("int4", 4.125, 4, "bf16", "int4",
+        Values("int4", 4.125, 4, "bf16", "int4", "alps",
                ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",)),
+        Values("q8_0", 8.5, 8, "bf16", "q8_0", "magnitude",
+               ("secateur export {source} --to gguf --type q8_0 --output GGUF",)),
+        Values("q4_0", 4.5, 4, "bf16", "int4", "alps",
+               ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",
+                "secateur export {source} --to gguf --type q4_0 --output GGUF")),
     )
 }  # fmt: skip
-"""int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128."""
+"""int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128. The last two are llama.cpp's
+types; rounding without a calibration text is one pass over the weights, as magnitude pruning is."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Zeros:
         index_bits: bits of a weight that say where the zeros are.
         decode: decoding is faster by this much than the bytes say; None where bytes decide.
         loss: the key of its published loss.
+        takes: the method whose published time it takes to make; empty if nothing is made.
         commands: what makes them, likewise.
     """
 
@@ -68,16 +76,17 @@ class Zeros:
     index_bits: float
     decode: Estimate | None
     loss: str
+    takes: str
     commands: tuple[str, ...]
 
 
 ZEROS = {
     one.name: one
     for one in (
-        Zeros("dense", 0.0, 0.0, None, "none", ()),
-        Zeros("2:4", 0.5, 1.0, Estimate(1.0, 1.15, 1.24), "2:4",
+        Zeros("dense", 0.0, 0.0, None, "none", "", ()),
+        Zeros("2:4", 0.5, 1.0, Estimate(1.0, 1.15, 1.24), "2:4", "alps",
               ("secateur prune {source} --pattern 2:4 --effort best --output SPARSE",)),
-        Zeros("50%", 0.5, 1.0, None, "50%",
+        Zeros("50%", 0.5, 1.0, None, "50%", "alps",
               ("secateur prune {source} --sparsity 0.5 --effort best --output SPARSE",)),
     )
 }  # fmt: skip
@@ -94,6 +103,7 @@ class CutAway:
         layers: the fraction of layers that stays.
         experts: the fraction of experts that stays.
         loss: the key of its published loss.
+        takes: the method whose published time it takes to make; empty if nothing is made.
         commands: what makes it; {model} is the model, {source} what the step before wrote.
         tokens: tokens of distillation that its published loss needs.
     """
@@ -103,6 +113,7 @@ class CutAway:
     layers: float
     experts: float
     loss: str
+    takes: str
     commands: tuple[str, ...]
     tokens: float = 0.0
 
@@ -110,17 +121,17 @@ class CutAway:
 STRUCTURES = {
     one.name: one
     for one in (
-        CutAway("whole", 1, 1, 1, "none", ()),
-        CutAway("layers-25%", 1, 0.75, 1, "layers-25%",
+        CutAway("whole", 1, 1, 1, "none", "", ()),
+        CutAway("layers-25%", 1, 0.75, 1, "layers-25%", "alps",
                 ("secateur structure {source} --keep-layers 0.75 --effort best --output CUT",)),
-        CutAway("width-25%", 0.75, 1, 1, "width-25%",
+        CutAway("width-25%", 0.75, 1, 1, "width-25%", "alps",
                 ("secateur structure {source} --keep-parameters 0.75 --effort best --output CUT",)),
-        CutAway("width-50%-distilled", 0.5, 1, 1, "width-50%-distilled",
+        CutAway("width-50%-distilled", 0.5, 1, 1, "width-50%-distilled", "alps",
                 ("secateur structure {source} --keep-parameters 0.5 --output CUT",
                  "secateur train CUT --teacher {model} --text TEXT --output TAUGHT"), 90e9),
-        CutAway("experts-25%", 1, 1, 0.75, "experts-25%",
+        CutAway("experts-25%", 1, 1, 0.75, "experts-25%", "alps",
                 ("secateur structure {source} --experts 0.75 --output CUT",)),
-        CutAway("experts-50%", 1, 1, 0.5, "experts-50%",
+        CutAway("experts-50%", 1, 1, 0.5, "experts-50%", "alps",
                 ("secateur structure {source} --experts 0.5 --output CUT",)),
     )
 }  # fmt: skip
@@ -202,15 +213,40 @@ class CompressionWay:
         return tuple(lines)
 
 
+@dataclass(frozen=True)
+class Engine:
+    """What runs models on a kind of hardware.
+
+    Attributes:
+        stored: the values that it runs, by the zeros that it skips.
+        shared: whether several devices may share a model.
+        batched: whether several sequences share a step.
+    """
+
+    stored: Mapping[str, tuple[str, ...]]
+    shared: bool = False
+    batched: bool = True
+
+
+ENGINES: Mapping[str, Engine] = {
+    "cuda": Engine(
+        {"dense": ("bf16", "fp8", "int8", "int4"), "2:4": ("bf16", "int4")}, shared=True
+    ),
+    "llama.cpp": Engine({"dense": ("bf16", "q8_0", "q4_0")}),
+    "cpu": Engine(dict.fromkeys(("dense", "50%"), ("bf16", "int8", "int4")), batched=False),
+}
+"""By kind. vLLM removed its 2:4 kernels in March 2026 (pull request 36799): older releases have
+them, for int4 too, and TensorRT-LLM has those for bfloat16."""
+
+
 def options_for(model: ModelShape, device: Hardware) -> Iterator[CompressionWay]:
     """The options that a device can gain from, the model itself first."""
-    gpu = device.kind == "cuda"
-    zeros = ("dense", "2:4") if gpu and device.semi_structured else ("dense",)
-    zeros = zeros if gpu else ("dense", "50%")
-    values = [n for n in VALUES if n != "fp8" or "fp8" in device.tflops]
-    for structure, zero, value in product(STRUCTURES.values(), zeros, values):
+    for structure in STRUCTURES.values():
         if structure.experts < 1 and not model.experts:
             continue
-        if zero == "2:4" and value != "bf16":
-            continue  # no engine joins them on a GPU
-        yield CompressionWay(structure, ZEROS[zero], VALUES[value])
+        for zeros, values in ENGINES[device.kind].stored.items():
+            if zeros == "2:4" and not device.semi_structured:
+                continue
+            for value in values:
+                if value != "fp8" or "fp8" in device.tflops:
+                    yield CompressionWay(structure, ZEROS[zeros], VALUES[value])

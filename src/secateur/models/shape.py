@@ -210,12 +210,13 @@ class ModelShape(DecoderSizes):
         )
 
 
-FRAGMENTATION = {"cuda": 0.03, "cpu": 0.0}
+FRAGMENTATION = {"cuda": 0.03, "llama.cpp": 0.0, "cpu": 0.0}
 """Memory that an allocator cannot use, as a fraction; our estimate for a paged cache."""
 
 
-RUNTIME_BYTES = {"cuda": round(0.9 * 2**30), "cpu": 185 * 2**20}
-"""The context of the driver, kernels and graphs; on a CPU, the code of the model, measured here."""
+RUNTIME_BYTES = {"cuda": round(0.9 * 2**30), "llama.cpp": 300 * 2**20, "cpu": 185 * 2**20}
+"""The context of the driver, kernels and graphs, our estimates; on a CPU, the code of the model,
+measured here."""
 
 
 CHUNK_TOKENS = 512

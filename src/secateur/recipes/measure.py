@@ -218,8 +218,8 @@ class WhatToServe(Section):
     """Hub id, folder (config.json is enough), named sample, or a well-known shape such as
     llama-3.1-8b."""
     hardware: str = "this-machine"
-    """What it runs on: a100-80gb, h100-80gb, h200, l40s, rtx-4090, laptop-cpu, raspberry-pi-5,
-    this-machine, or a name from --facts."""
+    """What it runs on, such as h100-80gb, rtx-4090, m4-24gb, strix-halo-128gb, laptop-cpu,
+    this-machine, or a name from --facts. The page of advise lists all."""
     requests_per_day: float = Field(1000.0, gt=0)
     """Requests on an average day."""
     tokens_per_request: int = Field(500, ge=2)
@@ -245,6 +245,8 @@ class Bounds(Section):
     """How many times the average the busiest moment has."""
     utilisation: float = Field(0.7, gt=0, le=1)
     """The fraction of a device's time that may be planned."""
+    spot: bool = False
+    """Count with prices of rented devices that can be taken away at any time."""
     usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(None, ge=0)
     """What you pay for one device."""
     facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = None

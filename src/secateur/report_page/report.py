@@ -22,7 +22,7 @@ from typing import Any
 from secateur.advisor import advice, capacity
 from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD, AdviceQuestion
 from secateur.advisor.advise import AdviseResult
-from secateur.advisor.options import STRUCTURES, VALUES, ZEROS
+from secateur.advisor.options import ENGINES, STRUCTURES, VALUES, ZEROS
 from secateur.diagnostics.findings import SEVERITIES, by_severity
 from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.evaluation.generation import DEGENERATE
@@ -578,6 +578,7 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
                 for one in ZEROS.values()
             ],
             "values": [asdict(one) for one in VALUES.values()],
+            "engines": {kind: asdict(one) for kind, one in ENGINES.items()},
         },
         "constants": {
             "gib": capacity.GIB,
@@ -592,7 +593,6 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
             "year_hours": advice.YEAR_HOURS,
             "month_days": advice.MONTH_DAYS,
             "pruning_device": advice.PRUNING_DEVICE,
-            "pruning_method": advice.PRUNING_METHOD,
             "least_saving": LEAST_SAVING,
             "filled": FILLED,
             "least_usd": LEAST_USD,

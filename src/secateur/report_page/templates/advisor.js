@@ -78,16 +78,16 @@ const advisor = (() => {
     };
   };
   const optionsFor = (data, device) => {
-    const gpu = device.kind === "cuda", found = [], { structures, zeros, values } = data.parts;
-    const kinds = gpu ? (device.semi_structured ? ["dense", "2:4"] : ["dense"]) : ["dense", "50%"];
+    const found = [], { structures, zeros, values, engines } = data.parts;
+    const named = (parts, name) => parts.find((one) => one.name === name);
     for (const structure of structures) {
       if (structure.experts < 1 && !data.question.model.experts) continue;
-      for (const kind of kinds) {
-        for (const value of values) {
-          if (value.name === "fp8" && !("fp8" in device.tflops)) continue;
-          if (kind === "2:4" && value.name !== "bf16") continue;
-          const zero = zeros.find((one) => one.name === kind);
-          found.push(option(structure, zero, value, data.question.facts));
+      for (const [zero, stored] of Object.entries(engines[device.kind].stored)) {
+        if (zero === "2:4" && !device.semi_structured) continue;
+        for (const value of stored) {
+          if (value === "fp8" && !("fp8" in device.tflops)) continue;
+          found.push(option(
+            structure, named(zeros, zero), named(values, value), data.question.facts));
         }
       }
     }
@@ -218,9 +218,9 @@ const advisor = (() => {
   const makingOf = (data, one) => {
     const { facts, model } = data.question, c = data.constants;
     const device = facts.hardware[c.pruning_device];
-    const passes = [one.structure, one.zeros, one.values]
-      .filter((part) => part.commands.join("").startsWith("secateur")).length;
-    const seconds = facts.pruning_seconds_of_7b[c.pruning_method] * parameters(model) / 7e9 * passes;
+    const steps = [one.structure, one.zeros, one.values].filter((part) => part.takes);
+    const seconds = steps.reduce((all, part) => all + facts.pruning_seconds_of_7b[part.takes], 0)
+      * parameters(model) / 7e9;
     let hours = exact(seconds / 3600);
     if (one.structure.tokens) {
       const student = scaled(model, one.structure);
@@ -280,7 +280,10 @@ const advisor = (() => {
     : `${name}: under 1 USD a month`;
   const cheapest = (data, others, need) => {
     const found = [];
-    for (const device of others) {
+    const dearer = (a, b) => a.usd_per_hour[1] - b.usd_per_hour[1];
+    for (const device of [...others].sort(dearer)) {
+      const least = device.usd_per_hour[1] * data.constants.month_hours;
+      if (found.some((one) => one.month < least)) break;
       const rows = considered(data, device, need, device.usd_per_hour);
       const row = rows.find((one) => !one.refused && one.safe);
       if (row) {
@@ -342,17 +345,18 @@ const advisor = (() => {
     };
   };
   const onPaper = (data, hardware) => {
-    const alone = hardware.kind === "cpu", { constants } = data;
+    const engine = data.parts.engines[hardware.kind], { constants } = data;
     return {
       ...hardware,
       memory_bytes: round(hardware.memory_gib * constants.gib),
-      most: alone ? 1 : constants.shared_by.at(-1),
-      most_batch: alone ? 1 : constants.batches.at(-1),
+      most: engine.shared ? constants.shared_by.at(-1) : 1,
+      most_batch: engine.batched ? constants.batches.at(-1) : 1,
       speed: (devices) => roofline(data, hardware, devices),
     };
   };
   const othersThan = (data, device) => Object.values(data.question.facts.hardware)
-    .filter((one) => one.memory_gib && one.bandwidth_gb_s && one.tflops.bf16 && one.name !== device.name)
+    .filter((one) => one.memory_gib && one.bandwidth_gb_s && one.tflops.bf16
+      && one.name !== device.name && !one.bought === !device.bought)
     .map((one) => onPaper(data, one));
   const deviceOf = (data, name) => {
     const { question } = data;

@@ -99,7 +99,8 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
       tile("A million tokens", usd(cost.million_tokens[1]), "prompt and answer together"),
       tile("Between two tokens", `${number(1e3 * found.step[1])} ms`,
         `99 of 100 within ${ranged(found.p99.map((s) => 1e3 * s), number)} ms; first token after `
-        + `${number(1e3 * found.first_token[1])} ms; batch ${found.batch}`),
+        + `${number(1e3 * found.first_token[1])} ms; batch ${found.batch}; a whole request ${
+          number(found.first_token[1] + load.new_tokens * found.step[1], 2)} s`),
       tile("Memory of a copy", gib(found.memory.total),
         `weights ${gib(found.memory.weights)}, keys and values ${gib(found.memory.cache)}`
         + (found.shared_by > 1 ? `; ${found.shared_by} devices share it` : "")),
@@ -232,12 +233,14 @@ for (const root of document.querySelectorAll("[data-what-if]")) {
     slot("out").hidden = !out.length;
     slot("out").firstChild.textContent = `${out.length} options that are out`;
     slot("out").lastChild.replaceChildren(...tableOf(out));
+    const median = ({ first_token_seconds: first, tokens_per_second: rate }) =>
+      first === null || rate === null ? "not known" : `${number(first + now.load.new_tokens / rate, 2)} s`;
     const hosted = advisor.apisOf(data, plan, now.load, prices()).map((api) => ({
-      cells: [api.name, usd(api.month),
+      cells: [api.name, usd(api.month), median(data.question.facts.apis[api.name]),
         api.requests_per_day === null ? "never" : `${number(api.requests_per_day)} requests a day`],
     }));
-    slot("hosted").replaceChildren(
-      ...hosted.length ? [table(["hosted model", "a month", "serving is cheaper from"], hosted)] : []);
+    const columnsOfHosted = ["hosted model", "a month", "a request (P50)", "serving is cheaper from"];
+    slot("hosted").replaceChildren(...hosted.length ? [table(columnsOfHosted, hosted)] : []);
   };
 
   for (const input of sliders) {
