@@ -69,6 +69,23 @@ def test_packed_models_compute_what_dense_ones_compute(name: str, tmp_path: Path
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("name", slow_but((*FEW, "llama4", "gemma4 vision small"), ZOO))
+def test_embedding_and_head_of_integers(name: str, tmp_path: Path) -> None:
+    """Some models read device, dtype or rows of these weights in their own code."""
+    model = half_zero(name)
+    packed = tmp_path / "packed"
+    options = {"values": "int8", "embeddings": "int8"}
+    secateur.compress(saved(model, tmp_path / "dense"), output=packed, **options)
+    if name in NOT_LOADED or name in NOT_RUN:
+        return
+    with torch.no_grad():
+        found, expected = (
+            secateur.load(packed, expand=dense)(input_ids=IDS, use_cache=False).logits.float()
+            for dense in (False, True)
+        )
+    assert float((found - expected).norm() / expected.norm()) < 0.3
+
+
 def with_wide_heads(name: str) -> Any:
     """A tiny model of random weights whose heads are 16 wide, as the kernels need it."""
     config = config_of(name)

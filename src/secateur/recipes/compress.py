@@ -70,8 +70,9 @@ class WhatToCompress(Section):
     overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(default_factory=dict)
     """Own values for some linear layers, by name; the last match counts."""
     embeddings: Embeddings = "auto"
-    """auto keeps embedding and output head; int8, int4 and int3 round both: one matrix if they are
-    tied, else each its own. int4 and int3 have the groups of --group-size; with --calibration the
+    """How to store embedding and output head: one matrix if they are tied, else two. auto rounds
+    both to int8 beside linear layers of integers if they are a tenth of the model or more, and else
+    keeps them, as keep does. int4 and int3 have the groups of --group-size; with --calibration the
     head's weights compensate each other's errors."""
     archive: bool = False
     """Also compress the files with zstandard. Loading decodes them."""

@@ -48,7 +48,7 @@ Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"]
 """How compressed weights are stored."""
 
-Embeddings = Literal["auto", "int8", "int4", "int3"]
+Embeddings = Literal["auto", "keep", "int8", "int4", "int3"]
 """How a compressed embedding and head are stored."""
 
 
@@ -142,8 +142,9 @@ class Packing(Section):
     """How many consecutive weights of a row share a scale in int4, int3 and int2: 32, 64 or
     128."""
     embeddings: Annotated[Embeddings, Flag("compress_embeddings")] = "auto"
-    """auto keeps embedding and output head; int8, int4 and int3 round both. int4 and int3 have the
-    groups of --compress-group-size."""
+    """How to store embedding and output head. auto rounds both to int8 beside linear layers of
+    integers if they are a tenth of the model or more, and else keeps them, as keep does. int4 and
+    int3 have the groups of --compress-group-size."""
 
 
 class StoredFormat(Section):

@@ -35,6 +35,7 @@ from secateur.runtime.kernels.linear import (
     IntegerLinear,
     PackedEmbedding,
     PackedLinear,
+    ReadEmbedding,
     ReadLinear,
     product_of,
 )
@@ -46,6 +47,10 @@ WORTH_IT = 0.9
 
 READ = ".dt_proj"
 """The ends of paths of linears that Mamba 1 never calls: it multiplies by their weight."""
+
+READ_ROWS = ("gemma4",)
+"""Types of models whose code also reads the weight of the embedding: they put its row of padding
+where a picture is."""
 
 
 def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
@@ -129,7 +134,8 @@ def install(
         if path == embedding_at:
             rows = _rows_of(parts, layout, dtype, kernels)
             if replaced:
-                module = _packed_embedding(old, rows, dtype)
+                kind = ReadEmbedding if model.config.model_type in READ_ROWS else PackedEmbedding
+                module = kind(rows, dtype, _factor_of(old))
             if tied and (replaced or layout.integers):
                 alike = rows.integers or not layout.integers
                 head_module = (
@@ -180,7 +186,7 @@ def install_rounded(model: Any, reader: CheckpointReader) -> None:
         path, _, part = parameter.rpartition(".")
         value = reader.read(names[parameter])
         if part == "weight" and path == embedding_at:
-            packed = _packed_embedding(embedding, rounded(value), torch.bfloat16)
+            packed = PackedEmbedding(rounded(value), torch.bfloat16, _factor_of(embedding))
             replace(model, path, packed)
         elif part == "weight" and path in linears:
             replace(model, path, PackedLinear(rounded(value), linears[path].bias))
@@ -247,10 +253,10 @@ def tied_head(model: Any, names: Mapping[str, str]) -> str:
     return head if tied else ""
 
 
-def _packed_embedding(old: nn.Module, rows: KernelMatrix, dtype: torch.dtype) -> PackedEmbedding:
-    """What replaces an embedding, with the factor that Gemma multiplies by."""
-    factor: Any = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
-    return PackedEmbedding(rows, dtype, factor and float(factor))
+def _factor_of(embedding: nn.Module) -> float | None:
+    """The factor that Gemma multiplies its embeddings by."""
+    factor: Any = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return factor and float(factor)
 
 
 def _linear_of(

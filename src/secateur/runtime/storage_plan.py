@@ -24,7 +24,7 @@ from secateur.progress import Progress
 from secateur.quantization.groups import GROUPS
 from secateur.recipes.compress import CompressRecipe
 from secateur.registry import did_you_mean
-from secateur.runtime.formats import GRID_BITS, VALUES, Layout, PartSpec, formats
+from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, PartSpec, formats
 from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
 
@@ -35,6 +35,9 @@ KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 DEFAULT_GROUP = 64
 """How many weights of a row share a scale in int4, int3 and int2."""
+LARGE_ENDS = 0.1
+"""From this share of a model's bytes on, `auto` stores embedding and head in int8 beside linears of
+integers."""
 WITHOUT_LOSS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -183,10 +186,8 @@ class PackableCheckpoint:
     matrices: Mapping[str, PackableMatrix]
 
     @classmethod
-    def open(
-        cls, folder: Path, embeddings: str = "int8", *, trust_remote_code: bool = False
-    ) -> PackableCheckpoint:
-        """Find the matrices of a folder, and embedding and head unless `embeddings` is `auto`.
+    def open(cls, folder: Path, *, trust_remote_code: bool = False) -> PackableCheckpoint:
+        """Find the linears of a folder, its embedding and its head.
 
         Raises:
             ArchitectureError: the checkpoint has no such matrix.
@@ -211,12 +212,11 @@ class PackableCheckpoint:
                 remedy="experts of families that secateur does not declare cannot be compressed; "
                 "see CONTRIBUTING.md, 'Add a model family'",
             )
-        if embeddings != AUTO:
-            outside = [model.get_input_embeddings(), model.get_output_embeddings()]
-            for path, module in model.named_modules():
-                kept = stored.get(f"{path}.weight")  # a tied head is stored only once
-                if any(module is x for x in outside) and kept is not None:
-                    found[kept] = PackableMatrix()
+        outside = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for path, module in model.named_modules():
+            kept = stored.get(f"{path}.weight")  # a tied head is stored only once
+            if any(module is x for x in outside) and kept is not None:
+                found[kept] = PackableMatrix()
         return cls(reader, found)
 
     @property
@@ -259,6 +259,21 @@ class PackableCheckpoint:
             size = entry.dtype.itemsize
             wider += entry.size_bytes // size * (1 if size > torch.bfloat16.itemsize else -1)
         return "bfloat16" if wider > 0 else KEEP
+
+    def settled_embeddings(self, embeddings: str, values: str) -> str:
+        """Resolve `auto`: int8 beside linears of integers if embedding and head are large.
+
+        Otherwise they are kept.
+
+        Args:
+            embeddings: as in the recipe.
+            values: those of the linears.
+        """
+        if embeddings != AUTO:
+            return embeddings
+        sizes = {name: entry.size_bytes for name, entry in self.reader.entries.items()}
+        ends = sum(sizes[name] for name, matrix in self.matrices.items() if not matrix.prunable)
+        return "int8" if values in BITS and ends >= LARGE_ENDS * sum(sizes.values()) else KEEP
 
 
 class MixedReader(CheckpointReader):
@@ -418,11 +433,14 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
     """
     reader, matrices, format = chosen.model.reader, chosen.model.matrices, recipe.format
     values = chosen.model.settled_values(recipe.values)
+    embeddings = chosen.model.settled_embeddings(recipe.embeddings, values)
     choices: dict[str, LayoutChoice] = {}
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
-        own = chosen.values_of.get(name, values) if matrix.prunable else recipe.embeddings
+        own = chosen.values_of.get(name, values) if matrix.prunable else embeddings
+        if own == KEEP and not matrix.prunable:
+            own = _as_kept(stored.dtype, values)
         choices[name] = matrix.choose_layout(
             stored,
             name,
@@ -450,12 +468,24 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
     return plan
 
 
+def _dtype_beside(values: str) -> torch.dtype:
+    """The dtype of a model with such linears: that of the values, or bfloat16 for integers."""
+    return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
+
+
+def _as_kept(dtype: torch.dtype, values: str) -> str:
+    """The values of an embedding that is not rounded to integers: it is no wider than the model."""
+    if values == KEEP or dtype.itemsize <= _dtype_beside(values).itemsize:
+        return KEEP
+    return str(_dtype_beside(values)).removeprefix("torch.")
+
+
 def _computed_dtype(
     choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix], values: str
 ) -> torch.dtype:
-    """The dtype in which the model computes: the dtype of the values, or bfloat16 for integers."""
+    """The dtype in which the model computes."""
     if values != KEEP:
-        return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
+        return _dtype_beside(values)
     weights: dict[torch.dtype, int] = {}
     for name, choice in choices.items():
         dtype = choice.layout.dtype

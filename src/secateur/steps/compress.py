@@ -48,7 +48,7 @@ from secateur.runs.folder import NOTES, file_digests
 from secateur.runs.output import check_free, whole_folder, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
-from secateur.runtime.formats import GRID_BITS, VALUES, Layout, formats
+from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, formats
 from secateur.runtime.install import path_of
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import (
@@ -96,7 +96,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
     def opened(self, folder: Path) -> PackableCheckpoint:
         """A folder, and what of it is packed."""
         trust = self.recipe.trust_remote_code
-        return PackableCheckpoint.open(folder, self.recipe.embeddings, trust_remote_code=trust)
+        return PackableCheckpoint.open(folder, trust_remote_code=trust)
 
     @classmethod
     def check(cls, recipe: CompressRecipe) -> None:
@@ -290,10 +290,6 @@ def _dense_bytes(layout: Layout, values: str) -> int:
     if values != "as here":
         dense = replace(dense, values=values, group=DEFAULT_GROUP if values == "int4" else None)
     return formats[DENSE].nbytes(dense, layout.weights)
-
-
-BITS = {"int8": 8, **GRID_BITS}
-"""The bits of the values that can be rounded with text."""
 
 
 def round_checkpoint(

@@ -230,6 +230,7 @@ def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
 ) -> None:
     source = pruned_model(tmp_path / "m", family, dtype=torch.bfloat16, sparsity=0.5)
     chosen = {"values": values, "archive": archive} | ({"group_size": group} if group else {})
+    chosen |= {"embeddings": "keep"}
     report = secateur.compress(source, output=tmp_path / "c", **chosen)
     packed = PackedCheckpoint(tmp_path / "c")
     assert {layout.values for layout in packed.layouts.values()} == {values}
@@ -250,6 +251,30 @@ def test_grids_come_back_as_what_they_stand_for_and_are_found_again(
     assert again.value_error == 0
     secateur.decompress(tmp_path / "again", output=tmp_path / "same")
     assert_same(tmp_path / "same", tmp_path / "d")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_large_embeddings_are_int8_beside_linears_of_integers(tmp_path: Path, tied: bool) -> None:
+    """From a tenth of the bytes on. One row of the vocabulary more makes the difference."""
+    sizes = {"tie_word_embeddings": tied, "dtype": torch.bfloat16}
+    model = tensors_of(pruned_model(tmp_path / "m", vocab_size=96, **sizes))
+    rest = sum(t.numel() for n, t in model.items() if "embed" not in n and "head" not in n)
+    row = 32 * (1 if tied else 2)
+    rows = -(-rest // (9 * row))  # rows · row is a tenth of it and the rest
+    for vocabulary, stored in ((rows, "int8"), (rows - 1, "bfloat16")):
+        source = pruned_model(tmp_path / stored, vocab_size=vocabulary, **sizes)
+        report = secateur.compress(source, output=tmp_path / f"{stored}-4", values="int4")
+        assert (report.embedding_values, report.embeddings.weights) == (stored, vocabulary * row)
+        assert f"embeddings {stored}" in str(report)
+    for options in ({"values": "int4", "embeddings": "keep"}, {"values": "keep"}, {}):
+        report = secateur.compress(
+            tmp_path / "int8", output=tmp_path / "same", overwrite=True, **options
+        )
+        assert report.embedding_values == "bfloat16"
+        file = tensors_of(tmp_path / "same")
+        assert file["model.embed_tokens.weight"].equal(
+            tensors_of(tmp_path / "int8")["model.embed_tokens.weight"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -514,7 +539,7 @@ def test_what_is_compressed_cannot_be_again(tmp_path: Path) -> None:
         ({"group_size": 32}, "but the values are 'auto'"),
         ({"values": "int4", "group_size": 16}, "there are no groups of 16"),
         ({"embeddings": "int4", "group_size": 16}, "there are no groups of 16"),
-        ({"embeddings": "int2"}, "embeddings='int2': must be auto, int8, int4 or int3"),
+        ({"embeddings": "int2"}, "embeddings='int2': must be auto, keep, int8, int4 or int3"),
         ({"format": "n-of-m"}, "none of the 21 matrices can be stored as 'n-of-m'"),
     ],
 )

@@ -269,8 +269,8 @@ class Compression(PartialRecord):
         negative_zeros: number of zeros that changed from −0.0 to +0.0.
         linears: totals over the prunable matrices.
         formats: totals by format and values, for example `bitmask int8`.
-        embeddings: totals over embedding and head, if they were quantized.
-        embedding_values: how these are stored, for example `int4 g64`; empty if they were not.
+        embeddings: totals over embedding and head.
+        embedding_values: how these are stored, for example `bfloat16` or `int4 g64`.
         rounding: record of the calibrated rounding to integers, if it was used.
         value_error: ‖W − Ŵ‖ / ‖W‖ of the linears, with Ŵ the stored values; 0 if nothing was lost.
         dense_file_bytes: size of the weight files if they stored the zeros: `as here` with the same

@@ -23,6 +23,7 @@ from secateur.runtime.formats.bits import pack_bits, pack_numbers, row_bytes
 from secateur.types import Mask, Weight
 
 __all__ = [
+    "BITS",
     "GRID_BITS",
     "VALUES",
     "Format",
@@ -51,6 +52,9 @@ VALUES: Mapping[str, torch.dtype] = {
 
 GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3, "int2": 2}
 """The bits of values that are stored as a bit stream, on a grid with a scale for each group."""
+
+BITS: Mapping[str, int] = {"int8": 8, **GRID_BITS}
+"""The bits of values that are integers with scales."""
 
 MAX_SIDE = 2**31 - 1
 

@@ -76,7 +76,7 @@ class InferenceLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without values, for model code that reads them."""
-        return _stand_in(self.out_features, self.in_features, self.dtype)
+        return _stand_in(self.out_features, self.in_features, self.dtype, "meta")
 
 
 class Product(Protocol):
@@ -210,8 +210,12 @@ class PackedLinear(OperatorLinear):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the weight, without values, for model code that reads them."""
-        return _stand_in(self.matrix.rows, self.matrix.columns, self.matrix.dtype)
+        """Shape, device and dtype of the weight, for model code that reads them.
+
+        Some code gives activations the dtype of the weight. For integers it is float32.
+        """
+        dtype = torch.float32 if self.matrix.integers else self.matrix.dtype
+        return _stand_in(self.matrix.rows, self.matrix.columns, dtype)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -260,7 +264,7 @@ class IntegerLinear(InferenceLinear):
     def __init__(
         self, codes: Tensor, scales: Tensor, group: int | None = None, bias: Tensor | None = None
     ) -> None:
-        super().__init__((codes.shape[0], codes.shape[1]), bias, codes.dtype)
+        super().__init__((codes.shape[0], codes.shape[1]), bias)
         # no buffers: they would be cast with the model, and looked for in its files
         self.codes, self.scales, self.group = codes, scales, group
 
@@ -341,8 +345,23 @@ class PackedEmbedding(NumberedModule):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the weight, without values, for model code that reads them."""
-        return _stand_in(self.num_embeddings, self.embedding_dim, self.matrix.dtype)
+        """Shape, device and dtype of the weight, for model code that reads them."""
+        return _stand_in(self.num_embeddings, self.embedding_dim, self.dtype)
+
+
+class ReadEmbedding(PackedEmbedding):
+    """An embedding whose weight the code of its model also reads, so that it is held dense too."""
+
+    def __init__(
+        self, matrix: KernelMatrix, dtype: torch.dtype, factor: float | None = None
+    ) -> None:
+        super().__init__(matrix, dtype, factor)
+        self.values = self.rows(torch.arange(matrix.rows)).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its values."""
+        return self.values
 
 
 class ReadLinear(PackedLinear):
@@ -365,8 +384,8 @@ class ReadLinear(PackedLinear):
         return self.values
 
 
-def _stand_in(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A tensor on the meta device, which transformers takes for initialised."""
-    found = torch.empty(rows, columns, dtype=dtype, device="meta")
+def _stand_in(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """A tensor of NaN that takes no memory, and that transformers takes for initialised."""
+    found = torch.full((1, 1), torch.nan, dtype=dtype, device=device).expand(rows, columns)
     found._is_hf_initialized = True  # type: ignore[attr-defined]
     return found

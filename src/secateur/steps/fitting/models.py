@@ -38,10 +38,10 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runs.environment import choose_device
 from secateur.runs.output import write_json
-from secateur.runtime.formats import GRID_BITS
+from secateur.runtime.formats import BITS, GRID_BITS
 from secateur.runtime.load import load
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.compress import BITS, Compress
+from secateur.steps.compress import Compress
 from secateur.steps.fitting.costs import Costs
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, GROUP, StorageFormat, embedded
 from secateur.steps.runner import carry_out, step_of
