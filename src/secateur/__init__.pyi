@@ -219,7 +219,7 @@ def compress(
     | None = None,
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
-    embeddings: Literal["auto", "int8", "int4", "int3"] | None = None,
+    embeddings: Literal["auto", "keep", "int8", "int4", "int3"] | None = None,
     archive: bool | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
@@ -260,9 +260,11 @@ def compress(
         group_size: How many consecutive weights of a row share a scale in int4, int3 and int2: 32,
             64 or 128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
         overrides: Own values for some linear layers, by name; the last match counts. [none]
-        embeddings: auto keeps embedding and output head; int8, int4 and int3 round both: one matrix
-            if they are tied, else each its own. int4 and int3 have the groups of --group-size; with
-            --calibration the head's weights compensate each other's errors. [auto]
+        embeddings: How to store embedding and output head: one matrix if they are tied, else two.
+            auto rounds both to int8 beside linear layers of integers if they are a tenth of the
+            model or more, and else keeps them, as keep does. int4 and int3 have the groups of
+            --group-size; with --calibration the head's weights compensate each other's errors.
+            [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
@@ -707,7 +709,7 @@ def prune(
     ]
     | None = None,
     compress_group_size: int | None = None,
-    compress_embeddings: Literal["auto", "int8", "int4", "int3"] | None = None,
+    compress_embeddings: Literal["auto", "keep", "int8", "int4", "int3"] | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -801,8 +803,9 @@ def prune(
             bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
         compress_group_size: How many consecutive weights of a row share a scale in int4, int3 and
             int2: 32, 64 or 128. [64]
-        compress_embeddings: auto keeps embedding and output head; int8, int4 and int3 round both.
-            int4 and int3 have the groups of --compress-group-size. [auto]
+        compress_embeddings: How to store embedding and output head. auto rounds both to int8 beside
+            linear layers of integers if they are a tenth of the model or more, and else keeps them,
+            as keep does. int4 and int3 have the groups of --compress-group-size. [auto]
         score: Score that rates the weights, to compose a method of your own instead of naming one.
             [none]
         solver: Solver that adjusts the kept weights, to compose a method of your own. [none]

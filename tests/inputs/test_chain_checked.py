@@ -17,7 +17,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"compress": {"values": "int5"}}, "values='int5': must be auto, keep"),
     ({"compress": {"values": ["int8"]}}, "values=\\['int8'\\]: must be auto"),
     ({"compress": {"format": "zip"}}, "unknown format 'zip'"),
-    ({"compress": {"embeddings": "int5"}}, "embeddings='int5': must be auto, keep, int8, int4 or int3"),
+    ({"compress": {"embeddings": "int5"}}, "must be auto, keep, int8, int4 or int3"),
     ({"compress": {"archive": "yes"}}, "archive='yes': must be true or false"),
     ({"compress": {"windows": 4}}, "changes nothing without calibration"),
     ({"compress": {"calibration": "c4"}}, "the values are 'auto'"),
