@@ -11,9 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+import transformers
 
 from secateur.recipes.deploy import ServeRecipe
 from secateur.serving.serve import Serving, prepare
+from tiny import save_tiny
+from tokenizers_of_kinds import tokenizer_of
 from trained import save_trained
 
 TEMPLATE = (
@@ -29,6 +32,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_trained(tmp_path_factory.mktemp("served") / "learned", steps=15)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
+    return folder
+
+
+def byte_level(folder: Path, template: str = TEMPLATE, **options: Any) -> Path:
+    """A random model of 256 positions with a byte-level tokenizer of 512 tokens."""
+    size, positions = 512, 256
+    save_tiny(
+        folder, tokenizer=False, vocab_size=size, max_position_embeddings=positions, **options
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer_of("bytes", size),
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
     return folder
 
 

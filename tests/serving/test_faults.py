@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +26,10 @@ import torch
 import secateur
 from secateur.errors import RecipeError
 from secateur.recipes.deploy import ServeRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.serving.http.connection import Connection
 from secateur.serving.serve import KEY_VARIABLE, prepare
-from serving.conftest import Running
+from serving.conftest import Running, byte_level
 from slow import slow
 from tiny import CHARACTERS, save_tiny
 
@@ -75,7 +79,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     ),
     "text as a number": (
         "chat/completions", {"messages": USER, "temperature": "1"},
-        "temperature must be a number; it is '1'", "temperature",
+        "temperature must be a number; it is \"1\"", "temperature",
     ),
     "temperature": (
         "chat/completions", {"messages": USER, "temperature": -1},
@@ -86,7 +90,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     ),
     "true": (
         "completions", {"prompt": "x", "stream": "yes"},
-        "stream must be true or false; it is 'yes'", "stream",
+        'stream must be true or false; it is "yes"', "stream",
     ),
     "options": (
         "completions", {"prompt": "x", "stream_options": 3}, "stream_options must be an object",
@@ -99,7 +103,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     "stop": (
         "completions", {"prompt": "x", "stop": [""]},
         "stop must be a string or a list of at most 16 strings, each of 1 to 1000 characters; it "
-        "is ['']", "stop",
+        'is [""]', "stop",
     ),
     "stops": ("completions", {"prompt": "x", "stop": ["a"] * 17}, "at most 16 strings", "stop"),
     "odd stop": ("completions", {"prompt": "x", "stop": 5}, "stop must be a string or", "stop"),
@@ -108,7 +112,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
         "seed must be at most 9223372036854775807; it is 9223372036854775808", "seed",
     ),
     "slip": (
-        "completions", {"prompt": "x", "temprature": 1}, "did you mean 'temperature'?",
+        "completions", {"prompt": "x", "temprature": 1}, 'did you mean "temperature"?',
         "temprature",
     ),
     "choices": ("completions", {"prompt": "x", "n": 129}, "n must be at most 128", "n"),
@@ -123,7 +127,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     ),
     "format": (
         "chat/completions", {"messages": USER, "response_format": {"type": "json_object"}},
-        "response_format={'type': 'json_object'}", "response_format",
+        'response_format={"type": "json_object"}', "response_format",
     ),
     "deep value": (
         "chat/completions",
@@ -147,7 +151,7 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     "odd prompt": (
         "completions", {"prompt": [5, "a"]},
         "prompt must be a string, a list of tokens, or a list of strings or such lists; it is "
-        "[5, 'a']", "prompt",
+        '[5, "a"]', "prompt",
     ),
     "floats": ("completions", {"prompt": [5.0]}, "prompt must be a string, a list of", "prompt"),
     "bools": ("completions", {"prompt": [True]}, "prompt must be a string, a list of", "prompt"),
@@ -168,12 +172,12 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     ),
     "role": (
         "chat/completions", {"messages": [{"role": "tool", "content": "x"}]},
-        "the role 'tool' is not supported", "messages[0].role",
+        'the role "tool" is not supported', "messages[0].role",
     ),
     "picture": (
         "chat/completions",
         {"messages": [*USER, {"role": "user", "content": [{"type": "image_url"}]}]},
-        "'image_url' is not supported", "messages[1].content",
+        '"image_url" is not supported', "messages[1].content",
     ),
     "template": (
         "chat/completions", {"messages": [{"role": "user", "content": "refuse"}]},
@@ -235,7 +239,7 @@ def test_wrong_places(server: Running) -> None:
         assert error["type"] == "invalid_request_error"
         if status == 404:
             assert (
-                "there is no path '/v1/nothing'; this server has POST /v1/chat/c"
+                'there is no path "/v1/nothing"; this server has POST /v1/chat/c'
                 in error["message"]
             )
             assert "GET /v1/models/{name}" in error["message"]
@@ -292,6 +296,89 @@ def test_a_slow_body(serve: Start) -> None:
     with raw(server, *request({"prompt": "x"}, length=500)) as connection:
         assert b"408" in connection.recv(1000).split(b"\r\n")[0]
     assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+HEAD = "POST /v1/completions HTTP/1.1\nHost: x\n"
+
+HEADS = {
+    "a long header": (HEAD + "A: " + "b" * 17_000 + "\n\n", 431, "a header is longer than 16,384"),
+    "a header without end": (HEAD + "A: " + "b" * 200_000, 431, "headers are longer than 65,536"),
+    "many headers": (HEAD + "A: b\n" * 100 + "\n", 431, "has more than 100 headers"),
+    "large headers": (HEAD + f"A: {'b' * 9000}\n" * 8 + "\n", 431, "are longer than 65,536 bytes"),
+    "a long address": ("GET /" + "a" * 17_000 + " HTTP/1.1\n\n", 414, "address is longer than"),
+    "no HTTP": ("HELLO\n\n", 400, "this is no HTTP request"),
+}
+
+
+@pytest.mark.parametrize("case", [*HEADS])
+def test_heads_are_bounded(server: Running, case: str) -> None:
+    text, status, said = HEADS[case]
+    with raw(server, "") as connection:
+        for begin in range(0, len(text), 30_000):
+            with contextlib.suppress(ConnectionError):  # it may be closed before everything is sent
+                connection.sendall(text[begin : begin + 30_000].replace("\n", "\r\n").encode())
+            time.sleep(0.01)
+        received = connection.recv(5000)
+        assert received.startswith(f"HTTP/1.1 {status} ".encode())
+        assert said in json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert connection.recv(10) == b""
+    assert server.client.get("/health").status_code == 200
+
+
+def test_slow_heads_are_closed(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "head_seconds", 0.5)
+    server = serve()
+    begun = ("", "POST /v1/comp", HEAD, HEAD + "A: b")
+    first = "GET /health HTTP/1.1\nHost: x\n\n"
+    connections = [raw(server, begun[n % 4] if n % 8 < 4 else first) for n in range(200)]
+    time.sleep(0.1)
+    for connection in connections[4:200:8]:  # a second request on a connection that was answered
+        connection.sendall(b"POST /v1/comp")
+    began = time.monotonic()
+    for n, connection in enumerate(connections):
+        received = b""
+        if n % 8 < 5:
+            while part := connection.recv(5000):
+                received += part
+            assert b"HTTP/1.1 408 " in received
+            assert b"the headers took longer than 0.5 seconds" in received
+        else:
+            assert connection.recv(5000).startswith(b"HTTP/1.1 200 ")
+        connection.close()
+    assert time.monotonic() - began < 10
+    server.until(lambda: not server.serving.server.server_state.connections)
+
+
+def test_a_prompt_that_cannot_fit_is_not_read(serve: Start, tmp_path: Path) -> None:
+    server = serve(byte_level(tmp_path / "bytes"))
+    service = server.serving.service
+    assert service.bound == (50, b"")  # its longest token has 25 letters
+    service.reader.submit = service.long_reader.submit = None  # reading would fail
+    for path, body in (
+        ("completions", {"prompt": "x" * 3_900_000}),
+        ("completions", {"prompt": ["a", "x" * 3_900_000]}),
+    ):
+        refused = server.post(path, body)
+        assert refused.status_code == 400, refused.text
+        error = refused.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "room for 256 tokens; the prompt has 3,900,000 bytes, which" in error["message"]
+
+
+def test_a_long_text_does_not_hold_short_ones_up(serve: Start) -> None:
+    server = serve()  # one token for all that it does not know: there is no bound by bytes
+    service, begun, go_on = server.serving.service, threading.Event(), threading.Event()
+    assert service.bound is None
+    assert service.long_reader is not service.reader
+    service.long_reader.submit(lambda: (begun.set(), go_on.wait(20)))
+    begun.wait()
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.post, "completions", {"prompt": "\u1234" * 100_000})
+        short = server.post("completions", {"prompt": "x" * 100, "max_tokens": 2})
+        assert short.status_code == 200
+        assert not long.done()
+        go_on.set()
+        assert "the prompt has 100000, and 16 more" in long.result().json()["error"]["message"]
 
 
 def test_a_client_that_reads_nothing_holds_nobody_up(serve: Start) -> None:
@@ -484,11 +571,22 @@ def test_what_cannot_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
             prepare(ServeRecipe(model=str(model), port=port))
     with pytest.raises(RecipeError, match="--context-length 300, and the model has 256 positions"):
         prepare(ServeRecipe(model=str(model), port=0, context_length=300))
+    monkeypatch.setenv(KEY_VARIABLE, " ")
+    with pytest.raises(RecipeError, match=f"{KEY_VARIABLE} is set, but empty"):
+        prepare(ServeRecipe(model=str(model), port=0))
+    monkeypatch.delenv(KEY_VARIABLE)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in [n for n in sys.modules if n.startswith("secateur.serving.http")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(RecipeError, match=r"pip install '.\[serve\]'"):
         prepare(ServeRecipe(model=str(model), port=0))
+
+
+@pytest.mark.parametrize("name", ["api_key", "name"])
+@pytest.mark.parametrize("value", ["", " ", "k "])
+def test_an_empty_key_is_refused(name: str, value: str) -> None:
+    with pytest.raises(RecipeError, match="variable that it comes from may be unset"):
+        build_recipe(ServeRecipe, {"model": "m", name: value})
 
 
 def test_strangers_are_warned_about(model: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from secateur.errors import CheckpointError, RecipeError, first_line
 
@@ -155,6 +157,82 @@ class Written(Protocol):
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """Its token ids."""
         ...
+
+
+KEEPING = ("ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts")
+"""Steps before the model of a tokenizer that drop nothing, unless their behaviour is `Removed`."""
+
+BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+"""The tokens of single bytes in tokenizers that begin with characters."""
+
+NFC_SHRINKS = 4
+"""NFC makes a text at most 3.5 times shorter: 7 bytes can become U+0390, which has 2."""
+
+
+class TextBound(NamedTuple):
+    """How few tokens a text can have, found without reading it.
+
+    Args:
+        longest: bytes of a text that become one token, at most.
+        dropped: bytes that become none.
+    """
+
+    longest: int
+    dropped: bytes
+
+    def fewest_tokens(self, text: str) -> int:
+        """A text has at least so many tokens."""
+        return -(-len(text.encode().translate(None, self.dropped)) // self.longest)
+
+
+def text_bound(tokenizer: Tokenizer) -> TextBound | None:
+    """The bound of a tokenizer.
+
+    Returns:
+        None where a token may stand for any number of bytes: the tokenizer drops some, such as
+        spaces, or has one token for all that it does not know.
+    """
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return None
+    stored, vocabulary = json.loads(inner.to_str()), tokenizer.get_vocab()
+    shrinks, model, dropped = 1, stored["model"], b""
+    for step in _steps(stored["normalizer"]):
+        pattern, content = step.get("pattern", {}).get("String"), step.get("content", "")
+        grows = pattern is not None and len(content.encode()) >= len(pattern.encode())
+        if step["type"] == "NFC":
+            shrinks *= NFC_SHRINKS
+        elif step["type"] != "Prepend" and not (step["type"] == "Replace" and grows):
+            return None
+    before = [*_steps(stored["pre_tokenizer"])]
+    if any(step["type"] == "ByteLevel" for step in before) and model["type"] == "BPE":
+        known = enumerate(byte_letters())
+        dropped = bytes(byte for byte, letter in known if letter not in vocabulary)
+    elif not model.get("byte_fallback") or not vocabulary.keys() >= BYTE_TOKENS:
+        return None
+    kept = all(x["type"] in KEEPING and x.get("behavior") != "Removed" for x in before)
+    if not kept or any(token["lstrip"] or token["rstrip"] for token in stored["added_tokens"]):
+        return None
+    return TextBound(shrinks * max(len(token.encode()) for token in vocabulary), dropped)
+
+
+def byte_letters() -> list[str]:
+    """The letter of each byte in a byte-level vocabulary, as in GPT-2's `bytes_to_unicode`.
+
+    Printable characters stand for themselves, the other bytes are letters from 256 on.
+    """
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = count(256)
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
+
+
+def _steps(described: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, as tokenizer.json describes them."""
+    if described is not None and described["type"] == "Sequence":
+        for part in described.get("normalizers") or described.get("pretokenizers") or ():
+            yield from _steps(part)
+    elif described is not None:
+        yield described
 
 
 def text_tokens(

@@ -155,6 +155,11 @@ class ServingLimits(Section):
     """How long running requests may go on after SIGTERM."""
 
 
+NOT_EMPTY = matching(
+    r"\S(.*\S)?", "text without spaces around it; a shell variable that it comes from may be unset"
+)
+
+
 class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
     """One server."""
 
@@ -163,14 +168,18 @@ class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file or named sample."""
     name: Annotated[
-        str | None, Flag(aliases=("served_model_name",), default="the name of the folder")
+        str | None,
+        Flag(aliases=("served_model_name",), default="the name of the folder"),
+        NOT_EMPTY,
     ] = None
     """The name of the model in the API."""
     host: Annotated[str, Flag(value="ADDRESS")] = "127.0.0.1"
     """The address to listen on. 0.0.0.0 lets other machines connect; give an API key then."""
     port: int = Field(8000, ge=0, le=65535)
     """The port; 0 takes a free one."""
-    api_key: Annotated[str | None, Flag(value="KEY", default="SECATEUR_API_KEY, else none")] = None
+    api_key: Annotated[
+        str | None, Flag(value="KEY", default="SECATEUR_API_KEY, else none"), NOT_EMPTY
+    ] = None
     """Clients have to send this key. Other users of this machine can read flags, but not
     environment variables."""
 

@@ -88,7 +88,12 @@ def prepare(recipe: ServeRecipe) -> Serving:
             f"the server needs packages that are not installed: {error}",
             remedy=install_extra("serve"),
         ) from error
-    api_key = recipe.api_key or os.environ.get(KEY_VARIABLE) or None
+    api_key = recipe.api_key or os.environ.get(KEY_VARIABLE)
+    if api_key is not None and not api_key.strip():
+        raise RecipeError(
+            f"the environment variable {KEY_VARIABLE} is set, but empty",
+            remedy="put the key into it, or unset it to serve without a key",
+        )
     listening = listening_socket(recipe.host, recipe.port)
     try:
         service, lines = _serving(recipe)

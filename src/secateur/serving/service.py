@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from secateur.models.tokenizer import Tokenizer
+from secateur.models.tokenizer import Tokenizer, text_bound
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.sampling import TextStream
 from secateur.serving.scheduler import Request, Scheduler, ServingJob
@@ -257,6 +257,10 @@ class AnswerChoice:
         return TokenChance(self.text_of(token), float(logs[token]), others)
 
 
+LONG_TEXT = 1 << 14
+"""More characters take longer than others should wait for: about 40 ms."""
+
+
 @dataclass
 class Service:
     """A model that answers.
@@ -285,13 +289,23 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        # one thread: a tokenizer must not be used by two, and the event loop must not wait for it
+        # The event loop must not wait for a tokenizer, and short texts not for long ones. A first
+        # text sets the options of a fast tokenizer; then reading changes nothing in it, and two
+        # threads may do it at once. Others have one thread.
+        self.tokenizer("")
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="secateur-tokenizer")
+        two = getattr(self.tokenizer, "is_fast", False)
+        self.long_reader = ThreadPoolExecutor(1, "secateur-long-texts") if two else self.reader
+        self.bound = text_bound(self.tokenizer)
+
+    def fits(self, text: str) -> bool:
+        """Whether a text may be short enough for a prompt, without reading it."""
+        return self.bound is None or self.bound.fewest_tokens(text) <= self.capacity
 
     async def conversation(
         self, messages: Sequence[dict[str, str]], variables: Mapping[str, Any]
-    ) -> list[int]:
-        """The tokens of a conversation, up to the start of the answer.
+    ) -> str:
+        """A conversation in the model's format, up to the start of the answer.
 
         Args:
             messages: role and content of each.
@@ -301,31 +315,35 @@ class Service:
             Exception: what the template raises.
         """
 
-        def templated() -> list[int]:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **variables
+        def written() -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **variables
+                )
             )
-            return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
-        return await self.in_reader(templated)
+        return await self.in_reader(written)
 
     async def tokens(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text; with `special`, also what the tokenizer puts in front."""
         return await self.in_reader(
-            lambda: list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            lambda: list(self.tokenizer(text, add_special_tokens=special)["input_ids"]), len(text)
         )
 
     async def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
-        return await self.in_reader(lambda: str(self.tokenizer.decode(list(ids))))
+        return await self.in_reader(lambda: str(self.tokenizer.decode(list(ids))), len(ids))
 
     async def texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token."""
-        return await self.in_reader(lambda: [str(self.tokenizer.decode([one])) for one in ids])
+        return await self.in_reader(
+            lambda: [str(self.tokenizer.decode([one])) for one in ids], len(ids)
+        )
 
-    async def in_reader(self, work: Callable[[], T]) -> T:
-        """Run something in the thread of the tokenizer."""
-        return await asyncio.get_running_loop().run_in_executor(self.reader, work)
+    async def in_reader(self, work: Callable[[], T], size: int = 0) -> T:
+        """Run something in a thread of the tokenizer: with characters or tokens, how many."""
+        reader = self.long_reader if size > LONG_TEXT else self.reader
+        return await asyncio.get_running_loop().run_in_executor(reader, work)
 
     def ask(
         self,

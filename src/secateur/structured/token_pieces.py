@@ -24,9 +24,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
-
-BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-"""The tokens of single bytes in tokenizers that begin with characters."""
+from secateur.models.tokenizer import BYTE_TOKENS, byte_letters
 
 
 class Pieces(Protocol):
@@ -136,9 +134,9 @@ class MergedPieces:
         unknown = self.model.get("unk_token")
         found = {str(unknown)} & self.ids.keys() if unknown is not None else set()
         if self.byte_level:
-            return found | (_byte_letters() & self.ids.keys())
-        if self.model.get("byte_fallback") and self.ids.keys() >= BYTES:
-            return found | BYTES
+            return found | ({*byte_letters()} & self.ids.keys())
+        if self.model.get("byte_fallback") and self.ids.keys() >= BYTE_TOKENS:
+            return found | BYTE_TOKENS
         return found | {token for token in self.ids if len(token) == 1}
 
     def parts_of(self, token: str) -> set[str]:
@@ -180,15 +178,6 @@ def _pair_of(merge: Any) -> tuple[str, str]:
     return first, second
 
 
-def _byte_letters() -> set[str]:
-    """The 256 letters that stand for bytes: printable characters for themselves, others from 256.
-
-    As in GPT-2's `bytes_to_unicode`.
-    """
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    return {chr(byte) for byte in shown} | {chr(256 + n) for n in range(256 - len(shown))}
-
-
 class ScoredPieces:
     """The pieces of a Unigram model.
 
@@ -207,8 +196,8 @@ class ScoredPieces:
         if self.model.get("unk_id") is not None:
             found.add(self.scores[self.model["unk_id"]][0])
         names = self.ids.keys()
-        if self.model.get("byte_fallback") and names >= BYTES:
-            return found | BYTES
+        if self.model.get("byte_fallback") and names >= BYTE_TOKENS:
+            return found | BYTE_TOKENS
         return found | {piece for piece in names if len(piece) == 1}
 
     def parts_of(self, token: str) -> set[str]:

@@ -33,6 +33,7 @@ from starlette.types import ASGIApp
 from secateur.errors import RecipeError
 from secateur.recipes.options import MAX_SEED
 from secateur.runtime.sampling import sampling_with
+from secateur.serving.http.connection import ARRIVAL_SECONDS, Connection
 from secateur.serving.http.middleware import Limits, Metrics
 from secateur.serving.http.requests import (
     MAX_CHOICES,
@@ -54,6 +55,8 @@ from secateur.serving.service import Service
 
 log = logging.getLogger(__name__)
 
+TOO_LONG = "context_length_exceeded"
+
 MOST_LOGGED = 100
 """Clients could fill the log with ever new names."""
 
@@ -63,7 +66,7 @@ def application(
     *,
     api_key: str | None = None,
     body_bytes: int = 4 << 20,
-    body_seconds: float = 30.0,
+    body_seconds: float = ARRIVAL_SECONDS,
     stop_seconds: float = 30.0,
 ) -> ASGIApp:
     """OpenAI's API for a model.
@@ -130,7 +133,7 @@ class Endpoints:
     def check_model(self, name: str | None) -> None:
         """Refuse another model. A request may leave the name out."""
         if name is not None and name != self.service.name:
-            said = f"there is no model {name!r:.80} here, only {self.service.name!r}"
+            said = f"there is no model {shown(name)} here, only {shown(self.service.name)}"
             raise ApiError(404, said, param="model", code="model_not_found")
 
     async def health(self) -> Response:
@@ -149,13 +152,23 @@ class Endpoints:
         """Answer a conversation."""
         self.check_model(request.model)
         warnings = request.check()
-        ids = await self.conversation(request.messages, request.chat_template_kwargs)
-        return self.answer(request, [self.known(ids, "messages")], ChatWriter, warnings)
+        text = await self.conversation(request.messages, request.chat_template_kwargs)
+        self.check_size(text, "messages")
+        ids = self.known(await self.service.tokens(text, special=False), "messages")
+        return self.answer(request, [ids], ChatWriter, warnings)
+
+    def check_size(self, text: str, param: str) -> None:
+        """Refuse a prompt that cannot fit, before it is read."""
+        if not self.service.fits(text):
+            said = f"the prompt has {len(text.encode()):,} bytes, which are more"
+            raise bad_request(
+                f"this model has room for {self.service.capacity} tokens; {said}", param, TOO_LONG
+            )
 
     async def conversation(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None
-    ) -> list[int]:
-        """The tokens of a conversation, by the model's chat template."""
+    ) -> str:
+        """A conversation, written by the model's chat template."""
         tokenizer = self.service.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise bad_request(
@@ -166,8 +179,8 @@ class Endpoints:
         for name in variables:
             if name in options:
                 raise bad_request(
-                    f"chat_template_kwargs: {name!r} is an option of the tokenizer; only variables "
-                    "of the template may be given",
+                    f"chat_template_kwargs: {shown(name)} is an option of the tokenizer; only "
+                    "variables of the template may be given",
                     "chat_template_kwargs",
                 )
         plain = [message.plain(number) for number, message in enumerate(messages)]
@@ -189,6 +202,9 @@ class Endpoints:
                 f"{choices} choices in one request, at most {MAX_CHOICES} are possible", "prompt"
             )
         special = request.add_special_tokens is not False
+        for text in prompts:
+            if isinstance(text, str):
+                self.check_size(text, "prompt")
         tokens: list[list[int]] = []
         for ids in prompts:
             own = await service.tokens(ids, special=special) if isinstance(ids, str) else ids
@@ -214,7 +230,8 @@ class Endpoints:
             raise bad_request("either prompt or messages has to be given", "prompt")
         service, special = self.service, request.add_special_tokens is not False
         if request.messages is not None:
-            ids = await self.conversation(request.messages, request.chat_template_kwargs)
+            text = await self.conversation(request.messages, request.chat_template_kwargs)
+            ids = await service.tokens(text, special=False)
         else:
             ids = await service.tokens(request.prompt or "", special=special)
         texts = await service.texts(ids) if request.return_token_strs else None
@@ -282,7 +299,7 @@ class Endpoints:
             raise bad_request(
                 f"this model has room for {capacity} tokens; the prompt has {prompt}, and "
                 f"{least} more are wanted",
-                code="context_length_exceeded",
+                code=TOO_LONG,
             )
         return room if wanted is None else wanted
 
@@ -408,6 +425,7 @@ class StoppableServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_level="warning",
                 access_log=False,
                 server_header=False,

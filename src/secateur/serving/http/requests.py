@@ -93,7 +93,7 @@ class Message(BaseModel):
         where = f"messages[{number}]"
         role = "system" if self.role == "developer" else self.role
         if role not in ("system", "user", "assistant"):
-            raise bad_request(f"the role {self.role!r} is not supported", f"{where}.role")
+            raise bad_request(f"the role {shown(self.role)} is not supported", f"{where}.role")
         if self.content is None:
             raise bad_request("a message needs a content", f"{where}.content")
         if isinstance(self.content, str):
@@ -102,7 +102,7 @@ class Message(BaseModel):
         for part in self.content:
             kind, text = part.get("type"), part.get("text")
             if kind != "text" or not isinstance(text, str):
-                said = f"a part of the kind {kind!r} is not supported; this model reads text"
+                said = f"a part of the kind {shown(kind)} is not supported; this model reads text"
                 raise bad_request(said, f"{where}.content")
             texts.append(text)
         return {"role": role, "content": "".join(texts)}
@@ -187,7 +187,7 @@ class SamplingRequest(BaseModel, ABC):
             near = difflib.get_close_matches(name, [*type(self).model_fields, *ONLY], 1, SIMILAR)
             if near:
                 raise bad_request(
-                    f"unknown parameter {shown(name)}; did you mean {near[0]!r}?", name[:80]
+                    f"unknown parameter {shown(name)}; did you mean {shown(near[0])}?", name[:80]
                 )
             ignored.append(f"{name[:80]} was ignored: this server does not know it")
         return ignored
@@ -337,7 +337,7 @@ class JsonRoute(APIRoute):
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind != "application/json":  # a page of another site could send other types
                     send = "send the header 'Content-Type: application/json'"
-                    raise ApiError(415, f"the content type is {kind[:80]!r}; {send}")
+                    raise ApiError(415, f"the content type is {shown(kind)}; {send}")
                 with_body.known = _parsed(await with_body.body())
             return await handle(with_body)
 
@@ -401,11 +401,26 @@ def _place_of(path: Sequence[str | int]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long or deep."""
+    """A value for a message, as JSON, cut where it is long or deep."""
     return SHORT.repr(value)
 
 
-SHORT = reprlib.Repr()
+class ShortJson(reprlib.Repr):
+    """Writes values as JSON does, and leaves out parts of large ones."""
+
+    def repr_str(self, value: str, level: int) -> str:
+        """Quotation marks of JSON, and letters of any language as they are."""
+        cut = value if len(value) <= self.maxstring else f"{value[: self.maxstring - 3]}..."
+        return json.dumps(cut, ensure_ascii=False)
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        """The words of JSON."""
+        return json.dumps(value)
+
+    repr_NoneType = repr_bool  # noqa: N815, the name that reprlib looks for
+
+
+SHORT = ShortJson()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
 
@@ -426,7 +441,7 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 KINDS = {
-    **dict.fromkeys((400, 404, 405, 413, 415), "invalid_request_error"),
+    **dict.fromkeys((400, 404, 405, 413, 414, 415, 431), "invalid_request_error"),
     401: "authentication_error",
     408: "timeout_error",
     429: "rate_limit_error",
