@@ -11,13 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
 from cases import CASES, FAST, make_sources
 from contents import contents, every_byte
 
-from secateur.errors import RecipeError
+import secateur
+from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models import checkpoint
 from slow import slow
 
 VERBS = (
@@ -368,3 +372,35 @@ def test_resume_with_other_weights_in_the_source_is_refused(
     file.write_bytes(as_it_was)
     case.call(sources, here / "out", At(), model=model, resume=True)
     assert contents(here / "out") == straight.contents
+
+
+# -- disks ------------------------------------------------------------------------------------
+
+
+MADE = [*VERBS[:-3], "compress", "compress int8", "decompress", "export", "import"]
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name != "chain"])
+def test_a_disk_that_is_too_small_is_seen_before_the_work(
+    name: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = SimpleNamespace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: left)
+    with pytest.raises(MemoryBudgetError, match=r"needs .* of disk, but 0\.00 MiB are"):
+        CASES[name].call(sources, tmp_path / "out", At())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["gguf", "openvino", "compressed-tensors"])
+def test_a_disk_that_fills_up_under_an_export_is_named_and_nothing_stays(
+    target: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(*_: Any) -> None:
+        raise OSError("3145728 requested and 1915416 written")  # as numpy says it
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", cut_short)
+    monkeypatch.setattr(checkpoint, "write_all", cut_short)
+    with pytest.raises(MemoryBudgetError, match=r"(?s)the disk is full.*run again, or") as full:
+        secateur.export(sources / "bytes", to=target, output=tmp_path / "out")
+    assert "--resume" not in str(full.value)
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ the source. The layout is that of https://github.com/vllm-project/compressed-ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,13 @@ from torch import Tensor
 
 from secateur.errors import ShapeError
 from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_linears, first_of
+from secateur.exporting.folder import (
+    DecoderLinears,
+    copy_the_rest,
+    decoder_linears,
+    first_of,
+    size_of,
+)
 from secateur.models.checkpoint import PLAIN, ShardWriter, shard_name, write_index
 from secateur.models.opening import computed_dtype
 from secateur.models.varied import MODEL_TYPE
@@ -154,7 +160,9 @@ class CompressedTensors:
         else:
             packed, rounded = (True, None) if type == "w8a16" else (False, 8)
             scheme = Scheme(8, packed, group=None, activations=rounded, scale=torch.float32)
-        copy_the_rest(source, {"quantization_config": scheme.to_json(linears.others)}, output)
+        whole = _planned(source, linears, scheme, source.reader.entries)
+        changes = {"quantization_config": scheme.to_json(linears.others)}
+        copy_the_rest(source, changes, output, size_of(whole))
         files, made, exact = source.reader.files, Exported(), 0
         weight_map: dict[str, str] = {}
         progress.start("writing", len(source.reader.entries))
@@ -188,7 +196,7 @@ class CompressedTensors:
 
 
 def _planned(
-    source: ExportSource, linears: DecoderLinears, scheme: Scheme, names: list[str]
+    source: ExportSource, linears: DecoderLinears, scheme: Scheme, names: Iterable[str]
 ) -> Specs:
     """Dtype and shape of what becomes of some tensors of the source."""
     known: Specs = {}

@@ -10,16 +10,25 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from secateur.errors import ArchitectureError, SecateurError
 from secateur.exporting import ExportSource
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.models.inventory import inventory, stored_shapes
 from secateur.models.skeleton import build_skeleton, model_names
-from secateur.runs.output import writing
+from secateur.runs.output import check_free, writing
 
 
-def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path) -> None:
+def size_of(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """The bytes of tensors of these dtypes and shapes."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs.values())
+
+
+def copy_the_rest(
+    source: ExportSource, changes: Mapping[str, Any], output: Path, weight_bytes: int
+) -> None:
     """Copy tokenizer, generation settings and licence, and write the configuration.
 
     Args:
@@ -27,10 +36,12 @@ def copy_the_rest(source: ExportSource, changes: Mapping[str, Any], output: Path
         changes: entries of `config.json` that differ from those of the source. A note that its
             weights are compressed is not copied.
         output: the folder.
+        weight_bytes: what will be written besides.
 
     Raises:
-        MemoryBudgetError: the disk is full.
+        MemoryBudgetError: the disk is too small, or full.
     """
+    check_free(weight_bytes, output)
     files = [f for f in copied_files(source.folder) if f.name not in ("config.json", *INDEX_NAMES)]
     note_links(files)
     kept = {k: v for k, v in source.config.items() if k != "quantization_config"}

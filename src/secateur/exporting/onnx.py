@@ -7,6 +7,8 @@ it wrote.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -61,7 +63,8 @@ class ONNX:
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             dense = Path(scratch) / "dense"
             dense.mkdir()
-            copy_the_rest(source, {}, dense)  # the builder loads it whatever the source is
+            # the builder loads it whatever the source is
+            copy_the_rest(source, {}, dense, source.reader.total_bytes)
             write_dense(source.reader, dense, progress)
             _build(dense, output, type, Path(scratch))
         made = _counted(source, output / "model.onnx", progress)
@@ -76,6 +79,8 @@ def _build(dense: Path, output: Path, type: str, scratch: Path) -> None:
     command = [*builder, *map(str, asked), *OPTIONS[type]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        if (full := os.strerror(errno.ENOSPC)) in done.stderr:
+            raise OSError(errno.ENOSPC, full)
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise ArchitectureError(
             f"the model builder of onnxruntime-genai failed: {said[-1][:300]}",

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.folder import DecoderLinears, copy_the_rest, decoder_linears, first_of
+from secateur.exporting.folder import (
+    DecoderLinears,
+    copy_the_rest,
+    decoder_linears,
+    first_of,
+    size_of,
+)
 from secateur.models.checkpoint import ShardWriter
 from secateur.progress import Progress, each_step
 from secateur.runtime.semi_structured.layout import (
@@ -49,9 +55,10 @@ class SemiStructured:
         """Write one file, one tensor in memory at a time; the source is read twice."""
         linears, dtype = decoder_linears(source), TYPES[type]
         stored = _stored_as(source, linears, progress)
-        copy_the_rest(source, {"dtype": str(dtype).removeprefix("torch.")}, output)
-        made, rounded = Exported(), 0
         known = _known_specs(source, linears, stored, dtype)
+        changes = {"dtype": str(dtype).removeprefix("torch.")}
+        copy_the_rest(source, changes, output, size_of(known))
+        made, rounded = Exported(), 0
         with ShardWriter(output / FILE_NAME, known, [], {"format": "pt"}) as writer:
             for name in each_step(progress, "writing", source.reader.entries):
                 tensor, own = source.reader.read(name), linears.names[name]

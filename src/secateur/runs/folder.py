@@ -255,6 +255,9 @@ class RunFolder:
                 self.work.mkdir(exist_ok=True)
                 self.notes.mkdir(parents=True, exist_ok=True)
         except BaseException as error:
+            if self.lock.descriptor is not None:
+                with contextlib.suppress(OSError):  # it holds a stopped run
+                    self.partial.rmdir()
             self.lock.release()
             if isinstance(error, OSError):
                 raise cannot_write(error, self.output) from error
@@ -267,8 +270,13 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        waste = self.finished or (error is not None and self.is_waste(error))
+        full = None
+        if error is not None and is_full(error):
+            where = error.where if isinstance(error, SecateurError) else None
+            full = cannot_write(error, Path(where or self.partial), kept=not waste)
         try:
-            if self.finished or (error is not None and self.is_waste(error)):
+            if waste:
                 self.remove()
         except PermissionError as kept:  # Windows does not delete what a program has open
             if not self.finished:
@@ -276,8 +284,8 @@ class RunFolder:
             log.warning("%s is finished; delete %s: %s", self.output, self.partial, kept)
         finally:
             self.lock.release()
-        if error is not None and is_full(error):
-            raise cannot_write(error, self.partial) from error
+        if full is not None:
+            raise full from error
 
     def begin(self, identity: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
         """Store what the result depends on; from now on, the run can be resumed.
@@ -531,10 +539,17 @@ class Lock:
         self.folder = folder
         self.descriptor: int | None = None
 
-    def take(self) -> bool:
-        """Create and lock the folder; returns False if another process holds it."""
+    def take(self, *, create: bool = True) -> bool:
+        """Lock the folder; returns False if another process holds it.
+
+        Args:
+            create: make the folder if there is none; otherwise nobody holds it.
+        """
         while self.descriptor is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            elif not self.folder.exists():
+                break
             if fcntl is None:
                 return self.take_file()
             with contextlib.suppress(FileNotFoundError):
@@ -576,9 +591,9 @@ class Lock:
     @property
     def is_taken(self) -> bool:
         """Whether another process holds the folder now."""
-        if self.descriptor is not None or not self.folder.exists():
+        if self.descriptor is not None:
             return False
-        taken = not self.take()
+        taken = not self.take(create=False)
         self.release()
         return taken
 

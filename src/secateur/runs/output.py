@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -207,14 +208,25 @@ def size(count: int) -> str:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed for lack of space; safetensors says so only in its message."""
+    """Whether a write failed for lack of space; safetensors and numpy say so in a message only."""
+    if isinstance(error, MemoryBudgetError) and error.__cause__ is not None:
+        return is_full(error.__cause__)
     if isinstance(error, SafetensorError):
         return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, DISK_FULL))
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not isinstance(error, OSError):
+        return False
+    cut_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or cut_short is not None
 
 
-def cannot_write(error: BaseException, where: Path) -> SecateurError:
-    """The error for the user after a failed write."""
+def cannot_write(error: BaseException, where: Path, *, kept: bool = False) -> SecateurError:
+    """The error for the user after a failed write.
+
+    Args:
+        error: of the write.
+        where: what was written.
+        kept: whether --resume continues the run.
+    """
     if is_full(error):
         place = where
         while not place.exists():
@@ -223,7 +235,8 @@ def cannot_write(error: BaseException, where: Path) -> SecateurError:
         return MemoryBudgetError(
             f"the disk is full ({free / 2**20:.0f} MiB free)",
             where=str(where),
-            remedy="free some space and run again with --resume, or choose another --output",
+            remedy=f"free some space and run again{' with --resume' if kept else ''}, or choose "
+            "another --output",
         )
     what, remedy = REFUSALS.get(
         getattr(error, "errno", None) or 0,

@@ -129,6 +129,15 @@ class Compress(Step[CompressRecipe, CompressResult]):
         """The calibration text, and the teacher."""
         return (recipe.calibration.source, recipe.distillation.teacher)
 
+    @property
+    def disk_bytes(self) -> int:
+        """The dense models of the rounding; packing checks what it writes when it knows it."""
+        recipe = self.recipe
+        if recipe.calibration.source is None:
+            return 0
+        heals, head = recipe.distillation.epochs > 0, recipe.embeddings in GRID_BITS
+        return self.model.reader.total_bytes * (_rounds_linears(recipe) + heals * (1 + head))
+
     @cached_property
     def made_of(self) -> dict[str, Any]:
         """Everything that affects the compressed weights."""

@@ -178,7 +178,7 @@ def finish(step: Step[R, T]) -> T:
     run = step.run
     folder = run.folder
     folder.keep_apart(run.source.folder)
-    if step.disk_bytes and not folder.finished:
+    if not folder.finished:
         check_free(step.disk_bytes, folder.output, folder.partial)
     ranks, everywhere = run.ranks, step.everywhere
     if everywhere:

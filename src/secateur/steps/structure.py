@@ -94,22 +94,34 @@ def plan_structure(
     trimmed = trims_vocabulary(recipe)
     steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
     found = counted_cut(recipe, plan, skeleton)
-    conditions = {
-        "--vocabulary": trimmed,
-        "--decode-latency": recipe.decode_latency is not None,
-        "--depth-units blocks": recipe.depth.units == "blocks" and plan.drop_layers > 0,
-    }
-    unknown = tuple(name for name, given in conditions.items() if given)
+    unknown = _unknown_sizes(recipe, plan)
     memory = None
     if plan.narrows and recipe.learned is None:
         from secateur.structured.choices import plan_width_run
 
         memory = plan_width_run(recipe, plan, source.folder)
-    size = found.before.file_bytes if unknown else found.after.file_bytes
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
-    check_output(recipe.output, "structure", size, read, call)
+    check_output(recipe.output, "structure", _disk_bytes(recipe, plan, skeleton), read, call)
     after = None if unknown else found.after
     return CutPlanResult(tuple(steps), found.before, after, unknown, memory)
+
+
+def _unknown_sizes(recipe: StructureRecipe, plan: CutPlan) -> tuple[str, ...]:
+    """The options for which the size of the cut model is not known before it is made."""
+    conditions = {
+        "--vocabulary": trims_vocabulary(recipe),
+        "--decode-latency": recipe.decode_latency is not None,
+        "--depth-units blocks": recipe.depth.units == "blocks" and plan.drop_layers > 0,
+    }
+    return tuple(name for name, given in conditions.items() if given)
+
+
+def _disk_bytes(recipe: StructureRecipe, plan: CutPlan, skeleton: Any) -> int:
+    """What the run writes: every step a model no smaller than the result, and the result."""
+    found = counted_cut(recipe, plan, skeleton)
+    if _unknown_sizes(recipe, plan):
+        return found.before.file_bytes
+    return found.after.file_bytes * (1 + len(_steps_of(recipe, plan, skeleton)))
 
 
 def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, CutPlan]:
@@ -156,6 +168,11 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         """The calibration text, and those of other domains."""
         domains = recipe.learned.domains if recipe.learned is not None else ()
         return [*texts_of(recipe.calibration.source), *domains]
+
+    @property
+    def disk_bytes(self) -> int:
+        """The models of all steps, and the result."""
+        return _disk_bytes(self.recipe, self.plan, self.skeleton)
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from secateur.reporting.models import TrainResult
 from secateur.reporting.plan import TrainPlanResult
 from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
-from secateur.runs.output import check_free, write_json, write_text
+from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
@@ -41,7 +41,14 @@ from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.saved import check_written, open_tensors, write_trained
 from secateur.training.session import Trained, train_in_rounds, train_once
-from secateur.training.setup import Adapted, TrainingInputs, adapt, merged, plan_of
+from secateur.training.setup import (
+    Adapted,
+    PlannedTraining,
+    TrainingInputs,
+    adapt,
+    merged,
+    plan_of,
+)
 from secateur.training.training_plan import TrainingPlan, optimizers
 
 NO_PART = {
@@ -138,6 +145,16 @@ class Train(Step[TrainRecipe, TrainResult]):
         """The mask and the texts."""
         return recipe.mask, recipe.validation_text, *recipe.text
 
+    @cached_property
+    def planned(self) -> PlannedTraining:
+        """The length of the training, its teacher, and what it needs."""
+        return plan_of(self.inputs, self.run.folder.work)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The weights and moments that are saved, and the result."""
+        return self.planned.needs.disk_bytes
+
     def identity(self) -> dict[str, Any]:
         """Everything that affects the trained weights."""
         return {
@@ -156,10 +173,9 @@ class Train(Step[TrainRecipe, TrainResult]):
         recipe, inputs, ranks = self.recipe, self.inputs, self.ranks
         folder, progress, source = self.run.folder, self.run.progress, self.run.source
         trust, work, text = recipe.trust_remote_code, folder.work, inputs.text
-        found = plan_of(inputs, work)
+        found = self.planned
         if found.teacher is not None:
             folder.keep_apart(found.teacher.folder)
-        check_free(found.needs.disk_bytes, folder.output, folder.partial)
         # Weights are not rounded between the rounds of iterative pruning.
         dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
         model = load(source.folder, ranks, dtype=dtype, trust_remote_code=trust)

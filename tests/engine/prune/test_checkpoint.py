@@ -105,7 +105,7 @@ def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
-    with pytest.raises(MemoryBudgetError, match=r"(?s)disk is full.*--resume"):
+    with pytest.raises(MemoryBudgetError, match=r"(?s)disk is full.*run again"):
         copy.create()
 
 

@@ -82,13 +82,14 @@ def test_what_would_fill_the_disk_is_refused_before_any_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, 5 * source))
     with pytest.raises(MemoryBudgetError, match=r"the run needs .* MiB of disk, .* are free"):
         train(places, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_is_what_lies_on_the_disk(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned, most = [], 0
-    check = secateur.steps.train.check_free
+    check = secateur.steps.runner.check_free
 
     def watched(needed: int, *places: Path) -> None:
         planned.append(needed)
@@ -102,7 +103,7 @@ def test_the_plan_is_what_lies_on_the_disk(
         files = [x for x in (tmp_path / "out.partial").rglob("*") if x.is_file()]
         most = max(most, sum(x.stat().st_size for x in files))
 
-    monkeypatch.setattr("secateur.steps.train.check_free", watched)
+    monkeypatch.setattr("secateur.steps.runner.check_free", watched)
     monkeypatch.setattr(checkpoint.ShardWriter, "close", look)
     train(places, tmp_path / "out")
     assert most <= 1.1 * planned[0]  # headers count for much in so small a model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +25,9 @@ from secateur.exporting.gguf.architectures import LlamaCppModel, Planned, model_
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary, read_vocabulary
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 from secateur.quantization.groups import AT_ONCE, GroupGrid
+from secateur.runs.output import check_free
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.install import DenseView
 
@@ -175,21 +177,20 @@ class GGUFFile:
         """Write the file."""
         extra = dict(self.model.extra_tensors())
         plan = self.plan()
-        writer = self.opened(file, plan)
+        check_free(self.weight_bytes(plan), file.parent)
         made = Exported(notes=[*self.notes(plan), *self.vocabulary.notes])
-        progress.start("writing", len(plan))
-        for one in plan:
-            kept = one.sources or None
-            weight = self.model.read(self.source.reader, one) if kept else extra[one.name]
-            kind = self.type_of(one)
-            stored = stored_blocks(weight, kind)
-            writer.write_tensor_data(stored)
-            made.count_tensor(kind.name)
-            if weight.ndim > 1 and kept and one.name not in ENDS:
-                made.count_matrix(weight, dequantized(stored, kind))
-            progress.step(note=one.name)
-        progress.finish()
-        writer.close()
+        with closing(self.opened(file, plan)) as writer:
+            planned = {one.name: one for one in plan}
+            for name in each_step(progress, "writing", planned):
+                one = planned[name]
+                kept = one.sources or None
+                weight = self.model.read(self.source.reader, one) if kept else extra[one.name]
+                kind = self.type_of(one)
+                stored = stored_blocks(weight, kind)
+                writer.write_tensor_data(stored)
+                made.count_tensor(kind.name)
+                if weight.ndim > 1 and kept and one.name not in ENDS:
+                    made.count_matrix(weight, dequantized(stored, kind))
         made.file_bytes = file.stat().st_size
         return made
 
@@ -207,8 +208,11 @@ class GGUFFile:
         """
         plan = self.plan()
         self.opened(scratch, plan).close()
-        weights = sum(_padded_bytes(_tensor_bytes(one, self.type_of(one))) for one in plan)
-        return _padded_bytes(scratch.stat().st_size) + weights
+        return _padded_bytes(scratch.stat().st_size) + self.weight_bytes(plan)
+
+    def weight_bytes(self, plan: list[Planned]) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(_padded_bytes(_tensor_bytes(one, self.type_of(one))) for one in plan)
 
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
