@@ -381,6 +381,28 @@ def test_a_narrow_terminal_hides_no_cell(secateur, model: Path, monkeypatch, col
     assert list(filter(None, map("".join, counts)))[1:] == ["7", "7,680", "0.00%"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("verb", ["inspect", "prune"])
+def test_a_full_stdout_is_named_and_the_model_is_whole(
+    verb: str, form: list[str], model: Path, tmp_path: Path
+) -> None:
+    out = ["--sparsity", "0.5", "--method", "magnitude", "--output", str(tmp_path / "out")]
+    words = [verb, str(model), *form, *(out if verb == "prune" else [])]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from secateur.cli import main; main()", *words],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: stdout cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--output" not in done.stderr
+    if verb == "prune":
+        assert f"the result is whole, in {tmp_path / 'out'}" in done.stderr
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_pipe_of_windows_gets_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its encoding does not have every character."""
     written = io.BytesIO()

@@ -44,3 +44,37 @@ def test_ctrl_c_names_the_command_that_continues(tmp_path: Path) -> None:
     assert err.startswith("error: interrupted\n")
     assert f"continue with: secateur prune 'a model' --sparsity 0.5 --output {out} --resume" in err
     assert "Traceback" not in err
+
+
+TWICE = """
+import os, signal, sys
+import secateur.cli.errors as errors
+import secateur.steps.prune as workflow
+from secateur.cli import main
+
+def press(*args, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+
+class AtTheEnd:
+    def __del__(self):
+        press()
+
+workflow.prune_recipe = press
+explain = errors.to_error
+errors.to_error = lambda error: (press(), explain(error))[1]
+sys.argv = ["secateur", *sys.argv[1:]]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+last = AtTheEnd()
+main()
+"""
+
+
+def test_a_second_ctrl_c_changes_nothing(tmp_path: Path) -> None:
+    words = ["prune", "a model", "--sparsity", "0.5", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted\n")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -32,6 +32,8 @@ FILES: list[tuple[str, bytes, str]] = [
     ),
     ("t.txt.gz", b"", "contains no text"),
     ("t.jsonl", b"9" * 5000, "not JSON"),
+    ("t.parquet", b"words", r"t\.parquet cannot be read: Parquet file size is 5 bytes"),
+    ("t.parquet", b"PAR1" + bytes(40) + b"PAR1", r"t\.parquet cannot be read"),
 ]
 
 

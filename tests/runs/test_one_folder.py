@@ -404,3 +404,31 @@ def test_a_disk_that_fills_up_under_an_export_is_named_and_nothing_stays(
         secateur.export(sources / "bytes", to=target, output=tmp_path / "out")
     assert "--resume" not in str(full.value)
     assert not list(tmp_path.iterdir())
+
+
+# -- other spellings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prune", "structure", "train", "chain", "compress int8"])
+@pytest.mark.parametrize("stop_at", [5, 10**9], ids=["stopped", "finished"])
+def test_the_same_files_may_be_spelled_in_another_way(
+    name: str, stop_at: int, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, here = CASES[name], tmp_path / "here"
+    shutil.copytree(sources / case.source, here / "m" / "model")
+    for file in ("windows.safetensors", "text.txt"):
+        shutil.copy(sources / file, here / file)
+    monkeypatch.chdir(here)
+    try:
+        case.call(Path(), tmp_path / "out", At(stop_at, stop), Path("m/model"))
+    except Stopped:
+        assert stop_at == 5
+    monkeypatch.chdir(tmp_path)
+    moved = here.rename(tmp_path / "there")
+    resumed = case.call(Path("there"), tmp_path / "out", At(), f"{moved}/m/model/", resume=True)
+    assert resumed is not None
+    assert (tmp_path / "out" / "config.json").is_file()
+    shutil.copy(sources / "other.txt", moved / "text.txt")
+    shutil.copy(sources / "others.safetensors", moved / "windows.safetensors")
+    with pytest.raises(RecipeError, match=r"different one \(.*(changed|now)"):
+        case.call(Path("there"), tmp_path / "out", At(), moved / "m" / "model", resume=True)

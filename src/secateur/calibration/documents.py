@@ -36,7 +36,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast, overload
@@ -405,7 +405,7 @@ def _saved_rows(path: Path) -> Any:
     """The rows of a folder that `datasets` saved."""
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
+    saved = _rows(datasets.load_from_disk, path)
     if isinstance(saved, datasets.Dataset):
         return saved
     if "train" not in saved:
@@ -415,6 +415,24 @@ def _saved_rows(path: Path) -> Any:
             remedy="name the folder of a split",
         )
     return saved["train"]
+
+
+def _rows(read: Callable[[str], Any], path: Path) -> Any:
+    """Read rows with `datasets`.
+
+    Raises:
+        SourceError: the file is damaged, or of another kind.
+    """
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return read(str(path))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise SourceError(
+            f"{path.name} cannot be read: {first_line(error)}",
+            where=str(path),
+            remedy="copy it again, or name a text of another kind",
+        ) from None
 
 
 def _bare_suffix(path: Path) -> str | None:
@@ -435,7 +453,7 @@ def _file_documents(path: Path, field: str) -> Iterator[Document]:
     if suffix == TABLE:
         import datasets
 
-        rows = datasets.Dataset.from_parquet(str(path))
+        rows = _rows(datasets.Dataset.from_parquet, path)
         yield from _row_documents(rows, field, str(path))
         return
     opener = gzip.open if path.suffix == ".gz" else open

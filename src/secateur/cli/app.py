@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -54,14 +55,21 @@ def main() -> None:
         _run(sys.argv[1:])
         sys.exit(0)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
     except SecateurError as error:
         _exit_with(error)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):  # another one must not end the end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         from secateur.cli.errors import to_error
 
         _exit_with(to_error(error))
+
+
+def _drop_output() -> None:
+    """Throw away what stdout did not take: Python would try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_what_can_be_shown() -> None:
@@ -99,7 +107,10 @@ def _exit_with(error: SecateurError) -> NoReturn:
     if "--json" in sys.argv:
         kind = type(error).__name__
         fields = {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}
-        print(json.dumps({"error": fields}))
+        try:
+            print(json.dumps({"error": fields}), flush=True)
+        except OSError:
+            _drop_output()
     text = f"error: {error}".encode("utf-8", "backslashreplace")  # names may hold lone surrogates
     print(text.decode(), file=sys.stderr)
     sys.exit(error.exit_code)

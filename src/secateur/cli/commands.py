@@ -12,8 +12,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, get_origin
 
 from cyclopts import Group, Parameter, Token
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SecateurError
 from secateur.parallel.launched import Launched
 from secateur.progress import Silent
 from secateur.recipes.options import (
@@ -282,8 +282,8 @@ def _reply(conversation: Conversation, prompt: str, as_json: bool) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with _printing():
+        sys.stdout.write(text)
 
 
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
@@ -334,7 +334,7 @@ def make_command(verb: str) -> Callable[..., None]:
         with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
             result = run(recipe, **call)
         if result is not None:
-            print_result(result, as_json=as_json)
+            print_result(result, as_json=as_json, made=getattr(recipe, "output", None))
             if code := EXIT_CODES.get(verb, lambda x: getattr(x, "exit_code", 0))(result):
                 sys.exit(code)
 
@@ -345,12 +345,39 @@ def make_command(verb: str) -> Callable[..., None]:
     return run_command
 
 
-def print_result(result: Result, *, as_json: bool) -> None:
-    """Write a result to stdout: tables for people, or one JSON document."""
-    if as_json:
-        print(json.dumps(result.to_json(), indent=2))
-    else:
-        result.show()
+def print_result(result: Result, *, as_json: bool, made: str | None = None) -> None:
+    """Write a result to stdout: tables for people, or one JSON document.
+
+    Args:
+        result: of a verb.
+        as_json: which of the two.
+        made: the output of the verb, for an error.
+    """
+    with _printing(made):
+        if as_json:
+            print(json.dumps(result.to_json(), indent=2))
+        else:
+            result.show()
+
+
+@contextmanager
+def _printing(made: str | None = None) -> Iterator[None]:
+    """Write to stdout; see `print_result`.
+
+    Raises:
+        SecateurError: stdout takes nothing.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SecateurError(
+            f"stdout cannot be written: {error.strerror}",
+            where=None if made is None else f"the result is whole, in {made}",
+            remedy="send stdout to another place",
+        ) from error
 
 
 class OnlyErrors(io.TextIOBase):

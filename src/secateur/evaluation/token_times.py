@@ -42,7 +42,7 @@ from secateur.evaluation.random_models import (
     another,
     random_matrix,
 )
-from secateur.models.hub import cache_folder
+from secateur.models.hub import cache_folder, writing_cache
 from secateur.progress import Progress
 from secateur.runs.environment import environment
 from secateur.runs.output import write_json
@@ -103,8 +103,8 @@ class TimeTable:
             entry = {"seconds": measure(), "measured": date.today().isoformat()}
             known = self.read()  # other processes may have written meanwhile
             known.setdefault(machine(), {})[name] = entry
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, known)
+            with writing_cache(self.file.parent):
+                write_json(self.file, known)
         self.dates.append(entry["measured"])
         return entry["seconds"]
 

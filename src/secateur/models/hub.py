@@ -383,8 +383,7 @@ def cache_folder() -> Path:
 def work_beside(target: Path) -> Iterator[Path]:
     """An empty folder of the cache, next to what is made in it: on the same file system."""
     folder = target.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_cache(folder):
         for left in folder.glob(f"*{PARTIAL}"):  # of runs that were killed more than a day ago
             # another process may finish and remove its own folder meanwhile
             with contextlib.suppress(FileNotFoundError):
@@ -392,6 +391,18 @@ def work_beside(target: Path) -> Iterator[Path]:
                     shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder, suffix=PARTIAL) as work:
             yield Path(work)
+
+
+@contextmanager
+def writing_cache(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache, and name the variable that moves it where it cannot be written.
+
+    Raises:
+        SourceError: the cache cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise SourceError(
             f"the cache cannot be written: {error}",

@@ -191,7 +191,7 @@ def _keep_texts(texts: Sequence[Any]) -> Path:
 
     So a run that reads them can be resumed and repeated.
     """
-    from secateur.models.hub import cache_folder
+    from secateur.models.hub import cache_folder, writing_cache
     from secateur.runs.output import write_bytes
 
     kinds = {type(text).__name__ for text in texts if not isinstance(text, str)}
@@ -211,8 +211,8 @@ def _keep_texts(texts: Sequence[Any]) -> Path:
     content = lines.encode("utf-8")
     file = cache_folder() / "texts" / f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, content)
+        with writing_cache(file.parent):
+            write_bytes(file, content)
     return file
 
 

@@ -449,6 +449,32 @@ def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dic
     return found
 
 
+def content_of(path: str) -> Any:
+    """A file or folder as an identity holds it: by its content. Any other name stays a name.
+
+    Args:
+        path: as the user spelled it, for messages.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        return path
+    files = sorted(file for file in place.rglob("*") if file.is_file()) or [place]
+    lines = [f"{file.relative_to(place)} {file_digests([file])[file.name]}" for file in files]
+    return {SPELLED: path, CONTENT: hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+
+
+SPELLED, CONTENT = "spelled", "sha256"
+"""The entries of a file in an identity. How it is spelled makes no difference."""
+
+
+def what_counts(value: Any) -> Any:
+    """An identity without how its files are spelled."""
+    if isinstance(value, Mapping):
+        kept = {key: what_counts(x) for key, x in value.items()}
+        return kept[CONTENT] if kept.keys() == {SPELLED, CONTENT} else kept
+    return [*map(what_counts, value)] if isinstance(value, list | tuple) else value
+
+
 def refuse_another(
     before: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, finished: bool = False
 ) -> None:
@@ -464,7 +490,7 @@ def refuse_another(
         RecipeError: the identities differ; lists the differences.
     """
     now = json.loads(json.dumps(now))
-    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    differing = _differing(before, now)
     if not differing:
         return
     raise RecipeError(
@@ -477,13 +503,21 @@ def refuse_another(
     )
 
 
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The entries in which two identities differ."""
+    one, other = what_counts(before), what_counts(now)
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+
+
 def _difference(key: str, before: Any, now: Any) -> str:
     """The difference between one part of two identities."""
+    before, now = (x[SPELLED] if isinstance(x, dict) and SPELLED in x else x for x in (before, now))
+    if before == now:
+        return f"{key}: the content of {now} has changed"
     if isinstance(before, list) and isinstance(now, list) and dict in map(type, before + now):
         before, now = ({str(n): x for n, x in enumerate(one, 1)} for one in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
-        parts = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-        inner = (_difference(k, before.get(k), now.get(k)) for k in parts)
+        inner = (_difference(k, before.get(k), now.get(k)) for k in _differing(before, now))
         return f"{key}: {', '.join(inner)}"
     line = f"{key}: {before!r} then, {now!r} now"
     return line if len(line) <= 2 * LONGEST else f"{key} has changed"

@@ -213,10 +213,9 @@ def is_full(error: BaseException) -> bool:
         return is_full(error.__cause__)
     if isinstance(error, SafetensorError):
         return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, DISK_FULL))
-    if not isinstance(error, OSError):
-        return False
-    cut_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or cut_short is not None
+    if isinstance(error, OSError) and error.errno is None:
+        return re.fullmatch(r"\d+ requested and \d+ written", str(error)) is not None
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def cannot_write(error: BaseException, where: Path, *, kept: bool = False) -> SecateurError:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,17 @@ from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.models import ChainResult
 from secateur.runs import records
-from secateur.runs.folder import NOTES, STATE, file_digests, refuse_another
+from secateur.runs.folder import NOTES, STATE, refuse_another, what_counts
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
-from secateur.steps.runner import RunContext, Step, carry_out, step_of
+from secateur.steps.runner import (
+    RunContext,
+    Step,
+    carry_out,
+    model_digests,
+    recipe_identity,
+    step_of,
+)
 from secateur.structured.cut_plan import count, plan_cut
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
@@ -82,14 +90,10 @@ class PlannedStep:
         """The name of its folder."""
         return f"{self.number:02d}-{self.verb}"
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Everything that affects the step's model, apart from the model before it."""
-        return {
-            self.verb: self.recipe.model_dump(
-                mode="json", exclude={*PLACEHOLDERS, "trust_remote_code"}
-            )
-        }
+        return {self.verb: recipe_identity(self.recipe, {"trust_remote_code"})}
 
     def run(self, model: str, output: Path, progress: Any, trust: bool, **call: Any) -> None:
         """Carry out the step, from one folder to another."""
@@ -145,8 +149,8 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
 
     def identity(self) -> dict[str, Any]:
         """The model."""
-        weights = file_digests(shard_files(self.run.source.folder), self.run.progress)
-        return {"model": self.recipe.model, "source_files": weights}
+        files = shard_files(self.run.source.folder)
+        return {"source_files": model_digests(files, self.run.progress)}
 
     def settled(self) -> dict[str, Any]:
         """The steps. They may change while the chain is stopped."""
@@ -174,7 +178,8 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
                 started = time.perf_counter()
                 labelled = Labelled(progress, f"{step.number}/{len(self.steps)} {step.verb}")
                 if not made.exists():
-                    another = begun[step.number - 1 :][:1] not in ([], [step.options])
+                    before_it = what_counts(begun[step.number - 1 :][:1])
+                    another = before_it not in ([], what_counts([step.options]))
                     begun = [*begun[: step.number - 1], step.options]
                     write_json(folder.work / BEGUN, begun)
                     step.run(before, made, labelled, trust, resume=not another, restart=another)

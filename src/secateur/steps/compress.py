@@ -44,7 +44,7 @@ from secateur.registry import did_you_mean
 from secateur.reporting.cards import compression_card
 from secateur.reporting.models import CompressResult, stored_as
 from secateur.runs.environment import choose_device
-from secateur.runs.folder import NOTES, file_digests
+from secateur.runs.folder import NOTES
 from secateur.runs.output import check_free, whole_folder, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
@@ -64,7 +64,7 @@ from secateur.runtime.storage_plan import (
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers.obs import OBS
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
-from secateur.steps.runner import RunContext, Step, carry_out, step_of
+from secateur.steps.runner import RunContext, Step, carry_out, identity_of, step_of
 
 Packed = tuple[StoragePlan, PackedCheckpoint]
 """A checkpoint that was packed, and its plan."""
@@ -141,11 +141,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
     @cached_property
     def made_of(self) -> dict[str, Any]:
         """Everything that affects the compressed weights."""
-        return {
-            **self.recipe.model_dump(mode="json", exclude={"output", "memory"}),
-            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
-            "source_files": file_digests(self.model.reader.files, self.run.progress),
-        }
+        return identity_of(self.recipe, (), self.model.reader.files, self.run.progress)
 
     def settled(self) -> dict[str, Any]:
         """The same: also a finished run without calibration must not have been another one."""

@@ -43,7 +43,7 @@ from secateur.recipes.draft import DraftRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.draft import DraftPlanResult, DraftPoint, DraftResult
 from secateur.reporting.fit import FitBranch
-from secateur.runs.folder import NOTES, check_output, file_digests
+from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runs.records.measured import Acceptance
@@ -70,7 +70,7 @@ from secateur.steps.fitting.drafts import (
 from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, embedded
 from secateur.steps.fitting.survey import survey_model
-from secateur.steps.runner import RunContext, Step, source_of
+from secateur.steps.runner import RunContext, Step, identity_of, source_of
 from secateur.types import Windows
 
 DRAFT = "draft.json"
@@ -161,11 +161,7 @@ class Draft(Step[DraftRecipe, DraftResult]):
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
-        return {
-            **self.recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
-            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
-            "source_files": file_digests(self.model.reader.files, self.run.progress),
-        }
+        return identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress)
 
     @classmethod
     def result(cls, output: Path) -> DraftResult:

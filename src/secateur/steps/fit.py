@@ -50,7 +50,7 @@ from secateur.reporting.fit import (
     FitResult,
 )
 from secateur.reporting.plan import FitPlanResult
-from secateur.runs.folder import NOTES, check_output, file_digests
+from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
@@ -75,7 +75,7 @@ from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
 from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
 from secateur.steps.fitting.survey import survey_model
-from secateur.steps.runner import RunContext, Step, source_of
+from secateur.steps.runner import RunContext, Step, identity_of, source_of
 
 FIT = "fit.json"
 
@@ -181,10 +181,8 @@ class Fit(Step[FitRecipe, FitResult]):
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
         return {
-            **self.recipe.model_dump(mode="json", exclude={"output", "memory", "minutes"}),
-            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            **identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress),
             "formats": [stored.name for stored in FILES[self.recipe.target].formats],
-            "source_files": file_digests(self.model.reader.files, self.run.progress),
         }
 
     @classmethod

@@ -68,7 +68,7 @@ from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import RunContext, Step, carry_out, source_of
+from secateur.steps.runner import RunContext, Step, carry_out, identity_of, source_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -314,13 +314,10 @@ class Prune(Step[PruneRecipe, PruneResult]):
         """Everything that affects the pruned weights."""
         prepared, progress = self.prepared, self.run.progress
         teacher = prepared.teacher and prepared.teacher.reader.files
-        recipe = self.recipe.model_dump(mode="json", exclude=NO_PART)
         return {
-            **recipe,
-            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
+            **identity_of(self.recipe, NO_PART, prepared.target.reader.files, progress),
             "starts": dict(prepared.selection.starts),
             "methods": {glob: repr(method) for glob, method in prepared.methods.items()},
-            "source_files": file_digests(prepared.target.reader.files, progress),
             **({"teacher_files": file_digests(teacher, progress)} if teacher else {}),
         }
 

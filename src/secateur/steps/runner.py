@@ -11,6 +11,7 @@ finish   one rename gives the result its name
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
+from secateur.recipes.options import Option, Recipe, options_of
+from secateur.recipes.shared import parts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
-from secateur.runs.folder import RunFolder
+from secateur.runs.folder import RunFolder, content_of, file_digests
 from secateur.runs.output import check_free
 
 if TYPE_CHECKING:
@@ -151,6 +154,60 @@ def carry_out(
     source = source_of(recipe, progress)
     run = RunContext(folder, source, progress, meter, ranks, checked)
     return finish(kind.open(recipe, run))
+
+
+def recipe_identity(recipe: Recipe, without: Iterable[str]) -> dict[str, Any]:
+    """A recipe for an identity: texts by their content, and paths without their spelling.
+
+    Args:
+        recipe: the recipe. Its model and its output are left out.
+        without: other fields that are left out.
+    """
+    values = recipe.model_dump(mode="json", exclude={"model", "output", *without})
+    for option in options_of(type(recipe)):
+        *sections, key = option.path
+        inner: Any = values
+        for name in sections:
+            inner = inner.get(name) or {}
+        if option.is_path and inner.get(key):
+            inner[key] = _as_read(option, inner[key])
+    return values
+
+
+def identity_of(
+    recipe: Any, without: Iterable[str], weights: Iterable[Path], progress: Progress
+) -> dict[str, Any]:
+    """A recipe and its model for an identity.
+
+    Args:
+        recipe: the recipe. Of `memory`, only the size of a forward matters.
+        without: other fields that do not affect the result.
+        weights: the files of the model.
+        progress: receives the reading of these files.
+    """
+    return {
+        **recipe_identity(recipe, {"memory", *without}),
+        "micro_batch_tokens": getattr(recipe.memory, "micro_batch_tokens", None),
+        "source_files": model_digests(weights, progress),
+    }
+
+
+def _as_read(option: Option, value: Any) -> Any:
+    """The value of an option that names files."""
+    if isinstance(value, list):
+        return [_as_read(option, x) for x in value]
+    if option.flag.value != "TEXT":
+        return os.path.realpath(value) if Path(value).expanduser().exists() else value
+    if option.path[-1] == "source" and len(parts := parts_of(value)) > 1:
+        return [[content_of(name), weight] for name, weight in parts]
+    return content_of(value)
+
+
+def model_digests(weights: Iterable[Path], progress: Progress) -> dict[str, str]:
+    """SHA-256 of the files of a model that matter, by name: weights, configuration, tokenizer."""
+    weights = list(weights)
+    beside = (weights[0].parent / name for name in ("config.json", "tokenizer.json"))
+    return file_digests([*weights, *filter(Path.is_file, beside)], progress)
 
 
 def step_of(verb: str) -> type[Step[Any, Any]]:

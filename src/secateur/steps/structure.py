@@ -35,7 +35,7 @@ from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
 from secateur.runs.environment import Meter, choose_device, environment
-from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.folder import NOTES, RunFolder, check_output
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import (
     MANIFEST_VERSION,
@@ -50,7 +50,7 @@ from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.steps.checkpoint_files import STEPS
-from secateur.steps.runner import RunContext, Step, finish, source_of, step_of
+from secateur.steps.runner import RunContext, Step, finish, identity_of, source_of, step_of
 from secateur.structured.accounting import verified
 from secateur.structured.cut_plan import (
     CutPlan,
@@ -176,11 +176,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
-        return {
-            **self.recipe.model_dump(mode="json", exclude={"output", "memory"}),
-            "micro_batch_tokens": self.recipe.memory.micro_batch_tokens,
-            "source_files": file_digests(shard_files(self.run.source.folder), self.run.progress),
-        }
+        return identity_of(self.recipe, (), shard_files(self.run.source.folder), self.run.progress)
 
     def work(self) -> StructureResult:
         """Run all steps that no earlier run finished, and write the result."""

@@ -27,14 +27,14 @@ from secateur.reporting.cards import training_card
 from secateur.reporting.models import TrainResult
 from secateur.reporting.plan import TrainPlanResult
 from secateur.runs.environment import Meter, choose_device, environment
-from secateur.runs.folder import NOTES, RunFolder, check_output, file_digests
+from secateur.runs.folder import NOTES, RunFolder, check_output
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
 from secateur.steps.checkpoint_files import carry_over
-from secateur.steps.runner import RunContext, Step, source_of
+from secateur.steps.runner import RunContext, Step, identity_of, source_of
 from secateur.training.batches import Batches
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
@@ -158,10 +158,9 @@ class Train(Step[TrainRecipe, TrainResult]):
     def identity(self) -> dict[str, Any]:
         """Everything that affects the trained weights."""
         return {
-            **self.recipe.model_dump(mode="json", exclude=NO_PART),
+            **identity_of(self.recipe, NO_PART, self.inputs.target.reader.files, self.run.progress),
             "tokens": self.inputs.text.record["sha256"],
             "answer_tokens": self.inputs.text.record.get("answer_tokens"),
-            "source_files": file_digests(self.inputs.target.reader.files, self.run.progress),
         }
 
     def settled(self) -> dict[str, Any]:
