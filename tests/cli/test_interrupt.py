@@ -47,7 +47,7 @@ def test_ctrl_c_names_the_command_that_continues(tmp_path: Path) -> None:
 
 
 TWICE = """
-import os, signal, sys
+import atexit, os, signal, sys
 import secateur.cli.errors as errors
 import secateur.steps.prune as workflow
 from secateur.cli import main
@@ -55,16 +55,12 @@ from secateur.cli import main
 def press(*args, **options):
     os.kill(os.getpid(), signal.SIGINT)
 
-class AtTheEnd:
-    def __del__(self):
-        press()
-
 workflow.prune_recipe = press
 explain = errors.to_error
 errors.to_error = lambda error: (press(), explain(error))[1]
 sys.argv = ["secateur", *sys.argv[1:]]
 signal.signal(signal.SIGINT, signal.default_int_handler)
-last = AtTheEnd()
+atexit.register(press)
 main()
 """
 
