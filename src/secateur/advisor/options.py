@@ -214,7 +214,7 @@ class CompressionWay:
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServingEngine:
     """What runs models on a kind of hardware.
 
     Attributes:
@@ -228,12 +228,12 @@ class Engine:
     batched: bool = True
 
 
-ENGINES: Mapping[str, Engine] = {
-    "cuda": Engine(
+ENGINES: Mapping[str, ServingEngine] = {
+    "cuda": ServingEngine(
         {"dense": ("bf16", "fp8", "int8", "int4"), "2:4": ("bf16", "int4")}, shared=True
     ),
-    "llama.cpp": Engine({"dense": ("bf16", "q8_0", "q4_0")}),
-    "cpu": Engine(dict.fromkeys(("dense", "50%"), ("bf16", "int8", "int4")), batched=False),
+    "llama.cpp": ServingEngine({"dense": ("bf16", "q8_0", "q4_0")}),
+    "cpu": ServingEngine(dict.fromkeys(("dense", "50%"), ("bf16", "int8", "int4")), batched=False),
 }
 """By kind. vLLM removed its 2:4 kernels in March 2026 (pull request 36799): older releases have
 them, for int4 too, and TensorRT-LLM has those for bfloat16."""
