@@ -42,6 +42,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python tools/house_rules.py
 	$(BIN)/python tools/guide_tables.py --check
+	$(BIN)/python tools/computed_tables.py --check
 	$(BIN)/python tools/choosing_page.py --check
 	$(BIN)/python tools/families_page.py --check
 	$(BIN)/python tools/guide_claims.py --check

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from secateur.models.counting import counted
 from secateur.models.experts import open_experts
-from secateur.models.plain_decoder import PLAIN, PlainDecoder
+from secateur.models.header import GgufHeader, GgufTensor
+from secateur.models.plain_decoder import PLAIN, PlainDecoder, gguf_configuration
 from secateur.models.skeleton import auto_class, without_weights
 
 SIZES: dict[str, Any] = {
@@ -82,3 +83,23 @@ def test_what_is_not_plain_is_left_to_transformers(change: dict[str, Any]) -> No
     plain = {"model_type": "llama", **SIZES}
     assert PlainDecoder.of(plain) is not None
     assert PlainDecoder.of(plain | change) is None
+
+
+def test_a_gguf_header_says_the_same_as_the_configuration() -> None:
+    """As `convert_hf_to_gguf.py` writes it: names of ggml, the head left out where it is tied."""
+    config = {**SIZES, "model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}
+    metadata = {
+        "general.architecture": "qwen3", "qwen3.block_count": 4, "qwen3.embedding_length": 48,
+        "qwen3.feed_forward_length": 80, "qwen3.attention.head_count": 6,
+        "qwen3.attention.head_count_kv": 2, "qwen3.attention.key_length": 12,
+    }  # fmt: skip
+    tensors = [GgufTensor("token_embd.weight", "F16", (96, 48), 0, 0)]
+    read = PlainDecoder.of(gguf_configuration(GgufHeader(3, metadata, tuple(tensors), 0)))
+    assert read is not None
+    assert read == PlainDecoder.of(config)
+    tensors.append(GgufTensor("output.weight", "F16", (96, 48), 0, 0))
+    apart = PlainDecoder.of(gguf_configuration(GgufHeader(3, metadata, tuple(tensors), 0)))
+    assert apart is not None
+    assert not apart.tied
+    mixed = {**metadata, "general.architecture": "nosuch"}
+    assert PlainDecoder.of(gguf_configuration(GgufHeader(3, mixed, tuple(tensors), 0))) is None

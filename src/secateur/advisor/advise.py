@@ -31,7 +31,7 @@ from secateur.advisor.facts import (
 from secateur.advisor.options import options_for
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.hub import download_model, hub_name, kind_of_name
-from secateur.models.plain_decoder import PlainDecoder
+from secateur.models.plain_decoder import PlainDecoder, gguf_configuration
 from secateur.models.shape import ModelShape
 from secateur.progress import Progress
 from secateur.recipes.measure import AdviseRecipe
@@ -135,7 +135,12 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
             where="MODEL",
             remedy=f"check the path; or a shape: {did_you_mean(name, [*facts.shapes])}",
         )
-    trusted = recipe.trust_remote_code
+    trusted, here = recipe.trust_remote_code, recipe.hardware == THIS_MACHINE
+    if kind_of_name(name) == "file" and name.endswith(".gguf") and not here:
+        header = imported("secateur.models.header:read_gguf_header")(Path(name).expanduser())
+        read = PlainDecoder.of(gguf_configuration(header))
+        if read is not None:
+            return read.shape(name), None
     hub = hub_name(name)
     if kind_of_name(name) == "hub" and hub is not None:
         folder = download_model(hub.repo, hub.revision, trusted, False, progress, weights=False)
@@ -144,7 +149,7 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
     else:
         resolve = imported("secateur.models.sources:resolve")
         folder = resolve(name, values=False, progress=progress).folder
-    plain = None if recipe.hardware == THIS_MACHINE else _plain_decoder(folder / "config.json")
+    plain = None if here else _plain_decoder(folder / "config.json")
     if plain is not None:
         return plain.shape(name), None
     from secateur.models.counting import counted

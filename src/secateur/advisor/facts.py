@@ -222,7 +222,7 @@ class Facts(Entry):
         raise RecipeError(
             f"no hardware is called {name!r}",
             where="--hardware",
-            remedy=f"name one of: {_by_size(near)}; or describe yours with --facts",
+            remedy=f"name one of: {names_by_size(near)}; or describe yours with --facts",
         )
 
     def at_spot_prices(self) -> Facts:
@@ -241,7 +241,7 @@ class Facts(Entry):
         return Estimate(*device.usd_per_hour)
 
 
-def _by_size(names: Sequence[str]) -> str:
+def names_by_size(names: Sequence[str]) -> str:
     """Names for a message; those that differ in the size of the memory are one."""
     sizes: dict[str, list[str]] = {}
     for name in names:

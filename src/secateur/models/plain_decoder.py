@@ -1,4 +1,4 @@
-"""The sizes of a plain decoder, read from its `config.json` without transformers or torch.
+"""The sizes of a plain decoder, read from its `config.json` without transformers and torch.
 
 A plain layer is Llama's: queries, keys, values and an output; a gate, up and down, or a router and
 experts that have these three. A family differs from it in norms, biases and windows (`PLAIN`).
@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from secateur.models.shape import DecoderSizes, LayerCache, LayerKind, ModelShape
+
+if TYPE_CHECKING:  # it needs torch
+    from secateur.models.header import GgufHeader
 
 MOST_LAYERS, MOST_SIDE = 1024, 2**22
 """The most that a configuration without weights may say: several times the largest known model."""
@@ -164,6 +167,34 @@ class PlainDecoder(DecoderSizes):
             experts=self.experts,
             expert_weights=many,
         )
+
+
+GGUF_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe",
+              "gemma": "gemma", "phi3": "phi3", "olmo2": "olmo2"}  # fmt: skip
+"""The model type of each architecture of a GGUF file. Llama with experts is Mixtral."""
+
+
+def gguf_configuration(header: GgufHeader) -> dict[str, Any]:
+    """What a configuration would say, read off the header of a GGUF file."""
+    arch = str(header.metadata.get("general.architecture"))
+    said = {key.removeprefix(f"{arch}."): value for key, value in header.metadata.items()}
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    experts = said.get("expert_count") or None
+    return {
+        "model_type": "mixtral" if experts and arch == "llama" else GGUF_TYPES.get(arch),
+        "num_hidden_layers": said.get("block_count"),
+        "hidden_size": said.get("embedding_length"),
+        "intermediate_size": said.get("feed_forward_length"),
+        "moe_intermediate_size": said.get("expert_feed_forward_length"),
+        "num_attention_heads": said.get("attention.head_count"),
+        "num_key_value_heads": said.get("attention.head_count_kv"),
+        "head_dim": said.get("attention.key_length"),
+        "sliding_window": said.get("attention.sliding_window") or None,
+        "num_experts": experts,
+        "num_experts_per_tok": said.get("expert_used_count"),
+        "vocab_size": shapes.get("token_embd.weight", (None,))[0],
+        "tie_word_embeddings": "output.weight" not in shapes,
+    }
 
 
 def _possible(*sizes: Any) -> bool:

@@ -1,0 +1,51 @@
+"""The computed tables are those of the pages, and sizes are those of compressed models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import computed_tables
+import secateur
+from secateur.models.checkpoint import read_headers, shard_files
+from secateur.models.plain_decoder import PlainDecoder
+from tiny import save_tiny
+
+
+def test_the_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If not: `python tools/computed_tables.py`."""
+    monkeypatch.setattr("sys.argv", ["computed_tables.py", "--check"])
+    computed_tables.main()
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4", "int2"])
+@pytest.mark.parametrize("zeros", ["none", "50 %", "2:4"])
+def test_sizes_are_those_of_a_compressed_model(tmp_path: Path, zeros: str, values: str) -> None:
+    model = save_tiny(tmp_path / "model", "mistral", dtype=torch.bfloat16)
+    sizes = PlainDecoder.of(json.loads((model / "config.json").read_text()))
+    assert sizes is not None
+    _, sparsity, pattern = computed_tables.ZEROS[zeros]
+    pruned = model
+    if sparsity:
+        pruned = tmp_path / "pruned"
+        secateur.prune(
+            model, method="magnitude", output=pruned, pattern=pattern or "unstructured",
+            sparsity=None if pattern else sparsity,
+        )  # fmt: skip
+    format = "n-of-m" if pattern else "bitmask" if sparsity else "dense"
+    small = tmp_path / "small"
+    secateur.compress(pruned, output=small, values=values, format=format)
+    headers = read_headers(shard_files(small))
+    stored = sum(entry.size_bytes for header in headers for entry in header.entries.values())
+    assert stored == computed_tables.stored_bytes(sizes, zeros, values)
+
+
+def test_two_sizes_by_hand() -> None:
+    """Llama-2-7B: 32 layers of 202,375,168 weights, two ends of 32000 · 4096, 65 norms."""
+    seven = computed_tables.FACTS.shapes["llama-2-7b"]
+    linears, rest = 32 * 202_375_168, 2 * (2 * 32_000 * 4096 + 65 * 4096)
+    assert computed_tables.stored_bytes(seven, "none", "bfloat16") == 2 * linears + rest
+    assert computed_tables.stored_bytes(seven, "50 %", "bfloat16") == linears * 9 // 8 + rest

@@ -1,0 +1,137 @@
+"""Write the tables that stand within pages and are computed: sizes of models, known hardware.
+
+python tools/computed_tables.py          # write them
+python tools/computed_tables.py --check  # fail if one is out of date
+
+A table stands between two comments, `<!-- computed: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from secateur.advisor.cluster import PlannedModel
+from secateur.advisor.facts import names_by_size, read_facts
+from secateur.models.plain_decoder import PlainDecoder
+from secateur.runtime.formats import BITS, GRID_BITS, Layout, formats
+from secateur.runtime.storage_plan import DEFAULT_GROUP, LARGE_ENDS
+from written_files import table, write_or_check
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+FACTS = read_facts()
+
+MODELS = {
+    "Llama-2-7B": "llama-2-7b",
+    "Llama-3.1-8B": "llama-3.1-8b",
+    "Llama-2-13B": "llama-2-13b",
+    "Llama-2-70B": "llama-2-70b",
+}
+VALUES = ("bfloat16", "int8", "int4", "int3", "int2")
+ZEROS = {
+    "none": ("dense", 0.0, None),
+    "50 %": ("bitmask", 0.5, None),
+    "60 %": ("bitmask", 0.6, None),
+    "70 %": ("bitmask", 0.7, None),
+    "80 %": ("bitmask", 0.8, None),
+    "2:4": ("n-of-m", 0.5, "2:4"),
+}
+"""Zeros of the linear layers: the format, the sparsity and the pattern."""
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    pages = {
+        "docs/format.md": {"sizes of models": sizes()},
+        "docs/advise.md": {"hardware": hardware()},
+    }
+    texts = {Path(page): written(ROOT / page, tables) for page, tables in pages.items()}
+    write_or_check(ROOT, texts, "computed_tables.py")
+
+
+def written(page: Path, tables: dict[str, Iterable[str]]) -> str:
+    """The text of a page with its computed tables."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        begin, body = f"<!-- computed: {name} -->", "\n".join(lines).rstrip()
+        pattern = re.compile(f"{re.escape(begin)}\n.*?<!-- end -->", re.DOTALL)
+        text, found = pattern.subn(lambda _, b=begin, t=body: f"{b}\n\n{t}\n\n<!-- end -->", text)
+        assert found == 1, f"{page} has no place for {name}"
+    return text
+
+
+def sizes() -> Iterable[str]:
+    """Bytes of all weights, by zeros and values."""
+    rows = []
+    seven = FACTS.shapes["llama-2-7b"]
+    dense = stored_bytes(seven, "none", "bfloat16")
+    for values in VALUES:
+        for zeros in ZEROS:
+            found = [stored_bytes(FACTS.shapes[key], zeros, values) for key in MODELS.values()]
+            bits = 8 * linear_bytes(seven, zeros, values) / seven.shape("").linears
+            gib = (f"{size / GIB:.2f}" for size in found)
+            rows.append((values, zeros, f"{bits:.2f}", *gib, f"{dense / found[0]:.2f} x"))
+    columns = ("values", "zeros", "bits of a weight", *MODELS, "7B smaller by")
+    yield from table(columns, rows)
+
+
+def linear_bytes(model: PlainDecoder, zeros: str, values: str) -> int:
+    """Bytes of all linear layers."""
+    format, sparsity, pattern = ZEROS[zeros]
+    total = 0
+    for group in PlannedModel.of(model).groups:
+        for shape in group.shapes:
+            group_size = DEFAULT_GROUP if values in GRID_BITS else None
+            layout = Layout(format, values, shape, pattern=pattern, group=group_size)
+            kept = layout.weights - round(layout.weights * sparsity)
+            total += group.copies * formats[format].nbytes(layout, kept)
+    return total * model.layers
+
+
+def stored_bytes(model: PlainDecoder, zeros: str, values: str) -> int:
+    """Bytes of all weights, as `compress` stores them."""
+    shape = model.shape("")
+    whole = 2 * shape.parameters
+    small = values in BITS and 2 * shape.outer >= LARGE_ENDS * whole
+    ends = Layout("dense", "int8" if small else "bfloat16", (model.vocabulary, model.hidden))
+    copies = 1 if model.tied else 2
+    outer = copies * formats["dense"].nbytes(ends, ends.weights)
+    return linear_bytes(model, zeros, values) + outer + 2 * shape.other
+
+
+def hardware() -> Iterable[str]:
+    """Every device, its numbers and its prices; those that differ in memory alone are one line."""
+    rows = []
+    numbers: dict[tuple[object, ...], list[str]] = {}
+    for name, device in FACTS.hardware.items():
+        if device.on_paper:
+            key = (device.bandwidth_gb_s, device.tflops["bf16"], device.usd_per_hour)
+            numbers.setdefault(key, []).append(name)
+    for names in numbers.values():
+        rows.append(hardware_row(names))
+        if names == ["a100-80gb"]:
+            rows.append(hardware_row(names, 4))
+    columns = ("`--hardware`", "memory, GiB", "GB/s", "TFLOPS", "on demand", "spot", "owned")
+    yield from table(columns, rows)
+
+
+def hardware_row(names: list[str], count: int = 1) -> tuple[str, ...]:
+    """One line: what a model can take of each memory, speeds, and USD an hour."""
+    device = FACTS.hardware[names[0]]
+    memory = [f"{count * (FACTS.hardware[name].memory_gib or 0):.4g}" for name in names]
+    speeds = (count * (device.bandwidth_gb_s or 0), count * device.tflops["bf16"])
+    hour, spot = count * device.usd_per_hour[1], device.spot_usd_per_hour
+    return (
+        f"{f'{count} x ' if count > 1 else ''}{names_by_size(names)}",
+        " / ".join(memory),
+        *(f"{speed:,.4g}" for speed in speeds),
+        "" if device.bought else f"{hour:.2f}",
+        "" if spot is None else f"{count * spot[1]:.2f}",
+        f"{hour:.3f}" if device.bought else "",
+    )
+
+
+if __name__ == "__main__":
+    main()
