@@ -94,7 +94,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, Path]:
 def test_everything_that_was_measured_is_there(whole: tuple[Page, Path]) -> None:
     page, _ = whole
     for text in (
-        "smollm2-135m, pruned to 50.00\u00a0%",
+        "smollm2-135m: 1 pruned model and 1 sweep of 10 points",
         "65\u00a0%",  # smaller
         "1.15×",  # faster
         "187 tokens a second, 163 by dense int8",

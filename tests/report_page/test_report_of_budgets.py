@@ -48,6 +48,7 @@ def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
     # two frontiers of four, a cut, the winner and another finalist
     assert page.figures["frontier"] == 11
     assert {"fit", "quality", "provenance"} <= set(page.ids)
+    assert "smollm2-135m, small: 1 pruned model and 1 fit" in page.text
 
 
 def test_a_draft_is_faster_with_the_same_output(tmp_path: Path) -> None:

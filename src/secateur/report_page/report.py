@@ -231,6 +231,9 @@ def _title(records: Records) -> str:
     models += [advice.result.model for advice in records.advices]
     names = list(dict.fromkeys(bare_name(name) for name in models))
     subject = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+    contents = _contents(records)
+    if len(contents) > 1:
+        return f"{subject}: {', '.join(contents[:-1])} and {contents[-1]}"
     if len(records.runs) == 1:
         manifest = records.runs[0].manifest
         if manifest.structure is not None:
@@ -247,19 +250,28 @@ def _title(records: Records) -> str:
     return f"{subject}: does it pay?"
 
 
+def _contents(records: Records) -> list[str]:
+    """What the page is about, by kind."""
+    points = sum(len(sweep.result.points) for sweep in records.sweeps)
+    counts = {
+        "pruned model": len(records.runs),
+        "sweep": len(records.sweeps),
+        "fit": len(records.fits),
+        "draft": len(records.drafts),
+    }
+    found = [counted(count, name) for name, count in counts.items() if count]
+    found = [x + f" of {points} points" * ("sweep" in x) for x in found]
+    return found + ["advice"] * bool(records.advices)
+
+
 def lead(records: Records) -> str:
-    """A sentence about the content of the page."""
+    """A sentence about what the page claims."""
     measured = (records.runs, records.sweeps, records.fits, records.drafts)
     if records.advices and not any(measured):
         return (
             "Nothing was run. Numbers are published, estimated by formulas, or times measured here."
         )
-    parts = [f"a sweep of {counted(len(x.result.points), 'point')}" for x in records.sweeps]
-    if len(records.runs) > 1 or (records.runs and records.sweeps):
-        parts.insert(0, counted(len(records.runs), "pruned model"))
-    counts = f"{' and '.join(parts)}. " if parts else ""
-    said = f"{counts}Only what was measured is claimed; where something was not, it says how to."
-    return said[0].upper() + said[1:]
+    return "Only what was measured is claimed; where something was not, it says how to."
 
 
 def _sections(records: Records) -> list[tuple[str, str]]:
