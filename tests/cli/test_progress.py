@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from secateur.cli.progress import ProgressLines, TerminalBar, show_progress
+from secateur.cli.progress import ProgressLines, TerminalBar, show_progress, shown_note
 from secateur.reporting.tables import duration
 
 
@@ -26,7 +26,7 @@ def test_a_line_says_stage_percent_time_and_time_left() -> None:
     log.now = 60.0
     log.progress.step(10, note="model.layers.9")
     log.progress.show()
-    assert log.lines == ["pruning: 33% after 1 min 00 s, about 2 min 00 s left (model.layers.9)"]
+    assert log.lines == ["pruning: 33% after 1 min 00 s, about 2 min 00 s left (layer 9)"]
 
 
 def test_the_time_left_does_not_rise_with_the_clock() -> None:
@@ -129,3 +129,20 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("note", "shown"),
+    [
+        ("model.layers.6.self_attn.o_proj.weight", "layer 6, o_proj"),
+        ("blk.11.ffn_down.weight", "layer 11, ffn_down"),
+        ("model.embed_tokens.weight", "embed_tokens"),
+        ("model.layers.2.mlp.experts.14.up_proj", "layer 2, expert 14, up_proj"),
+        ("layer 6", "layer 6"),
+        ("round 2: packed", "round 2: packed"),
+        ("model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors"),
+        ("model.safetensors", "model.safetensors"),
+    ],
+)
+def test_the_name_of_a_tensor_is_shown_as_its_place(note: str, shown: str) -> None:
+    assert shown_note(note) == shown

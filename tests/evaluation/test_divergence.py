@@ -125,3 +125,10 @@ def test_not_a_number() -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match="window 0 of 2"):
         divergence(model, reference, tiny_windows(2, 6))
+
+
+def test_progress_moves_within_a_short_text() -> None:
+    model, steps = tiny_model("llama"), list[int]()
+    windows = tiny_windows(8, 9)  # one forward could hold them all
+    divergence(model, model, windows, progress=lambda done, _: steps.append(done))
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]

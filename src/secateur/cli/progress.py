@@ -6,12 +6,14 @@ Both write to stderr, so that stdout holds only the result.
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rich.console import Console
 from rich.progress import (
@@ -47,6 +49,23 @@ def show_progress() -> Iterator[Listener]:
             yield lines
 
 
+def shown_note(note: str) -> str:
+    """A note for people: of a tensor's name, the layer and the matrix.
+
+    Example:
+        >>> from secateur.cli.progress import shown_note
+        >>> shown_note("model.layers.6.mlp.experts.3.up_proj.weight")
+        'layer 6, expert 3, up_proj'
+    """
+    name = note.removesuffix(".weight")
+    if note.endswith((".safetensors", ".bin", ".gguf")) or not re.fullmatch(r"\w+(\.\w+)+", name):
+        return note
+    parts = name.split(".")
+    numbers = [(a, b) for a, b in pairwise(parts) if b.isdigit()]
+    places = [("expert" if a == "experts" else "layer") + f" {b}" for a, b in numbers]
+    return ", ".join(places + parts[-1:] * (not parts[-1].isdigit()))
+
+
 class TerminalBar:
     """A moving bar with elapsed time and time left, for terminals."""
 
@@ -77,7 +96,7 @@ class TerminalBar:
     def step(self, count: int = 1, note: str = "") -> None:
         """Some steps are done."""
         if self.task is not None:
-            self.bar.update(self.task, advance=count, note=note)
+            self.bar.update(self.task, advance=count, note=shown_note(note))
 
     def finish(self) -> None:
         """The stage is over."""
@@ -174,7 +193,7 @@ class ProgressLines:
         """Some steps are done."""
         self.stage.done += count
         self.stage.stepped = self.clock()
-        self.stage.note = note
+        self.stage.note = shown_note(note)
 
     def finish(self) -> None:
         """End the stage. Print this if the stage was shown."""

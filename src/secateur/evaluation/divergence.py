@@ -31,7 +31,6 @@ from secateur.errors import NumericalError, RecipeError
 from secateur.evaluation.perplexity import (
     LOGITS_BYTES,
     PROBE_TOKENS,
-    TOKENS_PER_FORWARD,
     Parts,
     PerplexityResult,
     body_and_head,
@@ -42,6 +41,7 @@ from secateur.evaluation.perplexity import (
     own_batches,
     place_of,
     summary,
+    windows_at_once,
 )
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
@@ -174,7 +174,7 @@ def side_by_side(
     check_windows(model, windows, start_tokens)
     check_windows(reference, windows, start_tokens)
     first, done, found = given(start_tokens), 0, list[Tensor]()
-    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
+    batch_size = batch_size or windows_at_once(count, length)
     with torch.inference_mode(), evaluating(model), evaluating(reference):
         probe = windows[:1, :PROBE_TOKENS]
         both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]

@@ -66,6 +66,8 @@ from secateur.runtime.packed import is_packed
 from secateur.types import Windows
 
 TOKENS_PER_FORWARD = 2048
+REPORTS = 8
+"""Progress of a text with enough windows is reported at least so many times."""
 LOGITS_BYTES = 64 * 2**20
 PROBE_TOKENS = 8
 
@@ -154,7 +156,7 @@ def perplexity(
             an object with `logits`; it runs on the device of its weights.
         windows: token ids [windows, sequence_length].
         start_tokens: number of start tokens in each window; none of them is predicted.
-        batch_size: windows in one forward; by default about 2048 tokens.
+        batch_size: windows in one forward; `windows_at_once` by default.
         progress: called after each forward with the number of windows done and in total.
         ranks: the processes that share the windows; all get the result.
 
@@ -168,7 +170,7 @@ def perplexity(
     check_windows(model, windows, start_tokens)
     refuse_non_decoders(model, model)
     device, first = place_of(model), given(start_tokens)
-    batch_size = batch_size or max(1, TOKENS_PER_FORWARD // length)
+    batch_size = batch_size or windows_at_once(count, length)
     losses: list[float] = []
     started = time.perf_counter()
     with torch.inference_mode(), evaluating(model):
@@ -187,6 +189,11 @@ def perplexity(
                 progress(min(count, len(losses) * ranks.count), count)
     losses = [loss for part in ranks.gather(losses) for loss in part]
     return summary(losses, length, first, time.perf_counter() - started)
+
+
+def windows_at_once(count: int, length: int) -> int:
+    """Windows in one forward: about 2048 tokens, and so few that progress is seen to move."""
+    return max(1, min(TOKENS_PER_FORWARD // length, count // REPORTS))
 
 
 def own_batches(windows: int, batch_size: int, ranks: Ranks) -> list[slice]:

@@ -190,15 +190,14 @@ def take_turns(
         One result per backend, in the same order.
     """
     progress = progress or Silent()
-    progress.start("loading", len(backends))
     processes: list[Process] = []
     try:
         for name, folder in backends:  # all import libraries in parallel
             processes.append(Process(name, folder))
-        for process in processes:
+        for process in processes:  # each takes another time, so no share of all is known
+            progress.start(f"loading {process.name}", 1)
             process.load(prompt, new_tokens)
-            progress.step(note=process.name)
-        progress.finish()
+            progress.finish()
         running = [p for p in processes if "failure" not in p.ready]
         progress.start("measuring", rounds * len(running))
         alternate(running, lambda p: p.round(progress), len, turns=rounds, seconds=seconds)
