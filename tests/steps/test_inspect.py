@@ -34,8 +34,8 @@ def test_a_line_for_each_layer(model: Path) -> None:
     assert [row[0] for row in table.rows] == ["0", "1", "2"]
     assert [row[1] for row in table.rows] == ["7", "7", "7"]
     dense, pruned, _ = table.rows
-    assert dense[3] == "0.00%"
-    assert pruned[3] != "0.00%"
+    assert dense[3] == "0.0%"
+    assert pruned[3] != "0.0%"
     assert pruned[5] == "50.00% up_proj"
     text = str(result)
     assert "decoder layers (--layer N" in text
@@ -46,7 +46,7 @@ def test_a_line_for_each_layer(model: Path) -> None:
 def test_layers_that_do_not_differ_share_a_line(tmp_path: Path) -> None:
     result = secateur.inspect(save_tiny(tmp_path / "m"))
     [row] = result.layers().rows
-    assert row == ("0 to 2", "7", "7,680", "0.00%", "", "")
+    assert row == ("0 to 2", "7", "7,680", "0.0%", "", "")
 
 
 def test_the_linears_of_a_layer(model: Path) -> None:

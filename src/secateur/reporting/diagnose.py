@@ -228,17 +228,17 @@ class InspectResult(Result):
 
 
 def _cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
-    """The counts of one decoder layer."""
+    """The counts of one decoder layer, rounded so that layers with equally many zeros are alike."""
     weights = sum(x.weights for x in linears)
     least = min(linears, key=lambda x: x.sparsity)
     most = max(linears, key=lambda x: x.sparsity)
-    differ = least.sparsity < most.sparsity
+    differ = most.sparsity - least.sparsity >= 0.001
+    ends = [f"{x.sparsity:.1%} {_short(x.name)}" if differ else "" for x in (least, most)]
     return (
         str(len(linears)),
         f"{weights:,}",
-        f"{sum(x.zeros for x in linears) / weights:.2%}",
-        f"{least.sparsity:.2%} {_short(least.name)}" if differ else "",
-        f"{most.sparsity:.2%} {_short(most.name)}" if differ else "",
+        f"{sum(x.zeros for x in linears) / weights:.1%}",
+        *ends,
     )
 
 
