@@ -36,11 +36,11 @@ def test_a_line_for_each_layer(model: Path) -> None:
     dense, pruned, _ = table.rows
     assert dense[3] == "0.0%"
     assert pruned[3] != "0.0%"
-    assert pruned[5] == "50.00% up_proj"
+    assert pruned[5] == "50.0% up_proj"
     text = str(result)
     assert "decoder layers (--layer N" in text
     zeros = sum(linear.zeros for linear in result.audit.linears)
-    assert f"({zeros:,} of " in text  # exact, beside two decimals
+    assert f"({zeros:,} of " in text  # exact
 
 
 def test_layers_that_do_not_differ_share_a_line(tmp_path: Path) -> None:
