@@ -268,7 +268,7 @@ def compress(
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
-            [none]
+            auto: c4, or the text that a sample brings. [none]
         field: The field of a JSONL line that holds the text. Lines without it may hold
             conversations (`messages`, `conversations`), which the model's chat template writes.
             [text]
@@ -394,7 +394,7 @@ def draft(
             text. [0.5]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
-            code.jsonl=2,math.jsonl=1. [c4]
+            code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
         field: The field of a JSONL line that holds the text. Lines without it may hold
             conversations (`messages`, `conversations`), which the model's chat template writes.
             [text]
@@ -458,7 +458,7 @@ def evaluate(
         prompts: the texts that the model continues.
         progress: receives every step.
         text: Text for the perplexity: file, named text or hub data set; may be repeated.
-            [wikitext2, if nothing else is measured]
+            [wikitext2, or the text that a sample brings, if nothing else is measured]
         tasks: Tasks, separated by commas: hellaswag,piqa. [none]
         generation: Continue a few prompts, and count repetitions in the texts. [off]
         kinds: Also compare on prose, code, chat and lists, which the dense model writes: how often
@@ -596,7 +596,7 @@ def fit(
             out; the result says what. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
-            code.jsonl=2,math.jsonl=1. [c4]
+            code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
         field: The field of a JSONL line that holds the text. Lines without it may hold
             conversations (`messages`, `conversations`), which the model's chat template writes.
             [text]
@@ -737,7 +737,8 @@ def prune(
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
         calibration: Calibration text, as a file, folder, hub data set or named text, or as several
-            texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+            texts; for a loaded model also token windows [windows, sequence_length]. [c4, or
+            the text that a sample brings]
         tokenizer: of a loaded model, to read text. [the one at the place the model came from]
         progress: receives every step.
         sparsity: Fraction of weights that become zero, 0 to 1. [the pattern's own]
@@ -983,7 +984,7 @@ def structure(
             [layers]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
-            code.jsonl=2,math.jsonl=1. [c4]
+            code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
         field: The field of a JSONL line that holds the text. Lines without it may hold
             conversations (`messages`, `conversations`), which the model's chat template writes.
             [text]
@@ -1069,12 +1070,12 @@ def sweep(
         methods: Methods or presets (fast, balanced, thorough, best), separated by commas. [none]
         sparsities: Fractions of zeros, separated by commas, such as 0.3,0.5,0.7. [none]
         patterns: Patterns to try as well, separated by commas, such as 2:4,4:8. [none]
-        text: Text to evaluate on; may be repeated. [wikitext2]
+        text: Text to evaluate on; may be repeated. [wikitext2, or the text that a sample brings]
         text_sequence_length: Tokens per evaluation window. [2048, or the model's length if that is
             shorter]
         text_windows: Evaluate only this many windows of each text, from its start. [all]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
-            text, or safetensors file of windows. [c4]
+            text, or safetensors file of windows. [c4, or the text that a sample brings]
         windows: Number of calibration windows. [128]
         sequence_length: Tokens per calibration window. [2048, or the model's length if that is
             shorter]
@@ -1165,7 +1166,7 @@ def train(
         model: Pruned, cut or dense model: hub id, folder or named sample.
         progress: receives every step.
         text: Training text: file, folder, hub data set or named text. May be repeated; each text
-            then gives equally many windows. [c4]
+            then gives equally many windows. [c4, or the text that a sample brings]
         field: The field of a JSONL line that holds the text. Lines without it may hold
             conversations (`messages`, `conversations`) or pairs of `prompt` and `completion`.
             [text]

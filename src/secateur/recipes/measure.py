@@ -23,7 +23,7 @@ from secateur.recipes.options import (
     text_alone,
 )
 from secateur.recipes.prune import Sparsity
-from secateur.recipes.shared import TEXT, Cluster, Device, RemoteCode
+from secateur.recipes.shared import DEFAULT_TEXT, OR_OWN, TEXT, Cluster, Device, RemoteCode
 
 
 class HowToMeasure(Section):
@@ -81,7 +81,10 @@ class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
     text: Annotated[
         Texts,
         BeforeValidator(text_alone),
-        Flag(value="TEXT", default="wikitext2, if nothing else is measured"),
+        Flag(
+            value="TEXT",
+            default="wikitext2, or the text that a sample brings, if nothing else is measured",
+        ),
     ] = ()
     """Text for the perplexity: file, named text or hub data set; may be repeated."""
     tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = ()
@@ -299,8 +302,8 @@ class SweepCalibration(Section):
 
     group = CALIBRATION
 
-    calibration: Annotated[str, Flag(value="TEXT")] = Field(
-        "c4", description=f"Calibration text: {TEXT}"
+    calibration: Annotated[str, Flag(value="TEXT", default=OR_OWN, own_text="calibrate")] = Field(
+        DEFAULT_TEXT, description=f"Calibration text: {TEXT}"
     )
     windows: int = Field(128, gt=0)
     """Number of calibration windows."""
@@ -315,7 +318,11 @@ class SweepTexts(Section):
 
     group = HOW
 
-    text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = ("wikitext2",)
+    text: Annotated[
+        Texts,
+        BeforeValidator(text_alone),
+        Flag(value="TEXT", default="wikitext2, or the text that a sample brings", own_text="judge"),
+    ] = ("wikitext2",)
     """Text to evaluate on; may be repeated."""
     text_sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(None, gt=1)
     """Tokens per evaluation window."""

@@ -81,6 +81,8 @@ class Flag:
         positional: whether it is a positional argument rather than a flag.
         hidden: whether it has no flag, only a YAML key and a Python keyword.
         advanced: whether the help lists it under `ADVANCED` and not with its section.
+        own_text: the text that is read where none is named and the model is a sample: a field of
+            `models.hub.OwnTexts`.
     """
 
     name: str | None = None
@@ -93,6 +95,7 @@ class Flag:
     positional: bool = False
     hidden: bool = False
     advanced: bool = False
+    own_text: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ text, and documents that are too deep or grow too large when aliases are expande
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import shlex
@@ -22,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
+from secateur.models.hub import own_texts
 from secateur.recipes.options import (
     Option,
     Recipe,
@@ -35,6 +37,7 @@ from secateur.recipes.options import (
     section_of,
     without_none,
 )
+from secateur.recipes.shared import DEFAULT_TEXT
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -106,7 +109,8 @@ def build_call(
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
         _set_value(kind, merged, assignment)
-    whole = filled_in(merged, kind.presets) if kind.presets else merged
+    preset = filled_in(merged, kind.presets) if kind.presets else merged
+    whole = with_own_texts(kind, preset)
     made: list[Section] = []
     faults: list[str] = []
     parts: list[tuple[type[Section], Mapping[str, Any]]] = [(kind, whole)]
@@ -158,6 +162,37 @@ def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]])
         else:
             given.setdefault(key, value)
     return {**given, "effort": effort}
+
+
+AUTO_TEXT = "auto"
+"""The text that the model brings, or else the usual one."""
+
+
+def with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fill in the texts that a sample brings, where a recipe names none.
+
+    Args:
+        kind: the class of the recipe.
+        values: the values of the recipe.
+    """
+    model = values.get("model")
+    texts = own_texts(model) if isinstance(model, str) else None
+    for option in (option for option in options_of(kind) if option.flag.own_text):
+        given = functools.reduce(_entry_of, option.path, values)
+        if given == AUTO_TEXT or (given is None and texts and option.default != "none"):
+            text = getattr(texts, str(option.flag.own_text)) if texts else DEFAULT_TEXT
+            values = _with_value(values, option.path, text)
+    return values
+
+
+def _entry_of(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, Mapping) else values
+
+
+def _with_value(values: Mapping[str, Any], path: Sequence[str], value: Any) -> Mapping[str, Any]:
+    """The same values with another one at a path."""
+    key, *rest = path
+    return {**values, key: _with_value(values.get(key) or {}, rest, value) if rest else value}
 
 
 def _allocates(values: Mapping[str, Any]) -> bool:

@@ -125,13 +125,21 @@ TEXT = (
 )
 
 
+DEFAULT_TEXT = "c4"
+"""The text for calibration and training, where none is named and the model brings none."""
+
+OR_OWN = f"{DEFAULT_TEXT}, or the text that a sample brings"
+
+
 class CalibrationText(Section):
     """Where the calibration text comes from."""
 
     group = CALIBRATION
 
-    source: Annotated[str, Flag("calibration", value="TEXT")] = Field(
-        "c4",
+    source: Annotated[
+        str, Flag("calibration", value="TEXT", default=OR_OWN, own_text="calibrate")
+    ] = Field(
+        DEFAULT_TEXT,
         description=f"Calibration text: {TEXT} Or several with weights: code.jsonl=2,math.jsonl=1.",
     )
 

@@ -20,7 +20,15 @@ from secateur.recipes.options import (
     Texts,
     text_alone,
 )
-from secateur.recipes.shared import ONE, Device, MemoryLimit, OutputFolder, Planning
+from secateur.recipes.shared import (
+    DEFAULT_TEXT,
+    ONE,
+    OR_OWN,
+    Device,
+    MemoryLimit,
+    OutputFolder,
+    Planning,
+)
 
 
 class LoraOptions(Section):
@@ -111,9 +119,11 @@ class TrainingTextSection(Section):
 
     model: Annotated[str, Flag(value="MODEL")]
     """Pruned, cut or dense model: hub id, folder, named sample, or a recipe (`*.yaml`)."""
-    text: Annotated[Texts, BeforeValidator(text_alone), Flag(value="TEXT")] = Field(
-        ("c4",), min_length=1
-    )
+    text: Annotated[
+        Texts,
+        BeforeValidator(text_alone),
+        Flag(value="TEXT", default=OR_OWN, own_text="calibrate"),
+    ] = Field((DEFAULT_TEXT,), min_length=1)
     """Training text: file, folder, hub data set or named text. May be repeated; each text then
     gives equally many windows."""
     field: str = "text"

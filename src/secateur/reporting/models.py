@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from secateur.models.hub import own_texts
 from secateur.reporting.tables import (
     Block,
     Line,
@@ -47,6 +48,15 @@ def _commands(folder: Path, zeros: float | None = None) -> list[Block]:
     if zeros is None:
         return next_steps.after_a_packed_folder(folder)
     return next_steps.after_a_dense_folder(folder, zeros)
+
+
+def _text_of(calibration: Mapping[str, Any] | None, model: str) -> str | None:
+    """The calibration text, and whether the model brought it; None if there was none."""
+    if not calibration:
+        return None
+    text, texts = str(calibration["source"]), own_texts(model)
+    own = ", which the sample brings" * bool(texts and text == texts.calibrate)
+    return f"{calibration['samples']} x {calibration['sequence_length']} tokens of {text}{own}"
 
 
 class CompressResult(Result, Compression):
@@ -87,6 +97,7 @@ class CompressResult(Result, Compression):
         error = self.rounding.get("mean_error")
         lost, squared = "of the weights' norm", "of the linear layers' outputs, squared"
         closing = [
+            ("calibration text", _text_of(self.rounding.get("calibration"), self.source)),
             ("error of rounding", None if error is None else f"{error:.2g} {squared}"),
             ("learned", self.learned),
             ("loss of rounding", f"{self.value_error:.2%} {lost}" if self.value_error else None),
@@ -192,6 +203,7 @@ class PruneResult(Result):
             ("peak memory", binary_size(cost.peak_resident_bytes)),
             ("planned memory", binary_size(manifest.plan["host_peak_bytes"])),
             ("weight files", binary_size(manifest.result.file_bytes)),
+            ("calibration text", _text_of(manifest.calibration, manifest.source.name)),
             ("calibrated", calibrated),
             ("experts without tokens", f"left dense: {silent}" if silent else None),
             ("collapsed", ", ".join(manifest.collapsed) or None),
@@ -278,6 +290,7 @@ class StructureResult(_WrittenModel):
         cost = self.manifest.cost
         own = "secateur, or trust_remote_code"
         rows = [
+            ("calibration text", _text_of(self.manifest.calibration, self.manifest.source.name)),
             ("loads with", own if self.structure.varied else "plain transformers"),
             ("time", f"{cost.seconds:.1f} s"),
             ("peak memory", binary_size(cost.peak_resident_bytes)),
@@ -336,6 +349,7 @@ class TrainResult(_WrittenModel):
             change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
             change += f" at step {self.manifest.result['best_step']}"
         rows = [
+            ("text", ", ".join(self.manifest.recipe["text"])),
             ("objective", self.manifest.objective),
             ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
             ("validation perplexity", change),

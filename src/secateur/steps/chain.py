@@ -145,7 +145,7 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
     @classmethod
     def check(cls, recipe: ChainRecipe) -> list[PlannedStep]:
         """Read and check all steps."""
-        return checked_steps(recipe.steps)
+        return checked_steps(recipe.steps, recipe.model)
 
     def identity(self) -> dict[str, Any]:
         """The model."""
@@ -276,16 +276,17 @@ def _describe(
     )
 
 
-def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
-    """Read and check all steps, without the model.
+def checked_steps(steps: Sequence[Any], model: str) -> list[PlannedStep]:
+    """Read and check all steps, without opening the model.
 
     Args:
         steps: each maps one verb to its options.
+        model: the model of the chain. A sample brings the texts of all steps.
 
     Raises:
         SecateurError: a step cannot be carried out; the message says which one and why.
     """
-    found = [_checked(number, step) for number, step in enumerate(steps, start=1)]
+    found = [_checked(number, step, model) for number, step in enumerate(steps, start=1)]
     for before, after in pairwise(found):
         if before.verb == "compress":
             raise RecipeError(
@@ -296,7 +297,7 @@ def checked_steps(steps: Sequence[Any]) -> list[PlannedStep]:
     return found
 
 
-def _checked(number: int, step: Any) -> PlannedStep:
+def _checked(number: int, step: Any, model: str) -> PlannedStep:
     """One step."""
     where = f"step {number}"
     if not isinstance(step, Mapping) or len(step) != 1:
@@ -323,7 +324,7 @@ def _checked(number: int, step: Any) -> PlannedStep:
         )
     kind: type[Recipe] = imported(VERBS[verb].recipe)
     with _named_step(number, verb):
-        recipe: Any = build_recipe(kind, nested(kind, {**PLACEHOLDERS, **options}))
+        recipe: Any = build_recipe(kind, nested(kind, {**PLACEHOLDERS, "model": model, **options}))
         if verb == "prune" and recipe.compress.values is not None:
             raise RecipeError(
                 "compression is a step of its own", where="compress", remedy="add a compress step"

@@ -281,6 +281,7 @@ def _report(
         value_error=plan.value_error,
         dense_file_bytes={} if packed.archive else dense_bytes,
         seconds=time.perf_counter() - run.meter.started,
+        source=source.name,
     )
     write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
     place = recipe.output or folder.output

@@ -44,7 +44,6 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
         windows=recipe.windows,
         sequence_length=512,
         compress="int8",
-        compress_embeddings="int8",
         progress=Labelled(listener, "1 of 4, prune and pack"),
         restart=True,
         overwrite=True,
@@ -73,9 +72,7 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     listener = Labelled(listener, "4 of 4, the dense model in int8")
     with TemporaryDirectory() as scratch:
         output = Path(scratch) / "int8"
-        rounded = compress(
-            MODEL, output=output, values="int8", embeddings="int8", progress=listener
-        )
+        rounded = compress(MODEL, output=output, values="int8", progress=listener)
         rounded_judged = evaluate(output, progress=listener, **held_out)
     page = imported("secateur.report_page.report:report")([folder], folder / "report.html").page
     return DemoResult(MODEL, pruned, timed, judged, rounded, rounded_judged, page)

@@ -37,6 +37,7 @@ from secateur.evaluation.perplexity import (
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import compare, mean_of
 from secateur.models.architecture import positions_of, refuse_foreign
+from secateur.models.hub import own_texts
 from secateur.models.tokenizer import own_tokenizer
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent, listener
@@ -148,6 +149,12 @@ def evaluate(
     )
 
 
+def _usual_text(recipe: EvaluateRecipe) -> str:
+    """The text that the model or its dense model brings, or else the default."""
+    texts = own_texts(recipe.model) or own_texts(recipe.dense or "")
+    return texts.judge if texts else DEFAULT_TEXT
+
+
 def run_worker(recipe: EvaluateRecipe, ranks: Ranks) -> None:
     """Measure the share of a process that is not the first."""
     run_evaluation(recipe, Silent(), ranks=ranks)
@@ -184,7 +191,7 @@ def run_evaluation(
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
     names = recipe.text or (
-        () if recipe.tasks or recipe.generation or recipe.kinds else (DEFAULT_TEXT,)
+        () if recipe.tasks or recipe.generation or recipe.kinds else (_usual_text(recipe),)
     )
     kept, notes = None, Path(recipe.model) / NOTES
     if model is None and notes.is_dir():  # a run folder keeps its results

@@ -100,7 +100,8 @@ def prune(
         model: hub id, folder, GGUF file or named sample; or a loaded causal language model.
         method: A method by name (`secateur methods` lists them), or what `compose` returned.
         calibration: Calibration text, as a file, folder, hub data set or named text, or as several
-            texts; for a loaded model also token windows [windows, sequence_length]. [c4]
+            texts; for a loaded model also token windows [windows, sequence_length]. [c4, or
+            the text that a sample brings]
         tokenizer: of a loaded model, to read text. [the one at the place the model came from]
         progress: receives every step.
         **options: the other options of the recipe.
