@@ -349,7 +349,7 @@ class TrainResult(_WrittenModel):
             change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
             change += f" at step {self.manifest.result['best_step']}"
         rows = [
-            ("text", ", ".join(self.manifest.recipe["text"])),
+            ("text", ", ".join(self.manifest.recipe.get("text", ())) or None),
             ("objective", self.manifest.objective),
             ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
             ("validation perplexity", change),
