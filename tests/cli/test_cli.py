@@ -133,6 +133,8 @@ BAD = {
     "include": (["--include", "*.nlp.*", "--sparsity", "0.5"], 2, "no linear matches '*.nlp.*'"),
     "override": (["--overrides", "x", "--sparsity", "0.5"], 2, "x: must be GLOB=SPARSITY"),
     "set": (["--set", "memory.max_memry=3", "--sparsity", "0.5"], 2, "did you mean 'max_memory'"),
+    "a key like no other": (["--set", "nosuch=1"], 2, "nosuch: unknown key; docs/options.md"),
+    "two models": (["m"], 2, "'m': unexpected; `secateur prune` takes MODEL without a flag, and a"),
     "device": (["--device", "tpu", "--sparsity", "0.5"], 2, "--device tpu: must be auto, cpu"),
     "budget": (["--max-memory", "10MiB", "--sparsity", "0.5"], 1, "the budget is 0.01 GiB"),
     "no windows": (["--calibration", "nowhere.jsonl", "--sparsity", "0.5"], 2, "nowhere.jsonl"),

@@ -139,3 +139,24 @@ def test_results_of_a_read_only_model_are_shown(
     unstored = f"not stored in {notes / file}.json: Read-only file system"
     assert unstored in caplog.text
     assert not list(notes.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["prune", "compress", "report"])
+def test_the_root_is_no_output(refused, words, verb: str) -> None:
+    assert "the output is the root of all folders" in refused(*words(verb), "--output", "/")
+
+
+def test_a_report_on_a_text_names_what_it_reads(refused, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("my notes")
+    message = refused("report", tmp_path / "notes.txt", "--output", tmp_path / "page.html")
+    assert "this file is not what `secateur advise --json` of this release writes" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"words", b"GGUF" + bytes(4)])
+def test_bench_refuses_what_is_no_gguf_before_it_loads(
+    refused, model: Path, tmp_path: Path, monkeypatch, content: bytes
+) -> None:
+    (tmp_path / "bad.gguf").write_bytes(content)
+    monkeypatch.setattr("secateur.steps.bench.resolve", pytest.fail)
+    message = refused("bench", model, "--gguf", tmp_path / "bad.gguf")
+    assert str(tmp_path / "bad.gguf") in message

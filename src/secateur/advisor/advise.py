@@ -273,9 +273,10 @@ class AdviseResult(Result):
             return cls(record["model"], record["hardware"], question, question.answer(), basis)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"no advice of this release: {type(error).__name__}: {error}",
+                "this file is not what `secateur advise --json` of this release writes",
                 where=str(file),
-                remedy="write it again with `secateur advise MODEL --json`",
+                remedy="write it again with `secateur advise MODEL --json`, or name the folder of "
+                "a run",
             ) from error
 
     def row_json(self, row: Considered) -> dict[str, Any]:

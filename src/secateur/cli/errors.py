@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -31,7 +32,9 @@ from cyclopts import (
 )
 
 from secateur.errors import DISTRIBUTION, MemoryBudgetError, RecipeError, SecateurError
-from secateur.recipes.reading import unknown_name
+from secateur.recipes.options import options_of
+from secateur.recipes.reading import takes_several, unknown_name
+from secateur.recipes.verbs import VERBS, imported
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place for --output",
@@ -76,7 +79,7 @@ def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeE
     """
     if isinstance(error, UnknownCommandError):
         [verb, *_] = error.unused_tokens or [""]
-        known = unknown_name("verb", verb, verbs).partition("; known:")[0]
+        known = _named("verb", verb, verbs)
         return RecipeError(
             f"{verb}: unknown option" if verb.startswith("-") else f"{verb!r}: {known}",
             remedy="secateur --help lists the verbs",
@@ -112,29 +115,39 @@ def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
         for name in argument.names
         if name.startswith("--")
     ]
+    options = options_of(imported(VERBS[verb].recipe))
+    words = " and ".join(option.flag_text for option in options if option.is_word) or "nothing"
+    lists = [option.flag_text for option in options if takes_several(option) and not option.is_word]
+    why = f"unexpected; `secateur {verb}` takes {words} without a flag"
+    why += f", and a list repeats its flag: {lists[0]} A {lists[0]} B" if lists else ""
     return RecipeError.of(
-        list(_faults_of(left, known)),
+        list(_faults_of(left, known, why)),
         where=f"secateur {verb}",
         remedy=f"secateur {verb} --help lists its options",
     )
 
 
-def _faults_of(left: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+def _named(what: str, name: str, known: Sequence[str]) -> str:
+    """An unknown name and a similar one; --help lists the others in groups."""
+    return re.split("; (?:known:|docs)", unknown_name(what, name, known))[0]
+
+
+def _faults_of(left: Sequence[str], known: Sequence[str], why: str) -> Iterator[str]:
     """A line for every unknown option, and for every word that belongs to no option."""
     flags = {flag.replace("-", "_"): flag for flag in known}
     before = ""
     for word in left:
         if word.startswith("-"):
             name, equals, _ = word.partition("=")
-            message = unknown_name("option", name.lstrip("-").replace("-", "_"), list(flags))
+            message = _named("option", name.lstrip("-").replace("-", "_"), list(flags))
             for plain, flag in flags.items():
                 message = message.replace(repr(plain), f"--{flag}")
-            yield f"{name}: {message.partition('; known:')[0]}"  # --help lists them in groups
+            yield f"{name}: {message}"
             before = "" if equals else name
         elif before:  # the word may be the option's value
             before = ""
         else:
-            yield f"{word!r}: unexpected; a list takes its flag before each value"
+            yield f"{word!r}: {why}"
 
 
 def to_error(error: BaseException) -> SecateurError:

@@ -593,10 +593,16 @@ def _unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """The hint of an error about an unknown key, option or verb: a similar name, or all names."""
+    """The hint of an error about an unknown key, option or verb: a similar name, or a few names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near and len(known) > MOST_NAMES:
+        return f"unknown {what}; docs/options.md lists all"
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown {what}; {hint}"
+
+
+MOST_NAMES = 12
+"""Names that an error lists."""
 
 
 DEEPEST = 50

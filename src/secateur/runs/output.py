@@ -63,6 +63,10 @@ def check_writable(output: Path, *, file: bool = False) -> None:
             written.
         MemoryBudgetError: the disk is full.
     """
+    if output.absolute() == output.absolute().parent:
+        raise RecipeError(
+            "the output is the root of all folders", where=str(output), remedy="name a folder in it"
+        )
     try:
         if output.is_symlink() and not file:
             raise RecipeError(

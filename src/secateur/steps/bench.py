@@ -16,6 +16,7 @@ from secateur.evaluation.generation import prompts_of_kinds
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
+from secateur.models.header import read_gguf_header
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
@@ -50,9 +51,10 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     names: Sequence[str] = recipe.contenders or USUAL_BACKENDS
     if names == ("all",):
         names = BACKENDS
-    missing = [file for file in recipe.gguf if not Path(file).exists()]
-    if missing:
-        raise RecipeError("there is no such GGUF file", where=missing[0], remedy="check the path")
+    for file in recipe.gguf:  # llama.cpp would say nothing of a file that is none
+        if not Path(file).is_file():
+            raise RecipeError("there is no such GGUF file", where=file, remedy="check the path")
+        read_gguf_header(Path(file))
     folder = resolve(model, progress=progress).folder
     positions = positions_in(folder)
     if positions is not None and prompt_tokens + new_tokens > positions:
