@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from together import judge_together, run_together, sum_statistics
+from together import Started, call_differently, judge_together, run_together, sum_statistics
 from torch import Tensor
 
 import secateur
+from secateur.errors import RankError
+from secateur.parallel.ranks import ALONE, Ranks
+from secateur.training.process_group import ProcessGroup
 from tiny import save_tiny
 from trained import source_text
 
@@ -69,3 +73,33 @@ def test_two_processes_measure_the_perplexity_of_one(tmp_path: Path) -> None:
     assert ids[0] == ids[1]
     kept = json.loads((tmp_path / "pruned" / "secateur" / "evaluation.json").read_text())
     assert len(kept["perplexity"]) == 1
+
+
+CALLS: dict[str, Callable[[Ranks], object]] = {
+    "total": lambda ranks: ranks.total(torch.zeros(1)),
+    "share from 0": lambda ranks: ranks.share(torch.zeros(1), 0),
+    "gather": lambda ranks: ranks.gather(1),
+    "once": lambda ranks: ranks.once(lambda: 1),
+    "wait": lambda ranks: ranks.wait(),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "ranks", [ALONE, ProcessGroup(torch.device("cpu"))], ids=["alone", "group"]
+)
+def test_the_work_of_one_process_makes_no_calls_of_all(ranks: Ranks, name: str) -> None:
+    call = CALLS[name]
+    with pytest.raises(RankError, match=f"`{name}` was called in the work of a `once`"):
+        ranks.once(lambda: call(ranks))
+    call(ranks)
+    assert ranks.once(lambda: "done") == "done"
+
+
+def test_different_calls_end_the_run_within_seconds(tmp_path: Path) -> None:
+    started = Started(2, call_differently, tmp_path)
+    assert started.join(30) == [1, 1]
+    said = started.output(0) + started.output(1)
+    assert "call 3 of all processes was `" in said
+    assert "`gather`" in said
+    assert "`share from 0 of (1,)`" in said

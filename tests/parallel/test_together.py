@@ -18,10 +18,12 @@ from together import (
     prune_alone,
     prune_together,
     run_together,
+    train_together,
 )
 from torch import Tensor
 
 import secateur
+from secateur.recipes.prune import presets
 from slow import slow_but
 from tiny import save_tiny
 from trained import source_text
@@ -102,6 +104,12 @@ def moved_zeros(one: Path, other: Path) -> int:
     return sum(int(((ours[n] == 0) != (theirs[n] == 0)).sum()) for n in ours)
 
 
+def moved_weights(one: Path, other: Path) -> int:
+    """The number of weights that differ in two models."""
+    ours, theirs = weights(one), weights(other)
+    return sum(int((ours[n] != theirs[n]).sum()) for n in ours)
+
+
 def apart(one: Path, other: Path) -> float:
     """The largest difference of a weight in two models."""
     ours, theirs = weights(one), weights(other)
@@ -131,6 +139,36 @@ def test_two_processes_make_the_model_of_one(
         assert moved_zeros(two, source) > 10_000, name
         assert recorded(one) == recorded(two), name
     assert not list((tmp_path / "two").glob("*.partial"))
+
+
+DISTILLED: Mapping[str, int] = {"thorough": 512, "best": 1024}
+"""Tokens that a tiny model reads in the efforts that distill."""
+
+EFFORTS = [(effort, model) for effort in presets for model in ("dense", "experts")]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    slow_but(
+        [[("balanced", "dense"), ("balanced", "experts"), ("thorough", "dense")]],
+        [[("balanced", "dense"), ("balanced", "experts"), ("thorough", "dense")], EFFORTS],
+    ),
+    ids=["few", "every"],
+)
+def test_an_effort_makes_the_same_bytes_with_two_processes(
+    place: Path, alone: Alone, tmp_path: Path, pairs: list[tuple[str, str]]
+) -> None:
+    cases = []
+    for effort, model in pairs:
+        assert bool(presets[effort].get("distillation")) == (effort in DISTILLED)
+        learned = {"distillation": {"tokens": DISTILLED[effort]}} if effort in DISTILLED else {}
+        cases.append({"effort": effort, "model": model, **learned})
+    recipes = [recipe(place, tmp_path / f"two-{n}", case) for n, case in enumerate(cases)]
+    run_together(2, prune_together, tmp_path, recipes, {})
+    for n, case in enumerate(cases):
+        one, two = alone(case), tmp_path / f"two-{n}"
+        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert moved_zeros(two, place / case["model"]) > 10_000, case
 
 
 @pytest.mark.slow
@@ -231,12 +269,7 @@ def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int
             "--compress does not work",
             marks=pytest.mark.slow,
         ),
-        ({"method": "wanda", "distillation": {"epochs": 1}}, "-m secateur train --teacher"),
-        pytest.param(
-            {"method": "wanda", "calibration": {"windows": 1}},
-            "only 1 calibration windows",
-            marks=pytest.mark.slow,
-        ),
+        ({"method": "wanda", "calibration": {"windows": 1}}, "only 1 calibration windows"),
     ],
 )
 def test_what_several_cannot_do_is_refused_before_any_work(
@@ -259,3 +292,13 @@ def test_four_processes_make_the_model_of_one(place: Path, alone: Alone, tmp_pat
             for x in (one, four)
         ]
         assert judged[0].perplexity == pytest.approx(judged[1].perplexity, rel=1e-3)
+
+
+def test_a_training_waits_for_what_the_first_process_writes(place: Path, tmp_path: Path) -> None:
+    values = {
+        "model": str(place / "dense"), "output": str(tmp_path / "trained"), "steps": 2, "batch": 2,
+        "text": [str(place / "text.txt")], "windows": 8, "sequence_length": 16, "teacher":
+        str(place / "dense"), "top_k": 4, "validation_windows": 2, "device": "cpu",
+    }  # fmt: skip
+    run_together(2, train_together, tmp_path, values)
+    assert moved_weights(tmp_path / "trained", place / "dense") > 1000

@@ -45,13 +45,13 @@ def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:
     watchdog = Watchdog(store, 0, 3, clock=lambda: now[0])
     for rank in (1, 2):
         store.set(f"host/{rank}", f"machine{rank}")
-        store.set(f"beat/{rank}", "1")
+        store.set(f"beat/{rank}", "1 0 ")
     watchdog.look_at_others()
     store.set("beat/1", LEFT)
     now[0] = SILENCE_SECONDS - 1
     watchdog.look_at_others()
     assert watchdog.fault is None
-    store.set("beat/2", "2")
+    store.set("beat/2", "2 0 ")
     watchdog.look_at_others()
     now[0] = 2 * SILENCE_SECONDS - 2
     watchdog.look_at_others()
@@ -61,6 +61,24 @@ def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:
     assert watchdog.fault is not None
     assert (watchdog.fault.rank, watchdog.fault.host) == (2, "machine2")
     assert "no sign of life for 16 s" in watchdog.fault.what
+
+
+def test_another_call_than_the_others_make_is_named() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    watchdog = Watchdog(store, 0, 2)
+    store.set("host/1", "machine1")
+    for name in ("once", "gather", "wait"):
+        watchdog.enter(name)
+    for beat in ("1 1 once", "2 2 gather", "3 9 total of (3, 4)"):  # it may be ahead
+        store.set("beat/1", beat)
+        watchdog.look_at_others()
+        assert watchdog.fault is None
+    store.set("beat/1", "4 2 share from 1 of (3, 4)")
+    watchdog.look_at_others()
+    assert watchdog.fault is not None
+    assert (watchdog.fault.rank, watchdog.fault.host) == (1, "machine1")
+    said = "call 2 of all processes was `share from 1 of (3, 4)` there, `gather` in 0"
+    assert watchdog.fault.what == said
 
 
 def test_a_process_that_does_not_end_by_itself_is_ended(capsys: pytest.CaptureFixture[str]) -> None:

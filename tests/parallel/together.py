@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from secateur.calibration.statistics import statistics
@@ -24,6 +26,8 @@ from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.train import TrainRecipe
+from secateur.steps import train
 from secateur.steps.evaluate import run_evaluation
 from secateur.steps.prune import prune_recipe
 from secateur.steps.prune import run_worker as prune_worker
@@ -186,6 +190,39 @@ def sum_statistics(place: str) -> None:
             {"rank": rank, "text": "é" * rank} for rank in range(ranks.count)
         ]
         assert ranks.once(lambda: None) is None
+
+
+def train_together(values: Mapping[str, Any]) -> None:
+    """What each process does: its share of a training, where sums are as in NCCL.
+
+    A sum of the group of all starts and returns at once. The first process writes slowly.
+    """
+    summed, written, started = dist.all_reduce, train._write, []
+
+    def all_reduce(tensor: torch.Tensor, group: Any = None) -> None:
+        if group is None:
+            started.append(summed(tensor, async_op=True))
+        else:
+            summed(tensor, group=group)
+
+    def write_slowly(*args: Any) -> None:
+        time.sleep(0.5)
+        written(*args)
+
+    dist.all_reduce, train._write = all_reduce, write_slowly
+    carry_out(train.Train, build_recipe(TrainRecipe, values), Silent())
+    dist.destroy_process_group()
+
+
+def call_differently() -> None:
+    """What each process does: after calls that all make, the first makes another than the rest."""
+    processes.Watchdog = partial(processes.Watchdog, grace_seconds=1.0)  # type: ignore[misc, assignment]
+    with processes.joined("cpu") as ranks:
+        ranks.share(torch.zeros(2), 0)
+        if ranks.first:
+            ranks.gather("the first")
+        else:
+            ranks.share(torch.zeros(1), 0)
 
 
 def judge_together(model: str, dense: str, text: str, output: str) -> None:

@@ -294,7 +294,6 @@ def choose_sweeps(
     windows: Tensor,
     tasks: Tasks,
     max_memory: int | None,
-    sharing: int = 1,
     teacher: Target | None = None,
 ) -> int:
     """Return the number of windows in a sweep; 0 for both whole models, where they fit.
@@ -307,7 +306,6 @@ def choose_sweeps(
         windows: the windows that it reads.
         tasks: the tasks of the linears in a pruned model; empty for a cut one.
         max_memory: bytes; see `memory_budget`.
-        sharing: number of processes that share the host.
         teacher: the model to learn from; None for `dense`.
     """
     if options.sweep_windows is not None or not options.epochs:
@@ -319,7 +317,7 @@ def choose_sweeps(
     )
     on_gpu = dense.device.type == "cuda"
     plan = Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
-    budget = memory_budget(max_memory, dense.device, sharing)
+    budget = memory_budget(max_memory, dense.device)
     if budget.shortage(plan) is None:
         return 0
     log.warning(

@@ -285,8 +285,9 @@ def choose_plan(
         ranks: the processes that share the work.
         sweep_windows: number of windows in a sweep; 0 for both whole models, None to choose.
 
-    With several processes this is the plan of one of them, except that the disk holds the hidden
-    states of all.
+    With several processes this is the plan of the first one, except that the disk holds the hidden
+    states of all. It shares the host with the others until all layers are pruned, and distills when
+    they have ended.
 
     Returns:
         The plan, and `memory` or `disk`.
@@ -296,17 +297,17 @@ def choose_plan(
         RecipeError: there are fewer calibration windows than processes.
     """
 
-    def planned(windows: Tensor | None, activations: str, sweep_windows: int) -> PrunePlan:
+    def planned(windows: Tensor | None, activations: str, epochs: int) -> PrunePlan:
         return plan_run(
             prepared.target,
             tasks,
             windows,
             settings_of(prepared.recipe, activations, None),
-            prepared.recipe.distillation.epochs,
+            epochs,
             prepared.allocation,
             prepared.output_bytes,
             0 if prepared.windows is None else prepared.windows.ungenerated,
-            sweep_windows,
+            sweep_windows or 0,
             0 if prepared.windows is None else prepared.windows.extra.numel(),
             prepared.teacher,
         )
@@ -317,27 +318,27 @@ def choose_plan(
         batches = micro_batches(len(every), at_once, ranks.count)
         own = every[: rows_of(0, batches, ranks.count)[-1].stop]
 
+    distillation, device = prepared.recipe.distillation, prepared.target.device
     if sweep_windows is None and own is not None:
-        distillation = prepared.recipe.distillation
         sweep_windows = choose_sweeps(
-            distillation,
-            prepared.target,
-            own,
-            tasks,
-            memory.max_bytes,
-            ranks.here,
-            prepared.teacher,
+            distillation, prepared.target, own, tasks, memory.max_bytes, prepared.teacher
         )
-    sweeps = sweep_windows or 0
-    plan, activations = fitting_plan(
-        lambda activations: planned(own, activations, sweeps),
-        prepared.target.device,
-        max_memory=memory.max_bytes,
-        activations=memory.activations,
-        sharing=ranks.here,
-    )
+
+    def fitting(activations: str, epochs: int, sharing: int) -> tuple[PrunePlan, str]:
+        return fitting_plan(
+            lambda place: planned(own, place, epochs),
+            device,
+            max_memory=memory.max_bytes,
+            activations=activations,
+            sharing=sharing,
+        )
+
+    activations: str = memory.activations
+    if ranks.here > 1:
+        _, activations = fitting(activations, 0, ranks.here)
+    plan, activations = fitting(activations, distillation.epochs, 1)
     if own is not every:
-        disk = planned(every, activations, sweeps).disk_bytes
+        disk = planned(every, activations, distillation.epochs).disk_bytes
         plan = replace(plan, disk_bytes=disk)
     return plan, activations
 

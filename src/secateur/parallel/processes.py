@@ -8,8 +8,9 @@ no process unpickles what another one sends.
 Processes that wait for each other cannot hear of an error: the sum that they wait for never comes.
 So every process has a thread that counts up a number of its own in the store that all share. The
 first process looks at the numbers of all others, and they look at its number. A number that stands
-still for `SILENCE_SECONDS` is a fault. So is an error that a process reports itself. The first
-fault counts, and all read it.
+still for `SILENCE_SECONDS` is a fault. So is an error that a process reports itself. So is another
+call than the others make: beside the number stands the last call that all processes must make, with
+its number. The first fault counts, and all read it.
 
 A process that hears of a fault has `GRACE_SECONDS` to end by itself: the sum that it waits for
 fails when the connection to the failed process closes. Otherwise the thread ends it. A run may be
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from secateur.errors import RankError, RecipeError, SecateurError
 from secateur.parallel.launched import Launched
-from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.ranks import ALONE, REPORT, Alone, Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -108,86 +109,76 @@ def _take_gpu(launched: Launched, gpus: int, device: str) -> None:
     torch.cuda.set_device(launched.place)
 
 
-class TorchRanks:
+class TorchRanks(Alone):
     """The processes of a group of torch.distributed. A single one needs no group.
 
     Args:
         rank: the number of this process.
         count: the number of processes.
         here: the number of processes on this machine.
-        device: where plain data is when it passes from one process to another.
+        plain: the group for plain data, with gloo: who waits for a sum in gloo waits in the
+            program, while NCCL only lets the GPU wait. None if the group of all has gloo.
     """
 
-    def __init__(self, rank: int, count: int, here: int, device: torch.device) -> None:
-        self.rank, self.count, self.here, self.device = rank, count, here, device
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files and reports progress."""
-        return self.rank == 0
+    def __init__(
+        self, rank: int, count: int, here: int, plain: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self.rank, self.count, self.here, self.plain = rank, count, here, plain
 
     def total(self, tensor: Tensor) -> None:
         """Replace a tensor in place by its sum over all processes; all get the same bits."""
+        super().total(tensor)
         if self.count > 1:
             with self.together(), _in_one_piece(tensor) as whole:
                 dist.all_reduce(whole)
 
     def share(self, tensor: Tensor, owner: int) -> None:
         """Replace a tensor in place by the one of process `owner`, bit for bit."""
+        super().share(tensor, owner)
         if self.count > 1:
             with self.together(), _in_one_piece(tensor) as whole:
                 dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
+        found = super().gather(value)
         if self.count == 1:
-            return [value]
-        own = self._as_bytes(value)
-        size = torch.tensor([len(own)], device=self.device)
+            return found
+        own = _as_bytes(value)
+        size = torch.tensor([len(own)])
         with self.together():
             sizes = [torch.zeros_like(size) for _ in range(self.count)]
-            dist.all_gather(sizes, size)
+            dist.all_gather(sizes, size, self.plain)
             longest = int(max(sizes))
             texts = [own.new_zeros(longest) for _ in sizes]
-            dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]))
+            dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]), self.plain)
         return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
 
     def once(self, work: Callable[[], T]) -> T:
         """Do some work in the first process alone, and return its result in all."""
         if self.count == 1:
-            return work()
-        text = self._as_bytes(work() if self.first else None)
-        size = torch.tensor([len(text)], device=self.device)
-        self.share(size, 0)
-        text = text if self.first else text.new_zeros(int(size))
-        self.share(text, 0)
+            return super().once(work)
+        text = _as_bytes(super().once(work if self.first else lambda: None))
+        size = torch.tensor([len(text)])
+        with self.together():
+            dist.broadcast(size, 0, self.plain)
+            text = text if self.first else text.new_zeros(int(size))
+            dist.broadcast(text, 0, self.plain)
         found: T = _as_value(text)
         return found
 
     def wait(self) -> None:
         """Wait until all processes reach this call."""
-        self.total(torch.zeros(1, device=self.device))
+        super().wait()
+        if self.count > 1:
+            with self.together():
+                dist.all_reduce(torch.zeros(1), group=self.plain)
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """A context around an operation in which all processes take part."""
         yield
-
-    def _as_bytes(self, value: object) -> Tensor:
-        """Plain data as JSON, one byte in each number, uint8."""
-        text = bytearray(json.dumps(value).encode())
-        return torch.frombuffer(text, dtype=torch.uint8).to(self.device)
-
-    def __enter__(self) -> TorchRanks:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave errors as they are."""
 
 
 class Processes(TorchRanks):
@@ -202,13 +193,18 @@ class Processes(TorchRanks):
     """
 
     def __init__(self, launched: Launched, backend: str) -> None:
-        super().__init__(launched.rank, launched.count, launched.here, torch.device("cpu"))
+        super().__init__(launched.rank, launched.count, launched.here)
         if not dist.is_initialized():  # Ray has already made the group
             _meet(launched, backend)
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
         shared: Any = dist.PrefixStore("secateur", self.store)  # the stubs lack `clone`
         self.watchdog = Watchdog(shared.clone(), self.rank, self.count)
+
+    def enter(self, name: str, tensor: Tensor | None = None) -> None:
+        """Begin a call that all processes make; the watchdog compares it with theirs."""
+        super().enter(name, tensor)
+        self.watchdog.enter(name if tensor is None else f"{name} of {tuple(tensor.shape)}")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -316,9 +312,14 @@ def _in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
         tensor.detach().copy_(whole)
 
 
+def _as_bytes(value: object) -> Tensor:
+    """Plain data as JSON, one byte in each number, uint8."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
 def _as_value(text: Tensor) -> Any:
     """The plain data of some bytes."""
-    return json.loads(text.cpu().numpy().tobytes())
+    return json.loads(text.numpy().tobytes())
 
 
 def _in_main_thread() -> bool:
@@ -331,6 +332,8 @@ SILENCE_SECONDS = 15.0
 GRACE_SECONDS = 8.0
 LEFT = "left"
 """In place of the number of a process that has finished its work."""
+CALLS = 1000
+"""How many of its last calls a process remembers. It may be some ahead of the others."""
 
 
 class Watchdog:
@@ -361,6 +364,7 @@ class Watchdog:
         self.clock = clock
         others = range(1, count) if rank == 0 else [0]
         self.seen = {other: (b"", clock()) for other in others}
+        self.calls, self.last = {0: ""}, 0  # the last calls by their numbers
         self.fault: Fault | None = None
         self.known = threading.Event()
         self.over = threading.Event()
@@ -369,7 +373,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to count and to look."""
         self.store.set(host(self.rank), socket.gethostname())
-        self.store.set(_beat(self.rank), "0")
+        self.beat(0)
         self.thread.start()
 
     def stop(self) -> None:
@@ -378,6 +382,18 @@ class Watchdog:
         self.thread.join()
         if self.fault is None:
             self.quietly(lambda: self.store.set(_beat(self.rank), LEFT))
+
+    def enter(self, name: str) -> None:
+        """Begin the next call that all processes make."""
+        number = self.last + 1
+        self.calls[number] = name
+        self.calls.pop(number - CALLS, None)
+        self.last = number  # only now, because the thread reads both
+
+    def beat(self, number: int) -> None:
+        """Show the others a number, and the last call."""
+        last = self.last
+        self.store.set(_beat(self.rank), f"{number} {last} {self.calls[last]}")
 
     # -- faults ----------------------------------------------------------------------------------
 
@@ -415,7 +431,7 @@ class Watchdog:
         while not self.over.wait(BEAT_SECONDS):
             number += 1
             try:
-                self.store.set(_beat(self.rank), str(number))
+                self.beat(number)
                 if self.store.check(["fault"]):
                     self.hear(Fault.read(self.store.get("fault").decode()))
                 self.look_at_others()
@@ -428,20 +444,33 @@ class Watchdog:
                 return
 
     def look_at_others(self) -> None:
-        """Report a process whose number stands still."""
+        """Report a process whose number stands still, or that has made another call."""
         now = self.clock()
         for other, (number, since) in self.seen.items():
             found = self.read(_beat(other))  # nothing yet, if it has died at the start
+            if found == LEFT.encode():
+                continue
             if found != number:
                 self.seen[other] = found, now
-            elif (
-                found != LEFT.encode() and now - since > self.silence_seconds and self.fault is None
-            ):
+                self.compare(other, found.decode())
+            elif now - since > self.silence_seconds:
                 what = f"it was killed, or it hangs (no sign of life for {now - since:.0f} s)"
-                place = self.read(host(other)).decode() or "its machine"
-                silent = Fault(other, place, what, remedy="run again with --resume")
-                first = self.store.compare_set("fault", "", silent.write())
-                self.hear(Fault.read(first.decode()))
+                self.accuse(other, what, "run again with --resume")
+
+    def compare(self, other: int, beat: str) -> None:
+        """Report a process whose last call is not the one that this process has made."""
+        _, number, name = beat.split(" ", 2)
+        own = self.calls.get(int(number), name)
+        if own != name:
+            what = f"call {number} of all processes was `{name}` there, `{own}` in {self.rank}"
+            self.accuse(other, what, REPORT)
+
+    def accuse(self, other: int, what: str, remedy: str) -> None:
+        """Report the fault of another process, unless there is one already."""
+        if self.fault is None:
+            place = self.read(host(other)).decode() or "its machine"
+            fault = Fault(other, place, what, remedy=remedy)
+            self.hear(Fault.read(self.store.compare_set("fault", "", fault.write()).decode()))
 
     def read(self, key: str) -> bytes:
         """A value in the store; empty if there is none. `get` alone would wait for it."""

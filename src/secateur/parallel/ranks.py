@@ -1,7 +1,7 @@
 """The processes of a run: one alone, or several that calculate together and share the work.
 
 Every process runs the same code. Rank 0 is the first process: it alone writes files, and it tells
-the others what only it knows (`once`). A single process is `ALONE`, which does nothing.
+the others what only it knows (`once`). A single process is `ALONE`, which has nobody to wait for.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import get_ident
 from types import TracebackType
 from typing import NoReturn, Protocol, TypeVar
 
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.errors import RankError, RecipeError
 
 T = TypeVar("T")
+
+REPORT = "this is a fault in secateur or in a plug-in; please report it"
+"""What a user can do about calls that do not fit together."""
 
 
 class Ranks(Protocol):
     """The contract of the processes of a run, as a context manager around their work.
 
     All processes make the same calls in the same order. An error that leaves the context ends the
-    run in every process.
+    run in every process. The work of `once` makes no calls: the other processes would not make
+    them. A call there raises an error, with a single process too.
     """
 
     @property
@@ -82,24 +87,57 @@ class Ranks(Protocol):
 class Alone:
     """A single process: nothing is summed, shared or waited for."""
 
-    rank, count, here, first = 0, 1, 1, True
+    rank, count, here = 0, 1, 1
+
+    def __init__(self) -> None:
+        self.in_once = set[int]()  # the threads that do the work of a `once`
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports progress."""
+        return self.rank == 0
 
     def total(self, tensor: Tensor) -> None:
         """Leave the tensor as it is: this process has all of the sum."""
+        self.enter("total", tensor)
 
     def share(self, tensor: Tensor, owner: int) -> None:
         """Leave the tensor as it is."""
+        self.enter(f"share from {owner}", tensor)
 
     def gather(self, value: T) -> list[T]:
         """Return the only value."""
+        self.enter("gather")
         return [value]
 
     def once(self, work: Callable[[], T]) -> T:
         """Do the work."""
-        return work()
+        self.enter("once")
+        self.in_once.add(get_ident())
+        try:
+            return work()
+        finally:
+            self.in_once.discard(get_ident())
 
     def wait(self) -> None:
         """Wait for nobody."""
+        self.enter("wait")
+
+    def enter(self, name: str, tensor: Tensor | None = None) -> None:
+        """Begin a call that all processes make.
+
+        Args:
+            name: of the call.
+            tensor: what the call changes in place.
+
+        Raises:
+            RankError: it is part of the work of a `once`, which the others do not do.
+        """
+        if get_ident() in self.in_once:
+            raise RankError(
+                f"`{name}` was called in the work of a `once`, which only one process does",
+                remedy=REPORT,
+            )
 
     def __enter__(self) -> Alone:
         return self

@@ -5,7 +5,8 @@ one process does: it reads the recipe, checks it, opens the run folder, and writ
 all is ready, it sends a job. Until then the others have done nothing, so whatever the first one
 refuses is refused before any work. They open the same source, take the calibration windows from
 the work folder, and prune layer by layer together with the first process. They write only their own
-hidden states.
+hidden states. When the layers are pruned they end, and the first one goes on alone: distillation
+takes one window a step, so there is nothing to share.
 """
 
 from __future__ import annotations
@@ -575,22 +576,8 @@ def _refuse_several(recipe: PruneRecipe, count: int) -> None:
     Raises:
         RecipeError: names the option.
     """
-    if count == 1:
-        return
-    refused = {
-        "--compress": (
-            recipe.compress.values is not None,
-            "leave it out, and run `secateur compress` on the result",
-        ),
-        "--distill-epochs": (
-            recipe.distillation.epochs > 0,
-            "use --distill-epochs 0, and then `torchrun … -m secateur train --teacher MODEL` on "
-            "the result, which divides both models among the processes",
-        ),
-    }
-    for option, (given, remedy) in refused.items():
-        if given:
-            raise RecipeError(
-                f"{option} does not work with several processes yet, and there are {count}",
-                remedy=remedy,
-            )
+    if count > 1 and recipe.compress.values is not None:
+        raise RecipeError(
+            f"--compress does not work with several processes yet, and there are {count}",
+            remedy="leave it out, and run `secateur compress` on the result",
+        )

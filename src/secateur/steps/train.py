@@ -79,7 +79,7 @@ def plan_training(
     Raises:
         SecateurError: as the training would.
     """
-    processes = ProcessGroup(choose_device(recipe.device))
+    processes = ProcessGroup.launched(choose_device(recipe.device))
     source = source_of(recipe, progress)
     refuse_quantized(source.folder)
     inputs = TrainingInputs.read(recipe, source, processes, progress)
@@ -125,7 +125,7 @@ class Train(Step[TrainRecipe, TrainResult]):
     @classmethod
     def processes(cls, recipe: TrainRecipe) -> ProcessGroup:
         """Those that divide the model."""
-        return ProcessGroup(choose_device(recipe.device))
+        return ProcessGroup.launched(choose_device(recipe.device))
 
     @classmethod
     def check(cls, recipe: TrainRecipe) -> None:

@@ -289,6 +289,7 @@ class _Distillation:
             progress=self.progress,
             trained=self.student.trained,
             label=label,
+            processes=ProcessGroup(self.device),
         )
         return [line["loss"] for line in loop.run().log]
 
@@ -313,8 +314,7 @@ class _Distillation:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss over the windows that no trial reads."""
-        windows, model = self.data.windows, self.student.model
-        device = next(model.parameters()).device
+        windows, model, device = self.data.windows, self.student.model, self.device
         held_out = range(len(windows) - self.data.held_out, len(windows))
         with fast_matmuls(device):  # its copies of weights last as long as the context
             losses = [
@@ -329,8 +329,13 @@ class _Distillation:
 
     def kept(self, name: str) -> Saved:
         """The place of kept weights; in memory if nothing is saved."""
-        device = next(self.student.model.parameters()).device
-        return Saved(None if self.saved is None else self.saved / name, ProcessGroup(device), {})
+        folder = None if self.saved is None else self.saved / name
+        return Saved(folder, ProcessGroup(self.device), {})
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both models. One process trains, also where several have pruned."""
+        return next(self.student.model.parameters()).device
 
 
 def choose_rate(

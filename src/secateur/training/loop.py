@@ -88,7 +88,7 @@ class Loop:
         self.trained, self.label = trained, label
         self.progress = progress or Silent()
         self.device = next(model.parameters()).device
-        self.processes = processes or ProcessGroup(self.device)
+        self.processes = processes or ProcessGroup.launched(self.device)
         self.check()
         self.first_step = first_step
         self.last_step = plan.steps if last_step is None else last_step

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,7 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import StoredModel, aliases, build_skeleton
-from secateur.parallel.processes import TorchRanks
+from secateur.parallel.processes import WORKING, TorchRanks
 from secateur.training.masks import is_shared
 
 
@@ -33,16 +34,38 @@ class ProcessGroup(TorchRanks):
     """The processes that train together. They are `Ranks` that can divide a model.
 
     Args:
-        device: device of the model, if there is only one process.
+        device: device of the model in this process.
+        rank: the number of this process.
+        count: the number of processes.
+        here: the number of processes on this machine.
+        plain: the group for plain data; see `TorchRanks`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        count: int = 1,
+        here: int = 1,
+        plain: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(rank, count, here, plain)
+        self.device = device
+
+    @classmethod
+    def launched(cls, device: torch.device) -> ProcessGroup:
+        """The processes that were launched together with this one, or this one alone.
+
+        Args:
+            device: device of the model, if there is only one process.
+        """
         from accelerate import Accelerator
 
         state = Accelerator(cpu=device.type == "cpu")
-        rank, count = state.process_index, state.num_processes
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        super().__init__(rank, count, here, state.device if count > 1 else device)
+        if state.num_processes == 1:
+            return cls(device)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        return cls(state.device, state.process_index, state.num_processes, here, _plain_group())
 
     def shard(
         self,
@@ -94,6 +117,12 @@ class ProcessGroup(TorchRanks):
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each number over all processes."""
         return [sum(each) for each in zip(*self.gather(list(values)), strict=True)]
+
+
+@cache
+def _plain_group() -> dist.ProcessGroup:
+    """A group with gloo. One process may write a large model while the others wait."""
+    return dist.new_group(backend="gloo", timeout=WORKING)
 
 
 def _units(model: Any, apart: bool = True) -> list[nn.Module]:

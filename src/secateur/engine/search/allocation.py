@@ -160,6 +160,8 @@ class Survey:
                 ]
                 groups = opened.stream.layouts[index].groups
                 shared = self.gathered(groups, linears, names, forwards)
+                for statistics in dict.fromkeys(shared.values()):
+                    statistics.merge(ranks)
             view_of = partial(LayerView, self, index, linears, shared, grains)
             ranks.once(partial(_observe, allocation, view_of, files[index]))
             if opened is None:
@@ -174,7 +176,7 @@ class Survey:
         names: Mapping[str, ForwardSource],
         forwards: Sequence[Callable[[], object]],
     ) -> dict[str, GroupStatistics]:
-        """Pass calibration through a dense layer. Return the statistics of each linear's input."""
+        """Pass windows through a dense layer. Return the statistics of each linear's input."""
         changed = [[linears[name] for name in group] for group in groups]
         changed = [group for group in changed if any(self.tasks[x.name].changes for x in group)]
         gathered = [GroupStatistics(names, group, self.target.device) for group in changed]
@@ -184,8 +186,6 @@ class Survey:
                 gathered[group].update(x)
 
         by_layer(changed, forwards, gather)
-        for statistics in gathered:
-            statistics.merge(self.settings.ranks)
         return {
             linear.name: statistics
             for group, statistics in zip(changed, gathered, strict=True)
