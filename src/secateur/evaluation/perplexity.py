@@ -56,7 +56,6 @@ from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
-from secateur.precision import exact_matmuls
 from secateur.progress import Progress
 from secateur.runs.environment import choose_device
 from secateur.runs.output import write_json
@@ -491,15 +490,15 @@ def dense_losses(
         start: start tokens of a window, which are not predicted.
         progress: receives the windows.
     """
-    outer, device, first = EmbeddingAndHead(target, windows), target.device, max(1, start)
+    outer, first = EmbeddingAndHead(target, windows, fast=False), max(1, start)
     progress.start("judging the dense model", len(windows))
     losses: list[float] = []
     for rows in outer.parts(range(len(windows)), 2):
-        hidden = outer.through_layers(rows, fast=False)
-        with outer.outside(), exact_matmuls(device):
+        hidden = outer.through_layers(rows)
+        with outer.outside(), outer.matmuls():
             for row, states in zip(rows, hidden, strict=True):
                 logits = outer.head(row, states)[first - 1 : -1].float()
-                following = windows[row, first:].to(device)
+                following = windows[row, first:].to(logits.device)
                 losses.append(float(functional.cross_entropy(logits, following)))
         progress.step(len(rows))
     progress.finish()

@@ -77,6 +77,7 @@ def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any
         share=None if by_layers else drop / sizes.layers,
         method=how.by,
         seed=context.recipe.calibration.seed,
+        fast_matmuls=context.recipe.fast_matmuls,
     )
     work = context.scratch("depth")
     dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)

@@ -24,6 +24,7 @@ from secateur.engine.search.allocation import (
     search_levels,
 )
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
+from secateur.engine.search.depth import DepthSettings, choose_depth
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
@@ -364,6 +365,34 @@ class Judged(AllocationDefaults):
     def allocate(self, kept, grains, sparsity):
         worst = max(kept(), key=lambda item: float(item[1]))[0]
         return {name: sparsity - 0.1 * (name == worst) for name in grains}
+
+
+def surveyed(work: Path, fast: bool) -> list[float]:
+    """What allocations and a choice of depth measure of a tiny model."""
+    model, found, target = tiny_model("llama"), [], ModelTarget(tiny_model("llama"))
+    for part in (ByDivergence(judged_tokens=120), SMALL):
+        folder = work / type(part).__name__
+        folder.mkdir(parents=True)
+        survey = survey_of(model, folder)
+        survey = replace(survey, settings=replace(survey.settings, fast_matmuls=fast))
+        grains = grains_of(survey.tasks, part)
+        if part is SMALL:
+            levels = search_levels(survey, SMALL, grains, survey.execute(SMALL, grains))
+            found += [levels.divergence, levels.uniform_divergence]
+        else:
+            found += map(float, pruned_alone(survey, part, grains).values())
+    depth = DepthSettings(count=1, method="greedy", fast_matmuls=fast)
+    dropped = choose_depth(target, tiny_windows(), depth, None, Silent())
+    return [*found, *dropped.scores.values()]
+
+
+def test_exact_matmuls_reach_the_surveys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = surveyed(tmp_path / "slow processor", fast=True)
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: True)
+    assert surveyed(tmp_path / "exact", fast=False) == exact
+    rough = surveyed(tmp_path / "fast", fast=True)
+    assert rough == pytest.approx(exact, rel=0.2)
+    assert all(a != b for a, b in zip(rough, exact, strict=True))
 
 
 def test_any_allocation_may_have_each_linear_measured_alone(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.engine.search.candidate_evaluator import DenseLogits
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import dense_losses
 from secateur.models.checkpoint import CheckpointReader
@@ -32,7 +33,7 @@ def logits_of(folder: Path, windows: torch.Tensor) -> torch.Tensor:
 def test_a_model_of_any_shape_is_compared_with_the_dense_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: True)  # not taken
     save_tiny(tmp_path / "dense", num_hidden_layers=2)
     save_tiny(tmp_path / "work" / "other", **{"num_hidden_layers": 2, **shape})
     windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
@@ -48,11 +49,21 @@ def test_a_model_of_any_shape_is_compared_with_the_dense_one(
     for _ in range(2):  # the second one reads its file
         measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
         found = measure.divergence(tmp_path / "work" / "other")
-        assert found == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
+        assert found == pytest.approx(float(divergence.mean()), rel=1e-5, abs=1e-6)
         monkeypatch.setattr(
             "secateur.engine.search.candidate_evaluator.CandidateEvaluator.fitness",
             lambda *_: pytest.fail("again"),
         )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_a_divergence_has_no_floor_with_a_large_vocabulary(noise: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    dense = 3 * torch.randn(64, 49152, generator=draw) + 5
+    other = dense + noise * torch.randn(dense.shape, generator=draw)
+    p, q = (x.double().log_softmax(-1) for x in (dense, other))
+    found = DenseLogits.of(dense).divergence(other) / len(dense)
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=5e-6)
 
 
 @pytest.mark.parametrize("start", [0, 2])

@@ -52,7 +52,7 @@ from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Linear, linears_of
-from secateur.precision import exact_matmuls, fast_matmuls, full_float32
+from secateur.precision import exact_matmuls, full_float32
 from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
 from secateur.sparsity.allocation import Allocation
@@ -322,7 +322,8 @@ def search_levels(
     assert survey.calibration is not None
     rungs = search.ladders(grains)
     tokens = search.judged_tokens
-    outer = EmbeddingAndHead(survey.target, cut_windows(survey.calibration.windows, tokens))
+    windows, fast = cut_windows(survey.calibration.windows, tokens), survey.settings.fast_matmuls
+    outer = EmbeddingAndHead(survey.target, windows, fast=fast)
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
     file = survey.work / "search.jsonl"
@@ -454,14 +455,20 @@ class ChangedAlone:
             windows = cut_windows(windows, tokens)
         else:  # whole windows, with what else they have
             windows = windows[: max(1, tokens // windows.shape[1])]
-        self.outer = EmbeddingAndHead(survey.target, windows, self.folder, None, multimodal)
+        self.outer = EmbeddingAndHead(
+            survey.target,
+            windows,
+            self.folder,
+            multimodal=multimodal,
+            fast=survey.settings.fast_matmuls,
+        )
         self.layouts = layouts(survey.target, windows.shape[1])
         self.walk = LayerwisePass(
             self.outer,
             range(len(windows)),
             self.folder,
             lambda number, window: self.outer.call(number, [window]),
-            partial(fast_matmuls, survey.target.device),
+            self.outer.matmuls,
         )
 
     def divergences(self, label: str) -> dict[str, dict[str, float]]:

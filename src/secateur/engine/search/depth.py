@@ -245,6 +245,7 @@ class DepthSettings:
         generations: number of generations of the search.
         offspring: number of mutants in a generation.
         seed: seed of the mutations.
+        fast_matmuls: measure in bfloat16 if the processor is faster at it.
 
     Raises:
         RecipeError: a parameter is out of range, or two parameters contradict each other.
@@ -259,6 +260,7 @@ class DepthSettings:
     generations: int = 12
     offspring: int = 16
     seed: int = 0
+    fast_matmuls: bool = True
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -412,9 +414,9 @@ class DepthChoice:
         progress: Progress,
     ) -> None:
         self.target, self.how, self.space, self.progress = target, how, space, progress
-        self.outer = EmbeddingAndHead(target, windows)
+        self.outer = EmbeddingAndHead(target, windows, fast=how.fast_matmuls)
         tokens = how.evolution.full_tokens
-        measured = EmbeddingAndHead(target, cut_windows(windows, tokens))
+        measured = EmbeddingAndHead(target, cut_windows(windows, tokens), fast=how.fast_matmuls)
         names = [unit.name for unit in space.units]
         self.fitness = FitnessCache(
             CandidateEvaluator(measured, SubBlocks(measured), how.objective, progress),

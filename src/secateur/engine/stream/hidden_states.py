@@ -22,8 +22,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class EmbeddingAndHead:
         own: the windows of this process; None for all.
         multimodal: what the model reads besides the tokens. Then each window has calls of its own,
             because masks and positions depend on where its pictures are.
+        fast: whether the products of layers and head may be in bfloat16 (`fast_matmuls`).
     """
 
     def __init__(
@@ -88,12 +90,16 @@ class EmbeddingAndHead:
         folder: Path | None = None,
         own: slice | None = None,
         multimodal: MultimodalInputs | None = None,
+        *,
+        fast: bool = True,
     ) -> None:
         self.target, self.windows, self.multimodal = target, windows, multimodal
         self.recorded: dict[int, list[LayerCall]] = {}
         self.of_windows: dict[int, list[LayerCall]] = {}
         self.width: int | None = None  # of hidden states as they travel
         self.token_values = TokenValues(target, windows, folder, own)
+        matmuls = fast_matmuls if fast else exact_matmuls
+        self.matmuls: Callable[[], AbstractContextManager[object]] = partial(matmuls, target.device)
 
     def calls(self, size: int = 1) -> list[LayerCall]:
         """How the model calls each layer for a batch of `size` windows.
@@ -214,16 +220,13 @@ class EmbeddingAndHead:
         for start in range(0, len(rows), size):
             yield list(rows[start : start + size])
 
-    def run(
-        self, number: int, layer: Callable[..., Any], hidden: Tensor, *, fast: bool = True
-    ) -> Tensor:
+    def run(self, number: int, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Pass the hidden states of one window through a layer.
 
         Args:
             number: number of the layer.
             layer: the layer, or a function with the same arguments.
             hidden: [1, sequence_length, hidden_size].
-            fast: with fast matmuls.
         """
         call = self.calls()[number]
         hidden, values = self._split(hidden)
@@ -231,22 +234,20 @@ class EmbeddingAndHead:
             assert values is not None
             start = sum(before.columns for before in self.calls()[:number])
             call = call.filled(values[..., start : start + call.columns])
-        device = self.target.device
-        with fast_matmuls(device) if fast else exact_matmuls(device):
+        with self.matmuls():
             out = call_layer(layer, hidden, call)
         return out if values is None else torch.cat([out, values], -1)
 
-    def through_layers(self, rows: Sequence[int], *, fast: bool = True) -> list[Tensor]:
+    def through_layers(self, rows: Sequence[int]) -> list[Tensor]:
         """What the last layer returns for some windows, with one layer in memory.
 
         Args:
             rows: numbers of the windows.
-            fast: with fast matmuls.
         """
         hidden = self.embedded(rows)
         for number in range(len(self.target.layers)):
             with self.target.layer(number) as layer:
-                hidden = [self.run(number, layer, one, fast=fast) for one in hidden]
+                hidden = [self.run(number, layer, one) for one in hidden]
         return hidden
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -241,7 +241,7 @@ class ModelEvaluator:
         self, target: CheckpointTarget, dense: CandidateEvaluator | None
     ) -> CandidateEvaluator:
         """Passes one model, as it is, through its layers."""
-        outer = EmbeddingAndHead(target, self.windows)
+        outer = EmbeddingAndHead(target, self.windows, fast=False)
         progress = self.context.progress
         return CandidateEvaluator(outer, Unchanged(outer), "divergence", progress, dense)
 
