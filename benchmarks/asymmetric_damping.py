@@ -1,12 +1,12 @@
 """Which damping the solvers need after an asymmetric fit: the fit's own, or their usual one.
 
-    python benchmarks/asymmetric_damping.py --text TEXT [--windows 24] [--sparsities 0.5 0.6]
+    python benchmarks/asymmetric_damping.py [--layers 8] [--windows 16] [--judged 12]
 
-SmolLM2-135M as the effort `balanced` prunes it, with one sparsity for all linears. `fit` is λ of
-W* = (TX̂ᵀ + λW)(G + λI)⁻¹, as a fraction of the mean diagonal of G, and `solver` the damping with
-which the writers to the residual stream are pruned after it. With equal numbers, what is solved is
-‖T − ŴX̂‖² + λ‖W − Ŵ‖². Judged on windows of another text, by the divergence from the dense model,
-and by the loss window by window beside the first row.
+The first layers of SmolLM2-135M as the effort `balanced` prunes them, with one sparsity for all
+linears. `fit` is λ of W* = (TX̂ᵀ + λW)(G + λI)⁻¹, as a fraction of the mean diagonal of G, and
+`solver` the damping with which the writers to the residual stream are pruned after it. With equal
+numbers, what is solved is ‖T − ŴX̂‖² + λ‖W − Ŵ‖². Text: `boolq-calibration`, and `boolq-held-out`
+to judge: the loss of the next token, and window by window what it is above that of the first row.
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import torch
+
 import secateur
 from hardware import heading, keep, markdown
+from secateur.calibration.windows import WindowPlan, make_windows
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.evaluation.perplexity import dense_losses
+from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.models.hub import sample_text
+from secateur.models.opening import open_weights
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.progress import Silent
 
 WRITERS = ("*.o_proj", "*.down_proj")
-DAMPINGS = ((0.2, 0.01), (0.2, 0.2), (0.01, 0.01), (0.05, 0.05))
+DAMPINGS = ((0.2, 0.01), (0.2, 0.2), (0.01, 0.01))
 """λ of the fit, and of the solver."""
 
 
@@ -27,59 +38,55 @@ def main() -> None:
     """Prune with each pair of dampings, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", default="boolq-calibration")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--judged", type=int, default=32)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--judged", type=int, default=12)
+    parser.add_argument("--sparsity", type=float, default=0.5)
     args = parser.parse_args()
-    print(heading())
-    rows = []
-    for sparsity in args.sparsities:
-        with tempfile.TemporaryDirectory() as place:
-            for fit, solver in DAMPINGS:
-                output = Path(place) / f"{fit}-{solver}"
-                result = secateur.prune(
-                    args.model, output=output, sparsity=sparsity, effort="balanced",
-                    allocation="uniform", calibration=args.calibration, windows=args.windows,
-                    sequence_length=args.length, asymmetric_damping=fit,
-                    method_overrides={glob: {"damping": solver} for glob in WRITERS},
-                )  # fmt: skip
-                judging = {
-                    "text": args.text, "windows": args.judged, "sequence_length": args.length
-                }  # fmt: skip
-                beside = secateur.evaluate(output, dense=args.model, **judging).record
-                first = Path(place) / "-".join(map(str, DAMPINGS[0]))
-                paired = secateur.evaluate(output, dense=first, **judging).record.divergence[0]
-                moved = beside.divergence[0]
-                rows.append({
-                    "sparsity": sparsity, "fit": fit, "solver": solver,
-                    "perplexity": beside.perplexity[0].perplexity,
-                    "divergence": moved.kl, "divergence_error": moved.kl_standard_error,
-                    "loss_beside_first": paired.loss_change,
-                    "loss_beside_first_error": paired.loss_change_standard_error,
-                    "seconds": result.manifest.cost.seconds,
-                })  # fmt: skip
-                print(rows[-1], flush=True)
-    texts = {"calibration": Path(args.calibration).name, "text": Path(args.text).name}
-    print(f"written to {keep('asymmetric-damping', {**vars(args), **texts}, rows)}")
-    print(
-        markdown(
-            ["zeros", "λ of the fit", "of the solver", "perplexity", "divergence", "loss beside"],
-            [
-                [
-                    f"{row['sparsity']:.0%}",
-                    f"{row['fit']:g}",
-                    f"{row['solver']:g}",
-                    f"{row['perplexity']:.2f}",
-                    f"{row['divergence']:.4f} ± {row['divergence_error']:.4f}",
-                    f"{row['loss_beside_first']:+.4f} ± {row['loss_beside_first_error']:.4f}",
-                ]
-                for row in rows
-            ],
-        )
-    )
+    print(heading(), flush=True)
+    source = resolve(args.model).folder
+    plan = WindowPlan(windows=args.judged, sequence_length=args.length)
+    windows = make_windows(sample_text("boolq-held-out"), load_tokenizer(source), plan)
+
+    def losses_of(folder: Path) -> list[float]:
+        target = CheckpointTarget(open_weights(folder), None, torch.device("cpu"))
+        return dense_losses(target, windows, 0, Silent())
+
+    rows, first = [], list[float]()
+    with tempfile.TemporaryDirectory() as place:
+        for fit, solver in DAMPINGS:
+            output = Path(place) / f"{fit}-{solver}"
+            secateur.prune(
+                args.model,
+                output=output,
+                include=[f"model.layers.{layer}.*" for layer in range(args.layers)],
+                sparsity=args.sparsity,
+                effort="balanced",
+                allocation="uniform",
+                calibration="boolq-calibration",
+                windows=args.windows,
+                sequence_length=args.length,
+                asymmetric_damping=fit,
+                method_overrides={glob: {"damping": solver} for glob in WRITERS},
+            )
+            losses = losses_of(output)
+            first = first or losses
+            above = [own - other for own, other in zip(losses, first, strict=True)]
+            error = standard_error(above) if losses is not first else 0.0
+            rows.append(
+                {"fit": fit, "solver": solver, "loss": mean_of(losses), "above": mean_of(above)}
+                | {"error": error}
+            )
+            print(rows[-1], flush=True)
+    dense = mean_of(losses_of(source))
+    print(f"written to {keep('asymmetric-damping', {**vars(args), 'dense_loss': dense}, rows)}")
+    lines = []
+    for row in rows:
+        beside = f"{row['above']:+.4f} ± {row['error']:.4f}"
+        lines.append([f"{row['fit']:g}", f"{row['solver']:g}", f"{row['loss']:.4f}", beside])
+    print(markdown(["λ of the fit", "of the solver", "loss", "above the first"], lines))
+    print(f"the dense model: {dense:.4f}")
 
 
 if __name__ == "__main__":
