@@ -53,7 +53,8 @@ def main() -> None:
     rows = [
         {
             "cache": name or "float32",
-            "bytes_per_token": decoder.cache.tiles[:, :, 0, :, 0].nbytes / 64,
+            "bytes_per_token": sum(x[:, :, 0, :, 0].nbytes for x in decoder.cache.tiles.values())
+            / 64,
             "perplexity": math.exp(loss[name]),
             "divergence": divergence[name],
         }

@@ -34,10 +34,12 @@ def by_kernels(
 ) -> Callable[[], float]:
     """Seconds of all layers."""
     heads, groups, head = shape
-    cache = KeyValueCache(dtype, layers=layers, slots=1, groups=groups, capacity=length, head=head)
-    cache.tiles.random_(0, 60)  # small numbers in every type
+    sizes = {"slots": 1, "groups": groups, "capacity": length, "head": head}
+    cache = KeyValueCache(dtype, windows=[0] * layers, **sizes)
+    cache.tiles[0].random_(0, 60)  # small numbers in every type
     described = [
-        CLayer(keys=keys, values=values) for keys, values in map(cache.addresses, range(layers))
+        CLayer(keys=keys, values=values, tiles=tiles)
+        for keys, values, tiles in map(cache.place, range(layers))
     ]
     vectors = torch.randn(2 * (heads + groups), head)
     token = (CToken * 1)((0, length - 1))
@@ -47,7 +49,7 @@ def by_kernels(
         for layer in described:
             decoder = CDecoder(
                 layer=ctypes.pointer(layer), heads=heads, kv_heads=groups, head=head,
-                capacity=length, cache_type=TYPES[dtype], epsilon=1e-6, attention_scale=head**-0.5,
+                cache_type=TYPES[dtype], epsilon=1e-6, attention_scale=head**-0.5,
             )  # fmt: skip
             kernels().sct_attention_alone(ctypes.byref(decoder), token, 0, 0, 1, vectors.data_ptr())
         return time.perf_counter() - started

@@ -73,10 +73,9 @@ static int attention(void) {
     float *vectors = array(&given);
     const int64_t tokens = given / row / 4, tiles = tokens / SCT_KEYS + 1;
     const size_t bytes = (size_t)(groups * tiles * sct_tile_bytes(type, sct_width(head)));
-    sct_layer layer = {.keys = calloc(bytes, 1), .values = calloc(bytes, 1)};
+    sct_layer layer = {.keys = calloc(bytes, 1), .values = calloc(bytes, 1), .tiles = tiles};
     const sct_decoder d = {.layer = &layer, .heads = heads, .kv_heads = groups, .head = head,
-                           .capacity = tiles * SCT_KEYS, .cache_type = type,
-                           .attention_scale = 0.25f, .softcap = 5.0f};
+                           .cache_type = type, .attention_scale = 0.25f, .softcap = 5.0f};
     int failed = sct_attention_alone(&d, NULL, 0, 0, prompt, vectors);
     for (int64_t at = prompt; at < tokens && !failed; at++)
         failed = sct_attention_alone(&d, &(sct_token){0, at}, 0, 0, 1, vectors + at * row);

@@ -29,20 +29,19 @@ class Layer:
     """One layer of the kernels, with its caches."""
 
     def __init__(self, oracle: Attention, dtype: torch.dtype, *, exact: bool = True) -> None:
-        sizes = {"layers": 1, "slots": SLOTS, "groups": oracle.groups}
-        self.cache = KeyValueCache(dtype, capacity=CAPACITY, head=oracle.head, **sizes)
+        sizes = {"slots": SLOTS, "groups": oracle.groups, "head": oracle.head}
+        self.cache = KeyValueCache(dtype, windows=[oracle.window], capacity=CAPACITY, **sizes)
         names = ("q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "cosine", "sine", "sinks")
         given = {name: getattr(oracle, name) for name in names}
         self.alive = {n: x.float().contiguous() for n, x in given.items() if x is not None}
-        keys, values = self.cache.addresses(0)
+        keys, values, tiles = self.cache.place(0)
         pointers = {name: x.data_ptr() for name, x in self.alive.items()}
-        layer = CLayer(keys=keys, values=values, window=oracle.window, **pointers)
+        layer = CLayer(keys=keys, values=values, tiles=tiles, window=oracle.window, **pointers)
         self.c = CDecoder(
             layer=(CLayer * 1)(layer),
             heads=oracle.heads,
             kv_heads=oracle.groups,
             head=oracle.head,
-            capacity=CAPACITY,
             cache_type=TYPES[dtype],
             exact=int(exact),
             epsilon=oracle.epsilon,
@@ -159,6 +158,25 @@ def test_ranges_of_keys(dtype: torch.dtype, tier: str) -> None:
     assert apart < (1e-5 if dtype == torch.float32 else 6e-3)
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("head", [16, 24, 32, 48, 80, 96, 112, 128])
+@pytest.mark.parametrize("each", [1, 5])
+def test_a_piece_rounds_like_single_tokens(
+    each: int, head: int, dtype: torch.dtype, tier: str
+) -> None:
+    """However many rows and columns a product has: a prompt whole, in pieces, token by token."""
+    oracle = oracle_of(heads=2 * each, groups=2, head=head)
+    text = a_text(oracle, 90)
+    with using(tier):
+        for exact in (True, False):
+            layer = Layer(oracle, dtype, exact=exact)
+            whole = read(layer, text, 0, 90)
+            for slot, prompt in ((1, 63), (2, 0)):
+                assert torch.equal(read(layer, text, slot, prompt), whole)
+            assert torch.equal(layer(*text, 1, 0), whole)
+
+
 @pytest.mark.parametrize("dtype", CACHES)
 def test_what_an_older_text_left_is_never_read(dtype: torch.dtype) -> None:
     oracle = oracle_of()
@@ -185,7 +203,8 @@ def test_positions_are_copied(dtype: torch.dtype) -> None:
     alone = layer(q[-1:], k[-1:], v[-1:], 0, 0, [(0, 139)])
     assert torch.equal(got, alone)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    assert torch.equal(other.cache.tiles[:, :, 2], layer.cache.tiles[:, :, 0])
+    (written,), (given,) = other.cache.tiles.values(), layer.cache.tiles.values()
+    assert torch.equal(written[:, :, 2], given[:, :, 0])
 
 
 @pytest.mark.parametrize("dtype", CACHES)

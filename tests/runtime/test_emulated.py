@@ -100,7 +100,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             sources = [*sorted(CSRC.glob("*.c")), Path(__file__).with_name("kernel_program.c")]
             command = [
                 *machine.compiler, "-std=gnu11", "-O3",
-                "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror",
+                "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Werror",
                 "-Wno-unknown-pragmas", f"-I{CSRC}", "-o", str(made), *map(str, sources),
                 "-lm",
             ]  # fmt: skip

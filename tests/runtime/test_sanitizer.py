@@ -44,8 +44,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     sources = sorted(map(str, CSRC.glob("*.c")))
     command = [
         COMPILER, "-shared", "-fPIC", "-std=gnu11", "-O1", "-g1", "-fno-omit-frame-pointer",
-        "-fno-math-errno", "-fno-trapping-math", *FLAGS, "-o", str(library), *sources,
-        "-lpthread", "-lm",
+        "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *FLAGS,
+        "-o", str(library), *sources, "-lpthread", "-lm",
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

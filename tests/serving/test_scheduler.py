@@ -18,6 +18,7 @@ from torch import Tensor
 import secateur
 from runtime.packed_models import packed_model, settled
 from secateur.recipes.deploy import Sampling
+from secateur.runtime import kv_cache as caches
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
@@ -104,6 +105,9 @@ class Pretended:
     def logits(self, slot: int) -> Tensor:
         text = self.texts[slot]
         return next_logits([*text, 0] if self.wrong and sum(text) % self.wrong == 0 else text)
+
+    def kept(self, slot: int, length: int) -> int:
+        return length
 
     def rewind(self, slot: int, length: int = 0) -> None:
         assert length <= len(self.texts[slot])
@@ -654,6 +658,52 @@ def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: 
             found = logits_of(scheduler, *prompts)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert (scheduler.counts.cached_tokens > 0) == (cache > 0)
+
+
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_windows_change_no_bit(tmp_path: Path, drafted: bool, kv_cache: str | None) -> None:
+    """Prompts and answers longer than a ring, beside caches that keep all: slots, prefixes, draft.
+
+    In a small prefix cache beginnings get lost that rings have lost as well.
+    """
+    if lib.kernel_info().tier == "none":
+        pytest.skip(f"no kernels here: {lib.kernel_info().reason}")
+    sizes = {"head_dim": 16, "max_position_embeddings": 2048, "sliding_window": 9}
+    folder = packed_model(tmp_path, "gemma3", values="int8", **sizes)
+    model = secateur.load(folder, dtype=torch.float32)
+    random = torch.Generator().manual_seed(3)
+    shared = torch.randint(3, 96, (710,), generator=random).tolist()
+    wanted = [
+        (shared[: 710 * (number % 2)] + torch.randint(3, 96, (n,), generator=random).tolist(), new)
+        for number, (n, new) in enumerate(((1, 900), (300, 5), (8, 9), (9, 700), (790, 5)))
+    ]
+
+    def tokens_of(scheduler: Scheduler) -> list[list[int]]:
+        clients = [Client(request_of(ids, new)) for ids, new in wanted]
+        for client in clients:
+            scheduler.submit(client.job)
+        run(scheduler, 100_000)
+        return [client.tokens for client in clients]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches, "held_positions", lambda tokens, _: -(-tokens // 64) * 64)
+        expected = tokens_of(Scheduler(SlotDecoder(model, 1700, 1, cache=kv_cache)))
+    for piece, limit in ((200, 0), (512, 1 << 18), (512, 1 << 24)):
+        engine = SlotDecoder(model, 1700, 3, cache=kv_cache)
+        drafter = None
+        if drafted:
+            drafter = eager(3, 0)
+            drafter.decoder, drafter.vocabulary = SlotDecoder(model, 1700, 3), 96
+        prefixes = PrefixCache(limit)
+        scheduler = Scheduler(engine, prefixes=prefixes, most_piece=piece, drafter=drafter)
+        for _ in range(2):
+            assert tokens_of(scheduler) == expected
+        assert not drafted or scheduler.counts.accepted_tokens > 500
+        if limit == 1 << 24:  # everything is found again, long answers as well
+            assert scheduler.counts.cached_tokens > 1500
+            [ids, _], text = wanted[0], expected[0]
+            assert len(prefixes.find([*ids, *text])) == (len(ids) + len(text) - 1) // BLOCK_TOKENS
 
 
 @pytest.mark.slow

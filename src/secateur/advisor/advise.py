@@ -415,7 +415,7 @@ class AdviseResult(Result):
             "nothing": sum(n for n, one in kinds if not one.values and not one.state_bytes),
         }
         layers = ", ".join(f"{count:g} keep {what}" for what, count in counts.items() if count)
-        held = model.cache_bytes(tokens) / 2**20
+        held = model.held_bytes(tokens, self.advice.device.kind) / 2**20
         return f"cache of {tokens} tokens in bfloat16: {held:,.1f} MiB ({layers})"
 
     def price_origin(self) -> str:

@@ -425,20 +425,19 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
 
     size, tokens = target.dtype.itemsize, windows.shape[1]
     rows = min(unwritten, AT_ONCE)
-    caches = layer_caches(target.model)  # there is room for all tokens, window or not
+    caches = layer_caches(target.model)
     vocabulary = int(text_config(target.model.config).vocab_size)
     if kernels_write(target.model, target.device, tokens):
         from secateur.quantization.int8 import AT_ONCE as ROUNDED
         from secateur.runtime.kernels.matrix import MOVED_BYTES
-        from secateur.runtime.kv_cache import TILE
 
-        places = -(-tokens // TILE) * TILE
-        kept = sum(cache.values * places * 2 for cache in caches)
+        kept = sum(cache.held_bytes(tokens) for cache in caches)
         largest = vocabulary * text_config(target.model.config).hidden_size
         weights = weights_of(target.model)
         moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED, largest)
         logits = 4 * rows * vocabulary + 12 * max(DRAWN_AT_ONCE, vocabulary)
         return weights + weights // 50 + moved + largest * size + rows * kept + logits
+    # there is room for all tokens, window or not
     kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
     return _model_bytes(target) + rows * (kept + vocabulary * (size + 8))
 

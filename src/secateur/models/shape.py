@@ -18,11 +18,32 @@ A decoder layer keeps of a sequence, and its attention reads:
 
 transformers 5 keeps the same, the latent vector of latent attention included, as vLLM and SGLang
 do. Between two forwards it keeps window − 1 tokens; with the token in work these are `window`.
+Our own loop, on a CPU, has room for whole tiles of 64 tokens, and of a window for those that one
+call appends besides (`held_positions`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+CHUNK_TOKENS = 512
+"""Tokens of a prompt that are processed at once."""
+
+TILE = 64
+"""Positions that our own loop keeps together."""
+
+
+def held_positions(tokens: int, window: int | None) -> int:
+    """For how many positions of so many tokens our own loop has room, in whole tiles.
+
+    A window has a ring. It holds what the next token sees, and CHUNK_TOKENS more: one call may
+    append as many, and a text may go back by as many. The last tile is for windows that begin
+    within a tile. So no two tiles that a call touches have the same place.
+    """
+    tiles = -(-tokens // TILE)
+    if window:
+        tiles = min(tiles, -(-(window + CHUNK_TOKENS - 2) // TILE) + 1)
+    return tiles * TILE
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,10 @@ class LayerCache:
     def bytes(self, tokens: int, itemsize: int = 2) -> float:
         """What is kept of one sequence: seen · values · itemsize + state."""
         return self.seen(tokens) * self.values * itemsize + self.state_bytes
+
+    def held_bytes(self, tokens: int, itemsize: int = 2) -> float:
+        """What our own loop holds of one sequence, as `bytes`."""
+        return held_positions(tokens, self.window) * self.values * itemsize + self.state_bytes
 
     def read_bytes(self, tokens: int, itemsize: int = 2) -> float:
         """What the next token of one sequence reads: seen · read · itemsize + state."""
@@ -163,7 +188,7 @@ class ModelShape(DecoderSizes):
 
     @property
     def per_token(self) -> int:
-        """Weights that multiply one token: active linears and the head."""
+        """Weights that multiply a decoded token: active linears and the head."""
         return self.active + self.head
 
     @property
@@ -175,6 +200,12 @@ class ModelShape(DecoderSizes):
         """The cache of one sequence of so many tokens, in bfloat16; states in float32."""
         return sum(kind.layers * kind.cache.bytes(tokens) for kind in self.kinds)
 
+    def held_bytes(self, tokens: int, kind: str) -> float:
+        """The same as it is held on a device, `cuda` or `cpu`: our own loop has rings of tiles."""
+        if kind == "cuda":
+            return self.cache_bytes(tokens)
+        return sum(one.layers * one.cache.held_bytes(tokens) for one in self.kinds)
+
     def cache_read_bytes(self, tokens: int) -> float:
         """What the next token of one sequence reads of the cache."""
         return sum(kind.layers * kind.cache.read_bytes(tokens) for kind in self.kinds)
@@ -185,9 +216,12 @@ class ModelShape(DecoderSizes):
         return 2 * self.per_token + attention
 
     def prompt_operations(self, tokens: int) -> float:
-        """Operations of a prompt: 2 for each weight and token, and attention."""
+        """Operations of a prompt: 2 for each weight and token, and attention.
+
+        The head multiplies the last token alone.
+        """
         attention = sum(kind.layers * kind.cache.prompt_operations(tokens) for kind in self.kinds)
-        return 2 * tokens * self.per_token + attention
+        return 2 * (tokens * self.active + self.head) + attention
 
     def scaled(self, linears: float = 1.0, layers: float = 1.0, experts: float = 1.0) -> ModelShape:
         """The shape after a cut.
@@ -217,10 +251,6 @@ FRAGMENTATION = {"cuda": 0.03, "llama.cpp": 0.0, "cpu": 0.0}
 RUNTIME_BYTES = {"cuda": round(0.9 * 2**30), "llama.cpp": 300 * 2**20, "cpu": 185 * 2**20}
 """The context of the driver, kernels and graphs, our estimates; on a CPU, the code of the model,
 measured here."""
-
-
-CHUNK_TOKENS = 512
-"""Tokens of a prompt that are processed at once."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +287,7 @@ def memory_with(
         batch: sequences.
         context: tokens of each, prompt and answer together.
     """
-    cache = round(batch * model.cache_bytes(context))
+    cache = round(batch * model.held_bytes(context, kind))
     chunk = min(CHUNK_TOKENS, batch * context)
     working = chunk * (4 * model.hidden + 2 * model.widest) * 2 + batch * model.vocabulary * 4
     part = weights + cache + working

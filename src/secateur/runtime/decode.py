@@ -26,7 +26,7 @@ from secateur.recipes.deploy import Sampling
 from secateur.runtime.kernels.library import MAX_BATCH, CToken
 from secateur.runtime.kernels.matrix import kernels
 from secateur.runtime.kv_cache import KeyValueCache, cache_dtype
-from secateur.runtime.layer_forms import KernelModel, why_not
+from secateur.runtime.layer_forms import KernelModel, why_not, window_of
 from secateur.runtime.sampling import Draws
 
 GREEDY = Sampling()
@@ -73,8 +73,9 @@ class Decoder:
         return logits
 
     def known(self, text: Sequence[int]) -> int:
-        """How many tokens of a prompt are in the cache; at least its last one is read."""
-        return min(self.length, shared_length(self.text, text), len(text) - 1)
+        """How many tokens of a prompt need not be read again; at least its last one is read."""
+        shared = min(self.length, shared_length(self.text, text), len(text) - 1)
+        return self.slots.kept(0, shared)
 
     def step(self, token: int) -> Float[Tensor, " vocabulary"]:
         """Process one token; returns the logits of the next, float32.
@@ -206,17 +207,18 @@ class SlotDecoder:
         config, attention = model.config, model.model.layers[0].self_attn
         self.model: Any = model
         self.capacity, self.lengths = capacity, [0] * slots
+        self._reached = [0] * slots  # what a slot had before it went back
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
         self.cache = KeyValueCache(
             cache_dtype(cache, self.dtype),
-            layers=len(model.model.layers),
+            windows=[window_of(config, i) for i in range(len(model.model.layers))],
             slots=slots,
             groups=config.num_key_value_heads,
             capacity=capacity,
             head=attention.head_dim,
         )
         self._kernel_model = KernelModel(model, capacity, exact=self.dtype != torch.bfloat16)
-        self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.addresses, head)
+        self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.place, head)
         self.vocabulary = model.get_output_embeddings().out_features
         self._embed = model.get_input_embeddings()
         self._embedding_factor = getattr(model.model, "embedding_multiplier", 1.0)  # of Granite
@@ -349,18 +351,35 @@ class SlotDecoder:
         self.lengths[:count] = [length + 1 for length in self.lengths[:count]]
         return self._scaled(logits)
 
+    def reached(self, slot: int) -> int:
+        """How many positions of a slot were written since it was empty."""
+        return max(self._reached[slot], self.lengths[slot])
+
+    def kept(self, slot: int, length: int) -> int:
+        """After how many of the first `length` tokens of a slot its text can go on.
+
+        After all of them; or after none, if a layer has lost keys that the next token would see.
+        None are lost within CHUNK_TOKENS of the most that the slot had (`reached`).
+        """
+        return length if self.cache.goes_on(self.reached(slot), length) else 0
+
     def rewind(self, slot: int, length: int = 0) -> None:
         """Forget the tokens of a slot from a position on.
 
         Raises:
-            ShapeError: the slot has fewer tokens.
+            ShapeError: the slot has fewer tokens, or cannot go back so far.
         """
         if not 0 <= length <= self.lengths[slot]:
             raise ShapeError(f"slot {slot} has {self.lengths[slot]} tokens, not {length}")
+        if self.kept(slot, length) < length:
+            raise ShapeError(f"slot {slot} no longer has the keys that token {length} sees")
+        self._reached[slot] = self.reached(slot) if length else 0
         self.lengths[slot] = length
 
-    def copy_out(self, slot: int, begin: int, end: int) -> Tensor:
-        """A copy of keys and values of some positions, as bytes."""
+    def copy_out(self, slot: int, begin: int, end: int) -> Tensor | None:
+        """A copy of keys and values of some positions, as bytes; None if a layer has lost some."""
+        if any(begin < self.cache.oldest(w, self.reached(slot)) for w in self.cache.tiles):
+            return None
         return self.cache.rows(slot, begin, end)
 
     def copy_in(self, slot: int, known: Tensor) -> None:

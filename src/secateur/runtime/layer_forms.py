@@ -279,14 +279,14 @@ class KernelModel:
     def decoder(
         self,
         cache_dtype: torch.dtype,
-        caches: Callable[[int], tuple[int, int]],
+        caches: Callable[[int], tuple[int, int, int]],
         answers: Int64[Tensor, " answers"] | None = None,
     ) -> CDecoder:
         """The whole model.
 
         Args:
             cache_dtype: of keys and values.
-            caches: the addresses of keys and values of a layer, by its number.
+            caches: `KeyValueCache.place`, by the number of a layer.
             answers: the tokens whose logits are computed; None for all.
         """
         config, layers = self.model.config, self.model.model.layers
@@ -306,7 +306,6 @@ class KernelModel:
             kv_heads=config.num_key_value_heads,
             head=attention.head_dim,
             vocabulary=head.rows,
-            capacity=self.capacity,
             cache_type=TYPES[cache_dtype],
             exact=int(self.exact),
             epsilon=epsilon_of(final),
@@ -330,7 +329,7 @@ class KernelModel:
         )
 
     def layer(
-        self, layer: Any, index: int, angles: Mapping[str, Any], caches: tuple[int, int]
+        self, layer: Any, index: int, angles: Mapping[str, Any], caches: tuple[int, int, int]
     ) -> CLayer:
         """One decoder layer."""
         attention, config = layer.self_attn, self.model.config
@@ -357,6 +356,7 @@ class KernelModel:
             sinks=self.floats(getattr(attention, "sinks", None)),
             keys=caches[0],
             values=caches[1],
+            tiles=caches[2],
             **self.feed_forwards(layer),
         )
 

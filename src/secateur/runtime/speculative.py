@@ -52,7 +52,7 @@ class Guess(NamedTuple):
         token: its id.
         chances: the draft's probabilities, from which it was drawn [vocabulary]; None at
             temperature 0, where it is the most likely token.
-        sure: the largest of the draft's probabilities at temperature 1.
+        sure: the largest of those probabilities; at temperature 0 that of a softmax of the logits.
     """
 
     token: int
@@ -264,7 +264,7 @@ class Drafter:
     def unread(self, text: DraftedText) -> list[int]:
         """One or two tokens of a text that the draft has not read; others are read here."""
         known, ids = self.texts[text.slot], [*text.ids]
-        begin = min(shared_length(known, ids), len(ids) - 1)
+        begin = self.decoder.kept(text.slot, min(shared_length(known, ids), len(ids) - 1))
         self.decoder.rewind(text.slot, begin)
         rest = ids[begin:]
         if len(rest) > 2:

@@ -48,8 +48,8 @@ class Engine(Protocol):
     def rewind(self, slot: int, length: int = 0) -> None:
         """Forget the tokens of a slot from a position on."""
 
-    def copy_out(self, slot: int, begin: int, end: int) -> Tensor:
-        """A copy of keys and values of some positions."""
+    def copy_out(self, slot: int, begin: int, end: int) -> Tensor | None:
+        """A copy of keys and values of some positions; None if they are no longer there."""
 
     def copy_in(self, slot: int, known: Tensor) -> None:
         """Append keys and values that `copy_out` gave."""
@@ -96,6 +96,7 @@ class ServingJob:
         text: the tokens passed on so far.
         last: the token that ended the text, and its logits; None if none did.
         cached: tokens of the prompt that the prefix cache knew.
+        kept: tokens that were offered to the prefix cache.
         turn: when a piece of the prompt was read last; the scheduler counts turns.
         owed: whether a piece of another prompt was read since the last token.
     """
@@ -109,6 +110,7 @@ class ServingJob:
     text: list[int] = field(default_factory=list)
     last: tuple[int, Tensor] | None = None
     cached: int = 0
+    kept: int = 0
     turn: int = 0
     owed: bool = False
 
@@ -331,7 +333,7 @@ class Scheduler:
         logits = self.engine.read(job.slot, ids, every=job.score is not None)
         if job.score is not None:
             job.score(logits)
-        self.keep(job, job.request.ids[: first + size])
+        self.keep(job)
         if others:
             self.piece_times.note(size, first, max(self.clock() - began, 1e-6))
         if size == len(rest):
@@ -381,8 +383,8 @@ class Scheduler:
         self.running = [*(job for job in self.running if job not in jobs), *jobs]
         rows, before = logits.split([1 + len(x) for x in guesses]), self.counts.new_tokens
         for job, proposed, own in zip(jobs, guesses, rows, strict=True):
-            if not job.text:
-                self.keep(job, job.request.ids)
+            if self.engine.lengths[job.slot] - job.kept >= MOST_PIECE or not job.text:
+                self.keep(job)
             job.owed = False
             self.answer(job, own, proposed)
         seconds = self.clock() - began
@@ -401,9 +403,11 @@ class Scheduler:
             texts.append(DraftedText(job.slot, ids, job.draws, most))
         return self.drafter.propose(texts, room)
 
-    def keep(self, job: ServingJob, ids: Sequence[int]) -> None:
-        """Keep the keys and values of some tokens of a slot."""
+    def keep(self, job: ServingJob) -> None:
+        """Keep the keys and values of the tokens of a job, before a window has lost them."""
         slot = job.slot
+        ids = [*job.request.ids, *job.text][: self.engine.lengths[slot]]
+        job.kept = len(ids)
         self.prefixes.add(ids, lambda begin, end: self.engine.copy_out(slot, begin, end))
 
     def answer(self, job: ServingJob, logits: Tensor, proposed: Sequence[Guess] = ()) -> None:
@@ -446,7 +450,7 @@ class Scheduler:
         """End a job and free its slot."""
         if job in self.running:
             self.running.remove(job)
-            self.keep(job, [*job.request.ids, *job.text][: self.engine.lengths[job.slot]])
+            self.keep(job)
             self.free.append(job.slot)
         self.counts.ended[reason] += 1
         job.end(reason)
@@ -533,23 +537,26 @@ class PrefixCache:
         self.use([key for key, _ in path])
         return [block.known for _, block in path]
 
-    def add(self, ids: Sequence[int], copy: Callable[[int, int], Tensor]) -> None:
+    def add(self, ids: Sequence[int], copy: Callable[[int, int], Tensor | None]) -> None:
         """Keep the whole blocks of a text.
 
         Args:
             ids: the text.
-            copy: gives keys and values of the positions from one number to another.
+            copy: gives keys and values of the positions from one number to another; None if they
+                are no longer there. Then nothing behind them is kept either.
         """
         if self.limit_bytes == 0:
             return
         path: list[Key] = []
         for begin, key, block in self.walk(ids):
-            path.append(key)
             if block is None:
                 known = copy(begin, begin + BLOCK_TOKENS)
+                if known is None:
+                    break
                 self.numbers += 1
                 self.blocks[key] = KnownBlock(self.numbers, known)
                 self.bytes += known.nbytes
+            path.append(key)
         self.use(path)
         while self.bytes > self.limit_bytes:
             _, block = self.blocks.popitem(last=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 9
+ABI = 10
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -82,6 +82,7 @@ class CLayer(ctypes.Structure):
         *((name, _POINTER) for name in ("q_norm", "k_norm", "cosine", "sine")),
         ("window", _I64),
         *((name, _POINTER) for name in ("sinks", "keys", "values")),
+        ("tiles", _I64),
         ("ffn", CFeedForward),
         ("experts", _I64),
         ("expert", ctypes.POINTER(CFeedForward)),
@@ -95,7 +96,7 @@ class CDecoder(ctypes.Structure):
 
     _fields_ = (
         *((name, _I64) for name in ("layers", "hidden", "heads", "kv_heads", "head")),
-        *((name, _I64) for name in ("vocabulary", "capacity", "cache_type", "exact")),
+        *((name, _I64) for name in ("vocabulary", "cache_type", "exact")),
         ("epsilon", _FLOAT),
         ("layer", ctypes.POINTER(CLayer)),
         ("final_norm", CNorm),

@@ -182,8 +182,8 @@ def check_running(context: FitContext, made: Path) -> list[FitCheck]:
         most, held = bytes_of(recipe.max_inference_memory), 0
         if failure is None:
             shape = counted("", build_skeleton(made, trust_remote_code=recipe.trust_remote_code))
-            grown = shape.cache_bytes(recipe.context_length)
-            grown -= shape.cache_bytes(PROMPT_TOKENS + NEW_TOKENS)
+            grown = shape.held_bytes(recipe.context_length, "cpu")
+            grown -= shape.held_bytes(PROMPT_TOKENS + NEW_TOKENS, "cpu")
             held = ours.resident_bytes + max(0, round(grown))
         kept = failure is None and held <= most
         found.append(FitCheck("max_inference_memory", most, held, kept, failure))

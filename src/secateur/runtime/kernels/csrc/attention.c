@@ -21,10 +21,10 @@ static int64_t position_of(const sct_attention *a, int64_t b) {
 }
 
 /* Tiles of a slot and group. */
-static char *tiles_of(void *cache, const sct_decoder *d, int64_t slot, int64_t group) {
-    const int64_t tiles = (d->capacity + SCT_KEYS - 1) / SCT_KEYS;
+static char *tiles_of(void *cache, const sct_decoder *d, const sct_layer *layer, int64_t slot,
+                      int64_t group) {
     const int64_t bytes = sct_tile_bytes(d->cache_type, sct_width(d->head));
-    return (char *)cache + (slot * d->kv_heads + group) * tiles * bytes;
+    return (char *)cache + (slot * d->kv_heads + group) * layer->tiles * bytes;
 }
 
 /* The largest magnitude, or NaN. */
@@ -77,9 +77,10 @@ static int is_last(const sct_attention *a, int64_t b) {
 static void store(const sct_attention *a, const sct_layer *layer, int64_t b, int64_t group,
                   const float *key, const float *value) {
     const int64_t slot = slot_of(a, b), position = position_of(a, b), t = position % SCT_KEYS;
-    const int64_t at = position / SCT_KEYS * sct_tile_bytes(a->d->cache_type, sct_width(a->d->head));
-    char *values = tiles_of(layer->values, a->d, slot, group) + at;
-    put(tiles_of(layer->keys, a->d, slot, group) + at, a->d, 0, t, key);
+    const int64_t at = position / SCT_KEYS % layer->tiles *
+                       sct_tile_bytes(a->d->cache_type, sct_width(a->d->head));
+    char *values = tiles_of(layer->values, a->d, layer, slot, group) + at;
+    put(tiles_of(layer->keys, a->d, layer, slot, group) + at, a->d, 0, t, key);
     put(values, a->d, 1, t, value);
     if (is_last(a, b)) forget_after(values, a->d, t);
 }
@@ -181,9 +182,9 @@ static void attend(const sct_attention *a, const sct_layer *layer, int64_t b, in
         .queries = queries,
         .sums = part, .most = part + rows * width, .total = part + rows * (width + 1),
         .rows = rows, .each = each, .width = width,
-        .keys = tiles_of(layer->keys, d, slot_of(a, b), group),
-        .values = tiles_of(layer->values, d, slot_of(a, b), group),
-        .cache_type = d->cache_type,
+        .keys = tiles_of(layer->keys, d, layer, slot_of(a, b), group),
+        .values = tiles_of(layer->values, d, layer, slot_of(a, b), group),
+        .tiles = layer->tiles, .cache_type = d->cache_type,
         .begin = begin, .end = end,
         .first = position_of(a, b), .window = layer->window,
         .softcap = d->softcap, .exact = d->exact,

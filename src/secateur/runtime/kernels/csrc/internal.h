@@ -86,8 +86,8 @@ typedef struct {
     float *sums;          /* [rows, width] */
     float *most, *total;  /* [rows] */
     int64_t rows, each, width;
-    const char *keys, *values; /* tiles, of positions from 0 on */
-    int64_t cache_type;
+    const char *keys, *values; /* rings of `tiles` tiles */
+    int64_t tiles, cache_type;
     int64_t begin, end;    /* keys that are looked at, each row at those up to its own */
     int64_t first, window; /* position of the first token; keys that a token sees, 0: all */
     float softcap;         /* c: scores are c · tanh(score / c); 0: as they are */

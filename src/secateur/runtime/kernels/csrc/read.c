@@ -4,8 +4,6 @@
 
 #include "decode.h"
 
-#define PIECE 512 /* tokens */
-
 typedef struct {
     const sct_decoder *d;
     const sct_tier_code *code;
@@ -284,7 +282,7 @@ static void pass_layers(sct_piece *p, const float *hidden) {
 
 int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t first,
              int64_t tokens, int64_t answers, float *logits) {
-    const int64_t most = sct_smaller(tokens, PIECE), skipped = tokens - answers;
+    const int64_t most = sct_smaller(tokens, SCT_PIECE), skipped = tokens - answers;
     sct_piece p;
     char *memory = begin(&p, d, NULL, most);
     if (!memory) return -1;

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 9
+#define SCT_ABI 10
 
 #if defined(_WIN32)
 #define SCT_API __declspec(dllexport)
@@ -97,8 +97,9 @@ SCT_API int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, voi
 /* The same for `count` rows in any order, each as often as it is named. */
 SCT_API int sct_gather(const sct_matrix *matrix, const int64_t *rows, int64_t count, void *tile);
 
-/* A cache of keys or values is [slots, kv heads, tiles], a tile for 64 positions, as many as the
- * capacity needs. Values of 4, 2 or 1 bytes stand n = 1, 2 or 4 together in a unit of 4 bytes. With
+/* A cache of keys or values is [slots, kv heads, tiles], a tile for 64 positions: position p is in tile
+ * p / 64 modulo the tiles of the layer. There are as many as all positions need; or, of a layer with a
+ * window, so many that no two of those which a call sees and appends share one. Values of 4, 2 or 1 bytes stand n = 1, 2 or 4 together in a unit of 4 bytes. With
  * W = head rounded up to a multiple of 16, and zeros past the head, a tile has
  *
  *     keys     [W / n, 64] units, n columns of one position in each
@@ -131,10 +132,11 @@ typedef struct {
     sct_norm_weights attention_in, attention_out, ffn_in, ffn_out;
     const float *q_bias, *k_bias, *v_bias, *o_bias; /* or NULL */
     const float *q_norm, *k_norm; /* weights as `qk_norm` of the decoder says, or NULL */
-    const float *cosine, *sine; /* [capacity, rotary / 2], or NULL: no rotary positions */
+    const float *cosine, *sine; /* [positions, rotary / 2], or NULL: no rotary positions */
     int64_t window;             /* keys that a token sees, its own among them; 0: all */
     const float *sinks; /* [heads], or NULL: a logit in the softmax that has no value */
     void *keys, *values; /* caches */
+    int64_t tiles;       /* of a slot and head in them */
     sct_ffn ffn;        /* of all tokens; in a mixture the shared expert; up.rows 0: none */
     int64_t experts;    /* 0: no mixture */
     const sct_ffn *expert;
@@ -145,7 +147,7 @@ typedef struct {
 } sct_layer;
 
 typedef struct {
-    int64_t layers, hidden, heads, kv_heads, head, vocabulary, capacity;
+    int64_t layers, hidden, heads, kv_heads, head, vocabulary;
     int64_t cache_type;    /* SCT_FLOAT32, SCT_BFLOAT16 or SCT_INT8 */
     int64_t exact;         /* activations meet bfloat16 values in float32 */
     float epsilon;         /* of the norms */
@@ -183,8 +185,10 @@ typedef struct {
 SCT_API int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
                        int64_t tokens, int64_t answers, float *logits);
 
+#define SCT_PIECE 512
+
 /* Any number of tokens that follow each other in a slot, from position `first` on. They pass a layer
- * together, up to 512 at once. logits [answers, vocabulary] are those of the last `answers` tokens.
+ * together, up to SCT_PIECE at once. logits [answers, vocabulary] are those of the last `answers` tokens.
  * Returns 0, or -1 if memory ran out or this tier has no kernels. */
 SCT_API int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
                      int64_t tokens, int64_t answers, float *logits);
