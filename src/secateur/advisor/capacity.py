@@ -13,7 +13,8 @@ devices least: more of them leave more memory for a larger batch.
 Serving takes this memory:
 
     weights  = linears · bits / 8 + ends · head_bits / 8 + other · 2
-    KV cache = batch · Σ layers of a kind · (min(context, window) · values · 2 + state)
+    KV cache = batch · Σ layers of a kind · (min(context, window) · values · 2 + state); on a CPU
+               `secateur.models.shape.held_positions` in place of min(context, window)
     working  = chunk · (4 · hidden + 2 · largest) · 2 + batch · vocabulary · 4
     total    = (weights + KV cache + working) · (1 + FRAGMENTATION) + RUNTIME
 
@@ -29,7 +30,7 @@ a data sheet (Williams et al., CACM 2009), for a batch of b sequences with T tok
     bytes(b)   = weights that are read · bits / 8 + b · cache that is read
     flops(b)   = b · (2 · per_token + Σ layers of a kind · (2 · min(T, window) · width + state))
     step(b)    = max(bytes / (bandwidth · e_b), flops / (peak · e_c)) + layers · overhead
-    prompt(P)  = (2 · P · per_token + Σ layers of a kind · (2 · pairs · width + P · state))
+    prompt(P)  = (2 · (P · active + head) + Σ layers of a kind · (2 · pairs · width + P · state))
                  / (peak · e_c), but never less than a step
 
 `width` is query heads · (key + value), `pairs` the tokens that the tokens of a prompt see, P² / 2
