@@ -36,7 +36,7 @@ def test_a_chatbot_on_gpus_is_quantized() -> None:
     step = (linears + head + cache) / (2039e9 * 0.7) + 32 * 4e-6
     assert found.step.typical == pytest.approx(step)
     # a prompt of 400 tokens is arithmetic: 624 TOPS of int8, half of it reached
-    prompt = (2 * 400 * (linears + head) + 2 * 400**2 * 32 * 4096) / (624e12 * 0.5)
+    prompt = (2 * (400 * linears + head) + 2 * 400**2 * 32 * 4096) / (624e12 * 0.5)
     assert found.first_token.typical == pytest.approx(
         max(prompt, (linears + head) / (2039e9 * 0.7) + 32 * 4e-6)
     )
