@@ -79,6 +79,9 @@ def test_the_command_advises_on_a_known_shape(
     ("options", "said"),
     [
         ({"hardware": "a100"}, "no hardware is called 'a100'"),
+        ({"requests_per_day": 1e300}, "requests_per_day"),
+        ({"tokens_per_request": 10**40}, "tokens_per_request"),
+        ({"hardware": "h200", "spot": True, "usd_per_hour": 1.0}, "both say the price"),
         ({"hardware": "this-machine"}, "well-known shape"),
         ({"tokens_per_request": 10, "new_tokens": 10}, "must be less than tokens_per_request"),
         ({"quality_loss": 1.0}, "quality_loss"),
@@ -277,6 +280,33 @@ def test_files_of_facts_and_prices_can_be_given_as_flags(
     priced = json.loads(run("advise", "llama-2-7b", *given, "--usd-per-hour", "2", "--json").out)
     assert priced["basis"]["prices"] == "given by the user"
     assert priced["options"][0]["cost_usd"]["month"]["typical"] == 2 * 730
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "llama"}, "does not say num_hidden_layers"),
+        ({"model_type": "gpt2", "n_embd": 4}, "does not say num_hidden_layers"),
+        ({}, "has no 'model_type'"),
+        (None, "has no config.json"),
+    ],
+)
+def test_a_configuration_without_sizes_is_refused(
+    tmp_path: Path, config: dict[str, object] | None, said: str
+) -> None:
+    """On 0d9766ca transformers filled them in: {"model_type": "llama"} was a model of 6.74 B."""
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SecateurError, match=said):
+        secateur.advise(tmp_path, hardware="h200")
+
+
+def test_names_may_be_spelled_as_people_do(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(QWEN3_30B_A3B))
+    found = secateur.advise(file, hardware="M4 Max 64GB")
+    assert found.hardware == "m4-max-64gb"
+    assert found.advice.model.experts == 128
 
 
 def test_a_configuration_that_asks_for_the_impossible_is_refused(tmp_path: Path) -> None:

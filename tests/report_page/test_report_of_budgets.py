@@ -120,7 +120,7 @@ def test_an_advice_is_computed_again_from_its_file(tmp_path: Path) -> None:
         "gpt-4o-mini",
         "estimated; roofline of the data sheet",
         "Kurtic et al., ACL 2025",
-        "hosted model",
+        "gpt-4o (API)",
     ):
         assert text in page.text, text
     assert {"advice", "what-if"} <= set(page.ids)

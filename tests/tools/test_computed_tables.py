@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_the_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("values", ["bfloat16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("zeros", ["none", "50 %", "2:4"])
-def test_sizes_are_those_of_a_compressed_model(tmp_path: Path, zeros: str, values: str) -> None:
+def test_sizes_are_those_of_a_compressed_model(tmp_path: Path, zeros: str, values: Any) -> None:
     model = save_tiny(tmp_path / "model", "mistral", dtype=torch.bfloat16)
     sizes = PlainDecoder.of(json.loads((model / "config.json").read_text()))
     assert sizes is not None

@@ -54,7 +54,8 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     if page is not None:
         check_writable(page, file=True)
     facts = read_facts(None if recipe.facts is None else Path(recipe.facts))
-    hardware = facts.device(recipe.hardware)
+    device = facts.known_name(recipe.hardware)
+    hardware = facts.hardware[device]
     if recipe.spot:
         if hardware.spot_usd_per_hour is None:
             known = (n for n, one in facts.hardware.items() if one.spot_usd_per_hour)
@@ -64,14 +65,14 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
                 remedy=f"known are those of {', '.join(known)}; or give yours with --usd-per-hour",
             )
         facts = facts.at_spot_prices()
-        hardware = facts.device(recipe.hardware)
+        hardware = facts.hardware[device]
     if recipe.usd_per_hour is not None:
         price = (recipe.usd_per_hour,) * 3
         given = {"usd_per_hour": price, "price_source": GIVEN}
         hardware = hardware.model_copy(update=given)
-    shape, config = _shape_of(recipe, facts, progress)
+    shape, config = _shape_of(recipe, device, facts, progress)
     times, basis = None, f"roofline of the data sheet; {facts.efficiency[hardware.kind].source}"
-    if recipe.hardware == THIS_MACHINE:
+    if device == THIS_MACHINE:
         times, basis = _times_here(recipe, facts, hardware, shape, config, progress)
     memory = hardware.memory_gib
     total = psutil.virtual_memory().total * FREE_SHARE if memory is None else memory * 2**30
@@ -88,7 +89,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
     need = Requirements(load, recipe.quality_loss, recipe.gpu_hours)
     question = AdviceQuestion(shape, hardware, round(total), facts, need, times)
     answer = question.answer()
-    result = AdviseResult(recipe.model, recipe.hardware, question, answer, basis, page)
+    result = AdviseResult(recipe.model, device, question, answer, basis, page)
     if page is not None:
         write = imported("secateur.report_page.report:write_advice")
         write(f"{recipe.model} on {hardware.name}", result, page)
@@ -124,7 +125,9 @@ def _times_here(
     return times, f"decoded on this machine with random weights, {day}"
 
 
-def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[ModelShape, Any]:
+def _shape_of(
+    recipe: AdviseRecipe, device: str, facts: Facts, progress: Progress
+) -> tuple[ModelShape, Any]:
     """The sizes of the model, and its configuration; None for a well-known shape."""
     name = recipe.model
     if name in facts.shapes and kind_of_name(name) is None:
@@ -133,9 +136,9 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
         raise SourceError(
             f"{name!r} is no folder, no hub id (org/name), no sample and no well-known shape",
             where="MODEL",
-            remedy=f"check the path; or a shape: {did_you_mean(name, [*facts.shapes])}",
+            remedy=f"check the path; or a shape: {did_you_mean(name.lower(), [*facts.shapes])}",
         )
-    trusted, here = recipe.trust_remote_code, recipe.hardware == THIS_MACHINE
+    trusted, here = recipe.trust_remote_code, device == THIS_MACHINE
     if kind_of_name(name) == "file" and name.endswith(".gguf") and not here:
         header = imported("secateur.models.header:read_gguf_header")(Path(name).expanduser())
         read = PlainDecoder.of(gguf_configuration(header))
@@ -144,8 +147,9 @@ def _shape_of(recipe: AdviseRecipe, facts: Facts, progress: Progress) -> tuple[M
     hub = hub_name(name)
     if kind_of_name(name) == "hub" and hub is not None:
         folder = download_model(hub.repo, hub.revision, trusted, False, progress, weights=False)
-    elif kind_of_name(name) == "folder":
+    elif kind_of_name(name) == "folder" or Path(name).name == "config.json":
         folder = Path(name).expanduser()
+        folder = folder if folder.is_dir() else folder.parent
     else:
         resolve = imported("secateur.models.sources:resolve")
         folder = resolve(name, values=False, progress=progress).folder
@@ -297,7 +301,8 @@ class AdviseResult(Result):
     def blocks(self) -> Sequence[Block]:
         """The verdict, the options, the hosted models, and where the numbers are from."""
         advice, load = self.advice, self.load
-        rate = f"{load.requests_per_day:,.0f} requests a day of {load.prompt_tokens} + "
+        form = ",.0f" if load.requests_per_day >= 1 else ".2g"
+        rate = f"{load.requests_per_day:{form}} requests a day of {load.prompt_tokens} + "
         rate += f"{load.new_tokens} tokens"
         title = f"{self.model} ({advice.model.parameters / 1e9:.2f} B) on {advice.device.name}, "
         fit = self.shown()

@@ -208,15 +208,16 @@ class Facts(Entry):
                 raise ValueError(f"efficiency has no {device.kind}, which {name} is")
         return self
 
-    def device(self, name: str) -> Hardware:
-        """A device by name.
+    def known_name(self, name: str) -> str:
+        """The name of a device, as it stands here; capitals and signs do not matter.
 
         Raises:
             RecipeError: there is none; near names are given.
         """
-        if name in self.hardware:
-            return self.hardware[name]
         wanted = _plain(name)
+        same = [n for n in self.hardware if n == name or _plain(n) == wanted]
+        if same:
+            return same[0]
         near = [n for n, one in self.hardware.items() if wanted and wanted in _plain(n + one.name)]
         near = near or get_close_matches(name, self.hardware, n=4, cutoff=0.5) or [*self.hardware]
         raise RecipeError(
@@ -224,6 +225,10 @@ class Facts(Entry):
             where="--hardware",
             remedy=f"name one of: {names_by_size(near)}; or describe yours with --facts",
         )
+
+    def device(self, name: str) -> Hardware:
+        """A device by name; see `known_name`."""
+        return self.hardware[self.known_name(name)]
 
     def at_spot_prices(self) -> Facts:
         """The same, with the prices of devices that can be taken away, where they are known."""
@@ -264,12 +269,14 @@ def _each_size(given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, entry in hardware.items():
         sizes = entry.get("sizes_gb") if isinstance(entry, Mapping) else None
-        if not isinstance(sizes, list):
-            found[name] = entry
+        usable = entry.get("usable", 1) if isinstance(entry, Mapping) else 1
+        numbers: list[Any] = [usable, *sizes] if isinstance(sizes, list) else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            found[name] = entry  # it has one size, or the fault is found when it is read
             continue
         rest = {key: value for key, value in entry.items() if key not in ("sizes_gb", "usable")}
-        for size in sizes:
-            free = {"memory_gib": round(size * entry.get("usable", 1), 1)}
+        for size in numbers[1:]:
+            free = {"memory_gib": round(size * usable, 1)}
             words = {"name": f"{entry.get('name', name)}, {size} GB"}
             found[f"{name}-{size}gb"] = {**rest, **words, **free}
     return {**given, "hardware": found}

@@ -33,6 +33,14 @@ MAX_POSITIONS = 2**31
 def read_configuration(folder: Path) -> dict[str, Any]:
     """The JSON of `config.json`."""
     file = folder / "config.json"
+    if not file.is_file():
+        remedy = "name a folder written by save_pretrained"
+        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        if (folder / "adapter_config.json").is_file():
+            remedy = "this is an adapter: merge it into its base model, then name the merged folder"
+        elif ggufs:
+            remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
+        raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
     try:
         config = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -59,11 +67,17 @@ def check_sizes(folder: Path, *, alone: bool = False) -> None:
     """
     config = read_configuration(folder)
     stored = StoredSizes([] if alone else read_headers(shard_files(folder)))
+    parts = [config, *(config[name] for name in TEXT_PARTS if name in config)]
+    described = [part for part in parts if isinstance(part, dict)]
+    file = folder / "config.json"
     if alone:
         stored.layers, stored.side = MOST_LAYERS, MOST_SIDE
-    for part in (config, *(config[name] for name in TEXT_PARTS if name in config)):
-        if isinstance(part, dict):
-            _check_part(part, stored, str(folder / "config.json"))
+        stored.alone = True
+        names = [{_keys_of(part)[LAYERS], LAYERS} for part in described]
+        if not any(name & part.keys() for name, part in zip(names, described, strict=True)):
+            raise damaged(f"the configuration does not say {LAYERS}", file)
+    for part in described:
+        _check_part(part, stored, str(file))
 
 
 class StoredSizes:
@@ -72,6 +86,7 @@ class StoredSizes:
     Attributes:
         layers: the highest count of numbered modules in one list.
         side: the longest side of a tensor, or `layers` if that is larger.
+        alone: whether there are no weights, and the two are those of no known model.
     """
 
     def __init__(self, headers: list[Header]) -> None:
@@ -83,6 +98,7 @@ class StoredSizes:
         self.layers = max(map(len, numbered.values()), default=0)
         sides = [side for header in headers for shape in _shapes_in(header) for side in shape]
         self.side = max([self.layers, *sides])
+        self.alone = False
 
 
 def _shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
@@ -113,7 +129,9 @@ def _check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> Non
         most = stored.layers if name == LAYERS else stored.side if name in WIDTHS else MAX_POSITIONS
         if value > most:
             kind = (
-                f"the weights have {most} layers"
+                f"no known model has nearly {most}"
+                if stored.alone and (name == LAYERS or name in WIDTHS)
+                else f"the weights have {most} layers"
                 if name == LAYERS
                 else f"no stored tensor is larger than {most}"
                 if name in WIDTHS
@@ -204,15 +222,6 @@ def check_folder(folder: Path) -> None:
     The configuration must name a model type, all shards must exist, and the header of each one must
     describe every byte of its file.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        remedy = "name a folder written by save_pretrained"
-        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
-        if (folder / "adapter_config.json").is_file():
-            remedy = "this is an adapter: merge it into its base model, then name the merged folder"
-        elif ggufs:
-            remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
-        raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
     read_configuration(folder)
     for shard in shard_files(folder):
         with shard.open("rb") as stream:

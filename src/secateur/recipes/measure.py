@@ -223,9 +223,9 @@ class WhatToServe(Section):
     hardware: str = "this-machine"
     """What it runs on, such as h100-80gb, rtx-4090, m4-24gb, strix-halo-128gb, laptop-cpu,
     this-machine, or a name from --facts. The page of advise lists all."""
-    requests_per_day: float = Field(1000.0, gt=0)
+    requests_per_day: float = Field(1000.0, gt=0, le=1e12)
     """Requests on an average day."""
-    tokens_per_request: int = Field(500, ge=2)
+    tokens_per_request: int = Field(500, ge=2, le=10**8)
     """Tokens of prompt and answer together."""
     new_tokens: Annotated[int | None, Flag(default="half of them")] = Field(None, ge=1)
     """Tokens of the answer alone."""
@@ -235,6 +235,14 @@ class Bounds(Section):
     """What has to be kept."""
 
     group = HOW
+    conflicts = (
+        Conflict(
+            "spot",
+            "usd_per_hour",
+            "both say the price of the device",
+            "leave --spot out: your price counts",
+        ),
+    )
 
     latency_p99_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
     """Largest time between two tokens of an answer, for 99 of 100."""
@@ -244,13 +252,15 @@ class Bounds(Section):
     """The fraction of the task accuracy that may be lost."""
     gpu_hours: Annotated[float | None, Flag(default="any")] = Field(None, ge=0)
     """Most GPU hours for making the model."""
-    peak: float = Field(2.0, ge=1)
+    peak: float = Field(2.0, ge=1, le=1e4)
     """How many times the average the busiest moment has."""
-    utilisation: float = Field(0.7, gt=0, le=1)
+    utilisation: float = Field(0.7, ge=0.01, le=1)
     """The fraction of a device's time that may be planned."""
     spot: bool = False
     """Count with prices of rented devices that can be taken away at any time."""
-    usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(None, ge=0)
+    usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(
+        None, ge=0, le=1e6
+    )
     """What you pay for one device."""
     facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = None
     """YAML with your own hardware, prices, losses or shapes."""
