@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur.engine.prepared import choose_plan, prepare
 from secateur.errors import RecipeError
-from secateur.parallel.ranks import micro_batches, owners, rows_of
+from secateur.models.sources import resolve
+from secateur.parallel.ranks import ALONE, Alone, micro_batches, owners, rows_of
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import build_recipe
+from tiny import save_tiny
+from trained import source_text
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9))
@@ -47,3 +56,23 @@ def test_the_busiest_process_has_at_most_a_third_more_than_the_best() -> None:
         assert max(busy) <= 4 / 3 * best
     assert owners([1, 1, 1], 3) == [0, 1, 2]
     assert owners([], 2) == []
+
+
+def test_the_first_process_has_the_host_to_itself_when_it_distills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(source_text()[:20_000])
+    text = {"source": str(tmp_path / "text.txt"), "windows": 8, "sequence_length": 32}
+    values = {"model": str(tmp_path / "dense"), "output": "x", "device": "cpu", "calibration": text}
+    recipe = build_recipe(PruneRecipe, {**values, "effort": "thorough", "sparsity": 0.5})
+    prepared = prepare(recipe, resolve(str(tmp_path / "dense")), only_plan=True)
+    free = SimpleNamespace(available=16 * 2**30, total=16 * 2**30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("secateur.engine.plan_memory.distilling_bytes", lambda *_: 10 * 2**30)
+    several = Alone()
+    several.count = several.here = 2
+    for ranks in (ALONE, several):
+        plan, activations = choose_plan(prepared, prepared.tasks(), recipe.memory, ranks)
+        assert (plan.sweep_windows, activations) == (0, "memory")
+        assert plan.peak_bytes > 10 * 2**30

@@ -158,7 +158,7 @@ EFFORTS = [(effort, model) for effort in presets for model in ("dense", "experts
 def test_an_effort_makes_the_same_bytes_with_two_processes(
     place: Path, alone: Alone, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    cases = []
+    cases = list[dict[str, Any]]()
     for effort, model in pairs:
         assert bool(presets[effort].get("distillation")) == (effort in DISTILLED)
         learned = {"distillation": {"tokens": DISTILLED[effort]}} if effort in DISTILLED else {}

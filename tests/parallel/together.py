@@ -216,7 +216,7 @@ def train_together(values: Mapping[str, Any]) -> None:
 
 def call_differently() -> None:
     """What each process does: after calls that all make, the first makes another than the rest."""
-    processes.Watchdog = partial(processes.Watchdog, grace_seconds=1.0)  # type: ignore[misc, assignment]
+    processes.Watchdog = partial(processes.Watchdog, grace_seconds=1.0)  # type: ignore[assignment]
     with processes.joined("cpu") as ranks:
         ranks.share(torch.zeros(2), 0)
         if ranks.first:
