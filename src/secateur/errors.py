@@ -20,7 +20,8 @@ Each message says what happened (with numbers), where, and what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 DISTRIBUTION = "secateur-llm"
 """The name of the package for pip. The import and the command are `secateur`."""
@@ -66,6 +67,17 @@ class SecateurError(Exception):
             None if text is None else change(text) for text in (self.where, self.remedy)
         )
         SecateurError.__init__(self, change(self.what), where=where, remedy=remedy)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Give the errors raised in this context a place, unless they have one."""
+    try:
+        yield
+    except SecateurError as error:
+        if error.where is not None:
+            raise
+        raise type(error)(error.what, where=where, remedy=error.remedy) from error.__cause__
 
 
 class RecipeError(SecateurError):

@@ -99,7 +99,7 @@ def test_everything_that_was_measured_is_there(whole: tuple[Page, Path]) -> None
         "1.15×",  # faster
         "187 tokens a second, 163 by dense int8",
         "31.99 ± 0.67",
-        "+0.387 nats a token",
+        "+0.387 nats per token",
         "accepted as a draft of dense, boolq-held-out",
         "68.0\u00a0% ± 0.4",
         "37.5\u00a0% ± 3.4",
@@ -167,6 +167,16 @@ def test_what_models_and_files_say_is_text(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in page.text
 
 
+def test_chance_is_no_column_where_nothing_was_guessed(tmp_path: Path) -> None:
+    found = evaluation()
+    page = page_of(tmp_path, write_run(tmp_path / "run", evaluation=found))
+    assert " chance" in page.text
+    found["tasks"] = []
+    page = page_of(tmp_path, write_run(tmp_path / "other", evaluation=found))
+    assert "31.99" in page.text
+    assert "chance" not in page.text.lower()
+
+
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     one = write_full_run(tmp_path / "a" / "run")
     denser = manifest(sparsity=0.4)
@@ -177,7 +187,9 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert "2 pruned models compared" in page.text
     assert "a/run" in page.text
     assert "b/run" in page.text
-    assert "31.99 ± 0.67 +0.387 nats a token 28.40 ± 0.60 +0.268 nats a token 21.73" in page.text
+    assert (
+        "31.99 ± 0.67 +0.387 nats per token 28.40 ± 0.60 +0.268 nats per token 21.73" in page.text
+    )
     assert page.text.count("smollm2-135m: perplexity on boolq-held-out") == 1
     assert page.figures["perplexity-1"] == 2
     assert page.figures["size"] == 5

@@ -460,7 +460,14 @@ def _file_documents(path: Path, field: str) -> Iterator[Document]:
     try:
         with cast("IO[str]", opener(path, "rt", encoding="utf-8-sig")) as lines:
             if suffix in TEXT_SUFFIXES:
-                yield lines.read()
+                text = lines.read()
+                if 100 * (nul := text.count("\0")) > len(text):
+                    raise SourceError(
+                        f"{path.name} is no UTF-8 text: {nul} of {len(text)} characters are NUL",
+                        where=str(path),
+                        remedy="convert it to UTF-8 if it is UTF-16; a binary file has no text",
+                    )
+                yield text
             else:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():

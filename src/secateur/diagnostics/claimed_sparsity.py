@@ -103,7 +103,7 @@ DENSE_FINDINGS = {
     "unseen": finding(
         "expert-unseen",
         "",
-        "{} linears of experts are dense: no calibration token was routed to them, according to "
+        "{} expert matrices are dense: no calibration token was routed to them, according to "
         "the records",
     ),
     "excluded": finding("left-dense", "", "{} linears are dense, as the recipe says"),

@@ -14,7 +14,8 @@ import functools
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
@@ -343,15 +344,17 @@ def _read_entry(option: Option, text: str) -> tuple[str, Any]:
     return key, read_yaml(value, text[:200])
 
 
+NUMBERS: Mapping[Any, tuple[Callable[[str], float], ...]] = {
+    int: (int,), float: (float,), int | float: (int, float),
+}  # fmt: skip
+"""How a text becomes a number of a type."""
+
+
 def _read_text(kind: Any, text: str) -> Any:
     """Convert a text to a type, if possible."""
-    try:
-        if kind is int or (kind == int | float and "." not in text):
-            return int(text)
-        if kind is float or kind == int | float:
-            return float(text)
-    except ValueError:
-        return text
+    for read in NUMBERS.get(kind, ()):
+        with suppress(ValueError):
+            return read(text)
     if isinstance(kind, type) and issubclass(kind, Section) and int in kind.alone:
         return _read_text(int, text)
     return text

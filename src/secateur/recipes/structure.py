@@ -7,7 +7,7 @@ from itertools import combinations, product
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from secateur.recipes.options import WHAT, Conflict, Flag, Recipe, Section, Size, Texts
 from secateur.recipes.prune import Effort, Fitting
@@ -23,7 +23,16 @@ from secateur.recipes.shared import (
     Planning,
 )
 
-Kept = int | float
+
+def _number_or_fraction(value: Any) -> Any:
+    """The same value, unless it is a float outside 0 to 1, or no number."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not whole and not (isinstance(value, float) and 0 <= value <= 1):
+        raise ValueError("must be a whole number, or a fraction between 0 and 1")
+    return value
+
+
+Kept = Annotated[int | float, BeforeValidator(_number_or_fraction)]
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
 
 TARGETS = ("keep_parameters", "max_size", "decode_latency")

@@ -169,7 +169,7 @@ class TrainingLength(Section):
 def _without_rate(options: dict[str, Any]) -> dict[str, Any]:
     """Refuse a second learning rate."""
     if "lr" in options:
-        raise ValueError(f"lr={options['lr']} conflicts with --learning-rate, which sets the rate")
+        raise ValueError(f"lr={options['lr']}: must be given as --learning-rate alone")
     return options
 
 

@@ -206,7 +206,7 @@ def _kept_by_perplexity(
         same = percent(moved.top1_agreement)
         agreement = f" The most likely token is the same {same} of the time."
     excess = math.log(ratio) if ratio > 0 and math.isfinite(ratio) else math.inf
-    dense = f"dense {found.reference_perplexity:.2f} ({signed(excess, 3)} nats a token)"
+    dense = f"dense {found.reference_perplexity:.2f} ({signed(excess, 3)} nats per token)"
     return Claim(
         "Quality: perplexity",
         f"×{ratio:.2f}",
@@ -407,7 +407,7 @@ def _perplexity_line(found: PerplexityRecord) -> tuple[QualityRow, Cell]:
     error = found.perplexity * (found.standard_error or 0)
     value, comparison = with_error(found.perplexity, error or None, ".2f"), ""
     if reference and found.perplexity > 0:
-        comparison = f"{signed(math.log(found.perplexity / reference), 3)} nats a token"
+        comparison = f"{signed(math.log(found.perplexity / reference), 3)} nats per token"
     return row, Cell(value, comparison)
 
 
@@ -418,14 +418,15 @@ def _divergence_lines(found: DivergenceRecord) -> Iterator[tuple[QualityRow, Cel
     text, same = bare_name(found.text), percent(found.top1_agreement, 1)
     same += _points(found.top1_standard_error)
     if "kind" not in found.protocol:
-        yield QualityRow(f"KL from dense, {text}", "lower", "", "0"), Cell(kl, "nats a token")
+        yield QualityRow(f"KL from dense, {text}", "lower", "", "0"), Cell(kl, "nats per token")
     yield QualityRow(f"same top token as dense, {text}", "higher", "", percent(1)), Cell(same)
     if found.acceptance is not None:
         accepted = percent(found.acceptance, 1) + _points(found.acceptance_standard_error)
         row = QualityRow(f"accepted as a draft of dense, {text}", "higher", "", percent(1))
         yield row, Cell(accepted)
     if "kind" not in found.protocol:
-        yield QualityRow(f"change of loss, {text}", "lower", "", "0"), Cell(change, "nats a token")
+        row = QualityRow(f"change of loss, {text}", "lower", "", "0")
+        yield row, Cell(change, "nats per token")
 
 
 def _task_line(found: TaskRecord) -> tuple[QualityRow, Cell]:
@@ -479,10 +480,12 @@ def _quality_section(run: ReportedRun) -> str:
         numbers = (row.measure, row.chance, row.dense, cell.value)
         lines.append((*numbers, cell.comparison, f"`{cell.protocol_id}`"))
     columns = ("measure", "chance", "dense", "this model", "beside dense", "protocol")
+    if not any(row.chance for row in rows):  # nothing was guessed at
+        columns, lines = (columns[0], *columns[2:]), [(x[0], *x[2:]) for x in lines]
     return (
         "## Quality\n\n± is one standard error. Numbers can be compared if their protocol ids "
         "begin alike; what follows says how the model computed.\n\n"
-        + markdown_table(columns, lines, range(1, 4))
+        + markdown_table(columns, lines, range(1, len(columns) - 2))
     )
 
 

@@ -72,7 +72,7 @@ class SweepResult(Result):
         ]
         return [
             Table.of(self.sweep.model, self.columns, self.rows(), numbers=2),
-            Line("in brackets: ln(perplexity) − ln(dense perplexity), nats a token", style="dim"),
+            Line("in brackets: ln(perplexity) − ln(dense perplexity), nats per token", style="dim"),
             *(Line(failure, style="red") for failure in failures),
             Line(f"sweep.json, .md, .csv, .png and .svg are in {self.folder}"),
             *after_a_sweep(self.folder, self.sweep),
@@ -102,7 +102,7 @@ class SweepResult(Result):
             f"# {bare_name(self.sweep.model)}: perplexity against sparsity",
             "",
             "Made by `secateur sweep`. In brackets the excess loss, ln(perplexity) − ln(dense "
-            "perplexity), in nats a token.",
+            "perplexity), in nats per token.",
             "",
             markdown_table(self.columns, self.rows(), range(2, len(self.columns))),
             "",
@@ -199,7 +199,7 @@ class CurvePoint:
             f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 2)} {gone}"
         )
         if self.dense:
-            words += f", {signed(math.log(self.perplexity / self.dense), 3)} nats a token"
+            words += f", {signed(math.log(self.perplexity / self.dense), 3)} nats per token"
         return words
 
 

@@ -94,8 +94,9 @@ def damped_diagonal(
     if dead.all():
         raise NumericalError(
             "every calibration input of this linear is zero",
-            remedy="use more calibration tokens (an expert may never have been chosen), or leave "
-            "this linear out",
+            remedy="give more calibration text if it is an expert that was never chosen; lower "
+            "the sparsity if the layers before it have lost nearly all weights; or leave it out "
+            "(--exclude)",
         )
     damped = diagonal + damping * diagonal.mean()
     return torch.where(dead, torch.ones_like(diagonal), damped), dead

@@ -162,7 +162,7 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
     assert f"so they are dense: {named}." in (tmp_path / "out" / "README.md").read_text()
     diagnosis = secateur.diagnose(tmp_path / "out")
     (unseen,) = (x for x in diagnosis.findings if x.id == "expert-unseen")
-    assert unseen.evidence.startswith("9 linears of experts are dense")
+    assert unseen.evidence.startswith("9 expert matrices are dense")
     assert not [x for x in diagnosis.findings if x.id == "dense-linear"]
 
 

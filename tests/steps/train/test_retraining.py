@@ -189,7 +189,7 @@ def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None
         longer.write("And more.")
     with pytest.raises(RecipeError, match="in the training text too"):
         train(places, tmp_path / "out", validation_text=copied)
-    for options, said in (({"lr": 1.0}, "lr=1.0 conflicts"), ({"speed": 1}, "AdamW cannot be")):
+    for options, said in (({"lr": 1}, "lr=1: must be"), ({"speed": 1}, "AdamW cannot be")):
         with pytest.raises(RecipeError, match=said):
             train(places, tmp_path / "out", optimizer_options=options, restart=True)
     (tmp_path / "empty.txt").write_text(" ")

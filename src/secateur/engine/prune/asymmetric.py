@@ -29,6 +29,7 @@ from secateur.engine.stream.halted_forwards import (
     LinearGroups,
     in_step,
 )
+from secateur.errors import located
 from secateur.models.architecture import Linear
 from secateur.models.experts import OpenExperts
 from secateur.parallel.ranks import Ranks
@@ -182,7 +183,8 @@ def choose_dampings(
     """
     fit, held = statistics.copied(), statistics.held.copied()
     shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
-    prepared = tasks[linears[0].name].method.solver.prepare(shared)
+    with located(linears[0].name):
+        prepared = tasks[linears[0].name].method.solver.prepare(shared)
     found = {}
     for linear in linears:
         task = tasks[linear.name]

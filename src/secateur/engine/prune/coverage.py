@@ -41,7 +41,7 @@ def refuse_unreached(unreached: Sequence[str]) -> None:
     """
     if unreached:
         raise RecipeError(
-            f"no calibration token is routed to {len(unreached)} linears of experts of this layer, "
+            f"no calibration token is routed to {len(unreached)} expert matrices of this layer, "
             "so an allocation knows nothing of them",
             where=unreached[0],
             remedy=f"{MORE}, leave the allocation out, or leave them out (--exclude)",
@@ -76,16 +76,15 @@ class Coverage:
         """Warn about linears that stayed unchanged, and about linears with few tokens."""
         if self.unseen:
             log.warning(
-                "no calibration token was routed to %d linears of experts (%s, …); they are left "
-                "dense: %s",
+                "no calibration token was routed to %d expert matrices (%s, …); they stay dense; "
+                "%s",
                 len(self.unseen),
                 self.unseen[0],
                 MORE,
             )
         if self.few:
             log.warning(
-                "%d of %d linears of experts saw fewer tokens than they have inputs, one only %d: "
-                "what their weights do is known in part; %s",
+                "%d of %d expert matrices saw fewer tokens than they have inputs (fewest: %d); %s",
                 self.few,
                 self.linears,
                 self.fewest_tokens,

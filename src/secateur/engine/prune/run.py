@@ -42,7 +42,7 @@ from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.calls import kind_of
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
 from secateur.engine.stream.targets import Target, walk_layers
-from secateur.errors import NumericalError, VerificationError
+from secateur.errors import NumericalError, VerificationError, located
 from secateur.models.architecture import Linear, linears_of
 from secateur.models.checkpoint import not_finite
 from secateur.parallel.ranks import Ranks, owners
@@ -552,10 +552,8 @@ class GroupStatistics:
 
 
 def _values(linear: Linear, gathered: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    try:
+    with located(linear.name):
         return {name: statistic.value() for name, statistic in gathered.items()}
-    except NumericalError as error:
-        raise NumericalError(error.what, where=linear.name, remedy=error.remedy) from None
 
 
 def prune_group(
@@ -576,13 +574,15 @@ def prune_group(
     """
     if not linears:
         return []
-    prepared = tasks[linears[0].name].method.solver.prepare(shared)
+    with located(linears[0].name):
+        prepared = tasks[linears[0].name].method.solver.prepare(shared)
     records = []
     for linear in linears:
         started, task = time.perf_counter(), tasks[linear.name]
         weight = fitted(linear)
         known = {**shared, **own(linear), STORED: linear.weight}
-        solution = task.method.solve(weight, prepared, known, task.sparsity)
+        with located(linear.name):
+            solution = task.method.solve(weight, prepared, known, task.sparsity)
         lost = lost_energy(weight, solution.mask, shared) if solution.error is None else None
         linear.assign(solution.weight)
         if solution.shift is not None:

@@ -24,7 +24,7 @@ import torch
 from secateur.calibration.statistics import Gathering
 from secateur.engine.stream.calls import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
-from secateur.errors import PatternError, RecipeError
+from secateur.errors import PatternError, RecipeError, located
 from secateur.models.architecture import linears_of
 from secateur.models.inventory import StoredMatrix, summary, weights_of
 from secateur.parallel.ranks import ALONE, Ranks
@@ -140,11 +140,18 @@ def tasks_of(
 
 def _check(task: LinearTask) -> None:
     """Refuse a task that cannot be done."""
-    if task.sparsity > 0:
-        try:
-            task.method.check(task.shape, task.sparsity)
-        except PatternError as error:
-            raise type(error)(error.what, where=task.name, remedy=error.remedy) from None
+    if task.sparsity == 0:
+        return
+    pattern, (rows, columns) = task.method.pattern, task.shape
+    with located(task.name):
+        task.method.check(task.shape, task.sparsity)
+        if pattern.pruned(task.shape, task.sparsity) == rows * columns:
+            most = 1 - pattern.step(task.shape) / (rows * columns)
+            raise PatternError(
+                f"sparsity {task.sparsity:.12g} keeps no weight of this matrix of {rows} x "
+                f"{columns}",
+                remedy=f"give at most {most:.6g}, which keeps the least that the pattern can keep",
+            )
 
 
 def with_sparsities(tasks: Tasks, sparsity_of: Mapping[str, float]) -> dict[str, LinearTask]:

@@ -51,6 +51,7 @@ from secateur.engine.stream.halted_forwards import by_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.engine.stream.targets import Target, walk_layers
+from secateur.errors import located
 from secateur.models.architecture import Linear, linears_of
 from secateur.precision import exact_matmuls, full_float32
 from secateur.progress import Progress
@@ -259,9 +260,11 @@ class LayerView:
         key = self.group.get(name, 0), method.solver
         if self.prepared is None or self.prepared[0] != key:
             # Linears that share an input are consecutive, so only one factor is in memory.
-            self.prepared = key, method.solver.prepare(self.statistics[name])
+            with located(name):
+                self.prepared = key, method.solver.prepare(self.statistics[name])
         known = self.statistics[name]
-        solution = method.solve(weight, self.prepared[1], known, sparsity)
+        with located(name):
+            solution = method.solve(weight, self.prepared[1], known, sparsity)
         return solution.weight.to(weight.dtype)
 
 

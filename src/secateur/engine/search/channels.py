@@ -26,7 +26,7 @@ from secateur.calibration.statistics import statistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import Target
-from secateur.errors import ArchitectureError, NumericalError
+from secateur.errors import ArchitectureError, located
 from secateur.models.architecture import Architecture
 from secateur.progress import Progress
 
@@ -67,11 +67,8 @@ def hidden_scores(
                 inputs.pass_one(layer, batch, stores=index + 1 < len(layers))
         finally:
             reads.close()
-        try:
+        with located(architecture.layer_name(index)):
             scores += reads.norms()
-        except NumericalError as error:
-            where = architecture.layer_name(index)
-            raise NumericalError(error.what, where=where, remedy=error.remedy) from None
     progress.finish()
     return scores
 

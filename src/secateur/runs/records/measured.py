@@ -528,7 +528,7 @@ class SweepPoint(Record):
         pattern: which zeros are allowed.
         sparsity: the fraction of zeros that was requested.
         perplexity: by text.
-        excess: ln(perplexity) − ln(dense perplexity), nats a token, by text.
+        excess: ln(perplexity) − ln(dense perplexity), nats per token, by text.
         zeros: the fraction of zeros found in the decoder's matrices.
         seconds: of pruning.
         peak_resident_bytes: of pruning.
