@@ -200,6 +200,7 @@ def test_pickles_are_refused(tmp_path):
     [
         ({}, "no config.json"),
         ({"config.json": "{"}, "the configuration is not JSON"),
+        ({"config.json": '{"\udcff": 1}'}, "the configuration is not JSON"),
         ({"config.json": '{"a": 1}'}, "no 'model_type'"),
         ({"config.json": "[]"}, "no 'model_type'"),
         ({"config.json": '{"model_type": "llama"}'}, "no model.safetensors"),
@@ -209,7 +210,7 @@ def test_pickles_are_refused(tmp_path):
 )
 def test_folders_that_are_no_models(tmp_path, files, fault):
     for name, content in files.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=fault):
         check_folder(tmp_path)
 

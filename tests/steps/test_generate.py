@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import secateur
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.runtime.decode import SlotDecoder
 from secateur.steps.generate import ONE_CALL, Conversation
 from tiny import save_tiny
@@ -210,3 +210,8 @@ def test_a_draft_changes_nothing_but_the_speed(tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "gpt2", "gpt2", n_positions=128)
     with pytest.raises(RecipeError, match="does not decode this model"):
         secateur.generate(other, "def f(", draft=model, **options)
+
+
+def test_a_draft_that_is_not_there_is_refused_before_the_first_prompt(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="nowhere: no such file or folder"):
+        Conversation(str(save_tiny(tmp_path / "m")), draft=str(tmp_path / "nowhere"))

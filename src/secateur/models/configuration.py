@@ -42,7 +42,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
             remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
         raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
     try:
-        config = parse_json(file.read_bytes())
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fault = "cannot be read" if isinstance(error, OSError) else "is not JSON"
         raise damaged(f"the configuration {fault}: {error}", file) from None

@@ -166,7 +166,8 @@ class Conversation:
         self.load_seconds = 0.0
         self.decoder: Decoder | None = None
         self.drafter: Drafter | None = None
-        self.kv_cache, self.draft = kv_cache, draft
+        self.kv_cache = kv_cache
+        self.draft = draft and str(resolve(draft, trust_remote_code=trust_remote_code).folder)
         defaults, given = sampling_in(self.folder), dict(sampling or {})
         self.sampling = sampling_with(defaults, given)
         if not self.sampling.temperature:  # 0, or not given

@@ -12,6 +12,7 @@ takes one window a step, so there is nothing to share.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,7 +75,11 @@ from secateur.steps.runner import RunContext, Step, carry_out, identity_of, sour
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+log = logging.getLogger(__name__)
+
 RECIPE = "recipe.yaml"
+MANY_MORE = 0.005
+"""The share of weights that are zero beyond what was asked for, above which a run says so."""
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
 """Keys of the recipe that are not options of its first step."""
 
@@ -478,6 +483,17 @@ def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progr
         progress=progress,
     )
     verify(audit)
+    pruned = [x for x in audit.linears if x.name in tasks]
+    weights = sum(x.weights for x in pruned)
+    asked = sum(tasks[x.name].sparsity * x.weights for x in pruned)
+    zeros = sum(x.zeros for x in pruned)
+    if zeros > asked + MANY_MORE * weights:
+        log.warning(
+            "the decoder has %.1f %% zeros, and %.1f %% were asked for: it had them before, and "
+            "pruning fills none",
+            100 * zeros / weights,
+            100 * asked / weights,
+        )
     return audit
 
 

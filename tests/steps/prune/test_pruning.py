@@ -295,3 +295,15 @@ def test_the_audit_finds_zeros_that_were_filled_in(source: Path, tmp_path: Path)
     assert [x.misplaced for x in audit.misplaced] == [1]
     with pytest.raises(VerificationError, match=rf"(?s)1 of 1536 weights are not zero.*{name}"):
         verify(audit)
+
+
+def test_zeros_that_were_there_before_are_named(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half, less = tmp_path / "half", tmp_path / "less"
+    secateur.prune(source, output=half, method="magnitude", sparsity=0.5)
+    assert caplog.messages == []
+    found = secateur.prune(half, output=less, method="magnitude", sparsity=0.3)
+    assert found.sparsity == pytest.approx(0.5, abs=1e-3)
+    [said] = caplog.messages
+    assert said.startswith("the decoder has 50.0 % zeros, and 30.0 % were asked for")
