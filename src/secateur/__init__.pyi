@@ -28,7 +28,13 @@ from secateur.reporting.models import (
     StructureResult,
     TrainResult,
 )
-from secateur.reporting.plan import CutPlanResult, FitPlanResult, PlanResult, TrainPlanResult
+from secateur.reporting.plan import (
+    ChainPlanResult,
+    CutPlanResult,
+    FitPlanResult,
+    PlanResult,
+    TrainPlanResult,
+)
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import Result
 from secateur.runtime.kernels.library import kernel_info as kernel_info
@@ -181,6 +187,14 @@ def bench(
         SecateurError: what, where, and what to do.
     """
 
+@overload
+def chain(
+    model: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Any,
+) -> ChainPlanResult: ...
+@overload
 def chain(
     model: str | Path,
     *,
@@ -191,6 +205,7 @@ def chain(
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
+    dry_run: Literal[False] | None = None,
 ) -> ChainResult:
     """Carry out several verbs. Each reads the result of the previous one.
 
@@ -203,6 +218,8 @@ def chain(
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
+        dry_run: Check the options and show what the run would need. Reads no weights, and writes
+            nothing. [off]
 
     Raises:
         SecateurError: a step is wrong; all are checked before the first one runs.

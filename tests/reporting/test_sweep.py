@@ -183,6 +183,11 @@ def test_another_sweep_is_refused(recipe: SweepRecipe, tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             swept(few.model_copy(update=change), tmp_path / "s")
+    copied = tmp_path / "copied.txt"
+    copied.write_text(text.read_text())
+    spelled = {"text": (str(copied),), "model": f"{few.model}/", "sparsities": (0.3, 0.6, 0.8)}
+    again = swept(few.model_copy(update=spelled), tmp_path / "s")
+    assert {*again.sweep.points[2].perplexity} == {str(text)}
     text.write_text("another text of the same name. " * 30)
     with pytest.raises(RecipeError, match="texts_sha256"):
         swept(few, tmp_path / "s")
@@ -247,6 +252,9 @@ def test_on_the_command_line(secateur, recipe: SweepRecipe, tmp_path: Path) -> N
     shown = secateur(*words)
     assert shown.code == 0, shown.err
     assert shown.out.partition("next:")[0].count("magnitude") == 2
+    other = secateur(*words, "--overwrite")
+    assert "--overwrite: unknown option" in other.err
+    assert "the same command again resumes it" in other.err
     bad = secateur(*words[:5], "a,b", *words[6:])
     assert bad.code == 2
     assert "--sparsities a: must be a number" in bad.err

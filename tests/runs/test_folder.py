@@ -39,6 +39,12 @@ def stopped(output: Path, **options: bool) -> None:
         raise KeyboardInterrupt
 
 
+def because(error: Exception, cause: Exception) -> Exception:
+    """An error with the error that it comes from."""
+    error.__cause__ = cause
+    return error
+
+
 def test_a_finished_run_leaves_its_result_and_nothing_else(tmp_path: Path) -> None:
     finished(tmp_path / "deep" / "out", "new")
     assert [x.name for x in (tmp_path / "deep").iterdir()] == ["out"]
@@ -83,7 +89,13 @@ def test_resume_starts_where_nothing_was_begun(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "left"),
-    [(CheckpointError("NaN"), False), (MemoryBudgetError("full"), True), (KeyError("x"), True)],
+    [
+        (CheckpointError("NaN"), False),
+        (MemoryBudgetError("it needs 9 GiB"), False),
+        (because(MemoryBudgetError("step 2 needs 9 GiB"), MemoryBudgetError("9 GiB")), False),
+        (because(MemoryBudgetError("memory has ended"), MemoryError()), True),
+        (KeyError("x"), True),
+    ],
 )
 def test_an_error_keeps_what_can_be_resumed_and_nothing_else(
     error: Exception, left: bool, tmp_path: Path

@@ -124,3 +124,42 @@ def test_too_little_memory_is_refused(place: Path) -> None:
     }.items():
         with pytest.raises(MemoryBudgetError):
             dry(verb, **options)
+
+
+TEXT = {"calibration": {"source": "text.txt", **LENGTH}}
+STEPS = [
+    {"structure": {"keep_layers": 2, "effort": "fast", **TEXT}},
+    {"prune": {"sparsity": 0.5, "effort": "fast", **TEXT}},
+    {"train": {"text": "text.txt", "steps": 2, **LENGTH}},
+    {"compress": {"values": "int8"}},
+]
+
+
+def test_a_chain_tells_what_each_step_leaves(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    plan = secateur.chain("model", steps=STEPS, output="out", dry_run=True)
+    assert sorted(place.rglob("*")) == before
+    made = secateur.chain("model", steps=STEPS, output="out")
+    assert [x.step for x in plan.steps] == [x.step for x in made.links]
+    assert [x.parameters for x in plan.steps] == [x.parameters for x in made.links]
+    headers = 200 * 41  # of tiny tensors
+    for planned, link in zip(plan.steps, made.links, strict=True):
+        assert planned.file_bytes <= link.file_bytes <= planned.file_bytes + headers
+    structure, prune, train, compress = plan.steps[1:]
+    assert prune.peak_bytes > 0
+    assert prune.seconds is not None
+    assert train.peak_bytes > 0
+    assert structure.unknown is prune.unknown is train.unknown is compress.unknown is None
+    assert all(step in str(plan) for step in ("structure", "prune", "train", "compress"))
+
+
+def test_a_later_step_that_the_source_cannot_plan_says_why(place: Path) -> None:
+    steps = [STEPS[0], {"train": {**STEPS[2]["train"], "teacher": "nowhere/near"}}]
+    with pytest.raises(RecipeError, match="the output is the source itself"):
+        secateur.chain("model", steps=STEPS, output="model", dry_run=True, overwrite=True)
+    with pytest.raises(SourceError, match="no such file or folder"):
+        secateur.chain("model", steps=[{"train": {"teacher": "./nowhere"}}], dry_run=True)
+    plan = secateur.chain("model", steps=steps, output="out", dry_run=True)
+    assert "train: " in str(plan)
+    assert plan.steps[2].unknown
+    assert plan.steps[2].peak_bytes is None

@@ -120,10 +120,11 @@ def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
     lists = [option.flag_text for option in options if takes_several(option) and not option.is_word]
     why = f"unexpected; `secateur {verb}` takes {words} without a flag"
     why += f", and a list repeats its flag: {lists[0]} A {lists[0]} B" if lists else ""
+    remedy = f"secateur {verb} --help lists its options"
+    if verb in RESUMED_BY_REPETITION and {"--resume", "--restart", "--overwrite"} & {*left}:
+        remedy = "the same command again resumes it; for a new one, choose another --output"
     return RecipeError.of(
-        list(_faults_of(left, known, why)),
-        where=f"secateur {verb}",
-        remedy=f"secateur {verb} --help lists its options",
+        list(_faults_of(left, known, why)), where=f"secateur {verb}", remedy=remedy
     )
 
 

@@ -35,7 +35,6 @@ from secateur.recipes.shared import (
     Planning,
     Reconstruct,
     RemoteCode,
-    Resuming,
 )
 
 Effort = Literal["fast", "balanced", "thorough", "best"]
@@ -316,4 +315,4 @@ class Steps(Section):
 class ChainRecipe(RemoteCode, Steps, OutputFolder, Recipe):
     """Several verbs in a row. Each works on the result of the one before it."""
 
-    run = Resuming
+    run = Planning

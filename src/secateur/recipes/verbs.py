@@ -200,6 +200,7 @@ VERBS: dict[str, Verb] = {
             "Cut, prune, train and compress in one run, with one account of what is left.",
             "secateur.recipes.prune:ChainRecipe",
             step="secateur.steps.chain:ChainSteps",
+            plan="secateur.steps.chain:plan_chain",
             function="secateur.steps.chain:chain",
         ),
         Verb(

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.engine.plan_memory import PrunePlan
-from secateur.reporting.tables import Block, Result, Table, binary_size, not_pruned, time_range
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Result,
+    Table,
+    binary_size,
+    not_pruned,
+    time_range,
+)
 from secateur.runs.records import Counts
 
 
@@ -183,6 +191,60 @@ class TrainPlanResult(Result):
             (HOST_PEAK, binary_size(self.memory["host_peak"]) if self.memory["on_gpu"] else None),
         ]
         return [Table.facts("plan of the training", rows)]
+
+
+@dataclass(frozen=True)
+class ChainPlanStep:
+    """A step of a chain, before it runs.
+
+    Attributes:
+        step: its verb; `source` for the model at the beginning.
+        parameters: of the model after it; None if that is known only during the run.
+        file_bytes: bytes of its weights, about; None likewise.
+        peak_bytes: peak memory of the device that computes; None where no plan gives it.
+        seconds: the shortest and the longest time; None likewise.
+        unknown: why its needs are not known yet.
+    """
+
+    step: str
+    parameters: int | None
+    file_bytes: int | None
+    peak_bytes: int | None = None
+    seconds: tuple[float, float] | None = None
+    unknown: str | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class ChainPlanResult(Result):
+    """What each step of a chain would leave and need.
+
+    A step that reads the result of another one is planned on the source, which is no smaller.
+
+    Attributes:
+        steps: the source, then the steps.
+    """
+
+    steps: tuple[ChainPlanStep, ...]
+
+    def blocks(self) -> Sequence[Block]:
+        """One table."""
+
+        def row(step: ChainPlanStep) -> dict[str, str | None]:
+            size, peak = step.file_bytes, step.peak_bytes
+            return {
+                "after": step.step,
+                "parameters": "" if step.parameters is None else f"{step.parameters:,}",
+                "weights, about": "" if size is None else binary_size(size),
+                "peak memory": None if peak is None else binary_size(peak),
+                "time": time_range(*step.seconds) if step.seconds else None,
+            }
+
+        unknown = [f"{one.step}: {one.unknown}" for one in self.steps if one.unknown]
+        return [
+            Table.of_records("plan of the chain", [row(step) for step in self.steps]),
+            Line("A step after the first is planned on the source, which is no smaller.", "dim"),
+            *map(Line, unknown),
+        ]
 
 
 @dataclass(frozen=True, repr=False)

@@ -360,7 +360,7 @@ class RunFolder:
             return False
         if self.state is None or self.state.identity is None:
             return True
-        lasting = isinstance(error, SecateurError) and not isinstance(error, MemoryBudgetError)
+        lasting = isinstance(error, SecateurError) and not has_ended(error)
         return lasting and not self.resumed and not self.worth_resuming()
 
     def has_results(self) -> bool:
@@ -420,6 +420,14 @@ def check_output(
     folder = RunFolder(output, verb, **{name: bool(call.get(name)) for name in names})
     folder.keep_apart(*read)
     check_free(needed_bytes, folder.output, folder.partial)
+
+
+def has_ended(error: BaseException) -> bool:
+    """Whether memory or disk has ended during the work. A run that does not fit is refused."""
+    cause = error.__cause__
+    return isinstance(error, MemoryBudgetError) and (
+        has_ended(cause) if isinstance(cause, SecateurError) else cause is not None
+    )
 
 
 BLOCK_BYTES = 2**22

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,29 @@ from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.models import ChainResult
+from secateur.reporting.plan import (
+    ChainPlanResult,
+    ChainPlanStep,
+    CutPlanResult,
+    PlanResult,
+    TrainPlanResult,
+)
 from secateur.runs import records
-from secateur.runs.folder import NOTES, STATE, refuse_another, what_counts
+from secateur.runs.folder import NOTES, STATE, check_output, refuse_another, what_counts
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import read_record
+from secateur.runs.records import Counts, read_record
+from secateur.sparsity.patterns import parse_pattern
+from secateur.steps.fitting.storage_formats import StorageFormat, size_of
 from secateur.steps.runner import (
     RunContext,
     Step,
-    carry_out,
     model_digests,
     recipe_identity,
+    source_of,
     step_of,
 )
+from secateur.structured.accounting import accounting
+from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import count, plan_cut
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
@@ -102,6 +114,26 @@ class PlannedStep:
             recipe = self.recipe.model_copy(update=values)
             VERBS[self.verb].carry_out(recipe, call, progress)
 
+    def planned(self, model: str, trust: bool, progress: Any) -> tuple[Any, str | None]:
+        """The plan of the step on the model of the chain; None, and why, where there is none.
+
+        Raises:
+            SecateurError: the first step, which reads that model, would be refused.
+        """
+        row = VERBS[self.verb]
+        if not row.plan:
+            return None, None
+        values = {"model": model, "output": None, "trust_remote_code": trust}
+        labelled = Labelled(progress, self.verb)
+        try:
+            with _named_step(self.number, self.verb):
+                recipe = self.recipe.model_copy(update=values)
+                return row.carry_out(recipe, {"dry_run": True}, labelled), None
+        except SecateurError as error:
+            if self.number == 1:
+                raise
+            return None, error.what
+
 
 @contextmanager
 def _named_step(number: int, verb: str) -> Iterator[None]:
@@ -114,7 +146,9 @@ def _named_step(number: int, verb: str) -> Iterator[None]:
 
 
 @takes_options_of(ChainRecipe)
-def chain(model: str | Path, *, progress: Progress | None = None, **options: Any) -> ChainResult:
+def chain(
+    model: str | Path, *, progress: Progress | None = None, **options: Any
+) -> ChainResult | ChainPlanResult:
     """Carry out several verbs. Each reads the result of the previous one.
 
     Args:
@@ -126,7 +160,58 @@ def chain(model: str | Path, *, progress: Progress | None = None, **options: Any
         SecateurError: a step is wrong; all are checked before the first one runs.
     """
     recipe, call = recipe_of(ChainRecipe, {"model": model}, options)
-    return carry_out(ChainSteps, recipe, listener(progress), **call)
+    made: ChainResult | ChainPlanResult = VERBS["chain"].carry_out(recipe, call, listener(progress))
+    return made
+
+
+def plan_chain(recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any]) -> ChainPlanResult:
+    """Check all steps, and show what each of them would leave and need.
+
+    Args:
+        recipe: recipe of the chain.
+        progress: receives the download of the model.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the chain would.
+    """
+    steps, trust = checked_steps(recipe.steps, recipe.model), recipe.trust_remote_code
+    source = source_of(recipe, progress)
+    _check_cuts(steps, source.folder, trust)
+    whole = accounting(build_skeleton(source.folder, trust_remote_code=trust), Cut()).before
+    rows, sparsity = [ChainPlanStep("source", whole.parameters, whole.file_bytes)], 0.0
+    counts: Counts | None = whole
+    for step in steps:
+        plan, unknown = step.planned(recipe.model, trust, progress)
+        if isinstance(plan, CutPlanResult):
+            counts = plan.after if step is steps[0] else None
+        if step.verb == "prune":
+            given = step.recipe
+            sparsity = given.sparsity or parse_pattern(given.pattern).sparsity or 0.0
+        peak = plan.memory["peak"] if isinstance(plan, TrainPlanResult) else None
+        if isinstance(plan, PlanResult):
+            peak = plan.peak_bytes
+        if isinstance(plan, CutPlanResult) and plan.plan is not None:
+            peak = plan.plan.peak_bytes
+        size = None if counts is None else counts.file_bytes
+        if counts is not None and step.verb == "compress":
+            size = _packed_bytes(counts, step.recipe.values, sparsity)
+        parameters = None if counts is None else counts.parameters
+        times = plan.seconds if isinstance(plan, PlanResult) else None
+        rows.append(ChainPlanStep(step.verb, parameters, size, peak, times, unknown))
+    known = sum(row.file_bytes or 0 for row in rows[1:])
+    check_output(recipe.output, "chain", known, (recipe.model, source.folder), call)
+    return ChainPlanResult(tuple(rows))
+
+
+def _packed_bytes(counts: Counts, values: str, sparsity: float) -> int:
+    """The weights of a compressed model, about: embedding and norms as they are."""
+    stored = {2: "bfloat16", 4: "float32"}[counts.file_bytes // counts.parameters]
+    shape = 64, 4096
+    kind = StorageFormat(stored if values in ("auto", "keep") else values, sparsity)
+    matrices = counts.attention + counts.ffn + counts.experts
+    rest = counts.file_bytes * (1 - matrices / counts.parameters)
+    return round(rest + matrices * size_of(shape, kind) / prod(shape))
 
 
 class ChainSteps(Step[ChainRecipe, ChainResult]):

@@ -198,7 +198,7 @@ def _as_read(option: Option, value: Any) -> Any:
         return [_as_read(option, x) for x in value]
     if option.flag.value != "TEXT":
         return os.path.realpath(value) if Path(value).expanduser().exists() else value
-    if option.path[-1] == "source" and len(parts := parts_of(value)) > 1:
+    if option.name == "calibration" and len(parts := parts_of(value)) > 1:
         return [[content_of(name), weight] for name, weight in parts]
     return content_of(value)
 

@@ -26,6 +26,7 @@ from secateur.engine.prepared import allocation_of, method_of, prepare, windows_
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.perplexity import computed_by, perplexity, window_progress
 from secateur.evaluation.perplexity import protocol as describe_protocol
+from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole
 from secateur.models.tokenizer import load_tokenizer, start_tokens
@@ -37,7 +38,7 @@ from secateur.recipes.reading import build_recipe
 from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use
+from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use, what_counts
 from secateur.runs.output import (
     cannot_write,
     check_apart,
@@ -50,7 +51,13 @@ from secateur.runs.records import Manifest, read_record
 from secateur.runs.records.measured import PointKey, Sweep, SweepDense, SweepPoint
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.runner import carry_out, source_of, step_of
+from secateur.steps.runner import (
+    carry_out,
+    model_digests,
+    recipe_identity,
+    source_of,
+    step_of,
+)
 
 Outcome = tuple[PointKey, SweepPoint | SecateurError]
 """A point, and what was measured or why it failed."""
@@ -68,6 +75,9 @@ CONDITIONS = (
     "trust_remote_code",
 )
 """The options that must not change when a sweep resumes. New points are allowed."""
+
+BY_CONTENT = {"model", "calibration", "text"}
+"""Conditions that may be spelled in another way: their content is compared."""
 
 
 def sweep_recipe(recipe: SweepRecipe, progress: Progress) -> SweepResult:
@@ -202,6 +212,8 @@ class SweepRun:
         conditions |= {
             "text": list(self.recipe.text),
             "texts_sha256": {text: _digest(windows) for text, windows in self.windows.items()},
+            "model_sha256": model_digests(shard_files(self.source.folder), self.progress),
+            "calibration_sha256": what_counts(recipe_identity(self.recipe, ())["calibration"]),
         }
         file = self.folder / "sweep.json"
         if not file.exists():
@@ -216,8 +228,13 @@ class SweepRun:
                 failures=(),
             )
         found = read_record(Sweep, file)
-        names = sorted({*conditions, *found.conditions})
-        pairs = ((name, found.conditions.get(name), conditions.get(name)) for name in names)
+        # texts are compared in their order, whatever they are called
+        one, other = (
+            {**x, "texts_sha256": [*x.get("texts_sha256", {}).values()]}
+            for x in (found.conditions, conditions)
+        )
+        names = sorted({*one, *other} - BY_CONTENT)
+        pairs = ((name, one.get(name), other.get(name)) for name in names)
         differing = [f"{n}: {then!r} then, {now!r} now" for n, then, now in pairs if then != now]
         missing = [_point_name(p.key) for p in found.points if p.key not in self.grid]
         if missing:
@@ -229,6 +246,9 @@ class SweepRun:
                 remedy="repeat the options of the first call (methods, sparsities and patterns "
                 "may be added), or choose another --output",
             )
+        names = found.conditions["text"]  # its numbers have the names of its first call
+        self.texts = dict(zip(names, self.texts.values(), strict=True))
+        self.windows = dict(zip(names, self.windows.values(), strict=True))
         return found.model_copy(update={"failures": ()})
 
     def save(self, **changes: Any) -> None:
