@@ -15,8 +15,9 @@ from pathlib import Path
 from secateur.advisor.cluster import PlannedModel
 from secateur.advisor.facts import names_by_size, read_facts
 from secateur.models.plain_decoder import PlainDecoder
+from secateur.models.shape import LARGE_ENDS
 from secateur.runtime.formats import BITS, GRID_BITS, Layout, formats
-from secateur.runtime.storage_plan import DEFAULT_GROUP, LARGE_ENDS
+from secateur.runtime.storage_plan import DEFAULT_GROUP
 from written_files import table, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]

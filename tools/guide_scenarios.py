@@ -96,7 +96,7 @@ def arithmetic(question: AdviceQuestion, found: Capacity, option: CompressionWay
     yield f"By hand, for {option.name}:"
     yield ""
     linears = f"{billions(cut.linears)} · {option.bits:g} / 8"
-    outer = f"{billions(cut.outer)} · {option.head_bits:g} / 8"
+    outer = f"{billions(cut.outer)} · {option.head_bits(cut):g} / 8"
     yield f"- weights: {linears} + {outer} = {memory.weights / GIB:.2f} GiB"
     cache = f"{found.batch} sequences · {load.context} tokens · {cut.cache_bytes(1):,.0f} bytes"
     yield f"- keys and values: {cache} = {memory.cache / GIB:.2f} GiB"

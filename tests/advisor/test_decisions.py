@@ -177,7 +177,7 @@ def test_hours_and_memory_are_named_too() -> None:
         model, facts.hardware["laptop-cpu"], 2**30, facts, Requirements(load, 0.03)
     )
     (line,) = nearest(small.answer().considered, small.need)
-    assert line == "int4 needs the least memory: 35.1 GiB"
+    assert line == "int4 needs the least memory: 37.1 GiB"
     short = AdviceQuestion(
         model, facts.hardware["laptop-cpu"], 40 * 2**30, facts, Requirements(load, None, 1.0)
     )

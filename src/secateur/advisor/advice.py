@@ -26,6 +26,7 @@ and the what-if page can vary it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -114,7 +115,8 @@ def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making
     steps = [part.takes for part in option.parts if part.takes]
     seconds = sum(facts.pruning_seconds_of_7b[step] for step in steps) * model.parameters / 7e9
     hours = Estimate.exact(seconds / 3600)
-    took = f"as long as pruning with {' and '.join(steps)} on one {device.name}, published"
+    each = (name if n == 1 else f"{n} x {name}" for name, n in Counter(steps).items())
+    took = f"as long as pruning with {' and '.join(each)} on one {device.name}, published"
     formula = f"{took} for 7 B, by parameters" if steps else "nothing to make"
     if option.structure.tokens:
         student = option.shape(model)

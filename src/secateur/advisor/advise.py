@@ -394,13 +394,13 @@ class AdviseResult(Result):
                 low, high = row.kept
                 accuracy = "100%" if low == 1 else f"{100 * low:.3g}-{100 * high:.3g}%"
                 seconds, month = found.seconds(tokens).typical, f"{cost.month.typical:,.0f}"
-                rows.append((name, accuracy, month, f"{seconds:.2g}", ""))
+                rows.append((name, accuracy, month, _seconds(seconds), ""))
         for api in advice.apis:
             least, time = api.requests_per_day, self.facts.apis[api.name].seconds(tokens)
             shown = "never" if least is None else f"{least:,.0f}"
             rows.append((
                 f"{api.name} (API)", "", f"{api.month:,.0f}",
-                "not known" if time is None else f"{time:.2g}", shown,
+                "not known" if time is None else _seconds(time), shown,
             ))  # fmt: skip
         columns = ("served as", "accuracy", "USD/month", "P50, s", "own cheaper from")
         note = (
@@ -442,6 +442,11 @@ class AdviseResult(Result):
             *(f"accuracy: {PUBLISHED}; {source}" for source in sources),
             f"facts of {self.facts.date}; replace any with --facts FILE",
         ]
+
+
+def _seconds(time: float) -> str:
+    """A time with two digits."""
+    return f"{time:.0f}" if time >= 100 else f"{time:.2g}"
 
 
 def _ranged(value: Estimate, form: str) -> str:

@@ -108,7 +108,7 @@ class Roofline:
         bits = option.bits if gain is None else option.values.bits
         linears = weights_read(model, batch) * bits / 8
         cache = batch * model.cache_read_bytes(context)
-        rest = model.head * option.head_bits / 8 + cache
+        rest = model.head * option.head_bits(model) / 8 + cache
         scale = (gain or Estimate.exact(1.0)).map(lambda factor: 1 / factor)
         assert self.device.bandwidth_gb_s is not None
         bandwidth = self.device.bandwidth_gb_s * 1e9 * self.together
@@ -187,7 +187,7 @@ def weight_bytes(model: ModelShape, option: CompressionWay) -> int:
     The embedding is stored once; a tied head shares it.
     """
     linears = model.linears * option.bits / 8
-    return round(linears + model.outer * option.head_bits / 8 + model.other * 2)
+    return round(linears + model.outer * option.head_bits(model) / 8 + model.other * 2)
 
 
 def memory_of(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from secateur.advisor.facts import Estimate, Facts, Hardware
-from secateur.models.shape import ModelShape
+from secateur.models.shape import LARGE_ENDS, ModelShape
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Values:
         loss: the key of its published loss.
         takes: the method whose published time it takes to make; empty if nothing is made.
         commands: what makes it; {model} is the model, {source} what the step before wrote.
+        small_ends: whether embedding and head have 8 bits in every model.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Values:
     loss: str
     takes: str
     commands: tuple[str, ...]
+    small_ends: bool = False
 
 
 VALUES = {
@@ -47,10 +49,10 @@ VALUES = {
         Values("int4", 4.125, 4, "bf16", "int4", "alps",
                ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",)),
         Values("q8_0", 8.5, 8, "bf16", "q8_0", "magnitude",
-               ("secateur export {source} --to gguf --type q8_0 --output GGUF",)),
+               ("secateur export {source} --to gguf --type q8_0 --output GGUF",), True),
         Values("q4_0", 4.5, 4, "bf16", "int4", "alps",
                ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",
-                "secateur export {source} --to gguf --type q4_0 --output GGUF")),
+                "secateur export {source} --to gguf --type q4_0 --output GGUF"), True),
     )
 }  # fmt: skip
 """int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128. The last two are llama.cpp's
@@ -180,10 +182,14 @@ class CompressionWay:
         scales = values.bits - values.value_bits
         return values.value_bits * (1 - zeros.sparsity) + zeros.index_bits + scales
 
-    @property
-    def head_bits(self) -> float:
-        """Bits of a weight of embedding and head: 8 with integers or FP8, else 16."""
-        return 16 if self.values.name == "bf16" else 8
+    def head_bits(self, model: ModelShape) -> float:
+        """Bits of a weight of embedding and head: 8 beside few bits where they are large, else 16.
+
+        `compress` has this rule; llama.cpp's types always have 8.
+        """
+        large = model.outer >= LARGE_ENDS * model.parameters
+        few = self.values.small_ends or (large and self.values.name != "bf16")
+        return 8 if few else 16
 
     def shape(self, model: ModelShape) -> ModelShape:
         """The sizes of the model after the cut."""

@@ -201,8 +201,8 @@ class ModelShape(DecoderSizes):
         return sum(kind.layers * kind.cache.bytes(tokens) for kind in self.kinds)
 
     def held_bytes(self, tokens: int, kind: str) -> float:
-        """The same as it is held on a device, `cuda` or `cpu`: our own loop has rings of tiles."""
-        if kind == "cuda":
+        """The same as a kind of device holds it: our own loop, on a CPU, has rings of tiles."""
+        if kind != "cpu":
             return self.cache_bytes(tokens)
         return sum(one.layers * one.cache.held_bytes(tokens) for one in self.kinds)
 
@@ -242,6 +242,11 @@ class ModelShape(DecoderSizes):
             experts=round(self.experts * experts),
             expert_weights=round(self.expert_weights * experts * linears * layers),
         )
+
+
+LARGE_ENDS = 0.1
+"""From this share of a model's bytes on, `compress` stores embedding and head in int8 beside
+linears of integers."""
 
 
 FRAGMENTATION = {"cuda": 0.03, "llama.cpp": 0.0, "cpu": 0.0}

@@ -595,6 +595,8 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
         "constants": {
             "gib": capacity.GIB,
             "chunk_tokens": shape.CHUNK_TOKENS,
+            "large_ends": shape.LARGE_ENDS,
+            "tile": shape.TILE,
             "fragmentation": shape.FRAGMENTATION,
             "runtime_bytes": shape.RUNTIME_BYTES,
             "parallel_efficiency": capacity.PARALLEL_EFFICIENCY,

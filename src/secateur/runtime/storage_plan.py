@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader, shard_name
+from secateur.models.shape import LARGE_ENDS
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 from secateur.progress import Progress
 from secateur.quantization.groups import GROUPS
@@ -35,9 +36,6 @@ KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 DEFAULT_GROUP = 64
 """How many weights of a row share a scale in int4, int3 and int2."""
-LARGE_ENDS = 0.1
-"""From this share of a model's bytes on, `auto` stores embedding and head in int8 beside linears of
-integers."""
 WITHOUT_LOSS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",

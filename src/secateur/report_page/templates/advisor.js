@@ -24,11 +24,17 @@ const advisor = (() => {
   const sum = (m, each) => m.kinds.reduce((all, { layers, cache }) => all + layers * each(cache), 0);
   const cacheBytes = (m, tokens) =>
     sum(m, (cache) => seen(cache, tokens) * cache.values * 2 + cache.state_bytes);
+  const heldPositions = ({ tile, chunk_tokens: chunk }, cache, tokens) => tile * Math.min(
+    Math.ceil(tokens / tile),
+    cache.window ? Math.ceil((cache.window + chunk - 2) / tile) + 1 : Infinity,
+  );
+  const heldBytes = (c, m, tokens, kind) => kind !== "cpu" ? cacheBytes(m, tokens)
+    : sum(m, (cache) => heldPositions(c, cache, tokens) * cache.values * 2 + cache.state_bytes);
   const cacheReadBytes = (m, tokens) =>
     sum(m, (cache) => seen(cache, tokens) * cache.read * 2 + cache.state_bytes);
   const stepOperations = (m, tokens) => 2 * perToken(m)
     + sum(m, (cache) => 2 * seen(cache, tokens) * cache.step_width + cache.state_bytes);
-  const promptOperations = (m, tokens) => 2 * tokens * perToken(m) + sum(m, (cache) => {
+  const promptOperations = (m, tokens) => 2 * (tokens * m.active + m.head) + sum(m, (cache) => {
     const last = seen(cache, tokens), pairs = last * last / 2 + (tokens - last) * last;
     return 2 * pairs * cache.width + tokens * cache.state_bytes;
   });
@@ -72,11 +78,12 @@ const advisor = (() => {
       stored: `${zeros.name} ${values.name}`,
       bits: values.value_bits * (1 - zeros.sparsity) + zeros.index_bits
         + (values.bits - values.value_bits),
-      headBits: values.name === "bf16" ? 16 : 8,
       kept: [0, 1].map((end) => published.reduce((all, one) => all * one.kept[end], 1)),
       sources: published.filter((_, i) => parts[i].loss !== "none").map((one) => one.source),
     };
   };
+  const headBits = (c, m, { values }) => values.small_ends
+    || (values.name !== "bf16" && outer(m) >= c.large_ends * parameters(m)) ? 8 : 16;
   const optionsFor = (data, device) => {
     const found = [], { structures, zeros, values, engines } = data.parts;
     const named = (parts, name) => parts.find((one) => one.name === name);
@@ -106,8 +113,8 @@ const advisor = (() => {
   // memory.py
   const memoryOf = (data, m, one, kind, batch, context) => {
     const c = data.constants;
-    const weights = round(m.linears * one.bits / 8 + outer(m) * one.headBits / 8 + m.other * 2);
-    const cache = round(batch * cacheBytes(m, context));
+    const weights = round(m.linears * one.bits / 8 + outer(m) * headBits(c, m, one) / 8 + m.other * 2);
+    const cache = round(batch * heldBytes(c, m, context, kind));
     const chunk = Math.min(c.chunk_tokens, batch * context);
     const working = chunk * (4 * m.hidden + 2 * widest(m)) * 2 + batch * m.vocabulary * 4;
     const overhead = round((weights + cache + working) * c.fragmentation[kind])
@@ -132,7 +139,7 @@ const advisor = (() => {
     const step = (m, one, batch, context) => {
       const gain = one.zeros.decode;
       const linears = weightsRead(m, batch) * (gain ? one.values.bits : one.bits) / 8;
-      const rest = m.head * one.headBits / 8 + batch * cacheReadBytes(m, context);
+      const rest = m.head * headBits(data.constants, m, one) / 8 + batch * cacheReadBytes(m, context);
       const slower = gain ? map(gain, (factor) => 1 / factor) : exact(1);
       const bandwidth = device.bandwidth_gb_s * 1e9 * together;
       const reached = map(efficiency.bandwidth, (e) => 1 / (bandwidth * e));
