@@ -98,7 +98,7 @@ def write_checkpoint(
 def packed(folder: Path, values: str, output: Path) -> Path:
     """The folder compressed."""
     if not output.exists():
-        embeddings = "int8" if values == "int8" else "auto"
+        embeddings = "int8" if values == "int8" else "keep"
         secateur.compress(folder, values=values, embeddings=embeddings, output=output)
     return output
 

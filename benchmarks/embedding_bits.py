@@ -1,6 +1,7 @@
 """What embedding and head lose with fewer bits, what they take, and how fast a model decodes.
 
     python benchmarks/embedding_bits.py MODEL --text FILE --calibration FILE [--windows 8]
+    python benchmarks/embedding_bits.py MODEL --text FILE --pairs [--windows 16]
 
 MODEL (SmolLM2-135M, whose one matrix is both) is stored with linears in bfloat16, and embeddings in
 bfloat16, in int8, and in int4 with groups of 32, 64 and 128, rounded to the nearest value or with
@@ -14,11 +15,18 @@ time. The machine was busy, and only the fastest of several hundred tokens says 
 
 The other rows of int4 linears have the linears of the one with int4 embeddings. Every finished row
 is kept in `results/embedding-bits.json` at once, and skipped when it is there.
+
+`--pairs` asks whether int8 embeddings cost anything beside linears in int8 and in int4 (rounded to
+the nearest value): the loss with them minus the loss with bfloat16 embeddings, window by window,
+the mean and its standard error. Windows are of 1024 tokens of the text for MODEL, and 128 of 256
+letters of held-out files for the small Llama of `tests/trained.py`. Both run in bfloat16 as users
+run them. The rows are in `results/embedding-pairs.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoTokenizer
 
 import secateur
@@ -35,13 +44,16 @@ from secateur.runtime.decode import Decoder
 from secateur.timing import alternate, seconds_of
 from stored import known_rows
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from trained import save_trained, source_ids
+
 LENGTH, PROMPT, STEPS, TURNS = 512, 64, 3, 144
 GROUPS = (32, 64, 128)
 STORED = [
-    ("bfloat16", "auto", None, False),
+    ("bfloat16", "keep", None, False),
     ("bfloat16", "int8", None, False),
     *(("bfloat16", "int4", group, text) for text in (False, True) for group in GROUPS),
-    *(("int4", embeddings, 64, True) for embeddings in ("auto", "int8", "int4")),
+    *(("int4", embeddings, 64, True) for embeddings in ("keep", "int8", "int4")),
 ]
 """Values of linears and embeddings, groups, and whether both are rounded with calibration text."""
 
@@ -107,15 +119,57 @@ def fastest_tokens(folders: list[Path], prompt: Tensor) -> list[float]:
     return alternate(decoders, some_tokens, min, turns=TURNS)
 
 
+@torch.inference_mode()
+def losses(folder: Path, windows: Tensor) -> Tensor:
+    """The loss of every window [windows], as the model runs."""
+    model = secateur.load(folder)
+    found = (model(input_ids=w[None]).logits[0, :-1].float() for w in windows)
+    pairs = zip(found, windows, strict=True)
+    return torch.stack([functional.cross_entropy(x, w[1:]) for x, w in pairs]).double()
+
+
+def compare_pairs(args: argparse.Namespace, scratch: Path) -> None:
+    """What int8 embeddings cost beside linears of integers, in both models."""
+    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(encoding="utf-8"))
+    text = torch.tensor(ids["input_ids"])[: args.windows * 1024].view(-1, 1024)
+    letters = source_ids(held_out=True)[: 128 * 256].view(-1, 256)
+    small = save_trained(scratch / "trained")
+    for name, model, windows in (("trained", small, letters), ("smollm2", args.model, text)):
+        for linears in ("int8", "int4"):
+            judged = {}
+            for embeddings in ("keep", "int8"):
+                folder = scratch / f"{name}-{linears}-{embeddings}"
+                made = secateur.compress(
+                    model, output=folder, values=linears, embeddings=embeddings
+                )
+                judged[embeddings] = losses(folder, windows), made.file_bytes
+            (kept, larger), (rounded, smaller) = judged.values()
+            paired = rounded - kept
+            row = {
+                "model": name, "linears": linears, "windows": len(windows),
+                "tokens": windows.shape[1], "loss": float(kept.mean()),
+                "difference": float(paired.mean()),
+                "standard_error": float(paired.std()) / len(paired) ** 0.5,
+                "bytes_kept": larger, "bytes_int8": smaller,
+            }  # fmt: skip
+            add("embedding-pairs", {"protocol": __doc__}, row)
+            print(row, flush=True)
+
+
 def main() -> None:
     """Store, judge, time, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="keeps the folders for the next call")
     args = parser.parse_args()
+    if args.pairs:
+        with tempfile.TemporaryDirectory() as temporary:
+            compare_pairs(args, Path(temporary))
+        return
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"])
     windows = ids[: args.windows * LENGTH].view(args.windows, LENGTH)

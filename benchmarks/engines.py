@@ -106,7 +106,7 @@ def exported(work: Path, model: str, engine: str, type: str) -> dict[str, Any]:
         return {"path": str(work / model), "bytes": size, "zeros_kept": "100 %"}
     if not note.exists():
         if target == "compress":
-            secateur.compress(work / model, output=output, values=type, embeddings="auto")
+            secateur.compress(work / model, output=output, values=type, embeddings="keep")
             size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
             found = {"path": str(output), "bytes": size, "zeros_kept": "100 %"}
         else:

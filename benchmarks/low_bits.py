@@ -129,7 +129,7 @@ class Bench:
             packed = self.scratch / f"{name}-packed"
             values, group = f"int{bits['bits']}", bits.get("group")
             secateur.compress(self.pruned(pattern), output=packed, values=values, group_size=group,
-                              overwrite=True)  # fmt: skip
+                              embeddings="keep", overwrite=True)  # fmt: skip
             secateur.decompress(packed, output=made)
         return made
 

@@ -130,8 +130,8 @@ def main() -> None:
     modes: dict[str, dict[str, Any]] = {
         "bfloat16": {"values": "bfloat16"},
         "bfloat16 archive": {"values": "bfloat16", "archive": True},
-        "int8 nearest": {"values": "int8"},
-        "int8 calibrated": {"values": "int8", **calibrated},
+        "int8 nearest": {"values": "int8", "embeddings": "keep"},
+        "int8 calibrated": {"values": "int8", "embeddings": "keep", **calibrated},
         "int8 calibrated, embeddings": {"values": "int8", "embeddings": "int8", **calibrated},
     }
     with tempfile.TemporaryDirectory() as scratch:

@@ -65,7 +65,8 @@ def main() -> None:
     windows = ids[: args.windows * LENGTH].view(args.windows, LENGTH)
     dense = secateur.load(args.model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        secateur.compress(args.model, values="int8", output=Path(scratch) / "int8")
+        folder = Path(scratch) / "int8"
+        secateur.compress(args.model, values="int8", embeddings="keep", output=folder)
         model = secateur.load(Path(scratch) / "int8", dtype=torch.float32, expand=True)
         divergence = dict.fromkeys(WAYS, 0.0)
         for window in windows:

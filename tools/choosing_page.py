@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ EFFORTS = {
     "`--effort thorough`": ("presets-curve", "thorough"),
     "`--effort best`": ("presets-curve", "best"),
     "`--effort balanced --allocation uniform`": ("presets", "balanced"),
-    "an earlier `best`, 98,304 tokens": ("presets", "best, 98,304 tokens"),
     "Wanda": ("presets", "wanda"),
 }
 """The first cell of each line, with the benchmark and the row that it shows."""
@@ -34,10 +33,13 @@ EFFORTS = {
 WAYS = (
     ("nothing is decided yet", "advice without a run",
      "advise MODEL --hardware a100-80gb --requests-per-day 1e6"),
-    ("files or memory, down to half", "[int8](#int8-int4-and-zeros)",
+    ("files or memory, to {int8}", "[int8](#int8-int4-and-zeros)",
      "compress MODEL --values int8 --output SMALL"),
-    ("files or memory, down to a quarter", "[int4](#int8-int4-and-zeros)",
+    ("files or memory, to {int4}", "[int4](#int8-int4-and-zeros)",
      "compress MODEL --values int4 --calibration TEXT --output SMALL"),
+    ("files or memory, to {all_int4}",
+     "[int4, embedding too](methods/joint-rounding.md#embedding-and-head)",
+     "compress MODEL --values int4 --embeddings int4 --calibration TEXT --output SMALL"),
     ("files or memory, to a given size", "[fit](fit.md)",
      "fit MODEL --max-size 60MiB --output SMALL"),
     ("speed on a CPU", "[int4](#int8-int4-and-zeros)",
@@ -61,7 +63,7 @@ def main() -> None:
 
 def page() -> str:
     """The text of the page."""
-    parts = (head(), low_bits(), presets(), cuts(), training())
+    parts = (head(), low_bits(), presets(), cuts(), training(), sources())
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -70,16 +72,35 @@ def head() -> Iterable[str]:
     yield "# Choose what to do with a model"
     yield ""
     yield (
-        "This page leads from what must get better to a command. `python tools/choosing_page.py` "
-        "writes it, and every number is from `benchmarks/results`. Unless a table says otherwise, "
-        "the model is SmolLM2-135M. Small models lose the most."
+        "This page leads from what must get better to a command. Unless a table says otherwise, "
+        "the model is SmolLM2-135M; larger models lose less."
     )
     yield ""
-    lines = [(what, take, f"`secateur {words}`") for what, take, words in WAYS]
+    shares = stored_shares()
+    lines = [(what.format(**shares), take, f"`secateur {words}`") for what, take, words in WAYS]
     yield from table(("what must get better", "take", "command"), lines)
     yield "Then look at what was lost:"
     yield "`secateur evaluate SMALL --dense MODEL --tasks hellaswag,piqa --generation`."
     yield ""
+
+
+FRACTIONS = {"half": 1 / 2, "a third": 1 / 3, "a quarter": 1 / 4}
+
+
+def stored_shares() -> dict[str, str]:
+    """What is left of the bytes of a bfloat16 model, in words and in per cent."""
+    stored = {r["row"]: r.get("file_bytes") for r in rows("first-page")}
+    small = one(rows("embedding-bits"), linears="int4", embeddings="int4", group=64)
+    found = {
+        "int8": stored["no zeros, int8"],
+        "int4": stored["no zeros, int4"],
+        "all_int4": small["bytes"],
+    }
+    shares = {name: size / stored["no zeros, bfloat16"] for name, size in found.items()}
+    return {
+        name: f"{min(FRACTIONS, key=lambda word: abs(FRACTIONS[word] - share))} ({share:.0%})"
+        for name, share in shares.items()
+    }
 
 
 def rows(name: str) -> list[Row]:
@@ -94,9 +115,33 @@ def one(found: Iterable[Row], **wanted: Any) -> Row:
     return next(r for r in found if all(r.get(key) == value for key, value in wanted.items()))
 
 
-def sources(names: Sequence[str]) -> str:
-    """Links to the files that a table is made from."""
-    return ", ".join(f"[{name}.json](../{RESULTS}/{name}.json)" for name in names)
+SOURCES = (
+    ("The first table's sizes", ("first-page", "embedding-bits"), "weight files of SmolLM2-135M"),
+    ("int8, int4 and zeros", ("first-page", "low-bits", "int4-models"),
+     "SmolLM2-135M is the model of the first page, its source a 4-bit file, its zeros by `--effort "
+     "balanced`, its loss with rounded activations, its speed on two cores of an AMD EPYC; the "
+     "trained model is a small one made for this, its int4 in groups of 32, its zeros by ALPS; the "
+     "model of 1.1 B has random weights, embedding and head in the bits of the rest, and ran on "
+     "two virtual cores"),
+    ("Prune weights", ("presets", "presets-curve"),
+     "not rounded; rows with a time are of one seed and one machine, of `fast` its time; the "
+     "others are means over seeds"),
+    ("Cut units out", ("structure", "structure-speed"), ""),
+    ("Train after it", ("recovery",),
+     "the best of some trainings on two virtual cores; they read the training parts of both texts"),
+)  # fmt: skip
+"""Heading, results and conditions of each table."""
+
+
+def sources() -> Iterable[str]:
+    """The files that the tables are made from, and how they were measured."""
+    yield "## Where the numbers come from"
+    yield ""
+    yield "`python tools/choosing_page.py` writes this page from `benchmarks/results`."
+    yield ""
+    for heading, names, how in SOURCES:
+        links = ", ".join(f"[{name}.json](../{RESULTS}/{name}.json)" for name in names)
+        yield f"- **{heading}** ({links})" + f": {how}." * bool(how)
 
 
 def low_bits() -> Iterable[str]:
@@ -112,6 +157,9 @@ def low_bits() -> Iterable[str]:
         judged = [one(stored, row=r)["perplexity"] for r in (row, "no zeros, bfloat16")]
         return f"{math.log(judged[0] / judged[1]):+.3f}"
 
+    def large(backend: str) -> Row:
+        return one(speed, model="1.1b", contender=backend)
+
     lines = []
     for storage, row, column, backend in (
         ("int8", "dense", "50 % + int8", "dense int8"),
@@ -121,31 +169,29 @@ def low_bits() -> Iterable[str]:
     ):
         trained = column if storage.endswith("int8") else "50 % + int4, groups of 32"
         smol = f"balanced, {storage[-4:]}" if "zeros" in storage else f"no zeros, {storage}"
-        small, large = (one(speed, model=m, contender=backend) for m in ("smollm2", "1.1b"))
+        found = large(backend)
         lines.append((
             storage, stored_rise(smol), rise(row, trained),
-            *(f"{r['tokens_per_second']:.0f}" for r in (small, large)),
-            f"{large['resident_bytes'] / 2**20:.0f} MiB",
+            f"{one(stored, row=smol)['tokens_per_second']:.0f}",
+            f"{found['tokens_per_second']:.0f}", f"{found['resident_bytes'] / 2**20:.0f} MiB",
         ))  # fmt: skip
+    gains = [
+        large(zeros)["tokens_per_second"] / large("dense int4")["tokens_per_second"]
+        for zeros in ("50 % int4", "2:4 int4", "70 % int4")
+    ]
     yield "## int8, int4 and zeros"
     yield ""
-    yield (
-        "Loss in nats per token above the unrounded model: SmolLM2-135M as it is stored and runs, "
-        "activations rounded too (its source is a 4-bit file; zeros by `--effort balanced`), and a "
-        "small model that was trained for this (int4 in groups of 32, zeros by ALPS). Tokens a "
-        "second and memory on two virtual cores, models with random weights, embedding and head in "
-        "the bits of the rest (the losses have them in int8). Sources: "
-        f"{sources(('first-page', 'low-bits', 'int4-models'))}."
-    )
+    yield "Loss in nats per token above the unrounded model; tokens a second on two CPU cores."
     yield ""
-    columns = ("every linear layer", "loss, SmolLM2", "loss, trained model", "tokens/s, 135M",
-               "tokens/s, 1.1 B", "memory, 1.1 B")  # fmt: skip
+    columns = ("every linear layer", "loss, SmolLM2", "loss, trained model", "tokens/s, SmolLM2",
+               "tokens/s, 1.1 B of random weights", "memory, 1.1 B")  # fmt: skip
     yield from table(columns, lines)
     yield (
-        "Quantization alone comes first: int4 loses less than 50 % zeros and is as fast. Zeros "
-        "beside int8 make a CPU faster. Zeros beside int4 make a model of a billion parameters 1.1 "
-        "(50 %), 1.2 (2:4) and 1.45 times (70 %) faster, and a narrow one no faster. Below four "
-        "bits, or at a size that must be met, [fit](fit.md) measures what is best for each matrix."
+        "Quantization alone comes first: int4 loses less than 50 % zeros and is faster. Zeros "
+        "beside int8 make a CPU faster. Zeros beside int4 make a model of a billion parameters "
+        f"{gains[0]:.1f} (50 %), {gains[1]:.1f} (2:4) and {gains[2]:.1f} times (70 %) faster, and "
+        "a narrow one slower. Below four bits, or at a size that must be met, [fit](fit.md) "
+        "measures what is best for each matrix."
     )
     yield ""
 
@@ -166,11 +212,7 @@ def presets() -> Iterable[str]:
     dense = one(timed, row="dense")["perplexity"]["wikitext2"]
     yield "## Prune weights"
     yield ""
-    source = sources(("presets", "presets-curve"))
-    yield (
-        f"Perplexity on WikiText-2; dense {dense:.1f}. Rows with a time are of one seed and one "
-        f"machine, of `fast` its time; the others are means over seeds. Source: {source}."
-    )
+    yield f"Perplexity on WikiText-2 before anything is rounded; dense {dense:.1f}."
     yield ""
     yield from table(("", *columns, "time at 50 %"), lines)
     yield (
@@ -215,7 +257,7 @@ def cuts() -> Iterable[str]:
     yield ""
     yield (
         f"Perplexity on WikiText-2; dense {dense:.1f}. A cut model is smaller and faster in every "
-        f"engine. Sources: {sources(('structure', 'structure-speed'))}."
+        "engine."
     )
     yield ""
     columns = ("cut", "flag", "perplexity", "faster in transformers", "faster in llama.cpp, Q8_0")
@@ -245,9 +287,7 @@ def training() -> Iterable[str]:
     yield "## Train after it"
     yield ""
     yield (
-        f"Perplexity on WikiText-2 and C4; dense {dense['WikiText-2']:.1f} and {dense['C4']:.1f}. "
-        "The best of some trainings of 20 minutes on two virtual cores; they read the training "
-        f"parts of both texts. Source: {sources(('recovery',))}."
+        f"Perplexity on WikiText-2 and C4; dense {dense['WikiText-2']:.1f} and {dense['C4']:.1f}."
     )
     yield ""
     columns = (
@@ -262,6 +302,7 @@ def training() -> Iterable[str]:
     )
     yield from table(columns, lines)
     yield "[Training](training.md) says how; all zeros stay zero."
+    yield ""
 
 
 if __name__ == "__main__":

@@ -26,19 +26,46 @@ def test_a_page_that_differs_fails_the_check(
 
 
 def test_numbers_are_those_of_the_rows() -> None:
-    """Two cells, looked up here in another way."""
+    """Some cells, looked up here in another way."""
     rows = choosing_page.rows("presets")
-    best = [
-        r["perplexity"]["wikitext2"]
-        for r in rows
-        if r["row"] == "best, 98,304 tokens" and r["column"] == "2:4"
+    wanda = [
+        r["perplexity"]["wikitext2"] for r in rows if r["row"] == "wanda" and r["column"] == "2:4"
     ]
-    start = "| an earlier `best`, 98,304 tokens"
-    line = next(x for x in choosing_page.presets() if x.startswith(start))
-    assert f"| {sum(best) / len(best):.1f} |" in line
-    speeds = [r for r in choosing_page.rows("int4-models") if r["contender"] == "dense int4"]
+    line = next(x for x in choosing_page.presets() if x.startswith("| Wanda |"))
+    assert f"| {sum(wanda) / len(wanda):.1f} |" in line
+    large = next(
+        r
+        for r in choosing_page.rows("int4-models")
+        if (r["contender"], r["model"]) == ("dense int4", "1.1b")
+    )
     line = next(x for x in choosing_page.low_bits() if x.startswith("| int4 |"))
-    assert all(f"| {r['tokens_per_second']:.0f} |" in line for r in speeds)
+    assert f"| {large['tokens_per_second']:.0f} |" in line
+
+
+def test_speeds_and_sizes_are_those_of_the_first_page() -> None:
+    """One question has one answer: the cells stand in the README's table too."""
+    readme = (choosing_page.ROOT / "README.md").read_text(encoding="utf-8")
+    cells = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in readme.splitlines()
+        if line.startswith("| ")
+        for cells in [line.split("|")]
+    }
+    page = {
+        words[1].strip(): words[4].strip()
+        for line in choosing_page.low_bits()
+        if line.startswith("| ")
+        for words in [line.split("|")]
+    }
+    for row in ("int8", "int4", "50 % zeros, int8", "50 % zeros, int4"):
+        name = row if "zeros" in row else f"no zeros, {row}"
+        assert cells[name][1] == page[row]
+    mib = {name: float(cells[f"no zeros, {name}"][0].split()[0]) for name in ("int8", "int4")}
+    whole = float(cells["no zeros, bfloat16, in torch"][0].split()[0])
+    for name, words in choosing_page.stored_shares().items():
+        if name in mib:
+            assert words.endswith(f"({mib[name] / whole:.0%})")
+    assert choosing_page.stored_shares()["int4"].startswith("a third")
 
 
 def test_every_command_names_a_verb() -> None:
