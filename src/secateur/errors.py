@@ -7,6 +7,7 @@
     │   └── ShapeError           exit 2  a matrix does not divide into groups or blocks
     ├── CheckpointError          exit 1  a file is damaged, incomplete or of an unsafe kind
     ├── ArchitectureError        exit 1  the model is not a decoder this library understands
+    │   └── ExportError          exit 2  the target of an export cannot hold this model
     ├── NumericalError           exit 1  NaN, Inf or a matrix that cannot be factorised
     ├── KernelError              exit 1  a kernel is missing or of another version
     ├── MemoryBudgetError        exit 1  the plan does not fit the memory or disk that is there
@@ -14,6 +15,10 @@
     └── VerificationError        exit 3  the result is not what was asked for
 
 `secateur.cli.errors` has two more: Ctrl-C (exit 130), and a fault in secateur itself (exit 1).
+
+Exit code 2 means that another command would work: an option, a name or a pattern has to change,
+whether the command alone shows it or the model that it names. Exit code 1 means that the command
+makes sense, and a file, the model, the machine or the run stopped it.
 
 Each message says what happened (with numbers), where, and what to do about it.
 """
@@ -117,6 +122,12 @@ class CheckpointError(SecateurError):
 
 class ArchitectureError(SecateurError):
     """The model is not a decoder this library understands."""
+
+
+class ExportError(ArchitectureError):
+    """The target of an export would compute or tokenize this model differently."""
+
+    exit_code = 2
 
 
 class NumericalError(SecateurError):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.errors import ArchitectureError, ShapeError
+from secateur.errors import ExportError, ShapeError
 from secateur.exporting.compressed_tensors import pack_int32
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
@@ -244,7 +244,7 @@ def test_experts_are_stored_one_by_one_and_routers_stay(family, tmp_path: Path) 
 
 def test_what_the_target_cannot_hold_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(ArchitectureError, match="12 matrices are stored transposed"):
+    with pytest.raises(ExportError, match="12 matrices are stored transposed"):
         export(tmp_path / "out", tmp_path / "gpt2", "w8a8")
     save_tiny(tmp_path / "odd", intermediate_size=40)
     with pytest.raises(ShapeError, match="3 of 21 matrices have rows that are no multiple of 32"):

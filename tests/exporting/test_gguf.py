@@ -13,7 +13,7 @@ import transformers
 
 import secateur
 from gguf_models import assert_alike, byte_level, save
-from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.errors import ExportError, RecipeError
 from secateur.exporting.gguf.tokenizer import split_rules
 from secateur.exporting.gguf.writing import dequantized, stored_blocks
 from secateur.quantization.groups import GroupGrid
@@ -231,7 +231,7 @@ def test_what_llama_cpp_computes_differently_is_refused(
     family, changes, said, tokenizer, tmp_path: Path
 ) -> None:
     source = save(tmp_path / "model", tokenizer, family, **changes)
-    with pytest.raises(ArchitectureError, match=said):
+    with pytest.raises(ExportError, match=said):
         secateur.export(source, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +250,7 @@ LEVEL = {"type": "ByteLevel", "use_regex": True}
 def test_other_tokenizers_are_refused(changes: dict[str, Any], said: str) -> None:
     known = {"pre_tokenizer": LEVEL}
     assert split_rules(known, "t") == "gpt-2"
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(ExportError, match=said):
         split_rules({**known, **changes}, "t")
 
 

@@ -11,7 +11,7 @@ import transformers
 
 import secateur
 from gguf_models import PROMPTS, assert_alike, byte_level, fields, save
-from secateur.errors import ArchitectureError
+from secateur.errors import ExportError
 from zoo import SIZES, config_of
 
 LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -146,7 +146,7 @@ def test_what_llama_cpp_computes_differently_is_refused(
     family, changes, said, tokenizer, tmp_path: Path
 ) -> None:
     source = save(tmp_path / "model", tokenizer, family, **changes)
-    with pytest.raises(ArchitectureError, match=said):
+    with pytest.raises(ExportError, match=said):
         secateur.export(source, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -163,7 +163,7 @@ def test_the_refusal_names_a_target_that_takes_the_model(
     family, changes, tokenizer, tmp_path: Path
 ) -> None:
     source = save(tmp_path / "model", tokenizer, family, **changes)
-    with pytest.raises(ArchitectureError, match=r"to='compressed-tensors'") as refusal:
+    with pytest.raises(ExportError, match=r"to='compressed-tensors'") as refusal:
         secateur.export(source, output=tmp_path / "out")
     assert "serve" in str(refusal.value)
     secateur.export(source, output=tmp_path / "out", to="compressed-tensors", type="w8a8")

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import secateur
 from gguf_models import PROMPTS, assert_alike, save, sentencepiece_model
-from secateur.errors import CheckpointError
+from secateur.errors import ExportError
 from secateur.exporting.gguf.tokenizer import SPACE, piece_scores, space_rules
 from secateur.models.skeleton import quiet_transformers
 from trained import source_text
@@ -137,7 +137,7 @@ FIRST = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "
 )
 def test_merges_that_scores_cannot_express_are_refused(changes: dict[str, Any], said: str) -> None:
     assert piece_scores({"model": KNOWN}, set(), "t") == {"ab": 0.0}
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(ExportError, match=said):
         piece_scores({"model": {**KNOWN, **changes}}, set(), "t")
 
 
@@ -152,5 +152,5 @@ def test_merges_that_scores_cannot_express_are_refused(changes: dict[str, Any], 
 def test_other_treatment_of_spaces_is_refused(changes: dict[str, Any]) -> None:
     known = {"normalizer": None, "pre_tokenizer": FIRST}
     assert space_rules(known, "t").prefix
-    with pytest.raises(CheckpointError, match="treats spaces by"):
+    with pytest.raises(ExportError, match="treats spaces by"):
         space_rules({**known, **changes}, "t")

@@ -12,7 +12,7 @@ import torch
 
 import secateur
 from gguf_models import PROMPTS, byte_level, save
-from secateur.errors import ArchitectureError
+from secateur.errors import ExportError
 
 INSTALLED = find_spec("openvino_genai") is not None
 runs = pytest.mark.skipif(not INSTALLED, reason="openvino-genai is not installed")
@@ -59,5 +59,5 @@ def test_openvino_continues_like_transformers(family, tokenizer, tmp_path: Path)
 
 def test_models_that_it_does_not_read_are_refused(tokenizer, tmp_path: Path) -> None:
     source = save(tmp_path / "model", tokenizer, "gemma2")
-    with pytest.raises(ArchitectureError, match="not 'gemma2'"):
+    with pytest.raises(ExportError, match="not 'gemma2'"):
         secateur.export(source, output=tmp_path / "out", to="openvino")

@@ -21,16 +21,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def refused(run: Callable[..., Outcome]) -> Callable[..., str]:
-    """Run a command that has to be refused, and give what it said."""
+    """Run a command that has to be refused, and give what it said; `codes` has its exit codes."""
+    codes: list[int] = []
 
     def refused(*words: object) -> str:
         done = run(*words)
+        codes.append(done.code)
         assert done.code in (1, 2), done
         assert ("\n" + done.err).count("\nerror: ") == 1, done.err
         assert "fault in secateur" not in done.err
         assert "remedy: " in done.err or ": must be " in done.err or "unknown key" in done.err
         return done.err
 
+    refused.codes = codes  # type: ignore[attr-defined]
     return refused
 
 

@@ -24,6 +24,7 @@ MISTAKES = {
     "prune m --sparsity 0.5 --method Wanda -o o": "did you mean 'wanda'",
     "prune m --sparsity 0.9999999 --method magnitude -o o": "keeps no weight of this matrix of 32",
     "prune m --sparsity 0.5 --include q_prj --method magnitude -o o": "no linear matches 'q_prj'",
+    "prune m --sparsity 0.5 --max-memory 6 -o o": "must be at least 1MiB, and is 6 bytes",
     "prune m --pattern 2/4 -o o": "no pattern is written '2/4'",
     "prune m --pattern 4:2 -o o": "4:2 would keep 4 of every 2",
     "prune m --pattern 2:4 --sparsity 0.3 -o o": "2:4 always has sparsity 0.5, not 0.3",
@@ -111,6 +112,15 @@ MISTAKES = {
 }
 
 
+OF_THE_FILES = {
+    "prune packed --sparsity 0.5 --method magnitude -o o",
+    "prune plain --sparsity 0.5 --calibration t.txt -o o",
+    "decompress m -o o",
+    "import m --masks t.txt -o o",
+}
+"""Mistakes where the command makes sense, and a file is of another kind: exit code 1, not 2."""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, texts and files of a new user."""
@@ -134,13 +144,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_refused_and_nothing_is_left(
-    refused: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch, line: str
+    refused: Callable[..., str],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
 ) -> None:
     monkeypatch.chdir(place)
     before = contents(place)
     message = refused(*shlex.split(line))
     assert MISTAKES[line] in message
     assert len(message) < 1500
+    assert refused.codes == [1 if line in OF_THE_FILES else 2]  # type: ignore[attr-defined]
     assert contents(place) == before
 
 

@@ -118,9 +118,9 @@ def test_options_of_a_plan_on_paper_need_a_dry_run(place: Path) -> None:
 
 def test_too_little_memory_is_refused(place: Path) -> None:
     for verb, options in {
-        "prune": {"max_memory": 1000},
-        "train": {"max_memory": 1000},
-        "structure": {"max_memory": 1000},
+        "prune": {"max_memory": "1MiB"},
+        "train": {"max_memory": "1MiB"},
+        "structure": {"max_memory": "1MiB"},
     }.items():
         with pytest.raises(MemoryBudgetError):
             dry(verb, **options)

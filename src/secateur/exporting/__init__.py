@@ -99,8 +99,8 @@ class ExportTarget(Protocol):
             progress: receives every tensor.
 
         Raises:
-            ArchitectureError: the engine does not know this model, or computes it differently.
-            CheckpointError: the tokenizer cannot be expressed.
+            ExportError: the engine does not know this model, or computes or tokenizes it
+                differently.
             RecipeError: a package that the target needs is not installed.
         """
         ...

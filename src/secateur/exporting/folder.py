@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from secateur.errors import ArchitectureError, SecateurError
+from secateur.errors import ExportError, SecateurError
 from secateur.exporting import ExportSource
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
@@ -73,7 +73,7 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
     After this call, the reader shows every expert of a mixture as tensors of its own.
 
     Raises:
-        ArchitectureError: matrices are stored transposed, or in an unknown layout.
+        ExportError: matrices are stored transposed, or in an unknown layout.
     """
     model = build_skeleton(source.folder)
     names = model_names(model, source.reader)
@@ -82,7 +82,7 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
     unknown = [m.name for m in found if m.linear is None and m.is_decoder_matrix]
     if transposed or unknown:
         why = "are stored transposed" if transposed else "have a layout that is not known here"
-        raise ArchitectureError(
+        raise ExportError(
             f"{len(transposed or unknown)} matrices {why}; this target stores those of nn.Linear",
             where=first_of(transposed or unknown),
             remedy=HERE,

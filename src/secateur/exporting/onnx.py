@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, ExportError
 from secateur.exporting import Exported, ExportSource, missing_extra, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.models.opening import write_dense
@@ -55,7 +55,7 @@ class ONNX:
         if any(find_spec(package) is None for package in PACKAGES):
             raise missing_extra("onnxruntime-genai", "onnx")
         if "secateur_cut" in source.config:
-            raise ArchitectureError(
+            raise ExportError(
                 "the model builder of onnxruntime-genai does not know layers of different sizes",
                 where=str(source.folder),
                 remedy="cut uniformly, or pad the layers with `secateur structure --pad`",

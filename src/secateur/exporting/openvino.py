@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ExportError
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf import GGUF
 from secateur.progress import Progress
@@ -34,7 +34,7 @@ class OpenVINO:
         """Write the file."""
         kind = source.config.get("model_type")
         if kind not in KNOWN:
-            raise ArchitectureError(
+            raise ExportError(
                 f"only models of type {' and '.join(KNOWN)} were seen to run alike in "
                 f"openvino-genai, not {kind!r}",
                 where=str(source.folder),

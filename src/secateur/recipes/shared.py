@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from secateur.errors import RecipeError
 from secateur.recipes.options import (
@@ -27,12 +27,21 @@ ONE = "give one of the two"
 """The remedy for two options that say the same, or the opposite."""
 
 
+def _enough(size: int | str | None) -> int | str | None:
+    """The same size, if a program could ever run in it."""
+    if size is not None and bytes_of(size) < 2**20:
+        raise ValueError(f"must be at least 1MiB, and is {bytes_of(size)} bytes; 6GiB has its unit")
+    return size
+
+
 class MemoryLimit(Section):
     """How much memory the run may use."""
 
     group = MEMORY
 
-    max_memory: Annotated[Size | None, Flag(value="SIZE", default="4/5 of the free memory")] = None
+    max_memory: Annotated[
+        Size | None, AfterValidator(_enough), Flag(value="SIZE", default="4/5 of the free memory")
+    ] = None
     """Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of this
     process. A run that needs more does not start."""
 

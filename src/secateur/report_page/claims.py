@@ -479,7 +479,14 @@ def _quality_section(run: ReportedRun) -> str:
         cell = cell.with_comparison(said.get(cell.verdict, f"significantly {cell.verdict}"))
         numbers = (row.measure, row.chance, row.dense, cell.value)
         lines.append((*numbers, cell.comparison, f"`{cell.protocol_id}`"))
-    columns = ("measure", "chance", "dense", "this model", "beside dense", "protocol")
+    columns: tuple[str, ...] = (
+        "measure",
+        "chance",
+        "dense",
+        "this model",
+        "beside dense",
+        "protocol",
+    )
     if not any(row.chance for row in rows):  # nothing was guessed at
         columns, lines = (columns[0], *columns[2:]), [(x[0], *x[2:]) for x in lines]
     return (

@@ -90,11 +90,6 @@ def count(kept: Kept, total: int, what: str) -> int:
         RecipeError: the result is 0, or more than `total`.
     """
     number = round(kept * total) if isinstance(kept, float) and kept <= 1 else kept
-    if number != int(number):
-        raise RecipeError(
-            f"{kept} {what} are neither a number of units nor a fraction of them",
-            remedy=f"give a whole number up to {total}, or a fraction up to 1.0",
-        )
     if not 0 < number <= total:
         raise RecipeError(
             f"the recipe keeps {kept} {what}, but the model has {total}",

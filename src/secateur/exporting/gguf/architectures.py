@@ -19,7 +19,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import ExportError
 from secateur.exporting import ExportSource
 from secateur.exporting.folder import elsewhere
 from secateur.models.architecture import family_of_type
@@ -329,7 +329,7 @@ class LlamaCppModel:
         """Every tensor of the file that the source stores.
 
         Raises:
-            ArchitectureError: llama.cpp has no place for a tensor.
+            ExportError: llama.cpp has no place for a tensor.
         """
         names = gguf.get_tensor_name_map(self.decoder.arch, self.decoder.layers)
         entries = source.reader.entries
@@ -343,7 +343,7 @@ class LlamaCppModel:
         for name, group in {**plain, **stacked}.items():
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
-                raise ArchitectureError(
+                raise ExportError(
                     f"llama.cpp has no place for the tensor {name!r}",
                     where=str(source.folder),
                     remedy=elsewhere(source),
@@ -387,7 +387,7 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     """Describe the model of a folder for llama.cpp.
 
     Raises:
-        ArchitectureError: llama.cpp does not know it, or computes it differently.
+        ExportError: llama.cpp does not know it, or computes it differently.
     """
     from transformers import AutoConfig
 
@@ -555,18 +555,18 @@ def _rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
         yield "only a part of each head is rotated"
 
 
-def _differs(source: ExportSource, why: str) -> ArchitectureError:
+def _differs(source: ExportSource, why: str) -> ExportError:
     """The error for a model that llama.cpp would not compute alike."""
-    return ArchitectureError(
+    return ExportError(
         f"llama.cpp would not compute this model like transformers: {why}",
         where=str(source.folder),
         remedy=elsewhere(source),
     )
 
 
-def refused(why: str, where: str) -> CheckpointError:
+def refused(why: str, where: str) -> ExportError:
     """The error for a tokenizer that a GGUF file cannot describe."""
-    return CheckpointError(
+    return ExportError(
         f"llama.cpp would not tokenize like this model: {why}",
         where=where,
         remedy="export it with --to compressed-tensors, which keeps the files of the tokenizer; to "

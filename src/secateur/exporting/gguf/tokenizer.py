@@ -57,7 +57,7 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
         rows: of the embedding; unused ones get placeholders.
 
     Raises:
-        CheckpointError: llama.cpp would tokenize differently.
+        ExportError: llama.cpp would tokenize differently.
     """
     tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -168,7 +168,7 @@ def split_rules(tokenizer: dict[str, Any], where: str) -> str:
         where: the folder, for errors.
 
     Raises:
-        CheckpointError: llama.cpp does not know the rules.
+        ExportError: llama.cpp does not know the rules.
     """
     if tokenizer.get("normalizer") not in (None, {"type": "NFC"}):
         raise refused(f"the tokenizer normalises by {tokenizer['normalizer']['type']}", where)
@@ -223,7 +223,7 @@ def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
         where: the folder, for errors.
 
     Raises:
-        CheckpointError: llama.cpp cannot do the same.
+        ExportError: llama.cpp cannot do the same.
     """
     normalizer, splits = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
     if normalizer == {"type": "Sequence", "normalizers": []}:
@@ -252,7 +252,7 @@ def piece_scores(tokenizer: dict[str, Any], added: set[str], where: str) -> dict
         where: the folder, for errors.
 
     Raises:
-        CheckpointError: there are no such scores, or bytes have no token.
+        ExportError: there are no such scores, or bytes have no token.
     """
     model = tokenizer["model"]
     odd = [n for n in ("dropout", "ignore_merges", "continuing_subword_prefix") if model.get(n)]

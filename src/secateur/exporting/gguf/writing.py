@@ -47,8 +47,8 @@ def bytes_as_stored(reader: CheckpointReader, values: Mapping[str, str]) -> int:
         values: how each matrix will be stored in the packed folder, by stored name.
 
     Raises:
-        ArchitectureError: llama.cpp does not know this model, or computes it differently.
-        CheckpointError: the tokenizer cannot be expressed.
+        ExportError: llama.cpp does not know this model, or computes it differently.
+        ExportError: the tokenizer cannot be expressed.
     """
     source = ExportSource("model", reader.folder, read_configuration(reader.folder), reader)
     model = model_of(source)
