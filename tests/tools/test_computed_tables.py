@@ -11,6 +11,8 @@ import torch
 
 import computed_tables
 import secateur
+from secateur.advisor.capacity import weight_bytes
+from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.models.checkpoint import read_headers, shard_files
 from secateur.models.plain_decoder import PlainDecoder
 from tiny import save_tiny
@@ -50,3 +52,19 @@ def test_two_sizes_by_hand() -> None:
     linears, rest = 32 * 202_375_168, 2 * (2 * 32_000 * 4096 + 65 * 4096)
     assert computed_tables.stored_bytes(seven, "none", "bfloat16") == 2 * linears + rest
     assert computed_tables.stored_bytes(seven, "50 %", "bfloat16") == linears * 9 // 8 + rest
+
+
+@pytest.mark.parametrize("model", computed_tables.MODELS.values())
+@pytest.mark.parametrize(
+    ("zeros", "values"), [("none", "bfloat16"), ("none", "int8"), ("50 %", "int4")]
+)
+def test_the_advice_counts_the_bytes_that_are_stored(model: str, zeros: str, values: str) -> None:
+    """On 0d9766ca advice gave embedding and head of every model 8 bits beside integers."""
+    sizes = computed_tables.FACTS.shapes[model]
+    way = CompressionWay(
+        STRUCTURES["whole"],
+        ZEROS["dense" if zeros == "none" else "50%"],
+        VALUES["bf16" if values == "bfloat16" else values],
+    )
+    stored = computed_tables.stored_bytes(sizes, zeros, values)
+    assert weight_bytes(sizes.shape(model), way) == pytest.approx(stored, rel=2e-3)
