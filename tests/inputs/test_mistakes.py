@@ -72,6 +72,7 @@ MISTAKES = {
     "train sparse --text t.txt --lora-targets q_prj -o o": "no linear matches 'q_prj'",
     "train sparse --text t.txt --optimizer-options lr=1 -o o": "lr=1: must be given as --learning",
     "train sparse --text t.txt --optimizer-options speed=1 -o o": "AdamW cannot be made",
+    "train sparse --text t.txt --tensorboard t.txt -o o": "t.txt is a file, and curves are",
     "train sparse --text t.txt --answers-only -o o": "--answers-only changes nothing",
     "train sparse --text t.txt --validation-text t.txt --windows 4 -o o": "is a training text",
     # compress, export, import

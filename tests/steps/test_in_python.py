@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SourceError
 from secateur.progress import ProgressBar, Silent, listener
 from secateur.reporting.tables import Line, Result, Table, html
 from tiny import save_tiny
@@ -171,6 +172,23 @@ def test_a_notebook_gets_a_bar_and_a_script_does_not(
 def test_a_progress_that_does_not_listen_is_refused(folder: Path, progress: Any) -> None:
     with pytest.raises(RecipeError, match=r"has no start, step and finish(?s:.*)ProgressBar\(\)"):
         secateur.prune(loaded(folder), method="magnitude", sparsity=0.5, progress=progress)
+
+
+def test_what_is_no_tokenizer_no_name_and_no_device_is_refused(folder: Path) -> None:
+    model = loaded(folder)
+    for tokenizer in ("gpt2", 3):
+        with pytest.raises(RecipeError, match=r"not a tokenizer of transformers"):
+            secateur.prune(model, calibration=TEXTS, tokenizer=tokenizer, **WINDOWS)
+        with pytest.raises(RecipeError, match=r"not a tokenizer of transformers"):
+            secateur.evaluate(model, text="t.txt", tokenizer=tokenizer)
+    for verb in (secateur.inspect, partial(secateur.generate, prompt="a")):
+        with pytest.raises(SourceError, match="the model is a LlamaForCausalLM, not a name"):
+            verb(model)
+    with pytest.raises(RecipeError, match="there is no device 'gpu'"):
+        secateur.load(folder, device="gpu")
+    with pytest.raises(RecipeError, match="dtype is 'bf16'"):
+        secateur.load(folder, dtype="bf16")
+    assert secateur.generate(folder, "a", max_new_tokens=2, stop="nowhere").text
 
 
 @pytest.mark.parametrize("prompt", [None, ["a", "b"], 3])

@@ -118,6 +118,11 @@ def _found_model(
     """Find a model and check its files, but not its weights; see `resolve`."""
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*GGUF_DTYPES]))
+    if not isinstance(model, str | os.PathLike):
+        raise SourceError(
+            f"the model is a {type(model).__name__}, not a name",
+            remedy="save it, and name its folder; only prune and evaluate take loaded models",
+        )
     name = os.fspath(model)
     if not name:  # an empty name would be the current folder
         raise SourceError(

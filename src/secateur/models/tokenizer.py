@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from secateur.errors import CheckpointError, RecipeError, first_line
 
@@ -89,8 +90,19 @@ def refuse_other_words(
         )
 
 
-def own_tokenizer(model: Any) -> Tokenizer:
-    """The tokenizer of a loaded model, found by the name that its configuration holds."""
+def tokenizer_for(model: Any, given: Any = None) -> Tokenizer:
+    """The tokenizer of a loaded model: the given one, or that at the place the model came from.
+
+    Raises:
+        RecipeError: what is given is no tokenizer, or none can be had.
+    """
+    if given is not None:
+        if not callable(given) or not hasattr(given, "name_or_path"):
+            raise RecipeError(
+                f"tokenizer is {reprlib.repr(given)}, not a tokenizer of transformers",
+                remedy="pass tokenizer=AutoTokenizer.from_pretrained(...)",
+            )
+        return cast(Tokenizer, given)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not name:
         why = "its configuration does not say where it came from"

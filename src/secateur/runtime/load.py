@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.errors import CheckpointError, KernelError, ShapeError, install_extra
+from secateur.errors import CheckpointError, KernelError, RecipeError, ShapeError, install_extra
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
 from secateur.models.skeleton import (
@@ -83,7 +83,14 @@ def load(
     """
     from secateur.runtime.quantizer import refuse_saving
 
-    folder, device = Path(folder), torch.device(device)
+    try:
+        folder, device = Path(folder), torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"there is no device {device!r}", remedy="give 'cpu', 'cuda' or 'cuda:N'"
+        ) from error
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise RecipeError(f"dtype is {dtype!r}", remedy="give a dtype, such as torch.bfloat16")
     if not (folder / "config.json").exists():
         raise CheckpointError(
             "there is no config.json",

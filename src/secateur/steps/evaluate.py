@@ -38,7 +38,7 @@ from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import compare, mean_of
 from secateur.models.architecture import positions_of, refuse_foreign
 from secateur.models.hub import own_texts
-from secateur.models.tokenizer import own_tokenizer
+from secateur.models.tokenizer import tokenizer_for
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.deploy import Sampling
@@ -96,7 +96,7 @@ class LoadedModel:
         if not isinstance(model, nn.Module):
             return cls(str(model), *load_model(str(model), device, trust_remote_code))
         refuse_foreign(model)
-        return cls(_name_of(model), model, tokenizer or own_tokenizer(model))
+        return cls(_name_of(model), model, tokenizer_for(model, tokenizer))
 
 
 @takes_options_of(EvaluateRecipe)

@@ -5,6 +5,7 @@ A `Conversation` holds the model, and generates piece by piece with the fastest 
 
 from __future__ import annotations
 
+import os
 import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +95,7 @@ def generate(
         SecateurError: what, where, and what to do.
     """
     conversation = Conversation(
-        str(model),
+        os.fspath(model) if isinstance(model, os.PathLike) else model,
         max_new_tokens=max_new_tokens,
         sampling={
             "temperature": temperature,
@@ -106,7 +107,7 @@ def generate(
             "frequency_penalty": frequency_penalty,
             "seed": seed,
         },
-        stop=stop,
+        stop=(stop,) if isinstance(stop, str) else stop,
         chat=chat,
         system=system,
         kv_cache=kv_cache,

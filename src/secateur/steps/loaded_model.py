@@ -33,7 +33,7 @@ from secateur.models.architecture import positions_of, refuse_foreign, text_conf
 from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
 from secateur.models.skeleton import quiet_transformers
-from secateur.models.tokenizer import own_tokenizer, start_tokens
+from secateur.models.tokenizer import start_tokens, tokenizer_for
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.prune import PruneRecipe
@@ -87,7 +87,6 @@ def prune_module(
     refuse_unused(PruneRecipe, options, UNUSED, "a loaded model is pruned in place, in memory")
     if isinstance(calibration, Tensor):
         refuse_unused(PruneRecipe, options, OF_TEXT, "the calibration is a tensor of windows")
-    refuse_foreign(model)
     _refuse_wrapped(model)
     named = None if isinstance(calibration, Tensor) else calibration
     recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
@@ -97,7 +96,8 @@ def prune_module(
     windows = None
     if windows_needed(recipe, method, allocation):
         ready = isinstance(calibration, Tensor) or recipe.calibration.source.endswith(READY)
-        tokenizer = tokenizer or (None if ready else own_tokenizer(model))
+        unneeded = ready and tokenizer is None
+        tokenizer = None if unneeded else tokenizer_for(model, tokenizer)
         windows = _module_windows(recipe, calibration, tokenizer, model)
     ledger, how, was_training = Ledger(), recipe.distillation, model.training
     model.eval()
@@ -138,7 +138,8 @@ def prune_module(
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model inside a wrapper: its adapters, or code that torch has compiled for it."""
+    """Refuse what is no model, or a model in a wrapper: adapters, or what torch has compiled."""
+    refuse_foreign(model)
     if hasattr(model, "_orig_mod"):
         raise ArchitectureError(
             "the model is compiled by torch.compile",

@@ -17,6 +17,7 @@ import torch
 
 from secateur.diagnostics.audit import audit_checkpoint
 from secateur.engine.plan import Plan
+from secateur.errors import RecipeError
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole, refuse_quantized
 from secateur.models.sources import LocalCheckpoint
@@ -135,6 +136,12 @@ class Train(Step[TrainRecipe, TrainResult]):
         )
         plan.make_optimizer([("weight", torch.nn.Parameter(torch.ones(2, 2)))])
         choose_device(recipe.device)
+        if recipe.tensorboard and Path(recipe.tensorboard).is_file():
+            raise RecipeError(
+                f"{recipe.tensorboard} is a file, and curves are written into a folder",
+                where="--tensorboard",
+                remedy="name a folder, which may be new",
+            )
         if recipe.gradual is not None:
             scores[recipe.gradual.score]
             schedules[recipe.gradual.schedule]
