@@ -381,7 +381,7 @@ class ShardWriter:
             self.end += torch.Size(shape).numel() * dtype.itemsize
         unknown: Described = dict.fromkeys(appended, (torch.uint8, (LONGEST,), LONGEST))
         self.waiting = {*known, *appended}
-        self.header_bytes = len(_header_text(self.placed | unknown, longest_metadata))
+        self.header_bytes = len(header_text(self.placed | unknown, longest_metadata))
         self.header_bytes += -self.header_bytes % 8
         with writing(file):
             self.stream = file.open("wb", buffering=0)
@@ -414,7 +414,7 @@ class ShardWriter:
         """Write the header, and return when the file would survive a power cut."""
         if self.waiting:
             raise ValueError(f"{len(self.waiting)} tensors were not written: {min(self.waiting)}")
-        text = _header_text(self.placed, metadata)
+        text = header_text(self.placed, metadata)
         if len(text) > self.header_bytes:
             raise ValueError(f"header of {len(text)} bytes where {self.header_bytes} are kept free")
         with writing(self.file):
@@ -430,7 +430,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8", newline="\n")
 
 
-def _header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
+def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
     """The JSON of a header, tensors in the order of their bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, (dtype, shape, offset) in sorted(placed.items(), key=lambda x: x[1][2]):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -38,6 +38,7 @@ from secateur.models.checkpoint import (
     ShardWriter,
     as_bytes,
     dtype_name,
+    header_text,
     not_finite,
     read_all,
     shard_files,
@@ -569,6 +570,26 @@ def _describe_file(description: Description, stored: Mapping[str, PartSpec]) -> 
     }
     record["digest"] = _digest(record, stored)
     return {"format": "pt", METADATA_KEY: json.dumps(record, separators=(",", ":"))}
+
+
+LATE = 10**9
+"""A place in a file that takes as many digits as any place in a file below 10 GB."""
+
+
+def header_bytes(
+    tensors: Mapping[str, PartSpec], layouts: Mapping[str, Layout], files: Sequence[str] = ()
+) -> int:
+    """Bytes of the header of a file below 10 GB, at most.
+
+    Args:
+        tensors: in the file.
+        layouts: of the matrices in it.
+        files: the names of all files.
+    """
+    checksums = dict.fromkeys(tensors, 0)
+    description = Description(False, tuple(files), layouts, checksums, {}, ACTIVATIONS)
+    placed = {name: (spec.dtype, spec.shape, LATE) for name, spec in tensors.items()}
+    return 8 + len(header_text(placed, _describe_file(description, tensors))) + 7  # to a multiple
 
 
 def _digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:

@@ -49,7 +49,7 @@ from secateur.runs.folder import NOTES, STATE, check_output, refuse_another, wha
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Counts, read_record
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.fitting.storage_formats import StorageFormat, size_of
+from secateur.steps.fitting.storage_formats import PACKED_FOLDER, StorageFormat
 from secateur.steps.runner import (
     RunContext,
     Step,
@@ -211,7 +211,7 @@ def _packed_bytes(counts: Counts, values: str, sparsity: float) -> int:
     kind = StorageFormat(stored if values in ("auto", "keep") else values, sparsity)
     matrices = counts.attention + counts.ffn + counts.experts
     rest = counts.file_bytes * (1 - matrices / counts.parameters)
-    return round(rest + matrices * size_of(shape, kind) / prod(shape))
+    return round(rest + matrices * PACKED_FOLDER.matrix("", shape, kind) / prod(shape))
 
 
 class ChainSteps(Step[ChainRecipe, ChainResult]):

@@ -24,7 +24,7 @@ def costs() -> Costs:
     outer = (96, 64)
     seconds = {x: head_time(outer, weight_format(StorageFormat(x, 0.0))) for x in ("int8", "int4")}
     head = {x: seconds["int4" if x == "int3" else x] - seconds["int8"] for x in (*seconds, "int3")}
-    return Costs(kinds, SHAPES, (outer,), times, head=head)
+    return Costs(kinds, SHAPES, {"embedding": outer}, times, head=head)
 
 
 def test_the_head_counts_in_seconds() -> None:

@@ -63,7 +63,7 @@ def costs_within(size: float, memory: float, speedup: float) -> Costs:
         CostKind(MEMORY, 2000.0, memory),
         CostKind(SECONDS, times.rest, times.base / speedup),
     )
-    return Costs(kinds, SHAPES, ((512, 64),), times)
+    return Costs(kinds, SHAPES, {"embedding": (512, 64)}, times)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_seconds_and_memory_are_those_of_a_format() -> None:
 def test_embeddings_have_values_and_no_zeros() -> None:
     costs = costs_within(math.inf, math.inf, 1.0)
     size_of = {one.name: costs.of(EMBEDDINGS, one)[0] for one in FORMATS}
-    assert (
-        size_of["int8"] == size_of["bfloat16"] == size_of["70% zeros, int8"] == 512 * 64 + 4 * 512
-    )
-    assert size_of["int4"] == size_of["30% zeros, int4"] == 512 * 64 // 2 + 512 + 512
+    assert size_of["int8"] == size_of["bfloat16"] == size_of["70% zeros, int8"]
+    assert 0 < size_of["int8"] - (512 * 64 + 4 * 512) < 400  # of headers
+    assert size_of["int4"] == size_of["30% zeros, int4"]
+    assert 0 < size_of["int4"] - (512 * 64 // 2 + 512 + 512) < 500
     assert size_of["int3"] == size_of["int2"] < size_of["int4"]
     assert costs.of(EMBEDDINGS, FORMATS[0])[2] == 0
 
@@ -295,10 +295,11 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
 @pytest.mark.parametrize(
     ("family", "grown"),
     [
-        ("llama", 3 * (2 * 2 * 8) * 2 * 2000),  # three layers, 2 KV heads of 8
-        ("mistral", 0),  # windows of 8, full after the 48 tokens of the measured text
-        ("gemma3", 1 * (2 * 2 * 8) * 2 * 2000),  # one layer of three has no window
-        ("deepseek_v3", 3 * (8 + 4) * 2 * 2000),  # a latent of 8 and a rotary key of 4
+        ("llama", 3 * (2 * 2 * 8) * 2 * 1984),  # three layers, 2 KV heads of 8; 64 are there
+        ("mistral", 3 * (2 * 2 * 8) * 2 * 9 * 64),  # windows of 8 have rings of ten tiles
+        # one layer of three has no window
+        ("gemma3", (2 * 2 * 8) * 2 * (1984 + 2 * 9 * 64)),
+        ("deepseek_v3", 3 * (8 + 4) * 2 * 1984),  # a latent of 8 and a rotary key of 4
         ("mamba", 0),
     ],
 )

@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, labels: Labels) -> Path:
         save_tiny(place / name, num_hidden_layers=layers, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(12, 24), place / "windows.safetensors")
     secateur.fit(
-        place / "dense", output=place / "small", max_size="75KiB",
+        place / "dense", output=place / "small", max_size="65KiB",
         calibration=place / "windows.safetensors", progress=labels, structure=True, **OPTIONS,
     )  # fmt: skip
     return place
@@ -68,7 +68,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def test_the_bound_holds_and_the_size_is_that_of_the_files(place: Path) -> None:
     size = sum(file.stat().st_size for file in (place / "small").glob("*.safetensors"))
-    assert size == result_of(place / "small")["winner"]["file_bytes"] <= bytes_of("75KiB")
+    assert size == result_of(place / "small")["winner"]["file_bytes"] <= bytes_of("65KiB")
 
 
 def test_every_candidate_that_was_made_is_a_finalist(place: Path, labels: Labels) -> None:
@@ -96,14 +96,14 @@ def test_every_linear_is_stored_as_the_result_says(place: Path) -> None:
 def test_the_winner_is_the_best_that_was_made(place: Path) -> None:
     found = result_of(place / "small")
     assert found["winner"]["divergence"] == min(x["divergence"] for x in found["finalists"])
-    assert all(one["file_bytes"] <= bytes_of("75KiB") for one in found["finalists"])
+    assert all(one["file_bytes"] <= bytes_of("65KiB") for one in found["finalists"])
 
 
 def test_no_cut_is_tried_where_none_can_help(place: Path) -> None:
     """The random model hardly changes by rounding."""
     found = result_of(place / "small")
     assert found["winner"]["divergence"] < 0.1
-    assert found["branches"] == []
+    assert {one["name"] for one in found["branches"]} <= {"all formats, mixed"}
 
 
 def test_a_mix_that_promises_too_little_is_named_and_not_made(
@@ -111,7 +111,7 @@ def test_a_mix_that_promises_too_little_is_named_and_not_made(
 ) -> None:
     monkeypatch.setattr(candidates, "LESS", 0.0)
     found = secateur.fit(
-        place / "shallow", output=tmp_path / "small", max_size="36KiB",
+        place / "shallow", output=tmp_path / "small", max_size="29KiB",
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
     (only,), (unmade,) = found.finalists, found.branches
@@ -152,7 +152,7 @@ def test_a_healed_winner_is_made_again_by_its_recipe(
     monkeypatch.setattr(ModelEvaluator, "packed", packed)
     monkeypatch.setattr("secateur.steps.fit.heal_candidates", heal)
     found = secateur.fit(
-        place / "shallow", output=tmp_path / "small", max_size="36KiB", effort="fast",
+        place / "shallow", output=tmp_path / "small", max_size="29KiB", effort="fast",
         heal_tokens=240, calibration=str(write_text(tmp_path)), windows=12, sequence_length=24,
     )  # fmt: skip
     assert found.winner.healed is not None
@@ -235,7 +235,7 @@ def test_a_model_that_loses_too_much_is_chosen_again(
 
 def test_without_time_one_model_is_made(place: Path, tmp_path: Path) -> None:
     found = secateur.fit(
-        place / "shallow", output=tmp_path / "quick", max_size="44KiB", minutes=1e-4,
+        place / "shallow", output=tmp_path / "quick", max_size="24KiB", minutes=1e-4,
         calibration=place / "windows.safetensors", structure=True, heal_tokens=64, **OPTIONS,
     )  # fmt: skip
     assert {"cuts", "healing"} < set(found.dropped)

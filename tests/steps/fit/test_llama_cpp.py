@@ -34,7 +34,7 @@ def bytes_with(place: Path, values: str, embeddings: str) -> int:
     for name, matrix in model.matrices.items():
         rows, columns = model.reader.entries[name].shape
         own = values if matrix.prunable else embeddings
-        total += GGUF_FILE.matrix((rows, columns), StorageFormat(own, 0.0))
+        total += GGUF_FILE.matrix(name, (rows, columns), StorageFormat(own, 0.0))
     return total
 
 

@@ -51,7 +51,9 @@ def test_what_a_unit_is_predicted_to_lose(
 
 
 def test_predictions_are_scaled_by_what_was_made() -> None:
-    costs = Costs((CostKind(SIZE, 0.0, 1e9),), {"a": (64, 64), "b": (64, 64)}, ((64, 64),))
+    costs = Costs(
+        (CostKind(SIZE, 0.0, 1e9),), {"a": (64, 64), "b": (64, 64)}, {"embedding": (64, 64)}
+    )
     candidate = (2, 3, 1)  # int4, int3, and embeddings in int8
     predicted = Predictions(LOSSES).knapsack(costs).predicted(candidate)
     assert predicted == pytest.approx(0.005 + 0.1)

@@ -93,7 +93,7 @@ class Costs:
     Attributes:
         kinds: size, then memory and seconds if they are bounded.
         shapes: [out, in] of every linear, by its name.
-        outer: shapes of embedding and head; one if they are tied.
+        outer: [out, in] of embedding and head, by their names; one if they are tied.
         times: of the linears, if seconds are bounded.
         files: of the target.
         head: seconds of the output head beyond those in int8, by its values; where there are none,
@@ -103,7 +103,7 @@ class Costs:
 
     kinds: tuple[CostKind, ...]
     shapes: Mapping[str, tuple[int, int]]
-    outer: tuple[tuple[int, int], ...] = ()
+    outer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     times: MatrixTimes | None = None
     files: TargetFiles = PACKED_FOLDER
     head: Mapping[str, float] = field(default_factory=dict)
@@ -189,7 +189,7 @@ class Costs:
         """The cost of a unit in a format; `kept` is the fraction of nonzeros, if it is known."""
         if name == EMBEDDINGS:
             stored = StorageFormat(embedded(stored), 0.0)
-            each = [self._of_matrix(shape, stored) for shape in self.outer]
+            each = [self._of_matrix(one, shape, stored) for one, shape in self.outer.items()]
             if not each:
                 return (0.0,) * len(self.kinds)
             whole = [sum(kind) for kind in zip(*each, strict=True)]
@@ -197,7 +197,7 @@ class Costs:
                 whole[-1] += self.head[stored.values]
             return tuple(whole)
         stored = replace(stored, sparsity=max(stored.sparsity, self.zeros.get(name, 0.0)))
-        return self._of_matrix(self.shapes[name], stored, kept, timed=True)
+        return self._of_matrix(name, self.shapes[name], stored, kept, timed=True)
 
     def pruned(self, name: str, stored: StorageFormat) -> float:
         """The fraction of the nonzero weights of a linear that a format prunes."""
@@ -206,6 +206,7 @@ class Costs:
 
     def _of_matrix(
         self,
+        name: str,
         shape: tuple[int, int],
         stored: StorageFormat,
         kept: float | None = None,
@@ -214,7 +215,7 @@ class Costs:
     ) -> Cost:
         """The cost of a matrix. Embedding and head are timed with the rest."""
         found = {
-            SIZE: lambda: float(self.files.matrix(shape, stored, kept)),
+            SIZE: lambda: float(self.files.matrix(name, shape, stored, kept)),
             MEMORY: lambda: float(
                 matrix_bytes(shape, stored.values, stored.sparsity, stored.group)
             ),
@@ -270,12 +271,12 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
     if recipe.decode_speedup is not None:
         times = time_linears(skeleton.config, model.shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
-    outer = tuple(
-        (rows, columns)
+    outer = {
+        name.removesuffix(".weight"): (rows, columns)
         for name, matrix in model.matrices.items()
         if not matrix.prunable
         for rows, columns in [model.reader.entries[name].shape]
-    )
+    }
     shares = model.zero_fractions.items()
     # a linear without any weight left is counted as dense
     zeros = {name: share for name, share in shares if FEWEST_ZEROS <= share < 1}

@@ -11,21 +11,22 @@ with zeros are not offered for it. No type of its keeps the numbers of int3 and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from secateur.exporting import ExportSource
-from secateur.models.checkpoint import shard_files
+from secateur.models.checkpoint import shard_files, shard_name
 from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
-from secateur.runtime.formats import GRID_BITS, Layout, formats
+from secateur.runtime.formats import GRID_BITS, Layout, PartSpec, formats
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.storage_plan import PackableCheckpoint
-
-HEADER_BYTES = 900
-"""Of a matrix in the headers of the files, at most."""
+from secateur.runtime.packed import header_bytes
+from secateur.runtime.storage_plan import DENSE, PackableCheckpoint
 
 GROUP = 64
 """Values that share a scale."""
@@ -75,20 +76,17 @@ def embedded(stored: StorageFormat) -> str:
     return EMBEDDED.get(stored.values, "int8")
 
 
-def size_of(shape: tuple[int, int], stored: StorageFormat, kept: float | None = None) -> int:
-    """Bytes of a matrix in a packed folder: the smaller one of bitmask and dense.
-
-    Args:
-        shape: [out, in].
-        stored: how it is stored.
-        kept: the fraction of nonzeros; None for all that are not pruned. A kept weight that rounds
-            to zero is stored as a zero.
-    """
-    kept = 1 - stored.sparsity if kept is None else kept
-    nonzeros = round(shape[0] * shape[1] * kept)
-    names = ("dense", "bitmask") if stored.sparsity else ("dense",)
-    layouts = [Layout(name, stored.values, shape, group=stored.group) for name in names]
-    return min(formats[layout.format].nbytes(layout, nonzeros) for layout in layouts)
+@functools.cache
+def stored_bytes(name: str, layout: Layout, nonzeros: int) -> int:
+    """Bytes of a matrix in a packed folder, with what the header says of it, at most."""
+    form, packed = formats[layout.format], layout.integers or layout.format != DENSE
+    parts = form.parts(layout, nonzeros)
+    described = header_bytes(
+        {f"{name}.{suffix}": spec for suffix, spec in parts.items()},
+        {name: layout} if packed else {},
+    )
+    commas = 2  # after other layouts and checksums
+    return form.nbytes(layout, nonzeros) + described - header_bytes({}, {}) + commas
 
 
 class TargetFiles(Protocol):
@@ -111,9 +109,17 @@ class TargetFiles(Protocol):
         ...
 
     def matrix(
-        self, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
+        self, name: str, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
     ) -> int:
-        """Bytes of a matrix [out, in]; `kept` is the fraction of nonzeros, if it is known."""
+        """Bytes of a matrix, at most.
+
+        Args:
+            name: of the matrix, without `.weight`.
+            shape: [out, in].
+            stored: how it is stored.
+            kept: the fraction of nonzeros; None for all that are not pruned. A kept weight that
+                rounds to zero is stored as a zero.
+        """
         ...
 
     def finish(self, folder: Path, progress: Progress) -> int:
@@ -133,21 +139,26 @@ class PackedFolder:
     formats: tuple[StorageFormat, ...] = FORMATS
 
     def rest(self, model: PackableCheckpoint) -> int:
-        """Norms in bfloat16, headers."""
-        total = 4096
+        """Norms in bfloat16, and what the headers say of them."""
+        files, names = dict[Path, dict[str, PartSpec]](), model.reader.files
         for name, entry in model.reader.entries.items():
-            if name in model.matrices:
-                total += HEADER_BYTES
-            else:
-                itemsize = entry.dtype.itemsize
-                total += entry.size_bytes // itemsize * min(itemsize, 2)
-        return total
+            others = files.setdefault(entry.file, {})
+            if name not in model.matrices:
+                narrow = entry.dtype if entry.dtype.itemsize < 2 else torch.bfloat16
+                others[name] = PartSpec(narrow, entry.shape)
+        shards = [shard_name("secateur", number + 1, len(names)) for number in range(len(names))]
+        data = sum(spec.nbytes for others in files.values() for spec in others.values())
+        return data + sum(header_bytes(others, {}, shards) for others in files.values())
 
     def matrix(
-        self, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
+        self, name: str, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
     ) -> int:
-        """What the formats say."""
-        return size_of(shape, stored, kept)
+        """The smaller one of bitmask and dense."""
+        kept = 1 - stored.sparsity if kept is None else kept
+        nonzeros = round(shape[0] * shape[1] * kept)
+        names = (DENSE, "bitmask") if stored.sparsity else (DENSE,)
+        layouts = [Layout(form, stored.values, shape, group=stored.group) for form in names]
+        return min(stored_bytes(name, layout, nonzeros) for layout in layouts)
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Nothing is missing."""
@@ -167,10 +178,10 @@ class GGUFFolder:
         bare = self.formats[0]
         whole = bytes_as_stored(model.reader, dict.fromkeys(model.matrices, bare.values))
         shapes = [model.reader.entries[name].shape for name in model.matrices]
-        return whole - sum(self.matrix((out, into), bare) for out, into in shapes)
+        return whole - sum(self.matrix("", (out, into), bare) for out, into in shapes)
 
     def matrix(
-        self, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
+        self, name: str, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
     ) -> int:
         """Rows of blocks."""
         from secateur.exporting.gguf.writing import bytes_of_matrix
