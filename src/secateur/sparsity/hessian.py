@@ -287,8 +287,9 @@ def dense_target(
 
         W* = (M + λA)(G + λI)⁻¹,    ‖T − ŴX̂‖² + λ‖A − Ŵ‖² = tr((Ŵ − W*)(G + λI)(Ŵ − W*)ᵀ) + rest
 
-    where the rest does not depend on Ŵ. So every score and solver can use W* as the weight. Inputs
-    X̂ in the pruned model differ from the inputs X of the dense one:
+    where the rest does not depend on Ŵ. Every score and solver can use W* as the weight; its own
+    damping then stands in place of λ on the right. Inputs X̂ in the pruned model differ from the
+    inputs X of the dense one:
 
     * T = X, A = I gives a matrix K with W* = WK for T = WX, shared by linears with the same input;
     * T = WX + H − Ĥ, A = W is for a linear that writes to the residual stream, whose states before
