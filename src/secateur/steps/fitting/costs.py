@@ -233,15 +233,16 @@ class Costs:
         Returns:
             None if no model keeps the other bounds.
         """
-        every = [[self.of(name, stored) for stored in self.formats] for name in self.units]
-        others = tuple(math.inf if alone or n == place else most for n, most in enumerate(self.aim))
-        wanted = tuple(tuple(level[place] for level in levels) for levels in every)
-        knapsack = Knapsack(tuple(map(tuple, every)), wanted)
-        candidate = knapsack.best(others)
+        every = tuple(
+            tuple(self.of(name, stored) for stored in self.formats) for name in self.units
+        )
+        others = (math.inf if alone or n == place else most for n, most in enumerate(self.aim))
+        knapsack = Knapsack(every, ((0.0,) * len(self.formats),) * len(every))
+        candidate = knapsack.cheapest(place, (*others, math.inf))
         if candidate is None:
             return None
         kind = self.kinds[place]
-        return kind.rest + knapsack.predicted(candidate) / (1 - MARGINS[kind.name])
+        return kind.rest + knapsack.total(candidate)[place] / (1 - MARGINS[kind.name])
 
 
 def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -> Costs:
