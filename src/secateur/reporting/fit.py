@@ -120,6 +120,8 @@ class FitFinalist:
         predicted: its divergence, as it was predicted before it was made.
         divergence: its own before healing, in nats per token.
         healed: its own after healing; None if it was not healed, or was no better then.
+        rise: of its loss on the windows that choose, plus the standard error, in nats per token;
+            None where the loss has no bound.
     """
 
     name: str
@@ -127,6 +129,7 @@ class FitFinalist:
     predicted: float
     divergence: float
     healed: float | None = None
+    rise: float | None = None
 
     @property
     def last(self) -> float:

@@ -27,6 +27,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ from secateur.steps.fitting.bounds import (
 from secateur.steps.fitting.candidates import (
     BuiltCandidate,
     Workshop,
+    best_of,
     build_mixes,
     build_structured,
     heal_candidates,
@@ -218,7 +220,7 @@ class Fit(Step[FitRecipe, FitResult]):
         candidates, corrections = _correct_speed(
             workshop, heal_candidates(workshop, candidates), costs
         )
-        winner = best_of(candidates)
+        winner = best_of(candidates, self.recipe.max_loss_increase)
         packed = pack_winner(run, context, winner)
         size = costs.files.finish(folder.model, run.progress)
         losses = _judge(context, folder.model, winner, candidates)
@@ -281,63 +283,107 @@ def build_candidates(workshop: Workshop, costs: Costs, *, structure: bool = True
     context = workshop.context
     candidates, unmade, workshop = build_mixes(workshop, costs)
     structure = structure and context.recipe.structure
-    expected = 2 * context.time.expected("making")
-    if not structure or not candidates or not context.time.allows("cuts", expected):
+    if not structure or not candidates or not _has_time(context, "cuts"):
         return candidates, unmade, workshop
     structured, cuts = build_structured(workshop, best_of(candidates), costs)
     return [*candidates, *structured], [*unmade, *cuts], workshop
 
 
-def best_of(candidates: Sequence[BuiltCandidate]) -> BuiltCandidate:
-    """The candidate that diverges least from the dense model."""
-    return min(candidates, key=lambda one: one.divergence)
+@dataclass(frozen=True)
+class SizeBracket:
+    """The sizes between which the smallest model within a loss is looked for, in bytes.
+
+    Attributes:
+        low: the largest size that is too small; at first the smallest one that is possible.
+        high: of the smallest model within the loss; at first the largest size.
+        fails: whether low was tried.
+        holds: whether high was made.
+    """
+
+    low: float
+    high: float
+    fails: bool = False
+    holds: bool = False
+
+    def next(self, predicted: float) -> float:
+        """The size to try: the predicted one, or the middle once both ends were measured."""
+        low, high = self.low * (1 + STEP * self.fails), self.high * (1 - STEP * self.holds)
+        if low <= predicted <= high and not (self.fails and self.holds):
+            return predicted
+        return math.sqrt(self.low * self.high)
+
+    def after(self, made: float, *, keeps: bool) -> SizeBracket:
+        """The same after a size was tried, and its model has so many bytes and keeps the bound."""
+        if keeps and (made < self.high or not self.holds):
+            return replace(self, high=made, holds=True)
+        return replace(self, low=max(self.low, made) if self.fails else made, fails=True)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing worth trying is left."""
+        return self.low > self.high * (1 - STEP)
 
 
 def _within_loss(
     workshop: Workshop, costs: Costs
 ) -> tuple[list[BuiltCandidate], list[FitBranch], Workshop, Costs]:
-    """The candidates. With a bound on the loss, the smallest ones whose measured loss is within it.
+    """The candidates. With a bound on the loss, those of several sizes.
 
-    The survey predicts the divergence, and the size is chosen by it. The packed model is measured
-    on the windows that choose. If its rise and the standard error exceed the bound, or are far
-    below it, the next size is chosen with predictions that are scaled to what was measured.
+    The first size is where the survey predicts the bound. Models are made for it and measured on
+    the windows that choose. If the rise of the loss and its standard error exceed the bound, the
+    size is too small. Predictions are scaled to what was measured, and give the next size.
     """
     context, bound = workshop.context, workshop.context.recipe.max_loss_increase
     if bound is None:
         return (*build_candidates(workshop, costs), costs)
-    aim, kept = bound, None
-    for _ in range(MOST + 1):
-        narrowed = costs.narrowed(_smallest(workshop, costs, aim))
-        candidates, branches, workshop = build_candidates(workshop, narrowed)
-        built = candidates, branches, workshop, narrowed
-        if not candidates:
+    knapsack, rest = workshop.predictions.knapsack(costs), costs.rest[0]
+    most = min(rest + knapsack.most[0], costs.kinds[0].limit)
+    bracket, aim, left = SizeBracket(rest + knapsack.least[0], most), bound, MADE
+    made, unmade = dict[Path, BuiltCandidate](), dict[str, FitBranch]()
+    for _ in range(SIZES):
+        size = bracket.next(rest + _smallest(workshop, costs, aim))
+        candidates, branches, workshop = build_candidates(workshop, costs.limited(0, size))
+        new = [one for one in candidates if one.packed not in made]
+        left -= bool(new)
+        made |= {one.packed: one for one in candidates}
+        unmade |= {one.name: one for one in branches}
+        rise, found = math.inf, size  # where nothing new was made, sizes up to this one are known
+        if candidates:
+            best = best_of(candidates, bound)
+            rise, found = best.rise, best.row.file_bytes if new else size
+            aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
+        bracket = bracket.after(found, keeps=rise <= bound)
+        near = CLOSE * bound < rise <= bound
+        if near or bracket.closed or not left or not _has_time(context, "another size"):
             break
-        rise = context.choosing.increase(best_of(candidates).packed).cautious
-        if rise <= bound:
-            kept = built
-            if rise > CLOSE * bound:
-                break
-        aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
-    return kept or built
+    candidates = [*made.values()]
+    if candidates:
+        costs = costs.limited(0, best_of(candidates, bound).row.file_bytes)
+    return candidates, [*unmade.values()], workshop, costs
 
 
 CLOSE, CLOSER = 0.8, 0.95
 """A loss of so much of its bound is near enough; the next size aims at so much of it."""
 
+STEP = 0.02
+"""Sizes that differ by less, as a fraction, are not told apart."""
+
+MADE, SIZES = 5, 12
+"""For how many sizes models are made, and how many are tried, at most: the choice for a size may be
+a model that was made before."""
+
+
+def _has_time(context: FitContext, what: str) -> bool:
+    """Whether two more models can be made."""
+    return context.time.allows(what, 2 * context.time.expected("making"))
+
 
 def _smallest(workshop: Workshop, costs: Costs, bound: float) -> float:
-    """The smallest size of all units with a predicted divergence within a bound, by bisection."""
+    """The smallest size of all units with a predicted divergence within a bound."""
     knapsack = workshop.predictions.knapsack(costs)
-    low, high = knapsack.least[0], min(costs.aim[0], knapsack.most[0])
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        candidate = knapsack.best((middle, *costs.aim[1:]))
-        within = candidate is not None and knapsack.predicted(candidate) <= bound
-        low, high = (low, middle) if within else (middle, high)
-    return high / (1 - MARGINS[SIZE])
-
-
-BISECTIONS = 16
+    candidate = knapsack.cheapest(0, (*costs.aim, bound))
+    size = costs.aim[0] if candidate is None else knapsack.total(candidate)[0]
+    return min(size, knapsack.most[0]) / (1 - MARGINS[SIZE])
 
 
 def _correct_speed(
@@ -345,10 +391,11 @@ def _correct_speed(
 ) -> tuple[list[BuiltCandidate], list[FitCorrection]]:
     """Choose again while the best candidate decodes more slowly than its bound."""
     context, wanted = workshop.context, workshop.context.recipe.decode_speedup
+    bound = context.recipe.max_loss_increase
     corrections: list[FitCorrection] = []
-    speed = _measured_speedup(context, best_of(candidates), 0)
+    speed = _measured_speedup(context, best_of(candidates, bound), 0)
     while wanted and speed is not None and misses(wanted, speed) and len(corrections) < MOST:
-        best = best_of(candidates)
+        best = best_of(candidates, bound)
         # the table does not know the linears of a cut
         predicted = wanted if best.cut else costs.predicted_speedup(best.formats)
         # seconds that make up for what the table promises too much
@@ -359,7 +406,7 @@ def _correct_speed(
         if not again:
             break
         again = heal_candidates(workshop, again)
-        reached = _measured_speedup(context, best_of(again), len(corrections) + 1)
+        reached = _measured_speedup(context, best_of(again, bound), len(corrections) + 1)
         corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
         if not is_faster(reached, speed):  # it has lost more, and for nothing
             break
@@ -395,7 +442,7 @@ def _judge(
     rounded = [one for one in candidates if one.only_rounded]
     rivals = {
         WINNER: winner,
-        ONLY_ROUNDED: min(rounded, key=lambda one: one.divergence, default=None),
+        ONLY_ROUNDED: best_of(rounded, context.recipe.max_loss_increase) if rounded else None,
     }
     found = {}
     for name, one in rivals.items():

@@ -75,10 +75,13 @@ predictions err by more than a smaller gain."""
 NEAR = 1.1
 """The best candidate is healed, and those that lose at most so many times as much before."""
 
+HEALABLE = 1.3
+"""With a bound on the loss, smaller candidates that exceed it by at most so much are healed too."""
+
 
 @dataclass(frozen=True)
 class BuiltCandidate:
-    """A model that was made whole.
+    """A model that was made.
 
     Attributes:
         base: the model before pruning: the source, or a cut of it.
@@ -100,6 +103,12 @@ class BuiltCandidate:
     def divergence(self) -> float:
         """From the dense model, in nats per token; after healing, if it was healed."""
         return self.row.divergence if self.row.healed is None else self.row.healed
+
+    @property
+    def rise(self) -> float:
+        """Of the loss, cautiously, where the recipe bounds it."""
+        assert self.row.rise is not None
+        return self.row.rise
 
     @property
     def only_rounded(self) -> bool:
@@ -138,11 +147,13 @@ class Workshop:
         context: of the fit.
         predictions: what every unit is predicted to lose.
         evaluator: measures whole models on the windows that choose.
+        excess: bytes of everything that is no unit beyond those that are counted, by what was made.
     """
 
     context: FitContext
     predictions: Predictions
     evaluator: ModelEvaluator
+    excess: float = 0.0
 
     def made(
         self, name: str, base: Path, formats: Formats, predicted: float, cut: Mapping[str, Any]
@@ -162,7 +173,8 @@ class Workshop:
             sparse, packed = make_model(context, base, formats, self._place(base, formats), label)
             divergence = self.evaluator.packed(packed)
         size = context.costs.files.finish(packed, context.progress)
-        row = FitFinalist(name, size, predicted, divergence)
+        rise = self.evaluator.rise(packed)
+        row = FitFinalist(name, size, predicted, divergence, rise=rise)
         return BuiltCandidate(base, sparse, packed, formats, row, cut)
 
     def healed(self, candidate: BuiltCandidate) -> BuiltCandidate:
@@ -179,7 +191,8 @@ class Workshop:
         size = context.costs.files.finish(packed, context.progress)
         if divergence >= candidate.row.divergence or size > context.costs.kinds[0].limit:
             return candidate
-        row = replace(candidate.row, file_bytes=size, healed=divergence)
+        rise = self.evaluator.rise(packed)
+        row = replace(candidate.row, file_bytes=size, healed=divergence, rise=rise)
         return replace(candidate, packed=packed, row=row)
 
     def _place(self, base: Path, formats: Formats) -> Path:
@@ -218,8 +231,9 @@ def build_mixes(
     found, unmade, seen = list[BuiltCandidate](), list[FitBranch](), set[Candidate]()
     most = costs.kinds[0].limit
     for name, choose in CHOICES.items():
-        own = costs
+        limit = most
         for _ in range(TRIES):
+            own = costs.with_rest(workshop.excess).limited(0, limit)
             knapsack = workshop.predictions.knapsack(own)
             candidate = choose(knapsack, own)
             if candidate is None or candidate in seen:
@@ -234,14 +248,10 @@ def build_mixes(
             if found and not time.allows(name, time.expected("making")):
                 break
             made, workshop = made_mix(workshop, name, knapsack, candidate, own)
-            size = made.row.file_bytes
-            if not any(stored.sparsity for stored in made.formats.values()):
-                # all but the rest is arithmetic
-                costs = costs.with_rest(size - own.rest[0] - knapsack.total(candidate)[0])
-            if size <= most:
+            if made.row.file_bytes <= most:
                 found.append(made)
                 break
-            own = own.limited(0, own.kinds[0].limit - (size - most))
+            limit -= made.row.file_bytes - most
     return found, unmade, workshop
 
 
@@ -255,18 +265,43 @@ def made_mix(
     if predicted > 0 and made.divergence > 0:
         scaled = workshop.predictions.scaled(made.divergence, predicted)
         workshop = replace(workshop, predictions=scaled)
+    if made.only_rounded:  # all but the rest is arithmetic
+        rest = made.row.file_bytes - knapsack.total(candidate)[0]
+        workshop = replace(workshop, excess=rest - workshop.context.costs.rest[0])
     return made, workshop
+
+
+def best_of(candidates: Sequence[BuiltCandidate], bound: float | None = None) -> BuiltCandidate:
+    """The candidate that diverges least from the dense model.
+
+    Args:
+        candidates: that were made.
+        bound: on the rise of the loss. With one it is the smallest candidate within the bound, or
+            the one whose loss rises least where none is.
+    """
+    if bound is None:
+        return min(candidates, key=lambda one: one.divergence)
+    within = [one for one in candidates if one.rise <= bound]
+    smallest = min(within, key=lambda one: one.row.file_bytes, default=None)
+    return smallest or min(candidates, key=lambda one: one.rise)
 
 
 def heal_candidates(
     workshop: Workshop, candidates: Sequence[BuiltCandidate]
 ) -> list[BuiltCandidate]:
-    """Heal the candidates that lose the least; the others stay as they are."""
-    context = workshop.context
-    ordered, found = sorted(candidates, key=lambda one: one.divergence), []
-    most = NEAR * ordered[0].divergence
-    for one in ordered:
-        heals = context.recipe.tokens_to_heal and one.divergence <= most
+    """Heal the candidates that may win; the others stay as they are."""
+    context, found = workshop.context, []
+    bound = context.recipe.max_loss_increase
+    best = best_of(candidates, bound)
+
+    def may_win(one: BuiltCandidate) -> bool:
+        if bound is None:
+            return one.divergence <= NEAR * best.divergence
+        smaller = one.row.file_bytes < best.row.file_bytes
+        return one is best or (smaller and one.rise <= HEALABLE * bound)
+
+    for one in sorted(candidates, key=lambda one: one.divergence):
+        heals = context.recipe.tokens_to_heal and may_win(one)
         if heals and context.time.allows("healing", context.time.expected("healing")):
             one = workshop.healed(one)
         found.append(one)

@@ -213,6 +213,13 @@ class ModelEvaluator:
         """The divergence of a packed model, as it runs."""
         return self._once(self._name_of(folder), lambda: self._running(folder))
 
+    def rise(self, folder: Path) -> float | None:
+        """The cautious rise of the loss of a packed model; None where the recipe bounds none."""
+        if self.context.recipe.max_loss_increase is None:
+            return None
+        name = f"the loss of {self._name_of(folder)}"
+        return self._once(name, lambda: self.context.choosing.increase(folder).cautious)
+
     @torch.no_grad()
     def _running(self, folder: Path) -> float:
         """The divergence of a packed model in the kernels."""
