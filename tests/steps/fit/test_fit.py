@@ -13,14 +13,12 @@ import yaml
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import RecipeError
-from secateur.evaluation.perplexity import LossComparison, LossIncrease
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
 from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.sparsity.solvers.obs import OBS
-from secateur.steps import fit as fit_module
 from secateur.steps.fitting import candidates
 from secateur.steps.fitting.candidates import heal_candidates
 from secateur.steps.fitting.models import ModelEvaluator
@@ -209,28 +207,6 @@ def test_the_promised_loss_is_what_evaluate_says_of_the_folder(
     assert loss["loss_increase"] == pytest.approx(found.divergence[0].loss_change, abs=1e-4)
     error = found.divergence[0].loss_change_standard_error
     assert loss["standard_error"] == pytest.approx(error, abs=1e-4)
-
-
-def test_a_model_that_loses_too_much_is_chosen_again(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the survey predicts does not count: the packed model is measured, and steps back."""
-    aims, original = [], fit_module._smallest
-
-    def smallest(workshop: Any, costs: Any, bound: float) -> float:
-        aims.append(bound)
-        return original(workshop, costs, bound)
-
-    def increase(judge: LossComparison, folder: Path) -> LossIncrease:
-        return LossIncrease(0.02 if len(aims) == 1 else 0.009, 0.0, 1)
-
-    monkeypatch.setattr(fit_module, "_smallest", smallest)
-    monkeypatch.setattr(LossComparison, "increase", increase)
-    secateur.fit(
-        place / "shallow", output=place / "again-within", max_loss_increase=0.01,
-        calibration=place / "windows.safetensors", **OPTIONS,
-    )  # fmt: skip
-    assert aims == pytest.approx([0.01, 0.01 * 0.95 / 2])
 
 
 def test_without_time_one_model_is_made(place: Path, tmp_path: Path) -> None:
