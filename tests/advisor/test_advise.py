@@ -204,8 +204,8 @@ def test_serving_oneself_stands_beside_hosted_models_with_cost_and_latency() -> 
     rows = {str(row[0]): row for row in table.rows}
     assert {"as it is", "int4", "2:4 zeros", "2:4 zeros + int4", "gpt-4o (API)"} <= rows.keys()
     assert (
-        rows["gpt-4o (API)"][3] == f"{0.39 + 250 / 81:.2g}"
-    )  # first token, then 250 at 81 a second
+        rows["gpt-4o (API)"][3] == f"{0.45 + 250 / 131:.2g}"
+    )  # first token, then 250 at 131 a second
     assert rows["llama-3.1-8b (API)"][3] == "not known"
     whole = next(row for row in found.advice.considered if not row.option.changed).capacity
     assert isinstance(whole, Capacity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +130,34 @@ def test_a_looser_bound_lets_cuts_win_and_hours_rule_them_out() -> None:
     assert "distilled" not in short.chosen.option.name
     out = {row.option.name: row.refused for row in short.considered}
     assert "GPU hours to make, 50 allowed" in out["width-50%-distilled"]
+
+
+def test_a_training_is_advised_only_where_three_years_of_service_pay_for_it() -> None:
+    """On a board of 125 USD, distillation for thousands of USD saves a few USD a month."""
+    facts = read_facts()
+    model = facts.shapes["llama-2-7b"].shape("llama-2-7b")
+    board = facts.hardware["raspberry-pi-5"]
+    need = Requirements(Load(1000, 250, 250), 0.1)
+    question = AdviceQuestion(model, board, round(6.5 * 2**30), facts, need)
+    found = question.answer()
+    assert found.chosen is not None
+    assert found.chosen.option.name == "int4"
+    rows = {row.option.name: row for row in found.considered if row.possible}
+    distilled = rows["width-50%-distilled + int4"]
+    assert distilled.safe
+    assert distilled.month < found.chosen.month
+    assert distilled.making.usd.typical > 36 * (found.chosen.month - distilled.month)
+    assert distilled.total == 36 * distilled.month + distilled.making.usd.typical
+    # a large service pays for it within a month
+    large = decided(requests=10_000, quality_loss=0.1)
+    assert large.paid_back_months is not None
+    assert large.paid_back_months < 1
+    # where nothing else serves, the verdict says what the training costs
+    larger = replace(question, model=facts.shapes["llama-2-13b"].shape("llama-2-13b"))
+    only = larger.answer()
+    assert only.chosen is not None
+    price = f"{only.chosen.making.usd.typical:,.0f}"
+    assert only.verdict.startswith(f"Distill and quantize for {price} USD once: width-50%-")
 
 
 def test_nothing_serves_a_load_whose_latency_is_impossible() -> None:

@@ -1,8 +1,8 @@
 """Compares the options under a load and decides: leave it, quantize, prune, both, or distill.
 
 An option is *safe* if even its lowest published accuracy keeps the bound, *possible* if its highest
-does. Among the safe ones the cheapest to serve wins; if several cost the same,
-the one that changes least. Possible ones are named with the advice to measure.
+does. Among the safe ones the cheapest over three years wins, made and served; if several cost the
+same, the one that changes least. Possible ones are named with the advice to measure.
 
 A device costs the same however little it serves. For a load that needs less than half of one, the
 verdict begins with that, and names the hosted model and the other device that would cost less.
@@ -13,6 +13,7 @@ Serving and making the model cost
 
     month  = devices · price · 730 h           year = devices · price · 8760 h
     tokens = month / (requests per day · 30.42 · tokens of a request) · 1,000,000
+    total  = month · 36 + price of making
     API    = requests per month · (P · input + N · output) / 1,000,000
     prune  = seconds of a 7B model · parameters / 7 billion     ALPS, the longest of the one-shot
              methods, for each step; one pass without a text (FP8, Q8_0): magnitude pruning
@@ -46,11 +47,12 @@ from secateur.advisor.capacity import (
     capacity_of,
     most_requests,
 )
-from secateur.advisor.facts import API, Estimate, Facts, Hardware
+from secateur.advisor.facts import API, LIFE_HOURS, Estimate, Facts, Hardware
 from secateur.advisor.options import ENGINES, CompressionWay, options_for
 from secateur.models.shape import LayerCache, LayerKind, ModelShape
 
 MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
+LIFE_MONTHS = LIFE_HOURS / MONTH_HOURS
 
 PRUNING_DEVICE = "a100-80gb"
 """On it the times of methods were published."""
@@ -219,6 +221,11 @@ class Considered:
         """USD a month, typical; infinite if it cannot serve."""
         return self.cost.month.typical if self.cost else math.inf
 
+    @property
+    def total(self) -> float:
+        """USD to make it and to serve it for three years, typical; infinite if it cannot serve."""
+        return self.month * LIFE_MONTHS + self.making.usd.typical
+
 
 @dataclass(frozen=True)
 class Elsewhere:
@@ -283,7 +290,8 @@ def advise_on(question: AdviceQuestion, others: Sequence[AdviceQuestion] = ()) -
     safe = [row for row in rows if row.possible and row.safe]
     chosen = _choose(safe, base)
     dearest = chosen.month if chosen else math.inf
-    cheaper = tuple(x for x in rows if x.possible and not x.safe and x.month < dearest)
+    most = chosen.total if chosen else math.inf
+    cheaper = tuple(x for x in rows if x.possible and not x.safe and x.total < most)
     apis: tuple[APICost, ...] = ()
     filled, alone = 1.0, False
     if chosen is not None and isinstance(chosen.capacity, Capacity):
@@ -391,13 +399,13 @@ def _consider(question: AdviceQuestion, option: CompressionWay) -> Considered:
 
 def _order(row: Considered) -> tuple[bool, float, int, float]:
     """Cheapest first, then the least changed, then what surely keeps more; those out last."""
-    return bool(row.refused), row.month, row.option.changed, -row.kept[0]
+    return bool(row.refused), row.total, row.option.changed, -row.kept[0]
 
 
 def _choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
     """The cheapest safe option; the model itself if it costs hardly more."""
     best = next(iter(safe), None)
-    if best is not None and base in safe and best.month > (1 - LEAST_SAVING) * base.month:
+    if best is not None and base in safe and best.total > (1 - LEAST_SAVING) * base.total:
         return base
     return best
 
@@ -415,6 +423,8 @@ def _verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str
     verb = "Only quantize" if only else "Distill" if option.structure.tokens else "Prune"
     if not only and option.values.name != "bf16":
         verb += " and quantize"
+    if option.structure.tokens:
+        verb += f" for {chosen.making.usd.typical:,.0f} USD once"
     return f"{verb}: {option.name}.{hint}"
 
 

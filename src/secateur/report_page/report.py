@@ -606,6 +606,7 @@ def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[st
             "month_hours": advice.MONTH_HOURS,
             "year_hours": advice.YEAR_HOURS,
             "month_days": advice.MONTH_DAYS,
+            "life_months": advice.LIFE_MONTHS,
             "pruning_device": advice.PRUNING_DEVICE,
             "least_saving": LEAST_SAVING,
             "filled": FILLED,

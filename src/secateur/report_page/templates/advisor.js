@@ -279,6 +279,7 @@ const advisor = (() => {
     const only = one.structure.name === "whole" && one.zeros.name === "dense";
     let verb = only ? "Only quantize" : one.structure.tokens ? "Distill" : "Prune";
     if (!only && one.values.name !== "bf16") verb += " and quantize";
+    if (one.structure.tokens) verb += ` for ${Math.round(chosen.making.usd[1]).toLocaleString("en")} USD once`;
     return `${verb}: ${one.name}.${hint}`;
   };
   const several = (count, name, one = "") => count === 1 ? one + name : `${count} x ${name}`;
@@ -315,10 +316,12 @@ const advisor = (() => {
       + `${several(chosen.found.shared_by, device.name, "one ")}. Use ${ways.join(" or ")}.`;
   };
   const monthOf = (row) => row?.cost ? row.cost.month[1] : Infinity;
+  const totalOf = (data, row) => row ? monthOf(row) * data.constants.life_months + row.making.usd[1] : Infinity;
   const considered = (data, device, need, price) => {
     const rows = optionsFor(data, device).map((one) => consider(data, one, device, need, price));
     const less = (a, b) => a === b ? 0 : a < b ? -1 : 1;  // Infinity − Infinity is no number
-    return rows.sort((a, b) => less(!!a.refused, !!b.refused) || less(monthOf(a), monthOf(b))
+    return rows.sort((a, b) => less(!!a.refused, !!b.refused)
+      || less(totalOf(data, a), totalOf(data, b))
       || less(a.option.changed, b.option.changed) || less(-a.option.kept[0], -b.option.kept[0]));
   };
   // device: an entry of facts.hardware with memory_bytes, most, most_batch and speed(devices)
@@ -328,9 +331,12 @@ const advisor = (() => {
     const base = rows.find((row) => !row.option.changed);
     const safe = rows.filter((row) => !row.refused && row.safe);
     let chosen = safe[0] ?? null;
-    if (safe.includes(base) && monthOf(chosen) > (1 - least_saving) * monthOf(base)) chosen = base;
+    if (safe.includes(base) && totalOf(data, chosen) > (1 - least_saving) * totalOf(data, base)) {
+      chosen = base;
+    }
     const dearest = monthOf(chosen);
-    const cheaper = rows.filter((row) => !row.refused && !row.safe && monthOf(row) < dearest);
+    const most = totalOf(data, chosen);
+    const cheaper = rows.filter((row) => !row.refused && !row.safe && totalOf(data, row) < most);
     const worth = (one) => one && one.month <= dearest - least_usd ? one : null;
     const apis = apisOf(data, chosen, need.load, price);
     const hosted = worth(
