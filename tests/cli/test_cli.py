@@ -405,6 +405,18 @@ def test_a_full_stdout_is_named_and_the_model_is_whole(
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(closed: str, model: Path, tmp_path: Path) -> None:
+    script = f'"$@" {closed}'
+    command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", str(model)]
+    options = ["--sparsity", "0.5", "--method", "magnitude", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *command, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_pipe_of_windows_gets_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its encoding does not have every character."""
     written = io.BytesIO()

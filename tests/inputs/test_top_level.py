@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from secateur.cli.errors import to_error, write_log
+from secateur.errors import SourceError
+from secateur.models.hub import cache_folder
 
 BROKEN = "secateur.steps.inspect.inspect"
 
@@ -129,3 +132,18 @@ def test_usage_errors_and_help_are_as_ever(run) -> None:
     assert run("inspect").code == 2
     assert run("--version").out.startswith("secateur ")
     assert run("inspect", "--help").code == 0
+
+
+def test_a_user_without_a_home_reads_what_to_set(run, monkeypatch, tmp_path: Path) -> None:
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SECATEUR_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SourceError, match=r"(?s)no folder for the cache.*set SECATEUR_HOME"):
+        cache_folder()
+    monkeypatch.setattr(BROKEN, raising(ZeroDivisionError("once more")))
+    done = run("inspect", "m")
+    assert "this is a fault in secateur: ZeroDivisionError" in done.err
+    assert list(tmp_path.glob("fault-*.log"))

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Group
@@ -75,8 +76,12 @@ def _drop_output() -> None:
 def _show_what_can_be_shown() -> None:
     """Print a question mark for a character that stdout cannot show, as Windows' pipes cannot.
 
-    A width that is no width counts as unknown.
+    A width that is no width counts as unknown. A stream that is closed reads and writes nothing:
+    else the next file that is opened would have its number.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     if not re.fullmatch(r"0*[1-9][0-9]*", os.environ.get("COLUMNS", "")):
         os.environ.pop("COLUMNS", None)
     for stream in (sys.stdout, sys.stderr):

@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -217,9 +218,10 @@ def write_log(error: BaseException) -> Path | None:
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
     text = "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
     name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    for folder in (*_work_folders(sys.argv), cache_folder() / "faults", _temporary_folder()):
-        if folder is None:
-            continue
+    folders = [*_work_folders(sys.argv), _temporary_folder()]
+    with suppress(SecateurError):  # who has no home has no cache
+        folders.insert(-1, cache_folder() / "faults")
+    for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / name

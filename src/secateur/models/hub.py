@@ -389,9 +389,20 @@ SHARED_WORDS = 8
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted files are kept: `$SECATEUR_HOME`, or `~/.cache/secateur`."""
+    """Where fetched and converted files are kept: `$SECATEUR_HOME`, or `~/.cache/secateur`.
+
+    Raises:
+        SourceError: the user has no home, as some containers have it.
+    """
     named = os.environ.get("SECATEUR_HOME")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "secateur"
+    try:
+        return Path(named).expanduser() if named else Path.home() / ".cache" / "secateur"
+    except RuntimeError as error:
+        raise SourceError(
+            f"there is no folder for the cache: {error}",
+            where=named,
+            remedy="set SECATEUR_HOME to a folder that can be written",
+        ) from None
 
 
 @contextmanager
