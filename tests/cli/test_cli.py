@@ -417,6 +417,34 @@ def test_streams_may_be_closed(closed: str, model: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_a_removed_working_folder_is_named(secateur, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = secateur("methods")
+    monkeypatch.chdir(tmp_path)
+    assert done.code == 1
+    assert "error: the working folder has been removed" in done.err
+
+
+@pytest.mark.parametrize("place", ["model", "output"])
+def test_names_of_other_bytes_are_refused(
+    place: str, secateur, model: Path, tmp_path: Path
+) -> None:
+    other = f"{tmp_path}/\udcff"
+    words = [model, "-o", other] if place == "output" else [other, "-o", tmp_path / "out"]
+    done = secateur("prune", *words, "--sparsity", "0.5", "--method", "magnitude")
+    assert done.code == 2
+    assert "a name is not UTF-8: " in done.err
+    assert "\\udcff" in done.err
+    assert [x.name for x in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_endless_file_is_no_recipe(secateur, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("x" * 2**21)
+    assert "too large for a recipe" in secateur("prune", tmp_path / "r.yaml").err
+
+
 def test_a_pipe_of_windows_gets_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its encoding does not have every character."""
     written = io.BytesIO()

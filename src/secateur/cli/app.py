@@ -91,6 +91,12 @@ def _show_what_can_be_shown() -> None:
 
 def _run(words: Sequence[str]) -> None:
     """Run a command line."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise SecateurError(
+            "the working folder has been removed", remedy="go to a folder that exists"
+        ) from None
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         look_for(words[0])
     app = make_app()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import re
 import shlex
@@ -50,7 +51,8 @@ def read_recipe_file(file: Path) -> dict[str, Any]:
         RecipeError: the file does not exist, or is not a mapping.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(LONGEST_RECIPE)
     except OSError as error:
         raise RecipeError(
             f"the recipe cannot be read: {error.strerror}",
@@ -63,6 +65,10 @@ def read_recipe_file(file: Path) -> dict[str, Any]:
             where=str(file),
             remedy="save it as UTF-8",
         ) from None
+    if len(text) == LONGEST_RECIPE:
+        raise RecipeError(
+            "the file is too large for a recipe", where=str(file), remedy="check the path"
+        )
     content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         raise RecipeError(
@@ -110,6 +116,7 @@ def build_call(
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
         _set_value(kind, merged, assignment)
+    _refuse_other_bytes({**merged, **call}, where)
     preset = filled_in(merged, kind.presets) if kind.presets else merged
     whole = with_own_texts(kind, preset)
     made: list[Section] = []
@@ -125,6 +132,19 @@ def build_call(
     _refuse_contradictions(made, {**merged, **call}, where, spelled)
     recipe: Any = made[0]
     return recipe, {name: getattr(made[1], name) for name in call}
+
+
+def _refuse_other_bytes(values: Mapping[str, Any], where: str | None) -> None:
+    """Refuse names that are no UTF-8: no record could hold them."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - SHOWN // 2) : error.end]
+        raise RecipeError(
+            f"a name is not UTF-8: {near.encode(errors='backslashreplace').decode()}",
+            where=where,
+            remedy="rename the file or folder",
+        ) from None
 
 
 DEFAULT_EFFORT = "balanced"
@@ -608,6 +628,8 @@ MOST_NAMES = 12
 """Names that an error lists."""
 
 
+LONGEST_RECIPE = 2**20
+"""Characters of a file that is no recipe."""
 DEEPEST = 50
 MOST_NODES = 10_000
 

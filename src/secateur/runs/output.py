@@ -34,6 +34,10 @@ REFUSALS = {
     errno.ENAMETOOLONG: ("the name of the output is too long", "choose a shorter name"),
     errno.ENOTDIR: ("the output would be inside a file", "choose another --output"),
     errno.EISDIR: ("the output is a folder, not a file", "name a file"),
+    errno.EFBIG: (
+        "a file would be too large",
+        "raise the limit (ulimit -f), or choose another disk",
+    ),
     errno.ELOOP: ("the path of the output has a loop of symbolic links", "choose another one"),
 }
 """The fault of an output by the system's error number, and the remedy."""
