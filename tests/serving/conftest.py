@@ -35,12 +35,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def byte_level(folder: Path, template: str = TEMPLATE, **options: Any) -> Path:
-    """A random model of 256 positions with a byte-level tokenizer of 512 tokens."""
-    size, positions = 512, 256
-    save_tiny(
-        folder, tokenizer=False, vocab_size=size, max_position_embeddings=positions, **options
-    )
+def byte_level(folder: Path, template: str = TEMPLATE, family: str = "llama") -> Path:
+    """A random model of 1024 positions with a byte-level tokenizer of 512 tokens."""
+    size = 512
+    save_tiny(folder, family, tokenizer=False, vocab_size=size, max_position_embeddings=1024)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_of("bytes", size),
         bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template,

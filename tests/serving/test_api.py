@@ -247,7 +247,7 @@ def test_variables_of_the_chat_template(client: openai.OpenAI, server: Running) 
     body = {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
     refused = server.post("chat/completions", body)
     assert refused.status_code == 400
-    assert "'chat_template' is an option of the tokenizer" in refused.json()["error"]["message"]
+    assert '"chat_template" is an option of the tokenizer' in refused.json()["error"]["message"]
 
 
 def test_tokens_of_texts(client: openai.OpenAI, server: Running) -> None:

@@ -35,6 +35,7 @@ from tiny import CHARACTERS, save_tiny
 
 Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 BAD: dict[str, tuple[str, Any, str, str | None]] = {
     "no JSON": (
@@ -122,17 +123,90 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
     ),
     "best": ("completions", {"prompt": "x", "best_of": 3}, "best_of=3 is not sup", "best_of"),
     "tools": (
+        "completions", {"prompt": "x", "tools": [{}]}, "this server does not support tools=[{}]",
+        "tools",
+    ),
+    "no tool": (
         "chat/completions", {"messages": USER, "tools": [{}]},
-        "this server does not support tools=[{}]", "tools",
+        "a tool must be a function with a name", "tools[0]",
+    ),
+    "name of a tool": (
+        "chat/completions",
+        {"messages": USER, "tools": [{"type": "function", "function": {"name": "a b\n"}}]},
+        'letters, digits, _, . or -; it is "a b\\n"', "tools[0].function.name",
+    ),
+    "parameters": (
+        "chat/completions",
+        {"messages": USER, "tools": [{"type": "function", "function": {
+            "name": "a", "parameters": [1]}}]},
+        "parameters must be a JSON schema; it is [1]", "tools[0].function.parameters",
+    ),
+    "twice": (
+        "chat/completions", {"messages": USER, "tools": [TOOL, TOOL]},
+        'two tools have the name "f"', "tools[1].function.name",
+    ),
+    "choice without tools": (
+        "chat/completions", {"messages": USER, "tool_choice": "required"},
+        "tool_choice needs tools", "tool_choice",
+    ),
+    "choice": (
+        "chat/completions", {"messages": USER, "tools": [TOOL], "tool_choice": "any"},
+        'tool_choice must be none, auto, required or a function; it is "any"', "tool_choice",
+    ),
+    "chosen": (
+        "chat/completions",
+        {"messages": USER, "tools": [TOOL], "tool_choice": {"function": {"name": "g"}}},
+        'there is no tool "g"', "tool_choice",
+    ),
+    "no template for tools": (
+        "chat/completions", {"messages": USER, "tools": [TOOL]},
+        'the chat template of this model does not show tools, such as "f"', "tools",
     ),
     "format": (
-        "chat/completions", {"messages": USER, "response_format": {"type": "json_object"}},
-        'response_format={"type": "json_object"}', "response_format",
+        "chat/completions", {"messages": USER, "response_format": {"type": "xml"}},
+        "response_format.type must be text, json_object or json_schema", "response_format",
+    ),
+    "no schema": (
+        "chat/completions", {"messages": USER, "response_format": {"type": "json_schema"}},
+        "response_format.json_schema.schema must be a JSON schema; it is null",
+        "response_format.json_schema.schema",
+    ),
+    "two formats": (
+        "completions", {"prompt": "x", "guided_regex": "a", "guided_choice": ["a"]},
+        "give one of guided_regex, guided_choice", "guided_choice",
+    ),
+    "no choices": (
+        "completions", {"prompt": "x", "guided_choice": []},
+        "guided_choice must be texts; it is []", "guided_choice",
+    ),
+    "structure": (
+        "completions", {"prompt": "x", "structured_outputs": {"grammar": "start: a"}},
+        'structured_outputs must have json, regex or choice, not "grammar"', "structured_outputs",
+    ),
+    "endless structure": (
+        "completions", {"prompt": "x", "guided_regex": "a", "ignore_eos": True},
+        "ignore_eos does not go with guided_regex", "ignore_eos",
+    ),
+    "arguments": (
+        "chat/completions",
+        {"messages": [*USER, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": "{"}}]}]},
+        "the arguments are not JSON", "messages[1].tool_calls[0].function.arguments",
+    ),
+    "call": (
+        "chat/completions",
+        {"messages": [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+        "a call needs a function with a name", "messages[1].tool_calls[0].function",
+    ),
+    "caller": (
+        "chat/completions",
+        {"messages": [{"role": "user", "tool_calls": [{"function": {}}]}]},
+        "only an assistant calls tools", "messages[0].tool_calls",
     ),
     "deep value": (
         "chat/completions",
-        b'{"messages": [{"role": "u"}], "tools": ' + b"[" * 500 + b"]" * 500 + b"}",
-        "this server does not support tools=[[[[", "tools",
+        b'{"messages": [{"role": "u"}], "functions": ' + b"[" * 500 + b"]" * 500 + b"}",
+        "this server does not support functions=[[[[", "functions",
     ),
     "bias": (
         "completions", {"prompt": "x", "logit_bias": {"5": 1}}, "does not support logit_bias",
@@ -171,8 +245,8 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
         "completions", {"prompt": "x" * 200, "max_tokens": 57}, "57 more are wanted", None,
     ),
     "role": (
-        "chat/completions", {"messages": [{"role": "tool", "content": "x"}]},
-        'the role "tool" is not supported', "messages[0].role",
+        "chat/completions", {"messages": [{"role": "function", "content": "x"}]},
+        'the role "function" is not supported', "messages[0].role",
     ),
     "picture": (
         "chat/completions",
@@ -206,7 +280,9 @@ FIELDS = (
     "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "min_p",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "n",
     "ignore_eos", "prompt", "messages", "logprobs", "top_logprobs", "echo", "best_of",
-    "max_completion_tokens", "chat_template_kwargs", "add_special_tokens",
+    "max_completion_tokens", "chat_template_kwargs", "add_special_tokens", "response_format",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "tools", "tool_choice",
+    "parallel_tool_calls",
 )  # fmt: skip
 VALUES = (
     "", "x", [], {}, -1, 0, 10**30, 1.5, True, [1, "a"], [[1], "a"], {"a": 1}, [None], [{}],
@@ -362,7 +438,7 @@ def test_a_prompt_that_cannot_fit_is_not_read(serve: Start, tmp_path: Path) -> N
         assert refused.status_code == 400, refused.text
         error = refused.json()["error"]
         assert error["code"] == "context_length_exceeded"
-        assert "room for 256 tokens; the prompt has 3,900,000 bytes, which" in error["message"]
+        assert "room for 1024 tokens; the prompt has 3,900,000 bytes, which" in error["message"]
 
 
 def test_a_long_text_does_not_hold_short_ones_up(serve: Start) -> None:

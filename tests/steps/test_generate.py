@@ -14,6 +14,7 @@ import secateur
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.runtime.decode import SlotDecoder
 from secateur.steps.generate import ONE_CALL, Conversation
+from serving.conftest import byte_level
 from tiny import save_tiny
 
 TEMPLATE = (
@@ -215,3 +216,35 @@ def test_a_draft_changes_nothing_but_the_speed(tmp_path: Path) -> None:
 def test_a_draft_that_is_not_there_is_refused_before_the_first_prompt(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="nowhere: no such file or folder"):
         Conversation(str(save_tiny(tmp_path / "m")), draft=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_text_that_follows_a_json_schema(tmp_path: Path, family: str) -> None:
+    model = byte_level(tmp_path / "m", family=family)
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}},
+              "required": ["n"], "additionalProperties": False}  # fmt: skip
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    for seed, given in enumerate((file, str(file), schema)):
+        made = secateur.generate(model, "x", json_schema=given, temperature=1, seed=seed)
+        assert [*json.loads(made.text)] == ["n"]
+        assert made.tokens < 64
+
+
+def test_a_draft_follows_a_json_schema_too(tmp_path: Path) -> None:
+    model = byte_level(tmp_path / "m")
+    given: dict[str, Any] = {"json_schema": {"enum": ["one", "two"]}, "max_new_tokens": 20}
+    made = secateur.generate(model, "x", draft=model, **given)
+    assert made.text == secateur.generate(model, "x", **given).text
+    assert json.loads(made.text) in ("one", "two")
+
+
+def test_a_json_schema_that_cannot_be_read(tmp_path: Path) -> None:
+    model = byte_level(tmp_path / "m")
+    for content, said in (("{", "cannot be read"), ("[1]", "is an object"),
+                          ('{"type": "strange"}', "the grammar cannot be used")):  # fmt: skip
+        (tmp_path / "s.json").write_text(content)
+        with pytest.raises(RecipeError, match=said):
+            secateur.generate(model, "x", json_schema=tmp_path / "s.json")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        secateur.generate(model, "x", json_schema="nowhere.json")

@@ -179,7 +179,7 @@ def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
 
     With `as_json` everything is written at the end.
     """
-    conversation = _open(recipe, chat=recipe.chat)
+    conversation = _open(recipe, chat=recipe.chat, json_schema=recipe.json_schema)
     prompt = recipe.prompt
     if prompt is None:
         if sys.stdin.isatty():
@@ -227,8 +227,8 @@ def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
             _reply(conversation, line, as_json)
 
 
-def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conversation:
-    """Load the model. `chat`: whether to use its chat template; None: if there is one."""
+def _open(recipe: GenerateRecipe | ChatRecipe, **options: Any) -> Conversation:
+    """Load the model. `options`: further ones of `Conversation`."""
     from secateur.runtime.sampling import sampling_with
     from secateur.steps.generate import Conversation
 
@@ -238,7 +238,7 @@ def _open(recipe: GenerateRecipe | ChatRecipe, chat: bool | None = None) -> Conv
         max_new_tokens=recipe.max_new_tokens,
         sampling=recipe.drawing(),
         stop=recipe.stop,
-        chat=chat,
+        **options,
         system=recipe.system,
         kv_cache=recipe.kv_cache,
         draft=recipe.draft,

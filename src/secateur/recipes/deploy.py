@@ -112,6 +112,8 @@ class GenerateRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
     """System message at the start of the conversation."""
     chat: Annotated[bool | None, Flag(off="no_chat", default="on, if it has one")] = None
     """Use the tokenizer's chat template."""
+    json_schema: Annotated[str | None, Flag(value="FILE", default="none")] = None
+    """JSON file of a schema that the text follows. Needs the extra `structured`."""
 
 
 class ChatRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):

@@ -23,6 +23,7 @@ from torch import Tensor
 from secateur.errors import ArchitectureError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.deploy import Sampling
+from secateur.runtime.grammar import Grammar
 from secateur.runtime.kernels.library import MAX_BATCH, CToken
 from secateur.runtime.kernels.matrix import kernels
 from secateur.runtime.kv_cache import KeyValueCache, cache_dtype
@@ -118,6 +119,7 @@ def continued(
     *,
     sampling: Sampling = GREEDY,
     stop: Collection[int] = (),
+    grammar: Grammar | None = None,
 ) -> Generator[int]:
     """Yield the tokens that follow a prompt, one by one.
 
@@ -127,11 +129,13 @@ def continued(
         max_new_tokens: the limit.
         sampling: how tokens are drawn; the most likely one by default.
         stop: tokens that end the text; they are not yielded.
+        grammar: what the text follows; None: anything.
 
     Raises:
         ShapeError: prompt and new tokens do not fit.
+        GrammarError: no token can follow.
     """
-    draws = Draws(sampling, ids.tolist())
+    draws = Draws(sampling, ids.tolist(), grammar)
     logits = steps.prefill(ids)
     for number in range(max_new_tokens):
         token = draws.draw(logits)

@@ -22,6 +22,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.models.header import parse_json
 from secateur.models.tokenizer import Tokenizer
 from secateur.recipes.deploy import Sampling
+from secateur.runtime.grammar import Grammar
 
 Numbers = NDArray[Any]
 """Logits or probabilities, float32 [vocabulary], or ids of tokens."""
@@ -57,10 +58,13 @@ class Draws:
     Args:
         sampling: how tokens are drawn. What is None changes nothing, and neither does `top_k` 0.
         prompt: the tokens before the text, which the repetition penalty counts.
+        grammar: what the text follows; None: anything.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int] = (), grammar: Grammar | None = None
+    ) -> None:
+        self.sampling, self.grammar = sampling, grammar
         self.temperature, self.top_k = sampling.temperature or 0.0, sampling.top_k or None
         self.top_p, self.min_p = sampling.top_p or 1.0, sampling.min_p or 0.0
         self.repetition_penalty = sampling.repetition_penalty or 1.0
@@ -73,6 +77,9 @@ class Draws:
 
         Args:
             logits: float32, of all tokens.
+
+        Raises:
+            GrammarError: no token can follow.
         """
         found = self.penalised(logits.numpy())
         token = int(found.argmax()) if self.temperature == 0 else self.chosen(found)
@@ -81,13 +88,17 @@ class Draws:
 
     def note(self, token: int) -> None:
         """Append a token to the text."""
+        if self.grammar is not None:
+            self.grammar.note(token)
         if token not in self.known:
             self.known.add(token)
             self.seen.append(token)
         self.text.append(token)
 
     def penalised(self, logits: Numbers, more: Sequence[int] = ()) -> Numbers:
-        """The logits after all penalties; the argument stays as it is.
+        """The logits after all penalties, and -inf where the grammar forbids a token.
+
+        The argument stays as it is.
 
         Args:
             logits: of the token after the text and `more`.
@@ -103,7 +114,7 @@ class Draws:
             once, counts = np.unique(text, return_counts=True)
             logits = logits.copy()
             logits[once] -= (s.presence_penalty + s.frequency_penalty * counts).astype(np.float32)
-        return logits
+        return logits if self.grammar is None else self.grammar.masked(logits, more)
 
     def chosen(self, logits: Numbers) -> int:
         """A token by its probability among those that may be drawn."""

@@ -36,6 +36,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
 from secateur.runs.folder import NOTES
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
+from secateur.runtime.grammar import Grammar
 from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
@@ -370,14 +371,16 @@ def speculated(
     *,
     sampling: Sampling,
     stop: Collection[int] = (),
+    grammar: Grammar | None = None,
 ) -> Generator[int]:
     """Yield the tokens that follow a prompt, as `decode.continued`, with a draft.
 
     Raises:
         ShapeError: prompt and new tokens do not fit.
+        GrammarError: no token can follow.
     """
     text, slots, clock = ids.tolist(), decoder.slots, drafter.clock
-    draws, last = Draws(sampling, text), len(text) + max_new_tokens
+    draws, last = Draws(sampling, text, grammar), len(text) + max_new_tokens
     tokens, guesses = [draws.draw(decoder.prefill(ids))], list[Guess]()
     while True:
         for token in tokens:

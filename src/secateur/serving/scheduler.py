@@ -20,6 +20,7 @@ from torch import Tensor
 from secateur.errors import SecateurError, ShapeError
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import SteppedGeneration, Token
+from secateur.runtime.grammar import Grammar, GrammarError
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import DraftedText, Drafter, Guess, verified
 
@@ -68,6 +69,7 @@ class Request:
         max_new_tokens: the limit; 0 only reads the prompt.
         sampling: how tokens are drawn.
         ends: tokens that end the text; they are not passed on.
+        grammar: what the text follows; None: anything.
         deadline: the time of the scheduler's clock at which the request ends; None for never.
     """
 
@@ -75,6 +77,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     ends: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
     deadline: float | None = None
 
 
@@ -86,8 +89,8 @@ class ServingJob:
         request: what is wanted.
         take: receives each token, and the logits that it was drawn from; returns False to end the
             text.
-        end: receives the reason when the job ends: `stop`, `length`, `cancelled`, `timeout`,
-            `refused` or `error`. It is called once.
+        end: receives the reason when the job ends: `stop`, `length`, `grammar` (no token can
+            follow), `cancelled`, `timeout`, `refused` or `error`. It is called once.
         score: receives the logits after each token of the prompt, a piece of it at a time. Such a
             prompt is read whole, because the prefix cache has no logits.
 
@@ -115,7 +118,9 @@ class ServingJob:
     owed: bool = False
 
     def __post_init__(self) -> None:
-        self.draws = Draws(self.request.sampling, self.request.ids)
+        grammar = self.request.grammar
+        begun = None if grammar is None else grammar.begin()
+        self.draws = Draws(self.request.sampling, self.request.ids, begun)
 
 
 @dataclass
@@ -422,7 +427,13 @@ class Scheduler:
             self.finish(job, "length")
             return
         first = self.engine.lengths[job.slot] - len(proposed)
-        tokens = [*verified(job.draws, logits, proposed)]
+        try:
+            tokens = [*verified(job.draws, logits, proposed)]
+        except GrammarError:
+            if proposed:
+                self.engine.rewind(job.slot, first)
+            self.finish(job, "grammar")
+            return
         if self.drafter is not None:
             self.drafter.judged(proposed, len(tokens))
             self.counts.proposed_tokens = self.drafter.proposed

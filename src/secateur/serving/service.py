@@ -15,7 +15,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from secateur.models.tokenizer import Tokenizer, text_bound
 from secateur.recipes.deploy import Sampling
+from secateur.runtime.grammar import Grammar, Grammars
 from secateur.runtime.sampling import TextStream
 from secateur.serving.scheduler import Request, Scheduler, ServingJob
+from secateur.serving.tools import ToolFormat, tool_format
 
 
 class Worker:
@@ -297,6 +299,7 @@ class Service:
         two = getattr(self.tokenizer, "is_fast", False)
         self.long_reader = ThreadPoolExecutor(1, "secateur-long-texts") if two else self.reader
         self.bound = text_bound(self.tokenizer)
+        self.grammar_reader = ThreadPoolExecutor(1, thread_name_prefix="secateur-grammar")
 
     def fits(self, text: str) -> bool:
         """Whether a text may be short enough for a prompt, without reading it."""
@@ -330,6 +333,21 @@ class Service:
             lambda: list(self.tokenizer(text, add_special_tokens=special)["input_ids"]), len(text)
         )
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Reads grammars. To make it takes a second, and memory."""
+        return Grammars(self.tokenizer, self.ends)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the chat template writes calls of tools."""
+        return tool_format(self.tokenizer)
+
+    async def grammar(self, written: Callable[[], str]) -> Grammar:
+        """Read a grammar (`Grammars.read`), in a thread of its own: it may take two seconds."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.grammar_reader, lambda: self.grammars.of(written()))
+
     async def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
         return await self.in_reader(lambda: str(self.tokenizer.decode(list(ids))), len(ids))
@@ -355,6 +373,7 @@ class Service:
         alternatives: int | None = None,
         echo: Sequence[str] | None = None,
         ignore_ends: bool = False,
+        grammar: Grammar | None = None,
     ) -> Answer:
         """Begin to answer prompts; called in an event loop, which receives the pieces.
 
@@ -366,6 +385,7 @@ class Service:
             alternatives: list so many tokens beside each one; None: no list.
             echo: the texts of the prompts, if choices begin with them.
             ignore_ends: no token ends a text.
+            grammar: what the choices follow; None: anything.
 
         Raises:
             QueueFullError: too many wait, or the server is stopping. Nothing is computed then.
@@ -380,7 +400,7 @@ class Service:
 
         for number, (prompt, sampling) in enumerate(product(range(len(prompts)), samplings)):
             choice = AnswerChoice(
-                Request(prompts[prompt], max_new_tokens, sampling, ends, deadline),
+                Request(prompts[prompt], max_new_tokens, sampling, ends, grammar, deadline),
                 self.writer,
                 partial(send, number),
                 stop=stop,

@@ -15,13 +15,15 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, first_line
 from secateur.evaluation.generation import end_tokens
 from secateur.models.configuration import read_configuration
+from secateur.models.header import parse_json
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, continued
+from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.kv_cache import refuse_cache
 from secateur.runtime.layer_forms import longest, why_not
 from secateur.runtime.load import load
@@ -64,6 +66,7 @@ def generate(
     system: str | None = None,
     kv_cache: str | None = None,
     draft: str | Path | None = None,
+    json_schema: str | Path | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
@@ -88,6 +91,7 @@ def generate(
         kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
         draft: a smaller model with the same vocabulary, which proposes tokens; the output stays the
             same at temperature 0, and has the same distribution above.
+        json_schema: a JSON schema that the text follows, or its file; needs the extra `structured`.
         trust_remote_code: whether code that comes with the checkpoint may run.
         tell: receives the text piece by piece.
 
@@ -112,6 +116,7 @@ def generate(
         system=system,
         kv_cache=kv_cache,
         draft=None if draft is None else str(draft),
+        json_schema=json_schema,
         trust_remote_code=trust_remote_code,
     )
     return conversation.say(prompt, tell)
@@ -130,6 +135,7 @@ class Conversation:
         system: a system message at the beginning.
         kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
         draft: a smaller model with the same vocabulary, which proposes tokens; or None.
+        json_schema: a JSON schema that answers follow, or its file; or None.
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Attributes:
@@ -150,6 +156,7 @@ class Conversation:
         system: str | None = None,
         kv_cache: str | None = None,
         draft: str | None = None,
+        json_schema: str | Path | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -158,6 +165,7 @@ class Conversation:
             )
         if "" in stop:
             raise RecipeError("a stop text is empty", remedy="give at least one character")
+        self.schema = None if json_schema is None else json_text(_schema_of(json_schema))
         self.name, self.max_new_tokens, self.stop = model, max_new_tokens, stop
         self.folder = resolve(model, trust_remote_code=trust_remote_code).folder
         self.trust_remote_code = trust_remote_code
@@ -287,10 +295,11 @@ class Conversation:
             proposed and how many of them were accepted.
         """
         ends = end_tokens(self.model)
-        if self.chat and self.tokenizer.eos_token_id is not None:
+        if (self.chat or self.schema) and self.tokenizer.eos_token_id is not None:
             ends |= {self.tokenizer.eos_token_id}
+        grammar = Grammars(self.tokenizer, ends).read(self.schema) if self.schema else None
         steps, loop = self._steps(len(ids) + new_tokens)
-        how: dict[str, Any] = {"sampling": self.sampling, "stop": ends}
+        how: dict[str, Any] = {"sampling": self.sampling, "stop": ends, "grammar": grammar}
         drafter, proposed, accepted = self.drafter, 0, 0
         if isinstance(steps, Decoder) and drafter is not None:
             proposed, accepted = drafter.proposed, drafter.accepted
@@ -342,6 +351,23 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
             f"{' and '.join(idle)}: at temperature 0 the most likely token is always taken",
             remedy="give a temperature above 0, such as 0.7, or leave them out",
         )
+
+
+def _schema_of(given: str | Path | Mapping[str, Any]) -> Any:
+    """A JSON schema, or that of a file."""
+    if isinstance(given, Mapping):
+        return given
+    try:
+        found = parse_json(Path(given).read_bytes())
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"the JSON schema cannot be read: {first_line(error)}",
+            where=str(given),
+            remedy="give a JSON file",
+        ) from None
+    if not isinstance(found, dict):
+        raise RecipeError("a JSON schema is an object", where=str(given))
+    return found
 
 
 def _check_text(prompt: str) -> str:

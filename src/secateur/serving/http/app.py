@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 from types import FrameType
@@ -32,6 +33,7 @@ from starlette.types import ASGIApp
 
 from secateur.errors import RecipeError
 from secateur.recipes.options import MAX_SEED
+from secateur.runtime.grammar import Grammar
 from secateur.runtime.sampling import sampling_with
 from secateur.serving.http.connection import ARRIVAL_SECONDS, Connection
 from secateur.serving.http.middleware import Limits, Metrics
@@ -52,6 +54,7 @@ from secateur.serving.http.requests import (
 from secateur.serving.http.responses import AnswerResponse, ChatWriter, CompletionWriter, Writer
 from secateur.serving.scheduler import QueueFullError
 from secateur.serving.service import Service
+from secateur.serving.tools import LLAMA, CallReader, ToolFormat
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +155,40 @@ class Endpoints:
         """Answer a conversation."""
         self.check_model(request.model)
         warnings = request.check()
-        text = await self.conversation(request.messages, request.chat_template_kwargs)
+        tools, form = request.known_tools, self.service.tool_format
+        text = await self.conversation(request.messages, request.chat_template_kwargs, tools)
         self.check_size(text, "messages")
+        names = [tool["function"]["name"] for tool in tools]
+        hidden = [name for name in names if name not in text]
+        if hidden and request.forced_tools:
+            warnings.append("the chat template does not show tools to the model")
+        elif tools and not request.forced_tools:
+            self.check_template(form, hidden)
         ids = self.known(await self.service.tokens(text, special=False), "messages")
-        return self.answer(request, [ids], ChatWriter, warnings)
+        grammar = await self.grammar(tool_grammar(request, form))
+        most = 1 if request.parallel_tool_calls is False else None
+        calls = partial(CallReader, form or LLAMA, frozenset(names), most) if tools else None
+        writer = partial(ChatWriter, calls=calls)
+        return self.answer(request, [ids], writer, warnings, grammar=grammar)
+
+    def check_template(self, form: ToolFormat | None, hidden: Sequence[str]) -> None:
+        """Refuse tools that the model would not know of, or whose calls would not be found."""
+        said = "the chat template of this model "
+        if hidden:
+            said += f"does not show tools, such as {shown(hidden[0])}"
+        elif form is None:
+            said += "writes calls of tools in a way of its own, which this server does not read"
+        else:
+            return
+        raise bad_request(f"{said}; tool_choice required, or a function, works", "tools")
+
+    async def grammar(self, written: Callable[[], str] | None) -> Grammar | None:
+        """The grammar of an answer, from what writes it; None: there is none."""
+        try:
+            return None if written is None else await self.service.grammar(written)
+        except RecipeError as error:
+            said = error.what if error.remedy is None else f"{error.what}; {error.remedy}"
+            raise bad_request(said, code="grammar") from error
 
     def check_size(self, text: str, param: str) -> None:
         """Refuse a prompt that cannot fit, before it is read."""
@@ -166,7 +199,10 @@ class Endpoints:
             )
 
     async def conversation(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> str:
         """A conversation, written by the model's chat template."""
         tokenizer = self.service.tokenizer
@@ -184,12 +220,22 @@ class Endpoints:
                     "chat_template_kwargs",
                 )
         plain = [message.plain(number) for number, message in enumerate(messages)]
+        if tools:
+            variables = {**variables, "tools": [*tools]}
         try:
-            return await self.service.conversation(plain, variables)
+            text = await self.service.conversation(plain, variables)
         except Exception as error:  # templates can raise any exception
             raise bad_request(
                 f"the chat template refuses the messages: {str(error)[:200]}", "messages"
             ) from error
+        for number, message in enumerate(plain):
+            for call in message.get("tool_calls", ()):
+                if call["function"]["name"] not in text:
+                    raise bad_request(
+                        "the chat template of this model does not show calls of tools",
+                        f"messages[{number}].tool_calls",
+                    )
+        return text
 
     async def complete(self, request: CompletionRequest) -> Response:
         """Continue a text, or several."""
@@ -212,7 +258,9 @@ class Endpoints:
         echo = None
         if request.echo:
             echo = [x if isinstance(x, str) else await service.text(x) for x in prompts]
-        return self.answer(request, tokens, CompletionWriter, warnings, echo)
+        constraint = request.constraint
+        grammar = await self.grammar(None if constraint is None else constraint.grammar)
+        return self.answer(request, tokens, CompletionWriter, warnings, echo, grammar=grammar)
 
     def known(self, ids: list[int], param: str) -> list[int]:
         """Tokens, which have to be in the vocabulary: one that is not would end all requests."""
@@ -247,9 +295,10 @@ class Endpoints:
         self,
         request: SamplingRequest,
         prompts: Sequence[Sequence[int]],
-        kind: type[Writer],
+        kind: Callable[..., Writer],
         warnings: Sequence[str],
         echo: Sequence[str] | None = None,
+        grammar: Grammar | None = None,
     ) -> Response:
         """Begin to answer prompts."""
         service = self.service
@@ -272,6 +321,7 @@ class Endpoints:
                 alternatives=alternatives,
                 echo=echo,
                 ignore_ends=bool(request.ignore_eos),
+                grammar=grammar,
             )
         except QueueFullError as error:
             if service.worker.scheduler.closed:
@@ -302,6 +352,19 @@ class Endpoints:
                 code=TOO_LONG,
             )
         return room if wanted is None else wanted
+
+
+def tool_grammar(request: ChatRequest, form: ToolFormat | None) -> Callable[[], str] | None:
+    """What writes the grammar of an answer that may call tools; None: it is not constrained."""
+    constraint, tools, forced = request.constraint, request.known_tools, request.forced_tools
+    if forced or (constraint is not None and tools):
+        if not forced and constraint is not None and constraint.kind != "json":
+            raise bad_request(f"{constraint.param} does not go with tools", constraint.param)
+        answer = None if forced or constraint is None else constraint.value
+        alone = request.parallel_tool_calls is False or isinstance(request.tool_choice, dict)
+        written = (form or LLAMA).grammar
+        return partial(written, forced or tools, several=not alone, answer=answer)
+    return None if constraint is None else constraint.grammar
 
 
 def _add_faults(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from secateur.recipes.deploy import Sampling
 from secateur.recipes.options import MAX_SEED
+from secateur.runtime.grammar import choice_text, json_text, regex_text
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_CHOICES = 1024
@@ -28,8 +29,7 @@ MAX_CHOICES = 1024
 ONLY: dict[str, tuple[Any, ...]] = {
     name: values
     for names, values in (
-        ("audio chat_template guided_choice guided_grammar guided_json guided_regex", ()),
-        ("json_schema prompt_embeds prompt_logprobs structured_outputs", ()),
+        ("audio chat_template guided_grammar json_schema prompt_embeds prompt_logprobs", ()),
         ("truncate_prompt_tokens web_search_options", ()),
         ("add_generation_prompt skip_special_tokens", (True,)),
         ("add_special_tokens continue_final_message echo use_beam_search", (False,)),
@@ -41,7 +41,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
         ("logit_bias", ({},)),
         ("min_tokens", (0,)),
         ("modalities", (["text"],)),
-        ("response_format", ({"type": "text"},)),
     )
     for name in names.split()
 }
@@ -49,6 +48,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 and the values under which they change nothing. Other parameters that it does not know are ignored
 with a warning.
 """
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 SIMILAR = 0.8
 """An unknown parameter whose name is so similar to a known one is taken for a slip."""
@@ -75,6 +76,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role: str
     content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -84,28 +88,135 @@ class Message(BaseModel):
             return value
         raise ValueError("must be a string or a list of objects")
 
-    def plain(self, number: int) -> dict[str, str]:
-        """Role and text.
+    def plain(self, number: int) -> dict[str, Any]:
+        """The message as chat templates take it: role and text, and calls of tools.
 
         Raises:
-            ApiError: the message holds something else than text.
+            ApiError: the message holds something else.
         """
         where = f"messages[{number}]"
         role = "system" if self.role == "developer" else self.role
-        if role not in ("system", "user", "assistant"):
+        if role not in ("system", "user", "assistant", "tool"):
             raise bad_request(f"the role {shown(self.role)} is not supported", f"{where}.role")
-        if self.content is None:
+        if self.content is None and not self.tool_calls:
             raise bad_request("a message needs a content", f"{where}.content")
+        found: dict[str, Any] = {"role": role, "content": self.text(where)}
+        if role == "tool":
+            given = {"name": self.name, "tool_call_id": self.tool_call_id}
+            found |= {name: value for name, value in given.items() if value is not None}
+        if self.tool_calls:
+            if role != "assistant":
+                raise bad_request("only an assistant calls tools", f"{where}.tool_calls")
+            calls = enumerate(self.tool_calls)
+            found["tool_calls"] = [_called(x, f"{where}.tool_calls[{n}]") for n, x in calls]
+        return found
+
+    def text(self, where: str) -> str:
+        """The text of the content."""
         if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
+            return self.content
         texts = []
-        for part in self.content:
+        for part in self.content or ():
             kind, text = part.get("type"), part.get("text")
             if kind != "text" or not isinstance(text, str):
                 said = f"a part of the kind {shown(kind)} is not supported; this model reads text"
                 raise bad_request(said, f"{where}.content")
             texts.append(text)
-        return {"role": role, "content": "".join(texts)}
+        return "".join(texts)
+
+
+def _called(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A call in a message, with its arguments as an object: so templates take it."""
+    function = call.get("function")
+    name, arguments = (_of(function, "name"), _of(function, "arguments"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise bad_request("the arguments are not JSON", f"{where}.function.arguments") from None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        said = "a call needs a function with a name, and with arguments that are a JSON object"
+        raise bad_request(said, f"{where}.function")
+    id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _of(value: Any, name: str) -> Any:
+    """A part of an object; None for what is none."""
+    return value.get(name) if isinstance(value, dict) else None
+
+
+class Constraint(NamedTuple):
+    """What the text of an answer follows.
+
+    Args:
+        param: the parameter that says so.
+        kind: json, regex or choice.
+        value: the JSON schema, the regular expression or the texts.
+    """
+
+    param: str
+    kind: str
+    value: Any
+
+    def grammar(self) -> str:
+        """The same for `Grammars`."""
+        return GRAMMARS[self.kind](self.value)
+
+
+GRAMMARS: dict[str, Callable[[Any], str]] = {
+    "json": json_text,
+    "regex": regex_text,
+    "choice": choice_text,
+}
+
+ANY_OBJECT = {"type": "object"}
+
+
+def _constraint(param: str, kind: str, value: Any) -> Constraint:
+    """What a parameter of vLLM's says, checked."""
+    if kind == "json" and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise bad_request(f"{param} is not JSON", param) from None
+    right = {
+        "json": isinstance(value, dict | bool),
+        "regex": isinstance(value, str) and value != "",
+        "choice": _a_list_of(str, value) and all([*value, value]),
+    }
+    if not right[kind]:
+        words = {"json": "a JSON schema", "regex": "a regular expression"}.get(kind, "texts")
+        raise bad_request(f"{param} must be {words}; it is {shown(value)}", param)
+    return Constraint(param, kind, value)
+
+
+def _format_constraint(given: Mapping[str, Any]) -> list[Constraint]:
+    """What `response_format` says."""
+    param, kind = "response_format", given.get("type")
+    if kind == "json_object":
+        return [_constraint(param, "json", given.get("schema", ANY_OBJECT))]
+    if kind == "json_schema":
+        schema = _of(given.get(kind), "schema")
+        return [_constraint(f"{param}.json_schema.schema", "json", schema)]
+    if kind != "text":
+        raise bad_request(f"{param}.type must be text, json_object or json_schema", param)
+    return []
+
+
+def _vllm_constraints(given: Mapping[str, Any]) -> list[Constraint]:
+    """What `structured_outputs` says."""
+    param, found = "structured_outputs", list[Constraint]()
+    for name, value in given.items():
+        if value is None or value is False:
+            continue
+        if name == "json_object":
+            found.append(_constraint(param, "json", ANY_OBJECT))
+        elif name in GRAMMARS:
+            found.append(_constraint(f"{param}.{name}", name, value))
+        else:
+            raise bad_request(f"{param} must have json, regex or choice, not {shown(name)}", param)
+    return found
 
 
 class SamplingRequest(BaseModel, ABC):
@@ -130,6 +241,11 @@ class SamplingRequest(BaseModel, ABC):
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1, le=128)
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -161,6 +277,25 @@ class SamplingRequest(BaseModel, ABC):
     @abstractmethod
     def alternatives(self) -> int | None:
         """How many tokens are listed beside each one with their probabilities; None: no list."""
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text follows; None: anything."""
+        found = [
+            _constraint(name, name.removeprefix("guided_"), value)
+            for name in ("guided_json", "guided_regex", "guided_choice")
+            if (value := getattr(self, name)) is not None
+        ]
+        if self.response_format is not None:
+            found += _format_constraint(self.response_format)
+        if self.structured_outputs is not None:
+            found += _vllm_constraints(self.structured_outputs)
+        if len(found) > 1:
+            raise bad_request(f"give one of {', '.join(x.param for x in found)}", found[1].param)
+        constraint = found[0] if found else None
+        if constraint is not None and self.ignore_eos:
+            raise bad_request(f"ignore_eos does not go with {constraint.param}", "ignore_eos")
+        return constraint
 
     @property
     def include_usage(self) -> bool:
@@ -212,6 +347,57 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def check_tool_choice(cls, value: Any) -> Any:
+        """Say what `tool_choice` may be."""
+        named = _of(_of(value, "function"), "name")
+        if value in (None, "none", "auto", "required") or isinstance(named, str):
+            return value
+        raise ValueError("must be none, auto, required or a function")
+
+    @property
+    def known_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call.
+
+        Raises:
+            ApiError: a tool is not what it should be, or none has the name that is chosen.
+        """
+        tools, names = self.tools or [], set[str]()
+        for number, tool in enumerate(tools):
+            function, where = tool.get("function"), f"tools[{number}]"
+            name, parameters = _of(function, "name"), _of(function, "parameters")
+            if tool.get("type") != "function" or not isinstance(name, str):
+                raise bad_request("a tool must be a function with a name", where)
+            if not TOOL_NAME.fullmatch(name):
+                said = f"must have 1 to 64 letters, digits, _, . or -; it is {shown(name)}"
+                raise bad_request(f"the name of a tool {said}", f"{where}.function.name")
+            if not isinstance(parameters, dict | None):
+                said = f"parameters must be a JSON schema; it is {shown(parameters)}"
+                raise bad_request(said, f"{where}.function.parameters")
+            if name in names:
+                raise bad_request(
+                    f"two tools have the name {shown(name)}", f"{where}.function.name"
+                )
+            names.add(name)
+        if not tools and self.tool_choice not in (None, "none", "auto"):
+            raise bad_request("tool_choice needs tools", "tool_choice")
+        return [] if self.tool_choice == "none" else tools
+
+    @property
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """The tools of which one must be called; none if the model decides."""
+        if self.tool_choice == "required":
+            return self.known_tools
+        wanted = _of(_of(self.tool_choice, "function"), "name")
+        found = [tool for tool in self.known_tools if tool["function"]["name"] == wanted]
+        if wanted is not None and not found:
+            raise bad_request(f"there is no tool {shown(wanted)}", "tool_choice")
+        return found
 
     @property
     def alternatives(self) -> int | None:

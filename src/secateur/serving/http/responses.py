@@ -11,7 +11,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from secateur.serving.http.middleware import Metrics
 from secateur.serving.http.requests import ApiError
 from secateur.serving.service import Answer, End, Piece, TokenChance, Worker
+from secateur.serving.tools import CallReader, ToolCall
 
 DONE = b"data: [DONE]\n\n"
 
@@ -72,7 +73,9 @@ class Writer(ABC):
         for number, (own, end) in enumerate(zip(pieces, ends, strict=True)):
             text = "".join(piece.text for piece in own)
             chances = [chance for piece in own for chance in piece.chances]
-            choices.append(self.choice(number, text, chances) | {"finish_reason": end.reason})
+            choice = self.choice(number, text, chances)
+            called = "tool_calls" in choice.get("message", ())
+            choices.append(choice | {"finish_reason": _reason(end, called)})
         return self.head(self.kind) | {"choices": choices, "usage": self.usage(answer, ends)}
 
     def event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
@@ -111,15 +114,58 @@ class Writer(ABC):
         """A piece of it; None is nothing more."""
 
 
+@dataclass
 class ChatWriter(Writer):
-    """Answers of `/v1/chat/completions`."""
+    """Answers of `/v1/chat/completions`.
+
+    Args:
+        calls: makes what finds the calls of tools in a text; None where there are no tools.
+    """
+
+    calls: Callable[[], CallReader] | None = None
+    # of each choice of a stream
+    readers: dict[int, CallReader] = field(default_factory=dict)
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def choice(self, number: int, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """The message."""
-        message = {"role": "assistant", "content": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if self.calls is not None:
+            reader = self.calls()
+            (first, calls), (rest, last) = reader.add(text), reader.finish()
+            message["content"] = first + rest or None
+            if listed := [_called(call) for call in (*calls, *last)]:
+                message["tool_calls"] = listed
         return {"index": number, "message": message, "logprobs": self.logprobs(chances)}
+
+    def piece(self, number: int, piece: Piece) -> bytes:
+        """A piece of a message. Calls come whole, and what may become one waits."""
+        if self.calls is None:
+            return super().piece(number, piece)
+        reader = self.readers.setdefault(number, self.calls())
+        return self.part(number, *reader.add(piece.text), piece.chances)
+
+    def part(
+        self, number: int, text: str, calls: Sequence[ToolCall], chances: Sequence[TokenChance]
+    ) -> bytes:
+        """Text and calls of a message; nothing where there are none."""
+        if not text and not calls and not chances:
+            return b""
+        delta = self.delta(number, text or None, chances)
+        if calls:
+            first = self.readers[number].found - len(calls)
+            listed = enumerate(calls, start=first)
+            delta["delta"]["tool_calls"] = [{"index": n, **_called(call)} for n, call in listed]
+        return self.event([delta | {"finish_reason": None}])
+
+    def end(self, number: int, end: End) -> bytes:
+        """The end of a message, after what waited."""
+        if number not in self.readers:
+            return super().end(number, end)
+        reader = self.readers[number]
+        rest = self.part(number, *reader.finish(), [])
+        return rest + super().end(number, end._replace(reason=_reason(end, reader.found > 0)))
 
     def delta(
         self, number: int, text: str | None, chances: Sequence[TokenChance]
@@ -130,7 +176,8 @@ class ChatWriter(Writer):
 
     def first(self, choices: int) -> bytes:
         """The role of each message."""
-        begin = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        content = "" if self.calls is None else None  # a call has no content
+        begin = {"delta": {"role": "assistant", "content": content}, "finish_reason": None}
         return b"".join(self.event([{"index": number, **begin}]) for number in range(choices))
 
     def logprobs(self, chances: Sequence[TokenChance]) -> dict[str, Any] | None:
@@ -146,6 +193,17 @@ class ChatWriter(Writer):
     def entry(self, text: str, log_probability: float | None) -> dict[str, Any]:
         """A token of the list."""
         return {"token": text, "logprob": log_probability, "bytes": list(text.encode())}
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    """A call as OpenAI's API writes it."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _reason(end: End, called: bool) -> str:
+    """Why a choice ended; `called`: whether it calls tools."""
+    return "tool_calls" if called and end.reason == "stop" else end.reason
 
 
 class CompletionWriter(Writer):
@@ -188,6 +246,7 @@ EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-contr
 
 
 FAULTS = {
+    "grammar": (400, "the text cannot go on as its grammar says, or it is too complex", "grammar"),
     "timeout": (504, "the request took too long", "timeout"),
     "refused": (503, "the server is stopping", "server_stopping"),
     "error": (500, "the model failed; the server's log says why", None),
