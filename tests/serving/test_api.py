@@ -225,7 +225,7 @@ def test_the_token_that_ends_a_text_is_listed(
 def test_what_is_ignored_is_named(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
     harmless = {
         "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
-        "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_cache_key": "k",
+        "reasoning_effort": "low", "prompt_cache_key": "k",
         "verbosity": "low", "request_id": "7", "priority": 1, "cache_prompt": True,
         "min_tokens": 0, "tools": [], "n": 1,
     }  # fmt: skip

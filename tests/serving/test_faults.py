@@ -191,7 +191,17 @@ BAD: dict[str, tuple[str, Any, str, str | None]] = {
         "chat/completions",
         {"messages": [*USER, {"role": "assistant", "tool_calls": [
             {"function": {"name": "f", "arguments": "{"}}]}]},
-        "the arguments are not JSON", "messages[1].tool_calls[0].function.arguments",
+        "arguments is not JSON", "messages[1].tool_calls[0].function.arguments",
+    ),
+    "half a pair in arguments": (
+        "chat/completions",
+        {"messages": [*USER, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+        "function.arguments.a is not text at character 0: half of a surrogate pair", None,
+    ),
+    "NaN in a schema": (
+        "completions", {"prompt": "x", "guided_json": '{"const": NaN}'},
+        "NaN is no number of JSON", None,
     ),
     "call": (
         "chat/completions",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -377,6 +380,64 @@ def says(server: Running, path: str = "chat/completions", **options: Any) -> str
     return str(error["message"])
 
 
+NESTED: Any = {"type": "integer"}
+for _ in range(200):
+    NESTED = {"type": "object", "properties": {"a": NESTED}, "required": ["a"]}
+STRINGS = {"type": "string"}
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "nested": (NESTED, "recursion limit exceeded"),
+    "itself": ({"$ref": "#"}, "no text follows it"),
+    "a circle": ({"$ref": "#/$defs/a", "$defs": {
+        "a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "no text follows it"),
+    "of another server": ({"$ref": "http://127.0.0.1:9/x"}, "Default retriever does not fetch"),
+    "of a file": ({"$ref": "file:///etc/passwd"}, "Default retriever does not fetch"),
+    "many words": ({"enum": [f"word {n}" * 3 for n in range(50_000)]}, "at most 262,144 are poss"),
+    "many properties": ({"type": "object", "additionalProperties": False,
+                         "properties": {f"p{n}": STRINGS for n in range(3_000)}}, "too complex"),
+    "nothing": ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater than max"),
+    "false": (False, 'Unimplemented keys: ["not"]'),
+    "a type": ({"type": "strange"}, "Invalid type: strange"),
+    "look ahead": ({"type": "string", "pattern": "(?=a)b"}, "look-around, including look-ahead"),
+    "steps": ({"type": "string", "pattern": "^(a?){5000}a{5000}$"}, "cannot go on as its grammar"),
+    "choices": ({"oneOf": [STRINGS, {"type": "string", "maxLength": 5}]}, "coerce_one_of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*HOSTILE])
+def test_a_hostile_schema_costs_little_and_ends_nobody_elses_request(
+    server: Running, case: str
+) -> None:
+    schema, said = HOSTILE[case]
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    began = time.process_time()
+    message = says(server, response_format=form, max_tokens=100)
+    assert said in message
+    assert "start:" not in message
+    assert time.process_time() - began < 5
+    assert server.serving.service.worker.failures == 0
+    assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_hostile_regular_expression_ends_its_own_stream_only(server: Running) -> None:
+    body = {"prompt": "x", "guided_regex": "(a?){5000}a{5000}", "max_tokens": 9, "stream": True}
+    events = server.post("completions", {**body, "temperature": 3}).text.strip().split("\n\n")
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "grammar"
+    assert server.scheduler.idle
+
+
+def test_a_grammar_is_read_beside_other_requests(server: Running) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    server.serving.service.grammar_reader.submit(lambda: (begun.set(), go_on.wait(20)))
+    begun.wait()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(chat, server, guided_choice=["a"])
+        assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
+        assert not waiting.done()
+        go_on.set()
+        assert waiting.result()[0]["message"]["content"] == "a"
+
+
 def test_a_template_without_tools(serve: Start, tmp_path: Path) -> None:
     plain = serve(byte_level(tmp_path / "plain"))
     assert 'does not show tools, such as "get_weather"' in says(plain, tools=TOOLS)
@@ -394,8 +455,6 @@ def test_a_template_without_tools(serve: Start, tmp_path: Path) -> None:
 
 
 def test_without_llguidance(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.delitem(server.serving.service.__dict__, "grammars", raising=False)
     for options in ({"guided_json": True}, {"guided_regex": "a"}, {"guided_choice": ["a"]}):

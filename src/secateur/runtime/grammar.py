@@ -132,12 +132,13 @@ class Grammars:
                 f"the grammar has {len(text):,} characters, at most {MOST_TEXT:,} are possible"
             )
         matcher = self.matcher(text, limits=self.limits)
-        first = [*filter(None, matcher.get_error().splitlines())] or [""]
-        if not first[0]:
+        said = matcher.get_error()
+        if not said:
             matcher.compute_bitmask()  # takes longest, and finds out whether there is any text
-            first = [matcher.get_error() and "no text follows it, or it is too complex"]
-        if first[0]:
-            said = re.sub(r"^at \d+\(\d+\): ", "", " ".join(first))
+            said = matcher.get_error() and "no text follows it, or it is too complex"
+        if said:
+            place = re.compile(r"^at \d+\(\d+\): |^ *\d+ \|.*\n?|^ *\^ *\n?", re.MULTILINE)
+            said = " ".join(place.sub("", said).split())
             raise RecipeError(f"the grammar cannot be used: {said[:200]}")
         return Grammar(matcher)
 
@@ -148,9 +149,12 @@ def json_rule(schema: Any) -> str:
     Raises:
         RecipeError: it is nested too deeply.
     """
-    schema = {} if schema is True else {"not": {}} if schema is False else schema
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    options = schema.get("x-guidance")
+    options = {**(options if isinstance(options, dict) else {}), **WHITESPACE}
     try:
-        return "%json " + json.dumps({**schema, "x-guidance": WHITESPACE})
+        return "%json " + json.dumps({**schema, "x-guidance": options})
     except RecursionError:
         raise RecipeError("the JSON schema is nested too deeply") from None
 

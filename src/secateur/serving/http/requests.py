@@ -130,15 +130,22 @@ def _called(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     function = call.get("function")
     name, arguments = (_of(function, "name"), _of(function, "arguments"))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise bad_request("the arguments are not JSON", f"{where}.function.arguments") from None
+        arguments = _json_in(arguments or "{}", f"{where}.function.arguments")
     if not isinstance(name, str) or not isinstance(arguments, dict):
         said = "a call needs a function with a name, and with arguments that are a JSON object"
         raise bad_request(said, f"{where}.function")
     id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _json_in(text: str, param: str) -> Any:
+    """The JSON in a text of a body."""
+    try:
+        found = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise bad_request(f"{param} is not JSON", param) from None
+    _check_text(found, (param,))
+    return found
 
 
 def _of(value: Any, name: str) -> Any:
@@ -176,10 +183,7 @@ ANY_OBJECT = {"type": "object"}
 def _constraint(param: str, kind: str, value: Any) -> Constraint:
     """What a parameter of vLLM's says, checked."""
     if kind == "json" and isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise bad_request(f"{param} is not JSON", param) from None
+        value = _json_in(value, param)
     right = {
         "json": isinstance(value, dict | bool),
         "regex": isinstance(value, str) and value != "",
@@ -530,17 +534,17 @@ class JsonRoute(APIRoute):
         return read
 
 
+def _no_number(name: str) -> None:
+    raise bad_request(f"the body is not JSON: {name} is no number of JSON")
+
+
 def _parsed(body: bytes) -> dict[str, Any]:
     """The JSON object of a body."""
-
-    def no_number(name: str) -> None:
-        raise bad_request(f"the body is not JSON: {name} is no number of JSON")
-
     try:
         text = body.decode("utf-8-sig")
         if not text.strip():
             raise bad_request("the body is empty; it has to be a JSON object")
-        found = json.loads(text, parse_constant=no_number)
+        found = json.loads(text, parse_constant=_no_number)
         if SURROGATE.search(body):
             _check_text(found, ())
     except UnicodeDecodeError as error:
