@@ -119,7 +119,10 @@ class Xgrammar:
         self.matcher.accept_token(token)
 
 
-LIBRARIES = {"llguidance": Guidance, "xgrammar": Xgrammar}
+LIBRARIES: dict[str, type[Guidance] | type[Xgrammar]] = {
+    "llguidance": Guidance,
+    "xgrammar": Xgrammar,
+}
 
 
 def measure(library: str, case: str) -> dict[str, Any]:
