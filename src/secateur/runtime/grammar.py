@@ -32,9 +32,9 @@ MOST_TEXT = 256 << 10
 
 KEPT_GRAMMARS = 8
 
-WHITESPACE = {"whitespace_pattern": r"(\n {0,40}| ?)"}
-"""Between the parts of JSON: a space or none, or a new line that is indented. Without a bound,
-small models write spaces until the text is full.
+WHITESPACE = {"whitespace_pattern": " ?"}
+"""Between the parts of JSON: a space or none. Where more are allowed, or new lines, small models
+write nothing else until the text is full.
 """
 
 
