@@ -108,6 +108,9 @@ MISTAKES = {
     "fit m --max-size big -o o": "--max-size big: must be a number of bytes",
     "fit m --max-size 1MiB --tasks piqa -o o": "changes nothing without --min-accuracy-kept",
     "fit m --max-size 60kB --calibration short.txt -o o": "windows",
+    "fit m --max-size 60kB --calibration nofile.txt -o o": "no text is named 'nofile.txt'",
+    "draft m --calibration nofile.txt -o o": "no text is named 'nofile.txt'",
+    "chat m --draft nowhere": "nowhere: no such file or folder",
     "advise m --new-tokens 900": "--new-tokens 900: must be less than",
     "chain typo.yaml": "steps",
 }

@@ -52,3 +52,13 @@ def test_the_demo_prunes_packs_times_judges_and_reports(
     lines = ended.out.splitlines()
     assert any("perplexity" in line and f"{judged.perplexity:.2f}" in line for line in lines)
     assert any("weight files" in line and binary_size(rounded.file_bytes) in line for line in lines)
+
+
+def test_a_demo_replaces_only_what_a_demo_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secateur: Callable[..., Outcome]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny(tmp_path / "mine")
+    ended = secateur("demo", "--output", "mine")
+    assert (ended.code, "the output folder exists" in ended.err) == (2, True)
+    assert (model / "model.safetensors").is_file()

@@ -21,6 +21,7 @@ MODEL = "smollm2-135m"
 CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
 BACKENDS = ("packed", "dense int8", "dense bf16", "torch bf16")
 """The timed backends: the packed model, our kernels on dense weights, and torch."""
+PAGE = "report.html"
 PROMPTS = (
     "The Eiffel Tower is a famous landmark in",
     "Once upon a time, in a village by the sea, there lived an old woman who",
@@ -46,7 +47,7 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
         compress="int8",
         progress=Labelled(listener, "1 of 4, prune and pack"),
         restart=True,
-        overwrite=True,
+        overwrite=(folder / PAGE).is_file(),  # only what a demo made
     )
     timed = bench(
         folder,
@@ -74,5 +75,5 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
         output = Path(scratch) / "int8"
         rounded = compress(MODEL, output=output, values="int8", progress=listener)
         rounded_judged = evaluate(output, progress=listener, **held_out)
-    page = imported("secateur.report_page.report:report")([folder], folder / "report.html").page
+    page = imported("secateur.report_page.report:report")([folder], folder / PAGE).page
     return DemoResult(MODEL, pruned, timed, judged, rounded, rounded_judged, page)

@@ -172,7 +172,7 @@ class Draft(Step[DraftRecipe, DraftResult]):
         """Survey the parent, make drafts and measure them beside it, heal and judge the best."""
         run, folder, fitted = self.run, self.run.folder, self.recipe.fitted
         costs = costs_of(fitted, self.model, run.progress)
-        costs = replace(costs, head=time_heads(costs.outer[-1]))
+        costs = replace(costs, head=time_heads([*costs.outer.values()][-1]))
         budget = TimeBudget(fitted.minutes, folder.work / "pace.json", run.meter.started)
         context = FitContext.prepare(
             fitted, run.source, self.model, costs, budget, folder.work, run.progress

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.documents import check_text
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.task_data import check_request
@@ -142,7 +143,9 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
 
 
 def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint:
-    """The dense model of a recipe, and its matrices that can be packed."""
+    """The dense model of a recipe whose texts are there, and its matrices that can be packed."""
+    for text in texts_of(recipe.calibration.source):
+        check_text(text)
     refuse_quantized(source.folder)
     return PackableCheckpoint.open(source.folder, trust_remote_code=recipe.trust_remote_code)
 
