@@ -467,6 +467,16 @@ def test_a_long_text_does_not_hold_short_ones_up(serve: Start) -> None:
         assert "the prompt has 100000, and 16 more" in long.result().json()["error"]["message"]
 
 
+def test_memory_of_long_texts_is_given_back(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back = []
+    monkeypatch.setattr("secateur.serving.service.trim", lambda: given_back.append(1))
+    server = serve()
+    for size, count in ((100, 0), (100_000, 1)):
+        found = server.client.post("/tokenize", json={"prompt": "x" * size}).json()
+        assert found["count"] == size
+        server.until(lambda count=count: len(given_back) == count)
+
+
 def test_a_client_that_reads_nothing_holds_nobody_up(serve: Start) -> None:
     server = serve(slots=1)
     body = {"prompt": "x", "max_tokens": 200, "temperature": 1, "stream": True, "logprobs": 5}

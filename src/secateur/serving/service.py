@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from secateur.allocator import trim
 from secateur.models.tokenizer import Tokenizer, text_bound
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.grammar import Grammar, Grammars
@@ -361,7 +362,11 @@ class Service:
     async def in_reader(self, work: Callable[[], T], size: int = 0) -> T:
         """Run something in a thread of the tokenizer: with characters or tokens, how many."""
         reader = self.long_reader if size > LONG_TEXT else self.reader
-        return await asyncio.get_running_loop().run_in_executor(reader, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(reader, work)
+        finally:
+            if size > LONG_TEXT:
+                reader.submit(trim)  # glibc would keep what reading took
 
     def ask(
         self,
