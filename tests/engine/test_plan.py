@@ -122,6 +122,16 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
     assert "pruning a layer" not in error.value.what  # which needs 3 GiB
 
 
+def test_no_remedy_is_named_that_cannot_be_enough() -> None:
+    """Where the program itself is larger than the budget, another method brings nothing."""
+    with pytest.raises(MemoryBudgetError, match=r"most of it: the program itself") as error:
+        fitted(CPU, GIB // 2)
+    assert error.value.remedy == "raise --max-memory"
+    with pytest.raises(MemoryBudgetError, match=r"most of it: ") as error:
+        fitted(CPU, int(2.5 * GIB))
+    assert "--method wanda" in str(error.value.remedy)
+
+
 def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, float]) -> None:
     sizes = dict.fromkeys(
         ("process", "weights", "optimizer", "adapters", "forward", "logits", "teacher", "masks"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from reporting.examples import write_draft, write_fit, write_full_run
 from secateur.errors import CheckpointError, RecipeError
 from secateur.report_page.claims import pruning_brought
 from secateur.report_page.report import report
-from secateur.reporting.fit import FitResult
+from secateur.reporting.charts import page_svg
+from secateur.reporting.fit import FitPoint, FitResult
+from secateur.reporting.tables import Table
 from secateur.runs.records import read_record
 
 
@@ -84,6 +87,45 @@ def test_the_chart_of_a_fit_shows_every_finalist(tmp_path: Path) -> None:
     }
     assert shown == {(x.name, x.file_bytes / 2**20, x.last) for x in result.finalists}
     assert len(shown) == 5
+
+
+def test_the_winner_is_drawn_at_the_size_of_its_file(tmp_path: Path) -> None:
+    """Also where it lies on a predicted line, and beside another model that was made."""
+    result = read_record(FitResult, write_fit(tmp_path / "small") / "secateur" / "fit.json")
+    point = FitPoint("all formats", result.winner.file_bytes, result.winner.last)
+    near = replace(result.winner, name="near", file_bytes=result.winner.file_bytes - 2**17)
+    chart = result.model_copy(
+        update={"frontier": (*result.frontier, point), "finalists": (result.winner, near)}
+    ).chart()
+    marks = re.findall(r"<title>([^:<]+): ([\d.]+) MiB.*?cx=\"([\d.]+)\"", page_svg(chart))
+    line = [(float(size), float(x)) for name, size, x in marks if name == "all formats"]
+    (low, left), (high, right) = min(line), max(line)
+    [(size, x)] = [(67.0, float(x)) for name, _, x in marks if name == result.winner.name]
+    assert x == pytest.approx(left + (right - left) * (size - low) / (high - low), abs=0.1)
+
+
+def test_predictions_that_print_alike_are_shown_once(tmp_path: Path) -> None:
+    result = read_record(FitResult, write_fit(tmp_path / "small") / "secateur" / "fit.json")
+    sizes = [(60.1, 0.5), (60.2, 0.3), (70.0, 0.00021), (80.0, 0.00019), (90.0, 0.00018)]
+    points = [
+        FitPoint(name, round(size * 2**20), rise)
+        for name in ("all formats", "only rounded") for size, rise in sizes
+    ]  # fmt: skip
+    [table] = [
+        x for x in result.model_copy(update={"frontier": tuple(points)}).blocks()
+        if isinstance(x, Table) and x.title.startswith("predicted")
+    ]  # fmt: skip
+    assert table.columns == ("size", "all formats", "only rounded")
+    assert table.rows == (("60 MiB", "0.3000", "0.3000"), ("70 MiB", "0.0002", "0.0002"))
+
+
+def test_within_a_loss_the_gain_is_a_size(tmp_path: Path) -> None:
+    result = read_record(FitResult, write_fit(tmp_path / "small") / "secateur" / "fit.json")
+    assert "less loss" in result.brought
+    result = result.model_copy(update={"winner": replace(result.winner, rise=0.09)})
+    assert result.brought.endswith("only rounded has 70 MiB, and the winner 67 MiB.")
+    assert pruning_brought(result).value == "4\u00a0% of the size"
+    assert "│   loss │" in str(result) or "loss ┃" in str(result)
 
 
 def test_what_pruning_brought(tmp_path: Path) -> None:

@@ -311,10 +311,10 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
             f"layers.{i}.up_proj": "50% zeros, int4" if i < zeros else "int4" for i in range(10)
         },
         "embeddings": "int4",
-        "winner": made("all formats, mixed", 67.0, 0.12, 0.08),
+        "winner": made("pruned and rounded", 67.0, 0.12, 0.08),
         "finalists": [
-            made("all formats, mixed", 67.0, 0.12, 0.08),
-            made("only rounded, mixed", 60.0, 0.5, None),
+            made("pruned and rounded", 67.0, 0.12, 0.08),
+            made("rounded", 60.0, 0.5, None),
         ],
         "branches": [
             {"name": "fewer layers", "file_bytes": 150 * 2**20, "divergence": 0.4, "outcome": "no"},
@@ -372,7 +372,7 @@ def write_draft(folder: Path, *, speedup: float = 1.42) -> Path:
     (folder / "secateur" / "fit.json").unlink()
     shared = ("output", "dropped", "kind_of", "embeddings", "branches", "packed", "seconds")
     candidate = {
-        "name": "all formats, mixed", "file_bytes": 67 * 2**20, "divergence": 0.2, "healed": True,
+        "name": "pruned and rounded", "file_bytes": 67 * 2**20, "divergence": 0.2, "healed": True,
         "acceptance": accepted(0.74), "seconds": 0.004, "sampled": expected(1.4),
         "greedy": expected(1.4),
     }  # fmt: skip

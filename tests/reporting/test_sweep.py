@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from secateur.reporting.sweep import SweepResult
 from secateur.runs.records import read_record
 from secateur.runs.records.measured import Sweep
 from secateur.steps import sweep as sweeping
-from secateur.steps.sweep import sweep_recipe
+from secateur.steps.sweep import SweepRun, sweep_recipe
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -221,27 +222,53 @@ def test_nonsense_is_refused_before_any_work(recipe: SweepRecipe, tmp_path: Path
     assert not (tmp_path / "s").exists()
 
 
-def test_a_point_that_fails_does_not_stop_the_others(
-    secateur, recipe: SweepRecipe, tmp_path: Path
+def test_a_pattern_that_the_shapes_do_not_allow_is_refused_before_any_work(
+    recipe: SweepRecipe, tmp_path: Path
 ) -> None:
+    with pytest.raises(PatternError, match="3:5 needs input sizes divisible by 5"):
+        swept(recipe, tmp_path / "s", patterns=["2:4", "3:5"])
+    assert not (tmp_path / "s").exists()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Let points with a pattern fail at work."""
+    measure = SweepRun.measure
+
+    def measured(run: SweepRun, key: Any, progress: Progress) -> Any:
+        if key[1] == pattern:
+            raise PatternError("it failed")
+        return measure(run, key, progress)
+
+    monkeypatch.setattr(SweepRun, "measure", measured)
+
+
+def test_a_point_that_fails_does_not_stop_the_others(
+    secateur, recipe: SweepRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "2:4")
     words = (
-        "sweep", recipe.model, "--methods", "wanda", "--sparsities", "0.5", "--patterns", "3:5",
+        "sweep", recipe.model, "--methods", "wanda", "--sparsities", "0.5", "--patterns", "2:4",
         "--calibration", recipe.calibration, "--text", recipe.text[0], "--text-sequence-length", 16,
         "-o", tmp_path / "s",
     )  # fmt: skip
     shown = secateur(*words)
     assert shown.code == 1
-    assert "failed: wanda 3:5" in shown.out
+    assert "failed: wanda 2:4" in shown.out
     record = json.loads(secateur(*words, "--json").out)
     assert [p["pattern"] for p in record["points"]] == ["unstructured"]
-    assert [f["pattern"] for f in record["failures"]] == ["3:5"]
+    assert [f["pattern"] for f in record["failures"]] == ["2:4"]
 
 
-def test_a_sweep_of_failures_has_no_points(recipe: SweepRecipe, tmp_path: Path) -> None:
-    result = swept(recipe, tmp_path / "s", methods=["wanda"], sparsities=[], patterns=["3:5"])
+def test_a_sweep_of_failures_has_no_points(
+    recipe: SweepRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "2:4")
+    result = swept(recipe, tmp_path / "s", methods=["wanda"], sparsities=[], patterns=["2:4"])
     assert result.points == ()
-    assert [failure["pattern"] for failure in result.failures] == ["3:5"]
+    assert [failure["pattern"] for failure in result.failures] == ["2:4"]
     assert (tmp_path / "s" / "sweep.md").exists()
+    assert "the table: " in str(result)
+    assert "next:" not in str(result)
 
 
 def test_on_the_command_line(secateur, recipe: SweepRecipe, tmp_path: Path) -> None:

@@ -131,15 +131,17 @@ class Budget:
         """
         remedies: dict[str, None] = {}
         for phase, size in plan.phases.items():
-            if size > (self.host if phase.on_host and self.host is not None else self.computing):
+            limit = self.host if phase.on_host and self.host is not None else self.computing
+            if size > limit:
                 needs = sorted(
                     (x for x in plan.needs if phase in x.phases), key=lambda need: -need.bytes
                 )
                 large = [x for x in needs if x.bytes > NAMED_SHARE * size][:NAMED_NEEDS]
                 parts = ", ".join(f"{need.text} {need.bytes / 2**30:.2f}" for need in large)
                 what += f"; {phase.name} takes {size / 2**30:.2f} GiB, most of it: {parts}"
-                # also a small need, where the program itself takes most
-                remedies |= dict.fromkeys([x.remedy for x in needs if x.remedy][:NAMED_NEEDS])
+                avoidable = [x for x in needs if x.remedy]
+                if size - sum(x.bytes for x in avoidable) <= limit:  # else no remedy is enough
+                    remedies |= dict.fromkeys([x.remedy for x in avoidable][:NAMED_NEEDS])
         less = "; ".join(remedies)
         return MemoryBudgetError(what, remedy=f"{less}{less and '; or '}raise --max-memory")
 

@@ -167,3 +167,25 @@ def speculation(
         seconds = k * draft_seconds + verify
         found.append(Speculation(k, accepted, (1 + accepted) * parent_seconds[0] / seconds))
     return max(found[least:], key=lambda one: one.speedup)
+
+
+FAR = 0.5
+"""A call with more tokens that takes less than so much of one with fewer was not measured well."""
+
+
+def too_fast(seconds: Sequence[float]) -> tuple[int, int] | None:
+    """Two numbers of tokens whose calls cannot take the times that were measured; None if all can.
+
+    Args:
+        seconds: of one call with 1, 2, … tokens.
+
+    Example:
+        >>> from secateur.evaluation.acceptance import too_fast
+        >>> too_fast([0.015, 0.135, 0.0008]), too_fast([0.010, 0.011, 0.009])
+        ((2, 3), None)
+    """
+    for many, own in enumerate(seconds, start=1):
+        slowest = max(range(many), key=lambda few: seconds[few])
+        if own < FAR * seconds[slowest]:
+            return slowest + 1, many
+    return None

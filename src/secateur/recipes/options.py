@@ -405,11 +405,19 @@ def _checked(size: Any) -> Any:
     return size
 
 
+NO_SIZE = 10_000
+"""A number without a unit that is smaller lacks its unit."""
+
+
 def _positive(size: Any) -> Any:
     """The same size, if it is more than 0 bytes."""
     size = _checked(size)
     if isinstance(size, int | str) and bytes_of(size) == 0:
         raise ValueError("must be more than 0 bytes")
+    if str(size).strip().isdecimal() and int(size) < NO_SIZE:
+        raise ValueError(
+            f"must be given with its unit, such as {size}MiB; without one it is {size} bytes"
+        )
     return size
 
 

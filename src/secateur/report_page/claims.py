@@ -252,7 +252,7 @@ def fit_claims(result: FitResult) -> list[Claim]:
         Claim(
             "Loss",
             signed(loss, 3),
-            "nats per token above the dense model, on text that neither made nor chose it.",
+            "nats per token above the dense model, on text that was used for nothing else.",
             tone="good" if loss < 0.05 else "fair" if loss < 0.3 else "bad",
         ),
         pruning_brought(result),
@@ -299,6 +299,9 @@ def pruning_brought(result: FitResult) -> Claim:
         f"Rounding alone, at {binary_size(rounded.file_bytes)}: "
         f"{signed(rounded.loss_increase, 3)} nats."
     )
+    if result.loss_is_bounded and winner != rounded:
+        smaller = 1 - winner.file_bytes / rounded.file_bytes
+        return Claim("Pruning brought", f"{percent(smaller)} of the size", f"{sizes} {used}")
     gain = rounded.loss_increase - winner.loss_increase
     if winner == rounded or abs(gain) <= LEAST_GAIN:
         return Claim("Pruning brought", "nothing", f"{sizes} {used}")

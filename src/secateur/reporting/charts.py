@@ -405,15 +405,18 @@ def _label_marks(axes: Any, chart: LineChart) -> list[_Drawn]:
     to_points = axes.transData + axes.figure.dpi_scale_trans.inverted()
     scale = 72.0
     placed: list[tuple[float, float]] = []
+    alone: list[tuple[float, float]] = []
     places: list[list[tuple[float, float]]] = []
     lines = axes.get_lines()
     for series, line in zip(chart.series, lines, strict=False):
         own = [tuple(scale * to_points.transform((m.x, m.y))) for m in series.drawn]
         if len(own) == 1:  # on a line the position shows the value
-            while any(math.dist(own[0], other) < MARK for other in placed):
-                own = [(own[0][0] + MARK, own[0][1])]
+            [mark] = series.drawn
+            before = alone.count((mark.x, mark.y))
+            alone.append((mark.x, mark.y))
+            own = [(own[0][0] + MARK * before, own[0][1])]
             x, y = to_points.inverted().transform([n / scale for n in own[0]])
-            line.set_data([x], [series.drawn[0].y])
+            line.set_data([x], [mark.y])
         placed += own
         places.append(own)
     frame = tuple(72 / axes.figure.dpi * n for n in axes.bbox.extents)

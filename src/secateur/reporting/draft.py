@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from secateur.evaluation.acceptance import too_fast
 from secateur.reporting.fit import FittedResult
 from secateur.reporting.next_steps import after_a_draft
 from secateur.reporting.plan import FitPlanResult
@@ -83,7 +84,7 @@ class DraftResult(FittedResult):
         vocabulary: the tokens of the parent.
         parent_seconds: c(1), c(2), …: seconds of one call of the parent with so many tokens.
         draft_seconds: of one token of the draft.
-        unhealed: what the parent takes before healing, on text that neither made nor chose; None
+        unhealed: what the parent takes before healing, on text that was used for nothing else; None
             where nothing was healed.
         acceptance: the same of the draft.
         own_text: the same on text that the parent writes; None where it wrote none.
@@ -115,7 +116,15 @@ class DraftResult(FittedResult):
 
     @property
     def broken(self) -> list[str]:
-        """Why the draft does not pay; nothing if it does."""
+        """Why the draft does not pay, or why that is not known; nothing if it pays."""
+        odd = too_fast(self.parent_seconds)
+        if odd is not None:
+            few, many = (f"{n} tokens took {1e3 * self.parent_seconds[n - 1]:.2f} ms" for n in odd)
+            return [
+                f"what the draft brings is not known: by the clock, one call of the parent with "
+                f"{few}, and one with {many}. Other programs disturbed every measurement; try "
+                "again on a quieter machine"
+            ]
         best, k = max((self.sampled.speedup, self.sampled.k), (self.greedy.speedup, self.greedy.k))
         if best >= LEAST_SPEEDUP:
             return []
@@ -159,13 +168,13 @@ class DraftResult(FittedResult):
         ]
         blocks: list[Block] = [
             Table.facts("the draft", facts),
-            Table.of("tokens that the parent takes", ("", *RATES), accepted),
+            Table.of("tokens that the parent takes", ("", "temperature 1", "greedy"), accepted),
             Table.of("one call of the parent", ("tokens", "time", "of one token"), calls, 0),
             *self._searched(),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),
         ]
-        return blocks + after_a_draft(self.output, self.parent)
+        return blocks + after_a_draft(self.output, self.parent, pays=not self.broken)
 
     def _searched(self) -> Iterator[Block]:
         """What was made, tried and predicted."""
@@ -196,18 +205,25 @@ class DraftResult(FittedResult):
             for x in self.frontier
         ]
         cuts = [(x.name, x.outcome) for x in self.branches]
-        title, speedup = "drafts that were made, on the text that chose", "speed-up (k)"
-        yield Table.of(title, ("", COST, *RATES, "divergence", speedup, "greedy (k)"), made)
+        yield Line(EXPLAINED, "dim")
+        title = "drafts that were made, on the text that chose"
+        yield Table.of(title, ("", COST, *RATES, "nats", *GAINS), made)
         title = "heads over frequent tokens"
-        yield Table.of(title, ("tokens", COST, *RATES, "speed-up"), heads, 0)
+        yield Table.of(title, ("tokens", COST, *RATES, "gain"), heads, 0)
         title = "predicted for other drafts"
-        yield Table.of(title, (COST, RATES[0], "divergence", speedup), points, 0)
+        yield Table.of(title, (COST, RATES[0], "nats", GAINS[0]), points, 0)
         if cuts:
             yield Table.of("cuts", ("", "outcome"), cuts)
 
 
-RATES, COST = ("temperature 1", "greedy"), "c_draft / c(1)"
-"""Columns: what the parent takes, and what a token of the draft costs."""
+RATES, COST, GAINS = ("taken", "taken, greedy"), "cost", ("gain (k)", "greedy (k)")
+"""Columns: what the parent takes, what a token of the draft costs, and what that brings."""
+
+EXPLAINED = (
+    "cost: time of a token, over one of the parent; taken: tokens of the draft, at temperature 1 "
+    "and in greedy decoding; nats: divergence from the parent, per token; gain: expected speed-up, "
+    "with k tokens proposed"
+)
 
 
 def _expected(found: Speculation) -> str:

@@ -429,9 +429,10 @@ class DraftedBenchResult(Result):
             )
             for x in self.speeds
         ]
-        heads = ("text", "temperature", "tokens/s", "with draft", "times", "accepted",
-                 "tokens a call", "same text")  # fmt: skip
-        return [Table.of("", heads, rows), Line(self.verdict)]
+        heads = ("text", "T", "tokens/s", "with draft", "times", "taken", "tokens a call",
+                 "same text")  # fmt: skip
+        title = "decoding with a draft (T: temperature; taken: proposed tokens)"
+        return [Table.of(title, heads, rows), Line(self.verdict)]
 
 
 @dataclass(frozen=True, repr=False)

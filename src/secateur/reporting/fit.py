@@ -18,11 +18,11 @@ WINNER = "winner"
 ONLY_ROUNDED = "the best that is only rounded"
 """Names in `FitResult.losses`."""
 
-MIXED = "all formats, mixed"
-"""The name of the best mix with zeros."""
+MIXED = "pruned and rounded"
+"""The name of the best mix of all formats."""
 
-MADE = ("", "size", "predicted", "made", "healed")
-"""Columns of the table of finalists."""
+MADE = ("", "size", "predicted", "made", "healed", "loss")
+"""Columns of the table of finalists; the last one where the loss has a bound."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class FitCheck:
 
 @dataclass(frozen=True)
 class FitLoss:
-    """A candidate on text that neither made nor chose it.
+    """A candidate on text that was used for nothing else.
 
     Attributes:
         file_bytes: of its weight files, at most.
@@ -225,7 +225,7 @@ class FitResult(FittedResult):
 
     Attributes:
         winner: the best finalist.
-        finalists: the candidates that were made whole and keep the bound.
+        finalists: the candidates that were made and keep the bounds but that on the loss.
         frontier: what is predicted for some sizes, of all formats and of rounding alone.
         losses: of the winner and its rivals, on the judged windows.
         costs: the kinds of cost, size first.
@@ -269,6 +269,26 @@ class FitResult(FittedResult):
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
+    def _predicted(self) -> Table:
+        """The predicted divergence by size, without rows that repeat the numbers above them."""
+        names = [*dict.fromkeys(point.name for point in self.frontier)]
+        by_size: dict[str, dict[str, str]] = {}
+        for point in sorted(self.frontier, key=lambda one: one.file_bytes):
+            own = by_size.setdefault(binary_size(point.file_bytes), {})
+            own[point.name] = _nats(point.predicted)
+        rows: list[tuple[str, ...]] = []
+        for size, own in by_size.items():
+            values = tuple(own.get(name, "") for name in names)
+            if not rows or values != rows[-1][1:]:
+                rows.append((size, *values))
+        title = "predicted for other sizes: divergence, nats per token"
+        return Table.of(title, ("size", *names), rows, 0)
+
+    @property
+    def loss_is_bounded(self) -> bool:
+        """Whether the winner is the smallest model within a loss."""
+        return self.winner.rise is not None
+
     @property
     def broken(self) -> list[str]:
         """Bounds that the measured result does not keep."""
@@ -284,6 +304,11 @@ class FitResult(FittedResult):
             unmade = any(one.name == MIXED for one in self.branches)
             zeros = "are predicted to bring too little" if unmade else "and cuts brought nothing"
             return f"Rounding alone is best here: zeros {zeros}."
+        if self.loss_is_bounded:
+            return (
+                f"The smallest model within the bound that is only rounded has "
+                f"{binary_size(rival.file_bytes)}, and the winner {binary_size(won.file_bytes)}."
+            )
         saved = rival.loss_increase - won.loss_increase
         return (
             f"Zeros and cuts brought {signed(saved, 4)} nats per token of less loss than the best "
@@ -298,8 +323,13 @@ class FitResult(FittedResult):
             *self.stored,
         ]
         rivals = [(name, binary_size(x.file_bytes), str(x)) for name, x in self.losses.items()]
+        columns = MADE[: None if self.loss_is_bounded else -1]
         made = [
-            (x.name, binary_size(x.file_bytes), *map(_nats, (x.predicted, x.divergence, x.healed)))
+            (
+                x.name,
+                binary_size(x.file_bytes),
+                *map(_nats, (x.predicted, x.divergence, x.healed, x.rise)),
+            )[: len(columns)]
             for x in sorted(self.finalists, key=lambda one: one.last)
         ]
         cuts = [
@@ -312,12 +342,11 @@ class FitResult(FittedResult):
             for one in self.branches
         ]
         bounds = [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
-        rows = [(p.name, binary_size(p.file_bytes), f"{p.predicted:.4f}") for p in self.frontier]
-        columns = ("", "size, bfloat16", "divergence", "then pruned and rounded")
+        of_cuts = ("", "size, bfloat16", "divergence", "then pruned and rounded")
         blocks: list[Block] = [
             Table.facts("the winner", facts),
-            Table.of("made whole, divergence in nats per token", MADE, made),
-            Table.of("on text that neither made nor chose them", ("", "size", "loss"), rivals),
+            Table.of("models that were made: divergence, nats per token", columns, made),
+            Table.of("on held-out text", ("", "size", "loss, nats per token"), rivals),
             Table.of("bounds", ("", "given", "measured"), bounds),
             *(
                 Line(
@@ -328,8 +357,8 @@ class FitResult(FittedResult):
                 for one in self.corrections
             ),
             Line(self.brought),
-            *([Table.of("tried besides", columns, cuts)] if cuts else []),
-            Table.of("predicted for other sizes", ("", "size", "divergence, nats per token"), rows),
+            *([Table.of("tried besides", of_cuts, cuts)] if cuts else []),
+            self._predicted(),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),
         ]

@@ -186,28 +186,30 @@ def after_a_fit(folder: Path) -> list[Block]:
     )
 
 
-def after_a_draft(folder: Path, parent: str) -> list[Block]:
+def after_a_draft(folder: Path, parent: str, *, pays: bool) -> list[Block]:
     """The next steps with a draft.
 
     Args:
         folder: folder of the draft.
         parent: the model that it proposes to.
+        pays: whether the draft is expected to make the parent faster; if not, it is only measured.
     """
     notes, beside = folder / "secateur", ("--draft", folder)
-    prompt = "The capital of France is"
+    measuring, prompt = command("bench", parent, *beside), "The capital of France is"
+    used = {
+        "let the model write faster": command("generate", parent, *beside, "--prompt", prompt),
+        "measure by how much": measuring,
+        "give the draft to llama.cpp": command(
+            "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
+        ),
+    }
     return next_steps(
         {
             "the draft": folder,
             "every candidate": notes / "draft.json",
             "the recipe": notes / "recipe.yaml",
         },
-        {
-            "let the model write faster": command("generate", parent, *beside, "--prompt", prompt),
-            "measure by how much": command("bench", parent, *beside),
-            "give the draft to llama.cpp": command(
-                "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
-            ),
-        },
+        used if pays else {"measure how fast the model writes with it": measuring},
     )
 
 

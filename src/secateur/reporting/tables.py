@@ -189,7 +189,7 @@ def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> lis
     """
     lines: list[Block] = [Line("")]
     lines += [Line(f"{what}: {place}") for what, place in places.items()]
-    lines += [Line("next:", "bold")]
+    lines += [Line("next:", "bold")] if commands else []
     for what, command in commands.items():
         lines += [Line(f"  {command}"), Line(f"      {what}", "dim")]
     return lines

@@ -230,7 +230,7 @@ class Draft(Step[DraftRecipe, DraftResult]):
     def _judged(
         self, bench: DraftBench, unhealed: MeasuredDraft, winner: MeasuredDraft, head: Tensor | None
     ) -> tuple[Acceptance | None, Acceptance, Acceptance | None]:
-        """What the parent takes on text that neither made nor chose.
+        """What the parent takes on text that was used for nothing else.
 
         Returns:
             Before healing, if the winner was healed; of the winner; and on the parent's own text,
@@ -350,7 +350,7 @@ def draft_section(result: DraftResult) -> str:
     return (
         f"## A draft\n\nThis model is a draft of {Path(result.parent).name} for speculative "
         f"decoding: it proposes tokens, and {Path(result.parent).name} takes or refuses them, so "
-        f"the text stays exactly its own. On text that neither made nor chose the draft, it takes "
+        f"the text stays exactly its own. On text that was used for nothing else, it takes "
         f"{taken.mean:.0%} of the tokens at temperature 1 and {taken.agreement:.0%} in greedy "
         f"decoding.{head}\n"
     )

@@ -212,7 +212,6 @@ class Fit(Step[FitRecipe, FitResult]):
         windows = context.choosing.windows
         evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
         workshop = Workshop(context, survey_model(context, evaluator), evaluator)
-        frontier = _frontier(workshop, costs)
         candidates, branches, workshop, costs = _within_loss(workshop, costs)
         if not candidates:
             raise VerificationError(
@@ -223,6 +222,7 @@ class Fit(Step[FitRecipe, FitResult]):
         candidates, corrections = _correct_speed(
             workshop, heal_candidates(workshop, candidates), costs
         )
+        frontier = _frontier(workshop, costs)
         winner = best_of(candidates, self.recipe.max_loss_increase)
         packed = pack_winner(run, context, winner)
         size = costs.files.finish(folder.model, run.progress)
@@ -262,12 +262,11 @@ def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
     least, most = knapsack.least[0], knapsack.most[0]
     free = [math.inf] * (len(costs.kinds) - 1)
     for name, allowed in (("all formats", None), ("only rounded", bare)):
-        for step in range(POINTS):
-            budget = least * (most / least) ** (step / (POINTS - 1))
-            candidate = knapsack.best((budget, *free), allowed)
-            if candidate is not None:
-                size = round(costs.rest[0] + knapsack.total(candidate)[0])
-                found.append(FitPoint(name, size, knapsack.predicted(candidate)))
+        budgets = (least * (most / least) ** (step / (POINTS - 1)) for step in range(POINTS))
+        choices = (knapsack.best((budget, *free), allowed) for budget in budgets)
+        for candidate in dict.fromkeys(one for one in choices if one is not None):
+            size = round(costs.rest[0] + knapsack.total(candidate)[0])
+            found.append(FitPoint(name, size, knapsack.predicted(candidate)))
     return found
 
 
@@ -322,6 +321,11 @@ class SizeBracket:
         return replace(self, low=max(self.low, made) if self.fails else made, fails=True)
 
     @property
+    def wide(self) -> bool:
+        """Whether a size that is too small is far below."""
+        return self.fails and self.low < self.high * (1 - WIDE)
+
+    @property
     def closed(self) -> bool:
         """Whether nothing worth trying is left."""
         return self.low > self.high * (1 - STEP)
@@ -356,20 +360,23 @@ def _within_loss(
             rise, found = best.rise, best.row.file_bytes if new else size
             aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
         bracket = bracket.after(found, keeps=rise <= bound)
-        near = CLOSE * bound < rise <= bound
+        near = CLOSE * bound < rise <= bound and not bracket.wide
         if near or bracket.closed or not left or not _has_time(context, "another size"):
             break
     candidates = [*made.values()]
     if candidates:
         costs = costs.limited(0, best_of(candidates, bound).row.file_bytes)
-    return candidates, [*unmade.values()], workshop, costs
+    names = {one.row.name for one in candidates}
+    branches = [one for name, one in unmade.items() if name not in names]
+    return candidates, branches, workshop, costs
 
 
 CLOSE, CLOSER = 0.8, 0.95
 """A loss of so much of its bound is near enough; the next size aims at so much of it."""
 
-STEP = 0.02
-"""Sizes that differ by less, as a fraction, are not told apart."""
+STEP, WIDE = 0.02, 0.1
+"""Sizes that differ by less than the first, as a fraction, are not told apart; where they differ by
+more than the second, the search goes on though the loss is near its bound."""
 
 MADE, SIZES = 5, 12
 """For how many sizes models are made, and how many are tried, at most: the choice for a size may be
@@ -441,7 +448,7 @@ def is_faster(speedup: float | None, before: float) -> bool:
 def _judge(
     context: FitContext, made: Path, winner: BuiltCandidate, candidates: Sequence[BuiltCandidate]
 ) -> dict[str, FitLoss]:
-    """The loss of the winner and its rivals, as they run, on text that made and chose none."""
+    """The loss of the winner and its rivals, as they run, on text with no other use."""
     rounded = [one for one in candidates if one.only_rounded]
     rivals = {
         WINNER: winner,

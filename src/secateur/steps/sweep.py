@@ -103,6 +103,7 @@ def sweep_recipe(recipe: SweepRecipe, progress: Progress) -> SweepResult:
         check_apart(read, folder, folder)
     with _locked(folder):
         run = SweepRun(recipe, folder, progress)
+        run.check_points()
         run.begin()
         run.judge_dense()
         done = {point.key: point for point in run.record.points}
@@ -257,6 +258,18 @@ class SweepRun:
         points = sorted(record.points, key=lambda point: self.grid.index(point.key))
         self.record = record.model_copy(update={"points": tuple(points)})
         write_json(self.folder / "sweep.json", self.record.to_json())
+
+    def check_points(self) -> None:
+        """Refuse a point that the shapes of the model do not allow, before any work.
+
+        Raises:
+            SecateurError: as its prune would, before it begins.
+        """
+        done = {point.key for point in self.record.points}
+        for key in self.grid:
+            if key not in done:
+                recipe = self.recipe_of(key, self.recipe.calibration)
+                prepare(recipe, self.source, only_plan=True).tasks()
 
     def begin(self) -> None:
         """Make the folder, and cut the calibration windows of all points.

@@ -70,7 +70,11 @@ def test_the_bound_holds_and_the_size_is_that_of_the_files(place: Path) -> None:
 
 
 def test_every_candidate_that_was_made_is_a_finalist(place: Path, labels: Labels) -> None:
-    made = {x.partition(": ")[0].removeprefix("making ") for x in labels.seen if "making" in x}
+    made = {
+        x.partition(": ")[0].removeprefix("a model, ")
+        for x in labels.seen
+        if x.startswith("a model")
+    }
     assert made
     names = [one["name"] for one in result_of(place / "small")["finalists"]]
     assert sorted(names) == sorted(made)
@@ -101,7 +105,7 @@ def test_no_cut_is_tried_where_none_can_help(place: Path) -> None:
     """The random model hardly changes by rounding."""
     found = result_of(place / "small")
     assert found["winner"]["divergence"] < 0.1
-    assert {one["name"] for one in found["branches"]} <= {"all formats, mixed"}
+    assert {one["name"] for one in found["branches"]} <= {"pruned and rounded"}
 
 
 def test_a_mix_that_promises_too_little_is_named_and_not_made(
@@ -113,7 +117,7 @@ def test_a_mix_that_promises_too_little_is_named_and_not_made(
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
     (only,), (unmade,) = found.finalists, found.branches
-    assert unmade.name == "all formats, mixed"
+    assert unmade.name == "pruned and rounded"
     assert unmade.outcome.startswith("not made: predicted ")
     assert unmade.outcome.endswith(f"{only.divergence:.3g} is reached")
     assert "not made" in str(found)
@@ -216,7 +220,7 @@ def test_without_time_one_model_is_made(place: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert {"cuts", "healing"} < set(found.dropped)
     assert found.branches == ()
-    assert [one.name for one in found.finalists] == ["only rounded, mixed"]
+    assert [one.name for one in found.finalists] == ["rounded"]
     assert found.checks[0].kept
     assert (tmp_path / "quick" / "config.json").exists()
 

@@ -59,7 +59,7 @@ from secateur.structured.cut_plan import CutPlan, plan_cut
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
 
-ROUNDED = "only rounded, mixed"
+ROUNDED = "rounded"
 
 WORTH = 0.1
 """Nats per token. Where the best model without a cut is this near, no cut is tried. On SmolLM2, any
@@ -147,13 +147,11 @@ class Workshop:
         context: of the fit.
         predictions: what every unit is predicted to lose.
         evaluator: measures whole models on the windows that choose.
-        excess: bytes of everything that is no unit beyond those that are counted, by what was made.
     """
 
     context: FitContext
     predictions: Predictions
     evaluator: ModelEvaluator
-    excess: float = 0.0
 
     def made(
         self, name: str, base: Path, formats: Formats, predicted: float, cut: Mapping[str, Any]
@@ -168,7 +166,7 @@ class Workshop:
             cut: the step of a chain that makes the base.
         """
         context = self.context
-        label = Labelled(context.progress, f"making {name}")
+        label = Labelled(context.progress, f"a model, {name}")
         with context.time.phase("making"):
             sparse, packed = make_model(context, base, formats, self._place(base, formats), label)
             divergence = self.evaluator.packed(packed)
@@ -183,7 +181,7 @@ class Workshop:
         One that is worse then, or too large, because fewer weights round to zero, stays as it was.
         """
         context, formats = self.context, candidate.formats
-        label = Labelled(context.progress, f"healing {candidate.row.name}")
+        label = Labelled(context.progress, f"healing the model, {candidate.row.name}")
         place = self._place(candidate.base, formats)
         with context.time.phase("healing"):
             packed = heal_model(context, candidate.sparse, formats, place, label)
@@ -233,7 +231,7 @@ def build_mixes(
     for name, choose in CHOICES.items():
         limit = most
         for _ in range(TRIES):
-            own = costs.with_rest(workshop.excess).limited(0, limit)
+            own = costs.limited(0, limit)
             knapsack = workshop.predictions.knapsack(own)
             candidate = choose(knapsack, own)
             if candidate is None or candidate in seen:
@@ -265,9 +263,6 @@ def made_mix(
     if predicted > 0 and made.divergence > 0:
         scaled = workshop.predictions.scaled(made.divergence, predicted)
         workshop = replace(workshop, predictions=scaled)
-    if made.only_rounded:  # all but the rest is arithmetic
-        rest = made.row.file_bytes - knapsack.total(candidate)[0]
-        workshop = replace(workshop, excess=rest - workshop.context.costs.rest[0])
     return made, workshop
 
 

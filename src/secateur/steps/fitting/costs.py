@@ -170,11 +170,6 @@ class Costs:
         kinds[place] = replace(kinds[place], limit=limit)
         return replace(self, kinds=tuple(kinds))
 
-    def with_rest(self, more: float) -> Costs:
-        """The same where everything else takes so many bytes more, by a model that was made."""
-        size, *others = self.kinds
-        return replace(self, kinds=(replace(size, rest=size.rest + more), *others))
-
     @property
     def formats(self) -> tuple[StorageFormat, ...]:
         """The formats of every unit; the first is the model itself."""
