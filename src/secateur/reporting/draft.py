@@ -253,7 +253,7 @@ class DraftPlanResult(FitPlanResult):
         rows = [
             ("weight files of the parent", binary_size(self.file_bytes)),
             ("linear layers", f"{self.linears:,}"),
-            ("formats of each", ", ".join(self.formats)),
+            ("formats of each", self.shown_formats),
             ("tokens of the head", ", ".join(f"{n:,}" for n in self.heads)),
             ("healing", heals if self.tokens_to_heal else "none"),
             ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),

@@ -277,8 +277,10 @@ class FitResult(FittedResult):
             own = by_size.setdefault(binary_size(point.file_bytes), {})
             own[point.name] = _nats(point.predicted)
         rows: list[tuple[str, ...]] = []
+        least: dict[str, str] = {}
         for size, own in by_size.items():
-            values = tuple(own.get(name, "") for name in names)
+            least |= own  # a smaller model is within a larger size too
+            values = tuple(least.get(name, "") for name in names)
             if not rows or values != rows[-1][1:]:
                 rows.append((size, *values))
         title = "predicted for other sizes: divergence, nats per token"
@@ -333,14 +335,11 @@ class FitResult(FittedResult):
             for x in sorted(self.finalists, key=lambda one: one.last)
         ]
         cuts = [
-            (
-                one.name,
-                "" if one.file_bytes is None else binary_size(one.file_bytes),
-                _nats(one.divergence),
-                one.outcome,
-            )
-            for one in self.branches
+            (x.name, binary_size(x.file_bytes), _nats(x.divergence), x.outcome)
+            for x in self.branches
+            if x.file_bytes is not None
         ]
+        unmade = [f"{x.name}: {x.outcome}." for x in self.branches if x.file_bytes is None]
         bounds = [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
         of_cuts = ("", "size, bfloat16", "divergence", "then pruned and rounded")
         blocks: list[Block] = [
@@ -358,6 +357,7 @@ class FitResult(FittedResult):
             ),
             Line(self.brought),
             *([Table.of("tried besides", of_cuts, cuts)] if cuts else []),
+            *map(Line, unmade),
             self._predicted(),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),

@@ -267,13 +267,21 @@ class FitPlanResult(Result):
     tokens_to_heal: int
     minutes: float | None
 
+    @property
+    def shown_formats(self) -> str:
+        """The values, and the zeros that each of them may have."""
+        parts = [name.rpartition(" zeros, ")[::2] for name in self.formats]
+        values = ", ".join(dict.fromkeys(stored for _, stored in parts))
+        zeros = ", ".join(dict.fromkeys(share for share, _ in parts if share))
+        return f"{values}; each with {zeros} of zeros or none" if zeros else values
+
     def blocks(self) -> Sequence[Block]:
         """A table of bounds, and one of the search."""
         bounds = [(name, *values) for name, values in self.bounds.items()]
         rows = [
             ("weight files now", binary_size(self.file_bytes)),
             ("linear layers", f"{self.linears:,}"),
-            ("formats of each", ", ".join(self.formats)),
+            ("formats of each", self.shown_formats),
             ("healing", f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"),
             ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
         ]

@@ -56,6 +56,7 @@ from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.sparsity.evolution import Candidate
 from secateur.steps.fitting.bounds import (
     OPTION_OF,
     TIMING_ERROR,
@@ -262,11 +263,14 @@ def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
     least, most = knapsack.least[0], knapsack.most[0]
     free = [math.inf] * (len(costs.kinds) - 1)
     for name, allowed in (("all formats", None), ("only rounded", bare)):
-        budgets = (least * (most / least) ** (step / (POINTS - 1)) for step in range(POINTS))
-        choices = (knapsack.best((budget, *free), allowed) for budget in budgets)
-        for candidate in dict.fromkeys(one for one in choices if one is not None):
-            size = round(costs.rest[0] + knapsack.total(candidate)[0])
-            found.append(FitPoint(name, size, knapsack.predicted(candidate)))
+        seen = set[Candidate]()
+        for step in range(POINTS):
+            budget = least * (most / least) ** (step / (POINTS - 1))
+            candidate = knapsack.best((budget, *free), allowed)
+            if candidate is not None and candidate not in seen:
+                seen.add(candidate)
+                size = round(costs.rest[0] + budget)
+                found.append(FitPoint(name, size, knapsack.predicted(candidate)))
     return found
 
 

@@ -118,8 +118,8 @@ def test_a_mix_that_promises_too_little_is_named_and_not_made(
     )  # fmt: skip
     (only,), (unmade,) = found.finalists, found.branches
     assert unmade.name == "pruned and rounded"
-    assert unmade.outcome.startswith("not made: predicted ")
-    assert unmade.outcome.endswith(f"{only.divergence:.3g} is reached")
+    assert unmade.outcome.startswith("not made, because ")
+    assert unmade.outcome.endswith(f"is predicted and {only.divergence:.3g} is reached")
     assert "not made" in str(found)
     assert "zeros are predicted to bring too little" in str(found)
 

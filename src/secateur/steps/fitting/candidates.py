@@ -240,7 +240,9 @@ def build_mixes(
             time = workshop.context.time
             predicted, first = knapsack.predicted(candidate), found[0].divergence if found else 0.0
             if found and predicted > LESS * first:
-                outcome = f"not made: predicted {predicted:.3g}, and {first:.3g} is reached"
+                outcome = (
+                    f"not made, because {predicted:.3g} is predicted and {first:.3g} is reached"
+                )
                 unmade.append(FitBranch(name, None, None, outcome))
                 break
             if found and not time.allows(name, time.expected("making")):
@@ -329,6 +331,8 @@ def pack_winner(run: RunContext, context: FitContext, winner: BuiltCandidate) ->
     places = {str(context.calibration_file): text, str(winner.packed): str(recipe.output)}
     places |= {str(one): str(recipe.output) for one in (winner.sparse, winner.base)
                if one != context.source.folder}  # fmt: skip
+    if not Path(recipe.model).exists():  # a hub id or a sample, which others can read too
+        places[str(context.source.folder)] = recipe.model
     notes = [file for file in folder.notes.rglob("*") if file.suffix in (".json", ".yaml")]
     for file in (folder.model / "README.md", *notes):
         content = file.read_text(encoding="utf-8")
