@@ -436,10 +436,10 @@ def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int
         weights = weights_of(target.model)
         moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED, largest)
         logits = 4 * rows * vocabulary + 12 * max(DRAWN_AT_ONCE, vocabulary)
-        return weights + weights // 50 + moved + largest * size + rows * kept + logits
+        return weights + weights // 50 + moved + largest * size + round(rows * kept) + logits
     # there is room for all tokens, window or not
     kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
-    return _model_bytes(target) + rows * (kept + vocabulary * (size + 8))
+    return _model_bytes(target) + rows * (round(kept) + vocabulary * (size + 8))
 
 
 def _writes_whole(target: Target, length: int, unwritten: int) -> bool:
