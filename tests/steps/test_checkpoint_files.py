@@ -105,11 +105,12 @@ def test_decompressed_int8_is_another_model(place, tmp_path) -> None:
 
 def test_a_model_on_the_grid_stays_the_same_model(place, tmp_path) -> None:
     small, dense, again = (tmp_path / name for name in ("small", "dense", "again"))
-    secateur.compress(place / "run", output=small, values="int4")
+    kept = {"values": "int4", "embeddings": "keep"}
+    secateur.compress(place / "run", output=small, **kept)
     shutil.copy(place / "run" / "secateur" / "evaluation.json", small / "secateur")
     secateur.decompress(small, output=dense)
     assert measured(dense) == {"evaluation.json"}
-    secateur.compress(dense, output=again, values="int4")
+    secateur.compress(dense, output=again, **kept)
     assert measured(again) == {"evaluation.json"}
     secateur.compress(dense, output=tmp_path / "both", values="int4", embeddings="int8")
     assert measured(tmp_path / "both") == set()

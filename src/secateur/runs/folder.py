@@ -28,6 +28,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -472,7 +473,7 @@ def content_of(path: str) -> Any:
 
 
 SPELLED, CONTENT = "spelled", "sha256"
-"""The entries of a file in an identity. How it is spelled makes no difference."""
+"""The entries of a file in an identity."""
 
 
 def what_counts(value: Any) -> Any:
@@ -481,6 +482,28 @@ def what_counts(value: Any) -> Any:
         kept = {key: what_counts(x) for key, x in value.items()}
         return kept[CONTENT] if kept.keys() == {SPELLED, CONTENT} else kept
     return [*map(what_counts, value)] if isinstance(value, list | tuple) else value
+
+
+def read_alike(before: Any, now: Any, *, finished: bool = False) -> bool:
+    """Whether two identities are of one run, which may spell its files in different ways.
+
+    Args:
+        before: an identity, or a part of it.
+        now: the same part of the other one.
+        finished: whether the run is finished. A stopped one has kept what it read, so a file of the
+            same name is the same to it.
+    """
+    files = [isinstance(x, Mapping) and x.keys() == {SPELLED, CONTENT} for x in (before, now)]
+    if any(files):
+        named = [x[SPELLED] if file else x for x, file in zip((before, now), files, strict=True)]
+        by_name = named[0] == named[1] and not (finished and all(files))
+        return by_name or bool(what_counts(before) == what_counts(now))
+    alike = partial(read_alike, finished=finished)
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return all(alike(before.get(key), now.get(key)) for key in before.keys() | now.keys())
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+        return len(before) == len(now) and all(map(alike, before, now))
+    return bool(before == now)
 
 
 def refuse_another(
@@ -498,7 +521,7 @@ def refuse_another(
         RecipeError: the identities differ; lists the differences.
     """
     now = json.loads(json.dumps(now))
-    differing = _differing(before, now)
+    differing = _differing(before, now, finished=finished)
     if not differing:
         return
     raise RecipeError(
@@ -511,10 +534,11 @@ def refuse_another(
     )
 
 
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The entries in which two identities differ."""
-    one, other = what_counts(before), what_counts(now)
-    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool) -> list[str]:
+    """The entries in which two identities differ; arguments as of `read_alike`."""
+    alike = partial(read_alike, finished=finished)
+    keys = before.keys() | now.keys()
+    return sorted(key for key in keys if not alike(before.get(key), now.get(key)))
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
@@ -525,7 +549,10 @@ def _difference(key: str, before: Any, now: Any) -> str:
     if isinstance(before, list) and isinstance(now, list) and dict in map(type, before + now):
         before, now = ({str(n): x for n, x in enumerate(one, 1)} for one in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
-        inner = (_difference(k, before.get(k), now.get(k)) for k in _differing(before, now))
+        inner = (
+            _difference(k, before.get(k), now.get(k))
+            for k in _differing(before, now, finished=True)
+        )
         return f"{key}: {', '.join(inner)}"
     line = f"{key}: {before!r} then, {now!r} now"
     return line if len(line) <= 2 * LONGEST else f"{key} has changed"

@@ -45,7 +45,7 @@ from secateur.reporting.plan import (
     TrainPlanResult,
 )
 from secateur.runs import records
-from secateur.runs.folder import NOTES, STATE, check_output, refuse_another, what_counts
+from secateur.runs.folder import NOTES, STATE, check_output, read_alike, refuse_another
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Counts, read_record
 from secateur.sparsity.patterns import parse_pattern
@@ -263,8 +263,8 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
                 started = time.perf_counter()
                 labelled = Labelled(progress, f"{step.number}/{len(self.steps)} {step.verb}")
                 if not made.exists():
-                    before_it = what_counts(begun[step.number - 1 :][:1])
-                    another = before_it not in ([], what_counts([step.options]))
+                    before_it = begun[step.number - 1 :][:1]
+                    another = bool(before_it) and not read_alike(before_it, [step.options])
                     begun = [*begun[: step.number - 1], step.options]
                     write_json(folder.work / BEGUN, begun)
                     step.run(before, made, labelled, trust, resume=not another, restart=another)

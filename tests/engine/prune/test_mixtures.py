@@ -216,7 +216,7 @@ def test_magnitude_needs_no_tokens() -> None:
 
 def test_an_allocation_knows_nothing_of_unseen_experts() -> None:
     options = {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}
-    with pytest.raises(RecipeError, match=r"no calibration token is routed to 3 linears"):
+    with pytest.raises(RecipeError, match=r"no calibration token is routed to 3 expert matrices"):
         secateur.prune(lonely(), calibration=tiny_windows(), **options)
     model = lonely()
     secateur.prune(model, calibration=tiny_windows(), exclude=["*.experts.4.*"], **options)

@@ -219,7 +219,7 @@ def test_families_without_heads_or_neurons(tmp_path: Path, windows: Path) -> Non
 def test_a_run_that_goes_on_uses_what_was_measured_first(source: Path, windows: Path) -> None:
     timer = Known()
     with pytest.raises(StoppedError):
-        cut(source, windows, timer, decode_latency=0.7, progress=StopAt(None, 3))
+        cut(source, windows, timer, decode_latency=0.7, progress=StopAt(None, 5))
     kept = source.with_name("out.partial") / "work" / "latency.json"
     joint = json.loads(kept.read_text(encoding="utf-8"))["joint"]
     slower = Known(outside=1e9)  # would now reach no target
