@@ -253,7 +253,7 @@ def as_file(block: Block, folder: Path, number: int) -> list[str]:
 
 def install(folder: Path, project: str) -> None:
     """What `pip install .` leaves: the entry points beside the package."""
-    name = re.findall(r'^name = "(\w+)"', project, re.M)[0]
+    name = "".join(re.findall(r'^name = "(\w+)"', project, re.M)) or "energy"
     groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n(.+)', project, re.M)
     target = folder / f"{name}-1.0.dist-info"
     target.mkdir()

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import secateur as library
+from gguf_example import write_gguf
 from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
@@ -99,9 +100,9 @@ def test_generate_refuses(secateur, tmp_path: Path) -> None:
 def test_contenders_that_cannot_run_are_reported_and_the_rest_is_measured(
     secateur, tmp_path
 ) -> None:
-    """GPT-2 is none for the decode loop; the GGUF file is none at all."""
+    """GPT-2 is none for the decode loop; the GGUF file lacks most of a model."""
     folder = packed_model(tmp_path, "gpt2", values="bfloat16")
-    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    write_gguf(tmp_path / "broken.gguf")
     done = secateur(
         "bench", folder, *SHORT, "--json", "--contenders", "packed, torch bf16",
         "--gguf", tmp_path / "broken.gguf",

@@ -130,7 +130,7 @@ CASES: Mapping[str, Case] = {
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),
     "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "kv_groups": 0.5}),
     "structure best": Case(
-        "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2}
+        "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2, "ffn": 0.75}
     ),
     "train": Case("train", "pruned", TRAINING),
     "train with a teacher": Case(
