@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def config_of(name: str) -> Any:
     model_type = name.split()[0]
     if name in SEEING:
         return zoo_config(name)
-    return t.AutoConfig.for_model(model_type, **{**SIZES, **EXTRA.get(name, {})})
+    return t.AutoConfig.for_model(model_type, **deepcopy({**SIZES, **EXTRA.get(name, {})}))
 
 
 def tiny_architecture(name: str, seed: int = 0) -> nn.Module:

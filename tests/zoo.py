@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -63,11 +64,11 @@ DENSE: dict[str, Any] = {
     "arcee": lambda: t.ArceeConfig(**SIZES),
     "bloom": lambda: t.BloomConfig(**FEW_TOKENS, hidden_size=32, n_layer=3, n_head=4),
     "cohere": lambda: t.CohereConfig(**SIZES),
-    "cohere2": lambda: t.Cohere2Config(**SIZES, **WINDOWS),
+    "cohere2": lambda: t.Cohere2Config(**SIZES, **deepcopy(WINDOWS)),
     "ernie4_5": lambda: t.Ernie4_5Config(**SIZES, head_dim=8),
-    "cwm": lambda: t.CwmConfig(**SIZES, head_dim=8, **WINDOWS),
+    "cwm": lambda: t.CwmConfig(**SIZES, head_dim=8, **deepcopy(WINDOWS)),
     "exaone": lambda: t.ExaoneConfig(**SIZES),
-    "exaone4": lambda: t.Exaone4Config(**SIZES, **WINDOWS),
+    "exaone4": lambda: t.Exaone4Config(**SIZES, **deepcopy(WINDOWS)),
     "falcon": lambda: t.FalconConfig(**WITHOUT_GQA, ffn_hidden_size=48),
     "falcon new": lambda: t.FalconConfig(
         **WITHOUT_GQA, ffn_hidden_size=48, num_kv_heads=2, new_decoder_architecture=True
@@ -80,14 +81,14 @@ DENSE: dict[str, Any] = {
         **SIZES, embedding_multiplier=2.0, attention_multiplier=0.5, residual_multiplier=0.8,
         logits_scaling=2.0,
     ),
-    "granite_swa": lambda: t.GraniteSWAConfig(**SIZES, **WINDOWS),
+    "granite_swa": lambda: t.GraniteSWAConfig(**SIZES, **deepcopy(WINDOWS)),
     "helium": lambda: t.HeliumConfig(**SIZES, head_dim=8),
     "hunyuan": lambda: t.HunYuanDenseV1Config(**SIZES, head_dim=8),
     "internlm3": lambda: t.InternLM3Config(**SIZES, head_dim=8),
     "jais2": lambda: t.Jais2Config(**SIZES),
     "ministral3": lambda: t.Ministral3Config(**SIZES, head_dim=8),
     "nemotron": lambda: t.NemotronConfig(**SIZES, head_dim=8),
-    "olmo3": lambda: t.Olmo3Config(**SIZES, **WINDOWS),
+    "olmo3": lambda: t.Olmo3Config(**SIZES, **deepcopy(WINDOWS)),
     "phi": lambda: t.PhiConfig(**SIZES),
     "seed_oss": lambda: t.SeedOssConfig(**SIZES, head_dim=8),
     "smollm3": lambda: t.SmolLM3Config(**SIZES, no_rope_layers=[1, 1, 0]),
@@ -138,11 +139,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": [48, 48, 40, 32, 32],
     },
     "step3p5": {
-        **WINDOWS, "head_dim": 8, "mlp_layer_types": ["dense"] * 3, "gating": "per-head",
+        **deepcopy(WINDOWS), "head_dim": 8, "mlp_layer_types": ["dense"] * 3, "gating": "per-head",
         "query_pre_attn_scalar": 8,
     },
     "step3p5 experts": {
-        **WINDOWS, "head_dim": 8, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        **deepcopy(WINDOWS), "head_dim": 8, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "gating": "per-head", "query_pre_attn_scalar": 8, "n_routed_experts": 5,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "share_expert_dim": 40,
         "swiglu_limits": [0, 0, 0.5], "moe_router_scaling_factor": 1.5,
@@ -240,7 +241,7 @@ MIXTURES: dict[str, Any] = {
     "qwen3_next": lambda: t.Qwen3NextConfig(**SIZES, **EXPERTS, **SPARSE_LINEAR),
     "qwen3_5_moe": lambda: t.Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, **SPARSE_LINEAR),
     "gpt_oss": lambda: t.GptOssConfig(
-        **SIZES, **LOCAL_EXPERTS, head_dim=8, sliding_window=8, layer_types=SLIDING,
+        **SIZES, **LOCAL_EXPERTS, head_dim=8, sliding_window=8, layer_types=[*SLIDING],
     ),
     "llama4": lambda: t.Llama4TextConfig(
         **SIZES, num_experts_per_tok=1, num_local_experts=5, head_dim=8, intermediate_size_mlp=40,
@@ -275,7 +276,7 @@ MIXTURES: dict[str, Any] = {
         **SIZES, **EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"],
     ),
     "gemma4": lambda: t.Gemma4TextConfig(
-        **SIZES, head_dim=8, sliding_window=8, layer_types=SLIDING, global_head_dim=8,
+        **SIZES, head_dim=8, sliding_window=8, layer_types=[*SLIDING], global_head_dim=8,
         hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True,
         num_experts=5, top_k_experts=2, moe_intermediate_size=24,
     ),
@@ -360,9 +361,9 @@ PLAIN_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 def config_of(family: str) -> Any:
     """The configuration of a tiny model."""
     if family in SEEING:
-        return t.AutoConfig.for_model(family.split()[0], **SEEING[family])
+        return t.AutoConfig.for_model(family.split()[0], **deepcopy(SEEING[family]))
     if family in SETTINGS:
-        return t.AutoConfig.for_model(family.split()[0], **{**SIZES, **SETTINGS[family]})
+        return t.AutoConfig.for_model(family.split()[0], **deepcopy({**SIZES, **SETTINGS[family]}))
     return (CONFIGS | DENSE | MIXTURES)[family]()
 
 
