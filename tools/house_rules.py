@@ -44,7 +44,7 @@ RATCHETS: Mapping[str, float] = {
     "modules that only their neighbour imports": 11,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.6,
-    "lines of statements": 45880,
+    "lines of statements": 45909,
     "functions named in one place": 571,
     "files a run opens before it changes a weight": 54,
     "functions deep where it changes a weight": 12,
