@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.calibration.windows import save_windows
+from secateur.engine import plan_memory
 from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
@@ -180,17 +181,21 @@ def test_a_model_that_loses_nothing_stays_as_it_is() -> None:
     [({"distill_epochs": 1}, "distill_epochs=0"), ({}, "micro_batch_tokens")],
 )
 def test_a_budget_too_small_is_reported_with_what_would_help(
-    tmp_path: Path, asked: dict, remedy: str
+    tmp_path: Path, asked: dict, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
     save_windows(tiny_windows(2, 24), file)
-    with pytest.raises(MemoryBudgetError) as error:
-        secateur.prune(
-            folder, output=tmp_path / "out", method="wanda", sparsity=0.5, calibration=str(file),
-            max_memory="10MiB", **asked,
-        )  # fmt: skip
-    assert remedy in str(error.value)
-    assert not list(tmp_path.glob("out*"))
+    said = []
+    for program in (10 * 2**20 - 2**16, 11 * 2**20):  # the second leaves nothing for the run
+        monkeypatch.setattr(plan_memory, "resident_bytes", lambda program=program: program)
+        with pytest.raises(MemoryBudgetError) as error:
+            secateur.prune(
+                folder, output=tmp_path / "out", method="wanda", sparsity=0.5,
+                calibration=str(file), max_memory="10MiB", **asked,
+            )  # fmt: skip
+        said.append(str(error.value))
+        assert not list(tmp_path.glob("out*"))
+    assert [remedy in text for text in said] == [True, False]
 
 
 GRID = {
