@@ -60,7 +60,7 @@ def load(
     kernels (`secateur.kernel_info()`) torch multiplies them, expanded. On a GPU, pruned linears
     stay in the bitmask format where that is faster (Triton is needed); others are expanded.
 
-    Activations that meet integers are rounded to int8 in groups of 256, as the folder says,
+    Activations that meet integers are rounded to int8 in groups of 64, as the folder says,
     whatever multiplies them: numbers are the same to the order of sums. Only `expand` rounds none.
 
     Args:

@@ -79,7 +79,7 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 MANY_MORE = 0.005
-"""The share of weights that are zero beyond what was asked for, above which a run says so."""
+"""A run warns where more weights than this share are zero beyond its sparsity."""
 OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
 """Keys of the recipe that are not options of its first step."""
 
@@ -489,7 +489,7 @@ def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progr
     zeros = sum(x.zeros for x in pruned)
     if zeros > asked + MANY_MORE * weights:
         log.warning(
-            "the decoder has %.1f %% zeros, and %.1f %% were asked for: it had them before, and "
+            "the decoder has %.1f %% zeros, and the target is %.1f %%: it had them before, and "
             "pruning fills none",
             100 * zeros / weights,
             100 * asked / weights,

@@ -306,4 +306,4 @@ def test_zeros_that_were_there_before_are_named(
     found = secateur.prune(half, output=less, method="magnitude", sparsity=0.3)
     assert found.sparsity == pytest.approx(0.5, abs=1e-3)
     [said] = caplog.messages
-    assert said.startswith("the decoder has 50.0 % zeros, and 30.0 % were asked for")
+    assert said.startswith("the decoder has 50.0 % zeros, and the target is 30.0 %")
