@@ -28,12 +28,7 @@ from secateur.runtime.kernels.library import (
     address,
     kernel_info,
 )
-from secateur.runtime.kernels.linear import (
-    InferenceLinear,
-    IntegerLinear,
-    PackedLinear,
-    ReadLinear,
-)
+from secateur.runtime.kernels.linear import InferenceLinear, IntegerLinear, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
 
 PRE = ("input_layernorm", "", "post_attention_layernorm", "")
@@ -205,9 +200,9 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         return "it is not on the CPU"
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
         return "torch multiplies its integers (kernels=False)"
-    own = {type(x).__name__ for x in model.modules() if isinstance(x, InferenceLinear)}
-    if others := own - {PackedLinear.__name__, ReadLinear.__name__}:
-        return f"{min(others)} multiplies some of its matrices"
+    linears = (x for x in model.modules() if isinstance(x, InferenceLinear))
+    if other := next((x for x in linears if not isinstance(x, PackedLinear)), None):
+        return f"{type(other).__name__} multiplies some of its matrices"
     kinds = getattr(model.model.rotary_emb, "rope_type", "default")
     for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
         if kind not in ROTARY:

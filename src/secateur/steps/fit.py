@@ -379,8 +379,8 @@ CLOSE, CLOSER = 0.8, 0.95
 """A loss of so much of its bound is near enough; the next size aims at so much of it."""
 
 STEP, WIDE = 0.02, 0.1
-"""Sizes that differ by less than the first, as a fraction, are not told apart; where they differ by
-more than the second, the search goes on though the loss is near its bound."""
+"""As fractions of a size. Two sizes nearer than the first count as one. If they are farther apart
+than the second, the search goes on although the loss is near its bound."""
 
 MADE, SIZES = 5, 12
 """For how many sizes models are made, and how many are tried, at most: the choice for a size may be
