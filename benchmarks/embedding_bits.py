@@ -19,7 +19,7 @@ is kept in `results/embedding-bits.json` at once, and skipped when it is there.
 `--pairs` asks whether int8 embeddings cost anything beside linears in int8 and in int4 (rounded to
 the nearest value): the loss with them minus the loss with bfloat16 embeddings, window by window,
 the mean and its standard error. Windows are of 1024 tokens of the text for MODEL, and 128 of 256
-letters of held-out files for the small Llama of `tests/trained.py`. Both run in bfloat16 as users
+letters of held-out files for the small Llama of `tests/support/trained.py`. Both run in bfloat16 as users
 run them. The rows are in `results/embedding-pairs.json`.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py --work DIR [--setups …] [--seeds 0 1 2]
 
-The model and its text are those of `tests/mixtures.py`: two layers of 16 experts, two for a token,
+The model and its text are those of `tests/support/mixtures.py`: two layers of 16 experts, two for a token,
 that read code, prose and records letter by letter. Set-ups differ in the loss that balances the
 experts: of each layer, as models are published, or of all layers together, as transformers 5.24
 computes it, which leaves some experts of a layer nearly unused. Calibration is 200 windows of 64

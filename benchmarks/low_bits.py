@@ -2,7 +2,7 @@
 
     python benchmarks/low_bits.py --calibration c4.jsonl --text wiki.txt
 
-Two models. `trained` is the small Llama of `tests/trained.py`, trained here in float32, which
+Two models. `trained` is the small Llama of `tests/support/trained.py`, trained here in float32, which
 reads Python letter by letter: 256 windows of 64 letters of its own text calibrate it, and the held
 out files judge it (256 windows of 64). `smollm2` is SmolLM2-135M; its source is a 4-bit file (Q4_1)
 with another grid, so its dense weights have only 16 values in a group of 32.

@@ -2,7 +2,7 @@
 
     python benchmarks/tickets.py [--seeds 0 1 2] [--parts rewound rate_rewound …]
 
-The model and its text are those of `tests/trained.py`: two layers of width 64 that read the Python
+The model and its text are those of `tests/support/trained.py`: two layers of width 64 that read the Python
 standard library letter by letter. All that is compared has the same sparsity in every matrix, and
 is judged by the loss on held-out files, in nats per character. One training is 600 steps from the
 beginning; what is rewound to step 60 does the 540 that are left. What was measured before for other

@@ -3,7 +3,7 @@
 python tools/families_page.py          # write the page
 python tools/families_page.py --check  # fail if it is out of date
 
-A yes stands for a test: every model of `tests/zoo.py` is pruned, saved and loaded by
+A yes stands for a test: every model of `tests/support/zoo.py` is pruned, saved and loaded by
 `tests/steps/prune/test_zoo.py`, cut by the tests in `tests/structured`, and packed by
 `tests/runtime/test_load_every_model.py`.
 """
@@ -19,7 +19,7 @@ from written_files import table, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs/families.md")
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/support"))
 
 YES, NO = "yes", ""
 
@@ -49,7 +49,7 @@ def page() -> Iterator[str]:
     yield (
         f"Tests build {len(zoo.ZOO)} tiny models from the configurations of transformers. Every "
         "yes on this page is such a test. `python tools/families_page.py` writes the page from "
-        "`tests/zoo.py` and the declarations in `src/secateur/models/families`."
+        "`tests/support/zoo.py` and the declarations in `src/secateur/models/families`."
     )
     yield ""
     yield "- **50 %, 2:4**: pruned by Wanda (mixtures by magnitude) with zeros counted by hand,"

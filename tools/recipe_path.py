@@ -148,7 +148,7 @@ def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
 
     It has run once before, so imports do not show in a profile.
     """
-    sys.path[:0] = [str(tree / "src"), str(tree / "tests")]
+    sys.path[:0] = [str(tree / "src"), str(tree / "tests/support")]
     import secateur
     from secateur.calibration.windows import save_windows
     from tiny import save_tiny

@@ -1,6 +1,6 @@
 """A tiny language model that has really learned: Python, letter by letter.
 
-    python tests/trained.py FOLDER        writes the model and its tokenizer
+    python tests/support/trained.py FOLDER        writes the model and its tokenizer
 
 Its text is the standard library of the Python that runs this, so it needs no network. One file in
 ten is held out.
