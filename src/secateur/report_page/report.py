@@ -1,9 +1,7 @@
 """A report over runs, sweeps, fits, drafts and advice: the page, charts as files, the model card.
 
 The page is one HTML file that contains everything it shows. The templates escape all text from
-files and models. The page also blocks the network and every script except its own, which computes
-an advice anew: `templates/advisor.js` has the formulas of `secateur.advisor`, and no number of its
-own.
+files and models. The page also blocks the network and every script except its own.
 """
 
 from __future__ import annotations
@@ -11,22 +9,17 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from secateur.advisor import advice, capacity
-from secateur.advisor.advice import FILLED, LEAST_SAVING, LEAST_USD, AdviceQuestion
 from secateur.advisor.advise import AdviseResult
-from secateur.advisor.options import ENGINES, STRUCTURES, VALUES, ZEROS
 from secateur.diagnostics.findings import SEVERITIES, by_severity
 from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.evaluation.generation import DEGENERATE
-from secateur.models import shape
 from secateur.progress import Progress
 from secateur.recipes.measure import ReportRecipe
 from secateur.report_page.claims import (
@@ -129,9 +122,7 @@ def _write_page(records: Records, page: Path) -> None:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    parts = ["page.js", *(["advisor.js", "what-if.js"] if records.advices else [])]
-    style, *scripts = ((TEMPLATES / part).read_text("utf-8") for part in ("page.css", *parts))
-    script = "\n".join(scripts)
+    style, script = ((TEMPLATES / part).read_text("utf-8") for part in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -215,11 +206,6 @@ def _content(records: Records) -> dict[str, Any]:
         "fit_claims": fit_claims,
         "draft_claims": draft_claims,
         "tables_of": lambda result: [x for x in result.blocks() if isinstance(x, Table)],
-        "sliders": SLIDERS,
-        "what_if": lambda found: json.dumps(
-            what_if_data(found.question, found.model, found.hardware)
-            | {"verdict": found.advice.verdict}
-        ),
     }
 
 
@@ -280,7 +266,6 @@ def _sections(records: Records) -> list[tuple[str, str]]:
     found = [
         ("headline", "Headline", True),
         ("advice", "Advice", records.advices),
-        ("what-if", "What if", records.advices),
         ("fit", "Fit", records.fits),
         ("draft", "Draft", records.drafts),
         ("quality", "Quality", ours),
@@ -531,85 +516,3 @@ class ReportResult(Result):
         if self.card:
             lines.append(Line(f"model card: {self.card}"))
         return lines
-
-
-@dataclass(frozen=True)
-class Slider:
-    """One slider of the what-if page.
-
-    Attributes:
-        name: of the number that it sets.
-        label: for people.
-        low: the least value.
-        high: the largest value.
-        log: whether equal steps are equal factors.
-        whole: whether the value is a whole number.
-        any_text: what the end that sets no value is called; empty if there is none.
-        any_at: the position of that end, 0 or 400.
-    """
-
-    name: str
-    label: str
-    low: float
-    high: float
-    log: bool = True
-    whole: bool = False
-    any_text: str = ""
-    any_at: int = 400
-
-
-SLIDERS = (
-    Slider("requests_per_day", "requests a day", 1, 1e9, whole=True),
-    Slider("prompt_tokens", "tokens of a prompt", 1, 2**17, whole=True),
-    Slider("new_tokens", "tokens of an answer", 1, 2**15, whole=True),
-    Slider("quality_loss", "accuracy that may go", 0, 0.5, log=False, any_text="any"),
-    Slider("token_ms", "between two tokens, 99 of 100", 1, 1e4, any_text="any"),
-    Slider("usd_per_hour", "price of a device, an hour", 0.001, 100),
-    Slider("devices", "devices that you have", 1, 512, whole=True, any_text="as needed", any_at=0),
-    Slider("utilisation", "planned part of a device's time", 0.05, 1, log=False),
-    Slider("peak", "busiest moment over average", 1, 10, log=False),
-)
-
-
-def what_if_data(question: AdviceQuestion, model: str, hardware: str) -> dict[str, Any]:
-    """The data of the script, as JSON.
-
-    Args:
-        question: what the sliders begin with.
-        model: as the commands name it.
-        hardware: its name in the facts.
-    """
-    return {
-        "name": model,
-        "hardware": hardware,
-        "question": question.to_json(),
-        "parts": {
-            "structures": [asdict(one) for one in STRUCTURES.values()],
-            "zeros": [
-                {**asdict(one), "decode": one.decode and [*astuple(one.decode)]}
-                for one in ZEROS.values()
-            ],
-            "values": [asdict(one) for one in VALUES.values()],
-            "engines": {kind: asdict(one) for kind, one in ENGINES.items()},
-        },
-        "constants": {
-            "gib": capacity.GIB,
-            "chunk_tokens": shape.CHUNK_TOKENS,
-            "large_ends": shape.LARGE_ENDS,
-            "tile": shape.TILE,
-            "fragmentation": shape.FRAGMENTATION,
-            "runtime_bytes": shape.RUNTIME_BYTES,
-            "parallel_efficiency": capacity.PARALLEL_EFFICIENCY,
-            "measured_spread": capacity.Measured.spread,
-            "batches": list(capacity.BATCHES),
-            "shared_by": list(capacity.SHARED_BY),
-            "month_hours": advice.MONTH_HOURS,
-            "year_hours": advice.YEAR_HOURS,
-            "month_days": advice.MONTH_DAYS,
-            "life_months": advice.LIFE_MONTHS,
-            "pruning_device": advice.PRUNING_DEVICE,
-            "least_saving": LEAST_SAVING,
-            "filled": FILLED,
-            "least_usd": LEAST_USD,
-        },
-    }
