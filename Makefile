@@ -58,8 +58,8 @@ docs: $(READY)
 	$(BIN)/python tools/build_site.py
 
 bench: $(READY)
-	$(BIN)/python benchmarks/baselines.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m benchmarks.quality.baselines
+	$(BIN)/python -m benchmarks.memory.memory
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

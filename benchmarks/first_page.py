@@ -1,6 +1,6 @@
 """The first page's table: what zeros and rounding cost and bring, after everything is stored.
 
-    python benchmarks/first_page.py --calibration c4.jsonl --text wiki.txt --work WORK \\
+    python -m benchmarks.first_page --calibration c4.jsonl --text wiki.txt --work WORK \\
         [--rivals-python OTHER/bin/python --wanda CHECKOUT --alps CHECKOUT] [--only ROW ...]
 
 One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol for every row:
@@ -33,16 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.hardware import heading, keep, markdown
+from benchmarks.quality.presets import windows_file
+from benchmarks.stored import known_rows
 
 import secateur
-from hardware import heading, keep, markdown
-from presets import windows_file
 from secateur.calibration.documents import read_text
 from secateur.evaluation.speed import take_turns
 from secateur.models.hub import sample_model
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from stored import known_rows
 
 MODEL = "smollm2-135m"
 INT8: dict[str, Any] = {"values": "int8", "embeddings": "int8"}
@@ -97,7 +97,7 @@ def prune(args: argparse.Namespace, name: str, output: Path) -> None:
         )  # fmt: skip
         return
     checkout = args.alps if name == "alps" else args.wanda
-    script = Path(__file__).with_name("rivals.py")
+    script = Path(__file__).parent / "rivals/rivals.py"
     windows = windows_file(args, 0, args.work)
     command = [args.rivals_python, script, name, checkout, resolve(MODEL).folder, windows, output]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import torch
+from benchmarks.stored import Rows, alone, known_rows, write_rows
 
 from secateur.runs.environment import environment
-from stored import Rows, alone, known_rows, write_rows
 
 
 def heading() -> str:

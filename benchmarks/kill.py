@@ -1,6 +1,6 @@
 """Kill -9 every verb at random moments, run it again, compare all that it writes.
 
-    python benchmarks/kill.py [--times 50] [--seed 0] [--cases prune fit]
+    python -m benchmarks.kill [--times 50] [--seed 0] [--cases prune fit]
 
 The cases are those of `tests/runs/cases.py`: every verb that writes a folder, on tiny models. Each
 run is a process of its own. The moment is drawn uniformly from the time that an uninterrupted run
@@ -22,10 +22,10 @@ import time
 from itertools import cycle
 from pathlib import Path
 
-from hardware import heading, keep, markdown
+from benchmarks.hardware import heading, keep, markdown
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "runs"), str(TESTS)]
+sys.path[:0] = [str(TESTS / "runs"), str(TESTS / "support")]
 
 from cases import CASES, make_sources  # noqa: E402
 from contents import contents  # noqa: E402

@@ -1,6 +1,6 @@
 """Walk a newcomer's path with a clock: clone, `make setup`, `make demo`, then docs/start.md.
 
-    python benchmarks/newcomer.py FOLDER [--parts make start] [--repository DIR] [--python python3]
+    python -m benchmarks.newcomer FOLDER [--parts make start] [--repository DIR] [--python python3]
 
 FOLDER must not exist; it holds the clone, the commands' files and `walk.log` with all that was
 printed. The commands of docs/start.md are those of its `bash` blocks, typed one after the other
@@ -21,8 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hardware import heading, keep
-from stored import known_rows
+from benchmarks.hardware import heading, keep
+from benchmarks.stored import known_rows
 
 REPOSITORY = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?\n"

@@ -1,7 +1,7 @@
 """The README's picture, drawn from the results that other benchmarks kept.
 
-    python benchmarks/picture.py            writes docs/pictures/measured.svg
-    python benchmarks/picture.py --check    fails if that file differs from the results
+    python -m benchmarks.picture            writes docs/pictures/measured.svg
+    python -m benchmarks.picture --check    fails if that file differs from the results
 
 Both parts show SmolLM2-135M. Above: excess loss on WikiText-2 at 50 % zeros before quantization:
 published methods as means of all seeds in `results/presets.json`, the presets as they are, one
@@ -124,7 +124,7 @@ def main() -> None:
         PICTURE.parent.mkdir(exist_ok=True)
         PICTURE.write_text(text)
     elif PICTURE.read_text() != text:
-        sys.exit(f"{PICTURE.name} differs from the results: run python benchmarks/picture.py")
+        sys.exit(f"{PICTURE.name} differs from the results: run python -m benchmarks.picture")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import pytest
-
 from commands import Outcome, runner
+
 from secateur.runs import environment
 from secateur.sparsity.allocation.search import Search
 

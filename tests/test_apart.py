@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from secateur.calibration.windows import save_windows
-from secateur.recipes.verbs import APART
 from tiny import save_tiny
 from zoo import tiny_windows
+
+from secateur.calibration.windows import save_windows
+from secateur.recipes.verbs import APART
 
 REFUSED = (*APART, "secateur.plugins")
 CORE_ONLY = """

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-
 from gguf_models import byte_level
-from secateur.models.skeleton import quiet_transformers
 from tiny import save_tiny
 from trained import source_text
+
+from secateur.models.skeleton import quiet_transformers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))

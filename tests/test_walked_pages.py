@@ -18,16 +18,16 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import page_givens
 import pytest
 import yaml
-
-import page_givens
-import secateur as package
 from commands import Outcome
 from page_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, commands, name_of, run_blocks
+from slow import slow_but
+
+import secateur as package
 from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe
-from slow import slow_but
 
 HOW_TO = [name_of(page) for page in PAGES if page.parent.name == "howto"]
 AS_PROGRAMS = (

@@ -89,6 +89,7 @@ def columns(title: str) -> tuple[str, ...]:
 def row(name: str) -> tuple[str, ...]:
     """What works with a model of the zoo."""
     import zoo
+
     from secateur.exporting.gguf.architectures import LLAMA_CPP_FAMILIES
     from secateur.runtime.layer_forms import FORMS
 
@@ -109,6 +110,7 @@ def row(name: str) -> tuple[str, ...]:
 def declared(name: str) -> tuple[Any, str]:
     """The family of a model of the zoo, and its type in transformers."""
     import zoo
+
     from secateur.models.architecture import families, text_config
 
     config = zoo.config_of(name)
@@ -149,6 +151,7 @@ def cuts(name: str, family: Any) -> Iterable[str]:
 def reasons() -> Iterator[str]:
     """Why some units cannot be cut, and what is refused altogether."""
     import zoo
+
     from secateur.models.architecture import families
 
     words = {"groups": "KV groups", "hidden": "hidden channels", "neurons": "FFN neurons"}

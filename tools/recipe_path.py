@@ -149,10 +149,11 @@ def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
     It has run once before, so imports do not show in a profile.
     """
     sys.path[:0] = [str(tree / "src"), str(tree / "tests/support")]
-    import secateur
-    from secateur.calibration.windows import save_windows
     from tiny import save_tiny
     from zoo import tiny_windows
+
+    import secateur
+    from secateur.calibration.windows import save_windows
 
     with tempfile.TemporaryDirectory() as name:
         folder, outputs = Path(name), count()

@@ -14,10 +14,9 @@ __all__ = ["loaded_values", "make_inputs", "mistakes"]
 
 def make_inputs(place: Path, families: Sequence[str]) -> None:
     """Write everything to a folder that does not exist."""
+    from at_rest import in_float8
     from cases import CASES, filled, make_sources
     from task_rows import write_rows
-
-    from at_rest import in_float8
     from tiny import save_tiny
     from tokenizers_of_kinds import save_tokenizer
 
@@ -57,9 +56,9 @@ def make_adapter(model: Path, folder: Path) -> None:
 def make_mistakes(place: Path) -> None:
     """The folder in which the mistakes of `tests/inputs/test_mistakes.py` are made."""
     from test_mistakes import SENTENCES
+    from tiny import save_tiny
 
     from secateur import compress, prune
-    from tiny import save_tiny
 
     save_tiny(place / "m")
     save_tiny(place / "plain", tokenizer=False)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from commands import runner
+from tiny import save_tiny
 
 import secateur
-from commands import runner
 from secateur.advisor.capacity import Capacity
 from secateur.advisor.facts import read_facts
 from secateur.advisor.options import options_for
@@ -22,7 +23,6 @@ from secateur.models.skeleton import build_skeleton, without_weights
 from secateur.recipes.options import options_of, run_options_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.tables import Table
-from tiny import save_tiny
 
 RECURRENT = ("mamba", "falcon_h1")
 MIXTURES = ("mixtral", "qwen3_moe", "gemma4", "deepseek_v3", "llama4", "qwen3_next")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from commands import Outcome
 
 import secateur as library
-from commands import Outcome
 from secateur.advisor.cluster import Machines, PlannedModel, busiest, plan_cluster
 from secateur.advisor.facts import read_facts
 from secateur.errors import RecipeError

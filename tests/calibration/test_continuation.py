@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow import few_families
+from tiny import save_tiny, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
+from zoo import CONFIGS, tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration import continuation
@@ -22,9 +25,6 @@ from secateur.calibration.continuation import (
     writer_of,
 )
 from secateur.errors import SourceError
-from slow import few_families
-from tiny import save_tiny, tiny_tokenizer
-from zoo import CONFIGS, tiny_model, tiny_windows
 
 CPU, LENGTH = torch.device("cpu"), 40
 needs_kernels = pytest.mark.skipif(

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from tokenizers_of_kinds import save_tokenizer
 
 from secateur.calibration.documents import Chat, PromptCompletion, read_documents, read_text
 from secateur.calibration.run_windows import load_calibration
@@ -19,7 +20,6 @@ from secateur.calibration.windows import (
     pack_with_answers,
 )
 from secateur.errors import SourceError
-from tokenizers_of_kinds import save_tokenizer
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"

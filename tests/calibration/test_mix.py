@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 
 from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import WindowPlan, save_windows, shares
 from secateur.errors import RecipeError
 from secateur.recipes.shared import parts_of
-from tiny import tiny_tokenizer
 
 
 def test_texts_and_weights(tmp_path: Path) -> None:

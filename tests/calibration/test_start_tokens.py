@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_tokenizer
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.continuation import PREFIX, continue_windows
@@ -30,8 +32,6 @@ from secateur.evaluation.perplexity import perplexity, protocol, protocol_id
 from secateur.models.tokenizer import start_tokens
 from secateur.recipes.train import TrainRecipe
 from secateur.training.batches import read_training_text
-from tiny import save_tiny, tiny_tokenizer
-from zoo import tiny_model, tiny_windows
 
 BOS, EOS = 1, 2
 WORDS = [f"w{i}" for i in range(40)]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import save_tiny, tiny_tokenizer
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.run_windows import load_calibration
@@ -19,8 +21,6 @@ from secateur.calibration.windows import (
     save_windows,
 )
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from tiny import save_tiny, tiny_tokenizer
-from zoo import tiny_model, tiny_windows
 
 EOS = 2
 WORDS = [f"w{i}" for i in range(40)]

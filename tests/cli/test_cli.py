@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from commands import Outcome
+from safetensors.torch import save_file
+from tiny import save_tiny
+from zoo import tiny_windows
+
 from secateur.calibration.windows import save_windows
 from secateur.cli import main
 from secateur.cli.app import make_app
 from secateur.models import checkpoint
 from secateur.recipes.verbs import STAGES, VERBS
-from tiny import save_tiny
-from zoo import tiny_windows
 
 
 @pytest.fixture

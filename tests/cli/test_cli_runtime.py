@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from gguf_example import write_gguf
+from slow import slow
+from tiny import save_tiny
 
 import secateur as library
-from gguf_example import write_gguf
 from runtime.kernel_examples import TIERS
 from runtime.packed_models import packed_model
 from secateur.errors import RecipeError
@@ -21,8 +23,6 @@ from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, Speed
 from secateur.reporting.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 from secateur.steps.bench import tokens_of
-from slow import slow
-from tiny import save_tiny
 
 needs_kernels = pytest.mark.skipif(
     kernel_info().tier == "none", reason=f"no kernels here: {kernel_info().reason}"

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
 
 from secateur.steps.generate import Conversation
-from tiny import save_tiny
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from commands import runner
-from secateur.training.methods import training_methods
 from tiny import save_tiny
 from trained import source_text
+
+from secateur.training.methods import training_methods
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-
 from commands import Outcome
+
 from secateur.recipes.verbs import VERBS
 
 TOGETHER = {"prune", "structure", "train", "evaluate"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow import every_pair
 
 from contracts.pattern_examples import ALL, EXAMPLES, fitting_shape, parsed, sparsities
 from oracles import patterns as oracles
 from secateur.errors import NumericalError, PatternError, ShapeError
 from secateur.sparsity.patterns import patterns
 from secateur.sparsity.scores import scores
-from slow import every_pair
 
 
 def test_every_kind_has_examples():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow import every_pair
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from oracles.swaps import row_errors
 from secateur.errors import NumericalError, PatternError
 from secateur.sparsity.refinements import Refinement, refinements
-from slow import every_pair
 
 EVERY = [(name, text, scope) for name in refinements for text, scope in ALL]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

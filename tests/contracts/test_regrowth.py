@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from zoo import tiny_windows
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from secateur.recipes.train import GradualOptions
@@ -22,7 +23,6 @@ from secateur.training.pruning import (
     open_masks,
     prune_in_rounds,
 )
-from zoo import tiny_windows
 
 EXCHANGEABLE = [one for one in ALL if not isinstance(parsed(*one), NOfM)]  # N:M is refused
 

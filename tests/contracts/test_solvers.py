@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow import every_pair
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from oracles.sparsegpt import relative_error
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.solvers import solvers
-from slow import every_pair
 
 EVERY = [(name, text, scope) for name in solvers for text, scope in ALL]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
 from torch import Tensor
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.diagnose import DiagnoseResult
 from secateur.runs.records.measured import Finding
-from tiny import tiny_tokenizer
-from zoo import tiny_model, tiny_windows
 
 
 class Pair:

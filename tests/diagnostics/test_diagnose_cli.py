@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
 
 import secateur as library
 from diagnostics.planted import Pair, edit, found
 from secateur.diagnostics.findings import SEVERITIES
 from secateur.evaluation.speed import Speed
 from secateur.steps import bench as benching
-from tiny import save_tiny
 
 
 def flat(text: str) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow import few_families
+from zoo import CONFIGS
 
 import secateur
 from diagnostics.planted import edit, found, make_pair
-from slow import few_families
-from zoo import CONFIGS
 
 HEAD = 8
 """The size of a head in the zoo; 4 heads, 2 of keys and values where they are grouped."""

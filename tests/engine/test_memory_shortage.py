@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -16,8 +18,6 @@ from secateur.cli.errors import InternalError, to_error
 from secateur.engine.plan import is_shortage
 from secateur.engine.prune.run import Run
 from secateur.errors import MemoryBudgetError
-from tiny import save_tiny
-from zoo import tiny_windows
 
 
 def allocate_too_much() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tiny import tiny_llama
+from zoo import tiny_model, tiny_windows
 
 from secateur.calibration.continuation import (
     DRAWN_AT_ONCE,
@@ -35,8 +37,6 @@ from secateur.training.batches import Batch
 from secateur.training.divergences import last_hidden
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.setup import check_memory, training_needs
-from tiny import tiny_llama
-from zoo import tiny_model, tiny_windows
 
 GIB = 2**30
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

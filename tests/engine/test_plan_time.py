@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -15,8 +17,6 @@ from secateur.engine.plan_time import PieceTimes, fraction_of, piece_times, run_
 from secateur.engine.prune.tasks import LinearTask, Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.sparsity.methods import compose, methods
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 CPU = torch.device("cpu")
 

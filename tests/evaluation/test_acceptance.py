@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 from torch import nn
+from zoo import tiny_model, tiny_windows
 
 from secateur.errors import NumericalError, RecipeError
 from secateur.evaluation import divergence as room
 from secateur.evaluation.acceptance import acceptance, speculation
 from secateur.runs.records.measured import Speculation
-from zoo import tiny_model, tiny_windows
 
 
 def pair(family: str) -> tuple[nn.Module, nn.Module]:

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from zoo import tiny_model, tiny_windows
 
 from secateur.errors import NumericalError, RecipeError
 from secateur.evaluation import divergence as room
 from secateur.evaluation.divergence import divergence, divergence_of_texts
 from secateur.evaluation.perplexity import perplexity
-from zoo import tiny_model, tiny_windows
 
 
 def oracle(model: nn.Module, reference: nn.Module, windows: torch.Tensor) -> list[list[float]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from task_rows import write_rows
+from tiny import save_tiny, tiny_tokenizer
+from zoo import tiny_model
 
 import secateur
 from secateur.cli import main
@@ -16,8 +18,6 @@ from secateur.evaluation import generation
 from secateur.evaluation.generation import check_generation, repetition
 from secateur.runs.records.measured import EvaluationRecord, read_evaluation
 from secateur.steps import evaluate as steps_evaluate
-from tiny import save_tiny, tiny_tokenizer
-from zoo import tiny_model
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from torch import nn
-
 from architectures import tiny_architecture
+from tiny import save_tiny, tiny_tokenizer
+from torch import nn
+from zoo import CONFIGS, tiny_model, tiny_windows
+
 from secateur.calibration.windows import evaluation_windows
 from secateur.errors import ArchitectureError, NumericalError, RecipeError, SourceError
 from secateur.evaluation import perplexity as room
@@ -17,8 +19,6 @@ from secateur.evaluation.generation import generate
 from secateur.evaluation.perplexity import fingerprint, perplexity, protocol
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
-from tiny import save_tiny, tiny_tokenizer
-from zoo import CONFIGS, tiny_model, tiny_windows
 
 
 def oracle(model: nn.Module, windows: torch.Tensor) -> list[list[float]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from task_rows import row, write_rows
+from tiny import tiny_tokenizer
+from zoo import tiny_model
 
 import secateur
 from runtime.packed_models import packed_model
@@ -19,8 +21,6 @@ from secateur.evaluation import tasks as room
 from secateur.evaluation.task_data import TASKS, local_rows
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models import hub
-from tiny import tiny_tokenizer
-from zoo import tiny_model
 
 CHANCE = {
     "arc_challenge": (1 / 3 + 1 / 4 + 1 / 5) / 3,  # items have different numbers of choices

@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny import save_tiny
 from torch import Tensor
+from zoo import PLAIN_MIXTURES, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -20,8 +22,6 @@ from secateur.errors import ExportError, ShapeError
 from secateur.exporting.compressed_tensors import pack_int32
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
-from tiny import save_tiny
-from zoo import PLAIN_MIXTURES, tiny_windows
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Every row is a multiple of 64 weights long."""

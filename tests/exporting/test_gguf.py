@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf_models import assert_alike, byte_level, save
+from tiny import save_tiny
+from trained import source_text
+from zoo import SIZES
 
 import secateur
-from gguf_models import assert_alike, byte_level, save
 from secateur.errors import ExportError, RecipeError
 from secateur.exporting.gguf.tokenizer import split_rules
 from secateur.exporting.gguf.writing import dequantized, stored_blocks
 from secateur.quantization.groups import GroupGrid
-from tiny import save_tiny
-from trained import source_text
-from zoo import SIZES
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gguf_models import PROMPTS, assert_alike, byte_level, fields, save
+from zoo import SIZES, config_of
 
 import secateur
-from gguf_models import PROMPTS, assert_alike, byte_level, fields, save
 from secateur.errors import ExportError
-from zoo import SIZES, config_of
 
 LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
 STRETCHED = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import gguf
 import pytest
+from gguf_models import byte_level, save, texts
 
 import secateur
-from gguf_models import byte_level, save, texts
 from secateur.errors import RecipeError
 
 KEEPING = ("q6_k", "q3_k")

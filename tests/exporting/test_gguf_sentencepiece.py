@@ -10,15 +10,15 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from gguf_models import PROMPTS, assert_alike, save, sentencepiece_model
 from llama_cpp_py_sync import Llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from trained import source_text
 
 import secateur
-from gguf_models import PROMPTS, assert_alike, save, sentencepiece_model
 from secateur.errors import ExportError
 from secateur.exporting.gguf.tokenizer import SPACE, piece_scores, space_rules
 from secateur.models.skeleton import quiet_transformers
-from trained import source_text
 
 TEXTS = (
     *PROMPTS,

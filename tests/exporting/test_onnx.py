@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf_models import PROMPTS, byte_level, expected, save
 
 import secateur
-from gguf_models import PROMPTS, byte_level, expected, save
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting import onnx
 from secateur.exporting.onnx import unpacked

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_models import PROMPTS, byte_level, save
 
 import secateur
-from gguf_models import PROMPTS, byte_level, save
 from secateur.errors import ExportError
 
 INSTALLED = find_spec("openvino_genai") is not None

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from same_logits import assert_same_logits
+from tiny import save_tiny
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from zoo import tiny_windows
 
 import secateur
-from same_logits import assert_same_logits
 from secateur.errors import CheckpointError, KernelError, NumericalError, PatternError
 from secateur.runtime.kernels.gpu.linear import Fastest
 from secateur.runtime.semi_structured import load as loading
 from secateur.runtime.semi_structured import load as sparse_linear
 from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m
 from secateur.runtime.semi_structured.load import SparseLinear
-from tiny import save_tiny
-from zoo import tiny_windows
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 FILE = "semi_structured.safetensors"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.statistics.gram import Gram
@@ -18,7 +19,6 @@ from secateur.training.batches import Batches
 from secateur.training.loop import train
 from secateur.training.objectives import NextToken
 from secateur.training.training_plan import TrainingPlan
-from zoo import tiny_model, tiny_windows
 
 
 def state() -> tuple[Any, ...]:

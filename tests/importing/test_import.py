@@ -9,18 +9,18 @@ from typing import Any
 import peft
 import pytest
 import torch
+from commands import Outcome
 from safetensors.torch import load_file, save_file
+from slow import slow_but
+from tiny import save_tiny
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
+from zoo import matrices, weight_of
 
 import secateur
-from commands import Outcome
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runs.records import Import, Manifest, read_record
-from slow import slow_but
-from tiny import save_tiny
-from zoo import matrices, weight_of
 
 FEW = {"num_hidden_layers": 2}
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from commands import Outcome, runner
-from secateur.calibration.windows import save_windows
 from tiny import save_tiny
 from zoo import tiny_windows
+
+from secateur.calibration.windows import save_windows
 
 
 @pytest.fixture

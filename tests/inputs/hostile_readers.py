@@ -13,13 +13,15 @@ import peft
 import pyarrow
 import torch
 import transformers
+from gguf_models import byte_level, save
 from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import save_tiny
 from torch.nn.utils import prune
+from zoo import tiny_windows
 
 import secateur
-from gguf_models import byte_level, save
 from runtime.packed_models import packed_model
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import load_windows, save_windows
@@ -38,8 +40,6 @@ from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.report_page.records import read_records
 from secateur.steps.inspect import inspect
 from secateur.training.masks import stored_masks
-from tiny import save_tiny
-from zoo import tiny_windows
 
 FEW: dict[str, Any] = {"num_hidden_layers": 2}
 IDS = torch.tensor([[5, 17, 80, 33]])

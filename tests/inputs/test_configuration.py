@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from zoo import CONFIGS, MIXTURES
 
 import secateur
 from secateur.errors import ArchitectureError, CheckpointError
@@ -17,8 +19,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton, stored_names
-from tiny import save_tiny
-from zoo import CONFIGS, MIXTURES
 
 DEEP = '{"model_type": "llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
 
 from inputs.hostile import Tally, Watch, attack, batch
 from inputs.hostile_readers import READERS, Reader
-from tiny import save_tiny
 
 SECONDS = float(os.environ.get("SECATEUR_FUZZ_SECONDS", "60"))
 

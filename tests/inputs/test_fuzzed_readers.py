@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import save_tiny
 
 import secateur
 from runtime.mutations import anywhere
@@ -25,7 +26,6 @@ from secateur.recipes.reading import build_recipe, read_recipe_file
 from secateur.recipes.structure import StructureRecipe
 from secateur.steps.chain import checked_steps
 from secateur.steps.inspect import inspect
-from tiny import save_tiny
 
 
 def bounded(examples: int) -> settings:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from zoo import config_of, tiny_windows
 
 import secateur
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.training.lora import attach
-from tiny import tiny_tokenizer
-from zoo import config_of, tiny_windows
 
 PLACES: list[tuple[dict[str, Any], str]] = [
     ({"compress": "int8"}, "secateur.compress"),

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from tiny import save_tiny
-from zoo import tiny_windows
 
 SENTENCES = "The cat sat on the mat and looked at the moon. " * 200
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from runtime.packed_models import packed_model
@@ -15,8 +17,6 @@ from secateur.errors import CheckpointError, NumericalError
 from secateur.models.checkpoint import BLOCK_VALUES, not_finite, refuse_not_finite
 from secateur.models.sources import resolve
 from secateur.runtime.packed import PackedCheckpoint
-from tiny import save_tiny
-from zoo import tiny_windows
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -101,7 +101,6 @@ def test_what_reports_them_still_does(run, model: Path) -> None:
 @pytest.mark.parametrize("form", ["dense", "opened"])
 def test_a_loaded_model(form: str) -> None:
     from transformers import AutoModelForCausalLM
-
     from zoo import config_of
 
     model = AutoModelForCausalLM.from_config(config_of("llama" if form == "dense" else "mixtral"))

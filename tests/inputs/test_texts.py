@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 import secateur
 from secateur.calibration.documents import read_documents
 from secateur.errors import RecipeError, SourceError
 from secateur.steps.generate import generate
-from tiny import save_tiny
 
 LINE = '{"text": "one two three"}\n'
 ZIPPED = gzip.compress(LINE.encode() * 99, mtime=0)  # named after its bytes, so without the time

@@ -9,11 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-import secateur
 from at_rest import (
     E2M1,
     describe_as,
@@ -28,11 +23,16 @@ from at_rest import (
     to_float8,
     to_microscaled,
 )
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import secateur
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.opening import load_whole, open_weights
 from secateur.progress import Silent
-from tiny import save_tiny
 
 TEXT = Path(__file__).resolve().read_text(encoding="utf-8")
 WIDE_EXPERTS = {"moe_intermediate_size": 32}

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import slow_but
+from tiny import tiny_tokenizer
 from torch import Tensor, nn
+from zoo import MIXTURES, WITH_EXPERTS, class_of, config_of, tiny_model, tiny_windows
 
 import secateur
 from oracles import fused_experts
@@ -20,9 +23,6 @@ from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.expert_layout import ExpertLayout, stored_in_table
 from secateur.models.experts import OpenExperts, opened_experts
 from secateur.models.skeleton import quiet_transformers
-from slow import slow_but
-from tiny import tiny_tokenizer
-from zoo import MIXTURES, WITH_EXPERTS, class_of, config_of, tiny_model, tiny_windows
 
 FORMS = ("mixtral", "gpt_oss", "llama4", "nemotron_h", "minimax_m3", "step3p7 experts")
 """One of each form: standard; transposed, interleaved, with biases; transposed with scaled inputs;

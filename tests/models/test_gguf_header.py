@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
-
 from gguf_example import write_gguf
+
 from secateur.errors import CheckpointError
 from secateur.models.header import GgufArray, read_gguf_header
 

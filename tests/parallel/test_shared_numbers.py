@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 from together import Started, call_differently, judge_together, run_together, sum_statistics
 from torch import Tensor
+from trained import source_text
 
 import secateur
 from secateur.errors import RankError
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.training.process_group import ProcessGroup
-from tiny import save_tiny
-from trained import source_text
 
 
 def expected(inputs: Tensor, gradients: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import save_tiny
+from trained import source_text
 
 from secateur.engine.prepared import choose_plan, prepare
 from secateur.errors import RecipeError
@@ -15,8 +17,6 @@ from secateur.models.sources import resolve
 from secateur.parallel.ranks import ALONE, Alone, micro_batches, owners, rows_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from tiny import save_tiny
-from trained import source_text
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from slow import slow_but
+from tiny import save_tiny
 from together import (
     Started,
     cut_alone,
@@ -21,12 +23,10 @@ from together import (
     train_together,
 )
 from torch import Tensor
+from trained import source_text
 
 import secateur
 from secateur.recipes.prune import presets
-from slow import slow_but
-from tiny import save_tiny
-from trained import source_text
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
 OPTIONS: dict[str, Any] = {

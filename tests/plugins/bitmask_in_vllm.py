@@ -2,7 +2,7 @@
 
     echo '{"model": DIR, "prompts": [[1, 2]], "tokens": 2, "gain": 2.0}' | VLLM_PYTHON this file
 
-As `benchmarks/engines_vllm.py`, which it calls; `gain` is what the pretended measurement says. The
+It calls `benchmarks/speed/engines_vllm.py`; `gain` is what the pretended measurement says. The
 line before the last of stdout is the number of linears that stayed packed.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import engines_vllm
+from benchmarks.speed import engines_vllm
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import save_tiny
+from trained import source_text
+from zoo import tiny_windows
 
 import secateur
 from secateur.errors import ArchitectureError
@@ -22,11 +25,8 @@ from secateur.plugins.vllm import LOAD_FORMAT
 from secateur.plugins.vllm.reading import four_bits, tensors_of
 from secateur.plugins.vllm.sizes import ARCHITECTURE, LayerSizes, VariedSizes
 from secateur.runtime.packed import PackedCheckpoint
-from tiny import save_tiny
-from trained import source_text
-from zoo import tiny_windows
 
-RUNNER = Path(__file__).parents[2] / "benchmarks" / "engines_vllm.py"
+RUNNER = Path(__file__).parents[2] / "benchmarks" / "speed" / "engines_vllm.py"
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
     "attention_bias": False,

@@ -12,15 +12,15 @@ from unittest import mock
 import huggingface_hub
 import pytest
 import yaml
+from commands import Outcome
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 import secateur as package
-from commands import Outcome
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError
 from secateur.errors import VerificationError as Lost
 from secateur.reporting.cards import split_card
-from tiny import save_tiny
 
 REPO = "someone/small-pruned"
 TOKEN = "hf_" + "a1B2" * 9

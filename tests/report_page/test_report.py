@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur as library
 from reporting.examples import (
@@ -29,8 +31,6 @@ from secateur.report_page.figures import all_figures, curves, speed_charts
 from secateur.report_page.records import read_records
 from secateur.report_page.report import report
 from secateur.reporting.charts import WIDTH, BarChart, HeatMap, LineChart, page_svg
-from tiny import save_tiny
-from zoo import tiny_windows
 
 VOID = {"meta", "link", "br", "img", "input", "line", "path", "circle", "use"}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.reporting.cards import front_matter, inherited_front_matter
 from secateur.runs.records import Source
-from tiny import save_tiny
-from zoo import tiny_windows
 
 CARD = """---
 license: other

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_tiny
+from zoo import tiny_windows
 
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, PatternError, RecipeError
@@ -21,8 +23,6 @@ from secateur.runs.records import read_record
 from secateur.runs.records.measured import Sweep
 from secateur.steps import sweep as sweeping
 from secateur.steps.sweep import SweepRun, sweep_recipe
-from tiny import save_tiny
-from zoo import tiny_windows
 
 
 @pytest.fixture(scope="module")

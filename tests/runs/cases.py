@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from tiny import byte_tokenizer, save_tiny
-from zoo import tiny_windows
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from fixed_times import use_fixed_times
 
 

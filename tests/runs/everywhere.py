@@ -41,10 +41,10 @@ from faults import (
     points_of,
     why_not,
 )
+from fixed_times import use_fixed_times
 from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, table
 
 import secateur
-from fixed_times import use_fixed_times
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
 from secateur.steps.fitting import candidates

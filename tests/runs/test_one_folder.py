@@ -18,11 +18,11 @@ import gguf
 import pytest
 from cases import CASES, FAST, make_sources
 from contents import contents, every_byte
+from slow import slow
 
 import secateur
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models import checkpoint
-from slow import slow
 
 VERBS = (
     "prune", "structure", "train", "train with a teacher", "chain", "compress",

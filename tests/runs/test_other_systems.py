@@ -19,6 +19,7 @@ import pytest
 from cases import CASES, make_sources
 from contents import contents
 from other_systems import SYSTEMS, pretend
+from slow import slow_but
 
 import secateur
 from secateur.errors import RecipeError
@@ -28,7 +29,6 @@ from secateur.runs import folder as run_folder
 from secateur.runs.environment import Meter, usable_processors
 from secateur.runs.folder import Lock, RunFolder
 from secateur.runs.output import take_name
-from slow import slow_but
 
 FEW = ("prune", "train", "compress int8")
 Pretend = Callable[[str], pytest.MonkeyPatch]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import split_shards, tiny_tokenizer
+from zoo import CONFIGS, matrices, weight_of
 
 import secateur
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.kernels.dispatch import KernelChoice
-from tiny import split_shards, tiny_tokenizer
-from zoo import CONFIGS, matrices, weight_of
 
 IDS = torch.tensor([[5, 17, 80, 33, 4, 61, 29], [9, 40, 77, 12, 90, 3, 55]])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 import secateur
@@ -30,7 +31,6 @@ from secateur.runtime.kernels.dispatch import by_blocks
 from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear, activations_of
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.packed import PackedCheckpoint
-from tiny import tiny_tokenizer
 
 WIDE = {"intermediate_size": 600, "num_hidden_layers": 2, "head_dim": 16}
 """Inputs of three groups, the last one shorter."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from trained import save_trained, source_ids
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.kernels import library as lib
-from trained import save_trained, source_ids
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from zoo import tiny_model
 
 from secateur.errors import ArchitectureError, ShapeError
 from secateur.models.experts import open_experts
 from secateur.runtime.captured import CapturedGeneration, why_not_captured
 from secateur.runtime.decode import SteppedGeneration, continued
-from zoo import tiny_model
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
 """Operations in which the host waits for the GPU: a capture refuses them."""

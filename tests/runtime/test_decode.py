@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow
 
 import secateur
 from runtime.kernel_examples import TIERS, using
@@ -18,7 +19,6 @@ from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.layer_forms import why_not
-from slow import slow
 
 pytestmark = [
     pytest.mark.skipif(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_logits import assert_same_logits
+from tiny import save_tiny
 
 import secateur
 from runtime.packed_models import IDS, packed_model, pruned_folder, python, settled  # noqa: F401
-from same_logits import assert_same_logits
 from secateur.errors import CheckpointError
 from secateur.runtime.packed import PackedCheckpoint
-from tiny import save_tiny
 
 PLAIN = """
 import sys

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_logits import assert_same_logits
+from slow import FEW_FAMILIES, every_pair, few_families, slow_but
 from torch import nn
+from zoo import CONFIGS
 
 import secateur
 from oracles.kernels import rounded_to_bytes
 from runtime.packed_examples import Forgery, index_again
 from runtime.packed_models import IDS, packed_model, python, settled
-from same_logits import assert_same_logits
 from secateur.errors import CheckpointError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.formats import Layout, formats
@@ -26,8 +28,6 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.kernels.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, activations_for
-from slow import FEW_FAMILIES, every_pair, few_families, slow_but
-from zoo import CONFIGS
 
 pytestmark = [
     pytest.mark.skipif(

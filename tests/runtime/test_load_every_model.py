@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import nn
+from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 
 import secateur
 from secateur.errors import SecateurError
@@ -18,8 +20,6 @@ from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.layer_forms import FORMS, OUTSIDE, why_not
-from slow import slow_but
-from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 
 IDS = tiny_windows(2, 9)
 DECODER = re.compile(r"^(?!.*(?:vision|visual|audio)).*\b(?:layers|h)\.\d+\.")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor
+from zoo import CONFIGS, DENSE, MIXTURES, tiny_model
 
 import secateur
 from runtime.packed_models import packed_model, settled
@@ -27,7 +28,6 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kv_cache import KeyValueCache
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.speculative import Drafter, speculated
-from zoo import CONFIGS, DENSE, MIXTURES, tiny_model
 
 pytestmark = [
     pytest.mark.skipif(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer, tiny_tokenizer
 
 from secateur.runtime.sampling import TextStream
-from tiny import byte_tokenizer, tiny_tokenizer
 
 BYTES = byte_tokenizer()
 STOPS = st.lists(st.sampled_from(["xy", "yz", "€x", "zzz"]))

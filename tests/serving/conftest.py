@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 import transformers
-
-from secateur.recipes.deploy import ServeRecipe
-from secateur.serving.serve import Serving, prepare
 from tiny import save_tiny
 from tokenizers_of_kinds import tokenizer_of
 from trained import save_trained
+
+from secateur.recipes.deploy import ServeRecipe
+from secateur.serving.serve import Serving, prepare
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"

@@ -22,6 +22,8 @@ import numpy as np
 import openai
 import pytest
 import torch
+from slow import slow
+from tiny import CHARACTERS, save_tiny
 
 import secateur
 from secateur.errors import RecipeError
@@ -30,8 +32,6 @@ from secateur.recipes.reading import build_recipe
 from secateur.serving.http.connection import Connection
 from secateur.serving.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running, byte_level
-from slow import slow
-from tiny import CHARACTERS, save_tiny
 
 Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_tokenizer
 
 import secateur
 from evaluation.task_rows import write_rows
@@ -17,7 +18,6 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
 from secateur.serving.serve import prepare
 from serving.conftest import Running
-from tiny import tiny_tokenizer
 
 NAMES = ["piqa", "arc_easy", "lambada"]
 

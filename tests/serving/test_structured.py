@@ -16,11 +16,11 @@ import jsonschema
 import openai
 import pytest
 import transformers
+from tokenizers_of_kinds import tokenizer_of
 
 from secateur.runtime.grammar import GrammarError, Grammars, choice_text, json_text, regex_text
 from secateur.serving.tools import CallReader, ToolCall, ToolFormat, tool_format
 from serving.conftest import Running, byte_level
-from tokenizers_of_kinds import tokenizer_of
 
 Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]

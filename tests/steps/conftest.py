@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from zoo import tiny_windows
 
 from secateur.calibration.windows import save_windows
-from zoo import tiny_windows
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
 
 import secateur
 from secateur.errors import RecipeError
 from secateur.evaluation.generation import KINDS
 from secateur.reporting.evaluate import GAIN
-from tiny import save_tiny
 
 
 def test_a_draft_is_timed_beside_the_model_alone(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import secateur
-from secateur.errors import RecipeError
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_model, tiny_windows
+
+import secateur
+from secateur.errors import RecipeError
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny
+from tokenizers_of_kinds import save_tokenizer
+from trained import source_text
 
 import secateur
 from secateur.calibration.documents import read_documents
 from secateur.errors import SourceError
 from secateur.models.tokenizer import load_tokenizer
-from tiny import save_tiny
-from tokenizers_of_kinds import save_tokenizer
-from trained import source_text
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
 
 import secateur
 from secateur.runs.records.measured import read_evaluation
-from tiny import save_tiny
 
 MEASURED = {"evaluation.json", "diagnosis.json", "bench.json"}
 

@@ -7,14 +7,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-
 from commands import Outcome
 from gguf_models import byte_level
+from tiny import save_tiny
+from trained import source_text
+
 from secateur import compress, evaluate
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.tables import binary_size
-from tiny import save_tiny
-from trained import source_text
 
 
 @pytest.mark.slow

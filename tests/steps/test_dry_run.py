@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_tiny, tiny_tokenizer
+from trained import source_text
 
 import secateur
 from secateur.errors import MemoryBudgetError, RecipeError, SourceError
 from secateur.reporting.plan import PlanResult
-from tiny import save_tiny, tiny_tokenizer
-from trained import source_text
 
 VERBS: dict[str, dict[str, Any]] = {
     "prune": {"method": "wanda", "sparsity": 0.5, "calibration": "text.txt"},

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from tiny import save_tiny
-from zoo import tiny_windows
 
 PACKAGE = Path(__file__).parent.parent / "foreign_package"
 MIB = 2**20

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import save_tiny
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.runtime.decode import SlotDecoder
 from secateur.steps.generate import ONE_CALL, Conversation
 from serving.conftest import byte_level
-from tiny import save_tiny
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and forbidden is defined %}{% endif %}"

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateur
 from secateur.errors import RecipeError, SourceError
 from secateur.progress import ProgressBar, Silent, listener
 from secateur.reporting.tables import Line, Result, Table, html
-from tiny import save_tiny
 
 TEXTS = ["def add(a, b): return a + b\n" * 30, "for word in words: print(word)\n" * 30]
 WINDOWS = {"windows": 4, "sequence_length": 16, "sparsity": 0.5, "method": "wanda"}

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from gguf_example import write_gguf
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 import secateur
-from gguf_example import write_gguf
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import sources
 from secateur.reporting.diagnose import GgufInspectResult, InspectResult
-from tiny import save_tiny
 
 
 @pytest.fixture

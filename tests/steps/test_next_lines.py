@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Outcome, runner
 from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, save_tiny
 
 import secateur
-from commands import Outcome, runner
 from secateur.calibration import documents
 from secateur.reporting.evaluate import DemoResult
 from secateur.reporting.models import PruneResult
 from secateur.reporting.next_steps import Origin, command, free_place
 from secateur.reporting.tables import plain_text
-from tiny import byte_tokenizer, save_tiny
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 OWN = ("--calibration", "my text.txt", "--windows", 4, "--sequence-length", 16)

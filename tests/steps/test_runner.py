@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import save_tiny
 
 import secateur
 from secateur.errors import MemoryBudgetError
-from tiny import save_tiny
 
 OPTIONS = {"method": "magnitude", "sparsity": 0.5}
 

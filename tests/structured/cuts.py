@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from zoo import class_of
 
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.cut import Cut, Sizes
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from zoo import class_of
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "layers": lambda s: Cut(layers=(0, 2)),

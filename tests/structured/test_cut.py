@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from cuts import CUTS, odd
+from zoo import CONFIGS, tiny_model
 
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.surgery import cut_from_zeros, cut_model
-from zoo import CONFIGS, tiny_model
 
 IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
     "no layer": ({"layers": ()}, "decoder layers: the cut keeps none"),

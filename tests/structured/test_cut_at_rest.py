@@ -9,10 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from torch import Tensor
-
-import secateur
 from at_rest import (
     describe_as,
     described,
@@ -23,11 +19,15 @@ from at_rest import (
     stored_tensors,
     to_microscaled,
 )
+from safetensors.torch import load_file
 from same_logits import assert_same_logits
+from tiny import tiny_tokenizer
+from torch import Tensor
+
+import secateur
 from secateur.models.opening import open_weights
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_checkpoint
-from tiny import tiny_tokenizer
 
 MIXTURE: dict[str, Any] = {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
 KEPT = {0: (0, 2, 4), 2: (1, 2, 3)}

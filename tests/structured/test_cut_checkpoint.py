@@ -14,9 +14,12 @@ import pytest
 import torch
 import transformers
 from cuts import CUTS, is_plain
+from same_logits import assert_same_logits
+from slow import few_families
+from tiny import save_tiny
+from zoo import CONFIGS, tiny_windows
 
 import secateur
-from same_logits import assert_same_logits
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
@@ -30,9 +33,6 @@ from secateur.structured.surgery import (
     cut_from_zeros,
     cut_model,
 )
-from slow import few_families
-from tiny import save_tiny
-from zoo import CONFIGS, tiny_windows
 
 DECLARED = [family for family in CONFIGS if family != "generic"]
 LOADED = [(family, name) for family in DECLARED for name in ("layers", "neurons", "everything")] + [

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from same_logits import assert_same_logits
+from slow import slow_but
 from torch import Tensor, nn
 from transformers import AutoConfig
+from zoo import WITH_EXPERTS, class_of, tiny_model, tiny_windows
 
 import secateur
-from same_logits import assert_same_logits
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, text_config
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import cut_checkpoint, cut_model
-from slow import slow_but
-from zoo import WITH_EXPERTS, class_of, tiny_model, tiny_windows
 
 FORMS = ("gpt_oss", "llama4", "deepseek_v3", "nemotron_h", "granitemoe", "step3p7 experts")
 IDS = tiny_windows(2, 9, seed=5)

@@ -12,17 +12,17 @@ import pytest
 import torch
 import transformers
 from cuts import close, odd
+from same_logits import assert_same_logits
+from slow import slow_but
+from tiny import save_tiny
+from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 from oracles.masking import switch_off
-from same_logits import assert_same_logits
 from secateur.errors import RecipeError
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint, cut_model
-from slow import slow_but
-from tiny import save_tiny
-from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 CUTS: dict[str, Any] = {
     "experts": lambda sparse: Cut(experts=dict.fromkeys(sparse, (0, 2, 4))),

@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 from cuts import close, odd
+from slow import slow
 from test_surgery import cut_quietly
+from zoo import tiny_model, tiny_windows
 
 from oracles.masking import narrow_weights
 from secateur.structured import edits
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
-from slow import slow
-from zoo import tiny_model, tiny_windows
 
 HEADS, KEPT, SIZE = 8, 4, 8
 HALF = Cut(groups={i: tuple(range(KEPT)) for i in range(3)})

@@ -11,16 +11,16 @@ import pytest
 import torch
 import transformers
 from cuts import CUTS, TIED_TO_HEADS, close, is_plain
+from same_logits import assert_same_logits
+from slow import FEW_FAMILIES, few_families, slow_but
+from zoo import CONFIGS, tiny_model, tiny_windows
 
 from oracles.masking import switch_off
-from same_logits import assert_same_logits
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_model
-from slow import FEW_FAMILIES, few_families, slow_but
-from zoo import CONFIGS, tiny_model, tiny_windows
 
 DECLARED = [family for family in CONFIGS if family != "generic"]
 CASES = [

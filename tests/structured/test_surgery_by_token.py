@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from cuts import close, cut_on_disk, odd
+from slow import slow_but
 from test_surgery import cut_quietly, greedy, logits
+from zoo import CUT_BY_TOKEN, tiny_model, tiny_windows
 
 from oracles.masking import switch_off
 from secateur.errors import ArchitectureError
@@ -18,8 +20,6 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
 from secateur.structured.surgery import cut_checkpoint
-from slow import slow_but
-from zoo import CUT_BY_TOKEN, tiny_model, tiny_windows
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "layers": lambda s: Cut(layers=tuple(range(s.layers))[-2:] if s.layers < 5 else (0, 1, 2, 4)),

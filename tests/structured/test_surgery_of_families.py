@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 from cuts import CUTS, close
+from slow import slow_but
 from test_surgery import cut_quietly, greedy, logits, masked
+from zoo import DENSE, WITH_BUFFERS, tiny_model, tiny_windows
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
@@ -18,8 +20,6 @@ from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from slow import slow_but
-from zoo import DENSE, WITH_BUFFERS, tiny_model, tiny_windows
 
 ALIKE = {"last layers", "queries", "neurons, differing", "hidden, odd"}
 """Cuts that walk the way of another one; `test_surgery` tries them with its families."""

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cuts import close, cut_on_disk, odd
+from slow import slow_but
 from test_surgery import cut_quietly, greedy, logits
+from zoo import CUT_HYBRIDS, tiny_model, tiny_windows
 
 from oracles.masking import switch_off
 from secateur.engine.stream.calls import declared_layout, layouts
@@ -17,8 +19,6 @@ from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
-from slow import slow_but
-from zoo import CUT_HYBRIDS, tiny_model, tiny_windows
 
 HEADS = ("qwen3_5_text", "lfm2", "bamba", "falcon_h1", "granitemoehybrid dense")
 """Those whose KV groups can be cut."""

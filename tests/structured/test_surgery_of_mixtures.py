@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from cuts import close, cut_on_disk, odd
+from slow import slow_but
 from test_surgery import cut_quietly, greedy, logits
+from zoo import CUT_MIXTURES, tiny_model, tiny_windows
 
 from oracles.masking import narrow_stream, narrow_weights, switch_off
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
-from slow import slow_but
-from zoo import CUT_MIXTURES, tiny_model, tiny_windows
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "layers": lambda s: Cut(layers=tuple(range(1, s.layers))),

@@ -12,17 +12,17 @@ import torch
 import transformers
 from cuts import CUTS, close, cut_on_disk
 from safetensors.torch import load_file
+from same_logits import assert_same_logits
+from slow import slow_but
 from test_surgery import cut_quietly, logits
+from zoo import CUT_SEEING, TIED_INSIDE, class_of, config_of, tiny_model, tiny_windows
 
 from oracles.masking import switch_off
-from same_logits import assert_same_logits
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
-from slow import slow_but
-from zoo import CUT_SEEING, TIED_INSIDE, class_of, config_of, tiny_model, tiny_windows
 
 NAMES = ("layers", "last layers", "neurons", "groups")
 CASES = [

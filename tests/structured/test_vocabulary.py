@@ -13,15 +13,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
-
-import secateur
 from same_logits import assert_same_logits
-from secateur.errors import ArchitectureError, CheckpointError, RecipeError
-from secateur.structured.token_pieces import pieces_of
 from tiny import save_tiny
 from tokenizers_of_kinds import documents, random_texts, save_tokenizer
+from transformers import AutoTokenizer
 from weight_files import digest
+
+import secateur
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.structured.token_pieces import pieces_of
 
 KINDS = ("byte-level", "llama 3", "characters", "unigram")
 HALF = documents()[:4]

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -16,7 +17,6 @@ from secateur.structured.choices import UnitSelection, width_selection
 from secateur.structured.cut import sizes_of
 from secateur.structured.cut_plan import plan_cut, unit_costs
 from secateur.structured.surgery import VariedSizesWarning
-from zoo import tiny_model, tiny_windows
 
 
 def selection(family: str, **options: object) -> UnitSelection:

@@ -9,7 +9,6 @@ import torch
 import transformers as t
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from zoo import LINEAR_ATTENTION, LOCAL, MAMBA, SEEING, SETTINGS, SIZES, SLIDING, class_of
 from zoo import config_of as zoo_config
 

@@ -12,10 +12,10 @@ import torch
 import transformers
 from llama_cpp_py_sync import Llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from secateur.models.skeleton import quiet_transformers
 from trained import source_text
 from zoo import config_of
+
+from secateur.models.skeleton import quiet_transformers
 
 PROMPTS = ("def add(a, b):", "  return 1234", "naïve café\n\n", "I've been told")
 WORDS = 320

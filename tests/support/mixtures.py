@@ -22,12 +22,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from tiny import CHARACTERS, SPECIAL
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-from tiny import CHARACTERS, SPECIAL
 from trained import LENGTH, source_files, train
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 EXPERTS, CHOSEN, KINDS = 16, 2, ("code", "prose", "records")
 BALANCE = 0.01

@@ -12,10 +12,12 @@ import peft
 import torch
 import transformers
 import yaml
+from gguf_models import byte_level
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from trained import source_text
 
 import secateur
-from gguf_models import byte_level
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.recipes.train import GradualOptions
@@ -25,8 +27,6 @@ from secateur.training.lora import attach
 from secateur.training.objectives import NextToken
 from secateur.training.pruning import Gradual, GradualPruning, KeepEarly, open_masks
 from secateur.training.training_plan import TrainingPlan
-from tiny import save_tiny
-from trained import source_text
 
 TEXTS = ("TEXT.txt", "text.jsonl", "code.jsonl", "math.jsonl", "wiki.txt")
 QUIET: dict[str, Any] = {"progress": Silent()}

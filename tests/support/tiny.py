@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from zoo import class_of, config_of
 
 from secateur.models.skeleton import quiet_transformers
-from zoo import class_of, config_of
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = [*string.ascii_letters, *string.digits, " ", "\n", *string.punctuation[:28]]

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import transformers
+from tiny import CHARACTERS, SPECIAL, tiny_tokenizer
 from torch import Tensor
 
 from secateur.models.skeleton import quiet_transformers
-from tiny import CHARACTERS, SPECIAL, tiny_tokenizer
 
 STEPS, WARM_UP, BATCH, LENGTH, RATE = 600, 20, 24, 64, 4e-3
 OnStep = Callable[[int, int, Any, Any], None]

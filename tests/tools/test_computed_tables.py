@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
 
 import computed_tables
 import secateur
@@ -15,7 +16,6 @@ from secateur.advisor.capacity import weight_bytes
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.models.checkpoint import read_headers, shard_files
 from secateur.models.plain_decoder import PlainDecoder
-from tiny import save_tiny
 
 
 def test_the_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""`benchmarks/gpu.py` without a GPU: which rows it measures, when it stops, what it prints."""
+"""The benchmark of GPUs without a GPU: which rows it measures, when it stops, what it prints."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -11,17 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("gpu")
+from benchmarks.speed import gpu
 
 
-def test_rows_are_measured_once_until_time_is_short(gpu: Any) -> None:
+def test_rows_are_measured_once_until_time_is_short() -> None:
     kept: list[dict[str, Any]] = []
 
     def fails() -> dict[str, Any]:
@@ -39,7 +31,7 @@ def test_rows_are_measured_once_until_time_is_short(gpu: Any) -> None:
     assert kept[1]["failure"] == "RuntimeError: no such kernel"
 
 
-def test_the_table_compares_with_the_dense_way(gpu: Any) -> None:
+def test_the_table_compares_with_the_dense_way() -> None:
     product = {"16": {"torch bf16": 4e-6, "ours": 2e-6}}
     decode = {"token_seconds": 0.02, "prompt_seconds": 0.1}
     pruned = {"layers": 4, "seconds": 30, "seconds_of_layers": [5, 5, 6, 4]}
@@ -67,7 +59,8 @@ def test_the_table_compares_with_the_dense_way(gpu: Any) -> None:
 def test_rows_of_every_kind_run_in_the_interpreter(tmp_path: Path) -> None:
     """And a second call finds all of them."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install '.[gpu]'")
-    command = [sys.executable, FOLDER / "gpu.py", "--dry", "--results", tmp_path, "--minutes", "30"]
+    module = ["-m", "benchmarks.speed.gpu", "--dry"]
+    command = [sys.executable, *module, "--results", tmp_path, "--minutes", "30"]
     command += ["--layers", "2", "--few", "1"]
     command += ["--only", "product", "model int8", "model 2:4", "prune wanda"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from trained import source_ids, train, untrained
 
 from secateur.training.pruning import KeepEarly
-from trained import source_ids, train, untrained
 
 STEPS, EARLY_STEP = 300, 30
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from zoo import CONFIGS
 
 from secateur.training.batches import Batches
 from secateur.training.pruning import open_masks
-from zoo import CONFIGS
 
 SEQUENCES = torch.arange(40 * 12).view(40, 12).mul(7).remainder(23) + 4
 """Windows with something to learn: every token follows from the one before it."""

@@ -10,14 +10,14 @@ import torch
 import transformers
 from learning import SEQUENCES, pruned_model, zeros
 from safetensors.torch import load_file
+from slow import slow_but
 from torch.distributed.fsdp import FullyShardedDataParallel
+from zoo import CONFIGS
 
 import secateur
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
-from slow import slow_but
-from zoo import CONFIGS
 
 DATA = [{"input_ids": row, "labels": row} for row in SEQUENCES]
 
@@ -241,7 +241,6 @@ def test_a_base_that_changes_under_adapters_is_noticed(tmp_path: Path) -> None:
 def test_trl_fine_tunes_a_pruned_model(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     from datasets import Dataset
-
     from tiny import tiny_tokenizer
 
     model = pruned_model()

@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from pydantic import ValidationError
+from trained import held_out_loss, source_ids, train
+from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 from secateur.errors import RecipeError
 from secateur.recipes.train import GradualOptions
@@ -16,8 +18,6 @@ from secateur.sparsity.schedules import schedules
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.scores import scores
 from secateur.training.pruning import Criterion, Gradual, GradualPruning, open_masks, renew
-from trained import held_out_loss, source_ids, train
-from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 WINDOWS = tiny_windows(samples=3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zoo import tiny_model, tiny_windows, zeros_of
 
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.patterns import parse_pattern
@@ -25,7 +26,6 @@ from secateur.training.pruning import (
     prune_in_rounds,
 )
 from secateur.training.training_plan import TrainingPlan
-from zoo import tiny_model, tiny_windows, zeros_of
 
 WINDOWS = tiny_windows(samples=6)
 BATCHES = Batches(WINDOWS, size=3, seed=1)

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from torch.nn.functional import mse_loss
+from zoo import tiny_model, tiny_windows
 
 from secateur.errors import RecipeError
 from secateur.training.learned_masks import Consumer, HardConcrete, LearnedMasks, Shape
-from zoo import tiny_model, tiny_windows
 
 LLAMA = {"neurons": Consumer("mlp.down_proj"), "groups": Consumer("self_attn.o_proj", 16)}
 GPT2 = {"neurons": Consumer("mlp.c_proj"), "groups": Consumer("attn.c_proj", 8)}

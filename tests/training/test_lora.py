@@ -8,12 +8,12 @@ import copy
 import pytest
 import torch
 from pydantic import ValidationError
+from zoo import matrices, tiny_model, tiny_windows, weight_of, zeros_of
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.train import LoraOptions
 from secateur.training.lora import attach, merge
-from zoo import matrices, tiny_model, tiny_windows, weight_of, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "opt", "generic"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from zoo import CONFIGS
 
 from oracles.divergences import divergence, lumped_divergence, next_token_loss
 from secateur.errors import RecipeError, SourceError
@@ -24,7 +25,6 @@ from secateur.training.objectives import (
     WrittenTeacher,
     write_teacher,
 )
-from zoo import CONFIGS
 
 CPU = torch.device("cpu")
 IDS = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(0))

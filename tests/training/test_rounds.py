@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from trained import held_out_loss, source_ids, train, untrained
+from zoo import tiny_model
 
 from secateur.errors import CheckpointError, RecipeError, VerificationError
 from secateur.sparsity.schedules import levels
@@ -20,8 +22,6 @@ from secateur.training.pruning import (
     renew,
     write_weights,
 )
-from trained import held_out_loss, source_ids, train, untrained
-from zoo import tiny_model
 
 
 class Disturbance:
@@ -222,7 +222,7 @@ def test_refuses_to_go_back_behind_the_end():
 
 @pytest.mark.slow
 def test_a_ticket_beats_new_random_weights_under_the_same_mask(trained):
-    """Seeds and sizes of its own: benchmarks/tickets.py. This is one of them, half as long."""
+    """One seed of `benchmarks/quality/tickets.py`, half as long."""
     text, held_out = source_ids(), source_ids(held_out=True)
     ticket = copy.deepcopy(trained.model)
     kept = open_masks(ticket)

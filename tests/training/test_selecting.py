@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 from oracles import exchange as oracle
 from secateur.errors import NumericalError, RecipeError
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.scores import scores
 from secateur.training.pruning import Criterion, exchange, gather, open_masks, prunable, stage
-from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 WINDOWS = tiny_windows(samples=3)
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from learning import pruned_model, zeros
 from safetensors.torch import load_file
-
-import secateur
 from tiny import save_tiny
 from trained import source_text
+
+import secateur
 
 PROGRAM = Path(__file__).with_name("sharded_run.py")
 COUNTING = Path(__file__).with_name("resident_run.py")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-
 from architectures import tiny_architecture
-from secateur.training.masks import Masks
 from zoo import tiny_windows
+
+from secateur.training.masks import Masks
 
 
 def test_zeros_of_experts_in_one_tensor_are_held() -> None:

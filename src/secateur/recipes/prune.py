@@ -198,7 +198,7 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The recipe values of each effort. A preset fills in the options that a recipe leaves open, and
-trades time for quality: `benchmarks/presets.py` measures what each brings and costs, and
+trades time for quality: `benchmarks/quality/presets.py` measures what each brings and costs, and
 docs/methods/presets.md shows the results."""
 
 

@@ -11,6 +11,7 @@ import torch
 from cuts import CUTS
 from pretended import OnCuda
 from safetensors.torch import load_file
+from zoo import tiny_model, tiny_windows, zeros_of
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -26,7 +27,6 @@ from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import cut_model
-from zoo import tiny_model, tiny_windows, zeros_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
 

@@ -9,9 +9,9 @@ import torch
 from pretended import OnCuda
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import tiny_model
 
 from secateur.runtime.captured import CapturedGeneration
-from zoo import tiny_model
 
 
 class NothingCrosses(TorchDispatchMode):

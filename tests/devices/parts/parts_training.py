@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pretended import OnCuda
+from zoo import tiny_model, tiny_windows
 
 from contracts.pattern_examples import EXAMPLES
 from secateur.recipes.train import GradualOptions, LoraOptions
@@ -38,7 +39,6 @@ from secateur.training.pruning import (
     write_weights,
 )
 from secateur.training.training_plan import TrainingPlan
-from zoo import tiny_model, tiny_windows
 
 WINDOWS = tiny_windows(samples=8, length=12)
 STEPS: dict[str, Any] = {"steps": 3, "learning_rate": 1e-3, "micro_batch": 2, "validations": 1}

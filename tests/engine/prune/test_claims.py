@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from zoo import tiny_model
 
 import secateur
 from secateur.errors import VerificationError
 from secateur.sparsity.methods import Method
-from zoo import tiny_model
 
 
 def test_zeros_that_only_the_mask_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.prune.run import lost_energy
 from secateur.errors import VerificationError
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 TOO_MUCH = {"method": "sparsegpt", "sparsity": 0.98}
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_tiny
 from torch import nn
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -14,8 +16,6 @@ from secateur.engine.prune.coverage import Reach, reach, silent_experts
 from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.errors import VerificationError
 from secateur.runs.records import Layer, LinearRecord
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 
 def line(*records: tuple[str, int | None], unseen: tuple[str, ...] = ()) -> Layer:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zoo import matrices, tiny_model, tiny_windows
 
 import secateur
-from zoo import matrices, tiny_model, tiny_windows
 
 
 @pytest.mark.gpu

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import Tensor, nn
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.statistics import Gathering
@@ -20,8 +22,6 @@ from secateur.engine.prune.asymmetric import (
 from secateur.engine.prune.tasks import LinearTask
 from secateur.models.architecture import Linear
 from secateur.sparsity.methods import compose
-from slow import slow_but
-from zoo import tiny_model, tiny_windows
 
 ROWS, INPUTS, OUT, BATCHES = 40, 12, 6, 3
 

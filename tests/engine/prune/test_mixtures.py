@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from slow import slow_but
+from tiny import save_tiny
 from torch import Tensor, nn
+from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 import secateur
 from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, reap, route
@@ -23,9 +26,6 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
-from slow import slow_but
-from tiny import save_tiny
-from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 SHARED = (("gate_proj", "up_proj"), ("down_proj",))

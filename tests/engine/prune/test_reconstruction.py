@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zoo import tiny_model, tiny_windows, zeros_of
 
 import secateur
 from secateur.calibration.statistics.gram import Gram
@@ -18,7 +19,6 @@ from secateur.models.architecture import describe, linears_of
 from secateur.quantization.groups import GroupGrid
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.sparsity.methods import compose
-from zoo import tiny_model, tiny_windows, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from slow import FEW_FAMILIES, few_families, slow_but
 from torch import nn
+from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 from oracles import uncut
 from oracles.depth import divergence
@@ -20,8 +22,6 @@ from secateur.progress import Silent
 from secateur.runs.folder import Ledger
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
-from slow import FEW_FAMILIES, few_families, slow_but
-from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore::secateur.structured.surgery.VariedSizesWarning")
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
 from torch import Tensor
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -25,8 +27,6 @@ from secateur.sparsity.hessian import FACTOR_SQUARES, dense_target, inverse_fact
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.solvers import least_squares, solvers
 from secateur.sparsity.solvers.least_squares import LeastSquares, systems_bytes
-from tiny import save_tiny
-from zoo import tiny_windows
 
 ROWS, INPUTS = 8, 640
 SQUARE = 4 * INPUTS**2

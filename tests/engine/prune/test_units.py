@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -26,8 +28,6 @@ from secateur.sparsity.methods import compose
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.surgery import VariedSizesWarning, cut_from_zeros, cut_model
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 SEARCH = Search(levels=4, step=0.25, generations=3, offspring=4, stages=((2, 40), (1, 80)))
 ALLOCATIONS = [

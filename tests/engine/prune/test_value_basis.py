@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import slow_but
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny
 from torch import nn
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from oracles.value_basis import basis_error
@@ -21,10 +25,6 @@ from secateur.engine.prune.value_basis import ValueHeads, error_of, learn_basis,
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.sparsity.methods import Method, compose
-from slow import slow_but
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 HEADS, READERS, SIZE, HIDDEN = 2, 2, 4, 10
 

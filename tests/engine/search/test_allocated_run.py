@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from oracles import allocation as oracle
@@ -39,7 +40,6 @@ from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
 from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import compose
-from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 NAMES = ["owl", "layer-sensitivity", "divergence", "global", "search"]
 SMALL = Search(generations=3, offspring=4, stages=((2, 40), (1, 120)))

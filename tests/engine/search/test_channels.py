@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 from oracles.hidden import channel_scores
 from secateur.engine.prune.tasks import Settings
@@ -15,7 +16,6 @@ from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import describe
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
-from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()
 DECLARED = [family for family in (*CONFIGS, *PLAIN_MIXTURES) if family != "generic"]

@@ -11,7 +11,9 @@ from random import Random
 import pytest
 import torch
 import transformers
+from slow import few_families, slow
 from torch import nn
+from zoo import CONFIGS, tiny_model, tiny_windows
 
 from oracles import depth as oracle
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator
@@ -35,8 +37,6 @@ from secateur.errors import ArchitectureError, NumericalError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
-from slow import few_families, slow
-from zoo import CONFIGS, tiny_model, tiny_windows
 
 WINDOWS = tiny_windows()  # 6 of 20 tokens
 QUICK = {"method": "search", "stages": ((2, 40), (1, 120)), "generations": 3, "offspring": 3}

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import CHOSEN, trained_mixture, window_losses, windows_of
 from transformers import AutoModelForCausalLM
+from zoo import tiny_model, tiny_windows
 
 import secateur
-from mixtures import CHOSEN, trained_mixture, window_losses, windows_of
 from secateur.calibration.windows import save_windows
 from secateur.engine.search.experts import (
     ExpertChoice,
@@ -27,7 +28,6 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import cut_model
-from zoo import tiny_model, tiny_windows
 
 
 def used(*scores: float) -> ExpertUse:
@@ -152,7 +152,7 @@ def test_reap_beats_frequency_and_random() -> None:
     """With 25 % and 50 % of the experts removed, where each layer's experts are balanced.
 
     Frequency is worse for each of three seeds. Random experts are worse on the mean; for one seed
-    they are better at 50 %, which more training changes (`benchmarks/experts.py`).
+    they are better at 50 %, which more training changes (`benchmarks/quality/experts.py`).
     """
     found = [losses(seed) for seed in range(3)]
     for keep in (12, 8):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow import few_families
 from torch import nn
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from secateur.engine.stream.calls import find_groups
 from secateur.models.architecture import describe, linears_of
-from slow import few_families
-from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 
 def inputs_of(model: nn.Module, names: list[str], windows: torch.Tensor) -> dict:

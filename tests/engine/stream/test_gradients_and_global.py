@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
-from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 
 def gradients_by_hand(model: torch.nn.Module, windows: torch.Tensor) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from zoo import tiny_model, tiny_windows
 
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.stream.halted_forwards import (
@@ -17,7 +18,6 @@ from secateur.engine.stream.halted_forwards import (
 )
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe, linears_of
-from zoo import tiny_model, tiny_windows
 
 
 class Stage:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_architecture
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from zoo import tiny_model, tiny_windows
 
 import secateur
-from architectures import tiny_architecture
 from oracles.hybrids import wanda
 from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.engine.stream.calls import kind_of, layouts
@@ -23,8 +25,6 @@ from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
-from slow import slow_but
-from zoo import tiny_model, tiny_windows
 
 HYBRIDS = {
     "qwen3_5_text": "model.layers",

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
+from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from secateur.engine.prune.run import CalibratedLayerPass
@@ -23,8 +25,6 @@ from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
-from slow import slow_but
-from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 NAMES = ("gemma4_text small", "gemma4_text shared", "gemma3n_text", "gemma3n_text shared")
 WINDOWS = tiny_windows(3, 12)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import class_of, config_of, tiny_model, tiny_windows
 
 from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -14,7 +15,6 @@ from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
-from zoo import class_of, config_of, tiny_model, tiny_windows
 
 IMAGE = 90
 COUNT, LENGTH = 3, 14

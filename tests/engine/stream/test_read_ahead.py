@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from zoo import tiny_model
 
 from secateur.engine.stream.targets import CheckpointTarget, ReadAhead, walk_layers
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
-from zoo import tiny_model
 
 
 class Logged(CheckpointReader):

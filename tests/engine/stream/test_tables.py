@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from zoo import class_of, config_of, tiny_model, tiny_windows
 
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import CheckpointTarget, per_layer_table
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
-from zoo import class_of, config_of, tiny_model, tiny_windows
 
 NAMES = ("gemma3n_text shared", "gemma4_text small")
 WINDOWS = tiny_windows(3, 8)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
 from torch import Tensor, nn
 
 import secateur
@@ -20,7 +21,6 @@ from secateur.quantization.groups import GroupGrid
 from secateur.runtime.kernels.linear import IntegerLinear, activations_of
 from secateur.runtime.load import install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint
-from tiny import save_tiny
 
 SHAPES = [(5, 8), (17, 300)]
 EXACT, ROUNDED = (torch.float32, 2e-6), (torch.bfloat16, 2**-8)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
 
 import secateur
 from secateur.errors import KernelError
-from tiny import save_tiny
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import every_pair, few_families, slow
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM
+from zoo import CONFIGS
 
 import secateur
 from secateur.cli import main
@@ -31,9 +34,6 @@ from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.runs.folder import RunFolder
 from secateur.runtime.formats import Layout
 from secateur.runtime.packed import PackedCheckpoint
-from slow import every_pair, few_families, slow
-from tiny import save_tiny
-from zoo import CONFIGS
 
 WEIGHTS = "model.safetensors"
 PACKED = "secateur.safetensors"

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny, tiny_tokenizer
+from trained import LENGTH, held_out_loss, save_trained, source_ids
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -14,9 +17,6 @@ from secateur.errors import RecipeError, SecateurError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny, tiny_tokenizer
-from trained import LENGTH, held_out_loss, save_trained, source_ids
 
 OWN = {"*.down_proj": "int8", "*.layers.1.*": "int3", "*.o_proj": "bfloat16"}
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -14,8 +16,6 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
-from tiny import save_tiny
-from zoo import tiny_windows
 
 OWN = {"*.down_proj": "int8", "*.layers.1.*": "int3", "*.o_proj": "bfloat16"}
 

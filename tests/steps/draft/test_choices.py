@@ -6,8 +6,8 @@ import itertools
 import math
 
 import pytest
-
 from fixed_times import PARENT, head_time, matrix_times
+
 from secateur.engine.search.knapsack import Knapsack
 from secateur.progress import Silent
 from secateur.steps.draft import BOUNDS, Prediction

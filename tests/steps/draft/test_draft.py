@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-
-import secateur
 from commands import runner
 from fixed_times import PARENT, use_fixed_times
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from zoo import tiny_windows
+
+import secateur
 from secateur.calibration.windows import load_windows, save_windows, stored_extra
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.evaluation.acceptance import acceptance
@@ -24,8 +26,6 @@ from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.speculative import FREQUENT
 from secateur.steps.fitting import drafts
 from secateur.steps.fitting.models import ModelEvaluator
-from tiny import save_tiny
-from zoo import tiny_windows
 
 pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from fixed_times import PARENT
+
 from reporting.examples import write_draft
 from secateur.evaluation.acceptance import too_fast
 from secateur.reporting.draft import DraftResult

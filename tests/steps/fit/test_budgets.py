@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -35,8 +37,6 @@ from secateur.steps.fitting.costs import (
     weight_format,
 )
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FORMATS, StorageFormat
-from tiny import save_tiny
-from zoo import tiny_windows
 
 OPTIONS = {"effort": "fast"}
 SHAPES = {"a": (1024, 1024), "b": (2048, 1024), "c": (1024, 2048)}

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
@@ -23,8 +25,6 @@ from secateur.steps.fitting import candidates
 from secateur.steps.fitting.candidates import heal_candidates
 from secateur.steps.fitting.models import ModelEvaluator
 from secateur.steps.fitting.storage_formats import FORMATS
-from tiny import save_tiny
-from zoo import tiny_windows
 
 OPTIONS = {"effort": "fast"}
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from gguf_models import byte_level, save
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
-from gguf_models import byte_level, save
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting.storage_formats import GGUF_FILE, StorageFormat
-from tiny import save_tiny
-from zoo import tiny_windows
 
 Q = gguf.GGMLQuantizationType
 TYPE_OF = {"bfloat16": Q.BF16, "int8": Q.Q8_0, "int4": Q.Q4_0}

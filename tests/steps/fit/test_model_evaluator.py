@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import save_tiny
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
+from zoo import tiny_windows
 
 import secateur
 from secateur.engine.search.candidate_evaluator import DenseLogits
@@ -19,8 +21,6 @@ from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.steps.fitting.models import ModelEvaluator
-from tiny import save_tiny
-from zoo import tiny_windows
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -18,8 +20,6 @@ from secateur.runtime.install import open_checkpoint
 from secateur.steps.fitting.costs import SIZE, CostKind, Costs
 from secateur.steps.fitting.storage_formats import StorageFormat
 from secateur.steps.fitting.survey import Predictions, UnitLosses
-from tiny import save_tiny
-from zoo import tiny_windows
 
 HALF, MORE = 0.5, 0.7
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.steps.fitting.candidates import StructuredCandidate
 from secateur.steps.fitting.models import ModelEvaluator
-from tiny import save_tiny
-from zoo import tiny_windows
 
 CUTS = (
     StructuredCandidate("one layer cut", "layers", {"keep_layers": 2}),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import save_tiny
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -19,8 +21,6 @@ from secateur.runtime.storage_plan import MixedReader
 from secateur.steps.fitting.costs import SIZE, CostKind, Costs
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat
 from secateur.steps.fitting.survey import Predictions, UnitLosses
-from tiny import save_tiny
-from zoo import tiny_windows
 
 LOSSES = UnitLosses(
     rounded={"a": 0.02, "b": 0.1},

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from trained import LENGTH, save_trained, source_ids
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.reporting.fit import FitResult
 from secateur.steps.fit import STEP, SizeBracket
-from trained import LENGTH, save_trained, source_ids
 
 BOUND = 0.03
 

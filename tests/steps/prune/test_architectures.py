@@ -10,12 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import slow_but
 from torch import Tensor, nn
+from zoo import tiny_windows
 
-import architectures
 import secateur
 from secateur.cli import main
 from secateur.errors import ArchitectureError, CheckpointError
@@ -24,8 +26,6 @@ from secateur.progress import Silent
 from secateur.runs.records import Manifest
 from secateur.steps.diagnose import diagnose
 from secateur.steps.inspect import inspect
-from slow import slow_but
-from zoo import tiny_windows
 
 REFUSED = {
     **dict.fromkeys(["bert", "roberta"], "is an encoder, not a causal decoder"),

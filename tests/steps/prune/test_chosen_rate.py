@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -27,9 +30,6 @@ from secateur.training.loop import Loop
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.training_plan import default_rate
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 HIGHEST = default_rate(32, tiny_windows(1).shape[1])
 """Of the tiny models."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
+from weight_files import digest
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -14,9 +17,6 @@ from secateur.engine.prepared import keys_of
 from secateur.errors import RecipeError
 from secateur.sparsity.methods import compose
 from secateur.sparsity.scores.ria import RIA
-from tiny import save_tiny
-from weight_files import digest
-from zoo import tiny_model, tiny_windows
 
 COMPOSED = [
     (("wanda", "2:4"), {}),

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow import few_families, slow
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny
+from zoo import tiny_model, tiny_windows, zeros_of
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -21,10 +25,6 @@ from secateur.quantization.int8 import dequantize_rows, quantize_rows
 from secateur.recipes.shared import Distill
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.distillation import DistillationData, Student, distill
-from slow import few_families, slow
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows, zeros_of
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "opt"]
 

@@ -14,7 +14,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from slow import slow
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny
 from torch import Tensor, nn
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -26,10 +30,6 @@ from secateur.sparsity.column_sweep import kept_weights
 from secateur.training import distilled_checkpoint
 from secateur.training.distilled_checkpoint import LayerwiseTrainer
 from secateur.training.masks import Masks
-from slow import slow
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
-from zoo import tiny_model, tiny_windows
 
 RATE = 2e-3
 OPTIONS: dict[str, Any] = {

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny, tiny_tokenizer
+from zoo import tiny_windows, zeros_of
 
 import secateur
 from secateur.calibration.run_windows import load_calibration
@@ -25,9 +28,6 @@ from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.steps.plan_prune import plan_pruning
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny, tiny_tokenizer
-from zoo import tiny_windows, zeros_of
 
 LENGTH = 16
 RUN = {"method": "wanda", "sparsity": 0.5, "windows": 4, "sequence_length": LENGTH,

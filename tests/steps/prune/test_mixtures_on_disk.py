@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import few_families, slow
+from tiny import split_shards, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 import secateur
 from secateur.cli import main
@@ -21,9 +24,6 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.packed import PackedCheckpoint
-from slow import few_families, slow
-from tiny import split_shards, tiny_tokenizer
-from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 
 IDS = tiny_windows(2, 9, seed=5)
 

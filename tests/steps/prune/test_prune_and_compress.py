@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.runtime.packed import is_packed
-from tiny import save_tiny
-from zoo import tiny_windows
 
 
 @pytest.fixture

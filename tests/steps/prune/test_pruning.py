@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from same_logits import assert_same_logits
+from slow import few_families, slow
+from stopped_stage import StopAt, StoppedError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from weight_files import digest
+from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
-from same_logits import assert_same_logits
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
@@ -20,10 +24,6 @@ from secateur.sparsity.methods import Method
 from secateur.sparsity.solvers import Solution
 from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out
-from slow import few_families, slow
-from stopped_stage import StopAt, StoppedError
-from weight_files import digest
-from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 
 @pytest.fixture

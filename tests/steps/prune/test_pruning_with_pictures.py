@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from page_blocks import ROOT, blocks
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
 from torch import Tensor
+from zoo import class_of, config_of, tiny_model, tiny_windows
 
 import secateur
-from page_blocks import ROOT, blocks
 from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.engine.search.allocation import ChangedAlone
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
-from tiny import tiny_tokenizer
-from zoo import class_of, config_of, tiny_model, tiny_windows
 
 PLACE = "model.language_model.layers"
 

@@ -14,12 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import FEW_FAMILIES, slow, slow_but
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-import secateur
-from secateur.models.skeleton import quiet_transformers
-from slow import FEW_FAMILIES, slow, slow_but
 from zoo import (
     DENSE,
     NOT_RUN,
@@ -31,6 +28,9 @@ from zoo import (
     tiny_windows,
     weight_of,
 )
+
+import secateur
+from secateur.models.skeleton import quiet_transformers
 
 TRANSPOSED = ("GptOssExperts", "Llama4TextExperts")
 """Experts that are stored as [experts, in, out]."""

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -21,9 +24,6 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.models import StructureResult
 from secateur.steps.runner import carry_out
 from secateur.steps.structure import CutStructure
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny, tiny_llama
-from zoo import tiny_windows
 
 
 def parameters(model: Any) -> int:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, RecipeError, SourceError
 from secateur.structured.cut import sizes_of
 from secateur.training import loop
-from zoo import tiny_model, tiny_windows
 
 HOW: dict[str, Any] = {"steps": 6, "batch": 2, "save_minutes": 0.0, "learning_rate": 1e-3}
 KEEP: dict[str, Any] = {"keep_layers": 2, "ffn": 36, "kv_groups": 1, "hidden_size": 24}

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow import slow
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny
 from torch import Tensor
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.training import distilled_checkpoint
-from slow import slow
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
-from zoo import tiny_windows
 
 OPTIONS: dict[str, Any] = {
     "keep_layers": 4, "ffn": 0.5, "effort": "fast", "distill_epochs": 3,

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from slow import few_families, slow_but
+from stopped_stage import StopAt, StoppedError
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM
+from weight_files import digest
+from zoo import CONFIGS, tiny_model, tiny_windows
 
 import secateur
 from oracles.depth import divergence
 from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
 from secateur.structured.cut import sizes_of
-from slow import few_families, slow_but
-from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
-from weight_files import digest
-from zoo import CONFIGS, tiny_model, tiny_windows
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 DENSE = [family for family in CONFIGS if family not in (*MIXTURES, "generic")]

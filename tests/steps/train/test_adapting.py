@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from trained import source_text
 from trainings import assert_same, make_place, matrices, stopped_at, tensors, train_in
 
 import secateur
 from secateur.cli import main
 from secateur.errors import PatternError, RecipeError
-from trained import source_text
 
 OPTIONS: dict[str, Any] = {"steps": 12, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0}
 

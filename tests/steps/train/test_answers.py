@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from trained import source_text
 from trainings import assert_same, make_place, stopped_at, tensors, train_in
 
 from secateur.errors import RecipeError, SourceError
@@ -15,7 +16,6 @@ from secateur.models.configuration import read_configuration
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.train import TrainRecipe
 from secateur.training.batches import read_training_text
-from trained import source_text
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from commands import runner
+from tiny import save_tiny
 from trainings import make_place, matrices, tensors, train_in
 
-from commands import runner
 from secateur.errors import RecipeError
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.training import loop
 from secateur.training import session as in_rounds
-from tiny import save_tiny
 
 OPTIONS: dict[str, Any] = {
     "steps": 6, "learning_rate": 5e-3, "validations": 2, "save_minutes": 0, "validation_windows": 4,

@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_tokenizer
 from trainings import make_place, train_in
+from zoo import SIZES
 
 import secateur
 from secateur.errors import RecipeError, SourceError
 from secateur.models.skeleton import quiet_transformers
 from secateur.training.masks import Masks
-from tiny import save_tiny, tiny_tokenizer
-from zoo import SIZES
 
 MATRIX = "model.layers.0.mlp.down_proj.weight"
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_tokenizer
+from trained import source_text
 from trainings import assert_same, make_place, stopped_at, tensors, train_in
 
 import secateur
@@ -19,8 +21,6 @@ from secateur.cli import main
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.training import loop
 from secateur.training.batches import windows_digest
-from tiny import save_tiny, tiny_tokenizer
-from trained import source_text
 
 OPTIONS: dict[str, Any] = {"steps": 8, "save_minutes": 0, "learning_rate": 5e-3, "validations": 2}
 

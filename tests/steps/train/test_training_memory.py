@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-
-import secateur
-from secateur.errors import MemoryBudgetError
 from slow import slow
 from tiny import save_tiny
 from trained import source_text
+
+import secateur
+from secateur.errors import MemoryBudgetError
 
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
         "num_attention_heads": 8, "num_key_value_heads": 8}  # fmt: skip

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import save_tiny
 from torch import Tensor
+from trained import source_text
 
 import secateur
 from secateur.training.loop import Loop
-from tiny import save_tiny
-from trained import source_text
 
 
 def make_place(folder: Path, dtype: torch.dtype = torch.float32, **pruning: Any) -> Path:

@@ -357,7 +357,7 @@ def to_large_pages(matrices: Iterable[KernelMatrix]) -> None:
     """Move matrices next to each other, into large pages where the system has them.
 
     A token reads all of them. With pages of 4 KiB, finding the pages takes a tenth to a quarter of
-    its time (`benchmarks/large_pages.py`).
+    its time (`benchmarks/speed/large_pages.py`).
     """
     waiting: list[KernelMatrix] = []
     for matrix in {id(m): m for m in matrices}.values():

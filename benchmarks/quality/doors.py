@@ -1,0 +1,199 @@
+"""Every way to prune while a model is trained, once, on SmolLM2-135M with a small budget.
+
+    python -m benchmarks.quality.doors --calibration c4.jsonl --train wiki-train.txt --text wiki.txt
+
+Protocol: all rows of the first group end at `--sparsity` in every matrix of the decoder; all rows
+of the second keep `--keep` of the decoder's parameters. `one-shot` rows are not trained. All others
+take `--steps` steps of the optimizer in total, of one window of `--length` tokens each, from the
+file of `--train`, with the embeddings frozen, the default learning rate and no validation; so
+they read the same number of tokens, and what differs is when the zeros come. Iterative pruning
+divides the steps among four rounds, or, with rewound weights, among a training before them and two
+rounds. One-shot pruning and cutting calibrate on 16 windows of 512 tokens of `--calibration`, seed
+0. Judged by the first `--windows` windows of 1024 tokens of the text, float32. The judged text is
+not trained on.
+
+Every finished row is kept in `results/doors.json` at once, and skipped when it is there. The times
+are not compared: other work ran on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.hardware import add, heading, markdown
+from benchmarks.stored import known_rows
+
+import secateur
+
+MODEL = "smollm2-135m"
+Row = dict[str, Any]
+
+
+class Doors:
+    """The rows, by name; each makes a model's folder and returns what it read.
+
+    Args:
+        args: of the command line.
+        folder: for the models.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.calibration: dict[str, Any] = {
+            "calibration": args.calibration, "windows": 16, "sequence_length": 512
+        }  # fmt: skip
+        self.rows: dict[str, Callable[[Path], int]] = {
+            "dense": self.dense,
+            "magnitude, one-shot": self.magnitude,
+            "wanda, one-shot": self.wanda,
+            "magnitude, then train": lambda output: self.train(output, "magnitude, one-shot"),
+            "wanda, then train": lambda output: self.train(output, "wanda, one-shot"),
+            "wanda, then train, layer_decay 0.9": lambda output: self.train(
+                output, "wanda, one-shot", layer_decay=0.9
+            ),
+            "gradual": lambda output: self.train(
+                output, gradual={"sparsity": args.sparsity, "every": 2}
+            ),
+            "iterative, rate rewound": lambda output: self.rounds(output, 4, 4, rewind="rate"),
+            "iterative, nothing rewound": lambda output: self.rounds(output, 4, 4, rewind="none"),
+            "iterative, weights rewound": lambda output: self.rounds(
+                output, 2, 3, rewind="weights"
+            ),
+            "cut by wanda, one-shot": self.cut,
+            "cut by wanda, then train": lambda output: self.train(output, "cut by wanda, one-shot"),
+            "cut by learned masks": self.learned,
+        }
+
+    def place(self, name: str) -> Path:
+        """The folder of a row's model."""
+        return self.folder / name.replace(",", "").replace(" ", "-")
+
+    def made(self, name: str) -> Path:
+        """The folder of a row's model, which is made if it is not there."""
+        if not self.place(name).exists():
+            self.rows[name](self.place(name))
+        return self.place(name)
+
+    def dense(self, output: Path) -> int:
+        """Nothing to do."""
+        return 0
+
+    def magnitude(self, output: Path) -> int:
+        """The smallest weights of each matrix, at once."""
+        secateur.prune(MODEL, output=output, method="magnitude", sparsity=self.args.sparsity)
+        return 0
+
+    def wanda(self, output: Path) -> int:
+        """Wanda, at once."""
+        options = {"method": "wanda", "sparsity": self.args.sparsity, **self.calibration}
+        secateur.prune(MODEL, output=output, **options)
+        return 0
+
+    def cut(self, output: Path) -> int:
+        """Heads and neurons by the preset `fast`."""
+        options = {"keep_parameters": self.args.keep, "effort": "fast", **self.calibration}
+        secateur.structure(MODEL, output=output, **options)
+        return 0
+
+    def learned(self, output: Path) -> int:
+        """Heads and neurons by masks that are learned with the weights."""
+        args = self.args
+        secateur.structure(
+            MODEL,
+            output=output,
+            calibration=args.train,
+            windows=256,
+            sequence_length=args.length,
+            keep_parameters=args.keep,
+            learned={"steps": args.steps, "batch": 1, "mask_learning_rate": args.mask_rate},
+            resume=True,
+        )
+        return int(args.steps * args.length)
+
+    def rounds(self, output: Path, rounds: int, trainings: int, **how: Any) -> int:
+        """Iterative pruning; the steps are divided among the trainings."""
+        iterative = {"sparsity": self.args.sparsity, "rounds": rounds, **how}
+        steps = self.args.steps // trainings
+        return self.train(output, steps=steps, iterative=iterative)
+
+    def train(self, output: Path, start: str = "dense", **options: Any) -> int:
+        """Train a row's model; returns the tokens it read."""
+        args = self.args
+        values = {"steps": args.steps, **options}
+        report = secateur.train(
+            MODEL if start == "dense" else self.made(start),
+            output=output,
+            text=args.train,
+            batch=1,
+            sequence_length=args.length,
+            windows=256,
+            validation_windows=0,
+            rates={"*embed*": 0.0},
+            resume=True,
+            **values,
+        )
+        return int(report.tokens)
+
+    def row(self, name: str) -> Row:
+        """Make a row's model, and judge it."""
+        tokens = 0
+        if name != "dense" and not self.place(name).exists():
+            tokens = self.rows[name](self.place(name))
+        elif name != "dense":
+            tokens = self.args.steps * self.args.length * ("one-shot" not in name)
+        model = MODEL if name == "dense" else str(self.place(name))
+        judged = secateur.evaluate(
+            model, text=self.args.text, sequence_length=1024, windows=self.args.windows
+        )
+        return {
+            "name": name,
+            "tokens": tokens,
+            "perplexity": judged.perplexity,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each row."""
+    lines = [[r["name"], f"{r['tokens']:,}" if r["tokens"] else "", f"{r['perplexity']:.1f}"]
+             for r in rows]  # fmt: skip
+    return markdown(["", "tokens read", "perplexity"], lines)
+
+
+def main() -> None:
+    """Make, judge and keep, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--train", default="boolq-calibration")
+    parser.add_argument("--text", default="boolq-held-out")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--steps", type=int, default=96, help="a multiple of 12")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--mask-rate", type=float, default=0.2)
+    parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
+    parser.add_argument("--only", nargs="*", help="names of rows")
+    args = parser.parse_args()
+    print(heading(), flush=True)
+    named = ("windows", "sparsity", "keep", "steps", "length", "mask_rate")
+    protocol = {name: getattr(args, name) for name in named}
+    protocol |= {"trained on": Path(args.train).name, "judged on": Path(args.text).name}
+    with tempfile.TemporaryDirectory() as scratch:
+        doors = Doors(args, args.models or Path(scratch))
+        known = {row["name"] for row in known_rows("doors", protocol)}
+        for name in args.only or doors.rows:
+            if name not in known:
+                row = doors.row(name)
+                add("doors", protocol, row)
+                print(row, flush=True)
+    print(table(known_rows("doors", protocol)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What each lever of `secateur fit` gains at one size: the fit without it, before healing.
+
+    python -m benchmarks.quality.fit_levers MODEL --name NAME --calibration TEXT --size MIB --work DIR
+
+A row for all levers, and one without zeros, without int2, without int2 and int3, with embeddings in
+int8 alone, and with one format for all linears. Loss in nats above the dense model's, of the packed
+winner as it runs, on the calibration windows that neither made nor chose a model (a sixth of 64
+windows of 512 tokens), with its standard error over them. The row without zeros is the best such
+candidate of the fit with all levers. If that comes first, the others take over its survey, and
+their `seconds` are without it. What healing gains, `fit.py` shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.hardware import add, heading
+from benchmarks.stored import known_rows
+
+import secateur
+from secateur.engine.search.knapsack import Knapsack, fits
+from secateur.reporting.fit import ONLY_ROUNDED, WINNER
+from secateur.steps.fitting import candidates, storage_formats
+from secateur.steps.fitting.costs import Costs
+from secateur.steps.fitting.models import FitContext, ModelEvaluator
+from secateur.steps.fitting.storage_formats import FORMATS, PackedFolder, StorageFormat
+from secateur.steps.fitting.survey import Predictions, survey_model
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Without:
+    """A fit that lacks something.
+
+    Attributes:
+        keeps: whether a format takes part.
+        embeddings: the values of embedding and head by those of a format.
+        one_format: whether all linears have the same.
+    """
+
+    keeps: Callable[[StorageFormat], bool] = lambda stored: True
+    embeddings: Mapping[str, str] = field(default_factory=lambda: storage_formats.EMBEDDED)
+    one_format: bool = False
+
+
+LEVERS = {
+    "all levers": Without(),
+    "no int2": Without(lambda stored: stored.values != "int2"),
+    "no int2, no int3": Without(lambda stored: stored.values not in ("int2", "int3")),
+    "embeddings in int8": Without(embeddings={}),
+    "one format for all": Without(one_format=True),
+}
+
+
+def best_single(knapsack: Knapsack, costs: Costs) -> tuple[int, ...] | None:
+    """The best candidate whose linears have one format."""
+    count, linears = range(len(costs.formats)), len(costs.units) - 1
+    every = [(one,) * linears + (outer,) for one in count for outer in count]
+    fitting = [one for one in every if fits(knapsack.total(one), costs.aim)]
+    return min(fitting, key=knapsack.predicted, default=None)
+
+
+def rows_of(args: argparse.Namespace, label: str) -> list[dict[str, Any]]:
+    """Fit without a lever; with all of them, also the row of the best candidate without zeros."""
+    lever, known = LEVERS[label], args.work / "survey.json"
+    files = PackedFolder(tuple(stored for stored in FORMATS if lever.keeps(stored)))
+
+    def survey(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
+        own = context.work / known.name
+        if known.exists():
+            shutil.copy(known, own)
+        found = survey_model(context, evaluator)
+        if lever == Without():  # the others lack something
+            shutil.copy(own, known)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(storage_formats.FILES, "cpu", files)
+        patch.setattr(storage_formats, "EMBEDDED", lever.embeddings)
+        patch.setattr("secateur.steps.fit.survey_model", survey)
+        if lever.one_format:
+            patch.setattr(candidates, "CHOICES", {label: best_single})
+        found = secateur.fit(
+            args.model, output=args.work / label.replace(" ", "-").replace(",", ""), resume=True,
+            max_size=round(args.size * MIB), calibration=args.calibration, windows=64,
+            sequence_length=512, heal_tokens=0,
+        )  # fmt: skip
+    labels = {WINNER: label, **({ONLY_ROUNDED: "no zeros"} if label == "all levers" else {})}
+    return [
+        {
+            "model": args.name, "size": args.size, "contender": contender,
+            "mib": found.losses[kind].file_bytes / MIB, "loss": found.losses[kind].loss_increase,
+            "standard_error": found.losses[kind].standard_error, "seconds": found.seconds,
+            "finalists": [asdict(one) for one in found.finalists],
+        }
+        for kind, contender in labels.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Fill the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--size", type=float, required=True, help="MiB")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=[*LEVERS], default=[*LEVERS])
+    args = parser.parse_args()
+    print(heading())
+    args.work.mkdir(parents=True, exist_ok=True)
+    known = {(r["model"], r["size"], r["contender"]) for r in known_rows("fit-levers")}
+    for label in args.only:
+        if (args.name, args.size, label) not in known:
+            for row in rows_of(args, label):
+                add("fit-levers", {"protocol": "see benchmarks/quality/fit_levers.py"}, row)
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

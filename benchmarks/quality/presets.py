@@ -1,0 +1,279 @@
+"""The presets against the published code of Wanda, SparseGPT and ALPS, and what each part brings.
+
+    python -m benchmarks.quality.presets --calibration c4.jsonl --text wikitext=wiki.txt c4=held-out.txt \\
+        --rivals-python OTHER/bin/python --wanda CHECKOUT --alps CHECKOUT
+
+Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, the seed's) of the
+calibration file; perplexity on non-overlapping windows of 2048 tokens, loss over each window's own
+next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are
+run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
+Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
+published code are the pruning loop alone, with model and windows loaded before. One run
+after the other, with nothing else on the machine. `--untimed` is for runs beside other work: it
+takes one thread and keeps no seconds.
+
+Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
+table can be made in several sittings, and by several processes. `--only` names rows, `--columns`
+columns, `--seeds` seeds. Rows say where and when they were measured; of those that do not, the ones
+with seconds are of two cores of an AMD EPYC with AVX-512 BF16. `best, without the next token` and
+`best, 98,304 tokens` were the preset `best` when their rows were measured, the latter at the
+highest rate; in `presets.json` and `presets-allocation.json` `balanced` is UNIFORM and `best`
+OWN_WINDOWS, which are now the rows "balanced, uniform" and "best, own windows", and `divergence`
+took a forward for each linear; `best, extra windows cropped` drew its extra windows as random
+crops, and took the rate of its short trials for the training, as `best, rate of short trials` did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.hardware import add, heading, markdown
+from benchmarks.stored import known_rows
+
+import secateur
+from secateur.calibration.documents import read_documents
+from secateur.calibration.windows import (
+    WindowPlan,
+    make_windows,
+    save_windows,
+)
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer, start_tokens
+from secateur.recipes.prune import presets
+from secateur.recipes.reading import filled_in
+
+COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
+           "4:8": (0.5, "4:8"), "8:16": (0.5, "8:16"), "6:8": (0.25, "6:8")}  # fmt: skip
+RIVALS = ("wanda", "sparsegpt", "alps")
+UNIFORM: dict[str, Any] = {"effort": "balanced", "allocation": "uniform"}
+"""`balanced` as it was."""
+OWN_WINDOWS: dict[str, Any] = {
+    **UNIFORM,
+    "method_parameters": {"iterations": 30, "growth": 1.3},
+    "generated_windows": 128,
+    "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
+}
+"""`best` as it was."""
+OLD_BEST: dict[str, Any] = {
+    **OWN_WINDOWS,
+    "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 0},
+}
+"""`best` before that: it distilled on the windows of the statistics alone."""
+OURS: dict[str, dict[str, Any]] = {
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "thorough": {"effort": "thorough"},
+    "thorough, without hidden states": {"effort": "thorough", "distillation": {"hidden": 0.0}},
+    "best": {"effort": "best"},
+    "balanced, uniform": UNIFORM,
+    "best, own windows": OWN_WINDOWS,
+    "best, 262,144 tokens": {"effort": "best", "distillation": {"tokens": 262_144}},
+    "best, 98,304 tokens": OLD_BEST,
+    "best, without the next token": {
+        **OWN_WINDOWS,
+        "distillation": {"epochs": 1, "tokens": 0, "next_token": 0.0},
+    },
+    "best, SparseGPT instead of ALPS": {
+        **OLD_BEST,
+        "method": "sparsegpt",
+        "method_parameters": {},
+    },
+    "best, without own windows": {**OLD_BEST, "generated_windows": 0},
+    "best, 256 own windows": {**OLD_BEST, "generated_windows": 256},
+    "best, without asymmetric fitting": {**OLD_BEST, "asymmetric": False},
+    "best, tuned as well": {**OLD_BEST, "tune_passes": 2},
+    "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
+    "balanced, float32, damping 0.1": {
+        **UNIFORM,
+        "fast_matmuls": False,
+        "asymmetric_damping": 0.1,
+    },
+    "ALPS 30 + asymmetric 0.1 + tuning, float32": {
+        **UNIFORM,
+        "method_parameters": {"iterations": 30, "growth": 1.3},
+        "fast_matmuls": False,
+        "asymmetric_damping": 0.1,
+        "tune_passes": 6,
+    },
+    "balanced + own windows": {**UNIFORM, "generated_windows": 128},
+    "balanced + tuning": {**UNIFORM, "tune_passes": 6},
+    "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
+    "balanced, learned value basis": {**UNIFORM, "value_basis": "learned"},
+    "balanced, learned value basis + divergence": {
+        "effort": "balanced",
+        "value_basis": "learned",
+        "allocation": "divergence",
+    },
+    "balanced + distillation": {**UNIFORM, "distill_epochs": 1},
+    "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
+    "our ALPS": {"method": "alps"},
+    "SparseGPT + asymmetric": {"method": "sparsegpt", "asymmetric": True},
+    "SparseGPT + tuning": {"method": "sparsegpt", "tune_passes": 3},
+    "SparseGPT + asymmetric + tuning": {
+        "method": "sparsegpt",
+        "asymmetric": True,
+        "tune_passes": 3,
+    },
+    "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
+    "Wanda + swaps": {"method": "wanda", "refine": "swaps"},
+    "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
+    "SparseGPT + OWL": {"method": "sparsegpt", "allocation": "owl"},
+    "SparseGPT + layer sensitivity": {"method": "sparsegpt", "allocation": "layer-sensitivity"},
+    "SparseGPT + search": {"method": "sparsegpt", "allocation": "search"},
+}
+
+
+def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
+    """The calibration windows of a seed, as a file that all methods read."""
+    file = folder / f"windows-{seed}.safetensors"
+    if not file.exists():
+        tokenizer = load_tokenizer(resolve(args.model).folder)
+        plan = WindowPlan(64, 512, seed, "random-crop")
+        windows = make_windows(read_documents(args.calibration), tokenizer, plan)
+        save_windows(windows, file, start=start_tokens(tokenizer))
+    return file
+
+
+def own_asked(options: dict[str, Any]) -> int:
+    """How many windows the model writes; what is given by itself goes before a preset's."""
+    of_preset = options.get("calibration", {}).get("generated_windows", 0)
+    count: int = options.get("generated_windows", of_preset)
+    return count
+
+
+def run_ours(
+    args: argparse.Namespace, row: str, column: str, seed: int, windows: Path, out: Path
+) -> dict[str, Any]:
+    """Prune with Secateur; what it cost."""
+    sparsity, pattern = COLUMNS[column]
+    text: dict[str, Any] = {"calibration": windows}
+    if filled_in(OURS[row], presets).get("distillation"):
+        # the same 64 windows; a distillation also reads others of the text
+        text = {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
+                "packing": "random-crop", "seed": seed}  # fmt: skip
+    report = secateur.prune(
+        args.model,
+        output=out,
+        pattern=pattern or "unstructured",
+        sparsity=None if pattern else sparsity,
+        **text,
+        **OURS[row],
+    )
+    cost, learned = report.manifest.cost, report.manifest.distillation
+    return {
+        "seconds": cost.seconds,
+        "peak_resident_bytes": cost.peak_resident_bytes,
+        "zeros": report.sparsity,
+        **({"distillation": learned} if learned else {}),
+    }
+
+
+def run_rival(
+    args: argparse.Namespace, row: str, column: str, seed: int, windows: Path, out: Path
+) -> dict[str, Any]:
+    """Prune with published code in its own environment; what it cost."""
+    sparsity, pattern = COLUMNS[column]
+    checkout = args.alps if row == "alps" else args.wanda
+    script = Path(__file__).parents[1] / "rivals/rivals.py"
+    command = [args.rivals_python, script, row, checkout, resolve(args.model).folder, windows, out]
+    command += ["--pattern", pattern] if pattern else ["--sparsity", sparsity]
+    command += ["--unsorted"] if args.untimed else []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(
+        [str(x) for x in command], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
+    cost: dict[str, Any] = json.loads((out / "rival.json").read_text(encoding="utf-8"))
+    return {k: cost[k] for k in ("seconds", "peak_resident_bytes", "zeros")}
+
+
+def judge(args: argparse.Namespace, model: str) -> dict[str, float]:
+    """Perplexity on each text."""
+    found = {}
+    for name, file in (text.split("=", 1) for text in args.text):
+        judged = secateur.evaluate(model, text=file, sequence_length=2048, windows=args.windows)
+        found[name] = judged.perplexity
+    return found
+
+
+def table(rows: list[dict[str, Any]], text: str) -> str:
+    """Perplexity, excess, seconds and memory by row and column, mean over seeds."""
+    dense = next(r for r in rows if r["row"] == "dense")["perplexity"][text]
+    lines = []
+    names = dict.fromkeys(r["row"] for r in rows if r["row"] != "dense")
+    for name in names:
+        cells = []
+        for column in COLUMNS:
+            runs = [r for r in rows if (r["row"], r["column"]) == (name, column)]
+            if not runs:
+                cells.append("")
+                continue
+            excess = [math.log(r["perplexity"][text] / dense) for r in runs]
+            timed = [r["seconds"] for r in runs if r["seconds"] is not None]
+            seconds = f"{sum(timed) / len(timed):.0f} s" if timed else "untimed"
+            peak = max(r["peak_resident_bytes"] for r in runs) / 2**30
+            mean = sum(excess) / len(excess)
+            spread = f" ± {max(excess) - mean:.3f}" if len(runs) > 1 else ""
+            perplexity = dense * math.exp(mean)
+            cost = f"{seconds}, {peak:.2f} GiB"
+            cells.append(f"{perplexity:.2f} ({mean:.3f}{spread}), {cost}")
+        lines.append([name, *cells])
+    return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
+
+
+def main() -> None:
+    """Fill the table, as far as asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--text", nargs="+", default=["boolq=boolq-held-out"])
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--only", nargs="*", default=[*RIVALS, "fast", "balanced", "best"])
+    parser.add_argument("--columns", nargs="*", default=[*COLUMNS])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--rivals-python", type=Path)
+    parser.add_argument("--wanda", type=Path)
+    parser.add_argument("--alps", type=Path)
+    parser.add_argument("--name", default="presets")
+    parser.add_argument("--keep-windows", type=Path, help="an existing folder for windows")
+    parser.add_argument("--untimed", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1 if args.untimed else 2)
+    print(heading())
+    protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
+    if not known_rows(args.name):
+        dense = judge(args, args.model)
+        row = {"row": "dense", "column": "", "seed": 0, "perplexity": dense}
+        add(args.name, protocol, row)
+    wanted = [(r, c, s) for s in args.seeds for c in args.columns for r in args.only]
+    for row, column, seed in wanted:
+        if (row, column, seed) in {
+            (r["row"], r["column"], r["seed"]) for r in known_rows(args.name)
+        }:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            kept = args.keep_windows or Path(scratch)
+            windows, out = windows_file(args, seed, kept), Path(scratch) / "pruned"
+            run = run_rival if row in RIVALS else run_ours
+            cost = run(args, row, column, seed, windows, out)
+            cost |= {"seconds": None} if args.untimed else {}
+            found = {"row": row, "column": column, "seed": seed, **cost,
+                     "perplexity": judge(args, str(out))}  # fmt: skip
+            shutil.rmtree(out)
+        add(args.name, protocol, found)
+        print(found, flush=True)
+    rows = known_rows(args.name)
+    for text in rows[0]["perplexity"]:
+        print(table(rows, text))
+
+
+if __name__ == "__main__":
+    main()

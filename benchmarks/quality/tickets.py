@@ -1,0 +1,210 @@
+"""Lottery tickets and rounds of pruning on a tiny language model that is trained here.
+
+    python -m benchmarks.quality.tickets [--seeds 0 1 2] [--parts rewound rate_rewound …]
+
+The model and its text are those of `tests/support/trained.py`: two layers of width 64 that read the Python
+standard library letter by letter. All that is compared has the same sparsity in every matrix, and
+is judged by the loss on held-out files, in nats per character. One training is 600 steps from the
+beginning; what is rewound to step 60 does the 540 that are left. What was measured before for other
+seeds or parts, under the same protocol, stays in the file of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.hardware import heading, keep, markdown
+from benchmarks.stored import known_rows
+from torch import Tensor
+
+from secateur.recipes.train import GradualOptions
+from secateur.sparsity.schedules import schedules
+from secateur.training.pruning import (
+    Criterion,
+    Gradual,
+    GradualPruning,
+    KeepEarly,
+    PruningRounds,
+    Round,
+    open_masks,
+    prune_in_rounds,
+    renew,
+    write_weights,
+)
+
+sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
+from trained import STEPS, held_out_loss, source_ids, train, untrained
+
+EARLY_STEP = 60
+PARTS = ("rewound", "rate_rewound", "while_training", "initial_weights")
+ONE_SHOT = "one-shot, weights rewound to step 60"
+TICKET = "iterative, weights rewound to step 60"
+ANEW = "the same mask, new random weights"
+ONE_SHOT_RATE = "one-shot, rate rewound as often as there are rounds"
+ITERATIVE_RATE = "iterative, rate rewound"
+Masks = dict[str, Tensor]
+
+
+class Tickets:
+    """All that is done with one seed.
+
+    Args:
+        seed: of the initial weights and of the order of the text.
+        sparsity: of every matrix.
+        rounds: of iterative pruning.
+    """
+
+    def __init__(self, seed: int, sparsity: float, rounds: int) -> None:
+        self.seed, self.sparsity, self.rounds = seed, sparsity, rounds
+        self.text, self.held_out = source_ids(), source_ids(held_out=True)
+        self.dense = untrained(seed)
+        self.folder = tempfile.TemporaryDirectory()
+        self.initial, self.early = (
+            Path(self.folder.name) / f"{name}.safetensors" for name in ("initial", "early")
+        )
+        write_weights(self.dense, self.initial)
+        hook = KeepEarly(EARLY_STEP, self.early)
+        train(self.dense, self.text, seed=seed, on_step=hook.on_step)
+
+    def rewound(self) -> Iterator[tuple[str, float]]:
+        """Weights go back to an early step, or are new ones, under the same mask."""
+        model, _ = self.in_rounds(1, "weights", EARLY_STEP)
+        yield ONE_SHOT, self.loss(model)
+        model, masks = self.in_rounds(self.rounds, "weights", EARLY_STEP)
+        yield TICKET, self.loss(model)
+        yield ANEW, self.loss(self.anew(masks))
+
+    def initial_weights(self) -> Iterator[tuple[str, float]]:
+        """Weights go back to the very beginning."""
+        model, masks = self.in_rounds(self.rounds, "weights")
+        yield "iterative, weights rewound to step 0", self.loss(model)
+        yield "its mask, new random weights", self.loss(self.anew(masks))
+
+    def rate_rewound(self) -> Iterator[tuple[str, float]]:
+        """Weights go on; one-shot is trained as often as iterative as well."""
+        model, masks = self.in_rounds(1, "rate")
+        yield "one-shot, rate rewound once", self.loss(model)
+        for _ in range(self.rounds - 1):
+            train(model, self.text, seed=self.seed, kept=masks)
+        yield ONE_SHOT_RATE, self.loss(model)
+        model, _ = self.in_rounds(self.rounds, "rate")
+        yield ITERATIVE_RATE, self.loss(model)
+
+    def while_training(self) -> Iterator[tuple[str, float]]:
+        """Gradual pruning in one training more."""
+        yield "gradual, rate rewound once", self.loss(self.gradual(0.0))
+        yield "gradual with regrowth, rate rewound once", self.loss(self.gradual(0.3))
+
+    def in_rounds(self, rounds: int, rewind: str, step: int = 0) -> tuple[Any, Masks]:
+        """The dense model pruned in rounds; its masks."""
+        model = copy.deepcopy(self.dense)
+        masks = open_masks(model)
+
+        def retrain(this: Round) -> None:
+            first_step, _, _ = how.span(this.number, STEPS)
+            train(model, self.text, seed=self.seed, first_step=first_step, kept=masks)
+
+        how = PruningRounds(
+            schedules["geometric"](self.sparsity),
+            rounds,
+            rewind=rewind,
+            rewind_step=step,
+        )
+        prune_in_rounds(model, masks, how, retrain, self.early if step else self.initial)
+        return model, masks
+
+    def anew(self, masks: Masks) -> Any:
+        """A model with other initial weights, trained from the beginning under the same masks."""
+        model = untrained(seed=1000 + self.seed)
+        renew(model, open_masks(model), masks)
+        train(model, self.text, seed=self.seed, kept=masks)
+        return model
+
+    def gradual(self, regrowth: float) -> Any:
+        """The dense model, pruned while it is trained once more."""
+        model = copy.deepcopy(self.dense)
+        masks = open_masks(model)
+        windows = self.text[: 16 * 64].view(16, 64) if regrowth else None
+        how = Gradual(
+            schedules["cubic"](self.sparsity),
+            Criterion(windows=windows),
+            GradualOptions(regrowth=regrowth),
+        )
+        hook = GradualPruning(masks, how)
+        train(model, self.text, seed=self.seed, kept=masks, on_step=hook.on_step)
+        return model
+
+    def loss(self, model: Any) -> float:
+        """On held-out text."""
+        return held_out_loss(model, self.held_out)
+
+
+def differences(rows: list[dict[str, Any]], better: str, worse: str) -> str:
+    """How much lower the loss of the one is, seed by seed."""
+    gains = [row[worse] - row[better] for row in rows if worse in row and better in row]
+    listed = ", ".join(f"{gain:+.3f}" for gain in gains)
+    return f"{better} < {worse}: {sum(g > 0 for g in gains)} of {len(gains)} seeds ({listed})"
+
+
+def with_earlier(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by seed, with what earlier runs under the same protocol have measured."""
+    by_seed: dict[int, dict[str, Any]] = {}
+    for row in [*known_rows("tickets", protocol), *rows]:
+        by_seed[row["seed"]] = by_seed.get(row["seed"], {}) | row
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for everything that was measured."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "seed")
+    measured = {name: [row[name] for row in rows if name in row] for name in names}
+    lines = [[name, spread(losses), str(len(losses))] for name, losses in measured.items()]
+    return markdown(["", "loss", "seeds"], lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def main() -> None:
+    """Train, measure, show."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(heading())
+    rows: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        tickets = Tickets(seed, args.sparsity, args.rounds)
+        rows.append({"seed": seed, "dense": tickets.loss(tickets.dense)})
+        for part in args.parts:
+            for name, loss in getattr(tickets, part)():
+                rows[-1][name] = loss
+                print(f"seed {seed}: {name}: {loss:.4f}", flush=True)
+    protocol = {
+        "sparsity": args.sparsity, "rounds": args.rounds, "steps": STEPS,
+        "early_step": EARLY_STEP, "loss": "nats per character, held-out files",
+    }  # fmt: skip
+    rows = with_earlier(protocol, rows)
+    print(f"written to {keep('tickets', protocol, rows)}")
+    print(table(rows))
+    print(differences(rows, TICKET, ANEW))
+    print(differences(rows, TICKET, ONE_SHOT))
+    print(differences(rows, ITERATIVE_RATE, ONE_SHOT_RATE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What `secateur advise` predicts for this machine, beside what `secateur bench` measures.
+
+    python -m benchmarks.speed.advice [--work DIR] [--rounds 7] [--models 1.1b 360m smollm2]
+
+Three shapes with random weights (`int4_models.py` writes them): TinyLlama's 1.1 B, SmolLM2's 360M
+and 135M. Each is stored in four ways. In every round each way is first predicted as `advise` does
+it, with random matrices in this process; right after it the real packed folder decodes in a process
+of its own: a prompt of 64 tokens and 32 new ones. So other work on the machine affects both alike.
+Numbers are medians over rounds, and the error of the speed is the median of the errors of rounds.
+Memory is the growth of the process when the model is loaded and has generated two tokens.
+What is finished is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hardware import heading, keep, markdown
+from benchmarks.speed.int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STORED, make
+from benchmarks.stored import known_rows
+from transformers import AutoConfig
+
+from secateur.advisor.capacity import memory_of
+from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
+from secateur.evaluation.random_models import FormatTimer, WeightFormat
+from secateur.evaluation.speed import Process
+from secateur.models.counting import counted
+from secateur.models.skeleton import build_skeleton
+
+ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
+NAMES = [name for name in STORED if name.startswith(("50 %", "dense"))]
+
+
+def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
+    """Predictions and measurements of one shape that is stored in one way."""
+    folders = dict(zip(STORED, make(SHAPES[model], work), strict=False))
+    backend, folder = folders[name]
+    how = STORED[name]
+    zeros, sparsity = ZEROS_OF[how["format"]]
+    option = CompressionWay(STRUCTURES["whole"], ZEROS[zeros], VALUES[how["values"]])
+    shape = counted(model, build_skeleton(folder, alone=True))
+    timer = FormatTimer(AutoConfig.from_pretrained(folder), WeightFormat(how["values"], sparsity))
+    process = Process(backend, folder)
+    try:
+        process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS)
+        if "failure" in process.ready:
+            raise RuntimeError(f"{model}, {name}: {process.ready['failure']}")
+        pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
+    finally:
+        process.end()
+    predicted = [1e3 * (forecast.outside + forecast.layers) for forecast, _ in pairs]
+    found = [1e3 * round["each_token"] for _, round in pairs]
+    memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
+    return {
+        "model": model,
+        "stored": name,
+        "predicted_ms": statistics.median(predicted),
+        "measured_ms": statistics.median(found),
+        "time_error": statistics.median(a / b - 1 for a, b in zip(predicted, found, strict=True)),
+        "predicted_ms_each": predicted,
+        "measured_ms_each": found,
+        "predicted_bytes": memory.total,
+        "measured_bytes": process.ready["resident_bytes"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As it stands in the documentation."""
+    lines = []
+    for row in rows:
+        time = row["time_error"]
+        memory = row["predicted_bytes"] / row["measured_bytes"] - 1
+        lines.append(
+            [
+                row["model"], row["stored"],
+                f"{row['predicted_ms']:.2f}", f"{row['measured_ms']:.2f}", f"{time:+.0%}",
+                f"{row['predicted_bytes'] / 2**20:.0f}", f"{row['measured_bytes'] / 2**20:.0f}",
+                f"{memory:+.1%}",
+            ]
+        )  # fmt: skip
+    columns = ["model", "stored", "ms/token predicted", "measured", "", "MiB predicted", "measured"]
+    return markdown([*columns, ""], lines)
+
+
+def main() -> None:
+    """Make the models, predict, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, help="folder for the models, kept")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--name", default="advice", help="of the file with the rows")
+    args = parser.parse_args()
+    print(heading())
+    protocol = {"protocol": __doc__, "rounds": args.rounds}
+    rows = known_rows(args.name, protocol, heading())
+    with tempfile.TemporaryDirectory() as scratch:
+        for model, name in product(args.models, NAMES):
+            if any((row["model"], row["stored"]) == (model, name) for row in rows):
+                continue
+            rows.append(measured(model, name, (args.work or Path(scratch)) / model, args.rounds))
+            keep(args.name, protocol, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

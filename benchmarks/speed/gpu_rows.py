@@ -1,0 +1,261 @@
+"""What `gpu.py` measures: products, sparse tensor cores, whole models, pruning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from benchmarks.memory.memory import random_checkpoint
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.models.architecture import describe
+from secateur.quantization.groups import GroupGrid
+from secateur.runtime.captured import Capture, CapturedGeneration, why_not_captured
+from secateur.runtime.decode import SteppedGeneration
+from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, race
+from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts
+from secateur.runtime.semi_structured.load import (
+    SparseLinear,
+    chosen_linear,
+    kernel_seconds,
+    measured,
+)
+from secateur.timing import alternate, seconds_of
+
+GROUP = 64
+VALUES = ("bf16", "int8", "int4")
+PATTERNS = ("2:4", "6:8", "8:16")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is, and where it runs.
+
+    `clock` and `capture` are None for a GPU.
+    """
+
+    device: str
+    shapes: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    model: Mapping[str, Any]
+    prompt_tokens: int
+    steps: int
+    rounds: int
+    pruned_shape: str
+    windows: int
+    window_tokens: int
+    clock: Clock | None = None
+    capture: Capture | None = None
+
+    def wait(self) -> None:
+        """For everything that was launched."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def product_row(scale: Scale, shape: tuple[int, int], values: str, sparsity: float) -> dict:
+    """Seconds of a product by each way, for each batch."""
+    rows, columns = shape
+    weight = torch.randn(rows, columns, device=scale.device).bfloat16()
+    sparse = random_matrix(weight, values, sparsity)
+    products = {
+        "torch bf16": lambda x: functional.linear(x, weight),
+        f"ours, {values}, {sparsity:.0%}": sparse.multiply,
+    }
+    if values != "bf16":
+        products[f"ours, {values}, dense"] = random_matrix(weight, values, 0.0).multiply
+        products |= {f"torch {values}": dense_integers(weight, values)}
+
+    def calls(tokens: int) -> dict[str, Call]:
+        x = torch.randn(tokens, columns, device=scale.device).bfloat16()
+        return {name: lambda product=product: product(x) for name, product in products.items()}
+
+    seconds = race(scale.batches, "torch bf16", calls, scale.clock)
+    return {"shape": [rows, columns], "bytes": sparse.nbytes, "seconds": seconds}
+
+
+def random_matrix(weight: Tensor, values: str, sparsity: float) -> GpuMatrix:
+    """A matrix with random zeros and the numbers of a dense one."""
+    device, weight = weight.device, weight.cpu()
+    mask = torch.rand(weight.shape) >= sparsity
+    if values == "bf16":
+        return GpuMatrix.of(mask, weight[mask], device=device)
+    if values == "int8":
+        scale = weight.abs().float().amax(1) / 127
+        codes = (weight.float() / scale[:, None]).round().to(torch.int8)
+        return GpuMatrix.of(mask, codes[mask], scale=scale, device=device)
+    grid = GroupGrid(4, GROUP)
+    codes, scales = grid.quantize(weight.float())
+    return GpuMatrix.of(mask, codes[mask], scales=scales, group=GROUP, device=device)
+
+
+def dense_integers(weight: Tensor, values: str) -> Callable[[Tensor], Tensor]:
+    """torch's own product with weights of 8 or 4 bits and activations in bfloat16.
+
+    Where torch lacks it, the call raises RuntimeError and `race` leaves it out.
+    """
+    rows, columns = weight.shape
+    if values == "int8":
+        integers = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=weight.device)
+        scales = torch.rand(rows, device=weight.device).bfloat16()
+        return lambda x: torch._weight_int8pack_mm(x, integers, scales)
+
+    def four_bits(x: Tensor) -> Tensor:
+        if not packed:
+            codes = torch.randint(0, 256, (rows, columns // 2), device=x.device).to(torch.uint8)
+            packed.append(torch._convert_weight_to_int4pack(codes, 8))
+            packed.append(torch.rand(columns // GROUP, rows, 2, device=x.device).bfloat16())
+        return torch._weight_int4pack_mm(x, packed[0], GROUP, packed[1])
+
+    packed: list[Tensor] = []
+    return four_bits
+
+
+def sparse_core_row(scale: Scale, shape: tuple[int, int], pattern: str) -> dict:
+    """Seconds of a product on sparse tensor cores and of the dense one, for each prompt."""
+    weight = torch.randn(shape, device=scale.device).bfloat16()
+    parts = random_parts(weight, pattern)
+    seconds = kernel_seconds(parts, scale.prompts, scale.clock)
+    return {"shape": list(shape), "pattern": pattern, "seconds": seconds}
+
+
+def random_parts(weight: Tensor, pattern: str) -> StoredParts:
+    """A matrix of a pattern with random zeros and the numbers of a dense one."""
+    n, m = map(int, pattern.split(":"))
+    blocks = weight.view(len(weight), -1, m)
+    order = torch.rand(blocks.shape, device=weight.device).argsort(2)
+    kept = (blocks * (order < n)).view_as(weight)
+    if pattern == "2:4":
+        return StoredParts.of(kept, weight.shape[1])
+    splitting = next(one for one in SPLITTINGS if one.name == pattern)
+    columns = splitting.columns(weight.shape[1]).to(weight.device)
+    return StoredParts.of(splitting.split(kept), weight.shape[1], columns)
+
+
+def model_row(scale: Scale, storage: str) -> dict:
+    """A whole model with random weights and the dense one, in turns."""
+    models = {"dense": random_model(scale), storage: random_model(scale)}
+    replace_linears(models[storage], storage, scale)
+    ids = torch.arange(scale.prompt_tokens) % scale.model["vocab_size"]
+    room = scale.prompt_tokens + scale.steps + 1
+    capture = {} if scale.capture is None else {"capture": scale.capture}
+    found: dict[str, Any] = {}
+    loops: dict[str, Callable[[Any], Any]] = {"launched": SteppedGeneration}
+    why_not = why_not_captured(models["dense"])
+    if why_not is None:
+        loops["captured"] = lambda model: CapturedGeneration(model, room, **capture)
+    else:
+        found["not captured"] = why_not
+    steps = {
+        (name, loop): make(model) for name, model in models.items() for loop, make in loops.items()
+    }
+
+    def turn(one: Any) -> tuple[float, list[float]]:
+        prompt = timed(scale, lambda: one.prefill(ids))
+        one.step(1)  # the first one captures
+        return prompt, [timed(scale, lambda: one.step(1)) for _ in range(scale.steps - 1)]
+
+    turns = alternate([*steps.values()], turn, list, turns=scale.rounds)
+    for ((name, loop), one), taken in zip(steps.items(), turns, strict=True):
+        found[f"{name}, {loop}"] = {
+            "token_seconds": median(each for _, tokens in taken for each in tokens),
+            "prompt_seconds": median(prompt for prompt, _ in taken),
+        }
+        one.close()
+    found["bytes"] = {name: stored_bytes(model) for name, model in models.items()}
+    return found
+
+
+def timed(scale: Scale, call: Call) -> float:
+    """Seconds of one call, with everything that it launched."""
+    scale.wait()
+    return seconds_of(lambda: (call(), scale.wait()))
+
+
+def random_model(scale: Scale) -> Any:
+    """A Llama with random weights in bfloat16."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device(scale.device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**scale.model), dtype=torch.bfloat16)
+    return model.eval()
+
+
+def replace_linears(model: Any, storage: str, scale: Scale) -> None:
+    """Put the stored form of a random matrix in place of every linear of the layers.
+
+    All linears of one shape have the same numbers, each in memory of its own; speed does not
+    depend on the numbers.
+    """
+    made: dict[torch.Size, Any] = {}
+    layers = describe(model).layers(model)
+    for layer in layers:
+        for name, linear in list(layer.named_modules()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            shape = linear.weight.shape
+            if storage in PATTERNS:
+                if shape not in made:
+                    parts = random_parts(linear.weight.detach(), storage)
+                    made[shape] = parts, measured(parts, scale.clock)
+                parts, fastest = made[shape]
+                own = replace(parts, packed=parts.packed.clone(), meta=parts.meta.clone())
+                layer.set_submodule(name, chosen_linear(own, None, fastest))
+            else:
+                if shape not in made:
+                    made[shape] = random_matrix(linear.weight.detach(), storage, 0.5)
+                layer.set_submodule(name, GpuLinear(another(made[shape])))
+
+
+def another(matrix: GpuMatrix) -> GpuMatrix:
+    """The same matrix in memory of its own."""
+    return replace(
+        matrix, mask=matrix.mask.clone(), starts=matrix.starts.clone(),
+        values=matrix.values.clone(),
+    )  # fmt: skip
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of the weights of a model."""
+    parts = (GpuLinear, SparseLinear)
+    packed = sum(x.nbytes for x in model.modules() if isinstance(x, parts))
+    return packed + sum(p.nbytes for p in model.parameters())
+
+
+def prune_row(scale: Scale, method: str, layers: int, scratch: Path) -> dict:
+    """Prune a random checkpoint in a process of its own; layers are alike, so a few tell of all."""
+    source, output = scratch / f"source-{layers}", scratch / "pruned"
+    if not source.exists():
+        random_checkpoint(source, scale.pruned_shape, layers)
+    windows = scratch / "windows.safetensors"
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 32000, (scale.windows, scale.window_tokens), generator=draw)
+    save_file({"input_ids": ids}, windows)
+    command = [
+        sys.executable, "-m", "secateur", "prune", str(source), "--output", str(output),
+        "--method", method, "--sparsity", "0.5", "--calibration", str(windows), "--overwrite",
+        "--windows", str(scale.windows), "--sequence-length", str(scale.window_tokens),
+        "--device", scale.device, "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    cost = json.loads(done.stdout)["cost"]
+    lines = (output / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "layers": layers,
+        "seconds": cost["seconds"],
+        "seconds_of_layers": [json.loads(line)["seconds"] for line in lines],
+        "peak_cuda_bytes": cost.get("peak_cuda_bytes"),
+    }
