@@ -32,8 +32,6 @@ def make_inputs(place: Path, families: Sequence[str]) -> None:
     steps = filled(CASES["chain"].options, {"{sources}": str(place)})
     recipe = {"model": str(place / "dense"), **steps}
     (place / "chain.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    log = [{"step": n, "loss": 3.0 / n, "learning_rate": 0.1} for n in range(1, 30)]
-    (place / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
     make_adapter(place / "pruned", place / "adapter")
     make_mistakes(place / "mistakes")
 

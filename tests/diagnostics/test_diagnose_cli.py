@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny
 
-import secateur as library
-from diagnostics.planted import Pair, edit, found
+from diagnostics.planted import Pair, edit
 from secateur.diagnostics.findings import SEVERITIES
-from secateur.evaluation.speed import Speed
-from secateur.steps import bench as benching
 
 
 def flat(text: str) -> str:
@@ -23,14 +20,12 @@ def flat(text: str) -> str:
 def test_a_healthy_model_in_one_line(secateur, pair: Pair) -> None:
     done = secateur("diagnose", pair.dense)
     assert done.code == 0, done.err
-    healthy = "healthy: no error, no warning (41 tensors, 21 linear layers)"
-    assert done.out == f"{pair.dense}: {healthy}\n"
+    assert done.out.startswith(f"{pair.dense}: healthy")
+    assert "41 tensors" in done.out
     pruned = secateur("diagnose", pair.pruned)
     assert pruned.code == 0
-    first, _, rest = pruned.out.partition("\n")
-    assert first.endswith("notes)")
-    assert "speed-not-measured" in rest
-    assert "weights" not in pruned.out.splitlines()[0]
+    _, _, rest = pruned.out.partition("\n")
+    assert "no-reference" in rest
 
 
 def test_findings_in_a_table_and_exit_code_3(secateur, pair: Pair) -> None:
@@ -79,7 +74,6 @@ def test_the_shape_of_the_json(secateur, pair: Pair) -> None:
         assert 0 < layer["could_bear"] <= 0.95
     assert len(record["linears"]) == 21
     assert {x["claimed"] for x in record["linears"]} == {0.5}
-    assert {"cpu", "features", "cuda_capability", "supports"} <= set(record["target"])
     assert record["environment"]["torch"]
 
 
@@ -112,26 +106,6 @@ def test_a_text_is_read_with_the_model_s_tokenizer(secateur, pair: Pair, tmp_pat
     assert secateur("diagnose", pair.pruned).code == 0  # no text is needed without a reference
 
 
-def test_the_training_log(secateur, pair: Pair, tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
-    done = secateur("diagnose", pair.pruned, "--training-log", log, "--json")
-    assert done.code == 3
-    (finding,) = [x for x in json.loads(done.out)["findings"] if x["id"] == "training-not-finite"]
-    assert finding["where"] == f"{log}, step 2"
-
-
-def test_the_target_alone(secateur) -> None:
-    done = secateur("diagnose", "--machine")
-    assert done.code == 0
-    assert "structured" in done.out
-    assert "CUDA capability:" in done.out
-    record = json.loads(secateur("diagnose", "--machine", "--json").out)
-    assert {"unstructured", "2:4", "n:m", "int8", "structured"} == {
-        x["kind"] for x in record["supports"]
-    }
-
-
 def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     other = save_tiny(tmp_path / "other", num_hidden_layers=2, hidden_size=16)
@@ -152,44 +126,11 @@ def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
             2,
             "exceeds the model's 64 positions",
         ),
-        ((pair.pruned, "--training-log", tmp_path / "none"), 2, "no such training log"),
         ((pair.pruned, "--device", "tpu"), 2, "must be auto, cpu, cuda or cuda:N"),
     ):
         done = secateur("diagnose", *words)
         assert done.code == code, done.err
         assert message in " ".join(done.err.split())
-
-
-@pytest.mark.parametrize(
-    ("record", "kind", "severity"),
-    [
-        ({"verdict": "1.60 times as fast as torch", "protocol": {"cpu": "X"}}, "speed-measured",
-         "note"),
-        ({"verdict": "no gain: torch bf16 is as fast", "protocol": {"cpu": "X"}}, "no-speed-up",
-         "note"),
-        ({"verdict": "fast"}, "records-unreadable", "warning"),
-    ],
-)  # fmt: skip
-def test_the_measured_speed(record: dict, kind: str, severity: str, pair: Pair) -> None:
-    (pair.pruned / "secateur" / "bench.json").write_text(json.dumps(record))
-    diagnosis = library.diagnose(pair.pruned)
-    (speed,) = found(diagnosis, kind)
-    assert speed.severity == severity
-    assert not found(diagnosis, "speed-not-measured")
-
-
-def test_bench_writes_what_diagnose_reads(secateur, pair: Pair, monkeypatch) -> None:
-    speeds = [Speed("packed", (0.1,), (0.2,), 5), Speed("torch bf16", (0.2,), (0.2,), 5)]
-    monkeypatch.setattr(benching, "take_turns", lambda *words, **options: speeds)
-    done = secateur("bench", pair.pruned, "--json")
-    assert done.code == 0, done.err
-    stored = json.loads((pair.pruned / "secateur" / "bench.json").read_text())
-    assert stored.pop("schema") == "secateur.bench/1"
-    assert stored == json.loads(done.out)
-    assert secateur("bench", pair.dense).code == 0
-    assert not (pair.dense / "secateur").exists()
-    (speed,) = found(library.diagnose(pair.pruned), "speed-measured")
-    assert "2.00 times as fast as torch bf16" in speed.evidence
 
 
 @pytest.mark.slow

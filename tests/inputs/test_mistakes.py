@@ -96,7 +96,6 @@ MISTAKES = {
     "evaluate sparse --text t.txt -o mine": "the output is a folder, not a file",
     "bench sparse --contenders packed": "needs a compressed model",
     "bench sparse --gguf nofile.gguf": "no such GGUF file",
-    "diagnose m --machine": "leave --machine out",
     "diagnose m --windows 3": "changes nothing without --dense",
     "sweep m --methods magnitude --sparsities 0.5,1.5 --text t.txt -o o": "1.5: must be less",
     "sweep m --methods magnitude --sparsities 0.5 --text t.txt -o mine": "no sweep, but mine.txt",

@@ -156,7 +156,6 @@ def test_every_row_of_conflicts_names_options(verb: str) -> None:
         ("fit", {"max_size": "1MB", "decode_speedup": 2.0, "target": "any"},
          "decode_speedup with target: it needs times"),
         ("evaluate", {"tasks": ("piqa",), "windows": 4}, "windows with tasks: windows are cut"),
-        ("diagnose", {"machine": True}, "machine with model: it looks at this machine"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(

@@ -180,15 +180,6 @@ def diagnosis(layers: int = 30, *, healthy: bool = False) -> dict[str, Any]:
             for i in range(layers)
         ],
         "linears": [],
-        "target": {
-            "cpu": "AMD EPYC", "features": ["avx512f"], "cuda_capability": None,
-            "engines": {"torch": "2.13.0"},
-            "supports": [
-                {"kind": "unstructured", "engine": "secateur", "faster": True, "reason": "AVX-512"},
-                {"kind": "2:4", "engine": "torch CUDA", "faster": False, "reason": "no GPU here"},
-                {"kind": "n:m", "engine": "secateur", "faster": None, "reason": "not measured"},
-            ],
-        },
     }  # fmt: skip
 
 

@@ -39,7 +39,6 @@ def make_app() -> App:
             f"secateur.cli.commands:{verb.name}",
             name=verb.name,
             help=verb.about,
-            usage=verb.usage,
             group=headings[verb.stage],
             sort_key=place,
         )

@@ -161,13 +161,10 @@ def _inspect(recipe: InspectRecipe) -> Result:
 
 @_own("diagnose")
 def _diagnose(recipe: DiagnoseRecipe) -> Result:
-    from secateur.steps.diagnose import check_target, diagnose
+    from secateur.steps.diagnose import diagnose
 
-    if recipe.machine:
-        return check_target()
-    options = {key: value for key, value in recipe if key != "machine"}
     with _show_progress() as progress:
-        return diagnose(**options, progress=progress)
+        return diagnose(**dict(recipe), progress=progress)
 
 
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"

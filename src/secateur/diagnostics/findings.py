@@ -66,11 +66,6 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
     "layer-collapse": ("error", LESS_OF_LAYER),
     "layer-damaged": ("warning", LESS_OF_LAYER),
     "layer-exploded": ("error", LESS_OF_LAYER),
-    "learning-rate-too-high": (
-        "warning",
-        "train again from the checkpoint before this step with a third of the learning rate, or "
-        "with a longer warmup",
-    ),
     "left-dense": ("note", "nothing to do"),
     "linear-collapse": ("warning", "prune less of it: --overrides '{where}=0.3'"),
     "more-zeros-than-claimed": (
@@ -79,10 +74,6 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
     ),
     "no-records": ("note", "diagnose the folder that `secateur prune` wrote"),
     "no-reference": ("note", "name the dense model: --dense REF"),
-    "no-speed-up": (
-        "note",
-        "the zeros bring no speed on this machine: keep them for the smaller files, or prune more",
-    ),
     "not-finite": (
         "error",
         "the file is damaged or the run overflowed: get the model again, or prune again in float32 "
@@ -92,10 +83,6 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
         "error",
         "the files were changed after pruning: prune again, or `secateur compress` would store it "
         "by another format",
-    ),
-    "pattern-without-gain": (
-        "note",
-        "install a C compiler and secateur again for its kernels, or cut structure",
     ),
     "records-unreadable": (
         "warning",
@@ -109,13 +96,6 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
     "sparsity-not-as-claimed": (
         "error",
         "prune again, or correct the records; they do not match the weights",
-    ),
-    "speed-measured": ("note", "nothing to do"),
-    "speed-not-measured": ("note", "measure it: secateur bench"),
-    "training-not-finite": (
-        "error",
-        "the weights after this step are useless: return to a checkpoint before it, with a third "
-        "of the learning rate and gradients clipped to a norm of 1",
     ),
     "weights-vanished": (
         "warning",

@@ -185,31 +185,10 @@ class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
 
     group = WHAT
     needs = dict.fromkeys(("text", "windows", "sequence_length"), ("dense",))
-    conflicts = (
-        Conflict(
-            "",
-            "",
-            "MODEL: missing",
-            "name a model, or give --machine to see what this machine can speed up",
-            unless="model or machine",
-        ),
-        Conflict(
-            "machine",
-            "model",
-            "it looks at this machine and at no model",
-            "leave the model out, or leave --machine out: the model's result says it",
-        ),
-    )
-
-    model: Annotated[str | None, Flag(value="MODEL", positional=True, default="none")] = None
-    """Folder (compressed or not), hub id, GGUF file or named sample. Required, except with
-    --machine."""
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder (compressed or not), hub id, GGUF file or named sample."""
     dense: Annotated[str | None, Flag(value="MODEL")] = None
     """The dense model. Compares both models layer by layer."""
-    training_log: Annotated[str | None, Flag(value="FILE")] = None
-    """Also check this training log: JSON lines with step, loss, learning_rate."""
-    machine: bool = False
-    """Only show what this machine can speed up."""
 
 
 class WhatToServe(Section):

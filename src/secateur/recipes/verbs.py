@@ -47,7 +47,6 @@ class Verb:
             recipe and the processes.
         function: the place of the Python function, if `step` alone does not make it.
         more: further sentences for the help of the verb.
-        usage: the first line of the help, where a positional argument may be left out.
         together: whether several processes, started by torchrun, can share its work.
         streams: whether it prints by itself; its step then takes `as_json` instead of a progress.
         after: the verb of the core that `secateur --help` lists before it.
@@ -62,7 +61,6 @@ class Verb:
     worker: str = ""
     function: str = ""
     more: str = ""
-    usage: str | None = None
     together: bool = False
     streams: bool = False
     after: str = ""
@@ -283,7 +281,6 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.measure:DiagnoseRecipe",
             function="secateur.steps.diagnose:diagnose",
             more="The exit code is 3 if something is proven wrong.",
-            usage="Usage: secateur diagnose [OPTIONS] [MODEL]",
         ),
         Verb(
             "sweep",

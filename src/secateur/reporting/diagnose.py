@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field, InstanceOf
@@ -33,7 +33,6 @@ from secateur.runs.records.measured import (
     Drift,
     Finding,
     LayerState,
-    Machine,
     MatrixState,
 )
 
@@ -136,31 +135,6 @@ def _verdict(findings: Sequence[Finding], looked: str) -> str:
     faults = [counted(counts[kind], kind) for kind in ("error", "warning") if counts[kind]]
     notes = f"; {counted(counts['note'], 'note')}" if counts["note"] else ""
     return f"{' and '.join(faults) or 'healthy: no error, no warning'} ({looked}{notes})"
-
-
-@dataclass(frozen=True, repr=False)
-class TargetResult(Result):
-    """What this machine can speed up.
-
-    Attributes:
-        target: the machine and its engines.
-    """
-
-    target: Machine
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields of `target`."""
-        return asdict(self.target)
-
-    def blocks(self) -> Sequence[Block]:
-        """Every kind of sparsity with every engine, then the features of the machine."""
-        target, words = self.target, {True: "yes", False: "no", None: "depends"}
-        rows = [(s.kind, s.engine, words[s.faster], s.reason) for s in target.supports]
-        return [
-            Table.of(target.cpu, ("kind", "engine", "faster", "why"), rows, numbers=4),
-            Line(f"processor features: {', '.join(target.features) or 'not known'}"),
-            Line(f"CUDA capability: {target.cuda_capability or 'no CUDA device'}"),
-        ]
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,8 +20,6 @@ from secateur.diagnostics.drift import (
     layer_drifts,
 )
 from secateur.diagnostics.findings import Claims, by_severity, finding, read_claims
-from secateur.diagnostics.target import check_speed, look_at_target
-from secateur.diagnostics.training_log import check_training, read_log
 from secateur.diagnostics.weights import (
     Weights,
     check_units,
@@ -36,7 +34,7 @@ from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress, listener
-from secateur.reporting.diagnose import DiagnoseResult, TargetResult
+from secateur.reporting.diagnose import DiagnoseResult
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import write_record
 from secateur.runs.records.measured import Finding
@@ -63,11 +61,6 @@ class Reference:
     protocol: dict[str, Any]
 
 
-def check_target() -> TargetResult:
-    """Which sparsity this machine can speed up."""
-    return TargetResult(look_at_target(environment(torch.device("cpu"))["cpu"]))
-
-
 def diagnose(
     model: str | Path,
     *,
@@ -75,7 +68,6 @@ def diagnose(
     text: str | Path = "boolq-held-out",
     windows: int = 8,
     sequence_length: int | None = None,
-    training_log: str | Path | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -90,17 +82,15 @@ def diagnose(
         text: the text for that comparison, or a safetensors file of token windows.
         windows: number of windows of the text.
         sequence_length: tokens in each window; 256, or less if the model is shorter.
-        training_log: log of a retraining: JSON lines with step, loss and learning_rate.
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: receives every step.
 
     Raises:
-        SecateurError: model, reference, text or log cannot be read. A fault of the model is a
+        SecateurError: model, reference or text cannot be read. A fault of the model is a
             finding, not an error.
     """
     progress = listener(progress)
-    steps = [] if training_log is None else read_log(Path(training_log))
     torch_device = choose_device(device)
     own = _open_in_float32(model, torch_device, trust_remote_code)
     reference = None
@@ -116,12 +106,8 @@ def diagnose(
         drift = layer_drifts(own, reference.target, reference.tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, own.architecture.layer_name, bears)
-    target = check_target().target
     if weights.sparsity > PRUNED:
-        pattern = claims.pattern.name if claims.pattern else "unstructured"
-        findings += check_speed(own.reader.folder, pattern, weights.sparsity, target)
         findings += _skipped_checks(claims, reference)
-    findings += check_training(steps, str(training_log))
     found = DiagnoseResult.of(
         weights,
         claims,
@@ -130,7 +116,6 @@ def diagnose(
         model=str(model),
         dense=None if dense is None else str(dense),
         findings=by_severity(findings),
-        target=target,
         environment=environment(torch_device),
         protocol=reference.protocol if reference else {},
     )

@@ -69,7 +69,7 @@ def run_loop(loop: Loop) -> Outcome:
             error.what,
             where=error.where,
             remedy=f"{error.remedy}; resume from the last save with --resume and a lower "
-            f"--learning-rate. `secateur diagnose --training-log {log}` reads the log",
+            f"--learning-rate. {log} has the loss of each step",
         ) from error
 
 

@@ -78,8 +78,8 @@ def test_a_run_folder_that_the_other_verbs_read(places: Path, tmp_path: Path) ->
     small = secateur.compress(tmp_path / "out", output=tmp_path / "small", values="keep")
     assert small.sparsity == pytest.approx(0.5)
     secateur.report([tmp_path / "out"], tmp_path / "page.html")
-    log = notes / "training.jsonl"
-    found = secateur.diagnose(tmp_path / "out", training_log=log)
+    assert (notes / "training.jsonl").is_file()
+    found = secateur.diagnose(tmp_path / "out")
     assert not [x for x in found.findings if x.severity == "error"]
     again = train(places, tmp_path / "again", tmp_path / "out", steps=2)
     assert len(json.loads((tmp_path / "again/secateur/training.json").read_text())) == 2
@@ -169,13 +169,11 @@ def test_what_was_saved_survives_a_training_that_goes_wrong(
         return self.refuse(float("nan"), "the loss") if self.outcome.step == 5 else plain(self)
 
     monkeypatch.setattr(loop.Loop, "backward", failing)
-    with pytest.raises(NumericalError, match="resume=True and a lower"):
+    with pytest.raises(NumericalError, match=r"log\.jsonl"):
         train(places, tmp_path / "out")
     work = tmp_path / "out.partial" / "work"
     saved = load_file(work / "state.safetensors")
     assert all(bool(t.isfinite().all()) for t in saved.values())
-    found = secateur.diagnose(places / "pruned", training_log=work / "log.jsonl")
-    assert "training-not-finite" in {x.id for x in found.findings}
     monkeypatch.setattr(loop.Loop, "backward", plain)
     assert train(places, tmp_path / "out", resume=True, learning_rate=1e-3).steps == 8
 

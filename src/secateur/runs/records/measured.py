@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -87,46 +87,6 @@ class MatrixState(Record):
     dead_columns: int
 
 
-@dataclass(frozen=True)
-class Support:
-    """Whether one engine gains from one kind of sparsity here.
-
-    Attributes:
-        kind: unstructured, 2:4, n:m, structured or int8.
-        engine: the program that runs the model.
-        faster: whether it gains; None if it depends or is unknown.
-        reason: why, in a sentence.
-    """
-
-    kind: str
-    engine: str
-    faster: bool | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine and its engines.
-
-    Attributes:
-        cpu: its processor's name.
-        features: the relevant features of the processor.
-        cuda_capability: of the first GPU, such as `9.0`; None without one.
-        engines: installed versions; None for those that are not installed.
-        supports: every kind of sparsity with every engine that could run it.
-    """
-
-    cpu: str
-    features: tuple[str, ...]
-    cuda_capability: str | None
-    engines: dict[str, str | None]
-    supports: list[Support] = field(default_factory=list)
-
-    def faster(self, kind: str) -> list[Support]:
-        """The engines that gain from a kind."""
-        return [s for s in self.supports if s.kind == kind and s.faster]
-
-
 class OfModel(Record):
     """What was measured on a model, beside its dense one.
 
@@ -153,7 +113,6 @@ class DiagnosisRecord(OfModel):
     findings: list[Finding]
     layers: tuple[LayerState, ...]
     linears: tuple[MatrixState, ...]
-    target: Machine
 
 
 class TimingEntry(PartialRecord):
