@@ -3,6 +3,7 @@
 # make test-all  the default tests, then the slow ones
 # make check     lint, types, import rules, house rules, and the site of the documentation
 # make audit     list all packages (SBOM), fail if one has a known fault; needs a network
+# make numbers   list the results that are older than the code that they measure
 # make docs      build the documentation as a site in build/site
 # make bench     the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
@@ -16,7 +17,7 @@ PYTEST_OPTIONS ?=
 WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check audit docs bench setup clean
+.PHONY: demo test test-all check audit numbers docs bench setup clean
 
 setup: $(READY)
 
@@ -42,6 +43,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python tools/house_rules.py
 	$(BIN)/python tools/guide_tables.py --check
+	$(BIN)/python tools/measured_tables.py --check
 	$(BIN)/python tools/computed_tables.py --check
 	$(BIN)/python tools/choosing_page.py --check
 	$(BIN)/python tools/families_page.py --check
@@ -53,6 +55,9 @@ check: $(READY)
 
 audit: $(READY)
 	$(BIN)/python tools/audit.py --strict
+
+numbers: $(READY)
+	$(BIN)/python tools/measured_tables.py --old
 
 docs: $(READY)
 	$(BIN)/python tools/build_site.py

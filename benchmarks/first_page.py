@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from benchmarks.hardware import heading, keep, markdown
 from benchmarks.quality.presets import windows_file
-from benchmarks.stored import known_rows
+from benchmarks.stored import Rows, known_rows
 
 import secateur
 from secateur.calibration.documents import read_text
@@ -43,6 +43,13 @@ from secateur.evaluation.speed import take_turns
 from secateur.models.hub import sample_model
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+
+MEASURES = (
+    "src/secateur/engine",
+    "src/secateur/sparsity",
+    "src/secateur/quantization",
+    "src/secateur/runtime",
+)
 
 MODEL = "smollm2-135m"
 INT8: dict[str, Any] = {"values": "int8", "embeddings": "int8"}
@@ -243,6 +250,33 @@ def judge(args: argparse.Namespace, table: Table) -> None:
     for row in [*GGUF, OWN_FILE]:
         if table.missing(row, "perplexity"):
             table.put(row, perplexity=math.exp(llama_cpp_loss(gguf_of(args, row), windows)))
+
+
+SHOWN = {
+    "no zeros, bfloat16, in torch": "no zeros, bfloat16",
+    "no zeros, int8": "no zeros, int8",
+    "no zeros, int4": "no zeros, int4",
+    "50 % zeros, int8": "balanced, int8",
+    "50 % zeros, int4": "balanced, int4",
+    **{row: row for row in (*GGUF, OWN_FILE)},
+}
+
+
+def shown(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The README's table."""
+    known: dict[str, dict[str, Any]] = {}
+    for row in rows:  # torch and our kernels run the same file
+        known.setdefault(row["row"].removesuffix(", torch"), {}).update(row)
+    columns = ["", "weight files", "tokens per second", "WikiText-2 perplexity"]
+    lines = []
+    for label, name in SHOWN.items():
+        row = known[name]
+        size, speed = f"{row['file_bytes'] / 2**20:.0f} MiB", f"{row['tokens_per_second']:.0f}"
+        lines.append([label, size, speed, f"{row['perplexity']:.2f}"])
+    return columns, lines
+
+
+TABLES = {"readme": shown}
 
 
 def main() -> None:

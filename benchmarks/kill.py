@@ -30,6 +30,8 @@ sys.path[:0] = [str(TESTS / "runs"), str(TESTS / "support")]
 from cases import CASES, make_sources  # noqa: E402
 from contents import contents  # noqa: E402
 
+MEASURES = ("src/secateur/runs",)
+
 CHILD = """
 import json, sys
 from pathlib import Path

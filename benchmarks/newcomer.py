@@ -24,6 +24,8 @@ from typing import Any
 from benchmarks.hardware import heading, keep
 from benchmarks.stored import known_rows
 
+MEASURES = ("src/secateur/cli", "src/secateur/steps/demo.py")
+
 REPOSITORY = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?\n"
 MARK = "@newcomer"

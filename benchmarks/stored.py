@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +32,18 @@ def known_rows(name: str, protocol: dict[str, Any] | None = None, heading: str =
 
 
 def write_rows(name: str, heading: str, protocol: dict[str, Any], rows: Rows) -> Path:
-    """Write all rows; returns the file."""
+    """Write all rows, with the script that runs and the commit that it measures; returns the file."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    content = {"heading": heading, "protocol": protocol, "rows": rows}
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"]
+    head = subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+    script = sys.modules["__main__"].__spec__
+    assert script is not None, "run it as python -m benchmarks.FOLDER.SCRIPT"
+    content = {
+        "heading": heading, "script": script.name, "commit": head or "unknown",
+        "protocol": protocol,
+        "rows": rows,
+    }  # fmt: skip
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return file
 

@@ -8,11 +8,13 @@
   attribute. Imports do not count, and underscores at the start make no other name. Only functions
   of modules count, not methods.
 - A statement line is not blank, and is no part of a comment, docstring, import or `__all__`.
+- A test compares a sentence where a `match=`, or a string in an `assert`, has four or more words.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -23,6 +25,8 @@ from typing import NamedTuple
 from house_map import Arrows
 
 TWIN_FIELDS = 5
+SENTENCE_WORDS = 4
+WORD = re.compile(r"\b[a-z]{2,}\b")
 SHORTEST = 5
 """The lines of the shortest file that counts in `sizes`; shorter ones are empty packages."""
 
@@ -252,6 +256,51 @@ def numbers(modules: list[Module], imports: Arrows) -> dict[str, float]:
         "percent of lines that import": round(100 * kinds["import"] / max(kinds.total(), 1), 1),
         "lines of statements": kinds["statement"],
         "functions named in one place": len(named_once(modules)),
+    }
+
+
+class Sentence(NamedTuple):
+    """A place where a test compares a sentence."""
+
+    path: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        """The place and the sentence."""
+        return f"{self.path}:{self.line} {self.text!r}"
+
+
+def sentences(tests: list[Module]) -> list[Sentence]:
+    """The sentences that tests compare."""
+    found = []
+    for module in tests:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.keyword) and node.arg == "match":
+                compared = node.value
+            elif isinstance(node, ast.Assert):
+                compared = node.test
+            else:
+                continue
+            parts = [part for part in ast.walk(compared) if isinstance(part, ast.Constant)]
+            texts = [part.value for part in parts if isinstance(part.value, str)]
+            long = [text for text in texts if len(WORD.findall(text)) >= SENTENCE_WORDS]
+            if long:
+                found.append(Sentence(module.path, compared.lineno, long[0]))
+    return found
+
+
+def pages(root: Path) -> list[Path]:
+    """The README and all pages of the documentation."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def written_numbers(root: Path, tests: list[Module]) -> dict[str, float]:
+    """The numbers of what stands beside the source: pages and tests."""
+    return {
+        "words of documentation": sum(len(p.read_text("utf-8").split()) for p in pages(root)),
+        "lines of tests": sum(module.lines for module in tests),
+        "sentences that tests compare": len(sentences(tests)),
     }
 
 

@@ -2,7 +2,7 @@
 
     python tools/house_rules.py
     python tools/house_rules.py --lower
-    python tools/house_rules.py --list neighbours        or twins, or once
+    python tools/house_rules.py --list neighbours        or twins, once, sentences
 
 1. A module has at most 800 lines.
 2. A function has at most 60 lines, from `def` to its last line. Its docstring does not count.
@@ -21,11 +21,23 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from house_map import PACKAGE, Arrows, all_circles, module_imports
-from house_numbers import Module, named_once, neighbours, numbers, read_modules, sizes, twins
+from house_numbers import (
+    Module,
+    named_once,
+    neighbours,
+    numbers,
+    read_modules,
+    sentences,
+    sizes,
+    twins,
+    written_numbers,
+)
+from measured_tables import unwritten
 from recipe_path import first_weight, tiny_run
 
 HERE = Path(__file__)
@@ -48,6 +60,11 @@ RATCHETS: Mapping[str, float] = {
     "functions named in one place": 571,
     "files a run opens before it changes a weight": 54,
     "functions deep where it changes a weight": 12,
+    "words of documentation": 121807,
+    "lines of tests": 59433,
+    "sentences that tests compare": 625,
+    "names of options": 206,
+    "tables of numbers that no script writes": 68,
 }
 """The most that each number may be."""
 
@@ -153,11 +170,25 @@ def lower(file: Path, today: Mapping[str, float]) -> list[str]:
     return fallen
 
 
-def listed(kind: str, found: list[Module], imports: Arrows) -> str:
+def listed(kind: str, found: list[Module], imports: Arrows, tests: list[Module]) -> str:
     """What the number of a kind counts, a line each."""
-    if kind == "neighbours":
-        return "\n".join(map(str, neighbours(found, imports)))
-    return "\n".join(map(str, twins(found) if kind == "twins" else named_once(found)))
+    kinds: Mapping[str, Callable[[], list[Any]]] = {
+        "neighbours": lambda: neighbours(found, imports),
+        "twins": lambda: twins(found),
+        "once": lambda: named_once(found),
+        "sentences": lambda: sentences(tests),
+    }
+    return "\n".join(map(str, kinds[kind]()))
+
+
+def option_names() -> int:
+    """How many names the options of all verbs have together."""
+    from secateur.recipes.options import options_of, run_options_of
+    from secateur.recipes.verbs import VERBS, imported
+
+    recipes = [imported(verb.recipe) for verb in VERBS.values() if verb.recipe]
+    every = [(*options_of(recipe), *run_options_of(recipe)) for recipe in recipes]
+    return len({option.name for options in every for option in options})
 
 
 def distance_of_a_weight(tree: Path) -> dict[str, float]:
@@ -174,16 +205,19 @@ def main() -> None:
     """Print numbers and violations of this working tree; the exit code is 1 if a rule is broken."""
     parser = argparse.ArgumentParser(description="Check the house rules.")
     parser.add_argument("--lower", action="store_true", help="write the numbers that have fallen")
-    parser.add_argument("--list", choices=("neighbours", "twins", "once"), help="what is counted")
+    parser.add_argument("--list", choices=("neighbours", "twins", "once", "sentences"))
     chosen = parser.parse_args()
     tree = HERE.resolve().parent.parent
     found, imports = read_modules(tree / "src"), module_imports(tree / "src")
+    tests = read_modules(tree / "tests")
     if chosen.list:
-        print(listed(chosen.list, found, imports))
+        print(listed(chosen.list, found, imports, tests))
         return
     broken = violations(found, imports)
     print("".join(f"{line}\n" for line in broken), file=sys.stderr, end="", flush=True)
-    today = numbers(found, imports) | distance_of_a_weight(tree)
+    today = numbers(found, imports) | distance_of_a_weight(tree) | written_numbers(tree, tests)
+    today["names of options"] = option_names()
+    today["tables of numbers that no script writes"] = len(list(unwritten()))
     if chosen.lower:
         print("\n".join(lower(HERE, today)) or "no number has fallen")
         return

@@ -32,6 +32,8 @@ from secateur.runtime.formats.bits import unpack_numbers
 from secateur.runtime.formats.n_of_m import code_bits
 from secateur.runtime.packed import SMALLEST_BYTES, PackedCheckpoint, to_archive
 
+MEASURES = ("src/secateur/runtime/formats",)
+
 PRUNED = [
     ("magnitude", "unstructured", 0.0),
     ("magnitude", "unstructured", 0.5),

@@ -29,6 +29,8 @@ from secateur.evaluation.perplexity import load_model
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers import solvers
 
+MEASURES = ("src/secateur/sparsity/solvers/alps.py",)
+
 OURS = {"ours": {}, "ours, 30 iterations": {"iterations": 30, "growth": 1.3}}
 
 

@@ -28,6 +28,8 @@ from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.architecture import Linear
 from secateur.types import STORED
 
+MEASURES = ("src/secateur/engine/prune", "src/secateur/sparsity/solvers")
+
 DAMPINGS = ((0.2, 0.01), (0.2, 0.2), (0.05, 0.05), (0.01, 0.01))
 """λ of the fit, and of the solver."""
 

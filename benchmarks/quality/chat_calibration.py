@@ -32,6 +32,8 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.load import load
 
+MEASURES = ("src/secateur/calibration",)
+
 MODEL = "smollm2-135m"
 KEPT, HELD_OUT, NEW_TOKENS, AT_ONCE, TEMPERATURE = 200, 36, 112, 40, 0.7
 LENGTH, WINDOWS = 1024, 4

@@ -16,6 +16,8 @@ from benchmarks.hardware import heading, keep, markdown
 
 import secateur
 
+MEASURES = ("src/secateur/diagnostics",)
+
 MODEL = "smollm2-135m"
 PRUNED: dict[str, dict[str, Any]] = {
     "SparseGPT, 50 %": {"method": "sparsegpt", "sparsity": 0.5},

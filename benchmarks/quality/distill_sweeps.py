@@ -32,6 +32,8 @@ from benchmarks.stored import known_rows
 
 import secateur
 
+MEASURES = ("src/secateur/training",)
+
 NAME = "distill-sweeps"
 PRUNE = """
 import json, sys, torch, secateur

@@ -30,6 +30,8 @@ from benchmarks.stored import known_rows
 
 import secateur
 
+MEASURES = ("src/secateur/training",)
+
 MODEL = "smollm2-135m"
 Row = dict[str, Any]
 

@@ -47,6 +47,8 @@ from secateur.timing import alternate, seconds_of
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
 from trained import save_trained, source_ids
 
+MEASURES = ("src/secateur/quantization", "src/secateur/runtime/packed.py")
+
 LENGTH, PROMPT, STEPS, TURNS = 512, 64, 3, 144
 GROUPS = (32, 64, 128)
 STORED = [

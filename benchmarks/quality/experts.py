@@ -56,6 +56,8 @@ from mixtures import (
     windows_of,
 )
 
+MEASURES = ("src/secateur/engine/search/experts.py", "src/secateur/structured")
+
 SETUPS = {"each layer": False, "all layers together": True}
 """Over what the experts are balanced."""
 

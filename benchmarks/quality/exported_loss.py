@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 
 import secateur
 
+MEASURES = ("src/secateur/exporting",)
+
 
 def rounded_per_token(linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """The inputs of a linear as w8a8 rounds them: x ≈ s · round(x / s), s = max |x| / 127."""

@@ -57,6 +57,8 @@ from secateur.recipes.shared import CalibrationWindows
 from secateur.steps.fit import best_of
 from secateur.steps.fitting.candidates import heal_candidates
 
+MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting", "src/secateur/quantization")
+
 TABLE = "fit-rivals"
 PROTOCOL = {"judged": "excess loss in nats; see benchmarks/quality/fit.py"}
 MIB = 2**20

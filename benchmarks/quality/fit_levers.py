@@ -32,6 +32,8 @@ from secateur.steps.fitting.models import FitContext, ModelEvaluator
 from secateur.steps.fitting.storage_formats import FORMATS, PackedFolder, StorageFormat
 from secateur.steps.fitting.survey import Predictions, survey_model
 
+MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting")
+
 MIB = 2**20
 
 

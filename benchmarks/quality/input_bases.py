@@ -30,6 +30,8 @@ from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers.obs import OBS
 
+MEASURES = ("src/secateur/quantization",)
+
 GROUP = 64
 POWERS = (0.15, 0.3, 0.5)
 

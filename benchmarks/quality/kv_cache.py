@@ -22,6 +22,8 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import SlotDecoder
 
+MEASURES = ("src/secateur/runtime/kv_cache.py",)
+
 CACHES = (None, "bf16", "int8")
 
 

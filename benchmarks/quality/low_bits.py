@@ -44,6 +44,8 @@ import secateur
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
 from trained import save_trained, source_text
 
+MEASURES = ("src/secateur/quantization", "src/secateur/sparsity/solvers")
+
 COLUMNS: dict[str, tuple[str, dict[str, int]]] = {
     "50 % + int8": ("unstructured", {"bits": 8}),
     "50 % + int4, groups of 32": ("unstructured", {"bits": 4, "group": 32}),

@@ -31,6 +31,8 @@ from secateur.models.checkpoint import shard_files
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import Decoder, continued
 
+MEASURES = ("src/secateur/runtime",)
+
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",

@@ -23,6 +23,8 @@ from benchmarks.stored import alone, known_rows
 
 import secateur
 
+MEASURES = ("src/secateur/engine", "src/secateur/sparsity")
+
 MODEL = "smollm2-135m"
 TASKS = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 ROWS: dict[str, dict[str, Any]] = {

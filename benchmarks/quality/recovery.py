@@ -32,6 +32,8 @@ from benchmarks.stored import alone, known_rows
 
 import secateur
 
+MEASURES = ("src/secateur/training",)
+
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},

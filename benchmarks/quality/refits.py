@@ -28,6 +28,8 @@ from secateur.sparsity.refinements.swaps import SparseSwaps
 from secateur.sparsity.scores.wanda import Wanda
 from secateur.sparsity.solvers import solvers
 
+MEASURES = ("src/secateur/sparsity/refinements", "src/secateur/sparsity/solvers")
+
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 PATTERNS = (("unstructured", "row", 0.5), ("unstructured", "row", 0.7), ("2:4", None, 0.5))
 REFITS = ("zero", "obs", "admm", "least-squares")

@@ -25,6 +25,8 @@ from transformers import AutoTokenizer
 import secateur
 from secateur.quantization.activations import round_activations
 
+MEASURES = ("src/secateur/quantization/activations.py",)
+
 LENGTH = 512
 SHARED = (256, 128, 64, 32)
 

@@ -38,6 +38,8 @@ from benchmarks.stored import known_rows
 
 import secateur
 
+MEASURES = ("src/secateur/engine", "src/secateur/sparsity", "src/secateur/training/distillation.py")
+
 NAME = "bench-presets"
 MODELS = ("gemma", "gpt2", "qwen", "experts")
 COLUMNS: dict[str, dict[str, Any]] = {

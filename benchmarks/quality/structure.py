@@ -31,6 +31,8 @@ from secateur.calibration.windows import load_windows, stored_extra
 from secateur.recipes.reading import filled_in
 from secateur.recipes.structure import structure_presets
 
+MEASURES = ("src/secateur/structured", "src/secateur/engine/search")
+
 MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
 LEVELS = (0.1, 0.2, 0.3, 0.5)
 

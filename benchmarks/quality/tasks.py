@@ -33,6 +33,8 @@ from secateur.recipes.deploy import ServeRecipe
 from secateur.runtime.load import load
 from secateur.serving.serve import prepare
 
+MEASURES = ("src/secateur/evaluation",)
+
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 KNOWN = (*FIVE, "hellaswag", "sciq")
 """Tasks whose rows in the package are in lm-eval's schema as they are."""

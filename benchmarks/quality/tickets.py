@@ -43,6 +43,8 @@ from secateur.training.pruning import (
 sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
 from trained import STEPS, held_out_loss, source_ids, train, untrained
 
+MEASURES = ("src/secateur/training",)
+
 EARLY_STEP = 60
 PARTS = ("rewound", "rate_rewound", "while_training", "initial_weights")
 ONE_SHOT = "one-shot, weights rewound to step 60"

@@ -36,6 +36,8 @@ from secateur.recipes.train import LoraOptions
 from secateur.training.lora import attach
 from secateur.training.masks import Masks
 
+MEASURES = ("src/secateur/training/callback.py", "src/secateur/training/masks.py")
+
 LENGTH, BATCH = 256, 4
 CPU = torch.device("cpu")
 

@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.models.sources import resolve
 
+MEASURES = ("src/secateur/structured",)
+
 MODEL, LENGTH, WINDOWS, STRINGS = "smollm2-135m", 64, 200, 10_000
 
 

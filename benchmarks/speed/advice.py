@@ -32,6 +32,8 @@ from secateur.evaluation.speed import Process
 from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton
 
+MEASURES = ("src/secateur/advisor",)
+
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 NAMES = [name for name in STORED if name.startswith(("50 %", "dense"))]
 

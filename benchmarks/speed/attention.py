@@ -28,6 +28,8 @@ from secateur.timing import alternate, seconds_of
 from secateur.training.batches import Batch
 from secateur.training.objectives import NextToken
 
+MEASURES = ("src/secateur/models/attention.py",)
+
 CPU = torch.device("cpu")
 LENGTHS = (128, 256, 512, 1024, 2048)
 KERNELS: dict[str, type[AbstractContextManager[Any]]] = {

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from benchmarks.hardware import keep
 
+MEASURES = ("src/secateur/runtime/grammar.py",)
+
 SECONDS = 20
 PERSON = {
     "type": "object",

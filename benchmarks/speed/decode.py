@@ -31,6 +31,8 @@ from secateur.models.hub import sample_model
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.evaluate import BenchResult
 
+MEASURES = ("src/secateur/runtime",)
+
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

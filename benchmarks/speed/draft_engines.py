@@ -32,6 +32,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+MEASURES = ("src/secateur/steps/draft.py",)
+
 HERE, NAME, SAMPLE = Path(__file__).parent, "draft-engines", "smollm2-135m"
 TOKENS, PROPOSED = 48, 3
 INT4: dict[str, Any] = {"values": "int4", "group_size": 32, "embeddings": "int8"}

@@ -52,6 +52,8 @@ from secateur.runtime.speculative import DraftedText, Drafter, Guess, open_draft
 from secateur.steps.bench import drafted_speed
 from secateur.timing import alternate, seconds_of
 
+MEASURES = ("src/secateur/runtime/speculative.py", "src/secateur/steps/draft.py")
+
 NAME = "drafts"
 PROTOCOL = {"calls": 8, "prompt_tokens": PROMPT_TOKENS, "script": "benchmarks/speed/drafts.py"}
 MOST = 8

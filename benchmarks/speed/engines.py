@@ -35,6 +35,8 @@ from benchmarks.stored import known_rows
 
 import secateur
 
+MEASURES = ("src/secateur/exporting",)
+
 HERE, NAME = Path(__file__).parent, "engines"
 SAMPLE, TOKENS, TIMED, THREADS = "smollm2-135m", 24, 48, 2
 CALIBRATION = {"calibration": "boolq-calibration", "windows": 8, "sequence_length": 256}

@@ -22,6 +22,8 @@ from benchmarks.stored import known_rows
 from secateur import fit
 from secateur.errors import RecipeError
 
+MEASURES = ("src/secateur/steps/fitting",)
+
 MIB = 2**20
 
 

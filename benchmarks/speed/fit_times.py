@@ -36,6 +36,8 @@ from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.runtime.storage_plan import PackableCheckpoint
 
+MEASURES = ("src/secateur/steps/fitting", "src/secateur/runtime/kernels")
+
 FORMATS = (
     *(
         WeightFormat(values, sparsity)

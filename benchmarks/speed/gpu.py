@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import stored
 
+MEASURES = ("src/secateur/runtime",)
+
 LAYERS = 32
 LLAMA_7B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

@@ -31,6 +31,8 @@ import secateur
 from secateur.evaluation.speed import take_turns
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, write_packed
 
+MEASURES = ("src/secateur/runtime",)
+
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 SHAPES: dict[str, dict[str, Any]] = {
     "1.1b": SHAPE,

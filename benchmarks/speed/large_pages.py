@@ -23,6 +23,8 @@ import secateur
 from secateur.runtime import install
 from secateur.runtime.decode import SlotDecoder, Token
 
+MEASURES = ("src/secateur/runtime/kernels",)
+
 PROMPT, TOKENS, ROUNDS = 64, 24, 7
 
 

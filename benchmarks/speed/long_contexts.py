@@ -23,6 +23,8 @@ from secateur.runtime.kernels.library import TYPES, CDecoder, CLayer, CToken
 from secateur.runtime.kernels.matrix import kernels
 from secateur.runtime.kv_cache import KeyValueCache
 
+MEASURES = ("src/secateur/runtime/kernels",)
+
 SHAPES = ((9, 3, 64), (32, 4, 64), (32, 8, 128))
 LENGTHS = (1900, 4096, 16384, 32768)
 CACHES = {"bf16": torch.bfloat16, "int8": torch.int8}

@@ -37,6 +37,8 @@ from secateur.runtime.kernels.library import kernel_info, use_tier
 from secateur.runtime.kernels.matrix import to_large_pages
 from secateur.timing import alternate, seconds_of
 
+MEASURES = ("src/secateur/runtime/kernels",)
+
 
 def last_cache_bytes() -> int:
     """The size of the third cache of the first processor; 0 where the system does not say."""

@@ -26,6 +26,8 @@ from safetensors import safe_open
 import secateur
 from secateur.runtime.kernels.library import kernel_info
 
+MEASURES = ("src/secateur/runtime",)
+
 BLOCK_COLUMNS = 32  # of Q8_0
 BESIDE = {"int8": ("dense int8",), "bfloat16": ("dense bf16", "torch bf16")}
 

@@ -45,6 +45,8 @@ from benchmarks.hardware import heading, keep, markdown, watched_memory
 import secateur
 from secateur.models.tokenizer import load_tokenizer
 
+MEASURES = ("src/secateur/serving", "src/secateur/runtime")
+
 CLIENTS = (1, 4, 8, 16)
 NEW_TOKENS, PROMPT_TOKENS, LONG_TOKENS = 96, 60, 512
 SLOTS, WINDOW_SECONDS, LONG_EVERY = 20, 5.0, 2.0

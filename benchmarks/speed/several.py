@@ -24,6 +24,8 @@ from typing import Any
 from benchmarks.hardware import heading, keep
 from safetensors import safe_open
 
+MEASURES = ("src/secateur/parallel", "src/secateur/engine")
+
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -51,6 +51,8 @@ from secateur.structured.cut_plan import plan_cut, representative, uniform_cut
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_checkpoint
 
+MEASURES = ("src/secateur/structured", "src/secateur/runtime")
+
 MULTIPLE = 32
 KINDS = {
     "width": width(),

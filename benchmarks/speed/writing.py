@@ -36,6 +36,8 @@ from secateur.precision import fast_dtype
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.kernels.matrix import kernels
 
+MEASURES = ("src/secateur/runtime", "src/secateur/calibration/continuation.py")
+
 
 def generated(model: Any, windows: Tensor) -> Tensor:
     """Windows that `generate` writes."""

@@ -1,0 +1,140 @@
+"""Write the measured tables of the pages, each by the script that measured it.
+
+    python tools/measured_tables.py
+    python tools/measured_tables.py --check       # fail for what is out of date or shown nowhere
+    python tools/measured_tables.py --old         # results older than the code that they measure
+    python tools/measured_tables.py --unwritten   # tables of numbers that no script writes
+
+A table stands between `<!-- measured: RESULT TABLE -->` and `<!-- end -->`. RESULT is a file of
+`benchmarks/results`, which names the script that made it. That script has `TABLES`, from names to
+functions; a function takes the rows of the result and returns the columns and the lines of a table,
+all of them strings. Below each table stands where it comes from: script, day, commit, machine.
+
+A table of numbers that nobody here measured stands between `<!-- published: SOURCE -->` and
+`<!-- end -->`.
+
+Every result must be used: by a table, by another script of `tools` or by a picture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from house_numbers import pages
+from written_files import table, write_or_check
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+BLOCK = re.compile(r"<!-- measured: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+WRITTEN = re.compile(r"<!-- (?:measured|computed|published): .*?<!-- end -->|```.*?```", re.DOTALL)
+NUMBER = re.compile(r"^[*`~≈<>≤≥+−-]*\d[\d., ]*(?:[a-zA-Z%×/±°. \d−-]*)$")
+NUMERIC_SHARE = 0.4
+"""A table of numbers has at least this share of numbers among its cells."""
+
+
+class Result(NamedTuple):
+    """A file of `benchmarks/results`."""
+
+    name: str
+    content: dict[str, Any]
+
+    @property
+    def script(self) -> Any:
+        """The module that made it."""
+        return importlib.import_module(self.content["script"])
+
+    @property
+    def provenance(self) -> str:
+        """Where the numbers come from, in one line."""
+        machine, versions, day = self.content["heading"].split("; ")
+        torch = next(x for x in versions.split(", ") if x.startswith("torch"))
+        script = self.content["script"].replace(".", "/") + ".py"
+        return f"<sub>`{script}`, {day}, commit {self.content['commit']}: {machine}; {torch}.</sub>"
+
+    def lines(self, name: str) -> Iterator[str]:
+        """A table with its provenance."""
+        columns, rows = self.script.TABLES[name](self.content["rows"])
+        yield from table(columns, rows)
+        yield self.provenance
+
+
+def read_results() -> dict[str, Result]:
+    """All results, by name."""
+    files = sorted(RESULTS.glob("*.json"))
+    return {f.stem: Result(f.stem, json.loads(f.read_text(encoding="utf-8"))) for f in files}
+
+
+def written(text: str, results: dict[str, Result]) -> str:
+    """The text of a page with its measured tables."""
+
+    def block(found: re.Match[str]) -> str:
+        name, which = found.groups()
+        lines = "\n".join(results[name].lines(which))
+        return f"<!-- measured: {name} {which} -->\n\n{lines}\n\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+def lonely(results: Iterable[str]) -> list[str]:
+    """The results that nothing shows."""
+    users = [*pages(ROOT), *(ROOT / "tools").glob("*.py"), ROOT / "benchmarks/picture.py"]
+    shown = "\n".join(user.read_text(encoding="utf-8") for user in users)
+    quoted = (
+        rf"measured: {re.escape(name)} |[\"'/]{re.escape(name)}(?:\.json)?[\"'`)]"
+        for name in results
+    )
+    return [
+        name for name, pattern in zip(results, quoted, strict=True) if not re.search(pattern, shown)
+    ]
+
+
+def old(results: dict[str, Result]) -> Iterator[str]:
+    """Each result that is older than the code that it measures, with the number of changes."""
+    for result in results.values():
+        paths = list(result.script.MEASURES)
+        since = f"{result.content['commit']}..HEAD"
+        command = ["git", "-C", str(ROOT), "log", "--oneline", since, "--", *paths]
+        changes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if changes:
+            count = len(changes.splitlines())
+            day = result.content["heading"].rpartition("; ")[2]
+            yield f"{result.name}: of {day}; {count} changes since in {' '.join(paths)}"
+
+
+def unwritten() -> Iterator[str]:
+    """Each table of numbers that no script writes: its page and its first line."""
+    for page in pages(ROOT):
+        text = WRITTEN.sub("", page.read_text(encoding="utf-8"))
+        for found in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            rows = [re.split(r"(?<!\\)\|", line.strip("|\n")) for line in found.splitlines()]
+            cells = [cell.strip() for row in rows[2:] for cell in row[1:]]
+            numbers = sum(bool(NUMBER.match(cell)) for cell in cells)
+            if cells and numbers >= NUMERIC_SHARE * len(cells):
+                yield f"{page.relative_to(ROOT)}: {found.splitlines()[0][:90]}"
+
+
+def main() -> None:
+    """Write the pages, check them, or list what is old or unwritten."""
+    sys.path.insert(0, str(ROOT))
+    results = read_results()
+    if "--old" in sys.argv or "--unwritten" in sys.argv:
+        print("\n".join(old(results) if "--old" in sys.argv else unwritten()))
+        return
+    texts = {
+        page.relative_to(ROOT): written(page.read_text(encoding="utf-8"), results)
+        for page in pages(ROOT)
+    }
+    write_or_check(ROOT, texts, "measured_tables.py")
+    if "--check" in sys.argv and (alone := lonely(results)):
+        sys.exit(f"no page shows {', '.join(alone)}: show it, or remove it with its script")
+
+
+if __name__ == "__main__":
+    main()
