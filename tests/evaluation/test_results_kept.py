@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_rows import write_rows
+from task_rows import write_task
 
 import secateur
 from secateur.errors import CheckpointError
@@ -22,7 +22,7 @@ def kept(pruned: Path) -> Path:
 
 def test_a_second_call_keeps_what_it_does_not_measure(dense, pruned, text, kept, tmp_path) -> None:
     """On 80ad24a the second call set divergence and generation to null."""
-    write_rows(tmp_path / "data", "boolq", 6)
+    write_task(tmp_path / "data", "boolq", 6)
     first = secateur.evaluate(
         pruned, dense=dense, text=text, sequence_length=32, generation=True,
         prompts=["the lamp"],
@@ -53,7 +53,7 @@ def test_the_same_protocol_is_replaced(dense, pruned, text, kept) -> None:
 
 def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_path) -> None:
     """The same measured again alone: the dense model's numbers still stand beside it."""
-    write_rows(tmp_path / "data", "boolq", 6)
+    write_task(tmp_path / "data", "boolq", 6)
     options: dict[str, Any] = {
         "text": text, "sequence_length": 32, "tasks": ["boolq"], "limit": 6,
         "task_data": tmp_path / "data", "generation": True, "prompts": ["the lamp"],

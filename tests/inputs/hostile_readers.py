@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pyarrow
 import torch
 import transformers
 from gguf_models import byte_level, save
-from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import save_tiny
@@ -25,7 +23,6 @@ import secateur
 from runtime.packed_models import packed_model
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import load_windows, save_windows
-from secateur.evaluation.task_data import local_rows
 from secateur.importing import import_formats
 from secateur.importing.adapter import MergedReader
 from secateur.importing.masks import MaskedReader
@@ -216,19 +213,6 @@ def read_recipe(room: Path) -> None:
     build_recipe(PruneRecipe, read_recipe_file(room / "recipe.yaml"))
 
 
-def make_rows(place: Path) -> None:
-    place.mkdir()
-    rows = [{"question": f"is {n} a number", "passage": "yes", "answer": True} for n in range(6)]
-    (place / "boolq.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (place / "other").mkdir()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), place / "other" / "boolq.parquet")
-
-
-def read_rows_of_tasks(room: Path) -> None:
-    local_rows("boolq", str(room))
-    local_rows("boolq", str(room / "other"))
-
-
 def make_run(place: Path) -> None:
     source = save_tiny(place.with_name("dense-run"), **FEW)
     save_windows(tiny_windows(), place.with_name("run.safetensors"))
@@ -259,6 +243,5 @@ READERS = (
     Reader("texts", make_texts, ("text.*",), read_texts),
     Reader("windows", make_windows, ("*.safetensors",), read_windows),
     Reader("recipe", make_recipe, ("*.yaml",), read_recipe),
-    Reader("rows of tasks", make_rows, ("*.jsonl", "other/*"), read_rows_of_tasks),
     Reader("run", make_run, ("secateur/*.json*", "secateur/*.yaml"), read_run),
 )  # fmt: skip

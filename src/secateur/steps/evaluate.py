@@ -198,9 +198,9 @@ def run_evaluation(
         kept = notes / FILE_NAME
         if kept.is_file():
             read_evaluation(kept)  # refuse a file to which results cannot be added
-    # read the rows of tasks first, so a missing task is an error before a model is loaded
+    # first, so that a missing task is an error before a model is loaded
     prepared = prepare_tasks(
-        recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=recipe.shots
+        recipe.tasks, folder=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
     device, trust = recipe.device, recipe.trust_remote_code
     own, reference = LoadedModel.of(model or recipe.model, tokenizer, device, trust), None

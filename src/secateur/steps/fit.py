@@ -34,7 +34,6 @@ from typing import Any
 from secateur.calibration.documents import check_text
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.errors import RecipeError, VerificationError
-from secateur.evaluation.task_data import check_request
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
@@ -168,7 +167,7 @@ class Fit(Step[FitRecipe, FitResult]):
 
     @classmethod
     def check(cls, recipe: FitRecipe) -> None:
-        """Refuse a target that a fit cannot serve, and unknown tasks.
+        """Refuse a target that a fit cannot serve.
 
         Raises:
             RecipeError: why, and what can be done.
@@ -176,8 +175,6 @@ class Fit(Step[FitRecipe, FitResult]):
         if recipe.target in INSTEAD:
             why, remedy = INSTEAD[recipe.target]
             raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
-        if recipe.min_accuracy_kept is not None:
-            check_request(recipe.tasks, source=recipe.task_data, limit=recipe.limit, shots=0)
 
     @classmethod
     def reads(cls, recipe: FitRecipe) -> Iterable[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from task_rows import write_task
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -171,7 +172,6 @@ def test_a_size_that_asks_for_nothing_is_refused() -> None:
         ({"decode_speedup": 0.0}, "must be more than 0"),
         ({"max_inference_memory": "much"}, r"max_inference_memory='much': .*kB, MB, GB"),
         ({"minutes": 0.0, "max_size": "1GB"}, "must be more than 0"),
-        ({"max_size": "1GB", "min_accuracy_kept": 0.9, "tasks": "chess"}, "unknown task"),
         ({"max_inference_memory": "1GB", "context_length": 0}, "context_length"),
     ],
 )
@@ -189,13 +189,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("budgets")
     save_tiny(place / "dense", num_hidden_layers=1, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(12, 24), place / "windows.safetensors")
-    rows = [
-        {"question": f"What is {n}?", "answerKey": "AB"[n % 2],
-         "choices": {"text": ["a stone", "a lamp"], "label": ["A", "B"]}}
-        for n in range(6)
-    ]  # fmt: skip
-    (place / "tasks").mkdir()
-    (place / "tasks" / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_task(place / "tasks", "arc_easy")
     return place
 
 

@@ -118,7 +118,7 @@ def prepared_tasks(recipe: FitRecipe) -> list[PreparedTask]:
     """
     if recipe.min_accuracy_kept is None:
         return []
-    return prepare_tasks(recipe.tasks, source=recipe.task_data, limit=recipe.limit)
+    return prepare_tasks(recipe.tasks, folder=recipe.task_data, limit=recipe.limit)
 
 
 def check_bounds(

@@ -6,6 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
+import yaml
+
+LM_EVAL = {
+    "arc_challenge": "arc/arc_challenge",
+    "arc_easy": "arc/arc_easy",
+    "boolq": "super_glue/boolq/default",
+    "hellaswag": "hellaswag/hellaswag",
+    "lambada_openai": "lambada/lambada_openai",
+    "openbookqa": "openbookqa/openbookqa",
+    "piqa": "piqa/piqa",
+    "sciq": "sciq/sciq",
+    "winogrande": "winogrande/default",
+}
+"""The files of the tasks in lm-eval."""
+
 WORDS = ["stone", "river", "lamp", "cloud", "paper", "glass", "wheel", "chair"]
 
 
@@ -49,13 +65,29 @@ def row(task: str, n: int) -> dict[str, Any]:
             "distractor2": "this one",
             "distractor3": "that",
         },
-        "lambada": {"text": f"he saw the {word} {n} and then the {other}"},
+        "lambada_openai": {"text": f"he saw the {word} {n} and then the {other}"},
     }[task]
 
 
-def write_rows(folder: Path, task: str, count: int = 6, *, stem: str | None = None) -> Path:
-    """A JSONL file of a task in a folder."""
+def write_task(folder: Path, task: str, count: int = 6, *, shots: int = 0) -> Path:
+    """A task of lm-eval in a folder, with rows of its own; `shots` more are for examples."""
     folder.mkdir(exist_ok=True)
-    file = folder / f"{stem or task}.jsonl"
-    file.write_text("".join(json.dumps(row(task, n)) + "\n" for n in range(count)))
-    return file
+    files = {"validation": folder / f"{task}.jsonl"}
+    if shots:
+        files["train"] = folder / f"{task}.train.jsonl"
+    for file, numbers in zip(files.values(), (range(count), range(shots)), strict=False):
+        file.write_text("".join(json.dumps(row(task, n)) + "\n" for n in numbers))
+    held = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / f"{LM_EVAL[task]}.yaml"),
+        "task": task,
+        "tag": None,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "validation",  # as the split of examples: then no item is its own
+        "fewshot_split": [*files][-1],
+    }
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(held))
+    return folder
