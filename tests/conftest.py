@@ -26,14 +26,6 @@ def _quicker_runs() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def hasty_plans() -> Iterator[None]:
-    """Plans time every piece of work twice, and not for a tenth of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.engine.plan_time.PROBE_SECONDS", 0.0)
-        yield
-
-
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocation `search` has three levels and takes two small generations."""

@@ -109,12 +109,6 @@ OURS: dict[str, dict[str, Any]] = {
     "balanced + own windows": {**UNIFORM, "generated_windows": 128},
     "balanced + tuning": {**UNIFORM, "tune_passes": 6},
     "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
-    "balanced, learned value basis": {**UNIFORM, "value_basis": "learned"},
-    "balanced, learned value basis + divergence": {
-        "effort": "balanced",
-        "value_basis": "learned",
-        "allocation": "divergence",
-    },
     "balanced + distillation": {**UNIFORM, "distill_epochs": 1},
     "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "our ALPS": {"method": "alps"},

@@ -57,10 +57,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "thorough": {"effort": "thorough"},
     "thorough, hidden 0": {"effort": "thorough", "distill_hidden": 0.0},
     "thorough, hidden 10": {"effort": "thorough", "distill_hidden": 10.0},
-    "balanced, damping chosen": {**UNIFORM, "choose_damping": True},
     "balanced, damping 0.05": {**UNIFORM, "asymmetric_damping": 0.05},
     "balanced, damping 0.8": {**UNIFORM, "asymmetric_damping": 0.8},
-    "balanced, learned value basis": {**UNIFORM, "value_basis": "learned"},
     "balanced, symmetric": {**UNIFORM, "asymmetric": False},
     "balanced, allocation search": {"effort": "balanced", "allocation": "search"},
     "balanced, allocation layer-sensitivity": {

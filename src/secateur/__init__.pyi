@@ -730,8 +730,6 @@ def prune(
     refine: str | None = None,
     method_parameters: Mapping[str, int | float] | None = None,
     asymmetric_damping: float | None = None,
-    choose_damping: bool | None = None,
-    value_basis: Literal["stored", "learned"] | None = None,
     sequential: Literal["group", "layer"] | None = None,
     asymmetric: bool | None = None,
     fast_matmuls: bool | None = None,
@@ -828,10 +826,6 @@ def prune(
         refine: Improve the mask before solving: swaps. [none]
         method_parameters: Parameters of the score, the solver and the refinement. [the preset's]
         asymmetric_damping: Damping of the asymmetric fit towards the dense weights. [0.2]
-        choose_damping: Pick that damping for each layer on a held-out quarter of the calibration
-            tokens. [off]
-        value_basis: learned mixes the channels of each value head before pruning, so that zeros
-            cost less; the dense model stays the same. [stored]
         sequential: group: each group of linear layers sees inputs from the pruned groups before it.
             layer: all linear layers of a layer see inputs from the unpruned layer, as in the
             papers. [group]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,14 +17,16 @@ from secateur.calibration.continuation import (
     kernels_write,
     opened_for_writing,
     roomy_cache,
-)
-from secateur.engine.plan import Plan, fitting_plan, memory_budget
-from secateur.engine.plan_memory import (
-    distilling_bytes,
-    logits_bytes,
-    prune_needs,
     writing_bytes,
 )
+from secateur.engine.plan import Plan, fitting_plan, memory_budget, with_program
+from secateur.engine.plan_memory import (
+    distilling_bytes,
+    learning_needs,
+    logits_bytes,
+    pruning_needs,
+)
+from secateur.engine.prune.tasks import SolveMemory
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
@@ -56,13 +57,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return free
 
 
-def plan(*, on_gpu: bool, activations: str = "memory", **gib: int) -> Plan:
+def plan(*, on_gpu: bool, activations: str = "memory", **learning: int) -> Plan:
     """1 GiB of everything, 5 of hidden states and 20 of halted forwards if they are in memory."""
-    sizes = Counter(dict.fromkeys(("process", "layer", "forward", "solve"), GIB))
-    if activations != "disk":
-        sizes |= Counter(activation=5 * GIB, waiting=20 * GIB)
-    sizes |= Counter({name: n * GIB for name, n in gib.items()})
-    return Plan(prune_needs(sizes, on_gpu, activations == "gpu", (3, 4), False), on_gpu)
+    there = activations != "disk"
+    needs = pruning_needs(
+        GIB, 5 * GIB * there, (GIB, 20 * GIB * there), SolveMemory(GIB, GIB, (3, 4)),
+        on_gpu=on_gpu, stays_on_gpu=activations == "gpu", tunes=False,
+    )  # fmt: skip
+    for need in learning_needs(0, [], sweeps=False):
+        needs.append(replace(need, bytes=learning.get(need.name, 0) * GIB))
+    program, *others = with_program(needs, on_gpu)
+    return Plan((replace(program, bytes=GIB), *others), on_gpu)
 
 
 def fitted(device: torch.device, max_memory: int | None = None, **options: Any) -> str:
@@ -155,10 +160,8 @@ def test_a_training_is_held_against_the_memory_of_its_device(machine: dict[str, 
 def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
     family: str,
 ) -> None:
-    """On 91843e48 the plan of a Mamba model ended in a TypeError."""
     model: Any = tiny_model(family).to(torch.bfloat16)
     on_gpu = torch.device("cuda")
-    target: Any = SimpleNamespace(model=model, dtype=torch.bfloat16, device=on_gpu)
     windows, cache = tiny_windows(2, 20), roomy_cache(model.config, 20)
     with torch.no_grad():
         model(input_ids=windows, use_cache=True, **given_cache(model, cache))
@@ -174,12 +177,12 @@ def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
         }
         held += sum(kept.values())
     weights = 2 * sum(p.numel() for p in model.parameters())
-    assert writing_bytes(target, windows, 2) == weights + held + 2 * 96 * (2 + 8)
+    planned = writing_bytes(model, on_gpu, 20, torch.bfloat16, 2)
+    assert planned == weights + held + 2 * 96 * (2 + 8)
 
 
 def test_windows_by_the_kernels_take_a_model_of_int8(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m", tie_word_embeddings=False, head_dim=16)
-    windows = tiny_windows(5, 40)
     target = CheckpointTarget(CheckpointReader(folder), None, CPU)
     if not kernels_write(target.model, target.device, 40):
         pytest.skip("no kernels for many slots here")
@@ -189,10 +192,9 @@ def test_windows_by_the_kernels_take_a_model_of_int8(tmp_path: Path) -> None:
     stored = sum(matrix.rows * matrix.columns for matrix in matrices.values())
     others = sum(p.numel() * p.element_size() for p in model.parameters())
     taken = stored + others + decoder.cache.nbytes + 4 * 5 * 96
-    planned = writing_bytes(target, windows, 5)
+    planned = writing_bytes(target.model, CPU, 40, target.dtype, 5)
     beside = 12 * DRAWN_AT_ONCE  # a draw
     assert taken + beside < planned < 2 * taken + 8 * stored + beside
-    assert writing_bytes(target, windows, 0) == 0
 
 
 def test_a_distillation_counts_a_tied_head_once(tmp_path: Path) -> None:

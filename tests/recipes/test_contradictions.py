@@ -148,8 +148,6 @@ def test_every_row_of_conflicts_names_options(verb: str) -> None:
     [
         ("prune", {"asymmetric": True, "sequential": "layer"},
          "asymmetric with sequential layer: asymmetric fitting needs"),
-        ("prune", {"keep_format": True, "value_basis": "learned"},
-         "keep_format with value_basis: the scales of the source"),
         ("train", {"patience": 3, "validation_windows": 0},
          "patience with validation_windows 0: patience counts"),
         ("structure", {"learned": 9, "ffn": 2, "allocation": "owl"}, "learned with allocation"),

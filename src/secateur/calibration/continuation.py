@@ -43,13 +43,17 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from secateur.calibration.windows import without_start
 from secateur.errors import SourceError
+from secateur.models.architecture import text_config
 from secateur.models.attention import OtherAttention
+from secateur.models.counting import layer_caches
 from secateur.models.opening import load_whole, open_weights
-from secateur.models.skeleton import build_skeleton
+from secateur.models.skeleton import build_skeleton, parameters_of
 from secateur.precision import fast_dtype
+from secateur.quantization.int8 import AT_ONCE as ROUNDED_AT_ONCE
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.install import install_rounded, rounded_matrices
 from secateur.runtime.kernels.linear import PackedLinear
+from secateur.runtime.kernels.matrix import MOVED_BYTES
 from secateur.runtime.layer_forms import why_not
 from secateur.types import Windows
 
@@ -269,6 +273,36 @@ def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     below = torch.nextafter(inside[:, -1:], inside.new_zeros(1))  # no token of share 0
     place = torch.searchsorted(inside, torch.minimum(sought, below), right=True)
     return (block * shares.shape[2] + place)[:, 0]
+
+
+def writing_bytes(
+    model: Any, device: torch.device, length: int, dtype: torch.dtype, count: int
+) -> int:
+    """The model, keys and values of the windows that it generates together, and logits.
+
+    The kernels have its matrices in int8 and keys and values in bfloat16; before that, one matrix
+    as it is stored. Transformers has the whole model in its dtype. Logits are for one token of each
+    window, with their float32 copies for the draw.
+
+    Args:
+        model: a skeleton.
+        device: where it generates.
+        length: tokens of a window.
+        dtype: of the weights.
+        count: number of windows.
+    """
+    size, rows, caches = dtype.itemsize, min(count, AT_ONCE), layer_caches(model)
+    config = text_config(model.config)
+    weights = sum(p.numel() for p in parameters_of(model).values())
+    if kernels_write(model, device, length):
+        kept = sum(cache.held_bytes(length) for cache in caches)
+        largest = config.vocab_size * config.hidden_size
+        moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED_AT_ONCE, largest)
+        logits = 4 * rows * config.vocab_size + 12 * max(DRAWN_AT_ONCE, config.vocab_size)
+        return weights + weights // 50 + moved + largest * size + round(rows * kept) + logits
+    # there is room for all tokens, window or not
+    kept = sum(cache.values * length * size + cache.state_bytes for cache in caches)
+    return weights * size + rows * (round(kept) + config.vocab_size * (size + 8))
 
 
 SEQUENCE = 32

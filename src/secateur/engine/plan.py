@@ -2,22 +2,43 @@
 
 A plan is a list of needs. Each need belongs to phases of the run, and the peak is the largest
 phase. If memory ends in spite of its plan, the error names the largest need (`explained`).
+
+The memory that a forward keeps alive is hard to estimate. So one micro-batch passes through a
+decoder layer on the meta device, where tensors have sizes but no content, and every operation is
+counted (`rehearse`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
+from torch import Tensor, nn
 
+from secateur.engine.stream.calls import (
+    LayerCall,
+    call_layer,
+    first_inputs,
+    kind_of,
+    layer_calls,
+    on_meta,
+)
+from secateur.engine.stream.halted_forwards import LiveTensors
+from secateur.engine.stream.targets import Target
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.models.architecture import Groups, linears_of, text_config
+from secateur.models.attention import AttentionOfPlan, WrittenOut
+from secateur.models.experts import OpenExperts
+from secateur.models.skeleton import parameters_of
 from secateur.runs.environment import resident_bytes
 
+SHORTER = "lower --micro-batch-tokens or --sequence-length"
+ON_DISK = "use --activations disk, or lower --windows"
 PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
 FREE_SHARE = 0.8
 """The default fraction of free memory that a run may use."""
@@ -56,6 +77,29 @@ class Need:
     phases: tuple[Phase, ...]
     text: str
     remedy: str = ""
+
+
+class PartNeeds(NamedTuple):
+    """The needs of a part of a run; `passed_tokens` counts a forward with its backward thrice."""
+
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    passed_tokens: int = 0
+
+
+PRUNING = Phase("pruning a layer")
+TUNING = Phase("tuning a layer")
+GENERATING = Phase("generating windows")
+DISTILLING = Phase("distillation")
+SENDING = Phase("sending layers to the GPU", on_host=True)
+LOADING = Phase("loading the model", on_host=True)
+
+
+def with_program(needs: Sequence[Need], on_gpu: bool) -> tuple[Need, ...]:
+    """The needs with that of the program itself, which is there in all phases of its memory."""
+    phases = [phase for need in needs if need.bytes for phase in need.phases if not phase.on_host]
+    there = (SENDING, LOADING) if on_gpu else tuple(dict.fromkeys(phases))
+    return (Need("process", resident_bytes(), there, "the program itself"), *needs)
 
 
 @dataclass(frozen=True)
@@ -244,3 +288,100 @@ def explained(plan: Plan) -> Iterator[None]:
             remedy=f"close other programs, or {need.remedy}; then run again with --resume, which "
             "keeps finished layers",
         ) from error
+
+
+def weights_of(module: nn.Module) -> int:
+    """The number of weights in a module, tied ones once."""
+    return sum(p.numel() for p in parameters_of(module).values())
+
+
+def model_bytes(target: Target) -> int:
+    """The size of the whole model in its dtype."""
+    return weights_of(target.model) * target.dtype.itemsize
+
+
+def working_weights(target: Target) -> int:
+    """Number of weights in the decoder's matrices that one token uses, without unused experts."""
+    architecture, config = target.architecture, text_config(target.model.config)
+    experts, total = architecture.experts, 0.0
+    chosen = experts.per_token(config) if experts else None
+    for index, layer in enumerate(target.layers):
+        counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
+        for linear in linears_of(layer, architecture.layer_name(index)).values():
+            share = 1.0
+            if chosen is not None and counts and architecture.of_expert(linear.name):
+                share = min(1.0, chosen / counts[0])
+            total += share * linear.shape[0] * linear.shape[1]
+    return round(total)
+
+
+def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
+    ids = windows.to(target.device)
+    with target.outside():
+        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
+        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
+
+
+def layers_by_kind(target: Target, calls: list[LayerCall]) -> list[tuple[int, LayerCall, int]]:
+    """The first layer of each kind, how it is called, and the number of layers of that kind."""
+    of = [kind_of(*pair) for pair in zip(target.layers, calls, strict=True)]
+    return [(of.index(kind), calls[of.index(kind)], count) for kind, count in Counter(of).items()]
+
+
+def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> tuple[int, int]:
+    """The memory that one micro-batch keeps alive in one decoder layer, on the meta device.
+
+    Returns:
+        The maximum at any moment, including the input; and at any group of linears, where forwards
+        wait for each other.
+    """
+    meta = torch.device("meta")
+    call = call.to(meta)
+    permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
+    live = LiveTensors(permanent, find_peak=True)
+    halted = [0]
+    linears = linears_of(layer, "")
+    handles = [
+        linears[group[0]].module.register_forward_pre_hook(
+            lambda module, args: halted.append(live.live_bytes())
+        )
+        for group in groups
+    ]
+    try:
+        with torch.no_grad(), live, AttentionOfPlan():
+            x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
+            with on_meta(layer):
+                call_layer(layer, x, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return live.peak_bytes, max(halted)
+
+
+def rehearse_training(
+    layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
+) -> int:
+    """The memory that a layer's forward keeps alive in float32, with everything for its backward.
+
+    Args:
+        layer: a decoder layer with its parameters on the meta device.
+        hidden: the input of a micro-batch, for its shape.
+        call: how the layer is called for it.
+        written_out: whether attention keeps its probabilities.
+    """
+    meta, parameters = torch.device("meta"), list(layer.parameters())
+    call = call.to(meta, torch.float32)
+    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
+    dtype = parameters[0].dtype
+    with on_meta(layer):
+        layer.to(torch.float32).requires_grad_(True)
+        try:
+            attention = WrittenOut() if written_out else AttentionOfPlan()
+            with torch.enable_grad(), live, attention:
+                x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
+                out = call_layer(layer, x, call)
+                del out
+        finally:
+            layer.to(dtype).requires_grad_(False)
+    return live.peak_bytes

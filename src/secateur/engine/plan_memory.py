@@ -1,58 +1,62 @@
 """Predicts what a run needs before it begins: memory, disk, work.
 
-The memory that a forward keeps alive is hard to estimate. So one micro-batch passes through a
-decoder layer on the meta device, where tensors have sizes but no content, and every operation is
-counted. Scores, solvers, statistics and allocations declare their own needs
-(`working_bytes`, `nbytes`, `disk_bytes`). `tests/engine/prune/test_solver_cost.py` compares every
-solver's memory with its declaration, on grams that float32 can factorise and on grams that need
-float64.
+Scores, solvers, statistics and allocations declare their own needs (`working_bytes`, `nbytes`,
+`disk_bytes`). `tests/engine/prune/test_solver_cost.py` compares every solver's memory with its
+declaration, on grams that float32 can factorise and on grams that need float64.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.allocator import LOGITS_BYTES
-from secateur.calibration.statistics import Gathering, held_bytes
-from secateur.engine.plan import Need, Phase, Plan, memory_budget
-from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
-from secateur.engine.stream.calls import (
-    LayerCall,
-    LayerLayout,
-    call_layer,
-    first_inputs,
-    kind_of,
-    layer_calls,
-    layouts,
-    on_meta,
-    refuse_unknown,
+from secateur.calibration.statistics import held_bytes
+from secateur.engine.plan import (
+    DISTILLING,
+    GENERATING,
+    LOADING,
+    ON_DISK,
+    PRUNING,
+    SENDING,
+    SHORTER,
+    TUNING,
+    Need,
+    PartNeeds,
+    Plan,
+    calls_of,
+    layers_by_kind,
+    memory_budget,
+    model_bytes,
+    rehearse,
+    rehearse_training,
+    weights_of,
+    with_program,
+    working_weights,
 )
-from secateur.engine.stream.halted_forwards import LiveTensors
+from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
+from secateur.engine.stream.calls import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import Target
-from secateur.models.architecture import Groups, head_alone, linears_of, text_config
-from secateur.models.attention import AttentionOfPlan, WrittenOut, writes_out
-from secateur.models.experts import OpenExperts
-from secateur.models.skeleton import parameters_of
+from secateur.models.architecture import head_alone, linears_of, text_config
+from secateur.models.attention import writes_out
 from secateur.precision import fast_dtype
 from secateur.recipes.shared import Distill
-from secateur.runs.environment import resident_bytes
 from secateur.runs.output import write_json
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
-from secateur.sparsity.allocation.search import is_measured_alone
 from secateur.types import float32_bytes
 
 log = logging.getLogger(__name__)
+
+SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
+TUNE_LESS = "use --tune-passes 0"
 
 SWEEP_WINDOWS = 16
 """Number of windows in a sweep of a distillation, where the whole models do not fit."""
@@ -63,48 +67,6 @@ PREDICTION_BYTES = 388
 HIDDEN_COPIES = 4 * 4
 """Bytes for each value of a hidden state in the loss of hidden states: those of the teacher, their
 difference, its square, the gradient."""
-
-
-def _rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> tuple[int, int]:
-    """The memory that one micro-batch keeps alive in one decoder layer, on the meta device.
-
-    Returns:
-        The maximum at any moment, including the input; and at any group of linears, where forwards
-        wait for each other.
-    """
-    meta = torch.device("meta")
-    call = call.to(meta)
-    permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
-    live = LiveTensors(permanent, find_peak=True)
-    halted = [0]
-    linears = linears_of(layer, "")
-    handles = [
-        linears[group[0]].module.register_forward_pre_hook(
-            lambda module, args: halted.append(live.live_bytes())
-        )
-        for group in groups
-    ]
-    try:
-        with torch.no_grad(), live, AttentionOfPlan():
-            x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
-            with on_meta(layer):
-                call_layer(layer, x, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return live.peak_bytes, max(halted)
-
-
-PRUNING = Phase("pruning a layer")
-BASIS = Phase("learning the value basis")
-TUNING = Phase("tuning a layer")
-GENERATING = Phase("generating windows")
-DISTILLING = Phase("distillation")
-SENDING = Phase("sending layers to the GPU", on_host=True)
-LOADING = Phase("loading the model", on_host=True)
-
-SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
-SHORTER = "lower --micro-batch-tokens or --sequence-length"
 
 
 @dataclass(frozen=True)
@@ -119,9 +81,7 @@ class PrunePlan(Plan):
         passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         stays_on_gpu: whether hidden states and halted forwards are in the memory of a GPU.
-        seconds_of_parts: the minimum and maximum time of each part of the run on this machine, if
-            predicted.
-        learning_tokens: tokens of `passed_tokens` that pass in the distillation.
+        seconds: the minimum and maximum time of the run on this machine, if estimated.
         sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
             with both whole models.
     """
@@ -136,32 +96,27 @@ class PrunePlan(Plan):
     calibration_tokens: int
     left: list[SkippedMatrix] = field(default_factory=list)
     stays_on_gpu: bool = False
-    seconds_of_parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    learning_tokens: int = 0
+    seconds: tuple[float, float] | None = None
     sweep_windows: int = 0
-
-    @property
-    def seconds(self) -> tuple[float, float] | None:
-        """The minimum and maximum time of the run on this machine, if predicted."""
-        parts = self.seconds_of_parts.values()
-        return (sum(a for a, _ in parts), sum(b for _, b in parts)) if parts else None
 
     def to_json(self) -> dict[str, Any]:
         """All figures; the unpruned matrices only if known."""
         figures: dict[str, Any] = {}
+        memory = super().to_json()
         for name in ("peak", "host_peak", *self.sizes):
-            figures[f"{name}_bytes"] = super().to_json()[name]
+            figures[f"{name}_bytes"] = memory[name]
             if name == "solve":
-                figures |= self._fields("solve_shape", "fallback_bytes")
-        figures |= self._fields("disk_bytes", "flops", "passed_tokens", "num_hidden_layers")
-        figures |= self._fields("prunable_weights", "calibration_tokens")
-        figures |= {"left": [one.to_json() for one in self.left]} if self.left else {}
-        return figures | self._fields(
-            "on_gpu", "stays_on_gpu", "seconds", "seconds_of_parts", "sweep_windows"
-        )
+                figures |= {x: getattr(self, x) for x in ("solve_shape", "fallback_bytes")}
+        for name in FIGURES:
+            figures[name] = getattr(self, name)
+        return figures | ({"left": [one.to_json() for one in self.left]} if self.left else {})
 
-    def _fields(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+
+FIGURES = (
+    "disk_bytes", "flops", "passed_tokens", "num_hidden_layers", "prunable_weights",
+    "calibration_tokens", "on_gpu", "stays_on_gpu", "seconds", "sweep_windows",
+)  # fmt: skip
+"""The figures of a plan that are not sizes in memory, in their order in JSON."""
 
 
 def plan_run(
@@ -196,39 +151,40 @@ def plan_run(
     refuse_unknown(target)
     length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
     layers, found = target.layers, layouts(target, length) if length else []
+    on_gpu, groups = target.device.type == "cuda", _group_shapes(target, found)
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
-    stored, forwards = 0, {"forward": 0, "waiting": 0, "tuning": 0}
-    if windows is not None:
-        stored, forwards = _forward_bytes(target, found, windows, tasks, settings)
+    stored, forwards, tuning = _forward_bytes(target, found, windows, tasks, settings)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
     models, learnt = (target, teacher or target), tokens + extra_tokens
     learning = _plan_distillation(models, tasks, windows, epochs, sweep_windows, learnt, of_token)
     stored *= 1 + settings.dense_needed
     before = gathering(tasks).backward
     gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
-    survey = _plan_survey(target, found, allocation, prunable, windows, of_token)
+    survey = _plan_survey(target, groups, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
-    solving = _solving_bytes(target, tasks, found, settings, more)
-    whole = 2 if epochs and not sweep_windows else _writes_whole(target, length, unwritten)
+    solving = solving_memory(tasks, groups, settings, more)
+    writing, loaded = _plan_generation(target, unwritten, length)
+    loaded = 2 if epochs and not sweep_windows else loaded
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
-    disk = output_bytes + survey.disk_bytes + learning.disk_bytes + gradients + passes * stored
     passed = survey.passed_tokens + tokens * _passes(settings) + learning.passed_tokens
-    sizes = {
-        "process": resident_bytes(),
-        "layer": max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
-        "activation": settings.in_memory * stored,
-        **forwards,
-        "solve": solving.most,
-        "basis": _basis_bytes(target, tasks, settings),
-        "writing": writing_bytes(target, windows, unwritten),
-        "distilling": learning.memory_bytes,
-        "loading": max(map(_model_bytes, models[:whole]), default=0),
-    }
-    on_gpu = target.device.type == "cuda"
+    needs = [
+        *pruning_needs(
+            max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
+            settings.in_memory * stored,
+            forwards,
+            solving,
+            on_gpu=on_gpu,
+            stays_on_gpu=settings.on_gpu,
+            tunes=settings.tunes,
+        ),
+        Need("writing", writing, (GENERATING,), "the whole model", "use --generated-windows 0"),
+        Need("tuning", tuning, (TUNING,), "gradients and forward of a layer", TUNE_LESS),
+        *learning_needs(learning.memory_bytes, models[:loaded], sweeps=bool(sweep_windows)),
+    ]
     return PrunePlan(
-        prune_needs(sizes, on_gpu, settings.on_gpu, solving.shape, bool(sweep_windows)),
+        with_program(needs, on_gpu),
         on_gpu,
-        disk,
+        output_bytes + survey.disk_bytes + learning.disk_bytes + gradients + passes * stored,
         solve_shape=solving.shape,
         fallback_bytes=solving.most - solving.usual,
         flops=2 * working_weights(target) * passed,
@@ -237,55 +193,59 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
         stays_on_gpu=settings.on_gpu,
-        learning_tokens=learning.passed_tokens,
         sweep_windows=sweep_windows if epochs else 0,
     )
 
 
-def prune_needs(
-    sizes: Mapping[str, int],
+def pruning_needs(
+    layer: int,
+    stored: int,
+    forwards: tuple[int, int],
+    solving: SolveMemory,
+    *,
     on_gpu: bool,
     stays_on_gpu: bool,
-    solve_shape: tuple[int, int],
-    sweeps: bool,
-) -> tuple[Need, ...]:
-    """The needs of a prune: what each size is for, and when it is there.
+    tunes: bool,
+) -> list[Need]:
+    """The needs of pruning layer by layer.
 
     Args:
-        sizes: bytes by the name of the need.
+        layer: bytes of a decoder layer.
+        stored: bytes of the hidden states in memory.
+        forwards: bytes of a running forward, and of those that halt.
+        solving: the memory for the linear that needs most.
         on_gpu: whether a GPU computes.
         stays_on_gpu: whether hidden states and halted forwards are in its memory.
-        solve_shape: (out, in) of the linear that needs most memory to solve.
-        sweeps: whether a distillation has one decoder layer in memory.
+        tunes: whether pruned layers are tuned.
     """
-    away = on_gpu and not stays_on_gpu  # hidden states and halted forwards are on the host
-    tuning, writing, distilling = (
-        (phase,) if sizes[name] else ()
-        for phase, name in ((TUNING, "tuning"), (GENERATING, "writing"), (DISTILLING, "distilling"))
-    )
-    basis = (BASIS,) if sizes["basis"] else ()
-    layers, on_disk = (PRUNING, *basis, *tuning), "use --activations disk, or lower --windows"
-    host = (SENDING, LOADING) if on_gpu else (*layers, *writing, *distilling)
-    distill_less = "use --distill-epochs 0" + ("" if sweeps else " or --distill-sweep-windows 16")
-    solving = "solving a {} x {} linear".format(*solve_shape)
-    needs = [
-        Need("process", sizes["process"], host, "the program itself"),
+    layers = (PRUNING, TUNING) if tunes else (PRUNING,)
+    away = (SENDING,) if on_gpu and not stays_on_gpu else None  # what is on the host
+    shape = "solving a {} x {} linear".format(*solving.shape)
+    return [
         # the host of a GPU holds the layer on its way, and reads the next one
-        Need("layer", 2 * sizes["layer"], (SENDING,), "two decoder layers"),
+        Need("layer", 2 * layer, (SENDING,), "two decoder layers"),
+        Need("layer", layer, layers, "a decoder layer", "use --dtype bfloat16 (of a GGUF file)"),
+        Need("activation", stored, away or layers, "hidden states", ON_DISK),
+        Need("forward", forwards[0], (PRUNING,), "the forward of a micro-batch", SHORTER),
+        Need("waiting", forwards[1], away or (PRUNING,), "halted forwards", ON_DISK),
+        Need("solve", solving.most, (PRUNING,), shape, SOLVE_LESS),
     ]
-    table: Mapping[str, tuple[tuple[Phase, ...], str, str]] = {
-        "layer": (layers, "a decoder layer", "use --dtype bfloat16 (of a GGUF file)"),
-        "activation": ((SENDING,) if away else layers, "hidden states", on_disk),
-        "forward": ((PRUNING, *basis), "the forward of a micro-batch", SHORTER),
-        "waiting": ((SENDING,) if away else (PRUNING,), "halted forwards", on_disk),
-        "solve": ((PRUNING,), solving, SOLVE_LESS),
-        "basis": (basis, "the basis of value heads", "use --value-basis stored"),
-        "writing": (writing, "the whole model", "use --generated-windows 0"),
-        "tuning": (tuning, "gradients and forward of a layer", "use --tune-passes 0"),
-        "distilling": (distilling, "weights, gradients and moments", distill_less),
-        "loading": ((LOADING,), "the whole model", ""),
-    }
-    return (*needs, *(Need(name, sizes[name], *row) for name, row in table.items()))
+
+
+def learning_needs(size: int, models: Sequence[Target], *, sweeps: bool) -> list[Need]:
+    """The needs of a distillation, and of the whole models that are loaded, one after the other.
+
+    Args:
+        size: bytes of the distillation.
+        models: the models.
+        sweeps: whether it has one decoder layer in memory.
+    """
+    less = "use --distill-epochs 0" + ("" if sweeps else " or --distill-sweep-windows 16")
+    loading = max(map(model_bytes, models), default=0)
+    return [
+        Need("distilling", size, (DISTILLING,), "weights, gradients and moments", less),
+        Need("loading", loading, (LOADING,), "the whole model"),
+    ]
 
 
 def choose_sweeps(
@@ -310,13 +270,9 @@ def choose_sweeps(
     """
     if options.sweep_windows is not None or not options.epochs:
         return options.sweep_windows or 0
-    sizes = Counter(
-        process=resident_bytes(),
-        distilling=distilling_bytes(dense, teacher or dense, windows[:1]) + _on_grid_bytes(tasks),
-        loading=max(map(_model_bytes, (dense, teacher or dense))),
-    )
-    on_gpu = dense.device.type == "cuda"
-    plan = Plan(prune_needs(sizes, on_gpu, False, (0, 0), sweeps=False), on_gpu)
+    models, on_gpu = (dense, teacher or dense), dense.device.type == "cuda"
+    size = distilling_bytes(*models, windows[:1]) + _on_grid_bytes(tasks)
+    plan = Plan(with_program(learning_needs(size, models, sweeps=False), on_gpu), on_gpu)
     budget = memory_budget(max_memory, dense.device)
     if budget.shortage(plan) is None:
         return 0
@@ -330,14 +286,6 @@ def choose_sweeps(
     return SWEEP_WINDOWS
 
 
-class _PartNeeds(NamedTuple):
-    """The needs of a part of a run; `passed_tokens` counts a forward with its backward thrice."""
-
-    memory_bytes: int = 0
-    disk_bytes: int = 0
-    passed_tokens: int = 0
-
-
 def _plan_distillation(
     models: tuple[Target, Target],
     tasks: Tasks,
@@ -346,10 +294,10 @@ def _plan_distillation(
     sweep_windows: int,
     tokens: int,
     of_token: int,
-) -> _PartNeeds:
+) -> PartNeeds:
     """The needs of a distillation: student and teacher; the bytes of a hidden state in float32."""
     if not epochs:
-        return _PartNeeds()
+        return PartNeeds()
     target, teacher = models
     layers, memory = len(target.layers), 0
     # weights, moments, and the weights of the best trial of the learning rate
@@ -361,103 +309,13 @@ def _plan_distillation(
         memory = of_models(target, teacher, windows[:1]) + on_grid
     taught = working_weights(teacher) / working_weights(target)  # a forward, in the student's
     if not sweep_windows:
-        return _PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
+        return PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
     at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
     disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
     # The teacher passes once, and every layer runs again for its backward.
-    return _PartNeeds(memory, disk, round((taught + 4 * epochs) * tokens))
-
-
-def _solving_bytes(
-    target: Target, tasks: Tasks, found: Sequence[LayerLayout], settings: Settings, more: int
-) -> SolveMemory:
-    """The memory for the linear that needs most, with what is there meanwhile."""
-    asymmetric = settings.asymmetric
-    solve = solve_bytes(tasks, asymmetric=asymmetric, held_out=settings.choose_damping)
-    names = gathering(tasks, asymmetric=asymmetric).forward
-    if settings.sequential == "layer":
-        more += _statistics_bytes(target, found, names)
-    else:  # one group at a time; `solve` counts one of its linears
-        groups = [group for groups in _group_shapes(target, found) for group in groups]
-        others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in groups)
-        more += max(others, default=0) * (4 if settings.choose_damping else 1)
-    return replace(solve, most=solve.most + more, usual=solve.usual + more)
-
-
-def weights_of(module: nn.Module) -> int:
-    """The number of weights in a module, tied ones once."""
-    return sum(p.numel() for p in parameters_of(module).values())
-
-
-def _model_bytes(target: Target) -> int:
-    """The size of the whole model in its dtype."""
-    return weights_of(target.model) * target.dtype.itemsize
-
-
-def working_weights(target: Target) -> int:
-    """Number of weights in the decoder's matrices that one token uses, without unused experts."""
-    architecture, config = target.architecture, text_config(target.model.config)
-    experts, total = architecture.experts, 0.0
-    chosen = experts.per_token(config) if experts else None
-    for index, layer in enumerate(target.layers):
-        counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
-        for linear in linears_of(layer, architecture.layer_name(index)).values():
-            share = 1.0
-            if chosen is not None and counts and architecture.of_expert(linear.name):
-                share = min(1.0, chosen / counts[0])
-            total += share * linear.shape[0] * linear.shape[1]
-    return round(total)
-
-
-def writing_bytes(target: Target, windows: Tensor | None, unwritten: int) -> int:
-    """The model, keys and values of the windows that it generates together, and logits.
-
-    The kernels have its matrices in int8 and keys and values in bfloat16; before that, one matrix
-    as it is stored. Transformers has the whole model in its dtype. Logits are for one token of each
-    window, with their float32 copies for the draw.
-    """
-    if windows is None or not unwritten:
-        return 0
-    from secateur.calibration.continuation import AT_ONCE, DRAWN_AT_ONCE, kernels_write
-    from secateur.models.counting import layer_caches
-
-    size, tokens = target.dtype.itemsize, windows.shape[1]
-    rows = min(unwritten, AT_ONCE)
-    caches = layer_caches(target.model)
-    vocabulary = int(text_config(target.model.config).vocab_size)
-    if kernels_write(target.model, target.device, tokens):
-        from secateur.quantization.int8 import AT_ONCE as ROUNDED
-        from secateur.runtime.kernels.matrix import MOVED_BYTES
-
-        kept = sum(cache.held_bytes(tokens) for cache in caches)
-        largest = vocabulary * text_config(target.model.config).hidden_size
-        weights = weights_of(target.model)
-        moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED, largest)
-        logits = 4 * rows * vocabulary + 12 * max(DRAWN_AT_ONCE, vocabulary)
-        return weights + weights // 50 + moved + largest * size + round(rows * kept) + logits
-    # there is room for all tokens, window or not
-    kept = sum(cache.values * tokens * size + cache.state_bytes for cache in caches)
-    return _model_bytes(target) + rows * (round(kept) + vocabulary * (size + 8))
-
-
-def _writes_whole(target: Target, length: int, unwritten: int) -> bool:
-    """Whether transformers generates the windows of a run, with the whole model."""
-    if not unwritten:
-        return False
-    from secateur.calibration.continuation import kernels_write
-
-    return not kernels_write(target.model, target.device, length)
-
-
-def _basis_bytes(target: Target, tasks: Tasks, settings: Settings) -> int:
-    """The most memory in which value heads learn their basis."""
-    if settings.value_basis == "stored":
-        return 0
-    from secateur.engine.prune.value_basis import all_value_heads
-
-    return max((x.working_bytes for x in all_value_heads(target, tasks)), default=0)
+    return PartNeeds(memory, disk, round((taught + 4 * epochs) * tokens))
 
 
 def _passes(settings: Settings) -> int:
@@ -469,51 +327,50 @@ def _passes(settings: Settings) -> int:
 
 def _plan_survey(
     target: Target,
-    found: Sequence[LayerLayout],
+    groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
     allocation: Allocation,
-    prunable: int,
-    windows: Tensor | None,
-    of_token: int,
-) -> _PartNeeds:
-    """The needs of an allocation besides one dense layer: statistics, scores, logits."""
+    *more: Any,
+) -> PartNeeds:
+    """The needs of an allocation; arguments as of `survey_needs`."""
     if allocation.reach == 0:
-        return _PartNeeds()
-    item = target.dtype.itemsize
-    held = allocation.working_bytes(prunable // len(target.layers), item)
-    disk = allocation.disk_bytes(prunable, item)
-    if windows is None:  # the allocation reads only weights
-        return _PartNeeds(held, disk, allocation.tokens(0, 0))
-    held += _statistics_bytes(target, found, Gathering.of(allocation.requires).forward)
-    if allocation.judged_tokens:
-        from secateur.engine.search.candidate_evaluator import WINDOW_TOKENS
+        return PartNeeds()
+    from secateur.engine.search.allocation import survey_needs
 
-        # Probabilities of the dense model, logits of a candidate, and one temporary copy; or
-        # logits, their gradient, and one copy.
-        tokens = min(WINDOW_TOKENS, windows.shape[1])
-        held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
-        if is_measured_alone(allocation):  # inputs of all layers, gradients of two
-            tokens = min(allocation.judged_tokens, windows.numel())
-            disk += (len(target.layers) + 3) * tokens * of_token
-    linears = sum(len(group) for layout in found for group in layout.groups)
-    return _PartNeeds(held, disk, allocation.tokens(windows.numel(), linears))
+    return survey_needs(target, groups, allocation, *more)
+
+
+def _plan_generation(target: Target, count: int, length: int) -> tuple[int, int]:
+    """Bytes to generate so many windows, and the number of whole models that are loaded for it."""
+    if not count:
+        return 0, 0
+    from secateur.calibration.continuation import kernels_write, writing_bytes
+
+    found = target.model, target.device, length
+    return writing_bytes(*found, target.dtype, count), int(not kernels_write(*found))
 
 
 def _forward_bytes(
-    target: Target, found: Sequence[LayerLayout], windows: Tensor, tasks: Tasks, settings: Settings
-) -> tuple[int, dict[str, int]]:
-    """The memory of all hidden states, and that of forwards: running, halted, and tuning."""
+    target: Target,
+    found: Sequence[LayerLayout],
+    windows: Tensor | None,
+    tasks: Tasks,
+    settings: Settings,
+) -> tuple[int, tuple[int, int], int]:
+    """Bytes of all hidden states; of a running forward and all that halt; and of tuning a layer."""
+    if windows is None:
+        return 0, (0, 0), 0
     gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
     halting = gathered and settings.sequential == "group" and settings.in_memory
     waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
-    size = min(max(1, settings.micro_batch_tokens // windows.shape[1]), windows.shape[0])
-    hidden, calls = calls_of(target, windows[:size])
+    hidden, calls = calls_of(target, windows[: settings.windows_at_once(windows)])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
     values = max(call.values().nbytes if call.varying else 0 for call in calls)
     stored = (own + values) * windows.numel() // batch_tokens
-    groups = {id(x): layout.groups for x, layout in zip(target.layers, found, strict=True)}
-    kinds = _layers_by_kind(target, calls)
-    rehearsals = [_rehearse(x, groups[id(x)], hidden, call) for x, call, _ in kinds]
+    rehearsals = [
+        rehearse(target.layers[i], found[i].groups, hidden, call)
+        for i, call, _ in layers_by_kind(target, calls)
+    ]
     forward, halted = map(max, zip(*rehearsals, strict=True))
     # A halted forward's own input is a view of the stored hidden states.
     held = waiting * (halted - own) * (windows.numel() // batch_tokens)
@@ -521,49 +378,22 @@ def _forward_bytes(
         held += waiting * stored
         if target.architecture.experts is not None:  # what their experts are to correct
             held += stored
-    tuning = tuning_bytes(target, windows[:size]) if settings.tunes else 0
-    return stored, {"forward": forward, "waiting": held, "tuning": tuning}
+    tuning = 0
+    if settings.tunes:
+        from secateur.engine.prune.reconstruction import tuning_bytes
+
+        tuning = tuning_bytes(target, windows[: settings.windows_at_once(windows)])
+    return stored, (forward, held), tuning
 
 
-def rehearse_training(
-    layer: nn.Module, hidden: Tensor, call: LayerCall, *, written_out: bool = False
-) -> int:
-    """The memory that a layer's forward keeps alive in float32, with everything for its backward.
-
-    Args:
-        layer: a decoder layer with its parameters on the meta device.
-        hidden: the input of a micro-batch, for its shape.
-        call: how the layer is called for it.
-        written_out: whether attention keeps its probabilities.
-    """
-    meta, parameters = torch.device("meta"), list(layer.parameters())
-    call = call.to(meta, torch.float32)
-    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
-    dtype = parameters[0].dtype
-    with on_meta(layer):
-        layer.to(torch.float32).requires_grad_(True)
-        try:
-            attention = WrittenOut() if written_out else AttentionOfPlan()
-            with torch.enable_grad(), live, attention:
-                x = torch.empty(hidden.shape, dtype=torch.float32, device=meta)
-                out = call_layer(layer, x, call)
-                del out
-        finally:
-            layer.to(dtype).requires_grad_(False)
-    return live.peak_bytes
-
-
-def tuning_bytes(target: Target, windows: Tensor) -> int:
-    """The memory that tuning a layer needs besides the layer, for one micro-batch of windows."""
-    hidden, calls = calls_of(target, windows)
-
-    def of(layer: nn.Module, call: LayerCall) -> int:
-        weights = 4 * weights_of(layer)
-        plain = next(layer.parameters()).dtype == torch.float32
-        # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
-        return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
-
-    return max(of(layer, call) for layer, call, _ in _layers_by_kind(target, calls))
+def _group_shapes(
+    target: Target, found: Sequence[LayerLayout]
+) -> list[list[list[tuple[int, int]]]]:
+    """For each layer, the shapes of the linears that share an input."""
+    pairs = zip([linears_of(layer, "") for layer in target.layers], found, strict=False)
+    return [
+        [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
+    ]
 
 
 def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
@@ -571,10 +401,10 @@ def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     hidden, calls = calls_of(target, window)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
-        count * rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, count in _layers_by_kind(target, calls)
+        count * rehearse_training(target.layers[i], hidden, call, written_out=written_out)
+        for i, call, count in layers_by_kind(target, calls)
     )
-    models = 4 * weights_of(target.model) + _model_bytes(teacher)
+    models = 4 * weights_of(target.model) + model_bytes(teacher)
     learning = (3 * 4 + 1) * weights_of(target.layers)
     forward += HIDDEN_COPIES * hidden.numel()
     return models + learning + forward + logits_bytes(target, window)
@@ -590,8 +420,8 @@ def _sweep_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     outside = max(weights_of(x.model) - weights_of(x.layers) for x in (target, teacher))
     written_out = writes_out(target.device, window.shape[1])
     forward = max(
-        rehearse_training(layer, hidden, call, written_out=written_out)
-        for layer, call, _ in _layers_by_kind(target, calls)
+        rehearse_training(target.layers[i], hidden, call, written_out=written_out)
+        for i, call, _ in layers_by_kind(target, calls)
     )
     outer = 4 * outside + logits_bytes(target, window) + HIDDEN_COPIES * hidden.numel()
     return max((4 * 4 + 1) * weights + forward, outer)
@@ -618,99 +448,6 @@ def logits_bytes(target: Target, window: Tensor) -> int:
 def _on_grid_bytes(tasks: Tasks) -> int:
     """What the backward reads of matrices that learn on a grid: rounded copies, a byte a weight."""
     return sum(float32_bytes(x.shape) * 5 // 4 for x in tasks.values() if x.rounded)
-
-
-def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
-    ids = windows.to(target.device)
-    with target.outside():
-        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
-        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
-
-
-def _layers_by_kind(
-    target: Target, calls: list[LayerCall]
-) -> list[tuple[nn.Module, LayerCall, int]]:
-    """One layer of each kind, how it is called, and the number of layers of that kind."""
-    pairs = list(zip(target.layers, calls, strict=True))
-    of = [kind_of(*pair) for pair in pairs]
-    first = dict(zip(reversed(of), reversed(pairs), strict=True))
-    return [(*first[kind], count) for kind, count in Counter(of).items()]
-
-
-TARGET_SQUARES = 6
-"""Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
-HELD_TARGETS = 2
-"""Number of these matrices that stay while the linears of a group are solved."""
-
-
-@dataclass(frozen=True)
-class SolveMemory:
-    """The memory for solving one linear, with its statistics: of the linear that takes most.
-
-    Attributes:
-        most: bytes at worst.
-        usual: bytes where float32 is enough for every factorisation.
-        shape: (out, in) of the linear that takes `most`.
-    """
-
-    most: int = 0
-    usual: int = 0
-    shape: tuple[int, int] = (0, 0)
-
-
-def solve_bytes(tasks: Tasks, *, asymmetric: bool, held_out: bool = False) -> SolveMemory:
-    """Return the maximum memory for solving one linear.
-
-    Args:
-        tasks: tasks of the run. Tasks that change nothing need no memory.
-        asymmetric: whether linears are fitted to the dense model.
-        held_out: whether held-out tokens choose the damping.
-    """
-    needs = {
-        (linear_bytes(task, asymmetric=asymmetric, held_out=held_out), task.shape, task.method)
-        for task in tasks.values()
-        if task.changes
-    }
-    if not needs:
-        return SolveMemory()
-    most, shape, _ = max(needs, key=lambda need: need[:2])
-    usual = max(size - method.fallback_bytes(own) for size, own, method in needs)
-    return SolveMemory(most, usual, shape)
-
-
-def linear_bytes(task: LinearTask, *, asymmetric: bool, held_out: bool = False) -> int:
-    """The memory for solving one linear, with the statistics of its inputs.
-
-    With held-out tokens there are statistics of both parts, and copies of them while they are used.
-    """
-    names = gathering({task.name: task}, asymmetric=asymmetric).forward
-    held = held_bytes(names, [task.shape])
-    working = task.method.working_bytes(task.shape)
-    if asymmetric:
-        square = float32_bytes((task.shape[1], task.shape[1]))
-        working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
-    if held_out:
-        held *= 4
-        working += HELD_TARGETS * float32_bytes((task.shape[1], task.shape[1]))
-        working += float32_bytes(task.shape)
-    return held + working
-
-
-def _statistics_bytes(target: Target, found: Sequence[LayerLayout], names: Iterable[str]) -> int:
-    """The memory of the statistics of all groups of a layer; large with many experts."""
-    layers = _group_shapes(target, found)
-    return max((sum(held_bytes(names, group) for group in groups) for groups in layers), default=0)
-
-
-def _group_shapes(
-    target: Target, found: Sequence[LayerLayout]
-) -> list[list[list[tuple[int, int]]]]:
-    """For each layer, the shapes of the linears that share an input."""
-    pairs = zip([linears_of(layer, "") for layer in target.layers], found, strict=False)
-    return [
-        [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
-    ]
 
 
 CHOICE = "distillation.json"

@@ -133,8 +133,6 @@ def settings_of(
         sequential=recipe.sequential,
         asymmetric=recipe.asymmetric,
         asymmetric_damping=recipe.asymmetric_damping,
-        choose_damping=recipe.asymmetric and recipe.choose_damping,
-        value_basis=recipe.value_basis,
         fast_matmuls=recipe.fast_matmuls,
         micro_batch_tokens=recipe.memory.micro_batch_tokens,
         activations=activations,
@@ -149,8 +147,7 @@ def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) 
     """Whether any part of a recipe reads calibration tokens."""
     tuned = recipe.reconstruction.passes or recipe.distillation.epochs
     judged = allocation.judged_tokens > 0
-    reads = judged or tuned or recipe.asymmetric or recipe.value_basis == "learned"
-    return bool(method.requires | allocation.requires or reads)
+    return bool(method.requires | allocation.requires or judged or tuned or recipe.asymmetric)
 
 
 def prepare(
@@ -387,7 +384,6 @@ class Job:
 
             tasks = allocate(self.survey(progress), self.allocation, self.sparsity)
         forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
-        forwards = forwards or settings.value_basis == "learned"
         if stream is None or not forwards or done == len(self.target.layers):
             pruning: Run = Run(self.target, tasks, settings, ledger, progress)
         else:

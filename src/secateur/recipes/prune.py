@@ -102,11 +102,6 @@ class HowToPrune(Section):
     divergence, global or search."""
     asymmetric_damping: Annotated[float, Flag(advanced=True)] = Field(0.2, ge=0)
     """Damping of the asymmetric fit towards the dense weights."""
-    choose_damping: Annotated[bool, Flag(advanced=True)] = False
-    """Pick that damping for each layer on a held-out quarter of the calibration tokens."""
-    value_basis: Annotated[Literal["stored", "learned"], Flag(advanced=True)] = "stored"
-    """learned mixes the channels of each value head before pruning, so that zeros cost less; the
-    dense model stays the same."""
     sequential: Annotated[Literal["group", "layer"], Flag(advanced=True)] = "group"
     """group: each group of linear layers sees inputs from the pruned groups before it. layer: all
     linear layers of a layer see inputs from the unpruned layer, as in the papers."""
@@ -219,7 +214,6 @@ class PruneRecipe(
     run = PruneCall
     needs: ClassVar = {
         "asymmetric_damping": ("asymmetric",),
-        "choose_damping": ("asymmetric",),
         "tune_learning_rate": ("tune_passes",),
         "tune_remask": ("tune_passes",),
         **DISTILLING,
@@ -234,12 +228,6 @@ class PruneRecipe(
             "distill_epochs",
             "distillation changes all weights, which the format of the source would round again",
             "leave --keep-format out, or do not distill",
-        ),
-        Conflict(
-            "keep_format",
-            "value_basis",
-            "the scales of the source fit the stored channels of the value heads",
-            "leave one of the two out",
         ),
         Conflict(
             "asymmetric",

@@ -61,7 +61,6 @@ class PlanResult(Result):
             ("calibration tokens", f"{plan.calibration_tokens:,}"),
             ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
             ("time on this machine", time_range(*plan.seconds) if plan.seconds else None),
-            *_parts(plan),
             ("disk", binary_size(plan.disk_bytes)),
             ("memory: the program itself", binary_size(sizes["process"])),
             ("memory: one decoder layer", binary_size(sizes["layer"])),
@@ -71,7 +70,6 @@ class PlanResult(Result):
         ]
         learning = "one layer or the head" if plan.sweep_windows else "the whole model"
         optional = {
-            "memory: value heads, their basis learned": sizes["basis"],
             "memory: the model, generating windows": sizes["writing"],
             f"memory: {learning}, distilled": sizes["distilling"],
         }
@@ -85,12 +83,6 @@ class PlanResult(Result):
             (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
         ]
         return [Table.of("plan", ("", ""), rows)]
-
-
-def _parts(plan: PrunePlan) -> list[tuple[str, str]]:
-    """The time of each part, if there are several."""
-    parts = plan.seconds_of_parts if len(plan.seconds_of_parts) > 1 else {}
-    return [(f"  {name}", time_range(*seconds)) for name, seconds in parts.items()]
 
 
 HOST_PEAK = "peak memory of the host"

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from secateur.engine.plan_time import (
-    QUICKER,
-    SLOWER,
-    basis_seconds,
-    foretell_seconds,
-    layer_times,
-    learning_seconds,
-    writing_seconds,
-)
+from secateur.engine.plan_time import estimate_seconds
 from secateur.engine.prepared import choose_plan, prepare, settings_of
 from secateur.engine.prune.tasks import skipped_matrices
 from secateur.progress import Progress
@@ -59,39 +50,10 @@ def plan_recipe(
 
 def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
     """What a recipe would need on this machine."""
-    began = time.perf_counter()
     prepared = prepare(recipe, source_of(recipe, progress), only_plan=True, pictures=True)
-    ready = time.perf_counter() - began
-    tasks, target, windows = prepared.tasks(), prepared.target, prepared.windows
+    tasks = prepared.tasks()
     plan, activations = choose_plan(prepared, tasks, recipe.memory)
     settings = settings_of(recipe, activations, None)
-    shared_inputs = [
-        tuple(f"{target.architecture.layer_name(index)}.{name}" for name in group)
-        for index, layout in enumerate(prepared.layouts)
-        for group in layout.groups
-    ]
-    times = layer_times(target, None if windows is None else windows.planned, settings)
-    pruning = foretell_seconds(
-        tasks,
-        [(name,) for name in tasks] if windows is None else shared_inputs,
-        times,
-        ready=ready,
-        passed=plan.passed_tokens - plan.learning_tokens,
-        output_bytes=prepared.output_bytes,
-        tokens=plan.calibration_tokens,
-        settings=settings,
-        device=target.device,
-    )
-    parts = {"pruning": pruning}
-    if windows is not None:
-        how, length = recipe.distillation, windows.planned.shape[1]
-        steps = how.epochs * (len(windows.planned) + len(windows.extra))
-        trials = how.peak_learning_rate is None
-        if windows.ungenerated:
-            parts["generating windows"] = writing_seconds(target, length, windows.ungenerated)
-        if settings.value_basis == "learned":
-            parts |= basis_seconds(target, tasks, times, plan.calibration_tokens)
-        parts |= learning_seconds(target, times, plan.learning_tokens, steps, trials=trials)
-    ranges = {name: (QUICKER * x, SLOWER * x) for name, x in parts.items()}
-    left = skipped_matrices(tasks, target.matrices())
-    return PlanResult(replace(plan, left=left, seconds_of_parts=ranges), activations)
+    seconds = estimate_seconds(prepared, tasks, settings, plan.passed_tokens)
+    left = skipped_matrices(tasks, prepared.target.matrices())
+    return PlanResult(replace(plan, left=left, seconds=seconds), activations)

@@ -447,7 +447,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
                 "effort": recipe.effort,
                 "sequential": recipe.sequential,
                 "asymmetric": recipe.asymmetric,
-                "value_basis": recipe.value_basis,
                 "fast_matmuls": recipe.fast_matmuls,
                 "reconstruction": recipe.reconstruction.model_dump(),
                 "distillation": recipe.distillation.model_dump(),

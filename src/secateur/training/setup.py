@@ -35,8 +35,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import LOGITS_BYTES
-from secateur.engine.plan import Need, Phase, Plan, memory_budget
-from secateur.engine.plan_memory import calls_of, rehearse_training, weights_of
+from secateur.engine.plan import (
+    Need,
+    Phase,
+    Plan,
+    calls_of,
+    memory_budget,
+    rehearse_training,
+    weights_of,
+)
 from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError

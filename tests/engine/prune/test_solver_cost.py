@@ -13,13 +13,14 @@ from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.plan_memory import (
+from secateur.engine.prune.tasks import (
     HELD_TARGETS,
     TARGET_SQUARES,
+    LinearTask,
     linear_bytes,
     solve_bytes,
+    warn_of_work,
 )
-from secateur.engine.prune.tasks import LinearTask, warn_of_work
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.errors import MemoryBudgetError
 from secateur.sparsity import shifted_inverse

@@ -16,7 +16,7 @@ from zoo import tiny_model, tiny_windows, zeros_of
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine import plan_memory
+from secateur.engine import plan
 from secateur.errors import MemoryBudgetError, NumericalError
 from secateur.models.architecture import Linear, describe, linears_of
 from secateur.progress import Silent
@@ -187,7 +187,7 @@ def test_a_budget_too_small_is_reported_with_what_would_help(
     save_windows(tiny_windows(2, 24), file)
     said = []
     for program in (10 * 2**20 - 2**16, 11 * 2**20):  # the second leaves nothing for the run
-        monkeypatch.setattr(plan_memory, "resident_bytes", lambda program=program: program)
+        monkeypatch.setattr(plan, "resident_bytes", lambda program=program: program)
         with pytest.raises(MemoryBudgetError) as error:
             secateur.prune(
                 folder, output=tmp_path / "out", method="wanda", sparsity=0.5,

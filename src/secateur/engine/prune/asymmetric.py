@@ -12,7 +12,7 @@ are summed for each model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,25 +22,16 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import Sources
 from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, GroupStatistics, LayerPass
-from secateur.engine.prune.tasks import LinearTask
 from secateur.engine.stream.halted_forwards import (
     HaltedLayer,
     HaltingForwards,
     LinearGroups,
     in_step,
 )
-from secateur.errors import located
 from secateur.models.architecture import Linear
 from secateur.models.experts import OpenExperts
 from secateur.parallel.ranks import Ranks
 from secateur.sparsity.hessian import dense_target
-from secateur.types import STORED
-
-HELD_SHARE = 4
-"""One token in so many is kept apart."""
-
-DAMPINGS = (0.05, 0.2, 0.8, 3.2)
-"""The values that are tried, as fractions of the mean diagonal of the gram."""
 
 _QUIET = 0.1  # the gain of a channel that takes no part, as a share of the mean gain
 _ROWS = 512  # the largest float32 product besides the sums
@@ -101,13 +92,6 @@ class TargetStatistics(GroupStatistics):
         super().merge(ranks)
         ranks.total(self.cross.total)
 
-    def copied(self) -> TargetStatistics:
-        """A copy whose values can be read, because a value takes the place of the sums."""
-        other = copy.copy(self)
-        sums = self.running, self.apart, self.cross
-        other.running, other.apart, other.cross = copy.deepcopy(sums)
-        return other
-
     def fitted(self, writer: bool, damping: float) -> Callable[[Linear], Tensor]:
         """Return a function that gives the weight [out, in] that fits a linear's targets best.
 
@@ -121,84 +105,6 @@ class TargetStatistics(GroupStatistics):
         identity = torch.eye(len(gram), device=gram.device)
         shared = dense_target(gram, moments, identity, damping)
         return lambda linear: linear.weight.float() @ shared
-
-
-class HeldOutStatistics(TargetStatistics):
-    """The same, but a quarter of the tokens of each micro-batch is kept apart until `take_in`.
-
-    Attributes:
-        held: the statistics of the tokens that are kept apart.
-    """
-
-    def __init__(
-        self, sources: Sources, linears: Sequence[Linear], device: torch.device, target_size: int
-    ) -> None:
-        super().__init__(sources, linears, device, target_size)
-        self.held = TargetStatistics(sources, linears, device, target_size)
-
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add one micro-batch; its last tokens are kept apart."""
-        flat = _flat(x)
-        target = _flat(target)
-        rest = len(flat) - len(flat) // HELD_SHARE
-        self.held.add(flat[rest:], target[rest:])
-        super().add(flat[:rest], target[:rest])
-
-    def merge(self, ranks: Ranks) -> None:
-        """Add up both parts of all processes."""
-        super().merge(ranks)
-        self.held.merge(ranks)
-
-    def take_in(self) -> None:
-        """Add the statistics of the tokens that were kept apart; then there are none."""
-        self.tokens += self.held.tokens
-        for statistic, part in zip(self.every(), self.held.every(), strict=True):
-            statistic.merge(part)
-        self.cross.total += self.held.cross.total
-        del self.held
-
-
-def choose_dampings(
-    statistics: HeldOutStatistics,
-    linears: Sequence[Linear],
-    tasks: Mapping[str, LinearTask],
-    own: Callable[[Linear], Mapping[str, Tensor]],
-    writer: bool,
-) -> dict[str, float]:
-    """Return the damping with the smallest error on held-out tokens for each linear of a group.
-
-    With G and M the moments of the fitted tokens, and G', M' those of the held-out ones,
-
-        Ŵ_λ = the pruned W*_λ, W*_λ = (M + λW)(G + λI)⁻¹          `sparsity.hessian.dense_target`
-        λ   = argmin  ‖T' − Ŵ_λX̂'‖² = tr(Ŵ_λ G' Ŵ_λᵀ) − 2 tr(Ŵ_λ M'ᵀ) + rest
-
-    The moments say the error of any weights, so each λ costs a solve and no forward.
-
-    Args:
-        statistics: the statistics of the group; not changed.
-        linears: the linears that are solved.
-        tasks: tasks of the linears, by name.
-        own: returns the statistics of a linear's own gradients.
-        writer: whether the targets are outputs of the only linear, not its dense inputs.
-    """
-    fit, held = statistics.copied(), statistics.held.copied()
-    shared, gram, cross = fit.value(), held.value()["gram"], held.cross.value()
-    with located(linears[0].name):
-        prepared = tasks[linears[0].name].method.solver.prepare(shared)
-    found = {}
-    for linear in linears:
-        task = tasks[linear.name]
-        known = {**shared, **fit.own(linear), **own(linear), STORED: linear.weight}
-        moments = cross if writer else linear.weight.float() @ cross
-        errors = {}
-        for damping in DAMPINGS:
-            target = fit.fitted(writer, damping)(linear)
-            solution = task.method.solve(target, prepared, known, task.sparsity)
-            # ‖T − WX‖² − ‖T‖² = tr(W G Wᵀ) − 2 tr(W Mᵀ), with G = XXᵀ and M = TXᵀ in float32
-            inner = (solution.weight @ gram).sub_(moments, alpha=2.0)
-            errors[damping] = float((inner * solution.weight).sum())
-        found[linear.name] = min(errors, key=errors.__getitem__)
-    return found
 
 
 def by_group_with_dense(
@@ -464,9 +370,8 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         if not self._writes(group) and (self.writers or self._of_expert(group)):
             return super()._new_statistics(group)
         rows, columns = linears[0].shape
-        kind = HeldOutStatistics if self.settings.choose_damping else TargetStatistics
         size = rows if self.writers else columns
-        return kind(self.run.sources, self.groups[group], self.device, size)
+        return TargetStatistics(self.run.sources, linears, self.device, size)
 
     def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
         """Add the input of a group in one micro-batch, with its target if it has one."""
@@ -498,17 +403,9 @@ class AsymmetricLayerPass(CalibratedLayerPass):
         return _flat(x).float() * scale, target
 
     def _fitted(
-        self, group: int, statistics: GroupStatistics, linears: Sequence[Linear]
+        self, group: int, statistics: GroupStatistics
     ) -> tuple[dict[str, Tensor], Callable[[Linear], Tensor]]:
         if not isinstance(statistics, TargetStatistics):
-            return super()._fitted(group, statistics, linears)
-        every, writer = self.groups[group], self._writes(group)
-        damping_of = dict.fromkeys((x.name for x in every), self.settings.asymmetric_damping)
-        if isinstance(statistics, HeldOutStatistics):
-            changed = [x for x in every if self.tasks[x.name].changes]
-            if solved := changed if self._remasks else linears:
-                damping_of |= choose_dampings(statistics, solved, self.tasks, self.stored, writer)
-            statistics.take_in()
-        shared = statistics.value()
-        weights = {x: statistics.fitted(writer, x) for x in set(damping_of.values())}
-        return shared, lambda linear: weights[damping_of[linear.name]](linear)
+            return super()._fitted(group, statistics)
+        shared, damping = statistics.value(), self.settings.asymmetric_damping
+        return shared, statistics.fitted(self._writes(group), damping)

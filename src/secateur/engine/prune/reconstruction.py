@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.plan import calls_of, layers_by_kind, rehearse_training, weights_of
 from secateur.engine.prune.tasks import Reconstruction, Settings, Tasks
 from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.targets import Target
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
@@ -439,3 +441,16 @@ class RoundedWeights:
     def state(self) -> Mapping[str, Tensor]:
         """Nothing: the scales belong to the model with which the training began."""
         return {}
+
+
+def tuning_bytes(target: Target, windows: Tensor) -> int:
+    """The memory that tuning a layer needs besides the layer, for one micro-batch of windows."""
+    hidden, calls = calls_of(target, windows)
+
+    def of(layer: nn.Module, call: LayerCall) -> int:
+        weights = 4 * weights_of(layer)
+        plain = next(layer.parameters()).dtype == torch.float32
+        # gradients, two moments, shadow or rounded weights; float32 copies of other dtypes
+        return rehearse_training(layer, hidden, call) + weights * (4 if plain else 5)
+
+    return max(of(target.layers[i], call) for i, call, _ in layers_by_kind(target, calls))

@@ -110,7 +110,6 @@ class Run:
             started: start time of the work on it, by `time.perf_counter`.
         """
         self.steps_taken = 0
-        biases = self._change_basis(index, layer)
         work = self._layer_pass(index, layer)
         for linear in work.linears.values():
             if not linear.weight.any():
@@ -119,7 +118,7 @@ class Run:
         with closing(work.gather()) as gathered:
             for groups in gathered:
                 records += work.prune(groups)
-        changed = [*(f"{record.name}.weight" for record in records), *biases]
+        changed = [f"{record.name}.weight" for record in records]
         biased = {x.name for x in work.linears.values() if x.has_bias}
         shifted = [x.name for x in records if self.tasks[x.name].method.solver.shifts]
         changed += [f"{name}.bias" for name in shifted if name in biased]
@@ -131,10 +130,6 @@ class Run:
         self._verify_kind(layer, list(work.linears.values()))
         self.target.commit(index, changed)
         self.finish_layer(index, records, tuned, work.unseen, started)
-
-    def _change_basis(self, index: int, layer: nn.Module) -> list[str]:
-        """Change the value heads of a layer if the settings say so. Return the changed biases."""
-        return []
 
     def step(self, index: int) -> None:
         """Report one step within a layer."""
@@ -242,15 +237,6 @@ class CalibratedRun(Run):
 
     def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
         return CalibratedLayerPass(self, index, layer)
-
-    def _change_basis(self, index: int, layer: nn.Module) -> list[str]:
-        if self.settings.value_basis == "stored":
-            return []
-        from secateur.engine.prune.value_basis import change_basis
-
-        inputs = self.opened.layer_inputs(index, partial(self.settings.matmuls, self.target.device))
-        name = self.target.architecture.layer_name(index)
-        return change_basis(layer, name, self.tasks, inputs, self.settings.ranks)
 
 
 class LayerPass:
@@ -433,7 +419,7 @@ class CalibratedLayerPass(LayerPass):
             solved = [x for x in linears if x.name in mine]
             if not (solved or (linears and self._remasks)):
                 continue
-            shared, weight_of = self._fitted(group, statistics, solved)
+            shared, weight_of = self._fitted(group, statistics)
             weight_of = self._weights(weight_of, shared)
             statistics.release()
             if self._remasks:  # keeps what tuning needs, though another process solves it
@@ -453,7 +439,7 @@ class CalibratedLayerPass(LayerPass):
         return self._reached(linears, statistics.tokens)
 
     def _fitted(
-        self, group: int, statistics: GroupStatistics, linears: Sequence[Linear]
+        self, group: int, statistics: GroupStatistics
     ) -> tuple[dict[str, Tensor], Callable[[Linear], Tensor]]:
         """The complete statistics of a group, and what returns the weights to prune."""
         return statistics.value(), lambda linear: linear.weight

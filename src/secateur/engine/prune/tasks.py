@@ -20,8 +20,9 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from secateur.calibration.statistics import Gathering
+from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.stream.calls import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError, RecipeError, located
@@ -31,6 +32,7 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.methods import Method
+from secateur.types import float32_bytes
 
 log = logging.getLogger(__name__)
 
@@ -375,8 +377,6 @@ class Settings:
             group.
         asymmetric_damping: strength of the pull towards the dense weights, as a fraction of the
             mean diagonal of the gram.
-        choose_damping: choose that strength for each linear on held-out tokens.
-        value_basis: `learned` changes the value heads of each layer before it is pruned.
         fast_matmuls: run calibration forwards in bfloat16 if the processor is faster at it.
         micro_batch_tokens: tokens that pass through a layer at once.
         activations: `gpu`, `memory` or `disk`: the storage of hidden states.
@@ -389,8 +389,6 @@ class Settings:
     sequential: str = "group"
     asymmetric: bool = False
     asymmetric_damping: float = 0.2
-    choose_damping: bool = False
-    value_basis: str = "stored"
     fast_matmuls: bool = False
     micro_batch_tokens: int = 2048
     activations: str = "memory"
@@ -414,6 +412,11 @@ class Settings:
         """Whether pruned layers are tuned."""
         return self.reconstruction.passes > 0
 
+    def windows_at_once(self, windows: Tensor) -> int:
+        """The number of windows [samples, sequence_length] in a micro-batch."""
+        samples, length = windows.shape
+        return min(samples, max(1, self.micro_batch_tokens // length))
+
     @property
     def dense_needed(self) -> bool:
         """Whether the dense model's hidden states pass as well."""
@@ -422,3 +425,88 @@ class Settings:
     def matmuls(self, device: torch.device) -> AbstractContextManager[object]:
         """A context for the forwards of calibration on a device."""
         return fast_matmuls(device) if self.fast_matmuls else nullcontext()
+
+
+TARGET_SQUARES = 6
+"""Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
+HELD_TARGETS = 2
+"""Number of these matrices that stay while the linears of a group are solved."""
+
+
+@dataclass(frozen=True)
+class SolveMemory:
+    """The memory for solving one linear, with its statistics: of the linear that takes most.
+
+    Attributes:
+        most: bytes at worst.
+        usual: bytes where float32 is enough for every factorisation.
+        shape: (out, in) of the linear that takes `most`.
+    """
+
+    most: int = 0
+    usual: int = 0
+    shape: tuple[int, int] = (0, 0)
+
+    def beside(self, size: int) -> SolveMemory:
+        """The memory with so many bytes of other things."""
+        return SolveMemory(self.most + size, self.usual + size, self.shape)
+
+
+def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> SolveMemory:
+    """Return the maximum memory for solving one linear.
+
+    Args:
+        tasks: tasks of the run. Tasks that change nothing need no memory.
+        asymmetric: whether linears are fitted to the dense model.
+    """
+    needs = {
+        (linear_bytes(task, asymmetric=asymmetric), task.shape, task.method)
+        for task in tasks.values()
+        if task.changes
+    }
+    if not needs:
+        return SolveMemory()
+    most, shape, _ = max(needs, key=lambda need: need[:2])
+    usual = max(size - method.fallback_bytes(own) for size, own, method in needs)
+    return SolveMemory(most, usual, shape)
+
+
+def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
+    """The memory for solving one linear, with the statistics of its inputs."""
+    names = gathering({task.name: task}, asymmetric=asymmetric).forward
+    working = task.method.working_bytes(task.shape)
+    if asymmetric:
+        square = float32_bytes((task.shape[1], task.shape[1]))
+        working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
+    return held_bytes(names, [task.shape]) + working
+
+
+def solving_memory(
+    tasks: Tasks,
+    groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    settings: Settings,
+    meanwhile: int,
+) -> SolveMemory:
+    """The memory for the linear that needs most, with what else is there then.
+
+    Args:
+        tasks: tasks of the run.
+        groups: for each layer, the shapes of the linears that share an input.
+        settings: how the work is done.
+        meanwhile: bytes of what an allocation and gradients keep of a layer.
+    """
+    names = gathering(tasks, asymmetric=settings.asymmetric).forward
+    if settings.sequential == "layer":
+        meanwhile += gathered_bytes(names, groups)
+    else:  # one group at a time; the linear that is solved counts its own statistics
+        every = [group for layer in groups for group in layer]
+        others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in every)
+        meanwhile += max(others, default=0)
+    return solve_bytes(tasks, asymmetric=settings.asymmetric).beside(meanwhile)
+
+
+def gathered_bytes(
+    names: Iterable[str], groups: Sequence[Sequence[Sequence[tuple[int, int]]]]
+) -> int:
+    """Bytes of the statistics of all groups of a layer; large with many experts."""
+    return max((sum(held_bytes(names, group) for group in layer) for layer in groups), default=0)

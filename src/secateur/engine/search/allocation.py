@@ -27,17 +27,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.calibration.statistics import ForwardSource, Gathering
+from secateur.engine.plan import PartNeeds
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.run import GroupStatistics
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
     Tasks,
+    gathered_bytes,
     gathering,
     settled_allocation,
     with_sparsities,
 )
 from secateur.engine.search.candidate_evaluator import (
+    WINDOW_TOKENS,
     CandidateEvaluator,
     FitnessCache,
     Version,
@@ -52,7 +55,7 @@ from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import located
-from secateur.models.architecture import Linear, linears_of
+from secateur.models.architecture import Linear, linears_of, text_config
 from secateur.precision import exact_matmuls, full_float32
 from secateur.progress import Progress
 from secateur.runs.output import write_json, write_tensors
@@ -651,3 +654,39 @@ def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
                 yield name, file.get_tensor(name)
+
+
+def survey_needs(
+    target: Target,
+    groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    allocation: Allocation,
+    prunable: int,
+    windows: Tensor | None,
+    of_token: int,
+) -> PartNeeds:
+    """The needs of an allocation besides one dense layer: statistics, scores, logits.
+
+    Args:
+        target: the model; its layers may be empty.
+        groups: for each layer, the shapes of the linears that share an input.
+        allocation: sets the sparsity of each linear.
+        prunable: number of weights that may be pruned.
+        windows: calibration tokens; None if the allocation reads only weights.
+        of_token: bytes of a hidden state in float32.
+    """
+    item = target.dtype.itemsize
+    held = allocation.working_bytes(prunable // len(target.layers), item)
+    disk = allocation.disk_bytes(prunable, item)
+    if windows is None:
+        return PartNeeds(held, disk, allocation.tokens(0, 0))
+    held += gathered_bytes(Gathering.of(allocation.requires).forward, groups)
+    if allocation.judged_tokens:
+        # Probabilities of the dense model, logits of a candidate, and one temporary copy; or
+        # logits, their gradient, and one copy.
+        tokens = min(WINDOW_TOKENS, windows.shape[1])
+        held += 3 * 4 * tokens * int(text_config(target.model.config).vocab_size)
+        if is_measured_alone(allocation):  # inputs of all layers, gradients of two
+            tokens = min(allocation.judged_tokens, windows.numel())
+            disk += (len(target.layers) + 3) * tokens * of_token
+    linears = sum(len(group) for layer in groups for group in layer)
+    return PartNeeds(held, disk, allocation.tokens(windows.numel(), linears))
