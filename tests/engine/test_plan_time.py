@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -13,8 +15,6 @@ from secateur.engine import plan_time
 from secateur.engine.plan_time import piece_seconds
 from secateur.engine.prune.tasks import LinearTask, Settings
 from secateur.sparsity.methods import compose, methods
-from tiny import save_tiny
-from zoo import tiny_windows
 
 INPUTS = {"column_norm", "gram", "column_mean", "column_variance"}
 
