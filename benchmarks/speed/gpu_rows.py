@@ -19,11 +19,10 @@ from torch.nn import functional
 
 from secateur.models.architecture import describe
 from secateur.quantization.groups import GroupGrid
-from secateur.runtime.captured import Capture, CapturedGeneration, why_not_captured
 from secateur.runtime.decode import SteppedGeneration
 from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, race
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts
+from secateur.runtime.semi_structured.layout import StoredParts, split, window_columns
 from secateur.runtime.semi_structured.load import (
     SparseLinear,
     chosen_linear,
@@ -34,14 +33,14 @@ from secateur.timing import alternate, seconds_of
 
 GROUP = 64
 VALUES = ("bf16", "int8", "int4")
-PATTERNS = ("2:4", "6:8", "8:16")
+PATTERNS = ("2:4", "6:8")
 
 
 @dataclass(frozen=True)
 class Scale:
     """How large everything is, and where it runs.
 
-    `clock` and `capture` are None for a GPU.
+    `clock` is None for a GPU.
     """
 
     device: str
@@ -56,7 +55,6 @@ class Scale:
     windows: int
     window_tokens: int
     clock: Clock | None = None
-    capture: Capture | None = None
 
     def wait(self) -> None:
         """For everything that was launched."""
@@ -138,9 +136,8 @@ def random_parts(weight: Tensor, pattern: str) -> StoredParts:
     kept = (blocks * (order < n)).view_as(weight)
     if pattern == "2:4":
         return StoredParts.of(kept, weight.shape[1])
-    splitting = next(one for one in SPLITTINGS if one.name == pattern)
-    columns = splitting.columns(weight.shape[1]).to(weight.device)
-    return StoredParts.of(splitting.split(kept), weight.shape[1], columns)
+    columns = window_columns(weight.shape[1]).to(weight.device)
+    return StoredParts.of(split(kept), weight.shape[1], columns)
 
 
 def model_row(scale: Scale, storage: str) -> dict:
@@ -148,27 +145,17 @@ def model_row(scale: Scale, storage: str) -> dict:
     models = {"dense": random_model(scale), storage: random_model(scale)}
     replace_linears(models[storage], storage, scale)
     ids = torch.arange(scale.prompt_tokens) % scale.model["vocab_size"]
-    room = scale.prompt_tokens + scale.steps + 1
-    capture = {} if scale.capture is None else {"capture": scale.capture}
     found: dict[str, Any] = {}
-    loops: dict[str, Callable[[Any], Any]] = {"launched": SteppedGeneration}
-    why_not = why_not_captured(models["dense"])
-    if why_not is None:
-        loops["captured"] = lambda model: CapturedGeneration(model, room, **capture)
-    else:
-        found["not captured"] = why_not
-    steps = {
-        (name, loop): make(model) for name, model in models.items() for loop, make in loops.items()
-    }
+    steps = {name: SteppedGeneration(model) for name, model in models.items()}
 
     def turn(one: Any) -> tuple[float, list[float]]:
         prompt = timed(scale, lambda: one.prefill(ids))
-        one.step(1)  # the first one captures
+        one.step(1)
         return prompt, [timed(scale, lambda: one.step(1)) for _ in range(scale.steps - 1)]
 
     turns = alternate([*steps.values()], turn, list, turns=scale.rounds)
-    for ((name, loop), one), taken in zip(steps.items(), turns, strict=True):
-        found[f"{name}, {loop}"] = {
+    for (name, one), taken in zip(steps.items(), turns, strict=True):
+        found[f"{name}, launched"] = {
             "token_seconds": median(each for _, tokens in taken for each in tokens),
             "prompt_seconds": median(prompt for prompt, _ in taken),
         }

@@ -86,7 +86,6 @@ MISTAKES = {
     "compress sparse --overrides '*.nothing=int8' -o o": "no linear matches '*.nothing'",
     "decompress m -o o": "not the configuration of a compressed",
     "export sparse --to onnxx -o o": "did you mean onnx",
-    "export sparse --type q4_k_m --keep-zeros -o o": "does not keep exact zeros",
     "import m --masks t.txt -o o": "t.txt",
     "import m --adapter mine -o o": "adapter_config.json",
     # measuring

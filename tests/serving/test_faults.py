@@ -37,252 +37,146 @@ Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 
-BAD: dict[str, tuple[str, Any, str, str | None]] = {
-    "no JSON": (
-        "chat/completions", b'{"messages": [',
-        "the body is not JSON: expecting value, line 1, column 15", None,
+CHAT, TEXT = "chat/completions", "completions"
+CALLS = "messages[1].tool_calls[0].function"
+
+
+def tools(*given: Any, **options: Any) -> dict[str, Any]:
+    return {"messages": USER, "tools": [*given], **options}
+
+
+def called(function: Any) -> dict[str, Any]:
+    call = {"role": "assistant", "tool_calls": [{"function": function}]}
+    return {"messages": [*USER, call]}
+
+
+def function(**options: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "a", **options}}
+
+
+BAD: dict[str, tuple[str, Any, str | None]] = {
+    "no JSON": (CHAT, b'{"messages": [', None),
+    "no text": (CHAT, b'{"a\xff": 1}', None),
+    "a list": (CHAT, [1], None),
+    "deep": (CHAT, b"[" * 100_000, None),
+    "deep value": (CHAT, b'{"functions": ' + b"[" * 500 + b"]" * 500 + b"}", None),
+    "empty": (CHAT, b" ", None),
+    "nothing": (CHAT, b"", None),
+    "nan": (CHAT, b'{"messages": [], "temperature": NaN}', None),
+    "half a pair": (TEXT, b'{"prompt": ["a\\ud800"]}', None),
+    "half a name": (TEXT, b'{"prompt": "a", "\\udc00": 1}', None),
+    "digits": (TEXT, b'{"seed": ' + b"1" * 5000 + b"}", None),
+    "endless": (TEXT, b'{"prompt": "x", "top_p": 1e999}', "top_p"),
+    "no messages": (CHAT, {}, "messages"),
+    "no message": (CHAT, {"messages": []}, "messages"),
+    "no object": (CHAT, {"messages": [1]}, "messages[0]"),
+    "no role": (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
+    "role": (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+    "no content": (CHAT, {"messages": [{"role": "user"}]}, "messages[0]"),
+    "odd content": (CHAT, {"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+    "picture": (
+        CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content[0].type",
     ),
-    "no text": (
-        "chat/completions", b'{"a\xff": 1}', "the body is not UTF-8: byte 0xff at position 3", None
-    ),
-    "a list": (
-        "chat/completions", [1], "the body has to be a JSON object; it is [1]", None
-    ),
-    "deep": ("chat/completions", b"[" * 100_000, "the body is nested too deeply", None),
-    "empty": ("chat/completions", b" ", "the body is empty; it has to be a JSON object", None),
-    "nan": (
-        "chat/completions", b'{"messages": [], "temperature": NaN}',
-        "the body is not JSON: NaN is no number of JSON", None,
-    ),
-    "half a pair": (
-        "completions", b'{"prompt": ["a\\ud800"]}',
-        "prompt[0] is not text at character 1: half of a surrogate pair", "prompt[0]",
-    ),
-    "half a name": ("completions", b'{"prompt": "a", "\\udc00": 1}', "half of a surr", "a name"),
-    "digits": ("completions", b'{"seed": ' + b"1" * 5000 + b"}", "has too many digits", None),
-    "endless": (
-        "completions", b'{"prompt": "x", "top_p": 1e999}', "top_p must be a finite number", "top_p"
-    ),
-    "no messages": ("chat/completions", {}, "messages is missing", "messages"),
-    "no message": ("chat/completions", {"messages": []}, "messages must not be empty", "messages"),
-    "no object": (
-        "chat/completions", {"messages": [1]}, "messages[0] must be an object; it is 1",
-        "messages[0]",
-    ),
-    "no role": (
-        "chat/completions", {"messages": [{"content": "x"}]}, "messages[0].role is missing",
-        "messages[0].role",
-    ),
-    "odd content": (
-        "chat/completions", {"messages": [{"role": "user", "content": 7}]},
-        "messages[0].content must be a string or a list of objects; it is 7",
-        "messages[0].content",
-    ),
-    "text as a number": (
-        "chat/completions", {"messages": USER, "temperature": "1"},
-        "temperature must be a number; it is \"1\"", "temperature",
-    ),
-    "temperature": (
-        "chat/completions", {"messages": USER, "temperature": -1},
-        "temperature must be at least 0; it is -1", "temperature",
-    ),
-    "whole": (
-        "completions", {"prompt": "x", "n": 1.5}, "n must be a whole number; it is 1.5", "n"
-    ),
-    "true": (
-        "completions", {"prompt": "x", "stream": "yes"},
-        'stream must be true or false; it is "yes"', "stream",
-    ),
-    "options": (
-        "completions", {"prompt": "x", "stream_options": 3}, "stream_options must be an object",
-        "stream_options",
-    ),
-    "tokens": (
-        "completions", {"prompt": "x", "max_tokens": 0}, "max_tokens 0 needs echo: true",
-        "max_tokens",
-    ),
-    "stop": (
-        "completions", {"prompt": "x", "stop": [""]},
-        "stop must be a string or a list of at most 16 strings, each of 1 to 1000 characters; it "
-        'is [""]', "stop",
-    ),
-    "stops": ("completions", {"prompt": "x", "stop": ["a"] * 17}, "at most 16 strings", "stop"),
-    "odd stop": ("completions", {"prompt": "x", "stop": 5}, "stop must be a string or", "stop"),
-    "seed": (
-        "completions", {"prompt": "x", "seed": 2**63},
-        "seed must be at most 9223372036854775807; it is 9223372036854775808", "seed",
-    ),
-    "slip": (
-        "completions", {"prompt": "x", "temprature": 1}, 'did you mean "temperature"?',
-        "temprature",
-    ),
-    "choices": ("completions", {"prompt": "x", "n": 129}, "n must be at most 128", "n"),
-    "many": (
-        "completions", {"prompt": [[5]] * 1000, "n": 2},
-        "2000 choices in one request, at most 1024 are possible", "prompt",
-    ),
-    "best": ("completions", {"prompt": "x", "best_of": 3}, "best_of=3 is not sup", "best_of"),
-    "tools": (
-        "completions", {"prompt": "x", "tools": [{}]}, "this server does not support tools=[{}]",
-        "tools",
-    ),
-    "no tool": (
-        "chat/completions", {"messages": USER, "tools": [{}]},
-        "a tool must be a function with a name", "tools[0]",
-    ),
-    "name of a tool": (
-        "chat/completions",
-        {"messages": USER, "tools": [{"type": "function", "function": {"name": "a b\n"}}]},
-        'letters, digits, _, . or -; it is "a b\\n"', "tools[0].function.name",
-    ),
-    "parameters": (
-        "chat/completions",
-        {"messages": USER, "tools": [{"type": "function", "function": {
-            "name": "a", "parameters": [1]}}]},
-        "parameters must be a JSON schema; it is [1]", "tools[0].function.parameters",
-    ),
-    "twice": (
-        "chat/completions", {"messages": USER, "tools": [TOOL, TOOL]},
-        'two tools have the name "f"', "tools[1].function.name",
-    ),
-    "choice without tools": (
-        "chat/completions", {"messages": USER, "tool_choice": "required"},
-        "tool_choice needs tools", "tool_choice",
-    ),
-    "choice": (
-        "chat/completions", {"messages": USER, "tools": [TOOL], "tool_choice": "any"},
-        'tool_choice must be none, auto, required or a function; it is "any"', "tool_choice",
-    ),
-    "chosen": (
-        "chat/completions",
-        {"messages": USER, "tools": [TOOL], "tool_choice": {"function": {"name": "g"}}},
-        'there is no tool "g"', "tool_choice",
-    ),
-    "no template for tools": (
-        "chat/completions", {"messages": USER, "tools": [TOOL]},
-        'the chat template of this model does not show tools, such as "f"', "tools",
-    ),
+    "template": (CHAT, {"messages": [{"role": "user", "content": "refuse"}]}, "messages"),
+    "text as a number": (CHAT, {"messages": USER, "temperature": "1"}, "temperature"),
+    "temperature": (CHAT, {"messages": USER, "temperature": -1}, "temperature"),
+    "whole": (TEXT, {"prompt": "x", "n": 1.5}, "n"),
+    "true": (TEXT, {"prompt": "x", "stream": "yes"}, "stream"),
+    "options": (TEXT, {"prompt": "x", "stream_options": 3}, "stream_options"),
+    "usage": (TEXT, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
+    "tokens": (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    "stop": (TEXT, {"prompt": "x", "stop": [""]}, "stop[0]"),
+    "stops": (TEXT, {"prompt": "x", "stop": ["a"] * 17}, "stop"),
+    "odd stop": (TEXT, {"prompt": "x", "stop": 5}, "stop"),
+    "seed": (TEXT, {"prompt": "x", "seed": 2**63}, "seed"),
+    "choices": (TEXT, {"prompt": "x", "n": 129}, "n"),
+    "many": (TEXT, {"prompt": [[5]] * 1000, "n": 2}, "prompt"),
+    "best": (TEXT, {"prompt": "x", "best_of": 3}, "best_of"),
+    "bias": (TEXT, {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+    "list": (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs"),
+    "tools": (TEXT, {"prompt": "x", "tools": [{}]}, "tools"),
+    "no tool": (CHAT, tools({}), "tools[0].type"),
+    "name of a tool": (CHAT, tools(function(name="a b\n")), "tools[0].function.name"),
+    "parameters": (CHAT, tools(function(parameters=[1])), "tools[0].function.parameters"),
+    "twice": (CHAT, tools(TOOL, TOOL), "tools"),
+    "choice without tools": (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice"),
+    "choice": (CHAT, tools(TOOL, tool_choice="any"), "tool_choice"),
+    "chosen": (CHAT, tools(TOOL, tool_choice={"function": {"name": "g"}}), "tool_choice"),
+    "no template for tools": (CHAT, tools(TOOL), "tools"),
     "format": (
-        "chat/completions", {"messages": USER, "response_format": {"type": "xml"}},
-        "response_format.type must be text, json_object or json_schema", "response_format",
+        CHAT, {"messages": USER, "response_format": {"type": "xml"}}, "response_format.type"
     ),
     "no schema": (
-        "chat/completions", {"messages": USER, "response_format": {"type": "json_schema"}},
-        "response_format.json_schema.schema must be a JSON schema; it is null",
-        "response_format.json_schema.schema",
+        CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"
+    ),
+    "odd schema": (
+        CHAT, {"messages": USER, "response_format": {"type": "json_object", "schema": [1]}},
+        "response_format.schema",
     ),
     "two formats": (
-        "completions", {"prompt": "x", "guided_regex": "a", "guided_choice": ["a"]},
-        "give one of guided_regex, guided_choice", "guided_choice",
+        TEXT, {"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["a"]}},
+        "structured_outputs",
     ),
     "no choices": (
-        "completions", {"prompt": "x", "guided_choice": []},
-        "guided_choice must be texts; it is []", "guided_choice",
+        TEXT, {"prompt": "x", "structured_outputs": {"choice": []}}, "structured_outputs.choice"
     ),
     "structure": (
-        "completions", {"prompt": "x", "structured_outputs": {"grammar": "start: a"}},
-        'structured_outputs must have json, regex or choice, not "grammar"', "structured_outputs",
+        TEXT, {"prompt": "x", "structured_outputs": {"grammar": "start: a"}},
+        "structured_outputs.grammar",
     ),
+    "structure of older clients": (TEXT, {"prompt": "x", "guided_regex": "a"}, "guided_regex"),
     "endless structure": (
-        "completions", {"prompt": "x", "guided_regex": "a", "ignore_eos": True},
-        "ignore_eos does not go with guided_regex", "ignore_eos",
-    ),
-    "arguments": (
-        "chat/completions",
-        {"messages": [*USER, {"role": "assistant", "tool_calls": [
-            {"function": {"name": "f", "arguments": "{"}}]}]},
-        "arguments is not JSON", "messages[1].tool_calls[0].function.arguments",
-    ),
-    "half a pair in arguments": (
-        "chat/completions",
-        {"messages": [*USER, {"role": "assistant", "tool_calls": [
-            {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
-        "function.arguments.a is not text at character 0: half of a surrogate pair", None,
+        TEXT, {"prompt": "x", "structured_outputs": {"regex": "a"}, "ignore_eos": True},
+        "ignore_eos",
     ),
     "NaN in a schema": (
-        "completions", {"prompt": "x", "guided_json": '{"const": NaN}'},
-        "NaN is no number of JSON", None,
+        TEXT, {"prompt": "x", "structured_outputs": {"json": '{"const": NaN}'}},
+        "structured_outputs.json",
     ),
-    "call": (
-        "chat/completions",
-        {"messages": [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
-        "a call needs a function with a name", "messages[1].tool_calls[0].function",
+    "arguments": (CHAT, called({"name": "f", "arguments": "{"}), f"{CALLS}.arguments"),
+    "half a pair in arguments": (
+        CHAT, called({"name": "f", "arguments": '{"a": "\\ud800"}'}), f"{CALLS}.arguments"
     ),
+    "call": (CHAT, called({"name": "f"}), f"{CALLS}.arguments"),
     "caller": (
-        "chat/completions",
-        {"messages": [{"role": "user", "tool_calls": [{"function": {}}]}]},
-        "only an assistant calls tools", "messages[0].tool_calls",
+        CHAT, {"messages": [{"role": "user", "tool_calls": [{"function": {
+            "name": "f", "arguments": {}}}]}]}, "messages[0]",
     ),
-    "deep value": (
-        "chat/completions",
-        b'{"messages": [{"role": "u"}], "functions": ' + b"[" * 500 + b"]" * 500 + b"}",
-        "this server does not support functions=[[[[", "functions",
-    ),
-    "bias": (
-        "completions", {"prompt": "x", "logit_bias": {"5": 1}}, "does not support logit_bias",
-        "logit_bias",
-    ),
-    "usage": (
-        "completions", {"prompt": "x", "stream_options": {"include_usage": True}},
-        "stream_options needs stream", "stream_options",
-    ),
-    "list": ("chat/completions", {"messages": USER, "top_logprobs": 2}, "logprobs: true",
-             "top_logprobs"),
-    "no prompt": ("completions", {"prompt": ""}, "the prompt has no token", None),
-    "no token": ("completions", {"prompt": []}, "the prompt has no token", None),
-    "no tokens": ("completions", {"prompt": [[5], []]}, "the prompt has no token", None),
-    "no second": ("completions", {"prompt": ["x", ""]}, "the prompt has no token", None),
-    "odd prompt": (
-        "completions", {"prompt": [5, "a"]},
-        "prompt must be a string, a list of tokens, or a list of strings or such lists; it is "
-        '[5, "a"]', "prompt",
-    ),
-    "floats": ("completions", {"prompt": [5.0]}, "prompt must be a string, a list of", "prompt"),
-    "bools": ("completions", {"prompt": [True]}, "prompt must be a string, a list of", "prompt"),
-    "deeper": ("completions", {"prompt": [[[5]]]}, "prompt must be a string, a list", "prompt"),
-    "odd token": (
-        "completions", {"prompt": [5, 96]},
-        "token 96 is not in the vocabulary, which has 0 to 95", "prompt",
-    ),
-    "below": ("completions", {"prompt": [[5], [-1]]}, "token -1 is not in the", "prompt"),
-    "huge": ("completions", {"prompt": [10**300]}, "token 1000000000000", "prompt"),
-    "long prompt": ("completions", {"prompt": "x" * 256}, "the prompt has 256", None),
-    "long echo": (
-        "completions", {"prompt": ["x", "x" * 257], "echo": True, "max_tokens": 0},
-        "the prompt has 257, and 0 more are wanted", None,
-    ),
-    "long answer": (
-        "completions", {"prompt": "x" * 200, "max_tokens": 57}, "57 more are wanted", None,
-    ),
-    "role": (
-        "chat/completions", {"messages": [{"role": "function", "content": "x"}]},
-        'the role "function" is not supported', "messages[0].role",
-    ),
-    "picture": (
-        "chat/completions",
-        {"messages": [*USER, {"role": "user", "content": [{"type": "image_url"}]}]},
-        '"image_url" is not supported', "messages[1].content",
-    ),
-    "template": (
-        "chat/completions", {"messages": [{"role": "user", "content": "refuse"}]},
-        "the chat template refuses the messages: no", "messages",
-    ),
+    "no prompt": (TEXT, {"prompt": ""}, None),
+    "no token": (TEXT, {"prompt": []}, None),
+    "no tokens": (TEXT, {"prompt": [[5], []]}, None),
+    "no second": (TEXT, {"prompt": ["x", ""]}, None),
+    "odd prompt": (TEXT, {"prompt": [5, "a"]}, "prompt"),
+    "floats": (TEXT, {"prompt": [5.0]}, "prompt"),
+    "bools": (TEXT, {"prompt": [True]}, "prompt"),
+    "deeper": (TEXT, {"prompt": [[[5]]]}, "prompt"),
+    "odd token": (TEXT, {"prompt": [5, 96]}, "prompt"),
+    "below": (TEXT, {"prompt": [[5], [-1]]}, "prompt"),
+    "huge": (TEXT, {"prompt": [10**300]}, "prompt"),
+    "long prompt": (TEXT, {"prompt": "x" * 256}, None),
+    "long echo": (TEXT, {"prompt": ["x", "x" * 257], "echo": True, "max_tokens": 0}, None),
+    "long answer": (TEXT, {"prompt": "x" * 200, "max_tokens": 57}, None),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*BAD])
-def test_a_bad_request_says_what_is_wrong(server: Running, case: str) -> None:
-    path, body, message, param = BAD[case]
+def refusal(server: Running, path: str, body: Any) -> dict[str, Any]:
+    """The error of a bad request, in the form of OpenAI's API."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = server.client.post(
-        f"/v1/{path}", content=content, headers={"content-type": "application/json"}
-    )
+    headers = {"content-type": "application/json"}
+    answer = server.client.post(f"/v1/{path}", content=content, headers=headers)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
-    assert message in error["message"]
+    assert [*error] == ["message", "type", "param", "code"]
     assert error["type"] == "invalid_request_error"
-    if param is not None:
-        assert error["param"] == param
+    assert len(error["message"]) < 400
+    return error
+
+
+@pytest.mark.parametrize("case", [*BAD])
+def test_a_bad_request_is_refused_by_the_name_of_what_is_wrong(server: Running, case: str) -> None:
+    path, body, param = BAD[case]
+    assert refusal(server, path, body)["param"] == param
     assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
@@ -291,8 +185,7 @@ FIELDS = (
     "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "n",
     "ignore_eos", "prompt", "messages", "logprobs", "top_logprobs", "echo", "best_of",
     "max_completion_tokens", "chat_template_kwargs", "add_special_tokens", "response_format",
-    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "tools", "tool_choice",
-    "parallel_tool_calls",
+    "structured_outputs", "tools", "tool_choice", "parallel_tool_calls",
 )  # fmt: skip
 VALUES = (
     "", "x", [], {}, -1, 0, 10**30, 1.5, True, [1, "a"], [[1], "a"], {"a": 1}, [None], [{}],
@@ -301,16 +194,15 @@ VALUES = (
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_no_value_is_answered_in_words_of_a_library(server: Running, path: str) -> None:
+def test_any_value_is_answered_or_refused(server: Running, path: str) -> None:
     right = {"prompt": "x"} if path == "completions" else {"messages": USER}
     for name, value in itertools.product(FIELDS, VALUES):
-        answer = server.post(path, {**right, "max_tokens": 1, "temperature": 0, name: value})
-        assert answer.status_code in (200, 400, 404), (name, value, answer.text)
+        body = {**right, "max_tokens": 1, "temperature": 0, name: value}
+        answer = server.post(path, body)
         if answer.status_code == 400:
-            message = answer.json()["error"]["message"]
-            assert len(message) < 300
-            for words in ("Input", "valid", "pydantic", "str]", "constrained", "Error"):
-                assert words not in message, (name, value, message)
+            refusal(server, path, body)
+        else:
+            assert answer.status_code in (200, 404), (name, value, answer.text)
 
 
 def test_wrong_places(server: Running) -> None:
@@ -323,16 +215,9 @@ def test_wrong_places(server: Running) -> None:
         assert answer.status_code == status
         error = answer.json()["error"]
         assert error["type"] == "invalid_request_error"
-        if status == 404:
-            assert (
-                'there is no path "/v1/nothing"; this server has POST /v1/chat/c'
-                in error["message"]
-            )
-            assert "GET /v1/models/{name}" in error["message"]
-        else:
-            allowed = "POST" if method == "GET" else "GET"
-            assert answer.headers["allow"] == allowed
-            assert error["message"] == f"{method} {path} is not possible, only {allowed}"
+        assert path in error["message"]
+        if status == 405:
+            assert answer.headers["allow"] == ("POST" if method == "GET" else "GET")
     answer = server.post("completions", {"prompt": "x", "model": "gpt-4"})
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "model_not_found"
@@ -341,7 +226,6 @@ def test_wrong_places(server: Running) -> None:
             "/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind}
         )
         assert plain.status_code == 415  # a page of another site could send it
-        assert "Content-Type: application/json" in plain.json()["error"]["message"]
 
 
 def test_long_bodies(serve: Start) -> None:
@@ -387,18 +271,17 @@ def test_a_slow_body(serve: Start) -> None:
 HEAD = "POST /v1/completions HTTP/1.1\nHost: x\n"
 
 HEADS = {
-    "a long header": (HEAD + "A: " + "b" * 17_000 + "\n\n", 431, "a header is longer than 16,384"),
-    "a header without end": (HEAD + "A: " + "b" * 200_000, 431, "headers are longer than 65,536"),
-    "many headers": (HEAD + "A: b\n" * 100 + "\n", 431, "has more than 100 headers"),
-    "large headers": (HEAD + f"A: {'b' * 9000}\n" * 8 + "\n", 431, "are longer than 65,536 bytes"),
-    "a long address": ("GET /" + "a" * 17_000 + " HTTP/1.1\n\n", 414, "address is longer than"),
-    "no HTTP": ("HELLO\n\n", 400, "this is no HTTP request"),
+    "a header without end": (HEAD + "A: " + "b" * 200_000, 431),
+    "many headers": (HEAD + "A: b\n" * 50_000 + "\n", 431),
+    "large headers": (HEAD + f"A: {'b' * 9000}\n" * 30 + "\n", 431),
+    "a long address": ("GET /" + "a" * 200_000, 431),
+    "no HTTP": ("HELLO\n\n", 400),
 }
 
 
 @pytest.mark.parametrize("case", [*HEADS])
 def test_heads_are_bounded(server: Running, case: str) -> None:
-    text, status, said = HEADS[case]
+    text, status = HEADS[case]
     with raw(server, "") as connection:
         for begin in range(0, len(text), 30_000):
             with contextlib.suppress(ConnectionError):  # it may be closed before everything is sent
@@ -406,7 +289,7 @@ def test_heads_are_bounded(server: Running, case: str) -> None:
             time.sleep(0.01)
         received = connection.recv(5000)
         assert received.startswith(f"HTTP/1.1 {status} ".encode())
-        assert said in json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
         assert connection.recv(10) == b""
     assert server.client.get("/health").status_code == 200
 
@@ -427,7 +310,6 @@ def test_slow_heads_are_closed(serve: Start, monkeypatch: pytest.MonkeyPatch) ->
             while part := connection.recv(5000):
                 received += part
             assert b"HTTP/1.1 408 " in received
-            assert b"the headers took longer than 0.5 seconds" in received
         else:
             assert connection.recv(5000).startswith(b"HTTP/1.1 200 ")
         connection.close()
@@ -448,7 +330,6 @@ def test_a_prompt_that_cannot_fit_is_not_read(serve: Start, tmp_path: Path) -> N
         assert refused.status_code == 400, refused.text
         error = refused.json()["error"]
         assert error["code"] == "context_length_exceeded"
-        assert "room for 1024 tokens; the prompt has 3,900,000 bytes, which" in error["message"]
 
 
 def test_a_long_text_does_not_hold_short_ones_up(serve: Start) -> None:
@@ -464,7 +345,7 @@ def test_a_long_text_does_not_hold_short_ones_up(serve: Start) -> None:
         assert short.status_code == 200
         assert not long.done()
         go_on.set()
-        assert "the prompt has 100000, and 16 more" in long.result().json()["error"]["message"]
+        assert "100000 tokens" in long.result().json()["error"]["message"]
 
 
 def test_memory_of_long_texts_is_given_back(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +468,7 @@ def test_time_runs_out(serve: Start) -> None:
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
-        pytest.raises(openai.APIError, match="took too long"),
+        pytest.raises(openai.APIError),
     ):
         for _ in client.completions.create(
             model="learned", prompt="x", max_tokens=200, stream=True, seed=4
@@ -619,7 +500,7 @@ def test_an_error_of_the_model(serve: Start, capfd: pytest.CaptureFixture[str]) 
     server.scheduler.engine.step = broken
     answer = server.post("completions", {"prompt": "x", "max_tokens": 3})
     assert answer.status_code == 500
-    assert "the model failed" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "server_error"
     assert "no more" not in answer.text
     server.scheduler.engine.step = step
     assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
@@ -630,8 +511,8 @@ def test_a_model_that_goes_through_transformers(serve: Start, tmp_path: Path) ->
     folder = save_tiny(tmp_path / "other", "gpt2", n_positions=64)
     server = serve(folder)
     line, template = server.serving.lines
-    assert line.startswith("one request at a time, through transformers, because its type is gpt2")
-    assert "no chat template" in template
+    assert "gpt2" in line
+    assert "/v1/completions" in template
     body = {"prompt": "abc", "max_tokens": 12, "temperature": 0}
     found = server.post("completions", body).json()["choices"][0]["text"]
     assert found == secateur.generate(folder, "abc", max_new_tokens=12).text
@@ -645,30 +526,30 @@ def test_a_model_that_goes_through_transformers(serve: Start, tmp_path: Path) ->
     torch.testing.assert_close(torch.tensor(listed[1:4]), expected, rtol=0, atol=1e-5)
     assert listed[4] == pytest.approx(float(logs[3].max()), abs=1e-5)
     assert single["logprobs"]["token_logprobs"][0] is None
-    refused = server.post("chat/completions", {"messages": USER})
-    assert refused.status_code == 400
-    assert "use /v1/completions" in refused.json()["error"]["message"]
+    assert refusal(server, "chat/completions", {"messages": USER})["code"] == "no_template"
 
 
 def test_a_token_that_the_model_has_not(serve: Start, tmp_path: Path) -> None:
     """The tokenizer has 96 tokens, and a request must not end those of others."""
     server = serve(save_tiny(tmp_path / "small", vocab_size=90))
     for prompt in ([5, 93], "a" + CHARACTERS[-1]):
-        refused = server.post("completions", {"prompt": prompt, "echo": True})
-        assert refused.status_code == 400
-        assert "which has 0 to 89" in refused.json()["error"]["message"]
+        error = refusal(server, "completions", {"prompt": prompt, "echo": True})
+        assert error["param"] == "prompt"
+        assert "89" in error["message"]
     assert server.serving.service.worker.failures == 0
 
 
 def test_what_cannot_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RecipeError, match=f"port {port}"):
+        with pytest.raises(RecipeError, match=f"port {port}") as caught:
             prepare(ServeRecipe(model=str(model), port=port))
-    with pytest.raises(RecipeError, match="--context-length 300, and the model has 256 positions"):
+    assert caught.value.where == "--port"
+    with pytest.raises(RecipeError, match="256") as caught:
         prepare(ServeRecipe(model=str(model), port=0, context_length=300))
+    assert caught.value.where == "--context-length"
     monkeypatch.setenv(KEY_VARIABLE, " ")
-    with pytest.raises(RecipeError, match=f"{KEY_VARIABLE} is set, but empty"):
+    with pytest.raises(RecipeError, match=KEY_VARIABLE):
         prepare(ServeRecipe(model=str(model), port=0))
     monkeypatch.delenv(KEY_VARIABLE)
     monkeypatch.setitem(sys.modules, "fastapi", None)
@@ -678,10 +559,10 @@ def test_what_cannot_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
         prepare(ServeRecipe(model=str(model), port=0))
 
 
-@pytest.mark.parametrize("name", ["api_key", "name"])
+@pytest.mark.parametrize("name", ["api_key", "name", "host"])
 @pytest.mark.parametrize("value", ["", " ", "k "])
 def test_an_empty_key_is_refused(name: str, value: str) -> None:
-    with pytest.raises(RecipeError, match="variable that it comes from may be unset"):
+    with pytest.raises(RecipeError, match="variable"):
         build_recipe(ServeRecipe, {"model": "m", name: value})
 
 

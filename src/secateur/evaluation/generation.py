@@ -25,7 +25,6 @@ from secateur.evaluation.perplexity import evaluating, fingerprint
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 from secateur.recipes.deploy import Sampling
-from secateur.runtime.captured import CapturedGeneration, why_not_captured
 from secateur.runtime.decode import GREEDY, SteppedGeneration, continued
 
 
@@ -78,10 +77,7 @@ def continuation(
         sampling: how to sample tokens.
     """
     with evaluating(model):
-        # on a GPU one graph for each token, if that works
-        captures = model.device.type == "cuda" and why_not_captured(model) is None
-        tokens = len(ids) + max_new_tokens
-        steps = CapturedGeneration(model, tokens) if captures else SteppedGeneration(model)
+        steps = SteppedGeneration(model)
         try:
             made, ends = list[int](), end_tokens(model)
             for token in continued(steps, ids, max_new_tokens, sampling=sampling):

@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from secateur.errors import RecipeError, install_extra
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress
 from secateur.registry import Registry
 
-__all__ = ["ExportSource", "ExportTarget", "Exported", "missing_extra", "targets"]
+__all__ = ["ExportSource", "ExportTarget", "Exported", "targets"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,6 @@ class ExportTarget(Protocol):
     types: ClassVar[tuple[str, ...]]
     """The types in which matrices can be stored; the first is the default."""
 
-    lossy: ClassVar[frozenset[str]]
-    """Those of the types that do not keep exact zeros."""
-
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the model.
 
@@ -107,13 +103,3 @@ class ExportTarget(Protocol):
 
 
 targets: Registry[ExportTarget] = Registry("target", __name__)
-
-
-def missing_extra(what: str, extra: str) -> RecipeError:
-    """The error for a package that is not installed.
-
-    Args:
-        what: what needs it, as the start of a sentence.
-        extra: the group of packages in this project.
-    """
-    return RecipeError(f"{what} is not installed", remedy=install_extra(extra))

@@ -149,7 +149,6 @@ class CompressedTensors:
 
     name: ClassVar[str] = "compressed-tensors"
     types: ClassVar[tuple[str, ...]] = ("w8a8", "w4a16", "w8a16")
-    lossy: ClassVar[frozenset[str]] = frozenset()
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the folder, one tensor in memory at a time, in as many files as the source has."""

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import ArchitectureError, ExportError
-from secateur.exporting import Exported, ExportSource, missing_extra, targets
+from secateur.errors import ArchitectureError, ExportError, RecipeError, install_extra
+from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.models.opening import write_dense
 from secateur.progress import Progress
@@ -48,12 +48,11 @@ class ONNX:
 
     name: ClassVar[str] = "onnx"
     types: ClassVar[tuple[str, ...]] = tuple(OPTIONS)
-    lossy: ClassVar[frozenset[str]] = frozenset()
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the folder."""
         if any(find_spec(package) is None for package in PACKAGES):
-            raise missing_extra("onnxruntime-genai", "onnx")
+            raise RecipeError("onnxruntime-genai is not installed", remedy=install_extra("onnx"))
         if "secateur_cut" in source.config:
             raise ExportError(
                 "the model builder of onnxruntime-genai does not know layers of different sizes",

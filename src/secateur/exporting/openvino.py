@@ -28,7 +28,6 @@ class OpenVINO:
 
     name: ClassVar[str] = "openvino"
     types: ClassVar[tuple[str, ...]] = ("q8_0", "f16", "q4_0")
-    lossy: ClassVar[frozenset[str]] = frozenset()
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file."""

@@ -26,30 +26,30 @@ from secateur.runtime.semi_structured.layout import (
     COLUMNS,
     FILE_NAME,
     ROWS,
-    SPLITTINGS,
     Specs,
-    Splitting,
     StoredParts,
     is_n_of_m,
+    lifted_columns,
     part_specs,
+    split,
+    window_columns,
 )
 
 TYPES = MappingProxyType({"bf16": torch.bfloat16, "f16": torch.float16})
-PATTERNS = MappingProxyType({"2:4": None, **{one.name: one for one in SPLITTINGS}})
-"""The patterns that can be stored, and how each is rewritten as 2:4."""
+PATTERNS = ("2:4", "6:8")
+"""The patterns that can be stored."""
 
 
 @dataclass(frozen=True)
 class SemiStructured:
     """A folder that `secateur.load_semi_structured` loads on a GPU.
 
-    All linears of the decoder layers must be 2:4, 6:8 or 8:16. Those whose sides torch cannot
+    All linears of the decoder layers must be 2:4 or 6:8. Those whose sides torch cannot
     multiply stay dense.
     """
 
     name: ClassVar[str] = "semi-structured"
     types: ClassVar[tuple[str, ...]] = tuple(TYPES)
-    lossy: ClassVar[frozenset[str]] = frozenset()
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write one file, one tensor in memory at a time; the source is read twice."""
@@ -64,7 +64,7 @@ class SemiStructured:
                 tensor, own = source.reader.read(name), linears.names[name]
                 value = _cast(tensor, dtype, name)
                 if name in stored:
-                    parts = _encoded(value, PATTERNS[stored[name]])
+                    parts = _encoded(value, stored[name])
                     for part, content in parts.named(own.removesuffix(".weight")).items():
                         writer.write(part, content)
                     value = parts.dense
@@ -109,7 +109,7 @@ def _stored_as(
         for name, pattern in found.items()
         if not (
             linears.shapes[name][0] % ROWS
-            or _lifted_columns(pattern, linears.shapes[name][1]) % COLUMNS
+            or _wide_columns(pattern, linears.shapes[name][1]) % COLUMNS
         )
     }
 
@@ -123,25 +123,25 @@ def _known_specs(
         own = linears.names[name]
         if name in stored:
             (out, columns), pattern = linears.shapes[name], stored[name]
-            lifted, split = _lifted_columns(pattern, columns), PATTERNS[pattern] is not None
-            known |= part_specs(own.removesuffix(".weight"), out, lifted, dtype, split=split)
+            wide = _wide_columns(pattern, columns)
+            owner, split = own.removesuffix(".weight"), pattern == "6:8"
+            known |= part_specs(owner, out, wide, dtype, split=split)
         else:
             known[own] = (dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)
     return known
 
 
-def _lifted_columns(pattern: str, in_features: int) -> int:
+def _wide_columns(pattern: str, in_features: int) -> int:
     """Columns of the 2:4 matrix of a pattern."""
-    splitting = PATTERNS[pattern]
-    return in_features if splitting is None else splitting.lifted(in_features)
+    return lifted_columns(in_features) if pattern == "6:8" else in_features
 
 
-def _encoded(weight: Tensor, splitting: Splitting | None) -> StoredParts:
+def _encoded(weight: Tensor, pattern: str) -> StoredParts:
     """The parts of a weight."""
     columns = weight.shape[1]
-    if splitting is None:
+    if pattern == "2:4":
         return StoredParts.of(weight, columns)
-    return StoredParts.of(splitting.split(weight), columns, splitting.columns(columns))
+    return StoredParts.of(split(weight), columns, window_columns(columns))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

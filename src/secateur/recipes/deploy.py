@@ -175,7 +175,7 @@ class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
         NOT_EMPTY,
     ] = None
     """The name of the model in the API."""
-    host: Annotated[str, Flag(value="ADDRESS")] = "127.0.0.1"
+    host: Annotated[str, Flag(value="ADDRESS"), NOT_EMPTY] = "127.0.0.1"
     """The address to listen on. 0.0.0.0 lets other machines connect; give an API key then."""
     port: int = Field(8000, ge=0, le=65535)
     """The port; 0 takes a free one."""
@@ -201,11 +201,8 @@ class ExportRecipe(OutputFolder, Recipe):
     """The target: gguf, compressed-tensors, onnx, openvino, semi-structured."""
     type: Annotated[str | None, Flag(default="the first that the target names")] = None
     """How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder has
-    them), and with the extra llamacpp q6_k, q3_k, and q5_k_m, q4_k_m, q3_k_m, q2_k, which lose
-    exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0,
-    f16, q4_0. semi-structured: bf16, f16."""
-    keep_zeros: bool = False
-    """Refuse a type that loses exact zeros."""
+    them). compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16,
+    q4_0. semi-structured: bf16, f16."""
     draft_of: Annotated[str | None, Flag(value="MODEL", default="none")] = None
     """The parent of this draft. The export is refused unless both have the same tokenizer and as
     many tokens, which every engine asks of a draft model."""

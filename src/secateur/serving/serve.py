@@ -119,13 +119,13 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     """The model of a recipe, and what a person should know of it."""
     code = recipe.trust_remote_code
     folder = resolve(recipe.model, trust_remote_code=code).folder
-    tokenizers = [load_tokenizer(folder, trust_remote_code=code) for _ in range(2)]
+    tokenizer = load_tokenizer(folder, trust_remote_code=code)
     defaults, model = sampling_in(folder), load(folder, trust_remote_code=code)
     capacity = _capacity_of(model, recipe.context_length)
     engine, line = _engine_of(model, capacity, recipe)
     drafter = None
     if recipe.draft is not None and isinstance(engine, SlotDecoder):
-        drafter = open_drafter(recipe.draft, engine, tokenizers[0], trust_remote_code=code)
+        drafter = open_drafter(recipe.draft, engine, tokenizer, trust_remote_code=code)
     scheduler = Scheduler(
         engine,
         queue_limit=recipe.queue,
@@ -134,14 +134,13 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
         gap_seconds=recipe.inter_token_ms / 1000,
         most_piece=MOST_PIECE if engine.together > 1 else capacity,
     )
-    eos = tokenizers[0].eos_token_id
+    eos = tokenizer.eos_token_id
     service = Service(
         name=recipe.name or Path(recipe.model.partition("@")[0]).resolve().name,
-        tokenizer=tokenizers[0],
-        writer=tokenizers[1],
+        tokenizer=tokenizer,
         worker=Worker(scheduler),
         capacity=capacity,
-        vocabulary=min(len(tokenizers[0]), model.config.get_text_config().vocab_size),
+        vocabulary=min(len(tokenizer), model.config.get_text_config().vocab_size),
         ends=end_tokens(model) | ({eos} if eos is not None else set()),
         defaults={"temperature": 1.0} | defaults,
         time_limit_seconds=recipe.request_seconds,
@@ -150,7 +149,7 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     if defaults:
         taken = ", ".join(f"{name} {value}" for name, value in defaults.items())
         lines.append(f"from the model's generation_config.json: {taken}")
-    if not getattr(tokenizers[0], "chat_template", None):
+    if not getattr(tokenizer, "chat_template", None):
         lines.append("the model has no chat template, so only /v1/completions answers")
     return service, lines
 

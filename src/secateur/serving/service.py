@@ -187,7 +187,7 @@ class AnswerChoice:
 
     Args:
         request: the prompt, and how it is answered.
-        tokenizer: that of the worker's thread.
+        tokenizer: writes the tokens.
         send: receives the pieces and the end.
         stop: the choice ends before the first of these.
         alternatives: list so many tokens beside each one; None: no list.
@@ -223,8 +223,8 @@ class AnswerChoice:
         self.send(Piece(text, self.chances))
         self.chances = []
 
-    def begin(self) -> None:
-        """Send the prompt, once it has been read."""
+    def send_echo_once(self) -> None:
+        """Send the prompt if the choice begins with it."""
         if self.echo is not None:
             self.tell(self.echo)
             self.echo = None
@@ -236,14 +236,14 @@ class AnswerChoice:
 
     def take(self, token: int, logits: Tensor) -> bool:
         """Add a token. Return False if the text ends."""
-        self.begin()
+        self.send_echo_once()
         if self.alternatives is not None:
             self.chances.append(self.chance(token, logits))
         return self.stream.add(token)
 
     def end(self, reason: str) -> None:
         """Send what is left. The list has the token that ended the text, and the text has not."""
-        self.begin()
+        self.send_echo_once()
         self.stream.finish()
         if self.job.last is not None and self.alternatives is not None:
             self.chances.append(self.chance(*self.job.last))
@@ -271,7 +271,6 @@ class Service:
     Args:
         name: of the model.
         tokenizer: reads prompts.
-        writer: another copy of it, which the worker's thread uses.
         worker: computes.
         capacity: tokens that prompt and answer may have together.
         vocabulary: how many tokens both the tokenizer and the model know.
@@ -282,7 +281,6 @@ class Service:
 
     name: str
     tokenizer: Tokenizer
-    writer: Tokenizer
     worker: Worker
     capacity: int
     vocabulary: int
@@ -293,8 +291,8 @@ class Service:
 
     def __post_init__(self) -> None:
         # The event loop must not wait for a tokenizer, and short texts not for long ones. A first
-        # text sets the options of a fast tokenizer; then reading changes nothing in it, and two
-        # threads may do it at once. Others have one thread.
+        # text sets the options of a fast tokenizer; then neither reading nor writing changes
+        # anything in it, and several threads may use it at once. Others have one thread to read.
         self.tokenizer("")
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="secateur-tokenizer")
         two = getattr(self.tokenizer, "is_fast", False)
@@ -406,7 +404,7 @@ class Service:
         for number, (prompt, sampling) in enumerate(product(range(len(prompts)), samplings)):
             choice = AnswerChoice(
                 Request(prompts[prompt], max_new_tokens, sampling, ends, grammar, deadline),
-                self.writer,
+                self.tokenizer,
                 partial(send, number),
                 stop=stop,
                 alternatives=alternatives,

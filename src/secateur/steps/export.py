@@ -22,8 +22,7 @@ class Export(Step[ExportRecipe, ExportResult]):
     """Write a model for another engine, with its zeros.
 
     The model is checked first: one that the engine would compute differently is refused. The zeros
-    of every matrix are counted before and after. A type that keeps exact zeros must keep all of
-    them; the result says how many another type lost.
+    of every matrix are counted before and after, and all of them must stay.
     """
 
     verb = "export"
@@ -43,19 +42,12 @@ class Export(Step[ExportRecipe, ExportResult]):
 
     @classmethod
     def check(cls, recipe: ExportRecipe) -> None:
-        """Refuse a type that the target does not have, or that loses zeros that must stay."""
+        """Refuse a type that the target does not have."""
         target = targets[recipe.to]
         type = recipe.type or target.types[0]
         if type not in target.types:
             raise RecipeError(
                 f"{recipe.to} has no type {type!r}", remedy=did_you_mean(type, list(target.types))
-            )
-        if recipe.keep_zeros and type in target.lossy:
-            keeping = [name for name in target.types if name not in target.lossy]
-            raise RecipeError(
-                f"{recipe.to} {type} does not keep exact zeros",
-                where="--keep-zeros",
-                remedy=f"types that do: {', '.join(keeping)}",
             )
 
     @classmethod
@@ -87,22 +79,21 @@ class Export(Step[ExportRecipe, ExportResult]):
             )
 
     def work(self) -> ExportResult:
-        """Write the files, and refuse a loss of zeros that the type does not announce."""
+        """Write the files, and refuse a loss of zeros."""
         to, type, folder = self.recipe.to, self.type, self.run.folder
         target, made = targets[to], folder.fresh_model()
         exported = target.write(self.source, type, made, self.run.progress)
         lost = exported.zeros - exported.zeros_kept
-        message = f"{lost:,} of {exported.zeros:,} zeros were lost in {to} {type}"
-        if lost and type not in target.lossy:
+        if lost:
             raise VerificationError(
-                message, where=str(folder.output), remedy="choose another --type"
+                f"{lost:,} of {exported.zeros:,} zeros were lost in {to} {type}",
+                where=str(folder.output),
+                remedy="choose another --type",
             )
         if self.recipe.draft_of is not None:
             exported.notes.append(
                 f"it has the tokens of {self.recipe.draft_of}, so it can be its draft model"
             )
-        if lost:
-            exported.notes.insert(0, message)
         folder.notes.rmdir()
         files = tuple(sorted(file.name for file in made.iterdir()))
         seconds = time.perf_counter() - self.run.meter.started

@@ -11,7 +11,6 @@ import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.architectures import model_of
-from secateur.exporting.gguf.quantizer import LOSSY, MIXES, load_quantizer
 from secateur.exporting.gguf.tokenizer import read_vocabulary
 from secateur.exporting.gguf.writing import STORED, TYPES, GGUFFile, nearest_types
 from secateur.progress import Progress
@@ -25,17 +24,14 @@ class GGUF:
 
     Matrices have the chosen type; with `stored`, each has the one nearest to how the source stores
     it. Norms and biases are float32. The embedding and the head are at least Q8_0. A row that is no
-    multiple of 32 weights long cannot have blocks and is float16. Types of 256 weights to a block
-    are made by llama.cpp's own quantizer from a float32 file.
+    multiple of 32 weights long cannot have blocks and is float16.
     """
 
     name: ClassVar[str] = "gguf"
-    types: ClassVar[tuple[str, ...]] = (*TYPES, STORED, *MIXES)
-    lossy: ClassVar[frozenset[str]] = LOSSY
+    types: ClassVar[tuple[str, ...]] = (*TYPES, STORED)
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file."""
-        quantizer = load_quantizer() if type in MIXES else None
         model = model_of(source)
         vocabulary = read_vocabulary(source.folder, model.decoder.vocabulary)
         kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}
@@ -43,15 +39,7 @@ class GGUF:
             own = nearest_types(source.reader)
             kind = Counter(own.values()).most_common(1)[0][0]
         whole = GGUFFile(source, model, vocabulary, kind, own)
-        file = output / f"{source.name}-{type}.gguf"
-        if quantizer is None:
-            return whole.write(file, progress)
-        exact = output / f"{source.name}-f32.gguf"
-        try:
-            notes = whole.write(exact, progress).notes
-            return quantizer.quantized(exact, file, type, notes, progress)
-        finally:
-            exact.unlink(missing_ok=True)
+        return whole.write(output / f"{source.name}-{type}.gguf", progress)
 
 
 targets.register(GGUF.name)(GGUF())

@@ -84,18 +84,18 @@ def load_semi_structured(
     owners: dict[str, Any] = dict(model.named_modules())
     choices: dict[tuple[object, ...], Fastest] = {}
     with safe_open(file, framework="pt", device=str(device)) as opened:
-        for name in entries.keys() - held:
-            _put(model, name, opened.get_tensor(name), file)
+        values = {name: opened.get_tensor(name) for name in entries.keys() - held}
+        _put(model, values, file)
         for name in sparse:
-            linear: Any = owners.get(name)
-            parts = _read_parts(name, linear, opened, entries, file)
+            parts = _read_parts(name, owners.get(name), opened, entries, file)
             if expand:
-                linear.weight = nn.Parameter(parts.dense, requires_grad=False)
+                _put(model, {f"{name}.weight": parts.dense}, file)
                 continue
             kind = (parts.packed.shape, parts.in_features)
             if kind not in choices:
                 choices[kind] = measured(parts)
-            model.set_submodule(name, chosen_linear(parts, linear.bias, choices[kind]))
+            linear = chosen_linear(parts, owners[name].bias, choices[kind])
+            model.set_submodule(name, linear)
     model.tie_weights()
     missing = [name for name, x in model.named_parameters() if x.device.type == "meta"]
     refuse_missing(missing, {}, folder)
@@ -106,7 +106,7 @@ def load_semi_structured(
         from secateur.runtime.quantizer import refuse_saving
 
         refuse_saving(model)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def refuse_device(device: torch.device) -> None:
@@ -150,20 +150,14 @@ def _unfit(what: str, file: Path) -> CheckpointError:
     return CheckpointError(said, where=str(file), remedy="copy or make the folder again")
 
 
-def _put(model: Any, name: str, value: Tensor, file: Path) -> None:
-    """Put a stored tensor in its place in the model."""
-    path, _, leaf = name.rpartition(".")
+def _put(model: Any, values: Mapping[str, Tensor], file: Path) -> None:
+    """Put stored tensors in their places in the model."""
     try:
-        module = model.get_submodule(path)
-        fits = getattr(module, leaf).shape == value.shape
-    except AttributeError:
-        fits = False
-    if not fits:
-        raise _unfit(f"{name} {list(value.shape)} does", file)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[leaf] = value
+        unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        raise _unfit(f"{' '.join(str(error).split())[:200]} does", file) from None
+    if unknown:
+        raise _unfit(f"{unknown[0]} does", file)
 
 
 DENSE, CUTLASS, CUSPARSELT, TRITON = "dense", "CUTLASS", "cuSPARSELt", "Triton"

@@ -1,4 +1,4 @@
-"""The application: OpenAI's endpoints, health, metrics, and the page at `/`.
+"""The application: OpenAI's endpoints, health and metrics.
 
 uvicorn runs it, and stops without losing what runs.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import html
 import inspect
 import logging
 import secrets
@@ -15,19 +14,14 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from string import Template
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -38,7 +32,6 @@ from secateur.runtime.sampling import sampling_with
 from secateur.serving.http.connection import ARRIVAL_SECONDS, Connection
 from secateur.serving.http.middleware import Limits, Metrics
 from secateur.serving.http.requests import (
-    MAX_CHOICES,
     ApiError,
     ChatRequest,
     CompletionRequest,
@@ -101,8 +94,6 @@ def application(
     app.post("/detokenize")(endpoints.detokenize)
     app.get("/health", response_class=Response)(endpoints.health)
     app.get("/metrics", response_class=PlainTextResponse)(endpoints.metrics_text)
-    front_page = FrontPage(service.name, _paths_of(app), api_key)
-    app.get("/", include_in_schema=False)(front_page.answer)
     return Limits(app, metrics, api_key, body_bytes, body_seconds)
 
 
@@ -193,10 +184,8 @@ class Endpoints:
     def check_size(self, text: str, param: str) -> None:
         """Refuse a prompt that cannot fit, before it is read."""
         if not self.service.fits(text):
-            said = f"the prompt has {len(text.encode()):,} bytes, which are more"
-            raise bad_request(
-                f"this model has room for {self.service.capacity} tokens; {said}", param, TOO_LONG
-            )
+            said = f"{len(text.encode()):,} bytes do not fit in {self.service.capacity} tokens"
+            raise bad_request(said, param, TOO_LONG)
 
     async def conversation(
         self,
@@ -207,34 +196,24 @@ class Endpoints:
         """A conversation, written by the model's chat template."""
         tokenizer = self.service.tokenizer
         if not getattr(tokenizer, "chat_template", None):
-            raise bad_request(
-                "this model has no chat template; use /v1/completions", "messages", "no_template"
-            )
-        variables = variables or {}
+            said = "this model has no chat template; use /v1/completions"
+            raise bad_request(said, "messages", "no_template")
         options = inspect.signature(tokenizer.apply_chat_template).parameters
-        for name in variables:
-            if name in options:
-                raise bad_request(
-                    f"chat_template_kwargs: {shown(name)} is an option of the tokenizer; only "
-                    "variables of the template may be given",
-                    "chat_template_kwargs",
-                )
-        plain = [message.plain(number) for number, message in enumerate(messages)]
-        if tools:
-            variables = {**variables, "tools": [*tools]}
+        if taken := sorted((variables or {}).keys() & options):
+            said = f"{shown(taken[0])} is an option of the tokenizer, no variable of the template"
+            raise bad_request(said, "chat_template_kwargs")
+        plain = [message.plain() for message in messages]
+        variables = {**(variables or {}), **({"tools": [*tools]} if tools else {})}
         try:
             text = await self.service.conversation(plain, variables)
         except Exception as error:  # templates can raise any exception
-            raise bad_request(
-                f"the chat template refuses the messages: {str(error)[:200]}", "messages"
-            ) from error
+            said = f"the chat template refuses the messages: {str(error)[:200]}"
+            raise bad_request(said, "messages") from error
         for number, message in enumerate(plain):
             for call in message.get("tool_calls", ()):
                 if call["function"]["name"] not in text:
-                    raise bad_request(
-                        "the chat template of this model does not show calls of tools",
-                        f"messages[{number}].tool_calls",
-                    )
+                    said = "the chat template of this model does not show calls of tools"
+                    raise bad_request(said, f"messages[{number}].tool_calls")
         return text
 
     async def complete(self, request: CompletionRequest) -> Response:
@@ -242,11 +221,6 @@ class Endpoints:
         self.check_model(request.model)
         warnings = request.check()
         prompts, service = request.prompts, self.service
-        choices = len(prompts) * (request.n or 1)
-        if choices > MAX_CHOICES:
-            raise bad_request(
-                f"{choices} choices in one request, at most {MAX_CHOICES} are possible", "prompt"
-            )
         special = request.add_special_tokens is not False
         for text in prompts:
             if isinstance(text, str):
@@ -317,7 +291,7 @@ class Endpoints:
                 prompts,
                 samplings,
                 min(limits),
-                stop=request.stops,
+                stop=request.stop or (),
                 alternatives=alternatives,
                 echo=echo,
                 ignore_ends=bool(request.ignore_eos),
@@ -346,11 +320,8 @@ class Endpoints:
             raise bad_request("the prompt has no token")
         room, least = capacity - prompt, 1 if wanted is None else wanted
         if room < least:
-            raise bad_request(
-                f"this model has room for {capacity} tokens; the prompt has {prompt}, and "
-                f"{least} more are wanted",
-                code=TOO_LONG,
-            )
+            said = f"{prompt} tokens of prompt and {least} new ones do not fit in {capacity}"
+            raise bad_request(said, code=TOO_LONG)
         return room if wanted is None else wanted
 
 
@@ -359,7 +330,7 @@ def tool_grammar(request: ChatRequest, form: ToolFormat | None) -> Callable[[], 
     constraint, tools, forced = request.constraint, request.known_tools, request.forced_tools
     if forced or (constraint is not None and tools):
         if not forced and constraint is not None and constraint.kind != "json":
-            raise bad_request(f"{constraint.param} does not go with tools", constraint.param)
+            raise bad_request(f"a {constraint.kind} does not go with tools", "tools")
         answer = None if forced or constraint is None else constraint.value
         alone = request.parallel_tool_calls is False or isinstance(request.tool_choice, dict)
         written = (form or LLAMA).grammar
@@ -370,81 +341,22 @@ def tool_grammar(request: ChatRequest, form: ToolFormat | None) -> Callable[[], 
 def _add_faults(app: FastAPI) -> None:
     """Write all errors of an application as OpenAI's API does."""
 
-    async def ours(_: Request, error: ApiError) -> Response:
-        return error.response()
-
     async def wrong(_: Request, error: RequestValidationError) -> Response:
         return invalid(error.errors()).response()
 
     async def plain(request: Request, error: HTTPException) -> Response:
-        path, headers = request.url.path, Headers(error.headers)
-        said = str(error.detail)
-        if error.status_code == 404:
-            paths = ", ".join(f"{method} {known}" for method, known, _ in _paths_of(app))
-            said = f"there is no path {shown(path)}; this server has {paths}"
-        elif error.status_code == 405:
-            said = f"{request.method} {path} is not possible, only {headers.get('allow')}"
-        response = ApiError(error.status_code, said).response()
-        response.headers.update(headers)
-        return response
+        if isinstance(error, ApiError):
+            return error.response()
+        where = f"{request.method} {shown(request.url.path)}"
+        said = f"{where}: {error.detail}; GET /openapi.json lists what there is"
+        return ApiError(error.status_code, said, headers=error.headers).response()
 
     async def unexpected(_: Request, error: Exception) -> Response:
         return ApiError(500, "an error of the server; its log says more").response()
 
-    app.add_exception_handler(ApiError, ours)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, wrong)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, plain)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, unexpected)
-
-
-HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-
-PAGE = Path(__file__).with_name("front_page.html")
-
-
-@dataclass(frozen=True)
-class FrontPage:
-    """Answers `/`: HTML for browsers, else text. Without the API key it does not name the model.
-
-    Args:
-        name: of the model.
-        paths: from `_paths_of`.
-        api_key: what clients send; None: nothing.
-    """
-
-    name: str
-    paths: Sequence[tuple[str, str, str]]
-    api_key: str | None
-
-    async def answer(self, request: Request) -> Response:
-        """Answer a request."""
-        title = self.name if self.api_key is None else "A language model"
-        key = "" if self.api_key is None else ' -H "Authorization: Bearer $SECATEUR_API_KEY"'
-        example = (
-            f'curl {request.base_url}v1/completions -H "Content-Type: application/json"{key} \\\n'
-            '     -d \'{"prompt": "The capital of France is", "max_tokens": 16}\''
-        )
-        if "text/html" not in request.headers.get("accept", ""):
-            lines = [f"{method:4} {path:24} {what}" for method, path, what in self.paths]
-            return PlainTextResponse("\n".join((title, "", *lines, "", example, "")))
-        rows = "\n".join(
-            f"<tr><td><code>{method} {html.escape(path)}</code><td>{html.escape(what)}"
-            for method, path, what in self.paths
-        )
-        page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-            title=html.escape(title), rows=rows, example=html.escape(example)
-        )
-        return HTMLResponse(page, headers=HEADERS)
-
-
-def _paths_of(app: FastAPI) -> list[tuple[str, str, str]]:
-    """The paths of an application: method, path, and what it answers."""
-    return [
-        (method, route.path.replace(":path", ""), route.description)
-        for route in app.routes
-        if isinstance(route, APIRoute) and route.include_in_schema
-        for method in sorted(route.methods or ())
-    ]
 
 
 BACKLOG = 128
@@ -458,18 +370,14 @@ def listening_socket(host: str, port: int) -> socket.socket:
     Raises:
         RecipeError: the port is taken, or the address is not of this machine.
     """
-    if not host:  # the system would take every address
-        raise RecipeError("the address is empty", where="--host", remedy="127.0.0.1, or 0.0.0.0")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        if getattr(error, "errno", None) in OF_THE_PORT:
-            where, remedy = "--port", "choose another --port; 0 takes a free one"
-        else:
-            where, remedy = "--host", "127.0.0.1 is this machine alone, 0.0.0.0 is every address"
         raise RecipeError(
-            f"cannot listen on {host}, port {port}: {error}", where=where, remedy=remedy
+            f"cannot listen on {host}, port {port}: {error}",
+            where="--port" if getattr(error, "errno", None) in OF_THE_PORT else "--host",
+            remedy="--port 0 takes a free one; --host 127.0.0.1 is this machine, 0.0.0.0 all",
         ) from error
 
 

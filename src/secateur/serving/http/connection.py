@@ -8,8 +8,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from secateur.serving.http.requests import ApiError
 
-LINE_BYTES, HEAD_BYTES, HEADERS = 16 << 10, 64 << 10, 100
-"""The longest address and the longest header, all headers together, and how many there may be."""
+HEAD_BYTES = 64 << 10
+"""The longest head of a request: its address and headers."""
 
 ARRIVAL_SECONDS = 30.0
 """The longest time for the head of a request to arrive, and for its body."""
@@ -57,7 +57,7 @@ class Connection(HttpToolsProtocol):
         self.send_400_response("")
 
     def data_received(self, data: bytes) -> None:
-        """Read a part of a request. What comes of a head after its first part is counted here."""
+        """Read a part of a request, and count what comes of a head after its first part."""
         waited = self.late is not None
         super().data_received(data)
         if waited and self.late is not None and not self.transport.is_closing():
@@ -65,25 +65,6 @@ class Connection(HttpToolsProtocol):
             if self.head_bytes > HEAD_BYTES:
                 self.fault = ApiError(431, f"the headers are longer than {HEAD_BYTES:,} bytes")
                 self.send_400_response("")
-
-    def on_url(self, url: bytes) -> None:
-        """Read the address."""
-        super().on_url(url)
-        if len(self.url) > LINE_BYTES:
-            self.fault = ApiError(414, f"the address is longer than {LINE_BYTES:,} bytes")
-            raise self.fault
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Read a header."""
-        super().on_header(name, value)
-        if len(name) + len(value) > LINE_BYTES:
-            self.fault = ApiError(431, f"a header is longer than {LINE_BYTES:,} bytes")
-        elif len(self.headers) > HEADERS:
-            self.fault = ApiError(431, f"the request has more than {HEADERS} headers")
-        elif sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
-            self.fault = ApiError(431, f"the headers are longer than {HEAD_BYTES:,} bytes")
-        if self.fault is not None:
-            raise self.fault
 
     def on_headers_complete(self) -> None:
         """Answer the request."""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from secateur.serving.http.requests import ApiError
 from secateur.serving.scheduler import Scheduler
 
-OPEN = ("/", "/health", "/metrics")
+OPEN = ("/health", "/metrics")
 """Paths that need no key."""
 
 

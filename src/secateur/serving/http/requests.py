@@ -1,36 +1,41 @@
-"""What a client may ask: the bodies of requests, checked, with our own words for what is wrong.
-
-Errors have the shape of OpenAI's API.
-"""
+"""What a client may ask: the bodies of requests, and errors in the shape of OpenAI's API."""
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
 
 from secateur.recipes.deploy import Sampling
 from secateur.recipes.options import MAX_SEED
 from secateur.runtime.grammar import choice_text, json_text, regex_text
 
-MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_CHOICES = 1024
 """Choices of one request: prompts times `n`."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
     name: values
     for names, values in (
-        ("audio chat_template guided_grammar json_schema prompt_embeds prompt_logprobs", ()),
-        ("truncate_prompt_tokens web_search_options", ()),
+        ("audio chat_template guided_choice guided_grammar guided_json guided_regex", ()),
+        ("json_schema prompt_embeds prompt_logprobs truncate_prompt_tokens", ()),
+        ("web_search_options", ()),
         ("add_generation_prompt skip_special_tokens", (True,)),
         ("add_special_tokens continue_final_message echo use_beam_search", (False,)),
         ("include_stop_str_in_output return_token_ids return_tokens_as_token_ids", (False,)),
@@ -49,12 +54,6 @@ and the values under which they change nothing. Other parameters that it does no
 with a warning.
 """
 
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-SIMILAR = 0.8
-"""An unknown parameter whose name is so similar to a known one is taken for a slip."""
-
-
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
@@ -63,170 +62,159 @@ def _a_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(part) is kind for part in value)
 
 
-class StreamOptions(BaseModel):
+def _read(value: Any) -> Any:
+    """JSON in a text, which is read; other values as they are."""
+    return from_json(value or "{}", allow_inf_nan=False) if isinstance(value, str) else value
+
+
+def _schema(value: Any) -> Any:
+    if not isinstance(schema := _read(value), dict | bool):
+        raise ValueError("a JSON schema is an object or a boolean")
+    return schema
+
+
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A value that passes a check, with the order of its names."""
+    check(value)
+    return value
+
+
+class Body(BaseModel):
+    """A JSON object of a request: no value is converted."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
     """Options of a stream."""
 
-    model_config = ConfigDict(strict=True)
     include_usage: bool | None = None
 
 
-class Message(BaseModel):
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Body):
+    """A function of a call. Templates take the arguments as an object."""
+
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_read)]
+
+
+class MessageCall(Body):
+    """A call of a tool in a conversation."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Body):
     """A line of a conversation."""
 
-    model_config = ConfigDict(strict=True)
-    role: str
-    content: str | list[dict[str, Any]] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        list[TextPart] | None,
+        BeforeValidator(lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x),
+    ] = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[MessageCall] | None = None
 
-    @field_validator("content", mode="before")
-    @classmethod
-    def check_content(cls, value: Any) -> Any:
-        """Say what a content may be."""
-        if value is None or isinstance(value, str) or _a_list_of(dict, value):
-            return value
-        raise ValueError("must be a string or a list of objects")
-
-    def plain(self, number: int) -> dict[str, Any]:
-        """The message as chat templates take it: role and text, and calls of tools.
-
-        Raises:
-            ApiError: the message holds something else.
-        """
-        where = f"messages[{number}]"
-        role = "system" if self.role == "developer" else self.role
-        if role not in ("system", "user", "assistant", "tool"):
-            raise bad_request(f"the role {shown(self.role)} is not supported", f"{where}.role")
+    @model_validator(mode="after")
+    def check_content(self) -> Message:
+        """Refuse a message that says nothing, and calls of others than the assistant."""
         if self.content is None and not self.tool_calls:
-            raise bad_request("a message needs a content", f"{where}.content")
-        found: dict[str, Any] = {"role": role, "content": self.text(where)}
+            raise ValueError("a message needs a content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant has tool_calls")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates take it: role and text, and calls of tools."""
+        role = "system" if self.role == "developer" else self.role
+        found = {"role": role, "content": "".join(part.text for part in self.content or ())}
         if role == "tool":
-            given = {"name": self.name, "tool_call_id": self.tool_call_id}
-            found |= {name: value for name, value in given.items() if value is not None}
+            found |= self.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
         if self.tool_calls:
-            if role != "assistant":
-                raise bad_request("only an assistant calls tools", f"{where}.tool_calls")
-            calls = enumerate(self.tool_calls)
-            found["tool_calls"] = [_called(x, f"{where}.tool_calls[{n}]") for n, x in calls]
+            found |= self.model_dump(include={"tool_calls"}, exclude_none=True)
         return found
-
-    def text(self, where: str) -> str:
-        """The text of the content."""
-        if isinstance(self.content, str):
-            return self.content
-        texts = []
-        for part in self.content or ():
-            kind, text = part.get("type"), part.get("text")
-            if kind != "text" or not isinstance(text, str):
-                said = f"a part of the kind {shown(kind)} is not supported; this model reads text"
-                raise bad_request(said, f"{where}.content")
-            texts.append(text)
-        return "".join(texts)
-
-
-def _called(call: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A call in a message, with its arguments as an object: so templates take it."""
-    function = call.get("function")
-    name, arguments = (_of(function, "name"), _of(function, "arguments"))
-    if isinstance(arguments, str):
-        arguments = _json_in(arguments or "{}", f"{where}.function.arguments")
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        said = "a call needs a function with a name, and with arguments that are a JSON object"
-        raise bad_request(said, f"{where}.function")
-    id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _json_in(text: str, param: str) -> Any:
-    """The JSON in a text of a body."""
-    try:
-        found = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise bad_request(f"{param} is not JSON", param) from None
-    _check_text(found, (param,))
-    return found
-
-
-def _of(value: Any, name: str) -> Any:
-    """A part of an object; None for what is none."""
-    return value.get(name) if isinstance(value, dict) else None
 
 
 class Constraint(NamedTuple):
     """What the text of an answer follows.
 
     Args:
-        param: the parameter that says so.
         kind: json, regex or choice.
         value: the JSON schema, the regular expression or the texts.
     """
 
-    param: str
     kind: str
     value: Any
 
     def grammar(self) -> str:
         """The same for `Grammars`."""
-        return GRAMMARS[self.kind](self.value)
+        written = {"json": json_text, "regex": regex_text, "choice": choice_text}
+        return written[self.kind](self.value)
 
-
-GRAMMARS: dict[str, Callable[[Any], str]] = {
-    "json": json_text,
-    "regex": regex_text,
-    "choice": choice_text,
-}
 
 ANY_OBJECT = {"type": "object"}
 
 
-def _constraint(param: str, kind: str, value: Any) -> Constraint:
-    """What a parameter of vLLM's says, checked."""
-    if kind == "json" and isinstance(value, str):
-        value = _json_in(value, param)
-    right = {
-        "json": isinstance(value, dict | bool),
-        "regex": isinstance(value, str) and value != "",
-        "choice": _a_list_of(str, value) and all([*value, value]),
-    }
-    if not right[kind]:
-        words = {"json": "a JSON schema", "regex": "a regular expression"}.get(kind, "texts")
-        raise bad_request(f"{param} must be {words}; it is {shown(value)}", param)
-    return Constraint(param, kind, value)
+class NamedSchema(Body):
+    """The schema of a format."""
+
+    value: Annotated[Any, BeforeValidator(_schema)] = Field(alias="schema")
 
 
-def _format_constraint(given: Mapping[str, Any]) -> list[Constraint]:
-    """What `response_format` says."""
-    param, kind = "response_format", given.get("type")
-    if kind == "json_object":
-        return [_constraint(param, "json", given.get("schema", ANY_OBJECT))]
-    if kind == "json_schema":
-        schema = _of(given.get(kind), "schema")
-        return [_constraint(f"{param}.json_schema.schema", "json", schema)]
-    if kind != "text":
-        raise bad_request(f"{param}.type must be text, json_object or json_schema", param)
-    return []
+class ResponseFormat(Body):
+    """OpenAI's way to ask for JSON; llama.cpp's has a schema beside `json_object`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    any_object: Annotated[Any, BeforeValidator(_schema)] = Field(ANY_OBJECT, alias="schema")
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def check_schema(self) -> ResponseFormat:
+        """Refuse a schema that is missing."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        """What it says; one or none."""
+        if self.type == "text":
+            return []
+        return [Constraint("json", self.json_schema.value if self.json_schema else self.any_object)]
 
 
-def _vllm_constraints(given: Mapping[str, Any]) -> list[Constraint]:
-    """What `structured_outputs` says."""
-    param, found = "structured_outputs", list[Constraint]()
-    for name, value in given.items():
-        if value is None or value is False:
-            continue
-        if name == "json_object":
-            found.append(_constraint(param, "json", ANY_OBJECT))
-        elif name in GRAMMARS:
-            found.append(_constraint(f"{param}.{name}", name, value))
-        else:
-            raise bad_request(f"{param} must have json, regex or choice, not {shown(name)}", param)
-    return found
+class StructuredOutputs(Body):
+    """vLLM's way to ask for JSON, a regular expression or one of several texts."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_of_json: Annotated[Any, BeforeValidator(_schema)] = Field(None, alias="json")
+    regex: str | None = Field(None, min_length=1)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    json_object: bool | None = None
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        """All that it says."""
+        anything = ANY_OBJECT if self.json_object else None
+        given = (("json", self.schema_of_json), ("json", anything), ("regex", self.regex))
+        found = (*given, ("choice", self.choice))
+        return [Constraint(kind, value) for kind, value in found if value is not None]
 
 
-class SamplingRequest(BaseModel, ABC):
+class SamplingRequest(Body, ABC):
     """What both kinds of requests have in common."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     default_tokens: ClassVar[int | None] = None
     """New tokens where a request does not say; None: what fits."""
 
@@ -242,35 +230,15 @@ class SamplingRequest(BaseModel, ABC):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=MAX_SEED)
-    stop: str | list[str] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1000)]] | None,
+        Field(max_length=16),
+        BeforeValidator(lambda x: [x] if isinstance(x, str) else x),
+    ] = None
     n: int | None = Field(None, ge=1, le=128)
     ignore_eos: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | bool | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def check_stop(cls, value: Any) -> Any:
-        """Say what `stop` may be."""
-        texts = [value] if isinstance(value, str) else value or []
-        if (
-            _a_list_of(str, texts)
-            and len(texts) <= MAX_STOPS
-            and all(1 <= len(text) <= MAX_STOP_LENGTH for text in texts)
-        ):
-            return value
-        raise ValueError(
-            f"must be a string or a list of at most {MAX_STOPS} strings, each of 1 to "
-            f"{MAX_STOP_LENGTH} characters"
-        )
-
-    @property
-    def stops(self) -> list[str]:
-        """The texts before which the answer ends."""
-        return [self.stop] if isinstance(self.stop, str) else (self.stop or [])
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -285,21 +253,13 @@ class SamplingRequest(BaseModel, ABC):
     @property
     def constraint(self) -> Constraint | None:
         """What the text follows; None: anything."""
-        found = [
-            _constraint(name, name.removeprefix("guided_"), value)
-            for name in ("guided_json", "guided_regex", "guided_choice")
-            if (value := getattr(self, name)) is not None
-        ]
-        if self.response_format is not None:
-            found += _format_constraint(self.response_format)
-        if self.structured_outputs is not None:
-            found += _vllm_constraints(self.structured_outputs)
+        given = [x for x in (self.response_format, self.structured_outputs) if x is not None]
+        found = [constraint for one in given for constraint in one.constraints]
         if len(found) > 1:
-            raise bad_request(f"give one of {', '.join(x.param for x in found)}", found[1].param)
-        constraint = found[0] if found else None
-        if constraint is not None and self.ignore_eos:
-            raise bad_request(f"ignore_eos does not go with {constraint.param}", "ignore_eos")
-        return constraint
+            raise bad_request("an answer follows one structure", "structured_outputs")
+        if found and self.ignore_eos:
+            raise bad_request("ignore_eos does not go with a structure", "ignore_eos")
+        return found[0] if found else None
 
     @property
     def include_usage(self) -> bool:
@@ -323,23 +283,31 @@ class SamplingRequest(BaseModel, ABC):
                 continue
             if name in ONLY:
                 raise bad_request(f"this server does not support {name}={shown(value)}", name)
-            near = difflib.get_close_matches(name, [*type(self).model_fields, *ONLY], 1, SIMILAR)
-            if near:
-                raise bad_request(
-                    f"unknown parameter {shown(name)}; did you mean {shown(near[0])}?", name[:80]
-                )
             ignored.append(f"{name[:80]} was ignored: this server does not know it")
         return ignored
 
     def sampling(self) -> dict[str, Any]:
         """The options of the draw that are given; `top_k` below 1 means all tokens."""
-        options = self.model_dump(include=set(Sampling.model_fields))
-        given = {name: value for name, value in options.items() if value is not None}
+        given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
         if given.get("top_k", 1) < 1:
             given["top_k"] = None
         if "seed" in given:
             given["seed"] %= MAX_SEED + 1
         return given
+
+
+class ToolFunction(Body):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool, which is a function."""
+
+    type: Literal["function"]
+    function: ToolFunction
 
 
 class ChatRequest(SamplingRequest):
@@ -351,43 +319,32 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Annotated[Tool, WrapValidator(_as_given)]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
-    @field_validator("tool_choice", mode="before")
+    @field_validator("tool_choice", mode="plain", json_schema_input_type=str | dict[str, Any])
     @classmethod
     def check_tool_choice(cls, value: Any) -> Any:
-        """Say what `tool_choice` may be."""
-        named = _of(_of(value, "function"), "name")
-        if value in (None, "none", "auto", "required") or isinstance(named, str):
-            return value
-        raise ValueError("must be none, auto, required or a function")
+        """The word, or the name of the function in a list."""
+        match value:
+            case None | "none" | "auto" | "required":
+                return value
+            case {"function": {"name": str()}}:
+                return value
+        raise ValueError("give none, auto, required or a function")
 
     @property
     def known_tools(self) -> list[dict[str, Any]]:
         """The tools that the model may call.
 
         Raises:
-            ApiError: a tool is not what it should be, or none has the name that is chosen.
+            ApiError: two have one name, or none has the name that is chosen.
         """
-        tools, names = self.tools or [], set[str]()
-        for number, tool in enumerate(tools):
-            function, where = tool.get("function"), f"tools[{number}]"
-            name, parameters = _of(function, "name"), _of(function, "parameters")
-            if tool.get("type") != "function" or not isinstance(name, str):
-                raise bad_request("a tool must be a function with a name", where)
-            if not TOOL_NAME.fullmatch(name):
-                said = f"must have 1 to 64 letters, digits, _, . or -; it is {shown(name)}"
-                raise bad_request(f"the name of a tool {said}", f"{where}.function.name")
-            if not isinstance(parameters, dict | None):
-                said = f"parameters must be a JSON schema; it is {shown(parameters)}"
-                raise bad_request(said, f"{where}.function.parameters")
-            if name in names:
-                raise bad_request(
-                    f"two tools have the name {shown(name)}", f"{where}.function.name"
-                )
-            names.add(name)
+        tools: list[Any] = self.tools or []
+        names = [tool["function"]["name"] for tool in tools]
+        if len({*names}) < len(names):
+            raise bad_request("two tools have one name", "tools")
         if not tools and self.tool_choice not in (None, "none", "auto"):
             raise bad_request("tool_choice needs tools", "tool_choice")
         return [] if self.tool_choice == "none" else tools
@@ -395,11 +352,11 @@ class ChatRequest(SamplingRequest):
     @property
     def forced_tools(self) -> list[dict[str, Any]]:
         """The tools of which one must be called; none if the model decides."""
-        if self.tool_choice == "required":
-            return self.known_tools
-        wanted = _of(_of(self.tool_choice, "function"), "name")
+        if not isinstance(self.tool_choice, dict):
+            return self.known_tools if self.tool_choice == "required" else []
+        wanted = self.tool_choice["function"]["name"]
         found = [tool for tool in self.known_tools if tool["function"]["name"] == wanted]
-        if wanted is not None and not found:
+        if not found:
             raise bad_request(f"there is no tool {shown(wanted)}", "tool_choice")
         return found
 
@@ -429,22 +386,20 @@ class CompletionRequest(SamplingRequest):
     @field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
     @classmethod
     def check_prompt(cls, value: Any) -> Any:
-        """Say what a prompt may be."""
-        if (
-            isinstance(value, str)
-            or _a_list_of(str, value)
-            or _a_list_of(int, value)
-            or (_a_list_of(list, value) and all(_a_list_of(int, ids) for ids in value))
-        ):
+        """All prompts in a list."""
+        if isinstance(value, str) or (_a_list_of(int, value) and value):
+            return [value]
+        if _a_list_of(str, value):
             return value
-        raise ValueError("must be a string, a list of tokens, or a list of strings or such lists")
+        if _a_list_of(list, value) and all(_a_list_of(int, ids) for ids in value):
+            return value
+        raise ValueError("give a string, a list of tokens, or a list of strings or such lists")
 
     @property
     def prompts(self) -> list[str | list[int]]:
         """All prompts."""
         given: Any = self.prompt
-        alone = isinstance(given, str) or _a_list_of(int, given)
-        return [given] if alone else [*given]
+        return given or [[]]
 
     @property
     def alternatives(self) -> int | None:
@@ -456,16 +411,15 @@ class CompletionRequest(SamplingRequest):
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens 0 needs echo: true; else nothing is asked", "max_tokens")
         if self.best_of not in (None, self.n or 1):
-            raise bad_request(
-                f"best_of={self.best_of} is not supported, only the value of n", "best_of"
-            )
+            raise bad_request("only the value of n is supported", "best_of")
+        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+            raise bad_request(f"more than {MAX_CHOICES} choices in one request", "prompt")
         return super().check()
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """The body of `/tokenize`: a text or a conversation, as in vLLM."""
 
-    model_config = ConfigDict(strict=True)
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
@@ -474,144 +428,44 @@ class TokenizeRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """The body of `/detokenize`, as in vLLM."""
 
-    model_config = ConfigDict(strict=True)
     model: str | None = None
     tokens: list[int] = Field(fail_fast=True)
 
 
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""JSON's escape for half of a character; the other half may be missing."""
-
-WORDS = {
-    "bool_type": "must be true or false",
-    "dict_type": "must be an object",
-    "finite_number": "must be a finite number",
-    "float_type": "must be a number",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "int_type": "must be a whole number",
-    "less_than_equal": "must be at most {le}",
-    "list_type": "must be a list",
-    "model_attributes_type": "must be an object",
-    "model_type": "must be an object",
-    "string_type": "must be a string",
-    "too_short": "must not be empty",
-    "value_error": "{error}",
-}
-"""What is wrong with a value, by pydantic's word for it."""
-
-
 class JsonRequest(Request):
-    """A request whose body was read."""
-
-    known: Any = None
+    """A request whose body pydantic reads: no NaN, half of a character, or deep nesting."""
 
     async def json(self) -> Any:
         """The body."""
-        return self.known
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise bad_request(f"the body is not JSON: {error}") from error
 
 
 class JsonRoute(APIRoute):
-    """A path of the API. FastAPI would read bodies with other errors."""
+    """A path of the API."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Read the body first."""
+        """Refuse other bodies than JSON: a page of another site could send them."""
         handle = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            with_body = JsonRequest(request.scope, request.receive)
-            if request.method == "POST":
-                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                if kind != "application/json":  # a page of another site could send other types
-                    send = "send the header 'Content-Type: application/json'"
-                    raise ApiError(415, f"the content type is {shown(kind)}; {send}")
-                with_body.known = _parsed(await with_body.body())
-            return await handle(with_body)
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and kind != "application/json":
+                raise ApiError(415, "send the header 'Content-Type: application/json'")
+            return await handle(JsonRequest(request.scope, request.receive))
 
         return read
 
 
-def _no_number(name: str) -> None:
-    raise bad_request(f"the body is not JSON: {name} is no number of JSON")
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body."""
-    try:
-        text = body.decode("utf-8-sig")
-        if not text.strip():
-            raise bad_request("the body is empty; it has to be a JSON object")
-        found = json.loads(text, parse_constant=_no_number)
-        if SURROGATE.search(body):
-            _check_text(found, ())
-    except UnicodeDecodeError as error:
-        raise bad_request(
-            f"the body is not UTF-8: byte {body[error.start]:#x} at position {error.start}"
-        ) from error
-    except json.JSONDecodeError as error:
-        said = error.msg[:1].lower() + error.msg[1:]
-        raise bad_request(
-            f"the body is not JSON: {said}, line {error.lineno}, column {error.colno}"
-        ) from error
-    except ValueError as error:  # Python's limit for integers
-        raise bad_request("a number of the body has too many digits") from error
-    except RecursionError as error:
-        raise bad_request("the body is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise bad_request(f"the body has to be a JSON object; it is {shown(found)}")
-    return found
-
-
-def _check_text(value: Any, path: Sequence[str | int]) -> None:
-    """Refuse half of a surrogate pair, anywhere in a body."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            where = _place_of(path)
-            raise bad_request(
-                f"{where} is not text at character {error.start}: half of a surrogate pair", where
-            ) from None
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            _check_text(name, (*path, "a name"))
-            _check_text(part, (*path, name))
-    elif isinstance(value, list):
-        for number, part in enumerate(value):
-            _check_text(part, (*path, number))
-
-
-def _place_of(path: Sequence[str | int]) -> str:
-    """A place in a body, such as `messages[0].role`."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return "".join(parts).removeprefix(".")[:80]
-
-
-def shown(value: Any) -> str:
-    """A value for a message, as JSON, cut where it is long or deep."""
-    return SHORT.repr(value)
-
-
-class ShortJson(reprlib.Repr):
-    """Writes values as JSON does, and leaves out parts of large ones."""
-
-    def repr_str(self, value: str, level: int) -> str:
-        """Quotation marks of JSON, and letters of any language as they are."""
-        cut = value if len(value) <= self.maxstring else f"{value[: self.maxstring - 3]}..."
-        return json.dumps(cut, ensure_ascii=False)
-
-    def repr_bool(self, value: bool, level: int) -> str:
-        """The words of JSON."""
-        return json.dumps(value)
-
-    repr_NoneType = repr_bool  # noqa: N815, the name that reprlib looks for
-
-
-SHORT = ShortJson()
+SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
+shown = SHORT.repr
+"""A value for a message, cut where it is long or deep."""
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -620,29 +474,28 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     Args:
         errors: those of pydantic.
     """
-    first = errors[0]
-    param = _place_of([part for part in first["loc"] if part != "body"])
-    if first["type"] == "missing":
-        return bad_request(f"{param} is missing", param)
-    given = first.get("ctx", {}).items()
-    bounds = {name: f"{x:g}" if isinstance(x, float) else x for name, x in given}
-    said = WORDS.get(first["type"], "is not valid").format(**bounds)
-    return bad_request(f"{param} {said}; it is {shown(first['input'])}", param)
+    _, *place = errors[0]["loc"] or ("body",)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    param = "".join(parts).removeprefix(".")[:80]
+    said = errors[0]["msg"].removeprefix("Value error, ")
+    return bad_request(f"{param or 'the body'}: {said}", param or None)
 
 
 KINDS = {
-    **dict.fromkeys((400, 404, 405, 413, 414, 415, 431), "invalid_request_error"),
+    **dict.fromkeys((400, 404, 405, 413, 415, 431), "invalid_request_error"),
     401: "authentication_error",
     408: "timeout_error",
     429: "rate_limit_error",
 }
 """The `type` of an error by its status; `server_error` for the others."""
 
-RETRY_SECONDS = 1
-"""What `Retry-After` says to clients that came at a bad moment."""
+RETRY = {"Retry-After": "1"}
+"""For clients that came at a bad moment."""
+
+HEADERS = {429: RETRY, 503: RETRY, 401: {"WWW-Authenticate": "Bearer"}}
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """A request that is not answered.
 
     Args:
@@ -650,18 +503,25 @@ class ApiError(Exception):
         message: what is wrong, for a person.
         param: the parameter that is wrong.
         code: a word for programs.
+        headers: of the answer.
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        super().__init__(status, message, headers or HEADERS.get(status))
+        self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
         """The JSON of an answer."""
-        kind = KINDS.get(self.status, "server_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        kind = KINDS.get(self.status_code, "server_error")
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def event(self) -> bytes:
@@ -670,9 +530,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The answer."""
-        retry = {"Retry-After": str(RETRY_SECONDS)}
-        headers = {429: retry, 503: retry, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
-        return JSONResponse(self.body(), self.status, headers)
+        return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
