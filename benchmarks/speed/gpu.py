@@ -175,12 +175,7 @@ def scale_of(dry: bool) -> Any:
     def clock(calls: Any) -> list[float]:
         return [seconds_of(call) for call in calls]
 
-    def called_again(call: Any, rewind: Any) -> Any:
-        return call
-
-    return measure.Scale(
-        "cpu", ((64, 128),), (1, 2), (1, 4), TINY, 4, 2, 1, "tiny", 2, 16, clock, called_again
-    )
+    return measure.Scale("cpu", ((64, 128),), (1, 2), (1, 4), TINY, 4, 2, 1, "tiny", 2, 16, clock)
 
 
 def heading(dry: bool) -> str:

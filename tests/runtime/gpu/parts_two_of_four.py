@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ShapeError
-from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts
+from secateur.runtime.semi_structured.layout import StoredParts, split, window_columns
 from secateur.runtime.semi_structured.load import form
 
 
@@ -21,10 +21,9 @@ def weight_of(
     most = torch.randint(0, n + 1, (*blocks.shape[:2], 1), generator=draw)
     kept = torch.rand(blocks.shape, generator=draw).argsort(2) < most
     weight = (blocks * kept).view(shape).to(dtype)
-    splitting = next((one for one in SPLITTINGS if one.name == pattern), None)
-    if splitting is None:
+    if pattern == "2:4":
         return StoredParts.of(weight, shape[1]), weight
-    return StoredParts.of(splitting.split(weight), shape[1], splitting.columns(shape[1])), weight
+    return StoredParts.of(split(weight), shape[1], window_columns(shape[1])), weight
 
 
 @pytest.mark.parametrize(
@@ -34,7 +33,7 @@ def weight_of(
         ("2:4", (64, 320), torch.bfloat16, 1),
         ("2:4", (64, 192), torch.float16, 3),
         ("6:8", (32, 176), torch.bfloat16, 1),
-        ("8:16", (32, 64), torch.float16, 4),
+        ("6:8", (32, 64), torch.float16, 4),
     ],
     ids=str,
 )
@@ -65,5 +64,5 @@ def test_tiles_can_be_divided_among_programs(
 def test_too_many_tokens_are_refused() -> None:
     parts, _ = weight_of("2:4", (32, 64), torch.bfloat16)
     for tokens in (0, 5):
-        with pytest.raises(ShapeError, match=f"{tokens} tokens for a kernel of 1 to 4"):
+        with pytest.raises(ShapeError, match=f"{tokens} tokens"):
             form("Triton", parts).multiply(torch.ones(tokens, 64).bfloat16(), None)

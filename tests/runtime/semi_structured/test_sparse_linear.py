@@ -14,7 +14,12 @@ from torch.nn import functional
 from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.linear import race
 from secateur.runtime.semi_structured import load as module
-from secateur.runtime.semi_structured.layout import SPLITTINGS, StoredParts, lifted
+from secateur.runtime.semi_structured.layout import (
+    StoredParts,
+    lifted,
+    split,
+    window_columns,
+)
 from secateur.runtime.semi_structured.load import SparseLinear, chosen_linear, measured
 
 DENSE, CUTLASS, CUSPARSELT, TRITON = "dense", "CUTLASS", "cuSPARSELt", "Triton"
@@ -50,9 +55,8 @@ def example(name: str = "2:4") -> tuple[StoredParts, Tensor]:
     if name == "2:4":
         weight[:, 1::4] = weight[:, 2::4] = 0
         return StoredParts.of(weight, 128), weight
-    splitting = next(one for one in SPLITTINGS if one.name == name)
-    weight.view(32, -1, splitting.m)[..., : splitting.m - splitting.n] = 0
-    return StoredParts.of(splitting.split(weight), 128, splitting.columns(128)), weight
+    weight.view(32, -1, 8)[..., :2] = 0
+    return StoredParts.of(split(weight), 128, window_columns(128)), weight
 
 
 def clock_of(*rounds: tuple[float, ...]) -> Callable[[Sequence[Any]], list[float]]:
@@ -92,7 +96,7 @@ def test_hardly_faster_is_not_faster() -> None:
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("pattern", ["2:4", "6:8", "8:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "6:8"])
 def test_every_way_is_the_dense_product(pattern: str) -> None:
     parts, weight = example(pattern)
     bias = torch.randn(32).bfloat16()
@@ -105,7 +109,7 @@ def test_every_way_is_the_dense_product(pattern: str) -> None:
         y = found(x)
         assert (y.shape, y.dtype) == (expected.shape, torch.bfloat16)
         torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=0.1)
-    with pytest.raises(ShapeError, match="linear of 128 inputs"):
+    with pytest.raises(ShapeError, match="128"):
         found(torch.ones(1, 64).bfloat16())
     assert (found.weight.shape, found.weight.dtype) == ((32, 128), torch.bfloat16)
 
