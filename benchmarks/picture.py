@@ -4,8 +4,7 @@
     python -m benchmarks.picture --check    fails if that file differs from the results
 
 Both parts show SmolLM2-135M. Above: excess loss on WikiText-2 at 50 % zeros before quantization:
-published methods as means of all seeds in `results/presets.json`, the presets as they are, one
-seed, in `results/presets-curve.json`. Below: tokens per second of stored models in
+published methods as means of all seeds, the presets with one, in `results/presets.json`. Below: tokens per second of stored models in
 `results/first-page.json`. It measures nothing.
 """
 
@@ -37,15 +36,15 @@ DARK = (
 )
 """The colours of a dark page."""
 METHODS = {
-    ("presets", "wanda"): "Wanda",
-    ("presets", "sparsegpt"): "SparseGPT",
-    ("presets", "alps"): "ALPS",
-    ("presets-curve", "fast"): "secateur fast",
-    ("presets-curve", "balanced"): "secateur balanced",
-    ("presets-curve", "thorough"): "secateur thorough",
-    ("presets-curve", "best"): "secateur best",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "alps": "ALPS",
+    "fast": "secateur fast",
+    "balanced": "secateur balanced",
+    "thorough": "secateur thorough",
+    "best": "secateur best",
 }
-"""The bars of the upper part, by results and row."""
+"""The bars of the upper part, by row."""
 ENGINES = {
     "no zeros, bfloat16, torch": "torch bfloat16",
     "llama.cpp Q8_0": "llama.cpp Q8_0",
@@ -68,14 +67,14 @@ def rows(name: str) -> list[dict[str, Any]]:
 def excess() -> dict[str, float]:
     """Excess loss of each method at 50 %, nats per token."""
 
-    def loss(results: str, row: str, column: str) -> float:
-        wanted = (r for r in rows(results) if (r["row"], r["column"]) == (row, column))
+    measured = rows("presets")
+
+    def loss(row: str, column: str) -> float:
+        wanted = (r for r in measured if (r["row"], r["column"]) == (row, column))
         return mean(math.log(r["perplexity"]["wikitext2"]) for r in wanted)
 
-    return {
-        label: loss(results, row, "50 %") - loss(results, "dense", "")
-        for (results, row), label in METHODS.items()
-    }
+    dense = loss("dense", "")
+    return {label: loss(row, "50 %") - dense for row, label in METHODS.items()}
 
 
 def speed() -> dict[str, float]:

@@ -22,10 +22,10 @@ Row = dict[str, Any]
 
 EFFORTS = {
     "`--effort fast`": ("presets", "fast"),
-    "`--effort balanced`": ("presets-curve", "balanced"),
-    "`--effort thorough`": ("presets-curve", "thorough"),
-    "`--effort best`": ("presets-curve", "best"),
-    "`--effort balanced --allocation uniform`": ("presets", "balanced"),
+    "`--effort balanced`": ("presets", "balanced"),
+    "`--effort thorough`": ("presets", "thorough"),
+    "`--effort best`": ("presets", "best"),
+    "`--effort balanced --allocation uniform`": ("presets", "balanced, uniform"),
     "Wanda": ("presets", "wanda"),
 }
 """The first cell of each line, with the benchmark and the row that it shows."""
@@ -123,7 +123,7 @@ SOURCES = (
      "trained model is a small one made for this, its int4 in groups of 32, its zeros by ALPS; the "
      "model of 1.1 B has random weights, embedding and head in the bits of the rest, and ran on "
      "two virtual cores"),
-    ("Prune weights", ("presets", "presets-curve"),
+    ("Prune weights", ("presets",),
      "not rounded; rows with a time are of one seed and one machine, of `fast` its time; the "
      "others are means over seeds"),
     ("Cut units out", ("structure", "structure-speed"), ""),
@@ -198,7 +198,7 @@ def low_bits() -> Iterable[str]:
 
 def presets() -> Iterable[str]:
     """Pruning weights: perplexity by preset and sparsity."""
-    timed = rows("presets-curve")
+    timed = rows("presets")
     columns = ("50 %", "60 %", "70 %", "4:8", "2:4")
 
     def cell(name: str, row: str, column: str) -> str:
@@ -227,7 +227,7 @@ def presets() -> Iterable[str]:
 def took(timed: Iterable[Row], row: str) -> str:
     """The time of a run to 50 %; empty where other programs ran beside it."""
     found = (r["seconds"] for r in timed if (r["row"], r["column"]) == (row, "50 %"))
-    return next((f"{seconds:.0f} s" for seconds in found), "")
+    return next((f"{seconds:.0f} s" for seconds in found if seconds is not None), "")
 
 
 def cuts() -> Iterable[str]:

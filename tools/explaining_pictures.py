@@ -4,7 +4,7 @@
     python tools/explaining_pictures.py --check  # fail if one is out of date
 
 Masks are drawn from random weights by the definitions of the patterns. Perplexities are the rows of
-`benchmarks/results/presets.json`, times those of `presets-curve.json`.
+`benchmarks/results/presets.json`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PATTERNS, SPARSITY = Path("docs/pictures/patterns.svg"), Path("docs/pictures/sparsity.svg")
 CURVE = Path("docs/pictures/curve.svg")
 RESULTS = Path("benchmarks/results/presets.json")
-TIMED = Path("benchmarks/results/presets-curve.json")
 SHOWN = ("fast", "balanced", "thorough", "best", "best, 262,144 tokens")
 ROWS, COLUMNS, CELL = 8, 16, 11
 KEPT, GONE, INK = "#0d9488", "#e5e7eb", "#1f2937"
 LINES = (("wanda", "Wanda", "#9ca3af"), ("sparsegpt", "SparseGPT", "#6b7280"),
-         ("alps", "ALPS", "#374151"), ("balanced", "balanced", "#14b8a6"),
-         ("best, 98,304 tokens", "best, 98k tokens", "#0f766e"))  # fmt: skip
+         ("alps", "ALPS", "#374151"),
+         ("balanced, uniform", "balanced, uniform", "#0f766e"))  # fmt: skip
 
 DARK = "".join([
     "<style>@media (prefers-color-scheme: dark) {",
@@ -131,7 +130,7 @@ def sparsity() -> str:
 
 def curve() -> str:
     """Excess loss by time at 50 %, one line for each text; time is logarithmic."""
-    rows = json.loads((ROOT / TIMED).read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))["rows"]
     (dense,) = (row for row in rows if row["row"] == "dense")
     presets = sorted(
         (row for row in rows if row["row"] in SHOWN and row["column"] == "50 %"),

@@ -34,7 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 BLOCK = re.compile(r"<!-- measured: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 WRITTEN = re.compile(r"<!-- (?:measured|computed|published): .*?<!-- end -->|```.*?```", re.DOTALL)
-NUMBER = re.compile(r"^[*`~≈<>≤≥+−-]*\d[\d., ]*(?:[a-zA-Z%×/±°. \d−-]*)$")
+PUNCTUATION = re.compile(r"[\d.,;:±()/%×*`~≈<>≤≥+−–-]|\bof\b|\bto\b")
+UNITS = frozenset(
+    ["x", "s", "ms", "µs", "min", "h", "d", "B", "KB", "MB", "GB", "KiB", "MiB", "GiB", "TB", "TiB", "M", "G", "k", "bits", "nats", "points", "W", "€"]
+)
 NUMERIC_SHARE = 0.4
 """A table of numbers has at least this share of numbers among its cells."""
 
@@ -53,10 +56,15 @@ class Result(NamedTuple):
     @property
     def provenance(self) -> str:
         """Where the numbers come from, in one line."""
-        machine, versions, day = self.content["heading"].split("; ")
-        torch = next(x for x in versions.split(", ") if x.startswith("torch"))
+        rows = self.content["rows"]
+        headings = {row.get("measured", self.content["heading"]) for row in rows}
+        machines, versions, days = map(set, zip(*(x.split("; ") for x in headings), strict=True))
+        machine = next(iter(machines)) if len(machines) == 1 else "each row names its machine"
+        torch = sorted({x for one in versions for x in one.split(", ") if x.startswith("torch")})
+        when = " to ".join(sorted({min(days), max(days)}))
         script = self.content["script"].replace(".", "/") + ".py"
-        return f"<sub>`{script}`, {day}, commit {self.content['commit']}: {machine}; {torch}.</sub>"
+        last = f"commit {self.content['commit']}: {machine}; {', '.join(torch)}"
+        return f"<sub>`{script}`, {when}, {last}.</sub>"
 
     def lines(self, name: str) -> Iterator[str]:
         """A table with its provenance."""
@@ -108,6 +116,11 @@ def old(results: dict[str, Result]) -> Iterator[str]:
             yield f"{result.name}: of {day}; {count} changes since in {' '.join(paths)}"
 
 
+def is_number(cell: str) -> bool:
+    """Whether a cell has numbers and units, and nothing else."""
+    return any(map(str.isdigit, cell)) and UNITS.issuperset(PUNCTUATION.sub(" ", cell).split())
+
+
 def unwritten() -> Iterator[str]:
     """Each table of numbers that no script writes: its page and its first line."""
     for page in pages(ROOT):
@@ -115,7 +128,7 @@ def unwritten() -> Iterator[str]:
         for found in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
             rows = [re.split(r"(?<!\\)\|", line.strip("|\n")) for line in found.splitlines()]
             cells = [cell.strip() for row in rows[2:] for cell in row[1:]]
-            numbers = sum(bool(NUMBER.match(cell)) for cell in cells)
+            numbers = sum(map(is_number, cells))
             if cells and numbers >= NUMERIC_SHARE * len(cells):
                 yield f"{page.relative_to(ROOT)}: {found.splitlines()[0][:90]}"
 

@@ -12,15 +12,9 @@ published code are the pruning loop alone, with model and windows loaded before.
 after the other, with nothing else on the machine. `--untimed` is for runs beside other work: it
 takes one thread and keeps no seconds.
 
-Every finished run is kept in `results/presets.json` at once, and skipped when it is there: the
-table can be made in several sittings, and by several processes. `--only` names rows, `--columns`
-columns, `--seeds` seeds. Rows say where and when they were measured; of those that do not, the ones
-with seconds are of two cores of an AMD EPYC with AVX-512 BF16. `best, without the next token` and
-`best, 98,304 tokens` were the preset `best` when their rows were measured, the latter at the
-highest rate; in `presets.json` and `presets-allocation.json` `balanced` is UNIFORM and `best`
-OWN_WINDOWS, which are now the rows "balanced, uniform" and "best, own windows", and `divergence`
-took a forward for each linear; `best, extra windows cropped` drew its extra windows as random
-crops, and took the rate of its short trials for the training, as `best, rate of short trials` did.
+Every finished run is kept in `results/presets.json` at once, with its day and machine, and skipped
+when it is there: the table can be made in several sittings, and by several processes. `--only` names
+rows, `--columns` columns, `--seeds` seeds.
 """
 
 from __future__ import annotations
@@ -30,14 +24,15 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.hardware import add, heading, markdown
-from benchmarks.stored import known_rows
+from benchmarks.hardware import add, heading
+from benchmarks.stored import Rows, known_rows
 
 import secateur
 from secateur.calibration.documents import read_documents
@@ -57,75 +52,94 @@ COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5,
            "4:8": (0.5, "4:8"), "8:16": (0.5, "8:16"), "6:8": (0.25, "6:8")}  # fmt: skip
 RIVALS = ("wanda", "sparsegpt", "alps")
 UNIFORM: dict[str, Any] = {"effort": "balanced", "allocation": "uniform"}
-"""`balanced` as it was."""
-OWN_WINDOWS: dict[str, Any] = {
-    **UNIFORM,
-    "method_parameters": {"iterations": 30, "growth": 1.3},
-    "generated_windows": 128,
-    "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 262_144},
-}
-"""`best` as it was."""
-OLD_BEST: dict[str, Any] = {
-    **OWN_WINDOWS,
-    "distillation": {"epochs": 1, "next_token": 0.5, "tokens": 0},
-}
-"""`best` before that: it distilled on the windows of the statistics alone."""
 OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "balanced": {"effort": "balanced"},
     "thorough": {"effort": "thorough"},
-    "thorough, without hidden states": {"effort": "thorough", "distillation": {"hidden": 0.0}},
     "best": {"effort": "best"},
-    "balanced, uniform": UNIFORM,
-    "best, own windows": OWN_WINDOWS,
+    "thorough, without hidden states": {"effort": "thorough", "distillation": {"hidden": 0.0}},
     "best, 262,144 tokens": {"effort": "best", "distillation": {"tokens": 262_144}},
-    "best, 98,304 tokens": OLD_BEST,
-    "best, without the next token": {
-        **OWN_WINDOWS,
-        "distillation": {"epochs": 1, "tokens": 0, "next_token": 0.0},
-    },
-    "best, SparseGPT instead of ALPS": {
-        **OLD_BEST,
-        "method": "sparsegpt",
-        "method_parameters": {},
-    },
-    "best, without own windows": {**OLD_BEST, "generated_windows": 0},
-    "best, 256 own windows": {**OLD_BEST, "generated_windows": 256},
-    "best, without asymmetric fitting": {**OLD_BEST, "asymmetric": False},
-    "best, tuned as well": {**OLD_BEST, "tune_passes": 2},
+    "balanced, uniform": UNIFORM,
+    "balanced, uniform + own windows": {**UNIFORM, "generated_windows": 128},
+    "balanced, uniform + tuning": {**UNIFORM, "tune_passes": 6},
+    "balanced, uniform + distillation": {**UNIFORM, "distill_epochs": 1},
+    "balanced, layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
-    "balanced, float32, damping 0.1": {
-        **UNIFORM,
-        "fast_matmuls": False,
-        "asymmetric_damping": 0.1,
-    },
-    "ALPS 30 + asymmetric 0.1 + tuning, float32": {
-        **UNIFORM,
-        "method_parameters": {"iterations": 30, "growth": 1.3},
-        "fast_matmuls": False,
-        "asymmetric_damping": 0.1,
-        "tune_passes": 6,
-    },
-    "balanced + own windows": {**UNIFORM, "generated_windows": 128},
-    "balanced + tuning": {**UNIFORM, "tune_passes": 6},
-    "balanced + layer sensitivity": {"effort": "balanced", "allocation": "layer-sensitivity"},
-    "balanced + distillation": {**UNIFORM, "distill_epochs": 1},
-    "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "our ALPS": {"method": "alps"},
+    "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
     "SparseGPT + asymmetric": {"method": "sparsegpt", "asymmetric": True},
     "SparseGPT + tuning": {"method": "sparsegpt", "tune_passes": 3},
-    "SparseGPT + asymmetric + tuning": {
-        "method": "sparsegpt",
-        "asymmetric": True,
-        "tune_passes": 3,
-    },
-    "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
-    "Wanda + swaps": {"method": "wanda", "refine": "swaps"},
-    "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
+    "SparseGPT + distillation": {"method": "sparsegpt", "fast_matmuls": True, "distill_epochs": 1},
     "SparseGPT + OWL": {"method": "sparsegpt", "allocation": "owl"},
     "SparseGPT + layer sensitivity": {"method": "sparsegpt", "allocation": "layer-sensitivity"},
     "SparseGPT + search": {"method": "sparsegpt", "allocation": "search"},
+    "Wanda + swaps": {"method": "wanda", "refine": "swaps"},
+    "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
 }
+PUBLISHED = {
+    "wanda": "Wanda, published code",
+    "sparsegpt": "SparseGPT, published code",
+    "alps": "ALPS, published code",
+}
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
+
+
+def runs_of(rows: Rows, row: str, column: str) -> Rows:
+    """A row of all seeds."""
+    return [r for r in rows if (r["row"], r["column"]) == (row, column)]
+
+
+def excess(rows: Rows, row: str, column: str, text: str) -> list[float]:
+    """Nats above the dense model, by seed."""
+    (dense,) = runs_of(rows, "dense", "")
+    base = dense["perplexity"][text]
+    return [math.log(r["perplexity"][text] / base) for r in runs_of(rows, row, column)]
+
+
+def judged(rows: Rows, row: str, column: str) -> list[str]:
+    """For each text the perplexity of the mean loss, and in brackets the excess loss."""
+    (dense,) = runs_of(rows, "dense", "")
+    cells = []
+    for text in TEXTS:
+        found = excess(rows, row, column, text)
+        middle = statistics.mean(found)
+        perplexity = dense["perplexity"][text] * math.exp(middle)
+        cells.append(f"{perplexity:.2f} ({middle:.3f})")
+    return cells
+
+
+def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The presets at 50 % beside published code."""
+    lines = [[label, *judged(rows, row, "50 %"), "", ""] for row, label in PUBLISHED.items()]
+    for row in ("fast", "balanced", "thorough", "best"):
+        (run,) = runs_of(rows, row, "50 %")
+        cost = [f"{run['seconds']:.0f} s", f"{run['peak_resident_bytes'] / 2**30:.2f} GiB"]
+        lines.append([f"**{row}**", *judged(rows, row, "50 %"), *cost])
+    return ["50 %", *TEXTS.values(), "time", "peak memory"], lines
+
+
+def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Excess loss on WikiText-2 and C4 at other sparsities and patterns."""
+    columns = ("60 %", "70 %", "4:8", "2:4")
+    names = PUBLISHED | {"fast": "**fast**", "balanced, uniform": "**balanced**, uniform"}
+
+    def cell(row: str, column: str) -> str:
+        known = row if runs_of(rows, row, column) else row.removesuffix(", uniform")
+        return ", ".join(f"{statistics.mean(excess(rows, known, column, t)):.3f}" for t in TEXTS)
+
+    lines = [[label, *(cell(row, c) for c in columns)] for row, label in names.items()]
+    return ["", *columns], lines
+
+
+def parts(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """What each part brings, alone and together, at 50 % and with seed 0."""
+    first = [r for r in rows if r["seed"] == 0]
+    found = [name for name in OURS if runs_of(first, name, "50 %")]
+    named = [x for x in found if x not in ("fast", "balanced", "thorough", "best")]
+    return ["50 %", *TEXTS.values()], [[name, *judged(first, name, "50 %")] for name in named]
+
+
+TABLES = {"efforts": efforts, "patterns": patterns, "parts": parts}
 
 
 def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
@@ -200,31 +214,6 @@ def judge(args: argparse.Namespace, model: str) -> dict[str, float]:
     return found
 
 
-def table(rows: list[dict[str, Any]], text: str) -> str:
-    """Perplexity, excess, seconds and memory by row and column, mean over seeds."""
-    dense = next(r for r in rows if r["row"] == "dense")["perplexity"][text]
-    lines = []
-    names = dict.fromkeys(r["row"] for r in rows if r["row"] != "dense")
-    for name in names:
-        cells = []
-        for column in COLUMNS:
-            runs = [r for r in rows if (r["row"], r["column"]) == (name, column)]
-            if not runs:
-                cells.append("")
-                continue
-            excess = [math.log(r["perplexity"][text] / dense) for r in runs]
-            timed = [r["seconds"] for r in runs if r["seconds"] is not None]
-            seconds = f"{sum(timed) / len(timed):.0f} s" if timed else "untimed"
-            peak = max(r["peak_resident_bytes"] for r in runs) / 2**30
-            mean = sum(excess) / len(excess)
-            spread = f" ± {max(excess) - mean:.3f}" if len(runs) > 1 else ""
-            perplexity = dense * math.exp(mean)
-            cost = f"{seconds}, {peak:.2f} GiB"
-            cells.append(f"{perplexity:.2f} ({mean:.3f}{spread}), {cost}")
-        lines.append([name, *cells])
-    return f"{text}: dense {dense:.2f}\n" + markdown(["", *COLUMNS], lines)
-
-
 def main() -> None:
     """Fill the table, as far as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -266,9 +255,6 @@ def main() -> None:
             shutil.rmtree(out)
         add(args.name, protocol, found)
         print(found, flush=True)
-    rows = known_rows(args.name)
-    for text in rows[0]["perplexity"]:
-        print(table(rows, text))
 
 
 if __name__ == "__main__":

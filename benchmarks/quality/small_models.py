@@ -3,19 +3,15 @@
     python -m benchmarks.models.small_models FOLDER --text c4.jsonl wiki.txt     (once)
     python -m benchmarks.quality.small_models FOLDER --text WikiText-2=wiki.valid.raw
 
-Protocol: the four models of `bench_models.py`; 64 windows of 256 tokens of FOLDER/calibration.jsonl
+Protocol: the four models of `models/small_models.py`; 64 windows of 256 tokens of FOLDER/calibration.jsonl
 (`concatenate`, the seed's); loss on the first 64 windows of 256 tokens of FOLDER/judged.jsonl and
 of each other text, none of which was trained on. Excess is nats above the dense model. SparseGPT
 and ALPS run in the papers' order (`--sequential layer`), with the parameters of their papers.
 Float32, one thread, no times.
 
-Every finished row is kept in `results/bench-presets.json` at once and skipped when it is there. In
-that file `best` distils on 49,152 tokens and takes the rate of its short
-trials, or the highest; `best, judged on read windows` judged the trials on windows that the
-statistics had read. `results/bench-rates.json` has `best` as it is, and given rates, for models
-that the same script trained again on another machine. `results/bench-balanced.json` has ALPS and
-`balanced` for these, with asymmetric fitting through norms and of experts; in the other files
-`balanced` is "balanced, uniform", and `best` had 30 iterations and 128 windows of its own.
+Every finished row is kept in `results/bench-balanced.json` at once and skipped when it is there;
+`--name` keeps rows of another training of the models apart. In `results/bench-hidden.json` are the
+weights of the loss on hidden states.
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
@@ -40,7 +36,7 @@ import secateur
 
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity", "src/secateur/training/distillation.py")
 
-NAME = "bench-presets"
+NAME = "bench-balanced"
 MODELS = ("gemma", "gpt2", "qwen", "experts")
 COLUMNS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
@@ -160,6 +156,24 @@ def table(rows: Rows) -> str:
     return markdown(["", *names], [*lines, means])
 
 
+def families(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Excess loss on held-out text and WikiText-2, and as a share of that of ALPS."""
+    lines = []
+    for model in MODELS:
+        for column in COLUMNS:
+            cells = [
+                ", ".join(f"{x:.3f}" for x in excess(rows, model, row, column).values())
+                for row in ("ALPS", "balanced", "balanced, uniform")
+            ]
+            least = min(excess(rows, model, "ALPS", column).values())
+            share = ratio(rows, model, "balanced", column)
+            lines.append([f"{model}, {column}", *cells, "" if least < LEAST else f"{share:.2f}"])
+    return ["", "ALPS", "balanced", "with uniform sparsity", "balanced, of ALPS"], lines
+
+
+TABLES = {"families": families}
+
+
 def losers(rows: Rows) -> list[str]:
     """Where `balanced` is worse than ALPS."""
     found = []
@@ -177,7 +191,7 @@ def losers(rows: Rows) -> list[str]:
 def main() -> None:
     """Fill the table, as far as asked, and hold the guard."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of bench_models.py")
+    parser.add_argument("folder", type=Path, help="of models/small_models.py")
     parser.add_argument("--text", nargs="*", default=[], help="NAME=FILE, to judge as well")
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=MODELS)
     parser.add_argument("--columns", nargs="*", default=[*COLUMNS], choices=[*COLUMNS])
