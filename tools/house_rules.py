@@ -64,7 +64,7 @@ RATCHETS: Mapping[str, float] = {
     "lines of tests": 59433,
     "sentences that tests compare": 625,
     "names of options": 206,
-    "tables of numbers that no script writes": 68,
+    "tables of numbers that no script writes": 79,
 }
 """The most that each number may be."""
 

@@ -36,7 +36,8 @@ BLOCK = re.compile(r"<!-- measured: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL
 WRITTEN = re.compile(r"<!-- (?:measured|computed|published): .*?<!-- end -->|```.*?```", re.DOTALL)
 PUNCTUATION = re.compile(r"[\d.,;:±()/%×*`~≈<>≤≥+−–-]|\bof\b|\bto\b")
 UNITS = frozenset(
-    ["x", "s", "ms", "µs", "min", "h", "d", "B", "KB", "MB", "GB", "KiB", "MiB", "GiB", "TB", "TiB", "M", "G", "k", "bits", "nats", "points", "W", "€"]
+    ["x", "s", "ms", "µs", "min", "h", "d", "B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"]
+    + ["M", "G", "k", "bits", "nats", "points", "W", "€"]
 )
 NUMERIC_SHARE = 0.4
 """A table of numbers has at least this share of numbers among its cells."""
