@@ -14,6 +14,7 @@ A table of numbers that nobody here measured stands between `<!-- published: SOU
 `<!-- end -->`.
 
 Every result must be used: by a table, by another script of `tools` or by a picture.
+`benchmarks/README.md` lists them; this script writes its table.
 """
 
 from __future__ import annotations
@@ -32,12 +33,37 @@ from written_files import table, write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
+LIST, LISTED = Path("benchmarks/README.md"), "## Results"
 BLOCK = re.compile(r"<!-- measured: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 WRITTEN = re.compile(r"<!-- (?:measured|computed|published): .*?<!-- end -->|```.*?```", re.DOTALL)
 PUNCTUATION = re.compile(r"[\d.,;:±()/%×*`~≈<>≤≥+−–-]|\bof\b|\bto\b")
 UNITS = frozenset(
-    ["x", "s", "ms", "µs", "min", "h", "d", "B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"]
-    + ["M", "G", "k", "bits", "nats", "points", "W", "€"]
+    [
+        "x",
+        "s",
+        "ms",
+        "µs",
+        "min",
+        "h",
+        "d",
+        "B",
+        "KB",
+        "MB",
+        "GB",
+        "TB",
+        "KiB",
+        "MiB",
+        "GiB",
+        "TiB",
+        "M",
+        "G",
+        "k",
+        "bits",
+        "nats",
+        "points",
+        "W",
+        "€",
+    ]
 )
 NUMERIC_SHARE = 0.4
 """A table of numbers has at least this share of numbers among its cells."""
@@ -91,17 +117,28 @@ def written(text: str, results: dict[str, Result]) -> str:
     return BLOCK.sub(block, text)
 
 
+def users(name: str) -> list[Path]:
+    """The pages and scripts that show a result."""
+    places = [*pages(ROOT), *(ROOT / "tools").glob("*.py"), ROOT / "benchmarks/picture.py"]
+    named = re.compile(rf"measured: {re.escape(name)} |[\"'/]{re.escape(name)}(?:\.json)?[\"'`)]")
+    return [place for place in places if named.search(place.read_text(encoding="utf-8"))]
+
+
+def listed(results: dict[str, Result]) -> Iterator[str]:
+    """The table of `benchmarks/README.md`: script, result, pages, day and commit."""
+    lines = []
+    for result in sorted(results.values(), key=lambda result: result.content["script"]):
+        script = result.content["script"].removeprefix("benchmarks.").replace(".", "/") + ".py"
+        shown = [f"[{user.stem}](../{user.relative_to(ROOT)})" for user in users(result.name)]
+        when = f"{result.content['heading'].rpartition('; ')[2]}, {result.content['commit']}"
+        own = f"[{result.name}](results/{result.name}.json)"
+        lines.append((f"[{script}]({script})", own, ", ".join(shown), when))
+    yield from table(("script", "result", "shown by", "measured"), lines)
+
+
 def lonely(results: Iterable[str]) -> list[str]:
     """The results that nothing shows."""
-    users = [*pages(ROOT), *(ROOT / "tools").glob("*.py"), ROOT / "benchmarks/picture.py"]
-    shown = "\n".join(user.read_text(encoding="utf-8") for user in users)
-    quoted = (
-        rf"measured: {re.escape(name)} |[\"'/]{re.escape(name)}(?:\.json)?[\"'`)]"
-        for name in results
-    )
-    return [
-        name for name, pattern in zip(results, quoted, strict=True) if not re.search(pattern, shown)
-    ]
+    return [name for name in results if not users(name)]
 
 
 def old(results: dict[str, Result]) -> Iterator[str]:
@@ -145,6 +182,8 @@ def main() -> None:
         page.relative_to(ROOT): written(page.read_text(encoding="utf-8"), results)
         for page in pages(ROOT)
     }
+    own = (ROOT / LIST).read_text(encoding="utf-8").partition(LISTED)[0]
+    texts[LIST] = own + LISTED + "\n\n" + "\n".join(listed(results))
     write_or_check(ROOT, texts, "measured_tables.py")
     if "--check" in sys.argv and (alone := lonely(results)):
         sys.exit(f"no page shows {', '.join(alone)}: show it, or remove it with its script")
