@@ -37,34 +37,8 @@ LIST, LISTED = Path("benchmarks/README.md"), "## Results"
 BLOCK = re.compile(r"<!-- measured: (\S+) (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 WRITTEN = re.compile(r"<!-- (?:measured|computed|published): .*?<!-- end -->|```.*?```", re.DOTALL)
 PUNCTUATION = re.compile(r"[\d.,;:±()/%×*`~≈<>≤≥+−–-]|\bof\b|\bto\b")
-UNITS = frozenset(
-    [
-        "x",
-        "s",
-        "ms",
-        "µs",
-        "min",
-        "h",
-        "d",
-        "B",
-        "KB",
-        "MB",
-        "GB",
-        "TB",
-        "KiB",
-        "MiB",
-        "GiB",
-        "TiB",
-        "M",
-        "G",
-        "k",
-        "bits",
-        "nats",
-        "points",
-        "W",
-        "€",
-    ]
-)
+UNITS = {"x", "s", "ms", "µs", "min", "h", "d", "bits", "nats", "points", "k", "M", "G", "W", "€"}
+UNITS |= {power + unit for power in ("", "K", "M", "G", "T") for unit in ("B", "iB")}
 NUMERIC_SHARE = 0.4
 """A table of numbers has at least this share of numbers among its cells."""
 
@@ -156,7 +130,7 @@ def old(results: dict[str, Result]) -> Iterator[str]:
 
 def is_number(cell: str) -> bool:
     """Whether a cell has numbers and units, and nothing else."""
-    return any(map(str.isdigit, cell)) and UNITS.issuperset(PUNCTUATION.sub(" ", cell).split())
+    return any(map(str.isdigit, cell)) and set(PUNCTUATION.sub(" ", cell).split()) <= UNITS
 
 
 def unwritten() -> Iterator[str]:
