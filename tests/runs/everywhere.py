@@ -1,6 +1,6 @@
 """A fault between any two file operations of every verb; then the same call again.
 
-    PYTHONPATH=tests python tests/runs/everywhere.py [--points few|all] [--twice]
+    PYTHONPATH=tests/support python tests/runs/everywhere.py [--points few|all] [--twice]
                                                      [--json FILE] [CASE …]
 
 Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
