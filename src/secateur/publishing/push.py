@@ -23,8 +23,8 @@ from secateur.models.checkpoint import INDEX_NAMES, copied_files, refuse_not_fin
 from secateur.models.configuration import check_folder
 from secateur.models.hub import why_unreachable
 from secateur.progress import Progress
+from secateur.publishing.card import missing_in, push_card
 from secateur.recipes.deploy import PushRecipe
-from secateur.report_page.claims import missing_in, push_card
 from secateur.report_page.records import read_run
 from secateur.reporting.cards import without_folders
 from secateur.reporting.models import PushResult
@@ -284,8 +284,7 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     code = recipe.trust_remote_code
     audit = audit_checkpoint(contents.folder, trust_remote_code=code, progress=progress)
     _refuse_lost_zeros(contents.folder, audit)
-    recorded = (contents.folder / NOTES / "manifest.json").is_file()
-    run = read_run(contents.folder, "this model") if recorded else None
+    run = read_run(contents.folder, contents.folder.name)
     written = contents.files[CARD].read_text(encoding="utf-8")
     card = without_folders(push_card(written, recipe.repo, run, recipe.base_model))
     notes = missing_in(card)

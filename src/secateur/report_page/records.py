@@ -1,20 +1,34 @@
-"""Read what a report is about: folders of runs, sweeps, fits and drafts, and files of advice."""
+"""Read what a report is about: folders of runs, fits, drafts and sweeps, and files of advice.
+
+A folder is shown by the tables of the verbs that wrote its records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from secateur.advisor.advise import AdviseResult
-from secateur.errors import CheckpointError, SourceError
-from secateur.reporting.cards import shown_place, source_name, without_folders
+from secateur.errors import SourceError
+from secateur.reporting.cards import source_name, without_folders
+from secateur.reporting.diagnose import diagnosis_blocks
 from secateur.reporting.draft import DraftResult
+from secateur.reporting.evaluate import EvaluateResult, bench_blocks
 from secateur.reporting.fit import FitResult
-from secateur.reporting.next_steps import Origin, command
+from secateur.reporting.models import (
+    ChainResult,
+    CompressResult,
+    PruneResult,
+    StructureResult,
+    TrainResult,
+)
+from secateur.reporting.next_steps import after_a_dense_folder, after_a_packed_folder
 from secateur.reporting.sweep import SweepResult
-from secateur.runs.records import AnyRecord, Compression, Layer, Manifest, parsed, read_record
+from secateur.reporting.tables import Block, Line, Result, bare_name
+from secateur.runs.records import AnyRecord, Chain, Layer, Manifest, Training, parsed, read_record
+from secateur.runs.records.base import read_list
 from secateur.runs.records.measured import (
     FILE_NAME,
     Bench,
@@ -23,91 +37,147 @@ from secateur.runs.records.measured import (
     Sweep,
     read_evaluation,
 )
+from secateur.runs.records.run import BFLOAT16_BYTES
 
-FIT, DRAFT = Path("secateur") / "fit.json", Path("secateur") / "draft.json"
+Sections = dict[str, list[Block]]
+"""Tables and lines by their headings."""
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A pruned model with all its measurements.
+    """A folder of a model.
 
     Attributes:
         name: the name of the run on the page; unique.
-        folder: the run folder.
-        manifest: how the model was made.
-        recipe: the recipe as YAML; empty if the folder has none.
+        folder: the folder.
+        made: what the verbs returned that made it, in their order.
         layers: the records of the layers.
-        evaluation: its quality, if it was evaluated.
-        diagnosis: its findings, if it was diagnosed.
-        bench: its speed, if it was timed.
+        manifest: how it was pruned or cut, if it was.
         compression: its sizes, if it was compressed.
+        fit: how its formats were chosen, if a fit made it.
+        evaluation: its quality, if it was evaluated.
+        bench: its speed, if it was timed.
+        diagnosis: its findings, if it was diagnosed.
     """
 
     name: str
     folder: Path
-    manifest: Manifest
-    recipe: str = ""
-    layers: tuple[Layer, ...] = ()
-    evaluation: EvaluationRecord | None = None
-    diagnosis: DiagnosisRecord | None = None
-    bench: Bench | None = None
-    compression: Compression | None = None
+    made: tuple[Result, ...]
+    layers: tuple[Layer, ...]
+    manifest: Manifest | None
+    compression: CompressResult | None
+    fit: FitResult | None
+    evaluation: EvaluationRecord | None
+    bench: Bench | None
+    diagnosis: DiagnosisRecord | None
 
     @property
-    def place(self) -> str:
-        """The folder in commands; the page may be read on another machine."""
-        return shown_place(self.folder) if self.folder.name else self.folder.resolve().name
+    def source(self) -> str:
+        """The model that it was made from."""
+        if self.manifest is not None:
+            return source_name(self.manifest.source)
+        return bare_name(self.compression.source if self.compression else "") or self.name
 
     @property
-    def dense(self) -> str:
-        """The dense model in commands and sentences."""
-        return source_name(self.manifest.source)
+    def file_bytes(self) -> int | None:
+        """The size of its weight files; None if no record has it."""
+        if self.compression is not None:
+            return self.compression.file_bytes
+        return self.manifest and self.manifest.result.file_bytes
 
-    def judging(self, *more: str) -> str:
-        """The command that evaluates the model beside its dense one, on a text without a hub."""
-        words = map(without_folders, Origin.of(self.folder).text_words())
-        return command("evaluate", self.place, "--dense", self.dense, *words, *more)
+    @property
+    def dense_bytes(self) -> int | None:
+        """The size of the model in dense bfloat16, before any cut."""
+        if self.manifest is not None and self.manifest.structure is not None:
+            return BFLOAT16_BYTES * self.manifest.structure.before.parameters
+        if self.compression is not None:
+            return self.compression.bfloat16_bytes
+        return self.manifest and BFLOAT16_BYTES * self.manifest.result.parameters
 
-    def timing(self) -> str:
-        """The command that times the model."""
-        return command("bench", self.place)
+    def measured(self) -> Sections:
+        """What was measured, without folders of this machine; no section without a measurement."""
+        found: Sections = {}
+        if self.evaluation is not None:
+            names = {x.inherited_from for x in self.evaluation.results if x.inherited_from}
+            others = [
+                Line(f"Measured on {bare_name(name)}, which has the same weights.")
+                for name in sorted(names)
+            ]
+            found["Quality"] = [*others, *EvaluateResult(self.evaluation).blocks()]
+        if self.bench is not None:
+            found["Speed"] = bench_blocks(self.bench)
+        if self.diagnosis is not None:
+            found["Diagnosis"] = diagnosis_blocks(self.diagnosis)
+        return {heading: shown(blocks) for heading, blocks in found.items()}
 
-    def checking(self) -> str:
-        """The command that looks for faults, beside the dense model."""
-        return command("diagnose", self.place, "--dense", self.dense)
+    @property
+    def card(self) -> str:
+        """The text of its card; empty if it has none."""
+        file = self.folder / "README.md"
+        return _read_text(file) if file.is_file() else ""
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The texts of recipe and manifest by their names, without folders of this machine."""
+        files = (self.folder / "secateur" / name for name in ("recipe.yaml", "manifest.json"))
+        return {x.name: without_folders(_read_text(x)) for x in files if x.is_file()}
 
-AnyResult = TypeVar("AnyResult")
+    def sections(self) -> Sections:
+        """How it was made, what was measured, and the commands for more."""
+        # a result ends with commands, after an empty line
+        made = [takewhile(Line("").__ne__, result.blocks()) for result in self.made]
+        zeros = self.manifest.result.decoder_sparsity if self.manifest else 0.0
+        following = (
+            after_a_packed_folder(self.folder)
+            if self.compression
+            else after_a_dense_folder(self.folder, zeros)
+        )
+        return {
+            "How it was made": shown(block for blocks in made for block in blocks),
+            **self.measured(),
+            "What to try": shown(following[1:]),
+        }
 
 
 @dataclass(frozen=True)
-class Reported(Generic[AnyResult]):
-    """A sweep, a fit, a draft or an advice.
+class Reported:
+    """A sweep or an advice.
 
     Attributes:
         name: its name on the page.
-        place: its folder or file.
         result: all its measurements.
     """
 
     name: str
-    place: Path
-    result: AnyResult
+    result: SweepResult | AdviseResult
+
+    @property
+    def source(self) -> str:
+        """The model that it is about."""
+        found = self.result
+        return bare_name(found.sweep.model if isinstance(found, SweepResult) else found.model)
+
+    def sections(self) -> Sections:
+        """What the verb printed."""
+        return {"": shown(self.result.blocks())}
 
 
-@dataclass(frozen=True)
-class Records:
-    """What a report is about."""
+def shown(blocks: Iterable[Block]) -> list[Block]:
+    """Blocks without the folders of this machine."""
+    return [
+        Line(without_folders(block.text), block.style)
+        if isinstance(block, Line)
+        else replace(
+            block,
+            title=without_folders(block.title),
+            rows=tuple(tuple(map(without_folders, row)) for row in block.rows),
+        )
+        for block in blocks
+    ]
 
-    runs: tuple[ReportedRun, ...] = ()
-    sweeps: tuple[Reported[SweepResult], ...] = ()
-    fits: tuple[Reported[FitResult], ...] = ()
-    drafts: tuple[Reported[DraftResult], ...] = ()
-    advices: tuple[Reported[AdviseResult], ...] = ()
 
-
-def read_records(places: Sequence[Path]) -> Records:
-    """Read folders of runs, sweeps, fits and drafts, and files of advice, in the given order.
+def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
+    """Read folders of runs and sweeps, and files of advice, in the given order.
 
     Raises:
         SourceError: a path is none of these; the error says what is missing.
@@ -115,25 +185,37 @@ def read_records(places: Sequence[Path]) -> Records:
     """
     if not places:
         raise SourceError(
-            "there is nothing to report", remedy="name folders of runs, sweeps, fits or drafts, "
-            "or the JSON of an advice"
-        )  # fmt: skip
-    runs = list[ReportedRun]()
-    sweeps, fits = list[Reported[SweepResult]](), list[Reported[FitResult]]()
-    drafts, advices = list[Reported[DraftResult]](), list[Reported[AdviseResult]]()
+            "there is nothing to report",
+            remedy="name folders of runs, sweeps, fits or drafts, or the JSON of an advice",
+        )
+    found: list[ReportedRun | Reported] = []
     for place, name in zip(places, _names_of(places), strict=True):
+        if not place.exists():
+            raise SourceError(
+                "there is no such folder or file",
+                where=str(place),
+                remedy="name a folder of a run, a sweep or a fit, or the JSON of an advice",
+            )
         if (place / "sweep.json").is_file():
             sweep = read_record(Sweep, place / "sweep.json")
-            sweeps.append(Reported(name, place, SweepResult(sweep, place)))
-        elif (place / FIT).is_file():
-            fits.append(Reported(name, place, read_record(FitResult, place / FIT)))
-        elif (place / DRAFT).is_file():
-            drafts.append(Reported(name, place, read_record(DraftResult, place / DRAFT)))
+            found.append(Reported(name, SweepResult(sweep, place)))
         elif place.is_file():
-            advices.append(Reported(name, place, AdviseResult.read(place)))
+            found.append(Reported(name, AdviseResult.read(place)))
         else:
-            runs.append(read_run(place, name))
-    return Records(tuple(runs), tuple(sweeps), tuple(fits), tuple(drafts), tuple(advices))
+            found.append(read_run(place, name))
+            if not found[-1].made:
+                raise SourceError(
+                    "this is neither a run, nor a fit, nor a sweep: it has no "
+                    "secateur/manifest.json, no secateur/fit.json and no sweep.json",
+                    where=str(place),
+                    remedy="name a folder that `secateur prune`, `compress`, `fit` or `sweep` "
+                    "wrote",
+                )
+    return found
+
+
+def _read_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _names_of(places: Sequence[Path]) -> list[str]:
@@ -148,55 +230,48 @@ def _names_of(places: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_run(place: Path, name: str) -> ReportedRun:
-    """Read a run folder.
+def read_run(folder: Path, name: str) -> ReportedRun:
+    """Read all records of a folder; it may have none.
 
     Raises:
-        SourceError: the folder is not a run folder.
         CheckpointError: a file is damaged or of another release.
     """
-    if not place.is_dir():
-        raise SourceError(
-            "there is no such folder or file",
-            where=str(place),
-            remedy="name a folder of a run, a sweep or a fit, or the JSON of an advice",
-        )
-    notes = place / "secateur"
-    if not (notes / "manifest.json").is_file():
-        raise SourceError(
-            "this is neither a run, nor a fit, nor a sweep: it has no secateur/manifest.json, no "
-            "secateur/fit.json and no sweep.json",
-            where=str(place),
-            remedy="name a folder that `secateur prune`, `compress`, `fit` or `sweep` wrote",
-        )
-    recipe, judged, file = notes / "recipe.yaml", notes / FILE_NAME, notes / "layers.jsonl"
-    lines = _read_text(file).splitlines() if file.is_file() else []
-    layers = [parsed(Layer, line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+    notes = folder / "secateur"
+
+    def read(record: type[AnyRecord], file: str) -> AnyRecord | None:
+        place = notes / file
+        return read_record(record, place) if place.is_file() else None
+
+    manifest, chain = read(Manifest, "manifest.json"), read(Chain, "chain.json")
+    fit, draft = read(FitResult, "fit.json"), read(DraftResult, "draft.json")
+    chosen = fit or draft
+    packed = read(CompressResult, "compression.json") or (chosen and chosen.packed)
+    judged, lines, trained = (notes / x for x in (FILE_NAME, "layers.jsonl", "training.json"))
+    made: list[Result] = []
+    if chosen is not None:
+        made.append(chosen)
+    if manifest is not None and manifest.structure is not None:
+        made.append(StructureResult(manifest, folder))
+    elif manifest is not None:
+        zeros = manifest.result.decoder_sparsity
+        made.append(PruneResult(zeros, [], manifest, folder, [*manifest.left]))
+    if trained.is_file():
+        made += [TrainResult(folder, one) for one in read_list(Training, trained)]
+    if packed is not None and chosen is None:
+        made.append(packed.model_copy(update={"output": folder}))
+    if chain is not None:
+        made.append(ChainResult(chain.links, folder))
+    text = _read_text(lines).splitlines() if lines.is_file() else []
+    layers = [parsed(Layer, line, f"{lines}:{number}") for number, line in enumerate(text, start=1)]
     return ReportedRun(
         name,
-        place,
-        read_record(Manifest, notes / "manifest.json"),
-        recipe=_read_text(recipe) if recipe.is_file() else "",
-        layers=tuple(sorted(layers, key=lambda layer: layer.layer)),
-        evaluation=read_evaluation(judged) if judged.is_file() else None,
-        diagnosis=_read_if_there(DiagnosisRecord, notes / "diagnosis.json"),
-        bench=_read_if_there(Bench, notes / "bench.json"),
-        compression=_read_if_there(Compression, notes / "compression.json"),
+        folder,
+        tuple(made),
+        tuple(sorted(layers, key=lambda layer: layer.layer)),
+        manifest,
+        packed,
+        fit,
+        read_evaluation(judged) if judged.is_file() else None,
+        read(Bench, "bench.json"),
+        read(DiagnosisRecord, "diagnosis.json"),
     )
-
-
-def _read_text(file: Path) -> str:
-    """Read the text of a file of a run."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the file cannot be read: {error}",
-            where=str(file),
-            remedy="restore the file, or make the run again",
-        ) from None
-
-
-def _read_if_there(record: type[AnyRecord], file: Path) -> AnyRecord | None:
-    """Read an optional file of a run; None if it does not exist."""
-    return read_record(record, file) if file.is_file() else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from secateur.models.hub import MODELS
 from secateur.reporting.models import CompressResult, ImportResult
-from secateur.reporting.tables import binary_size, by_layer, markdown_table
+from secateur.reporting.tables import Block, binary_size, by_layer, markdown, markdown_table
 from secateur.runs.records import Manifest, SkippedMatrix, Source, Training
 
 OURS = "secateur"
@@ -39,7 +39,6 @@ def prune_card(
     recipe_yaml: str,
     source_folder: Path,
     output: str | Path,
-    evidence: str = "",
 ) -> str:
     """The card of a pruned model: how it was made, its measured properties, and its limits.
 
@@ -48,7 +47,6 @@ def prune_card(
         recipe_yaml: the complete recipe.
         source_folder: the source checkpoint, for its licence and language.
         output: the folder of the model.
-        evidence: sections with measurements of the model, if there are any.
     """
     method, result, cost = manifest.method, manifest.result, manifest.cost
     source, place = source_name(manifest.source), shown_place(output)
@@ -74,7 +72,6 @@ def prune_card(
         f"speed. To pack it:\n`secateur compress {place} --output {place}-small`.",
         f"Vectors (norms, biases) are never pruned. {_not_pruned(manifest.left)}",
         f"No calibration token reached these experts, so they are dense: {silent}." * bool(silent),
-        evidence,
         _use(TRANSFORMERS, place),
         _made_again("prune", recipe_yaml, place),
         "The calibration windows are in `secateur/windows.safetensors`; per-layer records in\n"
@@ -236,14 +233,11 @@ def source_part(card: str) -> str:
     return front + dense if found else card
 
 
-def with_dense_card(card: str, dense: str) -> str:
-    """Replace the card of the dense model within the card of a compressed one."""
-    _, body = split_card(card)
-    head, found, _ = body.partition(MARK + "\n")
-    if not found:
-        return dense
-    front, dense_body = split_card(dense)
-    return front + head + found + dense_body
+def with_measurements(card: str, sections: Mapping[str, Sequence[Block]]) -> str:
+    """A card with sections, by heading, of what was measured; it may have them already."""
+    found = [f"## {name}\n\n{markdown(blocks)}" for name, blocks in sections.items() if blocks]
+    parts = [card.rstrip(), *(section for section in found if section not in card)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 # -- sections ------------------------------------------------------------------------------------

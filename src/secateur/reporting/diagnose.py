@@ -116,17 +116,21 @@ class DiagnoseResult(Result, DiagnosisRecord):
         return sum(x.severity == severity for x in self.findings)
 
     def blocks(self) -> Sequence[Block]:
-        """The verdict in a line, then the findings."""
-        verdict = Line(f"{self.model}: {self.verdict}")
-        if not self.findings:
-            return [verdict]
-        rows = [
-            (f"{x.severity}\n{x.id}", f"{x.where}\n{x.evidence}\n→ {x.remedy}")
-            for x in self.findings
-        ]
-        styles = [STYLES[x.severity] for x in self.findings]
-        columns = ("what", "where, evidence → remedy")
-        return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
+        """The tables about its record."""
+        return diagnosis_blocks(self)
+
+
+def diagnosis_blocks(found: DiagnosisRecord) -> list[Block]:
+    """The verdict in a line, then the findings."""
+    verdict = Line(f"{found.model}: {found.verdict}")
+    if not found.findings:
+        return [verdict]
+    rows = [
+        (f"{x.severity}\n{x.id}", f"{x.where}\n{x.evidence}\n→ {x.remedy}") for x in found.findings
+    ]
+    styles = [STYLES[x.severity] for x in found.findings]
+    columns = ("what", "where, evidence → remedy")
+    return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
 
 
 def _verdict(findings: Sequence[Finding], looked: str) -> str:

@@ -318,30 +318,35 @@ class BenchResult(Result):
         return {key: x for key, x in self.record.to_json().items() if key != "schema"}
 
     def blocks(self) -> Sequence[Block]:
-        """A row for each contender that ran, then sizes, verdict and protocol."""
-        p = self.protocol
-        rows = [
-            (
-                x.contender,
-                f"{x.tokens_per_second:.1f}",
-                f"{x.tokens_per_second_least:.1f} to {x.tokens_per_second_most:.1f}",
-                f"{1e3 * (x.first_token_seconds or 0):.0f} ms",
-                f"{x.prompt_tokens_per_second:.0f}",
-                binary_size(x.resident_bytes or 0),
-            )
-            for x in self.record.contenders
-            if x.failure is None
-        ]
-        columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
-        lines = (
-            f"weight files {binary_size(self.file_bytes)}; dense bfloat16 would be "
-            f"{binary_size(self.dense_bytes)}",
-            self.verdict,
-            f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
-            f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
-            f"{p['rounds']} rounds in turns",
+        """The tables about its record."""
+        return bench_blocks(self.record)
+
+
+def bench_blocks(found: Bench) -> list[Block]:
+    """A row for each contender that ran, then sizes, verdict and protocol."""
+    p = found.protocol
+    rows = [
+        (
+            x.contender,
+            f"{x.tokens_per_second:.1f}",
+            f"{x.tokens_per_second_least:.1f} to {x.tokens_per_second_most:.1f}",
+            f"{1e3 * (x.first_token_seconds or 0):.0f} ms",
+            f"{x.prompt_tokens_per_second:.0f}",
+            binary_size(x.resident_bytes or 0),
         )
-        return [Table.of(self.model, columns, rows), *map(Line, lines)]
+        for x in found.contenders
+        if x.failure is None
+    ]
+    columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
+    lines = (
+        f"weight files {binary_size(found.file_bytes)}; dense bfloat16 would be "
+        f"{binary_size(found.dense_bytes)}",
+        found.verdict,
+        f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
+        f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
+        f"{p['rounds']} rounds in turns",
+    )
+    return [Table.of(found.model, columns, rows), *map(Line, lines)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.reporting.charts import LineChart, Mark, Series
+from secateur.reporting.charts import LineChart, Series
 from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import after_a_fit
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, plus_minus, signed
@@ -243,29 +243,31 @@ class FitResult(FittedResult):
 
     def chart(self) -> LineChart:
         """Size against divergence: what is predicted, what was made, cuts, and the winner."""
-        cuts = [_mark(x.name, x.file_bytes or 0, x.divergence or 0.0) for x in self.branches
-                if x.divergence is not None]  # fmt: skip
+        names = dict.fromkeys(point.name for point in self.frontier)
         predicted = {
-            name: tuple(
-                _mark(name, p.file_bytes, p.predicted) for p in self.frontier if p.name == name
-            )
-            for name in dict.fromkeys(p.name for p in self.frontier)
+            name: [(x.file_bytes, x.predicted) for x in self.frontier if x.name == name]
+            for name in names
         }
-        made = [_mark(x.name, x.file_bytes, x.last) for x in self.finalists if x != self.winner]
-        won = _mark(self.winner.name, self.winner.file_bytes, self.winner.last)
+        cuts = [(x.file_bytes or 0, x.divergence) for x in self.branches if x.divergence]
+        made = [(x.file_bytes, x.last) for x in self.finalists if x != self.winner]
+        found = [
+            *((f"predicted: {name}", points, True) for name, points in predicted.items()),
+            ("cut, bfloat16", cuts, False),
+            ("made", made, False),
+            ("the winner", [(self.winner.file_bytes, self.winner.last)], False),
+        ]
         series = (
-            *(Series(f"predicted: {name}", marks) for name, marks in predicted.items()),
-            Series("cut, bfloat16", tuple(cuts), joined=False),
-            Series("made", tuple(made), joined=False),
-            Series("the winner", (won,), joined=False),
+            Series(name, tuple((size / 2**20, nats) for size, nats in points), joined)
+            for name, points, joined in found
+            if points
         )
         return LineChart(
             "frontier",
             "Size against divergence from the dense model",
             "weight files, MiB",
             "nats per token",
-            tuple(one for one in series if one.marks),
-            log_y=all(mark.y > 0 for one in series for mark in one.marks),
+            tuple(series),
+            log_y=all(nats > 0 for _, points, _ in found for _, nats in points),
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
@@ -363,11 +365,6 @@ class FitResult(FittedResult):
             *(Line(fault, "bold red") for fault in self.broken),
         ]
         return blocks + after_a_fit(self.output)
-
-
-def _mark(name: str, size: float, divergence: float) -> Mark:
-    description = f"{name}: {binary_size(size)}, {divergence:.4g} nats per token"
-    return Mark(size / 2**20, divergence, "", description)
 
 
 def _nats(value: float | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
-from secateur.reporting.charts import LineChart, Mark, Series
+from secateur.reporting.charts import LineChart, Series
 from secateur.reporting.next_steps import after_a_sweep
 from secateur.reporting.tables import (
     Block,
@@ -22,7 +22,6 @@ from secateur.reporting.tables import (
     binary_size,
     markdown_table,
     percent,
-    signed,
 )
 from secateur.runs.records.measured import Sweep, SweepPoint
 
@@ -191,17 +190,6 @@ class CurvePoint:
         """A key that is equal for perplexities that can be compared."""
         return self.model, judged_part(protocol_id("ppl", self.protocol))
 
-    @property
-    def described(self) -> str:
-        """The point in words."""
-        gone = "of the decoder cut out or zero" if self.cut else "zeros"
-        words = (
-            f"{self.series}: perplexity {self.perplexity:.2f} at {percent(self.sparsity, 2)} {gone}"
-        )
-        if self.dense:
-            words += f", {signed(math.log(self.perplexity / self.dense), 3)} nats per token"
-        return words
-
 
 def curve_charts(points: Iterable[CurvePoint]) -> list[LineChart]:
     """One chart for each set of comparable perplexities with at least two sparsities."""
@@ -230,11 +218,7 @@ def _chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
         y_label="perplexity (log)",
         series=tuple(
             Series(
-                name,
-                tuple(
-                    Mark(p.sparsity, p.perplexity, _short(p.perplexity), p.described) for p in own
-                ),
-                joined=own[0].joined and len(own) > 1,
+                name, tuple((p.sparsity, p.perplexity) for p in own), own[0].joined and len(own) > 1
             )
             for name, own in series.items()
         ),
@@ -245,8 +229,3 @@ def _chart_of(number: int, group: Sequence[CurvePoint]) -> LineChart:
         f"tokens of {bare_name(str(protocol.get('dataset', first.text)))}, protocol "
         f"{judged_part(protocol_id('ppl', protocol))}. Lower is better.",
     )
-
-
-def _short(value: float) -> str:
-    """A perplexity as a short text."""
-    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

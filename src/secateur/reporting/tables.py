@@ -108,6 +108,17 @@ class Table:
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
         return f"<table>{caption}{head}<tbody>{body}</tbody></table>"
 
+    def markdown(self) -> str:
+        """The table in Markdown, below its title. Bars are escaped."""
+
+        def line(cells: Iterable[str]) -> str:
+            shown = (x.replace("|", "\\|").replace("\n", "<br>") for x in cells)
+            return "|" + "|".join(f" {x} " if x else " " for x in shown) + "|"
+
+        sides = ["---" if n < self.numbers else "---:" for n in range(len(self.columns))]
+        lines = [line(self.columns), f"|{'|'.join(sides)}|", *map(line, self.rows)]
+        return "\n".join([f"**{self.title}**\n"] * bool(self.title) + lines)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -168,6 +179,11 @@ def html(blocks: Iterable[Block]) -> str:
         if block is not None:
             parts.append(block.html())
     return "\n".join(parts)
+
+
+def markdown(blocks: Iterable[Block]) -> str:
+    """Blocks in Markdown, with an empty line between them."""
+    return "\n\n".join(x.text if isinstance(x, Line) else x.markdown() for x in blocks)
 
 
 def markdown_table(
