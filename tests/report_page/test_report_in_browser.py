@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import secateur as library
 from reporting.examples import diagnosis, evaluation, write_full_run, write_run, write_sweep
 from secateur.report_page.report import report
 
@@ -56,9 +55,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str) -> None:
-    page = browser.new_page(
-        viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
-    )
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     said: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -66,23 +63,16 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
     page.on("request", lambda request: asked.append(request.url))
     page.goto(page_file.as_uri())
 
-    def background() -> str:
-        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-
-    before = background()
-    assert (before == "rgb(20, 24, 26)") is (scheme == "dark")
-    page.click("#theme")
-    assert background() != before
-    page.click("#theme")
-    assert background() == before
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (color == "rgb(20, 24, 26)") is (scheme == "dark")
+    label = page.locator("figure svg text").first.evaluate("x => getComputedStyle(x).fill")
+    assert (label == "rgb(156, 167, 161)") is (scheme == "dark")  # charts follow the page
 
     links = page.locator("nav a")
-    assert links.count() == 8
+    assert links.count() == 3
     for link in links.all():
         link.click()
-        target = page.locator(str(link.get_attribute("href")))
-        assert target.count() == 1
-        assert target.is_visible()
+        assert page.locator(str(link.get_attribute("href"))).is_visible()
     for summary in page.locator("summary").all():
         summary.click()
     assert page.locator("details[open] pre").first.is_visible()
@@ -90,21 +80,9 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
     figures = page.locator("figure[data-chart]")
     assert figures.count() == 9
     for figure in figures.all():
-        assert int(figure.get_attribute("data-points") or 0) > 0
-        box = figure.bounding_box()
+        box = figure.locator("svg[role=img][aria-label]").bounding_box()
         assert box["width"] > 200
         assert box["height"] > 60
-        drawn = figure.locator("svg .mark")
-        assert drawn.count() >= int(figure.get_attribute("data-points") or 0)
-        assert figure.locator("svg[role=img][aria-label] > desc").count() == 1
-
-    mark = page.locator("figure[data-chart=perplexity-1] g.s0 .mark").last
-    mark.evaluate("element => element.scrollIntoView({block: 'center'})")
-    page.wait_for_timeout(300)  # scrolling takes the tip away
-    mark.hover()
-    tip = page.locator("#tip")
-    assert tip.is_visible()
-    assert tip.inner_text().startswith("wanda: perplexity 65.12 at 70.0")
 
     wide, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert wide <= inner == width
@@ -113,73 +91,21 @@ def test_clicked_through(browser: Any, page_file: Path, width: int, scheme: str)
     page.close()
 
 
-def test_a_finger_reads_what_a_mouse_reads(browser: Any, page_file: Path) -> None:
-    page = browser.new_page(
-        viewport={"width": 390, "height": 844}, has_touch=True, reduced_motion="reduce"
-    )
-    page.goto(page_file.as_uri())
-    for place, said in (
-        (".quality code", "dataset boolq-held-out"),
-        ("figure[data-chart=perplexity-1] g.s0 .hit", ": perplexity 23."),
-        (".heat .mark", "q_proj, layer 0:"),
-        (".bar .mark", "dense bfloat16: 257 MiB"),
-    ):
-        mark = page.locator(place).first
-        mark.evaluate("element => element.scrollIntoView({block: 'center'})")
-        page.wait_for_timeout(300)
-        box = mark.bounding_box()
-        page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        assert page.locator("#tip").is_visible(), place
-        assert said in page.locator("#tip").inner_text()
-    page.close()
-
-
 @pytest.mark.parametrize("width", [390, 1440])
-def test_four_runs_fit_the_table(browser: Any, tmp_path: Path, width: int) -> None:
-    """On 80ad24a the protocol column was clipped at both widths, without a sign."""
+def test_a_table_of_four_runs_shows_or_scrolls_to_all(
+    browser: Any, tmp_path: Path, width: int
+) -> None:
     names = ("sparsegpt-50-int8", "balanced-50-with-a-rather-long-name", "wanda-50", "cut-0.8")
     runs = [
         write_run(tmp_path / name, evaluation=evaluation(28.4 + i)) for i, name in enumerate(names)
     ]
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.goto(report(runs, tmp_path / "report.html").page.as_uri())
-    table = page.locator("table.quality")
-    needed, given = table.evaluate("t => [t.scrollWidth, t.parentElement.clientWidth]")
-    assert needed <= given
-    for words in ("ppl-0a1b2c3d", "sparsegpt-50-int8", "28.40 ± 0.60", "31.40 ± 0.66"):
-        box = table.get_by_text(words).first.bounding_box() if words[0] in "p23" else None
-        if box is not None:
-            assert box["x"] >= 0
-            assert box["x"] + box["width"] <= width
-    if width == 390:  # each value has its run beside it
-        label = table.locator("td[data-of=wanda-50]").first.evaluate(
-            "cell => getComputedStyle(cell, '::before').content"
-        )
-        assert label == '"wanda-50"'
-    page.close()
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_costs_of_an_advice_are_in_view(
-    browser: Any, tmp_path: Path, width: int, scheme: str
-) -> None:
-    """A phone shows them, and the sign that a table goes on can be seen in the dark."""
-    file = tmp_path / "advice.html"
-    library.advise("llama-3.1-8b", hardware="h100-80gb", html=file)
-    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    page.goto(file.as_uri())
-    for table in page.locator("#advice table").all():
-        needed, given = table.evaluate("t => [t.scrollWidth, t.parentElement.clientWidth]")
-        assert needed <= given
-    for column in ("ms/token", "USD/month"):
-        cell = page.locator(f'#advice td[data-of="{column}"]').first
+    table = page.locator(".overview table")
+    for words in ("sparsegpt-50-int8", "28.40 ± 0.60", "31.40 ± 0.66"):
+        cell = table.get_by_text(words).first
+        cell.evaluate("cell => cell.scrollIntoView({inline: 'nearest'})")
         box = cell.bounding_box()
-        assert 0 <= box["x"] <= box["x"] + box["width"] <= width
-        label = "cell => getComputedStyle(cell, '::before').content"
-        assert cell.evaluate(label) == (f'"{column}"' if width == 390 else "none")
-    assert page.locator("#advice .notes li").count() >= 5
-    # the sign that a table goes on: light on dark, dark on light
-    edge = "getComputedStyle(document.querySelector('.wide')).backgroundImage"
-    assert ("rgba(230, 233, 228, 0.42)" in page.evaluate(edge)) is (scheme == "dark")
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
     page.close()

@@ -44,7 +44,7 @@ def manifest(method: str = "sparsegpt", sparsity: float = 0.5) -> dict[str, Any]
         "allocation": {"name": "uniform", "parameters": "uniform"},
         "calibration": {"source": "text.jsonl", "samples": 64, "sequence_length": 512, "seed": 0},
         "environment": ENVIRONMENT,
-        "plan": {"peak_bytes": 10**9},
+        "plan": {"peak_bytes": 10**9, "host_peak_bytes": 10**9},
         "cost": {
             "seconds": 109.3, "peak_resident_bytes": 885149696, "resumed": False,
             "peak_is_of_this_run_alone": True,

@@ -125,7 +125,7 @@ class ReportedRun:
     def sections(self) -> Sections:
         """How it was made, what was measured, and the commands for more."""
         # a result ends with commands, after an empty line
-        made = [takewhile(Line("").__ne__, result.blocks()) for result in self.made]
+        made = [takewhile(lambda block: block != Line(""), result.blocks()) for result in self.made]
         zeros = self.manifest.result.decoder_sparsity if self.manifest else 0.0
         following = (
             after_a_packed_folder(self.folder)

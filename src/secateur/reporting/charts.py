@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +218,12 @@ def page_svg(chart: Chart) -> str:
     unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with _style({"svg.fonttype": "none", "svg.hashsalt": f"{chart.key} {chart.title}"}):
         figure = _figure([chart], titles=False)
-        metadata = {**unsaid, "Title": _printable(chart.title)}
-        figure.savefig(written, format="svg", transparent=True, metadata=metadata)
-    drawn = written.getvalue()
-    drawn = drawn[drawn.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+        figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
+    _, _, drawn = written.getvalue().partition("<svg ")
     for light, variable in VARIABLES.items():
         drawn = drawn.replace(light, variable)
-    return re.sub(r' id="[\w.]+_\d+"', "", drawn)  # another chart of the page has the same names
+    drawn = re.sub(r' id="[\w.]+_\d+"', "", drawn)  # another chart of the page has the same names
+    return f'<svg role="img" aria-label="{escape(_printable(chart.title))}" {drawn}'
 
 
 def save_plots(charts: Sequence[Chart], stem: Path) -> list[Path]:
@@ -249,7 +249,7 @@ def _style(more: dict[str, Any]) -> Iterator[None]:
     from matplotlib import rc_context
 
     style: Any = {
-        "text.parse_math": False, "text.color": INK, "axes.edgecolor": SOFT,
+        "font.size": 11, "text.parse_math": False, "text.color": INK, "axes.edgecolor": SOFT,
         "axes.labelcolor": SOFT, "axes.axisbelow": True, "axes.spines.top": False,
         "axes.spines.right": False, "grid.color": RULE, "xtick.color": SOFT, "ytick.color": SOFT,
         **more,
