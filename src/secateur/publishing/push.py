@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.diagnostics.findings import read_claims
@@ -23,13 +25,13 @@ from secateur.models.checkpoint import INDEX_NAMES, copied_files, refuse_not_fin
 from secateur.models.configuration import check_folder
 from secateur.models.hub import why_unreachable
 from secateur.progress import Progress
-from secateur.publishing.card import missing_in, push_card
 from secateur.recipes.deploy import PushRecipe
-from secateur.report_page.records import read_run
-from secateur.reporting.cards import without_folders
+from secateur.report_page.records import ReportedRun, read_run
+from secateur.reporting.cards import OURS, split_card, with_measurements, without_folders
 from secateur.reporting.models import PushResult
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.records import Import, read_record
+from secateur.runs.records.measured import EvaluationRecord
 
 
 def check_repository(repo: str) -> None:
@@ -264,6 +266,61 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
             where=", ".join(f"{secret.file}:{secret.line}" for secret in found[:4]),
             remedy="remove them from the files, and revoke them if they were shared before",
         )
+
+
+def push_card(card: str, repo: str, run: ReportedRun, base_model: str | None = None) -> str:
+    """The text of README.md for the hub.
+
+    Licence, language and base model are those of the folder's card. Results are added as sections,
+    and in the form that the hub reads (`model-index`); each names its protocol.
+
+    Args:
+        card: the card of the folder.
+        repo: the repository.
+        run: the records of the folder.
+        base_model: the base model on the hub; None for the one that the card names.
+    """
+    front, body = split_card(card)
+    data: dict[str, Any] = (yaml.safe_load(front.strip("-\n")) or {}) if front else {}
+    tags = data.get("tags") or []
+    data["tags"] = list(dict.fromkeys([*tags, OURS]))
+    data.setdefault("library_name", "transformers")
+    data.setdefault("pipeline_tag", "text-generation")
+    data |= {"base_model": base_model} if base_model else {}
+    results = _hub_results(run.evaluation) if run.evaluation else []
+    if results:
+        data["model-index"] = [{"name": Path(repo).name, "results": results}]
+    header = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n{with_measurements(body, run.measured())}"
+
+
+def _hub_results(found: EvaluationRecord) -> list[dict[str, Any]]:
+    """Perplexities and scores in the form that the hub reads."""
+    numbers = [
+        *((x.text, "perplexity", x.perplexity, "perplexity", x) for x in found.perplexity),
+        *((x.task, x.metric, x.value, f"{x.metric}, {x.shots} shots", x) for x in found.tasks),
+    ]
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": data, "name": data},
+            "metrics": [
+                {"type": kind, "value": value, "name": f"{name}, protocol {one.protocol_id}"}
+            ],
+        }
+        for data, kind, value, name, one in numbers
+    ]
+
+
+def missing_in(card: str) -> list[str]:
+    """What the head of a card lacks, and how to add it."""
+    front, _ = split_card(card)
+    data = yaml.safe_load(front.strip("-\n")) or {} if front else {}
+    notes = {
+        "license": "the card names no licence: add it to README.md",
+        "base_model": "the card names no base model: add --base-model OWNER/NAME",
+    }
+    return [note for key, note in notes.items() if not data.get(key)]
 
 
 def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:

@@ -83,7 +83,7 @@ class ReportedRun:
         """The size of its weight files; None if no record has it."""
         if self.compression is not None:
             return self.compression.file_bytes
-        return self.manifest and self.manifest.result.file_bytes
+        return self.manifest.result.file_bytes if self.manifest else None
 
     @property
     def dense_bytes(self) -> int | None:
@@ -92,7 +92,7 @@ class ReportedRun:
             return BFLOAT16_BYTES * self.manifest.structure.before.parameters
         if self.compression is not None:
             return self.compression.bfloat16_bytes
-        return self.manifest and BFLOAT16_BYTES * self.manifest.result.parameters
+        return BFLOAT16_BYTES * self.manifest.result.parameters if self.manifest else None
 
     def measured(self) -> Sections:
         """What was measured, without folders of this machine; no section without a measurement."""
@@ -202,8 +202,9 @@ def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
         elif place.is_file():
             found.append(Reported(name, AdviseResult.read(place)))
         else:
-            found.append(read_run(place, name))
-            if not found[-1].made:
+            run = read_run(place, name)
+            found.append(run)
+            if not run.made:
                 raise SourceError(
                     "this is neither a run, nor a fit, nor a sweep: it has no "
                     "secateur/manifest.json, no secateur/fit.json and no sweep.json",
@@ -245,7 +246,7 @@ def read_run(folder: Path, name: str) -> ReportedRun:
     manifest, chain = read(Manifest, "manifest.json"), read(Chain, "chain.json")
     fit, draft = read(FitResult, "fit.json"), read(DraftResult, "draft.json")
     chosen = fit or draft
-    packed = read(CompressResult, "compression.json") or (chosen and chosen.packed)
+    packed = read(CompressResult, "compression.json") or (chosen.packed if chosen else None)
     judged, lines, trained = (notes / x for x in (FILE_NAME, "layers.jsonl", "training.json"))
     made: list[Result] = []
     if chosen is not None:
