@@ -34,7 +34,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import encoded, load_tokenizer
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, read_recipe_file
-from secateur.report_page.records import read_records
+from secateur.report_page.records import read_places
 from secateur.steps.inspect import inspect
 from secateur.training.masks import stored_masks
 
@@ -221,7 +221,7 @@ def make_run(place: Path) -> None:
 
 
 def read_run(room: Path) -> None:
-    read_records([room])
+    read_places([room])
     inspect(str(room))
 
 
