@@ -5,7 +5,6 @@
 # make audit     list all packages (SBOM), fail if one has a known fault; needs a network
 # make numbers   list the results that are older than the code that they measure
 # make docs      build the documentation as a site in build/site
-# make bench     the measurements behind the README's table (needs an hour)
 # Each sets up .venv by itself. PYTHON names the interpreter to set it up with.
 
 PYTHON ?= python3
@@ -17,7 +16,7 @@ PYTEST_OPTIONS ?=
 WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check audit numbers docs bench setup clean
+.PHONY: demo test test-all check audit numbers docs setup clean
 
 setup: $(READY)
 
@@ -61,10 +60,6 @@ numbers: $(READY)
 
 docs: $(READY)
 	$(BIN)/python tools/build_site.py
-
-bench: $(READY)
-	$(BIN)/python -m benchmarks.quality.baselines
-	$(BIN)/python -m benchmarks.memory.memory
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
