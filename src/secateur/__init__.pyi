@@ -902,11 +902,9 @@ def structure(
     keep_parameters: float | None = None,
     max_size: int | str | None = None,
     decode_latency: float | None = None,
-    kv_cache: float | None = None,
     whole_first: int | None = None,
     whole_last: int | None = None,
     multiple: int | None = None,
-    pad: bool | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     allocation: str | None = None,
     learned: int | Mapping[str, Any] | None = None,
@@ -969,11 +967,9 @@ def structure(
         decode_latency: Largest time per token, as a fraction of the uncut model's, measured on this
             machine in transformers at batch 1. KV groups and FFN neurons are cut until it is met.
             [no limit]
-        kv_cache: Largest KV cache, as a fraction of the uncut model's. KV groups are cut. [all]
         whole_first: Number of first decoder layers that keep all heads and neurons. [0]
         whole_last: Number of last decoder layers that keep all heads and neurons. [0]
         multiple: Round the FFN width to a multiple of this number. [1]
-        pad: Pad all layers with zeros to one size, for engines that need it. [off]
         effort: Preset: fast, balanced, thorough or best. It fills in the options that you do not
             give. [balanced, if no score is given]
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity,

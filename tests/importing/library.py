@@ -30,9 +30,6 @@ WIDE: dict[str, Any] = {
 """Sizes that every format can store; 384 columns are three groups of 128."""
 
 SCHEMES: dict[str, tuple[str, Any, str | None]] = {
-    "marlin-24 int4 groups": ("marlin-24", (4, "group", 128, "int", True), None),
-    "marlin-24 int4 channels": ("marlin-24", (4, "channel", None, "int", True), None),
-    "marlin-24 int8 groups": ("marlin-24", (8, "group", 128, "int", True), None),
     "pack int4 groups": ("pack-quantized", (4, "group", 32, "int", True), None),
     "pack int4 zero points": ("pack-quantized", (4, "group", 32, "int", False), None),
     "pack int8 channels": ("pack-quantized", (8, "channel", None, "int", True), None),
@@ -48,7 +45,7 @@ SCHEMES: dict[str, tuple[str, Any, str | None]] = {
 
 ZEROS = ("sparse-bitmask", "sparse-24-bitmask")
 GOLDEN = Path(__file__).with_name("golden.safetensors")
-GOLDEN_ROWS, GOLDEN_COLUMNS, GROUPED_COLUMNS = 64, 128, 384
+GOLDEN_ROWS, GOLDEN_COLUMNS = 64, 128
 
 
 def library(needs: str = "compressed_tensors") -> Any:
@@ -156,13 +153,8 @@ def by_library(
         for name in linears:
             weight = state[f"{name}.weight"]
             scale, zero = scales_for(weight, scheme)
-            if format == "marlin-24":
-                scale = scale.half()
             state[f"{name}.weight_scale"], state[f"{name}.weight_zero_point"] = scale, zero
-            dtype = torch.float16 if format == "marlin-24" else weight.dtype
-            integers = lifecycle.quantize(
-                weight.to(dtype), scale, zero, scheme.weights, dtype=stored
-            )
+            integers = lifecycle.quantize(weight, scale, zero, scheme.weights, dtype=stored)
             if sparse == "sparse-24-bitmask":
                 # the library loses −128, whose absolute value int8 cannot hold
                 integers = compressors.Sparse24BitMaskTensor.from_dense(integers).decompress()
@@ -195,8 +187,7 @@ def write_golden() -> None:
         source = pruned_folder(place / "source", "2:4")
         whole = load_file(source / "model.safetensors")
         for case in (*ZEROS, *SCHEMES):
-            columns = GROUPED_COLUMNS if "marlin-24 int4 groups" in case else GOLDEN_COLUMNS
-            one = whole[f"{name}.weight"][:GOLDEN_ROWS, :columns].contiguous()
+            one = whole[f"{name}.weight"][:GOLDEN_ROWS, :GOLDEN_COLUMNS].contiguous()
             save_file({f"{name}.weight": one}, source / "model.safetensors")
             format, scheme, sparse = SCHEMES.get(case, (case, None, None))
             how = None if scheme is None else scheme_of(*scheme)

@@ -136,19 +136,6 @@ BROKEN: dict[str, tuple[str, Callable[[Parts], None], str]] = {
     "a huge shape": ("sparse-bitmask", put("shape", lambda x: x * 10**9), "the bitmask is"),
     "a negative shape": ("sparse-bitmask", put("shape", lambda x: -x), "for the shape"),
     "bits set anywhere": ("sparse-24-bitmask", put("bitmask", lambda x: x | 255), "keeps"),
-    "no meta": ("marlin-24 int4 channels", drop("meta"), "no meta"),
-    "no scale": ("marlin-24 int4 channels", drop("scale_packed"), "no scale_packed"),
-    "half the meta": ("marlin-24 int4 channels", put("meta", lambda x: x[:1]), "indices"),
-    "equal indices": ("marlin-24 int4 channels", put("meta", lambda x: x * 0), "ascending"),
-    "half the words": (
-        "marlin-24 int4 channels", put("weight_packed", lambda x: x[:, :50]), "do not fill",
-    ),
-    "odd groups": (
-        "marlin-24 int4 groups", put("scale_packed", lambda x: x[:2]), "groups of scales",
-    ),
-    "scales of nan": (
-        "marlin-24 int4 groups", put("scale_packed", lambda x: x * torch.nan), "not finite",
-    ),
     "no words": ("pack int4 groups", drop("weight_packed"), "scales without a weight"),
     "no size": ("pack int4 groups", drop("weight_shape"), "no weight_shape"),
     "another size": ("pack int4 groups", put("weight_shape", lambda x: x * 2), "do not hold"),

@@ -60,7 +60,6 @@ MISTAKES = {
     "structure m --ffn 1e-9 --calibration t.txt -o o": "keeps 1e-09 FFN neurons of a layer, but",
     "structure m --keep-layers 2 --score wanda -o o": "--score: changes nothing without",
     "structure m --ffn 0.5 --depth-by search -o o": "changes nothing without one of --keep-layers",
-    "structure m --kv-groups 0.5 --kv-cache 0.5 -o o": "give one of the two",
     "structure m --ffn 0.5 --multiple 7 -o o": "no multiple of 7",
     # training
     "train sparse --text t.txt --steps 3 --minutes 2 -o o": "must be one of them",

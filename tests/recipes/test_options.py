@@ -195,12 +195,11 @@ def test_text_of_flags_becomes_values() -> None:
     recipe, _ = recipe_from_flags(
         StructureRecipe,
         {"model": "m", "ffn": "0.75", "kv_groups": "2", "hidden_size": "1.0",
-         "method_parameters": ["iterations=3", "growth=1.5"], "pad": True},
+         "method_parameters": ["iterations=3", "growth=1.5"]},
         ["memory.max_memory=3GiB"],
     )  # fmt: skip
     assert (recipe.ffn, recipe.kv_groups, recipe.hidden_size) == (0.75, 2, 1.0)
     assert recipe.method_parameters == {"iterations": 3, "growth": 1.5}
-    assert recipe.pad
     assert recipe.memory.max_bytes == 3 * 2**30
     pruned, _ = recipe_from_flags(TrainRecipe, {"model": "m", "gradual": "2:4"})
     assert pruned.gradual.pattern == "2:4"

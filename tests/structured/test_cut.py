@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuts import CUTS, odd
+from cuts import CUTS
 from zoo import CONFIGS, tiny_model
 
 from secateur.errors import ArchitectureError, RecipeError
@@ -68,11 +68,6 @@ def test_layers_whose_index_scales_their_attention_are_not_cut() -> None:
     model.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ArchitectureError, match="scaled by the index"):
         cut_model(model, Cut(layers=(0, 2)))
-
-
-def test_what_padding_cannot_mend_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="padded or not"):
-        cut_model(tiny_model("gpt2"), Cut(hidden=odd(32)), pad=True)
 
 
 @pytest.mark.parametrize("name", CUTS)

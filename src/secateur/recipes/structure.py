@@ -37,10 +37,9 @@ Kept = Annotated[int | float, BeforeValidator(_number_or_fraction)]
 
 TARGETS = ("keep_parameters", "max_size", "decode_latency")
 """Options that say how much of the whole model is to remain, and leave open what goes."""
-BUDGETS = (*TARGETS, "kv_cache")
-NARROWING = ("kv_groups", "query_heads", "ffn", *BUDGETS)
+NARROWING = ("kv_groups", "query_heads", "ffn", *TARGETS)
 """Options that cut heads or neurons."""
-WIDTHS = ("kv_groups", "query_heads", "ffn", "hidden_size", *BUDGETS)
+WIDTHS = ("kv_groups", "query_heads", "ffn", "hidden_size", *TARGETS)
 """Options that cut within layers, by a score."""
 CUTS = ("keep_layers", "experts", *WIDTHS, "vocabulary", "vocabulary_size")
 """Options that cut."""
@@ -132,18 +131,12 @@ class WhatToCut(Section):
     )
     """Largest time per token, as a fraction of the uncut model's, measured on this machine in
     transformers at batch 1. KV groups and FFN neurons are cut until it is met."""
-    kv_cache: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
-        None, gt=0, lt=1
-    )
-    """Largest KV cache, as a fraction of the uncut model's. KV groups are cut."""
     whole_first: int = Field(0, ge=0)
     """Number of first decoder layers that keep all heads and neurons."""
     whole_last: int = Field(0, ge=0)
     """Number of last decoder layers that keep all heads and neurons."""
     multiple: int = Field(1, ge=1)
     """Round the FFN width to a multiple of this number."""
-    pad: bool = False
-    """Pad all layers with zeros to one size, for engines that need it."""
 
 
 class HowToCut(Section):
@@ -217,9 +210,9 @@ class StructureRecipe(
     presets = structure_presets
     run = Planning
     needs: ClassVar = {
-        **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers", *BUDGETS)),
+        **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers", *TARGETS)),
         **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
-        **dict.fromkeys(("score", "solver", "allocation", "multiple", "pad"), WIDTHS),
+        **dict.fromkeys(("score", "solver", "allocation", "multiple"), WIDTHS),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),
         **DISTILLING,
     }
@@ -235,9 +228,8 @@ class StructureRecipe(
         *(Conflict(*pair, "these are two targets", ONE) for pair in combinations(TARGETS, 2)),
         *(
             Conflict(target, width, "both set how many heads and neurons stay", ONE)
-            for target, width in product(TARGETS, ("kv_groups", "ffn", "kv_cache"))
+            for target, width in product(TARGETS, ("kv_groups", "ffn"))
         ),
-        Conflict("kv_groups", "kv_cache", "both set the same number", ONE),
         Conflict("distill_hidden", "hidden_size", "it compares states of equal widths", ONE),
         *(
             Conflict(

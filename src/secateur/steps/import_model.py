@@ -14,7 +14,6 @@ from secateur.errors import RecipeError, SourceError
 from secateur.importing import import_formats
 from secateur.importing.adapter import WEIGHTS, MergedReader
 from secateur.importing.masks import MaskedReader
-from secateur.importing.refused import refuse_by_name
 from secateur.models.at_rest import AssembledReader, SourceFolder
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
@@ -56,11 +55,6 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
     def __init__(self, recipe: ImportRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.opened = _open_source(recipe, run.source)
-
-    @classmethod
-    def check(cls, recipe: ImportRecipe) -> None:
-        """Refuse the formats that are known by name and not read."""
-        refuse_by_name(recipe.model)
 
     @classmethod
     def reads(cls, recipe: ImportRecipe) -> tuple[str | None, ...]:

@@ -71,7 +71,7 @@ MANIFEST = "manifest.json"
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
     "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
-    "other engines need --pad"
+    "other engines do not load it"
 )
 
 

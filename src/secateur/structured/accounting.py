@@ -57,18 +57,17 @@ class Accounting:
         return {"before": before, "after": after, "varied": self.varied}
 
 
-def accounting(model: Any, cut: Cut, *, pad: bool = False) -> Accounting:
+def accounting(model: Any, cut: Cut) -> Accounting:
     """Count what a cut would remove, without making a tensor.
 
     Args:
         model: loaded or a skeleton.
         cut: what is kept.
-        pad: as for the cut.
 
     Raises:
         RecipeError: the cut is impossible.
     """
-    return account(design(model, cut, pad=pad))
+    return account(design(model, cut))
 
 
 def account(made: Design) -> Accounting:

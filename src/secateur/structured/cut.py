@@ -38,8 +38,7 @@ class Sizes:
         neurons: FFN neurons; 0 where there is no FFN, or a mixture of experts.
         experts: experts; 0 where the FFN is dense.
         expert_groups: the groups into which a router divides them, in their order.
-        latent: values that a layer with latent attention caches for a token, however many heads it
-            has; 0 where keys and values are cached.
+        latent: whether attention is latent, so that what is cached belongs to no head.
     """
 
     hidden: int
@@ -49,7 +48,7 @@ class Sizes:
     neurons: tuple[int, ...]
     experts: tuple[int, ...]
     expert_groups: int = 1
-    latent: int = 0
+    latent: bool = False
 
     @property
     def layers(self) -> int:
@@ -228,7 +227,9 @@ def sizes_of(model: Any) -> Sizes:
         neurons=tuple(_columns(x, couplings.consumer("neurons")) for x in layers),
         experts=tuple(_experts_of(layer, couplings) for layer in layers),
         expert_groups=architecture.experts.divided(config) if architecture.experts else 1,
-        latent=next(filter(None, (_latent_of(layer, couplings) for layer in layers)), 0),
+        latent=any(
+            getattr(find(layer, couplings.attention), "kv_lora_rank", None) for layer in layers
+        ),
     )
 
 
@@ -293,13 +294,6 @@ def head_size(layer: nn.Module, couplings: Couplings) -> int | None:
     return next((size for name in names if (size := getattr(module, name, None))), None)
 
 
-def _latent_of(layer: nn.Module, couplings: Couplings) -> int:
-    """Values that latent attention caches for a token; 0 without it."""
-    module: Any = find(layer, couplings.attention)
-    rank = int(getattr(module, "kv_lora_rank", None) or 0)
-    return rank + int(module.qk_rope_head_dim) if rank else 0
-
-
 def _columns(layer: nn.Module, name: str | None) -> int:
     """Input columns of a linear of a layer; 0 if there is no such linear."""
     module = None if name is None else find(layer, name)
@@ -337,11 +331,11 @@ def find(layer: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
+def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
     """Refuse a cut that the configuration makes impossible.
 
     Raises:
-        RecipeError: fewer experts than each token needs; padding where there is nothing to pad.
+        RecipeError: fewer experts than each token needs.
         ArchitectureError: the index of a layer has a meaning in this model.
     """
     config = text_config(model.config)
@@ -363,11 +357,6 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes, pad: bool) -> None:
                 f"by the mean and deviation of all neurons (activation sparsity {sparse[layer]:g})",
                 remedy="cut neurons of the other layers",
             )
-    if pad and hasattr(model.config, "secateur_cut"):
-        raise RecipeError(
-            "this model cannot be padded: it was cut to different sizes before",
-            remedy="cut its source model, with padding",
-        )
     if cut.layers is not None and getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise ArchitectureError(
             "attention is scaled by the index of its layer, so layers cannot be cut",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -15,12 +14,11 @@ from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of, unit_width
 from secateur.structured.design import design
 
-UNITS = (*TARGETS, "kv_groups", "ffn", "kv_cache", "query_heads", "hidden_size", "experts")
+UNITS = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""
 
 KINDS = {
     "kv_groups": "groups",
-    "kv_cache": "groups",
     "query_heads": "queries",
     "ffn": "neurons",
     "hidden_size": "hidden",
@@ -132,23 +130,6 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
     queries = _queries_of(recipe, sizes)
     heads = neurons = 0.0
     whole_layers = _whole_layers(recipe, layers - drop)
-    if recipe.kv_cache is not None and sizes.latent:
-        raise RecipeError(
-            f"each layer keeps {sizes.latent} values of a token, however many heads it has",
-            where="--kv-cache",
-            remedy="its attention is latent: remove layers for a smaller cache",
-        )
-    if recipe.kv_cache is not None:  # removed layers no longer need their part of the cache
-        gone = max(0.0, 1 - recipe.kv_cache * layers / (layers - drop))
-        heads = gone * (layers - drop) / (layers - drop - sum(whole_layers))
-        if heads >= 1:
-            raise RecipeError(
-                f"no KV groups would stay between the {sum(whole_layers)} layers that keep all",
-                remedy="keep more of the cache, or fewer layers whole",
-            )
-        if recipe.allocation in (None, "uniform"):  # only whole groups, at most the target
-            most = max(1, *sizes.groups)
-            heads = ceil(heads * most - 1e-9) / most
     if recipe.kv_groups is not None:
         heads = 1 - _share(recipe.kv_groups, sizes.groups, "KV groups")
     if recipe.ffn is not None:
@@ -294,11 +275,11 @@ def counted_cut(recipe: StructureRecipe, plan: CutPlan, model: Any) -> Accountin
         plan: the plan of the cut; a target in time is not known yet.
         model: the uncut skeleton.
     """
-    whole = accounting(model, representative(plan), pad=recipe.pad)
+    whole = accounting(model, representative(plan))
     if not plan.narrows:
         return whole
-    left = design(model, representative(plan), pad=recipe.pad).skeleton
-    found = accounting(left, uniform_cut(plan, left, recipe.multiple), pad=recipe.pad)
+    left = design(model, representative(plan)).skeleton
+    found = accounting(left, uniform_cut(plan, left, recipe.multiple))
     return Accounting(whole.before, found.after, whole.varied or found.varied)
 
 

@@ -117,7 +117,6 @@ class CutStep:
                     kept,
                     cut,
                     partial,
-                    pad=context.recipe.pad,
                     trust_remote_code=context.recipe.trust_remote_code,
                     progress=context.progress,
                 )

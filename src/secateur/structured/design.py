@@ -116,13 +116,12 @@ class Design(Blueprint):
         return hasattr(self.skeleton.config, "secateur_cut")
 
 
-def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
+def design(model: Any, cut: Cut) -> Design:
     """Design the model that a cut leaves.
 
     Args:
         model: the uncut model, loaded or a skeleton.
         cut: what is kept.
-        pad: fill smaller layers with units of zeros, so that plain transformers can load them.
 
     Raises:
         RecipeError: the cut is impossible.
@@ -135,25 +134,17 @@ def design(model: Any, cut: Cut, *, pad: bool = False) -> Design:
     if cut.kinds:
         couplings_of(architecture, cut.kinds)
     cut.check(sizes)
-    check_configuration(model, cut, sizes, pad)
+    check_configuration(model, cut, sizes)
     hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
-    editor = Editor(model, architecture, sizes, hidden)
-    # A class that ties the number of heads to the hidden size needs the old number of heads.
-    for padding in ("largest", "uncut") if pad else (None,):
-        layers = layer_cuts(cut, sizes, padding)
-        blueprint = Blueprint(model, architecture, sizes, hidden, layers, editor.edits(layers))
-        plain = _built_plain(blueprint)
-        if plain is not None:
-            blueprint = replace(blueprint, edits=_for_scaled_embedding(blueprint))
-            return Design(**vars(blueprint), skeleton=plain)
-    if pad:
-        raise ArchitectureError(
-            "no plain class of transformers has these sizes, padded or not",
-            remedy="turn padding off; or keep all hidden channels, where the family ties their "
-            "number to the number of heads",
-        )
+    layers = layer_cuts(cut, sizes)
+    edits = Editor(model, architecture, sizes, hidden).edits(layers)
+    blueprint = Blueprint(model, architecture, sizes, hidden, layers, edits)
+    plain = _built_plain(blueprint)
+    if plain is not None:
+        blueprint = replace(blueprint, edits=_for_scaled_embedding(blueprint))
+        return Design(**vars(blueprint), skeleton=plain)
     if architecture.couplings is None:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be built with {len(blueprint.layers)} of its "
@@ -422,13 +413,13 @@ def _built_varied(blueprint: Blueprint) -> Any:
         raise ArchitectureError(
             f"no class of transformers has these sizes, and {type(model).__name__} has a decoder "
             "inside, for which Secateur writes no class of its own",
-            remedy="cut every layer alike, or fill up smaller layers (--pad)",
+            remedy="cut every layer alike",
         )
     family, alike = blueprint.architecture.family, couplings_of(blueprint.architecture).alike
     if alike:
         raise ArchitectureError(
             f"all layers of this family ({family}) must be cut alike: {alike}",
-            remedy="cut every layer alike, or fill up smaller layers (--pad)",
+            remedy="cut every layer alike",
         )
     from secateur.models.varied import FILE_NAME, MODEL_TYPE, varied_classes
 

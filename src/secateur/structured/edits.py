@@ -15,9 +15,7 @@ Heads (OLMo 2 norms queries and keys over all of them): removed heads are not ze
 Where they are as large as the kept ones, mean x² over D and over D' are equal, so the weights do
 not change. With √(D/D') on queries and keys, attention logits would be D/D' times as large. With
 half of the heads cut in three random models, the outputs are off by 0.62 to 0.70 of their norm with
-that factor and by 0.15 to 0.25 without (`tests/structured/test_head_norms.py`). Heads of zeros that
-pad a layer do not count: with Z of them among D', weights are multiplied by √((D' - Z)/D'), and
-queries and keys by the inverse, so the norm gives the same result as without them.
+that factor and by 0.15 to 0.25 without (`tests/structured/test_head_norms.py`).
 
 A LayerNorm also subtracts the mean, and runs over the kept channels without a change.
 """
@@ -43,7 +41,7 @@ class Edit:
 
     Attributes:
         source: name of the parameter in the uncut model.
-        kept: for each stored axis the kept indices, -1 for zeros; None for all.
+        kept: for each stored axis the kept indices; None for all.
         shape: of the result.
         scale: factor of the result, applied while `offset` is added.
         offset: the number that the parameter's module adds to it.
@@ -64,9 +62,7 @@ class Edit:
         """The new values, in their own memory unless nothing changes."""
         for axis, index in enumerate(self.kept):
             if index is not None:
-                index = index.to(parameter.device)
-                parameter = parameter.index_select(axis, index.clamp(min=0))
-                parameter.index_fill_(axis, (index < 0).nonzero().flatten(), 0)
+                parameter = parameter.index_select(axis, index.to(parameter.device))
         if self.scale != 1:
             scaled = (parameter.float() + self.offset) * self.scale - self.offset
             parameter = scaled.to(parameter.dtype)
@@ -75,7 +71,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class LayerCut:
-    """The units of one decoder layer to keep: None = all, -1 = a unit of zeros.
+    """The units of one decoder layer to keep: None = all.
 
     Attributes:
         index: of the layer in the uncut model.
@@ -102,36 +98,22 @@ UNCUT = LayerCut(-1, None, None, None, None)
 """For parameters outside the layers."""
 
 
-def layer_cuts(cut: Cut, sizes: Sizes, padding: str | None = None) -> list[LayerCut]:
+def layer_cuts(cut: Cut, sizes: Sizes) -> list[LayerCut]:
     """The kept units of each kept layer, in order.
 
     Args:
         cut: checked.
         sizes: of the uncut model.
-        padding: fill with units of zeros, so that all layers are as large as the `largest`
-            remaining one, or as large as the `uncut` ones. None: do not.
     """
+
+    def units(kind: str, layer: int) -> Tensor | None:
+        kept: tuple[int, ...] | None = getattr(cut, kind).get(layer)
+        if kept is None or (kept and len(kept) == getattr(sizes, kind)[layer]):
+            return None
+        return torch.tensor(kept, dtype=torch.long)
+
     indices = range(sizes.layers) if cut.layers is None else cut.layers
-    found: dict[str, list[Tensor | None]] = {}
-    for name in UNITS:
-        kept = [getattr(cut, name).get(i, tuple(range(getattr(sizes, name)[i]))) for i in indices]
-        if padding is not None and name in ("groups", "neurons"):
-            uncut = [getattr(sizes, name)[i] for i in indices]
-            largest = max(1, *(map(len, kept) if padding == "largest" else uncut))
-            kept = [
-                (*k, *[-1] * (largest - len(k))) if getattr(sizes, name)[i] else k
-                for i, k in zip(indices, kept, strict=True)
-            ]
-        found[name] = [
-            None
-            if k == tuple(range(getattr(sizes, name)[i])) and (k or i not in getattr(cut, name))
-            else torch.tensor(k, dtype=torch.long)
-            for i, k in zip(indices, kept, strict=True)
-        ]
-    return [
-        LayerCut(i, **dict(zip(found, kept, strict=True)))
-        for i, *kept in zip(indices, *found.values(), strict=True)
-    ]
+    return [LayerCut(i, **{kind: units(kind, i) for kind in UNITS}) for i in indices]
 
 
 @dataclass(frozen=True)
@@ -228,33 +210,18 @@ class Editor:
         )
         edit = Edit(name, kept, shape)
         if kept[0] is not None and _is_rms_norm(module):
-            scale = norm_scale(axes[0], parameter.shape[0], kept[0])
+            # removed channels were zero in the norm
+            scale = sqrt(parameter.shape[0] / len(kept[0])) if axes[0] == "hidden" else 1.0
             edit = replace(edit, scale=scale, offset=self.couplings.norm_offset)
-        if axes[0] in ("queries", "keys"):
-            edit = replace(edit, scale=edit.scale * self.before_norm(owner, kept[0]))
-        for read, units in (("queries", layer.groups), ("neurons", layer.neurons)):
-            reads = inner == f"{self.couplings.consumer(read)}.bias"
-            if reads and units is not None and bool((units < 0).all()):  # only zeros
-                edit = replace(edit, kept=(torch.full(shape, -1),))
+        if axes[0] in ("queries", "keys") and self.stream is not None and self.is_normed(owner):
+            edit = replace(edit, scale=edit.scale * sqrt(self.sizes.hidden / len(self.stream)))
         return edit
 
-    def before_norm(self, name: str, kept: Tensor | None) -> float:
-        """The factor of queries or keys before an RMSNorm, for which its ε is as large as it was.
-
-        Args:
-            name: of the linear, or of its norm, which has none.
-            kept: its entries that stay, -1 for zeros; None = all.
-        """
+    def is_normed(self, name: str) -> bool:
+        """Whether an RMSNorm reads what a linear of attention computes."""
         attention, _, linear = name.rpartition(".")
         norms = (find(self.model, f"{attention}.{norm}") for norm in READ_BY.get(linear, ()))
-        norm: Any = next((x for x in norms if x is not None and _is_rms_norm(x)), None)
-        if norm is None:
-            return 1.0
-        factor = 1.0 if self.stream is None else sqrt(self.sizes.hidden / len(self.stream))
-        over_all_heads = getattr(norm, "weight", torch.empty(0)).numel() > self.sizes.head_dim
-        if kept is not None and over_all_heads:
-            factor /= norm_scale("heads", len(kept), kept) or 1.0
-        return factor
+        return any(norm is not None and _is_rms_norm(norm) for norm in norms)
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
@@ -275,19 +242,6 @@ def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
 def _is_rms_norm(module: nn.Module) -> bool:
     """Whether this is a norm by the root of the mean square."""
     return any(name in type(module).__name__ for name in ("RMSNorm", "L2Norm"))
-
-
-def norm_scale(axis: str, before: int, kept: Tensor) -> float:
-    """The factor for the weights of an RMSNorm.
-
-    Args:
-        axis: the axis that the norm runs over.
-        before: how many entries it had.
-        kept: the entries that stay, -1 for zeros.
-    """
-    if axis == "hidden":  # removed channels were zero in the norm
-        return sqrt(before / len(kept))
-    return sqrt(int((kept >= 0).sum()) / len(kept))
 
 
 def _kept_along(
@@ -324,9 +278,7 @@ def _kept_along(
         starts = [sum(full[:n]) for n in range(len(full))]
         return torch.cat(
             [
-                torch.arange(start, start + count)
-                if part is None
-                else torch.where(part < 0, part, part + start)
+                torch.arange(start, start + count) if part is None else part + start
                 for part, start, count in zip(parts, starts, full, strict=True)
             ]
         )
@@ -359,6 +311,6 @@ def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
 
 
 def _spread(units: Tensor, width: int) -> Tensor:
-    """Indices of all entries of units of `width` consecutive ones; -1 stays -1."""
+    """Indices of all entries of units of `width` consecutive ones."""
     entries = units[:, None] * width + torch.arange(width)
-    return torch.where(units[:, None] < 0, -1, entries).flatten()
+    return entries.flatten()

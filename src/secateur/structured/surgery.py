@@ -67,19 +67,18 @@ class VariedSizesWarning(UserWarning):
     """The result needs its own code to load."""
 
 
-def cut_model(model: Any, cut: Cut, *, pad: bool = False) -> Any:
+def cut_model(model: Any, cut: Cut) -> Any:
     """The cut model. The given model does not change; both share all uncut tensors.
 
     Args:
         model: a loaded causal language model of transformers.
         cut: what is kept.
-        pad: fill up smaller layers with units of zeros, so that all have the same size.
 
     Raises:
         RecipeError: the cut is impossible.
         ArchitectureError: the family does not declare what the cut needs.
     """
-    made = design(model, cut, pad=pad)
+    made = design(model, cut)
     _warn_if_varied(made)
     result = made.skeleton
     there, buffers = dict(model.named_parameters()), stored_buffers(model)
@@ -105,7 +104,6 @@ def cut_checkpoint(
     cut: Cut,
     output_folder: Path,
     *,
-    pad: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Accounting:
@@ -118,7 +116,6 @@ def cut_checkpoint(
         folder: the checkpoint.
         cut: what is kept.
         output_folder: of the new checkpoint.
-        pad: fill up smaller layers with units of zeros, so that all have the same size.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: advances with every tensor.
 
@@ -135,7 +132,7 @@ def cut_checkpoint(
         )
     reader = open_weights(folder)
     model = build_skeleton(folder, trust_remote_code=trust_remote_code)
-    made = design(model, cut, pad=pad)
+    made = design(model, cut)
     stored = stored_names(model, reader, split=False)
     edits = _stored_edits(made, stored, reader)
     _warn_if_varied(made)
@@ -166,7 +163,7 @@ def _warn_if_varied(made: Design) -> None:
         warnings.warn(
             "no plain class of transformers has these sizes: transformers loads the result with "
             "trust_remote_code=True (its code is stored with the weights) or once secateur is "
-            "imported; other engines do not. Padding may give sizes that a plain class has",
+            "imported; other engines do not",
             VariedSizesWarning,
             stacklevel=3,
         )

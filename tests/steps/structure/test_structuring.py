@@ -175,7 +175,6 @@ def test_a_fraction_of_the_parameters(
     [
         ({"ffn": 0.5, "whole_first": 1}, (2, 2, 2), (48, 24, 24)),
         ({"kv_groups": 1, "ffn": 0.75, "whole_last": 1}, (1, 1, 2), (36, 36, 48)),
-        ({"kv_cache": 0.67, "whole_first": 1}, (2, 1, 1), (48, 48, 48)),
         (
             {"keep_layers": 2, "ffn": 0.5, "whole_last": 1, "depth_by": "influence"},
             (2, 2),
@@ -291,8 +290,6 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ),
         ({"keep_layers": 2, "whole_first": 1}, "whole_first: changes nothing without"),
         ({"query_heads": 1, "whole_last": 1}, "no layer can keep all"),
-        ({"kv_cache": 0.5, "whole_last": 2}, "no KV groups would stay"),
-        ({"kv_cache": 0.3}, "none of the 2 KV groups of a layer would stay"),
         ({"keep_parameters": 0.03}, "of the FFN neurons would have to go"),
         ({"ffn": 0.4, "multiple": 48}, "none of the 48 FFN neurons of a layer would stay"),
         ({"ffn": 0.6, "multiple": 48}, "all 48 FFN neurons of a layer would stay"),
@@ -316,15 +313,6 @@ def test_what_is_impossible_is_refused_before_any_work(
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
-
-
-def test_heads_do_not_shrink_the_cache_of_latent_attention(windows: Path, tmp_path: Path) -> None:
-    """A latent of 8 and a rotary key of 4."""
-    save_tiny(tmp_path / "dense", "deepseek_v3")
-    with pytest.raises(RecipeError, match="keeps 12 values of a token, however many heads"):
-        secateur.structure(
-            tmp_path / "dense", output=tmp_path / "out", calibration=windows, kv_cache=0.5
-        )
 
 
 def test_text_that_is_not_there_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
@@ -401,7 +389,7 @@ def test_a_family_whose_writers_are_not_known_is_cut_without_a_refit(
     assert [s["step"] for s in report.manifest.structure.steps] == ["depth"]
 
 
-@pytest.mark.parametrize("unit", ["ffn", "kv_groups", "hidden_size", "kv_cache", "keep_parameters"])
+@pytest.mark.parametrize("unit", ["ffn", "kv_groups", "hidden_size", "keep_parameters"])
 def test_units_of_an_undeclared_family_are_not_said_to_be_absent(
     unit: str, tmp_path: Path, windows: Path
 ) -> None:

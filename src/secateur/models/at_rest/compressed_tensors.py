@@ -1,7 +1,7 @@
 """Folders of compressed-tensors, as llm-compressor and SparseML write and wrote them.
 
-The reader is our own: the library dropped the sparse formats, and never read marlin-24. The names
-of the parts say how a matrix is stored, so mixtures of formats need no case of their own.
+The reader is our own: the library dropped the sparse formats. The names of the parts say how a
+matrix is stored, so mixtures of formats need no case of their own.
 
 **Matrices without their zeros: the formats sparse-bitmask and sparse-24-bitmask.**
 
@@ -9,17 +9,6 @@ compressed   the values that are kept, row after row
 bitmask      uint8 [rows, ⌈columns / 8⌉]; bit i of byte j is column 8 j + i
 shape        of the dense tensor
 row_offsets  sparse-bitmask only: the index of the first value of each row
-
-**Integers of 4 or 8 bits with 2:4 zeros, in the order of a GPU kernel: the format marlin-24.**
-
-    weight_packed  int32 [in / 32, out · 16 / F]; F = 8 integers of 4 bits or 4 of 8 bits each
-    scale_packed   float16 [groups of 128 columns, or 1; out]
-    meta           int16, out · in / 16 of them: which 2 of every 4 columns the integers belong to
-
-    W = (q − 2^(bits − 1)) · scale       at the 2 columns that meta names; 0 at the other 2
-
-The orders are those of Marlin 2:4 (github.com/IST-DASLab/Sparse-Marlin) for the integers and of
-CUTLASS for the indices. The library that wrote these files cannot read them back.
 
 **Integers and float8 with scales: pack-, int-, float- and naive-quantized.**
 
@@ -66,11 +55,9 @@ OF_ACTIVATIONS = (
 NOT_READ = {
     "weight_global_scale": "4-bit floating point (nvfp4, mxfp4)",
     "input_global_scale": "4-bit floating point (nvfp4, mxfp4)",
+    "scale_packed": "marlin-24, the order of one GPU kernel,",
 }
 BITMASK_PARTS = ("compressed", "bitmask", "shape", "row_offsets")
-MARLIN_PARTS = ("weight_packed", "scale_packed", "meta")
-MARLIN_GROUP = 128
-TILE = 16
 SCALED_PARTS = (
     "weight",
     "weight_packed",
@@ -85,7 +72,7 @@ STORED = (torch.int8, torch.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class CompressedTensorsFolder(NamedForm):
-    """Every format of compressed-tensors except 4-bit floating point."""
+    """Every format of compressed-tensors except 4-bit floating point and marlin-24."""
 
     name: ClassVar[str] = "compressed-tensors"
     of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
@@ -155,7 +142,7 @@ def _grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
     Parts stand beside each other: `layer.weight_scale`, `layer.bitmask`. Early files have them
     below the name of the tensor: `layer.weight.bitmask`, also for vectors.
     """
-    roles = {*BITMASK_PARTS, *MARLIN_PARTS, *SCALED_PARTS} - {"weight"}
+    roles = {*BITMASK_PARTS, *SCALED_PARTS} - {"weight"}
     found: dict[str, dict[str, str]] = {}
     for name in stored:
         owner, _, role = name.rpartition(".")
@@ -175,11 +162,6 @@ def _assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset
 
     sparse = among(BITMASK_PARTS)
     scaled = among(SCALED_PARTS)
-    if among(("scale_packed", "meta")):
-        extra = parts.keys() - set(MARLIN_PARTS)
-        if extra:
-            raise damaged(f"{min(extra)} does not belong to marlin-24", parts[min(extra)])
-        return _marlin_assembly(source.reader, parts, source.dtype)
     if sparse and "weight" in parts:
         raise damaged("the weight is stored, and so is its bitmask", parts["weight"])
     if scaled:
@@ -244,103 +226,6 @@ def _bits_of(packed: Tensor) -> Tensor:
     """
     shifts = torch.arange(8, dtype=torch.uint8)
     return ((packed.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
-
-
-def _marlin_assembly(
-    reader: CheckpointReader, parts: Mapping[str, str], dtype: torch.dtype
-) -> Assembly:
-    """The matrix that these parts make."""
-    missing = set(MARLIN_PARTS) - parts.keys()
-    if missing:
-        raise damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
-    packed, scale, meta = (reader.entries[parts[role]] for role in MARLIN_PARTS)
-    place = parts["weight_packed"]
-    if (packed.dtype, meta.dtype) != (torch.int32, torch.int16) or len(packed.shape) != 2:
-        raise damaged("the integers are not int32, or the indices not int16", place)
-    if len(scale.shape) != 2 or not scale.dtype.is_floating_point:
-        raise damaged("the scales are no matrix of floating point", parts["scale_packed"])
-    columns, (groups, rows) = packed.shape[0] * 2 * TILE, scale.shape
-    factor = rows * TILE // packed.shape[1] if packed.shape[1] else 0
-    indices = rows * columns // TILE
-    if factor not in (4, 8) or factor * packed.shape[1] != rows * TILE or rows % 64:
-        raise damaged(f"{list(packed.shape)} integers do not fill {rows} rows", place)
-    if torch.Size(meta.shape).numel() != indices:
-        raise damaged(f"{list(meta.shape)} indices for a matrix of {rows} × {columns}", place)
-    if groups != 1 and groups * MARLIN_GROUP != columns:
-        raise damaged(f"{groups} groups of scales for {columns} columns", parts["scale_packed"])
-    bits, shape = 32 // factor, (rows, columns)
-    stored_as = f"marlin-24 int{bits}"
-    return Assembly(parts, shape, dtype, stored_as, lambda p: _from_marlin(p, bits, shape))
-
-
-def _from_marlin(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
-    """The dense matrix [out, in] in float64, exact."""
-    rows, columns = shape
-    integers = _in_order(unpacked(parts["weight_packed"], bits).flatten(-2), bits, rows)
-    values = integers.t().to(torch.float64) - 2 ** (bits - 1)
-    places = _indices_of(parts["meta"].flatten(), rows, columns // 16)
-    first, second = places[..., 0], places[..., 1]
-    if not (first < second).all():
-        raise damaged("two indices of a group of 4 are not in ascending order", "meta")
-    dense = torch.zeros(rows, columns // 4, 4, dtype=torch.float64)
-    dense.scatter_(-1, places, values.reshape(rows, columns // 4, 2))
-    return dense.view(rows, columns) * _scales_of(parts["scale_packed"], shape)
-
-
-def _kernel_order(bits: int) -> Tensor:
-    """The place in a tile of 16 × 64 of each integer, in the order of the kernel: [1024].
-
-    A thread t of 32 holds rows 2 (t mod 4) + {0, 1, 8, 9} of two blocks in the columns from
-    16 · (t div 8) + 8 · (t div 4 mod 2). Four neighbouring columns follow one another, and the
-    integers of one word alternate between its halves.
-    """
-    thread, column, block = torch.arange(32), torch.arange(4), torch.arange(2)
-    row = 2 * (thread % 4).view(-1, 1) + torch.tensor([0, 1, 8, 9])
-    start = 256 * (thread // 8) + 8 * (thread // 4 % 2)
-    place = (
-        start.view(-1, 1, 1, 1)
-        + column.view(1, -1, 1, 1)
-        + 4 * block.view(1, 1, -1, 1)
-        + 16 * row.view(32, 1, 1, 4)
-    )
-    halves = torch.arange(32 // bits).view(-1, 2).t().flatten()
-    return place.reshape(-1, 32 // bits)[:, halves].flatten()
-
-
-def _in_order(stored: Tensor, bits: int, rows: int) -> Tensor:
-    """The integers [in / 2, out] of the stored ones [in / 32, 16 out]."""
-    tiles = torch.empty_like(stored).view(-1, 1024)
-    tiles[:, _kernel_order(bits)] = stored.reshape(-1, 1024)
-    square = tiles.view(len(stored), rows // TILE, TILE, TILE)
-    return square.transpose(1, 2).reshape(len(stored) * TILE, rows)
-
-
-def _indices_of(meta: Tensor, rows: int, words: int) -> Tensor:
-    """The columns within each group of 4 of the two kept weights: int64 [out, in / 4, 2].
-
-    Word w of row r, each of four groups, is stored as follows. The lowest six bits b₅ … b₀ of the
-    row become b₁ b₅ b₄ b₃ b₀ b₂; then 2 × 2 squares of rows and words are transposed; then pairs of
-    words are stored row after row.
-    """
-    row, word = torch.arange(rows).view(-1, 1), torch.arange(words).view(1, -1)
-    low = row % 64
-    moved = (
-        (row - low) + 32 * (low // 2 % 2) + 4 * (low // 8) + 2 * (low % 2) + low // 4 % 2
-    ).expand(rows, words)
-    word = word.expand(rows, words)
-    line, column = moved - moved % 2 + word % 2, word - word % 2 + moved % 2
-    place = column // 2 * (2 * rows) + 2 * line + column % 2
-    found = meta.to(torch.int64)[place].unsqueeze(-1) & 0xFFFF
-    return (found >> torch.arange(0, 16, 2) & 3).view(rows, 4 * words, 2)
-
-
-def _scales_of(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The scales as they multiply the matrix: float64 [out, in], or [out, 1]."""
-    columns, groups = shape[1], len(packed)
-    # The library leaves the order of scales alone if a group is as long as half the columns.
-    if groups > 1 and columns > 2 * MARLIN_GROUP:  # of every 8, the two halves alternate
-        packed = packed.reshape(-1, 4, 2).mT.reshape(packed.shape)
-    return packed.t().to(torch.float64).repeat_interleave(columns // groups, 1)
 
 
 def _scaled_assembly(
