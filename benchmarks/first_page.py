@@ -40,7 +40,7 @@ from benchmarks.stored import Rows, known_rows
 import secateur
 from secateur.calibration.documents import read_text
 from secateur.evaluation.speed import take_turns
-from secateur.models.hub import sample_model
+from secateur.models.hub import MODELS
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 
@@ -212,7 +212,7 @@ def make(args: argparse.Namespace, table: Table) -> None:
 
 def gguf_of(args: argparse.Namespace, row: str) -> Path:
     """The file that llama.cpp runs."""
-    return sample_model(MODEL) if row == OWN_FILE else next((args.work / row).glob("*.gguf"))
+    return MODELS[MODEL].fetch() if row == OWN_FILE else next((args.work / row).glob("*.gguf"))
 
 
 def wanted(args: argparse.Namespace, row: str) -> bool:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import secateur
-from secateur.models.hub import sample_model
+from secateur.models.hub import MODELS
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.evaluate import BenchResult
 
@@ -143,7 +143,7 @@ def random_model(work: Path, rounds: int) -> list[dict[str, Any]]:
 
 def smollm2(work: Path, pruned: Path, rounds: int) -> list[dict[str, Any]]:
     """The rows of SmolLM2."""
-    file = sample_model("smollm2-135m")
+    file = MODELS["smollm2-135m"].fetch()
     rows = measured(
         "SmolLM2-135M, 50 %, bf16", packed(pruned, "bfloat16", work / "smol-bf16"), rounds
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,22 +153,6 @@ QWEN3_30B_A3B = {
     "sliding_window": None, "use_sliding_window": False,
 }  # fmt: skip
 """As in its published config.json."""
-
-
-def test_a_plain_configuration_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
-    for hardware, code in (("h100-80gb", 0), ("nosuch", 2)):
-        words = ["secateur", "advise", str(tmp_path), "--hardware", hardware]
-        script = (
-            f"import sys; sys.argv = {words}\nfrom secateur.cli.app import main\n"
-            "try:\n    main()\n"
-            "finally:\n    print({'torch', 'transformers'} & sys.modules.keys())"
-        )
-        ran = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=False
-        )
-        assert ran.returncode == code, ran.stderr
-        assert ran.stdout.splitlines()[-1] == "set()"
 
 
 def test_the_model_as_it_is_has_a_row_or_a_reason(tmp_path: Path) -> None:

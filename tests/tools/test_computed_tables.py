@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import save_tiny
+from transformers import AutoConfig
 
 import computed_tables
 import secateur
@@ -28,8 +28,12 @@ def test_the_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("zeros", ["none", "50 %", "2:4"])
 def test_sizes_are_those_of_a_compressed_model(tmp_path: Path, zeros: str, values: Any) -> None:
     model = save_tiny(tmp_path / "model", "mistral", dtype=torch.bfloat16)
-    sizes = PlainDecoder.of(json.loads((model / "config.json").read_text()))
-    assert sizes is not None
+    config = AutoConfig.from_pretrained(model)
+    sizes = PlainDecoder(
+        layers=config.num_hidden_layers, hidden=config.hidden_size, vocabulary=config.vocab_size,
+        ffn=config.intermediate_size, heads=config.num_attention_heads, head=config.head_dim,
+        kv_heads=config.num_key_value_heads, tied=config.tie_word_embeddings,
+    )  # fmt: skip
     _, sparsity, pattern = computed_tables.ZEROS[zeros]
     pruned = model
     if sparsity:

@@ -31,7 +31,6 @@ from secateur.advisor.facts import (
 from secateur.advisor.options import options_for
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.hub import download_model, hub_name, kind_of_name
-from secateur.models.plain_decoder import PlainDecoder, gguf_configuration
 from secateur.models.shape import ModelShape
 from secateur.progress import Progress
 from secateur.recipes.measure import AdviseRecipe
@@ -138,38 +137,23 @@ def _shape_of(
             where="MODEL",
             remedy=f"check the path; or a shape: {did_you_mean(name.lower(), [*facts.shapes])}",
         )
-    trusted, here = recipe.trust_remote_code, device == THIS_MACHINE
-    if kind_of_name(name) == "file" and name.endswith(".gguf") and not here:
-        header = imported("secateur.models.header:read_gguf_header")(Path(name).expanduser())
-        read = PlainDecoder.of(gguf_configuration(header))
-        if read is not None:
-            return read.shape(name), None
-    hub = hub_name(name)
+    from secateur.models.counting import counted
+    from secateur.models.skeleton import build_skeleton, gguf_skeleton
+
+    if kind_of_name(name) == "file" and name.endswith(".gguf"):
+        model = gguf_skeleton(Path(name).expanduser())
+        return counted(name, model), model.config
+    trusted, hub = recipe.trust_remote_code, hub_name(name)
     if kind_of_name(name) == "hub" and hub is not None:
-        folder = download_model(hub.repo, hub.revision, trusted, False, progress, weights=False)
+        folder = download_model(hub.repo, hub.revision, trusted, weights=False)
     elif kind_of_name(name) == "folder" or Path(name).name == "config.json":
         folder = Path(name).expanduser()
         folder = folder if folder.is_dir() else folder.parent
     else:
         resolve = imported("secateur.models.sources:resolve")
         folder = resolve(name, values=False, progress=progress).folder
-    plain = None if here else _plain_decoder(folder / "config.json")
-    if plain is not None:
-        return plain.shape(name), None
-    from secateur.models.counting import counted
-    from secateur.models.skeleton import build_skeleton
-
     model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
     return counted(name, model), model.config
-
-
-def _plain_decoder(file: Path) -> PlainDecoder | None:
-    """The sizes that a configuration says plainly; None where transformers has to read it."""
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None  # transformers' own reader says what is wrong with the file
-    return PlainDecoder.of(config) if isinstance(config, dict) else None
 
 
 SCHEMA = "secateur.advice/1"

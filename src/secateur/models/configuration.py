@@ -18,7 +18,6 @@ from typing import Any
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError, first_line
 from secateur.models.checkpoint import read_header, read_headers, shard_files
 from secateur.models.header import Header, damaged, parse_json
-from secateur.models.plain_decoder import MOST_LAYERS, MOST_SIDE
 
 TEXT_PARTS = ("text_config", "decoder", "generator")
 """Where transformers looks for the part of a configuration that describes the decoder."""
@@ -28,6 +27,9 @@ WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_hea
 """Sizes for which some stored tensor must have a side at least as long."""
 
 MAX_POSITIONS = 2**31
+
+MOST_LAYERS, MOST_SIDE = 1024, 2**22
+"""The most that a configuration without weights may say: several times the largest known model."""
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:

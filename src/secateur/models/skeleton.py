@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import ArchitectureError, CheckpointError, first_line
 from secateur.models.architecture import experts_of, setting, text_config
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
+from secateur.models.header import damaged
 
 LARGE = 2**24
 """Values of a tensor that is large."""
@@ -124,6 +125,20 @@ def build_skeleton(
             )
     if opened:
         open_experts(model)
+    return model.eval()
+
+
+def gguf_skeleton(file: Path) -> Any:
+    """The model whose configuration a GGUF file has, parameters on the meta device."""
+    from transformers import AutoConfig
+
+    with without_weights():
+        try:
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            model = auto_class(config).from_config(config)
+        except Exception as error:  # the reader fails in many ways on damaged bytes
+            raise damaged(f"no model can be made of it: {first_line(error)}", file) from error
+    open_experts(model)
     return model.eval()
 
 

@@ -164,7 +164,7 @@ def _found_model(
     hub = hub_name(name)
     if hub is None:
         raise no_such_model(name)
-    folder = download_model(hub.repo, hub.revision, trust_remote_code, offline, progress)
+    folder = download_model(hub.repo, hub.revision, trust_remote_code, offline)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
     return LocalCheckpoint(folder, name, "hub", folder.name, _weight_bytes(folder))
@@ -233,13 +233,13 @@ def _expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None
     from secateur.models.skeleton import quiet_transformers
 
     log.info("expanding %s to %s safetensors (once)", file.name, dtype)
-    progress.start(f"reading {file.name}", 1)
+    progress.start(f"converting {file.name}", 1)
     options = {"gguf_file": file.name}
     dequantize = {}
     if hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    bar = BarReader(f"converting {file.name}", progress)
-    with quiet_transformers(), _parsed_once(), redirect_stderr(bar):
+    # transformers draws a bar of its own on stderr, which has no switch
+    with quiet_transformers(), _parsed_once(), redirect_stderr(io.StringIO()):
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, dtype=getattr(torch, dtype), **options, **dequantize
@@ -294,28 +294,3 @@ def _parsed_once() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(module, name, function)
-
-
-class BarReader(io.TextIOBase):
-    """Takes the place of stderr, and reads the percent of the bar that transformers draws there.
-
-    That bar has no switch. When it appears, transformers has read the file and converts it.
-    """
-
-    PERCENT = re.compile(r"\s(\d+)%\|")
-
-    def __init__(self, label: str, progress: Progress) -> None:
-        self.label, self.progress = label, progress
-        self.percent: int | None = None
-
-    def write(self, text: str) -> int:
-        """Take a piece of the bar."""
-        found = self.PERCENT.search(text)
-        if found:
-            percent = int(found[1])
-            if self.percent is None:
-                self.progress.finish()
-                self.progress.start(self.label, 100)
-            self.progress.step(max(0, percent - (self.percent or 0)))
-            self.percent = percent
-        return len(text)
