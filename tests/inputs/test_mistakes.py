@@ -46,7 +46,6 @@ MISTAKES = {
     "prune m --sparsity 0.5 --method magnitude --resume --restart -o o": "give one of the two",
     "prune m --sparsity 0.5 --method magnitude --dtype float16 -o o": "m is no GGUF file",
     "prune m --sparsity 0.5 --method magnitude --score wanda -o o": "'magnitude' has the score",
-    "prune m --sparsity 0.5 --method magnitude --compress-group-size 32 -o o": "without --compress",
     "prune m --sparsity 0.5 --method wanda --distill-tokens 99 -o o": "without --distill-epochs",
     "prune packed --sparsity 0.5 --method magnitude -o o": "secateur decompress",
     "prune m/model.safetensors --sparsity 0.5 -o o": "name the folder",
@@ -96,7 +95,6 @@ MISTAKES = {
     "bench sparse --gguf nofile.gguf": "no such GGUF file",
     "diagnose m --windows 3": "changes nothing without --dense",
     "sweep m --methods magnitude --sparsities 0.5,1.5 --text t.txt -o o": "1.5: must be less",
-    "sweep m --methods magnitude --sparsities 0.5 --text t.txt -o mine": "no sweep, but mine.txt",
     "report m": "neither a run, nor a fit, nor a sweep",
     # running and publishing
     "generate sparse --prompt ''": "the prompt is empty",

@@ -16,7 +16,7 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.runs import output
-from secateur.runs.output import check_own, check_writable
+from secateur.runs.output import check_writable
 
 ALL = ["prune", "structure", "train", "compress", "sweep", "report"]
 
@@ -100,19 +100,6 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert page.read_text() == "old"
     with pytest.raises(RecipeError, match="a folder, not a file"):
         check_writable(tmp_path, file=True)
-
-
-def test_a_sweep_takes_its_own_folder_and_no_other(tmp_path: Path) -> None:
-    check_own(tmp_path / "new", "sweep", "sweep.json")
-    check_own(tmp_path, "sweep", "sweep.json")
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match=r"holds no sweep, but notes\.txt"):
-        check_own(tmp_path, "sweep", "sweep.json")
-    (tmp_path / "run.json").write_text(json.dumps({"verb": "prune"}))
-    with pytest.raises(RecipeError, match=r"notes\.txt, run\.json"):
-        check_own(tmp_path, "sweep", "sweep.json")
-    (tmp_path / "run.json").write_text(json.dumps({"verb": "sweep"}))
-    check_own(tmp_path, "sweep", "sweep.json")
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tiny import save_tiny
 from trained import source_text
 
 import secateur
 from secateur.errors import NumericalError, RankError, RecipeError
-from secateur.parallel.ray_launcher import cause_of, each, launch
+from secateur.parallel.ray_launcher import cause_of, launch
 
 OPTIONS: dict[str, Any] = {
     "method": "sparsegpt", "sparsity": 0.5, "windows": 8, "sequence_length": 32,
@@ -159,76 +160,6 @@ def test_without_ray_the_message_says_how_to_get_it(
             **OPTIONS,
         )  # fmt: skip
     assert ".[ray]" in (caught.value.remedy or "")
-
-
-def halved(number: int) -> int:
-    """Work that fails for odd numbers, and breaks for zero."""
-    if number == 0:
-        raise OSError("the machine is gone")
-    if number % 2:
-        raise NumericalError(f"{number} is odd")
-    return number // 2
-
-
-def test_tasks_end_in_any_order_and_an_error_of_one_stops_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake = FakeRay(machines=2)
-    installed(monkeypatch, fake)
-    found = {n: str(x) for n, x in each("auto", None, False, halved, [2, 3, 4, 6])}
-    assert found == {3: "3 is odd", 4: "2", 6: "3", 2: "1"}
-    assert next(iter(found)) == 3  # two are under way, and the fake ends the later one first
-    assert fake.calls["task"] == {"num_cpus": 6, "num_gpus": 0, "max_retries": 0}
-    assert fake.calls["shutdown"]
-    with pytest.raises(RankError, match="the machine is gone"):
-        list(each("local", 2, False, halved, [2, 0]))
-
-
-SWEEP: dict[str, Any] = {
-    "model": "dense",
-    "methods": ("magnitude", "wanda"),
-    "sparsities": (0.25, 0.5),
-    "calibration": "text.txt",
-    "windows": 4,
-    "sequence_length": 16,
-    "text": ("text.txt",),
-    "text_sequence_length": 16,
-    "text_windows": 4,
-}
-
-
-def measured(folder: Path) -> list[dict[str, Any]]:
-    """The points of a sweep, without the times they took."""
-    points: list[dict[str, Any]] = json.loads((folder / "sweep.json").read_text())["points"]
-    return [
-        {k: point[k] for k in ("method", "sparsity", "perplexity", "zeros")} for point in points
-    ]
-
-
-def test_a_sweep_in_tasks_measures_what_one_process_measures(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed(monkeypatch, FakeRay())
-    monkeypatch.chdir(place)
-    secateur.sweep(**SWEEP, output="one")
-    found = secateur.sweep(**SWEEP, output="two", ray="local", ray_processes=3)
-    assert len(found.points) == 4
-    assert measured(place / "one") == measured(place / "two")
-    more = {**SWEEP, "methods": ("magnitude", "wanda", "ria")}
-    again = secateur.sweep(**more, output="two", ray="auto")
-    assert [point.method for point in again.points].count("ria") == 2
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray warns of its own options
-def test_a_local_ray_takes_the_points_of_a_sweep(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    monkeypatch.chdir(place)
-    secateur.sweep(**SWEEP, output="one")
-    secateur.sweep(**SWEEP, output="two", ray="local", ray_processes=2)
-    assert measured(place / "one") == measured(place / "two")
 
 
 @pytest.mark.slow

@@ -34,11 +34,10 @@ def write_advice(file: Path, **options: Any) -> Path:
     return file
 
 
-def test_a_fit_is_shown_beside_rounding_alone(tmp_path: Path) -> None:
+def test_a_fit_is_shown(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_fit(tmp_path / "small"), write_full_run(tmp_path / "run"))
     for text in (
         "0 +0.0900 ± 0.0042",  # the loss in the first table
-        "only rounded 70 MiB +0.1200",
         "--max-size 70.0 MiB 67.0 MiB",
         "3 50% zeros, int4",
         "predicted: all formats",
@@ -84,14 +83,6 @@ def test_predictions_that_print_alike_are_shown_once(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert table.columns == ("size", "all formats", "only rounded")
     assert table.rows == (("60 MiB", "0.3000", "0.3000"), ("70 MiB", "0.0002", "0.0002"))
-
-
-def test_within_a_loss_the_gain_is_a_size(tmp_path: Path) -> None:
-    result = read_record(FitResult, write_fit(tmp_path / "small") / "secateur" / "fit.json")
-    assert "less loss" in result.brought
-    result = result.model_copy(update={"winner": replace(result.winner, rise=0.09)})
-    assert re.findall(r"\d+ MiB", result.brought) == ["70 MiB", "67 MiB"]
-    assert "│   loss │" in str(result) or "loss ┃" in str(result)
 
 
 def test_a_broken_bound_is_said(tmp_path: Path) -> None:

@@ -307,24 +307,11 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
             made("pruned and rounded", 67.0, 0.12, 0.08),
             made("rounded", 60.0, 0.5, None),
         ],
-        "branches": [
-            {"name": "fewer layers", "file_bytes": 150 * 2**20, "divergence": 0.4, "outcome": "no"},
-            {"name": "fewer neurons", "file_bytes": None, "divergence": None, "outcome": "none"},
-        ],
         "frontier": [
             *(predicted("all formats", size, rise) for size, rise in mixed),
             *(predicted("only rounded", size + 3, 1.2 * rise) for size, rise in mixed),
         ],
-        "losses": {
-            "winner": {
-                "file_bytes": 67 * 2**20, "loss_increase": 0.09, "standard_error": 0.0042,
-            },
-            "the best that is only rounded": (
-                {"file_bytes": 70 * 2**20, "loss_increase": 0.12}
-                if zeros
-                else {"file_bytes": 67 * 2**20, "loss_increase": 0.09}
-            ),
-        },
+        "loss": {"file_bytes": 67 * 2**20, "loss_increase": 0.09, "standard_error": 0.0042},
         "packed": {
             "output": str(folder), "archive": False, "source_bytes": 538090408,
             "bfloat16_bytes": 188 * 2**20, "file_bytes": 67 * 2**20, "ratio": 67 / 188,
@@ -361,7 +348,7 @@ def write_draft(folder: Path, *, speedup: float = 1.42) -> Path:
 
     fit = json.loads((write_fit(folder) / "secateur" / "fit.json").read_text())
     (folder / "secateur" / "fit.json").unlink()
-    shared = ("output", "dropped", "kind_of", "embeddings", "branches", "packed", "seconds")
+    shared = ("output", "dropped", "kind_of", "embeddings", "packed", "seconds")
     candidate = {
         "name": "pruned and rounded", "file_bytes": 67 * 2**20, "divergence": 0.2, "healed": True,
         "acceptance": accepted(0.74), "seconds": 0.004, "sampled": expected(1.4),
@@ -372,7 +359,7 @@ def write_draft(folder: Path, *, speedup: float = 1.42) -> Path:
         "parent": "smollm2-135m", "head_tokens": 8192, "vocabulary": 49152,
         "parent_seconds": [0.02, 0.021, 0.022, 0.023, 0.024, 0.025, 0.026, 0.027],
         "draft_seconds": 0.003, "unhealed": accepted(0.66), "acceptance": accepted(0.73),
-        "own_text": None, "sampled": expected(speedup - 0.1), "greedy": expected(speedup),
+        "sampled": expected(speedup - 0.1), "greedy": expected(speedup),
         "candidates": [candidate], "heads": [], "frontier": [],
     }  # fmt: skip
     (folder / "secateur" / "draft.json").write_text(json.dumps(record))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class Case:
         options: the other arguments; `{sources}` and `{here}` in texts stand for the folder of the
             sources and the one that the output lies in.
         resumes: whether the verb takes `resume`.
-        replaces: whether it takes `overwrite`.
         weight: how many times as many points the tests try.
         saves: whether a distillation at the end of the run is saved at every step; otherwise after
             minutes, which is never here.
@@ -58,7 +57,6 @@ class Case:
     source: str
     options: Mapping[str, Any]
     resumes: bool = True
-    replaces: bool = True
     weight: int = 1
     saves: bool = False
 
@@ -68,7 +66,7 @@ class Case:
         """Call the verb, of another model than the case's if one is given."""
         places = {"{sources}": str(sources), "{here}": str(output.parent)}
         options = filled({**self.options, **more}, places)
-        verb = SPECIAL.get(self.verb) or getattr(secateur, self.verb)
+        verb = getattr(secateur, self.verb)
         source = sources / self.source if model is None else model
         return verb(source, output=output, progress=progress, **options)
 
@@ -93,13 +91,6 @@ def filled(value: Any, places: Mapping[str, str]) -> Any:
         return [filled(x, places) for x in value]
     return value
 
-
-def swept(model: Path, *, output: Path, progress: Any, **options: Any) -> Any:
-    """A sweep that keeps its models."""
-    return secateur.sweep(model, output=output, keep_models=True, progress=progress, **options)
-
-
-SPECIAL: Mapping[str, Callable[..., Any]] = {"sweep": swept}
 
 MASKED = {"masks": "{sources}/masks.safetensors"}
 WINDOWS = {"calibration": "{sources}/windows.safetensors"}
@@ -159,10 +150,10 @@ CASES: Mapping[str, Case] = {
     "fit": Case(
         "fit",
         "dense",
-        {"max_size": "60KiB", "effort": "fast", "heal_tokens": 128, "structure": True, **WINDOWS},
+        {"max_size": "60KiB", "effort": "fast", "heal_tokens": 128, **WINDOWS},
     ),
     "draft": Case(
-        "draft", "dense", {"effort": "fast", "heal_tokens": 128, "structure": True, **WINDOWS}
+        "draft", "dense", {"effort": "fast", "heal_tokens": 128, **WINDOWS}
     ),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "import": Case("import_model", "dense", MASKED, resumes=False),
@@ -172,8 +163,7 @@ CASES: Mapping[str, Case] = {
         {
             "methods": ("magnitude", "wanda"), "sparsities": (0.5,), **WINDOWS,
             "text": ("{sources}/text.txt",), "text_sequence_length": 16, "text_windows": 4,
+            "keep_models": True,
         },
-        resumes=False,
-        replaces=False,
     ),
 }  # fmt: skip

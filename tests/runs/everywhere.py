@@ -159,7 +159,7 @@ class Bench:
         away = self.replacing and not (self.is_new(self.output) or self.is_old(self.output))
         gone = away and not any(self.is_new(x) or self.is_old(x) for x in self.here.iterdir())
         finished = self.is_new(self.output)
-        named = self.output.exists() and not self.replacing and self.case.replaces
+        named = self.output.exists() and not self.replacing
         return Found(finished, named and not finished, away, gone)
 
     def attempt(self, point: Point, *, twice: bool = False) -> Trial:
@@ -251,7 +251,7 @@ def trials(
         twice: kill the call that follows on a fault, too.
     """
     for name in names:
-        for replacing in (False, True) if CASES[name].replaces else (False,):
+        for replacing in (False, True):
             bench = Bench(shim, name, place / "sources", place / "here", replacing)
             operations = bench.measure()
             for full in (False, True):

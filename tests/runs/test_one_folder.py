@@ -98,7 +98,7 @@ def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish:
 def modes(name: str) -> list[dict[str, bool]]:
     """The ways in which a verb can be called."""
     case = CASES[name]
-    known = {*(("resume", "restart") if case.resumes else ()), *case.anew(case.replaces)}
+    known = {*(("resume", "restart") if case.resumes else ()), *case.anew(True)}
     return [mode for mode in MODES if mode.keys() <= known]
 
 
@@ -125,7 +125,7 @@ def holder(sources: Path) -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-@pytest.mark.parametrize("name", [*VERBS, "sweep"])
+@pytest.mark.parametrize("name", VERBS)
 def test_a_second_run_is_refused_and_names_the_first(
     name: str, sources: Path, finished: Finish, holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
@@ -248,7 +248,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.__name__)
-@pytest.mark.parametrize("name", [*VERBS, "sweep"])
+@pytest.mark.parametrize("name", VERBS)
 def test_source_and_output_must_be_apart(
     name: str, layout: Callable[[Path, Path], Places], sources: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +258,7 @@ def test_source_and_output_must_be_apart(
     model, output = layout(place / "model", place / "old")
     before, seen = every_byte(tmp_path), At()
     with pytest.raises(RecipeError):
-        case.call(sources, output, seen, model=model, **case.anew(case.replaces))
+        case.call(sources, output, seen, model=model, **case.anew(True))
     assert every_byte(tmp_path) == before
     assert seen.stages == 0
 

@@ -81,7 +81,7 @@ def test_a_verb_makes_the_same_files(name: str, sources: Path, tmp_path: Path, s
     with pytest.MonkeyPatch.context() as patch:
         pretend(system, patch)
         case.call(sources, there, Silent())
-        if case.replaces and case.verb != "export":  # a file alone is no model folder
+        if case.verb != "export":  # a file alone is no model folder
             case.call(sources, there, Silent(), **case.anew(overwrite=True))
     assert contents(there) == contents(here)
     assert sorted(os.listdir(there.parent)) == sorted(os.listdir(here.parent))

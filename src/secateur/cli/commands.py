@@ -32,7 +32,6 @@ from secateur.recipes.options import (
     OUTPUT,
     Flag,
     Option,
-    example_of,
     options_of,
     run_options_of,
 )
@@ -41,7 +40,6 @@ from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
-    from secateur.recipes.compress import FitRecipe
     from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
     from secateur.recipes.measure import (
         BenchRecipe,
@@ -109,16 +107,6 @@ def _run(verb: str, recipe: Any, **call: Any) -> Any:
     return share(recipe.device, first, partial(imported(row.worker), recipe))
 
 
-def _check_target(recipe: FitRecipe) -> None:
-    from secateur.steps.fit import Fit
-
-    Fit.check(recipe)
-
-
-CHECKS: Mapping[str, Callable[[Any], None]] = {"fit": _check_target}
-"""Quick checks of a recipe, before the model is looked up."""
-
-
 @_own("prune")
 def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
     from secateur.steps.prune import prune_on_ray, prune_together
@@ -169,7 +157,7 @@ def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
 
     With `as_json` everything is written at the end.
     """
-    conversation = _open(recipe, chat=recipe.chat, json_schema=recipe.json_schema)
+    conversation = _open(recipe, recipe.json_schema)
     prompt = recipe.prompt
     if prompt is None:
         if sys.stdin.isatty():
@@ -217,23 +205,13 @@ def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
             _reply(conversation, line, as_json)
 
 
-def _open(recipe: GenerateRecipe | ChatRecipe, **options: Any) -> Conversation:
-    """Load the model. `options`: further ones of `Conversation`."""
+def _open(recipe: GenerateRecipe | ChatRecipe, json_schema: str | None = None) -> Conversation:
+    """Load the model."""
     from secateur.runtime.sampling import sampling_with
     from secateur.steps.generate import Conversation
 
     sampling_with({}, recipe.drawing())  # a bad number is an error before any work
-    return Conversation(
-        recipe.model,
-        max_new_tokens=recipe.max_new_tokens,
-        sampling=recipe.drawing(),
-        stop=recipe.stop,
-        **options,
-        system=recipe.system,
-        kv_cache=recipe.kv_cache,
-        draft=recipe.draft,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    return Conversation(recipe, json_schema)
 
 
 def _print_defaults(conversation: Conversation) -> None:
@@ -278,7 +256,7 @@ def _write(text: str) -> None:
 
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 
-SET_HELP = "Set any key of the recipe, for example {}."
+SET_HELP = "Set any key of the recipe; a dot stands between a section and its key."
 SET = Option("set", (), list[str], False, "none", OUTPUT, SET_HELP, Flag(value="KEY=VALUE"))
 JSON_HELP = "Print the result as JSON on stdout."
 JSON = Option("json", (), bool, False, "a table", OUTPUT, JSON_HELP, Flag())
@@ -292,7 +270,7 @@ def make_command(verb: str) -> Callable[..., None]:
     of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
     shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
     if of_recipe:
-        shown.append(replace(SET, help=SET_HELP.format(example_of(kind))))
+        shown.append(SET)
     meant = {alias: option for option in shown for alias in option.flag.aliases}
     hidden = [
         _parameter(replace(option, name=name, flag=replace(option.flag, short=None)), show=False)
@@ -315,8 +293,6 @@ def make_command(verb: str) -> Callable[..., None]:
             needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
             if needed and recipe.output is None:
                 raise RecipeError("no output folder", remedy="add --output DIR")
-        if verb in CHECKS:
-            CHECKS[verb](recipe)
         from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
 
         refuse_out_of_reach(str(getattr(recipe, "model", "")))

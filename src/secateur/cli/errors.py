@@ -54,10 +54,8 @@ REMEDIES = {
 """Remedies for common errors of the operating system, by error number."""
 
 
-RESUMED_BY_FLAG = {"prune", "structure", "train", "chain", "compress", "fit", "draft"}
+RESUMED = {"prune", "structure", "train", "chain", "compress", "fit", "draft", "sweep"}
 """Verbs that resume with --resume."""
-RESUMED_BY_REPETITION = {"sweep"}
-"""Verbs that resume when the same command runs again."""
 
 
 class InternalError(SecateurError):
@@ -122,8 +120,6 @@ def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
     why = f"unexpected; `secateur {verb}` takes {words} without a flag"
     why += f", and a list repeats its flag: {lists[0]} A {lists[0]} B" if lists else ""
     remedy = f"secateur {verb} --help lists its options"
-    if verb in RESUMED_BY_REPETITION and {"--resume", "--restart", "--overwrite"} & {*left}:
-        remedy = "the same command again resumes it; for a new one, choose another --output"
     return RecipeError.of(
         list(_faults_of(left, known, why)), where=f"secateur {verb}", remedy=remedy
     )
@@ -196,12 +192,10 @@ def _how_to_continue(words: list[str]) -> str:
         words: the words of the command line, without the program's name.
     """
     verb = words[0] if words else ""
-    if verb in RESUMED_BY_FLAG:
-        words = [*(word for word in words if word not in ("--restart", "--resume")), "--resume"]
-    again = shlex.join(["secateur", *words])
-    if verb in RESUMED_BY_FLAG | RESUMED_BY_REPETITION:
-        return f"finished work is kept; continue with: {again}"
-    return f"nothing is kept; start again with: {again}"
+    if verb not in RESUMED:
+        return f"nothing is kept; start again with: {shlex.join(['secateur', *words])}"
+    words = [*(word for word in words if word not in ("--restart", "--resume")), "--resume"]
+    return f"finished work is kept; continue with: {shlex.join(['secateur', *words])}"
 
 
 def write_log(error: BaseException) -> Path | None:

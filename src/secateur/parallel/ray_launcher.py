@@ -1,23 +1,20 @@
-"""Starts processes on a Ray cluster: those of one run, or tasks that know nothing of each other.
+"""Starts the processes of one run on a Ray cluster.
 
 Ray Train's TorchTrainer places the processes of a run and connects them through torch.distributed.
 From then on it is a run like any other of several processes (`processes.py`). Ray does not restart
-what has failed: `--resume`, or the same command again, does.
+what has failed: `--resume` does.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from secateur.errors import RankError, RecipeError, SecateurError, install_extra
 from secateur.parallel.processes import WORKING
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 LOCAL = "local"
 """In place of an address: processes on this machine, without a cluster."""
@@ -55,56 +52,6 @@ def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[],
             trainer.fit()
         except Exception as error:
             raise cause_of(error) from error
-
-
-def each(
-    address: str,
-    processes: int | None,
-    on_gpu: bool,
-    work: Callable[[T], R],
-    items: Sequence[T],
-) -> Iterator[tuple[T, R | SecateurError]]:
-    """Do the same work on many items, some at a time, each in a process of the cluster.
-
-    Args:
-        address: the cluster's address as `ray.init` takes it, or `local`.
-        processes: how many items at a time; None as in `launch`.
-        on_gpu: whether each item needs a GPU.
-        work: a function that Ray can import in the processes, or a partial of one.
-        items: plain data.
-
-    Yields:
-        Each item with its result, or with the error of its work, in the order in which they end.
-
-    Raises:
-        RecipeError: Ray is missing, or the cluster has too few GPUs.
-        RankError: a process has ended without an error of its own.
-    """
-    ray = _imported()
-    with _connected(ray, address, processes):
-        count = processes or _natural_count(ray, on_gpu)
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
-        remote = ray.remote(num_cpus=cores, num_gpus=int(on_gpu), max_retries=0)(_done_in_folder)
-        left, running = list(items), dict[Any, T]()
-        while left or running:
-            while left and len(running) < count:
-                item = left.pop(0)
-                running[remote.remote(os.getcwd(), work, item)] = item
-            (ended, *_), _ = ray.wait(list(running), num_returns=1)
-            item = running.pop(ended)
-            try:
-                found: R | SecateurError = ray.get(ended)
-            except Exception as error:
-                found = cause_of(error)
-                if isinstance(found, RankError):
-                    raise found from error
-            yield item, found
-
-
-def _done_in_folder(folder: str, work: Callable[[T], R], item: T) -> R:
-    """What each task does: the work, in the folder in which the command was given."""
-    os.chdir(folder)
-    return work(item)
 
 
 def _imported() -> Any:

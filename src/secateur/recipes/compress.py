@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from secateur.recipes.options import (
     CALIBRATION,
@@ -15,8 +15,6 @@ from secateur.recipes.options import (
     Recipe,
     Section,
     Size,
-    Texts,
-    text_alone,
 )
 from secateur.recipes.prune import Effort, Embeddings, Values
 from secateur.recipes.shared import (
@@ -134,39 +132,14 @@ class WhatToFit(Section):
     decode_speedup: Annotated[float | None, Flag(value="X", default="any")] = Field(None, gt=0)
     """How many times as fast as dense int8 the result decodes at least, on this machine, one
     sequence at a time."""
-    min_accuracy_kept: Annotated[float | None, Flag(value="F", default="any")] = Field(
-        None, gt=0, le=1
-    )
-    """The fraction of the dense model's accuracy on --tasks that the result keeps at least. It is
-    measured at the end and does not steer the search."""
     max_loss_increase: Annotated[float | None, Flag(value="NATS", default="any")] = Field(
         None, gt=0
     )
     """Most that the loss of the next token may rise, in nats. Without a size, the result is the
     smallest one found within it."""
-
-
-class WhatItIsFor(Section):
-    """The engine, and the tasks that count as accuracy."""
-
-    group = WHAT
-
-    target: Annotated[
-        Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"], Flag()
-    ] = "cpu"
+    target: Literal["cpu", "llama.cpp"] = "cpu"
     """What runs the result; only what it can store and speed up is used: cpu (our formats and
-    kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, bounds on size and
-    loss alone). For vllm, transformers and h100 the error says what to do instead."""
-    tasks: Annotated[Texts, BeforeValidator(text_alone), Flag(commas=True)] = (
-        "arc_easy",
-        "piqa",
-        "sciq",
-    )
-    """Tasks of --min-accuracy-kept."""
-    task_data: Annotated[str | None, Flag(value="DIR", default="lm-eval's own")] = None
-    """Folder of tasks in lm-eval's YAML files, whose data may be local."""
-    limit: int = Field(200, ge=1)
-    """Items of each task, from its start."""
+    kernels), or llama.cpp (a GGUF file beside the packed model)."""
 
 
 class HowToSearch(Section):
@@ -180,32 +153,26 @@ class HowToSearch(Section):
     """Tokens of the calibration text on which the best models learn from the dense one, on their
     own grids and masks. 0: none. By --effort: fast 0, balanced 65,536, thorough 131,072, best
     262,144."""
-    structure: bool = False
-    """Also try models with fewer layers, FFN neurons or experts, where zeros and rounding lose
-    much."""
     minutes: Annotated[float | None, Flag(value="N", default="no limit")] = Field(None, gt=0)
-    """Time budget in minutes. If it runs short, candidates, cuts and healing are left out; the
-    result says what."""
+    """Time budget in minutes. If it runs short, candidates and healing are left out; the result
+    says what."""
 
 
 TOKENS_TO_HEAL = {"fast": 0, "balanced": 65_536, "thorough": 131_072, "best": 262_144}
 
 
-class FitRecipe(Device, HowToSearch, WhatItIsFor, WhatToFit, OutputFolder, Recipe):
+class FitRecipe(Device, HowToSearch, WhatToFit, OutputFolder, Recipe):
     """One fit."""
 
     run = Planning
-    needs: ClassVar = {
-        **dict.fromkeys(("tasks", "task_data", "limit"), ("min_accuracy_kept",)),
-        "context_length": ("max_inference_memory",),
-    }
+    needs: ClassVar = {"context_length": ("max_inference_memory",)}
     conflicts = (
         Conflict(
             "",
             "",
             "give a bound",
             "give one or more of --max-size, --max-inference-memory, --decode-speedup and "
-            "--max-loss-increase; --min-accuracy-kept alone does not steer the search",
+            "--max-loss-increase",
             unless="max_size or max_inference_memory or decode_speedup or max_loss_increase",
         ),
         *(

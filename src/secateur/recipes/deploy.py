@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from secateur.recipes.options import (
     HOW,
@@ -20,6 +20,7 @@ from secateur.recipes.options import (
     SizeOrZero,
     Texts,
     matching,
+    text_alone,
 )
 from secateur.recipes.shared import OutputFolder, Overwriting, RemoteCode
 
@@ -62,7 +63,7 @@ class Sampling(Section):
 class TokenDrawing(Sampling, TextLength):
     """How tokens are sampled, and where a text ends."""
 
-    stop: Annotated[Texts, Flag(value="WORDS")] = ()
+    stop: Annotated[Texts, BeforeValidator(text_alone), Flag(value="WORDS")] = ()
     """Stop before the model writes this text; may be repeated."""
 
     def drawing(self) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from secateur.recipes.compress import FitRecipe, FitText, HowToSearch
-from secateur.recipes.options import HOW, WHAT, Flag, Recipe, Section
+from secateur.recipes.options import WHAT, Flag, Recipe, Section
 from secateur.recipes.shared import Device, Memory, OutputFolder, Planning
 
 
@@ -23,16 +21,7 @@ class WhatToDraft(Section):
     it."""
 
 
-class HowToTeach(Section):
-    """What the draft learns from."""
-
-    group = HOW
-
-    own_text: float = Field(0.5, ge=0, le=1)
-    """Share of --heal-tokens that the parent writes itself; the rest is calibration text."""
-
-
-class DraftRecipe(Device, HowToTeach, HowToSearch, WhatToDraft, OutputFolder, Recipe):
+class DraftRecipe(Device, HowToSearch, WhatToDraft, OutputFolder, Recipe):
     """One draft."""
 
     run = Planning

@@ -10,9 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic import Strict as Strictness
 
 from secateur.recipes.options import (
-    CALIBRATION,
     HOW,
-    MAX_SEED,
     OUTPUT,
     WHAT,
     Conflict,
@@ -23,7 +21,7 @@ from secateur.recipes.options import (
     text_alone,
 )
 from secateur.recipes.prune import Sparsity
-from secateur.recipes.shared import DEFAULT_TEXT, OR_OWN, TEXT, Cluster, Device, RemoteCode
+from secateur.recipes.shared import Calibration, Device, Memory, OutputFolder, RemoteCode, Resuming
 
 
 class HowToMeasure(Section):
@@ -283,25 +281,6 @@ class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
         }
 
 
-LENGTH = "2048, or the model's length if that is shorter"
-
-
-class SweepCalibration(Section):
-    """The calibration text of all points."""
-
-    group = CALIBRATION
-
-    calibration: Annotated[str, Flag(value="TEXT", default=OR_OWN, own_text="calibrate")] = Field(
-        DEFAULT_TEXT, description=f"Calibration text: {TEXT}"
-    )
-    windows: int = Field(128, gt=0)
-    """Number of calibration windows."""
-    sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(None, gt=1)
-    """Tokens per calibration window."""
-    seed: int = Field(0, ge=0, le=MAX_SEED)
-    """Seed that chooses the windows."""
-
-
 class SweepTexts(Section):
     """The texts that every point is evaluated on."""
 
@@ -313,28 +292,18 @@ class SweepTexts(Section):
         Flag(value="TEXT", default="wikitext2, or the text that a sample brings", own_text="judge"),
     ] = ("wikitext2",)
     """Text to evaluate on; may be repeated."""
-    text_sequence_length: Annotated[int | None, Flag(default=LENGTH)] = Field(None, gt=1)
+    text_sequence_length: Annotated[
+        int | None, Flag(default="2048, or the model's length if that is shorter")
+    ] = Field(None, gt=1)
     """Tokens per evaluation window."""
     text_windows: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
     """Evaluate only this many windows of each text, from its start."""
 
 
-class SweepOutput(Section):
-    """What a sweep writes."""
-
-    group = OUTPUT
-
-    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = None
-    """Folder of the sweep. The same folder again resumes a stopped sweep."""
-    keep_models: bool = False
-    """Keep the weights of every point."""
-
-
-class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
-    """One sweep."""
+class WhatToSweep(Section):
+    """The model, and the points."""
 
     group = WHAT
-    needs: ClassVar = {"ray_processes": ("ray",)}
 
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
@@ -347,7 +316,18 @@ class SweepRecipe(Device, SweepTexts, SweepCalibration, SweepOutput, Recipe):
     patterns: Annotated[Texts, Flag(commas=True)] = ()
     """Patterns to try as well, separated by commas, such as 2:4,4:8."""
 
-    cluster: Cluster = Cluster()
+
+class SweepRecipe(Device, SweepTexts, WhatToSweep, OutputFolder, Recipe):
+    """One sweep."""
+
+    group = OUTPUT
+    run = Resuming
+
+    keep_models: bool = False
+    """Keep the weights of every point."""
+
+    calibration: Calibration = Calibration()
+    memory: Memory = Memory()
 
 
 class WhatToReport(Section):

@@ -166,10 +166,6 @@ class Recipe(Section):
     """Options of one call: flags and keywords, but not keys of a recipe."""
 
 
-BUDGET = "memory.max_memory"
-RISKY = ("trust_remote_code", "public", "machine")
-"""Switches that are no good examples."""
-
 PATHS = ("DIR", "FILE", "MODEL", "RECIPE", "SOURCE", "TEXT")
 """Words for values that may be given as a path."""
 WORDS = {int: "N", float: "X", int | float: "X"}
@@ -252,19 +248,6 @@ def run_options_of(kind: type[Section]) -> tuple[Option, ...]:
     """The options of one call. They are not keys of the recipe."""
     run = kind.run if issubclass(kind, Recipe) else None
     return options_of(run) if run else ()
-
-
-def example_of(kind: type[Recipe]) -> str:
-    """An assignment for `--set` that this kind of recipe accepts, such as `seed=1`."""
-    free = [o for o in options_of(kind) if not o.is_word and o.name not in kind.needs]
-    if any(option.key == BUDGET for option in free):
-        return f"{BUDGET}=6GiB"
-    switches = [o for o in free if o.type is bool and o.default == "off" and o.name not in RISKY]
-    numbers = [o for o in free if o.type is int and o.default.isdigit()]
-    for option in (*switches, *numbers):
-        return f"{option.key}={'true' if option.type is bool else option.default}"
-    last = next(option for option in free if option.type is str)
-    return f"{last.key}={last.flag.value or last.default}"
 
 
 def all_options(kind: type[Section]) -> tuple[Option, ...]:

@@ -121,31 +121,14 @@ class Fitting(Section):
     """Calibrate in bfloat16 on processors where this is faster."""
 
 
-class Packing(Section):
-    """Whether and how the pruned model is compressed."""
+class StoredFormat(Section):
+    """How the weights of the result are written."""
 
     group = OUTPUT
-    alone: ClassVar = {str: "values"}
 
-    values: Annotated[Values | None, Flag("compress", default="not compressed", value="VALUES")] = (
-        None
-    )
+    compress: Annotated[Values | None, Flag(default="not compressed", value="VALUES")] = None
     """Also compress the result like `secateur compress --values VALUES`: auto, keep, bfloat16,
     float16, float32, int8, int4, int3 or int2."""
-    group_size: Annotated[int | None, Flag("compress_group_size", default="64")] = None
-    """How many consecutive weights of a row share a scale in int4, int3 and int2: 32, 64 or
-    128."""
-    embeddings: Annotated[Embeddings, Flag("compress_embeddings")] = "auto"
-    """How to store embedding and output head. auto rounds both to int8 beside linear layers of
-    integers if they are a tenth of the model or more, and else keeps them, as keep does. int4 and
-    int3 have the groups of --compress-group-size."""
-
-
-class StoredFormat(Section):
-    """How weights are written that the source stores in fewer bits."""
-
-    group = OUTPUT
-
     keep_format: bool = False
     """Write a source in FP8, MXFP4 or integers back in its own format, with the scales that it has,
     instead of in bfloat16. Zeros stay zeros; weights that the method changes are rounded."""
@@ -217,8 +200,6 @@ class PruneRecipe(
         "tune_learning_rate": ("tune_passes",),
         "tune_remask": ("tune_passes",),
         **DISTILLING,
-        "compress_group_size": ("compress",),
-        "compress_embeddings": ("compress",),
         "ray_processes": ("ray",),
     }
     conflicts = (
@@ -249,7 +230,6 @@ class PruneRecipe(
     calibration: Calibration = Calibration()
     memory: Memory = Memory()
     cluster: Cluster = Cluster()
-    compress: Packing = Packing()
 
 
 class DemoCalibration(Section):

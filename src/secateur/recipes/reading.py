@@ -4,7 +4,7 @@ A fault names a value as the user gave it: a key, a flag or a keyword.
 
 PyYAML reads YAML 1.1, in which `2:4` is the number 124 and `1e-3` is text. Here numbers are read as
 in YAML 1.2. Refused are a key that is given twice (YAML would keep the last one), keys that are not
-text, and documents that are too deep or grow too large when aliases are expanded.
+text, aliases (a few lines of them can mean gigabytes), and documents that are too deep.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from secateur.recipes.options import (
     Section,
     all_options,
     choices_of,
-    example_of,
     holds,
     options_of,
     run_options_of,
@@ -53,17 +52,11 @@ def read_recipe_file(file: Path) -> dict[str, Any]:
     try:
         with file.open(encoding="utf-8") as stream:
             text = stream.read(LONGEST_RECIPE)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"the recipe cannot be read: {error.strerror}",
+            f"the recipe cannot be read: {error}",
             where=str(file),
-            remedy="check the path, and whether you may read the file",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"the recipe is not UTF-8 text: {error}",
-            where=str(file),
-            remedy="save it as UTF-8",
+            remedy="check the path; a recipe is UTF-8 text",
         ) from None
     if len(text) == LONGEST_RECIPE:
         raise RecipeError(
@@ -147,8 +140,6 @@ def _refuse_other_bytes(values: Mapping[str, Any], where: str | None) -> None:
         ) from None
 
 
-DEFAULT_EFFORT = "balanced"
-
 _COMPOSITION = {"method", "score", "solver", "refine"}
 """Values that only make sense together. If the recipe has one of them, the preset sets none, and no
 parameters either. Parameters alone are added to those of the preset."""
@@ -171,7 +162,7 @@ def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]])
     if effort is None:
         if composed & {"method", "score", "solver"} or "learned" in given:
             return given
-        effort = DEFAULT_EFFORT
+        effort = "balanced"
     preset = known.get(effort, {}) if isinstance(effort, str) else {}
     for key, value in preset.items():
         if composed and key in _COMPOSITION | {"method_parameters"}:
@@ -230,7 +221,7 @@ def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> 
     if not equals or not path:
         raise RecipeError(
             f"--set {assignment!r} is not KEY=VALUE",
-            remedy=f"for example --set {example_of(kind)}" if issubclass(kind, Recipe) else None,
+            remedy="name a key with its sections, such as --set calibration.windows=64",
         )
     where = f"--set {assignment}"[:200]
     _put(kind, values, path.split("."), read_yaml(text, where), where)
@@ -384,36 +375,17 @@ Spelled = Mapping[tuple[str, ...], str]
 """How the user named an option, by its path: `--windows`, `MODEL`, or `windows` in Python. Values
 that are not in it come from YAML, and have the names of their keys."""
 
-KINDS = {
-    "bool_type": "true or false",
-    "dict_type": "keys and values",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "list_type": "a list",
-    "mapping_type": "keys and values",
-    "model_type": "keys and values",
-    "string_type": "text",
-    "tuple_type": "a list",
-}
-"""What a value must be, by pydantic's name of the fault."""
-
-ALONE = {int: "a whole number", float: "a number", str: "text"}
-"""Single values that may stand for a section."""
-
 SHOWN = 100
 """Characters of a value that an error shows."""
 
 
 def _fault_lines(kind: type[Section], error: ValidationError, spelled: Spelled) -> list[str]:
-    """A line for each wrong value, with what it must be."""
-    found: dict[str, list[str]] = {}
+    """A line for each wrong value: its name as the user wrote it, and what pydantic says."""
+    found: dict[str, dict[str, None]] = {}
     for fault in error.errors():
         name, what = _described(kind, fault, spelled)
-        found.setdefault(name, []).append(what)
-    return [
-        f"{name}: {_joined(parts)}" if name else _joined(parts) for name, parts in found.items()
-    ]
+        found.setdefault(name, {})[what] = None
+    return [f"{name}: {'; or '.join(parts)}" for name, parts in found.items()]
 
 
 NEEDED = "leave out what changes nothing, or give what it needs"
@@ -522,17 +494,20 @@ def _value_at(section: Any, path: Sequence[str]) -> Any:
 
 def _described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -> tuple[str, str]:
     """The value as the user wrote it, and what is wrong with it."""
-    path, rest, field_type = _located(kind, fault["loc"])
+    path, rest, choices = _located(kind, fault["loc"])
     name = next((spelled[path[:n]] for n in range(len(path), 0, -1) if path[:n] in spelled), None)
-    keys = ".".join([*path, *rest])
-    what, given = _wrong(fault, field_type), fault["input"]
+    keys, given = ".".join([*path, *rest]), fault["input"]
+    what = re.sub(r" or instance of \w+|^Value error, ", "", fault["msg"])
+    what = what.replace("Input should be", "must be").replace("valid tuple", "valid list")
     if fault["type"] == "extra_forbidden":
         return keys, _unknown_key(kind, path, str(fault["loc"][-1]))
     if fault["type"] == "missing":
         help_text = next((o.help for o in options_of(kind) if o.path == path), "")
         return name or keys, f"missing. {help_text}".rstrip()
     if isinstance(given, Mapping) and fault["type"] == "value_error":
-        return keys, what  # options that contradict each other
+        return keys or "recipe", what  # options that contradict each other
+    if near := difflib.get_close_matches(str(given), choices, n=1):
+        what += f"; did you mean {near[0]}?"
     if name is None or (name.isidentifier() and name.islower()):
         return f"{'.'.join([name, *rest]) if name else keys}={repr(given)[:SHOWN]}", what
     given = f"{given:g}" if isinstance(given, float) else given
@@ -542,59 +517,21 @@ def _described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) 
 
 def _located(
     kind: type[BaseModel], place: Sequence[str | int]
-) -> tuple[tuple[str, ...], list[str], Any]:
-    """The keys that lead to a fault, the entries below the last key, and the type of its field.
+) -> tuple[tuple[str, ...], list[str], tuple[str, ...]]:
+    """The keys that lead to a fault, the entries below the last key, and the choices there.
 
     pydantic adds the name of a type where a value may have several; it is left out.
     """
     section: type[BaseModel] | None = kind
-    path: list[str] = []
-    rest: list[str] = []
-    found: Any = None
+    path, rest, choices = list[str](), list[str](), tuple[str, ...]()
     for part in map(str, place):
         field = section.model_fields.get(part) if section and not rest else None
         if field is not None:
             path.append(part)
-            section, found = section_of(field), without_none(field.annotation)
+            section, choices = section_of(field), choices_of(without_none(field.annotation))
         elif part not in ("bool", "int", "float", "str") and "[" not in part:
             rest.append(part)
-    return tuple(path), rest, found
-
-
-def _wrong(fault: Mapping[str, Any], field_type: Any) -> str:
-    """What a value must be."""
-    kind, limits = fault["type"], fault.get("ctx", {})
-    must = KINDS.get(kind)
-    if kind == "model_type" and getattr(field_type, "alone", ()):
-        must = " or ".join(ALONE[single] for single in field_type.alone)
-    elif kind == "greater_than":
-        least = limits["gt"]
-        must = f"{least + 1} or more" if field_type is int else f"more than {number(least)}"
-    elif kind == "greater_than_equal":
-        must = f"{number(limits['ge'])} or more"
-    elif kind == "less_than":
-        must = f"less than {number(limits['lt'])}"
-    elif kind == "less_than_equal":
-        must = f"{number(limits['le'])} or less"
-    elif kind == "literal_error":
-        must = str(limits["expected"]).replace("'", "")
-        near = difflib.get_close_matches(str(fault["input"]), choices_of(field_type), n=1)
-        must += f"; did you mean {near[0]}?" if near else ""
-    elif kind == "too_short":
-        must = f"at least {limits['min_length']}"
-    return f"must be {must}" if must else str(fault["msg"]).removeprefix("Value error, ")
-
-
-def _joined(parts: Sequence[str]) -> str:
-    """One sentence for a value that may have several types and has none of them."""
-    whole, any_number = "must be a whole number", "must be a number"
-    parts = [x for x in dict.fromkeys(parts) if x != whole or any_number not in parts]
-    return " or ".join([parts[0], *(x.removeprefix("must be ") for x in parts[1:])])
-
-
-def number(value: float) -> str:
-    """A limit as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return tuple(path), rest, choices
 
 
 def _unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
@@ -619,7 +556,7 @@ def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     """The hint of an error about an unknown key, option or verb: a similar name, or a few names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not near and len(known) > MOST_NAMES:
-        return f"unknown {what}; docs/options.md lists all"
+        return f"unknown {what}; `secateur VERB --help` lists all"
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown {what}; {hint}"
 
@@ -630,8 +567,6 @@ MOST_NAMES = 12
 
 LONGEST_RECIPE = 2**20
 """Characters of a file that is no recipe."""
-DEEPEST = 50
-MOST_NODES = 10_000
 
 INT = re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+")
 FLOAT = re.compile(
@@ -643,12 +578,30 @@ FIRST_OF_NUMBERS = list("-+.0123456789")
 
 
 class Loader(yaml.SafeLoader):
-    """Reads plain data, with YAML 1.2 numbers."""
+    """Reads plain data, with YAML 1.2 numbers and without aliases."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML declares it
         first: [(tag, text) for tag, text in known if tag not in (INT_TAG, FLOAT_TAG)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse an alias; else the usual node."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is given twice or is not text."""
+        seen = set[str]()
+        for key, _ in node.value:
+            text = isinstance(key, yaml.ScalarNode) and key.tag == "tag:yaml.org,2002:str"
+            if not text or key.value in seen:
+                what = f"the key {key.value!r} is given twice" if text else "a key is not text"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Read a whole number. Unlike in YAML 1.1, a leading zero changes nothing."""
@@ -675,22 +628,16 @@ def read_yaml(text: str, where: str | None = None) -> Any:
         where: the file or option that it comes from, for errors.
 
     Raises:
-        RecipeError: it is not YAML, has a key twice, or is too deep or too large for a recipe.
+        RecipeError: it is not YAML, has a key twice, or is too deep for a recipe.
     """
     try:
-        loader = Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check_node(node, where, {}, ())
-        return loader.construct_document(node)
-    except RecursionError:
-        raise _too_deep(where) from None
+        return yaml.load(text, Loader)
     except (  # PyYAML raises other errors than its own if a value does not fit its tag
         yaml.YAMLError,
         AttributeError,
         KeyError,
         OverflowError,
+        RecursionError,
         TypeError,
         ValueError,
     ) as error:
@@ -699,65 +646,6 @@ def read_yaml(text: str, where: str | None = None) -> Any:
             where=where,
             remedy="mend it there; a recipe is lines of 'key: value'",
         ) from None
-
-
-def _check_node(
-    node: yaml.Node, where: str | None, sizes: dict[int, int], above: tuple[int, ...]
-) -> int:
-    """Count the nodes below a node, with aliases expanded."""
-    if id(node) in above or len(above) > DEEPEST:
-        raise _too_deep(where)
-    if id(node) in sizes:
-        return sizes[id(node)]
-    inner: list[yaml.Node] = []
-    if isinstance(node, yaml.SequenceNode):
-        inner = node.value
-    elif isinstance(node, yaml.MappingNode):
-        _check_keys([key for key, _ in node.value], where)
-        inner = [value for _, value in node.value]
-    size = 1
-    for part in inner:
-        size += _check_node(part, where, sizes, (*above, id(node)))
-        if size > MOST_NODES:
-            raise RecipeError(
-                f"the recipe has more than {MOST_NODES} values when its aliases are written out",
-                where=where,
-                remedy="write the values out, without anchors and aliases",
-            )
-    sizes[id(node)] = size
-    return size
-
-
-def _check_keys(keys: list[yaml.Node], where: str | None) -> None:
-    """Refuse a mapping with a key that is given twice or is not text."""
-    seen: dict[str, int] = {}
-    for key in keys:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode) or key.tag not in (
-            "tag:yaml.org,2002:str",
-            "tag:yaml.org,2002:merge",
-        ):
-            raise RecipeError(
-                f"a key in line {line} is not text: {str(key.value)[:80]!r}",
-                where=where,
-                remedy="put it in quotes if it is meant",
-            )
-        if key.value in seen:
-            raise RecipeError(
-                f"the key {key.value[:80]!r} is given twice, in lines {seen[key.value]} and {line}",
-                where=where,
-                remedy="remove one of them",
-            )
-        seen[key.value] = line
-
-
-def _too_deep(where: str | None) -> RecipeError:
-    """The error for a document that is too deep or contains itself."""
-    return RecipeError(
-        f"the recipe is nested more than {DEEPEST} levels deep",
-        where=where,
-        remedy="a recipe has three or four levels; see docs/run-folder.md",
-    )
 
 
 def write_yaml(value: Any) -> str:

@@ -287,8 +287,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Prune at many sparsities, evaluate each model and draw the curves.",
             "secateur.recipes.measure:SweepRecipe",
-            step="secateur.steps.sweep:sweep_recipe",
-            more="The same command again resumes a stopped sweep.",
+            step="secateur.steps.sweep:SweepPoints",
         ),
         Verb(
             "export",

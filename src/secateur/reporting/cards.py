@@ -44,7 +44,7 @@ def prune_card(
 
     Args:
         manifest: the manifest of the run.
-        recipe_yaml: the complete recipe.
+        recipe_yaml: the complete recipe; empty if it is not shown.
         source_folder: the source checkpoint, for its licence and language.
         output: the folder of the model.
     """
@@ -73,7 +73,7 @@ def prune_card(
         f"Vectors (norms, biases) are never pruned. {_not_pruned(manifest.left)}",
         f"No calibration token reached these experts, so they are dense: {silent}." * bool(silent),
         _use(TRANSFORMERS, place),
-        _made_again("prune", recipe_yaml, place),
+        made_again("prune", recipe_yaml, place),
         "The calibration windows are in `secateur/windows.safetensors`; per-layer records in\n"
         "`secateur/layers.jsonl`; versions and hardware in `secateur/manifest.json`.\n",
     )
@@ -86,7 +86,7 @@ def structure_card(
 
     Args:
         manifest: the manifest of the run.
-        recipe_yaml: the complete recipe.
+        recipe_yaml: the complete recipe; empty if it is not shown.
         source_folder: the source checkpoint, for its licence and language.
         output: the folder of the model.
     """
@@ -120,7 +120,7 @@ def structure_card(
         markdown_table(("", "before", "after"), rows),
         _chosen_on(manifest.calibration, cut.steps) + distilled,
         _use(VARIED + TRANSFORMERS if cut.varied else TRANSFORMERS, place),
-        _made_again("structure", recipe_yaml, place),
+        made_again("structure", recipe_yaml, place),
         "Which units stayed is in `secateur/steps.json`; versions and hardware in "
         "`secateur/manifest.json`.\n",
     )
@@ -133,7 +133,7 @@ def training_card(
 
     Args:
         training: the record of the training.
-        recipe_yaml: the complete recipe.
+        recipe_yaml: the complete recipe; empty if it is not shown.
         source_folder: the model before the training; its card is appended.
         output: the folder of the trained model.
     """
@@ -157,7 +157,7 @@ def training_card(
         "are zero.",
         markdown_table(("", ""), facts),
         "Training watched this perplexity. `secateur evaluate` measures one by a protocol.",
-        _made_again("train", recipe_yaml, shown_place(output)),
+        made_again("train", recipe_yaml, shown_place(output)),
         "The card of the model that was trained follows; what it says of weights is about that "
         "model.",
         _body(source_folder),
@@ -251,7 +251,10 @@ def _use(code: str, place: str) -> str:
     return f"## Use\n\n```python\n{code.format(place=place)}\n```"
 
 
-def _made_again(verb: str, recipe_yaml: str, place: str) -> str:
+def made_again(verb: str, recipe_yaml: str, place: str) -> str:
+    """The section with the recipe; empty without one."""
+    if not recipe_yaml:
+        return ""
     recipe = without_folders(recipe_yaml.rstrip())
     command = f"`secateur {verb} recipe.yaml --output {place}` with `recipe.yaml`:"
     return f"## Make it again\n\n{command}\n\n```yaml\n{recipe}\n```"

@@ -38,7 +38,7 @@ class DraftCandidate:
     """A draft that was made, measured on the windows that choose.
 
     Attributes:
-        name: what chose it, or the cut.
+        name: its number.
         file_bytes: of its weight files.
         divergence: from the parent, in nats per token.
         healed: whether it has learned from the parent.
@@ -87,7 +87,6 @@ class DraftResult(FittedResult):
         unhealed: what the parent takes before healing, on text that was used for nothing else; None
             where nothing was healed.
         acceptance: the same of the draft.
-        own_text: the same on text that the parent writes; None where it wrote none.
         sampled: what the draft gains at temperature 1, by `acceptance`.
         greedy: what it gains in greedy decoding, by `acceptance`.
         candidates: the drafts that were made, with their whole head.
@@ -102,7 +101,6 @@ class DraftResult(FittedResult):
     draft_seconds: float
     unhealed: Acceptance | None
     acceptance: Acceptance
-    own_text: Acceptance | None
     sampled: Speculation
     greedy: Speculation
     candidates: tuple[DraftCandidate, ...]
@@ -152,7 +150,6 @@ class DraftResult(FittedResult):
             *self.stored,
         ]
         taken = {"before healing": self.unhealed, "the draft": self.acceptance}
-        taken["the draft, on text that the parent writes"] = self.own_text
         accepted = [
             (
                 name,
@@ -204,7 +201,6 @@ class DraftResult(FittedResult):
             )
             for x in self.frontier
         ]
-        cuts = [(x.name, x.outcome) for x in self.branches]
         yield Line(EXPLAINED, "dim")
         title = "drafts that were made, on the text that chose"
         yield Table.of(title, ("", COST, *RATES, "nats", *GAINS), made)
@@ -212,8 +208,6 @@ class DraftResult(FittedResult):
         yield Table.of(title, ("tokens", COST, *RATES, "gain"), heads, 0)
         title = "predicted for other drafts"
         yield Table.of(title, (COST, RATES[0], "nats", GAINS[0]), points, 0)
-        if cuts:
-            yield Table.of("cuts", ("", "outcome"), cuts)
 
 
 RATES, COST, GAINS = ("taken", "taken, greedy"), "cost", ("gain (k)", "greedy (k)")
@@ -240,22 +234,18 @@ class DraftPlanResult(FitPlanResult):
 
     Attributes:
         heads: numbers of tokens that a head over frequent tokens may have.
-        tokens_to_write: tokens of the parent's own text.
     """
 
     heads: tuple[int, ...] = ()
-    tokens_to_write: int = 0
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        written = f", {self.tokens_to_write:,} of them written by the parent"
-        heals = f"{self.tokens_to_heal:,} tokens{written if self.tokens_to_write else ''}"
         rows = [
             ("weight files of the parent", binary_size(self.file_bytes)),
             ("linear layers", f"{self.linears:,}"),
             ("formats of each", self.shown_formats),
             ("tokens of the head", ", ".join(f"{n:,}" for n in self.heads)),
-            ("healing", heals if self.tokens_to_heal else "none"),
+            ("healing", f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"),
             ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
         ]
         return [Table.facts("plan of the draft", rows)]

@@ -14,13 +14,6 @@ from secateur.reporting.next_steps import after_a_fit
 from secateur.reporting.tables import Block, Line, Result, Table, binary_size, plus_minus, signed
 from secateur.runs.records import Record
 
-WINNER = "winner"
-ONLY_ROUNDED = "the best that is only rounded"
-"""Names in `FitResult.losses`."""
-
-MIXED = "pruned and rounded"
-"""The name of the best mix of all formats."""
-
 MADE = ("", "size", "predicted", "made", "healed", "loss")
 """Columns of the table of finalists; the last one where the loss has a bound."""
 
@@ -94,7 +87,7 @@ class FitCheck:
 
 @dataclass(frozen=True)
 class FitLoss:
-    """A candidate on text that was used for nothing else.
+    """The winner on text that was used for nothing else.
 
     Attributes:
         file_bytes: of its weight files, at most.
@@ -115,7 +108,7 @@ class FitFinalist:
     """A candidate that was made as a real model.
 
     Attributes:
-        name: what chose it, or the cut.
+        name: for people.
         file_bytes: of its weight files.
         predicted: its divergence, as it was predicted before it was made.
         divergence: its own before healing, in nats per token.
@@ -153,24 +146,6 @@ class FitPoint:
 
 
 @dataclass(frozen=True)
-class FitBranch:
-    """What became of a cut that was tried, or of a mix that was not made.
-
-    Attributes:
-        name: the cut, or what chose the mix.
-        file_bytes: of the cut model with bfloat16 linears and int8 embeddings; None if it was not
-            made.
-        divergence: of the cut model from the dense one, in nats per token; None likewise.
-        outcome: what became of it, in words.
-    """
-
-    name: str
-    file_bytes: int | None
-    divergence: float | None
-    outcome: str
-
-
-@dataclass(frozen=True)
 class FitCorrection:
     """A winner that was slower than predicted, so that models were chosen again, by factors.
 
@@ -196,7 +171,6 @@ class FittedResult(Result, Record):
         dropped: what was left out to keep the time.
         kind_of: how each linear is stored, by its name.
         embeddings: the values of embedding and head.
-        branches: the cuts that were tried, and mixes that were not made.
         packed: sizes of what was written.
     """
 
@@ -205,7 +179,6 @@ class FittedResult(Result, Record):
     dropped: tuple[str, ...]
     kind_of: dict[str, str]
     embeddings: str
-    branches: tuple[FitBranch, ...]
     packed: CompressResult
 
     @property
@@ -227,7 +200,7 @@ class FitResult(FittedResult):
         winner: the best finalist.
         finalists: the candidates that were made and keep the bounds but that on the loss.
         frontier: what is predicted for some sizes, of all formats and of rounding alone.
-        losses: of the winner and its rivals, on the judged windows.
+        loss: of the winner, on the judged windows.
         costs: the kinds of cost, size first.
         checks: every bound beside what was measured.
         corrections: winners that were slower than predicted.
@@ -236,23 +209,21 @@ class FitResult(FittedResult):
     winner: FitFinalist
     finalists: tuple[FitFinalist, ...]
     frontier: tuple[FitPoint, ...]
-    losses: dict[str, FitLoss]
+    loss: FitLoss
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
     corrections: tuple[FitCorrection, ...]
 
     def chart(self) -> LineChart:
-        """Size against divergence: what is predicted, what was made, cuts, and the winner."""
+        """Size against divergence: what is predicted, what was made, and the winner."""
         names = dict.fromkeys(point.name for point in self.frontier)
         predicted = {
             name: [(x.file_bytes, x.predicted) for x in self.frontier if x.name == name]
             for name in names
         }
-        cuts = [(x.file_bytes or 0, x.divergence) for x in self.branches if x.divergence]
         made = [(x.file_bytes, x.last) for x in self.finalists if x != self.winner]
         found = [
             *((f"predicted: {name}", points, True) for name, points in predicted.items()),
-            ("cut, bfloat16", cuts, False),
             ("made", made, False),
             ("the winner", [(self.winner.file_bytes, self.winner.last)], False),
         ]
@@ -298,35 +269,13 @@ class FitResult(FittedResult):
         """Bounds that the measured result does not keep."""
         return [one.said for one in self.checks if not one.kept]
 
-    @property
-    def brought(self) -> str:
-        """What zeros and cuts brought over rounding alone, within the same bound."""
-        won, rival = self.losses[WINNER], self.losses.get(ONLY_ROUNDED)
-        if rival is None:
-            return "Rounding alone does not reach the bound: zeros or cuts are needed."
-        if won == rival:
-            unmade = any(one.name == MIXED for one in self.branches)
-            zeros = "are predicted to bring too little" if unmade else "and cuts brought nothing"
-            return f"Rounding alone is best here: zeros {zeros}."
-        if self.loss_is_bounded:
-            return (
-                f"The smallest model within the bound that is only rounded has "
-                f"{binary_size(rival.file_bytes)}, and the winner {binary_size(won.file_bytes)}."
-            )
-        saved = rival.loss_increase - won.loss_increase
-        return (
-            f"Zeros and cuts brought {signed(saved, 4)} nats per token of less loss than the best "
-            f"that is only rounded ({won.loss_increase:.4f} against {rival.loss_increase:.4f})."
-        )
-
     def blocks(self) -> Sequence[Block]:
-        """The winner, its rivals, the frontier, and the next commands."""
+        """The winner, what was made, the frontier, and the next commands."""
         facts = [
             ("weight files", binary_size(self.packed.file_bytes)),
-            ("loss", f"{self.losses[WINNER]} nats per token"),
+            ("loss", f"{self.loss} nats per token"),
             *self.stored,
         ]
-        rivals = [(name, binary_size(x.file_bytes), str(x)) for name, x in self.losses.items()]
         columns = MADE[: None if self.loss_is_bounded else -1]
         made = [
             (
@@ -336,18 +285,10 @@ class FitResult(FittedResult):
             )[: len(columns)]
             for x in sorted(self.finalists, key=lambda one: one.last)
         ]
-        cuts = [
-            (x.name, binary_size(x.file_bytes), _nats(x.divergence), x.outcome)
-            for x in self.branches
-            if x.file_bytes is not None
-        ]
-        unmade = [f"{x.name}: {x.outcome}." for x in self.branches if x.file_bytes is None]
         bounds = [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
-        of_cuts = ("", "size, bfloat16", "divergence", "then pruned and rounded")
         blocks: list[Block] = [
             Table.facts("the winner", facts),
             Table.of("models that were made: divergence, nats per token", columns, made),
-            Table.of("on held-out text", ("", "size", "loss, nats per token"), rivals),
             Table.of("bounds", ("", "given", "measured"), bounds),
             *(
                 Line(
@@ -357,9 +298,6 @@ class FitResult(FittedResult):
                 )
                 for one in self.corrections
             ),
-            Line(self.brought),
-            *([Table.of("tried besides", of_cuts, cuts)] if cuts else []),
-            *map(Line, unmade),
             self._predicted(),
             *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
             *(Line(fault, "bold red") for fault in self.broken),

@@ -96,6 +96,10 @@ def check_writable(output: Path, *, file: bool = False) -> None:
         raise cannot_write(error, output) from None
 
 
+OURS = ("config.json", "sweep.json")
+"""A folder with one of these may be replaced: it is a model, or a sweep."""
+
+
 def check_replaceable(output: Path, overwrite: bool, result: Path | None = None) -> None:
     """Refuse to overwrite anything, unless it is a model and the user allows it.
 
@@ -119,7 +123,8 @@ def check_replaceable(output: Path, overwrite: bool, result: Path | None = None)
             if result
             else "choose another --output, or replace it with --overwrite",
         )
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+    ours = output.is_dir() and any((output / name).exists() for name in OURS)
+    if not ours and not (output.is_dir() and not any(output.iterdir())):
         raise RecipeError(
             f"the output exists and is no model folder, so it is not replaced{kept}",
             where=str(output),
@@ -157,31 +162,6 @@ def check_apart(read: str | Path, output: Path, partial: Path) -> None:
             what,
             where=f"source {source}, output {place}",
             remedy="choose an --output outside the source",
-        )
-
-
-def check_own(folder: Path, verb: str, record: str) -> None:
-    """Refuse a folder with files that a verb has not written; a new or empty one may be used.
-
-    Args:
-        folder: the output.
-        verb: which continues what it finds in its folder.
-        record: the file that the verb keeps there. While it works there is `run.json` too.
-
-    Raises:
-        RecipeError: there are other files.
-    """
-    if not folder.is_dir() or (folder / record).is_file():
-        return
-    others = sorted(file.name for file in folder.iterdir())
-    if "run.json" in others:  # of a run that was stopped at its beginning
-        run_record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        others = [] if isinstance(run_record, dict) and run_record.get("verb") == verb else others
-    if others:
-        raise RecipeError(
-            f"the folder exists and holds no {verb}, but {', '.join(others[:3])}",
-            where=str(folder),
-            remedy="choose a new or an empty folder for --output",
         )
 
 

@@ -8,12 +8,11 @@ that step resumes where it stopped.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -30,12 +29,12 @@ from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress, listener
 from secateur.recipes.keywords import plain, recipe_of, takes_options_of
 from secateur.recipes.options import Recipe
-from secateur.recipes.prune import ChainRecipe
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
 from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
-from secateur.reporting.cards import source_name, without_folders
+from secateur.reporting.cards import made_again, shown_place
 from secateur.reporting.models import ChainResult
 from secateur.reporting.plan import (
     ChainPlanResult,
@@ -53,6 +52,7 @@ from secateur.steps.fitting.storage_formats import PACKED_FOLDER, StorageFormat
 from secateur.steps.runner import (
     RunContext,
     Step,
+    carry_out,
     model_digests,
     recipe_identity,
     source_of,
@@ -107,12 +107,18 @@ class PlannedStep:
         """Everything that affects the step's model, apart from the model before it."""
         return {self.verb: recipe_identity(self.recipe, {"trust_remote_code"})}
 
-    def run(self, model: str, output: Path, progress: Any, trust: bool, **call: Any) -> None:
-        """Carry out the step, from one folder to another."""
-        values = {"model": model, "output": str(output), "trust_remote_code": trust}
+    def run(self, outer: RunContext, recipe: Any, source: LocalCheckpoint, **call: Any) -> None:
+        """Carry out the step on a source, as a part of the run of the recipe."""
+        shown = {name: getattr(recipe, name) for name in ("model", "output", "trust_remote_code")}
         with _named_step(self.number, self.verb):
-            recipe = self.recipe.model_copy(update=values)
-            VERBS[self.verb].carry_out(recipe, call, progress)
+            carry_out(
+                step_of(self.verb),
+                self.recipe.model_copy(update=shown),
+                outer.progress,
+                at=outer.folder.work / self.name,
+                source=source,
+                **call,
+            )
 
     def planned(self, model: str, trust: bool, progress: Any) -> tuple[Any, str | None]:
         """The plan of the step on the model of the chain; None, and why, where there is none.
@@ -214,7 +220,7 @@ def _packed_bytes(counts: Counts, values: str, sparsity: float) -> int:
     return round(rest + matrices * PACKED_FOLDER.matrix("", shape, kind) / prod(shape))
 
 
-class ChainSteps(Step[ChainRecipe, ChainResult]):
+class ChainSteps(Step[Any, ChainResult]):
     """Carries out several verbs.
 
     A stopped chain can resume with different steps if its finished steps are the same.
@@ -222,13 +228,13 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
 
     verb = "chain"
 
-    def __init__(self, recipe: ChainRecipe, run: RunContext) -> None:
+    def __init__(self, recipe: Any, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.steps: list[PlannedStep] = run.checked
         _check_cuts(self.steps, run.source.folder, recipe.trust_remote_code)
 
     @classmethod
-    def check(cls, recipe: ChainRecipe) -> list[PlannedStep]:
+    def check(cls, recipe: Any) -> list[PlannedStep]:
         """Read and check all steps."""
         return checked_steps(recipe.steps, recipe.model)
 
@@ -249,13 +255,12 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
     def work(self) -> ChainResult:
         """Run the steps that no earlier run finished; the last one's folder becomes the result.
 
-        The recipe of a step is written before it begins. Its report is written when its folder is
+        The options of a step are noted before it begins. Its report is written when its folder is
         complete.
         """
         folder, progress, begun = self.run.folder, self.run.progress, self.begun_steps()
-        trust = self.recipe.trust_remote_code
-        before = self.recipe.model  # the first step reports the model under the user's name
-        links = [_describe("source", self.run.source.folder, 0.0, trust, progress)]
+        trust, source = self.recipe.trust_remote_code, self.run.source
+        links = [_describe("source", source.folder, 0.0, trust, progress)]
         for step in self.steps:
             made = folder.work / step.name
             record = made.with_suffix(".json")
@@ -267,12 +272,13 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
                     another = bool(before_it) and not read_alike(before_it, [step.options])
                     begun = [*begun[: step.number - 1], step.options]
                     write_json(folder.work / BEGUN, begun)
-                    step.run(before, made, labelled, trust, resume=not another, restart=another)
+                    outer = replace(self.run, progress=labelled)
+                    step.run(outer, self.recipe, source, resume=not another, restart=another)
                 seconds = time.perf_counter() - started
                 described = _describe(step.verb, made, seconds, trust, labelled)
                 write_json(record, described.to_json())
             links.append(read_record(records.ChainStep, record))
-            before = str(made)
+            source = replace(source, folder=made)
         if made.exists():
             shutil.rmtree(folder.model)
             made.rename(folder.model)
@@ -299,12 +305,8 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
         return begun
 
     def write_notes(self) -> None:
-        """Gather the notes of all steps, and name the chain's model and output in card and records.
-
-        The steps have named their own folders, which are gone. Only the last one is the output; the
-        others stand for the model of the chain.
-        """
-        folder, source = self.run.folder, self.run.source
+        """Gather the notes of all steps, and write the recipe, also into the card."""
+        folder, whole = self.run.folder, dump_recipe(self.recipe)
         for step in sorted(folder.work.iterdir()):
             if (step / NOTES).is_dir():
                 shutil.copytree(
@@ -313,36 +315,29 @@ class ChainSteps(Step[ChainRecipe, ChainResult]):
                     ignore=shutil.ignore_patterns("*.safetensors", STATE),
                     dirs_exist_ok=True,
                 )
-        steps = [step.name for step in self.steps]
-        names = dict.fromkeys((str(folder.work / name) for name in steps), source.name)
-        names[str(folder.work / steps[-1])] = str(folder.output)
-        for file in sorted(folder.notes.rglob("*.json")):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            write_json(file, _with_names(found, names, source))
-        whole = dump_recipe(self.recipe)
         write_text(folder.notes / RECIPE, whole)
-        card, model = folder.model / "README.md", source_name(source.record)
+        card, place = folder.model / "README.md", shown_place(self.recipe.output)
         text = card.read_text(encoding="utf-8")
-        for name in steps[:-1]:
-            for around in (("# ", ","), ("| source | `", "`")):
-                text = text.replace(name.join(around), model.join(around))
-        for name in steps:
-            text = text.replace(name, folder.output.name)
-        made = "## Make it again\n\n`secateur chain recipe.yaml` with `recipe.yaml`:\n\n```yaml\n"
-        made += f"{without_folders(whole)}```\n"
-        first, *others = re.split(r"## Make it again\n.*?```yaml\n.*?```\n", text, flags=re.DOTALL)
-        write_text(card, made.join((first, "".join(others))))
+        section = made_again(self.verb, whole, place)
+        if section not in text:
+            write_text(card, f"{text.rstrip()}\n\n{section}\n")
 
 
-def _with_names(value: Any, names: Mapping[str, str], source: LocalCheckpoint) -> Any:
-    """A record in which the folders of steps are replaced by the chain's model or its output."""
-    if isinstance(value, dict):
-        if value.get("kind") == "folder" and value.get("name") in names:
-            return source.record.to_json()
-        return {key: _with_names(x, names, source) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_with_names(x, names, source) for x in value]
-    return names.get(value, value) if isinstance(value, str) else value
+class PruneAndCompress(ChainSteps):
+    """Prunes, and compresses the result: `secateur prune --compress`."""
+
+    verb = "prune"
+
+    @classmethod
+    def check(cls, recipe: PruneRecipe) -> list[PlannedStep]:
+        """The two steps, checked."""
+        options = recipe.model_dump(mode="json", exclude=OF_BOTH, exclude_none=True)
+        packing = {"values": recipe.compress}
+        return checked_steps([{"prune": options}, {"compress": packing}], recipe.model)
+
+
+OF_BOTH = {"model", "output", "compress", "trust_remote_code"}
+"""Keys of `prune --compress` that are not options of its first step."""
 
 
 def _describe(
@@ -410,7 +405,7 @@ def _checked(number: int, step: Any, model: str) -> PlannedStep:
     kind: type[Recipe] = imported(VERBS[verb].recipe)
     with _named_step(number, verb):
         recipe: Any = build_recipe(kind, nested(kind, {**PLACEHOLDERS, "model": model, **options}))
-        if verb == "prune" and recipe.compress.values is not None:
+        if verb == "prune" and recipe.compress is not None:
             raise RecipeError(
                 "compression is a step of its own", where="compress", remedy="add a compress step"
             )

@@ -265,7 +265,7 @@ def _report(
     parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
     dense_bytes = {values: size - linears.bytes + count for values, count in dense.items()}
     report = CompressResult(
-        output=folder.output,
+        output=run.place,
         archive=packed.archive,
         source_bytes=sum(file.stat().st_size for file in reader.files),
         bfloat16_bytes=BFLOAT16_BYTES * parameters,

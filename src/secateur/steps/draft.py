@@ -28,11 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
 
-from secateur.calibration.continuation import PREFIX
-from secateur.calibration.windows import stored_start
-from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import Knapsack
 from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import MOST_PROPOSED, speculation
@@ -42,36 +38,20 @@ from secateur.progress import Progress
 from secateur.recipes.draft import DraftRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.draft import DraftPlanResult, DraftPoint, DraftResult
-from secateur.reporting.fit import FitBranch
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
-from secateur.runs.records.measured import Acceptance
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.speculative import FREQUENT
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.fit import open_model
-from secateur.steps.fitting.candidates import (
-    Workshop,
-    build_structured,
-    heal_candidates,
-    made_mix,
-    pack_winner,
-)
-from secateur.steps.fitting.costs import MARGINS, SECONDS, Costs, costs_of, time_heads
-from secateur.steps.fitting.drafts import (
-    HEADS,
-    DraftBench,
-    MeasuredDraft,
-    with_own_text,
-    written_by_parent,
-)
-from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget
+from secateur.steps.fitting.candidates import Workshop, pack_winner
+from secateur.steps.fitting.costs import Costs, costs_of, time_heads
+from secateur.steps.fitting.drafts import HEADS, DraftBench, MeasuredDraft
+from secateur.steps.fitting.models import FitContext, TimeBudget
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, embedded
-from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
-from secateur.types import Windows
 
 DRAFT = "draft.json"
 
@@ -114,7 +94,6 @@ def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any])
         tokens_to_heal=recipe.fitted.tokens_to_heal,
         minutes=recipe.minutes,
         heads=(config.vocab_size, *(n for n in HEADS if n < config.vocab_size)),
-        tokens_to_write=round(recipe.own_text * recipe.fitted.tokens_to_heal),
     )
 
 
@@ -177,14 +156,10 @@ class Draft(Step[DraftRecipe, DraftResult]):
         context = FitContext.prepare(
             fitted, run.source, self.model, costs, budget, folder.work, run.progress
         )
-        context = with_own_text(context, self.recipe.own_text)
-        windows = context.choosing.windows
-        evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
-        workshop = Workshop(context, survey_model(context, evaluator), evaluator)
-        bench = DraftBench(context, self.parent)
-        found, points, cuts = make_drafts(workshop, bench, costs)
+        workshop, bench = Workshop(context), DraftBench(context, self.parent)
+        found, points = make_drafts(workshop, bench, costs)
         unhealed = max(found, key=lambda one: one.gain)
-        [built] = heal_candidates(workshop, [unhealed.built])
+        [built] = workshop.healed([unhealed.built])
         winner = unhealed
         if built.packed != unhealed.built.packed:
             healed = bench.measured(built)
@@ -194,7 +169,7 @@ class Draft(Step[DraftRecipe, DraftResult]):
         head, place = bench.heads[winner.best_head], winner.heads[winner.best_head]
         if head is not None:
             write_bytes(folder.notes / FREQUENT, save({"ids": head}))
-        before, taken, own = self._judged(bench, unhealed, winner, head)
+        taken = bench.judged(winner, head)
         sampled, greedy = (
             speculation(runs, winner.times.parent, place.seconds, least=1)
             for runs in (taken.runs, taken.greedy_runs)
@@ -211,14 +186,12 @@ class Draft(Step[DraftRecipe, DraftResult]):
             vocabulary=bench.vocabulary,
             parent_seconds=winner.times.parent,
             draft_seconds=place.seconds,
-            unhealed=before,
+            unhealed=None if winner is unhealed else bench.judged(unhealed, head),
             acceptance=taken,
-            own_text=own,
             sampled=sampled,
             greedy=greedy,
             candidates=tuple(one.row for one in found),
             heads=winner.heads,
-            branches=tuple(cuts),
             frontier=tuple(points),
             packed=packed,
         )
@@ -226,32 +199,6 @@ class Draft(Step[DraftRecipe, DraftResult]):
         card = folder.model / "README.md"
         write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{draft_section(result)}")
         return result
-
-    def _judged(
-        self, bench: DraftBench, unhealed: MeasuredDraft, winner: MeasuredDraft, head: Tensor | None
-    ) -> tuple[Acceptance | None, Acceptance, Acceptance | None]:
-        """What the parent takes on text that was used for nothing else.
-
-        Returns:
-            Before healing, if the winner was healed; of the winner; and on the parent's own text,
-            if it writes any.
-        """
-        judging = bench.context.judging
-
-        def taken(one: MeasuredDraft, windows: Windows, name: str) -> Acceptance:
-            [found] = bench.acceptances(one.built.packed, windows, judging.start, name, [head])
-            return found
-
-        before = own = None
-        if winner is not unhealed:
-            before = taken(unhealed, judging.windows, "judged")
-        if self.recipe.own_text and judging.windows.shape[1] > PREFIX + judging.start:
-            start = stored_start(judging.file)
-            written = written_by_parent(
-                bench.context, judging.windows, start, len(judging.windows), "judges"
-            )
-            own = taken(winner, written, "own")
-        return before, taken(winner, judging.windows, "judged"), own
 
 
 @dataclass(frozen=True)
@@ -295,7 +242,7 @@ class Prediction:
 
     def after(self, measured: MeasuredDraft, candidate: Candidate) -> Prediction:
         """The same after a draft was made and measured."""
-        head, divergence = measured.heads[measured.best_head], measured.built.divergence
+        head, divergence = measured.heads[measured.best_head], measured.built.row.last
         refused = self.refused
         if divergence > 0:
             refused = (1 - head.acceptance.mean) / math.sqrt(divergence / 2)
@@ -309,14 +256,13 @@ class Prediction:
 
 def make_drafts(
     workshop: Workshop, bench: DraftBench, costs: Costs
-) -> tuple[list[MeasuredDraft], list[DraftPoint], list[FitBranch]]:
+) -> tuple[list[MeasuredDraft], list[DraftPoint]]:
     """Make and measure the drafts that are predicted to bring most.
 
     Returns:
-        Those that were made, what is predicted for others after all measurements, and what became
-        of every cut.
+        Those that were made, and what is predicted for others after all measurements.
     """
-    context, made = workshop.context, dict[Candidate, MeasuredDraft]()
+    time, made = workshop.context.time, dict[Candidate, MeasuredDraft]()
     prediction = Prediction(workshop.predictions.knapsack(costs), costs, bench.alone.parent)
     while True:
         choices = prediction.choices()
@@ -324,22 +270,13 @@ def make_drafts(
         known = max((prediction.of(one).expected.speedup for one in made), default=0.0)
         if choices[best].expected.speedup < BETTER * known or len(made) == MOST_MADE:
             break
-        if made and not context.time.allows("another draft", context.time.expected("making")):
+        if made and not time.allows("another draft", time.expected("making")):
             break
         name = f"draft {len(made) + 1}"
-        built, workshop = made_mix(workshop, name, prediction.knapsack, best, costs)
-        made[best] = bench.measured(built)
+        made[best] = bench.measured(workshop.made(name, prediction.knapsack, best, costs))
         prediction = replace(prediction, knapsack=workshop.predictions.knapsack(costs))
         prediction = prediction.after(made[best], best)
-    found, cuts = [*made.values()], list[FitBranch]()
-    cutting = 2 * context.time.expected("making")
-    if context.recipe.structure and context.time.allows("cuts", cutting):
-        leader = max(made, key=lambda one: made[one].gain)
-        seconds = prediction.knapsack.total(leader)[1] / (1 - MARGINS[SECONDS])
-        bounded = costs.limited(1, costs.rest[1] + seconds)
-        structured, cuts = build_structured(workshop, made[leader].built, bounded)
-        found += map(bench.measured, structured)
-    return found, [*choices.values()], cuts
+    return [*made.values()], [*choices.values()]
 
 
 def draft_section(result: DraftResult) -> str:

@@ -1,13 +1,13 @@
 """`secateur fit`: a bound in, the best packed model within it out.
 
-    survey ─► knapsack ─► candidates, made and measured ─► the best ones healed ─► judged
+    survey ─► knapsack ─► a mix, made and measured ─► healed ─► judged
 
-| target                   | what a fit does                                                   |
-|--------------------------|-------------------------------------------------------------------|
-| cpu                      | all formats: our kernels, timed on this machine                   |
-| any                      | all formats, no bound on time or memory: these belong to an engine |
-| llama.cpp                | what a GGUF file holds; bounds on size and loss                   |
-| vllm, transformers, h100 | refused, with what does the work instead                          |
+| target    | what a fit does                                         |
+|-----------|---------------------------------------------------------|
+| cpu       | all formats: our kernels, timed on this machine         |
+| llama.cpp | what a GGUF file holds; bounds on size and loss         |
+
+With a bound on the loss, mixes of several sizes are made, and the smallest within it wins.
 
 The choice is corrected where the winner decodes more slowly than the table of times predicts.
 Seconds of a token are predicted as a sum over matrices, each timed in a loop of equal ones. A whole
@@ -26,30 +26,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.calibration.documents import check_text
-from secateur.engine.search.candidate_evaluator import cut_windows
-from secateur.errors import RecipeError, VerificationError
+from secateur.errors import VerificationError
 from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
-from secateur.reporting.fit import (
-    ONLY_ROUNDED,
-    WINNER,
-    FitBranch,
-    FitCorrection,
-    FitCost,
-    FitLoss,
-    FitPoint,
-    FitResult,
-)
+from secateur.reporting.fit import FitCorrection, FitCost, FitLoss, FitPoint, FitResult
 from secateur.reporting.plan import FitPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
@@ -62,22 +52,12 @@ from secateur.steps.fitting.bounds import (
     as_option,
     check_bounds,
     check_feasible,
-    prepared_tasks,
     speedup_of,
 )
-from secateur.steps.fitting.candidates import (
-    BuiltCandidate,
-    Workshop,
-    best_of,
-    build_mixes,
-    build_structured,
-    heal_candidates,
-    pack_winner,
-)
+from secateur.steps.fitting.candidates import BuiltCandidate, Workshop, best_of, pack_winner
 from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
-from secateur.steps.fitting.models import FitContext, ModelEvaluator, TimeBudget
+from secateur.steps.fitting.models import FitContext, TimeBudget
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
-from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 
 FIT = "fit.json"
@@ -85,23 +65,8 @@ FIT = "fit.json"
 MOST = 2
 """How often models are chosen again, at most."""
 
-INSTEAD: Mapping[str, tuple[str, str]] = {
-    "vllm": (
-        "vLLM reads one scheme for all linears from compressed-tensors, w8a8 or w4a16, and gains "
-        "nothing from zeros, so there is no mix to search",
-        "secateur export MODEL --to compressed-tensors --type w8a8 or w4a16 makes both candidates",
-    ),
-    "transformers": (
-        "transformers stores and multiplies dense bfloat16, so only cuts make a model smaller or "
-        "faster there",
-        "secateur structure MODEL --params or --layers makes them",
-    ),
-    "h100": (
-        "2:4 zeros and fp8 are not measured here, and a fit predicts from measurements",
-        "secateur advise MODEL --hardware h100-80gb gives published and estimated numbers",
-    ),
-}
-"""Why there is no fit for a target, and what to do."""
+MIX = "the mix"
+"""The name of a candidate."""
 
 
 def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> FitPlanResult:
@@ -115,8 +80,6 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     Raises:
         SecateurError: as the fit would.
     """
-    Fit.check(recipe)
-    prepared_tasks(recipe)
     source = source_of(recipe, progress)
     model = open_model(recipe, source)
     costs = costs_of(recipe, model, progress)
@@ -129,9 +92,8 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
         if math.isfinite(kind.limit) and least is not None:
             name = OPTION_OF[kind.name]
             bounds[name] = f"{getattr(recipe, name)}", as_option(costs, kind.name, least)
-    for name in ("max_loss_increase", "min_accuracy_kept"):
-        if getattr(recipe, name) is not None:
-            bounds[name] = f"{getattr(recipe, name)}", ""
+    if recipe.max_loss_increase is not None:
+        bounds["max_loss_increase"] = f"{recipe.max_loss_increase}", ""
     return FitPlanResult(
         linears=len(costs.shapes),
         file_bytes=model.file_bytes,
@@ -162,19 +124,7 @@ class Fit(Step[FitRecipe, FitResult]):
 
     def __init__(self, recipe: FitRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.tasks = prepared_tasks(recipe)
         self.model = open_model(recipe, run.source)
-
-    @classmethod
-    def check(cls, recipe: FitRecipe) -> None:
-        """Refuse a target that a fit cannot serve.
-
-        Raises:
-            RecipeError: why, and what can be done.
-        """
-        if recipe.target in INSTEAD:
-            why, remedy = INSTEAD[recipe.target]
-            raise RecipeError(f"no fit for {recipe.target}: {why}", where="--target", remedy=remedy)
 
     @classmethod
     def reads(cls, recipe: FitRecipe) -> Iterable[str]:
@@ -207,38 +157,28 @@ class Fit(Step[FitRecipe, FitResult]):
         context = FitContext.prepare(
             self.recipe, run.source, self.model, costs, time_budget, folder.work, run.progress
         )
-        windows = context.choosing.windows
-        evaluator = ModelEvaluator(context, cut_windows(windows, windows.numel()), "chosen")
-        workshop = Workshop(context, survey_model(context, evaluator), evaluator)
-        candidates, branches, workshop, costs = _within_loss(workshop, costs)
-        if not candidates:
-            raise VerificationError(
-                "no model that was made keeps the bounds",
-                where=str(folder.output),
-                remedy="give a little more of each bound",
-            )
-        candidates, corrections = _correct_speed(
-            workshop, heal_candidates(workshop, candidates), costs
-        )
-        frontier = _frontier(workshop, costs)
+        workshop = Workshop(context)
+        candidates, costs = _candidates(workshop, costs)
+        candidates = workshop.healed(candidates)
+        candidates, corrections = _correct_speed(workshop, candidates, costs)
         winner = best_of(candidates, self.recipe.max_loss_increase)
         packed = pack_winner(run, context, winner)
         size = costs.files.finish(folder.model, run.progress)
-        losses = _judge(context, folder.model, winner, candidates)
+        rise = context.judging.increase(folder.model)
+        loss = FitLoss(winner.row.file_bytes, rise.mean, rise.standard_error)
         result = FitResult(
             output=folder.output,
             kind_of={n: stored.name for n, stored in winner.formats.items() if n != EMBEDDINGS},
             embeddings=embedded(winner.formats[EMBEDDINGS]),
             winner=winner.row,
             finalists=tuple(one.row for one in candidates),
-            branches=tuple(branches),
-            frontier=tuple(frontier),
-            losses=losses,
+            frontier=tuple(_frontier(workshop, costs)),
+            loss=loss,
             costs=tuple(
                 FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
                 for kind in context.costs.kinds
             ),
-            checks=check_bounds(context, folder.model, size, losses[WINNER], self.tasks),
+            checks=check_bounds(context, folder.model, size, loss),
             corrections=tuple(corrections),
             dropped=tuple(context.time.dropped),
             packed=packed,
@@ -269,27 +209,6 @@ def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
                 size = round(costs.rest[0] + budget)
                 found.append(FitPoint(name, size, knapsack.predicted(candidate)))
     return found
-
-
-Built = tuple[list[BuiltCandidate], list[FitBranch], Workshop]
-"""The candidates that keep the bounds, what became of others, and the scaled predictions."""
-
-
-def build_candidates(workshop: Workshop, costs: Costs, *, structure: bool = True) -> Built:
-    """Make the candidates within the bounds.
-
-    Args:
-        workshop: makes and measures.
-        costs: the bounds.
-        structure: whether cuts take part, if the recipe has them.
-    """
-    context = workshop.context
-    candidates, unmade, workshop = build_mixes(workshop, costs)
-    structure = structure and context.recipe.structure
-    if not structure or not candidates or not _has_time(context, "cuts"):
-        return candidates, unmade, workshop
-    structured, cuts = build_structured(workshop, best_of(candidates), costs)
-    return [*candidates, *structured], [*unmade, *cuts], workshop
 
 
 @dataclass(frozen=True)
@@ -332,44 +251,51 @@ class SizeBracket:
         return self.low > self.high * (1 - STEP)
 
 
-def _within_loss(
-    workshop: Workshop, costs: Costs
-) -> tuple[list[BuiltCandidate], list[FitBranch], Workshop, Costs]:
-    """The candidates. With a bound on the loss, those of several sizes.
+def _candidates(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate], Costs]:
+    """The candidates within the bounds, and the costs of the best size.
 
-    The first size is where the survey predicts the bound. Models are made for it and measured on
-    the windows that choose. If the rise of the loss and its standard error exceed the bound, the
-    size is too small. Predictions are scaled to what was measured, and give the next size.
+    With a bound on the loss there are several sizes. The first one is where the survey predicts the
+    bound. A mix is made for it and measured on the windows that choose. If the rise of the loss and
+    its standard error exceed the bound, the size is too small. Predictions are scaled to what was
+    measured, and give the next size.
+
+    Raises:
+        VerificationError: no model that was made keeps the bounds.
     """
     context, bound = workshop.context, workshop.context.recipe.max_loss_increase
+    made = dict[Path, BuiltCandidate]()
     if bound is None:
-        return (*build_candidates(workshop, costs), costs)
-    knapsack, rest = workshop.predictions.knapsack(costs), costs.rest[0]
-    most = min(rest + knapsack.most[0], costs.kinds[0].limit)
-    bracket, aim, left = SizeBracket(rest + knapsack.least[0], most), bound, MADE
-    made, unmade = dict[Path, BuiltCandidate](), dict[str, FitBranch]()
-    for _ in range(SIZES):
-        size = bracket.next(rest + _smallest(workshop, costs, aim))
-        candidates, branches, workshop = build_candidates(workshop, costs.limited(0, size))
-        new = [one for one in candidates if one.packed not in made]
-        left -= bool(new)
-        made |= {one.packed: one for one in candidates}
-        unmade |= {one.name: one for one in branches}
-        rise, found = math.inf, size  # where nothing new was made, sizes up to this one are known
-        if candidates:
-            best = best_of(candidates, bound)
-            rise, found = best.rise, best.row.file_bytes if new else size
-            aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
-        bracket = bracket.after(found, keeps=rise <= bound)
-        near = CLOSE * bound < rise <= bound and not bracket.wide
-        if near or bracket.closed or not left or not _has_time(context, "another size"):
-            break
+        built = workshop.mix(MIX, costs)
+        made |= {built.packed: built} if built else {}
+    else:
+        knapsack, rest = workshop.predictions.knapsack(costs), costs.rest[0]
+        most = min(rest + knapsack.most[0], costs.kinds[0].limit)
+        bracket, aim = SizeBracket(rest + knapsack.least[0], most), bound
+        for number in range(SIZES):
+            size = bracket.next(rest + _smallest(workshop, costs, aim))
+            built = workshop.mix(f"{MIX}, size {number + 1}", costs.limited(0, size))
+            rise, found = math.inf, size  # no mix, or one that was made: sizes up to it are known
+            if built is not None:
+                rise = built.rise
+                if built.packed not in made:
+                    found, made[built.packed] = built.row.file_bytes, built
+                aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
+            bracket = bracket.after(found, keeps=rise <= bound)
+            near = CLOSE * bound < rise <= bound and not bracket.wide
+            if near or bracket.closed or len(made) == MADE:
+                break
+            if not context.time.allows("another size", context.time.expected("making")):
+                break
+    if not made:
+        raise VerificationError(
+            "no model that was made keeps the bounds",
+            where=str(context.recipe.output),
+            remedy="give a little more of each bound",
+        )
     candidates = [*made.values()]
-    if candidates:
+    if bound is not None:
         costs = costs.limited(0, best_of(candidates, bound).row.file_bytes)
-    names = {one.row.name for one in candidates}
-    branches = [one for name, one in unmade.items() if name not in names]
-    return candidates, branches, workshop, costs
+    return candidates, costs
 
 
 CLOSE, CLOSER = 0.8, 0.95
@@ -382,11 +308,6 @@ than the second, the search goes on although the loss is near its bound."""
 MADE, SIZES = 5, 12
 """For how many sizes models are made, and how many are tried, at most: the choice for a size may be
 a model that was made before."""
-
-
-def _has_time(context: FitContext, what: str) -> bool:
-    """Whether two more models can be made."""
-    return context.time.allows(what, 2 * context.time.expected("making"))
 
 
 def _smallest(workshop: Workshop, costs: Costs, bound: float) -> float:
@@ -407,16 +328,15 @@ def _correct_speed(
     speed = _measured_speedup(context, best_of(candidates, bound), 0)
     while wanted and speed is not None and misses(wanted, speed) and len(corrections) < MOST:
         best = best_of(candidates, bound)
-        # the table does not know the linears of a cut
-        predicted = wanted if best.cut else costs.predicted_speedup(best.formats)
+        predicted = costs.predicted_speedup(best.formats)
         # seconds that make up for what the table promises too much
         tighter = costs.tightened(context.costs.kinds[-1].limit * (speed / predicted))
         if tighter is None:
             break
-        again, _, workshop = build_candidates(workshop, tighter, structure=False)
-        if not again:
+        built = workshop.mix(f"{MIX}, again", tighter)
+        if built is None:
             break
-        again = heal_candidates(workshop, again)
+        again = workshop.healed([built])
         reached = _measured_speedup(context, best_of(again, bound), len(corrections) + 1)
         corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
         if not is_faster(reached, speed):  # it has lost more, and for nothing
@@ -444,20 +364,3 @@ def misses(wanted: float, speedup: float) -> bool:
 def is_faster(speedup: float | None, before: float) -> bool:
     """Whether a speed-up is more than another one, by more than the error of timing."""
     return speedup is not None and speedup > before * (1 + TIMING_ERROR)
-
-
-def _judge(
-    context: FitContext, made: Path, winner: BuiltCandidate, candidates: Sequence[BuiltCandidate]
-) -> dict[str, FitLoss]:
-    """The loss of the winner and its rivals, as they run, on text with no other use."""
-    rounded = [one for one in candidates if one.only_rounded]
-    rivals = {
-        WINNER: winner,
-        ONLY_ROUNDED: best_of(rounded, context.recipe.max_loss_increase) if rounded else None,
-    }
-    found = {}
-    for name, one in rivals.items():
-        if one is not None:
-            rise = context.judging.increase(made if one is winner else one.packed)
-            found[name] = FitLoss(one.row.file_bytes, rise.mean, rise.standard_error)
-    return found

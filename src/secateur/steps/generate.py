@@ -5,7 +5,6 @@ A `Conversation` holds the model, and generates piece by piece with the fastest 
 
 from __future__ import annotations
 
-import os
 import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,8 @@ from secateur.models.configuration import read_configuration
 from secateur.models.header import parse_json
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
+from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
+from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
@@ -48,27 +49,15 @@ Message = dict[str, str]
 """A line of a conversation: `role` (system, user or assistant) and `content`."""
 
 
+@takes_options_of(GenerateRecipe)
 def generate(
     model: str | Path,
     prompt: str,
     *,
     max_new_tokens: int = 64,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    chat: bool | None = None,
-    system: str | None = None,
-    kv_cache: str | None = None,
-    draft: str | Path | None = None,
     json_schema: str | Path | Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
+    **options: Any,
 ) -> GenerateResult:
     """Continue a prompt on the CPU with the fastest loop that the model allows.
 
@@ -76,67 +65,24 @@ def generate(
         model: folder (compressed or not), hub id, GGUF file or named sample.
         prompt: the text to continue; with a chat template the message to answer.
         max_new_tokens: maximum number of new tokens.
-        temperature: 0 always takes the most likely token; above 0 draws. This and the next four
-            are the model's own (`generation_config.json`) where they are None.
-        top_k: draw from this many of the most likely tokens; 0 for all.
-        top_p: draw from the most likely tokens that together have this probability.
-        min_p: draw from tokens of at least this share of the largest probability.
-        repetition_penalty: above 1, tokens of prompt and text become less likely.
-        presence_penalty: subtracted from the logits of tokens of the text.
-        frequency_penalty: the same, once for each time that they occurred.
-        seed: seed of the draw.
-        stop: the text ends before the first of these.
-        chat: use the tokenizer's chat template; None uses it if there is one.
-        system: a system message before the prompt, with a chat template.
-        kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
-        draft: a smaller model with the same vocabulary, which proposes tokens; the output stays the
-            same at temperature 0, and has the same distribution above.
         json_schema: a JSON schema that the text follows, or its file; needs the extra `structured`.
-        trust_remote_code: whether code that comes with the checkpoint may run.
         tell: receives the text piece by piece.
+        **options: the other options.
 
     Raises:
         SecateurError: what, where, and what to do.
     """
-    conversation = Conversation(
-        os.fspath(model) if isinstance(model, os.PathLike) else model,
-        max_new_tokens=max_new_tokens,
-        sampling={
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty,
-            "seed": seed,
-        },
-        stop=(stop,) if isinstance(stop, str) else stop,
-        chat=chat,
-        system=system,
-        kv_cache=kv_cache,
-        draft=None if draft is None else str(draft),
-        json_schema=json_schema,
-        trust_remote_code=trust_remote_code,
-    )
-    return conversation.say(prompt, tell)
+    own = {"model": model, "max_new_tokens": max_new_tokens}
+    recipe, _ = recipe_of(GenerateRecipe, own, options)
+    return Conversation(recipe, json_schema).say(prompt, tell)
 
 
 class Conversation:
     """A conversation with a model. Without a chat template, the model continues each message.
 
     Args:
-        model: folder (compressed or not), hub id, GGUF file or named sample.
-        max_new_tokens: maximum number of tokens in an answer; None for 256, or for the number of
-            free positions if that is less.
-        sampling: options of `Sampling`; where None or missing, those of the model.
-        stop: an answer ends before the first of these.
-        chat: use the tokenizer's chat template; None uses it if there is one.
-        system: a system message at the beginning.
-        kv_cache: type of the KV cache, bf16 or int8; None: bf16, or float32 if the model is.
-        draft: a smaller model with the same vocabulary, which proposes tokens; or None.
+        recipe: the model, and how it answers.
         json_schema: a JSON schema that answers follow, or its file; or None.
-        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Attributes:
         taken: the options that come from the model's `generation_config.json`.
@@ -147,37 +93,26 @@ class Conversation:
 
     def __init__(
         self,
-        model: str,
-        *,
-        max_new_tokens: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        stop: Sequence[str] = (),
-        chat: bool | None = None,
-        system: str | None = None,
-        kv_cache: str | None = None,
-        draft: str | None = None,
+        recipe: GenerateRecipe | ChatRecipe,
         json_schema: str | Path | Mapping[str, Any] | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise RecipeError(
-                f"max_new_tokens {max_new_tokens}", remedy="give at least one new token"
-            )
-        if "" in stop:
+        model, draft, trust = recipe.model, recipe.draft, recipe.trust_remote_code
+        chat, system = getattr(recipe, "chat", None), recipe.system
+        if "" in recipe.stop:
             raise RecipeError("a stop text is empty", remedy="give at least one character")
         self.schema = None if json_schema is None else json_text(_schema_of(json_schema))
-        self.name, self.max_new_tokens, self.stop = model, max_new_tokens, stop
-        self.folder = resolve(model, trust_remote_code=trust_remote_code).folder
-        self.trust_remote_code = trust_remote_code
+        self.name, self.max_new_tokens, self.stop = model, recipe.max_new_tokens, recipe.stop
+        self.folder = resolve(model, trust_remote_code=trust).folder
+        self.trust_remote_code = trust
         self.positions = positions_in(self.folder)
-        self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+        self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust)
         self.model: Any = None
         self.load_seconds = 0.0
         self.decoder: Decoder | None = None
         self.drafter: Drafter | None = None
-        self.kv_cache = kv_cache
-        self.draft = draft and str(resolve(draft, trust_remote_code=trust_remote_code).folder)
-        defaults, given = sampling_in(self.folder), dict(sampling or {})
+        self.kv_cache = recipe.kv_cache
+        self.draft = draft and str(resolve(draft, trust_remote_code=trust).folder)
+        defaults, given = sampling_in(self.folder), recipe.drawing()
         self.sampling = sampling_with(defaults, given)
         if not self.sampling.temperature:  # 0, or not given
             _refuse_idle(given)

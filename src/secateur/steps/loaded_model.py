@@ -47,10 +47,7 @@ UNUSED = {
         ("output", "overwrite", "resume", "restart"),
         "call model.save_pretrained(DIR) afterwards",
     ),
-    **dict.fromkeys(
-        ("compress", "compress_group_size", "compress_embeddings"),
-        "save the model, and call secateur.compress(DIR, …)",
-    ),
+    "compress": "save the model, and call secateur.compress(DIR, …)",
     **dict.fromkeys(
         ("dtype", "device", "trust_remote_code"), "load the model as it is to be, then prune it"
     ),

@@ -16,7 +16,6 @@ from secateur.recipes.verbs import imported
 from secateur.reporting.plan import PlanResult
 from secateur.reporting.tables import Result
 from secateur.runs.folder import check_output
-from secateur.steps.prune import chain_of
 from secateur.steps.runner import source_of
 
 
@@ -33,18 +32,18 @@ def plan_recipe(
     Raises:
         SecateurError: as the run would.
     """
-    packs = recipe.compress.values is not None
+    packs = recipe.compress is not None
     if packs:
-        from secateur.steps.chain import ChainSteps
+        from secateur.steps.chain import PruneAndCompress
 
-        ChainSteps.check(chain_of(recipe))
+        PruneAndCompress.check(recipe)
     cluster_call = PruneCall(dry_run=True, **call)
     if cluster_call.gpus is not None:
         planned: Result = imported("secateur.advisor.cluster:plan_on_paper")(recipe, cluster_call)
         return planned
     plan = plan_pruning(recipe, progress)
     read = recipe.model, *texts_of(recipe.calibration.source)
-    check_output(recipe.output, "chain" if packs else "prune", plan.plan.disk_bytes, read, call)
+    check_output(recipe.output, "prune", plan.plan.disk_bytes, read, call)
     return plan
 
 

@@ -46,11 +46,11 @@ from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks, refuse_another_model
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
-from secateur.recipes.prune import ChainRecipe, PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.prune import PruneRecipe
+from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import Cluster, texts_of
 from secateur.recipes.verbs import VERBS, imported
-from secateur.reporting.cards import prune_card, without_folders
+from secateur.reporting.cards import prune_card
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
 from secateur.reporting.tables import Result
@@ -80,9 +80,6 @@ log = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 MANY_MORE = 0.005
 """A run warns where more weights than this share are zero beyond its sparsity."""
-OF_THE_CHAIN = {"model", "output", "compress", "trust_remote_code"}
-"""Keys of the recipe that are not options of its first step."""
-
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 
@@ -153,7 +150,7 @@ def prune_recipe(
     overwrite: bool = False,
     ranks: Ranks = ALONE,
 ) -> PruneResult:
-    """Carry out a recipe. With `compress`, it runs as a chain of two steps.
+    """Carry out a recipe, in two steps with `compress`.
 
     Args:
         recipe: recipe of the pruning.
@@ -165,34 +162,11 @@ def prune_recipe(
     """
     _refuse_several(recipe, ranks.count)
     call: dict[str, Any] = {"resume": resume, "restart": restart, "overwrite": overwrite}
-    if recipe.compress.values is None:
+    if recipe.compress is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
-    from secateur.steps.chain import ChainSteps
+    from secateur.steps.chain import PruneAndCompress
 
-    output = carry_out(ChainSteps, chain_of(recipe), progress, **call).output
-    _name_recipe(recipe, output)
-    return _result_of(recipe, output)
-
-
-def chain_of(recipe: PruneRecipe) -> ChainRecipe:
-    """The chain that prunes and then compresses."""
-    options = recipe.model_dump(mode="json", exclude=OF_THE_CHAIN, exclude_none=True)
-    values = {
-        "model": recipe.model,
-        "output": recipe.output,
-        "trust_remote_code": recipe.trust_remote_code,
-        "steps": [{"prune": options}, {"compress": recipe.compress.model_dump(mode="json")}],
-    }
-    return build_recipe(ChainRecipe, values)
-
-
-def _name_recipe(recipe: PruneRecipe, output: Path) -> None:
-    """Replace the recipe of the chain by the recipe of the pruning."""
-    file, card = output / NOTES / RECIPE, output / "README.md"
-    chain, whole = file.read_text(encoding="utf-8"), dump_recipe(recipe)
-    text = card.read_text(encoding="utf-8").replace("`secateur chain", "`secateur prune")
-    write_text(card, text.replace(without_folders(chain), without_folders(whole)))
-    write_text(file, whole)
+    return _result_of(recipe, carry_out(PruneAndCompress, recipe, progress, **call).output)
 
 
 Showing = Callable[[], AbstractContextManager[Progress]]
@@ -255,7 +229,7 @@ def prune_together(
 def _result_of(recipe: PruneRecipe, output: Path) -> PruneResult:
     """Read the result of a finished recipe."""
     result = Prune.result(output)
-    if recipe.compress.values is None:
+    if recipe.compress is None:
         return result
     from secateur.steps.checkpoint_files import COMPRESSION
 
@@ -373,8 +347,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         audit = _audit(recipe, done, folder, progress)
         manifest = self._manifest(prepared, reached, audit, losses, left)
-        _write_notes(manifest, prepared, folder)
-        return PruneResult(audit.sparsity, ledger.layers, manifest, folder.output, left)
+        _write_notes(manifest, prepared, self.run)
+        return PruneResult(audit.sparsity, ledger.layers, manifest, self.run.place, left)
 
     def _distill(self, prepared: Prepared, done: Tasks) -> dict[str, Any] | None:
         """Let the pruned model learn from the dense one; None if it does not."""
@@ -510,17 +484,15 @@ def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     return {**record, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
-def _write_notes(manifest: Manifest, prepared: Prepared, folder: RunFolder) -> None:
+def _write_notes(manifest: Manifest, prepared: Prepared, run: RunContext) -> None:
     """Write recipe, manifest, windows and card into the result."""
+    folder, recipe = run.folder, prepared.recipe
     if prepared.windows is not None:
         shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
-    recipe_yaml = dump_recipe(prepared.recipe)
-    write_text(folder.notes / "recipe.yaml", recipe_yaml)
+    write_text(folder.notes / RECIPE, dump_recipe(recipe))
     write_json(folder.notes / MANIFEST, manifest.to_json())
-    card = prune_card(
-        manifest, recipe_yaml, prepared.source.folder, prepared.recipe.output or folder.output
-    )
-    write_text(folder.model / "README.md", card)
+    source, place = prepared.source.folder, recipe.output or folder.output
+    write_text(folder.model / "README.md", prune_card(manifest, run.again(recipe), source, place))
 
 
 @dataclass(frozen=True)
@@ -591,7 +563,7 @@ def _refuse_several(recipe: PruneRecipe, count: int) -> None:
     Raises:
         RecipeError: names the option.
     """
-    if count > 1 and recipe.compress.values is not None:
+    if count > 1 and recipe.compress is not None:
         raise RecipeError(
             f"--compress does not work with several processes yet, and there are {count}",
             remedy="leave it out, and run `secateur compress` on the result",

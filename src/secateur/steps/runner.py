@@ -23,6 +23,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.recipes.options import Option, Recipe, options_of
+from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import parts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
@@ -47,6 +48,8 @@ class RunContext:
         meter: measures the cost, from the beginning.
         ranks: the processes that share the work; this one is the first.
         checked: what the check of the step has returned.
+        output: the folder that its records and card name, where it is not that of the run: this is
+            a part of another run, whose card says how to make it again.
     """
 
     folder: RunFolder
@@ -55,6 +58,16 @@ class RunContext:
     meter: Meter
     ranks: Ranks = ALONE
     checked: Any = None
+    output: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """The folder that records name."""
+        return self.folder.output if self.output is None else self.output
+
+    def again(self, recipe: Recipe) -> str:
+        """The recipe for the card; empty where another run has it."""
+        return dump_recipe(recipe) if self.output is None else ""
 
 
 class Step(ABC, Generic[R, T]):
@@ -126,6 +139,8 @@ def carry_out(
     restart: bool = False,
     overwrite: bool = False,
     ranks: Ranks = ALONE,
+    at: Path | None = None,
+    source: LocalCheckpoint | None = None,
 ) -> T:
     """Carry out the recipe of a verb, into a new folder.
 
@@ -137,6 +152,8 @@ def carry_out(
         restart: discard the files of a stopped run.
         overwrite: replace an existing output folder.
         ranks: the processes that share the work; this one is the first.
+        at: the folder of a part of another run. Records and card name the output of the recipe.
+        source: the model that it reads, if not the one that the recipe names.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -145,14 +162,15 @@ def carry_out(
     values: Any = recipe
     checked = kind.check(recipe)
     folder = RunFolder(
-        values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
+        at or values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
     folder.keep_apart(values.model, *kind.reads(recipe))
     if kind.everywhere:
         ranks = kind.processes(recipe)
         progress = progress if ranks.first else Silent()
-    source = source_of(recipe, progress)
-    run = RunContext(folder, source, progress, meter, ranks, checked)
+    source = source or source_of(recipe, progress)
+    output = None if at is None else Path(os.path.abspath(values.output))
+    run = RunContext(folder, source, progress, meter, ranks, checked, output)
     return finish(kind.open(recipe, run))
 
 

@@ -221,7 +221,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
         self._write_notes(manifest)
         self.run.ranks.once(lambda: None)
-        return StructureResult(manifest, folder.output)
+        return StructureResult(manifest, self.run.place)
 
     @classmethod
     def result(cls, output: Path) -> StructureResult:
@@ -334,11 +334,11 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def _write_notes(self, manifest: Manifest) -> None:
         """Write the recipe, the manifest and the card."""
-        folder, recipe_yaml = self.run.folder, dump_recipe(self.recipe)
-        write_text(folder.notes / "recipe.yaml", recipe_yaml)
+        folder, again = self.run.folder, self.run.again(self.recipe)
+        write_text(folder.notes / "recipe.yaml", dump_recipe(self.recipe))
         write_json(folder.notes / MANIFEST, manifest.to_json())
         place = self.recipe.output or folder.output
-        card = structure_card(manifest, recipe_yaml, self.run.source.folder, place)
+        card = structure_card(manifest, again, self.run.source.folder, place)
         write_text(folder.model / "README.md", card)
 
 

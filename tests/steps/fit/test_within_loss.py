@@ -22,7 +22,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     save_windows(windows, place / "windows.safetensors")
     return secateur.fit(
         place / "dense", output=place / "small", max_loss_increase=BOUND, effort="fast",
-        target="any", calibration=place / "windows.safetensors",
+        calibration=place / "windows.safetensors",
     )  # fmt: skip
 
 

@@ -1,10 +1,5 @@
 """The bounds of a fit: refused before any work if they cannot be kept, and checked at the end.
 
-    accuracy kept = Σ accuracy of the model / Σ accuracy of the dense model
-
-The sums go over tasks, and both models answer the same items. The accuracy is `acc` of lm-eval: the
-right answer is the likeliest one.
-
 Speed and memory come from processes of their own, as in `secateur bench`: the packed winner and the
 source as dense int8 take turns. The memory is that of a process with a short text, and the KV cache
 of the rest of the context is added.
@@ -13,16 +8,13 @@ of the rest of the context is added.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from secateur.errors import RecipeError
-from secateur.evaluation.perplexity import load_model
 from secateur.evaluation.speed import Speed, take_turns
-from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton
-from secateur.progress import Labelled
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitCheck, FitLoss
@@ -46,8 +38,6 @@ TIMING_ERROR = 0.05
 """How far a speed-up may be off when it is measured again; a bound is kept up to here."""
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS, MOST_SECONDS = 32, 16, 15, 90.0
-
-METRIC = "acc"
 
 
 def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
@@ -109,20 +99,8 @@ def as_option(costs: Costs, name: str, value: float) -> str:
     return f"{math.ceil(10 * value / size) / 10:.1f}{unit}"
 
 
-def prepared_tasks(recipe: FitRecipe) -> list[PreparedTask]:
-    """The tasks with their requests; none if the accuracy has no bound.
-
-    Raises:
-        RecipeError: a task is unknown.
-        SourceError: its rows cannot be read.
-    """
-    if recipe.min_accuracy_kept is None:
-        return []
-    return prepare_tasks(recipe.tasks, folder=recipe.task_data, limit=recipe.limit)
-
-
 def check_bounds(
-    context: FitContext, made: Path, file_bytes: int, loss: FitLoss, tasks: Sequence[PreparedTask]
+    context: FitContext, made: Path, file_bytes: int, loss: FitLoss
 ) -> tuple[FitCheck, ...]:
     """Compare every bound with what is measured.
 
@@ -131,7 +109,6 @@ def check_bounds(
         made: folder of the packed winner.
         file_bytes: of its weight files.
         loss: its loss on text that did not choose, measured on the packed winner as it runs.
-        tasks: for the accuracy; none if it has no bound.
     """
     recipe = context.recipe
     found = []
@@ -144,27 +121,7 @@ def check_bounds(
         found.append(FitCheck("max_loss_increase", bound, rise, kept, standard_error=error))
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         found += check_running(context, made)
-    if recipe.min_accuracy_kept is not None:
-        found.append(_check_accuracy(context, made, recipe.min_accuracy_kept, tasks))
     return tuple(found)
-
-
-def _check_accuracy(
-    context: FitContext, made: Path, least: float, tasks: Sequence[PreparedTask]
-) -> FitCheck:
-    def accuracy(folder: Path, name: str) -> float:
-        recipe = context.recipe
-        model, tokenizer = load_model(str(folder), recipe.device, recipe.trust_remote_code)
-        scores = run_tasks(model, tokenizer, tasks, Labelled(context.progress, name))
-        found = [score.value for score in scores if score.metric == METRIC]
-        return sum(found) / len(found)
-
-    dense = accuracy(context.source.folder, "dense")
-    if not dense:
-        failure = "the dense model answers none of the questions right"
-        return FitCheck("min_accuracy_kept", least, 0.0, kept=False, failure=failure)
-    kept = accuracy(made, "winner") / dense
-    return FitCheck("min_accuracy_kept", least, kept, kept >= least)
 
 
 def check_running(context: FitContext, made: Path) -> list[FitCheck]:

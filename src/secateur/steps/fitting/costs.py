@@ -76,14 +76,9 @@ class CostKind:
     limit: float
 
     @property
-    def budget(self) -> float:
-        """What is left for the linears."""
-        return self.limit - self.rest
-
-    @property
     def aim(self) -> float:
-        """The budget without its margin."""
-        return self.budget * (1 - MARGINS[self.name])
+        """What is left for the linears, without its margin."""
+        return (self.limit - self.rest) * (1 - MARGINS[self.name])
 
 
 @dataclass(frozen=True)
@@ -115,20 +110,9 @@ class Costs:
         return [*self.shapes, EMBEDDINGS]
 
     @property
-    def budget(self) -> Cost:
-        """What all units together may cost."""
-        return tuple(kind.budget for kind in self.kinds)
-
-    @property
     def aim(self) -> Cost:
         """What the search may spend on them."""
         return tuple(kind.aim for kind in self.kinds)
-
-    @property
-    def axis(self) -> int:
-        """The kind that frontiers are drawn along: size, unless only seconds are bounded."""
-        bounded = [place for place, kind in enumerate(self.kinds) if math.isfinite(kind.limit)]
-        return bounded[-1] if bounded and self.kinds[bounded[-1]].name == SECONDS else 0
 
     @property
     def table(self) -> MatrixTimes:
@@ -153,16 +137,6 @@ class Costs:
         if least is None or least > now * (1 - LEAST_STEP):
             return None
         return self.limited(last, max(min(now, seconds), least))
-
-    def of_another(self, other: Costs) -> Costs:
-        """The costs of a cut of the model, with the limits of this one."""
-        pairs = zip(other.kinds, self.kinds, strict=True)
-        kinds = tuple(replace(a, limit=b.limit) for a, b in pairs)
-        return replace(other, kinds=kinds, head=self.head)
-
-    def narrowed(self, size: float) -> Costs:
-        """The same with at most so many bytes for all units."""
-        return self.limited(0, min(self.kinds[0].limit, self.kinds[0].rest + size))
 
     def limited(self, place: int, limit: float) -> Costs:
         """The same with another limit of one kind."""

@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.continuation import PREFIX
-from secateur.calibration.run_windows import WINDOWS, RunWindows
-from secateur.calibration.windows import (
-    START,
-    load_windows,
-    save_windows,
-    stored_extra,
-    stored_start,
-)
-from secateur.errors import RecipeError
+from secateur.calibration.windows import load_windows
 from secateur.evaluation.acceptance import acceptance, speculation, too_fast
 from secateur.evaluation.generation import end_tokens
 from secateur.evaluation.perplexity import window_progress
@@ -209,6 +200,12 @@ class DraftBench:
         parts = folder.relative_to(self.context.work).parts
         return self.context.work / f"{'-'.join(filter(None, (what, *parts, name)))}.json"
 
+    def judged(self, draft: MeasuredDraft, head: Tensor | None) -> Acceptance:
+        """What the parent takes of a draft on text that was used for nothing else."""
+        judging, folder = self.context.judging, draft.built.packed
+        [found] = self.acceptances(folder, judging.windows, judging.start, "judged", [head])
+        return found
+
     def measured(self, built: BuiltCandidate) -> MeasuredDraft:
         """A draft with each of the heads, on the windows that choose."""
         choosing, values = self.context.choosing, embedded(built.formats[EMBEDDINGS])
@@ -231,7 +228,7 @@ class DraftBench:
         row = DraftCandidate(
             built.row.name,
             built.row.file_bytes,
-            built.divergence,
+            built.row.last,
             built.row.healed is not None,
             whole.acceptance,
             whole.seconds,
@@ -287,67 +284,3 @@ def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: 
     uses = torch.bincount(windows.flatten(), minlength=vocabulary)
     uses[[one for one in always if one < vocabulary]] = windows.numel() + 1
     return uses.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def with_own_text(context: FitContext, share: float) -> FitContext:
-    """The same where the parent has written some of the text that heals, unless it has before.
-
-    Args:
-        context: its calibration windows begin the new ones.
-        share: of the tokens that heal.
-
-    Raises:
-        RecipeError: the windows are too short to be continued.
-    """
-    tokens, old = round(share * context.recipe.tokens_to_heal), context.calibration_file
-    file = context.work / "taught.safetensors"
-    if not tokens:
-        return context
-    if not file.exists():
-        windows, start = load_windows(old), stored_start(old)
-        own, extra = windows.tensor_split([len(windows) - stored_extra(old)])
-        length = windows.shape[1]
-        if length <= PREFIX + len(start):
-            raise RecipeError(
-                f"the parent cannot write windows of {length} tokens that begin with {PREFIX} ones "
-                "of text",
-                where="--own-text",
-                remedy="give a larger --sequence-length, or --own-text 0",
-            )
-        count = -(-tokens // length)
-        written = written_by_parent(context, own, start, count, "written")
-        # the last windows choose the learning rate: text that nothing else has read
-        extra = extra[: max(0, -(-context.recipe.tokens_to_heal // length) - count)]
-        save_windows(
-            torch.cat([own, written, extra]), file, start=start, extra=len(written) + len(extra)
-        )
-    return replace(context, calibration_file=file)
-
-
-def written_by_parent(
-    context: FitContext, beginnings: Windows, start: Sequence[int], count: int, name: str
-) -> Windows:
-    """Windows that the parent writes at temperature 1, unless it has before.
-
-    Args:
-        context: names the parent.
-        beginnings: windows in which the new ones begin.
-        start: start tokens of every window.
-        count: of the new windows.
-        name: of the folder that keeps them.
-    """
-    folder, recipe = context.work / name, context.recipe
-    if (folder / WINDOWS).exists():
-        found = RunWindows.load(folder / WINDOWS, context.target.model.config)
-    else:
-        folder.mkdir(exist_ok=True)
-        record = {START: list(start)} if start else {}
-        found = RunWindows(beginnings, beginnings[:0], record, ungenerated=count).complete(
-            folder,
-            context.source.folder,
-            context.target.device,
-            recipe.calibration.seed,
-            context.progress,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-    return found.calibration[len(beginnings) :]

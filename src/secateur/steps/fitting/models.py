@@ -30,7 +30,6 @@ from secateur.engine.search.candidate_evaluator import CandidateEvaluator, Fitne
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe, FitRecipe
@@ -55,27 +54,27 @@ itself it does not learn, so that a dense model which knows the text too little 
 
 
 def make_model(
-    context: FitContext, base: Path, formats: Formats, output: Path, progress: Progress
+    context: FitContext, formats: Formats, output: Path, progress: Progress
 ) -> tuple[Path, Path]:
     """Prune, round and pack a model, unless an earlier run has.
 
     Args:
         context: of the fit.
-        base: the source, or a cut of it.
         formats: of every unit.
         output: folder of the results.
         progress: receives the steps.
 
     Returns:
-        The folder before rounding, which is the base where nothing is pruned; and the packed one.
+        The folder before rounding, which is the source where nothing is pruned; and the packed one.
     """
     output.mkdir(parents=True, exist_ok=True)
-    sparse, text = base, str(context.calibration_file)
+    source = sparse = context.source.folder
+    text = str(context.calibration_file)
     options = _prune_options(context.recipe, formats, text)
     if options is not None:
         sparse = output / "pruned"
         if not sparse.exists():
-            recipe = build_recipe(PruneRecipe, {**options, **paths(context.recipe, base, sparse)})
+            recipe = build_recipe(PruneRecipe, {**options, **paths(context.recipe, source, sparse)})
             carry_out(step_of("prune"), recipe, Labelled(progress, "pruning"), resume=True)
     options = _compress_options(context.recipe, formats, text)
     return sparse, _compress(context, sparse, options, output / "packed", progress)
@@ -181,8 +180,7 @@ def paths(recipe: FitRecipe, source: Path, output: Path) -> dict[str, Any]:
 class ModelEvaluator:
     """Measures divergences: mean KL(dense ‖ model) of the next-token probabilities, nats per token.
 
-    The models may have other layers and widths than the dense one, but its vocabulary. What was
-    measured is kept in a file.
+    What was measured is kept in a file.
 
     Args:
         context: of the fit.
@@ -195,12 +193,6 @@ class ModelEvaluator:
         self.dense = self._evaluator(context.target, None)
         file = context.work / f"measured-{name}.jsonl"
         self.values = FitnessCache(self.dense, lambda _: (), (), windows.numel(), file)
-
-    def divergence(self, folder: Path) -> float:
-        """The divergence of a model as it is, which is not packed."""
-        device, trust = self.context.target.device, self.context.recipe.trust_remote_code
-        target = CheckpointTarget(CheckpointReader(folder), None, device, trust_remote_code=trust)
-        return self.of_target(target, self._name_of(folder))
 
     def of_target(self, target: CheckpointTarget, name: str) -> float:
         """The divergence of an opened model, which is kept by its name."""
@@ -337,11 +329,6 @@ class FitContext:
     choosing: LossComparison
     judging: LossComparison
     progress: Progress
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether some linears are experts."""
-        return any(map(self.target.architecture.of_expert, self.model.linears))
 
     @classmethod
     def prepare(

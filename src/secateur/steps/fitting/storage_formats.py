@@ -2,7 +2,7 @@
 
 | target    | files                                                                         |
 |-----------|-------------------------------------------------------------------------------|
-| cpu, any  | a packed folder: all formats, zeros by a bitmask                              |
+| cpu       | a packed folder: all formats, zeros by a bitmask                              |
 | llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0                     |
 
 Embedding and head are int8, int4 or int3. A GGUF file stores zeros like other weights, so formats
@@ -201,7 +201,6 @@ PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
 
 FILES: Mapping[str, TargetFiles] = {
     "cpu": PACKED_FOLDER,
-    "any": PACKED_FOLDER,
     "llama.cpp": GGUF_FILE,
 }
 """The files of the targets that a fit can serve."""

@@ -110,23 +110,14 @@ class Predictions:
     losses: UnitLosses
     scale: float = 1.0
 
-    def knapsack(
-        self, costs: Costs, share_of: dict[str, tuple[str, float]] | None = None
-    ) -> Knapsack:
-        """The choice of a format for every unit of a model.
-
-        Args:
-            costs: of the model.
-            share_of: in a cut model, the name of every linear in the whole one, and the fraction
-                of its weights that is left; it keeps this fraction of its rise.
-        """
+    def knapsack(self, costs: Costs) -> Knapsack:
+        """The choice of a format for every unit of the model."""
         cost, rise = [], []
         for name in costs.units:
-            home, share = (share_of or {}).get(name, (name, 1.0))
-            kept = self.losses.kept.get(home, {})
+            kept = self.losses.kept.get(name, {})
             cost.append(tuple(costs.of(name, x, kept.get(x.name)) for x in costs.formats))
-            rises = (self.losses.rise(home, x, costs.pruned(name, x)) for x in costs.formats)
-            rise.append(tuple(self.scale * share * each for each in rises))
+            rises = (self.losses.rise(name, x, costs.pruned(name, x)) for x in costs.formats)
+            rise.append(tuple(self.scale * each for each in rises))
         return Knapsack(tuple(cost), tuple(rise))
 
     def scaled(self, made: float, predicted: float) -> Predictions:
