@@ -3,7 +3,7 @@
 Written by tools/option_files.py from the sections in secateur/recipes; do not edit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,7 +15,12 @@ from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
 from secateur.report_page.report import report as report
 from secateur.reporting.draft import DraftPlanResult, DraftResult
-from secateur.reporting.evaluate import BenchResult, DraftedBenchResult, EvaluateResult
+from secateur.reporting.evaluate import (
+    BenchResult,
+    DraftedBenchResult,
+    EvaluateResult,
+    GenerateResult,
+)
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
     ChainResult,
@@ -47,7 +52,6 @@ from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
 from secateur.steps.diagnose import diagnose as diagnose
-from secateur.steps.generate import generate as generate
 from secateur.steps.inspect import inspect as inspect
 from secateur.steps.methods import methods as methods
 from secateur.training.callback import SecateurCallback as SecateurCallback
@@ -366,9 +370,7 @@ def draft(
     runs_as: str | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     heal_tokens: int | None = None,
-    structure: bool | None = None,
     minutes: float | None = None,
-    own_text: float | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -403,12 +405,8 @@ def draft(
         heal_tokens: Tokens of the calibration text on which the best models learn from the dense
             one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,
             thorough 131,072, best 262,144. [by --effort]
-        structure: Also try models with fewer layers, FFN neurons or experts, where zeros and
-            rounding lose much. [off]
-        minutes: Time budget in minutes. If it runs short, candidates, cuts and healing are left
-            out; the result says what. [no limit]
-        own_text: Share of --heal-tokens that the parent writes itself; the rest is calibration
-            text. [0.5]
+        minutes: Time budget in minutes. If it runs short, candidates and healing are left out; the
+            result says what. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
@@ -543,15 +541,10 @@ def fit(
     max_inference_memory: int | str | None = None,
     context_length: int | None = None,
     decode_speedup: float | None = None,
-    min_accuracy_kept: float | None = None,
     max_loss_increase: float | None = None,
-    target: Literal["cpu", "llama.cpp", "any", "vllm", "transformers", "h100"] | None = None,
-    tasks: Sequence[str] | None = None,
-    task_data: str | Path | None = None,
-    limit: int | None = None,
+    target: Literal["cpu", "llama.cpp"] | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     heal_tokens: int | None = None,
-    structure: bool | None = None,
     minutes: float | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
@@ -586,25 +579,16 @@ def fit(
         context_length: Tokens of prompt and answer together, for --max-inference-memory. [2048]
         decode_speedup: How many times as fast as dense int8 the result decodes at least, on this
             machine, one sequence at a time. [any]
-        min_accuracy_kept: The fraction of the dense model's accuracy on --tasks that the result
-            keeps at least. It is measured at the end and does not steer the search. [any]
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
         target: What runs the result; only what it can store and speed up is used: cpu (our formats
-            and kernels), llama.cpp (a GGUF file beside the packed model), any (our formats, bounds
-            on size and loss alone). For vllm, transformers and h100 the error says what to do
-            instead. [cpu]
-        tasks: Tasks of --min-accuracy-kept. [arc_easy, piqa, sciq]
-        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
-        limit: Items of each task, from its start. [200]
+            and kernels), or llama.cpp (a GGUF file beside the packed model). [cpu]
         effort: The preset that prunes, and that decides how much is healed. [balanced]
         heal_tokens: Tokens of the calibration text on which the best models learn from the dense
             one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,
             thorough 131,072, best 262,144. [by --effort]
-        structure: Also try models with fewer layers, FFN neurons or experts, where zeros and
-            rounding lose much. [off]
-        minutes: Time budget in minutes. If it runs short, candidates, cuts and healing are left
-            out; the result says what. [no limit]
+        minutes: Time budget in minutes. If it runs short, candidates and healing are left out; the
+            result says what. [no limit]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
@@ -629,6 +613,63 @@ def fit(
         restart: Discard a stopped run and start again. [off]
         dry_run: Check the options and show what the run would need. Reads no weights, and writes
             nothing. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = ...,
+    json_schema: str | Path | Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = ...,
+    system: str | None = None,
+    chat: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] | None = None,
+    kv_cache: Literal["bf16", "int8"] | None = None,
+    draft: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> GenerateResult:
+    """Continue a prompt on the CPU with the fastest loop that the model allows.
+
+    Args:
+        model: folder (compressed or not), hub id, GGUF file or named sample.
+        prompt: the text to continue; with a chat template the message to answer.
+        max_new_tokens: maximum number of new tokens.
+        json_schema: a JSON schema that the text follows, or its file; needs the extra `structured`.
+        tell: receives the text piece by piece.
+        system: System message at the start of the conversation. [none]
+        chat: Use the tokenizer's chat template. [on, if it has one]
+        temperature: 0 always takes the most likely token; higher values sample. [the model's
+            generation_config.json, else 0]
+        top_k: Sample only from this many most likely tokens; 0 for all. [the model's
+            generation_config.json, else all]
+        top_p: Sample only from the most likely tokens that add up to this probability. [the model's
+            generation_config.json, else 1]
+        min_p: Sample only from tokens of at least this share of the largest probability. [the
+            model's generation_config.json, else 0]
+        repetition_penalty: Above 1: tokens of the prompt and the text become less likely. Divides
+            positive logits, multiplies negative ones. [the model's generation_config.json, else 1]
+        presence_penalty: Subtract this from the logits of tokens that the text has. [0]
+        frequency_penalty: Subtract this once for each time that the text has the token. [0]
+        seed: Seed for sampling. [0]
+        stop: Stop before the model writes this text; may be repeated. [none]
+        kv_cache: Type of the KV cache. int8 takes half the memory of bf16. [bf16, or float32 if the
+            model is]
+        draft: A smaller model with the same vocabulary, such as `secateur draft` makes. It proposes
+            tokens, and the model checks several in one call: faster, and with the same output
+            (speculative decoding). [none]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -714,13 +755,11 @@ def prune(
     ray: str | None = None,
     ray_processes: int | None = None,
     output: str | Path | None = None,
-    keep_format: bool | None = None,
     compress: Literal[
         "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"
     ]
     | None = None,
-    compress_group_size: int | None = None,
-    compress_embeddings: Literal["auto", "keep", "int8", "int4", "int3"] | None = None,
+    keep_format: bool | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -806,16 +845,11 @@ def prune(
         ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
             none]
         output: Folder for the new model. It must not exist. [required]
+        compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
+            bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
         keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
             scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
             changes are rounded. [off]
-        compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
-            bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
-        compress_group_size: How many consecutive weights of a row share a scale in int4, int3 and
-            int2: 32, 64 or 128. [64]
-        compress_embeddings: How to store embedding and output head. auto rounds both to int8 beside
-            linear layers of integers if they are a tenth of the model or more, and else keeps them,
-            as keep does. int4 and int3 have the groups of --compress-group-size. [auto]
         score: Score that rates the weights, to compose a method of your own instead of naming one.
             [none]
         solver: Solver that adjusts the kept weights, to compose a method of your own. [none]
@@ -1049,21 +1083,27 @@ def sweep(
     text_sequence_length: int | None = None,
     text_windows: int | None = None,
     calibration: str | Path | Iterable[str] | None = None,
+    field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,
+    packing: Literal["concatenate", "random-crop"] | None = None,
+    generated_windows: int | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
-    ray: str | None = None,
-    ray_processes: int | None = None,
+    max_memory: int | str | None = None,
     output: str | Path | None = None,
     keep_models: bool | None = None,
+    activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
+    micro_batch_tokens: int | None = None,
+    overwrite: bool | None = None,
+    resume: bool | None = None,
+    restart: bool | None = None,
 ) -> SweepResult:
     """Prune and evaluate a model with several methods at several sparsities.
 
-    A point that fails is recorded as a failure, and the sweep continues. The next call with the
-    same output resumes the sweep, and tries failed points again. `sweep.json` is written after
-    every point, a table and a plot at the end.
+    A point that fails is recorded as a failure, and the sweep continues. The result has a table, a
+    plot, and the notes of every point.
 
     Args:
         model: Hub id, folder, GGUF file or named sample.
@@ -1076,19 +1116,29 @@ def sweep(
             shorter]
         text_windows: Evaluate only this many windows of each text, from its start. [all]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
-            text, or safetensors file of windows. [c4, or the text that a sample brings]
+            text, or safetensors file of windows. Or several with weights:
+            code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
+        field: The field of a JSONL line that holds the text. Lines without it may hold
+            conversations (`messages`, `conversations`), which the model's chat template writes.
+            [text]
         windows: Number of calibration windows. [128]
-        sequence_length: Tokens per calibration window. [2048, or the model's length if that is
-            shorter]
+        sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         seed: Seed that chooses the windows. [0]
+        packing: concatenate joins all documents and cuts them into windows. random-crop takes each
+            window from a random place of a random document, as the papers do. [concatenate]
+        generated_windows: Extra calibration windows that the dense model generates. [0]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
-        ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
-            processes on this machine. [no cluster]
-        ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
-            none]
-        output: Folder of the sweep. The same folder again resumes a stopped sweep. [required]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
+        output: Folder for the new model. It must not exist. [required]
         keep_models: Keep the weights of every point. [off]
+        activations: Where to store hidden states between layers: memory of the GPU, of the host, or
+            disk; auto uses the first in which they fit. [auto]
+        micro_batch_tokens: Tokens in one forward of a layer. [2048]
+        overwrite: Replace an existing output folder. [off]
+        resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
+        restart: Discard a stopped run and start again. [off]
 
     Raises:
         SecateurError: what, where, and what to do.

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from tiny import save_tiny
 from trained import source_text
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tiny import save_tiny
 from zoo import tiny_windows
+
 from secateur.calibration.windows import save_windows
 from secateur.errors import PatternError, RecipeError
 from secateur.progress import Progress, Silent

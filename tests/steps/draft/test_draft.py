@@ -13,10 +13,10 @@ import yaml
 from commands import runner
 from fixed_times import PARENT, use_fixed_times
 from safetensors.torch import load_file, save_file
-
-import secateur
 from tiny import save_tiny
 from zoo import tiny_windows
+
+import secateur
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import acceptance

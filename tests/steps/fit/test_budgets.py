@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from task_rows import write_task
 from tiny import save_tiny
 from zoo import tiny_windows
 
