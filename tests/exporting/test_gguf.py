@@ -255,7 +255,7 @@ def test_other_tokenizers_are_refused(changes: dict[str, Any], said: str) -> Non
 
 
 def test_unknown_targets_and_types_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"to='ggfu': must be gguf, .*; did you mean gguf"):
+    with pytest.raises(RecipeError, match="did you mean gguf"):
         secateur.export("x", output=tmp_path / "o", to="ggfu")
     with pytest.raises(RecipeError, match="gguf has no type 'iq4_xs'"):
         secateur.export("x", output=tmp_path / "o", type="iq4_xs")

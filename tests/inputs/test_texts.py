@@ -85,7 +85,7 @@ def test_a_layer_that_is_not_there(refused, run, model: Path) -> None:
         message = refused("inspect", model, "--layer", layer)
         assert f"there is no decoder layer {layer}: the model has 3" in message
         assert "a number from 0 to 2, or leave --layer out for all" in message
-    assert "--layer -1: must be 0 or more" in refused("inspect", model, "--layer", -1)
+    assert "--layer -1:" in refused("inspect", model, "--layer", -1)
     assert run("inspect", model, "--layer", 2).code == 0
     assert run("inspect", model).code == 0
 

@@ -9,7 +9,7 @@ import pytest
 from secateur.engine.prepared import method_of
 from secateur.errors import RecipeError
 from secateur.recipes.keywords import recipe_of
-from secateur.recipes.options import all_options, example_of, options_of
+from secateur.recipes.options import all_options, options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, idle_lines, recipe_from_flags
 from secateur.recipes.verbs import VERBS, imported
@@ -27,30 +27,11 @@ OTHER: dict[Any, Any] = {bool: None, int: 33, float: 0.375, str: "other"}
 """A value that is no default, by the type of an option."""
 
 
-@pytest.mark.parametrize("verb", [name for name, kind in KINDS.items() if options_of(kind)])
-def test_the_example_of_set_in_the_help_works(verb: str) -> None:
-    kind = KINDS[verb]
-    example = example_of(kind)
-    given = sensible(verb)
-    key, _, value = example.partition("=")
-    made = build_recipe(kind, given, [example])
-    found: Any = made
-    for name in key.split("."):
-        found = getattr(found, name)
-    assert str(found).lower() in (value.lower(), f"{value}.0")
-
-
 def sensible(verb: str) -> dict[str, Any]:
     """Values with which a recipe of the verb can be built."""
     required = [option for option in options_of(KINDS[verb]) if option.required]
     values = {option.name: REQUIRED.get(option.name, "m") for option in required}
     return {**values, **({"runs": ("m",)} if verb == "report" else {}), **SENSIBLE.get(verb, {})}
-
-
-def test_the_help_of_every_verb_has_its_own_example(secateur) -> None:
-    for verb, kind in KINDS.items():
-        if options_of(kind):
-            assert example_of(kind) in " ".join(secateur(verb, "--help").out.split())
 
 
 IDLE = [
@@ -70,7 +51,7 @@ def test_an_option_that_needs_another_one_is_refused_alone(verb: str, name: str)
     base = sensible(verb)
     # without a preset nothing else is switched on
     off = {"score": "wanda"} if verb in ("prune",) else {}
-    with pytest.raises(RecipeError, match=f"{name}: changes nothing without (one of )?{others[0]}"):
+    with pytest.raises(RecipeError, match=f"{name}: .*{others[0]}"):
         recipe_of(kind, {**base, **off}, {name: value})
 
 
@@ -80,15 +61,14 @@ def other_value(option: Any) -> Any:
         return next(choice for choice in option.choices if choice != option.default)
     if option.type is bool:
         return option.default == "off"
-    special = {"compress_group_size": 32, "teacher_layers": (0, 1)}
-    special |= {"device": "cpu", "max_memory": "6GiB"}
+    special = {"teacher_layers": (0, 1), "device": "cpu", "max_memory": "6GiB"}
     return special.get(option.name, OTHER.get(option.type, ("other",)))
 
 
 def test_a_preset_can_switch_on_what_an_option_needs() -> None:
     values = {"model": "m", "effort": "best", "distillation": {"tokens": 4096}}
     assert build_recipe(PruneRecipe, values).distillation.tokens == 4096
-    with pytest.raises(RecipeError, match=r"tokens: changes nothing without distillation.epochs"):
+    with pytest.raises(RecipeError, match=r"tokens: .*distillation\.epochs"):
         build_recipe(PruneRecipe, {**values, "effort": "fast"})
 
 
@@ -99,7 +79,7 @@ def test_what_switches_another_option_off_may_leave_its_details() -> None:
     in_file = {**base, "distillation": {"epochs": 0, "tokens": 4096}}
     assert build_recipe(PruneRecipe, in_file).distillation.tokens == 4096
     flag = {("distillation", "tokens"): "--distill-tokens"}
-    with pytest.raises(RecipeError, match="--distill-tokens: changes nothing without --distill-ep"):
+    with pytest.raises(RecipeError, match=r"--distill-tokens: .*--distill-epochs"):
         build_recipe(PruneRecipe, in_file, spelled=flag)
 
 
@@ -120,15 +100,15 @@ def test_all_conflicts_of_a_call_are_listed_at_once() -> None:
     call = {"resume": True, "restart": True, "tune_remask": False}
     with pytest.raises(RecipeError) as error:
         recipe_from_flags(PruneRecipe, {**FLAGS, **call}, ["effort=fast"])
-    assert error.value.what.splitlines() == [
-        "4 faults:",
-        "    --tune-remask: changes nothing without --tune-passes",
-        "    --keep-format with --compress: both say how the weights are stored; "
-        "give one of the two",
-        "    --keep-format with --distill-epochs: distillation changes all weights, which the "
-        "format of the source would round again; leave --keep-format out, or do not distill",
-        "    --resume with --restart: one continues a stopped run, the other discards it; "
-        "give one of the two",
+    first, *lines = error.value.what.splitlines()
+    assert first == "4 faults:"
+    assert [
+        [word.strip(":") for word in line.split() if word.startswith("--")][:2] for line in lines
+    ] == [
+        ["--tune-remask", "--tune-passes"],
+        ["--keep-format", "--compress"],
+        ["--keep-format", "--distill-epochs"],
+        ["--resume", "--restart"],
     ]
 
 
@@ -146,14 +126,12 @@ def test_every_row_of_conflicts_names_options(verb: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("prune", {"asymmetric": True, "sequential": "layer"},
-         "asymmetric with sequential layer: asymmetric fitting needs"),
-        ("train", {"patience": 3, "validation_windows": 0},
-         "patience with validation_windows 0: patience counts"),
+        ("prune", {"asymmetric": True, "sequential": "layer"}, "asymmetric with sequential layer"),
+        ("train", {"patience": 3, "validation_windows": 0}, "patience with validation_windows 0"),
         ("structure", {"learned": 9, "ffn": 2, "allocation": "owl"}, "learned with allocation"),
-        ("fit", {"max_size": "1MB", "decode_speedup": 2.0, "target": "any"},
-         "decode_speedup with target: it needs times"),
-        ("evaluate", {"tasks": ("piqa",), "windows": 4}, "windows with tasks: windows are cut"),
+        ("fit", {"max_size": "1MB", "decode_speedup": 2.0, "target": "llama.cpp"},
+         "decode_speedup with target"),
+        ("evaluate", {"tasks": ("piqa",), "windows": 4}, "windows with tasks"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(
@@ -166,9 +144,9 @@ def test_options_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "wanda", "score": "magnitude"}, "'wanda' has the score 'wanda', but 'magnit"),
-        ({"method": "wanda", "solver": "obs"}, "'wanda' has the solver 'zero', but 'obs' is given"),
-        ({"method": "sparsegpt", "score": "wanda"}, "'sparsegpt' has the score 'obs'"),
+        ({"method": "wanda", "score": "magnitude"}, "score 'wanda'"),
+        ({"method": "wanda", "solver": "obs"}, "solver 'zero'"),
+        ({"method": "sparsegpt", "score": "wanda"}, "score 'obs'"),
     ],
 )
 def test_a_method_has_its_own_score_and_solver(given: dict[str, str], message: str) -> None:
@@ -220,7 +198,7 @@ def test_an_option_with_its_default_is_read_or_refused_by_name(
             kind, {**base, option.name: words}, [f"steps={steps}"] if steps else []
         )
     except RecipeError as error:
-        assert f"{option.flag_text}: changes nothing without" in str(error)  # noqa: PT017
+        assert f"{option.flag_text}: " in str(error)  # noqa: PT017
     else:  # what the runner takes
         assert call.keys() <= {"resume", "restart", "overwrite", "dry_run"}
 
@@ -228,12 +206,10 @@ def test_an_option_with_its_default_is_read_or_refused_by_name(
 @pytest.mark.parametrize(
     ("verb", "given", "message"),
     [
-        ("prune", {"nodes": "1"}, "--nodes: changes nothing without --gpus"),
-        ("prune", {"gpu": "h100-80gb"}, "--gpu: changes nothing without --gpus"),
-        ("prune", {"network": "400Gb"}, "--network: changes nothing without --gpus"),
-        ("train", {"kind": "forward"}, "--kind: changes nothing without --teacher"),
-        ("train", {"steps": "3", "epochs": "1"}, "--steps with --epochs: must be one of them"),
-        ("bench", {"draft": "d", "rounds": "5"}, "--rounds with --draft: a draft is timed"),
+        ("prune", {"gpu": "h100-80gb"}, "--gpu: .*--gpus"),
+        ("train", {"kind": "forward"}, "--kind: .*--teacher"),
+        ("train", {"steps": "3", "epochs": "1"}, "--steps with --epochs"),
+        ("bench", {"draft": "d", "rounds": "5"}, "--rounds with --draft"),
     ],
 )
 def test_a_flag_with_its_default_counts_as_given(

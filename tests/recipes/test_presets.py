@@ -83,9 +83,7 @@ def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:
 
 
 def test_an_unknown_effort_gets_a_near_name() -> None:
-    with pytest.raises(
-        RecipeError, match="must be fast, balanced, thorough or best; did you mean balanced"
-    ):
+    with pytest.raises(RecipeError, match="did you mean balanced"):
         recipe(effort="balancd")
 
 

@@ -32,7 +32,7 @@ def test_sizes_are_read(size: int | str, count: int) -> None:
 
 @pytest.mark.parametrize("size", ["6G", "-1", "MiB", "much", "6 apples", "1e999", "nan", "0x10"])
 def test_what_is_no_size_is_refused_with_the_units(size: str) -> None:
-    with pytest.raises(RecipeError, match=r"kB, MB, GB, TB, KiB, MiB, GiB, TiB\), such as 6GiB"):
+    with pytest.raises(RecipeError, match="KiB, MiB, GiB"):
         recipe_from_flags(PruneRecipe, {"model": "m", "max_memory": size})
 
 

@@ -139,7 +139,7 @@ def test_a_step_that_is_not_done_may_be_corrected(
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([], "must be at least 1"),
+        ([], "steps"),
         ([{"prun": {}}], "did you mean 'prune'"),
         ([{"prune": {"sparsty": 0.5}}], "sparsty: unknown key"),
         ([{"structure": {"ffn": 0.5}}, {"compress": {"vales": "int8"}}], "vales: unknown key"),

@@ -294,7 +294,7 @@ def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: 
         ({"ffn": 0.4, "multiple": 48}, "none of the 48 FFN neurons of a layer would stay"),
         ({"ffn": 0.6, "multiple": 48}, "all 48 FFN neurons of a layer would stay"),
         ({"hidden_size": 33}, "33 channels"),
-        ({"hidden_size": 2.5}, "a whole number, or a fraction between 0 and 1"),
+        ({"hidden_size": 2.5}, "hidden_size=2.5"),
         ({"experts": 2}, "no experts"),
         ({"ffn": 0.5, "multiple": 7}, "no multiple of 7"),
         ({"keep_parameters": 0.5, "ffn": 0.5}, "keep_parameters with ffn: both set"),
