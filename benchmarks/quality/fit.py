@@ -54,8 +54,7 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
-from secateur.steps.fit import best_of
-from secateur.steps.fitting.candidates import heal_candidates
+from secateur.steps.fitting.candidates import Workshop, best_of
 
 MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting", "src/secateur/quantization")
 
@@ -245,15 +244,17 @@ class Bench:
         """
         begun, taken = time.perf_counter(), list[float]()
 
-        def heal(workshop: Any, candidates: Any) -> Any:
+        healed = Workshop.healed
+
+        def heal(workshop: Workshop, candidates: Any) -> Any:
             judged, best, most = time.perf_counter(), best_of(candidates), max(memory)
             if not self.known(label):
                 cost = {"seconds": judged - begun, "memory": most}
                 self.keep(label, best.packed, best.row.file_bytes, **cost)
             taken.append(time.perf_counter() - judged)
-            return heal_candidates(workshop, candidates)
+            return healed(workshop, candidates)
 
-        with mock.patch("secateur.steps.fit.heal_candidates", heal):
+        with mock.patch.object(Workshop, "healed", heal):
             yield taken
 
     def by_folders(self) -> None:

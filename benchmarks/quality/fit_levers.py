@@ -5,9 +5,9 @@
 A row for all levers, and one without zeros, without int2, without int2 and int3, with embeddings in
 int8 alone, and with one format for all linears. Loss in nats above the dense model's, of the packed
 winner as it runs, on the calibration windows that neither made nor chose a model (a sixth of 64
-windows of 512 tokens), with its standard error over them. The row without zeros is the best such
-candidate of the fit with all levers. If that comes first, the others take over its survey, and
-their `seconds` are without it. What healing gains, `fit.py` shows.
+windows of 512 tokens), with its standard error over them. If the fit with all levers comes first,
+the others take over its survey, and their `seconds` are without it. What healing gains, `fit.py`
+shows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from benchmarks.stored import known_rows
 
 import secateur
 from secateur.engine.search.knapsack import Knapsack, fits
-from secateur.reporting.fit import ONLY_ROUNDED, WINNER
 from secateur.steps.fitting import candidates, storage_formats
 from secateur.steps.fitting.costs import Costs
 from secateur.steps.fitting.models import FitContext, ModelEvaluator
@@ -54,6 +53,7 @@ class Without:
 
 LEVERS = {
     "all levers": Without(),
+    "no zeros": Without(lambda stored: not stored.sparsity),
     "no int2": Without(lambda stored: stored.values != "int2"),
     "no int2, no int3": Without(lambda stored: stored.values not in ("int2", "int3")),
     "embeddings in int8": Without(embeddings={}),
@@ -61,7 +61,7 @@ LEVERS = {
 }
 
 
-def best_single(knapsack: Knapsack, costs: Costs) -> tuple[int, ...] | None:
+def best_single(knapsack: Knapsack, costs: Costs, less: float) -> tuple[int, ...] | None:
     """The best candidate whose linears have one format."""
     count, linears = range(len(costs.formats)), len(costs.units) - 1
     every = [(one,) * linears + (outer,) for one in count for outer in count]
@@ -69,8 +69,8 @@ def best_single(knapsack: Knapsack, costs: Costs) -> tuple[int, ...] | None:
     return min(fitting, key=knapsack.predicted, default=None)
 
 
-def rows_of(args: argparse.Namespace, label: str) -> list[dict[str, Any]]:
-    """Fit without a lever; with all of them, also the row of the best candidate without zeros."""
+def row_of(args: argparse.Namespace, label: str) -> dict[str, Any]:
+    """The row of a fit without a lever."""
     lever, known = LEVERS[label], args.work / "survey.json"
     files = PackedFolder(tuple(stored for stored in FORMATS if lever.keeps(stored)))
 
@@ -86,24 +86,20 @@ def rows_of(args: argparse.Namespace, label: str) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(storage_formats.FILES, "cpu", files)
         patch.setattr(storage_formats, "EMBEDDED", lever.embeddings)
-        patch.setattr("secateur.steps.fit.survey_model", survey)
+        patch.setattr(candidates, "survey_model", survey)
         if lever.one_format:
-            patch.setattr(candidates, "CHOICES", {label: best_single})
+            patch.setattr(candidates, "chosen_mix", best_single)
         found = secateur.fit(
             args.model, output=args.work / label.replace(" ", "-").replace(",", ""), resume=True,
             max_size=round(args.size * MIB), calibration=args.calibration, windows=64,
             sequence_length=512, heal_tokens=0,
         )  # fmt: skip
-    labels = {WINNER: label, **({ONLY_ROUNDED: "no zeros"} if label == "all levers" else {})}
-    return [
-        {
-            "model": args.name, "size": args.size, "contender": contender,
-            "mib": found.losses[kind].file_bytes / MIB, "loss": found.losses[kind].loss_increase,
-            "standard_error": found.losses[kind].standard_error, "seconds": found.seconds,
-            "finalists": [asdict(one) for one in found.finalists],
-        }
-        for kind, contender in labels.items()
-    ]  # fmt: skip
+    return {
+        "model": args.name, "size": args.size, "contender": label,
+        "mib": found.loss.file_bytes / MIB, "loss": found.loss.loss_increase,
+        "standard_error": found.loss.standard_error, "seconds": found.seconds,
+        "finalists": [asdict(one) for one in found.finalists],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -121,9 +117,9 @@ def main() -> None:
     known = {(r["model"], r["size"], r["contender"]) for r in known_rows("fit-levers")}
     for label in args.only:
         if (args.name, args.size, label) not in known:
-            for row in rows_of(args, label):
-                add("fit-levers", {"protocol": "see benchmarks/quality/fit_levers.py"}, row)
-                print(row, flush=True)
+            row = row_of(args, label)
+            add("fit-levers", {"protocol": "see benchmarks/quality/fit_levers.py"}, row)
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from secateur.report_page.records import Reported, ReportedRun, read_places
 from secateur.reporting.cards import with_measurements
 from secateur.reporting.charts import Chart, page_svg, save_plots
 from secateur.reporting.evaluate import fastest_other
-from secateur.reporting.fit import WINNER
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import (
     Block,
@@ -164,7 +163,7 @@ def _measures(run: ReportedRun) -> Iterator[tuple[str, str, str]]:
         if run.manifest.structure is not None:
             yield "cut out of the decoder", "", percent(run.manifest.structure.decoder_removed)
     if run.fit is not None:
-        yield "loss above the dense model, nats per token", "0", str(run.fit.losses[WINNER])
+        yield "loss above the dense model, nats per token", "0", str(run.fit.loss)
     timed = run.bench.contenders if run.bench else ()
     rates = {x.contender: x.tokens_per_second for x in timed if x.tokens_per_second}
     if (fastest := fastest_other(rates)) is not None:

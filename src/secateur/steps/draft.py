@@ -45,11 +45,10 @@ from secateur.runtime.layer_forms import why_not
 from secateur.runtime.speculative import FREQUENT
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
-from secateur.steps.fit import open_model
 from secateur.steps.fitting.candidates import Workshop, pack_winner
 from secateur.steps.fitting.costs import Costs, costs_of, time_heads
 from secateur.steps.fitting.drafts import HEADS, DraftBench, MeasuredDraft
-from secateur.steps.fitting.models import FitContext, TimeBudget
+from secateur.steps.fitting.models import FitContext, TimeBudget, open_model
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, embedded
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 

@@ -31,10 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.documents import check_text
 from secateur.errors import VerificationError
-from secateur.models.opening import refuse_quantized
-from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.shared import texts_of
@@ -44,7 +41,6 @@ from secateur.reporting.plan import FitPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
-from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.fitting.bounds import (
     OPTION_OF,
@@ -56,7 +52,7 @@ from secateur.steps.fitting.bounds import (
 )
 from secateur.steps.fitting.candidates import BuiltCandidate, Workshop, best_of, pack_winner
 from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
-from secateur.steps.fitting.models import FitContext, TimeBudget
+from secateur.steps.fitting.models import FitContext, TimeBudget, open_model
 from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 
@@ -102,14 +98,6 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
         tokens_to_heal=recipe.tokens_to_heal,
         minutes=recipe.minutes,
     )
-
-
-def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint:
-    """The dense model of a recipe whose texts are there, and its matrices that can be packed."""
-    for text in texts_of(recipe.calibration.source):
-        check_text(text)
-    refuse_quantized(source.folder)
-    return PackableCheckpoint.open(source.folder, trust_remote_code=recipe.trust_remote_code)
 
 
 class Fit(Step[FitRecipe, FitResult]):

@@ -25,16 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.documents import check_text
 from secateur.calibration.run_windows import WindowReader
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache, Unchanged
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
+from secateur.models.opening import refuse_quantized
 from secateur.models.sources import LocalCheckpoint
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.recipes.shared import texts_of
 from secateur.runs.environment import choose_device
 from secateur.runs.output import write_json
 from secateur.runtime.formats import BITS, GRID_BITS
@@ -51,6 +54,14 @@ Formats = Mapping[str, StorageFormat]
 HEALING: Mapping[str, Any] = {"epochs": 1, "hidden": 3.0}
 """How a rounded model learns: the predictions and the last hidden states of the dense one. The text
 itself it does not learn, so that a dense model which knows the text too little stays the aim."""
+
+
+def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint:
+    """The dense model of a recipe whose texts are there, and its matrices that can be packed."""
+    for text in texts_of(recipe.calibration.source):
+        check_text(text)
+    refuse_quantized(source.folder)
+    return PackableCheckpoint.open(source.folder, trust_remote_code=recipe.trust_remote_code)
 
 
 def make_model(
