@@ -1,10 +1,11 @@
-"""Write the files that are made from the declared options: the stub and the page of the docs.
+"""What is made from the declared options: the stub, and the pages of the site.
 
-    python tools/option_files.py          # write both
-    python tools/option_files.py --check  # fail if one is out of date
+    python tools/option_files.py          # write the stub
+    python tools/option_files.py --check  # fail if it is out of date
 
-`src/secateur/__init__.pyi` gives editors and type checkers the keywords of every verb.
-`docs/options.md` lists every option with its flag, its keyword, its key in YAML and its default.
+`src/secateur/__init__.pyi` gives editors and type checkers the keywords of every verb. The pages
+list every option with its flag, its keyword, its key in YAML and its default; `site_pages.py` puts
+them on the site.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any, Union, get_args, get_origin
 
 import secateur
 from secateur.recipes.keywords import public_function
-from secateur.recipes.options import GROUPS, Option, options_of, run_options_of
+from secateur.recipes.options import GROUPS, Option, all_options, options_of, run_options_of
 from secateur.recipes.verbs import STAGES, VERBS, Verb, imported
 from written_files import write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
-STUB, PAGE = Path("src/secateur/__init__.pyi"), Path("docs/options.md")
+STUB = Path("src/secateur/__init__.pyi")
 
 STUB_HEAD = '''"""The public names of secateur, with the keywords of every verb.
 
@@ -38,24 +39,20 @@ Written by tools/option_files.py from the sections in secateur/recipes; do not e
 
 PAGE_HEAD = """# Options
 
-This page lists every option of every verb: its flag, its key in a recipe, its default and what it
-does.
+Every option of every verb: its flag, its key in a recipe, its default and what it does.
 
-- **Command line**: write the flag as shown. `secateur VERB --help` shows the same list. Every verb
-  also has `--json`, which prints the result as JSON, and `--quiet` (`-q`), which shows neither
-  progress nor log, only errors and the result. `secateur --install-completion` lets the Tab key
-  complete verbs, options, choices and files, in bash, zsh, fish or PowerShell (`--shell NAME`).
-- **Python**: the keyword is the flag without dashes in front and with underscores: `--tune-passes`
-  is `tune_passes=`. `help(secateur.VERB)` shows all of them. None means "not given".
-- **YAML**: a dot separates a section from its key: `memory.max_memory` is `max_memory` in the
-  section `memory`. `secateur VERB recipe.yaml` reads a recipe. Flags replace its values, and
-  `--set KEY=VALUE` sets any key. An option *of the call* is no key of a recipe.
+- **Command line**: `secateur VERB --help` shows the same list. Every verb also has `--json`,
+  which prints the result as JSON, and `--quiet` (`-q`), which shows only errors and the result.
+  `secateur --install-completion` lets the Tab key complete verbs, options, choices and files.
+- **Python**: the keyword is the flag with underscores: `--tune-passes` is `tune_passes=`. None
+  means "not given".
+- **YAML**: `memory.max_memory` is the key `max_memory` in the section `memory`. `secateur VERB
+  recipe.yaml` reads a recipe. Flags replace its values, and `--set KEY=VALUE` sets any key. An
+  option *of the call* is no key of a recipe.
 
-Below the tables of a verb stand options that only work with another one, and options that do not go
-together. One error names all that a call has of them.
-
-"The preset's" means that the preset (`--effort`) decides; [presets](methods/presets.md) says what
-each brings. `python tools/option_files.py` writes this page from `src/secateur/recipes/`.
+Below the tables of a verb stand options that only work with another one, and options that do
+not go together. "The preset's" means that the preset (`--effort`) decides;
+[presets](methods/presets.md) says what each brings.
 """
 
 
@@ -152,28 +149,29 @@ def type_text(kind: Any) -> str:
     return str(kind).replace("typing.", "").replace("collections.abc.", "").replace("pathlib.", "")
 
 
-def page() -> str:
-    """The text of the page."""
+def pages() -> dict[str, str]:
+    """The page of all verbs and flags, and one for each verb, by their paths on the site."""
     parts = [PAGE_HEAD, "\n| verbs | |\n|---|---|\n"]
     for stage in STAGES:
-        links = [f"[{v.name}](#secateur-{v.name})" for v in VERBS.values() if v.stage == stage]
+        links = [f"[{v.name}](options/{v.name}.md)" for v in VERBS.values() if v.stage == stage]
         parts.append(f"| {stage} | {', '.join(links)} |\n")
-    parts += ["\n## By flag\n", *by_flag()]
+    found = {"options.md": "".join([*parts, "\n## By flag\n", *by_flag()])}
     for verb in VERBS.values():
-        if verb.recipe:
-            parts += [f"\n## secateur {verb.name}\n\n{verb.summary}\n", *tables(verb)]
-            parts += contradictions(verb)
-    return "".join(parts)
+        head = f"# secateur {verb.name}: options\n\n{verb.summary}\n"
+        lines = [head, *tables(verb), *contradictions(verb)]
+        found[f"options/{verb.name}.md"] = "".join(lines)
+    return found
 
 
 def by_flag() -> Iterator[str]:
     """Every flag with its verbs, a paragraph for each first letter."""
     verbs: dict[str, list[str]] = {}
     for verb in VERBS.values():
-        kind = imported(verb.recipe) if verb.recipe else None
-        for option in (*options_of(kind), *run_options_of(kind)) if kind else ():
+        for option in all_options(imported(verb.recipe)):
             if not option.required and not option.flag.hidden:
-                verbs.setdefault(dashed(option), []).append(f"[{verb.name}](#secateur-{verb.name})")
+                verbs.setdefault(dashed(option), []).append(
+                    f"[{verb.name}](options/{verb.name}.md)"
+                )
     for _, flags in groupby(sorted(verbs), key=lambda flag: flag[2]):
         yield "\n" + " · ".join(f"`{flag}` {', '.join(verbs[flag])}" for flag in flags) + "\n"
 
@@ -187,9 +185,7 @@ def tables(verb: Verb) -> Iterator[str]:
     """One table for each group of options of a verb."""
     kind = imported(verb.recipe)
     of_call = {option.name for option in run_options_of(kind)}
-    rows = sorted(
-        (*options_of(kind), *run_options_of(kind)), key=lambda option: GROUPS.index(option.group)
-    )
+    rows = sorted(all_options(kind), key=lambda option: GROUPS.index(option.group))
     for group, options in groupby(rows, key=lambda option: option.group):
         yield f"\n**{group}**\n\n| flag | key in YAML | value | default | meaning |\n"
         yield "|---|---|---|---|---|\n"
@@ -244,8 +240,8 @@ def row(option: Option, *, called: bool) -> str:
 
 
 def main() -> None:
-    """Write both files, or check them."""
-    write_or_check(ROOT, {STUB: stub(), PAGE: page()}, "option_files.py")
+    """Write the stub, or check it."""
+    write_or_check(ROOT, {STUB: stub()}, "option_files.py")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from option_files import pages as option_pages
 from pretended_machine import REAL_CLOCK, in_fork, pretend
 from same_bytes_inputs import loaded_values, make_inputs, mistakes
 
@@ -48,7 +49,7 @@ KILLS = 2
 
 WRITING = ("prune", "structure", "train", "compress", "fit", "draft", "chain", "sweep", "export",
            "import", "decompress")  # fmt: skip
-AGAIN = {"sweep": [], "export": [], "import": ["--overwrite"], "decompress": ["--overwrite"]}
+AGAIN = {"export": [], "import": ["--overwrite"], "decompress": ["--overwrite"]}
 """What a second call needs, that prints a table. Verbs that are not here take `--resume`."""
 
 Digests = dict[str, str]
@@ -175,9 +176,7 @@ def documents() -> Iterator[tuple[str, Digests]]:
         in_fork(partial(command, *words), out, err)
         helps[verb] = digest(out.read_bytes())
     yield "help", helps
-    page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
-    sections = re.split(r"(?m)^## ", page)
-    yield "options.md", {x.partition("\n")[0]: digest(x.encode()) for x in sections}
+    yield "options.md", {file: digest(text.encode()) for file, text in option_pages().items()}
     shown = {"names": digest(repr(secateur.__all__).encode())}
     for name in secateur.__all__:
         public = getattr(secateur, name)

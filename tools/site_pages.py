@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from option_files import pages as option_pages
 from secateur.recipes.verbs import VERBS
 
 DOCS = Path("docs")
@@ -22,7 +23,7 @@ PROJECT = tuple(
     Path(name) for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 )
 ASSISTANTS = Path("llms.txt")
-README, MAP, OPTIONS = Path("README.md"), DOCS / "README.md", Path("options.md")
+README, MAP = Path("README.md"), DOCS / "README.md"
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:")
@@ -49,8 +50,8 @@ def collect(root: Path, pages: Path) -> None:
         for file, source in files.items():
             shutil.copyfile(root / source, pages / file)
     (pages / README).write_text(home_page(root), encoding="utf-8")
-    for file, text in option_pages((pages / OPTIONS).read_text(encoding="utf-8")).items():
-        (pages / file).parent.mkdir(exist_ok=True)
+    (pages / "options").mkdir()
+    for file, text in option_pages().items():
         (pages / file).write_text(text, encoding="utf-8")
     (pages / ASSISTANTS).write_text(assistants_page(root), encoding="utf-8")
     (pages / "python.md").write_text(python_page(root), encoding="utf-8")
@@ -71,21 +72,6 @@ def home_page(root: Path) -> str:
     """The first page: what Secateur is and brings, from the README."""
     opening, _, _ = (root / README).read_text(encoding="utf-8").partition("\n## Find your way")
     return relinked(opening, README, root)[0]
-
-
-def option_pages(text: str) -> dict[Path, str]:
-    """The page of all options as one page for each verb, and their index.
-
-    Args:
-        text: of docs/options.md, as the site has it.
-    """
-    index, *verbs = re.split(r"^## secateur ", text, flags=re.MULTILINE)
-    index = re.sub(r"\(#secateur-([\w-]+)\)", r"(options/\1.md)", index)
-    found = {OPTIONS: index}
-    for verb in verbs:
-        name, _, rest = verb.partition("\n")
-        found[Path(f"options/{name}.md")] = f"# secateur {name}: options\n{rest}"
-    return found
 
 
 def relinked(text: str, page: Path, root: Path) -> tuple[str, dict[Path, Path]]:

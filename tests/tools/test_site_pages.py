@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,9 @@ import build_site
 import secateur
 import site_hooks
 import site_pages
+from option_files import pages as option_pages
+from secateur.recipes.options import all_options
+from secateur.recipes.verbs import VERBS, imported
 
 ROOT = build_site.ROOT
 
@@ -34,14 +36,17 @@ def test_the_home_page_says_what_it_is_and_leads_to_every_page() -> None:
     assert "](docs/" not in page
 
 
-def test_each_verb_has_a_page_of_options_and_each_flag_leads_there() -> None:
-    text = (ROOT / "docs/options.md").read_text(encoding="utf-8")
-    pages = site_pages.option_pages(text)
-    assert "| `--scope` |" in pages[Path("options/prune.md")]
-    assert "`--gguf` [bench](options/bench.md)" in pages[Path("options.md")]
-    flags = re.findall(r"^\| `(--[\w-]+)`", text, re.MULTILINE)
-    index = pages[Path("options.md")]
-    assert [flag for flag in flags if f"`{flag}` [" not in index] == []
+def test_every_option_is_explained_on_the_page_of_its_verb() -> None:
+    pages = option_pages()
+    index = pages["options.md"]
+    for name, verb in VERBS.items():
+        page = pages[f"options/{name}.md"]
+        for option in all_options(imported(verb.recipe)):
+            assert option.help
+            assert option.help.replace("|", r"\|") in page
+            shown = option.is_word or option.flag.hidden
+            assert shown or f"`--{option.name.replace('_', '-')}`" in page
+            assert shown or f"[{name}](options/{name}.md)" in index
 
 
 def test_a_flag_stays_on_one_line() -> None:

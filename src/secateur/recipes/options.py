@@ -1,8 +1,8 @@
 """How options are declared, and the flat list of them.
 
 A recipe consists of sections, and a section of strict fields. A field is declared once, here in
-`recipes/`. The YAML key, the flag, the Python keyword and the row in docs/options.md all come from
-it: `options_of` lists the fields, and `tools/option_files.py` writes the page and the stub.
+`recipes/`. The YAML key, the flag, the Python keyword and the row on the site all come from it:
+`options_of` lists the fields, and `tools/option_files.py` writes the pages and the stub.
 """
 
 from __future__ import annotations
