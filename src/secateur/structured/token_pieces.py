@@ -8,6 +8,10 @@ tokens that BPE makes on the way to it. Keep the merges whose two parts and whos
 in their order. Then a word whose tokens are in K is cut into the same tokens as before: every merge
 that was done is still there, and there is no merge that was not there before.
 
+Unigram (Kudo 2018, arXiv:1804.10959) takes the most probable way to cut a text into pieces. If its
+pieces stay, it is still there and still the most probable. An unknown character costs the lowest
+score of all pieces and 10 more, so a piece of the lowest score stays too.
+
 Bytes always stay: as 256 letters of a byte-level tokenizer, or as <0x00> to <0xFF>. So every text
 can still be encoded. A tokenizer without bytes keeps all single characters.
 """
@@ -17,13 +21,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.tokenizer import BYTE_TOKENS, byte_letters
 
 
-def pieces_of(tokenizer: Mapping[str, Any], where: str) -> MergedPieces:
+class Pieces(Protocol):
+    """The tokens that a tokenizer makes from text, without those that were added to it."""
+
+    ids: Mapping[str, int]
+
+    def always(self) -> set[str]:
+        """The tokens that have to stay, so that every text can be encoded."""
+        ...
+
+    def parts_of(self, token: str) -> set[str]:
+        """A token and all those that are made on the way to it."""
+        ...
+
+    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """The model of `tokenizer.json` with only these tokens, under their new ids."""
+        ...
+
+
+def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     """The pieces of a tokenizer.
 
     Args:
@@ -37,22 +59,34 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> MergedPieces:
     model = tokenizer.get("model")
     if not isinstance(model, Mapping):
         raise _damaged_tokenizer("it has no model", where)
-    # files of early releases do not say their type
-    kind = model.get("type", "BPE" if "merges" in model else "unknown")
-    # BPE that marks the inside or the end of words in its tokens
-    marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if kind != "BPE" or marks:
-        raise ArchitectureError(
-            f"tokens of a {kind} tokenizer{f' with the mark {marks!r}' if marks else ''} cannot be "
-            "removed",
-            where=where,
-            remedy="BPE of bytes, or with bytes for what it does not know, can be trimmed; leave "
-            "the vocabulary as it is",
-        )
+    kind = model.get("type")
+    if kind is None:  # files of early releases do not say it
+        kind = "BPE" if "merges" in model else "Unigram" if "unk_id" in model else "unknown"
     try:
-        return MergedPieces(model, _is_byte_level(tokenizer))
+        if kind == "BPE":
+            _refuse_affixes(model, where)
+            return MergedPieces(model, _is_byte_level(tokenizer))
+        if kind == "Unigram":
+            return ScoredPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
+    raise ArchitectureError(
+        f"tokens of a {kind} tokenizer cannot be removed yet",
+        where=where,
+        remedy="byte-level BPE, BPE with byte fallback and Unigram are known; leave the vocabulary "
+        "as it is",
+    )
+
+
+def _refuse_affixes(model: Mapping[str, Any], where: str) -> None:
+    """Refuse BPE that marks the inside or the end of words in its tokens."""
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ArchitectureError(
+                f"tokens of a BPE tokenizer with {name} {model[name]!r} cannot be removed yet",
+                where=where,
+                remedy="leave the vocabulary as it is",
+            )
 
 
 def _damaged_tokenizer(what: str, where: str) -> CheckpointError:
@@ -144,6 +178,44 @@ def _pair_of(merge: Any) -> tuple[str, str]:
     return first, second
 
 
+class ScoredPieces:
+    """The pieces of a Unigram model.
+
+    Args:
+        model: of `tokenizer.json`.
+    """
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model = model
+        self.scores = [(str(piece), float(score)) for piece, score in model["vocab"]]
+        self.ids: Mapping[str, int] = {piece: n for n, (piece, _) in enumerate(self.scores)}
+
+    def always(self) -> set[str]:
+        """The bytes, the unknown piece and one of the lowest score; without bytes, characters."""
+        found = {min(self.scores, key=lambda entry: entry[1])[0]}
+        if self.model.get("unk_id") is not None:
+            found.add(self.scores[self.model["unk_id"]][0])
+        names = self.ids.keys()
+        if self.model.get("byte_fallback") and names >= BYTE_TOKENS:
+            return found | BYTE_TOKENS
+        return found | {piece for piece in names if len(piece) == 1}
+
+    def parts_of(self, token: str) -> set[str]:
+        """The token alone."""
+        return {token}
+
+    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """Pieces in the order of their ids."""
+        order = sorted(kept, key=lambda piece: kept[piece])
+        scores, unknown = dict(self.scores), self.model.get("unk_id")
+        name = None if unknown is None else self.scores[unknown][0]
+        return {
+            **self.model,
+            "vocab": [[piece, scores[piece]] for piece in order],
+            "unk_id": None if name is None else order.index(name),
+        }
+
+
 @dataclass(frozen=True)
 class TokenUse:
     """What a text needs of a vocabulary.
@@ -162,7 +234,7 @@ class TokenUse:
         return sum(self.counts.get(token, 0) for token in kept) / total if total else 1.0
 
 
-def kept_tokens(pieces: MergedPieces, use: TokenUse, size: int | None = None) -> tuple[int, ...]:
+def kept_tokens(pieces: Pieces, use: TokenUse, size: int | None = None) -> tuple[int, ...]:
     """The ids that stay, ascending.
 
     Args:

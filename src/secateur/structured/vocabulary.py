@@ -41,7 +41,7 @@ from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import STEP
 from secateur.structured.edits import Edit
 from secateur.structured.surgery import write_tensors
-from secateur.structured.token_pieces import MergedPieces, TokenUse, kept_tokens, pieces_of
+from secateur.structured.token_pieces import Pieces, TokenUse, kept_tokens, pieces_of
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -185,7 +185,7 @@ def trim_vocabulary(
     }
 
 
-def _staying(folder: Path, pieces: MergedPieces, counts: Counter[int], rows: int) -> frozenset[int]:
+def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> frozenset[int]:
     """Ids that stay whatever the text has.
 
     These are special tokens, added tokens that a chat template or the tokenizer's configuration
@@ -254,7 +254,7 @@ def _check_tokens(
 def trim_checkpoint(
     folder: Path,
     output: Path,
-    pieces: MergedPieces,
+    pieces: Pieces,
     kept: tuple[int, ...],
     *,
     trust_remote_code: bool = False,
@@ -334,7 +334,7 @@ def _refuse_packed_tables(
 
 
 def _write_files(
-    folder: Path, output: Path, pieces: MergedPieces, kept: tuple[int, ...], tables: TokenTables
+    folder: Path, output: Path, pieces: Pieces, kept: tuple[int, ...], tables: TokenTables
 ) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
     new = {old: number for number, old in enumerate(kept)}
@@ -408,7 +408,7 @@ def template_texts(folder: Path) -> str:
 
 
 def _renumbered_tokenizer(
-    tokenizer: Mapping[str, Any], pieces: MergedPieces, new: Mapping[int, int]
+    tokenizer: Mapping[str, Any], pieces: Pieces, new: Mapping[int, int]
 ) -> dict[str, Any]:
     """The content of `tokenizer.json` with the tokens that stay."""
     kept = {token: new[number] for token, number in pieces.ids.items() if number in new}
