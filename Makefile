@@ -41,12 +41,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/house_rules.py
-	$(BIN)/python tools/guide_tables.py --check
 	$(BIN)/python tools/measured_tables.py --check
 	$(BIN)/python tools/computed_tables.py --check
 	$(BIN)/python tools/choosing_page.py --check
 	$(BIN)/python tools/families_page.py --check
-	$(BIN)/python tools/guide_claims.py --check
 	$(BIN)/python tools/bibliography.py --check
 	$(BIN)/python tools/explaining_pictures.py --check
 	$(BIN)/python tools/build_site.py

@@ -125,8 +125,6 @@ def shortened(words: list[str]) -> list[str]:
         options = {name: text for name, text in CALIBRATED.items() if name != "--calibration"}
     if verb == "bench" and "--draft" in words:
         options = {"--new-tokens": "4"}
-    if "--gpus" in words:  # a plan on paper
-        options = {}
     if verb == "evaluate" and {"--generation", "--tasks"} & set(words) and "--text" not in words:
         options = {}
     for name, text in options.items():

@@ -32,7 +32,7 @@ EFFORTS = {
 
 WAYS = (
     ("nothing is decided yet", "advice without a run",
-     "advise MODEL --hardware a100-80gb --requests-per-day 1e6"),
+     "advise MODEL --hardware a100-80gb"),
     ("files or memory, to {int8}", "[int8](#int8-int4-and-zeros)",
      "compress MODEL --values int8 --output SMALL"),
     ("files or memory, to {int4}", "[int4](#int8-int4-and-zeros)",
@@ -50,7 +50,7 @@ WAYS = (
      "structure MODEL --keep-parameters 0.8 --output CUT"),
     ("speed on sparse tensor cores", "[2:4 zeros](#prune-weights)",
      "prune MODEL --pattern 2:4 --effort best --output SPARSE"),
-    ("cost of a service", "[advice](advise.md)", "advise MODEL --hardware h200 --html page.html"),
+    ("cost of a token", "[advice](advise.md)", "advise MODEL --hardware h200"),
     ("quality after one of these", "[training](#train-after-it)",
      "train SPARSE --teacher MODEL --text TEXT --output TRAINED"),
 )  # fmt: skip

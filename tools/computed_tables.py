@@ -1,4 +1,4 @@
-"""Write the tables that stand within pages and are computed: sizes of models, known hardware.
+"""Write the tables that stand within pages and are computed: sizes of models.
 
 python tools/computed_tables.py          # write them
 python tools/computed_tables.py --check  # fail if one is out of date
@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from secateur.advisor.cluster import PlannedModel
-from secateur.advisor.facts import names_by_size, read_facts
+from secateur.advisor.facts import read_facts
 from secateur.models.plain_decoder import PlainDecoder
 from secateur.models.shape import LARGE_ENDS
 from secateur.runtime.formats import BITS, GRID_BITS, Layout, formats
@@ -44,10 +43,7 @@ ZEROS = {
 
 def main() -> None:
     """Write the pages, or check them."""
-    pages = {
-        "docs/format.md": {"sizes of models": sizes()},
-        "docs/advise.md": {"hardware": hardware()},
-    }
+    pages = {"docs/format.md": {"sizes of models": sizes()}}
     texts = {Path(page): written(ROOT / page, tables) for page, tables in pages.items()}
     write_or_check(ROOT, texts, "computed_tables.py")
 
@@ -82,12 +78,13 @@ def linear_bytes(model: PlainDecoder, zeros: str, values: str) -> int:
     """Bytes of all linear layers."""
     format, sparsity, pattern = ZEROS[zeros]
     total = 0
-    for group in PlannedModel.of(model).groups:
-        for shape in group.shapes:
-            group_size = DEFAULT_GROUP if values in GRID_BITS else None
-            layout = Layout(format, values, shape, pattern=pattern, group=group_size)
-            kept = layout.weights - round(layout.weights * sparsity)
-            total += group.copies * formats[format].nbytes(layout, kept)
+    query, value = model.heads * model.head, model.kv_heads * model.head
+    attention = [(query, model.hidden), *[(value, model.hidden)] * 2, (model.hidden, query)]
+    for shape in (*attention, *[(model.ffn, model.hidden)] * 2, (model.hidden, model.ffn)):
+        group_size = DEFAULT_GROUP if values in GRID_BITS else None
+        layout = Layout(format, values, shape, pattern=pattern, group=group_size)
+        kept = layout.weights - round(layout.weights * sparsity)
+        total += formats[format].nbytes(layout, kept)
     return total * model.layers
 
 
@@ -100,38 +97,6 @@ def stored_bytes(model: PlainDecoder, zeros: str, values: str) -> int:
     copies = 1 if model.tied else 2
     outer = copies * formats["dense"].nbytes(ends, ends.weights)
     return linear_bytes(model, zeros, values) + outer + 2 * shape.other
-
-
-def hardware() -> Iterable[str]:
-    """Every device, its numbers and its prices; those that differ in memory alone are one line."""
-    rows = []
-    numbers: dict[tuple[object, ...], list[str]] = {}
-    for name, device in FACTS.hardware.items():
-        if device.on_paper:
-            key = (device.bandwidth_gb_s, device.tflops["bf16"], device.usd_per_hour)
-            numbers.setdefault(key, []).append(name)
-    for names in numbers.values():
-        rows.append(hardware_row(names))
-        if names == ["a100-80gb"]:
-            rows.append(hardware_row(names, 4))
-    columns = ("`--hardware`", "memory, GiB", "GB/s", "TFLOPS", "on demand", "spot", "owned")
-    yield from table(columns, rows)
-
-
-def hardware_row(names: list[str], count: int = 1) -> tuple[str, ...]:
-    """One line: what a model can take of each memory, speeds, and USD an hour."""
-    device = FACTS.hardware[names[0]]
-    memory = [f"{count * (FACTS.hardware[name].memory_gib or 0):.4g}" for name in names]
-    speeds = (count * (device.bandwidth_gb_s or 0), count * device.tflops["bf16"])
-    hour, spot = count * device.usd_per_hour[1], device.spot_usd_per_hour
-    return (
-        f"{f'{count} x ' if count > 1 else ''}{names_by_size(names)}",
-        " / ".join(memory),
-        *(f"{speed:,.4g}" for speed in speeds),
-        "" if device.bought else f"{hour:.2f}",
-        "" if spot is None else f"{count * spot[1]:.2f}",
-        f"{hour:.3f}" if device.bought else "",
-    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,19 @@ def diagnosed(name: str, model: str) -> dict[str, Any]:
     }
 
 
+def layers(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The worst layer of each model, and what is found beside notes."""
+    keys = ("largest_own_error", "least_contribution", "last_cosine")
+    columns = ["", "largest own error", "least contribution", "cosine of the last layer", "found"]
+    return columns, [
+        [row["model"], *(f"{row[key]:.2f}" for key in keys), ", ".join(row["findings"])]
+        for row in rows
+    ]
+
+
+TABLES = {"layers": layers}
+
+
 def main() -> None:
     """Prune, diagnose, print."""
     print(heading())
@@ -58,10 +71,7 @@ def main() -> None:
             )
             rows.append(diagnosed(name, str(folder)))
     keep("diagnosis", {"protocol": __doc__}, rows)
-    cells = [
-        [r["model"], *(f"{r[k]:.2f}" for k in list(r)[1:4]), ", ".join(r["findings"])] for r in rows
-    ]
-    print(markdown(["", "own error", "contribution", "last cosine", "findings"], cells))
+    print(markdown(*layers(rows)))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from benchmarks.speed.int4_models import NEW_TOKENS, PROMPT_TOKENS, SHAPES, STOR
 from benchmarks.stored import known_rows
 from transformers import AutoConfig
 
-from secateur.advisor.capacity import memory_of
+from secateur.advisor.advice import weight_bytes
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.evaluation.random_models import FormatTimer, WeightFormat
 from secateur.evaluation.speed import Process
 from secateur.models.counting import counted
+from secateur.models.shape import memory_with
 from secateur.models.skeleton import build_skeleton
 
 MEASURES = ("src/secateur/advisor",)
@@ -57,7 +58,8 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
         process.end()
     predicted = [1e3 * (forecast.outside + forecast.layers) for forecast, _ in pairs]
     found = [1e3 * round["each_token"] for _, round in pairs]
-    memory = memory_of(shape, option, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
+    weights = weight_bytes(shape, option)
+    memory = memory_with(weights, shape, "cpu", 1, PROMPT_TOKENS + NEW_TOKENS)
     return {
         "model": model,
         "stored": name,
@@ -71,22 +73,26 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in the documentation."""
+def forecasts(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Predictions and measurements, each with its error."""
+    names = {"smollm2": "135M", "360m": "360M", "1.1b": "1.1 B"}
     lines = []
     for row in rows:
-        time = row["time_error"]
         memory = row["predicted_bytes"] / row["measured_bytes"] - 1
         lines.append(
             [
-                row["model"], row["stored"],
-                f"{row['predicted_ms']:.2f}", f"{row['measured_ms']:.2f}", f"{time:+.0%}",
+                names[row["model"]], row["stored"],
+                f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
+                f"{row['time_error']:+.0%}",
                 f"{row['predicted_bytes'] / 2**20:.0f}", f"{row['measured_bytes'] / 2**20:.0f}",
                 f"{memory:+.1%}",
             ]
         )  # fmt: skip
-    columns = ["model", "stored", "ms/token predicted", "measured", "", "MiB predicted", "measured"]
-    return markdown([*columns, ""], lines)
+    times = ["ms/token, forecast", "run", "error of a pair"]
+    return ["model", "stored", *times, "MiB, forecast", "run", "error"], lines
+
+
+TABLES = {"forecasts": forecasts}
 
 
 def main() -> None:
@@ -106,7 +112,7 @@ def main() -> None:
                 continue
             rows.append(measured(model, name, (args.work or Path(scratch)) / model, args.rounds))
             keep(args.name, protocol, rows)
-    print(table(rows))
+    print(markdown(*forecasts(rows)))
 
 
 if __name__ == "__main__":

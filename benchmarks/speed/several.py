@@ -75,6 +75,22 @@ def perplexity(args: argparse.Namespace, processes: int, model: Path) -> float:
     return found
 
 
+def together(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Zeros, perplexity and times; a row of another run cannot be compared, and is left out."""
+    names = {"wanda": "Wanda", "sparsegpt": "SparseGPT"}
+    columns = ["method", "processes", "zeros that moved", "perplexity", "layers", "whole command"]
+    return columns, [
+        [
+            names[row["method"]], str(row["processes"]), f"{row['moved_zeros']:,}",
+            f"{row['perplexity']:.4f}", f"{row['layer_seconds']:.1f} s", f"{row['seconds']:.1f} s",
+        ]
+        for row in rows if "beside" not in row
+    ]  # fmt: skip
+
+
+TABLES = {"together": together}
+
+
 def main() -> None:
     """Prune with each method in each number of processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -100,22 +100,17 @@ def advise(
     *,
     progress: Progress | None = None,
     hardware: str | None = None,
-    requests_per_day: float | None = None,
-    tokens_per_request: int | None = None,
+    prompt_tokens: int | None = None,
     new_tokens: int | None = None,
-    latency_p99_ms: float | None = None,
-    first_token_ms: float | None = None,
+    batch: int | None = None,
+    token_ms: float | None = None,
     quality_loss: float | None = None,
     gpu_hours: float | None = None,
-    peak: float | None = None,
-    utilisation: float | None = None,
-    spot: bool | None = None,
     usd_per_hour: float | None = None,
     facts: str | Path | None = None,
     trust_remote_code: bool | None = None,
-    html: str | Path | None = None,
 ) -> AdviseResult:
-    """Say what would make a model cheaper to serve, and what that would cost.
+    """Say what would make a model smaller and quicker, and what that would cost.
 
     Reads the configuration, no weights. Numbers are measured on this machine, published, or
     estimated by a formula, and say which.
@@ -125,22 +120,16 @@ def advise(
             llama-3.1-8b.
         progress: receives every step.
         hardware: What it runs on, such as h100-80gb, rtx-4090, m4-24gb, strix-halo-128gb,
-            laptop-cpu, this-machine, or a name from --facts. The page of advise lists all.
-            [this-machine]
-        requests_per_day: Requests on an average day. [1000]
-        tokens_per_request: Tokens of prompt and answer together. [500]
-        new_tokens: Tokens of the answer alone. [half of them]
-        latency_p99_ms: Largest time between two tokens of an answer, for 99 of 100. [any]
-        first_token_ms: Largest time to the first token on an idle device. [any]
+            laptop-cpu, this-machine, or a name from --facts. [this-machine]
+        prompt_tokens: Tokens in a prompt. [250]
+        new_tokens: Tokens of an answer. [250]
+        batch: Sequences at once. [as many as pay]
+        token_ms: Most milliseconds between two tokens of an answer. [any]
         quality_loss: The fraction of the task accuracy that may be lost. [0.01]
-        gpu_hours: Most GPU hours for making the model. [any]
-        peak: How many times the average the busiest moment has. [2]
-        utilisation: The fraction of a device's time that may be planned. [0.7]
-        spot: Count with prices of rented devices that can be taken away at any time. [off]
-        usd_per_hour: What you pay for one device. [from the facts]
+        gpu_hours: Most GPU hours for making the model. [24]
+        usd_per_hour: What you pay for the device. [from the facts]
         facts: YAML with your own hardware, prices, losses or shapes. [the built-in ones]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
-        html: Also write a page with the advice and sliders to vary the load. [none]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -770,10 +759,7 @@ def prune(
     fast_matmuls: bool | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    gpus: int | None = None,
-    nodes: int | None = None,
-    gpu: str | None = None,
-    network: str | None = None,
+    processes: int | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -865,11 +851,7 @@ def prune(
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        gpus: With --dry-run: plan on paper for machines with so many GPUs. The model is then a
-            well-known shape such as llama-3.1-70b. [plan for this machine]
-        nodes: How many such machines. [1]
-        gpu: What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090. [h100-80gb]
-        network: Bits a second of the network of one machine, such as 400Gb. [400Gb]
+        processes: With --dry-run: plan one of so many processes on this machine. [1]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]

@@ -280,7 +280,7 @@ WRONG = [
     "fit m --max-size wat -o out",
     "diagnose",
     "generate m --top-p 2",
-    "advise m --new-tokens 600",
+    "advise m --new-tokens 0",
     "report",
 ]
 

@@ -109,7 +109,7 @@ MISTAKES = {
     "fit m --max-size 60kB --calibration nofile.txt -o o": "no text is named 'nofile.txt'",
     "draft m --calibration nofile.txt -o o": "no text is named 'nofile.txt'",
     "chat m --draft nowhere": "nowhere: no such file or folder",
-    "advise m --new-tokens 900": "--new-tokens 900:",
+    "advise m --new-tokens 0": "--new-tokens 0:",
     "chain typo.yaml": "steps",
 }
 

@@ -1,18 +1,16 @@
-"""The report of fits and of advice."""
+"""The report of fits and drafts."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import secateur as library
 from report_page.test_report import Page
 from reporting.examples import write_draft, write_fit, write_full_run
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.report_page.report import report
 from secateur.reporting.fit import FitPoint, FitResult
 from secateur.reporting.tables import Table
@@ -23,14 +21,6 @@ def page_of(tmp_path: Path, *places: Path, **options: Any) -> Page:
     """The report of some places, taken apart."""
     file = report(places, tmp_path / "report.html", **options).page
     return Page(file.read_text(encoding="utf-8"))
-
-
-def write_advice(file: Path, **options: Any) -> Path:
-    """An advice as `secateur advise --json` writes it."""
-    given = {"hardware": "a100-80gb", "requests_per_day": 1e6, "quality_loss": 0.03, **options}
-    found = library.advise(given.pop("model", "llama-3.1-8b"), **given)
-    file.write_text(json.dumps(found.to_json()), encoding="utf-8")
-    return file
 
 
 def test_a_fit_is_shown(tmp_path: Path) -> None:
@@ -98,60 +88,8 @@ def test_the_plots_of_a_fit(tmp_path: Path) -> None:
     }
 
 
-def test_an_advice_is_computed_again_from_its_file(tmp_path: Path) -> None:
-    page = page_of(tmp_path, write_advice(tmp_path / "advice.json"))
-    for text in ("int8", "llama-3.1-8b", "1,000,000 requests a day of 250 + 250", "gpt-4o-mini"):
-        assert text in page.text, text
-
-
-def test_advise_writes_the_page_itself(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "advice.html"
-    found = library.advise("llama-2-7b", hardware="h200", html=file)
-    assert found.page == file
-    assert f"page: {file}" in str(found)
-    assert found.advice.verdict in Page(file.read_text(encoding="utf-8")).text
-
-
-def test_names_of_an_advice_are_text(tmp_path: Path) -> None:
-    evil = "</div><script>alert(1)</script>\"'&"
-    mine = {"layers": 4, "hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "head": 16}
-    facts = tmp_path / "facts.json"  # JSON is YAML
-    hosted = {"input": 1, "output": 1, "source": evil}
-    shapes = {evil: {**mine, "vocabulary": 100}}
-    facts.write_text(json.dumps({"shapes": shapes, "apis": {evil: hosted}}))
-    file = write_advice(tmp_path / "advice.json", model=evil, facts=facts, requests_per_day=1e9)
-    page = page_of(tmp_path, file)
-    assert "script" not in page.tags
-    assert evil in page.text
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ("{}", "KeyError('schema')"),
-        ('{"schema": "secateur.advice/9"}', "the schema is 'secateur.advice/9'"),
-        ('{"schema": "secateur.advice/1"}', "KeyError('question')"),
-    ],
-)
-def test_a_file_that_is_no_advice_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    file = tmp_path / "advice.json"
-    file.write_text(text)
-    with pytest.raises(CheckpointError, match="is not what `secateur advise --json`") as caught:
-        report([file], tmp_path / "r.html")
-    assert said in repr(caught.value.__cause__)
-    assert str(file) in str(caught.value)
-    assert not (tmp_path / "r.html").exists()
-
-
 def test_a_damaged_fit_is_refused(tmp_path: Path) -> None:
     folder = write_fit(tmp_path / "small")
     (folder / "secateur" / "fit.json").write_text('{"output": "x"}')
     with pytest.raises(CheckpointError, match=r"fit\.json"):
         report([folder], tmp_path / "r.html")
-
-
-def test_a_page_that_cannot_be_written_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
-        library.advise("llama-2-7b", hardware="h200", html=tmp_path)

@@ -104,15 +104,18 @@ def test_a_fit_names_the_nearest_bounds(place: Path) -> None:
         dry("fit", max_size="1KiB")
 
 
-def test_options_of_a_plan_on_paper_need_a_dry_run(place: Path) -> None:
-    with pytest.raises(RecipeError, match="gpus: changes nothing without dry_run"):
-        secateur.prune("model", output="out", sparsity=0.5, gpus=8)
-    with pytest.raises(RecipeError, match="nodes: changes nothing without gpus"):
-        secateur.prune("model", dry_run=True, sparsity=0.5, nodes=2)
-    assert isinstance(secateur.prune("model", dry_run=True, sparsity=0.5), PlanResult)
-    with pytest.raises(RecipeError, match="would start several"):
-        secateur.prune("model", dry_run=True, sparsity=0.5, ray="local")
-    with pytest.raises(RecipeError, match="`dry_run` would change nothing"):
+def test_a_plan_of_several_processes_is_the_plan_of_the_first(place: Path) -> None:
+    alone = secateur.prune("model", dry_run=True, sparsity=0.5)
+    four = secateur.prune("model", dry_run=True, sparsity=0.5, processes=4)
+    assert isinstance(alone, PlanResult)
+    assert isinstance(four, PlanResult)
+    assert four.to_json()["processes"] == 4
+    assert four.plan.sizes["activation"] * 4 == alone.plan.sizes["activation"]
+    assert four.plan.disk_bytes == alone.plan.disk_bytes
+    for options in ({"output": "out", "processes": 8}, {"dry_run": True, "ray": "local"}):
+        with pytest.raises(RecipeError, match="dry_run"):
+            secateur.prune("model", sparsity=0.5, **options)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="dry_run"):
         secateur.prune(secateur.load("model"), dry_run=True, sparsity=0.5)
 
 

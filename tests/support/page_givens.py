@@ -103,20 +103,10 @@ def sweep_to(output: str) -> None:
     secateur.sweep("MODEL", output=output, **points, **text, **judged, **QUIET)
 
 
-def write_advice(output: str) -> None:
-    advice = secateur.advise("llama-3.1-8b", hardware="h100-80gb")
-    Path(output).write_text(json.dumps(advice.to_json()), encoding="utf-8")
-
-
 def write_facts(output: str) -> None:
     mine = {"name": "mine", "kind": "cuda", "memory_gib": 24, "bandwidth_gb_s": 900}
     mine |= {"tflops": {"bf16": 150}, "usd_per_hour": [0.1, 0.2, 0.3], "price_source": "mine"}
     Path(output).write_text(yaml.safe_dump({"hardware": {"mine": mine}}), encoding="utf-8")
-
-
-def write_log(output: str) -> None:
-    steps = [{"step": n, "loss": 3.0 - 0.01 * n} for n in range(100)]
-    Path(output).write_text("".join(json.dumps(s) + "\n" for s in steps), encoding="utf-8")
 
 
 MAKERS: dict[str, Callable[[str], None]] = {
@@ -128,9 +118,7 @@ MAKERS: dict[str, Callable[[str], None]] = {
     "MASKS.safetensors": write_masks,
     "ADAPTER": write_adapter,
     "SWEEP": sweep_to,
-    "advice.json": write_advice,
     "mine.yaml": write_facts,
-    "log.jsonl": write_log,
 }
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import computed_tables
 import secateur
-from secateur.advisor.capacity import weight_bytes
+from secateur.advisor.advice import weight_bytes
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.models.checkpoint import read_headers, shard_files
 from secateur.models.plain_decoder import PlainDecoder

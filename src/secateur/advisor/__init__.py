@@ -1,9 +1,8 @@
 """Advice without running anything: what would fit, how fast, at what cost, with which loss.
 
 `facts.py` reads hardware, prices and published results. `options.py` lists the ways to make a model
-smaller. `capacity.py` has the formulas of memory and speed, `cluster.py` those of a prune on many
-GPUs. `advice.py` compares the options and decides, and `advise.py` is the verb. The core works
-without this package.
+smaller. `advice.py` has the formulas, compares the ways and decides, and `advise.py` is the verb.
+The core works without this package.
 """
 
 from __future__ import annotations
@@ -16,6 +15,6 @@ VERB = {
     "recipe": "secateur.recipes.measure:AdviseRecipe",
     "step": "secateur.advisor.advise:advise_recipe",
     "more": "Every number says whether it was measured here, published, or estimated. The "
-    "exit code is 3 if nothing serves the load within the bounds.",
+    "exit code is 3 if no way is certain to keep the bounds.",
     "after": "diagnose",
 }

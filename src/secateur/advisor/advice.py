@@ -1,85 +1,249 @@
-"""Compares the options under a load and decides: leave it, quantize, prune, both, or distill.
+"""Compares the ways on one device and decides: leave the model, quantize, prune, both, or distil.
 
-An option is *safe* if even its lowest published accuracy keeps the bound, *possible* if its highest
-does. Among the safe ones the cheapest over three years wins, made and served; if several cost the
-same, the one that changes least. Possible ones are named with the advice to measure.
+A way is *safe* if even its lowest published accuracy keeps the bound, *possible* if its highest
+does. Among the safe ones the one that takes the device least time for a token wins; if several take
+the same, the one that changes least. Possible ones that take less are named: measure their loss.
 
-A device costs the same however little it serves. For a load that needs less than half of one, the
-verdict begins with that, and names the hosted model and the other device that would cost less.
+    busy      = prompt(P) + N · step(b) / b        device seconds of a request, P tokens in, N out
+    P50       = prompt(P) + N · step(b)            seconds until it is answered, without waiting
+    tokens    = price of an hour · busy / 3600 / (P + N) · 1,000,000           USD of a million
+    prune     = seconds of a 7B model · parameters / 7 billion     ALPS, the longest of the one-shot
+                methods, for each step; one pass without a text (FP8, Q8_0): magnitude pruning
+    learn     = (6 · student + 2 · teacher) · tokens / (peak · e)  operations of a training step
 
-When nothing serves a load within its bounds, the advice names those that would have to be looser.
+The batch b is the power of two with the least busy time whose memory fits and whose step keeps the
+bound, unless it is given.
 
-Serving and making the model cost
+    weights   = linears · bits / 8 + ends · head_bits / 8 + other · 2
 
-    month  = devices · price · 730 h           year = devices · price · 8760 h
-    tokens = month / (requests per day · 30.42 · tokens of a request) · 1,000,000
-    total  = month · 36 + price of making
-    API    = requests per month · (P · input + N · output) / 1,000,000
-    prune  = seconds of a 7B model · parameters / 7 billion     ALPS, the longest of the one-shot
-             methods, for each step; one pass without a text (FP8, Q8_0): magnitude pruning
-    learn  = (6 · student + 2 · teacher) · tokens / (peak · e)     operations of a training step
+`secateur.models.shape` adds the cache and the working memory. A token and a prompt take the time
+that kernels were measured to take, or that of the roofline of a data sheet (Williams et al., CACM
+2009), for a batch of b sequences with T tokens of context:
 
-A `AdviceQuestion` is everything that an advice depends on, as data: the same question has the same
-answer. `secateur advise` writes it with the answer, so `secateur report` computes the answer again
-and the what-if page can vary it.
+    bytes(b)  = weights that are read · bits / 8 + b · cache that is read
+    step(b)   = max(bytes / (bandwidth · e_b), operations / (peak · e_c)) + layers · overhead
+    prompt(P) = operations of a prompt / (peak · e_c), but never less than a step
+
+Of a mixture with E experts and k for each token, b tokens read E · (1 − (1 − k / E)^b) experts of a
+layer, if the router spreads them evenly.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from secateur.advisor.capacity import (
-    BATCHES,
-    GIB,
-    SHARED_BY,
-    Capacity,
-    Load,
-    Measured,
-    Roofline,
-    ServingDevice,
-    TimeModel,
-    TokenTimes,
-    TooMuch,
-    capacity_of,
-    most_requests,
-)
-from secateur.advisor.facts import API, LIFE_HOURS, Estimate, Facts, Hardware
-from secateur.advisor.options import ENGINES, CompressionWay, options_for
-from secateur.models.shape import LayerCache, LayerKind, ModelShape
+from secateur.advisor.facts import Efficiency, Estimate, Facts, Hardware
+from secateur.advisor.options import CompressionWay, options_for
+from secateur.models.shape import ModelShape, ServingMemory, memory_with
 
-MONTH_HOURS, YEAR_HOURS, MONTH_DAYS = 730.0, 8760.0, 730.0 / 24
-LIFE_MONTHS = LIFE_HOURS / MONTH_HOURS
+GIB = 2**30
+BATCHES = tuple(2**n for n in range(10))
 
 PRUNING_DEVICE = "a100-80gb"
 """On it the times of methods were published."""
 
+LEAST_SAVING = 0.05
+"""A change that saves less than this part of the time is not worth its risk."""
+
+
+def weights_read(model: ModelShape, batch: int) -> float:
+    """Weights of the linears that a step reads: of a mixture, the experts that are hit."""
+    if not model.experts:
+        return model.linears
+    dense = model.linears - model.expert_weights
+    share = (model.active - dense) / model.expert_weights
+    return dense + model.expert_weights * (1 - (1 - share) ** batch)
+
 
 @dataclass(frozen=True)
-class ServingCost:
-    """What serving costs, in USD.
+class Roofline:
+    """Times from a data sheet.
 
     Attributes:
-        month: of all devices.
-        year: of all devices.
-        million_tokens: prompt and answer tokens together.
+        device: its bandwidth and peak.
+        efficiency: what engines reach of them.
     """
 
-    month: Estimate
-    year: Estimate
-    million_tokens: Estimate
+    device: Hardware
+    efficiency: Efficiency
+
+    def step(self, model: ModelShape, way: CompressionWay, batch: int, context: int) -> Estimate:
+        """Seconds until every sequence of a batch has one more token.
+
+        Args:
+            model: already cut.
+            way: how it is stored.
+            batch: sequences.
+            context: tokens of each so far.
+        """
+        measured = way.zeros.decode  # where there is no published gain, the bytes decide
+        gains = measured or Estimate(1.0, 1.0, 1.0)
+        bits = way.values.bits if measured else way.bits
+        linears = weights_read(model, batch) * bits / 8
+        rest = model.head * way.head_bits(model) / 8 + batch * model.cache_read_bytes(context)
+        computing = self.computing(way, batch * model.step_operations(context))
+        reached, bandwidth = self.efficiency.from_quick_to_slow(), self.device.bandwidth_gb_s or 0
+        return Estimate(*(
+            max((linears / gain + rest) / (bandwidth * 1e9 * share), seconds)
+            + overhead * model.layers
+            for (share, _, overhead), gain, seconds in zip(
+                reached, reversed(gains), computing, strict=True
+            )
+        ))  # fmt: skip
+
+    def prompt(self, model: ModelShape, way: CompressionWay, tokens: int) -> Estimate:
+        """Seconds to process a prompt: all tokens at once, but never faster than one step."""
+        computing = self.computing(way, model.prompt_operations(tokens))
+        return Estimate(*map(max, computing, self.step(model, way, 1, 0)))
+
+    def computing(self, way: CompressionWay, operations: float) -> Iterator[float]:
+        """Seconds for floating-point or integer operations, from quick to slow."""
+        peak = self.device.tflops.get(way.values.product, self.device.tflops["bf16"]) * 1e12
+        reached = self.efficiency.from_quick_to_slow()
+        return (operations / (peak * share) for _, share, _ in reached)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of models with random weights that were decoded on this machine.
+
+    Attributes:
+        model: the sizes that were timed.
+        times: of each way to store it, by `CompressionWay.stored`: seconds of a token outside the
+            decoder layers, of one in them, and of one of a prompt.
+        spread: how far off a prediction may be, as a fraction.
+    """
+
+    model: ModelShape
+    times: Mapping[str, tuple[float, float, float]]
+    spread: float = 0.15
+
+    def step(self, model: ModelShape, way: CompressionWay, batch: int, context: int) -> Estimate:
+        """Sequences decode one after the other; a cut model's layers take as much less time."""
+        ends, layers, _ = self.times[way.stored]
+        return self.around(batch * (ends + layers * model.active / self.model.active))
+
+    def prompt(self, model: ModelShape, way: CompressionWay, tokens: int) -> Estimate:
+        """Every token takes the same time."""
+        return self.around(tokens * self.times[way.stored][2] * model.active / self.model.active)
+
+    def around(self, seconds: float) -> Estimate:
+        """A range around a measured time."""
+        return Estimate(seconds * (1 - self.spread), seconds, seconds * (1 + self.spread))
+
+
+def weight_bytes(model: ModelShape, way: CompressionWay) -> int:
+    """Bytes of the weights of a model that was already cut.
+
+    The embedding is stored once; a tied head shares it.
+    """
+    linears = model.linears * way.bits / 8
+    return round(linears + model.outer * way.head_bits(model) / 8 + model.other * 2)
+
+
+@dataclass(frozen=True)
+class AdviceQuestion:
+    """Everything that an advice depends on.
+
+    Attributes:
+        model: the sizes, not cut.
+        hardware: what it runs on.
+        memory_bytes: of the device.
+        facts: efficiency, prices, published losses.
+        speed: predicts times.
+        prompt_tokens: of a request.
+        new_tokens: of its answer.
+        batch: sequences at once; None for as many as pay.
+        token_ms: the most milliseconds between two tokens of an answer; None for any.
+        quality_loss: the fraction of the accuracy that may go.
+        gpu_hours: the most for making the model.
+    """
+
+    model: ModelShape
+    hardware: Hardware
+    memory_bytes: int
+    facts: Facts
+    speed: Roofline | Measured
+    prompt_tokens: int
+    new_tokens: int
+    batch: int | None = None
+    token_ms: float | None = None
+    quality_loss: float = 0.01
+    gpu_hours: float = 24.0
+
+    @property
+    def context(self) -> int:
+        """Tokens of a request and its answer."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """The batches to try, the smallest first; our kernels decode one sequence at a time."""
+        if self.batch is not None:
+            return (self.batch,)
+        return BATCHES[:1] if self.hardware.kind == "cpu" else BATCHES
+
+
+@dataclass(frozen=True)
+class Served:
+    """One way at work on the device.
+
+    Attributes:
+        batch: sequences at once.
+        memory: of all of them.
+        step: seconds of a step: of one token of each sequence.
+        first_token: seconds to process a prompt.
+        request: seconds of a whole request, without waiting: the median, P50.
+        busy: seconds of the device for one request.
+        usd: for a million tokens of prompt and answer; None where no price is known.
+    """
+
+    batch: int
+    memory: ServingMemory
+    step: Estimate
+    first_token: Estimate
+    request: Estimate
+    busy: Estimate
+    usd: Estimate | None
+
+
+def served(asked: AdviceQuestion, way: CompressionWay) -> Served | str:
+    """How a way works on the device, or why it cannot."""
+    shape, kind = way.shape(asked.model), asked.hardware.kind
+    context, weights = asked.context, weight_bytes(shape, way)
+    memory = {b: memory_with(weights, shape, kind, b, context) for b in asked.batches}
+    fits = [b for b, found in memory.items() if found.total <= asked.memory_bytes]
+    if not fits:
+        least = memory[asked.batches[0]].total / GIB
+        return f"needs {least:.1f} GiB, {asked.memory_bytes / GIB:.1f} GiB are there"
+    steps = {b: asked.speed.step(shape, way, b, context) for b in fits}
+    quick = [b for b in fits if asked.token_ms is None or 1e3 * steps[b].typical <= asked.token_ms]
+    if not quick:
+        return f"{1e3 * steps[fits[0]].typical:.3g} ms for a token, {asked.token_ms:g} allowed"
+    first, price = asked.speed.prompt(shape, way, asked.prompt_tokens), asked.hardware.usd_per_hour
+
+    def busy(batch: int) -> Estimate:
+        pairs = zip(first, steps[batch], strict=True)
+        return Estimate(*(prompt + asked.new_tokens * step / batch for prompt, step in pairs))
+
+    best = min(quick, key=lambda b: busy(b).typical)
+    request = (p + asked.new_tokens * s for p, s in zip(first, steps[best], strict=True))
+    usd = None
+    if price is not None:
+        hours = (seconds / 3600 for seconds in busy(best))
+        usd = Estimate(*(1e6 / context * a * b for a, b in zip(price, hours, strict=True)))
+    return Served(best, memory[best], steps[best], first, Estimate(*request), busy(best), usd)
 
 
 @dataclass(frozen=True)
 class Making:
-    """What it costs to make a model once.
+    """What it takes to make a model once.
 
     Attributes:
         gpu_hours: of the device that its formula names.
-        usd: at the price of that device.
+        usd: at the typical price of that device.
         formula: how the hours were found.
     """
 
@@ -88,162 +252,49 @@ class Making:
     formula: str
 
 
-@dataclass(frozen=True)
-class APICost:
-    """A hosted model under the same load.
-
-    Attributes:
-        name: of the model.
-        month: USD.
-        requests_per_day: from which serving one copy oneself is cheaper; None if never.
-    """
-
-    name: str
-    month: float
-    requests_per_day: float | None
-
-
-def cost_of(found: Capacity, load: Load, price: Estimate) -> ServingCost:
-    """What serving costs. Low joins few devices with a low price, high many with a high one."""
-    hour = found.devices.times(price)
-    tokens = load.requests_per_day * MONTH_DAYS * load.context
-    month = hour * MONTH_HOURS
-    return ServingCost(month, hour * YEAR_HOURS, month * (1e6 / tokens))
-
-
-def making_of(model: ModelShape, option: CompressionWay, facts: Facts) -> Making:
-    """What it costs to make an option: pruning or cutting, rounding, distillation."""
-    device = facts.hardware[PRUNING_DEVICE]
-    steps = [part.takes for part in option.parts if part.takes]
+def making_of(model: ModelShape, way: CompressionWay, facts: Facts) -> Making:
+    """What it takes to make a way: pruning or cutting, rounding, distillation."""
+    device, steps = facts.hardware[PRUNING_DEVICE], [part.takes for part in way.changes]
     seconds = sum(facts.pruning_seconds_of_7b[step] for step in steps) * model.parameters / 7e9
-    hours = Estimate.exact(seconds / 3600)
-    each = (name if n == 1 else f"{n} x {name}" for name, n in Counter(steps).items())
-    took = f"as long as pruning with {' and '.join(each)} on one {device.name}, published"
-    formula = f"{took} for 7 B, by parameters" if steps else "nothing to make"
-    if option.structure.tokens:
-        student = option.shape(model)
-        operations = 6 * student.per_token + 2 * model.per_token
-        hours = hours + learning_hours(operations, option.structure.tokens, device, facts)
-        formula += f"; distillation on {option.structure.tokens / 1e9:g} billion tokens"
-    usd = hours.times(facts.price(device))
-    return Making(hours, usd, formula)
-
-
-def learning_hours(operations: float, tokens: float, device: Hardware, facts: Facts) -> Estimate:
-    """Hours of one GPU to train: operations per token · tokens / (peak · e) / 3600.
-
-    Args:
-        operations: of a token; 6 for each weight that learns, 2 for each that only predicts.
-        tokens: in all.
-        device: its peak in bfloat16.
-        facts: the fraction of the peak that training reaches.
-    """
-    work = operations * tokens
-    reached = Estimate(*facts.training_compute)
-    return reached.map(lambda e: work / (device.tflops["bf16"] * 1e12 * e) / 3600)
-
-
-def api_cost(name: str, api: API, found: Capacity, load: Load, price: Estimate) -> APICost:
-    """A hosted model, and from how many requests on serving is cheaper.
-
-    One copy costs the same however little it serves, so below some load the API is cheaper. If a
-    copy at its limit still costs more for a request, serving never is.
-    """
-    request = (load.prompt_tokens * api.input + load.new_tokens * api.output) / 1e6
-    copy = found.shared_by * price.typical * 24
-    most = most_requests(found.least_busy.typical, load)
-    least = copy / request if request else float("inf")
-    return APICost(
-        name, request * load.requests_per_day * MONTH_DAYS, least if least <= most else None
+    names = " and ".join(name if n == 1 else f"{n} x {name}" for name, n in Counter(steps).items())
+    formula = f"as long as pruning with {names} on one {device.name}, by published times"
+    operations, tokens = 6 * way.shape(model).per_token + 2 * model.per_token, way.structure.tokens
+    learning = (
+        operations * tokens / (device.tflops["bf16"] * 1e12 * share)
+        for share in reversed(facts.training_compute)
     )
-
-
-def break_even_months(making: Making, before: ServingCost, after: ServingCost) -> float | None:
-    """Months until the saved money has paid for the making; None if nothing is saved."""
-    saved = before.month.typical - after.month.typical
-    return making.usd.typical / saved if saved > 0 else None
-
-
-LEAST_SAVING = 0.05
-"""A change that saves less than this part of the cost is not worth its risk."""
-
-FILLED = 0.5
-"""A load that needs less than this part of one device does not fill it."""
-
-LEAST_USD = 10.0
-"""USD a month below which another place to serve is not worth a word."""
-
-
-@dataclass(frozen=True)
-class Requirements:
-    """What the user wants.
-
-    Attributes:
-        load: requests and latencies.
-        quality_loss: the fraction of the accuracy that may go; None for any.
-        gpu_hours: the most for making the model; None for any.
-    """
-
-    load: Load
-    quality_loss: float | None = None
-    gpu_hours: float | None = None
+    hours = Estimate(*((seconds + more) / 3600 for more in learning))
+    if tokens:
+        formula += f"; distillation on {tokens / 1e9:g} billion tokens"
+    price = device.usd_per_hour[1] if device.usd_per_hour else 0.0
+    usd = Estimate(*(price * each for each in hours))
+    return Making(hours, usd, formula if steps else "nothing to make")
 
 
 @dataclass(frozen=True)
 class Considered:
-    """One option, computed.
+    """One way, computed.
 
     Attributes:
         option: the way.
         kept: the fraction of the accuracy that stays, published: low, high.
-        capacity: the devices, or why none suffice.
-        cost: of serving; None if it cannot serve.
-        making: what it costs to make.
-        refused: why it is out: quality, hours or capacity; empty if it is in.
+        served: how it works on the device; None if it cannot.
+        making: what it takes to make.
+        refused: why it is out: accuracy, hours, memory or time; empty if it is in.
         safe: whether even the lowest published accuracy keeps the bound.
     """
 
     option: CompressionWay
     kept: tuple[float, float]
-    capacity: Capacity | TooMuch
-    cost: ServingCost | None
+    served: Served | None
     making: Making
     refused: str
     safe: bool
 
     @property
-    def possible(self) -> bool:
-        """Whether it may be taken after measuring."""
-        return not self.refused
-
-    @property
-    def month(self) -> float:
-        """USD a month, typical; infinite if it cannot serve."""
-        return self.cost.month.typical if self.cost else math.inf
-
-    @property
-    def total(self) -> float:
-        """USD to make it and to serve it for three years, typical; infinite if it cannot serve."""
-        return self.month * LIFE_MONTHS + self.making.usd.typical
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """Another device that serves the same load within the same bounds for less.
-
-    Attributes:
-        device: what it is.
-        devices: how many the load needs.
-        option: the cheapest safe option on it.
-        month: USD, typical.
-        step: seconds between two tokens, typical.
-    """
-
-    device: str
-    devices: int
-    option: str
-    month: float
-    step: float
+    def seconds(self) -> float:
+        """Device seconds of a request, typical; infinite if it cannot be served."""
+        return self.served.busy.typical if self.served else float("inf")
 
 
 @dataclass(frozen=True)
@@ -251,314 +302,63 @@ class Advice:
     """The decision.
 
     Attributes:
-        model: the sizes.
-        device: what it was computed for.
-        considered: all options, in order of cost; those that are out come last.
-        chosen: the option to take; None if none can serve.
-        cheaper: options that cost less and may keep the bound: measure them.
-        apis: hosted models under the same load, beside the chosen option.
-        filled: the part of the devices of the chosen option that the busiest moment needs.
-        hosted: the cheapest hosted model, if it costs less than the chosen option.
-        elsewhere: the cheapest other device, if the load does not fill this one.
-        paid_back_months: until the saved money has paid for the making; None if none is saved.
-        verdict: what to do, in one to three sentences.
+        considered: all ways, the quickest first; those that are out come last.
+        chosen: the way to take; None if none can be taken.
+        cheaper: ways that take less time and may keep the bound: measure them.
+        verdict: what to do, in one or two sentences.
     """
 
-    model: ModelShape
-    device: Hardware
     considered: tuple[Considered, ...]
     chosen: Considered | None
     cheaper: tuple[Considered, ...]
-    apis: tuple[APICost, ...]
-    filled: float
-    hosted: APICost | None
-    elsewhere: Elsewhere | None
-    paid_back_months: float | None
     verdict: str
 
 
-def advise_on(question: AdviceQuestion, others: Sequence[AdviceQuestion] = ()) -> Advice:
-    """Compute every option and decide.
-
-    Args:
-        question: the model, the device, the load and the bounds.
-        others: about devices to name instead, if the load does not fill this one.
-    """
-    hardware, need, facts = question.hardware, question.need, question.facts
-    price, rows = facts.price(hardware), considered(question)
-    base = next(row for row in rows if row.option.changed == 0)
-    safe = [row for row in rows if row.possible and row.safe]
-    chosen = _choose(safe, base)
-    dearest = chosen.month if chosen else math.inf
-    most = chosen.total if chosen else math.inf
-    cheaper = tuple(x for x in rows if x.possible and not x.safe and x.total < most)
-    apis: tuple[APICost, ...] = ()
-    filled, alone = 1.0, False
-    if chosen is not None and isinstance(chosen.capacity, Capacity):
-        apis = tuple(
-            api_cost(name, api, chosen.capacity, need.load, price)
-            for name, api in facts.apis.items()
-        )
-        filled, alone = chosen.capacity.used(need.load), chosen.capacity.replicas == 1
-    hosted = min(apis, key=lambda api: api.month, default=None)
-    if hosted is not None and hosted.month > dearest - LEAST_USD:
-        hosted = None
-    empty = filled < FILLED and alone
-    elsewhere = _cheapest(others) if empty else None
-    if elsewhere is not None and elsewhere.month > dearest - LEAST_USD:
-        elsewhere = None
-    months = None
-    if chosen is not None and chosen.cost is not None and base.cost is not None:
-        months = break_even_months(chosen.making, base.cost, chosen.cost)
-    verdict = _verdict_on(chosen, cheaper)
-    if chosen is not None and empty and (hosted or elsewhere):
-        first = _instead_of(chosen, hardware, filled, hosted, elsewhere)
-        verdict = f"{first} On this device, {verdict[0].lower()}{verdict[1:]}"
-    elif hosted is not None:
-        verdict += f" A hosted model costs less ({_priced(hosted.name, hosted.month)}): compare."
-    return Advice(
-        question.model, hardware, tuple(rows), chosen, cheaper, apis, filled, hosted, elsewhere,
-        months, verdict,
-    )  # fmt: skip
+def advise_on(asked: AdviceQuestion) -> Advice:
+    """Compute every way and decide: the quickest safe one, or the model if it is hardly slower."""
+    options = options_for(asked.model, asked.hardware)
+    rows = sorted((_consider(asked, option) for option in options), key=_order)
+    inside = [row for row in rows if not row.refused]
+    safe = [row for row in inside if row.safe]
+    whole = next((row for row in safe if not row.option.changes), None)
+    chosen = safe[0] if safe else None
+    if chosen and whole and chosen.seconds > (1 - LEAST_SAVING) * whole.seconds:
+        chosen = whole
+    most = chosen.seconds if chosen else float("inf")
+    cheaper = tuple(row for row in inside if not row.safe and row.seconds < most)
+    return Advice(tuple(rows), chosen, cheaper, _verdict_on(chosen, cheaper))
 
 
-def considered(question: AdviceQuestion) -> list[Considered]:
-    """All options on a device, those that can serve first, the cheapest first."""
-    options = options_for(question.model, question.hardware)
-    return sorted((_consider(question, option) for option in options), key=_order)
-
-
-def _cheapest(questions: Sequence[AdviceQuestion]) -> Elsewhere | None:
-    """The cheapest way to serve a load on other devices that surely keeps the bounds, if any.
-
-    One device costs the least that a way on it can cost, so dear ones need no computation.
-    """
-    found: list[Elsewhere] = []
-    for question in sorted(questions, key=lambda one: one.hardware.usd_per_hour[1]):
-        least = question.hardware.usd_per_hour[1] * MONTH_HOURS
-        if found and least > min(one.month for one in found):
-            break
-        rows = considered(question)
-        row = next((row for row in rows if row.possible and row.safe), None)
-        if row is not None and isinstance(row.capacity, Capacity):
-            many, step = round(row.capacity.devices.typical), row.capacity.step.typical
-            found.append(Elsewhere(question.hardware.name, many, row.option.name, row.month, step))
-    return min(found, key=lambda one: one.month, default=None)
-
-
-def _instead_of(
-    chosen: Considered,
-    device: Hardware,
-    filled: float,
-    hosted: APICost | None,
-    elsewhere: Elsewhere | None,
-) -> str:
-    """What to do with a load that is too small for a device: two sentences."""
-    assert isinstance(chosen.capacity, Capacity)
-    share = "under 1%" if filled < 0.01 else f"{100 * filled:.0f}%"
-    choices = [] if hosted is None else [f"a hosted model ({_priced(hosted.name, hosted.month)})"]
-    if elsewhere is not None:
-        name = _several(elsewhere.devices, elsewhere.device)
-        name += "" if elsewhere.option == "as it is" else f", {elsewhere.option}"
-        speed = f"{1e3 * elsewhere.step:.0f} ms/token"
-        choices.append(f"smaller hardware ({_priced(name, elsewhere.month)}, {speed})")
-    return (
-        "This load does not fill a device: it needs "
-        f"{share} of {_several(chosen.capacity.shared_by, device.name, 'one ')}. "
-        f"Use {' or '.join(choices)}."
-    )
-
-
-def _several(count: int, name: str, one: str = "") -> str:
-    """A device, or how many of it; `one` stands before a single one."""
-    return f"{one}{name}" if count == 1 else f"{count} x {name}"
-
-
-def _priced(name: str, month: float) -> str:
-    """A name and a price for people."""
-    return f"{name}: {month:,.0f} USD a month" if month >= 1 else f"{name}: under 1 USD a month"
-
-
-def _consider(question: AdviceQuestion, option: CompressionWay) -> Considered:
-    """Compute one option."""
-    model, facts, need = question.model, question.facts, question.need
-    kept, making = option.kept(facts), making_of(model, option, facts)
-    found, cost = capacity_of(model, option, question.device, need.load), None
-    if isinstance(found, Capacity):
-        cost = cost_of(found, need.load, facts.price(question.hardware))
-    floor = 0.0 if need.quality_loss is None else 1 - need.quality_loss
-    refused = ""
-    if isinstance(found, TooMuch):
-        refused = found.reason
+def _consider(asked: AdviceQuestion, option: CompressionWay) -> Considered:
+    """Compute one way."""
+    kept, making = option.kept(asked.facts), making_of(asked.model, option, asked.facts)
+    found, floor, refused = served(asked, option), 1 - asked.quality_loss, ""
+    if isinstance(found, str):
+        refused = found
     elif kept[1] < floor:
         refused = f"keeps {kept[0]:.1%} to {kept[1]:.1%} of the accuracy, {floor:.1%} required"
-    elif need.gpu_hours is not None and (hours := making.gpu_hours.typical) > need.gpu_hours:
-        refused = f"takes {hours:,.0f} GPU hours to make, {need.gpu_hours:g} allowed"
-    return Considered(option, kept, found, cost, making, refused, kept[0] >= floor)
+    elif (hours := making.gpu_hours.typical) > asked.gpu_hours:
+        refused = f"takes {hours:,.0f} GPU hours to make, {asked.gpu_hours:g} allowed"
+    works = None if isinstance(found, str) else found
+    return Considered(option, kept, works, making, refused, kept[0] >= floor)
 
 
 def _order(row: Considered) -> tuple[bool, float, int, float]:
-    """Cheapest first, then the least changed, then what surely keeps more; those out last."""
-    return bool(row.refused), row.total, row.option.changed, -row.kept[0]
-
-
-def _choose(safe: Sequence[Considered], base: Considered) -> Considered | None:
-    """The cheapest safe option; the model itself if it costs hardly more."""
-    best = next(iter(safe), None)
-    if best is not None and base in safe and best.total > (1 - LEAST_SAVING) * base.total:
-        return base
-    return best
+    """Quickest first, then the least changed, then what surely keeps more; those out last."""
+    return bool(row.refused), row.seconds, len(row.option.changes), -row.kept[0]
 
 
 def _verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
     """One sentence for people."""
-    may = "would be cheaper and may meet your limits: measure its loss."
+    may = "would be quicker and may meet your limits: measure its loss."
     hint = f" {cheaper[0].option.name} {may}" if cheaper else ""
     if chosen is None:
-        return f"No option is certain to serve this load within your limits.{hint}"
-    if chosen.option.changed == 0:
-        return f"Leave the model as it is: no cheaper option is certain to meet your limits.{hint}"
+        return f"No way is certain to keep your limits on this device.{hint}"
     option = chosen.option
-    only = option.structure.name == "whole" and option.zeros.name == "dense"
-    verb = "Only quantize" if only else "Distill" if option.structure.tokens else "Prune"
-    if not only and option.values.name != "bf16":
-        verb += " and quantize"
-    if option.structure.tokens:
-        verb += f" for {chosen.making.usd.typical:,.0f} USD once"
+    if not option.changes:
+        return f"Leave the model as it is: nothing quicker is certain to meet your limits.{hint}"
+    if option.changes == [option.values]:
+        return f"Only quantize: {option.name}.{hint}"
+    verb = "Distill" if option.structure.tokens else "Prune"
+    verb += " and quantize" if option.values.takes else ""
     return f"{verb}: {option.name}.{hint}"
-
-
-def nearest(rows: Sequence[Considered], need: Requirements) -> Iterator[str]:
-    """The nearest bounds that can be kept, a sentence for each; each is enough alone.
-
-    Args:
-        rows: all options, of which none is chosen.
-        need: the load and the bounds.
-    """
-    served = [row for row in rows if row.cost is not None]
-    if served and need.quality_loss is not None:
-        best = max(served, key=lambda row: row.kept[0])
-        loss = math.ceil(1000 * (1 - best.kept[0])) / 1000
-        if loss < 1:
-            yield f"{best.option.name} serves it with --quality-loss {loss:g}"
-    if served and need.gpu_hours is not None:
-        least = min(served, key=lambda row: row.making.gpu_hours.typical)
-        hours = math.ceil(least.making.gpu_hours.typical)
-        if hours > need.gpu_hours:
-            yield f"{least.option.name} takes --gpu-hours {hours}"
-    floor = 0.0 if need.quality_loss is None else 1 - need.quality_loss
-    for bound, flag, unit in (
-        ("token_ms", "--latency-p99-ms", "ms between two tokens"),
-        ("first_token_ms", "--first-token-ms", "ms to the first token"),
-    ):
-        quick = min(_misses(rows, bound, floor), default=None)
-        if quick is not None:
-            least_ms = math.ceil(10 * quick[0]) / 10
-            yield f"{quick[1]} has {least_ms:g} {unit}: {flag} {least_ms:g}"
-    small = min(_misses(rows, "memory", floor), default=None)
-    if small is not None and not served:
-        yield f"{small[1]} needs the least memory: {small[0] / GIB:.1f} GiB"
-
-
-def _misses(rows: Sequence[Considered], bound: str, floor: float) -> Iterator[tuple[float, str]]:
-    """By how much each option breaks one bound, of those that surely keep the accuracy."""
-    for row in rows:
-        lack = row.capacity
-        if isinstance(lack, TooMuch) and row.kept[0] >= floor and lack.bound == bound:
-            yield lack.least, row.option.name
-
-
-@dataclass(frozen=True)
-class AdviceQuestion:
-    """A model, a device and a need.
-
-    Attributes:
-        model: the sizes, not cut.
-        hardware: what it runs on, with its price.
-        memory_bytes: of one device.
-        facts: efficiency, prices, published losses.
-        need: the load and the bounds.
-        times: measured on this machine, by the name of each option; None for the roofline.
-    """
-
-    model: ModelShape
-    hardware: Hardware
-    memory_bytes: int
-    facts: Facts
-    need: Requirements
-    times: Mapping[str, TokenTimes] | None = None
-
-    @property
-    def device(self) -> ServingDevice:
-        """The memory of the device and its time model."""
-        kind = self.hardware.kind
-        engine = ENGINES[kind]
-        most, batch = SHARED_BY[-1] if engine.shared else 1, BATCHES[-1] if engine.batched else 1
-        return ServingDevice(kind, self.memory_bytes, self.speed, most, batch)
-
-    def speed(self, devices: int) -> TimeModel:
-        """The times when so many devices share a model."""
-        if self.times is not None:
-            return Measured(self.model, self.times)
-        return Roofline(self.hardware, self.facts.efficiency[self.hardware.kind], devices)
-
-    def answer(self) -> Advice:
-        """The advice."""
-        return advise_on(self, self.others())
-
-    def others(self) -> list[AdviceQuestion]:
-        """The same question about all other devices with a data sheet, rented or owned as this."""
-        mine, known = self.hardware, self.facts.hardware.values()
-        alike = (x for x in known if (x.bought is None) == (mine.bought is None))
-        return [self.on(x) for x in alike if x.on_paper and x.name != mine.name]
-
-    def on(self, other: Hardware) -> AdviceQuestion:
-        """The same question about another device, by its data sheet."""
-        size = round((other.memory_gib or 0) * 2**30)
-        return replace(self, hardware=other, memory_bytes=size, times=None)
-
-    def with_need(self, **changes: Any) -> AdviceQuestion:
-        """The same question with another load or other bounds.
-
-        Args:
-            **changes: fields of `Requirements` or of `Load`.
-        """
-        bounds = {name: value for name, value in changes.items() if name in BOUNDS}
-        load = {name: value for name, value in changes.items() if name not in BOUNDS}
-        need = replace(self.need, load=replace(self.need.load, **load), **bounds)
-        return replace(self, need=need)
-
-    def to_json(self) -> dict[str, Any]:
-        """The question as one JSON object."""
-        return {
-            "model": asdict(self.model),
-            "hardware": self.hardware.model_dump(mode="json"),
-            "memory_bytes": self.memory_bytes,
-            "facts": self.facts.model_dump(mode="json"),
-            "need": asdict(self.need),
-            "times": self.times and {name: asdict(one) for name, one in self.times.items()},
-        }
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> AdviceQuestion:
-        """The question that `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is no such object.
-        """
-        times, need = record["times"], record["need"]
-        kinds = tuple(
-            LayerKind(kind["layers"], LayerCache(**kind["cache"]))
-            for kind in record["model"]["kinds"]
-        )
-        return cls(
-            ModelShape(**{**record["model"], "kinds": kinds}),
-            Hardware.model_validate(record["hardware"]),
-            int(record["memory_bytes"]),
-            Facts.model_validate(record["facts"]),
-            Requirements(**{**need, "load": Load(**need["load"])}),
-            times and {name: TokenTimes(**one) for name, one in times.items()},
-        )
-
-
-BOUNDS = ("quality_loss", "gpu_hours")

@@ -1,12 +1,12 @@
 """The ways to make a model smaller that the advice compares: structure × zeros × values.
 
-An option is offered only where something runs it faster or smaller (`ENGINES`). So unstructured
-zeros are not offered for GPUs, where no engine skips them, and 2:4 is not offered for CPUs.
+A way is offered only where something runs it faster or smaller (`ENGINES`). So unstructured zeros
+are not offered for GPUs, where no engine skips them, and 2:4 is not offered for CPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from secateur.advisor.facts import Estimate, Facts, Hardware
@@ -14,129 +14,115 @@ from secateur.models.shape import LARGE_ENDS, ModelShape
 
 
 @dataclass(frozen=True)
-class Values:
-    """How weights are stored.
+class Part:
+    """One of the three parts of a way. It changes nothing if it takes nothing.
 
     Attributes:
-        name: such as `int4`.
-        bits: of a weight, with its scales.
-        value_bits: of a weight, without scales.
-        product: the type of its products, a key of `Hardware.tflops`. int4 is expanded to bfloat16.
-        loss: the key of its published loss.
+        name: such as `int4`; also the key of its published loss.
         takes: the method whose published time it takes to make; empty if nothing is made.
         commands: what makes it; {model} is the model, {source} what the step before wrote.
-        small_ends: whether embedding and head have 8 bits in every model.
     """
 
     name: str
-    bits: float
-    value_bits: int
-    product: str
-    loss: str
-    takes: str
-    commands: tuple[str, ...]
+    takes: str = ""
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Values(Part):
+    """How weights are stored.
+
+    Attributes:
+        bits: of a weight, with its scales.
+        value_bits: of a weight, without scales.
+        product: the type of its products, a key of `Hardware.tflops`. int4 is expanded to bfloat16.
+        small_ends: whether embedding and head have 8 bits in every model.
+    """
+
+    bits: float = 16
+    value_bits: int = 16
+    product: str = "bf16"
     small_ends: bool = False
 
 
+COMPRESS = "secateur compress {{source}} --values {} --calibration TEXT --output SMALL"
+GGUF = "secateur export {{source}} --to gguf --type {} --output GGUF"
+FP8 = "quantize {source} to FP8 (W8A8) with llm-compressor or vLLM"
 VALUES = {
     one.name: one
     for one in (
-        Values("bf16", 16, 16, "bf16", "none", "", ()),
-        Values("fp8", 8, 8, "fp8", "fp8", "magnitude",
-               ("quantize {source} to FP8 (W8A8) with llm-compressor or vLLM",)),
-        Values("int8", 8, 8, "int8", "int8", "alps",
-               ("secateur compress {source} --values int8 --calibration TEXT --output SMALL",)),
-        Values("int4", 4.125, 4, "bf16", "int4", "alps",
-               ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",)),
-        Values("q8_0", 8.5, 8, "bf16", "q8_0", "magnitude",
-               ("secateur export {source} --to gguf --type q8_0 --output GGUF",), True),
-        Values("q4_0", 4.5, 4, "bf16", "int4", "alps",
-               ("secateur compress {source} --values int4 --calibration TEXT --output SMALL",
-                "secateur export {source} --to gguf --type q4_0 --output GGUF"), True),
+        Values("bf16"),
+        Values("fp8", "magnitude", (FP8,), 8, 8, "fp8"),
+        Values("int8", "alps", (COMPRESS.format("int8"),), 8, 8, "int8"),
+        Values("int4", "alps", (COMPRESS.format("int4"),), 4.125, 4),
+        Values("q8_0", "magnitude", (GGUF.format("q8_0"),), 8.5, 8, small_ends=True),
+        Values(
+            "q4_0", "alps", (COMPRESS.format("int4"), GGUF.format("q4_0")), 4.5, 4, small_ends=True
+        ),
     )
-}  # fmt: skip
+}
 """int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128. The last two are llama.cpp's
 types; rounding without a calibration text is one pass over the weights, as magnitude pruning is."""
 
 
 @dataclass(frozen=True)
-class Zeros:
+class Zeros(Part):
     """Which weights are zero.
 
     Attributes:
-        name: such as `50%`.
         sparsity: the fraction of zeros.
         index_bits: bits of a weight that say where the zeros are.
         decode: decoding is faster by this much than the bytes say; None where bytes decide.
-        loss: the key of its published loss.
-        takes: the method whose published time it takes to make; empty if nothing is made.
-        commands: what makes them, likewise.
     """
 
-    name: str
-    sparsity: float
-    index_bits: float
-    decode: Estimate | None
-    loss: str
-    takes: str
-    commands: tuple[str, ...]
+    sparsity: float = 0.0
+    index_bits: float = 0.0
+    decode: Estimate | None = None
 
 
+PRUNE = "secateur prune {{source}} {} --effort best --output SPARSE"
 ZEROS = {
     one.name: one
     for one in (
-        Zeros("dense", 0.0, 0.0, None, "none", "", ()),
-        Zeros("2:4", 0.5, 1.0, Estimate(1.0, 1.15, 1.24), "2:4", "alps",
-              ("secateur prune {source} --pattern 2:4 --effort best --output SPARSE",)),
-        Zeros("50%", 0.5, 1.0, None, "50%", "alps",
-              ("secateur prune {source} --sparsity 0.5 --effort best --output SPARSE",)),
+        Zeros("dense"),
+        Zeros("2:4", "alps", (PRUNE.format("--pattern 2:4"),), 0.5, 1, Estimate(1.0, 1.15, 1.24)),
+        Zeros("50%", "alps", (PRUNE.format("--sparsity 0.5"),), 0.5, 1),
     )
-}  # fmt: skip
+}
 """2:4: Wanda's paper has 1.24 for a whole model, TensorRT-LLM's issues 1731 and 1802 none."""
 
 
 @dataclass(frozen=True)
-class CutAway:
+class CutAway(Part):
     """What is cut away.
 
     Attributes:
-        name: such as `layers-25%`.
         linears: the fraction of every layer that stays.
         layers: the fraction of layers that stays.
         experts: the fraction of experts that stays.
-        loss: the key of its published loss.
-        takes: the method whose published time it takes to make; empty if nothing is made.
-        commands: what makes it; {model} is the model, {source} what the step before wrote.
         tokens: tokens of distillation that its published loss needs.
     """
 
-    name: str
-    linears: float
-    layers: float
-    experts: float
-    loss: str
-    takes: str
-    commands: tuple[str, ...]
+    linears: float = 1
+    layers: float = 1
+    experts: float = 1
     tokens: float = 0.0
 
 
+CUT = "secateur structure {{source}} {} --output CUT"
+TEACH = "secateur train CUT --teacher {model} --text TEXT --output TAUGHT"
+HALF_WIDTH = (CUT.format("--keep-parameters 0.5"), TEACH)
 STRUCTURES = {
     one.name: one
     for one in (
-        CutAway("whole", 1, 1, 1, "none", "", ()),
-        CutAway("layers-25%", 1, 0.75, 1, "layers-25%", "alps",
-                ("secateur structure {source} --keep-layers 0.75 --effort best --output CUT",)),
-        CutAway("width-25%", 0.75, 1, 1, "width-25%", "alps",
-                ("secateur structure {source} --keep-parameters 0.75 --effort best --output CUT",)),
-        CutAway("width-50%-distilled", 0.5, 1, 1, "width-50%-distilled", "alps",
-                ("secateur structure {source} --keep-parameters 0.5 --output CUT",
-                 "secateur train CUT --teacher {model} --text TEXT --output TAUGHT"), 90e9),
-        CutAway("experts-25%", 1, 1, 0.75, "experts-25%", "alps",
-                ("secateur structure {source} --experts 0.75 --output CUT",)),
-        CutAway("experts-50%", 1, 1, 0.5, "experts-50%", "alps",
-                ("secateur structure {source} --experts 0.5 --output CUT",)),
+        CutAway("whole"),
+        CutAway("layers-25%", "alps", (CUT.format("--keep-layers 0.75 --effort best"),), 1, 0.75),
+        CutAway("width-25%", "alps", (CUT.format("--keep-parameters 0.75 --effort best"),), 0.75),
+        CutAway("width-50%-distilled", "alps", HALF_WIDTH, 0.5, tokens=90e9),
+        CutAway("experts-25%", "alps", (CUT.format("--experts 0.75"),), experts=0.75),
+        CutAway("experts-50%", "alps", (CUT.format("--experts 0.5"),), experts=0.5),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -156,24 +142,18 @@ class CompressionWay:
     @property
     def name(self) -> str:
         """The parts that differ from the model itself."""
-        names = self.structure.name, f"{self.zeros.name} zeros", self.values.name
-        pairs = zip(names, self.parts, strict=True)
-        return " + ".join(name for name, part in pairs if part.loss != "none") or "as it is"
+        names = (f"{one.name} zeros" if one is self.zeros else one.name for one in self.changes)
+        return " + ".join(names) or "as it is"
 
     @property
-    def parts(self) -> tuple[CutAway | Zeros | Values, ...]:
-        """What is done, in order."""
-        return self.structure, self.zeros, self.values
+    def changes(self) -> list[Part]:
+        """The parts that differ from the model itself, in the order in which they are made."""
+        return [one for one in (self.structure, self.zeros, self.values) if one.takes]
 
     @property
     def stored(self) -> str:
         """How its linears are stored, whatever is cut: zeros and values."""
         return f"{self.zeros.name} {self.values.name}"
-
-    @property
-    def changed(self) -> int:
-        """How many of the three parts differ from the model itself."""
-        return sum(part.loss != "none" for part in self.parts)
 
     @property
     def bits(self) -> float:
@@ -197,60 +177,44 @@ class CompressionWay:
         return model.scaled(one.linears, one.layers, one.experts)
 
     def kept(self, facts: Facts) -> tuple[float, float]:
-        """The fraction of the accuracy that stays: the product of the three parts, low to high."""
+        """The fraction of the accuracy that stays: the product of its parts, low to high."""
         low = high = 1.0
-        for part in self.parts:
-            found = facts.compressions[part.loss].kept
+        for part in self.changes:
+            found = facts.compressions[part.name].kept
             low, high = low * found[0], high * found[1]
         return low, high
 
-    def sources(self, facts: Facts) -> tuple[str, ...]:
+    def sources(self, facts: Facts) -> list[str]:
         """Where the losses of its parts were published."""
-        losses = (part.loss for part in self.parts)
-        return tuple(facts.compressions[loss].source for loss in losses if loss != "none")
+        return [facts.compressions[part.name].source for part in self.changes]
 
-    def commands(self, model: str) -> tuple[str, ...]:
+    def commands(self, model: str) -> list[str]:
         """The commands that make it, in order."""
         lines, source = [], model
-        for part in self.parts:
+        for part in self.changes:
             for command in part.commands:
                 lines.append(command.format(source=source, model=model))
                 source = command.partition("--output ")[2] or source
-        return tuple(lines)
+        return lines
 
 
-@dataclass(frozen=True)
-class ServingEngine:
-    """What runs models on a kind of hardware.
-
-    Attributes:
-        stored: the values that it runs, by the zeros that it skips.
-        shared: whether several devices may share a model.
-        batched: whether several sequences share a step.
-    """
-
-    stored: Mapping[str, tuple[str, ...]]
-    shared: bool = False
-    batched: bool = True
-
-
-ENGINES: Mapping[str, ServingEngine] = {
-    "cuda": ServingEngine(
-        {"dense": ("bf16", "fp8", "int8", "int4"), "2:4": ("bf16", "int4")}, shared=True
-    ),
-    "llama.cpp": ServingEngine({"dense": ("bf16", "q8_0", "q4_0")}),
-    "cpu": ServingEngine(dict.fromkeys(("dense", "50%"), ("bf16", "int8", "int4")), batched=False),
+CPU = ("bf16", "int8", "int4")
+ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cuda": {"dense": ("bf16", "fp8", "int8", "int4"), "2:4": ("bf16", "int4")},
+    "llama.cpp": {"dense": ("bf16", "q8_0", "q4_0")},
+    "cpu": {"dense": CPU, "50%": CPU},
 }
-"""By kind. vLLM removed its 2:4 kernels in March 2026 (pull request 36799): older releases have
-them, for int4 too, and TensorRT-LLM has those for bfloat16."""
+"""The values that something runs on a kind of hardware, by the zeros that it skips: vLLM or its
+like, llama.cpp, our kernels. vLLM removed its 2:4 kernels in March 2026 (pull request 36799): older
+releases have them, for int4 too, and TensorRT-LLM has those for bfloat16."""
 
 
 def options_for(model: ModelShape, device: Hardware) -> Iterator[CompressionWay]:
-    """The options that a device can gain from, the model itself first."""
+    """The ways that a device can gain from, the model itself first."""
     for structure in STRUCTURES.values():
         if structure.experts < 1 and not model.experts:
             continue
-        for zeros, values in ENGINES[device.kind].stored.items():
+        for zeros, values in ENGINES[device.kind].items():
             if zeros == "2:4" and not device.semi_structured:
                 continue
             for value in values:

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic import Strict as Strictness
 
 from secateur.recipes.options import (
@@ -190,7 +190,7 @@ class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
 
 
 class WhatToServe(Section):
-    """The model, the hardware and the load."""
+    """The model, the hardware and the requests."""
 
     group = WHAT
 
@@ -199,86 +199,32 @@ class WhatToServe(Section):
     llama-3.1-8b."""
     hardware: str = "this-machine"
     """What it runs on, such as h100-80gb, rtx-4090, m4-24gb, strix-halo-128gb, laptop-cpu,
-    this-machine, or a name from --facts. The page of advise lists all."""
-    requests_per_day: float = Field(1000.0, gt=0, le=1e12)
-    """Requests on an average day."""
-    tokens_per_request: int = Field(500, ge=2, le=10**8)
-    """Tokens of prompt and answer together."""
-    new_tokens: Annotated[int | None, Flag(default="half of them")] = Field(None, ge=1)
-    """Tokens of the answer alone."""
+    this-machine, or a name from --facts."""
+    prompt_tokens: int = Field(250, ge=1, le=10**8)
+    """Tokens in a prompt."""
+    new_tokens: int = Field(250, ge=1, le=10**8)
+    """Tokens of an answer."""
+    batch: Annotated[int | None, Flag(default="as many as pay")] = Field(None, gt=0, le=2**16)
+    """Sequences at once."""
 
 
-class Bounds(Section):
-    """What has to be kept."""
+class AdviseRecipe(RemoteCode, WhatToServe, Recipe):
+    """One advice."""
 
     group = HOW
-    conflicts = (
-        Conflict(
-            "spot",
-            "usd_per_hour",
-            "both say the price of the device",
-            "leave --spot out: your price counts",
-        ),
-    )
 
-    latency_p99_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
-    """Largest time between two tokens of an answer, for 99 of 100."""
-    first_token_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
-    """Largest time to the first token on an idle device."""
+    token_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
+    """Most milliseconds between two tokens of an answer."""
     quality_loss: float = Field(0.01, ge=0, lt=1)
     """The fraction of the task accuracy that may be lost."""
-    gpu_hours: Annotated[float | None, Flag(default="any")] = Field(None, ge=0)
+    gpu_hours: float = Field(24.0, ge=0)
     """Most GPU hours for making the model."""
-    peak: float = Field(2.0, ge=1, le=1e4)
-    """How many times the average the busiest moment has."""
-    utilisation: float = Field(0.7, ge=0.01, le=1)
-    """The fraction of a device's time that may be planned."""
-    spot: bool = False
-    """Count with prices of rented devices that can be taken away at any time."""
     usd_per_hour: Annotated[float | None, Flag(default="from the facts")] = Field(
         None, ge=0, le=1e6
     )
-    """What you pay for one device."""
+    """What you pay for the device."""
     facts: Annotated[str | None, Flag(value="FILE", default="the built-in ones")] = None
     """YAML with your own hardware, prices, losses or shapes."""
-
-
-class AdviseRecipe(Bounds, RemoteCode, WhatToServe, Recipe):
-    """One advice."""
-
-    group = OUTPUT
-
-    html: Annotated[str | None, Flag(value="FILE", default="none")] = None
-    """Also write a page with the advice and sliders to vary the load."""
-
-    @model_validator(mode="after")
-    def check_tokens(self) -> AdviseRecipe:
-        """An answer is a part of the request's tokens."""
-        if self.new_tokens is not None and self.new_tokens >= self.tokens_per_request:
-            raise ValueError(
-                f"--new-tokens {self.new_tokens}: must be less than --tokens-per-request "
-                f"{self.tokens_per_request}, which counts prompt and answer"
-            )
-        return self
-
-    def answer_tokens(self) -> int:
-        """Tokens of the answer."""
-        return self.new_tokens or self.tokens_per_request // 2
-
-    def explain(self) -> dict[str, Any]:
-        """The load in words, for the result."""
-        answer = self.answer_tokens()
-        return {
-            "requests_per_day": self.requests_per_day,
-            "prompt_tokens": self.tokens_per_request - answer,
-            "new_tokens": answer,
-            "latency_p99_ms": self.latency_p99_ms,
-            "first_token_ms": self.first_token_ms,
-            "quality_loss": self.quality_loss,
-            "gpu_hours": self.gpu_hours,
-            "peak": self.peak,
-            "utilisation": self.utilisation,
-        }
 
 
 class SweepTexts(Section):
@@ -336,8 +282,7 @@ class WhatToReport(Section):
     group = WHAT
 
     runs: Annotated[Texts, Flag(value="DIR")] = Field(min_length=1)
-    """Run folders, compressed or not; folders of sweeps, fits and drafts; files that `secateur
-    advise --json` wrote."""
+    """Run folders, compressed or not; folders of sweeps, fits and drafts."""
 
 
 class ReportRecipe(WhatToReport, Recipe):

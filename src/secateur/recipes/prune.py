@@ -135,23 +135,13 @@ class StoredFormat(Section):
 
 
 class PruneCall(Planning):
-    """What to do with a stopped run; or to plan only, for this machine or on paper for others."""
+    """What to do with a stopped run; or to plan only, for one process or for several."""
 
     group = MEMORY
-    needs: ClassVar = {
-        "gpus": ("dry_run",),
-        **dict.fromkeys(("nodes", "gpu", "network"), ("gpus",)),
-    }
+    needs: ClassVar = {"processes": ("dry_run",)}
 
-    gpus: Annotated[int | None, Flag(default="plan for this machine")] = Field(None, gt=0)
-    """With --dry-run: plan on paper for machines with so many GPUs. The model is then a well-known
-    shape such as llama-3.1-70b."""
-    nodes: int = Field(1, gt=0)
-    """How many such machines."""
-    gpu: str = "h100-80gb"
-    """What a GPU is: a100-80gb, h100-80gb, h200, l40s or rtx-4090."""
-    network: Annotated[str, Flag(value="RATE")] = Field("400Gb", pattern=r"^\d+(\.\d+)?Gb$")
-    """Bits a second of the network of one machine, such as 400Gb."""
+    processes: int = Field(1, gt=0)
+    """With --dry-run: plan one of so many processes on this machine."""
 
 
 _BALANCED: Mapping[str, Any] = {
@@ -221,7 +211,7 @@ class PruneRecipe(
             "dry_run",
             "ray",
             "a dry run plans for one process, and Ray would start several",
-            "leave --ray out; --gpus and --nodes plan for a cluster on paper",
+            "leave --ray out; --processes plans for several",
         ),
     )
 

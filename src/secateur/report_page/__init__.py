@@ -1,4 +1,4 @@
-"""The report: one page about runs, sweeps, fits and advice, for people.
+"""The report: one page about runs, sweeps and fits, for people.
 
 `runs/records/` declares the files of a run, and `records.py` reads them. `claims.py` and
 `figures.py` compute what the page shows, `page.py` writes it, and `report.py` is the verb. The core

@@ -1,4 +1,4 @@
-"""Read what a report is about: folders of runs, fits, drafts and sweeps, and files of advice.
+"""Read what a report is about: folders of runs, fits, drafts and sweeps.
 
 A folder is shown by the tables of the verbs that wrote its records.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from secateur.advisor.advise import AdviseResult
 from secateur.errors import SourceError
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.diagnose import diagnosis_blocks
@@ -141,7 +140,7 @@ class ReportedRun:
 
 @dataclass(frozen=True)
 class Reported:
-    """A sweep or an advice.
+    """A sweep.
 
     Attributes:
         name: its name on the page.
@@ -149,13 +148,12 @@ class Reported:
     """
 
     name: str
-    result: SweepResult | AdviseResult
+    result: SweepResult
 
     @property
     def source(self) -> str:
         """The model that it is about."""
-        found = self.result
-        return bare_name(found.sweep.model if isinstance(found, SweepResult) else found.model)
+        return bare_name(self.result.sweep.model)
 
     def sections(self) -> Sections:
         """What the verb printed."""
@@ -177,7 +175,7 @@ def shown(blocks: Iterable[Block]) -> list[Block]:
 
 
 def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
-    """Read folders of runs and sweeps, and files of advice, in the given order.
+    """Read folders of runs and sweeps, in the given order.
 
     Raises:
         SourceError: a path is none of these; the error says what is missing.
@@ -186,7 +184,7 @@ def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
     if not places:
         raise SourceError(
             "there is nothing to report",
-            remedy="name folders of runs, sweeps, fits or drafts, or the JSON of an advice",
+            remedy="name folders of runs, sweeps, fits or drafts",
         )
     found: list[ReportedRun | Reported] = []
     for place, name in zip(places, _names_of(places), strict=True):
@@ -194,13 +192,11 @@ def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
             raise SourceError(
                 "there is no such folder or file",
                 where=str(place),
-                remedy="name a folder of a run, a sweep or a fit, or the JSON of an advice",
+                remedy="name a folder of a run, a sweep or a fit",
             )
         if (place / "sweep.json").is_file():
             sweep = read_record(Sweep, place / "sweep.json")
             found.append(Reported(name, SweepResult(sweep, place)))
-        elif place.is_file():
-            found.append(Reported(name, AdviseResult.read(place)))
         else:
             run = read_run(place, name)
             found.append(run)

@@ -1,4 +1,4 @@
-"""A report over runs, sweeps, fits, drafts and advice: the page, charts as files, the model card.
+"""A report over runs, sweeps, fits and drafts: the page, charts as files, the model card.
 
 The page is one HTML file that contains everything it shows: what the verbs printed, charts, and one
 table of all runs. All text from files and models is escaped, and the page blocks the network and
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from secateur.advisor.advise import AdviseResult
 from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.evaluation.perplexity import judged_part
 from secateur.progress import Progress
@@ -24,7 +23,6 @@ from secateur.report_page.records import Reported, ReportedRun, read_places
 from secateur.reporting.cards import with_measurements
 from secateur.reporting.charts import Chart, page_svg, save_plots
 from secateur.reporting.evaluate import fastest_other
-from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import (
     Block,
     Line,
@@ -52,8 +50,7 @@ def report(
     """Write one page with all measurements of pruned models, side by side.
 
     Args:
-        runs: run folders, compressed or not; folders of sweeps, fits and drafts; JSON files of
-            advice.
+        runs: run folders, compressed or not; folders of sweeps, fits and drafts.
         output: the HTML file.
         plots: also write every chart as PNG and SVG into the folder `<output>-plots`.
         card: also write the model card of the only run, with all its measurements, to this file;
@@ -99,19 +96,13 @@ def report_recipe(recipe: ReportRecipe, progress: Progress) -> ReportResult:
     return report(**dict(recipe))
 
 
-def write_advice(name: str, advice: AdviseResult, page: Path) -> None:
-    """Write the page about an advice."""
-    _write_page([Reported(name, advice)], page)
-
-
 def _write_page(places: Sequence[ReportedRun | Reported], page: Path) -> list[Chart]:
     """Write the page about some places; returns its charts."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     runs = [place for place in places if isinstance(place, ReportedRun)]
-    results = {place.name: place.result for place in places if isinstance(place, Reported)}
-    sweeps = {name: found for name, found in results.items() if isinstance(found, SweepResult)}
+    sweeps = {place.name: place.result for place in places if isinstance(place, Reported)}
     shared = [*shared_charts(runs, sweeps)]
     own = {run.name: [*own_charts(run)] for run in runs}
     environment = Environment(

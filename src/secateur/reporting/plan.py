@@ -26,10 +26,12 @@ class PlanResult(Result):
     Attributes:
         plan: sizes in bytes, and work.
         activations: where hidden states would be stored between layers: memory or disk.
+        processes: how many share the work; memory and work are those of the first one.
     """
 
     plan: PrunePlan
     activations: str
+    processes: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -48,7 +50,11 @@ class PlanResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        return {**self.plan.to_json(), "activations": self.activations}
+        return {
+            **self.plan.to_json(),
+            "activations": self.activations,
+            "processes": self.processes,
+        }
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
@@ -82,7 +88,8 @@ class PlanResult(Result):
             ("  if float32 can factorise every gram, as usual", usual),
             (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
         ]
-        return [Table.of("plan", ("", ""), rows)]
+        several = f" of one of {self.processes} processes" if self.processes > 1 else ""
+        return [Table.of(f"plan{several}", ("", ""), rows)]
 
 
 HOST_PEAK = "peak memory of the host"

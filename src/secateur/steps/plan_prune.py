@@ -1,4 +1,4 @@
-"""`secateur prune --dry-run`: what a recipe would need, on this machine or on paper for others."""
+"""`secateur prune --dry-run`: what a recipe would need on this machine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import Any
 from secateur.engine.plan_time import estimate_seconds
 from secateur.engine.prepared import choose_plan, prepare, settings_of
 from secateur.engine.prune.tasks import skipped_matrices
+from secateur.parallel.processes import TorchRanks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.shared import texts_of
-from secateur.recipes.verbs import imported
 from secateur.reporting.plan import PlanResult
-from secateur.reporting.tables import Result
 from secateur.runs.folder import check_output
 from secateur.steps.runner import source_of
 
 
-def plan_recipe(
-    recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
-) -> PlanResult | Result:
-    """Check a recipe, and show what it would need, on this machine or on paper for others.
+def plan_recipe(recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]) -> PlanResult:
+    """Check a recipe, and show what it would need on this machine.
 
     Args:
         recipe: recipe of the pruning.
@@ -37,22 +34,19 @@ def plan_recipe(
         from secateur.steps.chain import PruneAndCompress
 
         PruneAndCompress.check(recipe)
-    cluster_call = PruneCall(dry_run=True, **call)
-    if cluster_call.gpus is not None:
-        planned: Result = imported("secateur.advisor.cluster:plan_on_paper")(recipe, cluster_call)
-        return planned
-    plan = plan_pruning(recipe, progress)
+    plan = plan_pruning(recipe, progress, PruneCall(dry_run=True, **call).processes)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "prune", plan.plan.disk_bytes, read, call)
     return plan
 
 
-def plan_pruning(recipe: PruneRecipe, progress: Progress) -> PlanResult:
-    """What a recipe would need on this machine."""
+def plan_pruning(recipe: PruneRecipe, progress: Progress, processes: int = 1) -> PlanResult:
+    """What a recipe would need on this machine: its first process, if it has several."""
     prepared = prepare(recipe, source_of(recipe, progress), only_plan=True, pictures=True)
     tasks = prepared.tasks()
-    plan, activations = choose_plan(prepared, tasks, recipe.memory)
+    ranks = TorchRanks(0, processes, processes)
+    plan, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
     settings = settings_of(recipe, activations, None)
     seconds = estimate_seconds(prepared, tasks, settings, plan.passed_tokens)
     left = skipped_matrices(tasks, prepared.target.matrices())
-    return PlanResult(replace(plan, left=left, seconds=seconds), activations)
+    return PlanResult(replace(plan, left=left, seconds=seconds), activations, processes)
