@@ -60,7 +60,7 @@ def ours(
     pattern = parse_pattern(column if ":" in column else "unstructured")
     started = time.perf_counter()
     solver = solvers["alps"](**settings)
-    found = solver.solve(weight, solver.prepare({"gram": gram}), pattern, 0.5)
+    found = solver.choose(weight, solver.prepare({"gram": gram}), pattern, 0.5)
     return time.perf_counter() - started, found.weight
 
 

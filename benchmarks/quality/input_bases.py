@@ -56,8 +56,7 @@ def rounded(weight: Tensor, gram: Tensor, basis: Tensor, bits: int) -> Tensor:
     solver, turned = OBS(bits=bits, group=GROUP), weight @ basis
     prepared = solver.prepare({"gram": inverse @ gram @ inverse.t()})
     everything = torch.ones_like(weight, dtype=torch.bool)
-    held = parse_pattern("unstructured")
-    return solver.solve(turned, prepared, held, 0.0, mask=everything).weight @ inverse
+    return solver.solve(turned, prepared, everything).weight @ inverse
 
 
 def main() -> None:

@@ -75,13 +75,13 @@ def measure(weight: Tensor, gram: Tensor, held_out: Tensor) -> list[dict[str, An
                 weight, wanda, statistics, pattern, sparsity
             )
         )
-        chosen = solvers["obs"]().solve(weight, prepared["obs"], pattern, sparsity).mask
+        chosen = solvers["obs"]().choose(weight, prepared["obs"], pattern, sparsity).mask
         for name, mask in (("wanda", wanda), ("swapped", swapped), ("sparsegpt", chosen)):
             for refit in REFITS:
                 solution, solve_seconds = timed(
-                    lambda refit=refit, mask=mask, pattern=pattern, sparsity=sparsity: solvers[
-                        refit
-                    ]().solve(weight, prepared[refit], pattern, sparsity, mask=mask)
+                    lambda refit=refit, mask=mask: solvers[refit]().solve(
+                        weight, prepared[refit], mask
+                    )
                 )
                 rows.append({
                     "shape": list(weight.shape), "pattern": text, "sparsity": sparsity,

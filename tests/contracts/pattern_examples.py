@@ -38,3 +38,11 @@ def sparsities(pattern: Pattern) -> list[float]:
 
 def parsed(text: str, scope: str | None) -> Pattern:
     return parse_pattern(text, scope)
+
+
+def solved_by(solver, case, pattern, sparsity, mask=None):
+    """The solution for a mask, or for the one that the solver chooses."""
+    prepared = solver.prepare(case.statistics)
+    if mask is None:
+        return solver.choose(case.weight, prepared, pattern, sparsity)
+    return solver.solve(case.weight, prepared, mask)

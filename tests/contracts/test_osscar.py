@@ -18,7 +18,7 @@ from secateur.sparsity.solvers.osscar import OSSCAR
 def solved(case, text, sparsity, **parameters):
     solver = OSSCAR(**parameters)
     prepared = solver.prepare(case.statistics)
-    return solver.solve(case.weight, prepared, parsed(text, None), sparsity)
+    return solver.choose(case.weight, prepared, parsed(text, None), sparsity)
 
 
 @pytest.mark.parametrize(("text", "count"), [("*x1", 5), ("*x1", 1), ("*x3", 2), ("*x3/2", 4)])
@@ -50,9 +50,7 @@ def test_less_is_lost_than_by_a_score_and_by_zeros(text, score, example):
         method = compose(None, text, score=score)
         mask = method.mask(case.weight, case.statistics, 0.25)
         refit = LeastSquares()
-        fitted = refit.solve(
-            case.weight, refit.prepare(case.statistics), method.pattern, 0.25, mask=mask
-        )
+        fitted = refit.solve(case.weight, refit.prepare(case.statistics), mask)
         found = solved(case, text, 0.25)
         weights = (found.weight, fitted.weight, case.weight * mask)
         best, scored, zeroed = (damped_error(case.weight, w, case.inputs) for w in weights)
@@ -119,7 +117,7 @@ def test_the_bias_keeps_the_mean_output(example):
     mask = torch.rand(6, 12, generator=torch.Generator().manual_seed(2)) > 0.4
     solver = Bias()
     prepared = solver.prepare({"column_mean": inputs.mean(0)})
-    solution = solver.solve(case.weight, prepared, parsed("*x1", None), 0.5, mask=mask)
+    solution = solver.solve(case.weight, prepared, mask)
     assert solution.shift is not None
     outputs = inputs @ solution.weight.t() + solution.shift
     torch.testing.assert_close(outputs.mean(0), (inputs @ case.weight.t()).mean(0))

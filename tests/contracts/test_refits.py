@@ -20,7 +20,7 @@ from secateur.sparsity.solvers.zeroing import Zeroing
 def refit(solver, case, mask):
     """The refitted weight; the pattern is not consulted."""
     prepared = solver.prepare(case.statistics)
-    return solver.solve(case.weight, prepared, parsed("2:4", None), 0.5, mask=mask).weight
+    return solver.solve(case.weight, prepared, mask).weight
 
 
 def masks_of(text, scope, case):
@@ -120,9 +120,7 @@ def test_ill_conditioned_support_is_taken_to_float64(example):
     mask = torch.rand(4, 30, generator=random) > 0.2
     gram = (x.t() @ x).float()
     solver = LeastSquares(damping=0.0)
-    solution = solver.solve(
-        weight, solver.prepare({"gram": gram}), parsed("2:4", None), 0.5, mask=mask
-    )
+    solution = solver.solve(weight, solver.prepare({"gram": gram}), mask)
     best = oracles.least_squares(weight, mask, x, 0.0)
     reached = relative_error(weight, solution.weight, x)
     assert reached <= 1.01 * relative_error(weight, best, x) + 1e-9
@@ -133,13 +131,7 @@ def test_singular_gram_without_damping_is_an_error():
     mask = torch.tensor([[True, True, True, False, True, False]])
     for solver in (LeastSquares(damping=0.0), ADMM(damping=0.0, rho=1e-9)):
         with pytest.raises(NumericalError, match="larger"):
-            solver.solve(
-                torch.ones(1, 6),
-                solver.prepare({"gram": ones.t() @ ones}),
-                parsed("2:4", None),
-                0.5,
-                mask=mask,
-            )
+            solver.solve(torch.ones(1, 6), solver.prepare({"gram": ones.t() @ ones}), mask)
 
 
 @pytest.mark.parametrize("solver", [LeastSquares(), ADMM()])
@@ -148,7 +140,7 @@ def test_what_is_no_number_is_refused(solver):
     weight[1, 1] = float("nan")
     prepared = solver.prepare({"gram": torch.eye(4)})
     with pytest.raises(NumericalError, match="infinite values or NaN"):
-        solver.solve(weight, prepared, parsed("2:4", None), 0.5, mask=weight > 0)
+        solver.solve(weight, prepared, weight > 0)
     with pytest.raises(NumericalError, match="every calibration input of this linear is zero"):
         solver.prepare({"gram": torch.zeros(4, 4)})
     gram = torch.eye(4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contracts.pattern_examples import parsed
+from contracts.pattern_examples import parsed, solved_by
 from oracles import group_rounding as oracle
 from oracles.scores import damped_hessian
 from oracles.sparsegpt import relative_error
@@ -101,7 +101,7 @@ def test_a_solution_is_on_its_grid_and_its_zeros_stay(solver, text, given, examp
     case = example((12, 96), seed=4, dead=2)
     pattern = parsed(text, "layer" if text == "unstructured" else None)
     mask = pattern.mask(case.weight.abs().float(), 0.5) if given else None
-    solution = solver.solve(case.weight, solver.prepare(case.statistics), pattern, 0.5, mask=mask)
+    solution = solved_by(solver, case, pattern, 0.5, mask)
     assert not solution.weight[~solution.mask].any()
     assert int(solution.mask.sum()) == case.weight.numel() // 2
     if given:
@@ -123,7 +123,7 @@ def test_each_step_after_the_sweep_lowers_the_error(bits, example):
     for descent in (0, 1, 4):
         solver = OBS(bits=bits, descent=descent)
         prepared = solver.prepare(case.statistics)
-        errors.append(solver.solve(case.weight, prepared, pattern, 0.5, mask=mask).error)
+        errors.append(solver.solve(case.weight, prepared, mask).error)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.8 * errors[0]
 
@@ -135,7 +135,7 @@ def test_int8_and_alps(example):
     for bits in (0, 8, 4, 3, 2):
         solver = ALPS(bits=bits)
         prepared = solver.prepare(case.statistics)
-        error[bits] = solver.solve(case.weight, prepared, pattern, 0.5).error
+        error[bits] = solver.choose(case.weight, prepared, pattern, 0.5).error
         assert solver.rounds == (bits > 0)
     assert error[0] < error[8] < 1.05 * error[0]
     assert error[8] < error[4] < error[3] < error[2]
@@ -150,4 +150,4 @@ def test_what_cannot_be_rounded_is_refused(example):
         OBS(bits=4, descent=-1)
     solver, case = OBS(bits=4), example((4, 80))
     with pytest.raises(PatternError, match="do not divide"):
-        solver.solve(case.weight, solver.prepare(case.statistics), parsed("2:5", None), 0.6)
+        solver.choose(case.weight, solver.prepare(case.statistics), parsed("2:5", None), 0.6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
+from contracts.pattern_examples import ALL, fitting_shape, parsed, solved_by, sparsities
 from oracles.refits import least_squares
 from oracles.sparsegpt import relative_error, sparsegpt
 from secateur.errors import RecipeError
@@ -17,9 +17,7 @@ from secateur.sparsity.solvers.obs import OBS
 
 def check_equal(case, text, scope, sparsity, block_columns=128, damping=0.01, mask=None):
     solver, pattern = OBS(damping, block_columns=block_columns), parsed(text, scope)
-    solution = solver.solve(
-        case.weight, solver.prepare(case.statistics), pattern, sparsity, mask=mask
-    )
+    solution = solved_by(solver, case, pattern, sparsity, mask)
     weight, kept, clearance = sparsegpt(
         case.weight,
         case.statistics["gram"],
@@ -89,13 +87,13 @@ def test_rounding_after_a_fit_on_the_mask(text, scope, example):
     for sparsity in sparsities(pattern):
         plain, rounding = (OBS(bits=bits, refit_steps=200) for bits in (0, 8))
         prepared = plain.prepare(case.statistics)
-        mask = plain.solve(case.weight, prepared, pattern, sparsity).mask
+        mask = plain.choose(case.weight, prepared, pattern, sparsity).mask
         fitted = least_squares(case.weight, mask, case.inputs)
         wanted, _, clearance = sparsegpt(fitted, gram, text, scope, sparsity, mask=mask, bits=8)
         clear = clearance > 1e-3
         assert clear.float().mean() > 0.6
         for given in (None, mask):
-            solution = rounding.solve(case.weight, prepared, pattern, sparsity, mask=given)
+            solution = solved_by(rounding, case, pattern, sparsity, given)
             assert torch.equal(solution.mask, mask)
             torch.testing.assert_close(
                 solution.weight[clear], wanted.float()[clear], rtol=1e-4, atol=1e-4
@@ -105,7 +103,7 @@ def test_rounding_after_a_fit_on_the_mask(text, scope, example):
 def solved(case, text, bits, mask=None):
     solver, scope = OBS(bits=bits), "layer" if text == "unstructured" else None
     pattern = parse_pattern(text, scope)
-    return solver.solve(case.weight, solver.prepare(case.statistics), pattern, 0.5, mask=mask)
+    return solved_by(solver, case, pattern, 0.5, mask)
 
 
 def with_weak_columns(case):
@@ -144,10 +142,9 @@ def test_more_bits_lose_less(text, example):
 def test_a_row_of_zeros_stays_zero(solver, example):
     case = example((8, 32), seed=10)
     case.weight[3] = 0.0
-    pattern = parse_pattern("2:4", None)
     mask = torch.tensor([True, True, False, False]).repeat(8, 8)
     prepared = solver.prepare(case.statistics)
-    solution = solver.solve(case.weight, prepared, pattern, 0.5, mask=mask)
+    solution = solver.solve(case.weight, prepared, mask)
     assert not solution.weight[3].any()
 
 

@@ -89,7 +89,7 @@ def test_weight_that_overflowed_is_an_error(bad):
     weight[1, 1] = bad
     solver = OBS()
     with pytest.raises(NumericalError, match="infinite values or NaN"):
-        solver.solve(weight, solver.prepare({"gram": torch.eye(4)}), parse_pattern("2:4"), 0.5)
+        solver.choose(weight, solver.prepare({"gram": torch.eye(4)}), parse_pattern("2:4"), 0.5)
 
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])

@@ -19,7 +19,7 @@ PATTERN = parse_pattern("unstructured")
 
 def solved(weight: Tensor, mask: Tensor, **grid: int) -> Tensor:
     solver = Zeroing(**grid)
-    return solver.solve(weight, solver.prepare({}), PATTERN, 0.0, mask=mask).weight
+    return solver.solve(weight, solver.prepare({}), mask).weight
 
 
 def nearest_error(row: list[float], bits: int) -> float:
@@ -53,7 +53,7 @@ def test_what_a_solver_has_rounded_stays_bit_for_bit(bits: int) -> None:
     weight, x = torch.randn(16, 64, generator=generator), torch.randn(128, 64, generator=generator)
     mask = torch.rand(16, 64, generator=generator) < 0.5
     solver = OBS(bits=bits)
-    rounded = solver.solve(weight, solver.prepare({"gram": x.t() @ x}), PATTERN, 0.0, mask=mask)
+    rounded = solver.solve(weight, solver.prepare({"gram": x.t() @ x}), mask)
     stored = rounded.weight.bfloat16()
     again = solved(stored, mask, bits=bits).bfloat16()
     assert torch.equal(again.view(torch.int16), stored.view(torch.int16))

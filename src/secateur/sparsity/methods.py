@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from secateur.errors import PatternError, RecipeError
 from secateur.registry import did_you_mean
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
-from secateur.sparsity.solvers import Solution, Solver, solvers
+from secateur.sparsity.solvers import ChoosingSolver, Solution, Solver, solvers
 from secateur.types import STORED, Mask, Statistics, Weight
 
 
@@ -192,8 +192,10 @@ class Method:
             PatternError, ShapeError: the pattern cannot hold this sparsity or shape.
             NumericalError: a number is infinite or not a number, or a matrix cannot be factorised.
         """
-        mask = None if self.solver_selects else self.mask(weight, statistics, sparsity)
-        return self.solver.solve(weight, prepared, self.pattern, sparsity, mask=mask)
+        if self.solver_selects:
+            solver = cast(ChoosingSolver, self.solver)
+            return solver.choose(weight, prepared, self.pattern, sparsity)
+        return self.solver.solve(weight, prepared, self.mask(weight, statistics, sparsity))
 
     def mask(self, weight: Weight, statistics: Statistics, sparsity: float) -> Mask:
         """The mask by the score, improved by the refinement if there is one."""

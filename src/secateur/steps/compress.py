@@ -61,7 +61,6 @@ from secateur.runtime.storage_plan import (
     check_names,
     make_plan,
 )
-from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers.obs import OBS
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.runner import RunContext, Step, carry_out, identity_of, step_of
@@ -438,7 +437,7 @@ def round_head(
         if tied:
             gram = gram + LOOKED_UP * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
         bits, group = GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP
-        solver, held = OBS(bits=bits, group=group), parse_pattern("unstructured")
+        solver = OBS(bits=bits, group=group)
         weight, prepared = target.reader.read(name), solver.prepare({"gram": gram})
         rounded = torch.empty_like(weight, dtype=torch.bfloat16)  # exact for any grid
         parts = weight.split(max(1, SOLVED_AT_ONCE // weight.shape[1]))
@@ -446,7 +445,7 @@ def round_head(
         for part, out in zip(parts, rounded.split(len(parts[0])), strict=True):
             everything = torch.ones_like(part, dtype=torch.bool, device=gram.device)
             own = part.to(gram.device)
-            out.copy_(solver.solve(own, prepared, held, 0.0, mask=everything).weight)
+            out.copy_(solver.solve(own, prepared, everything).weight)
             progress.step()
         progress.finish()
         with whole_folder(folder) as unfinished:

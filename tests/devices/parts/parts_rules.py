@@ -23,7 +23,7 @@ def planted_numpy(weight: Tensor) -> Tensor:
 
 def planted_mask(weight: Tensor) -> Tensor:
     mask = Unstructured().mask(weight.abs().cpu(), 0.5)  # left where it was made
-    return Zeroing().solve(weight, None, Unstructured(), 0.5, mask=mask).weight
+    return Zeroing().solve(weight, None, mask).weight
 
 
 def planted_result(weight: Tensor) -> Tensor:

@@ -75,11 +75,11 @@ def test_solver(name, text, scope, example, both):
     mask = pattern.mask(case.weight.abs(), share(pattern))
 
     def holding(weight, known, kept):
-        solved = solver.solve(weight, solver.prepare(known), pattern, share(pattern), mask=kept)
+        solved = solver.solve(weight, solver.prepare(known), kept)
         return solved.weight, solved.mask, solved.error, solved.shift
 
     def choosing(weight, known):
-        solved = solver.solve(weight, solver.prepare(known), pattern, share(pattern))
+        solved = solver.choose(weight, solver.prepare(known), pattern, share(pattern))
         return solved.weight, solved.mask, solved.error
 
     both(holding, case.weight, case.statistics, mask, **NEAR)
@@ -114,9 +114,7 @@ def test_method(name, example, both):
     case = example((16, 32))
 
     def solved(weight, known):
-        mask = None if method.solver_selects else method.mask(weight, known, 0.5)
-        prepared = method.solver.prepare(known)
-        found = method.solver.solve(weight, prepared, method.pattern, 0.5, mask=mask)
+        found = method.solve(weight, method.solver.prepare(known), known, 0.5)
         return found.weight, found.mask
 
     both(solved, case.weight, case.statistics, **NEAR)
@@ -128,7 +126,7 @@ def test_rounding_to_int8(example, both):
     mask = pattern.mask(case.weight.abs(), 0.5)
 
     def rounded(weight, known, kept):
-        return solver.solve(weight, solver.prepare(known), pattern, 0.5, mask=kept).weight
+        return solver.solve(weight, solver.prepare(known), kept).weight
 
     both(rounded, case.weight, case.statistics, mask, rtol=0.05, atol=0.02)
 

@@ -224,7 +224,7 @@ def test_the_work_of_least_squares_is_that_of_its_factorisations(
     statistics = {"gram": gram, "column_norm": gram.diagonal().sqrt()}
     mask = method.mask(weight, statistics, 0.5)
     solver = method.solver
-    solver.solve(weight, solver.prepare(statistics), method.pattern, 0.5, mask=mask)
+    solver.solve(weight, solver.prepare(statistics), mask)
     estimate = solver.flops((24, 48), method.pattern, 0.5)
     # Rows that keep fewer weights are filled up to the largest of their chunk.
     assert estimate <= sum(done) <= (1.0 if pattern in ("2:4", "*x1") else 2.0) * estimate

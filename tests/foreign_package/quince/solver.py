@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from quince import MIB
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, required_mask, solvers
+from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Mask, Statistics, Weight
 
 
@@ -29,17 +29,8 @@ class Stretch:
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: None,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
-    ) -> Solution:
+    def solve(self, weight: Weight, prepared: None, mask: Mask) -> Solution:
         """Solve one linear for a given mask."""
-        mask = required_mask(mask, "quince-stretch")
         return Solution(self.factor * weight.detach().float() * mask, mask, error=None)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:

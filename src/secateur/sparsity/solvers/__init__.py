@@ -1,7 +1,7 @@
 """Solvers: find the mask and the weights with the least error. One file each.
 
 A solver works in two steps, so that linears with the same input share the costly first one:
-`prepare` uses only the statistics of the input, `solve` one weight.
+`prepare` uses only the statistics of the input, `solve` one weight and its mask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from secateur.errors import RecipeError
 from secateur.quantization.groups import GroupGrid
 from secateur.registry import Registry
 from secateur.sparsity.column_sweep import Rounding
@@ -19,7 +18,7 @@ from secateur.sparsity.hessian import check_damping
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
 
-__all__ = ["RoundingSolver", "Solution", "Solver", "SolverDefaults", "required_mask", "solvers"]
+__all__ = ["ChoosingSolver", "RoundingSolver", "Solution", "Solver", "SolverDefaults", "solvers"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Solver(Protocol):
     """Names of the statistics it reads."""
 
     selects_by: ClassVar[str | None]
-    """The score by which the solver chooses the mask itself while it works; None if it cannot."""
+    """The score by which it can choose the mask itself (`ChoosingSolver`); None: it cannot."""
 
     whole_units: ClassVar[bool]
     """Whether it chooses whole columns only (`patterns.WholeUnits`)."""
@@ -71,16 +70,14 @@ class Solver(Protocol):
         """Compute everything that depends only on the input, once per group of linears."""
         ...
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: Any,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
-    ) -> Solution:
-        """Solve one linear; a given mask is held, otherwise the solver selects one."""
+    def solve(self, weight: Weight, prepared: Any, mask: Mask) -> Solution:
+        """Solve one linear [out, in] of any floating dtype, in float32; the mask is held.
+
+        It changes no argument.
+
+        Raises:
+            NumericalError: a weight is infinite or not a number, or a matrix cannot be factorised.
+        """
         ...
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
@@ -95,6 +92,18 @@ class Solver(Protocol):
         """Floating-point operations of the factorisations that one linear cannot share.
 
         They grow with the rows, and can take hours. Shared factorisations count as 0.
+        """
+        ...
+
+
+class ChoosingSolver(Solver, Protocol):
+    """The contract of a solver whose `selects_by` names a score."""
+
+    def choose(self, weight: Weight, prepared: Any, pattern: Pattern, sparsity: float) -> Solution:
+        """Solve one linear, and select its mask while it works; otherwise as `solve`.
+
+        Raises:
+            PatternError, ShapeError: the pattern cannot hold this sparsity or shape.
         """
         ...
 
@@ -164,17 +173,3 @@ class RoundingSolver(SolverDefaults):
 
 
 solvers: Registry[type[Solver]] = Registry("solver", __name__)
-
-
-def required_mask(mask: Mask | None, solver: str) -> Mask:
-    """The mask, for solvers that cannot choose one.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if mask is None:
-        raise RecipeError(
-            f"the solver {solver!r} cannot choose which weights to prune",
-            remedy="select a mask by a score first: pattern.mask(score, sparsity)",
-        )
-    return mask

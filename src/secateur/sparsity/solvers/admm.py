@@ -17,8 +17,7 @@ from secateur.sparsity.hessian import (
     relative_output_error,
     scaled_hessian,
 )
-from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 
@@ -68,12 +67,10 @@ class ADMM(SolverDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.patterns import parse_pattern
         >>> from secateur.sparsity.solvers.admm import ADMM
         >>> solver, mask = ADMM(damping=0.0), torch.tensor([[False, True]])
         >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
-        >>> pattern = parse_pattern("unstructured")
-        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask).weight
+        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, mask).weight
         tensor([[0.0000, 1.5000]])
     """
 
@@ -109,29 +106,12 @@ class ADMM(SolverDefaults):
             )
         return PreparedProximal(torch.cholesky_inverse(lower).mul_(self.rho), scale, dead, gram)
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: PreparedProximal,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
-    ) -> Solution:
+    def solve(self, weight: Weight, prepared: PreparedProximal, mask: Mask) -> Solution:
         """Refit one weight [out, in] of any floating dtype; computed in float32.
 
-        Args:
-            weight: not changed.
-            prepared: of the inputs of this linear.
-            pattern: not used.
-            sparsity: not used.
-            mask: held.
-
         Raises:
-            RecipeError: no mask was given; this solver cannot choose one.
             NumericalError: a weight is infinite or not a number.
         """
-        mask = required_mask(mask, "admm")
         check_weight(weight)
         pruned = ~mask
         dense = (weight.detach().float() * prepared.scale).masked_fill_(prepared.dead, 0.0)
@@ -143,11 +123,7 @@ class ADMM(SolverDefaults):
             sparse = near.masked_fill(pruned, 0.0)
             dual = near.sub_(sparse)
         solved = sparse.div_(prepared.scale)
-        return Solution(
-            weight=solved,
-            mask=mask,
-            error=relative_output_error(weight, solved, prepared.gram),
-        )
+        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Six float32 copies of the weight, three of the gram."""

@@ -93,12 +93,10 @@ class ALPS(RoundingSolver):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.patterns import parse_pattern
         >>> from secateur.sparsity.solvers.alps import ALPS
         >>> solver, mask = ALPS(damping=0.0), torch.tensor([[False, True]])
         >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
-        >>> pattern = parse_pattern("unstructured")
-        >>> solution = solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask)
+        >>> solution = solver.solve(torch.tensor([[1.0, 1.0]]), prepared, mask)
         >>> [round(weight, 4) for weight in solution.weight[0].tolist()]
         [0.0, 1.5]
     """
@@ -133,37 +131,46 @@ class ALPS(RoundingSolver):
         factor = inverse_factor(gram, self.damping)[0] if self.rounds else None
         return ScaledGram(scale, hessian, dead, gram, inverse, factor)
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: ScaledGram,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
+    def solve(self, weight: Weight, prepared: ScaledGram, mask: Mask) -> Solution:
+        """Refit one weight [out, in] of any floating dtype; computed in float32.
+
+        Raises:
+            NumericalError: a weight is infinite or not a number.
+        """
+        dense = self._scaled(weight, prepared)
+        return self._refitted(weight, prepared, mask, dense, dense, self.refit_steps)
+
+    def choose(
+        self, weight: Weight, prepared: ScaledGram, pattern: Pattern, sparsity: float
     ) -> Solution:
         """Prune one weight [out, in] of any floating dtype; computed in float32.
-
-        Args:
-            weight: not changed.
-            prepared: of the inputs of this linear.
-            pattern: the zeros that are allowed; not consulted if a mask is given.
-            sparsity: the fraction of zeros; not consulted if a mask is given.
-            mask: held if given; otherwise found by ADMM.
 
         Raises:
             PatternError: the pattern cannot hold this sparsity or shape.
             NumericalError: a weight is infinite or not a number.
         """
+        pattern.check((weight.shape[0], weight.shape[1]), sparsity)
+        dense = self._scaled(weight, prepared)
+        start, mask = self._search(dense, prepared, pattern, sparsity)
+        return self._refitted(weight, prepared, mask, dense, start, -(-self.refit_steps // 2))
+
+    def _scaled(self, weight: Weight, prepared: ScaledGram) -> Tensor:
+        """B₀ = W ⊙ s."""
         check_weight(weight)
         dense = weight.detach().float() * prepared.scale
-        dense.masked_fill_(prepared.dead, 0.0)
+        return dense.masked_fill_(prepared.dead, 0.0)
+
+    def _refitted(
+        self,
+        weight: Weight,
+        prepared: ScaledGram,
+        mask: Mask,
+        dense: Tensor,
+        start: Tensor,
+        steps: int,
+    ) -> Solution:
+        """Fit the weights of a mask, from a start in the scaled space, and round them."""
         target = dense @ prepared.hessian
-        start, steps = dense, self.refit_steps
-        if mask is None:
-            pattern.check((weight.shape[0], weight.shape[1]), sparsity)
-            start, mask = self._search(dense, target, prepared, pattern, sparsity)
-            steps = -(-steps // 2)
         solved = fit_on_mask(start * mask, target, prepared.hessian, mask, steps)
         solved /= prepared.scale
         if prepared.factor is not None:
@@ -172,9 +179,7 @@ class ALPS(RoundingSolver):
             diagonal = prepared.scale.square()
             self.rounding.hold(columns, target, kept, prepared.gram, diagonal, prepared.factor)
             solved = columns.t().contiguous()
-        return Solution(
-            weight=solved, mask=mask, error=relative_output_error(weight, solved, prepared.gram)
-        )
+        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Ten float32 copies of the weight, nine of the gram; one more of it if bits are given.
@@ -186,9 +191,10 @@ class ALPS(RoundingSolver):
         return 10 * float32_bytes(shape) + squares * float32_bytes((shape[1], shape[1]))
 
     def _search(
-        self, dense: Tensor, target: Tensor, prepared: ScaledGram, pattern: Pattern, sparsity: float
+        self, dense: Tensor, prepared: ScaledGram, pattern: Pattern, sparsity: float
     ) -> tuple[Tensor, Mask]:
         """ADMM in the scaled space: the last B, and the mask of its largest squares."""
+        target = dense @ prepared.hessian
         support = pattern.mask(dense.square(), sparsity)
         agreed = dense * support
         dual = torch.zeros_like(dense)

@@ -8,8 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor
 
-from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 
@@ -27,12 +26,10 @@ class Bias(SolverDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.patterns import parse_pattern
         >>> from secateur.sparsity.solvers.bias import Bias
         >>> solver, mask = Bias(), torch.tensor([[True, False]])
         >>> mean = solver.prepare({"column_mean": torch.tensor([0.0, 0.5])})
-        >>> pattern = parse_pattern("unstructured")
-        >>> solution = solver.solve(torch.tensor([[3.0, -1.0]]), mean, pattern, 0.5, mask=mask)
+        >>> solution = solver.solve(torch.tensor([[3.0, -1.0]]), mean, mask)
         >>> solution.weight, solution.shift
         (tensor([[3., 0.]]), tensor([-0.5000]))
     """
@@ -44,21 +41,8 @@ class Bias(SolverDefaults):
         """μ."""
         return statistics["column_mean"]
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: Float32[Tensor, " in"],
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
-    ) -> Solution:
-        """Zero a weight [out, in] where the mask is False, and return the shift of the bias.
-
-        Raises:
-            RecipeError: no mask was given; this solver cannot choose one.
-        """
-        mask = required_mask(mask, "bias")
+    def solve(self, weight: Weight, prepared: Float32[Tensor, " in"], mask: Mask) -> Solution:
+        """Zero a weight [out, in] where the mask is False, and return the shift of the bias."""
         dense = weight.detach().float()
         shift = dense.masked_fill(mask, 0.0) @ prepared
         return Solution(dense.masked_fill(~mask, 0.0), mask, error=None, shift=shift)

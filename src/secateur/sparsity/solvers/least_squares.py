@@ -19,7 +19,7 @@ from secateur.sparsity.hessian import (
     relative_output_error,
 )
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 # Entries of the systems that are gathered and factorised together: 64 MiB in float32.
@@ -67,12 +67,10 @@ class LeastSquares(SolverDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.patterns import parse_pattern
         >>> from secateur.sparsity.solvers.least_squares import LeastSquares
         >>> solver, mask = LeastSquares(damping=0.0), torch.tensor([[False, True]])
         >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
-        >>> pattern = parse_pattern("unstructured")
-        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask).weight
+        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, mask).weight
         tensor([[0.0000, 1.5000]])
     """
 
@@ -104,30 +102,13 @@ class LeastSquares(SolverDefaults):
         gram = statistics["gram"]
         return PreparedHessian(*damped_diagonal(gram, self.damping), gram)
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: PreparedHessian,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
-    ) -> Solution:
+    def solve(self, weight: Weight, prepared: PreparedHessian, mask: Mask) -> Solution:
         """Refit one weight [out, in] of any floating dtype; computed in float32.
 
-        Args:
-            weight: not changed.
-            prepared: of the inputs of this linear.
-            pattern: not consulted.
-            sparsity: not consulted.
-            mask: held.
-
         Raises:
-            RecipeError: no mask was given; this solver cannot choose one.
             NumericalError: a weight is infinite or not a number, or H_SS is not positive definite
                 even in float64.
         """
-        mask = required_mask(mask, "least-squares")
         check_weight(weight)
         dense = weight.detach().float().masked_fill(prepared.dead, 0.0)
         pull = dense.masked_fill(mask, 0.0) @ prepared.gram
@@ -136,11 +117,7 @@ class LeastSquares(SolverDefaults):
             change = systems.solve(pull, prepared)
             rows, columns = systems.rows[:, None], systems.columns[systems.member]
             solved[rows, columns] += change
-        return Solution(
-            weight=solved,
-            mask=mask,
-            error=relative_output_error(weight, solved, prepared.gram),
-        )
+        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Five float32 copies of the weight, and the systems of a chunk (`systems_bytes`)."""

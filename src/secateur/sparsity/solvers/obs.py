@@ -84,12 +84,10 @@ class OBS(RoundingSolver):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.patterns import parse_pattern
         >>> from secateur.sparsity.solvers.obs import OBS
         >>> solver, mask = OBS(damping=0.0), torch.tensor([[False, True]])
         >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
-        >>> pattern = parse_pattern("unstructured")
-        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, pattern, 0.5, mask=mask).weight
+        >>> solver.solve(torch.tensor([[1.0, 1.0]]), prepared, mask).weight
         tensor([[0.0000, 1.5000]])
     """
 
@@ -116,51 +114,49 @@ class OBS(RoundingSolver):
         factor, dead = inverse_factor(gram, self.damping)
         return PreparedGram(factor, dead, gram)
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: PreparedGram,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
+    def solve(self, weight: Weight, prepared: PreparedGram, mask: Mask) -> Solution:
+        """Prune one weight [out, in] of any floating dtype by a mask; computed in float32.
+
+        Raises:
+            NumericalError: a weight is infinite or not a number.
+        """
+        columns, kept = self._columns(weight, prepared), mask.t().contiguous()
+        if self.rounds:
+            columns = self._rounded(columns, kept, prepared)
+        else:
+            sweep(columns, kept, prepared.factor, self.block_columns)
+        solved = columns.t().contiguous()
+        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+
+    def choose(
+        self, weight: Weight, prepared: PreparedGram, pattern: Pattern, sparsity: float
     ) -> Solution:
         """Prune one weight [out, in] of any floating dtype; computed in float32.
-
-        Args:
-            weight: not changed.
-            prepared: of the inputs of this linear.
-            pattern: the zeros that are allowed; not consulted if a mask is given.
-            sparsity: the fraction of zeros; not consulted if a mask is given.
-            mask: held if given; otherwise selected during the sweep.
 
         Raises:
             PatternError: the pattern cannot hold this sparsity or shape.
             NumericalError: a weight is infinite or not a number.
         """
+        pattern.check((weight.shape[0], weight.shape[1]), sparsity)
+        self.rounding.check(pattern)
+        columns = self._columns(weight, prepared)
+        kept = columns.bool()  # filled by the choice
+        target = columns.clone() if self.rounds else columns
+        grid = self.rounding.grid(columns) if self.grid else None
+        choice = Choice(pattern, sparsity)
+        sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
+        if self.rounds:
+            columns = self._rounded(target, kept, prepared)
+        solved, mask = columns.t().contiguous(), kept.t().contiguous()
+        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+
+    def _columns(self, weight: Weight, prepared: PreparedGram) -> Tensor:
+        """The weight transposed, so that every column is contiguous during the sweep."""
         check_weight(weight)
-        if mask is None:
-            pattern.check((weight.shape[0], weight.shape[1]), sparsity)
-            self.rounding.check(pattern)
-        # Transposed, so that every column of the weight is contiguous during the sweep.
         columns = (
             weight.detach().t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         )
-        columns.masked_fill_(prepared.dead[:, None], 0.0)
-        choice = Choice(pattern, sparsity) if mask is None else None
-        kept = columns.bool() if mask is None else mask.t().contiguous()  # filled by the choice
-        target = columns.clone() if self.rounds else columns
-        if choice or not self.rounds:
-            grid = self.rounding.grid(columns) if self.grid else None
-            sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
-        if self.rounds:
-            columns = self._rounded(target, kept, prepared)
-        solved = columns.t().contiguous()
-        return Solution(
-            weight=solved,
-            mask=kept.t().contiguous() if mask is None else mask,
-            error=relative_output_error(weight, solved, prepared.gram),
-        )
+        return columns.masked_fill_(prepared.dead[:, None], 0.0)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The factorisation; or its result and copies of the weight, in float32."""

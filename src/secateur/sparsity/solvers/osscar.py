@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from secateur.errors import PatternError, RecipeError
+from secateur.errors import RecipeError
 from secateur.sparsity.hessian import FACTOR_SQUARES, check_weight, inverse_factor
 from secateur.sparsity.patterns import Pattern, WholeUnits
 from secateur.sparsity.solvers import Solution, solvers
@@ -51,7 +51,7 @@ class OSSCAR(LeastSquares):
         >>> solver = OSSCAR(damping=0.0)
         >>> prepared = solver.prepare({"gram": torch.tensor([[2.0, 1.0], [1.0, 2.0]])})
         >>> weight = torch.tensor([[1.0, 2.0], [0.0, 2.0]])
-        >>> solver.solve(weight, prepared, parse_pattern("*x1"), 0.5).weight
+        >>> solver.choose(weight, prepared, parse_pattern("*x1"), 0.5).weight
         tensor([[0.0000, 2.5000],
                 [0.0000, 2.0000]])
     """
@@ -65,37 +65,23 @@ class OSSCAR(LeastSquares):
         if self.batch < 1:
             raise RecipeError(f"batch is {self.batch}", remedy="give 1 or more, for example 8")
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: PreparedHessian,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
+    def choose(
+        self, weight: Weight, prepared: PreparedHessian, pattern: Pattern, sparsity: float
     ) -> Solution:
-        """Choose units, unless a mask is given, and refit; computed in float32.
+        """Choose units, and refit the others; computed in float32.
 
         Args:
             weight: [out, in], any floating dtype; not changed.
             prepared: of the inputs of this linear.
-            pattern: whole columns, where no mask is given.
+            pattern: whole columns.
             sparsity: of the pattern.
-            mask: held.
 
         Raises:
-            PatternError: no mask is given, and the pattern is not one of whole columns.
             NumericalError: a weight is infinite or not a number, or H is not positive definite.
         """
-        if mask is None:
-            if not pattern.whole_units:
-                raise PatternError(
-                    f"the solver 'osscar' cannot choose weights for the pattern {pattern.name!r}",
-                    remedy="use whole columns, such as '*x1', or the solver 'obs'",
-                )
-            pattern.check((weight.shape[0], weight.shape[1]), sparsity)
-            mask = self.choose(weight, prepared, cast(WholeUnits, pattern), sparsity)
-        return super().solve(weight, prepared, pattern, sparsity, mask=mask)
+        pattern.check((weight.shape[0], weight.shape[1]), sparsity)
+        mask = self.remaining(weight, prepared, cast(WholeUnits, pattern), sparsity)
+        return self.solve(weight, prepared, mask)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Seven float32 copies of the weight, H⁻¹ in the making, and the last refit's systems."""
@@ -105,7 +91,7 @@ class OSSCAR(LeastSquares):
             + systems_bytes(1, shape[1])  # all rows share one
         )
 
-    def choose(
+    def remaining(
         self, weight: Weight, prepared: PreparedHessian, pattern: WholeUnits, sparsity: float
     ) -> Mask:
         """The mask of the units that remain after enough were removed."""

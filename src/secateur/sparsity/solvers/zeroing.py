@@ -8,8 +8,7 @@ from typing import ClassVar
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import nearest_rows
 from secateur.sparsity.column_sweep import Rounding, mark_kept
-from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.solvers import Solution, SolverDefaults, required_mask, solvers
+from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 
@@ -31,11 +30,9 @@ class Zeroing(SolverDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.patterns import parse_pattern
         >>> from secateur.sparsity.solvers.zeroing import Zeroing
         >>> mask = torch.tensor([[True, False]])
-        >>> pattern = parse_pattern("unstructured")
-        >>> Zeroing().solve(torch.tensor([[3.0, -1.0]]), None, pattern, 0.5, mask=mask).weight
+        >>> Zeroing().solve(torch.tensor([[3.0, -1.0]]), None, mask).weight
         tensor([[3., 0.]])
     """
 
@@ -59,21 +56,8 @@ class Zeroing(SolverDefaults):
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
 
-    def solve(
-        self,
-        weight: Weight,
-        prepared: None,
-        pattern: Pattern,
-        sparsity: float,
-        *,
-        mask: Mask | None = None,
-    ) -> Solution:
-        """Zero a weight [out, in] where the mask is False.
-
-        Raises:
-            RecipeError: no mask was given; this solver cannot choose one.
-        """
-        mask = required_mask(mask, "zero")
+    def solve(self, weight: Weight, prepared: None, mask: Mask) -> Solution:
+        """Zero a weight [out, in] where the mask is False."""
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
         if self.grid is not None:
             pruned = self.grid.dequantize(*self.grid.quantize(pruned))
