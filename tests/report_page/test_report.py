@@ -29,9 +29,6 @@ from secateur.report_page.figures import own_charts, shared_charts
 from secateur.report_page.records import ReportedRun, read_run
 from secateur.report_page.report import comparison, report
 from secateur.reporting.charts import BarChart, HeatMap, LineChart, page_svg
-from secateur.reporting.sweep import SweepResult
-from secateur.runs.records import read_record
-from secateur.runs.records.measured import Sweep
 
 REFERENCES = ("href", "src", "srcset", "data", "xlink:href")
 VOID = {"meta", "link", "br", "img", "input", "line", "path", "circle", "use"}
@@ -194,7 +191,7 @@ def test_numbers_of_another_protocol_do_not_share_a_line_or_a_chart(tmp_path: Pa
     assert [[bool(cell) for cell in row[2:]] for row in rows] == [
         [True, True, True, False, False], [False, False, False, True, True],
     ]  # fmt: skip
-    charts = [chart for chart in shared_charts(runs, {}) if isinstance(chart, LineChart)]
+    charts = [chart for chart in shared_charts(runs) if isinstance(chart, LineChart)]
     assert [len(chart.series) for chart in charts] == [3, 2]
 
 
@@ -235,11 +232,11 @@ def test_a_cut_model_has_no_zeros(tmp_path: Path) -> None:
     cut = write_run(tmp_path / "cut", manifest=cut_manifest(0.187), evaluation=evaluation(29.9))
     denser = manifest(sparsity=0.4)
     other = write_run(tmp_path / "other", manifest=denser, evaluation=evaluation(33.0))
-    chart, _ = shared_charts(runs_of(pruned, cut), {})
+    chart, _ = shared_charts(runs_of(pruned, cut))
     assert isinstance(chart, LineChart)
     [[(x, y)]] = [series.points for series in chart.series if series.name == "cut"]
     assert (x, y) == (pytest.approx(0.187), 29.9)
-    zeros_only, _ = shared_charts(runs_of(pruned, other), {})
+    zeros_only, _ = shared_charts(runs_of(pruned, other))
     assert isinstance(zeros_only, LineChart)
     assert zeros_only.x_label != chart.x_label
     [gone] = [row for row in comparison(runs_of(cut)).rows if row[0].startswith("cut")]
@@ -286,9 +283,8 @@ def test_no_folder_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_picture_has_the_same_bytes_again(tmp_path: Path) -> None:
-    [run] = runs_of(write_full_run(tmp_path / "small"))
-    sweep = SweepResult(read_record(Sweep, write_sweep(tmp_path / "x") / "sweep.json"), tmp_path)
-    charts = [*shared_charts([run], {"x": sweep}), *own_charts(run)]
+    runs = runs_of(write_full_run(tmp_path / "small"), write_sweep(tmp_path / "curves"))
+    charts = [*shared_charts(runs), *own_charts(runs[0])]
     assert {type(chart) for chart in charts} == {LineChart, HeatMap, BarChart}
     for chart in charts:
         drawn = page_svg(chart)

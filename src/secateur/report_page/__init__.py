@@ -1,8 +1,7 @@
 """The report: one page about runs, sweeps and fits, for people.
 
-`runs/records/` declares the files of a run, and `records.py` reads them. `claims.py` and
-`figures.py` compute what the page shows, `page.py` writes it, and `report.py` is the verb. The core
-works without this package.
+`records.py` reads the folders, `figures.py` makes the charts, and `report.py` writes the page. The
+core works without this package.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from secateur.report_page.records import ReportedRun
 from secateur.reporting.charts import Bar, BarChart, Chart, HeatMap, LineChart, Series
-from secateur.reporting.sweep import CurvePoint, SweepResult, curve_charts
+from secateur.reporting.sweep import CurvePoint, curve_charts
 from secateur.reporting.tables import bare_name, binary_size
 from secateur.runs.records import LinearRecord
 
@@ -16,18 +16,13 @@ ALIKE = 0.005
 """Sparsities that differ by at most this count as equal."""
 
 
-def shared_charts(runs: Sequence[ReportedRun], sweeps: dict[str, SweepResult]) -> Iterator[Chart]:
-    """The charts with more than one model: perplexity, drift and size.
-
-    Args:
-        runs: the runs.
-        sweeps: the sweeps by name.
-    """
-    several = len(sweeps) > 1
+def shared_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
+    """The charts with more than one model: perplexity, drift and size."""
+    sweeps = [(run.name, run.sweep) for run in runs if run.sweep]
     points = [
         point
-        for name, sweep in sweeps.items()
-        for point in sweep.curve_points(name if several else "")
+        for name, sweep in sweeps
+        for point in sweep.curve_points(name if len(sweeps) > 1 else "")
     ]
     yield from curve_charts([*points, *(point for run in runs for point in _points_of(run))])
     yield from _drift(runs)

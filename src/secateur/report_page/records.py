@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 from secateur.errors import SourceError
@@ -23,7 +22,6 @@ from secateur.reporting.models import (
     StructureResult,
     TrainResult,
 )
-from secateur.reporting.next_steps import after_a_dense_folder, after_a_packed_folder
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import Block, Line, Result, bare_name
 from secateur.runs.records import AnyRecord, Chain, Layer, Manifest, Training, parsed, read_record
@@ -44,7 +42,7 @@ Sections = dict[str, list[Block]]
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A folder of a model.
+    """A folder of a model or of a sweep.
 
     Attributes:
         name: the name of the run on the page; unique.
@@ -54,6 +52,7 @@ class ReportedRun:
         manifest: how it was pruned or cut, if it was.
         compression: its sizes, if it was compressed.
         fit: how its formats were chosen, if a fit made it.
+        sweep: the measurements of a sweep.
         evaluation: its quality, if it was evaluated.
         bench: its speed, if it was timed.
         diagnosis: its findings, if it was diagnosed.
@@ -66,6 +65,7 @@ class ReportedRun:
     manifest: Manifest | None
     compression: CompressResult | None
     fit: FitResult | None
+    sweep: SweepResult | None
     evaluation: EvaluationRecord | None
     bench: Bench | None
     diagnosis: DiagnosisRecord | None
@@ -75,6 +75,8 @@ class ReportedRun:
         """The model that it was made from."""
         if self.manifest is not None:
             return source_name(self.manifest.source)
+        if self.sweep is not None:
+            return bare_name(self.sweep.sweep.model)
         return bare_name(self.compression.source if self.compression else "") or self.name
 
     @property
@@ -122,42 +124,15 @@ class ReportedRun:
         return {x.name: without_folders(_read_text(x)) for x in files if x.is_file()}
 
     def sections(self) -> Sections:
-        """How it was made, what was measured, and the commands for more."""
-        # a result ends with commands, after an empty line
-        made = [takewhile(lambda block: block != Line(""), result.blocks()) for result in self.made]
-        zeros = self.manifest.result.decoder_sparsity if self.manifest else 0.0
-        following = (
-            after_a_packed_folder(self.folder)
-            if self.compression
-            else after_a_dense_folder(self.folder, zeros)
-        )
-        return {
-            "How it was made": shown(block for blocks in made for block in blocks),
-            **self.measured(),
-            "What to try": shown(following[1:]),
-        }
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A sweep.
-
-    Attributes:
-        name: its name on the page.
-        result: all its measurements.
-    """
-
-    name: str
-    result: SweepResult
-
-    @property
-    def source(self) -> str:
-        """The model that it is about."""
-        return bare_name(self.result.sweep.model)
-
-    def sections(self) -> Sections:
-        """What the verb printed."""
-        return {"": shown(self.result.blocks())}
+        """What the verbs printed that made it, what was measured, and the commands for more."""
+        tables: list[Block] = []
+        following: list[Block] = []
+        for result in self.made:
+            blocks = [*result.blocks()]
+            end = blocks.index(Line("")) if Line("") in blocks else len(blocks)
+            tables += blocks[:end]
+            following = blocks[end + 1 :]  # the commands of the last verb
+        return {"": shown(tables), **self.measured(), "What to try": shown(following)}
 
 
 def shown(blocks: Iterable[Block]) -> list[Block]:
@@ -174,7 +149,7 @@ def shown(blocks: Iterable[Block]) -> list[Block]:
     ]
 
 
-def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
+def read_places(places: Sequence[Path]) -> list[ReportedRun]:
     """Read folders of runs and sweeps, in the given order.
 
     Raises:
@@ -186,28 +161,22 @@ def read_places(places: Sequence[Path]) -> list[ReportedRun | Reported]:
             "there is nothing to report",
             remedy="name folders of runs, sweeps, fits or drafts",
         )
-    found: list[ReportedRun | Reported] = []
+    found = []
     for place, name in zip(places, _names_of(places), strict=True):
-        if not place.exists():
+        if not place.is_dir():
             raise SourceError(
-                "there is no such folder or file",
+                "there is no such folder",
                 where=str(place),
                 remedy="name a folder of a run, a sweep or a fit",
             )
-        if (place / "sweep.json").is_file():
-            sweep = read_record(Sweep, place / "sweep.json")
-            found.append(Reported(name, SweepResult(sweep, place)))
-        else:
-            run = read_run(place, name)
-            found.append(run)
-            if not run.made:
-                raise SourceError(
-                    "this is neither a run, nor a fit, nor a sweep: it has no "
-                    "secateur/manifest.json, no secateur/fit.json and no sweep.json",
-                    where=str(place),
-                    remedy="name a folder that `secateur prune`, `compress`, `fit` or `sweep` "
-                    "wrote",
-                )
+        found.append(read_run(place, name))
+        if not found[-1].made:
+            raise SourceError(
+                "this is neither a run, nor a fit, nor a sweep: it has no secateur/manifest.json, "
+                "no secateur/fit.json and no sweep.json",
+                where=str(place),
+                remedy="name a folder that `secateur prune`, `compress`, `fit` or `sweep` wrote",
+            )
     return found
 
 
@@ -244,9 +213,9 @@ def read_run(folder: Path, name: str) -> ReportedRun:
     chosen = fit or draft
     packed = read(CompressResult, "compression.json") or (chosen.packed if chosen else None)
     judged, lines, trained = (notes / x for x in (FILE_NAME, "layers.jsonl", "training.json"))
-    made: list[Result] = []
-    if chosen is not None:
-        made.append(chosen)
+    swept = folder / "sweep.json"
+    sweep = SweepResult(read_record(Sweep, swept), folder) if swept.is_file() else None
+    made: list[Result] = [result for result in (sweep, chosen) if result is not None]
     if manifest is not None and manifest.structure is not None:
         made.append(StructureResult(manifest, folder))
     elif manifest is not None:
@@ -268,6 +237,7 @@ def read_run(folder: Path, name: str) -> ReportedRun:
         manifest,
         packed,
         fit,
+        sweep,
         read_evaluation(judged) if judged.is_file() else None,
         read(Bench, "bench.json"),
         read(DiagnosisRecord, "diagnosis.json"),

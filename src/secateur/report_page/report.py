@@ -19,7 +19,7 @@ from secateur.evaluation.perplexity import judged_part
 from secateur.progress import Progress
 from secateur.recipes.measure import ReportRecipe
 from secateur.report_page.figures import own_charts, shared_charts
-from secateur.report_page.records import Reported, ReportedRun, read_places
+from secateur.report_page.records import ReportedRun, read_places
 from secateur.reporting.cards import with_measurements
 from secateur.reporting.charts import Chart, page_svg, save_plots
 from secateur.reporting.evaluate import fastest_other
@@ -64,7 +64,7 @@ def report(
     for file in (page, *([] if card is None else [Path(card)])):
         check_writable(file, file=True)
     places = read_places([Path(run) for run in runs])
-    found = [place for place in places if isinstance(place, ReportedRun)]
+    found = [place for place in places if place.sweep is None]
     if card is not None and len(found) != 1:
         raise RecipeError(
             f"a model card is about one run; {len(found)} are named",
@@ -96,15 +96,13 @@ def report_recipe(recipe: ReportRecipe, progress: Progress) -> ReportResult:
     return report(**dict(recipe))
 
 
-def _write_page(places: Sequence[ReportedRun | Reported], page: Path) -> list[Chart]:
+def _write_page(places: Sequence[ReportedRun], page: Path) -> list[Chart]:
     """Write the page about some places; returns its charts."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    runs = [place for place in places if isinstance(place, ReportedRun)]
-    sweeps = {place.name: place.result for place in places if isinstance(place, Reported)}
-    shared = [*shared_charts(runs, sweeps)]
-    own = {run.name: [*own_charts(run)] for run in runs}
+    shared = [*shared_charts(places)]
+    own = {place.name: [*own_charts(place)] for place in places}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -116,7 +114,7 @@ def _write_page(places: Sequence[ReportedRun | Reported], page: Path) -> list[Ch
     text = environment.get_template("page.html.jinja").render(
         title=", ".join(names[:3]) + " and others" * (len(names) > 3),
         places=places,
-        compared=comparison(runs),
+        compared=comparison([place for place in places if place.sweep is None]),
         shared=shared,
         own=own,
         html=lambda blocks: Markup(html(blocks)),
