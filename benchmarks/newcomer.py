@@ -100,6 +100,27 @@ def in_seconds(text: str) -> float:
     return 60 * float(minutes) + float(seconds)
 
 
+def start(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The steps of docs/start.md that take more than a moment."""
+
+    def words(command: str) -> str:
+        return "`" + " ".join(command.split()[:2] + ["."] * (command == "pip install .")) + "`"
+
+    def clock(seconds: float) -> str:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+    shown = [row for row in rows if row["part"] == "start" and row["seconds"] >= 1]
+    shown = [row for row in shown if row["command"].startswith(("pip", "secateur"))]
+    lines = [
+        [words(r["command"]), clock(r["seconds"]), clock(r["processor_seconds"])] for r in shown
+    ]
+    return ["step", "time", "CPU time, both cores"], lines
+
+
+TABLES = {"start": start}
+
+
 def main() -> None:
     """Walk, and write the times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

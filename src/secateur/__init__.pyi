@@ -14,6 +14,7 @@ from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
 from secateur.report_page.report import report as report
+from secateur.reporting.diagnose import DiagnoseResult
 from secateur.reporting.draft import DraftPlanResult, DraftResult
 from secateur.reporting.evaluate import (
     BenchResult,
@@ -51,7 +52,6 @@ from secateur.sparsity.methods import compose as compose
 from secateur.sparsity.refinements import refinements as refinements
 from secateur.sparsity.scores import scores as scores
 from secateur.sparsity.solvers import solvers as solvers
-from secateur.steps.diagnose import diagnose as diagnose
 from secateur.steps.inspect import inspect as inspect
 from secateur.steps.methods import methods as methods
 from secateur.training.callback import SecateurCallback as SecateurCallback
@@ -190,9 +190,9 @@ def chain(
 @overload
 def chain(
     model: str | Path,
+    steps: Sequence[Mapping[str, Any]],
     *,
     progress: Progress | None = None,
-    steps: Sequence[Mapping[str, Any]],
     trust_remote_code: bool | None = None,
     output: str | Path | None = None,
     overwrite: bool | None = None,
@@ -202,10 +202,13 @@ def chain(
 ) -> ChainResult:
     """Carry out several verbs. Each reads the result of the previous one.
 
+    All are checked before the first one runs. A stopped chain can resume with different steps if its finished steps are the same.
+
     Args:
-        model: hub id, folder, GGUF file or named sample.
+        model: The model; on the command line, a YAML file with the keys `model`, `output` and
+            `steps`.
+        steps: Each step is a verb (structure, prune, train, compress) with its options.
         progress: receives every step.
-        steps: Each step is a verb (structure, prune, train, compress) with its options. [required]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
@@ -215,7 +218,7 @@ def chain(
             nothing. [off]
 
     Raises:
-        SecateurError: a step is wrong; all are checked before the first one runs.
+        SecateurError: what, where, and what to do.
     """
 
 def compress(
@@ -339,6 +342,36 @@ def decompress(
         progress: receives every step.
         output: Folder for the new model. It must not exist. [required]
         overwrite: Replace an existing output folder. [off]
+
+    Raises:
+        SecateurError: what, where, and what to do.
+    """
+
+def diagnose(
+    model: str | Path,
+    *,
+    progress: Progress | None = None,
+    dense: str | Path | None = None,
+    text: str | Path | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    trust_remote_code: bool | None = None,
+    device: str | None = None,
+) -> DiagnoseResult:
+    """Look for every known fault of a pruned model.
+
+    For the folder of a pruning run, the result is also written to `secateur/diagnosis.json`.
+    A fault of the model is a finding, not an error.
+
+    Args:
+        model: Folder (compressed or not), hub id, GGUF file or named sample.
+        progress: receives every step.
+        dense: The dense model. Compares both models layer by layer. [none]
+        text: Text that both models read: a text, or a safetensors file of windows. [boolq-held-out]
+        windows: Number of windows of that text. [8]
+        sequence_length: Tokens per window. [256, or the model's length if that is shorter]
+        trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -728,8 +761,6 @@ def prune(
     packing: Literal["concatenate", "random-crop"] | None = None,
     generated_windows: int | None = None,
     tune_passes: int | None = None,
-    tune_learning_rate: float | None = None,
-    tune_remask: bool | None = None,
     distill_epochs: int | None = None,
     distill_tokens: int | None = None,
     distill_teacher: str | Path | None = None,
@@ -801,8 +832,6 @@ def prune(
         generated_windows: Extra calibration windows that the dense model generates. [0]
         tune_passes: Tune each layer after pruning, in this many passes over the calibration
             windows, to reproduce the dense layer's outputs. 0: no tuning. [0]
-        tune_learning_rate: Learning rate of the first tuning step. [0.001]
-        tune_remask: Let the mask change while a layer is tuned. [on]
         distill_epochs: Train the new model to match the dense model, in this many epochs over the
             calibration windows. 0: no distillation. [the preset's]
         distill_tokens: An epoch of the distillation reads at least this many tokens: the

@@ -97,7 +97,7 @@ FLAGS = {"model": "m", "keep_format": True, "compress": "int8", "distill_epochs"
 
 
 def test_all_conflicts_of_a_call_are_listed_at_once() -> None:
-    call = {"resume": True, "restart": True, "tune_remask": False}
+    call = {"resume": True, "restart": True, "asymmetric_damping": "0.3"}
     with pytest.raises(RecipeError) as error:
         recipe_from_flags(PruneRecipe, {**FLAGS, **call}, ["effort=fast"])
     first, *lines = error.value.what.splitlines()
@@ -105,7 +105,7 @@ def test_all_conflicts_of_a_call_are_listed_at_once() -> None:
     assert [
         [word.strip(":") for word in line.split() if word.startswith("--")][:2] for line in lines
     ] == [
-        ["--tune-remask", "--tune-passes"],
+        ["--asymmetric-damping", "--asymmetric"],
         ["--keep-format", "--compress"],
         ["--keep-format", "--distill-epochs"],
         ["--resume", "--restart"],

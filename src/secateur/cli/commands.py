@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
     from secateur.recipes.measure import (
         BenchRecipe,
-        DiagnoseRecipe,
         InspectRecipe,
     )
     from secateur.recipes.prune import MethodsRecipe, PruneRecipe
@@ -138,14 +137,6 @@ def _inspect(recipe: InspectRecipe) -> Result:
 
     with _show_progress() as progress:
         return inspect(**dict(recipe), progress=progress)
-
-
-@_own("diagnose")
-def _diagnose(recipe: DiagnoseRecipe) -> Result:
-    from secateur.steps.diagnose import diagnose
-
-    with _show_progress() as progress:
-        return diagnose(**dict(recipe), progress=progress)
 
 
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"

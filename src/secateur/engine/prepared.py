@@ -138,7 +138,7 @@ def settings_of(
         activations=activations,
         work=work,
         on_collapse=recipe.on_collapse,
-        reconstruction=Reconstruction(tuning.passes, tuning.learning_rate, tuning.remask),
+        reconstruction=Reconstruction(tuning.passes),
         ranks=ranks,
     )
 

@@ -217,27 +217,28 @@ def _keep_texts(texts: Sequence[Any]) -> Path:
 
 
 def refuse_unused(
-    kind: type[AnyRecipe], options: Mapping[str, Any], unused: Mapping[str, str], why: str
+    kind: type[AnyRecipe], options: Mapping[str, Any], unused: Iterable[str], why: str
 ) -> None:
     """Refuse keywords that a call would ignore.
 
     Args:
         kind: the class of the recipe.
         options: the keywords of the call; None and False mean not given.
-        unused: by name, the options that the call cannot use, and what to do instead.
+        unused: names of the options that the call cannot use.
         why: the reason.
 
     Raises:
         RecipeError: names the first of them.
     """
     given = nested(kind, {k: v for k, v in options.items() if v is not None})
-    for option in all_options(kind):
+    for option in (option for option in all_options(kind) if option.name in {*unused}):
         value: Any = given
         for key in option.path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        if option.name in unused and value not in (None, False):
+        if value not in (None, False):
             raise RecipeError(
-                f"`{option.name}` would change nothing: {why}", remedy=unused[option.name]
+                f"`{option.name}` would change nothing: {why}",
+                remedy="leave it out, or name the folder of a checkpoint instead",
             )
 
 
@@ -266,7 +267,7 @@ def naming_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 COMMAND = re.compile(r"(`?\bsecateur [a-z]+ [^`,;\n]*`?)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: ([A-Z]+\b|-?\d[\w.]*|[a-z][a-z0-9-]*))?")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: (-?\d[\w.]*))?")
 
 
 def with_keywords(text: str) -> str:
@@ -274,30 +275,19 @@ def with_keywords(text: str) -> str:
 
     Example:
         >>> from secateur.recipes.keywords import with_keywords
-        >>> with_keywords("use --windows 64, --activations disk or --symmetric, not --field")
-        "use windows=64, activations='disk' or asymmetric=False, not field"
+        >>> with_keywords("use --windows 64, --max-memory 6GiB or --symmetric, not --field")
+        'use windows=64, max_memory=6GiB or asymmetric=False, not field'
         >>> with_keywords("run `secateur decompress DIR --output OUT`, or add --overwrite")
-        'run `secateur decompress DIR --output OUT`, or add overwrite=True'
+        'run `secateur decompress DIR --output OUT`, or add overwrite'
     """
     parts = COMMAND.split(re.sub(r"--set (?=\S+=)", "", text))
-    return "".join(part if n % 2 else FLAG.sub(_as_keyword, part) for n, part in enumerate(parts))
+    return "".join(part if n % 2 else FLAG.sub(_keyword, part) for n, part in enumerate(parts))
 
 
-def _as_keyword(flag: re.Match[str]) -> str:
-    """A flag and the word after it, as a keyword and its value."""
-    name, after = flag[1].replace("-", "_"), flag[2] or ""
+def _keyword(flag: re.Match[str]) -> str:
+    """A flag as a keyword, with the number after it."""
+    name, value = flag[1].replace("-", "_"), f"={flag[2]}" if flag[2] else ""
     options = [o for verb in VERBS.values() for o in all_options(imported(verb.recipe))]
-    for option in options:
-        if name in (option.flag.off, f"no_{option.name}"):
-            return f"{option.name}=False {after}".rstrip()
-    same = [o for o in options if o.name == name or o.flag.short == f"--{flag[1]}"]
-    if not same:
-        return flag[0]
-    name, sentence = same[0].name, flag.string[: flag.start()]
-    if any(o.type is bool for o in same) and sentence and "leave" not in sentence:
-        return f"{name}=True {after}".rstrip()
-    if after in {choice for option in same for choice in option.choices}:
-        return f"{name}={after!r}"
-    if after.isupper() or (after[:1] in "-0123456789" and after):
-        return f"{name}={after}"
-    return f"{name} {after}".rstrip()
+    off = next((o.name for o in options if name in (o.flag.off, f"no_{o.name}")), None)
+    known = any(o.name == name for o in options)
+    return name + value if known else f"{off}=False" if off else flag[0]

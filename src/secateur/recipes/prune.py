@@ -187,8 +187,6 @@ class PruneRecipe(
     run = PruneCall
     needs: ClassVar = {
         "asymmetric_damping": ("asymmetric",),
-        "tune_learning_rate": ("tune_passes",),
-        "tune_remask": ("tune_passes",),
         **DISTILLING,
         "ray_processes": ("ray",),
     }
@@ -263,7 +261,7 @@ class Steps(Section):
     group = WHAT
 
     model: Annotated[str, Flag(value="RECIPE")]
-    """YAML file with the keys `model`, `output` and `steps`: a list of verbs with their options."""
+    """The model; on the command line, a YAML file with the keys `model`, `output` and `steps`."""
     steps: Annotated[list[dict[str, Any]], Strictness(False), Flag(hidden=True)] = Field(
         min_length=1
     )

@@ -229,10 +229,6 @@ class Reconstruct(Section):
     passes: Annotated[int, Flag("tune_passes")] = Field(0, ge=0)
     """Tune each layer after pruning, in this many passes over the calibration windows, to reproduce
     the dense layer's outputs. 0: no tuning."""
-    learning_rate: Annotated[float, Flag("tune_learning_rate")] = Field(1e-3, gt=0, lt=1)
-    """Learning rate of the first tuning step."""
-    remask: Annotated[bool, Flag("tune_remask")] = True
-    """Let the mask change while a layer is tuned."""
 
 
 DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(

@@ -199,7 +199,6 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.prune:ChainRecipe",
             step="secateur.steps.chain:ChainSteps",
             plan="secateur.steps.chain:plan_chain",
-            function="secateur.steps.chain:chain",
         ),
         Verb(
             "import",
@@ -279,7 +278,7 @@ VERBS: dict[str, Verb] = {
             MEASURE,
             "Check zeros, values, units and layers.",
             "secateur.recipes.measure:DiagnoseRecipe",
-            function="secateur.steps.diagnose:diagnose",
+            step="secateur.steps.diagnose:run_diagnosis",
             more="The exit code is 3 if something is proven wrong.",
         ),
         Verb(

@@ -198,16 +198,16 @@ class ChainPlanStep:
 
     Attributes:
         step: its verb; `source` for the model at the beginning.
-        parameters: of the model after it; None if that is known only during the run.
-        file_bytes: bytes of its weights, about; None likewise.
+        parameters: of the model after it; None if no plan of the source gives it.
+        file_bytes: bytes of its weights; None likewise.
         peak_bytes: peak memory of the device that computes; None where no plan gives it.
         seconds: the shortest and the longest time; None likewise.
         unknown: why its needs are not known yet.
     """
 
     step: str
-    parameters: int | None
-    file_bytes: int | None
+    parameters: int | None = None
+    file_bytes: int | None = None
     peak_bytes: int | None = None
     seconds: tuple[float, float] | None = None
     unknown: str | None = None
@@ -233,7 +233,7 @@ class ChainPlanResult(Result):
             return {
                 "after": step.step,
                 "parameters": "" if step.parameters is None else f"{step.parameters:,}",
-                "weights, about": "" if size is None else binary_size(size),
+                "weights": "" if size is None else binary_size(size),
                 "peak memory": None if peak is None else binary_size(peak),
                 "time": time_range(*step.seconds) if step.seconds else None,
             }

@@ -457,7 +457,7 @@ def refuse_draft(draft: str | None, reason: str | None) -> None:
         raise RecipeError(
             f"a draft needs our own loop, which does not decode this model: {reason}",
             where="--draft",
-            remedy="leave it out; transformers takes it as assistant_model (docs/howto/draft.md)",
+            remedy="leave it out; transformers takes it as assistant_model (docs/draft.md)",
         )
 
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from secateur.models.checkpoint import shard_files
 from secateur.models.hub import kind_of_name
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
-from secateur.progress import Labelled, Progress, listener
-from secateur.recipes.keywords import plain, recipe_of, takes_options_of
+from secateur.progress import Labelled, Progress
+from secateur.recipes.keywords import plain
 from secateur.recipes.options import Recipe
 from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe, dump_recipe, nested
@@ -46,9 +45,7 @@ from secateur.reporting.plan import (
 from secateur.runs import records
 from secateur.runs.folder import NOTES, STATE, check_output, read_alike, refuse_another
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import Counts, read_record
-from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.fitting.storage_formats import PACKED_FOLDER, StorageFormat
+from secateur.runs.records import read_record
 from secateur.steps.runner import (
     RunContext,
     Step,
@@ -120,25 +117,37 @@ class PlannedStep:
                 **call,
             )
 
-    def planned(self, model: str, trust: bool, progress: Any) -> tuple[Any, str | None]:
-        """The plan of the step on the model of the chain; None, and why, where there is none.
+    def planned(self, recipe: ChainRecipe, progress: Any) -> ChainPlanStep:
+        """The plan of the step on the model of the chain; and why, where there is none.
 
         Raises:
             SecateurError: the first step, which reads that model, would be refused.
         """
-        row = VERBS[self.verb]
+        row, step = VERBS[self.verb], ChainPlanStep(self.verb)
         if not row.plan:
-            return None, None
-        values = {"model": model, "output": None, "trust_remote_code": trust}
-        labelled = Labelled(progress, self.verb)
+            return step
+        shown = {"model": recipe.model, "output": None}
+        own = self.recipe.model_copy(
+            update={**shown, "trust_remote_code": recipe.trust_remote_code}
+        )
         try:
             with _named_step(self.number, self.verb):
-                recipe = self.recipe.model_copy(update=values)
-                return row.carry_out(recipe, {"dry_run": True}, labelled), None
+                plan = row.carry_out(own, {"dry_run": True}, Labelled(progress, self.verb))
         except SecateurError as error:
             if self.number == 1:
                 raise
-            return None, error.what
+            return replace(step, unknown=error.what)
+        if isinstance(plan, TrainPlanResult):
+            return replace(step, peak_bytes=plan.memory["peak"])
+        after = plan.after if isinstance(plan, CutPlanResult) and self.number == 1 else None
+        pruning = plan.plan if isinstance(plan, CutPlanResult) else plan
+        return replace(
+            step,
+            parameters=None if after is None else after.parameters,
+            file_bytes=None if after is None else after.file_bytes,
+            peak_bytes=None if pruning is None else pruning.peak_bytes,
+            seconds=plan.seconds if isinstance(plan, PlanResult) else None,
+        )
 
 
 @contextmanager
@@ -149,25 +158,6 @@ def _named_step(number: int, verb: str) -> Iterator[None]:
     except SecateurError as error:
         where = f"step {number}, {verb}" + (f": {error.where}" if error.where else "")
         raise type(error)(error.what, where=where, remedy=error.remedy) from error
-
-
-@takes_options_of(ChainRecipe)
-def chain(
-    model: str | Path, *, progress: Progress | None = None, **options: Any
-) -> ChainResult | ChainPlanResult:
-    """Carry out several verbs. Each reads the result of the previous one.
-
-    Args:
-        model: hub id, folder, GGUF file or named sample.
-        progress: receives every step.
-        **options: the other options of the recipe.
-
-    Raises:
-        SecateurError: a step is wrong; all are checked before the first one runs.
-    """
-    recipe, call = recipe_of(ChainRecipe, {"model": model}, options)
-    made: ChainResult | ChainPlanResult = VERBS["chain"].carry_out(recipe, call, listener(progress))
-    return made
 
 
 def plan_chain(recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any]) -> ChainPlanResult:
@@ -185,45 +175,18 @@ def plan_chain(recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any])
     source = source_of(recipe, progress)
     _check_cuts(steps, source.folder, trust)
     whole = accounting(build_skeleton(source.folder, trust_remote_code=trust), Cut()).before
-    rows, sparsity = [ChainPlanStep("source", whole.parameters, whole.file_bytes)], 0.0
-    counts: Counts | None = whole
-    for step in steps:
-        plan, unknown = step.planned(recipe.model, trust, progress)
-        if isinstance(plan, CutPlanResult):
-            counts = plan.after if step is steps[0] else None
-        if step.verb == "prune":
-            given = step.recipe
-            sparsity = given.sparsity or parse_pattern(given.pattern).sparsity or 0.0
-        peak = plan.memory["peak"] if isinstance(plan, TrainPlanResult) else None
-        if isinstance(plan, PlanResult):
-            peak = plan.peak_bytes
-        if isinstance(plan, CutPlanResult) and plan.plan is not None:
-            peak = plan.plan.peak_bytes
-        size = None if counts is None else counts.file_bytes
-        if counts is not None and step.verb == "compress":
-            size = _packed_bytes(counts, step.recipe.values, sparsity)
-        parameters = None if counts is None else counts.parameters
-        times = plan.seconds if isinstance(plan, PlanResult) else None
-        rows.append(ChainPlanStep(step.verb, parameters, size, peak, times, unknown))
-    known = sum(row.file_bytes or 0 for row in rows[1:])
+    rows = [ChainPlanStep("source", whole.parameters, whole.file_bytes)]
+    rows += [step.planned(recipe, progress) for step in steps]
+    known = sum(row.file_bytes or whole.file_bytes for row in rows[1:])
     check_output(recipe.output, "chain", known, (recipe.model, source.folder), call)
     return ChainPlanResult(tuple(rows))
 
 
-def _packed_bytes(counts: Counts, values: str, sparsity: float) -> int:
-    """The weights of a compressed model, about: embedding and norms as they are."""
-    stored = {2: "bfloat16", 4: "float32"}[counts.file_bytes // counts.parameters]
-    shape = 64, 4096
-    kind = StorageFormat(stored if values in ("auto", "keep") else values, sparsity)
-    matrices = counts.attention + counts.ffn + counts.experts
-    rest = counts.file_bytes * (1 - matrices / counts.parameters)
-    return round(rest + matrices * PACKED_FOLDER.matrix("", shape, kind) / prod(shape))
-
-
 class ChainSteps(Step[Any, ChainResult]):
-    """Carries out several verbs.
+    """Carry out several verbs. Each reads the result of the previous one.
 
-    A stopped chain can resume with different steps if its finished steps are the same.
+    All are checked before the first one runs. A stopped chain can resume with different steps if
+    its finished steps are the same.
     """
 
     verb = "chain"

@@ -33,7 +33,8 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
-from secateur.progress import Progress, listener
+from secateur.progress import Progress
+from secateur.recipes.measure import DiagnoseRecipe
 from secateur.reporting.diagnose import DiagnoseResult
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import write_record
@@ -61,44 +62,14 @@ class Reference:
     protocol: dict[str, Any]
 
 
-def diagnose(
-    model: str | Path,
-    *,
-    dense: str | Path | None = None,
-    text: str | Path = "boolq-held-out",
-    windows: int = 8,
-    sequence_length: int | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> DiagnoseResult:
+def run_diagnosis(recipe: DiagnoseRecipe, progress: Progress) -> DiagnoseResult:
     """Look for every known fault of a pruned model.
 
     For the folder of a pruning run, the result is also written to `secateur/diagnosis.json`.
-
-    Args:
-        model: hub id, folder (compressed or not), GGUF file or named sample.
-        dense: the dense model it was pruned from, for the comparison of layers; likewise.
-        text: the text for that comparison, or a safetensors file of token windows.
-        windows: number of windows of the text.
-        sequence_length: tokens in each window; 256, or less if the model is shorter.
-        device: auto, cpu, cuda or cuda:N.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: receives every step.
-
-    Raises:
-        SecateurError: model, reference or text cannot be read. A fault of the model is a
-            finding, not an error.
+    A fault of the model is a finding, not an error.
     """
-    progress = listener(progress)
-    torch_device = choose_device(device)
-    own = _open_in_float32(model, torch_device, trust_remote_code)
-    reference = None
-    if dense is not None:
-        other = _open_in_float32(dense, torch_device, trust_remote_code)
-        reference = _open_reference(
-            own, other, str(text), windows, sequence_length, trust_remote_code
-        )
+    own = _open_in_float32(recipe.model, recipe)
+    reference = None if recipe.dense is None else _open_reference(own, recipe.dense, recipe)
     claims = read_claims(own.reader.folder)
     weights, findings = _check_weights(own, claims, reference, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
@@ -113,10 +84,10 @@ def diagnose(
         claims,
         drift,
         bears,
-        model=str(model),
-        dense=None if dense is None else str(dense),
+        model=recipe.model,
+        dense=recipe.dense,
         findings=by_severity(findings),
-        environment=environment(torch_device),
+        environment=environment(own.device),
         protocol=reference.protocol if reference else {},
     )
     if claims.folder is not None:
@@ -124,36 +95,23 @@ def diagnose(
     return found
 
 
-def _open_in_float32(
-    model: str | Path, device: torch.device, trust_remote_code: bool
-) -> CheckpointTarget:
+def _open_in_float32(model: str, recipe: DiagnoseRecipe) -> CheckpointTarget:
     """Open a checkpoint, compressed or not, for computation in float32.
 
     float32 shows the effect of pruning without the rounding of bfloat16.
     """
-    source = resolve(model, trust_remote_code=trust_remote_code, values=False)
-    return CheckpointTarget(
-        open_checkpoint(source.folder),
-        None,
-        device,
-        dtype=torch.float32,
-        trust_remote_code=trust_remote_code,
-    )
+    trust, device = recipe.trust_remote_code, choose_device(recipe.device)
+    reader = open_checkpoint(resolve(model, trust_remote_code=trust, values=False).folder)
+    return CheckpointTarget(reader, None, device, dtype=torch.float32, trust_remote_code=trust)
 
 
-def _open_reference(
-    own: CheckpointTarget,
-    dense: CheckpointTarget,
-    text: str,
-    windows: int,
-    sequence_length: int | None,
-    trust_remote_code: bool,
-) -> Reference:
+def _open_reference(own: CheckpointTarget, model: str, recipe: DiagnoseRecipe) -> Reference:
     """Open a dense model of the same kind, and the windows that both models read."""
+    dense = _open_in_float32(model, recipe)
     check_same_model(own, dense)
-    tokens, start = _token_windows(own, text, windows, sequence_length, trust_remote_code)
+    tokens, start = _token_windows(own, recipe)
     protocol = {
-        "text": text,
+        "text": recipe.text,
         "windows": len(tokens),
         "sequence_length": tokens.shape[1],
         **({"start_tokens": list(start)} if start else {}),
@@ -163,28 +121,23 @@ def _open_reference(
 
 
 def _token_windows(
-    target: CheckpointTarget,
-    text: str,
-    windows: int,
-    sequence_length: int | None,
-    trust_remote_code: bool,
+    target: CheckpointTarget, recipe: DiagnoseRecipe
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The windows that both models read, and the start tokens that each of them begins with."""
-    if windows < 1:
-        raise RecipeError(f"windows is {windows}", remedy="give 1 or more")
+    text, windows = recipe.text, recipe.windows
     config = target.model.config.get_text_config()
     if text.endswith(".safetensors"):
         file = Path(text).expanduser()
         stored = load_windows(file, vocab_size=config.vocab_size, positions=positions_of(config))
         return stored[:windows], stored_start(file)
     longest = positions_of(config) or STANDARD_LENGTH
-    length = sequence_length or min(STANDARD_LENGTH, longest)
+    length = recipe.sequence_length or min(STANDARD_LENGTH, longest)
     if length > longest:
         raise RecipeError(
             f"sequence length {length} exceeds the model's {longest} positions",
             remedy=f"use --sequence-length {longest} or less",
         )
-    tokenizer = load_tokenizer(target.reader.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(target.reader.folder, trust_remote_code=recipe.trust_remote_code)
     tokens = evaluation_windows(read_text(text).text, tokenizer, length, max_windows=windows)
     return tokens, start_tokens(tokenizer)
 

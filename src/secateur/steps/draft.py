@@ -269,7 +269,7 @@ def make_drafts(
         known = max((prediction.of(one).expected.speedup for one in made), default=0.0)
         if choices[best].expected.speedup < BETTER * known or len(made) == MOST_MADE:
             break
-        if made and not time.allows("another draft", time.expected("making")):
+        if made and not time.allows("another draft", "making"):
             break
         name = f"draft {len(made) + 1}"
         made[best] = bench.measured(workshop.made(name, prediction.knapsack, best, costs))

@@ -70,7 +70,7 @@ NOT_COMPARED: dict[str, Any] = dict.fromkeys(Comparison.model_fields)
 
 BY_DENSE = "written by dense"
 
-UNUSED = dict.fromkeys(("device", "trust_remote_code"), "load the model so, then evaluate it")
+UNUSED = ("device", "trust_remote_code")
 """Options that loaded models cannot use."""
 
 

@@ -272,7 +272,7 @@ def _candidates(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate],
             near = CLOSE * bound < rise <= bound and not bracket.wide
             if near or bracket.closed or len(made) == MADE:
                 break
-            if not context.time.allows("another size", context.time.expected("making")):
+            if not context.time.allows("another size", "making"):
                 break
     if not made:
         raise VerificationError(

@@ -41,31 +41,14 @@ from secateur.reporting.models import PruneResult
 from secateur.runs.folder import Ledger
 from secateur.training.distillation import DistillationData, Student, distill, pruned_layers
 
-FOLDER = "name the folder of a checkpoint instead"
-UNUSED = {
-    **dict.fromkeys(
-        ("output", "overwrite", "resume", "restart"),
-        "call model.save_pretrained(DIR) afterwards",
-    ),
-    "compress": "save the model, and call secateur.compress(DIR, …)",
-    **dict.fromkeys(
-        ("dtype", "device", "trust_remote_code"), "load the model as it is to be, then prune it"
-    ),
-    **dict.fromkeys(
-        (
-            *("dry_run", "keep_format", "max_memory", "activations", "ray", "ray_processes"),
-            "distill_sweep_windows",
-            "distill_teacher",
-        ),
-        FOLDER,
-    ),
-}
-"""Options that a loaded model cannot use, and what to do instead."""
-
-OF_TEXT = dict.fromkeys(
-    ("field", "windows", "sequence_length", "packing"),
-    "leave it out, or give a text for calibration",
+UNUSED = (
+    *("output", "overwrite", "resume", "restart", "dry_run", "compress", "keep_format"),
+    *("dtype", "device", "trust_remote_code", "max_memory", "activations"),
+    *("ray", "ray_processes", "distill_sweep_windows", "distill_teacher"),
 )
+"""Options that a loaded model cannot use."""
+
+OF_TEXT = ("field", "windows", "sequence_length", "packing")
 """Options that say how a text is cut into windows."""
 
 
@@ -81,7 +64,7 @@ def prune_module(
     Raises:
         SecateurError: as `prune`; an option needs a checkpoint, or weights are NaN or infinite.
     """
-    refuse_unused(PruneRecipe, options, UNUSED, "a loaded model is pruned in place, in memory")
+    refuse_unused(PruneRecipe, options, UNUSED, "a loaded model is pruned in place")
     if isinstance(calibration, Tensor):
         refuse_unused(PruneRecipe, options, OF_TEXT, "the calibration is a tensor of windows")
     _refuse_wrapped(model)

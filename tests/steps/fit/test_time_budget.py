@@ -16,32 +16,27 @@ class Clock:
         return self.now
 
 
-def test_phases_are_measured_and_kept(tmp_path: Path) -> None:
+def test_what_does_not_fit_by_the_longest_phase_is_named_once(tmp_path: Path) -> None:
     clock = Clock()
     budget = TimeBudget(1.0, tmp_path / "pace.json", 100.0, clock)
+    assert budget.allows("more", "unmeasured")
     for seconds in (20.0, 5.0):
-        with budget.phase("level"):
+        with budget.phase("making"):
             clock.now += seconds
-    assert budget.expected("level") == 20.0
-    assert budget.expected("level", "level", "unknown") == 40.0
-    assert budget.left == 35.0
-    again = TimeBudget(1.0, tmp_path / "pace.json", clock.now, clock)
-    assert again.expected("level") == 20.0
-    assert again.left == 60.0
-
-
-def test_what_does_not_fit_is_named_once(tmp_path: Path) -> None:
-    clock = Clock()
-    budget = TimeBudget(1.0, tmp_path / "pace.json", 100.0, clock)
-    assert budget.allows("more", 60.0)
-    assert not budget.allows("more", 61.0)
-    clock.now += 59.0
-    assert not budget.allows("cuts", 2.0)
-    assert not budget.allows("cuts", 2.0)
+    assert budget.allows("more", "making")  # 25 of 60 seconds are gone
+    clock.now += 16.0
+    for what in ("more", "more", "cuts"):
+        assert not budget.allows(what, "making")
     assert budget.dropped == ["more", "cuts"]
+    again = TimeBudget(1.0, tmp_path / "pace.json", clock.now, clock)
+    assert again.took == {"making": 20.0}
+    assert again.allows("more", "making")
 
 
 def test_without_minutes_everything_fits(tmp_path: Path) -> None:
-    budget = TimeBudget(None, tmp_path / "pace.json", 0.0, Clock())
-    assert budget.allows("anything", 1e12)
+    clock = Clock()
+    budget = TimeBudget(None, tmp_path / "pace.json", 0.0, clock)
+    with budget.phase("making"):
+        clock.now += 1e12
+    assert budget.allows("anything", "making")
     assert budget.dropped == []

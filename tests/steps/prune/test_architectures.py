@@ -24,7 +24,6 @@ from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.runs.records import Manifest
-from secateur.steps.diagnose import diagnose
 from secateur.steps.inspect import inspect
 
 REFUSED = {
@@ -161,7 +160,7 @@ def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
     audit = inspect(str(folder)).audit
     assert audit.sparsity == pytest.approx(true, abs=1e-12)
     assert sum(x.weights for x in audit.linears if ".experts." in x.name) == 2 * 4 * 3 * 24 * 32
-    found = diagnose(folder, progress=Silent())
+    found = secateur.diagnose(folder, progress=Silent())
     assert found.weights.sparsity == pytest.approx(true, abs=1e-12)
     assert not found.verdict.startswith("healthy")
     dense = [f for f in found.findings if f.id == "dense-linear"]
@@ -177,7 +176,7 @@ def test_shared_layers_are_counted_once(tmp_path: Path) -> None:
     assert any("layers.1.shared_transformer" in n for n in names)
     assert not any("layers.3.shared_transformer" in n for n in names)
     assert audit.parameters == sum(t.numel() for t in stored(source).values())
-    assert diagnose(source, progress=Silent()).weights.sparsity == 0
+    assert secateur.diagnose(source, progress=Silent()).weights.sparsity == 0
 
 
 def test_an_incomplete_checkpoint_says_which_matrix_is_missing(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class LayerTuning:
         self.layer, self.tasks, self.inputs, self.dense = layer, tasks, inputs, dense
         self.how, self.ranks = settings.reconstruction, settings.ranks
         on_grid = any(task.rounded for task in tasks.values())
-        self.remasks = self.how.remask and not on_grid
+        self.remasks = not on_grid
         self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keeping(

@@ -327,7 +327,7 @@ class Reconstruction:
 
     The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
 
-    With `remask`, pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
+    Pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
     gradient of that product moves all of θ (straight through the mask), and every four steps
     the pattern chooses a new mask by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight starts from its
     value before pruning. After 60 % of the steps the mask is fixed.
@@ -339,23 +339,10 @@ class Reconstruction:
     Args:
         passes: number of passes over the calibration windows; 0 tunes nothing.
         learning_rate: learning rate of the first step.
-        remask: whether the mask may change.
-
-    Raises:
-        RecipeError: a number is out of range.
     """
 
     passes: int = 3
     learning_rate: float = 1e-3
-    remask: bool = True
-
-    def __post_init__(self) -> None:
-        if self.passes < 0:
-            raise RecipeError(f"passes is {self.passes}", remedy="give 0 or more; 3 is usual")
-        if not 0 < self.learning_rate < 1:
-            raise RecipeError(
-                f"learning_rate is {self.learning_rate}", remedy="give a small number such as 1e-3"
-            )
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0; it falls to 0 after the last of `steps`."""

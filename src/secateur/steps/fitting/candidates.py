@@ -144,7 +144,7 @@ class Workshop:
                 and one.rise <= HEALABLE * bound
             )
             heals = context.recipe.tokens_to_heal and may_win
-            if heals and context.time.allows("healing", context.time.expected("healing")):
+            if heals and context.time.allows("healing", "healing"):
                 one = self._healed(one)
             found.append(one)
         return found

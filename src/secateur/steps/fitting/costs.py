@@ -40,8 +40,8 @@ from secateur.steps.fitting.storage_formats import (
     FILES,
     FORMATS,
     PACKED_FOLDER,
+    PackedFolder,
     StorageFormat,
-    TargetFiles,
     embedded,
 )
 
@@ -100,7 +100,7 @@ class Costs:
     shapes: Mapping[str, tuple[int, int]]
     outer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     times: MatrixTimes | None = None
-    files: TargetFiles = PACKED_FOLDER
+    files: PackedFolder = PACKED_FOLDER
     head: Mapping[str, float] = field(default_factory=dict)
     zeros: Mapping[str, float] = field(default_factory=dict)
 

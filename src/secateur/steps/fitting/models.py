@@ -293,18 +293,12 @@ class TimeBudget:
             self.took[name] = taken
             write_json(self.file, self.took)
 
-    def expected(self, *names: str) -> float:
-        """Seconds of phases together; one that was never measured takes none."""
-        return sum(self.took.get(name, 0.0) for name in names)
+    def allows(self, what: str, phase: str) -> bool:
+        """Whether there is time for something that takes as long as a phase took; if not, note it.
 
-    @property
-    def left(self) -> float:
-        """Seconds until the end."""
-        return self.end - self.clock()
-
-    def allows(self, what: str, seconds: float) -> bool:
-        """Whether there is time for something; if not, note that it is dropped."""
-        if seconds <= self.left:
+        A phase that was never measured takes no time.
+        """
+        if self.clock() + self.took.get(phase, 0.0) <= self.end:
             return True
         if what not in self.dropped:
             self.dropped.append(what)

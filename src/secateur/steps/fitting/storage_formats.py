@@ -15,7 +15,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -89,57 +88,23 @@ def stored_bytes(name: str, layout: Layout, nonzeros: int) -> int:
     return form.nbytes(layout, nonzeros) + described - header_bytes({}, {}) + commas
 
 
-class TargetFiles(Protocol):
-    """The files of a target."""
-
-    @property
-    def formats(self) -> tuple[StorageFormat, ...]:
-        """The formats that it stores; the first is the model itself."""
-        ...
-
-    def rest(self, model: PackableCheckpoint) -> int:
-        """Bytes of everything that is no linear and no embedding, at most.
-
-        Args:
-            model: dense.
-
-        Raises:
-            ArchitectureError: the target does not know this model.
-        """
-        ...
-
-    def matrix(
-        self, name: str, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
-    ) -> int:
-        """Bytes of a matrix, at most.
-
-        Args:
-            name: of the matrix, without `.weight`.
-            shape: [out, in].
-            stored: how it is stored.
-            kept: the fraction of nonzeros; None for all that are not pruned. A kept weight that
-                rounds to zero is stored as a zero.
-        """
-        ...
-
-    def finish(self, folder: Path, progress: Progress) -> int:
-        """Write what the target needs into a packed folder; the bytes of its weight files.
-
-        Args:
-            folder: the packed model.
-            progress: receives every tensor.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class PackedFolder:
-    """Files of ours."""
+    """The files of a target: a packed folder.
+
+    Attributes:
+        formats: that it stores; the first is the model itself.
+    """
 
     formats: tuple[StorageFormat, ...] = FORMATS
 
     def rest(self, model: PackableCheckpoint) -> int:
-        """Norms in bfloat16, and what the headers say of them."""
+        """Bytes of everything that is no linear and no embedding, at most: norms in bfloat16, and
+        what the headers say of them.
+
+        Raises:
+            ArchitectureError: the target does not know this model.
+        """
         files, names = dict[Path, dict[str, PartSpec]](), model.reader.files
         for name, entry in model.reader.entries.items():
             others = files.setdefault(entry.file, {})
@@ -153,7 +118,15 @@ class PackedFolder:
     def matrix(
         self, name: str, shape: tuple[int, int], stored: StorageFormat, kept: float | None = None
     ) -> int:
-        """The smaller one of bitmask and dense."""
+        """Bytes of a matrix, at most: the smaller one of bitmask and dense.
+
+        Args:
+            name: of the matrix, without `.weight`.
+            shape: [out, in].
+            stored: how it is stored.
+            kept: the fraction of nonzeros; None for all that are not pruned. A kept weight that
+                rounds to zero is stored as a zero.
+        """
         kept = 1 - stored.sparsity if kept is None else kept
         nonzeros = round(shape[0] * shape[1] * kept)
         names = (DENSE, "bitmask") if stored.sparsity else (DENSE,)
@@ -161,12 +134,12 @@ class PackedFolder:
         return min(stored_bytes(name, layout, nonzeros) for layout in layouts)
 
     def finish(self, folder: Path, progress: Progress) -> int:
-        """Nothing is missing."""
+        """Write what the target needs besides the packed folder; the bytes of its weight files."""
         return sum(file.stat().st_size for file in shard_files(folder))
 
 
 @dataclass(frozen=True)
-class GGUFFolder:
+class GGUFFolder(PackedFolder):
     """A packed folder and a GGUF file in it, which is what counts."""
 
     formats: tuple[StorageFormat, ...] = FORMATS[:3]
@@ -199,7 +172,7 @@ class GGUFFolder:
 
 PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
 
-FILES: Mapping[str, TargetFiles] = {
+FILES: Mapping[str, PackedFolder] = {
     "cpu": PACKED_FOLDER,
     "llama.cpp": GGUF_FILE,
 }
