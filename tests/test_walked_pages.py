@@ -274,7 +274,7 @@ def test_every_block_names_its_language_and_is_run_or_says_why_not(page: Path) -
 
 
 def test_every_how_to_says_what_lies_where() -> None:
-    assert len(HOW_TO) == 12
+    assert len(HOW_TO) == 11
     assert set(HOW_TO) <= {*WALKED, *AS_PROGRAMS}
     for page in HOW_TO:
         assert promised(ROOT / f"{page}.md"), page

@@ -51,8 +51,8 @@ def collect(root: Path, pages: Path) -> None:
             shutil.copyfile(root / source, pages / file)
     (pages / README).write_text(home_page(root), encoding="utf-8")
     (pages / "options").mkdir()
-    for file, text in option_pages().items():
-        (pages / file).write_text(text, encoding="utf-8")
+    for name, words in option_pages().items():
+        (pages / name).write_text(words, encoding="utf-8")
     (pages / ASSISTANTS).write_text(assistants_page(root), encoding="utf-8")
     (pages / "python.md").write_text(python_page(root), encoding="utf-8")
 

@@ -202,7 +202,8 @@ def chain(
 ) -> ChainResult:
     """Carry out several verbs. Each reads the result of the previous one.
 
-    All are checked before the first one runs. A stopped chain can resume with different steps if its finished steps are the same.
+    All are checked before the first one runs. A stopped chain can resume with different steps if
+    its finished steps are the same.
 
     Args:
         model: The model; on the command line, a YAML file with the keys `model`, `output` and
