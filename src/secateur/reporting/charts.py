@@ -56,7 +56,7 @@ class LineChart:
     @property
     def height(self) -> float:
         """In points."""
-        return 220.0 + 14 * len(self.series)
+        return 230.0 + 18 * len(self.series)
 
     def draw(self, axes: Any) -> None:
         """Draw one line per series, and the reference as a dashed line."""
@@ -126,7 +126,7 @@ class HeatMap:
         axes.set_xticks(range(0, len(self.columns), step), self.columns[::step])
         axes.set_xlabel("layer")
         axes.spines[:].set_visible(False)
-        axes.figure.colorbar(cells, ax=axes, pad=0.02, format="%.2g")
+        axes.figure.colorbar(cells, ax=axes, pad=0.02, format="%.3g")
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,17 @@ class BarChart:
     def draw(self, axes: Any) -> None:
         """Draw bars from top to bottom, each with its value, and a line to its extremes."""
         places = range(len(self.bars))
+        ends = [(bar.least or bar.value, bar.most or bar.value) for bar in self.bars]
         drawn = axes.barh(
             places,
             [bar.value for bar in self.bars],
             color=[COLORS[0] if bar.ours else PLAIN_BAR for bar in self.bars],
             height=0.6,
-        )
-        for place, bar in enumerate(self.bars):
-            if bar.least is not None and bar.most is not None:
-                axes.plot([bar.least, bar.most], [place, place], color=INK, marker="")
-        axes.bar_label(drawn, [_shortened(bar.text) for bar in self.bars], padding=8)
+            xerr=[[abs(end - bar.value) for end, bar in zip(side, self.bars, strict=True)]
+                  for side in zip(*ends, strict=True)],
+            ecolor=INK,
+        )  # fmt: skip
+        axes.bar_label(drawn, [_shortened(bar.text) for bar in self.bars], padding=6)
         axes.set_yticks(places, [_shortened(bar.label) for bar in self.bars])
         axes.margins(x=0.3)
         axes.set_ylim(len(self.bars) - 0.5, -0.5)
