@@ -100,7 +100,6 @@ SMALLER = {
     "iterative.rewind_step=50": "iterative.rewind_step=1",
     '"windows": 64, "sequence_length": 512': '"windows": 4, "sequence_length": 32',
     "use, 6, ExpertChoice": "use, 3, ExpertChoice",
-    "rewind_step=60": "rewind_step=1",
     "TrainingPlan(steps=200": "TrainingPlan(steps=2",
     "TrainingPlan(steps=500": "TrainingPlan(steps=2",
 }

@@ -94,22 +94,33 @@ def pruned(args: argparse.Namespace, folder: Path, row: str, own: dict[str, Any]
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Excess, gain, memory."""
+def losses(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Excess loss over the dense model, and in brackets the part that came back."""
     of = {row["row"]: row for row in rows}
-    dense, first = of["dense"]["loss"], of.get(FIRST)
+    dense, first = of.pop("dense")["loss"], of[FIRST]["loss"]
     lines = []
     for name, row in of.items():
-        if name == "dense":
-            continue
-        cells = []
-        for text, loss in row["loss"].items():
-            above = loss - dense[text]
-            gone = first and 1 - above / (first["loss"][text] - dense[text])
-            cells.append(f"{above:.3f}" + (f" ({gone:.0%})" if gone else ""))
-        peak, planned = row["peak_resident_bytes"] / 2**20, row["planned_bytes"] / 2**20
-        lines.append([name, *cells, f"{peak:.0f} MiB", f"{planned:.0f} MiB"])
-    return markdown(["", *dense, "peak", "planned for distillation"], lines)
+        excess = {text: loss - dense[text] for text, loss in row["loss"].items()}
+        back = {text: 1 - above / (first[text] - dense[text]) for text, above in excess.items()}
+        shown = (f"{excess[x]:.3f}" + (f" ({back[x]:.0%})" if back[x] else "") for x in excess)
+        lines.append([name, *shown])
+    return ["", *dense], lines
+
+
+def memory(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The peak of the process, and what was planned for the distillation."""
+    lines = [
+        [
+            row["row"],
+            *(f"{row[x] / 2**20:.0f} MiB" for x in ("peak_resident_bytes", "planned_bytes")),
+        ]
+        for row in rows
+        if row["row"] != "dense"
+    ]
+    return ["", "peak of the process", "planned for the distillation"], lines
+
+
+TABLES = {"losses": losses, "memory": memory}
 
 
 def main() -> None:
@@ -150,7 +161,8 @@ def main() -> None:
             if not known:
                 add(args.name, protocol, found)
             print(found, flush=True)
-    print(table(known_rows(args.name)))
+    for shown in TABLES.values():
+        print(markdown(*shown(known_rows(args.name))))
 
 
 if __name__ == "__main__":

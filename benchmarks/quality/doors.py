@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,6 @@ class Doors:
             "wanda, one-shot": self.wanda,
             "magnitude, then train": lambda output: self.train(output, "magnitude, one-shot"),
             "wanda, then train": lambda output: self.train(output, "wanda, one-shot"),
-            "wanda, then train, layer_decay 0.9": lambda output: self.train(
-                output, "wanda, one-shot", layer_decay=0.9
-            ),
             "gradual": lambda output: self.train(
                 output, gradual={"sparsity": args.sparsity, "every": 2}
             ),
@@ -160,11 +157,22 @@ class Doors:
         }
 
 
-def table(rows: list[Row]) -> str:
-    """A line for each row."""
-    lines = [[r["name"], f"{r['tokens']:,}" if r["tokens"] else "", f"{r['perplexity']:.1f}"]
-             for r in rows]  # fmt: skip
-    return markdown(["", "tokens read", "perplexity"], lines)
+def zeros(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The models with zeros."""
+    return _table(row for row in rows if "cut" not in row["name"])
+
+
+def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The models that are cut."""
+    return _table(row for row in rows if "cut" in row["name"])
+
+
+def _table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    lines = [[row["name"], f"{row['perplexity']:.1f}"] for row in rows]
+    return ["", "perplexity"], lines
+
+
+TABLES = {"zeros": zeros, "cuts": cuts}
 
 
 def main() -> None:
@@ -194,7 +202,8 @@ def main() -> None:
                 row = doors.row(name)
                 add("doors", protocol, row)
                 print(row, flush=True)
-    print(table(known_rows("doors", protocol)))
+    for shown in TABLES.values():
+        print(markdown(*shown(known_rows("doors", protocol))))
 
 
 if __name__ == "__main__":

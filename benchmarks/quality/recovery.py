@@ -125,15 +125,12 @@ def same(row: Row, *asked: Any) -> bool:
     return tuple(row[part] for part in ("start", "way", "read", "minutes", "frozen")) == asked
 
 
-def table(rows: list[Row]) -> str:
+def recovered(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Perplexity, and in brackets the part of the excess loss that came back."""
     dense = next(r["perplexity"] for r in rows if r["start"] == "dense")
     lines = []
     for row in rows:
-        cells = [row["start"], row["way"], row["read"],
-                 f"{row['minutes']:g}" if row["minutes"] else "",
-                 ("frozen" if row["frozen"] else "trained") if row["way"] else "",
-                 f"{row['tokens']:,}" if row["tokens"] else ""]  # fmt: skip
+        cells = [row["start"], row["way"], f"{row['tokens']:,}" if row["tokens"] else ""]
         before = [r for r in rows if same(r, row["start"], "", "", 0, False)]
         for text, value in row["perplexity"].items():
             back = ""
@@ -142,7 +139,10 @@ def table(rows: list[Row]) -> str:
                 back = f" ({1 - math.log(value / dense[text]) / excess:.0%})"
             cells.append(f"{value:.2f}{back}")
         lines.append(cells)
-    return markdown(["", "by", "on", "minutes", "embeddings", "tokens read", *dense], lines)
+    return ["", "learns from", "tokens read", *dense], lines
+
+
+TABLES = {"recovered": recovered}
 
 
 def main() -> None:
@@ -186,7 +186,7 @@ def main() -> None:
                 asked = (start, mode, read, args.minutes, args.frozen)
                 if not any(same(r, *asked) for r in known_rows("recovery")):
                     add(trained(args, start, mode, texts, models))
-    print(table(known_rows("recovery")))
+    print(markdown(*recovered(known_rows("recovery"))))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,34 @@ def families(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["", "ALPS", "balanced", "with uniform sparsity", "balanced, of ALPS"], lines
 
 
-TABLES = {"families": families}
+def hidden(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Excess loss on held-out text and WikiText-2 by the weight of hidden states."""
+    named = {
+        "balanced": "`balanced`",
+        "thorough, hidden 0": "`thorough` with b = 0",
+        "thorough": "`thorough`, b = 3",
+        "thorough, hidden 10": "`thorough` with b = 10",
+    }
+    lines = [
+        [shown, *(_both(rows, m, row) for m in ("gemma", "qwen"))] for row, shown in named.items()
+    ]
+    return ["50 %", "Gemma", "Qwen"], lines
+
+
+def rates(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Excess loss of a small Gemma by the number of steps of 256 tokens, and the rate."""
+    parts, lines = ("1/1", "1/4", "1/16", "1/64"), []
+    for tokens in (49_152, 262_144):
+        names = [f"best, {tokens:,} tokens, {part} of the highest rate" for part in parts]
+        lines.append([str(tokens // 256), *(_both(rows, "gemma", name) for name in names)])
+    return ["steps", "0.25 / hidden size", "a quarter", "a 16th", "a 64th"], lines
+
+
+def _both(rows: Rows, model: str, row: str) -> str:
+    return ", ".join(f"{x:.3f}" for x in excess(rows, model, row, "50 %").values())
+
+
+TABLES = {"families": families, "hidden": hidden, "rates": rates}
 
 
 def losers(rows: Rows) -> list[str]:

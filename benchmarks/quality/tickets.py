@@ -25,20 +25,13 @@ from benchmarks.hardware import heading, keep, markdown
 from benchmarks.stored import known_rows
 from torch import Tensor
 
-from secateur.recipes.train import GradualOptions
+from secateur.recipes.train import IterativeOptions
 from secateur.sparsity.schedules import schedules
-from secateur.training.pruning import (
-    Criterion,
-    Gradual,
-    GradualPruning,
-    KeepEarly,
-    PruningRounds,
-    Round,
-    open_masks,
-    prune_in_rounds,
-    renew,
-    write_weights,
-)
+from secateur.training.gradual import Criterion, Rounds, renew
+from secateur.training.loop import Outcome
+from secateur.training.masks import open_masks
+from secateur.training.saved import write_whole
+from secateur.training.training_plan import TrainingPlan
 
 sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
 from trained import STEPS, held_out_loss, source_ids, train, untrained
@@ -46,13 +39,44 @@ from trained import STEPS, held_out_loss, source_ids, train, untrained
 MEASURES = ("src/secateur/training",)
 
 EARLY_STEP = 60
-PARTS = ("rewound", "rate_rewound", "while_training", "initial_weights")
+PARTS = ("rewound", "rate_rewound")
 ONE_SHOT = "one-shot, weights rewound to step 60"
 TICKET = "iterative, weights rewound to step 60"
 ANEW = "the same mask, new random weights"
 ONE_SHOT_RATE = "one-shot, rate rewound as often as there are rounds"
 ITERATIVE_RATE = "iterative, rate rewound"
 Masks = dict[str, Tensor]
+
+
+class Loops:
+    """The training of `trained.py` in place of the library's loop.
+
+    Args:
+        model: learns in place.
+        text: its tokens.
+        seed: of the order of the text.
+        kept: the masks that it holds.
+    """
+
+    def __init__(self, model: Any, text: Tensor, seed: int, kept: Masks) -> None:
+        self.model, self.text, self.seed, self.kept = model, text, seed, kept
+
+    def __call__(self, plan: Any, saved: Any = None, hooks: Any = (), **options: Any) -> Any:
+        """The next training."""
+        self.plan, self.saved, self.hooks = plan, saved, hooks
+        return self
+
+    def validation_loss(self) -> None:
+        """Nothing is watched."""
+
+    def run(self) -> Outcome:
+        """Train, and save the weights."""
+        on_step = self.hooks[0].on_step if self.hooks else None
+        first = self.plan.first_step
+        train(self.model, self.text, seed=self.seed, first_step=first, kept=self.kept,
+              on_step=on_step)  # fmt: skip
+        write_whole(self.saved / "final.safetensors", dict(self.model.named_parameters()))
+        return Outcome(step=STEPS)
 
 
 class Tickets:
@@ -68,13 +92,7 @@ class Tickets:
         self.seed, self.sparsity, self.rounds = seed, sparsity, rounds
         self.text, self.held_out = source_ids(), source_ids(held_out=True)
         self.dense = untrained(seed)
-        self.folder = tempfile.TemporaryDirectory()
-        self.initial, self.early = (
-            Path(self.folder.name) / f"{name}.safetensors" for name in ("initial", "early")
-        )
-        write_weights(self.dense, self.initial)
-        hook = KeepEarly(EARLY_STEP, self.early)
-        train(self.dense, self.text, seed=seed, on_step=hook.on_step)
+        train(self.dense, self.text, seed=seed)
 
     def rewound(self) -> Iterator[tuple[str, float]]:
         """Weights go back to an early step, or are new ones, under the same mask."""
@@ -83,12 +101,6 @@ class Tickets:
         model, masks = self.in_rounds(self.rounds, "weights", EARLY_STEP)
         yield TICKET, self.loss(model)
         yield ANEW, self.loss(self.anew(masks))
-
-    def initial_weights(self) -> Iterator[tuple[str, float]]:
-        """Weights go back to the very beginning."""
-        model, masks = self.in_rounds(self.rounds, "weights")
-        yield "iterative, weights rewound to step 0", self.loss(model)
-        yield "its mask, new random weights", self.loss(self.anew(masks))
 
     def rate_rewound(self) -> Iterator[tuple[str, float]]:
         """Weights go on; one-shot is trained as often as iterative as well."""
@@ -100,27 +112,20 @@ class Tickets:
         model, _ = self.in_rounds(self.rounds, "rate")
         yield ITERATIVE_RATE, self.loss(model)
 
-    def while_training(self) -> Iterator[tuple[str, float]]:
-        """Gradual pruning in one training more."""
-        yield "gradual, rate rewound once", self.loss(self.gradual(0.0))
-        yield "gradual with regrowth, rate rewound once", self.loss(self.gradual(0.3))
-
     def in_rounds(self, rounds: int, rewind: str, step: int = 0) -> tuple[Any, Masks]:
         """The dense model pruned in rounds; its masks."""
-        model = copy.deepcopy(self.dense)
-        masks = open_masks(model)
-
-        def retrain(this: Round) -> None:
-            first_step, _, _ = how.span(this.number, STEPS)
-            train(model, self.text, seed=self.seed, first_step=first_step, kept=masks)
-
-        how = PruningRounds(
-            schedules["geometric"](self.sparsity),
-            rounds,
-            rewind=rewind,
-            rewind_step=step,
+        model = untrained(self.seed) if step else copy.deepcopy(self.dense)
+        masks, how = (
+            open_masks(model),
+            IterativeOptions.model_validate(
+                {"rounds": rounds, "rewind": rewind, "rewind_step": step}
+            ),
         )
-        prune_in_rounds(model, masks, how, retrain, self.early if step else self.initial)
+        schedule = schedules["geometric"](self.sparsity)
+        loops = Loops(model, self.text, self.seed, masks)
+        with tempfile.TemporaryDirectory() as folder:
+            together = Rounds(model, masks, schedule, Criterion(), how)
+            together.train(loops, TrainingPlan(steps=STEPS), Path(folder))
         return model, masks
 
     def anew(self, masks: Masks) -> Any:
@@ -128,20 +133,6 @@ class Tickets:
         model = untrained(seed=1000 + self.seed)
         renew(model, open_masks(model), masks)
         train(model, self.text, seed=self.seed, kept=masks)
-        return model
-
-    def gradual(self, regrowth: float) -> Any:
-        """The dense model, pruned while it is trained once more."""
-        model = copy.deepcopy(self.dense)
-        masks = open_masks(model)
-        windows = self.text[: 16 * 64].view(16, 64) if regrowth else None
-        how = Gradual(
-            schedules["cubic"](self.sparsity),
-            Criterion(windows=windows),
-            GradualOptions(regrowth=regrowth),
-        )
-        hook = GradualPruning(masks, how)
-        train(model, self.text, seed=self.seed, kept=masks, on_step=hook.on_step)
         return model
 
     def loss(self, model: Any) -> float:
@@ -164,18 +155,21 @@ def with_earlier(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def losses(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A line for everything that was measured."""
-    names = dict.fromkeys(name for row in rows for name in row if name != "seed")
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("seed", "measured"))
     measured = {name: [row[name] for row in rows if name in row] for name in names}
     lines = [[name, spread(losses), str(len(losses))] for name, losses in measured.items()]
-    return markdown(["", "loss", "seeds"], lines)
+    return ["", "loss", "seeds"], lines
 
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
+
+
+TABLES = {"losses": losses}
 
 
 def main() -> None:
@@ -202,7 +196,7 @@ def main() -> None:
     }  # fmt: skip
     rows = with_earlier(protocol, rows)
     print(f"written to {keep('tickets', protocol, rows)}")
-    print(table(rows))
+    print(markdown(*losses(rows)))
     print(differences(rows, TICKET, ANEW))
     print(differences(rows, TICKET, ONE_SHOT))
     print(differences(rows, ITERATIVE_RATE, ONE_SHOT_RATE))

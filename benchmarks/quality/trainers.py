@@ -75,6 +75,27 @@ def measured(model: Any, source: Path, zeros: dict[str, torch.Tensor]) -> dict[s
     return {"zeros_kept": left / total, "perplexity": found.perplexity}
 
 
+NAMES = {
+    "weights": "all weights, the Trainer alone",
+    "weights, callback": "all weights, with the callback",
+    "lora, plain merge": "peft's LoRA, peft's merge",
+    "lora, our merge": "peft's LoRA, `secateur.merge`",
+    "attach": "`attach`, `secateur.merge`",
+}
+
+
+def ways(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The zeros that are left, and the perplexity."""
+    lines = [
+        [NAMES.get(x["way"], x["way"]), f"{x['zeros_kept']:.0%}", f"{x['perplexity']:.2f}"]
+        for x in rows
+    ]
+    return ["way", "zeros kept", "perplexity"], lines
+
+
+TABLES = {"ways": ways}
+
+
 def main() -> None:
     """Run all ways and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -112,11 +133,7 @@ def main() -> None:
     found = [{"way": mode, **row} for mode, row in rows.items()]
     protocol = {"model": args.model.name, "steps": args.steps, "batch": BATCH, "length": LENGTH}
     print(heading())
-    table = [
-        [str(x["way"]), f"{x['zeros_kept']:.2%}", f"{x['perplexity']:.2f}", f"{x['seconds']:.0f} s"]
-        for x in found
-    ]
-    print(markdown(["way", "zeros kept", "perplexity", "training"], table))
+    print(markdown(*ways(found)))
     print(keep("trainers", protocol, found))
 
 

@@ -1178,13 +1178,11 @@ def train(
     validation_windows: int | None = None,
     seed: int | None = None,
     teacher: str | Path | None = None,
-    kind: Literal["forward", "reverse", "symmetric", "total_variation"] | None = None,
+    kind: Literal["forward", "reverse", "total_variation"] | None = None,
     temperature: float | None = None,
     next_token: float | None = None,
     hidden_weight: float | None = None,
-    teacher_layers: Sequence[int] | None = None,
     top_k: int | None = None,
-    teacher_file: str | Path | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -1200,9 +1198,7 @@ def train(
     lora_exclude: Sequence[str] | None = None,
     gradual: float | str | Mapping[str, Any] | None = None,
     iterative: float | str | Mapping[str, Any] | None = None,
-    regrow: bool | None = None,
     validations: int | None = None,
-    patience: int | None = None,
     micro_batch_windows: int | None = None,
     gradient_checkpointing: bool | None = None,
     trust_remote_code: bool | None = None,
@@ -1210,10 +1206,8 @@ def train(
     max_memory: int | str | None = None,
     output: str | Path | None = None,
     save_minutes: float | None = None,
-    tensorboard: str | Path | None = None,
     optimizer_options: Mapping[str, bool | int | float | list[float]] | None = None,
     rates: Mapping[str, float] | None = None,
-    layer_decay: float | None = None,
     fast_matmuls: bool | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
@@ -1245,17 +1239,12 @@ def train(
         teacher: Model to learn from, such as the one that was pruned: hub id, folder or named
             sample. [none: learn from the text]
         kind: Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖
-            teacher), symmetric is the mean of both; total_variation is what a draft is refused by.
-            [forward]
+            teacher); total_variation is what a draft is refused by. [forward]
         temperature: Temperature of both models; gradients are scaled by its square. [1]
         next_token: Share of the next-token loss, 0 to 1; the rest is the divergence. [0]
         hidden_weight: Weight of the hidden-state loss; 0: none. [0]
-        teacher_layers: Layers of the teacher that the student has, for --hidden-weight. [those of
-            the cut, else spread evenly]
         top_k: Before the training, store this many of the teacher's most likely tokens for each
             position, and release the teacher. [all, while training]
-        teacher_file: File of the stored teacher; it is written if it does not exist. [removed at
-            the end]
         steps: Optimizer steps. [as many as the epochs need]
         minutes: Minutes to train, instead of steps. [as long as the steps take]
         epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
@@ -1274,9 +1263,7 @@ def train(
             stay as they are]
         iterative: Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains
             for --steps. [the zeros stay as they are]
-        regrow: Allow a mask that keeps weights which are zero in the model. [off]
         validations: Number of validations during the run; one more comes before it. [10]
-        patience: Stop after this many validations without a better result; 0: never. [never]
         micro_batch_windows: Windows in one forward. [about 2048 tokens]
         gradient_checkpointing: Compute layers again in the backward pass: a third slower, much less
             memory. [off]
@@ -1286,12 +1273,8 @@ def train(
             this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
         save_minutes: Minutes between saves; a stopped run resumes from the last one. [5]
-        tensorboard: Folder for TensorBoard curves. [none]
         optimizer_options: Other arguments of the optimizer, such as weight_decay. [none]
         rates: Learning rate of some parameters, as a factor of the rate; 0 freezes them. [none]
-        layer_decay: Lower learning rates for earlier layers: layer i of L has the factor
-            layer_decay^(L - 1 - i), the embeddings layer_decay^L. `rates` replaces these factors.
-            [1]
         fast_matmuls: Multiply in bfloat16 on processors where this is faster. [on]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]

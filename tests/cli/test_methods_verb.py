@@ -55,7 +55,7 @@ def test_the_command_of_each_works(
     small: list[Any] = ["--sequence-length", 32]
     if verb == "structure":
         small += ["--calibration", places / "text.txt", "--set", "learned.steps=2"]
-        small += ["--set", "learned.update_every=1", "--set", "learned.batch=2"]
+        small += ["--set", "learned.batch=2"]
     else:
         small += ["--text", places / "text.txt", "--set", "validation_windows=0"]
         small += ["--set", "iterative.rewind_step=2"] if name == "lottery-ticket" else []

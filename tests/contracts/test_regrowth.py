@@ -7,22 +7,18 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from zoo import tiny_windows
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
-from secateur.recipes.train import GradualOptions
+from secateur.recipes.train import GradualOptions, IterativeOptions
 from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.schedules.geometric import Geometric
-from secateur.training.pruning import (
-    Criterion,
-    Gradual,
-    GradualPruning,
-    PruningRounds,
-    exchange,
-    open_masks,
-    prune_in_rounds,
-)
+from secateur.training.gradual import Criterion, GradualPruning, Rounds, exchange
+from secateur.training.loop import Outcome
+from secateur.training.masks import open_masks
+from secateur.training.training_plan import TrainingPlan
 
 EXCHANGEABLE = [one for one in ALL if not isinstance(parsed(*one), NOfM)]  # N:M is refused
 
@@ -104,9 +100,7 @@ def test_gradual_pruning(text, scope):
     pattern, model = parsed(text, scope), model_for(text)
     goal = 0.5 if pattern.sparsity is None else pattern.sparsity
     masks = open_masks(model)
-    hook = GradualPruning(
-        masks, Gradual(Cubic(goal), Criterion(pattern=pattern), GradualOptions(every=2))
-    )
+    hook = GradualPruning(masks, Cubic(goal), Criterion(pattern=pattern), GradualOptions(every=2))
     history = []
     for step in range(1, 9):
         move(model, masks, step)
@@ -123,20 +117,32 @@ def test_gradual_pruning(text, scope):
 
 
 @pytest.mark.parametrize(("text", "scope"), ALL)
-def test_pruning_in_rounds(text, scope):
+def test_pruning_in_rounds(text, scope, tmp_path):
     pattern, model = parsed(text, scope), model_for(text)
     goal = 0.5 if pattern.sparsity is None else pattern.sparsity
     masks = open_masks(model)
     history = []
 
-    def retrain(this):
-        assert zero_weights(model, masks) == zeros(masks)
-        history.append({name: mask.clone() for name, mask in masks.items()})
-        move(model, masks, this.number)
+    class Loops:
+        """Stand in for loops: they move the kept weights, and save them."""
 
-    prune_in_rounds(
-        model, masks, PruningRounds(Geometric(goal), 3, Criterion(pattern=pattern)), retrain
-    )
+        def __call__(self, plan, saved=None, **options):
+            self.saved = saved
+            return self
+
+        def validation_loss(self):
+            return None
+
+        def run(self):
+            assert zero_weights(model, masks) == zeros(masks)
+            history.append({name: mask.clone() for name, mask in masks.items()})
+            move(model, masks, len(history))
+            save_file(dict(model.named_parameters()), self.saved / "final.safetensors")
+            return Outcome(step=2)
+
+    criterion = Criterion(pattern=pattern)
+    rounds = Rounds(model, masks, Geometric(goal), criterion, IterativeOptions(rounds=3))
+    rounds.train(Loops(), TrainingPlan(steps=2), tmp_path)
     assert len(history) == 3
     assert all(came_back(before, after) == 0 for before, after in pairwise(history))
     if scope != "global":

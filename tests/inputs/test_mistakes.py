@@ -66,7 +66,6 @@ MISTAKES = {
     "train sparse --text t.txt --steps 1 --mask m -o o": "keep every weight",
     "train sparse --text t.txt --steps 1 --gradual 0.2 -o o": "more than 20.0%",
     "train sparse --text t.txt --steps 1 --gradual 2:9 -o o": "divisible by 9",
-    "train sparse --text t.txt --validation-windows 0 --patience 3 -o o": "there would be none",
     "train sparse --text short.txt --steps 1 -o o": "0 windows",
     "train sparse --text t.txt --epochs 3 --steps 9 -o o": "--steps with",
     "train sparse --text t.txt --temperature 2 -o o": "changes nothing without --teacher",
@@ -74,9 +73,8 @@ MISTAKES = {
     "train sparse --text t.txt --lora-targets q_prj -o o": "no linear matches 'q_prj'",
     "train sparse --text t.txt --optimizer-options lr=1 -o o": "lr=1:",
     "train sparse --text t.txt --optimizer-options speed=1 -o o": "AdamW cannot be made",
-    "train sparse --text t.txt --tensorboard t.txt -o o": "t.txt is a file, and curves are",
     "train sparse --text t.txt --answers-only -o o": "--answers-only changes nothing",
-    "train sparse --text t.txt --validation-text t.txt --windows 4 -o o": "is a training text",
+    "train sparse --text t.txt --validation-text t.txt -o o": "100.0%",
     # compress, export, import
     "compress sparse --values int1 -o o": "did you mean int",
     "compress sparse --values int8 --group-size 32 -o o": "for int4, int3, int2",

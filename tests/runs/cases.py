@@ -127,10 +127,7 @@ CASES: Mapping[str, Case] = {
     "train with a teacher": Case(
         "train",
         "pruned",
-        {
-            **TRAINING, "teacher": "{sources}/dense", "top_k": 4,
-            "teacher_file": "{here}/teacher.safetensors",
-        },
+        {**TRAINING, "teacher": "{sources}/dense", "top_k": 4},
     ),
     "chain": Case(
         "chain",

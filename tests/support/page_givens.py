@@ -23,9 +23,10 @@ from secateur.progress import Silent
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.batches import Batches
+from secateur.training.gradual import GradualPruning
 from secateur.training.lora import attach
+from secateur.training.masks import open_masks
 from secateur.training.objectives import NextToken
-from secateur.training.pruning import Gradual, GradualPruning, KeepEarly, open_masks
 from secateur.training.training_plan import TrainingPlan
 
 TEXTS = ("TEXT.txt", "text.jsonl", "code.jsonl", "math.jsonl", "wiki.txt")
@@ -137,7 +138,6 @@ def names(source: str) -> dict[str, Any]:
             transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
             for place in (source, "MODEL", "PRUNED")
         )
-    KeepEarly(60, Path("MODEL/early.safetensors")).on_step(60, 100, model, None)
     windows = torch.arange(8 * 16).view(8, 16).remainder(23) + 4
     weight = model.model.layers[0].self_attn.q_proj.weight.detach()
     inputs = torch.randn(96, weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -159,7 +159,8 @@ def names(source: str) -> dict[str, Any]:
         "held_out": windows[:2],
         "objective": NextToken.of(model),
         "plan": TrainingPlan(steps=2),
-        "how": Gradual(schedules["cubic"](0.8), options=GradualOptions(every=1, end=0.75)),
+        "how": GradualOptions(every=1, end=0.75),
+        "schedules": schedules,
         "data": [{"input_ids": row, "labels": row} for row in windows],
         "args": transformers.TrainingArguments(
             "trained", use_cpu=True, report_to=[], max_steps=1, save_strategy="no",

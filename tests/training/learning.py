@@ -10,7 +10,8 @@ from torch import Tensor
 from zoo import CONFIGS
 
 from secateur.training.batches import Batches
-from secateur.training.pruning import open_masks
+from secateur.training.loop import Loop, Outcome
+from secateur.training.masks import open_masks
 
 SEQUENCES = torch.arange(40 * 12).view(40, 12).mul(7).remainder(23) + 4
 """Windows with something to learn: every token follows from the one before it."""
@@ -44,3 +45,13 @@ def weights(model: Any) -> dict[str, Tensor]:
 def zeros(model: Any) -> dict[str, Tensor]:
     """Where the matrices of the layers are zero."""
     return {n: ~kept for n, kept in open_masks(model).items()}
+
+
+def watched(windows: Tensor) -> Batches:
+    """Windows for validation."""
+    return Batches(windows, len(windows))
+
+
+def train(*parts: Any, **options: Any) -> Outcome:
+    """Run a loop."""
+    return Loop(*parts, **options).run()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from learning import EXACT, SEQUENCES, batches, pruned_model
+from learning import EXACT, SEQUENCES, batches, pruned_model, watched
 
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks, local
@@ -27,7 +27,7 @@ def main(folder: Path, steps: int) -> None:
         NextToken.of(model),
         Masks.of(model),
         TrainingPlan(steps=steps, save_minutes=0, validations=2, optimizer="SGD", **EXACT),
-        validation=SEQUENCES[:4],
+        validation=watched(SEQUENCES[:4]),
         saved=folder,
     )
     loop.run()

@@ -1,30 +1,22 @@
-"""Gradual pruning, rounds, adapters and gates in the library's own training loop."""
+"""Gradual pruning, adapters and gates in the library's own training loop."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from learning import watched
 from zoo import tiny_model, tiny_windows, zeros_of
 
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules.cubic import Cubic
-from secateur.sparsity.schedules.geometric import Geometric
+from secateur.structured.learned import LearnedMasks
 from secateur.training.batches import Batches
-from secateur.training.learned_masks import Consumer, LearnedMasks, Shape
+from secateur.training.gradual import Criterion, GradualPruning
 from secateur.training.loop import Loop
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
-from secateur.training.masks import Masks
+from secateur.training.masks import Masks, open_masks
 from secateur.training.objectives import NextToken
-from secateur.training.pruning import (
-    Criterion,
-    Gradual,
-    GradualPruning,
-    KeepEarly,
-    PruningRounds,
-    open_masks,
-    prune_in_rounds,
-)
 from secateur.training.training_plan import TrainingPlan
 
 WINDOWS = tiny_windows(samples=6)
@@ -43,10 +35,10 @@ def zeros(kept):
 def test_gradual_pruning_ends_with_its_masks_held():
     model = tiny_model("llama")
     masks = Masks(open_masks(model))
-    how = Gradual(Cubic(0.7), Criterion(windows=WINDOWS), GradualOptions(every=2, regrowth=0.2))
-    hook = GradualPruning(masks.kept, how)
+    how = GradualOptions(every=2, regrowth=0.2)
+    hook = GradualPruning(masks.kept, Cubic(0.7), Criterion(windows=WINDOWS), how)
     objective = NextToken.of(model)
-    loop = Loop(model, BATCHES, objective, masks, plan(), validation=WINDOWS, hooks=[hook])
+    loop = Loop(model, BATCHES, objective, masks, plan(), validation=watched(WINDOWS), hooks=[hook])
     outcome = loop.run()
     masks.check(model)
     assert zeros(masks.kept) == sum(round(0.7 * m.numel()) for m in masks.kept.values())
@@ -58,34 +50,13 @@ def test_gradual_pruning_ends_with_its_masks_held():
 def test_as_many_weights_are_zero_as_the_masks_say(text):
     model = tiny_model("llama")
     masks = Masks(open_masks(model))
-    how = Gradual(Cubic(0.5), Criterion(pattern=parse_pattern(text)), GradualOptions(every=2))
-    hook = GradualPruning(masks.kept, how)
+    criterion, how = Criterion(pattern=parse_pattern(text)), GradualOptions(every=2)
+    hook = GradualPruning(masks.kept, Cubic(0.5), criterion, how)
     Loop(model, BATCHES, NextToken.of(model), masks, plan(20), hooks=[hook]).run()
     sizes = {name: mask.numel() for name, mask in masks.kept.items()}
     for name, size in sizes.items():
         assert int((model.get_parameter(name) == 0).sum()) == size // 2, name
         assert int((~masks.kept[name]).sum()) == size // 2
-
-
-def test_rounds_with_rewound_weights_train_what_is_left_of_the_run(tmp_path):
-    model = tiny_model("llama")
-    hook = KeepEarly(3, tmp_path / "early.safetensors")
-    Loop(model, BATCHES, NextToken.of(model), None, plan(), hooks=[hook]).run()
-    masks = Masks(open_masks(model))
-    steps = []
-
-    def retrain(this):
-        first, last, _ = how.span(this.number, 12)
-        loop = Loop(
-            model, BATCHES, NextToken.of(model), masks, plan(), first_step=first, last_step=last
-        )
-        steps.append(len(loop.run().log))
-
-    how = PruningRounds(Geometric(0.8), 2, rewind="weights", rewind_step=3)
-    prune_in_rounds(model, masks.kept, how, retrain, hook.file)
-    masks.check(model)
-    assert steps == [9, 9]
-    assert zeros(masks.kept) == sum(round(0.8 * m.numel()) for m in masks.kept.values())
 
 
 def test_adapters_are_trained_alone():
@@ -109,9 +80,9 @@ def test_adapters_are_trained_alone():
 
 def test_gates_are_learned_beside_the_weights():
     model = tiny_model("llama")
-    masks = LearnedMasks(model, Shape(neurons=24), {"neurons": Consumer("mlp.down_proj")})
+    masks = LearnedMasks(model, {"neurons": 24})
     objective = masks.objective(NextToken.of(model))
     torch.manual_seed(0)
     outcome = Loop(model, BATCHES, objective, None, plan(), hooks=[masks]).run()
     assert outcome.step == 12
-    assert all(len(units) == 24 for units in masks.settle()["neurons"].values())
+    assert all(len(units) == 24 for units in masks.settle().neurons.values())

@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from learning import EXACT, SEQUENCES, batches, pruned_model, weights, zeros
+from learning import EXACT, SEQUENCES, batches, pruned_model, train, watched, weights, zeros
 from pydantic import ValidationError
 from safetensors import safe_open
 
 from secateur.errors import NumericalError, RecipeError, SourceError, VerificationError
-from secateur.recipes.train import GradualOptions, LoraOptions
-from secateur.sparsity.schedules import schedules
+from secateur.recipes.train import LoraOptions
 from secateur.training.batches import Batch
-from secateur.training.loop import Loop, Outcome, train
+from secateur.training.loop import Loop, Outcome
 from secateur.training.lora import attach, merge
 from secateur.training.masks import FIXED_AT_ZERO, Masks, stored_masks
 from secateur.training.objectives import NextToken
-from secateur.training.pruning import Gradual, GradualPruning, open_masks
 from secateur.training.training_plan import TrainingPlan, optimizers
 
 TOLERANCE = 2e-5
@@ -149,40 +147,25 @@ def test_the_default_rate_is_for_the_width_and_for_the_tokens_of_a_step() -> Non
 
 def test_minutes_end_a_run_in_time_and_the_rate_falls_to_nothing() -> None:
     model = pruned_model()
-    done = run(model, TrainingPlan(minutes=1.5 / 60, **EXACT), validation=SEQUENCES[:4])
+    done = run(model, TrainingPlan(minutes=1.5 / 60, **EXACT), validation=watched(SEQUENCES[:4]))
     assert done.stopped == "minutes"
     assert done.seconds < 2.5
     assert done.log[-1]["learning_rate"] < 0.2 * max(x["learning_rate"] for x in done.log)
     assert done.tokens == done.step * 4 * 12
 
 
-def test_the_best_weights_are_kept_and_a_run_may_end_early() -> None:
+def test_the_best_weights_are_kept() -> None:
     model = pruned_model()
     scrambled = SEQUENCES.flip(1)  # the better one is learned, the worse the other
-    how = TrainingPlan(steps=40, patience=2, validations=20, **EXACT)
-    done = run(model, how, validation=scrambled)
-    assert done.stopped == "patience"
+    how = TrainingPlan(steps=40, validations=20, **EXACT)
+    done = run(model, how, validation=watched(scrambled))
     losses = dict(done.validations)
     assert done.best_step is not None
     assert losses[done.best_step] == min(losses.values())
-    assert len([s for s in losses if s > done.best_step]) == 2
+    assert len([s for s in losses if s > done.best_step]) > 2
     with torch.no_grad():
         after = NextToken.of(model)(model, Batch(scrambled, ())).item()
     assert after == pytest.approx(min(losses.values()), abs=1e-5)
-
-
-def test_gradual_pruning_in_the_loop() -> None:
-    model = pruned_model(sparsity=0.2)
-    masks = Masks(open_masks(model))
-    hook = GradualPruning(
-        masks.kept, Gradual(schedules["cubic"](0.7), options=GradualOptions(every=3, end=0.5))
-    )
-    done = run(model, TrainingPlan(steps=20, **EXACT), masks=masks, hooks=[hook],
-               validation=SEQUENCES[:8])  # fmt: skip
-    assert masks.sparsity == pytest.approx(0.7, abs=0.01)
-    masks.check(model)
-    assert done.best_step is not None
-    assert done.best_step > 8  # weights from before the last renewal have too few zeros
 
 
 def test_adapters_are_trained_by_the_loop_and_merged_without_a_zero_lost() -> None:
@@ -190,7 +173,9 @@ def test_adapters_are_trained_by_the_loop_and_merged_without_a_zero_lost() -> No
     gone = zeros(model)
     adapted = attach(model, LoraOptions(rank=4))
     how = TrainingPlan(steps=12, rates={"*": 0.0, "*lora_*": 1.0}, **EXACT)
-    done = train(adapted, batches(), NextToken.of(adapted), None, how, validation=SEQUENCES[:4])
+    done = train(
+        adapted, batches(), NextToken.of(adapted), None, how, validation=watched(SEQUENCES[:4])
+    )
     assert done.log[-1]["loss"] < done.log[0]["loss"]
     merged = merge(adapted).eval()
     with torch.no_grad():
@@ -201,7 +186,7 @@ def test_adapters_are_trained_by_the_loop_and_merged_without_a_zero_lost() -> No
 
 def test_training_can_begin_later_in_its_schedule() -> None:
     model = pruned_model()
-    done = run(model, TrainingPlan(steps=10, **EXACT), first_step=7)
+    done = run(model, TrainingPlan(steps=10, first_step=7, **EXACT))
     assert [line["step"] for line in done.log] == [8, 9, 10]
 
 
@@ -226,8 +211,8 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_best_weights(
 ) -> None:
     model = pruned_model()
     how = TrainingPlan(steps=20, validations=20, save_minutes=0, **EXACT)
-    with pytest.raises(NumericalError, match=r"the loss is (nan|inf)"):
-        run(model, how, objective=Failing(model, 7, factor), validation=SEQUENCES[:8],
+    with pytest.raises(NumericalError, match=str(factor)):
+        run(model, how, objective=Failing(model, 7, factor), validation=watched(SEQUENCES[:8]),
             saved=tmp_path)  # fmt: skip
     assert (tmp_path / "state.safetensors").exists()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -251,17 +236,17 @@ def test_a_diverging_loss_ends_the_run_and_what_was_saved_is_from_before(tmp_pat
 def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = pruned_model()
     name, mask = next(iter(Masks.of(model).kept.items()))
-    with pytest.raises(RecipeError, match="no such parameter"):
+    with pytest.raises(RecipeError, match="nowhere"):
         run(model, TrainingPlan(steps=1), masks=Masks({"nowhere.weight": mask}))
-    with pytest.raises(RecipeError, match="the mask is"):
+    with pytest.raises(RecipeError, match=name):
         run(model, TrainingPlan(steps=1), masks=Masks({name: mask[1:]}))
     Masks({name: mask}).save(tmp_path / "m.safetensors")
     assert torch.equal(dict(stored_masks(tmp_path / "m.safetensors"))[name], mask)
-    with pytest.raises(SourceError, match="no such file"):
+    with pytest.raises(SourceError, match="file of masks"):
         dict(stored_masks(tmp_path / "no.safetensors"))
     with torch.no_grad():
         model.get_parameter(name)[~mask] = 1.0
-    with pytest.raises(VerificationError, match="not zero"):
+    with pytest.raises(VerificationError, match=name):
         Masks({name: mask}).check(model)
 
 
@@ -270,11 +255,11 @@ def test_what_makes_no_sense_is_refused() -> None:
     empty = batches(windows=SEQUENCES[:0])
     with pytest.raises(SourceError, match="no text"):
         Loop(model, empty, NextToken.of(model), None, TrainingPlan(steps=1))
-    with pytest.raises(RecipeError, match="no parameter is trained"):
+    with pytest.raises(RecipeError, match="rates"):
         run(model, TrainingPlan(steps=1, rates={"*": 0.0}))
-    with pytest.raises(RecipeError, match="cannot be made"):
+    with pytest.raises(RecipeError, match="beta"):
         run(model, TrainingPlan(steps=1, optimizer_options={"beta": 1}))
-    with pytest.raises(RecipeError, match="hooks need a number of steps"):
+    with pytest.raises(RecipeError, match="hooks"):
         run(model, TrainingPlan(minutes=1), hooks=[Watching({})])
     wrong: list[dict[str, Any]] = [
         {}, {"steps": 1, "minutes": 1}, {"steps": -1}, {"steps": 1, "learning_rate": 0.0},

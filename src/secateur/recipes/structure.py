@@ -77,18 +77,8 @@ class LearnedOptions(Section):
     """Learning rate of the weights; without it, as in training."""
     mask_learning_rate: float = Field(0.1, gt=0)
     """Learning rate of the gates and the multipliers."""
-    target_warm_up: float = Field(0.3, ge=0, le=1)
-    """Share of the steps in which sizes fall to their targets."""
     domains: Texts = ()
     """Further texts. With the calibration text they are the domains of dynamic batch loading."""
-    references: dict[str, float] = Field(default_factory=dict)
-    """Loss to reach in each domain, in nats per token; the uncut model's loss if not given."""
-    update_every: int = Field(50, ge=0)
-    """Steps between updates of the domains' shares; 0: never."""
-    held_out: int = Field(8, gt=0)
-    """Held-out windows that measure a domain's loss."""
-    save_minutes: float = Field(5.0, ge=0)
-    """Minutes between saves; a stopped run resumes from the last one."""
 
 
 class WhatToCut(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from secateur.recipes.options import (
     MAX_SEED,
@@ -96,20 +96,31 @@ class GradualOptions(PruningOptions):
     """Fraction of the kept weights to exchange at each new mask: the lowest are pruned, and those
     with the largest gradients return."""
 
+    @model_validator(mode="after")
+    def check_span(self) -> GradualOptions:
+        """The end is not before the beginning."""
+        if self.begin > self.end:
+            raise ValueError(f"begin={self.begin:g} must be at most end={self.end:g}")
+        return self
+
 
 class IterativeOptions(PruningOptions):
     """Iterative pruning: prune a part, train, prune the next part."""
 
     rounds: int = Field(4, gt=0)
-    """Number of rounds. Each is one training."""
-    schedule: str = "geometric"
-    """Sparsity after each round; geometric prunes the same fraction of the remaining weights each
-    time."""
+    """Number of rounds. Each prunes the same fraction of the remaining weights, and trains."""
     rewind: Literal["none", "rate", "weights"] = "rate"
     """What is reset before each training: none, rate (the learning rate), or weights (the weights
     and the rate: lottery tickets)."""
     rewind_step: int = Field(0, ge=0)
     """Reset to this step of a training."""
+
+    @model_validator(mode="after")
+    def check_step(self) -> IterativeOptions:
+        """A step to go back to needs something that goes back."""
+        if self.rewind_step and self.rewind == "none":
+            raise ValueError(f"rewind_step={self.rewind_step} changes nothing with rewind=none")
+        return self
 
 
 class TrainingTextSection(Section):
@@ -202,9 +213,6 @@ class OptimizerOptions(Section):
 class Optimisation(OptimizerOptions, TrainingLength):
     """How the model is trained."""
 
-    layer_decay: Annotated[float, Flag(advanced=True)] = Field(1.0, gt=0, le=1)
-    """Lower learning rates for earlier layers: layer i of L has the factor layer_decay^(L - 1 - i),
-    the embeddings layer_decay^L. `rates` replaces these factors."""
     lora: Annotated[
         LoraOptions | None, Flag(aliases=("lora_r",), value="RANK", default="train all weights")
     ] = None
@@ -219,12 +227,8 @@ class Optimisation(OptimizerOptions, TrainingLength):
     ] = None
     """Prune and train in rounds, up to this sparsity or N:M pattern. Each round trains for
     --steps."""
-    regrow: bool = False
-    """Allow a mask that keeps weights which are zero in the model."""
     validations: int = Field(10, gt=0)
     """Number of validations during the run; one more comes before it."""
-    patience: Annotated[int, Flag(default="never")] = Field(0, ge=0)
-    """Stop after this many validations without a better result; 0: never."""
 
 
 class TrainingMemorySection(Section):
@@ -249,8 +253,6 @@ class TrainingOutput(OutputFolder):
 
     save_minutes: float = Field(5.0, ge=0)
     """Minutes between saves; a stopped run resumes from the last one."""
-    tensorboard: Annotated[str | None, Flag(value="DIR")] = None
-    """Folder for TensorBoard curves."""
 
 
 class TeacherSection(Section):
@@ -260,28 +262,18 @@ class TeacherSection(Section):
 
     teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = None
     """Model to learn from, such as the one that was pruned: hub id, folder or named sample."""
-    kind: Literal["forward", "reverse", "symmetric", "total_variation"] = "forward"
-    """Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher),
-    symmetric is the mean of both; total_variation is what a draft is refused by."""
+    kind: Literal["forward", "reverse", "total_variation"] = "forward"
+    """Divergence to minimise: forward is KL(teacher ‖ student), reverse is KL(student ‖ teacher);
+    total_variation is what a draft is refused by."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of both models; gradients are scaled by its square."""
     next_token: float = Field(0.0, ge=0, le=1)
     """Share of the next-token loss, 0 to 1; the rest is the divergence."""
     hidden_weight: float = Field(0.0, ge=0)
     """Weight of the hidden-state loss; 0: none."""
-    teacher_layers: Annotated[
-        Annotated[
-            tuple[int, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
-        ]
-        | None,
-        Flag(value="N", default="those of the cut, else spread evenly", commas=True),
-    ] = None
-    """Layers of the teacher that the student has, for --hidden-weight."""
     top_k: Annotated[int | None, Flag(default="all, while training")] = Field(None, gt=0)
     """Before the training, store this many of the teacher's most likely tokens for each position,
     and release the teacher."""
-    teacher_file: Annotated[str | None, Flag(value="FILE", default="removed at the end")] = None
-    """File of the stored teacher; it is written if it does not exist."""
 
 
 class TrainRecipe(
@@ -299,8 +291,6 @@ class TrainRecipe(
     run = Planning
     needs: ClassVar = {
         **dict.fromkeys((n for n in TeacherSection.model_fields if n != "teacher"), ("teacher",)),
-        "teacher_layers": ("hidden_weight",),
-        "regrow": ("mask",),
     }
     conflicts = (
         *(
@@ -317,12 +307,7 @@ class TrainRecipe(
             Conflict(*pair, "must be one of them, the length of the training", ONE)
             for pair in combinations(("steps", "minutes", "epochs"), 2)
         ),
-        Conflict(
-            "patience",
-            "validation_windows=0",
-            "patience counts validations, and there would be none",
-            "leave one of the two out",
-        ),
+        Conflict("top_k", "hidden_weight", "a teacher that is stored has no hidden states", ONE),
     )
 
     memory: MemoryLimit = MemoryLimit()

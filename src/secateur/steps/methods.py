@@ -46,7 +46,7 @@ class MethodsResult(Result):
             "patterns": {name: patterns[name].written for name in patterns},
             "allocations": allocations.names(),
             "schedules": schedules.names(),
-            "training": {name: entry.to_json() for name, entry in training_methods.items()},
+            "training": {name: entry._asdict() for name, entry in training_methods.items()},
             "statistics": {name: statistics[name].source.name for name in statistics},
             "formats": formats.names(),
             "families": {name: families[name].model_types for name in families},

@@ -1,28 +1,33 @@
 """Trains a checkpoint on text or with a teacher, keeps its zeros, and writes a run folder.
 
+weights     all weights learn, the masks stay                       the default
+lora        adapters learn, with the masks in their products; they are merged at the end
+gradual     the masks lose weights every few steps
+iterative   the masks lose weights in rounds, with a training after each
+
 The result is a copy of the source, into which the float32 weights are written one tensor at a time.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.diagnostics.audit import audit_checkpoint
-from secateur.engine.plan import Plan
 from secateur.errors import RecipeError
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole, refuse_quantized
 from secateur.progress import Progress
 from secateur.recipes.reading import dump_recipe
-from secateur.recipes.train import TrainRecipe
+from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
 from secateur.reporting.cards import training_card
 from secateur.reporting.models import TrainResult
 from secateur.reporting.plan import TrainPlanResult
@@ -31,24 +36,18 @@ from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
 from secateur.sparsity.patterns import parse_pattern
-from secateur.sparsity.schedules import schedules
+from secateur.sparsity.schedules import Schedule, schedules
 from secateur.sparsity.scores import scores
 from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 from secateur.training.batches import Batches
-from secateur.training.loop import Loop
-from secateur.training.masks import Masks
+from secateur.training.gradual import Criterion, GradualPruning, Rounds
+from secateur.training.loop import Loop, Outcome
+from secateur.training.lora import attach, merge
+from secateur.training.masks import Masks, masks_in, open_masks
 from secateur.training.process_group import ProcessGroup, load
-from secateur.training.saved import check_written, open_tensors, write_trained
-from secateur.training.session import Trained, train_in_rounds, train_once
-from secateur.training.setup import (
-    Adapted,
-    PlannedTraining,
-    TrainingInputs,
-    adapt,
-    merged,
-    plan_of,
-)
+from secateur.training.saved import Hook, check_written, open_tensors, write_trained
+from secateur.training.setup import TrainingSetup
 from secateur.training.training_plan import TrainingPlan, optimizers
 
 NO_PART = {
@@ -56,8 +55,6 @@ NO_PART = {
     "device",
     "save_minutes",
     "learning_rate",
-    "teacher_file",
-    "tensorboard",
     "memory",
 }
 """Fields that may differ in a resumed training. The learning rate is one of them: a training that
@@ -82,12 +79,11 @@ def plan_training(
     processes = ProcessGroup.launched(choose_device(recipe.device))
     source = source_of(recipe, progress)
     refuse_quantized(source.folder)
-    inputs = TrainingInputs.read(recipe, source, processes, progress)
-    found = plan_of(inputs, None)
-    places = () if found.teacher is None else (found.teacher.folder,)
+    setup = TrainingSetup.read(recipe, source, processes, progress)
+    places = () if setup.teacher is None else (setup.teacher.folder,)
     read = recipe.model, source.folder, recipe.mask, recipe.validation_text, *recipe.text, *places
-    check_output(recipe.output, "train", found.needs.disk_bytes, read, call)
-    record, plan = inputs.text.record, found.plan
+    check_output(recipe.output, "train", setup.needs.disk_bytes, read, call)
+    record, plan = setup.text.record, setup.plan
     return TrainPlanResult(
         objective=_objective_text(recipe),
         text=record["source"],
@@ -97,8 +93,8 @@ def plan_training(
         steps=plan.steps or None,
         minutes=plan.minutes or None,
         tokens=plan.steps * recipe.batch * record["sequence_length"] or None,
-        memory=found.needs.to_json(),
-        disk_bytes=found.needs.disk_bytes,
+        memory=setup.needs.to_json(),
+        disk_bytes=setup.needs.disk_bytes,
     )
 
 
@@ -116,8 +112,9 @@ class Train(Step[TrainRecipe, TrainResult]):
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
         assert isinstance(run.ranks, ProcessGroup)
-        self.ranks, work = run.ranks, run.folder.work
-        self.inputs = TrainingInputs.read(recipe, run.source, self.ranks, run.progress)
+        read_trainings(run.source.folder / NOTES)  # damage is found before the work
+        self.setup = TrainingSetup.read(recipe, run.source, run.ranks, run.progress)
+        work = run.folder.work
         run.folder.worth_resuming = lambda: any(
             file.name != "best.safetensors" for file in work.rglob("*.safetensors")
         )
@@ -135,38 +132,29 @@ class Train(Step[TrainRecipe, TrainResult]):
         )
         plan.make_optimizer([("weight", torch.nn.Parameter(torch.ones(2, 2)))])
         choose_device(recipe.device)
-        if recipe.tensorboard and Path(recipe.tensorboard).is_file():
-            raise RecipeError(
-                f"{recipe.tensorboard} is a file, and curves are written into a folder",
-                where="--tensorboard",
-                remedy="name a folder, which may be new",
-            )
         if recipe.gradual is not None:
-            scores[recipe.gradual.score]
             schedules[recipe.gradual.schedule]
-            parse_pattern(recipe.gradual.pattern, recipe.gradual.scope)
+        how = recipe.gradual or recipe.iterative
+        if how is not None:
+            scores[how.score]
+            parse_pattern(how.pattern, how.scope)
 
     @classmethod
     def reads(cls, recipe: TrainRecipe) -> tuple[str | None, ...]:
         """The mask and the texts."""
         return recipe.mask, recipe.validation_text, *recipe.text
 
-    @cached_property
-    def planned(self) -> PlannedTraining:
-        """The length of the training, its teacher, and what it needs."""
-        return plan_of(self.inputs, self.run.folder.work)
-
     @property
     def disk_bytes(self) -> int:
         """The weights and moments that are saved, and the result."""
-        return self.planned.needs.disk_bytes
+        return self.setup.needs.disk_bytes
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the trained weights."""
         return {
-            **identity_of(self.recipe, NO_PART, self.inputs.target.reader.files, self.run.progress),
-            "tokens": self.inputs.text.record["sha256"],
-            "answer_tokens": self.inputs.text.record.get("answer_tokens"),
+            **identity_of(self.recipe, NO_PART, self.setup.target.reader.files, self.run.progress),
+            "tokens": self.setup.text.record["sha256"],
+            "answer_tokens": self.setup.text.record.get("answer_tokens"),
         }
 
     def settled(self) -> dict[str, Any]:
@@ -175,80 +163,191 @@ class Train(Step[TrainRecipe, TrainResult]):
 
     def work(self) -> TrainResult:
         """Train, write the model, and read its zeros again."""
-        recipe, inputs, ranks = self.recipe, self.inputs, self.ranks
-        folder, progress, source = self.run.folder, self.run.progress, self.run.source
-        trust, work, text = recipe.trust_remote_code, folder.work, inputs.text
-        found = self.planned
-        if found.teacher is not None:
-            folder.keep_apart(found.teacher.folder)
+        recipe, setup, folder = self.recipe, self.setup, self.run.folder
+        progress, source, ranks = self.run.progress, self.run.source, setup.processes
+        trust, work, text = recipe.trust_remote_code, folder.work, setup.text
+        if setup.teacher is not None:
+            folder.keep_apart(setup.teacher.folder)
         # Weights are not rounded between the rounds of iterative pruning.
         dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
         model = load(source.folder, ranks, dtype=dtype, trust_remote_code=trust)
-        masks = inputs.masks(model)
-        objective = inputs.objective(found.teacher, model, work, progress)
-        adapted = adapt(recipe, model, masks, text.windows)
+        adapted = adapt(setup, model)
+        validation = None
+        if text.validation is not None:
+            windows = len(text.validation)
+            validation = Batches(text.validation, windows, answers=text.validation_answers)
         make_loop = partial(
             Loop,
             adapted.model,
             Batches(text.windows, recipe.batch, recipe.seed, answers=text.answers),
-            objective,
+            setup.objective(model, work, progress),
             adapted.held,
             hooks=adapted.hooks,
-            validation=text.validation,
-            validation_answers=text.validation_answers,
+            validation=validation,
             progress=progress,
             processes=ranks,
         )
-        board = Path(recipe.tensorboard) if recipe.tensorboard else None
-        rounds, plan = adapted.rounds, found.plan
-        if rounds is None:
-            trained = train_once(make_loop(plan, saved=work, board=board), work)
+        place, rounds = work, list[dict[str, Any]]()
+        if adapted.rounds is None:
+            outcome = make_loop(setup.plan, saved=work).run()
         else:
-            trained = train_in_rounds(make_loop, adapted, rounds, plan, work, board)
+            outcome, rounds, place = adapted.rounds.train(make_loop, setup.plan, work / "rounds")
         if ranks.first:
-            training = _record(inputs, adapted, trained, self.run.meter, found.needs)
-            _write(self.run, recipe, adapted.masks, training, trained)
+            training = _record(setup, adapted, outcome, rounds, self.run.meter)
+            _write(self.run, setup, adapted.masks, training, place)
         ranks.wait()
         check_written(folder.model, adapted.masks, trust_remote_code=trust)
         ranks.wait()
-        return TrainResult(self.run.place, read_list(Training, folder.notes / TRAININGS)[-1])
+        return TrainResult(self.run.place, read_trainings(folder.notes)[-1])
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
         """Read the result of a finished training from its notes."""
-        return TrainResult(output, read_list(Training, output / NOTES / TRAININGS)[-1])
+        return TrainResult(output, read_trainings(output / NOTES)[-1])
 
 
-# -- results -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Adapted:
+    """A model that is ready for the loop.
+
+    Attributes:
+        model: what the loop trains.
+        held: the masks that it holds; None if adapters hold them.
+        masks: the zeros of the result.
+        hooks: work after every step.
+        rounds: rounds of iterative pruning; None for one training.
+        opened: the masks that gradual or iterative pruning changes, by parameter.
+    """
+
+    model: Any
+    held: Masks | None
+    masks: Masks
+    hooks: tuple[Hook, ...] = ()
+    rounds: Rounds | None = None
+    opened: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def adapt(setup: TrainingSetup, model: Any) -> Adapted:
+    """Prepare a model for the training, in place.
+
+    Args:
+        setup: of the training.
+        model: the model with its initial weights; it may be sharded.
+
+    Raises:
+        RecipeError: the masks do not fit, or adapters or gradual pruning cannot run.
+        SourceError: the file of masks holds none.
+    """
+    recipe = setup.recipe
+    how = recipe.gradual or recipe.iterative
+    masks = Masks.of(model)
+    if recipe.mask is not None:
+        masks = masks_in(
+            Path(recipe.mask),
+            model,
+            trust_remote_code=recipe.trust_remote_code,
+            regrows=how is not None,  # pruning keeps the zeros itself
+            sums=setup.processes.sums,
+        )
+    if recipe.lora is None and how is None:
+        return Adapted(model, masks, masks)
+    masks = masks.held_in(model)
+    masks.apply(model)
+    if recipe.lora is not None:
+        return Adapted(attach(model, recipe.lora, recipe.seed).get_base_model(), None, masks)
+    opened = open_masks(model)
+    # Zeros elsewhere (experts that are stored in one tensor) stay unchanged.
+    held = Masks({**Masks.of(model).kept, **opened})
+    schedule, criterion = _pruning(recipe, Masks(opened).sparsity, setup.text.windows)
+    if recipe.iterative is not None:
+        rounds = Rounds(model, opened, schedule, criterion, recipe.iterative)
+        return Adapted(model, held, held, (), rounds, opened)
+    hook = GradualPruning(opened, schedule, criterion, recipe.gradual or GradualOptions())
+    return Adapted(model, held, held, (hook,), None, opened)
+
+
+def _pruning(recipe: TrainRecipe, sparsity: float, windows: Tensor) -> tuple[Schedule, Criterion]:
+    """Return the schedule of the sparsity, and the rule that chooses weights."""
+    how = recipe.gradual or recipe.iterative
+    assert how is not None
+    kind = "iterative" if isinstance(how, IterativeOptions) else "gradual"
+    pattern = parse_pattern(how.pattern, how.scope)
+    last = how.sparsity if pattern.sparsity is None else pattern.sparsity
+    if last is None:
+        raise RecipeError(
+            f"{kind} pruning needs a sparsity to end at",
+            remedy=f"--{kind} 0.8, or --{kind} 2:4",
+        )
+    if how.sparsity not in (None, last):
+        raise RecipeError(
+            f"the pattern {how.pattern} has the sparsity {last:g}, not {how.sparsity:g}",
+            remedy="leave the sparsity out",
+        )
+    if sparsity > last:
+        raise RecipeError(
+            f"{sparsity:.1%} of the weights are zero already, more than {last:.1%}, the sparsity "
+            "at the end",
+            remedy="give a higher sparsity, or begin with a denser model",
+        )
+    # rounds prune the same fraction of the remaining weights each time
+    schedule: Any = schedules[how.schedule if isinstance(how, GradualOptions) else "geometric"]
+    return schedule(last, sparsity), Criterion(scores[how.score](), pattern, windows[: how.windows])
+
+
+def merged(recipe: TrainRecipe, model: Any, masks: Masks, trained: Mapping[str, Tensor]) -> Any:
+    """Return the final model of a training of adapters.
+
+    Args:
+        recipe: recipe of the training, with adapters.
+        model: the model with its initial weights; it is changed in place.
+        masks: the zeros of the result.
+        trained: the adapters' parameters by name.
+    """
+    masks.apply(model)
+    adapted = attach(model, recipe.lora)
+    for name, value in trained.items():
+        adapted.get_base_model().get_parameter(name).data.copy_(value)
+    return merge(adapted)
+
+
+def read_trainings(notes: Path) -> list[Training]:
+    """The records of all trainings of a model; none if it was never trained.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = notes / TRAININGS
+    return read_list(Training, file) if file.is_file() else []
 
 
 def _record(
-    inputs: TrainingInputs,
+    setup: TrainingSetup,
     adapted: Adapted,
-    trained: Trained,
+    outcome: Outcome,
+    rounds: list[dict[str, Any]],
     meter: Meter,
-    needs: Plan,
 ) -> Training:
     """The record of a finished training."""
-    outcome, recipe = trained.outcome, inputs.recipe
+    recipe = setup.recipe
     validations = [[step, math.exp(loss)] for step, loss in outcome.validations]
+    facts, apart = outcome.facts(), ("validations", "best_kept", "learning_rate")
     return Training(
-        source=inputs.source.record,
+        source=setup.source.record,
         objective=_objective_text(recipe, adapted),
-        text=inputs.text.record,
-        learning_rate=trained.learning_rate,
+        text=setup.text.record,
+        learning_rate=outcome.learning_rate,
         optimizer=optimizers()[recipe.optimizer.lower()].__name__,
-        processes=inputs.processes.count,
+        processes=setup.processes.count,
         recipe=recipe.model_dump(mode="json"),
-        environment=environment(inputs.processes.device),
-        planned=needs.to_json(),
+        environment=environment(setup.processes.device),
+        planned=setup.needs.to_json(),
         cost=Cost.model_validate({**meter.read(), "training_seconds": outcome.seconds}),
         result={
-            **{k: v for k, v in outcome.facts().items() if k not in ("validations", "best_kept")},
+            **{name: value for name, value in facts.items() if name not in apart},
             "perplexities": validations,
             "perplexity_before": validations[0][1] if validations else None,
             "perplexity_after": math.exp(outcome.best_loss) if validations else None,
-            "rounds": trained.rounds,
+            "rounds": rounds,
         },
     )
 
@@ -268,35 +367,32 @@ def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
         text += f", adapters of rank {recipe.lora.rank}"
     if adapted is None:
         return text
-    pruned = Masks(adapted.opened).sparsity
+    pruned, how = Masks(adapted.opened).sparsity, recipe.iterative
     if recipe.gradual is not None:
         text += f", pruned gradually to {pruned:.0%}"
-    if adapted.rounds is not None:
-        rounds = adapted.rounds
-        text += f", pruned to {pruned:.0%} in {rounds.rounds} rounds, rewinding {rounds.rewind}"
+    if how is not None:
+        text += f", pruned to {pruned:.0%} in {how.rounds} rounds, rewinding {how.rewind}"
     return text
 
 
 def _write(
-    run: RunContext, recipe: TrainRecipe, masks: Masks, training: Training, trained: Trained
+    run: RunContext, setup: TrainingSetup, masks: Masks, training: Training, place: Path
 ) -> None:
-    """Write the model and its notes."""
-    folder, source, progress = run.folder, run.source, run.progress
+    """Write the model and its notes. `place` has the final weights and the log."""
+    recipe, source, folder = setup.recipe, setup.source.folder, run.folder
     made, trust = folder.fresh_model(), recipe.trust_remote_code
-    with open_tensors(trained.final) as values:
+    with open_tensors(place / "final.safetensors") as values:
         if recipe.lora is not None:  # the whole model is in memory, as in the training
-            model = load_whole(source.folder, torch.device("cpu"), trust_remote_code=trust)
+            model = load_whole(source, torch.device("cpu"), trust_remote_code=trust)
             values = dict(merged(recipe, model, masks, values).named_parameters())
-        write_trained(source.folder, values, made, progress, trust_remote_code=trust)
-    carry_over(source.folder, made, read_configuration(source.folder), same_weights=False)
-    audit = audit_checkpoint(made, trust_remote_code=recipe.trust_remote_code, progress=progress)
+        write_trained(source, values, made, run.progress, trust_remote_code=trust)
+    carry_over(source, made, read_configuration(source), same_weights=False)
+    audit = audit_checkpoint(made, trust_remote_code=trust, progress=run.progress)
     result = {**training.result, "decoder_sparsity": audit.sparsity}
     training = training.model_copy(update={"result": result})
-    trainings = folder.notes / TRAININGS
-    before = json.loads(trainings.read_text(encoding="utf-8")) if trainings.is_file() else []
-    write_json(trainings, [*before, training.to_json()])
-    shutil.copyfile(trained.log, folder.notes / "training.jsonl")
+    trainings = [x.to_json() for x in (*read_trainings(folder.notes), training)]
+    write_json(folder.notes / TRAININGS, trainings)
+    shutil.copyfile(place / "log.jsonl", folder.notes / "training.jsonl")
     write_text(folder.notes / "training.yaml", dump_recipe(recipe))
-    place = recipe.output or folder.output
-    card = training_card(training, run.again(recipe), source.folder, place)
+    card = training_card(training, run.again(recipe), source, recipe.output or folder.output)
     write_text(made / "README.md", card)

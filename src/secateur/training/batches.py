@@ -1,20 +1,16 @@
 """The token windows that each training step reads. All are full; a seed sets their order.
 
 Training windows and validation windows must differ.
-
-With `DomainLoading`, domains with a high loss get more text.
 """
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +24,8 @@ from secateur.calibration.windows import (
     evaluation_with_answers,
     without_start,
 )
-from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import positions_of
-from secateur.models.hub import TEXTS
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
 from secateur.recipes.train import TrainRecipe
 from secateur.types import Windows
@@ -41,6 +36,7 @@ LENGTH = 512
 HELD_OUT_AT_MOST = 8
 """At most one window in this many is held out if the recipe has no validation text."""
 REFUSED = 0.01
+"""The share of a validation text that training may read; conversations may share prompts."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,6 @@ class Batch:
         return torch.cat([after, after.new_full((len(after), 1), -100)], dim=1).flatten()
 
 
-class Order(Protocol):
-    """An order of the windows that replaces epochs."""
-
-    def numbers(self, step: int) -> tuple[int, ...]:
-        """Return the windows of a step, counted from 0. The loop reads the steps in order."""
-        ...
-
-
 @dataclass(frozen=True)
 class Batches:
     """The windows of every step.
@@ -88,7 +76,7 @@ class Batches:
         windows: token ids [windows, length].
         size: number of windows in a step.
         seed: seed of the orders.
-        chosen: an order that replaces epochs; None for epochs.
+        chosen: the windows of a step, counted from 0, in an order that replaces epochs.
         answers: which tokens the loss counts, as the windows; None if all. The loss of a step is
             the mean over its answers.
     """
@@ -96,13 +84,13 @@ class Batches:
     windows: Tensor
     size: int
     seed: int = 0
-    chosen: Order | None = None
+    chosen: Callable[[int], tuple[int, ...]] | None = None
     answers: Tensor | None = None
 
     def numbers(self, step: int) -> tuple[int, ...]:
         """Return the windows of a step, counted from 0."""
         if self.chosen is not None:
-            return self.chosen.numbers(step)
+            return self.chosen(step)
         count = len(self.windows)
         places = range(step * self.size, (step + 1) * self.size)
         orders = {p // count: self.order(p // count) for p in (places[0], places[-1])}
@@ -110,7 +98,7 @@ class Batches:
 
     def order(self, epoch: int) -> list[int]:
         """Return the order of the windows in an epoch."""
-        return _shuffled(len(self.windows), self.seed * 1_000_003 + epoch)
+        return shuffled(len(self.windows), self.seed * 1_000_003 + epoch)
 
     def micro(
         self, step: int, size: int, device: torch.device, rank: int = 0, ranks: int = 1
@@ -152,120 +140,8 @@ class Batches:
         ]
 
 
-Losses = Callable[[Any], Mapping[str, float]]
-
-
-class DomainLoading:
-    """Proportions of data domains that follow their losses.
-
-    This class is a hook of the training loop. It also gives `Batches` its order.
-
-        w_d ← w_d · exp(max(loss_d − reference_d, 0)),  then Σ w = 1
-
-    The draws of a step depend only on the seed, the step and the proportions, so a resumed
-    training draws the same windows.
-
-    Paper: Xia et al. 2023, "Sheared LLaMA", arXiv:2310.06694. The references are the losses that
-    the model should reach in each domain. The losses of the dense model are a simple choice.
-
-    Args:
-        windows: token ids [windows, length] of each domain; the length is the same for all.
-        references: a loss for each domain, in nats per token.
-        losses: measures a model's loss on held-out text of each domain.
-        size: number of windows in a step.
-        every: steps between updates; 0 keeps the first proportions.
-        seed: seed of the draws.
-
-    Raises:
-        RecipeError: domains and references differ, or a domain is empty.
-    """
-
-    def __init__(
-        self,
-        windows: Mapping[str, Windows],
-        references: Mapping[str, float],
-        losses: Losses,
-        *,
-        size: int,
-        every: int = 50,
-        seed: int = 0,
-    ) -> None:
-        if not windows or set(windows) != set(references):
-            raise RecipeError(
-                f"domains {sorted(windows)}, references {sorted(references)}",
-                remedy="name the same domains in both, at least one",
-            )
-        empty = [name for name, ids in windows.items() if not len(ids)]
-        if empty:
-            raise RecipeError(
-                f"domain {empty[0]!r} has no windows", remedy="leave it out, or give it longer text"
-            )
-        self.names = list(windows)
-        self.counts = [len(windows[name]) for name in self.names]
-        self.references, self.losses = dict(references), losses
-        self.size, self.every, self.seed = size, every, seed
-        self.weights = torch.tensor(self.counts, dtype=torch.float64)
-        self.weights /= self.weights.sum()
-        self.read = torch.zeros(len(windows), dtype=torch.int64)
-
-    @property
-    def proportions(self) -> dict[str, float]:
-        """The current share of each domain in the batches."""
-        return dict(zip(self.names, self.weights.tolist(), strict=True))
-
-    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
-        """Called after the optimizer's step, 1 to `steps`.
-
-        Raises:
-            NumericalError: a loss is not a number.
-        """
-        self.read += torch.bincount(self.domains(step - 1), minlength=len(self.names))
-        if self.every and step % self.every == 0 and step < steps:
-            self.update(self.losses(model))
-
-    def state(self) -> Mapping[str, Tensor]:
-        """The proportions, and how many windows of each domain the training has read."""
-        return {"weights": self.weights, "read": self.read}
-
-    def update(self, losses: Mapping[str, float]) -> None:
-        """Update the proportions from the losses on held-out text of each domain.
-
-        Raises:
-            NumericalError: a loss is not a number.
-        """
-        for name in self.names:
-            if not math.isfinite(losses[name]):
-                raise NumericalError(f"the loss of domain {name!r} is {losses[name]}")
-        excess = [max(losses[name] - self.references[name], 0.0) for name in self.names]
-        most = max(excess)  # the same factor for all, so that exp cannot overflow
-        self.weights *= torch.tensor([math.exp(x - most) for x in excess], dtype=torch.float64)
-        self.weights /= self.weights.sum()
-
-    def domains(self, step: int) -> Tensor:
-        """The domain of each window of a step, counted from 0; int64 [size]."""
-        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        return torch.multinomial(self.weights, self.size, replacement=True, generator=random)
-
-    def numbers(self, step: int) -> tuple[int, ...]:
-        """Return the windows of the next step, numbered over all domains in order.
-
-        Within a domain, the training reads every window once before it repeats one.
-        """
-        read, found = self.read.tolist(), []
-        for domain in self.domains(step).tolist():
-            epoch, place = divmod(read[domain], self.counts[domain])
-            start = sum(self.counts[:domain])
-            found.append(start + self.order(domain, epoch)[place])
-            read[domain] += 1
-        return tuple(found)
-
-    def order(self, domain: int, epoch: int) -> list[int]:
-        """The order of a domain's windows in one pass over them."""
-        seed = (self.seed * 1_000_003 + epoch) * 1_009 + domain
-        return _shuffled(self.counts[domain], seed % 2**63)
-
-
-def _shuffled(count: int, seed: int) -> list[int]:
+def shuffled(count: int, seed: int) -> list[int]:
+    """An order of so many windows, by a seed."""
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
 
@@ -307,8 +183,6 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
         RecipeError: the training text contains the validation text, or the windows are longer
             than the model's context.
     """
-    if recipe.validation_windows and recipe.validation_text is not None:
-        _refuse_same_text(recipe.validation_text, recipe.text)
     length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
     start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
     windows, answers = _windows_of(recipe, folder, length, config)
@@ -347,7 +221,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     if validation is not None:
         shared = shared_share(without_start(windows, start), without_start(validation, start))
         if recipe.validation_text is not None:
-            _check_shared(shared, watched, refuses=judged is None)
+            _check_shared(shared, watched, REFUSED if judged is None else 1 - REFUSED)
     return TrainingText(
         windows,
         validation,
@@ -368,32 +242,15 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     )
 
 
-def _refuse_same_text(validation: str, texts: Sequence[str]) -> None:
-    """Refuse a validation text that is one of the training texts: a sample, or equal files."""
-    watched = Path(validation).expanduser()
-    for text in texts:
-        read, same = Path(text).expanduser(), text == validation and text in TEXTS
-        if read.exists() and watched.exists():
-            same = read.samefile(watched)
-            if read.is_file() and watched.is_file():
-                same = filecmp.cmp(read, watched, shallow=False)
-        if same:
-            raise RecipeError(
-                "the validation text is a training text, so its perplexity would say nothing",
-                where=validation,
-                remedy="name another --validation-text, or leave it out: windows of the text are "
-                "then held out of the training",
-            )
-
-
-def _check_shared(shared: float, watched: str, *, refuses: bool) -> None:
-    """Refuse a validation text that the training reads; conversations may share their prompts."""
-    if refuses and shared > REFUSED:
+def _check_shared(shared: float, watched: str, limit: float) -> None:
+    """Refuse a validation text that the training reads."""
+    if shared > limit:
         raise RecipeError(
             f"{shared:.1%} of the sequences of {SEQUENCE} tokens in the validation text are in the "
             "training text too, so its perplexity would say nothing",
             where=watched,
-            remedy="watch another text, or leave that one out of the training",
+            remedy="name another --validation-text, or leave it out: windows of the text are then "
+            "held out of the training",
         )
     if shared:
         log.warning("%.2g %% of the text %s is in the training text too", 100 * shared, watched)

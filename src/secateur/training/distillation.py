@@ -33,7 +33,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +61,8 @@ from secateur.training.saved import Hook, Saved
 from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 
-RATE, TRIED = "rate.json", "tried.json"
-"""The files with the chosen learning rate, and with the losses of finished trials by rate."""
+TRIED = "tried.json"
+"""The file with the losses of finished trials, by rate."""
 
 WINNER = "winner"
 """The folder with the weights of the best trial so far."""
@@ -104,23 +104,31 @@ class DistillationData:
 
     @property
     def held_out(self) -> int:
-        """How many of the last windows measure the trials."""
-        return held_out_windows(len(self.windows))
+        """How many of the last windows measure the trials; 0 for no trials."""
+        count = len(self.windows)
+        if self.options.peak_learning_rate or count < FEWEST_WINDOWS:
+            return 0
+        return min(MOST_HELD_OUT, count // 4)
+
+    def highest_rate(self, width: int) -> float:
+        """The learning rate of the options, or the highest one of a model of this width."""
+        return self.options.peak_learning_rate or default_rate(width, self.windows.shape[1])
 
     @property
     def batches(self) -> Batches:
         """The window of each step."""
         return Batches(self.windows, 1, self.seed)
 
-    def batches_of_trials(self, held_out: int) -> Batches:
+    @property
+    def batches_of_trials(self) -> Batches:
         """The window of each step of a trial: none of the last ones."""
-        return replace(self.batches, windows=self.windows[:-held_out])
+        return replace(self.batches, windows=self.windows[: -self.held_out])
 
     def batches_after(self, begun: Beginning) -> Batches:
         """The window of each step after a trial. Both together read what the training reads."""
         if not begun.losses:
             return self.batches
-        trial = self.batches_of_trials(self.held_out)
+        trial = self.batches_of_trials
         read = Counter(trial.numbers(step)[0] for step in range(len(begun.losses)))
         left = []
         for step in range(self.steps):
@@ -129,18 +137,7 @@ class DistillationData:
                 read[number] -= 1
             else:
                 left.append(number)
-        return replace(self.batches, chosen=_Listed(left))
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """An order of windows that is known."""
-
-    windows: Sequence[int]
-
-    def numbers(self, step: int) -> tuple[int, ...]:
-        """See `Order`."""
-        return (self.windows[step],)
+        return replace(self.batches, chosen=lambda step: (left[step],))
 
 
 Losses = list[float]
@@ -257,9 +254,23 @@ class _Distillation:
 
     def run(self) -> dict[str, float]:
         """Choose the rate, and train on from the best trial; returns what `distill` does."""
-        data, student, winner = self.data, self.student, self.winner
-        begun = choose_rate(data, student.width, self.saved, self.try_rates)
-        winner.restore_best(student.parameters())  # a saved state of the training replaces it
+        data, student = self.data, self.student
+        parameters, winner = student.parameters(), self.kept(WINNER)
+        begun = Beginning(data.highest_rate(student.width))
+        if data.held_out:
+            start, read = self.kept("start"), data.batches_of_trials
+            start.keep_best(parameters)
+            begun = RateTrials(
+                lambda rate, steps: self.train(read, steps, rate, CHOOSING, None, []),
+                self.held_out_loss,
+                partial(winner.keep_best, parameters),
+                partial(start.restore_best, parameters),
+                data,
+                None if self.saved is None else self.saved / TRIED,
+            ).choose(begun.rate)
+            if start.folder is not None:
+                shutil.rmtree(start.folder)
+        winner.restore_best(parameters)  # a saved state of the training replaces it
         left = data.steps - len(begun.losses)
         batches = data.batches_after(begun)
         hooks = [student.rounded] if student.rounded.weights else []
@@ -293,24 +304,6 @@ class _Distillation:
         )
         return [line["loss"] for line in loop.run().log]
 
-    def try_rates(self, highest: float, held_out: int) -> Beginning:
-        """Find the best trial, whose weights are kept."""
-        start, parameters = self.kept("start"), self.student.parameters()
-        read = self.data.batches_of_trials(held_out)
-        start.keep_best(parameters)
-        beginning = RateTrials(
-            lambda rate, steps: self.train(read, steps, rate, CHOOSING, None, []),
-            self.held_out_loss,
-            partial(self.winner.keep_best, parameters),
-            partial(start.restore_best, parameters),
-            self.data.steps,
-            None if self.saved is None else self.saved / TRIED,
-            self.data.on_grid,
-        ).choose(highest)
-        if start.folder is not None:
-            shutil.rmtree(start.folder)
-        return beginning
-
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss over the windows that no trial reads."""
@@ -322,52 +315,15 @@ class _Distillation:
             ]
         return sum(losses) / len(losses)
 
-    @cached_property
-    def winner(self) -> Saved:
-        """The weights of the best trial."""
-        return self.kept(WINNER)
-
     def kept(self, name: str) -> Saved:
         """The place of kept weights; in memory if nothing is saved."""
         folder = None if self.saved is None else self.saved / name
-        return Saved(folder, ProcessGroup(self.device), {})
+        return Saved(folder, ProcessGroup(self.device))
 
     @property
     def device(self) -> torch.device:
         """The device of both models. One process trains, also where several have pruned."""
         return next(self.student.model.parameters()).device
-
-
-def choose_rate(
-    data: DistillationData,
-    width: int,
-    saved: Path | None,
-    choose: Callable[[float, int], Beginning],
-) -> Beginning:
-    """Return the learning rate of the options, or that of the best short trial.
-
-    Args:
-        data: the windows, and the options.
-        width: the model's hidden size.
-        saved: the folder that keeps the choice for a resumed run; None to store nothing.
-        choose: the highest rate, and how many of the last windows are held out → the best trial.
-    """
-    if data.options.peak_learning_rate:
-        return Beginning(data.options.peak_learning_rate)
-    file = None if saved is None else saved / RATE
-    if file is not None and file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return Beginning(found["learning_rate"], found["losses"])
-    highest = default_rate(width, data.windows.shape[1])
-    beginning = Beginning(highest) if not data.held_out else choose(highest, data.held_out)
-    if file is not None:
-        write_json(file, {"learning_rate": beginning.rate, "losses": beginning.losses})
-    return beginning
-
-
-def held_out_windows(windows: int) -> int:
-    """Return how many of the last windows measure the trials; 0 for no trials."""
-    return 0 if windows < FEWEST_WINDOWS else min(MOST_HELD_OUT, windows // 4)
 
 
 @dataclass(frozen=True)
@@ -379,18 +335,16 @@ class RateTrials:
         evaluate: returns the loss on the windows that are held out.
         keep: keeps the weights, those of the best trial so far.
         reset: puts the weights back with which the training begins.
-        steps: number of steps of the training.
+        data: what the training learns from.
         tried: keeps the losses of finished trials for a resumed run; None to store nothing.
-        on_grid: whether weights learn on grids of few integers.
     """
 
     train: Callable[[float, int], Losses]
     evaluate: Callable[[], float]
     keep: Callable[[], None]
     reset: Callable[[], None]
-    steps: int
+    data: DistillationData
     tried: Path | None = None
-    on_grid: bool = False
 
     def choose(self, highest: float) -> Beginning:
         """Return the rate of the training, and the losses of the best trial; weights are reset.
@@ -399,19 +353,23 @@ class RateTrials:
             highest: the highest choice, unless higher ones are tried too.
 
         Example:
-            >>> from secateur.training.distillation import RateTrials
+            >>> import torch
+            >>> from secateur.recipes.shared import Distill
+            >>> from secateur.training.distillation import DistillationData, RateTrials
+            >>> data = DistillationData(torch.zeros(512, 8), Distill(epochs=1), seed=0)
             >>> tried = []
             >>> train = lambda rate, steps: tried.append(rate) or [0.5]
             >>> loss = lambda: abs(tried[-1] - 0.005)
-            >>> RateTrials(train, loss, lambda: None, lambda: None, steps=512).choose(1.0)
+            >>> RateTrials(train, loss, lambda: None, lambda: None, data).choose(1.0)
             Beginning(rate=0.0625, losses=[0.5])
             >>> tried
             [0.125, 0.03125, 0.0078125, 0.001953125]
         """
-        longer = 1.0 if self.on_grid else self.steps / trial_steps(self.steps)
+        on_grid, steps = self.data.on_grid, self.data.steps
+        longer = 1.0 if on_grid else steps / trial_steps(steps)
         rate, found = highest, self._trial(highest / longer, math.inf)
-        factors = [1 / 2 if self.on_grid else 1 / 4]
-        if self.on_grid and math.isfinite(found.loss):
+        factors = [1 / 2 if on_grid else 1 / 4]
+        if on_grid and math.isfinite(found.loss):
             factors.insert(0, 2.0)
         for by in factors:
             while LOWEST * highest <= rate * by <= MOST_ON_GRID * highest:
@@ -431,7 +389,7 @@ class RateTrials:
         if str(rate) not in done:
             trial = _Trial(math.inf, [])
             try:
-                losses = self.train(rate, trial_steps(self.steps))
+                losses = self.train(rate, trial_steps(self.data.steps))
                 trial = _Trial(self.evaluate(), losses)
                 if trial.loss < best:
                     self.keep()

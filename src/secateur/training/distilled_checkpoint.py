@@ -62,7 +62,6 @@ from secateur.training.distillation import (
     DistillationData,
     RateTrials,
     Student,
-    choose_rate,
     distill,
     distillation_plan,
     pruned_layers,
@@ -233,29 +232,27 @@ def _distill_in_sweeps(
         best = work / WINNER if label != CHOOSING else None
         return LayerwiseTrainer(student, batches, steps, rate, size, folder, best, progress, label)
 
-    def try_rates(highest: float, held_out: int) -> Beginning:
-        read = data.batches_of_trials(held_out)
+    begun = Beginning(data.highest_rate(hidden_size(made.model)))
+    if data.held_out:
         trial: list[LayerwiseTrainer] = []
 
         def train(rate: float, steps: int) -> list[float]:
-            trial[:] = [trainer(read, steps, rate, f"trial-{rate:.3g}", CHOOSING)]
+            read, name = data.batches_of_trials, f"trial-{rate:.3g}"
+            trial[:] = [trainer(read, steps, rate, name, CHOOSING)]
             return trial[0].run()
 
         def keep() -> None:
             shutil.rmtree(work / WINNER, ignore_errors=True)
             trial[0].folder.rename(work / WINNER)
 
-        return RateTrials(
+        begun = RateTrials(
             train,
-            lambda: trial[0].evaluate(range(len(read.windows), len(windows))),
+            lambda: trial[0].evaluate(range(len(windows) - data.held_out, len(windows))),
             keep,
             lambda: shutil.rmtree(trial[0].folder, ignore_errors=True),
-            data.steps,
+            data,
             work / TRIED,
-            data.on_grid,
-        ).choose(highest)
-
-    begun = choose_rate(data, hidden_size(made.model), work, try_rates)
+        ).choose(begun.rate)
     batches, left = data.batches_after(begun), data.steps - len(begun.losses)
     rest = trainer(batches, left, begun.rate, TRAINING, "distilling").run()
     shutil.rmtree(work / WINNER, ignore_errors=True)
@@ -570,7 +567,7 @@ class LayerwiseTrainer:
 
 def _layer_state(folder: Path, number: int, device: torch.device) -> Saved:
     """The weights and moments of a layer."""
-    return Saved(_layer_folder(folder, number), ProcessGroup(device), {})
+    return Saved(_layer_folder(folder, number), ProcessGroup(device))
 
 
 def _layer_folder(folder: Path, number: int) -> Path:

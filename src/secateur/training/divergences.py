@@ -5,7 +5,6 @@ same temperature T. All losses are per token and multiplied by T²:
 
     forward    KL(p ‖ q) = Σ p (log p − log q)         gradient T (q − p)
     reverse    KL(q ‖ p) = Σ q (log q − log p)         gradient T q (log q − log p − KL(q ‖ p))
-    symmetric  half of each
     total_variation   ½ Σ |p − q|                      gradient T q (s − Σ q s),  s = ½ sign(q − p)
 
 1 − total variation is the probability that a draft's token is accepted. Forward KL makes the
@@ -47,7 +46,7 @@ from torch.nn import functional
 from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError
 
-KINDS = ("forward", "reverse", "symmetric", "total_variation")
+KINDS = ("forward", "reverse", "total_variation")
 LEAST = -1e4
 """Replaces log p of impossible tokens, so that 0 · log 0 is 0. Its exponential is 0 in float32."""
 
@@ -130,12 +129,9 @@ def divergence_rows(
             each = signs.mul_(q)
             gradient = each.addcmul_(q, each.sum(-1, keepdim=True), value=-1.0)
         else:
-            each = apart.mul_(q) if kind == "reverse" else apart * q
+            each = apart.mul_(q)
             sums = each.sum(-1, keepdim=True)
             loss, gradient = sums.sum(), each.addcmul_(q, sums, value=-1.0)
-            if kind == "symmetric":
-                loss = (loss - torch.dot(p.flatten(), apart.flatten())) / 2
-                gradient = gradient.add_(q.sub_(p)).div_(2)
         return loss * (temperature**2 / count), gradient.mul_(temperature / count)
 
     return of
@@ -318,7 +314,7 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
         kept: the teacher's layers that the student has; None spaces them evenly.
 
     Raises:
-        RecipeError: the student has more layers, or `kept` does not fit.
+        RecipeError: the student has more layers.
     """
     if student > teacher:
         raise RecipeError(
@@ -327,14 +323,6 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
         )
     if kept is None:
         return tuple((i, -(-(i + 1) * teacher // student) - 1) for i in range(student))
-    kept = tuple(kept)
-    rising = list(kept) == sorted(set(kept))
-    if len(kept) != student or not rising or not 0 <= kept[0] <= kept[-1] < teacher:
-        raise RecipeError(
-            f"kept layers {list(kept)} of a student with {student} layers and a teacher with "
-            f"{teacher}",
-            remedy="name for each layer of the student which layer of the teacher it was",
-        )
     return tuple(enumerate([*(k - 1 for k in kept[1:]), teacher - 1]))
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.engine.prune.reconstruction import in_float32, to_float32
-from secateur.errors import NumericalError, RecipeError, SourceError, install_extra
+from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.models.architecture import hidden_size
 from secateur.models.attention import WrittenOut
+from secateur.models.skeleton import quiet_transformers
 from secateur.precision import exact_matmuls, fast_matmuls, full_float32
 from secateur.progress import Progress, Silent
 from secateur.training.batches import Batches
@@ -44,16 +44,12 @@ class Loop:
         objective: the loss.
         masks: the masks that the loop holds at every step; None for a dense model.
         plan: length, learning rate, optimizer.
-        validation: token ids [windows, length]. The loop measures their next-token loss, and the
-            model ends with the weights of the lowest loss. None: no validation.
+        validation: windows whose next-token loss the loop measures. The model then ends with the
+            weights of the lowest loss. None: no validation.
         saved: folder for the state that a resumed training needs; None saves nothing.
         hooks: work after every step.
         progress: receives every step.
-        first_step: the step of the plan at which the training begins.
-        last_step: the step of the plan after which the training ends; None for the plan's last.
         processes: the processes that train together; None makes them.
-        identity: everything that affects the result; a resumed training must have the same.
-        board: folder for TensorBoard's curves; None for none.
         trained: names of the trained parameters; None for all with a learning rate above 0.
         label: the title of the progress bar.
 
@@ -70,16 +66,11 @@ class Loop:
         masks: Masks | None,
         plan: TrainingPlan,
         *,
-        validation: Tensor | None = None,
-        validation_answers: Tensor | None = None,
+        validation: Batches | None = None,
         saved: Path | None = None,
         hooks: Sequence[Hook] = (),
         progress: Progress | None = None,
-        first_step: int = 0,
-        last_step: int | None = None,
         processes: ProcessGroup | None = None,
-        identity: dict[str, Any] | None = None,
-        board: Path | None = None,
         trained: frozenset[str] | None = None,
         label: str = "training",
     ) -> None:
@@ -90,19 +81,12 @@ class Loop:
         self.device = next(model.parameters()).device
         self.processes = processes or ProcessGroup.launched(self.device)
         self.check()
-        self.first_step = first_step
-        self.last_step = plan.steps if last_step is None else last_step
-        self.validation: tuple[NextToken, Tensor, int] | None = None  # also how many at once
-        self.validation_answers = validation_answers
-        if validation is not None:
-            at_once = plan.at_once(validation.shape[1])
-            self.validation = NextToken.of(model), validation, at_once
+        self.last_step = plan.last_step or plan.steps
+        self.validation, self.next_token = validation, NextToken.of(model)
         self.tokens_of_step = batches.size * batches.windows.shape[1]
         self.peak = plan.learning_rate or plan.peak(hidden_size(model), self.tokens_of_step)
-        self.saved = Saved(saved, self.processes, identity or {})
-        self.board_folder = board if self.processes.first else None
-        self.board: TensorBoardLog | None = None
-        self.outcome = Outcome(step=first_step)
+        self.saved = Saved(saved, self.processes)
+        self.outcome = Outcome(step=plan.first_step)
         self.last_step_seconds = self.last_validation_seconds = 0.0
         self.watch = DivergenceWatch(plan.diverged)
 
@@ -152,6 +136,7 @@ class Loop:
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
             stack.enter_context(full_float32())  # autocast does not cover backwards
             stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
             self.processes.shard(self.model, to_float32)
@@ -159,8 +144,6 @@ class Loop:
             if self.plan.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
             self.begin()
-            if self.board is not None:
-                stack.callback(self.board.close)
             self.train()
             self.end()
         return self.outcome
@@ -178,14 +161,12 @@ class Loop:
         if facts is not None:
             self.outcome.take(facts)
         self.outcome.log = self.saved.log.lines
-        if self.board_folder is not None:
-            self.board = TensorBoardLog(self.board_folder, self.outcome.step)
         self.started = time.perf_counter() - self.processes.once(lambda: self.outcome.seconds)
         self.saved_at = time.perf_counter()
 
     def train(self) -> None:
         """Do the remaining steps."""
-        count = self.last_step - self.first_step
+        count = self.last_step - self.plan.first_step
         self.progress.start(self.label, TICKS if self.plan.minutes else count)
         self.reported = 0
         self.report(0.0)
@@ -214,8 +195,6 @@ class Loop:
 
     def over(self) -> bool:
         """Return whether the training ends, and set the reason."""
-        if self.outcome.stopped == "patience":
-            return True
         if not self.plan.minutes:
             self.outcome.stopped = "steps" if self.outcome.step >= self.last_step else ""
         else:
@@ -253,10 +232,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.masks.hold(self.model, self.optimizer)
         outcome.step += 1
+        outcome.learning_rate = max(outcome.learning_rate, rate)
         outcome.tokens += self.tokens_of_step
-        values = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
-        self.saved.log.add({"step": outcome.step, **values})
-        self.plot({f"training/{name}": value for name, value in values.items()})
+        line = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
+        self.saved.log.add({"step": outcome.step, **line})
         for hook in self.hooks:
             hook.on_step(outcome.step, plan.steps, self.model, self.optimizer)
         fault = self.watch.fault(outcome.log)
@@ -307,19 +286,21 @@ class Loop:
             self.saved.log.add(line)
         if self.outcome.best_step is not None:
             self.saved.restore_best(self.parameters)
-        kept = "" if self.saved.folder is None else f", what was saved is in {self.saved.folder}"
+        kept = "" if self.saved.folder is None else f", log and last save in {self.saved.folder}"
         raise NumericalError(
             what,
             where=f"step {self.outcome.step} of training, learning rate "
             f"{self.optimizer.param_groups[0]['lr']:.2g}{kept}",
-            remedy="train with a third of the learning rate, or with a longer warm-up",
+            remedy="train with a third of the learning rate, or with a longer warm-up; "
+            "--resume with a lower --learning-rate continues from the last save",
         )
 
     def validation_loss(self) -> float | None:
         """The next-token loss of the validation windows; None without them."""
         if self.validation is None:
             return None
-        return mean_loss(self.model, *self.validation, self.matmuls, self.validation_answers)
+        size = self.plan.at_once(self.validation.windows.shape[1])
+        return mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
 
     def validate(self) -> None:
         """Measure the loss of the validation windows, if there are any; keep the best weights."""
@@ -330,14 +311,10 @@ class Loop:
         self.processes.reshard(self.model)
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
-        self.plot({"validation/loss": loss})
         kept = self.masks.count if self.hooks else -1
         if loss < outcome.best_loss or kept != outcome.best_kept:
             outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
             self.saved.keep_best(self.parameters)
-        if self.plan.patience and outcome.best_step is not None:
-            after = sum(step > outcome.best_step for step, _ in outcome.validations)
-            outcome.stopped = "patience" if after >= self.plan.patience else ""
         self.last_validation_seconds = time.perf_counter() - begun
 
     def validations_due(self) -> int:
@@ -365,18 +342,13 @@ class Loop:
         self.saved.save_state(self.parameters, self.optimizer, self.hooks, self.outcome.facts())
         self.saved_at = time.perf_counter()
 
-    def plot(self, values: dict[str, float]) -> None:
-        """Add points to TensorBoard's curves, if there are any."""
-        if self.board is not None:
-            self.board.add(self.outcome.step, values)
-
     def report(self, loss: float) -> None:
         """Move the progress bar."""
         outcome = self.outcome
         if self.plan.minutes:
             place = min(TICKS, int(TICKS * self.clock() / (60 * self.plan.minutes)))
         else:
-            place = outcome.step - self.first_step
+            place = outcome.step - self.plan.first_step
         note = f"loss {loss:.3f}" if loss else ""
         if outcome.validations:
             note += f", validation {math.exp(min(outcome.validations[-1][1], 700)):.2f}"
@@ -385,51 +357,6 @@ class Loop:
             note += f", {rate:.0f} tokens/s"
         self.progress.step(place - self.reported, note)
         self.reported = place
-
-
-def train(
-    model: nn.Module,
-    batches: Batches,
-    objective: Objective,
-    masks: Masks | None,
-    plan: TrainingPlan,
-    saved: Path | None = None,
-    hooks: Sequence[Hook] = (),
-    **options: Any,
-) -> Outcome:
-    """Train a model in place: `Loop(...).run()`, with the arguments of `Loop`."""
-    return Loop(model, batches, objective, masks, plan, saved=saved, hooks=hooks, **options).run()
-
-
-class TensorBoardLog:
-    """Curves in a folder that `tensorboard --logdir FOLDER` shows.
-
-    Args:
-        folder: folder of the curves; it may hold curves of other runs.
-        step: the step at which the training resumes. Points of later steps are dropped.
-
-    Raises:
-        RecipeError: the package tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as missing:
-            raise RecipeError(
-                "curves need the package tensorboard, which is not installed",
-                remedy=install_extra("tensorboard"),
-            ) from missing
-        self.writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one point to each named curve at a step of the optimizer."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write the points that are still in memory."""
-        self.writer.close()
 
 
 @dataclass
@@ -446,7 +373,8 @@ class Outcome:
         best_loss: validation loss at the best step.
         best_kept: number of weights that the masks kept at the best step, if hooks may change
             masks; else −1.
-        stopped: the reason for the end: `steps`, `minutes` or `patience`.
+        learning_rate: the highest learning rate of a step.
+        stopped: the reason for the end: `steps` or `minutes`.
         log: one line for every step: step, loss, learning_rate, gradient_norm.
     """
 
@@ -457,6 +385,7 @@ class Outcome:
     best_step: int | None = None
     best_loss: float = math.inf
     best_kept: int = -1
+    learning_rate: float = 0.0
     stopped: str = ""
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -527,25 +456,21 @@ class DivergenceWatch:
 def mean_loss(
     model: Any,
     objective: Objective,
-    windows: Tensor,
+    read: Batches,
     at_once: int,
     matmuls: Callable[[], AbstractContextManager[Any]],
-    answers: Tensor | None = None,
 ) -> float:
     """The mean loss over windows, or over the tokens of their answers.
 
     Args:
         model: a causal language model.
         objective: the loss of a batch; a mean over its windows.
-        windows: token ids [windows, length], on any device.
+        read: the windows, on any device.
         at_once: number of windows in one forward.
         matmuls: returns a context that sets the precision of products.
-        answers: which tokens count; None if all.
     """
-    device = next(model.parameters()).device
-    read = Batches(windows, len(windows), answers=answers)
     total = 0.0
-    for batch in read.in_order(at_once, device):
+    for batch in read.in_order(at_once, next(model.parameters()).device):
         with matmuls():
             total += objective(model, batch).item() * len(batch.ids)
-    return total / len(windows)
+    return total / len(read.windows)

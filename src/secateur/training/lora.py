@@ -11,18 +11,19 @@ So the merged model is the trained model. The adapters and their files are peft'
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from secateur.engine.prune.tasks import Selection, refuse_idle_globs
 from secateur.errors import RecipeError, VerificationError, install_extra
 from secateur.models.architecture import Linear
 from secateur.models.skeleton import quiet_transformers
 from secateur.recipes.train import LoraOptions
-from secateur.training.masks import Masks, first_names
-from secateur.training.pruning import prunable
+from secateur.training.masks import Masks, first_names, prunable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,7 +89,6 @@ def attach(model: Any, options: LoraOptions | None = None, seed: int = 0) -> Pef
     options = options or LoraOptions()
     chosen = chosen_linears(model, options)
     peft = need_peft()
-    from secateur.training.masked_adapter import MaskedAdapter
 
     config = peft.LoraConfig(
         r=options.rank,
@@ -99,10 +99,57 @@ def attach(model: Any, options: LoraOptions | None = None, seed: int = 0) -> Pef
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({type(linear.module): MaskedAdapter for linear in chosen})
+    config._register_custom_module({type(linear.module): masked_adapter() for linear in chosen})
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
+
+
+@cache
+def masked_adapter() -> Any:
+    """The layer behind `attach`. peft, its base, is optional and takes seconds to import."""
+    from peft.tuners.lora import Linear as Adapter
+
+    class MaskedAdapter(Adapter):
+        """x · ((W₀ + scaling · B A) ⊙ M)ᵀ + bias for a linear or a Conv1D.
+
+        peft merges the result of `get_delta_weight`, so its own methods keep the zeros too.
+
+        Args:
+            base_layer: the pruned linear; its zeros are the mask.
+            adapter_name: the name of the adapter.
+            config: peft's configuration.
+            **kwargs: the arguments that peft passes to its own layers.
+        """
+
+        kept: Tensor
+
+        def __init__(
+            self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+        ) -> None:
+            super().__init__(base_layer, adapter_name, config=config, **kwargs)
+            kept = base_layer.get_parameter("weight").detach() != 0
+            self.register_buffer("kept", kept, persistent=False)
+
+        def get_delta_weight(self, adapter: str) -> Tensor:
+            """Return the product to add to the weight: zero where the weight is pruned."""
+            delta = super().get_delta_weight(adapter)
+            return torch.where(self.kept, delta, torch.zeros_like(delta))
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Return the output of the masked sum, [..., out]."""
+            base = self.base_layer(x, *args, **kwargs)
+            if self.disable_adapters or self.merged:
+                return base
+            added = base
+            for name in self.active_adapters:
+                delta = self.get_delta_weight(name)
+                rows = delta.t() if self.fan_in_fan_out else delta
+                inputs = self.lora_dropout[name](x.to(rows.dtype))
+                added = added + functional.linear(inputs, rows)
+            return added.to(base.dtype)
+
+    return MaskedAdapter
 
 
 def merge(adapted: PeftModel) -> Any:
@@ -125,13 +172,11 @@ def merge(adapted: PeftModel) -> Any:
             remedy="load them first: peft.PeftModel.from_pretrained(model, ADAPTER); from a file, "
             "`secateur import MODEL --adapter ADAPTER --output MERGED` does both",
         )
-    from secateur.training.masked_adapter import MaskedAdapter
-
     base = adapted.get_base_model()
     trained = {
         f"{name}.weight": adapter.kept
         for name, adapter in base.named_modules()
-        if isinstance(adapter, MaskedAdapter)
+        if isinstance(adapter, masked_adapter())
     }
     found = {
         ".".join(x for x in name.split(".") if x not in ("base_layer", "original_module")): mask

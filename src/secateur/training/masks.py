@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError, SourceError, VerificationError
-from secateur.models.architecture import describe
+from secateur.models.architecture import Linear, describe, linears_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.header import read_header
 from secateur.models.skeleton import StoredModel, build_skeleton
@@ -213,6 +213,22 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def prunable(model: Any) -> list[Linear]:
+    """All linear layers of the decoder layers, in order."""
+    architecture = describe(model)
+    return [
+        linear
+        for index, layer in enumerate(architecture.layers(model))
+        for linear in linears_of(layer, architecture.layer_name(index)).values()
+    ]
+
+
+def open_masks(model: Any) -> dict[str, Tensor]:
+    """Masks of all linear layers of the decoder layers: True wherever the weight is not zero."""
+    linears = {f"{x.name}.weight": x for x in prunable(model)}
+    return {name: x.module.get_parameter("weight").detach() != 0 for name, x in linears.items()}
+
+
 def first_names(names: Iterable[str], shown: int = 4) -> str:
     """The first names, and how many more there are.
 
@@ -394,6 +410,5 @@ def _refuse_lost(
             f"{int(sum(losing.values()))} weights in {len(losing)} matrices are zero in the model, "
             f"but the masks keep them, so training would fill them: {share:.1%} of {worst}",
             where=str(place),
-            remedy="leave --mask out to hold the zeros of the model; if they shall come back, add "
-            "--set regrow=true",
+            remedy="leave --mask out to hold the zeros of the model",
         )

@@ -8,7 +8,6 @@ and the teacher reads a text once for any number of epochs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,14 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.allocator import LOGITS_BYTES
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import RecipeError
 from secateur.models.architecture import describe, head_alone, vocabulary_of
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
-from secateur.registry import did_you_mean
-from secateur.training.batches import Batch, windows_digest
+from secateur.training.batches import Batch
 from secateur.training.divergences import (
-    KINDS,
     Rows,
     divergence_rows,
     forward_and_next_token_rows,
@@ -43,7 +40,6 @@ from secateur.training.divergences import (
 Expected = Callable[[slice, Tensor], Tensor]
 TOP_K = 64
 """Default number of most likely tokens to store from a teacher."""
-METADATA = "teacher"
 
 
 @dataclass(frozen=True)
@@ -110,42 +106,14 @@ class WrittenTeacher:
 
     Args:
         file: predictions for the windows that the student reads, in the same order.
-
-    Raises:
-        SourceError: the file is missing, or `write_teacher` did not write it.
     """
 
     def __init__(self, file: Path) -> None:
-        if not file.is_file():
-            raise SourceError("no such file of a teacher", where=str(file))
         self.stored = safe_open(file, framework="pt")
-        record = (self.stored.metadata() or {}).get(METADATA)
-        if record is None:
-            raise SourceError(
-                "the file is not what a teacher expects",
-                where=str(file),
-                remedy="let `secateur train --teacher MODEL --teacher-file` write it",
-            )
-        self.record: dict[str, Any] = json.loads(record)
-        self.vocabulary = int(self.record["vocabulary"])
+        self.vocabulary = int(self.stored.metadata()["vocabulary"])
 
     def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
-        """See `Teacher`.
-
-        Raises:
-            RecipeError: the file has another temperature, or the objective needs hidden states.
-        """
-        if layers:
-            raise RecipeError(
-                "a teacher that is written down has no hidden states",
-                remedy="leave the hidden loss out, or keep the teacher in memory",
-            )
-        if temperature != self.record["temperature"]:
-            raise RecipeError(
-                f"the teacher was written down at temperature {self.record['temperature']}, "
-                f"{temperature} is asked for",
-                remedy="write it again, or take that temperature",
-            )
+        """See `Teacher`. The temperature is that of the file, and there are no hidden states."""
         device = batch.ids.device
         known, rest, tokens = (self.read(part, batch.numbers).to(device) for part in PARTS)
         joint = torch.cat([known, rest[:, None]], -1).log_softmax(-1)
@@ -174,7 +142,6 @@ def write_teacher(
     k: int,
     device: torch.device,
     temperature: float = 1.0,
-    name: str = "",
     on_window: Callable[[], None] = lambda: None,
     writes: bool = True,
 ) -> None:
@@ -187,7 +154,6 @@ def write_teacher(
         k: number of most likely tokens to keep, 6 bytes for each; log p is in float16.
         device: where the teacher computes.
         temperature: temperature of the distillation.
-        name: name of the teacher, for the record.
         on_window: called after every window.
         writes: False for a process that runs its part of the model but writes nothing.
 
@@ -204,14 +170,7 @@ def write_teacher(
         known[f"{n}/log_p"] = (torch.float16, (length, k))
         known[f"{n}/rest"] = (torch.float32, (length,))
         known[f"{n}/tokens"] = (torch.int32, (length, k))
-    record = {
-        "teacher": name,
-        "temperature": temperature,
-        "k": k,
-        "vocabulary": teacher.vocabulary,
-        "windows": windows_digest(windows),
-    }
-    metadata = {METADATA: json.dumps(record)}
+    metadata = {"vocabulary": str(teacher.vocabulary)}
     unfinished = file.with_suffix(".unfinished")
     with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as writer:
         for n, window in enumerate(windows):
@@ -295,19 +254,6 @@ class Distil:
     next_token: float = 0.0
     hidden: float = 0.0
     pairs: tuple[tuple[int, int], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise RecipeError(
-                f"unknown divergence {self.kind!r}", remedy=did_you_mean(self.kind, [*KINDS])
-            )
-        if not self.temperature > 0:
-            raise RecipeError(f"temperature {self.temperature}", remedy="1 is usual, up to 4")
-        if not 0 <= self.next_token <= 1 or self.hidden < 0:
-            raise RecipeError(
-                f"share of the next-token loss {self.next_token}, weight of hidden {self.hidden}",
-                remedy="give a share from 0 to 1 and a weight of 0 or more",
-            )
 
     @classmethod
     def between(

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.errors import MemoryBudgetError, RecipeError, VerificationError
+from secateur.errors import MemoryBudgetError, VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, ShardWriter
 from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.progress import Progress
@@ -83,14 +83,10 @@ class Saved:
     Args:
         folder: folder of the files; None keeps the best weights in memory and saves nothing.
         processes: the processes; the main one writes.
-        identity: everything that affects the result; a resumed run must have the same.
     """
 
-    def __init__(
-        self, folder: Path | None, processes: ProcessGroup, identity: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path | None, processes: ProcessGroup) -> None:
         self.folder, self.processes = folder, processes
-        self.identity = json.loads(json.dumps(identity))
         self.in_memory: dict[str, Tensor] | None = None
         if folder is not None and processes.first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +116,7 @@ class Saved:
                 elif value is not None:
                     numbers[f"moments/{name}/{key}"] = value
         tensors |= _changed_by(hooks)
-        stored = {"identity": self.identity, "numbers": numbers, **facts}
-        self.write("state", tensors, {FACTS: json.dumps(stored)})
+        self.write("state", tensors, {FACTS: json.dumps({"numbers": numbers, **facts})})
 
     def load_state(
         self,
@@ -129,15 +124,10 @@ class Saved:
         optimizer: torch.optim.Optimizer,
         hooks: Sequence[Hook],
     ) -> dict[str, Any] | None:
-        """Load the saved state of an earlier run. Return its facts, or None without a saved state.
-
-        Raises:
-            RecipeError: the state belongs to another training.
-        """
+        """Load the saved state of an earlier run, if there is one, and return its facts."""
         file, facts = self.file("state"), self.facts()
         if file is None or not facts:
             return None
-        self.check(facts["identity"])
         with safe_open(file, framework="pt") as stored:
             names, fused = set(stored.keys()), bool(optimizer.defaults.get("fused"))
             for name, parameter in parameters.items():
@@ -175,18 +165,6 @@ class Saved:
             with safe_open(file, framework="pt") as stored:
                 for own, parameter in parameters.items():
                     _put(stored, f"{prefix}{own}", parameter)
-
-    def check(self, identity: Mapping[str, Any]) -> None:
-        """Refuse to resume another training."""
-        differing = [k for k in self.identity if identity.get(k) != self.identity[k]]
-        if differing:
-            key = differing[0]
-            raise RecipeError(
-                f"the stopped training was another one: {', '.join(differing)} differ; "
-                f"{key} was {identity.get(key)!r}, now {self.identity[key]!r}",
-                where=str(self.folder),
-                remedy="resume with the same options, or begin anew with --restart",
-            )
 
     def keep_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Keep the current weights as the best so far."""

@@ -36,6 +36,8 @@ class TrainingPlan(OptimizerOptions):
     Args:
         steps: number of steps of the optimizer; 0 with `minutes`.
         minutes: duration of the run in place of steps, including validation and saving.
+        first_step: the step at which the training begins, in the middle of this schedule.
+        last_step: the step after which it ends; 0 for the last one.
         micro_batch: maximum number of windows in one forward and backward; None means about 2048
             tokens. A step adds up the gradients of its parts.
         gradient_checkpointing: decoder layers keep only their inputs, and the backward runs them
@@ -43,7 +45,6 @@ class TrainingPlan(OptimizerOptions):
         fast_matmuls: compute products in bfloat16 if the processor is faster at it. Weights and
             moments are always in float32.
         validations: number of validations during the run, besides the first; 0 for none.
-        patience: stop after this many validations without a new best; 0 for never.
         save_minutes: minutes between saves.
         diverged: limit of the median of the last losses, as a multiple of its lowest value so
             far; a tenth of the first loss is added. 0 sets no limit.
@@ -64,11 +65,12 @@ class TrainingPlan(OptimizerOptions):
 
     steps: int = Field(0, ge=0)
     minutes: float = Field(0.0, ge=0)
+    first_step: int = 0
+    last_step: int = 0
     micro_batch: int | None = Field(None, gt=0)
     gradient_checkpointing: bool = False
     fast_matmuls: bool = True
     validations: int = 10
-    patience: int = 0
     save_minutes: float = 5.0
     diverged: float = 2.0
 

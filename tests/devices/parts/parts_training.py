@@ -11,17 +11,18 @@ from pretended import OnCuda
 from zoo import tiny_model, tiny_windows
 
 from contracts.pattern_examples import EXAMPLES
-from secateur.recipes.train import GradualOptions, LoraOptions
+from secateur.recipes.train import GradualOptions, IterativeOptions, LoraOptions
 from secateur.sparsity.patterns import parse_pattern, patterns
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.schedules.geometric import Geometric
 from secateur.sparsity.scores import scores
+from secateur.structured.learned import HardConcrete, LearnedMasks
 from secateur.training.batches import Batches
 from secateur.training.divergences import KINDS
-from secateur.training.learned_masks import Consumer, HardConcrete, LearnedMasks, Shape
-from secateur.training.loop import train
+from secateur.training.gradual import Criterion, GradualPruning, Rounds
+from secateur.training.loop import Loop, Outcome
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
-from secateur.training.masks import Masks, stored_masks
+from secateur.training.masks import Masks, open_masks, stored_masks
 from secateur.training.objectives import (
     Distil,
     ModelTeacher,
@@ -29,20 +30,11 @@ from secateur.training.objectives import (
     WrittenTeacher,
     write_teacher,
 )
-from secateur.training.pruning import (
-    Criterion,
-    Gradual,
-    GradualPruning,
-    PruningRounds,
-    open_masks,
-    prune_in_rounds,
-    write_weights,
-)
+from secateur.training.saved import write_whole
 from secateur.training.training_plan import TrainingPlan
 
 WINDOWS = tiny_windows(samples=8, length=12)
 STEPS: dict[str, Any] = {"steps": 3, "learning_rate": 1e-3, "micro_batch": 2, "validations": 1}
-CONSUMERS = {"neurons": Consumer("mlp.down_proj"), "groups": Consumer("self_attn.o_proj", 16)}
 
 
 def pruned(family: str = "llama") -> Any:
@@ -58,10 +50,10 @@ def pruned(family: str = "llama") -> Any:
 
 def learn(model: Any, objective: Any, masks: Masks | None, folder: Path, **options: Any) -> None:
     plan = TrainingPlan(**STEPS, **options.pop("plan", {}))
-    train(
-        model, Batches(WINDOWS, 4, seed=0), objective, masks, plan, folder,
-        validation=WINDOWS[:3], **options,
-    )  # fmt: skip
+    Loop(
+        model, Batches(WINDOWS, 4, seed=0), objective, masks, plan, saved=folder,
+        validation=Batches(WINDOWS[:3], 3), **options,
+    ).run()  # fmt: skip
     assert all(isinstance(p, OnCuda) for p in model.parameters())
 
 
@@ -103,12 +95,9 @@ def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
     pattern = parse_pattern(text, scope)
     model = tiny_model("llama").to("cuda")
     masks = Masks(open_masks(model))
-    how = Gradual(
-        schedules[name](pattern.sparsity or 0.5),
-        Criterion(pattern=pattern),
-        GradualOptions(every=1),
-    )
-    learn(model, NextToken.of(model), masks, tmp_path, hooks=(GradualPruning(masks.kept, how),))
+    schedule, criterion = schedules[name](pattern.sparsity or 0.5), Criterion(pattern=pattern)
+    hook = GradualPruning(masks.kept, schedule, criterion, GradualOptions(every=1))
+    learn(model, NextToken.of(model), masks, tmp_path, hooks=(hook,))
 
 
 @pytest.mark.parametrize("name", [n for n in scores if n != "kept"])
@@ -132,7 +121,7 @@ def test_gates(both: Any, waited: list[str]) -> None:
     gates.log_alpha.data.copy_(torch.tensor([0.5, 2.0, 0.5, -1.0, 3.0, 0.0]))
     gates.sample(torch.Generator().manual_seed(0)).sum().backward()
     gates.open_share().backward()
-    assert gates.kept() == (0, 1, 2, 4)
+    assert gates.kept().tolist() == [0, 1, 2, 4]
     settled = gates.settled()
     waited.clear()
     again = gates.settled()
@@ -143,13 +132,11 @@ def test_gates(both: Any, waited: list[str]) -> None:
 
 def test_learned_masks(tmp_path: Path) -> None:
     model = pruned()
-    shape = Shape(groups=1, neurons=20, layers=2, hidden=24)
-    masks = LearnedMasks(model, shape, CONSUMERS)
+    masks = LearnedMasks(model, {"groups": 1, "neurons": 20, "layers": 2, "hidden": 24})
     objective = masks.objective(NextToken.of(model))
     learn(model, objective, None, tmp_path, hooks=(masks,))
     masks.settle()
     model(input_ids=WINDOWS.to("cuda"))
-    masks.remove()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,8 +162,22 @@ def test_distillation_from_a_file(k: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rewind", ["rate", "weights", "none"])
 def test_rounds(rewind: str, tmp_path: Path) -> None:
     model = tiny_model("llama").to("cuda")
-    early = tmp_path / "early.safetensors"
-    write_weights(model, early)
     kept = open_masks(model)
-    how = PruningRounds(Geometric(0.8), 2, rewind=rewind)
-    prune_in_rounds(model, kept, how, lambda this: None, early, tmp_path)
+
+    class Loops:
+        """They save what is there."""
+
+        def __call__(self, plan: Any, saved: Any = None, **options: Any) -> Any:
+            self.saved = saved
+            return self
+
+        def validation_loss(self) -> None: ...
+
+        def run(self) -> Outcome:
+            write_whole(self.saved / "final.safetensors", dict(model.named_parameters()))
+            return Outcome(step=2)
+
+    how = IterativeOptions(rounds=2, rewind=rewind)
+    rounds = Rounds(model, kept, Geometric(0.8), Criterion(), how)
+    rounds.train(Loops(), TrainingPlan(steps=2), tmp_path)
+    assert all(isinstance(p, OnCuda) for p in model.parameters())

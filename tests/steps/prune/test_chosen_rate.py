@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from secateur.training.distillation import (
     DistillationData,
     RateTrials,
     distillation_plan,
-    held_out_windows,
 )
 from secateur.training.loop import Loop
 from secateur.training.masks import Masks
@@ -33,6 +31,11 @@ from secateur.training.training_plan import default_rate
 
 HIGHEST = default_rate(32, tiny_windows(1).shape[1])
 """Of the tiny models."""
+
+
+def data_of(windows: int, on_grid: bool = False) -> DistillationData:
+    """One step for each window."""
+    return DistillationData(torch.zeros(windows, 4).long(), Distill(epochs=1), 0, on_grid)
 
 
 def choose(losses: dict[float, float], steps: int = 1, *, on_grid: bool = False) -> float:
@@ -51,8 +54,7 @@ def choose(losses: dict[float, float], steps: int = 1, *, on_grid: bool = False)
         lambda: calls[-1],
         lambda: calls.append("keep"),
         lambda: calls.append("reset"),
-        steps,
-        on_grid=on_grid,
+        data_of(steps, on_grid),
     )
     found = trials.choose(1.0)
     tried = [x for x in calls if isinstance(x, float)]
@@ -96,13 +98,14 @@ def test_a_lost_trial_is_no_choice() -> None:
             raise NumericalError("the loss is nan")
         return [1.0]
 
-    trials = RateTrials(train, lambda: 1.0, lambda: None, lambda: None, 1)
-    assert trials.choose(1.0).rate == 0.25 / 4
-    assert replace(trials, on_grid=True).choose(1.0).rate == 0.25 / 2
+    for on_grid, rate in ((False, 0.25 / 4), (True, 0.25 / 2)):
+        data = data_of(1, on_grid)
+        trials = RateTrials(train, lambda: 1.0, lambda: None, lambda: None, data)
+        assert trials.choose(1.0).rate == rate
 
 
 def test_sizes() -> None:
-    assert [held_out_windows(n) for n in (1, 7, 8, 16, 32, 1000)] == [0, 0, 2, 4, 8, 8]
+    assert [data_of(n).held_out for n in (1, 7, 8, 16, 32, 1000)] == [0, 0, 2, 4, 8, 8]
     assert [trial_steps(n) for n in (2, 8, 192, 1000)] == [1, 1, 24, 64]
 
 
@@ -120,7 +123,7 @@ def test_the_best_trial_is_the_beginning_of_the_training() -> None:
     assert set(steps["choosing the learning rate"]) == {4}  # an eighth of 32 steps
     assert steps["distilling"] == [28]
     data, same = DistillationData(windows, Distill(epochs=4), seed=0), []
-    trial, rest = data.batches_of_trials(2), data.batches_after(Beginning(0.0, [0.0] * 4))
+    trial, rest = data.batches_of_trials, data.batches_after(Beginning(0.0, [0.0] * 4))
     for rate in (HIGHEST, HIGHEST / 4, HIGHEST / 16, HIGHEST / 64):
         again = tiny_model("llama")
         secateur.prune(again, **options)
@@ -162,14 +165,14 @@ def test_a_resumed_run_keeps_the_rate(tmp_path: Path) -> None:
     stop = StopAt("distilling", 0)
     with pytest.raises(StoppedError):
         secateur.prune(folder, output=tmp_path / "stopped", **options, progress=stop)
-    (stored,) = (tmp_path / "stopped.partial").rglob("rate.json")
-    rate = json.loads(stored.read_text())["learning_rate"]
-    assert rate == whole.manifest.distillation["learning_rate"]
+    (stored,) = (tmp_path / "stopped.partial").rglob("tried.json")
     assert not list((tmp_path / "stopped.partial").rglob("start"))
-    choice = json.loads(stored.read_text())
-    stored.write_text(json.dumps({**choice, "learning_rate": rate / 2}))
+    losses = json.loads(stored.read_text())
+    chosen = whole.manifest.distillation["learning_rate"]
+    # as if the lower rates were better: the resumed run believes the file
+    stored.write_text(json.dumps({rate: [float(rate), x[1]] for rate, x in losses.items()}))
     again = secateur.prune(folder, output=tmp_path / "stopped", **options, resume=True)
-    assert again.manifest.distillation["learning_rate"] == rate / 2
+    assert again.manifest.distillation["learning_rate"] < chosen
 
 
 @pytest.mark.parametrize(("title", "step"), [("choosing the learning rate", 2), ("distilling", 3)])

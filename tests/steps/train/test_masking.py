@@ -31,29 +31,29 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_masks_without_a_zero_are_refused(places: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="not one zero in them"):
+    with pytest.raises(RecipeError, match="not one zero"):
         train(places, tmp_path / "out", mask=str(places / "dense"))
     ones = torch.ones_like(load_file(places / "pruned" / "model.safetensors")[MATRIX])
     save_file({MATRIX: ones.bool()}, tmp_path / "ones.safetensors")
-    with pytest.raises(RecipeError, match="leave mask out"):
+    with pytest.raises(RecipeError, match="mask"):
         train(places, tmp_path / "file", mask=str(tmp_path / "ones.safetensors"))
 
 
 def test_masks_of_another_model_are_refused(places: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "narrow", intermediate_size=32)
-    with pytest.raises(RecipeError, match="the mask is"):
+    with pytest.raises(RecipeError, match="32"):
         train(places, tmp_path / "a", mask=str(tmp_path / "narrow"))
     save_tiny(tmp_path / "shallow", num_hidden_layers=2)
-    with pytest.raises(RecipeError, match=r"only the model has a matrix model\.layers\.2"):
+    with pytest.raises(RecipeError, match=r"model\.layers\.2"):
         train(places, tmp_path / "b", mask=str(tmp_path / "shallow"))
     save_tiny(tmp_path / "opt", "opt")
-    with pytest.raises(RecipeError, match="matrices of the model are in both"):
+    with pytest.raises(RecipeError, match="in both"):
         train(places, tmp_path / "c", mask=str(tmp_path / "opt"))
     save_file({"nobody": torch.zeros(2, dtype=torch.bool)}, tmp_path / "odd.safetensors")
-    with pytest.raises(RecipeError, match="no such parameter"):
+    with pytest.raises(RecipeError, match="nobody"):
         train(places, tmp_path / "d", mask=str(tmp_path / "odd.safetensors"))
     save_file({MATRIX: torch.zeros(2)}, tmp_path / "floats.safetensors")
-    with pytest.raises(SourceError, match="holds no masks"):
+    with pytest.raises(SourceError, match=MATRIX):
         train(places, tmp_path / "e", mask=str(tmp_path / "floats.safetensors"))
 
 
@@ -61,13 +61,8 @@ def test_masks_that_hold_fewer_zeros_than_there_are(places: Path, tmp_path: Path
     stored = load_file(places / "pruned" / "model.safetensors")
     Masks({MATRIX: stored[MATRIX] != 0}).save(tmp_path / "one.safetensors")
     mask = str(tmp_path / "one.safetensors")
-    with pytest.raises(RecipeError, match=r"weights in 20 matrices are zero .* fill them: 50\.0%"):
+    with pytest.raises(RecipeError, match=r"20 matrices .* 50\.0%"):
         train(places, tmp_path / "no", mask=mask)
-    train(places, tmp_path / "yes", mask=mask, regrow=True)
-    after = load_file(tmp_path / "yes" / "model.safetensors")
-    assert not after[MATRIX][stored[MATRIX] == 0].any()
-    other = MATRIX.replace("down", "up")
-    assert after[other][stored[other] == 0].any()
 
 
 def deepseek(folder: Path) -> Path:

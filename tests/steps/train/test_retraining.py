@@ -18,9 +18,10 @@ from trainings import assert_same, make_place, stopped_at, tensors, train_in
 
 import secateur
 from secateur.cli import main
-from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.errors import CheckpointError, NumericalError, RecipeError, SourceError
 from secateur.training import loop
 from secateur.training.batches import windows_digest
+from secateur.training.setup import TrainingSetup
 
 OPTIONS: dict[str, Any] = {"steps": 8, "save_minutes": 0, "learning_rate": 5e-3, "validations": 2}
 
@@ -87,28 +88,32 @@ def test_a_run_folder_that_the_other_verbs_read(places: Path, tmp_path: Path) ->
 
 
 def test_a_teacher_that_is_written_down_is_read_again(places: Path, tmp_path: Path) -> None:
-    file = tmp_path / "teacher.safetensors"
-    options = {"teacher_file": str(file), "top_k": 8, "windows": 64, "validation_windows": 8}
-    train(places, tmp_path / "one", teacher=places / "dense", **options)
+    options = {"teacher": places / "dense", "top_k": 8, "windows": 64, "validation_windows": 8}
+    train(places, tmp_path / "one", **options)
+    with stopped_at(5):
+        train(places, tmp_path / "two", **options)
+    file = tmp_path / "two.partial" / "work" / "teacher.safetensors"
     stamp = file.stat().st_mtime_ns
-    train(places, tmp_path / "two", teacher="no such model", **options)
+    with stopped_at(7):
+        train(places, tmp_path / "two", resume=True, **options)
     assert file.stat().st_mtime_ns == stamp
+    train(places, tmp_path / "two", resume=True, **options)
     assert_same(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(RecipeError, match="other windows"):
-        train(places, tmp_path / "three", teacher="any", **{**options, "windows": 60})
 
 
 def test_a_cut_student_learns_from_the_whole_model(places: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "short", num_hidden_layers=1, intermediate_size=32)
     done = train(
         places, tmp_path / "out", model=tmp_path / "short", teacher=places / "dense",
-        hidden_weight=0.1, next_token=0.1, kind="symmetric",
+        hidden_weight=0.1, next_token=0.1, kind="total_variation",
     )  # fmt: skip
     assert done.sparsity == 0
     assert done.perplexity_after <= done.perplexity_before
 
 
-def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> None:
+def test_a_student_knows_which_layers_it_has(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tiny(tmp_path / "deep", num_hidden_layers=5)
     windows = torch.randint(4, 90, (4, 16))
     save_file({"input_ids": windows}, tmp_path / "w.safetensors")
@@ -118,31 +123,27 @@ def test_a_student_knows_which_layers_it_has(places: Path, tmp_path: Path) -> No
         calibration=tmp_path / "w.safetensors",
     )  # fmt: skip
     kept = json.loads((cut / "secateur" / "steps.json").read_text())[0]["cut"]["layers"]
-    found = {}
-    for name, options in {"known": {}, "given": {"teacher_layers": kept}, "other": {
-        "teacher_layers": next(x for x in ([0, 1, 2], [2, 3, 4]) if x != kept)
-    }}.items():  # fmt: skip
-        train(
-            places,
-            tmp_path / name,
-            model=cut,
-            teacher=tmp_path / "deep",
-            hidden_weight=1.0,
-            validation_windows=0,
-            steps=2,
-            **options,
-        )
-        found[name] = tensors(tmp_path / name)
-    same = [torch.equal(found["known"][n], found["given"][n]) for n in found["given"]]
-    assert all(same)
-    assert not all(torch.equal(found["known"][n], found["other"][n]) for n in found["other"])
+    layers = []
+    plain = TrainingSetup.objective
+
+    def seen(*args: Any) -> Any:
+        objective: Any = plain(*args)
+        layers.append([j for _, j in objective.pairs])
+        return objective
+
+    monkeypatch.setattr(TrainingSetup, "objective", seen)
+    options = {"hidden_weight": 1.0, "validation_windows": 0, "steps": 1, "model": cut}
+    train(places, tmp_path / "known", teacher=tmp_path / "deep", **options)
+    shutil.copytree(tmp_path / "deep", tmp_path / "other")
+    train(places, tmp_path / "unknown", teacher=tmp_path / "other", **options)
+    assert layers == [[kept[1] - 1, kept[2] - 1, 4], [1, 3, 4]]
 
 
 def test_a_mask_may_come_from_another_model(places: Path, tmp_path: Path) -> None:
     done = train(places, tmp_path / "out", model=places / "dense", mask=str(places / "pruned"))
     assert done.sparsity == pytest.approx(0.5)
     save_tiny(tmp_path / "small", intermediate_size=32)
-    with pytest.raises(RecipeError, match="the mask is"):
+    with pytest.raises(RecipeError, match="32"):
         train(places, tmp_path / "no", model=tmp_path / "small", mask=str(places / "pruned"))
 
 
@@ -150,9 +151,9 @@ def test_a_stopped_run_goes_on_to_the_same_files(places: Path, tmp_path: Path) -
     train(places, tmp_path / "straight")
     with stopped_at(5):
         train(places, tmp_path / "out")
-    with pytest.raises(RecipeError, match="stopped before it finished"):
+    with pytest.raises(RecipeError, match="stopped"):
         train(places, tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"clip: 1.0 then, 2.0 now"):
+    with pytest.raises(RecipeError, match="clip"):
         train(places, tmp_path / "out", resume=True, clip=2.0)
     train(places, tmp_path / "out", resume=True)
     assert_same(tmp_path / "straight", tmp_path / "out")
@@ -169,7 +170,7 @@ def test_what_was_saved_survives_a_training_that_goes_wrong(
         return self.refuse(float("nan"), "the loss") if self.outcome.step == 5 else plain(self)
 
     monkeypatch.setattr(loop.Loop, "backward", failing)
-    with pytest.raises(NumericalError, match=r"log\.jsonl"):
+    with pytest.raises(NumericalError, match="resume=True"):
         train(places, tmp_path / "out")
     work = tmp_path / "out.partial" / "work"
     saved = load_file(work / "state.safetensors")
@@ -180,35 +181,44 @@ def test_what_was_saved_survives_a_training_that_goes_wrong(
 
 def test_what_cannot_be_trained_is_refused(places: Path, tmp_path: Path) -> None:
     copied = shutil.copy(places / "text.txt", tmp_path / "copied.txt")
-    for same in (places / "text.txt", copied):
-        with pytest.raises(RecipeError, match="the validation text is a training text"):
-            train(places, tmp_path / "out", validation_text=str(same), windows=4)
     with Path(copied).open("a") as longer:
         longer.write("And more.")
-    with pytest.raises(RecipeError, match="in the training text too"):
-        train(places, tmp_path / "out", validation_text=copied)
-    for options, said in (({"lr": 1}, "lr=1: must be"), ({"speed": 1}, "AdamW cannot be")):
+    for same in (places / "text.txt", copied):
+        with pytest.raises(RecipeError, match="%"):
+            train(places, tmp_path / "out", validation_text=str(same))
+    for options, said in (({"lr": 1}, "lr=1"), ({"speed": 1}, "speed")):
         with pytest.raises(RecipeError, match=said):
             train(places, tmp_path / "out", optimizer_options=options, restart=True)
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(SourceError):
         train(places, tmp_path / "out", text=str(tmp_path / "empty.txt"), restart=True)
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(SourceError, match="one step needs 4"):
+    with pytest.raises(SourceError, match="needs 4"):
         train(places, tmp_path / "out", text=str(tmp_path / "short.txt"), restart=True)
-    with pytest.raises(RecipeError, match="steps with minutes: must be one"):
+    with pytest.raises(RecipeError, match="steps with minutes"):
         train(places, tmp_path / "out", minutes=1, restart=True)
-    with pytest.raises(RecipeError, match="did you mean 'optimizer'"):
+    with pytest.raises(RecipeError, match="'optimizer'"):
         train(places, tmp_path / "out", optimiser="SGD", restart=True)
     for name, value in {"kind": "reverse", "next_token": 0.5, "top_k": 8}.items():
-        with pytest.raises(RecipeError, match=f"{name}: changes nothing without teacher"):
+        with pytest.raises(RecipeError, match=f"{name}: "):
             train(places, tmp_path / "x", **{name: value})
+
+
+def test_a_damaged_record_of_an_earlier_training_is_named(places: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(places / "pruned", tmp_path / "model")
+    file = model / "secateur" / "training.json"
+    for text in ("[{", '[{"objective": 3}]'):
+        file.write_text(text)
+        with pytest.raises(CheckpointError) as raised:
+            train(places, tmp_path / "out", model)
+        assert str(file) in str(raised.value.where)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(places: Path, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "other", tokenizer=False)
     tiny_tokenizer([f"w{i}" for i in range(92)]).save_pretrained(folder)
-    with pytest.raises(RecipeError, match="different vocabularies"):
+    with pytest.raises(RecipeError, match="vocabularies"):
         train(places, tmp_path / "out", teacher=folder)
 
 
@@ -257,7 +267,7 @@ def test_of_several_texts_equal_parts_are_read(places: Path, tmp_path: Path) -> 
     together = torch.stack([long[:20], short], 1).flatten(0, 1)
     assert done.manifest.text["sha256"] == windows_digest(together)
     save_file({"input_ids": short[:, :8].contiguous()}, texts[1])
-    with pytest.raises(SourceError, match=r"different lengths .*: 16, .*: 8"):
+    with pytest.raises(SourceError, match=r": 16, .*: 8"):
         train(places, tmp_path / "other", text=texts)
 
 
