@@ -11,7 +11,7 @@ A yes stands for a test: every model of `tests/support/zoo.py` is pruned, saved 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,34 @@ KINDS = (
     ("Mixtures of experts", ("MIXTURES",), "Every expert is pruned like a linear layer. See "
      "[experts](methods/experts.md)."),
 )  # fmt: skip
+
+_STATES = "it has layers with states or convolutions"
+_LATENT = "its keys and values are compressed (latent attention)"
+_SEES = "pictures go through parts that only transformers runs"
+OUTSIDE: Mapping[str, str] = {
+    "gpt2": "its positions are learned",
+    "opt": "its positions are learned",
+    "gpt_neox": "query, key and value of a head lie together in one matrix",
+    "gptj": "its modules have other names, which nobody has described",
+    "olmo": "its norms have no weights",
+    "apertus": "its activation is xIELU",
+    "bloom": "its positions are slopes (ALiBi)",
+    "falcon": "queries, keys and values lie in one matrix, in an order of its own",
+    "ministral3": "its queries are scaled by their position",
+    "phimoe": "its router picks two experts in turn",
+    "llama4_text": "its attention is chunked, and the router scales inputs",
+    "gemma3n_text": "it has several hidden states for a token (AltUp)",
+    "gemma4_text": "its layers have heads of two sizes, and some share keys",
+    "minimax_m3_vl_text": "its attention is sparse",
+    "step3p5": "its heads have gates",
+    **dict.fromkeys(("qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2"), _STATES),
+    **dict.fromkeys(("falcon_h1", "bamba", "granitemoehybrid", "nemotron_h"), _STATES),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "lfm2_moe"), _STATES),
+    **dict.fromkeys(("glm4_moe_lite", "deepseek_v2", "deepseek_v3"), _LATENT),
+    **dict.fromkeys(("gemma3", "gemma4", "gemma3n", "step3p7", "qwen3_5", "llava"), _SEES),
+    **dict.fromkeys(("mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama4"), _SEES),
+}
+"""Why types that are known, but not in `layer_forms.FORMS`, are decoded by transformers."""
 
 
 def main() -> None:
@@ -165,7 +193,6 @@ def reasons() -> Iterator[str]:
         for kind, why in couplings.fixed.items()
     ]
     yield from table(("family", "units", "reason"), lines)
-    from secateur.runtime.layer_forms import OUTSIDE
 
     yield "## What is not decoded in one call, and why"
     yield ""

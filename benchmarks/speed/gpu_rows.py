@@ -23,12 +23,7 @@ from secateur.runtime.decode import SteppedGeneration
 from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, race
 from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 from secateur.runtime.semi_structured.layout import StoredParts, split, window_columns
-from secateur.runtime.semi_structured.load import (
-    SparseLinear,
-    chosen_linear,
-    kernel_seconds,
-    measured,
-)
+from secateur.runtime.semi_structured.load import SparseLinear
 from secateur.timing import alternate, seconds_of
 
 GROUP = 64
@@ -77,10 +72,20 @@ def product_row(scale: Scale, shape: tuple[int, int], values: str, sparsity: flo
 
     def calls(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, columns, device=scale.device).bfloat16()
-        return {name: lambda product=product: product(x) for name, product in products.items()}
+        named = {n: lambda product=product: product(x) for n, product in products.items()}
+        return {name: call for name, call in named.items() if runs(call)}
 
-    seconds = race(scale.batches, "torch bf16", calls, scale.clock)
+    seconds = race(scale.batches, calls, scale.clock)
     return {"shape": [rows, columns], "bytes": sparse.nbytes, "seconds": seconds}
+
+
+def runs(call: Call) -> bool:
+    """Whether torch has a kernel for this GPU and this shape."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
 
 
 def random_matrix(weight: Tensor, values: str, sparsity: float) -> GpuMatrix:
@@ -101,7 +106,7 @@ def random_matrix(weight: Tensor, values: str, sparsity: float) -> GpuMatrix:
 def dense_integers(weight: Tensor, values: str) -> Callable[[Tensor], Tensor]:
     """torch's own product with weights of 8 or 4 bits and activations in bfloat16.
 
-    Where torch lacks it, the call raises RuntimeError and `race` leaves it out.
+    Where torch lacks it, the call raises RuntimeError.
     """
     rows, columns = weight.shape
     if values == "int8":
@@ -123,8 +128,13 @@ def dense_integers(weight: Tensor, values: str) -> Callable[[Tensor], Tensor]:
 def sparse_core_row(scale: Scale, shape: tuple[int, int], pattern: str) -> dict:
     """Seconds of a product on sparse tensor cores and of the dense one, for each prompt."""
     weight = torch.randn(shape, device=scale.device).bfloat16()
-    parts = random_parts(weight, pattern)
-    seconds = kernel_seconds(parts, scale.prompts, scale.clock)
+    linear = SparseLinear(random_parts(weight, pattern), None)
+
+    def calls(tokens: int) -> dict[str, Call]:
+        x = torch.randn(tokens, shape[1], device=scale.device).bfloat16()
+        return {"dense": lambda: functional.linear(x, weight), "ours": lambda: linear(x)}
+
+    seconds = race(scale.prompts, calls, scale.clock)
     return {"shape": list(shape), "pattern": pattern, "seconds": seconds}
 
 
@@ -194,11 +204,10 @@ def replace_linears(model: Any, storage: str, scale: Scale) -> None:
             shape = linear.weight.shape
             if storage in PATTERNS:
                 if shape not in made:
-                    parts = random_parts(linear.weight.detach(), storage)
-                    made[shape] = parts, measured(parts, scale.clock)
-                parts, fastest = made[shape]
+                    made[shape] = random_parts(linear.weight.detach(), storage)
+                parts = made[shape]
                 own = replace(parts, packed=parts.packed.clone(), meta=parts.meta.clone())
-                layer.set_submodule(name, chosen_linear(own, None, fastest))
+                layer.set_submodule(name, SparseLinear(own, None))
             else:
                 if shape not in made:
                     made[shape] = random_matrix(linear.weight.detach(), storage, 0.5)

@@ -23,7 +23,7 @@ import secateur
 from secateur.errors import ArchitectureError
 from secateur.plugins.vllm import LOAD_FORMAT
 from secateur.plugins.vllm.reading import four_bits, tensors_of
-from secateur.plugins.vllm.sizes import ARCHITECTURE, LayerSizes, VariedSizes
+from secateur.plugins.vllm.sizes import ARCHITECTURE, VariedSizes
 from secateur.runtime.packed import PackedCheckpoint
 
 RUNNER = Path(__file__).parents[2] / "benchmarks" / "speed" / "engines_vllm.py"
@@ -52,7 +52,7 @@ def varied_config(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def described(sizes: LayerSizes) -> tuple[int, int, int]:
+def described(sizes: Any) -> tuple[int, int, int]:
     return sizes.attention.heads, sizes.attention.kv_heads, sizes.ffn.intermediate_size
 
 
@@ -69,9 +69,9 @@ def test_every_layer_has_its_sizes() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"base_model_type": "gemma2"}, "layers of different sizes of a gemma2 model"),
-        ({"sliding_window": 64}, "has no sliding window"),
-        ({"secateur_cut": {"shapes": {"model.norm": [3]}}}, r"cannot resize model\.norm"),
+        ({"base_model_type": "gemma2"}, "gemma2"),
+        ({"sliding_window": 64}, "sliding"),
+        ({"secateur_cut": {"shapes": {"model.norm": [3]}}}, r"model\.norm"),
     ],
 )
 def test_what_vllm_cannot_resize_is_refused(changes, said) -> None:
@@ -170,31 +170,6 @@ def test_a_compressed_folder_gives_the_text_of_transformers(
     packed = secateur.compress(pruned(tmp_path), output=tmp_path / "packed", **options).output
     found = answer(vllm_python, packed, dtype=dtype, load_format=LOAD_FORMAT)
     assert found == greedy(packed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("values", "gain"), [("keep", 2.0), ("int8", 2.0), ("int8", 0.5)])
-def test_linears_stay_packed_as_on_a_gpu(values, gain, vllm_python, tmp_path: Path) -> None:
-    """The kernel in Triton's interpreter, in the engine of vLLM on a CPU."""
-    save_tiny(tmp_path / "dense", **{**SIZES, "num_hidden_layers": 1})
-    secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
-    packed = secateur.compress(tmp_path / "p", output=tmp_path / "packed", values=values).output
-    runner = Path(__file__).with_name("bitmask_in_vllm.py")
-    prompts = tiny_windows(2, 6).tolist()
-    asked = {"model": str(packed), "prompts": prompts, "tokens": 3, "gain": gain}
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [vllm_python, runner], input=json.dumps({**asked, "load_format": LOAD_FORMAT}),
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    count, answer = done.stdout.splitlines()[-2:]
-    assert int(count) == (4 if gain > 1 else 0)  # qkv, o, gate and up, down
-    model = secateur.load(packed, dtype=torch.float32, expand=True)
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor(prompts)
-    expected = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, 6:]
-    assert json.loads(answer)["tokens"] == expected.tolist()
 
 
 @pytest.mark.slow

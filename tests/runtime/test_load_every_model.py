@@ -14,12 +14,13 @@ from torch import nn
 from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 
 import secateur
+from families_page import OUTSIDE
 from secateur.errors import SecateurError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
-from secateur.runtime.layer_forms import FORMS, OUTSIDE, why_not
+from secateur.runtime.layer_forms import FORMS, why_not
 
 IDS = tiny_windows(2, 9)
 DECODER = re.compile(r"^(?!.*(?:vision|visual|audio)).*\b(?:layers|h)\.\d+\.")
@@ -185,4 +186,5 @@ def test_gate_and_up_of_odd_sizes_in_one_matrix(tmp_path: Path) -> None:
 def test_other_models_say_why_they_are_decoded_by_transformers(model_type: str) -> None:
     """Before any of their modules is looked at."""
     model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
-    assert why_not(model) == f"its type is {model_type}: {OUTSIDE[model_type]}"
+    assert model_type in str(why_not(model))
+    assert model_type in OUTSIDE  # which the page of families lists

@@ -10,25 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from oracles import packed_reader
 from runtime.packed_examples import LAYOUTS, Forgery, matrix, packed_folder
 from secateur.errors import CheckpointError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
-from secateur.runtime import packed as archives
+from secateur.runtime import archive as archives
+from secateur.runtime.archive import Archived, from_archive, to_archive
 from secateur.runtime.formats import PartSpec, formats
 from secateur.runtime.formats.bits import pack_numbers, unpack_numbers
 from secateur.runtime.install import DenseView, open_checkpoint
-from secateur.runtime.packed import (
-    PackedCheckpoint,
-    archived_spec,
-    from_archive,
-    is_packed,
-    to_archive,
-)
+from secateur.runtime.packed import PackedCheckpoint, is_packed
 
 FIRST_FILE, SECOND_FILE = (f"secateur-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+def checked(entry: dict[str, object], stored: Tensor) -> Archived:
+    """An entry of a description, as a file's text gives it."""
+    found = TypeAdapter(Archived).validate_python(json.loads(json.dumps(entry)))
+    found.check(PartSpec(stored.dtype, tuple(stored.shape)))
+    return found
 
 
 @pytest.mark.parametrize("archive", [False, True])
@@ -104,8 +108,7 @@ def test_archived_tensors_come_back(dtype: torch.dtype) -> None:
         assert torch.equal(found, tensor)
         assert found.dtype == dtype
         if tensor.nbytes > archives.SMALLEST_BYTES:
-            spec = PartSpec(stored.dtype, tuple(stored.shape))
-            assert archived_spec(json.loads(json.dumps(archived.to_json())), spec) == archived
+            checked(archived.to_json(), stored)
 
 
 @pytest.mark.parametrize("width", [3, 5, 6, 7])
@@ -123,8 +126,7 @@ def test_numbers_that_straddle_bytes_are_widened(width: int) -> None:
         entropy = float(-(chance * chance.log2()).sum()) * numbers.numel() / 8
         assert stored.numel() < (1.02 if rows == 1 else 1.1) * entropy
         assert stored.numel() < 0.97 * plain.numel()
-        spec = PartSpec(stored.dtype, tuple(stored.shape))
-        assert archived_spec(json.loads(json.dumps(archived.to_json())), spec) == archived
+        assert checked(archived.to_json(), stored) == archived
     anything = torch.randint(0, 256, (7, 3, 401), generator=generator).to(torch.uint8)
     assert torch.equal(from_archive(*to_archive(anything, width)), anything)
 
@@ -145,15 +147,14 @@ def test_widened_numbers_that_do_not_fit_are_refused() -> None:
         wrong[row, byte] |= value
         frame = zstandard.ZstdCompressor().compress(wrong.numpy().tobytes())
         stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-        with pytest.raises(CheckpointError, match="1 widened numbers do not fit"):
+        with pytest.raises(CheckpointError, match="1 widened"):
             from_archive(stored, archived)
     short = zstandard.ZstdCompressor().compress(packed.numpy().tobytes())
     stored = torch.frombuffer(bytearray(short), dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match="a frame of 3003 bytes where 4005 are needed"):
+    with pytest.raises(CheckpointError, match=r"3003.*4005"):
         from_archive(stored, archived)
-    entry = {**archived.to_json(), "dtype": "I8"}
-    with pytest.raises(CheckpointError, match="zstd-3 is for bytes, not for I8"):
-        archived_spec(entry, PartSpec(torch.uint8, (2000,)))
+    with pytest.raises(CheckpointError, match="I8"):
+        checked({**archived.to_json(), "dtype": "I8"}, torch.zeros(2000, dtype=torch.uint8))
 
 
 def test_what_shrinks_too_well_to_be_believed_is_not_compressed(monkeypatch) -> None:
@@ -161,26 +162,26 @@ def test_what_shrinks_too_well_to_be_believed_is_not_compressed(monkeypatch) -> 
     for elements, codec in ((2_000, "zstd"), (200_000, "none")):
         stored, archived = to_archive(torch.zeros(elements))
         assert archived.codec == codec
-        archived_spec(archived.to_json(), PartSpec(stored.dtype, tuple(stored.shape)))
+        checked(archived.to_json(), stored)
         assert torch.equal(from_archive(stored, archived), torch.zeros(elements))
 
 
 def test_bombs_are_refused_before_they_are_opened() -> None:
     frame = zstandard.ZstdCompressor().compress(bytes(2**20))
     stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-    spec = PartSpec(torch.uint8, tuple(stored.shape))
     entry = {"dtype": "U8", "shape": [2**40], "codec": "zstd"}
-    with pytest.raises(CheckpointError, match="are said to hold 1099511627776"):
-        archived_spec(entry, spec)
-    with pytest.raises(CheckpointError, match="impossible shape"):
-        archived_spec({**entry, "shape": [2**62, 2**62]}, spec)
-    smaller = archived_spec({**entry, "shape": [4096]}, spec)
-    with pytest.raises(CheckpointError, match="a frame of 1048576 bytes where 4096 are needed"):
+    with pytest.raises(CheckpointError, match=str(2**40)):
+        checked(entry, stored)
+    for change in ({"shape": [2**62, 2**62]}, {"dtype": "U9"}, {"codec": "gzip"}, {"more": 1}):
+        with pytest.raises(ValidationError):
+            checked({**entry, **change}, stored)
+    smaller = checked({**entry, "shape": [4096]}, stored)
+    with pytest.raises(CheckpointError, match=r"1048576.*4096"):
         from_archive(stored, smaller)
     lying = bytearray(frame)  # a frame that holds more than it says
     at = frame.index((2**20).to_bytes(4, "little"))
     lying[at : at + 4] = (4096).to_bytes(4, "little")
-    with pytest.raises(CheckpointError, match="the frame cannot be read"):
+    with pytest.raises(CheckpointError, match="frame"):
         from_archive(torch.frombuffer(lying, dtype=torch.uint8), smaller)
 
 
@@ -205,22 +206,20 @@ def misplace(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda f: config_with(f, version=6), "version 6, but this release reads version 5"),
-        (lambda f: config_with(f, version=4), "version 4, but this release reads version 5"),
-        (lambda f: config_with(f, version=True), "version True"),
-        (lambda f: config_with(f, archive="no"), "archive is not true or false"),
-        (lambda f: config_with(f, archive=True), "disagree on whether this is an archive"),
-        (
-            lambda f: config_with(f, quant_method="gptq"),
-            "not the configuration of a compressed checkpoint",
-        ),
-        (lambda f: (f / "config.json").unlink(), "cannot be read"),
-        (lambda f: (f / "config.json").write_text("[]"), "not the configuration of a compressed"),
-        (lambda f: (f / SECOND_FILE).unlink(), "1 of 2 shards are missing"),
-        (remove_from_index, "the checkpoint has the files"),
-        (misplace, "disagree about 'bias'"),
-        (lambda f: (f / "secateur.safetensors.index.json").write_text("{"), "cannot be read"),
-        (lambda f: shutil.copy(f / FIRST_FILE, f / SECOND_FILE), "is in two files"),
+        (lambda f: config_with(f, version=6), "6"),
+        (lambda f: config_with(f, version=4), "4"),
+        (lambda f: config_with(f, version=True), "True"),
+        (lambda f: config_with(f, archive="no"), "archive"),
+        (lambda f: config_with(f, archive=True), "archive"),
+        (lambda f: config_with(f, activations={"values": "int4"}), "int4"),
+        (lambda f: config_with(f, quant_method="gptq"), "config.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+        (lambda f: (f / SECOND_FILE).unlink(), "1 of 2"),
+        (remove_from_index, SECOND_FILE),
+        (misplace, "'bias'"),
+        (lambda f: (f / "secateur.safetensors.index.json").write_text("{"), "index.json"),
+        (lambda f: shutil.copy(f / FIRST_FILE, f / SECOND_FILE), FIRST_FILE),
     ],
 )
 def test_folders_that_are_not_whole_are_refused(tmp_path: Path, damage, why: str) -> None:
@@ -245,7 +244,7 @@ def test_a_flipped_bit_is_reported_by_tensor(tmp_path: Path, name: str) -> None:
     raw = bytearray(entry.file.read_bytes())
     raw[entry.offset + 5] ^= 16
     entry.file.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=rf"(?s)the checksum is .*: {name}"):
+    with pytest.raises(CheckpointError, match=name):
         list(PackedCheckpoint(tmp_path / "m").tensors())
 
 
@@ -254,7 +253,7 @@ def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
     forgery = Forgery(tmp_path / "m" / FIRST_FILE)
     forgery.description["version"] = 6
     forgery.write()
-    with pytest.raises(CheckpointError, match=r"(?s)version 6.*newer secateur"):
+    with pytest.raises(CheckpointError, match="newer secateur"):
         PackedCheckpoint(tmp_path / "m")
 
 
@@ -263,5 +262,5 @@ def test_an_exchanged_dtype_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     forgery = Forgery(tmp_path / "m" / SECOND_FILE)
     forgery.header["bias"]["dtype"] = "F16"
     forgery.write(repair=False)
-    with pytest.raises(CheckpointError, match="does not match its digest"):
+    with pytest.raises(CheckpointError, match="digest"):
         PackedCheckpoint(tmp_path / "m")

@@ -220,7 +220,7 @@ def test_the_token_that_ends_a_text_is_listed(
     assert secateur_ids(client, on.choices[0].text) == ids[:3]
 
 
-def test_what_is_ignored_is_named(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_ignored_is_named(client: openai.OpenAI) -> None:
     harmless = {
         "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
         "reasoning_effort": "low", "prompt_cache_key": "k",
@@ -235,8 +235,6 @@ def test_what_is_ignored_is_named(client: openai.OpenAI, caplog: pytest.LogCaptu
         assert streamed[0].warnings == answer.warnings
         assert not any(hasattr(chunk, "warnings") for chunk in streamed[1:])
         assert not hasattr(kind(client), "warnings")
-    logged = [record.getMessage() for record in caplog.records]
-    assert len([line for line in logged if "reasoning_effort" in line]) == 1
 
 
 def test_variables_of_the_chat_template(client: openai.OpenAI, server: Running) -> None:
@@ -246,28 +244,6 @@ def test_variables_of_the_chat_template(client: openai.OpenAI, server: Running) 
     refused = server.post("chat/completions", body)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "chat_template_kwargs"
-
-
-def test_tokens_of_texts(client: openai.OpenAI, server: Running) -> None:
-    def post(path: str, body: Any) -> Any:
-        answer = server.client.post(f"/{path}", json=body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    ids = secateur_ids(client, "import o")
-    found = post("tokenize", {"prompt": "import o", "return_token_strs": True})
-    assert found == {
-        "count": 8, "max_model_len": 256, "tokens": ids, "token_strs": [*"import o"]
-    }  # fmt: skip
-    assert post("detokenize", {"model": "learned", "tokens": ids}) == {"prompt": "import o"}
-    assert post("tokenize", {"prompt": ""})["tokens"] == []
-    found = post("tokenize", {"messages": MESSAGES, "chat_template_kwargs": {"mood": "!"}})
-    assert found["tokens"] == secateur_ids(client, "s:be;u:def f(x;!a:")
-    assert found["token_strs"] is None
-    for body in ({}, {"prompt": "x", "messages": MESSAGES}):
-        refused = server.client.post("/tokenize", json=body)
-        assert refused.status_code == 400
-        assert refused.json()["error"]["param"] == "prompt"
 
 
 def secateur_ids(client: openai.OpenAI, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -19,6 +20,8 @@ import transformers
 from tokenizers_of_kinds import tokenizer_of
 
 from secateur.runtime.grammar import GrammarError, Grammars, choice_text, json_text, regex_text
+from secateur.serving.http.app import Endpoints
+from secateur.serving.http.requests import Message
 from secateur.serving.tools import CallReader, ToolCall, ToolFormat, tool_format
 from serving.conftest import Running, byte_level
 
@@ -304,8 +307,8 @@ CALLED = [
 
 
 def test_calls_and_their_results_go_through_the_template(server: Running) -> None:
-    body = {"messages": CALLED, "return_token_strs": True}
-    text = "".join(server.client.post("/tokenize", json=body).json()["token_strs"])
+    messages = [Message.model_validate(message) for message in CALLED]
+    text = asyncio.run(Endpoints(server.serving.service, None).conversation(messages, None))
     assert text == (
         'user:x;assistant:<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": true}}\n'
         "</tool_call>;tool:two;a:"

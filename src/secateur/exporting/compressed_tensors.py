@@ -245,8 +245,6 @@ def _notes_on(
         )
     if scheme.activations:
         notes.append(f"the engine also rounds activations to int{scheme.activations}")
-    if scheme.bits == 8 and scheme.packed:
-        notes.append("vLLM runs this type on GPUs only")
     odd = [n for n, shape in linears.shapes.items() if any(side % CPU_MULTIPLE for side in shape)]
     if odd:
         notes.append(

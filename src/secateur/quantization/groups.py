@@ -247,12 +247,16 @@ class GroupGrid:
                 best = torch.where(better, sign * tried, best)
         return Scales.nearest(best, exponent)
 
-    def recovered(self, weight: Weight) -> tuple[Tensor, Tensor]:
+    def scales_on_grid(self, weight: Weight) -> tuple[Tensor, Tensor]:
         """The scales of the groups that are on a grid, and which these are.
 
-        Several scales can represent a group. It takes the largest of them that is not above the
-        highest octave that the row needs, so that small groups stay within the octaves below it.
-        A scale is negative only where the lowest integer stands for a positive weight.
+        The largest |w| of a group on a grid is |s| times some integer, so only a few s can be
+        right: max |w| / 8, / 7, … / 1 with 4 bits. One is right if it has 5 significant bits, as
+        all scales have, and if every w / s is an integer. With 8, w = −8 s, so s has the sign that
+        makes the peak's integer negative, and the other side must not reach as far.
+
+        Several may be right. It takes the largest of them that is not above the highest octave
+        that the row needs, so that small groups stay within the octaves below it.
 
         Args:
             weight: float32 [out, in].
@@ -266,13 +270,13 @@ class GroupGrid:
         fitting, least, on_grid = [], torch.zeros_like(peak), peak == 0
         for step in range(-self.lowest, 0, -1):  # from small scales to large ones
             tried = peak / step
-            short = tried.frexp().mantissa * (2 * STEPS)
+            short = tried.frexp().mantissa * (2 * STEPS)  # whole for 5 significant bits
             again = (grouped / tried[:, :, None]).round_().mul_(tried[:, :, None])
             fits = (again == grouped).all(dim=2) & (short.frac() == 0) & (peak > 0)
             if step > self.largest:  # only one side has such an integer
                 fits &= high != -low
                 tried = torch.where(high == peak, -tried, tried)
-            least = torch.where(fits & ~on_grid, tried, least)
+            least = torch.where(fits & ~on_grid, tried, least)  # the first that fits
             on_grid |= fits
             fitting.append((fits, tried))
         scale, needed = least, least.abs().amax(dim=1, keepdim=True).frexp().exponent
@@ -285,7 +289,7 @@ class GroupGrid:
         values = weight.float()
         if not torch.isfinite(values).all():
             raise not_finite(values, f"int{self.bits}")
-        found, on_grid = self.recovered(values)
+        found, on_grid = self.scales_on_grid(values)
         if not on_grid.all():
             found = torch.where(on_grid, found, self.search(values).values)
         scales = Scales.nearest(found)

@@ -304,12 +304,10 @@ class SlotDecoder:
         self.check([token.id for token in tokens])
         lengths = [*self.lengths]
         for token in tokens:
-            if token.position >= self.capacity:
-                raise ShapeError(f"the cache of {self.capacity} tokens is full")
-            if token.position != lengths[token.slot]:
+            if token.position != lengths[token.slot] or token.position >= self.capacity:
                 raise ShapeError(
-                    f"position {token.position} does not follow {lengths[token.slot]} tokens of "
-                    f"slot {token.slot}"
+                    f"position {token.position} of slot {token.slot}, which has "
+                    f"{lengths[token.slot]} of {self.capacity} tokens"
                 )
             lengths[token.slot] += 1
         ordered = sorted(tokens, key=lambda token: not token.answered)
@@ -341,10 +339,7 @@ class SlotDecoder:
         """
         count = len(ids)
         if not 1 <= count <= len(self.lengths) or max(self.lengths[:count]) >= self.capacity:
-            raise ShapeError(
-                f"{count} tokens for {len(self.lengths)} slots of {self.capacity}, which hold "
-                f"{max(self.lengths)}"
-            )
+            raise ShapeError(f"{count} tokens for {len(self.lengths)} slots of {self.capacity}")
         self.check(ids.tolist())
         hidden = self._embedded(ids)
         places = (CToken * count)(*enumerate(self.lengths[:count]))

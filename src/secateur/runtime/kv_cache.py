@@ -12,7 +12,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from secateur.errors import RecipeError
 from secateur.models.shape import TILE, held_positions
 
 UNIT = 4
@@ -24,30 +23,10 @@ CACHES = MappingProxyType({"bf16": torch.bfloat16, "int8": torch.int8})
 
 
 def cache_dtype(named: str | None, model: torch.dtype) -> torch.dtype:
-    """The type of keys and values for activations of some type.
-
-    Raises:
-        RecipeError: there is no type of this name.
-    """
+    """The type of keys and values for activations of some type."""
     if named is None:
         return torch.bfloat16 if model == torch.bfloat16 else torch.float32
-    if named not in CACHES:
-        raise RecipeError(f"kv_cache {named!r}", remedy=f"give one of {', '.join(CACHES)}")
     return CACHES[named]
-
-
-def refuse_cache(named: str | None, reason: str) -> None:
-    """Refuse a type of the cache where transformers decodes.
-
-    Raises:
-        RecipeError: a type is given.
-    """
-    if named is not None:
-        raise RecipeError(
-            f"--kv-cache {named}: transformers decodes this model, because {reason}",
-            where="--kv-cache",
-            remedy="leave it out",
-        )
 
 
 def unused_zeros(shape: Sequence[int]) -> UInt8[Tensor, "..."]:

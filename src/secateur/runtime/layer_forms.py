@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import family_of
 from secateur.models.experts import OpenExperts, opened_form
 from secateur.runtime.kernels.library import (
@@ -131,34 +131,6 @@ FORMS: Mapping[str, LayerForm] = {
 }
 """The families by the `model_type` of transformers."""
 
-_STATES = "it has layers with states or convolutions"
-_LATENT = "its keys and values are compressed (latent attention)"
-_SEES = "pictures go through parts that only transformers runs"
-OUTSIDE: Mapping[str, str] = {
-    "gpt2": "its positions are learned",
-    "opt": "its positions are learned",
-    "gpt_neox": "query, key and value of a head lie together in one matrix",
-    "gptj": "its modules have other names, which nobody has described",
-    "olmo": "its norms have no weights",
-    "apertus": "its activation is xIELU",
-    "bloom": "its positions are slopes (ALiBi)",
-    "falcon": "queries, keys and values lie in one matrix, in an order of its own",
-    "ministral3": "its queries are scaled by their position",
-    "phimoe": "its router picks two experts in turn",
-    "llama4_text": "its attention is chunked, and the router scales inputs",
-    "gemma3n_text": "it has several hidden states for a token (AltUp)",
-    "gemma4_text": "its layers have heads of two sizes, and some share keys",
-    "minimax_m3_vl_text": "its attention is sparse",
-    "step3p5": "its heads have gates",
-    **dict.fromkeys(("qwen3_5_text", "lfm2", "recurrent_gemma", "mamba", "mamba2"), _STATES),
-    **dict.fromkeys(("falcon_h1", "bamba", "granitemoehybrid", "nemotron_h"), _STATES),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "lfm2_moe"), _STATES),
-    **dict.fromkeys(("glm4_moe_lite", "deepseek_v2", "deepseek_v3"), _LATENT),
-    **dict.fromkeys(("gemma3", "gemma4", "gemma3n", "step3p7", "qwen3_5", "llava"), _SEES),
-    **dict.fromkeys(("mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llama4"), _SEES),
-}
-"""Why types that are known, but not in `FORMS`, are decoded by transformers."""
-
 ROTARY = ("default", "linear", "llama3", "yarn", "longrope")
 """Kinds of rotary positions whose angles do not depend on the length of the text; those of
 `longrope` change at one length (`longest`)."""
@@ -193,8 +165,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     if kernel_info().tier == "none":
         return kernel_info().reason
     if config.model_type not in FORMS:
-        why = OUTSIDE.get(config.model_type, "nobody has described its layers")
-        return f"its type is {config.model_type}: {why}"
+        return f"its type is {config.model_type} (docs/families.md says which are decoded)"
     form = FORMS[config.model_type]
     if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):
         return "it is not on the CPU"
@@ -226,6 +197,26 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     if any(x.out_features % 4 for x in paired):
         return "gate and up lie in one matrix of 4 bits, with an odd number of rows each"
     return None
+
+
+def refuse_options(reason: str | None, **options: str | None) -> None:
+    """Refuse options of our own decoding for a model that it does not decode.
+
+    Args:
+        reason: from `why_not`; None if it decodes the model.
+        options: their values by name; None where not given.
+
+    Raises:
+        RecipeError: there are both.
+    """
+    for name, value in options.items():
+        if reason is not None and value is not None:
+            flag = "--" + name.replace("_", "-")
+            raise RecipeError(
+                f"{flag} needs our own decoding, which does not take this model: {reason}",
+                where=flag,
+                remedy="leave it out",
+            )
 
 
 def longest(config: Any) -> int | None:

@@ -8,16 +8,15 @@ integers keeps them, and torch multiplies in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.allocator import reused_pages
-from secateur.errors import CheckpointError, KernelError, RecipeError, ShapeError, install_extra
+from secateur.errors import KernelError, install_extra
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
 from secateur.models.skeleton import (
@@ -29,7 +28,7 @@ from secateur.models.skeleton import (
     stored_names,
 )
 from secateur.quantization.groups import Scales
-from secateur.runtime.formats import Layout, formats
+from secateur.runtime.formats import formats
 from secateur.runtime.install import (
     DenseView,
     install,
@@ -83,29 +82,17 @@ def load(
     """
     from secateur.runtime.quantizer import refuse_saving
 
-    try:
-        folder, device = Path(folder), torch.device(device)
-    except RuntimeError as error:
-        raise RecipeError(
-            f"there is no device {device!r}", remedy="give 'cpu', 'cuda' or 'cuda:N'"
-        ) from error
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise RecipeError(f"dtype is {dtype!r}", remedy="give a dtype, such as torch.bfloat16")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(
-            "there is no config.json",
-            where=str(folder),
-            remedy="name a folder that `secateur compress` or transformers has written",
-        )
+    folder, device = Path(folder), torch.device(device)
     if not is_packed(folder):
         return load_whole(folder, device, dtype=dtype, trust_remote_code=trust_remote_code)
     packed = PackedCheckpoint(folder)
     dtype = dtype or computed_dtype(folder)
     model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    if device.type == "cuda" and kernels and not expand:
+    on_gpu = device.type == "cuda" and kernels and not expand
+    if on_gpu:
         _refuse_gpu(device)
     with reused_pages():  # release the memory of measuring and unpacking
-        if device.type == "cuda" and kernels and not expand:
+        if on_gpu:
             install_on_gpu(model, packed, dtype, device)
         else:
             install(model, packed, dtype, expand=expand, kernels=kernels)
@@ -172,7 +159,7 @@ def install_on_gpu(
             found.append(path)
             continue
         if layout is not None and layout.format != "dense" and isinstance(module, nn.Linear):
-            matrix = gpu_matrix(packed, [owner], device)
+            matrix = gpu_matrix(packed, owner, device)
             share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
             kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
             if kind not in choices:
@@ -196,31 +183,13 @@ def install_on_gpu(
     return found
 
 
-def gpu_matrix(packed: PackedCheckpoint, owners: Sequence[str], device: torch.device) -> Any:
-    """Stored matrices [out, in], one below the other, in the form of the GPU's kernels.
-
-    Raises:
-        ShapeError: their values are of different kinds.
-    """
+def gpu_matrix(packed: PackedCheckpoint, owner: str, device: torch.device) -> Any:
+    """A stored matrix [out, in] in the form of the GPU's kernels."""
     from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 
-    layouts = [packed.layouts[owner] for owner in owners]
-    if len({values_of(layout) for layout in layouts}) > 1:
-        raise ShapeError(f"{', '.join(owners)} have different kinds of values")
-    parts = [packed.parts(owner) for owner in owners]
-    kept = [formats[x.format].kept(p, x) for p, x in zip(parts, layouts, strict=True)]
-    mask, values = (torch.cat(each) for each in zip(*kept, strict=True))
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([p[name] for p in parts])
-
-    if layouts[0].grid is None:
-        scale = joined("weight_scale") if "weight_scale" in parts[0] else None
-        return GpuMatrix.of(mask, values, scale=scale, device=device)
-    scales = Scales(joined("weight_exponent"), joined("weight_scale"))
-    return GpuMatrix.of(mask, values, scales=scales, group=layouts[0].grid.group, device=device)
-
-
-def values_of(layout: Layout) -> tuple[object, ...]:
-    """What matrices must have in common to be one: columns, values and groups."""
-    return layout.shape[1], layout.values, layout.group
+    layout, parts = packed.layouts[owner], packed.parts(owner)
+    mask, values = formats[layout.format].kept(parts, layout)
+    if layout.grid is None:
+        return GpuMatrix.of(mask, values, scale=parts.get("weight_scale"), device=device)
+    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
+    return GpuMatrix.of(mask, values, scales=scales, group=layout.grid.group, device=device)

@@ -8,12 +8,6 @@ Each file describes itself in the JSON under `secateur` in its metadata. The des
 layout of every packed matrix, how activations are rounded, the checksum of every stored tensor, and
 the decoding of archived ones. A digest covers all of this with names, dtypes and shapes, so that a
 changed header is detected like changed data.
-
-An archive stores every larger tensor as byte planes, compressed with zstandard. A plane has the
-first bytes of all elements, the next the second bytes, and so on. Exponents of weights are much
-alike and mantissas are not, so they compress better apart. Numbers of 3, 5, 6 or 7 bits are first
-widened, because zstandard counts bytes: in a bit stream most bytes hold pieces of several numbers.
-Archives are lossless, and meant for storage and transfer; a runtime unpacks them when it loads.
 """
 
 from __future__ import annotations
@@ -23,12 +17,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
-import zstandard
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from torch import Tensor
 
 from secateur.errors import CheckpointError
@@ -43,168 +36,10 @@ from secateur.models.checkpoint import (
     read_all,
     shard_files,
 )
-from secateur.models.header import (
-    DTYPES,
-    MAX_DIMENSIONS,
-    MAX_SIDE,
-    Header,
-    TensorEntry,
-    is_counts,
-    parse_json,
-    read_header,
-)
+from secateur.models.header import Header, TensorEntry, parse_json, read_header
 from secateur.quantization.activations import GROUP
+from secateur.runtime.archive import SMALLEST_BYTES, Archived, from_archive, to_archive
 from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
-from secateur.runtime.formats.bits import pack_numbers, padding_bits, row_bytes, unpack_numbers
-
-SMALLEST_BYTES = 1024
-"""Tensors up to this size are not compressed."""
-
-LEVEL = 9
-"""The level of zstandard: 1 to 2 % smaller than level 3 on packed weights, equally fast to read."""
-
-LEVEL_OF_NUMBERS = 1
-"""The level for widened numbers. They repeat by chance only, and higher levels write each short
-repetition at more bits than it saves: level 9 is 5 % larger."""
-
-MOST_EXPANSION = 1024
-"""A frame that grows by more is refused, so a small file cannot use up all memory."""
-
-ALWAYS_BELIEVED_BYTES = 16 * 2**20
-
-WIDENED = {"zstd-3": 3, "zstd-5": 5, "zstd-6": 6, "zstd-7": 7}
-"""The codecs for bit streams whose numbers straddle bytes, and the bits of these numbers."""
-
-CODECS = ("zstd", "none", *WIDENED)
-
-
-@dataclass(frozen=True)
-class Archived:
-    """The tensor that stored bytes decode to.
-
-    Attributes:
-        spec: dtype and shape of the tensor.
-        codec: `zstd`: a frame of the byte planes; `none`: the byte planes uncompressed;
-            `zstd-3` and the others of `WIDENED`: a frame of numbers of so many bits, widened.
-    """
-
-    spec: PartSpec
-    codec: str
-
-    def to_json(self) -> dict[str, Any]:
-        """For the metadata of a file."""
-        dtype, shape = dtype_name(self.spec.dtype), list(self.spec.shape)
-        return {"dtype": dtype, "shape": shape, "codec": self.codec}
-
-
-def archived_spec(entry: Any, stored: PartSpec) -> Archived:
-    """Read the result of `to_json`, and check it against the stored bytes.
-
-    Raises:
-        CheckpointError: a key is missing or of the wrong kind, or the decoded size is larger than
-            `MOST_EXPANSION` allows.
-    """
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "codec"}:
-        raise CheckpointError("an archived tensor has the keys dtype, shape and codec")
-    shape = entry["shape"]
-    if not is_counts(shape) or len(shape) > MAX_DIMENSIONS or any(x > MAX_SIDE for x in shape):
-        raise CheckpointError(f"the impossible shape {str(shape)[:80]}")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"the unknown dtype {str(entry['dtype'])[:40]}")
-    if entry["codec"] not in CODECS:
-        raise CheckpointError(f"the unknown codec {str(entry['codec'])[:40]}")
-    spec = PartSpec(DTYPES[entry["dtype"]], tuple(shape))
-    if stored.dtype != torch.uint8 or len(stored.shape) != 1:
-        raise CheckpointError("an archived tensor is stored as a row of bytes")
-    if entry["codec"] in WIDENED and spec.dtype != torch.uint8:
-        raise CheckpointError(f"{entry['codec']} is for bytes, not for {dtype_name(spec.dtype)}")
-    if spec.nbytes <= SMALLEST_BYTES:
-        raise CheckpointError(f"tensors of {SMALLEST_BYTES} bytes or less are not archived")
-    if spec.nbytes > max(ALWAYS_BELIEVED_BYTES, MOST_EXPANSION * stored.nbytes):
-        raise CheckpointError(
-            f"{stored.nbytes} bytes are said to hold {spec.nbytes}, more than "
-            f"{MOST_EXPANSION} times as many"
-        )
-    return Archived(spec, entry["codec"])
-
-
-def to_archive(tensor: Tensor, width: int = 8) -> tuple[Tensor, Archived]:
-    """A tensor as a row of bytes, and its description for decoding.
-
-    Args:
-        tensor: of any dtype and shape.
-        width: the bits of its numbers, if it is uint8 and its rows are bit streams.
-    """
-    spec = PartSpec(tensor.dtype, tuple(tensor.shape))
-    planes = tensor.contiguous().view(-1).view(torch.uint8)
-    planes = planes.reshape(-1, spec.dtype.itemsize).t().contiguous()
-    codec = f"zstd-{width}"
-    if codec in WIDENED:
-        numbers = unpack_numbers(tensor, width, _widened_count(spec, width))
-        level, content = LEVEL_OF_NUMBERS, pack_numbers(numbers, _widened_bits(width))
-    else:
-        level, content, codec = LEVEL, planes, "zstd"
-    frame = zstandard.ZstdCompressor(level=level).compress(as_bytes(content))
-    if spec.nbytes > max(ALWAYS_BELIEVED_BYTES, MOST_EXPANSION * len(frame)):
-        return planes.view(-1), Archived(spec, "none")
-    return torch.frombuffer(bytearray(frame), dtype=torch.uint8), Archived(spec, codec)
-
-
-def from_archive(stored: Tensor, archived: Archived) -> Tensor:
-    """The tensor that was encoded.
-
-    Never allocates more than the described size: a frame states its content size, and a frame that
-    contradicts its metadata is refused before it is opened.
-
-    Raises:
-        CheckpointError: this is no frame, it has another size, or numbers need more bits.
-    """
-    spec = archived.spec
-    if archived.codec in WIDENED:
-        return _narrowed(stored, spec, WIDENED[archived.codec])
-    planes = stored if archived.codec == "none" else _opened(stored, spec.nbytes)
-    if planes.numel() != spec.nbytes:
-        raise CheckpointError(f"{planes.numel()} bytes where {spec.nbytes} are needed")
-    elements = planes.reshape(spec.dtype.itemsize, -1).t().contiguous()
-    return elements.view(-1).view(spec.dtype).reshape(spec.shape)
-
-
-def _opened(stored: Tensor, size: int) -> Tensor:
-    """The content of a frame, which has this size."""
-    frame = as_bytes(stored)
-    try:
-        holds = zstandard.frame_content_size(frame)
-        if holds != size:
-            raise CheckpointError(f"a frame of {holds} bytes where {size} are needed")
-        content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CheckpointError(f"the frame cannot be read: {error}") from None
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def _narrowed(stored: Tensor, spec: PartSpec, width: int) -> Tensor:
-    """The bit streams whose widened numbers are in a frame."""
-    *rows, length = spec.shape
-    count, wide = _widened_count(spec, width), _widened_bits(width)
-    row = row_bytes(count * wide)
-    content = _opened(stored, prod(rows) * row).reshape(*rows, row)
-    numbers = unpack_numbers(content, wide, count)
-    packed = pack_numbers(numbers, width)
-    beyond = int((numbers >= 2**width).sum()) + int(packed[..., length:].count_nonzero())
-    beyond += padding_bits(content.view(-1, row), count * wide)
-    if beyond:
-        raise CheckpointError(f"{beyond} widened numbers do not fit the bytes of their stream")
-    return packed[..., :length].contiguous()
-
-
-def _widened_bits(width: int) -> int:
-    """The bits of a widened number: 4 or 8, so that bytes hold whole numbers."""
-    return 4 if width < 4 else 8
-
-
-def _widened_count(spec: PartSpec, width: int) -> int:
-    """The numbers that the bytes of a row hold, the last one perhaps in part."""
-    return -(-8 * spec.shape[-1] // width)
 
 
 def quantization_config(archive: bool, layouts: Iterable[Layout]) -> dict[str, Any]:
@@ -271,32 +106,28 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.archive, stated = _stated_in_config(self.folder)
+        stated = _stated_in_config(self.folder)
+        self.archive = stated.archive
         self.files = shard_files(self.folder)
-        if not (self.folder / PACKED_INDEX_NAME).is_file():
-            raise CheckpointError(
-                f"{PACKED_INDEX_NAME} is missing",
-                where=str(self.folder),
-                remedy="copy or download all files of the folder again",
-            )
         self.layouts: dict[str, Layout] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.specs: dict[str, PartSpec] = {}
         self._archived: dict[str, Archived] = {}
-        self._checksums: dict[str, int] = {}
+        self._checksums: dict[str, str] = {}
         self.order: list[str] = []
         for file in self.files:
             with _at(str(file)):
                 self._open(file, stated)
         self.activations = activations_for(self.layouts.values())
-        if self.activations != stated:
+        if self.activations != stated.activations:
             raise CheckpointError(
-                f"activations are said to be rounded to {stated}, but with these matrices they are "
-                f"rounded to {self.activations}",
+                f"activations are said to be rounded to {stated.activations}, but with these "
+                f"matrices they are rounded to {self.activations}",
                 where=str(self.folder),
             )
         index = self.folder / PACKED_INDEX_NAME
-        record = parse_json(index.read_bytes())["weight_map"]
+        with _at(str(index)):
+            record = parse_json(index.read_bytes())["weight_map"]
         found = {name: entry.file.name for name, entry in self.entries.items()}
         if odd := {*record.items()} ^ {*found.items()}:
             raise CheckpointError(
@@ -305,22 +136,20 @@ class PackedCheckpoint:
                 remedy="copy or download the index again",
             )
 
-    def _open(self, file: Path, activations: Mapping[str, Any] | None) -> None:
+    def _open(self, file: Path, stated: Stated) -> None:
         """Check one file and add its tensors."""
         header = read_header(file)
         description = _read_description(header)
         names = sorted(x.name for x in self.files)
-        if list(description.files) != names:
+        if description.files != names:
             raise CheckpointError(
                 f"the checkpoint has the files {', '.join(description.files)[:200]}; "
                 f"the folder has {', '.join(names)[:200]}",
                 remedy="copy or download the missing files",
             )
-        disagree = "config.json and this file disagree on"
-        if description.archive != self.archive:
-            raise CheckpointError(f"{disagree} whether this is an archive")
-        if description.activations != activations:
-            raise CheckpointError(f"{disagree} how activations are rounded")
+        own = (description.archive, description.activations)
+        if own != (stated.archive, stated.activations):
+            raise CheckpointError("this file and config.json disagree on archive or activations")
         twice = self.entries.keys() & header.entries.keys()
         if twice:
             raise CheckpointError(f"{min(twice)!r} is in two files")
@@ -371,7 +200,7 @@ class PackedCheckpoint:
             found = checksum(as_bytes(stored))
             if found != self._checksums[name]:
                 raise CheckpointError(
-                    f"the checksum is {found:08x}, it should be {self._checksums[name]:08x}",
+                    f"the checksum is {found}, it should be {self._checksums[name]}",
                     remedy="copy or download the file again",
                 )
             if name not in self._archived:
@@ -395,8 +224,14 @@ class PackedCheckpoint:
                 yield name, self.read(name)
 
 
-def _stated_in_config(folder: Path) -> tuple[bool, Mapping[str, Any] | None]:
+class Stated(BaseModel):
     """What `config.json` says: whether this is an archive, and how activations are rounded."""
+
+    archive: StrictBool
+    activations: dict[str, Any] | None
+
+
+def _stated_in_config(folder: Path) -> Stated:
     record = _read_quantization_config(folder)
     where = str(folder / "config.json")
     if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
@@ -407,12 +242,9 @@ def _stated_in_config(folder: Path) -> tuple[bool, Mapping[str, Any] | None]:
         )
     with _at(where):
         _check_version(record.get("version"))
-        if type(record.get("archive")) is not bool:
-            raise CheckpointError("archive is not true or false")
-        if "activations" not in record:
-            raise CheckpointError("it is not said how activations are rounded")
-        _check_activations(record["activations"])
-    return record["archive"], record["activations"]
+        stated = _validated(Stated, record)
+        _check_activations(stated.activations)
+    return stated
 
 
 def _parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
@@ -453,7 +285,7 @@ def write_packed(
     Raises:
         MemoryBudgetError: the disk is full.
     """
-    names = tuple(sorted(file.name for file in files))
+    names = sorted(file.name for file in files)
     rounded = activations_for(layout for file in files for layout in file.layouts.values())
     remaining = iter(tensors)
     for file in files:
@@ -469,31 +301,30 @@ def write_packed(
 def _write_file(
     path: Path,
     planned: PlannedFile,
-    names: tuple[str, ...],
+    names: list[str],
     tensors: Iterator[tuple[str, Tensor]],
     archive: bool,
     activations: Mapping[str, Any] | None,
 ) -> None:
     """Write one file, from the next tensors."""
     squeezed = {
-        name: Archived(spec, "zstd")
+        name: Archived.of(spec, "zstd")
         for name, spec in planned.tensors.items()
         if archive and spec.nbytes > SMALLEST_BYTES
     }
     plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
-    checksums = dict.fromkeys(planned.tensors, 0)
-    description = Description(archive, names, planned.layouts, checksums, squeezed, activations)
+    description = _description_of(planned, names, activations, squeezed if archive else None)
     nothing = dict.fromkeys(squeezed, PartSpec(torch.uint8, (2**50,)))
     longest = _describe_file(description, planned.tensors | nothing)
-    checksums.clear()
     stored_specs = dict(planned.tensors)
     with ShardWriter(path, plain, list(squeezed), longest) as writer:
         for _ in planned.tensors:
             name, tensor = next(tensors)
             stored = tensor.contiguous()
             if name in squeezed:
-                stored, squeezed[name] = to_archive(stored, planned.tensors[name].width)
-            checksums[name] = checksum(as_bytes(stored))
+                width = planned.tensors[name].width
+                stored, description.archived[name] = to_archive(stored, width)
+            description.checksums[name] = checksum(as_bytes(stored))
             stored_specs[name] = PartSpec(stored.dtype, tuple(stored.shape))
             writer.write(name, stored)
         writer.close(_describe_file(description, stored_specs))
@@ -502,31 +333,35 @@ def _write_file(
 METADATA_KEY = "secateur"
 VERSION = 5
 """The version of the format that is written, and the only one that is read."""
-KEYS = {"version", "archive", "activations", "files", "layouts", "checksums", "archived", "digest"}
+NO_CHECKSUM = "0" * 8
 ACTIVATIONS = {"values": "int8", "group": GROUP}
 """How activations are rounded that meet integers: the only way that the kernels have."""
 NEWER = "install a newer secateur"
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(BaseModel):
     """The content of one file of a compressed checkpoint.
 
     Attributes:
         archive: whether larger tensors are compressed.
+        activations: how activations are rounded that meet integers; None without integers.
         files: the names of all files of the checkpoint, sorted.
         layouts: of the packed matrices in this file, by name without a suffix.
-        checksums: CRC-32 of the stored bytes of each tensor.
+        checksums: CRC-32 of the stored bytes of each tensor, in hexadecimal digits.
         archived: the tensors that archived bytes decode to.
-        activations: how activations are rounded that meet integers; None without integers.
+        digest: of all this; empty where it is not computed yet.
     """
 
-    archive: bool
-    files: tuple[str, ...]
-    layouts: Mapping[str, Layout]
-    checksums: Mapping[str, int]
-    archived: Mapping[str, Archived]
-    activations: Mapping[str, Any] | None
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = VERSION
+    archive: StrictBool
+    activations: dict[str, Any] | None
+    files: list[str]
+    layouts: dict[str, Layout]
+    checksums: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]]
+    archived: dict[str, Archived]
+    digest: str = ""
 
 
 def activations_for(layouts: Iterable[Layout]) -> dict[str, Any] | None:
@@ -552,20 +387,33 @@ def _check_activations(stated: Any) -> None:
         )
 
 
-def checksum(stored: memoryview) -> int:
-    """The CRC-32 of bytes, as zlib and PNG compute it."""
-    return zlib.crc32(stored)
+def _description_of(
+    planned: PlannedFile,
+    files: Sequence[str],
+    activations: Mapping[str, Any] | None,
+    archived: dict[str, Archived] | None = None,
+) -> Description:
+    """The description of a file that is not written yet; `archived` is None without an archive."""
+    return Description(
+        archive=archived is not None,
+        activations=activations,
+        files=[*files],
+        layouts=planned.layouts,
+        checksums=dict.fromkeys(planned.tensors, NO_CHECKSUM),
+        archived=archived or {},
+    )
+
+
+def checksum(stored: memoryview) -> str:
+    """The CRC-32 of bytes, as zlib and PNG compute it, in hexadecimal digits."""
+    return f"{zlib.crc32(stored):08x}"
 
 
 def _describe_file(description: Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
     """The metadata of a file."""
-    record: dict[str, Any] = {
-        "version": VERSION,
-        "archive": description.archive,
-        "activations": description.activations,
-        "files": list(description.files),
+    record = {
+        **dict(description),
         "layouts": {name: layout.to_json() for name, layout in description.layouts.items()},
-        "checksums": {name: f"{value:08x}" for name, value in description.checksums.items()},
         "archived": {name: x.to_json() for name, x in description.archived.items()},
     }
     record["digest"] = _digest(record, stored)
@@ -586,8 +434,7 @@ def header_bytes(
         layouts: of the matrices in it.
         files: the names of all files.
     """
-    checksums = dict.fromkeys(tensors, 0)
-    description = Description(False, tuple(files), layouts, checksums, {}, ACTIVATIONS)
+    description = _description_of(PlannedFile("", dict(tensors), dict(layouts)), files, ACTIVATIONS)
     placed = {name: (spec.dtype, spec.shape, LATE) for name, spec in tensors.items()}
     return 8 + len(header_text(placed, _describe_file(description, tensors))) + 7  # to a multiple
 
@@ -598,40 +445,11 @@ def _digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
     covered = {**record, "tensors": tensors}
     covered.pop("digest", None)
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
-    return f"{checksum(memoryview(text.encode())):08x}"
+    return checksum(memoryview(text.encode()))
 
 
 def _read_description(header: Header) -> Description:
     """Read and check the description of a file."""
-    record = _parse_description(header)
-    stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
-    if record["digest"] != _digest(record, stored):
-        raise CheckpointError(
-            "the description of the file does not match its digest",
-            remedy="the header was changed or damaged: copy or download the file again",
-        )
-    if type(record["archive"]) is not bool:
-        raise CheckpointError("archive is not true or false")
-    _check_activations(record["activations"])
-    files = record["files"]
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-        raise CheckpointError("files is not a list of names")
-    for key in ("layouts", "checksums", "archived"):
-        if not isinstance(record[key], dict):
-            raise CheckpointError(f"{key} is not a JSON object")
-    _check_names("checksums", record["checksums"], stored, all_of_them=True)
-    _check_names("archived tensors", record["archived"], stored, all_of_them=False)
-    if record["archived"] and not record["archive"]:
-        raise CheckpointError("tensors are archived, but the file claims to be no archive")
-    layouts = {name: Layout.from_json(layout) for name, layout in record["layouts"].items()}
-    checksums = {name: _read_checksum(name, text) for name, text in record["checksums"].items()}
-    archived = {name: archived_spec(x, stored[name]) for name, x in record["archived"].items()}
-    own = layouts, checksums, archived
-    return Description(record["archive"], tuple(files), *own, record["activations"])
-
-
-def _parse_description(header: Header) -> dict[str, Any]:
-    """The JSON of the description, if this release reads its version."""
     if METADATA_KEY not in header.metadata:
         raise CheckpointError(
             "the file does not say how its matrices are stored",
@@ -641,30 +459,37 @@ def _parse_description(header: Header) -> dict[str, Any]:
         record = parse_json(header.metadata[METADATA_KEY])
     except ValueError as error:
         raise CheckpointError(f"the description is not JSON: {error}") from None
-    if not isinstance(record, dict) or "version" not in record:
-        raise CheckpointError("the description has no version")
-    _check_version(record["version"])
-    if set(record) != KEYS:
+    _check_version(record.get("version") if isinstance(record, dict) else None)
+    stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
+    if record.get("digest") != _digest(record, stored):
         raise CheckpointError(
-            f"the description lacks or adds keys: {', '.join(sorted(set(record) ^ KEYS))[:200]}"
+            "the description of the file does not match its digest",
+            remedy="the header was changed or damaged: copy or download the file again",
         )
-    return record
-
-
-def _check_names(
-    kind: str, named: Mapping[str, Any], stored: Mapping[str, PartSpec], *, all_of_them: bool
-) -> None:
-    """Refuse names of tensors that are not in the file, and optionally missing names."""
-    odd = (set(named) ^ set(stored)) if all_of_them else set(named) - set(stored)
+    description = _validated(Description, record)
+    _check_activations(description.activations)
+    odd = description.checksums.keys() ^ stored.keys() | description.archived.keys() - stored.keys()
     if odd:
-        raise CheckpointError(f"{kind} and tensors disagree about {min(odd)!r}")
+        raise CheckpointError(f"the description and the tensors disagree about {min(odd)!r}")
+    if description.archived and not description.archive:
+        raise CheckpointError("tensors are archived, but the file claims to be no archive")
+    for name, archived in description.archived.items():
+        archived.check(stored[name])
+    return description
 
 
-def _read_checksum(name: str, text: Any) -> int:
-    """A checksum of eight hexadecimal digits."""
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _validated(kind: type[Model], record: Any) -> Model:
+    """What a file says, in the right types.
+
+    Raises:
+        CheckpointError: names the first entry that is wrong.
+    """
     try:
-        if isinstance(text, str) and len(text) == 8 and text == f"{int(text, 16):08x}":
-            return int(text, 16)
-    except ValueError:
-        pass
-    raise CheckpointError(f"the checksum of {name!r} is not 8 hexadecimal digits")
+        return kind.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{where[:120]}: {first['msg'][:120]}") from None

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.models.header import parse_json
 from secateur.models.tokenizer import Tokenizer
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.grammar import Grammar
@@ -207,18 +206,6 @@ ALWAYS = ("repetition_penalty",)
 NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Values that change nothing."""
 
-ALLOWED = {
-    "temperature": "a number 0 or more",
-    "top_k": "a number 1 or more",
-    "top_p": "a number above 0 and at most 1",
-    "min_p": "a number from 0 to 1",
-    "repetition_penalty": "a number above 0",
-    "presence_penalty": "a finite number",
-    "frequency_penalty": "a finite number",
-    "seed": "a number from 0 to 2⁶³ − 1",
-}
-"""What each option may be."""
-
 
 def generation_config(folder: Path) -> Any:
     """Transformers' own object for the file; None without a file.
@@ -246,21 +233,13 @@ def sampling_in(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is not JSON, or holds a value that makes no sense.
     """
-    file = folder / FILE
-    if not file.is_file():
+    settings = generation_config(folder)
+    if settings is None:
         return {}
-    try:
-        stored = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, str(error)) from None
-    if not isinstance(stored, dict):
-        raise _unreadable(file, "it is no JSON object")
-    samples = stored.get("do_sample") is True
+    samples = settings.do_sample is True
     names = (*(DRAWING if samples else ()), *ALWAYS)
-    found = {name: stored[name] for name in names if stored.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _unreadable(file, f"{name} is {value!r}")
+    given = {name: getattr(settings, name) for name in names}
+    found = {name: value for name, value in given.items() if value is not None}
     if samples:
         found.setdefault("temperature", 1.0)
     if found.get("top_k", 1) == 0:
@@ -268,7 +247,7 @@ def sampling_in(folder: Path) -> dict[str, Any]:
     try:
         sampling_with({}, found)
     except RecipeError as error:
-        raise _unreadable(file, error.what) from None
+        raise _unreadable(folder / FILE, error.what) from None
     return {name: value for name, value in found.items() if value != NEUTRAL.get(name)}
 
 
@@ -288,13 +267,9 @@ def sampling_with(defaults: dict[str, Any], given: dict[str, Any]) -> Sampling:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        option = "--" + name.replace("_", "-")
-        raise RecipeError(
-            f"{option} {first['input']} is out of range",
-            where=option,
-            remedy=f"give {ALLOWED[name]}",
-        ) from None
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        said = first["msg"].replace("Input should", "it should")
+        raise RecipeError(f"{option} {first['input']}: {said}", where=option) from None
 
 
 def _unreadable(file: Path, why: str) -> CheckpointError:

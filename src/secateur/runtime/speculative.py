@@ -38,7 +38,6 @@ from secateur.runs.folder import NOTES
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
 from secateur.runtime.grammar import Grammar
 from secateur.runtime.kernels.library import MAX_BATCH
-from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Draws, Numbers, softmax
 
@@ -418,7 +417,8 @@ def open_drafter(
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
-        RecipeError: the draft has another vocabulary, or our loop cannot decode it.
+        RecipeError: the draft has another vocabulary.
+        ArchitectureError: our loop cannot decode it.
         CheckpointError: its frequent tokens cannot be read.
     """
     folder = resolve(draft, trust_remote_code=trust_remote_code).folder
@@ -431,34 +431,9 @@ def open_drafter(
             remedy="make a draft of this very model: secateur draft MODEL --output DRAFT",
         )
     model = load(folder, trust_remote_code=trust_remote_code)
-    reason = why_not(model, parent.capacity)
-    if reason is not None:
-        raise RecipeError(
-            f"the draft cannot be decoded by our own loop: {reason}",
-            where=draft,
-            remedy="leave --draft out",
-        )
     ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
     slots = len(parent.lengths)
     return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)
-
-
-def refuse_draft(draft: str | None, reason: str | None) -> None:
-    """Refuse a draft for a model that our own loop does not decode.
-
-    Args:
-        draft: as it was given; None for no draft.
-        reason: from `why_not`; None if our loop decodes the model.
-
-    Raises:
-        RecipeError: there are both.
-    """
-    if draft is not None and reason is not None:
-        raise RecipeError(
-            f"a draft needs our own loop, which does not decode this model: {reason}",
-            where="--draft",
-            remedy="leave it out; transformers takes it as assistant_model (docs/draft.md)",
-        )
 
 
 def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] | None:
@@ -472,18 +447,13 @@ def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] 
         return None
     try:
         ids = load_file(file)["ids"]
+        within = ids.ndim == 1 and 0 <= int(ids[0]) <= int(ids[-1]) < vocabulary
+        if ids.dtype != torch.int64 or not within or not bool((ids.diff() > 0).all()):
+            raise ValueError(f"{ids.dtype} {list(ids.shape)}, not ascending below {vocabulary}")
     except Exception as error:  # safetensors raises several kinds
-        raise _damaged(file, str(error)) from None
-    if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
-        raise _damaged(file, f"ids are {ids.dtype} {list(ids.shape)}")
-    if int(ids[0]) < 0 or int(ids[-1]) >= vocabulary or not bool((ids.diff() > 0).all()):
-        raise _damaged(file, f"ids are no ascending numbers below {vocabulary}")
+        raise CheckpointError(
+            f"the draft's frequent tokens cannot be used: {error}",
+            where=str(file),
+            remedy="delete the file: the draft then proposes any token",
+        ) from None
     return ids
-
-
-def _damaged(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the draft's frequent tokens cannot be used: {why}",
-        where=str(file),
-        remedy="delete the file: the draft then proposes any token",
-    )

@@ -22,10 +22,18 @@ from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.shape import LARGE_ENDS
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 from secateur.progress import Progress
-from secateur.quantization.groups import GROUPS
+from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.registry import did_you_mean
-from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, PartSpec, formats
+from secateur.runtime.formats import (
+    BITS,
+    GRID_BITS,
+    VALUES,
+    Layout,
+    PartSpec,
+    formats,
+    stored_bytes,
+)
 from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
 
@@ -82,10 +90,7 @@ def check_names(
     for kind, (name, names) in known.items():
         if name not in names:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
-    if group is not None and group not in GROUPS:
-        raise RecipeError(
-            f"there are no groups of {group}", remedy=f"use {', '.join(map(str, GROUPS))}"
-        )
+    GroupGrid(4, group or DEFAULT_GROUP)  # refuses other groups
     if group is not None and not grouped and values not in GRID_BITS:
         raise RecipeError(
             f"a group size of {group} is for {', '.join(GRID_BITS)}, but the values are {values!r}",
@@ -126,7 +131,7 @@ def choose_layout(
         for layout in formats[name].candidates(nonzero, dense)
     ]
     layouts += offered
-    sizes = [formats[layout.format].nbytes(layout, nonzeros) for layout in layouts]
+    sizes = [stored_bytes(layout, nonzeros) for layout in layouts]
     best = min(range(len(layouts)), key=sizes.__getitem__)
     return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best], bool(offered))
 

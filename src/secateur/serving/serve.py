@@ -17,11 +17,10 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of
 from secateur.runtime.decode import SlotDecoder
-from secateur.runtime.kv_cache import refuse_cache
-from secateur.runtime.layer_forms import why_not
+from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
-from secateur.runtime.speculative import open_drafter, refuse_draft
+from secateur.runtime.speculative import open_drafter
 from secateur.serving.scheduler import (
     MOST_PIECE,
     Engine,
@@ -170,8 +169,7 @@ def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[Engine, 
     """What computes, and a line about it."""
     reason, slots = why_not(model, capacity), recipe.slots
     if reason is not None:
-        refuse_cache(recipe.kv_cache, reason)
-        refuse_draft(recipe.draft, reason)
+        refuse_options(reason, kv_cache=recipe.kv_cache, draft=recipe.draft)
         line = f"one request at a time, through transformers, because {reason}"
         return TransformersEngine(model, capacity), line
     decoder = SlotDecoder(model, capacity, slots, cache=recipe.kv_cache)

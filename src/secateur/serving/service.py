@@ -351,12 +351,6 @@ class Service:
         """The text of tokens, special ones included."""
         return await self.in_reader(lambda: str(self.tokenizer.decode(list(ids))), len(ids))
 
-    async def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token."""
-        return await self.in_reader(
-            lambda: [str(self.tokenizer.decode([one])) for one in ids], len(ids)
-        )
-
     async def in_reader(self, work: Callable[[], T], size: int = 0) -> T:
         """Run something in a thread of the tokenizer: with characters or tokens, how many."""
         reader = self.long_reader if size > LONG_TEXT else self.reader

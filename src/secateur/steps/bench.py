@@ -29,10 +29,10 @@ from secateur.runs.output import write_record
 from secateur.runtime.decode import Decoder, continued
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
-from secateur.runtime.layer_forms import why_not
+from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
 from secateur.runtime.packed import is_packed
-from secateur.runtime.speculative import Drafter, open_drafter, refuse_draft, speculated
+from secateur.runtime.speculative import Drafter, open_drafter, speculated
 from secateur.steps.generate import positions_in
 
 NEW_TOKENS, DRAFTED_TOKENS = 8, 64
@@ -108,7 +108,7 @@ def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedB
     prompts = prompts_of_kinds(tokenizer)
     new_tokens = recipe.new_tokens or DRAFTED_TOKENS
     model, room = load(folder), new_tokens + max(len(x) for own in prompts.values() for x in own)
-    refuse_draft(draft, why_not(model, room))
+    refuse_options(why_not(model, room), draft=draft)
     decoder = Decoder(model, room)
     drafter = open_drafter(draft, decoder.slots, tokenizer)
     speeds = []

@@ -48,7 +48,7 @@ from secateur.runs.folder import NOTES
 from secateur.runs.output import check_free, whole_folder, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
-from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, formats
+from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, stored_bytes
 from secateur.runtime.install import path_of
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import (
@@ -294,7 +294,7 @@ def _dense_bytes(layout: Layout, values: str) -> int:
     dense = replace(layout, format=DENSE, pattern=None)
     if values != "as here":
         dense = replace(dense, values=values, group=DEFAULT_GROUP if values == "int4" else None)
-    return formats[DENSE].nbytes(dense, layout.weights)
+    return stored_bytes(dense, layout.weights)
 
 
 def round_checkpoint(

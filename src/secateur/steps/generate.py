@@ -25,11 +25,10 @@ from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
-from secateur.runtime.kv_cache import refuse_cache
-from secateur.runtime.layer_forms import longest, why_not
+from secateur.runtime.layer_forms import longest, refuse_options, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
-from secateur.runtime.speculative import Drafter, open_drafter, refuse_draft, speculated
+from secateur.runtime.speculative import Drafter, open_drafter, speculated
 
 POSITIONS = "max_position_embeddings"
 
@@ -260,8 +259,7 @@ class Conversation:
         """What computes a text of so many tokens, and its name."""
         reason = why_not(self.model, tokens)
         if reason is not None:
-            refuse_cache(self.kv_cache, reason)
-            refuse_draft(self.draft, reason)
+            refuse_options(reason, kv_cache=self.kv_cache, draft=self.draft)
             return SteppedGeneration(self.model), f"transformers: {reason}"
         if self.decoder is None or self.decoder.capacity < tokens:
             most = longest(self.model.config) or ROOM_TOKENS

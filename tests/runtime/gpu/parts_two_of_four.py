@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.errors import ShapeError
 from secateur.runtime.semi_structured.layout import StoredParts, split, window_columns
-from secateur.runtime.semi_structured.load import form
+from secateur.runtime.semi_structured.load import SparseLinear
 
 
 def weight_of(
@@ -42,7 +41,7 @@ def test_products_are_those_of_the_dense_matrix(
 ) -> None:
     parts, weight = weight_of(pattern, shape, dtype)
     x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
-    y = form("Triton", parts).multiply(x, bias)
+    y = SparseLinear(parts, bias)(x)
     assert (y.dtype, y.shape) == (dtype, (tokens, shape[0]))
     expected = x.double() @ weight.double().t() + bias.double()
     size = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
@@ -57,12 +56,5 @@ def test_tiles_can_be_divided_among_programs(
 
     monkeypatch.setattr(matrix, "PROGRAMS", programs)
     parts, weight = weight_of("2:4", (32, 320), torch.bfloat16)  # five tiles
-    y = form("Triton", parts).multiply(torch.eye(320)[:1].bfloat16(), None)
+    y = SparseLinear(parts, None)(torch.eye(320)[:1].bfloat16())
     assert torch.equal(y[0], weight[:, 0])
-
-
-def test_too_many_tokens_are_refused() -> None:
-    parts, _ = weight_of("2:4", (32, 64), torch.bfloat16)
-    for tokens in (0, 5):
-        with pytest.raises(ShapeError, match=f"{tokens} tokens"):
-            form("Triton", parts).multiply(torch.ones(tokens, 64).bfloat16(), None)

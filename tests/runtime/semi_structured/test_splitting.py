@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.errors import PatternError
+from secateur.errors import PatternError, ShapeError
+from secateur.runtime.semi_structured import load
 from secateur.runtime.semi_structured.layout import (
     StoredParts,
     is_n_of_m,
@@ -61,3 +62,27 @@ def test_parts_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     assert list(named) == ["a.packed", "a.meta", "a.columns"]
     stored = sum(8 * value.nbytes for part, value in named.items() if part != "a.columns")
     assert stored == 13.5 * weight.numel()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "6:8"])
+def test_a_linear_is_the_dense_product(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's product on sparse tensor cores by the dense one, which has no CPU."""
+    monkeypatch.setattr(load, "as_torch_multiplies", lambda parts: parts.wide)
+    weight, bias = drawn(32, 128, fewer=True).bfloat16(), torch.randn(32).bfloat16()
+    if pattern == "2:4":
+        weight[:, 1::4] = weight[:, 2::4] = 0
+        parts = StoredParts.of(weight, 128)
+    else:
+        parts = StoredParts.of(split(weight), 128, window_columns(128))
+    found = load.SparseLinear(parts, bias)
+    found.few = 0  # no Triton on a CPU
+    for shape in ((1, 128), (2, 3, 128), (300, 128), (0, 128)):
+        x = torch.randn(shape).bfloat16()
+        expected = x.double() @ weight.double().t() + bias.double()
+        y = found(x)
+        assert (y.shape, y.dtype) == (expected.shape, torch.bfloat16)
+        torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=0.1)
+    with pytest.raises(ShapeError, match="128"):
+        found(torch.ones(1, 64).bfloat16())
+    assert (found.weight.shape, found.weight.dtype) == ((32, 128), torch.bfloat16)
+    assert found.nbytes == parts.nbytes

@@ -109,7 +109,8 @@ def _add_pieces(
     """Add the fields of a SentencePiece tokenizer."""
     words, kinds = found.fields["token_list"], found.fields["token_types"]
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    scores, spaces = piece_scores(content, added, where), space_rules(content, where)
+    scores = piece_scores(content, added, where)
+    prefix, note = space_rules(content, where)
     byte = re.compile("<0x..>", re.DOTALL)
     for index, word in enumerate(words):
         if index == tokenizer.unk_token_id:
@@ -123,10 +124,9 @@ def _add_pieces(
         "tokenizer_model": "llama",
         "tokenizer_pre": "default",
         "token_scores": [scores.get(word, -float(len(scores))) for word in words],
-        "add_space_prefix": spaces.prefix,
+        "add_space_prefix": prefix,
     }
-    if spaces.note:
-        found.notes.append(spaces.note)
+    found.notes += [note] if note else []
 
 
 def _note_stripping(found: LlamaCppVocabulary, tokenizer: Any) -> None:
@@ -202,21 +202,8 @@ NO_SPLIT = {
 """Gemma's; no space is left to split at."""
 
 
-@dataclass(frozen=True)
-class SpaceRules:
-    """How a tokenizer treats spaces.
-
-    Attributes:
-        prefix: whether a text gets a space in front.
-        note: where llama.cpp differs; empty where it does not.
-    """
-
-    prefix: bool
-    note: str = ""
-
-
-def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
-    """How a SentencePiece tokenizer treats spaces.
+def space_rules(tokenizer: dict[str, Any], where: str) -> tuple[bool, str]:
+    """Whether a SentencePiece tokenizer puts a space in front of a text, and how llama.cpp differs.
 
     Args:
         tokenizer: the content of `tokenizer.json`.
@@ -229,17 +216,17 @@ def space_rules(tokenizer: dict[str, Any], where: str) -> SpaceRules:
     if normalizer == {"type": "Sequence", "normalizers": []}:
         normalizer = None
     if normalizer == PREFIXED and splits is None:
-        return SpaceRules(prefix=True)
+        return True, ""
     if normalizer == ESCAPED and (splits is None or splits == NO_SPLIT):
-        return SpaceRules(prefix=False)
+        return False, ""
     if normalizer is None and splits and splits["type"] == "Metaspace" and not splits["split"]:
         scheme = splits["prepend_scheme"]  # transformers' own classes for Llama's tokenizer
         if scheme == "never":
-            return SpaceRules(prefix=False)
+            return False, ""
         note = "a text that begins with a space gets one more in llama.cpp, as in SentencePiece"
         if scheme == "first":
             note += ", and so does the text behind a special token"
-        return SpaceRules(prefix=True, note=note)
+        return True, note
     raise refused(f"it treats spaces by {normalizer} and {splits}"[:300], where)
 
 

@@ -125,7 +125,8 @@ def _q4_0(values: Tensor) -> np.ndarray:
     """
     rows = len(values)
     blocks = values.reshape(rows, -1, BLOCK)
-    scale, _ = GroupGrid(4, BLOCK).recovered(values)  # larger groups are some with equal scales
+    # larger groups are some with equal scales
+    scale, _ = GroupGrid(4, BLOCK).scales_on_grid(values)
     scale = scale.masked_fill(scale == 0, 1.0).half()[:, :, None]
     codes = (blocks / scale).round_().clamp_(-8, 7)
     exact = (codes * scale == blocks).all(dim=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
@@ -23,15 +23,12 @@ def folder_of(model: str, revision: str | None) -> Path:
     return resolve(f"{model}@{revision}" if revision else model, values=False).folder
 
 
-def tensors_of(
-    folder: Path, dtype: torch.dtype, *, besides: Collection[str] = ()
-) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder, verified, as vLLM takes them.
 
     Args:
         folder: compressed or not.
         dtype: of the computation.
-        besides: names that are left out, because their modules read them.
 
     Raises:
         CheckpointError: damaged.
@@ -44,7 +41,7 @@ def tensors_of(
     dense = ends_of(packed)
     scheme = four_bits(packed, dtype, dense)
     view = DenseView(packed, computed=dtype)
-    for name in (n for n in view.entries if n not in besides):
+    for name in view.entries:
         owner = name.removesuffix(".weight")
         stored = view.integers(name) if scheme is not None and owner not in dense else None
         if scheme is not None and stored is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import LlamaConfig
@@ -19,53 +19,6 @@ BASES = ("llama", "mistral")
 """The base classes whose layers vLLM computes like transformers where they differ in size."""
 
 RESIZED = r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-
-
-@dataclass(frozen=True)
-class AttentionSizes:
-    """The attention of a layer, under the names that vLLM reads.
-
-    Attributes:
-        heads: query heads; 0 where there is no attention.
-        kv_heads: KV heads.
-    """
-
-    heads: int
-    kv_heads: int
-
-    @property
-    def no_op(self) -> bool:
-        """Whether there is none."""
-        return self.heads == 0
-
-    @property
-    def n_heads_in_group(self) -> int:
-        """Query heads for each KV head."""
-        return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True)
-class FFNSizes:
-    """The FFN of a layer, under the names that vLLM reads.
-
-    Attributes:
-        intermediate_size: its neurons; 0 where there is no FFN.
-    """
-
-    intermediate_size: int
-
-    @property
-    def no_op(self) -> bool:
-        """Whether there is none."""
-        return self.intermediate_size == 0
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """One decoder layer."""
-
-    attention: AttentionSizes
-    ffn: FFNSizes
 
 
 class VariedSizes(LlamaConfig):
@@ -86,8 +39,8 @@ class VariedSizes(LlamaConfig):
         return super().from_dict(own, **kwargs)
 
     @property
-    def block_configs(self) -> list[LayerSizes]:
-        """The sizes of every layer."""
+    def block_configs(self) -> list[SimpleNamespace]:
+        """The sizes of every layer, under the names that vLLM reads."""
         cut: Mapping[str, Any] = self.secateur_cut
         absent, shapes = cut.get("absent", {}), cut.get("shapes", {})
 
@@ -107,7 +60,14 @@ class VariedSizes(LlamaConfig):
             ffn = rows(f"{layer}.mlp.gate_proj", self.intermediate_size)
             heads = 0 if f"{layer}.self_attn" in absent else heads
             ffn = 0 if f"{layer}.mlp" in absent else ffn
-            found.append(LayerSizes(AttentionSizes(heads, kv_heads), FFNSizes(ffn)))
+            attention = SimpleNamespace(
+                no_op=heads == 0,
+                heads=heads,
+                kv_heads=kv_heads,
+                n_heads_in_group=heads // max(kv_heads, 1),
+            )
+            sizes = SimpleNamespace(no_op=ffn == 0, intermediate_size=ffn)
+            found.append(SimpleNamespace(attention=attention, ffn=sizes))
         return found
 
 

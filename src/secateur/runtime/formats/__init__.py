@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import ConfigDict, Field, StrictBool, StrictInt
 from torch import Tensor
 
 from secateur.errors import CheckpointError
@@ -35,6 +36,7 @@ __all__ = [
     "formats",
     "length_of",
     "part_suffixes",
+    "stored_bytes",
     "value_spec",
     "why_no_pattern",
 ]
@@ -56,7 +58,7 @@ GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3, "int2": 2}
 BITS: Mapping[str, int] = {"int8": 8, **GRID_BITS}
 """The bits of values that are integers with scales."""
 
-MAX_SIDE = 2**31 - 1
+Side = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -97,25 +99,20 @@ class Layout:
 
     format: str
     values: str
-    shape: tuple[int, int]
+    shape: tuple[Side, Side]
     pattern: str | None = None
-    transposed: bool = False
-    group: int | None = None
+    transposed: StrictBool = False
+    group: StrictInt | None = None
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, str) or self.format not in formats:
+        if self.format not in formats:
             raise _refused(self, f"there is no format {self.format!r}")
-        if not isinstance(self.values, str) or self.values not in VALUES:
+        if self.values not in VALUES:
             raise _refused(self, f"values cannot be {self.values!r}")
-        sides = self.shape
-        if not isinstance(sides, tuple) or len(sides) != 2 or {type(x) for x in sides} != {int}:
-            raise _refused(self, "the shape is not two whole numbers")
-        if not all(1 <= x <= MAX_SIDE for x in sides):
-            raise _refused(self, f"a side is below 1 or above {MAX_SIDE}")
-        if type(self.transposed) is not bool:
-            raise _refused(self, "transposed is not true or false")
         if self.values in GRID_BITS:
-            if type(self.group) is not int or self.group not in GROUPS:
+            if self.group not in GROUPS:
                 raise _refused(self, f"{self.values} needs a group of {GROUPS}, not {self.group!r}")
         elif self.group is not None:
             raise _refused(self, f"{self.values} has no groups")
@@ -157,23 +154,6 @@ class Layout:
         required = {"format": self.format, "values": self.values, "shape": shape}
         optional = {"pattern": pattern, "transposed": self.transposed or None, "group": group}
         return required | {key: value for key, value in optional.items() if value is not None}
-
-    @classmethod
-    def from_json(cls, record: Any) -> Layout:
-        """The layout that `to_json` described.
-
-        Raises:
-            CheckpointError: a key is missing or unknown, or a value is not possible.
-        """
-        required = {"format", "values", "shape"}
-        known = required | {"pattern", "transposed", "group"}
-        if not (isinstance(record, dict) and required <= set(record) <= known):
-            raise CheckpointError(
-                f"a layout has the keys format, values and shape, and no others than "
-                f"{', '.join(sorted(known))}; this one is {str(record)[:120]}"
-            )
-        shape = record["shape"]
-        return cls(**{**record, "shape": tuple(shape) if isinstance(shape, list) else shape})
 
 
 def _refused(layout: Layout, why: str) -> CheckpointError:
@@ -259,12 +239,13 @@ class Format(Protocol):
         """
         ...
 
-    def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """The bytes of all parts."""
-        ...
-
 
 formats: Registry[Format] = Registry("format", __name__)
+
+
+def stored_bytes(layout: Layout, nonzeros: int) -> int:
+    """The bytes of all parts of a matrix with so many kept weights."""
+    return sum(spec.nbytes for spec in formats[layout.format].parts(layout, nonzeros).values())
 
 
 def part_suffixes() -> list[str]:

@@ -50,12 +50,12 @@ class Bitmask:
 
     Example:
         >>> import torch
-        >>> from secateur.runtime.formats import Layout, formats
+        >>> from secateur.runtime.formats import Layout, formats, stored_bytes
         >>> weight = torch.tensor([[0.0, 3.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 2.0]])
         >>> layout = Layout("bitmask", "float32", (1, 10))
         >>> formats["bitmask"].pack(weight, layout)
         {'bitmask': tensor([[18,  2]], dtype=torch.uint8), 'compressed': tensor([ 3., -1.,  2.])}
-        >>> formats["bitmask"].nbytes(layout, nonzeros=3)
+        >>> stored_bytes(layout, nonzeros=3)
         14
     """
 
@@ -121,10 +121,6 @@ class Bitmask:
                 + ("values" if layout.grid is None else f"bytes of values, not {needed}")
             )
         check_values(values, layout, count)
-
-    def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """Bytes: out · ceil(in / 8), those of nnz values, and those of the scales."""
-        return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
 
 
 formats.register(Bitmask.name)(Bitmask())

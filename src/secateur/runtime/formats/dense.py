@@ -83,9 +83,5 @@ class Dense:
         check_parts(parts, layout)
         check_values(parts["weight"], layout, layout.shape[1])
 
-    def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """Bytes: those of all weights, and of the scales."""
-        return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
-
 
 formats.register(Dense.name)(Dense())

@@ -259,9 +259,5 @@ class NOfM:
                 f"{wrong} codes are {sets} or more, and {layout.pattern} has only {sets} sets"
             )
 
-    def nbytes(self, layout: Layout, nonzeros: int) -> int:
-        """Bytes: out · ceil(in/M · bits / 8), those of out · in/M · N values, and of the scales."""
-        return sum(spec.nbytes for spec in self.parts(layout, nonzeros).values())
-
 
 formats.register(NOfM.name)(NOfM())

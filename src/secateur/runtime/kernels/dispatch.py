@@ -14,18 +14,17 @@ before every measurement as much other memory is read as the other matrices take
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.errors import ShapeError
-from secateur.runtime.kernels.library import MAX_BATCH, TYPES, kernel_info
-from secateur.runtime.kernels.matrix import KernelMatrix, kernels, no_kernel
+from secateur.runtime.kernels.library import MAX_BATCH, kernel_info
+from secateur.runtime.kernels.matrix import KernelMatrix, kernels
 from secateur.timing import alternate, seconds_of
 
 TRIED_TOKENS = (4, 8, 16, 32, 64)
@@ -53,12 +52,10 @@ _measured: dict[tuple[object, ...], KernelChoice] = {}
 
 def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     """The properties that decide how fast a matrix is to multiply."""
-    info = kernel_info()
-    density = matrix.nonzeros / (matrix.rows * matrix.columns)
-    packed = matrix.packed
-    shape = (matrix.rows, matrix.columns)
-    values = (matrix.dtype, matrix.group)
-    return (shape, values, packed, round(10 * density), dtype, info.tier, info.threads)
+    info, shape = kernel_info(), (matrix.rows, matrix.columns)
+    density = round(10 * matrix.nonzeros / (matrix.rows * matrix.columns))
+    stored = (matrix.dtype, matrix.group, matrix.packed, density)
+    return (shape, stored, dtype, info.tier, info.threads)
 
 
 def choose(
@@ -79,7 +76,7 @@ def choose(
 
 def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> KernelChoice:
     """Time all ways on random activations."""
-    gain = measured_gain(matrices, dtype, others)
+    gain = gain_over_dense(matrices, dtype, others)
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
@@ -93,22 +90,30 @@ def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -
     return KernelChoice(up_to, gain)
 
 
-def measured_gain(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> float:
-    """The value of `KernelChoice.gain`."""
-    first = matrices[0]
-    if not first.packed:
+def gain_over_dense(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> float:
+    """How much faster the kernel is on packed matrices than the fastest dense way, for one token.
+
+    Two or three ways take turns: the kernel on the packed matrices, the kernel on the same ones
+    with their zeros, and torch where the weights are no integers. So many matrices take part that
+    they do not fit in a cache together.
+
+    Args:
+        matrices: of one kind.
+        dtype: of the activations.
+        others: bytes of other matrices, which are read before every measurement.
+    """
+    if not matrices[0].packed:
         return math.inf
-    count = -(-CACHE_BYTES // first.nbytes)
-    one = torch.randn(1, first.columns).to(dtype)
-    stored = [m.dense(dtype) for m in matrices[:count]]
-    weights = [m.weight for m in stored if m.weight is not None]  # torch has no integers
-    kernel, own, *plain = _least_seconds(
-        [lambda m=m: by_kernel(m, one) for m in matrices[:count]],
-        [lambda m=m: by_kernel(m, one) for m in stored],
-        *([[lambda w=w: functional.linear(one, w) for w in weights]] if weights else []),
-        before=torch.zeros(min(others, CACHE_BYTES) // 8, dtype=torch.int64).sum,
-    )
-    return min([own, *plain]) / kernel
+    packed = matrices[: -(-CACHE_BYTES // matrices[0].nbytes)]
+    dense = [matrix.dense(dtype) for matrix in packed]
+    x = torch.randn(1, packed[0].columns).to(dtype)
+    weights = [matrix.weight for matrix in dense if matrix.weight is not None]
+    ways = [[partial(by_kernel, matrix, x) for matrix in those] for those in (packed, dense)]
+    if weights:
+        ways.append([partial(functional.linear, x, weight) for weight in weights])
+    other_memory = torch.zeros(min(others, CACHE_BYTES) // 8, dtype=torch.int64)
+    of_packed, *of_dense = _least_seconds(*ways, before=other_memory.sum)
+    return min(of_dense) / of_packed
 
 
 def _least_seconds(
@@ -140,37 +145,5 @@ def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:
 
 
 def by_blocks(matrix: KernelMatrix, x: Tensor) -> Tensor:
-    """The product x · Wᵀ, computed by the kernels for any number of tokens.
-
-    Args:
-        matrix: W [out, in].
-        x: [tokens, in], float32 or bfloat16. bfloat16 values with float32 x are computed in
-            float32. With integer values, x is rounded to int8 with one scale per 64 entries.
-
-    Returns:
-        [tokens, out] of the dtype of x.
-
-    Raises:
-        ShapeError: x does not fit the matrix.
-        KernelError: there are no kernels here.
-    """
-    if x.ndim != 2 or x.shape[1] != matrix.columns or x.device.type != "cpu" or len(x) == 0:
-        raise ShapeError(
-            f"x of shape {tuple(x.shape)} on {x.device}, for rows of {matrix.columns} on the cpu"
-        )
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ShapeError(f"x is {x.dtype}; blocks need float32 or bfloat16")
-    x = x.contiguous()
-    y = torch.empty(len(x), matrix.rows, dtype=x.dtype)
-    status = kernels().sct_prompt(
-        ctypes.byref(matrix.c),
-        TYPES[x.dtype],
-        x.data_ptr(),
-        matrix.columns,
-        y.data_ptr(),
-        matrix.rows,
-        len(x),
-    )
-    if status != 0:
-        raise no_kernel()
-    return y
+    """The product x · Wᵀ for any number of tokens, as `KernelMatrix.product`."""
+    return matrix.product(kernels().sct_prompt, x)

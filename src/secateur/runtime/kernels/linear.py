@@ -55,14 +55,10 @@ class InferenceLinear(nn.Module):
         Raises:
             ShapeError: the activations do not fit.
         """
-        self.check(x)
-        y = self.affine(x.reshape(-1, self.in_features))
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def check(self, x: Tensor) -> None:
-        """Refuse activations of another width."""
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"x {list(x.shape)} for a linear of {self.in_features} inputs")
+        y = self.affine(x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def affine(self, x: Tensor) -> Tensor:
         """The product for activations [tokens, in], with the bias."""
@@ -199,14 +195,6 @@ class PackedLinear(OperatorLinear):
     ) -> None:
         super().__init__((matrix.rows, matrix.columns), bias)
         self.matrix, self.kernel_up_to = matrix, kernel_up_to
-
-    def check(self, x: Tensor) -> None:
-        """Refuse activations of another width or on another device."""
-        if x.shape[-1] != self.in_features or x.device.type not in ("cpu", "meta"):
-            raise ShapeError(
-                f"activations of shape {tuple(x.shape)} on {x.device} for a packed linear of "
-                f"{self.in_features} inputs on the cpu"
-            )
 
     @property
     def weight(self) -> Tensor:

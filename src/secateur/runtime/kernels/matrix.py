@@ -93,23 +93,18 @@ class KernelMatrix:
         self.offsets: Tensor | None = None
         self.of_four = 0
         self.nonzeros = self.rows * self.columns
-        if (self.dtype == torch.int8) != (scale is not None):
-            raise ShapeError(f"{self.dtype} values with{'out' if scale is None else ''} a scale")
         if bitmask is None and self.columns % WORD == 0:
             self.values = values.contiguous().view(-1)
         elif bitmask is None:
             self.values = _padded(values, self.rows, self.words * WORD)
         else:
-            self.mask = mask_words(bitmask, self.columns, self.words)
+            self.mask = mask_words(bitmask, self.words)
             counts = _BITS_SET[self.mask.int()].view(self.rows, -1).sum(1, dtype=torch.int64)
             self.offsets = torch.zeros(self.rows + 1, dtype=torch.int64)
             torch.cumsum(counts, 0, out=self.offsets[1:])
             self.nonzeros = int(self.offsets[-1])
             if self.nonzeros != values.numel():
-                raise ShapeError(
-                    f"the bitmask keeps {self.nonzeros} weights, but there are "
-                    f"{values.numel()} values"
-                )
+                raise ShapeError(f"{values.numel()} values for {self.nonzeros} bits of a mask")
             self.values = _padded(values.view(1, -1), 1, values.numel())
         self.describe(TYPES[self.dtype])
 
@@ -124,21 +119,9 @@ class KernelMatrix:
             scales: s, one for each group of a row.
             group: how many weights share a scale: 32, 64 or 128.
             kept: which weights to store, bool [out, in]; None stores all of them.
-
-        Raises:
-            ShapeError: the parts do not fit each other.
         """
         rows, columns = codes.shape
-        wanted = (rows, GroupGrid(4, group).groups(columns))
-        if scales.code.shape != wanted or scales.exponent.shape != wanted[:1]:
-            raise ShapeError(
-                f"scales {list(scales.code.shape)} and exponents {list(scales.exponent.shape)} "
-                f"for {rows} rows in groups of {group}"
-            )
-        if kept is not None and kept.shape != codes.shape:
-            raise ShapeError(f"a mask {list(kept.shape)} for weights {list(codes.shape)}")
-        if not torch.all((codes >= -8) & (codes <= 7)):
-            raise ShapeError("a code of 4 bits is below -8 or above 7")
+        groups = GroupGrid(4, group).groups(columns)
         self = cls.__new__(cls)
         self.dtype, self.rows, self.columns = torch.bfloat16, rows, columns
         self.scale, self.group = None, group
@@ -151,8 +134,8 @@ class KernelMatrix:
         self.values, self.mask, self.offsets = held.values, held.mask, held.offsets
         self.nonzeros, self.of_four = held.nonzeros, held.of_four
         even = rows + rows % 2
-        code = torch.zeros(even * wanted[1] + SCALES_AHEAD_BYTES, dtype=torch.uint8)
-        code = code[: rows * wanted[1]].view(wanted)  # what is beyond stays in memory
+        code = torch.zeros(even * groups + SCALES_AHEAD_BYTES, dtype=torch.uint8)
+        code = code[: rows * groups].view(rows, groups)  # what is beyond stays in memory
         exponent = torch.zeros(even, dtype=torch.int8)[:rows]
         self.scales = Scales(exponent.copy_(scales.exponent), code.copy_(scales.code))
         self.describe(INT4)
@@ -239,39 +222,35 @@ class KernelMatrix:
         return sum(part.nbytes for part in parts if part is not None)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The product x · Wᵀ, computed by the kernels.
+        """The product x · Wᵀ for at most 8 rows of x, by the kernels; see `product`."""
+        return self.product(kernels().sct_linear, x, MAX_BATCH)
+
+    def product(self, call: Callable[..., int], x: Tensor, most: int | None = None) -> Tensor:
+        """The product x · Wᵀ, computed by C.
 
         Args:
-            x: [batch, in], 1 ≤ batch ≤ 8, float32 or bfloat16.
+            call: the function of the library.
+            x: [batch, in], float32 or bfloat16. bfloat16 values with float32 x are computed in
+                float32. With integer values, x is rounded to int8 with one scale per 64 entries.
+            most: the most rows of x; None for any number.
 
         Returns:
-            [batch, out] of the dtype of x. bfloat16 values with float32 x are computed in float32.
-            With integer values, x is rounded to int8 with one scale per 64 entries.
+            [batch, out] of the dtype of x.
 
         Raises:
-            ShapeError: x does not fit the matrix.
+            ShapeError: x does not fit the matrix, or is of another dtype.
             KernelError: there are no kernels here.
         """
-        batch, columns = x.shape
-        if columns != self.columns or not 1 <= batch <= MAX_BATCH or x.device.type != "cpu":
+        fits = x.ndim == 2 and x.shape[1] == self.columns and 1 <= len(x) <= (most or len(x))
+        if not fits or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
             raise ShapeError(
-                f"x of shape {tuple(x.shape)} on {x.device}, for 1 to {MAX_BATCH} rows of "
-                f"{self.columns} on the cpu"
+                f"x {list(x.shape)} of {x.dtype} on {x.device}, for rows of {self.columns} of "
+                "float32 or bfloat16 on the cpu"
             )
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            raise ShapeError(f"x is {x.dtype}, but kernels accept float32 or bfloat16")
         x = x.contiguous()
-        y = torch.empty(batch, self.rows, dtype=x.dtype)
-        status = kernels().sct_linear(
-            ctypes.byref(self.c),
-            TYPES[x.dtype],
-            x.data_ptr(),
-            columns,
-            y.data_ptr(),
-            self.rows,
-            batch,
-        )
-        if status != 0:
+        y = torch.empty(len(x), self.rows, dtype=x.dtype)
+        given = ctypes.byref(self.c), TYPES[x.dtype], x.data_ptr(), self.columns
+        if call(*given, y.data_ptr(), self.rows, len(x)) != 0:
             raise no_kernel()
         return y
 
@@ -300,8 +279,6 @@ class KernelMatrix:
         Raises:
             ShapeError: there is no such row.
         """
-        if self.group is None or rows.ndim != 1 or rows.device.type != "cpu":
-            raise ShapeError(f"rows {list(rows.shape)} on {rows.device} of a {self.dtype} matrix")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
             raise ShapeError(f"rows {rows.min()} to {rows.max()} of a matrix of {self.rows}")
         rows, out = rows.contiguous(), self.room(len(rows))
@@ -414,17 +391,9 @@ def _padded(values: Tensor, rows: int, width: int) -> Tensor:
     return flat
 
 
-def mask_words(bitmask: Tensor, columns: int, words: int) -> Tensor:
-    """Bits [out, ⌈columns / 8⌉] in rows of whole words.
-
-    Raises:
-        ShapeError: the width is another, or bits past the columns are set.
-    """
+def mask_words(bitmask: Tensor, words: int) -> Tensor:
+    """Bits [out, ⌈columns / 8⌉] in rows of whole words."""
     rows, width = bitmask.shape
-    if width != -(-columns // 8):
-        raise ShapeError(f"a bitmask {width} bytes wide, for {columns} columns")
-    if columns % 8 and bool((bitmask[:, -1] >> columns % 8).any()):
-        raise ShapeError(f"the bitmask has bits past its {columns} columns")
     out = torch.zeros(rows, words * WORD // 8, dtype=torch.uint8)
     out[:, :width] = bitmask
     return out

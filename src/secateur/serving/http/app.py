@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
-import logging
 import secrets
 import signal
 import socket
@@ -35,11 +34,9 @@ from secateur.serving.http.requests import (
     ApiError,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     JsonRoute,
     Message,
     SamplingRequest,
-    TokenizeRequest,
     bad_request,
     invalid,
     shown,
@@ -49,12 +46,7 @@ from secateur.serving.scheduler import QueueFullError
 from secateur.serving.service import Service
 from secateur.serving.tools import LLAMA, CallReader, ToolFormat
 
-log = logging.getLogger(__name__)
-
 TOO_LONG = "context_length_exceeded"
-
-MOST_LOGGED = 100
-"""Clients could fill the log with ever new names."""
 
 
 def application(
@@ -90,8 +82,6 @@ def application(
     app.post("/v1/completions", response_class=Response)(endpoints.complete)
     app.get("/v1/models")(endpoints.models)
     app.get("/v1/models/{name:path}")(endpoints.one_model)
-    app.post("/tokenize")(endpoints.tokenize)
-    app.post("/detokenize")(endpoints.detokenize)
     app.get("/health", response_class=Response)(endpoints.health)
     app.get("/metrics", response_class=PlainTextResponse)(endpoints.metrics_text)
     return Limits(app, metrics, api_key, body_bytes, body_seconds)
@@ -107,7 +97,6 @@ class Endpoints:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
-        self.logged: set[str] = set()
 
     def model(self) -> dict[str, Any]:
         """The model in the list of models."""
@@ -245,26 +234,6 @@ class Endpoints:
                 raise bad_request(f"token {shown(token)} is not in {known}", param)
         return ids
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
-        """The tokens of a text or of a conversation."""
-        self.check_model(request.model)
-        if (request.prompt is None) == (request.messages is None):
-            raise bad_request("either prompt or messages has to be given", "prompt")
-        service, special = self.service, request.add_special_tokens is not False
-        if request.messages is not None:
-            text = await self.conversation(request.messages, request.chat_template_kwargs)
-            ids = await service.tokens(text, special=False)
-        else:
-            ids = await service.tokens(request.prompt or "", special=special)
-        texts = await service.texts(ids) if request.return_token_strs else None
-        found = {"count": len(ids), "max_model_len": service.capacity, "tokens": ids}
-        return {**found, "token_strs": texts}
-
-    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
-        """The text of tokens."""
-        self.check_model(request.model)
-        return {"prompt": await self.service.text(self.known(request.tokens, "tokens"))}
-
     def answer(
         self,
         request: SamplingRequest,
@@ -301,17 +270,9 @@ class Endpoints:
             if service.worker.scheduler.closed:
                 raise ApiError(503, error.what, code="server_stopping") from error
             raise ApiError(429, error.what, code="queue_full") from error
-        self.note(warnings)
         writer = kind(service.name, alternatives is not None, request.include_usage, warnings)
         stream = bool(request.stream)
         return AnswerResponse(answer, writer, service.worker, self.metrics, stream=stream)
-
-    def note(self, warnings: Sequence[str]) -> None:
-        """Write each warning into the log once."""
-        for warning in warnings:
-            if warning not in self.logged and len(self.logged) < MOST_LOGGED:
-                self.logged.add(warning)
-                log.warning("a request: %s", warning)
 
     def fitting(self, prompt: int, wanted: int | None) -> int:
         """The number of new tokens that fit after a prompt."""

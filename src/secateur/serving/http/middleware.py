@@ -110,8 +110,7 @@ def _after(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-KNOWN = {*OPEN, "/detokenize", "/tokenize"}
-KNOWN |= {"/v1/chat/completions", "/v1/completions", "/v1/models"}
+KNOWN = {*OPEN, "/v1/chat/completions", "/v1/completions", "/v1/models"}
 
 
 @dataclass

@@ -417,24 +417,6 @@ class CompletionRequest(SamplingRequest):
         return super().check()
 
 
-class TokenizeRequest(Body):
-    """The body of `/tokenize`: a text or a conversation, as in vLLM."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class DetokenizeRequest(Body):
-    """The body of `/detokenize`, as in vLLM."""
-
-    model: str | None = None
-    tokens: list[int] = Field(fail_fast=True)
-
-
 class JsonRequest(Request):
     """A request whose body pydantic reads: no NaN, half of a character, or deep nesting."""
 

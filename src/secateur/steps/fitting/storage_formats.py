@@ -78,14 +78,15 @@ def embedded(stored: StorageFormat) -> str:
 @functools.cache
 def stored_bytes(name: str, layout: Layout, nonzeros: int) -> int:
     """Bytes of a matrix in a packed folder, with what the header says of it, at most."""
-    form, packed = formats[layout.format], layout.integers or layout.format != DENSE
-    parts = form.parts(layout, nonzeros)
+    packed = layout.integers or layout.format != DENSE
+    parts = formats[layout.format].parts(layout, nonzeros)
     described = header_bytes(
         {f"{name}.{suffix}": spec for suffix, spec in parts.items()},
         {name: layout} if packed else {},
     )
     commas = 2  # after other layouts and checksums
-    return form.nbytes(layout, nonzeros) + described - header_bytes({}, {}) + commas
+    stored = sum(spec.nbytes for spec in parts.values())
+    return stored + described - header_bytes({}, {}) + commas
 
 
 @dataclass(frozen=True)

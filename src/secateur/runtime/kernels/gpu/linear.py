@@ -6,8 +6,7 @@ A race measures which of several ways to multiply is the fastest, for how many t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from statistics import median
 
 import torch
@@ -84,7 +83,7 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
             "expanded": lambda: functional.linear(x, matrix.dense(dtype)),
         }
 
-    seconds = race(TRIED, "dense", calls, clock)
+    seconds = race(TRIED, calls, clock)
     wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
     return KernelChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
 
@@ -93,90 +92,30 @@ REPEATS = 11
 FILLS = 4
 """How often the cache is filled: for longer than Python takes to launch a call."""
 
-GAIN = 1.03
-"""A kernel counts as faster than another if it is so by this factor: more than chance."""
-
 Call = Callable[[], object]
 Clock = Callable[[Sequence[Call]], list[float]]
 """Gives the seconds of some calls."""
 
 
-@dataclass(frozen=True)
-class Fastest:
-    """The fastest kernel by the number of tokens.
-
-    Args:
-        usual: the kernel that is right where nothing was measured.
-        kernels: the fastest one for each number of tokens that was tried, in ascending order.
-    """
-
-    usual: str
-    kernels: Mapping[int, str]
-
-    @classmethod
-    def of(cls, usual: str, seconds: Mapping[int, Mapping[str, float]]) -> Fastest:
-        """By seconds of each kernel, for each number of tokens; ties go to the usual one."""
-        found = {}
-        for tokens, taken in sorted(seconds.items()):
-            best = min(taken, key=lambda kernel: taken[kernel])
-            found[tokens] = best if taken[best] * GAIN <= taken[usual] else usual
-        return cls(usual, found)
-
-    def kernel(self, tokens: int) -> str:
-        """The kernel for a number of tokens.
-
-        Between two numbers that were tried it is that of both, or the usual one if they differ.
-        Above the largest it is that of the largest.
-        """
-        below = [kernel for tried, kernel in self.kernels.items() if tried <= tokens]
-        above = [kernel for tried, kernel in self.kernels.items() if tried >= tokens]
-        nearest = {*below[-1:], *above[:1]}
-        return nearest.pop() if len(nearest) == 1 else self.usual
-
-    @property
-    def used(self) -> frozenset[str]:
-        """The kernels that some number of tokens takes."""
-        found = list(self.kernels.values())
-        differ = any(a != b for a, b in pairwise(found))
-        return frozenset(found) | ({self.usual} if differ or not found else frozenset())
-
-
 def race(
     tried: Sequence[int],
-    usual: str,
     calls: Callable[[int], Mapping[str, Call]],
     clock: Clock | None = None,
 ) -> dict[int, dict[str, float]]:
     """Seconds of every call, for each number of tokens.
 
-    A call that this GPU refuses takes no part; torch raises RuntimeError where a kernel does not
-    know the GPU or the shape.
-
     Args:
         tried: numbers of tokens.
-        usual: the call that must run.
         calls: the calls for a number of tokens, by name.
         clock: None for the current GPU.
     """
     found = {}
     for tokens in tried:
-        able = {name: c for name, c in calls(tokens).items() if _runs(c, must=name == usual)}
-        taken = (clock or _gpu_seconds)(list(able.values()))
-        found[tokens] = dict(zip(able, taken, strict=True))
+        able = calls(tokens)
+        for call in able.values():
+            call()  # compiles what it needs
+        found[tokens] = dict(zip(able, (clock or _gpu_seconds)([*able.values()]), strict=True))
     return found
-
-
-def _runs(call: Call, *, must: bool) -> bool:
-    """Whether a call does not raise. This also compiles what it needs."""
-    try:
-        call()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if must:
-            raise
-        return False
-    return True
 
 
 def _gpu_seconds(calls: Sequence[Call]) -> list[float]:
@@ -184,7 +123,7 @@ def _gpu_seconds(calls: Sequence[Call]) -> list[float]:
 
     Before each call the second cache is filled with other numbers, because a model that decodes
     finds no weight there. The GPU is busy with that while Python launches the call, so the time of
-    launching does not count: it is the time within a captured graph (`runtime/captured.py`).
+    launching does not count.
     """
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     other = torch.empty(max(4 * size, 2**28), dtype=torch.uint8, device="cuda")

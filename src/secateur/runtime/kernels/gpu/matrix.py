@@ -75,16 +75,12 @@ class GpuMatrix:
             device: where it will be.
 
         Raises:
-            ShapeError: there are more or fewer values than the mask keeps, or scales do not fit.
+            ShapeError: there are more or fewer values than the mask keeps.
         """
         rows, columns = mask.shape
         count = int(mask.sum())
         if count != values.numel():
             raise ShapeError(f"the mask keeps {count} weights, but there are {values.numel()}")
-        if (scales is None) != (group == 0):
-            raise ShapeError(f"groups of {group} columns with{'out' if not scales else ''} scales")
-        if (values.dtype == torch.int8) != (scale is not None or scales is not None):
-            raise ShapeError(f"{values.dtype} values with{'out' if scale is None else ''} a scale")
         tiles = -(-columns // COLUMNS)
         bits = mask.new_zeros(rows, tiles * COLUMNS)
         bits[:, :columns] = mask

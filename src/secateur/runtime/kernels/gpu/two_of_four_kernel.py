@@ -12,11 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from secateur.errors import ShapeError
 from secateur.runtime.kernels.gpu.matrix import divided
-
-MOST = 4
-"""The most tokens of one product."""
 
 ROWS, QUADS = 32, 16
 """Of a tile. CUTLASS stores the places of 32 rows together."""
@@ -101,13 +97,8 @@ def multiply_two_of_four(
         packed: kept weights [out, lifted / 2].
         meta: their places [out, lifted / 16].
         columns: columns of the weight, int32 [lifted]; None where the weight is 2:4 itself.
-
-    Raises:
-        ShapeError: there are no tokens, or too many.
     """
     tokens, width = x.shape
-    if not 1 <= tokens <= MOST:
-        raise ShapeError(f"{tokens} tokens for a kernel of 1 to {MOST}")
     rows, quads = len(packed), packed.shape[1] // 2
     blocks = rows // ROWS
     each, splits = divided(blocks, -(-quads // QUADS))
