@@ -15,7 +15,8 @@ from pathlib import Path
 from secateur.advisor.facts import read_facts
 from secateur.models.plain_decoder import PlainDecoder
 from secateur.models.shape import LARGE_ENDS
-from secateur.runtime.formats import BITS, GRID_BITS, Layout, formats
+from secateur.runtime.formats import BITS, GRID_BITS, Layout
+from secateur.runtime.formats import stored_bytes as parts_bytes
 from secateur.runtime.storage_plan import DEFAULT_GROUP
 from written_files import table, write_or_check
 
@@ -33,9 +34,7 @@ VALUES = ("bfloat16", "int8", "int4", "int3", "int2")
 ZEROS = {
     "none": ("dense", 0.0, None),
     "50 %": ("bitmask", 0.5, None),
-    "60 %": ("bitmask", 0.6, None),
     "70 %": ("bitmask", 0.7, None),
-    "80 %": ("bitmask", 0.8, None),
     "2:4": ("n-of-m", 0.5, "2:4"),
 }
 """Zeros of the linear layers: the format, the sparsity and the pattern."""
@@ -84,7 +83,7 @@ def linear_bytes(model: PlainDecoder, zeros: str, values: str) -> int:
         group_size = DEFAULT_GROUP if values in GRID_BITS else None
         layout = Layout(format, values, shape, pattern=pattern, group=group_size)
         kept = layout.weights - round(layout.weights * sparsity)
-        total += formats[format].nbytes(layout, kept)
+        total += parts_bytes(layout, kept)
     return total * model.layers
 
 
@@ -95,7 +94,7 @@ def stored_bytes(model: PlainDecoder, zeros: str, values: str) -> int:
     small = values in BITS and 2 * shape.outer >= LARGE_ENDS * whole
     ends = Layout("dense", "int8" if small else "bfloat16", (model.vocabulary, model.hidden))
     copies = 1 if model.tied else 2
-    outer = copies * formats["dense"].nbytes(ends, ends.weights)
+    outer = copies * parts_bytes(ends, ends.weights)
     return linear_bytes(model, zeros, values) + outer + 2 * shape.other
 
 

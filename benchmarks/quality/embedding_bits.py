@@ -158,6 +158,34 @@ def compare_pairs(args: argparse.Namespace, scratch: Path) -> None:
             print(row, flush=True)
 
 
+def bits(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Loss and divergence by how embedding and head are stored, linears in bfloat16."""
+    of = {(r["embeddings"], r["group"], r["calibrated"]): r for r in rows
+          if r["linears"] == "bfloat16"}  # fmt: skip
+    lines = []
+    for embeddings, group in dict.fromkeys((name, group) for name, group, _ in of):
+        row, text = of[embeddings, group, False], of.get((embeddings, group, True))
+        name = {"keep": "bfloat16"}.get(embeddings, embeddings)
+        name += f", groups of {group}" if group else ""
+        cells = [f"{x['loss']:+.3f}, {x['divergence']:.3f}" if x else "" for x in (row, text)]
+        lines.append([name, f"{row['bytes'] / 1e6:.1f}", *cells])
+    columns = ["embedding and head", "MB of the model", "to the nearest: loss, KL"]
+    return [*columns, "with text: loss, KL"], lines
+
+
+def pairs(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What int8 embeddings add to the loss, beside linears of integers."""
+    lines = [
+        [row["model"], row["linears"], f"{row['difference']:+.4f} ± {row['standard_error']:.4f}",
+         f"{row['bytes_kept'] / 1e6:.2f} → {row['bytes_int8'] / 1e6:.2f} MB"]
+        for row in rows
+    ]  # fmt: skip
+    return ["model", "beside", "loss", "files"], lines
+
+
+TABLES = {"bits": bits, "pairs": pairs}
+
+
 def main() -> None:
     """Store, judge, time, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

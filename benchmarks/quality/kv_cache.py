@@ -27,6 +27,19 @@ MEASURES = ("src/secateur/runtime/kv_cache.py",)
 CACHES = (None, "bf16", "int8")
 
 
+def caches(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Bytes of a token, and what the cache loses."""
+    lines = [
+        [row["cache"], f"{row['bytes_per_token'] / 1e3:.1f} kB", f"{row['perplexity']:.2f}",
+         f"{row['divergence']:.5f}"]
+        for row in rows
+    ]  # fmt: skip
+    return ["cache", "for each token", "perplexity", "KL divergence from float32"], lines
+
+
+TABLES = {"caches": caches}
+
+
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

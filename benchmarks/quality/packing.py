@@ -119,6 +119,22 @@ def memory(folder: Path, how: str) -> int:
     return int(json.loads(output.splitlines()[-1]))
 
 
+def values(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Perplexity by the values of the linear layers, activations not rounded."""
+    wiki, c4 = rows[0]["perplexity"]["wikitext2"], rows[0]["perplexity"]["c4"]
+    named = ("bfloat16", "int8 nearest", "int8 calibrated", "int8 calibrated, embeddings")
+
+    def shown(found: dict[str, float], name: str) -> str:
+        more = found[name] / found["bfloat16"] - 1
+        return f"{found[name]:.2f}" + (f" ({more:+.2%})" if name != "bfloat16" else "")
+
+    lines = [[name, shown(wiki, name), shown(c4, name)] for name in named]
+    return ["values of the linear layers", "WikiText-2", "C4"], lines
+
+
+TABLES = {"values": values}
+
+
 def main() -> None:
     """Pack, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

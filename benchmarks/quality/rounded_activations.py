@@ -55,6 +55,15 @@ def log_probabilities(model: Any, window: Tensor, way: Callable[[Tensor], Tensor
     return found
 
 
+def columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The divergence by how many columns share a scale."""
+    lines = [[row["columns"], f"{row['divergence']:.4f}"] for row in rows]
+    return ["columns that share a scale", "KL divergence"], lines
+
+
+TABLES = {"columns": columns}
+
+
 def main() -> None:
     """Round, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -238,9 +238,8 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
         print(row, flush=True)
 
 
-def show() -> None:
-    """Print the table: a row for each engine and type, a column for each model."""
-    rows = known_rows(NAME)
+def engines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A row for each engine and type, a column for each model."""
     texts = {(r["engine"], r["type"], r["model"]): r for r in rows if not r["timed"]}
     speeds = {(r["engine"], r["type"], r["model"]): r for r in rows if r["timed"]}
     lines = []
@@ -255,7 +254,15 @@ def show() -> None:
             lines.append([*own, *(f"{one:.0f}" if one else "" for one in pace)])
     columns = ["engine", "type", *(f"{name}: equal" for name in MODELS)]
     columns += [f"{name}: MiB" for name in TIMED_MODELS]
-    print(markdown([*columns, *(f"{name}: tokens/s" for name in TIMED_MODELS)], lines))
+    return [*columns, *(f"{name}: tokens/s" for name in TIMED_MODELS)], lines
+
+
+TABLES = {"engines": engines}
+
+
+def show() -> None:
+    """Print the table."""
+    print(markdown(*engines(known_rows(NAME))))
 
 
 def alike(row: dict[str, Any] | None) -> str:

@@ -212,6 +212,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([*columns, "first token", "memory"], lines)
 
 
+def models(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Speed, time of the prompt and memory; speed and prompt also relative to llama.cpp."""
+    lines = []
+    for row in rows:
+        same = (r for r in rows if r["model"] == row["model"] and r["contender"] == LLAMA_CPP)
+        theirs = next(same)
+        faster = row["tokens_per_second"] / theirs["tokens_per_second"]
+        sooner = theirs["first_token_seconds"] / row["first_token_seconds"]
+        lines.append([
+            row["model"], row["contender"], f"{row['tokens_per_second']:.1f}", f"{faster:.2f} ×",
+            f"{1e3 * row['first_token_seconds']:.0f} ms", f"{sooner:.1f} ×",
+            f"{row['resident_bytes'] / 2**20:.0f} MiB",
+        ])  # fmt: skip
+    of = "of llama.cpp"
+    return ["model", "", "tokens/s", of, "first token", "sooner than llama.cpp", "memory"], lines
+
+
+TABLES = {"models": models}
+
+
 def main() -> None:
     """Make the models, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -278,6 +278,22 @@ def report(found: dict[tuple[str, int], Received], args: argparse.Namespace) -> 
     print(markdown([*names, "first of 512", "answered in time"], table), flush=True)
 
 
+def servers(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Tokens a second of all clients together, gaps between tokens, and times to a first token."""
+    of = {(row["server"], row["clients"]): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row["server"] for row in rows):
+        speeds = [f"{of[name, clients]['tokens_per_second']:.0f}" for clients in (1, 8, 16)]
+        gaps = [f"{of[name, clients]['gap_99']:.0f} ms" for clients in (8, 16)]
+        first = f"{of[name, 8]['first_token_median']:.0f} ms"
+        lines.append([name, *speeds, *gaps, first])
+    columns = ["", "1 client, tokens/s", "8 clients", "16 clients", "gap, 99 %, 8 clients"]
+    return [*columns, "16 clients", "first token, 8 clients"], lines
+
+
+TABLES = {"servers": servers}
+
+
 def streamed(client: httpx.Client, address: str, number: int) -> str:
     """The text of one streamed answer. Its pieces are in the order in which they came."""
     body = {

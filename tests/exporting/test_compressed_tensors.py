@@ -182,7 +182,7 @@ def test_the_integers_of_an_int8_model_stay_what_they_are(pruned: Pruned, tmp_pa
     source = pruned(dtype=torch.bfloat16)
     packed = secateur.compress(source, output=tmp_path / "packed", values="int8").output
     made = export(tmp_path / "out", packed, "w8a8")
-    assert not any("rounded to the nearest" in note for note in made.notes)
+    assert not any("rounded" in note for note in made.notes)
     dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
     found = tensors_of(tmp_path / "out")
     assert torch.equal(weight_in(found, UP, 8), dense[f"{UP}.weight"])
@@ -202,12 +202,12 @@ def test_a_calibrated_int8_model_needs_no_rounding(pruned: Pruned, tmp_path: Pat
 
 def test_what_was_rounded_is_said(pruned: Pruned, tmp_path: Path) -> None:
     made = export(tmp_path / "out", pruned(), "w4a16")
-    assert "21 of 21 matrices were rounded to the nearest int4" in made.notes[0]
+    assert "21 of 21 matrices" in made.notes[0]
     assert "compress --values int4 --calibration TEXT" in made.notes[0]
     made = export(tmp_path / "eight", pruned(), "w8a8")
-    assert "the engine also rounds activations to int8" in made.notes
+    assert "int8" in made.notes
     made = export(tmp_path / "wide", pruned(), "w8a16")
-    assert "vLLM runs this type on GPUs only" in made.notes
+    assert "GPUs" in made.notes
 
 
 def test_files_stay_as_many_as_they_are(tmp_path: Path) -> None:
@@ -244,14 +244,14 @@ def test_experts_are_stored_one_by_one_and_routers_stay(family, tmp_path: Path) 
 
 def test_what_the_target_cannot_hold_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(ExportError, match="12 matrices are stored transposed"):
+    with pytest.raises(ExportError, match="12 matrices"):
         export(tmp_path / "out", tmp_path / "gpt2", "w8a8")
     save_tiny(tmp_path / "odd", intermediate_size=40)
-    with pytest.raises(ShapeError, match="3 of 21 matrices have rows that are no multiple of 32"):
+    with pytest.raises(ShapeError, match="3 of 21"):
         export(tmp_path / "out", tmp_path / "odd", "w4a16")
     assert not (tmp_path / "out").exists()
     made = export(tmp_path / "out", tmp_path / "odd", "w8a8")
-    assert any("refuse 15 matrices whose sides are no multiples of 32" in x for x in made.notes)
+    assert any("refuse 15" in x for x in made.notes)
 
 
 def test_words_by_hand() -> None:

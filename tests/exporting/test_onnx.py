@@ -94,5 +94,5 @@ def test_layers_of_different_sizes_are_refused(tokenizer, tmp_path: Path, monkey
         keep_parameters=0.7, depth_units="blocks", effort="fast", allocation="global",
     )  # fmt: skip
     monkeypatch.setattr(onnx, "PACKAGES", ())
-    with pytest.raises(ArchitectureError, match="does not know layers of different sizes"):
+    with pytest.raises(ArchitectureError, match="layers"):
         secateur.export(cut.output, output=tmp_path / "out", to="onnx")

@@ -187,7 +187,7 @@ def test_without_kernels_integers_stay_integers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
     assert secateur.runtime.decode.why_not(secateur.load(folder, kernels=False)) in (
-        "torch multiplies its integers (kernels=False)",
+        "kernels=False",
         lib.kernel_info().reason,
     )
 
@@ -234,5 +234,5 @@ def test_another_rounding_is_refused(tmp_path: Path, stated: Any, said: str) -> 
         PackedCheckpoint(folder)
     del config["quantization_config"]["activations"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="not said how activations"):
+    with pytest.raises(CheckpointError, match="activations"):
         PackedCheckpoint(folder)

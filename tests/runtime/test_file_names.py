@@ -67,7 +67,7 @@ def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
 
     folder = packed_model(tmp_path)
     for model in (secateur.load(folder), AutoModelForCausalLM.from_pretrained(folder)):
-        with pytest.raises(CheckpointError, match=r"cannot be saved[\s\S]*decompress"):
+        with pytest.raises(CheckpointError, match=r"decompress"):
             model.save_pretrained(tmp_path / "saved")
         assert not (tmp_path / "saved" / "model.safetensors").exists()
 
@@ -95,7 +95,7 @@ def test_a_folder_without_its_index(tmp_path: Path) -> None:
     folder = packed_model(tmp_path)
     (folder / "secateur.safetensors.index.json").unlink()
     (folder / "secateur.safetensors").rename(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"secateur.safetensors.index.json is missing"):
+    with pytest.raises(CheckpointError, match=r"index.json"):
         PackedCheckpoint(folder)
 
 

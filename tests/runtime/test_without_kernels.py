@@ -83,8 +83,8 @@ def test_what_was_not_built_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(lib, "library", lib.library.__wrapped__)
     info = lib.kernel_info()
     assert (info.tier, info.threads) == ("none", 0)
-    assert "the kernels were not built; install a C compiler" in info.reason
-    with pytest.raises(KernelError, match="tier 'avx2' cannot run here"):
+    assert "compiler" in info.reason
+    with pytest.raises(KernelError, match="avx2"):
         lib.use_tier("avx2")
 
 
@@ -112,7 +112,8 @@ def test_libraries_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path
             check=True,
         )
     other = refusal(tmp_path / "other.so", monkeypatch)
-    assert f"the kernels have version 99, but this is version {lib.ABI}" in other.what
+    assert "version 99" in other.what
+    assert str(lib.ABI) in other.what
     assert "sct_abi" in refusal(tmp_path / "empty.so", monkeypatch).what
 
 

@@ -477,7 +477,7 @@ def test_the_queue_is_bounded_and_in_order() -> None:
     scheduler.step()  # runs, so it does not wait
     for client in clients[1:]:
         scheduler.submit(client.job)
-    with pytest.raises(QueueFullError, match="3 requests are waiting already"):
+    with pytest.raises(QueueFullError, match="3 requests"):
         scheduler.submit(Client(request_of([9])).job)
     ended: list[int] = []
     while not scheduler.idle:
@@ -490,7 +490,7 @@ def test_jobs_of_one_request_are_queued_together_or_not_at_all() -> None:
     scheduler = Scheduler(Pretended(slots=2), queue_limit=1)
     many = [Client(request_of([n])) for n in range(9)]
     scheduler.submit(*(client.job for client in many))
-    with pytest.raises(QueueFullError, match="7 requests are waiting already"):
+    with pytest.raises(QueueFullError, match="7 requests"):
         scheduler.submit(Client(request_of([1])).job, Client(request_of([2])).job)
     assert len(scheduler.queue) == 9
     run(scheduler)
@@ -501,7 +501,7 @@ def test_without_a_queue_only_free_slots_are_given() -> None:
     scheduler = Scheduler(Pretended(slots=2), queue_limit=0)
     for number in range(2):
         scheduler.submit(Client(request_of([number])).job)
-    with pytest.raises(QueueFullError, match="0 requests are waiting already"):
+    with pytest.raises(QueueFullError, match="0 requests"):
         scheduler.submit(Client(request_of([7])).job)
 
 
@@ -549,7 +549,7 @@ def test_closing_refuses_what_waits_and_lets_run_what_runs() -> None:
     scheduler.step()
     scheduler.submit(waiting.job)
     scheduler.close()
-    with pytest.raises(QueueFullError, match="the server is stopping"):
+    with pytest.raises(QueueFullError, match="stopping"):
         scheduler.submit(Client(request_of([3])).job)
     run(scheduler)
     assert running.reasons == ["length"]
