@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.hardware import heading, keep, markdown
@@ -22,7 +23,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import SlotDecoder
 
-MEASURES = ("src/secateur/runtime/kv_cache.py",)
+MEASURES = ("src/secateur/runtime/decode.py",)
 
 CACHES = (None, "bf16", "int8")
 

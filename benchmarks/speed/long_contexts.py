@@ -19,9 +19,9 @@ import torch
 from benchmarks.hardware import heading, keep, markdown
 from torch.nn.functional import scaled_dot_product_attention
 
+from secateur.runtime.decode import KeyValueCache
 from secateur.runtime.kernels.library import TYPES, CDecoder, CLayer, CToken
 from secateur.runtime.kernels.matrix import kernels
-from secateur.runtime.kv_cache import KeyValueCache
 
 MEASURES = ("src/secateur/runtime/kernels",)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from oracles.attention import Attention
 from runtime.attention_examples import CACHES, CAPACITY, a_text, oracle_of, rounding
 from runtime.kernel_examples import TIERS, using
+from secateur.runtime.decode import KeyValueCache
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.library import TYPES, CDecoder, CLayer, CToken
-from secateur.runtime.kv_cache import KeyValueCache
 
 pytestmark = pytest.mark.skipif(
     lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"

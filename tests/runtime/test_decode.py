@@ -191,7 +191,7 @@ def test_many_slots_that_do_not_fit(tmp_path: Path) -> None:
         decoder.advance(torch.tensor([4, 96]))
     for _ in range(3):
         decoder.advance(torch.tensor([4, 5]))
-    with pytest.raises(ShapeError, match="which hold 3"):
+    with pytest.raises(ShapeError, match="of 3"):
         decoder.advance(torch.tensor([4]))
 
 

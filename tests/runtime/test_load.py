@@ -337,7 +337,7 @@ def test_files_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
         secateur.load(broken)
     with pytest.raises(CheckpointError, match=r"layers.3"):
         from_pretrained(broken)
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match="config"):
         secateur.load(tmp_path)
 
 

@@ -18,12 +18,17 @@ from oracles import packed_reader
 from runtime.packed_examples import LAYOUTS, Forgery, matrix, packed_folder
 from secateur.errors import CheckpointError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
-from secateur.runtime import archive as archives
-from secateur.runtime.archive import Archived, from_archive, to_archive
+from secateur.runtime import packed as archives
 from secateur.runtime.formats import PartSpec, formats
 from secateur.runtime.formats.bits import pack_numbers, unpack_numbers
 from secateur.runtime.install import DenseView, open_checkpoint
-from secateur.runtime.packed import PackedCheckpoint, is_packed
+from secateur.runtime.packed import (
+    Archived,
+    PackedCheckpoint,
+    from_archive,
+    is_packed,
+    to_archive,
+)
 
 FIRST_FILE, SECOND_FILE = (f"secateur-0000{i}-of-00002.safetensors" for i in (1, 2))
 

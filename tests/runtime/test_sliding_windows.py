@@ -23,9 +23,8 @@ from secateur.models.counting import counted
 from secateur.models.shape import CHUNK_TOKENS, TILE, held_positions, memory_with
 from secateur.recipes.deploy import Sampling
 from secateur.runtime import kv_cache
-from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
+from secateur.runtime.decode import Decoder, KeyValueCache, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kv_cache import KeyValueCache
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.speculative import Drafter, speculated
 

@@ -98,8 +98,6 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     mask = torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(ShapeError, match="16 weights"):
         GpuMatrix.of(mask, torch.ones(3), device="cpu")
-    with pytest.raises(ShapeError, match="int8 values without a scale"):
-        GpuMatrix.of(mask, torch.ones(16, dtype=torch.int8), device="cpu")
     matrix = GpuMatrix.of(mask, torch.ones(16), device="cpu")
     for shape in ((0, 8), (17, 8), (1, 9)):
         with pytest.raises(ShapeError, match="1 to 16"):
