@@ -56,8 +56,8 @@ class Fault(NamedTuple):
         assert isinstance(node, ast.expr | ast.stmt)
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
-        before = lines[: node.lineno - 1] + [lines[node.lineno - 1][: node.col_offset]]
-        after = [lines[node.end_lineno - 1][node.end_col_offset :]] + lines[node.end_lineno :]
+        before = [*lines[: node.lineno - 1], lines[node.lineno - 1][: node.col_offset]]
+        after = [lines[node.end_lineno - 1][node.end_col_offset :], *lines[node.end_lineno :]]
         return (b"\n".join(before) + self.text.encode() + b"\n".join(after)).decode() + "\n"
 
 

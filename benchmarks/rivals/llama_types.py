@@ -8,8 +8,6 @@ type from llama.cpp; `types_of` counts what a file really has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +16,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur import export, load
+from secateur.exporting.gguf.quantizer import load_llama_cpp, silence
 
 F = gguf.LlamaFileType
 
@@ -63,7 +61,7 @@ class LlamaCpp:
 
     def quantized(self, kind: str, file: Path) -> None:
         """Make a file of a type in `TYPES`."""
-        ffi, library = get_ffi(), get_lib()
+        ffi, library = load_llama_cpp()
         options = library.llama_model_quantize_default_params()
         options.nthread, options.ftype = 1, int(TYPES[kind])
         table = ffi.new("struct llama_model_imatrix_data[]", len(self.importance) + 1)
@@ -82,20 +80,6 @@ class LlamaCpp:
         if status != 0:
             raise RuntimeError(f"llama.cpp could not make {kind}: status {status}")
         partial.rename(file)
-
-
-@contextmanager
-def silence(ffi: Any, library: Any) -> Iterator[None]:
-    """Drop llama.cpp's log, two lines for every tensor, inside the context."""
-    before = ffi.new("ggml_log_callback *"), ffi.new("void **")
-    library.llama_log_get(*before)
-    kind = "void(enum ggml_log_level, const char *, void *)"
-    drop = ffi.callback(kind, lambda level, text, data: None)
-    library.llama_log_set(drop, ffi.NULL)
-    try:
-        yield
-    finally:
-        library.llama_log_set(before[0][0], before[1][0])
 
 
 @torch.no_grad()

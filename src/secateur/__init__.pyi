@@ -530,15 +530,18 @@ def export(
     """Write a model for another engine, with its zeros.
 
     The model is checked first: one that the engine would compute differently is refused. The zeros
-    of every matrix are counted before and after, and all of them must stay.
+    of every matrix are counted before and after, and all of them must stay unless the type has no
+    exact zeros.
 
     Args:
         model: Folder (compressed or not), hub id, GGUF file or named sample.
         progress: receives every step.
         to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
         type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder
-            has them). compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32, int8, int4. openvino:
-            q8_0, f16, q4_0. semi-structured: bf16, f16. [the first that the target names]
+            has them), and with the extra llamacpp its own mixes: q6_k, q5_k_m, q4_k_m, iq4_xs,
+            q3_k_m, q2_k and others, most of which lose exact zeros. compressed-tensors: w8a8,
+            w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16,
+            f16. [the first that the target names]
         draft_of: The parent of this draft. The export is refused unless both have the same
             tokenizer and as many tokens, which every engine asks of a draft model. [none]
         output: Folder for the new model. It must not exist. [required]

@@ -45,6 +45,7 @@ class Exported:
         zeros_kept: those that are still exactly zero.
         weights: the number of weights in the matrices.
         notes: what a user must know, one sentence each.
+        may_lose_zeros: whether the type has no exact zeros.
     """
 
     file_bytes: int = 0
@@ -53,6 +54,7 @@ class Exported:
     zeros_kept: int = 0
     weights: int = 0
     notes: list[str] = field(default_factory=list)
+    may_lose_zeros: bool = False
 
     def count_tensor(self, type: str) -> None:
         """Count one stored tensor of a type."""

@@ -22,7 +22,8 @@ class Export(Step[ExportRecipe, ExportResult]):
     """Write a model for another engine, with its zeros.
 
     The model is checked first: one that the engine would compute differently is refused. The zeros
-    of every matrix are counted before and after, and all of them must stay.
+    of every matrix are counted before and after, and all of them must stay unless the type has no
+    exact zeros.
     """
 
     verb = "export"
@@ -84,12 +85,15 @@ class Export(Step[ExportRecipe, ExportResult]):
         target, made = targets[to], folder.fresh_model()
         exported = target.write(self.source, type, made, self.run.progress)
         lost = exported.zeros - exported.zeros_kept
-        if lost:
+        message = f"{lost:,} of {exported.zeros:,} zeros were lost in {to} {type}"
+        if lost and not exported.may_lose_zeros:
             raise VerificationError(
-                f"{lost:,} of {exported.zeros:,} zeros were lost in {to} {type}",
+                message,
                 where=str(folder.output),
                 remedy="choose another --type",
             )
+        if lost:
+            exported.notes.insert(0, message)
         if self.recipe.draft_of is not None:
             exported.notes.append(
                 f"it has the tokens of {self.recipe.draft_of}, so it can be its draft model"

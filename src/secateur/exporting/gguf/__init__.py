@@ -11,6 +11,7 @@ import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.architectures import model_of
+from secateur.exporting.gguf.quantizer import MIXES, load_llama_cpp, quantized
 from secateur.exporting.gguf.tokenizer import read_vocabulary
 from secateur.exporting.gguf.writing import STORED, TYPES, GGUFFile, nearest_types
 from secateur.progress import Progress
@@ -24,14 +25,17 @@ class GGUF:
 
     Matrices have the chosen type; with `stored`, each has the one nearest to how the source stores
     it. Norms and biases are float32. The embedding and the head are at least Q8_0. A row that is no
-    multiple of 32 weights long cannot have blocks and is float16.
+    multiple of 32 weights long cannot have blocks and is float16. llama.cpp makes its own mixes, such
+    as q4_k_m, from a float32 file.
     """
 
     name: ClassVar[str] = "gguf"
-    types: ClassVar[tuple[str, ...]] = (*TYPES, STORED)
+    types: ClassVar[tuple[str, ...]] = (*TYPES, STORED, *MIXES)
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file."""
+        if type in MIXES:
+            load_llama_cpp()  # before anything is written
         model = model_of(source)
         vocabulary = read_vocabulary(source.folder, model.decoder.vocabulary)
         kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}
@@ -39,7 +43,17 @@ class GGUF:
             own = nearest_types(source.reader)
             kind = Counter(own.values()).most_common(1)[0][0]
         whole = GGUFFile(source, model, vocabulary, kind, own)
-        return whole.write(output / f"{source.name}-{type}.gguf", progress)
+        file = output / f"{source.name}-{type}.gguf"
+        if type not in MIXES:
+            return whole.write(file, progress)
+        exact = output / f"{source.name}-f32.gguf"
+        try:
+            notes = whole.write(exact, progress).notes
+            made = quantized(exact, file, type, progress)
+        finally:
+            exact.unlink(missing_ok=True)
+        made.notes += notes
+        return made
 
 
 targets.register(GGUF.name)(GGUF())
