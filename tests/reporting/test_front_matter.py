@@ -164,6 +164,6 @@ def test_the_card_of_a_depth_cut_names_no_fit(tmp_path: Path) -> None:
             **cut,
         )
     depth, width = ((tmp_path / name / "README.md").read_text() for name in ("depth", "width"))
-    assert "What stays was chosen on " in depth
+    assert "calibration text" in depth
     assert "fitted again" not in depth
-    assert "What stays was chosen and the weights that read it were fitted again on " in width
+    assert "fitted again" in width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -115,10 +114,6 @@ def test_the_whole_grid(recipe: SweepRecipe, whole: tuple[SweepResult, Path]) ->
     record = json.loads((out / "sweep.json").read_text())
     assert record["schema"] == "secateur.sweep/1"
     assert record == result.to_json()
-    with (out / "sweep.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["method"] for row in rows] == ["dense", *["wanda"] * 3, *["sparsegpt"] * 3]
-    assert float(rows[1][f"perplexity {text}"]) == result.points[0].perplexity[text]
     assert (out / "sweep.md").read_text().count("| sparsegpt |") == 3
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     drawn = (out / "sweep.svg").read_text()

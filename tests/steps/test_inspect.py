@@ -46,7 +46,7 @@ def test_a_line_for_each_layer(model: Path) -> None:
 def test_layers_that_do_not_differ_share_a_line(tmp_path: Path) -> None:
     result = secateur.inspect(save_tiny(tmp_path / "m"))
     [row] = result.layers().rows
-    assert row == ("0 to 2", "7", "7,680", "0.0%", "", "")
+    assert row == ("0 to 2, each", "7", "7,680", "0.0%", "", "")
 
 
 def test_the_linears_of_a_layer(model: Path) -> None:

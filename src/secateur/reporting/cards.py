@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from secateur.models.hub import MODELS
-from secateur.reporting.models import CompressResult, ImportResult
-from secateur.reporting.tables import Block, binary_size, by_layer, markdown, markdown_table
-from secateur.runs.records import Manifest, SkippedMatrix, Source, Training
+from secateur.reporting.models import cut, imported, packed, pruned, trained
+from secateur.reporting.tables import Block, markdown
+from secateur.runs.records import Compression, Import, Manifest, Source, Training
 
 OURS = "secateur"
 """The tag that marks cards written by secateur."""
@@ -48,34 +49,22 @@ def prune_card(
         source_folder: the source checkpoint, for its licence and language.
         output: the folder of the model.
     """
-    method, result, cost = manifest.method, manifest.result, manifest.cost
-    source, place = source_name(manifest.source), shown_place(output)
+    method, place = manifest.method, shown_place(output)
     score, solver = (method[part].partition(",")[0] for part in ("score", "solver"))
-    facts = [
-        ("source", f"`{source}` ({manifest.source.kind})"),
-        ("zeros in the decoder's matrices", f"{result.decoder_sparsity:.2%}"),
-        ("zeros in all parameters", f"{result.model_sparsity:.2%}"),
-        ("pattern, scope", f"{method['pattern']}, {method['scope']}"),
-        ("calibration", _calibration(manifest.calibration)),
-        ("wall time", f"{cost.seconds:.0f} s on {_hardware(manifest.environment)}"),
-        ("peak memory", binary_size(cost.peak_resident_bytes)),
-    ]
-    silent = by_layer((manifest.experts or {}).get("silent", {}))
     return _card(
         front_matter(manifest.source, source_folder, ["pruned", "sparse", method["name"]]),
-        f"{source}, pruned to {result.decoder_sparsity:.2%}",
+        f"{source_name(manifest.source)}, pruned to {manifest.result.decoder_sparsity:.2%}",
         f"Made by secateur {manifest.environment['secateur']} with **{method['name']}** (score "
-        f"{score}, solver {solver}).",
-        markdown_table(("", ""), facts),
-        "The zeros are stored as zeros: these files are as large as those of the dense model in "
-        "the same\ndtype, and engines that do not know of sparsity run it at the dense model's "
-        f"speed. To pack it:\n`secateur compress {place} --output {place}-small`.",
-        f"Vectors (norms, biases) are never pruned. {_not_pruned(manifest.left)}",
-        f"No calibration token reached these experts, so they are dense: {silent}." * bool(silent),
+        f"{score}, solver {solver}, scope {method['scope']}).",
+        pruned(manifest),
+        "The zeros are stored: the files are as large as the dense model's, and engines that do "
+        "not know\nof sparsity run them at its speed. To pack the model: "
+        f"`secateur compress {place} --output {place}-small`.",
+        "Vectors (norms, biases) are never pruned.",
         _use(TRANSFORMERS, place),
         made_again("prune", recipe_yaml, place),
-        "The calibration windows are in `secateur/windows.safetensors`; per-layer records in\n"
-        "`secateur/layers.jsonl`; versions and hardware in `secateur/manifest.json`.\n",
+        "The calibration windows are in `secateur/windows.safetensors`, records of the layers in\n"
+        "`secateur/layers.jsonl`, versions and hardware in `secateur/manifest.json`.",
     )
 
 
@@ -84,45 +73,29 @@ def structure_card(
 ) -> str:
     """The card of a cut model: what was removed, how it was chosen, and how the model loads.
 
-    Args:
-        manifest: the manifest of the run.
-        recipe_yaml: the complete recipe; empty if it is not shown.
-        source_folder: the source checkpoint, for its licence and language.
-        output: the folder of the model.
+    Args: as of `prune_card`.
     """
-    cut, place = manifest.structure, shown_place(output)
-    assert cut is not None
-    before, after = both = cut.before, cut.after
-    rows = [
-        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}"),
-        ("of them in decoder layers", f"{before.decoder:,}", f"{after.decoder:,}"),
-        ("KV cache of a token", *(f"{x.kv_cache_bytes_per_token:,} bytes" for x in both)),
-        ("weight files", *(f"{x.file_bytes / 2**20:.1f} MiB" for x in both)),
-    ]
-    if (measured := cut.latency) is not None:
-        name = (
-            f"time of a token, batch 1, {measured['context_tokens']} tokens before it, "
-            f"{measured['dtype']}, {measured['threads']} threads"
-        )
-        then, now = (f"{measured[f'milliseconds_{when}']:.2f} ms" for when in ("before", "after"))
-        rows.append((name, then, now))
-    steps = ", then ".join(f"{step['step']} by {step['by']}" for step in cut.steps)
-    learned = any(step["step"] == "learned" for step in cut.steps)
-    distilled = "" if learned else "Nothing was trained."
+    structure, place = manifest.structure, shown_place(output)
+    assert structure is not None
+    names = {step["step"] for step in structure.steps}
+    refitted = any(x["step"] in REFITTED and x["by"] != "zero" for x in structure.steps)
+    learned = "" if "learned" in names else "Nothing was trained."
     if manifest.distillation:
         teacher = manifest.method["distillation"].get("teacher")
         taught = "the uncut model" if teacher is None else f"`{Path(teacher).name}`"
-        distilled = f"It then learned from {taught} on the same windows."
+        learned = f"The cut model learned from {taught} on the same windows."
     return _card(
         front_matter(manifest.source, source_folder, ["pruned", "structured-pruning"]),
-        f"{source_name(manifest.source)}, cut to {1 - cut.decoder_removed:.2%} of its decoder",
-        f"Made by secateur {manifest.environment['secateur']}: {steps}.",
-        markdown_table(("", "before", "after"), rows),
-        _chosen_on(manifest.calibration, cut.steps) + distilled,
-        _use(VARIED + TRANSFORMERS if cut.varied else TRANSFORMERS, place),
+        f"{source_name(manifest.source)}, cut to {1 - structure.decoder_removed:.2%} of its "
+        "decoder",
+        f"Made by secateur {manifest.environment['secateur']}. "
+        + "The weights that read the units were fitted again. " * refitted
+        + learned,
+        cut(manifest),
+        _use(VARIED + TRANSFORMERS if structure.varied else TRANSFORMERS, place),
         made_again("structure", recipe_yaml, place),
-        "Which units stayed is in `secateur/steps.json`; versions and hardware in "
-        "`secateur/manifest.json`.\n",
+        "Which units stayed is in `secateur/steps.json`, versions and hardware in "
+        "`secateur/manifest.json`.",
     )
 
 
@@ -131,97 +104,65 @@ def training_card(
 ) -> str:
     """The card of a trained model: how it was trained, followed by the card of its source.
 
-    Args:
-        training: the record of the training.
-        recipe_yaml: the complete recipe; empty if it is not shown.
-        source_folder: the model before the training; its card is appended.
-        output: the folder of the trained model.
+    Args: as of `prune_card`, with the record of the training.
     """
-    result = training.result
-    before, after = result["perplexity_before"], result["perplexity_after"]
-    optimizer = f"{training.learning_rate:.2g} at most, {training.optimizer}"
-    watched = "not watched" if after is None else f"{before:.3f} → {after:.3f}"
-    facts = [
-        ("text", f"`{without_folders(training.text['source'])}`"),
-        ("read", f"{result['tokens']:,} tokens in {result['step']:,} steps"),
-        ("objective", training.objective),
-        ("learning rate, optimizer", optimizer),
-        ("perplexity of the validation windows", watched),
-        ("wall time", f"{training.cost.seconds:.0f} s on {_hardware(training.environment)}"),
-    ]
     return _card(
         inherited_front_matter(training.source, source_folder),
         f"{source_name(training.source)}, trained",
-        "Trained by `secateur train` with its zeros held at every step, and looked at again in "
-        f"these files:\n{result['decoder_sparsity']:.2%} of the weights in the decoder's matrices "
-        "are zero.",
-        markdown_table(("", ""), facts),
+        "Trained by `secateur train`. Its zeros were held at every step, and counted in these "
+        "files.",
+        trained(training),
         "Training watched this perplexity. `secateur evaluate` measures one by a protocol.",
         made_again("train", recipe_yaml, shown_place(output)),
-        "The card of the model that was trained follows; what it says of weights is about that "
-        "model.",
+        "The card of the model before the training follows.",
         _body(source_folder),
     )
 
 
 def compression_card(
-    result: CompressResult, source: Source, source_folder: Path, output: str | Path
+    record: Compression, source: Source, source_folder: Path, output: str | Path
 ) -> str:
     """The card of a compressed model: how it is stored, followed by the card of the model itself.
 
     Args:
-        result: the result of the compression.
+        record: the record of the compression.
         source: the source.
         source_folder: the source checkpoint; its card is appended.
         output: the output folder.
     """
-    place, linears = shown_place(output), result.linears
-    zeros = f"prunable matrices, {result.sparsity:.2%} zeros"
-    sizes = [
-        ("weight files", f"{result.file_bytes:,}", f"{result.ratio:.1%}"),
-        (zeros, f"{linears.bytes:,}", f"{linears.ratio:.1%}"),
-    ]
-    stored = {**result.formats}
-    if result.embeddings.matrices:
-        stored[f"embeddings and head, {result.embedding_values}"] = result.embeddings
-    formats = [(kind, str(x.matrices), f"{x.bits_per_weight:.2f}") for kind, x in stored.items()]
+    place = shown_place(output)
     return _card(
         inherited_front_matter(source, source_folder),
         f"{Path(source.name).name}, compressed",
         "The zeros of this model are not stored. Made by `secateur compress`; `docs/format.md` of "
-        "secateur\nspecifies the files."
-        + (f" Before it was packed, it learned {result.learned}." if result.learned else ""),
-        markdown_table(("", "bytes", "of dense bfloat16"), sizes, range(1, 3)),
-        markdown_table(("stored as", "matrices", "bits per weight"), formats, range(1, 3)),
+        "secateur\nspecifies the files.",
+        packed(record),
         _use('import secateur\nmodel = secateur.load("{place}")', place),
         f"For engines that do not know of this format: `secateur decompress {place} --output "
         f"{place}-dense`.",
-        "The card of the dense folder follows; what it says of sizes and of loading is about that "
-        "folder.",
+        "The card of the dense folder follows.",
         f"{MARK}\n{_body(source_folder)}",
     )
 
 
-def import_card(result: ImportResult, source_folder: Path, output: str | Path) -> str:
+def import_card(record: Import, source_folder: Path, output: str | Path) -> str:
     """The card of an imported model: where it came from, its zeros, then the card of its source.
 
     Args:
-        result: what was imported.
+        record: what was imported.
         source_folder: the source; its card is appended.
         output: the folder of the model.
     """
-    source, place = result.record.source, shown_place(output)
-    packing = (
-        f" The zeros are stored as zeros; `secateur compress {place} --output\n{place}-small` "
-        "stores the model without them."
-    )
+    source, place = record.source, shown_place(output)
     return _card(
         front_matter(source, source_folder, ["pruned", "sparse"]),
         f"{Path(source.name.partition('@')[0]).name}, imported",
-        "Made by `secateur import` from a folder that another tool wrote. The zeros were counted "
-        "in these\nfiles.",
-        markdown_table(("", ""), [("source", f"`{source_name(source)}`"), *result.facts()]),
-        "Each matrix is listed in `secateur/import.json`." + packing * bool(result.sparsity),
+        f"Made by `secateur import` from `{source_name(source)}`, which another tool wrote. The "
+        "zeros were\ncounted in these files.",
+        imported(record),
+        "Each matrix is listed in `secateur/import.json`.",
+        f"`secateur compress {place} --output {place}-small` stores the model without its zeros."
+        * bool(record.sparsity),
         _body(source_folder),
     )
 
@@ -243,8 +184,12 @@ def with_measurements(card: str, sections: Mapping[str, Sequence[Block]]) -> str
 # -- sections ------------------------------------------------------------------------------------
 
 
-def _card(front: str, title: str, *sections: str) -> str:
-    return front + "\n\n".join([f"# {title}", *filter(None, sections)]).rstrip("\n") + "\n"
+def _card(front: str, title: str, made: str, tables: Sequence[Block], *sections: str) -> str:
+    """A card; its tables name no folder of this machine."""
+    shown = without_folders(markdown(tables))
+    shown = shown.partition("\n\n")[2]  # the title of the card says what the first table is about
+    texts = [f"# {title}", made, shown, *filter(None, sections)]
+    return front + "\n\n".join(texts).rstrip("\n") + "\n"
 
 
 def _use(code: str, place: str) -> str:
@@ -265,37 +210,6 @@ def _body(folder: Path) -> str:
     return split_card(_read_card(folder))[1]
 
 
-def _hardware(environment: Mapping[str, Any]) -> str:
-    return f"{environment['cpu']}, {environment['threads']} threads"
-
-
-def _not_pruned(left: Sequence[SkippedMatrix]) -> str:
-    """The matrices that were not pruned, one line per kind."""
-    if not left:
-        return "No matrix was left out."
-    lines = [f"- `{x.names}`: {x.reason}, {x.weights:,} weights" for x in left]
-    return "These matrices were not pruned:\n\n" + "\n".join(lines)
-
-
-def _calibration(calibration: Mapping[str, Any] | None) -> str:
-    """The calibration text and its number of windows."""
-    if not calibration:
-        return "none needed"
-    return (
-        f"{calibration['samples']} windows of {calibration['sequence_length']} tokens "
-        f"from `{without_folders(calibration['source'])}`"
-    )
-
-
-def _chosen_on(calibration: Mapping[str, Any] | None, steps: Sequence[Mapping[str, Any]]) -> str:
-    """The sentence about the text of the calibration; empty if no step read one."""
-    if calibration is None:
-        return ""
-    refitted = any(step["step"] in REFITTED and step["by"] != "zero" for step in steps)
-    done = " and the weights that read it were fitted again" * refitted
-    return f"What stays was chosen{done} on {_calibration(calibration)}. "
-
-
 # -- the YAML block at the head ------------------------------------------------------------------
 
 
@@ -310,9 +224,11 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
         folder: folder of the source model.
         tags: tags of the new model.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
-    known = _source_card(folder)
+    known: dict[str, Any] = {}
+    with suppress(ValueError):  # there is none, or nobody can read it
+        known = ModelCard.load(folder / "README.md").data.to_dict()
     earlier = known.get("tags") or []
     earlier = earlier if OURS in earlier else []  # they describe another model
     sample = MODELS.get(source.name) if source.kind == "sample" else None
@@ -343,17 +259,6 @@ def inherited_front_matter(source: Source, folder: Path) -> str:
     """
     front, _ = split_card(_read_card(folder))
     return front if front and source.kind == "folder" else front_matter(source, folder, ())
-
-
-def _source_card(folder: Path) -> dict[str, Any]:
-    """The front matter of the card in a folder; empty if there is none or it cannot be read."""
-    from huggingface_hub import ModelCard
-
-    card = folder / "README.md"
-    try:
-        return ModelCard.load(card).data.to_dict() if card.exists() else {}
-    except ValueError:
-        return {}
 
 
 def _read_card(folder: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 from pydantic import Field, InstanceOf
@@ -19,6 +20,7 @@ from secateur.models.header import GgufHeader, GgufTensor
 from secateur.reporting.models import stored_as
 from secateur.reporting.tables import (
     Block,
+    Columns,
     Line,
     Result,
     Table,
@@ -35,6 +37,8 @@ from secateur.runs.records.measured import (
     LayerState,
     MatrixState,
 )
+
+Row = tuple[str, ...]
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -165,65 +169,47 @@ class InspectResult(Result):
     def blocks(self) -> Sequence[Block]:
         """The whole model, then all layers or the linears of one layer."""
         audit = self.audit
-        zeros, weights = (sum(getattr(x, k) for x in audit.linears) for k in ("zeros", "weights"))
-        rows = [
-            ("family", audit.family),
-            ("decoder layers", str(audit.num_hidden_layers)),
-            ("parameters", f"{audit.parameters:,}"),
-            ("weight files", binary_size(audit.file_bytes)),
-            ("compressed", audit.compressed or None),
-            ("stored as", _sizes(audit.dtypes)),
-            ("zeros in decoder matrices", _share_of(zeros, weights)),
-            ("zeros in all parameters", _share_of(audit.zeros, audit.parameters)),
-            ("cannot be pruned", not_pruned(audit.left)),
-            ("experts without calibration tokens", by_layer(self.silent) or None),
-        ]
-        whole = Table.facts(self.model, rows)
+        counts = [sum(getattr(x, key) for x in audit.linears) for key in ("zeros", "weights")]
+        values = {
+            **vars(audit),
+            "stored": _sizes(audit.dtypes),
+            "linear": _share_of(*counts),
+            "share": _share_of(audit.zeros, audit.parameters),
+            "left": not_pruned(audit.left),
+            "silent": by_layer(self.silent),
+        }
+        whole = Table.about(self.model, INSPECTED, values)
         return [whole, self.layers() if self.layer is None else self.linears(self.layer)]
 
     def layers(self) -> Table:
         """A line for each decoder layer; one for all that follow each other and do not differ."""
-        by_layer: dict[int, list[LinearCount]] = {}
-        for linear in self.audit.linears:
-            by_layer.setdefault(layer_of(linear.name), []).append(linear)
-        same = itertools.groupby(
-            sorted(by_layer), lambda index: (index >= 0, _cells(by_layer[index]))
-        )
-        rows = [(_numbers([*found]), *row) for (_, row), found in same]
         columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
+        rows = _alike(self.audit.linears, _cells)
         return Table.of("decoder layers (--layer N lists the linear layers of one)", columns, rows)
 
     def linears(self, layer: int) -> Table:
         """A line for each linear of a layer."""
-        stored = ("stored as",) if self.audit.compressed else ()
-        rows = []
-        for linear in (x for x in self.audit.linears if layer_of(x.name) == layer):
-            kind = "as it is" if linear.layout is None else stored_as(linear.layout)
-            own = (linear.name, *map(str, linear.shape), f"{linear.sparsity:.2%}", kind)
-            rows.append(own[: 4 + len(stored)])
-        columns = ("name", "out", "in", "zeros", *stored)
-        return Table.of(f"linear layers of decoder layer {layer}", columns, rows)
+        own = [x for x in self.audit.linears if layer_of(x.name) == layer]
+        stored = {"stored": lambda x: stored_as(x.layout) if x.layout else None}
+        return Table.of_records(f"linear layers of decoder layer {layer}", own, LINEARS, **stored)
 
 
-def _cells(linears: Sequence[LinearCount]) -> tuple[str, ...]:
-    """The counts of one decoder layer, rounded so that layers with equally many zeros are alike."""
-    weights = sum(x.weights for x in linears)
-    least = min(linears, key=lambda x: x.sparsity)
-    most = max(linears, key=lambda x: x.sparsity)
-    differ = most.sparsity - least.sparsity >= 0.001
-    ends = [f"{x.sparsity:.1%} {_short(x.name)}" if differ else "" for x in (least, most)]
-    return (
-        str(len(linears)),
-        f"{weights:,}",
-        f"{sum(x.zeros for x in linears) / weights:.1%}",
-        *ends,
-    )
-
-
-def _numbers(layers: Sequence[int]) -> str:
-    """The numbers of layers that follow each other."""
-    first, last = layers[0], layers[-1]
-    return "shared" if first < 0 else str(first) if first == last else f"{first} to {last}"
+INSPECTED = """
+    family | {family}
+    decoder layers | {num_hidden_layers}
+    parameters | {parameters:,}
+    weight files | {file_bytes:size}
+    compressed | {compressed}
+    stored as | {stored}
+    zeros in decoder matrices | {linear}
+    zeros in all parameters | {share}
+    cannot be pruned | {left}
+    experts without calibration tokens | {silent}
+"""
+LINEARS = Columns(
+    "name | out | in | zeros | stored as",
+    "{name} | {shape[0]} | {shape[1]} | {sparsity:.2%} | {stored}",
+)
 
 
 def _share_of(zeros: int, weights: int) -> str:
@@ -231,9 +217,31 @@ def _share_of(zeros: int, weights: int) -> str:
     return f"{zeros / weights if weights else 0:.2%} ({zeros:,} of {weights:,})"
 
 
-def _short(name: str) -> str:
-    """The last part of a name."""
-    return name.removesuffix(".weight").rpartition(".")[2]
+def _cells(linears: Sequence[LinearCount]) -> Row:
+    """The counts of one decoder layer, rounded so that layers with equally many zeros are alike."""
+    weights = sum(x.weights for x in linears)
+    least, *_, most = sorted([*linears, *linears], key=lambda x: x.sparsity)
+    differ = most.sparsity - least.sparsity >= 0.001
+    names = [x.name.removesuffix(".weight").rpartition(".")[2] for x in (least, most)]
+    ends = [f"{x.sparsity:.1%} {name}" for x, name in zip((least, most), names, strict=True)]
+    zeros = f"{sum(x.zeros for x in linears) / weights:.1%}"
+    return (str(len(linears)), f"{weights:,}", zeros, *(ends if differ else ("", "")))
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    """The numbers of layers that follow each other."""
+    first, last = layers[0], layers[-1]
+    shared, one = "shared" if first < 0 else str(first), first == last
+    return shared if one else f"{first} to {last}, each"
+
+
+def _alike(parts: Iterable[Any], cells: Callable[[list[Any]], Row]) -> list[Row]:
+    """A row for each decoder layer; one for all that follow each other and have the same cells."""
+    layers: dict[int, list[Any]] = {}
+    for part in parts:
+        layers.setdefault(layer_of(part.name), []).append(part)
+    found = itertools.groupby(sorted(layers), lambda index: (index >= 0, cells(layers[index])))
+    return [(_numbers([*numbers]), *row) for (_, row), numbers in found]
 
 
 @dataclass(frozen=True, repr=False)
@@ -270,47 +278,43 @@ class GgufInspectResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """The whole file, its metadata, and its layers or the tensors of one layer."""
-        data, sizes = self.header.metadata, dict[str, int]()
+        data, sizes = self.header.metadata, Counter[str]()
         for tensor in self.header.tensors:
-            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
-        architecture = data.get("general.architecture", "not named")
+            sizes[tensor.type] += tensor.size_bytes
+        name = data.get("general.architecture", "not named")
         rows = [
-            ("architecture", str(architecture)),
-            ("layers", str(data.get(f"{architecture}.block_count", "not named"))),
+            ("architecture", str(name)),
+            ("layers", str(data.get(f"{name}.block_count", "not named"))),
             ("parameters", f"{self.parameters:,}"),
             ("file", binary_size(self.header.file_bytes)),
-            ("stored as", _sizes(dict(sorted(sizes.items(), key=lambda item: -item[1])))),
+            ("stored as", _sizes(dict(sizes.most_common()))),
         ]
-        found: list[Block] = [Table.facts(self.model, rows)]
-        if self.layer is None:
-            lines = {key: " ".join(str(value).split()) for key, value in data.items()}
-            metadata = [(k, x if len(x) <= 72 else f"{x[:69]}...") for k, x in lines.items()]
-            found += [Table.facts("metadata", metadata), self.layers()]
-        else:
-            own = [
-                (x.name, " x ".join(map(str, x.shape)), x.type, f"{x.size_bytes:,} bytes")
-                for x in self.header.tensors
-                if layer_of(x.name) == self.layer
-            ]
-            columns = ("name", "shape", "type", "size")
-            found.append(Table.of(f"tensors of layer {self.layer}", columns, own))
-        return [*found, Line("zeros were not counted: --zeros reads the weights", style="dim")]
+        metadata = [(key, shorten(str(value), 72, placeholder="…")) for key, value in data.items()]
+        own = [x for x in self.header.tensors if layer_of(x.name) == self.layer]
+        shape = {"shape": lambda x: " x ".join(map(str, x.shape))}
+        listed = Table.of_records(f"tensors of layer {self.layer}", own, TENSORS, **shape)
+        whole = [Table.facts("metadata", metadata), self.layers()]
+        return [
+            Table.facts(self.model, rows),
+            *(whole if self.layer is None else [listed]),
+            Line("zeros were not counted: --zeros reads the weights", style="dim"),
+        ]
 
     def layers(self) -> Table:
         """A line for each run of equal layers, and one for each tensor outside them."""
-        by_layer: dict[int, list[GgufTensor]] = {}
-        for tensor in self.header.tensors:
-            by_layer.setdefault(layer_of(tensor.name), []).append(tensor)
-        outside = by_layer.pop(-1, [])
-        same = itertools.groupby(sorted(by_layer), lambda index: _cells_of(by_layer[index]))
-        runs = [([*found], row) for row, found in same]
-        rows = [(f"{_numbers(i)}{', each' * (len(i) > 1)}", *row) for i, row in runs]
-        rows += [(x.name, *_cells_of([x])) for x in outside]
+        inside = [x for x in self.header.tensors if layer_of(x.name) >= 0]
+        outside = [(x.name, *_cells_of([x])) for x in self.header.tensors if x not in inside]
         columns = ("layer", "tensors", "parameters", "size", "stored as")
+        rows = [*_alike(inside, _cells_of), *outside]
         return Table.of("layers (--layer N lists the tensors of one)", columns, rows)
 
 
-def _cells_of(tensors: Sequence[GgufTensor]) -> tuple[str, ...]:
+TENSORS = Columns(
+    "name | shape | type | size", "{name} | {shape} | {type} | {size_bytes:,} bytes", 4
+)
+
+
+def _cells_of(tensors: Sequence[GgufTensor]) -> Row:
     """Count, parameters, size and types of some tensors."""
     return (
         str(len(tensors)),

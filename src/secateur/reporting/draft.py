@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from secateur.evaluation.acceptance import too_fast
-from secateur.reporting.fit import FittedResult
+from secateur.reporting.fit import STORED, FittedResult
 from secateur.reporting.next_steps import after_a_draft
 from secateur.reporting.plan import FitPlanResult
-from secateur.reporting.tables import Block, Line, Table, binary_size, with_error
+from secateur.reporting.tables import Block, Columns, Line, Table, binary_size
 from secateur.runs.records.measured import Acceptance, Speculation
 
 LEAST_SPEEDUP = 1.05
@@ -137,95 +138,67 @@ class DraftResult(FittedResult):
 
     def blocks(self) -> Sequence[Block]:
         """What the draft gains, what it won against, and the next commands."""
-        first, head = self.parent_seconds[0], "all tokens"
-        if self.head_tokens < self.vocabulary:
-            head = f"{self.head_tokens:,} of {self.vocabulary:,} tokens"
-        facts = [
-            ("expected speed-up, temperature 1", _expected(self.sampled)),
-            ("expected speed-up, greedy", _expected(self.greedy)),
-            ("a token of the draft", f"{self.cost:.2f} of one of the parent"),
-            ("one token of the parent", f"{1e3 * first:.2f} ms"),
-            ("weight files", binary_size(self.packed.file_bytes)),
-            ("head", head),
-            *self.stored,
-        ]
+        first, whole = self.parent_seconds[0], self.head_tokens == self.vocabulary
+        head = "all tokens" if whole else f"{self.head_tokens:,} of {self.vocabulary:,} tokens"
+        facts = {**self.stored, "cost": self.cost, "first": 1e3 * first, "head": head}
         taken = {"before healing": self.unhealed, "the draft": self.acceptance}
-        accepted = [
-            (
-                name,
-                with_error(x.mean, x.standard_error, ".3f"),
-                with_error(x.agreement, x.agreement_standard_error, ".3f"),
-            )
-            for name, x in taken.items()
-            if x is not None
+        share: dict[str, Any] = {"cost": lambda x: x.seconds / first}
+        time = {"time": lambda x: 1e3 * x[1], "share": lambda x: x[1] / first}
+        calls, accepted = enumerate(self.parent_seconds, 1), (x for x in taken.items() if x[1])
+        healed = {"healing": lambda x: "healed" if x.healed else None}
+        on_text = "drafts that were made, on the text that chose"
+        searched = [
+            Table.of_records(on_text, self.candidates, CANDIDATES, **share, **healed),
+            Table.of_records("heads over frequent tokens", self.heads, HEADS, **share),
+            Table.of_records("predicted for other drafts", self.frontier, POINTS, **share),
         ]
-        calls = [
-            (str(n), f"{1e3 * each:.2f} ms", f"{each / first:.2f}")
-            for n, each in enumerate(self.parent_seconds, start=1)
-        ]
-        blocks: list[Block] = [
-            Table.facts("the draft", facts),
-            Table.of("tokens that the parent takes", ("", "temperature 1", "greedy"), accepted),
-            Table.of("one call of the parent", ("tokens", "time", "of one token"), calls, 0),
-            *self._searched(),
-            *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
+        return [
+            Table.about("the draft", FACTS + STORED, facts),
+            Table.of_records("tokens that the parent takes", accepted, ACCEPTED),
+            Table.of_records("one call of the parent", calls, CALLS, **time),
+            Line(EXPLAINED, "dim"),
+            *(table for table in searched if table.rows),
+            *self.left_out,
             *(Line(fault, "bold red") for fault in self.broken),
+            *after_a_draft(self.output, self.parent, pays=not self.broken),
         ]
-        return blocks + after_a_draft(self.output, self.parent, pays=not self.broken)
-
-    def _searched(self) -> Iterator[Block]:
-        """What was made, tried and predicted."""
-        first = self.parent_seconds[0]
-
-        def row(seconds: float, found: Acceptance) -> tuple[str, ...]:
-            return f"{seconds / first:.2f}", f"{found.mean:.3f}", f"{found.agreement:.3f}"
-
-        made = [
-            (
-                f"{x.name}{', healed' if x.healed else ''}",
-                *row(x.seconds, x.acceptance),
-                f"{x.divergence:.4f}",
-                *map(_short, (x.sampled, x.greedy)),
-            )
-            for x in self.candidates
-        ]
-        heads = [
-            (f"{x.tokens:,}", *row(x.seconds, x.acceptance), f"{x.gain:.2f} x") for x in self.heads
-        ]
-        points = [
-            (
-                f"{x.seconds / first:.2f}",
-                f"{x.acceptance:.3f}",
-                f"{x.divergence:.4f}",
-                _short(x.expected),
-            )
-            for x in self.frontier
-        ]
-        yield Line(EXPLAINED, "dim")
-        title = "drafts that were made, on the text that chose"
-        yield Table.of(title, ("", COST, *RATES, "nats", *GAINS), made)
-        title = "heads over frequent tokens"
-        yield Table.of(title, ("tokens", COST, *RATES, "gain"), heads, 0)
-        title = "predicted for other drafts"
-        yield Table.of(title, (COST, RATES[0], "nats", GAINS[0]), points, 0)
 
 
-RATES, COST, GAINS = ("taken", "taken, greedy"), "cost", ("gain (k)", "greedy (k)")
-"""Columns: what the parent takes, what a token of the draft costs, and what that brings."""
-
+FACTS = """
+    expected speed-up, temperature 1 | {sampled.speedup:.2f} x with {sampled.k} proposed
+    expected speed-up, greedy | {greedy.speedup:.2f} x with {greedy.k} proposed
+    a token of the draft | {cost:.2f} of one of the parent
+    one token of the parent | {first:.2f} ms
+    weight files | {packed.file_bytes:size}
+    head | {head}
+"""
+ACCEPTED = Columns(
+    " | temperature 1 | greedy",
+    "{0[0]} | {0[1].mean:.3f}< ± {0[1].standard_error:.3f}> | "
+    "{0[1].agreement:.3f}< ± {0[1].agreement_standard_error:.3f}>",
+)
+CALLS = Columns("tokens | time | of one token", "{0[0]} | {time:.2f} ms | {share:.2f}", 0)
+CANDIDATES = Columns(
+    " | cost | taken | taken, greedy | nats | gain (k) | greedy (k)",
+    "{name}<, {healing}> | {cost:.2f} | {acceptance.mean:.3f} | {acceptance.agreement:.3f} | "
+    "{divergence:.4f} | {sampled.speedup:.2f} x ({sampled.k}) | "
+    "{greedy.speedup:.2f} x ({greedy.k})",
+)
+HEADS = Columns(
+    "tokens | cost | taken | taken, greedy | gain",
+    "{tokens:,} | {cost:.2f} | {acceptance.mean:.3f} | {acceptance.agreement:.3f} | {gain:.2f} x",
+    0,
+)
+POINTS = Columns(
+    "cost | taken | nats | gain (k)",
+    "{cost:.2f} | {acceptance:.3f} | {divergence:.4f} | {expected.speedup:.2f} x ({expected.k})",
+    0,
+)
 EXPLAINED = (
     "cost: time of a token, over one of the parent; taken: tokens of the draft, at temperature 1 "
     "and in greedy decoding; nats: divergence from the parent, per token; gain: expected speed-up, "
     "with k tokens proposed"
 )
-
-
-def _expected(found: Speculation) -> str:
-    return f"{found.speedup:.2f} x with {found.k} proposed"
-
-
-def _short(found: Speculation) -> str:
-    return f"{found.speedup:.2f} x ({found.k})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -242,10 +215,7 @@ class DraftPlanResult(FitPlanResult):
         """One table."""
         rows = [
             ("weight files of the parent", binary_size(self.file_bytes)),
-            ("linear layers", f"{self.linears:,}"),
-            ("formats of each", self.shown_formats),
+            *self.search(),
             ("tokens of the head", ", ".join(f"{n:,}" for n in self.heads)),
-            ("healing", f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"),
-            ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
         ]
         return [Table.facts("plan of the draft", rows)]

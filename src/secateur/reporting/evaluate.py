@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.next_steps import command, generation
 from secateur.reporting.tables import (
     Block,
+    Columns,
     Line,
     Result,
     Table,
     binary_size,
+    filled,
     next_steps,
-    with_error,
     without_blank_lines,
 )
 from secateur.runs.records.measured import (
@@ -47,30 +48,13 @@ class EvaluateResult(Result):
 
     record: EvaluationRecord
 
-    @property
-    def model(self) -> str:
-        """The name of the model."""
-        return self.record.model
-
-    @property
-    def texts(self) -> Sequence[PerplexityRecord]:
-        """The perplexity on each text."""
-        return self.record.perplexity
-
-    @property
-    def divergence(self) -> Sequence[DivergenceRecord]:
-        """The distance from the dense model on each text; empty without a dense model."""
-        return self.record.divergence
-
-    @property
-    def tasks(self) -> Sequence[TaskRecord]:
-        """The scores of the tasks."""
-        return self.record.tasks
-
-    @property
-    def generation(self) -> Sequence[GenerationRecord]:
-        """The texts that the model generated."""
-        return self.record.generation
+    model = property(attrgetter("record.model"), doc="The name of the model.")
+    texts = property(attrgetter("record.perplexity"), doc="The perplexity on each text.")
+    divergence = property(
+        attrgetter("record.divergence"), doc="The distance from the dense model on each text."
+    )
+    tasks = property(attrgetter("record.tasks"), doc="The scores of the tasks.")
+    generation = property(attrgetter("record.generation"), doc="The texts that the model wrote.")
 
     @property
     def only(self) -> PerplexityRecord:
@@ -79,37 +63,20 @@ class EvaluateResult(Result):
         Raises:
             RecipeError: perplexity was measured on no text or on several texts.
         """
-        if len(self.texts) != 1:
+        if len(self.record.perplexity) != 1:
             raise RecipeError(
                 f"perplexity was measured on {len(self.texts)} texts, not on one",
                 remedy="read .texts: it has one result for each text",
             )
-        return self.texts[0]
+        return self.record.perplexity[0]
 
-    @property
-    def perplexity(self) -> float:
-        """exp(mean loss) on the only text."""
-        return self.only.perplexity
-
-    @property
-    def mean_loss(self) -> float:
-        """Nats per token on the only text."""
-        return self.only.mean_loss
-
-    @property
-    def standard_error(self) -> float | None:
-        """Standard error of the mean loss, over windows; None for one window."""
-        return self.only.standard_error
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """Everything that the perplexity depends on besides the model."""
-        return self.only.protocol
-
-    @property
-    def protocol_id(self) -> str:
-        """The id of the protocol. Perplexities with the same id can be compared."""
-        return self.only.protocol_id
+    perplexity = property(attrgetter("only.perplexity"), doc="exp(mean loss) on the only text.")
+    mean_loss = property(attrgetter("only.mean_loss"), doc="Nats per token on the only text.")
+    standard_error = property(attrgetter("only.standard_error"), doc="Of the mean loss.")
+    protocol = property(attrgetter("only.protocol"), doc="What the perplexity depends on.")
+    protocol_id = property(
+        attrgetter("only.protocol_id"), doc="Perplexities with the same id can be compared."
+    )
 
     def to_json(self) -> dict[str, Any]:
         """The record, as `evaluation.json` stores it."""
@@ -117,124 +84,86 @@ class EvaluateResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """Tables of results, then their protocols."""
-        found: list[Block] = []
-        if self.texts:
-            perplexities = [
-                {
-                    "text": one.text,
-                    "perplexity": f"{one.perplexity:.4f}",
-                    "dense": _number(one.reference_perplexity, ".4f"),
-                    "nats per token": with_error(one.mean_loss, one.standard_error),
-                    "protocol": one.protocol_id,
-                }
-                for one in self.texts
-            ]
-            found.append(Table.of_records(self.model, perplexities))
-        found += [_divergence_table(one) for one in self.divergence if "kind" not in one.protocol]
-        found += _kinds_table([one for one in self.divergence if "kind" in one.protocol])
-        if self.tasks:
-            found += _task_blocks(self.tasks)
-        for one in self.generation:
-            found += _generation_blocks(one)
-        protocols = {one.protocol_id: one.protocol for one in self.record.results}
+        record = self.record
+        written = [one for one in record.divergence if "kind" in one.protocol]
+        tables = [
+            Table.of_records(self.model, record.perplexity, PERPLEXITY),
+            *(_distance(one) for one in record.divergence if one not in written),
+            Table.of_records("on texts that the dense model wrote", written, KINDS),
+            Table.of_records("tasks", record.tasks, TASKS, mark=_mark, kept=_retention),
+            *map(_texts, record.generation),
+        ]
+        lines = [*(Line(filled(REPEATED, one) or "") for one in record.generation)]
+        if any(one.reference for one in record.tasks):
+            lines.append(Line(RETENTION, "dim"))
+        protocols = {one.protocol_id: one.protocol for one in record.results}
         rows = [(key, ", ".join(f"{k} {v}" for k, v in p.items())) for key, p in protocols.items()]
-        return [*found, Table.of("protocols", ("id", "what it is"), rows, numbers=2)]
+        shown: list[Block] = [table for table in tables if table.rows]
+        return [*shown, *lines, Table.of("protocols", ("id", "what it is"), rows, numbers=2)]
 
 
-def _divergence_table(found: DivergenceRecord) -> Table:
+PERPLEXITY = Columns(
+    "text | perplexity | dense | nats per token | protocol",
+    "{text} | {perplexity:.4f} | {reference_perplexity:.4f} | "
+    "{mean_loss:.4f}< ± {standard_error:.4f}> | {protocol_id}",
+)
+KINDS = Columns(
+    "kind of text | same token most likely | accepted as a draft | KL, nats per token | tokens | "
+    "protocol",
+    "{protocol[kind]} | {top1_agreement:.4f}< ± {top1_standard_error:.4f}> | "
+    "{acceptance:.4f}< ± {acceptance_standard_error:.4f}> | {kl:.4f}< ± {kl_standard_error:.4f}> | "
+    "{tokens} | {protocol_id}",
+)
+TASKS = Columns(
+    "task | metric | score | chance | items | shots | dense | difference | retention | protocol",
+    "{task} | {metric} | {value:.3f}< ± {standard_error:.3f}> | {chance:.3f} | {items} | {shots} | "
+    "{reference_value:.3f} | {difference:+.3f}< ± {difference_standard_error:.3f}>< {mark}> | "
+    "{kept} | {protocol_id}",
+    numbers=2,
+)
+TEXTS_OF = Columns(
+    "prompt | text | dense | repeated",
+    "{prompt} | {text:lines} | {reference_text:lines} | {repetition:.0%}< {degenerate}>",
+    numbers=3,
+)
+"""Columns and rows of the tables."""
+
+DISTANCE = """
+    KL(dense ‖ model), nats per token | {kl:.4f}< ± {kl_standard_error:.4f}>
+    same token most likely | {top1_agreement:.4f}< ± {top1_standard_error:.4f}>
+    accepted as a draft, at temperature 1 | {acceptance:.4f}< ± {acceptance_standard_error:.4f}>
+    change of loss, nats per token | {loss_change:.4f}< ± {loss_change_standard_error:.4f}>
+"""
+REPEATED = (
+    "repeated 4-grams: {repetition:.0%}, degenerate texts: {degenerate}"
+    "<; dense: {reference_repetition:.0%}, {reference_degenerate}>"
+)
+RETENTION = (
+    "* significant at 95 % over pairs of items, n.s. not significant. Retention is the part of "
+    "dense's lead over chance that is left; no lead: dense is less than two standard errors above "
+    "chance."
+)
+
+
+def _distance(found: DivergenceRecord) -> Table:
     """Distance from the dense model."""
-    changed = with_error(found.loss_change, found.loss_change_standard_error)
-    rows = [
-        ("KL(dense ‖ model), nats per token", with_error(found.kl, found.kl_standard_error)),
-        ("same token most likely", with_error(found.top1_agreement, found.top1_standard_error)),
-        ("accepted as a draft, at temperature 1", _accepted(found)),
-        ("change of loss, nats per token", changed),
-    ]
     title = f"distance from {found.reference} on {found.text} ({found.protocol_id})"
-    return Table.of(title, ("", ""), rows)
+    return Table.about(title, DISTANCE, found)
 
 
-def _kinds_table(found: Sequence[DivergenceRecord]) -> list[Block]:
-    """Distance from the dense model by kind of text, on texts of its own."""
-    if not found:
-        return []
-    rows = [
-        {
-            "kind of text": one.protocol["kind"],
-            "same token most likely": with_error(one.top1_agreement, one.top1_standard_error),
-            "accepted as a draft": _accepted(one),
-            "KL, nats per token": with_error(one.kl, one.kl_standard_error),
-            "tokens": str(one.tokens),
-            "protocol": one.protocol_id,
-        }
-        for one in found
-    ]
-    title = f"on texts that {found[0].reference} wrote at temperature 1"
-    return [Table.of_records(title, rows)]
+def _mark(task: TaskRecord) -> str:
+    return {None: "", True: "*", False: "n.s."}[task.significant]
 
 
-def _accepted(found: DivergenceRecord) -> str:
-    """The acceptance with its error."""
-    if found.acceptance is None:
-        return "not measured"
-    return with_error(found.acceptance, found.acceptance_standard_error)
+def _retention(task: TaskRecord) -> str | None:
+    return filled("{retention:.0%}", task) or ("no lead" if task.reference else None)
 
 
-def _task_blocks(tasks: Sequence[TaskRecord]) -> list[Block]:
-    """Scores, with the score of guessing, so that nobody takes noise for quality."""
-    table = Table.of_records("tasks", [_task_row(one) for one in tasks], numbers=2)
-    if not any(one.reference for one in tasks):
-        return [table]
-    note = (
-        "* significant at 95 % over pairs of items, n.s. not significant. Retention is the "
-        "part of dense's lead over chance that is left; no lead: dense is less than two "
-        "standard errors above chance."
-    )
-    return [table, Line(note, style="dim")]
-
-
-def _task_row(one: TaskRecord) -> dict[str, str | None]:
-    """The score on one task, and its difference from the dense model's."""
-    difference, retention = None, None
-    if one.reference is not None:
-        mark = {None: "", True: " *", False: " n.s."}[one.significant]
-        difference = with_error(one.difference or 0.0, one.difference_standard_error, "+.3f") + mark
-        retention = "no lead" if one.retention is None else f"{one.retention:.0%}"
-    return {
-        "task": one.task,
-        "metric": one.metric,
-        "score": with_error(one.value, one.standard_error, ".3f"),
-        "chance": f"{one.chance:.3f}",
-        "items": str(one.items),
-        "shots": str(one.shots),
-        "dense": _number(one.reference_value, ".3f"),
-        "difference": difference,
-        "retention": retention,
-        "protocol": one.protocol_id,
-    }
-
-
-def _generation_blocks(found: GenerationRecord) -> list[Block]:
-    """Texts side by side, then their repetition."""
-    rows = [
-        {
-            "prompt": one.prompt,
-            "text": without_blank_lines(one.text),
-            "dense": without_blank_lines(one.reference_text or "") if found.reference else None,
-            "repeated": f"{one.repetition:.0%}" + " degenerate" * one.degenerate,
-        }
-        for one in found.samples
-    ]
-    summary = f"repeated 4-grams: {found.repetition:.0%}, degenerate texts: {found.degenerate}"
-    if found.reference_repetition is not None:
-        summary += f"; dense: {found.reference_repetition:.0%}, {found.reference_degenerate}"
+def _texts(found: GenerationRecord) -> Table:
+    """Texts side by side."""
     title = f"texts ({found.protocol_id})"
-    numbers = 3 if found.reference else 2
-    return [Table.of_records(title, rows, numbers), Line(summary)]
-
-
-def _number(value: float | None, form: str) -> str | None:
-    return None if value is None else f"{value:{form}}"
+    flag = {"degenerate": lambda x: "degenerate" * x.degenerate}
+    return Table.of_records(title, found.samples, TEXTS_OF, **flag)
 
 
 GAIN = 1.02
@@ -324,29 +253,24 @@ class BenchResult(Result):
 
 def bench_blocks(found: Bench) -> list[Block]:
     """A row for each contender that ran, then sizes, verdict and protocol."""
-    p = found.protocol
-    rows = [
-        (
-            x.contender,
-            f"{x.tokens_per_second:.1f}",
-            f"{x.tokens_per_second_least:.1f} to {x.tokens_per_second_most:.1f}",
-            f"{1e3 * (x.first_token_seconds or 0):.0f} ms",
-            f"{x.prompt_tokens_per_second:.0f}",
-            binary_size(x.resident_bytes or 0),
-        )
-        for x in found.contenders
-        if x.failure is None
-    ]
-    columns = ("", "tokens/s", "least to most", "first token", "prompt tokens/s", "memory")
-    lines = (
-        f"weight files {binary_size(found.file_bytes)}; dense bfloat16 would be "
-        f"{binary_size(found.dense_bytes)}",
-        found.verdict,
-        f"{p['cpu']}, {p['threads']} threads, kernels {p['kernels']}; batch 1, prompt of "
-        f"{p['prompt_tokens']} tokens, {p['new_tokens']} new ones, medians of "
-        f"{p['rounds']} rounds in turns",
-    )
-    return [Table.of(found.model, columns, rows), *map(Line, lines)]
+    ran = [x for x in found.contenders if x.failure is None]
+    milliseconds = {"first": lambda x: 1e3 * x.first_token_seconds}
+    lines = (filled(SIZES, found), found.verdict, filled(TIMED, found.protocol))
+    table = Table.of_records(found.model, ran, TIMES, **milliseconds)
+    return [table, *(Line(line) for line in lines if line)]
+
+
+TIMES = Columns(
+    " | tokens/s | least to most | first token | prompt tokens/s | memory",
+    "{contender} | {tokens_per_second:.1f} | {tokens_per_second_least:.1f} to "
+    "{tokens_per_second_most:.1f} | {first:.0f} ms | {prompt_tokens_per_second:.0f} | "
+    "{resident_bytes:size}",
+)
+SIZES = "weight files {file_bytes:size}; dense bfloat16 would be {dense_bytes:size}"
+TIMED = (
+    "{cpu}, {threads} threads, kernels {kernels}; batch 1, prompt of {prompt_tokens} tokens, "
+    "{new_tokens} new ones, medians of {rounds} rounds in turns"
+)
 
 
 @dataclass(frozen=True)
@@ -421,23 +345,22 @@ class DraftedBenchResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """A row for each kind and temperature, then the verdict."""
-        rows = [
-            (
-                x.kind,
-                f"{x.temperature:g}",
-                f"{x.tokens / x.alone_seconds:.1f}",
-                f"{x.tokens / x.drafted_seconds:.1f}",
-                f"{x.speedup:.2f}",
-                f"{x.accepted / x.proposed:.0%}" if x.proposed else "",
-                f"{x.tokens / x.calls:.2f}",
-                {None: "", True: "yes", False: "NO"}[x.equal],
-            )
-            for x in self.speeds
-        ]
-        heads = ("text", "T", "tokens/s", "with draft", "times", "taken", "tokens a call",
-                 "same text")  # fmt: skip
         title = "decoding with a draft (T: temperature; taken: proposed tokens)"
-        return [Table.of(title, heads, rows), Line(self.verdict)]
+        own: dict[str, Callable[[DraftedSpeed], Any]] = {
+            "alone": lambda x: x.tokens / x.alone_seconds,
+            "drafted": lambda x: x.tokens / x.drafted_seconds,
+            "taken": lambda x: x.accepted / x.proposed if x.proposed else None,
+            "call": lambda x: x.tokens / x.calls,
+            "equal": lambda x: {None: "", True: "yes", False: "NO"}[x.equal],
+        }
+        return [Table.of_records(title, self.speeds, DRAFTED, **own), Line(self.verdict)]
+
+
+DRAFTED = Columns(
+    "text | T | tokens/s | with draft | times | taken | tokens a call | same text",
+    "{kind} | {temperature:g} | {alone:.1f} | {drafted:.1f} | {speedup:.2f} | {taken:.0%} | "
+    "{call:.2f} | {equal}",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -528,35 +451,30 @@ class DemoResult(Result):
     def blocks(self) -> Sequence[Block]:
         """Size, speed, quality and texts next to the dense model's, and where the files are."""
         first = self.judged.generation[0].samples[0]
-        dense, pruned = (
-            without_blank_lines(first.prompt + (text or ""))
-            for text in (first.reference_text, first.text)
-        )
+        texts = {"dense": first.reference_text or "", "pruned": first.text}
+        written = [
+            Line(f"{name} writes: {without_blank_lines(first.prompt + text)}")
+            for name, text in texts.items()
+        ]
         columns = ("", "dense, bfloat16", "dense, int8", "pruned, int8")
-        written = ("", f"dense writes:  {dense}", "", f"pruned writes: {pruned}")
-        return [Table.of(self.model, columns, self.rows()), *map(Line, written), *self.places()]
+        return [Table.of(self.model, columns, self.rows()), *written, *self.places()]
 
     def rows(self) -> list[tuple[str, ...]]:
         """The measurements of the dense model, of its int8 weights, and of the pruned model."""
-        [text], packed = self.judged.texts, self.pruned.compression
+        [text], packed, manifest = self.judged.texts, self.pruned.compression, self.pruned.manifest
         assert packed is not None
-        assert self.pruned.manifest is not None
-        cost = self.pruned.manifest.cost
+        assert manifest is not None
         rates = {s.name: s.tokens_per_second for s in self.bench.speeds if s.failure is None}
-        speeds = (
-            f"{rates[name]:.0f}" if name in rates else "not measured"
-            for name in ("dense bf16", "dense int8", "packed")
-        )
+        speeds = (rates.get(name) for name in ("dense bf16", "dense int8", "packed"))
         sizes = (packed.bfloat16_bytes, self.rounded.file_bytes, packed.file_bytes)
-        rounded = self.rounded_judged.perplexity
-        perplexities = (text.reference_perplexity, rounded, text.perplexity)
+        perplexities = (text.reference_perplexity, self.rounded_judged.perplexity, text.perplexity)
         return [
             ("weight files", *map(binary_size, sizes)),
-            ("tokens per second, our kernels", *speeds),
+            ("tokens per second, our kernels", *(f"{x:.0f}" if x else "" for x in speeds)),
             ("perplexity", *(f"{number:.2f}" for number in perplexities)),
             ("zeros in decoder matrices", "", "", f"{packed.sparsity:.2%}"),
-            ("time to prune", "", "", f"{cost.seconds:.0f} s"),
-            ("peak memory", "", "", binary_size(cost.peak_resident_bytes)),
+            ("time to prune", "", "", f"{manifest.cost.seconds:.0f} s"),
+            ("peak memory", "", "", binary_size(manifest.cost.peak_resident_bytes)),
         ]
 
     def places(self) -> list[Block]:

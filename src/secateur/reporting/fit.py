@@ -7,15 +7,43 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from secateur.reporting.charts import LineChart, Series
 from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import after_a_fit
-from secateur.reporting.tables import Block, Line, Result, Table, binary_size, plus_minus, signed
+from secateur.reporting.tables import (
+    Block,
+    Columns,
+    Line,
+    Result,
+    Table,
+    filled,
+    plus_minus,
+    signed,
+)
 from secateur.runs.records import Record
 
-MADE = ("", "size", "predicted", "made", "healed", "loss")
-"""Columns of the table of finalists; the last one where the loss has a bound."""
+STORED = """
+    linear layers | {linears}
+    embeddings | {embeddings}
+    time | {seconds:.0f} s
+"""
+"""How the result of a search is stored."""
+
+BEST = """
+    weight files | {packed.file_bytes:size}
+    loss | {loss} nats per token
+"""
+MADE = Columns(
+    " | size | predicted | made | healed | loss",
+    "{name} | {file_bytes:size} | {predicted:.4f} | {divergence:.4f} | {healed:.4f} | {rise:.4f}",
+)
+BOUNDS = Columns(" | given | measured", "{flag} | {given} | {found}")
+CORRECTED = (
+    "A winner had {measured:.2f} where {predicted:.2f} was predicted, so models were chosen again "
+    "for {aimed:.2f}<, and reached {reached:.2f}>."
+)
 
 
 @dataclass(frozen=True)
@@ -182,15 +210,16 @@ class FittedResult(Result, Record):
     packed: CompressResult
 
     @property
-    def stored(self) -> list[tuple[str, str | None]]:
-        """Rows for the table: how many linears have which format, and the embeddings."""
+    def stored(self) -> dict[str, Any]:
+        """The values of `STORED`."""
         kinds = Counter(self.kind_of.values()).most_common()
-        return [
-            ("linear layers", ", ".join(f"{n} {name}" for name, n in kinds)),
-            ("embeddings", self.embeddings),
-            ("time", f"{self.seconds:.0f} s"),
-            ("output", str(self.output)),
-        ]
+        return {**dict(self), "linears": ", ".join(f"{n} {name}" for name, n in kinds)}
+
+    @property
+    def left_out(self) -> list[Block]:
+        """What was left out to keep the time."""
+        dropped = ", ".join(self.dropped)
+        return [Line(f"Left out to keep the time: {dropped}.")] if dropped else []
 
 
 class FitResult(FittedResult):
@@ -242,68 +271,26 @@ class FitResult(FittedResult):
             note="Lower is better, and so is further left. Divergence on the windows that choose.",
         )
 
-    def _predicted(self) -> Table:
-        """The predicted divergence by size, without rows that repeat the numbers above them."""
-        names = [*dict.fromkeys(point.name for point in self.frontier)]
-        by_size: dict[str, dict[str, str]] = {}
-        for point in sorted(self.frontier, key=lambda one: one.file_bytes):
-            own = by_size.setdefault(binary_size(point.file_bytes), {})
-            own[point.name] = _nats(point.predicted)
-        rows: list[tuple[str, ...]] = []
-        least: dict[str, str] = {}
-        for size, own in by_size.items():
-            least |= own  # a smaller model is within a larger size too
-            values = tuple(least.get(name, "") for name in names)
-            if not rows or values != rows[-1][1:]:
-                rows.append((size, *values))
-        title = "predicted for other sizes: divergence, nats per token"
-        return Table.of(title, ("size", *names), rows, 0)
-
-    @property
-    def loss_is_bounded(self) -> bool:
-        """Whether the winner is the smallest model within a loss."""
-        return self.winner.rise is not None
-
     @property
     def broken(self) -> list[str]:
         """Bounds that the measured result does not keep."""
         return [one.said for one in self.checks if not one.kept]
 
     def blocks(self) -> Sequence[Block]:
-        """The winner, what was made, the frontier, and the next commands."""
-        facts = [
-            ("weight files", binary_size(self.packed.file_bytes)),
-            ("loss", f"{self.loss} nats per token"),
-            *self.stored,
+        """The winner, what was made, and the next commands."""
+        finalists = sorted(self.finalists, key=lambda one: one.last)
+        given = {"given": lambda x: x.format_value(x.wanted)}
+        title = "models that were made: divergence, nats per token"
+        tables = [
+            Table.about("the winner", BEST + STORED, self.stored),
+            Table.of_records(title, finalists, MADE),
+            Table.of_records("bounds", self.checks, BOUNDS, **given),
         ]
-        columns = MADE[: None if self.loss_is_bounded else -1]
-        made = [
-            (
-                x.name,
-                binary_size(x.file_bytes),
-                *map(_nats, (x.predicted, x.divergence, x.healed, x.rise)),
-            )[: len(columns)]
-            for x in sorted(self.finalists, key=lambda one: one.last)
-        ]
-        bounds = [(one.flag, one.format_value(one.wanted), one.found) for one in self.checks]
-        blocks: list[Block] = [
-            Table.facts("the winner", facts),
-            Table.of("models that were made: divergence, nats per token", columns, made),
-            Table.of("bounds", ("", "given", "measured"), bounds),
-            *(
-                Line(
-                    f"A winner had {one.measured:.2f} where {one.predicted:.2f} was predicted, so "
-                    f"models were chosen again for {one.aimed:.2f}, and reached "
-                    f"{one.reached or 0:.2f}."
-                )
-                for one in self.corrections
-            ),
-            self._predicted(),
-            *(Line(f"Left out to keep the time: {x}.") for x in [", ".join(self.dropped)] if x),
+        lines = [filled(CORRECTED, one) or "" for one in self.corrections]
+        return [
+            *(table for table in tables if table.rows),
+            *map(Line, lines),
+            *self.left_out,
             *(Line(fault, "bold red") for fault in self.broken),
+            *after_a_fit(self.output),
         ]
-        return blocks + after_a_fit(self.output)
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

@@ -1,11 +1,13 @@
 """What the verbs return that write a model: `prune`, `structure`, `train`, `chain`, `compress`,
 `decompress`, `export`, `import` and `push`.
+
+The tables about a record are also in the card of the model.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,17 +18,20 @@ from pydantic import Field
 from secateur.models.hub import own_texts
 from secateur.reporting.tables import (
     Block,
+    Columns,
     Line,
     Result,
     Table,
     binary_size,
     by_layer,
+    filled,
     layer_of,
     not_pruned,
 )
 from secateur.runs.records import (
     ChainStep,
     Compression,
+    Counts,
     Import,
     ImportedMatrix,
     Layer,
@@ -40,6 +45,12 @@ from secateur.runs.records.run import BFLOAT16_BYTES
 if TYPE_CHECKING:
     from secateur.exporting import Exported
 
+COST = """
+    time | {cost.seconds:.1f} s< on {environment[cpu]}, {environment[threads]} threads>
+    peak memory | {cost.peak_resident_bytes:size}
+"""
+"""The rows of a table about a run that say what it took."""
+
 
 def _commands(folder: Path, zeros: float | None = None) -> list[Block]:
     """Commands to try next, on a dense folder with this share of zeros or on a packed one."""
@@ -50,13 +61,222 @@ def _commands(folder: Path, zeros: float | None = None) -> list[Block]:
     return next_steps.after_a_dense_folder(folder, zeros)
 
 
-def _text_of(calibration: Mapping[str, Any] | None, model: str) -> str | None:
+def text_of(calibration: Mapping[str, Any] | None, model: str) -> str | None:
     """The calibration text, and whether the model brought it; None if there was none."""
     if not calibration:
         return None
     text, texts = str(calibration["source"]), own_texts(model)
     own = ", which the sample brings" * bool(texts and text == texts.calibrate)
     return f"{calibration['samples']} x {calibration['sequence_length']} tokens of {text}{own}"
+
+
+def _text_of_run(manifest: Manifest) -> str | None:
+    return text_of(manifest.calibration, manifest.source.name)
+
+
+def _counted(words: Iterable[str]) -> str:
+    """Words with their counts."""
+    return ", ".join(f"{n} {word}" for word, n in Counter(words).most_common())
+
+
+def _shortened(names: Sequence[str], shown: int = 4) -> str | None:
+    """The number of names, and the first of them; None if there are none."""
+    more = ", …" if len(names) > shown else ""
+    return f"{len(names)}: {', '.join(names[:shown])}{more}" if names else None
+
+
+# -- tables about records, which the card of the model has too -----------------------------------
+
+
+def silent_experts(manifest: Manifest) -> str:
+    """The experts that no calibration token reached; empty if there are none."""
+    return by_layer((manifest.experts or {}).get("silent", {}))
+
+
+PRUNED = """
+    method | {method[name]}, {method[pattern]}
+    allocation | {allocation[name]}
+    zeros in decoder matrices | {result.decoder_sparsity:.2%}
+    zeros in all parameters | {result.model_sparsity:.2%}
+    not pruned | {left}
+    planned memory | {plan[host_peak_bytes]:size}
+    weight files | {result.file_bytes:size}
+    calibration text | {text}
+    pruned matrices | {reach[pruned]:,} of {reach[matrices]:,}
+    fewest tokens of a matrix | {reach[fewest_tokens]:,}
+    experts without tokens, dense | {silent}
+    collapsed | {collapsed:words}
+"""
+
+
+def pruned(manifest: Manifest) -> list[Block]:
+    """How a model was pruned."""
+    own = {"left": not_pruned(manifest.left), "silent": silent_experts(manifest)}
+    shown = {**dict(manifest), **own, "text": _text_of_run(manifest)}
+    return [Table.about("pruned", PRUNED + COST, shown)]
+
+
+COUNTED = {
+    "parameters": "parameters",
+    "decoder layers": "decoder",
+    "attention": "attention",
+    "feed-forward": "ffn",
+    "experts": "experts",
+    "embeddings and head": "embeddings",
+    "KV cache, bytes per token": "kv_cache_bytes_per_token",
+    "weight files": "file_bytes",
+}
+"""The rows of a table that compares two models, and their fields of `Counts`."""
+
+
+def compared(title: str, before: Counts, after: Counts | None) -> Table:
+    """A model before and after a cut; `after` is None if it is known only during the run."""
+    rows = []
+    for name, key in COUNTED.items():
+        if then := getattr(before, key):
+            form = binary_size if key == "file_bytes" else "{:,}".format
+            now = getattr(after, key, None)
+            left = ("", "") if now is None else (form(now), f"{now / then:.1%}")
+            rows.append((name, form(then), *left))
+    return Table.of(title, ("", "before", "after", "left"), rows)
+
+
+STEPS = Columns("cut | chosen by | left of the decoder", "{step} | {by} | {left}", 2)
+CUT = """
+    time of a token before | {latency[milliseconds_before]:.2f} ms
+    time of a token after | {latency[milliseconds_after]:.2f} ms
+    measured with | {latency[dtype]}, {latency[threads]} threads, {latency[context_tokens]} tokens
+    calibration text | {text}
+    loads with | {loader}
+"""
+
+
+def cut(manifest: Manifest) -> list[Block]:
+    """What a cut removed in total and in each step, and what it took."""
+    structure = manifest.structure
+    assert structure is not None
+
+    def left(step: Mapping[str, Any]) -> str:
+        share = f"{step['decoder_after'] / max(step['decoder_before'], 1):.1%}"
+        return filled("{tokens_after:,} of {tokens_before:,} tokens", step) or share
+
+    loader = "secateur, or trust_remote_code" if structure.varied else "plain transformers"
+    own = {"latency": structure.latency, "text": _text_of_run(manifest), "loader": loader}
+    return [
+        compared("cut", structure.before, structure.after),
+        Table.of_records("steps", structure.steps, STEPS, left=left),
+        Table.about("", CUT + COST, {**dict(manifest), **own}),
+    ]
+
+
+TRAINED = """
+    text | {recipe[text]:words}
+    objective | {objective}
+    learning rate | {learning_rate:.2g} at most, {optimizer}
+    zeros in decoder matrices | {result[decoder_sparsity]:.2%}
+    validation perplexity | {result[perplexity_before]:.3f} → {result[perplexity_after]:.3f}
+    best weights | of step {result[best_step]}
+    read | {result[tokens]:,} tokens in {result[step]:,} steps
+    speed | {speed:,.0f} tokens/s
+"""
+
+
+def trained(training: Training) -> list[Block]:
+    """What a training read, and what it brought."""
+    speed = training.result["tokens"] / (training.cost.training_seconds or 1)
+    return [Table.about("trained", TRAINED + COST, {**dict(training), "speed": speed})]
+
+
+FORMATS = Columns(
+    "format | matrices | size | bits per weight | of bfloat16",
+    "{0[0]} | {0[1].matrices} | {0[1].bytes:size} | {0[1].bits_per_weight:.3f} | {0[1].ratio:.2%}",
+)
+PACKED = """
+    weight files before | {source_bytes:size}
+    as dense bfloat16 | {bfloat16_bytes:size}
+    weight files now | {file_bytes:size}, {ratio:.2%} of bfloat16
+    of them linear layers | {linears.bytes:size}, {linears.ratio:.2%} of bfloat16
+    calibration text | {text}
+    error of rounding | {rounding[mean_error]:.2g} of the linear layers' outputs, squared
+    learned | {learned}
+    loss of rounding | {lost:.2%} of the weights' norm
+    time | {seconds:.1f} s
+"""
+
+
+def packed(record: Compression) -> list[Block]:
+    """Sizes and formats of a compressed model."""
+    stored = {**record.formats}
+    if record.embeddings.matrices:
+        stored[f"embeddings {record.embedding_values}"] = record.embeddings
+    learned = record.rounding.get("distillation")
+    own = {
+        "text": text_of(record.rounding.get("calibration"), record.source),
+        "learned": filled(LEARNED, {**learned, "from": Path(learned["teacher"]).name})
+        if learned
+        else None,
+        "lost": record.value_error or None,
+    }
+    title = f"stored as ({record.sparsity:.2%} zeros in the linear layers)"
+    return [
+        Table.about("compressed", PACKED, {**dict(record), **own}),
+        Table.of_records(title, stored.items(), FORMATS),
+    ]
+
+
+LEARNED = (
+    "{tokens:,} tokens from {from}; distillation loss {loss_before:.4f} at first, {loss_after:.4f} "
+    "at last"
+)
+LAYERS = Columns(
+    "layer | matrices | zeros | patterns", "{0[0]} | {count} | {zeros:.2%} | {patterns}"
+)
+IMPORTED = """
+    kind of source | {kind}
+    matrices stored as | {stored}
+    zeros in the decoder's matrices | {zeros}
+    patterns | {patterns}
+    stayed dense | {dense}
+    stored without rounding | {exact}
+    masks | {masks[name]}
+    adapter | {adapter[name]} ({adapter[kind]})
+    not part of the model | {lost}
+    time | {seconds:.1f} s
+"""
+
+
+def imported(record: Import) -> list[Block]:
+    """Where the zeros of an imported model are."""
+    every = record.matrices
+    dense = [x.name for x in every if x.pattern == "dense"]
+    stored = [x for x in every if x.stored_as]
+    exact = sum(not x.rounded for x in stored)
+    own = {
+        "stored": _counted(str(x.stored_as) for x in stored) or "plain tensors",
+        "zeros": f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned",
+        "patterns": _counted(x.pattern for x in every),
+        "dense": _shortened(dense) if len(dense) < len(every) else None,
+        "exact": f"{exact} of {len(stored)} matrices" if stored else None,
+        "lost": _shortened(record.dropped),
+    }
+    layers: dict[int, list[ImportedMatrix]] = {}
+    for matrix in sorted(every, key=lambda x: layer_of(x.name)):
+        layers.setdefault(layer_of(matrix.name), []).append(matrix)
+    return [
+        Table.about("imported", IMPORTED, {**dict(record), **own}),
+        *(Line(f"note: {note}") for note in record.notes),
+        Table.of_records(
+            "decoder layers",
+            layers.items(),
+            LAYERS,
+            count=lambda x: len(x[1]),
+            zeros=lambda x: sum(m.zeros for m in x[1]) / sum(prod(m.shape) for m in x[1]),
+            patterns=lambda x: _counted(m.pattern for m in x[1]),
+        ),
+    ]
+
+
+# -- results -------------------------------------------------------------------------------------
 
 
 class CompressResult(Result, Compression):
@@ -69,49 +289,9 @@ class CompressResult(Result, Compression):
         """Number of parameters in the source's weight files."""
         return self.bfloat16_bytes // BFLOAT16_BYTES
 
-    @property
-    def learned(self) -> str | None:
-        """What the rounded model learned before it was packed, if it did."""
-        found = self.rounding.get("distillation")
-        return found and (
-            f"{found['tokens']:,} tokens from {Path(found['teacher']).name}; distillation loss "
-            f"{found['loss_before']:.4f} at first, {found['loss_after']:.4f} at last"
-        )
-
     def blocks(self) -> Sequence[Block]:
         """Sizes and formats, and where the result is."""
-        sizes = [
-            ("weight files before", binary_size(self.source_bytes), ""),
-            ("as dense bfloat16", binary_size(self.bfloat16_bytes), "100 %"),
-            ("weight files now", binary_size(self.file_bytes), f"{self.ratio:.2%}"),
-            ("of them linear layers", binary_size(self.linears.bytes), f"{self.linears.ratio:.2%}"),
-        ]
-        stored = {**self.formats}
-        if self.embeddings.matrices:
-            stored[f"embeddings {self.embedding_values}"] = self.embeddings
-        columns = ("format", "matrices", "size", "bits per weight", "of bfloat16")
-        formats = [
-            (n, str(x.matrices), binary_size(x.bytes), f"{x.bits_per_weight:.3f}", f"{x.ratio:.2%}")
-            for n, x in stored.items()
-        ]
-        error = self.rounding.get("mean_error")
-        lost, squared = "of the weights' norm", "of the linear layers' outputs, squared"
-        closing = [
-            ("calibration text", _text_of(self.rounding.get("calibration"), self.source)),
-            ("error of rounding", None if error is None else f"{error:.2g} {squared}"),
-            ("learned", self.learned),
-            ("loss of rounding", f"{self.value_error:.2%} {lost}" if self.value_error else None),
-            ("time", f"{self.seconds:.1f} s"),
-            ("output", str(self.output)),
-        ]
-        return [
-            Table.of("compressed", ("", "size", "of bfloat16"), sizes),
-            Table.of(
-                f"stored as ({self.sparsity:.2%} zeros in the linear layers)", columns, formats
-            ),
-            Table.facts("", closing),
-            *_commands(self.output),
-        ]
+        return [*packed(self), *_commands(self.output)]
 
 
 def stored_as(layout: Mapping[str, Any]) -> str:
@@ -140,14 +320,14 @@ class DecompressResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        rows = [
-            ("weight files before", binary_size(self.source_bytes)),
-            ("weight files now", binary_size(self.file_bytes)),
-            ("matrices unpacked", str(self.matrices)),
-            ("time", f"{self.seconds:.1f} s"),
-            ("output", str(self.output)),
-        ]
-        return [Table.facts("decompressed", rows)]
+        rows = """
+            weight files before | {source_bytes:size}
+            weight files now | {file_bytes:size}
+            matrices unpacked | {matrices}
+            time | {seconds:.1f} s
+            output | {output}
+        """
+        return [Table.about("decompressed", rows, self)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,8 +353,7 @@ class PruneResult(Result):
     def to_json(self) -> dict[str, Any]:
         """The folder and its manifest; for a loaded model sparsity, layers and what was left."""
         if self.manifest is None:
-            left = [one.to_json() for one in self.left]
-            layers = [layer.to_json() for layer in self.layers]
+            layers, left = ([one.to_json() for one in own] for own in (self.layers, self.left))
             return {"sparsity": self.sparsity, "layers": layers, "left": left}
         packed = {} if self.compression is None else {"compression": self.compression.to_json()}
         return {"output": str(self.output), **self.manifest.to_json(), **packed}
@@ -182,36 +361,10 @@ class PruneResult(Result):
     def blocks(self) -> Sequence[Block]:
         """One table, and the tables of the compression if there was one."""
         if self.manifest is None or self.output is None:
-            rows = [
-                ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
-                ("not pruned", not_pruned(self.left)),
-            ]
-            return [Table.facts("pruned in place", rows)]
-        manifest, method, cost = self.manifest, self.manifest.method, self.manifest.cost
-        reach, silent = manifest.reach, by_layer((manifest.experts or {}).get("silent", {}))
-        calibrated = None
-        if (fewest := reach.get("fewest_tokens")) is not None:
-            pruned = f"{reach['pruned']:,} of {reach['matrices']:,} matrices"
-            calibrated = f"{pruned}, with {fewest:,} tokens or more"
-        facts = [
-            ("method", f"{method['name']}, {method['pattern']}"),
-            ("allocation", manifest.allocation["name"]),
-            ("zeros in decoder matrices", f"{manifest.result.decoder_sparsity:.2%}"),
-            ("zeros in all parameters", f"{manifest.result.model_sparsity:.2%}"),
-            ("not pruned", not_pruned(self.left)),
-            ("time", f"{cost.seconds:.1f} s"),
-            ("peak memory", binary_size(cost.peak_resident_bytes)),
-            ("planned memory", binary_size(manifest.plan["host_peak_bytes"])),
-            ("weight files", binary_size(manifest.result.file_bytes)),
-            ("calibration text", _text_of(manifest.calibration, manifest.source.name)),
-            ("calibrated", calibrated),
-            ("experts without tokens", f"left dense: {silent}" if silent else None),
-            ("collapsed", ", ".join(manifest.collapsed) or None),
-            ("output", str(self.output)),
-        ]
-        if self.compression is not None:
-            return [Table.facts("pruned", facts), *self.compression.blocks()]
-        return [Table.facts("pruned", facts), *_commands(self.output, self.sparsity)]
+            rows = [("zeros in decoder matrices", f"{self.sparsity:.2%}")]
+            return [Table.facts("pruned in place", [*rows, ("not pruned", not_pruned(self.left))])]
+        following = self.compression.blocks() if self.compression else None
+        return [*pruned(self.manifest), *(following or _commands(self.output, self.sparsity))]
 
 
 class _WrittenModel(Result):
@@ -246,62 +399,12 @@ class StructureResult(_WrittenModel):
     def blocks(self) -> Sequence[Block]:
         """What the cut removed in total and in each step, and what to try next."""
         zeros = self.manifest.result.decoder_sparsity
-        tables = [self.removed(), self.steps(), self.cost()]
-        return [*tables, *_commands(self.output, zeros)]
-
-    def removed(self) -> Table:
-        """The model before and after."""
-        before, after, latency = self.structure.before, self.structure.after, self.structure.latency
-
-        def line(what: str, key: str) -> tuple[str, str, str, str]:
-            then, now = getattr(before, key), getattr(after, key)
-            return what, f"{then:,}", f"{now:,}", f"{_share(then, now):.1%}"
-
-        sizes = (before.file_bytes, after.file_bytes)
-        rows = [
-            line("parameters", "parameters"),
-            line("decoder layers", "decoder"),
-            line("attention", "attention"),
-            line("feed-forward", "ffn"),
-            *([line("experts", "experts")] if before.experts else []),
-            line("embeddings and head", "embeddings"),
-            line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
-            ("weight files", *map(binary_size, sizes), f"{_share(*sizes):.1%}"),
-        ]
-        if latency:
-            then, now = (latency[f"milliseconds_{when}"] for when in ("before", "after"))
-            left = f"{now / then:.1%}"
-            rows.append(("time per token, measured", f"{then:.2f} ms", f"{now:.2f} ms", left))
-        return Table.of("cut", ("", "before", "after", "left"), rows)
-
-    def steps(self) -> Table:
-        """The part of the decoder, or the tokens, that each step kept."""
-
-        def left(step: Mapping[str, Any]) -> str:
-            if "tokens_after" in step:
-                return f"{step['tokens_after']:,} of {step['tokens_before']:,} tokens"
-            return f"{_share(step['decoder_before'], step['decoder_after']):.1%}"
-
-        rows = [(x["step"], x["by"], left(x)) for x in self.structure.steps]
-        return Table.of("steps", ("cut", "chosen by", "left of the decoder"), rows, numbers=2)
-
-    def cost(self) -> Table:
-        """What reads the result, the cost of the cut, and the output folder."""
-        cost = self.manifest.cost
-        own = "secateur, or trust_remote_code"
-        rows = [
-            ("calibration text", _text_of(self.manifest.calibration, self.manifest.source.name)),
-            ("loads with", own if self.structure.varied else "plain transformers"),
-            ("time", f"{cost.seconds:.1f} s"),
-            ("peak memory", binary_size(cost.peak_resident_bytes)),
-            ("output", str(self.output)),
-        ]
-        return Table.facts("", rows)
+        return [*cut(self.manifest), *_commands(self.output, zeros)]
 
 
-def _share(before: int, after: int) -> float:
-    """The kept share of a number."""
-    return after / before if before else 1.0
+def _result(name: str, doc: str) -> property:
+    """A number of the result of a training."""
+    return property(lambda self: self.manifest.result[name], doc=doc)
 
 
 @dataclass(frozen=True, repr=False)
@@ -316,49 +419,15 @@ class TrainResult(_WrittenModel):
     output: Path
     manifest: Training
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros in the matrices of the decoder layers, counted in the files."""
-        return float(self.manifest.result["decoder_sparsity"])
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return int(self.manifest.result["step"])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the model read."""
-        return int(self.manifest.result["tokens"])
-
-    @property
-    def perplexity_before(self) -> float | None:
-        """Validation perplexity before the training; None without validation."""
-        return self.manifest.result["perplexity_before"]
-
-    @property
-    def perplexity_after(self) -> float | None:
-        """Validation perplexity of the weights that were kept."""
-        return self.manifest.result["perplexity_after"]
+    sparsity = _result("decoder_sparsity", "The fraction of zeros in the decoder's matrices.")
+    steps = _result("step", "Optimizer steps.")
+    tokens = _result("tokens", "Tokens that the model read.")
+    perplexity_before = _result("perplexity_before", "Of the validation windows; None without any.")
+    perplexity_after = _result("perplexity_after", "The same, of the weights that were kept.")
 
     def blocks(self) -> Sequence[Block]:
-        """One table."""
-        cost, change = self.manifest.cost, None
-        seconds = cost.training_seconds or 0.0
-        if self.perplexity_after is not None:
-            change = f"{self.perplexity_before:.3f} → {self.perplexity_after:.3f}"
-            change += f" at step {self.manifest.result['best_step']}"
-        rows = [
-            ("text", ", ".join(self.manifest.recipe.get("text", ())) or None),
-            ("objective", self.manifest.objective),
-            ("zeros in decoder matrices", f"{self.sparsity:.2%}"),
-            ("validation perplexity", change),
-            ("read", f"{self.tokens:,} tokens in {self.steps:,} steps"),
-            ("time", f"{seconds:.1f} s, {self.tokens / seconds:,.0f} tokens/s"),
-            ("peak memory", binary_size(cost.peak_resident_bytes)),
-            ("output", str(self.output)),
-        ]
-        return [Table.facts("trained", rows), *_commands(self.output, self.sparsity)]
+        """One table, and what to try next."""
+        return [*trained(self.manifest), *_commands(self.output, self.sparsity)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -375,23 +444,22 @@ class ChainResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """Sizes after each step, and where the result is."""
-        first = self.links[0]
-        rows = [
-            (
-                link.step,
-                f"{link.parameters:,}",
-                f"{link.kept:,}",
-                f"{link.kept / first.kept:.1%}",
-                binary_size(link.file_bytes),
-                f"{link.file_bytes / first.file_bytes:.1%}",
-                f"{link.seconds:.0f} s",
-            )
-            for link in self.links
-        ]
-        columns = ("after", "parameters", "not zero", "left", "weight files", "left", "time")
-        place, last = Table.facts("", [("output", str(self.output))]), self.links[-1]
-        following = _commands(self.output, None if last.step == "compress" else last.zeros)
-        return [Table.of("chain", columns, rows), place, *following]
+        first, last = self.links[0], self.links[-1]
+        table = Table.of_records(
+            "chain",
+            self.links,
+            LINKS,
+            left=lambda x: x.kept / first.kept,
+            size=lambda x: x.file_bytes / first.file_bytes,
+        )
+        return [table, *_commands(self.output, None if last.step == "compress" else last.zeros)]
+
+
+LINKS = Columns(
+    "after | parameters | not zero | left | weight files | left | time",
+    "{step} | {parameters:,} | {kept:,} | {left:.1%} | {file_bytes:size} | {size:.1%} | "
+    "{seconds:.0f} s",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -423,17 +491,15 @@ class ExportResult(Result):
     def blocks(self) -> Sequence[Block]:
         """One table, then the notes."""
         made = self.exported
-        types = ", ".join(f"{count} {name}" for name, count in sorted(made.types.items()))
-        share = made.zeros / made.weights if made.weights else 0.0
         rows = [
             ("files", ", ".join(str(self.output / name) for name in self.files)),
             ("size", binary_size(made.file_bytes)),
-            ("tensors", types),
-            ("zeros in the matrices", f"{share:.2%}"),
+            ("tensors", ", ".join(f"{n} {name}" for name, n in sorted(made.types.items()))),
+            ("zeros in the matrices", f"{made.zeros / max(made.weights, 1):.2%}"),
             ("zeros kept exactly", f"{made.zeros_kept:,} of {made.zeros:,}"),
             ("time", f"{self.seconds:.1f} s"),
+            *(("note", note) for note in made.notes),
         ]
-        rows += [("note", note) for note in made.notes]
         return [Table.facts(f"exported to {self.target}, {self.type}", rows)]
 
 
@@ -459,17 +525,12 @@ class ImportResult(Result):
     @property
     def patterns(self) -> dict[str, int]:
         """The number of matrices with each pattern; `dense` has no zeros worth mentioning."""
-        return dict(Counter(matrix.pattern for matrix in self.record.matrices).most_common())
+        return dict(Counter(x.pattern for x in self.record.matrices).most_common())
 
     @property
-    def dense(self) -> tuple[str, ...]:
-        """The matrices that have no zeros."""
-        return tuple(x.name for x in self.record.matrices if x.pattern == "dense")
-
-    @property
-    def rounded(self) -> tuple[str, ...]:
+    def rounded(self) -> list[str]:
         """The matrices whose exact values the dtype of the model cannot hold."""
-        return tuple(x.name for x in self.record.matrices if x.rounded)
+        return [x.name for x in self.record.matrices if x.rounded]
 
     def to_json(self) -> dict[str, Any]:
         """The folder and the record."""
@@ -478,59 +539,9 @@ class ImportResult(Result):
         own = {"output": str(self.output), "parameters": self.parameters}
         return {**own, "patterns": self.patterns, **record, **found}
 
-    def facts(self) -> list[tuple[str, str]]:
-        """What was found, as names and values."""
-        record, dense = self.record, self.dense
-        stored = Counter(x.stored_as for x in record.matrices if x.stored_as)
-        exact = sum(1 for x in record.matrices if x.stored_as and not x.rounded)
-        rounding = f"{exact} of {stored.total()} matrices" if stored else None
-        adapter = record.adapter
-        rows = [
-            ("kind of source", record.kind),
-            ("matrices stored as", _counted(stored) or "plain tensors"),
-            (
-                "zeros in the decoder's matrices",
-                f"{record.sparsity:.2%}" if record.sparsity else "none: nothing has been pruned",
-            ),
-            ("patterns", _counted(self.patterns)),
-            ("stayed dense", _shortened(dense) if len(dense) < len(record.matrices) else None),
-            ("stored without rounding", rounding),
-            ("masks", record.masks and record.masks["name"]),
-            ("adapter", adapter and f"{adapter['name']} ({adapter['kind']})"),
-            ("not part of the model", _shortened(record.dropped)),
-            *(("note", note) for note in record.notes),
-            ("time", f"{record.seconds:.1f} s"),
-        ]
-        return [(name, value) for name, value in rows if value is not None]
-
-    def layers(self) -> Table:
-        """A line for each decoder layer."""
-        by_layer: dict[int, list[ImportedMatrix]] = {}
-        for matrix in self.record.matrices:
-            by_layer.setdefault(layer_of(matrix.name), []).append(matrix)
-        rows = []
-        for index, matrices in sorted(by_layer.items()):
-            weights = sum(prod(x.shape) for x in matrices)
-            share = sum(x.zeros for x in matrices) / weights
-            found = _counted(Counter(x.pattern for x in matrices))
-            rows.append((str(index), str(len(matrices)), f"{share:.2%}", found))
-        return Table.of("decoder layers", ("layer", "matrices", "zeros", "patterns"), rows)
-
     def blocks(self) -> Sequence[Block]:
         """What was found, then all layers."""
-        following = _commands(self.output, self.sparsity)
-        return [Table.facts("imported", self.facts()), self.layers(), *following]
-
-
-def _counted(counts: dict[Any, int] | Counter[Any]) -> str:
-    """Words with their counts."""
-    return ", ".join(f"{count} {word}" for word, count in counts.items())
-
-
-def _shortened(names: Sequence[str], shown: int = 4) -> str | None:
-    """The number of names, and the first of them; None if there are none."""
-    more = ", …" if len(names) > shown else ""
-    return f"{len(names)}: {', '.join(names[:shown])}{more}" if names else None
+        return [*imported(self.record), *_commands(self.output, self.sparsity)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -565,18 +576,24 @@ class PushResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """What it is, the files, and for a dry run the card."""
-        rows = [
-            ("repository", f"{self.repo} ({'private' if self.private else 'public'})"),
-            ("branch", self.branch or "main"),
-            ("zeros in the decoder's matrices", f"{self.zeros:.2%}"),
-            ("size", binary_size(sum(self.files.values()))),
-            ("left out", ", ".join(self.left_out) or "nothing"),
-            *(("note", note) for note in self.notes),
-            ("sent", self.address or "nothing: this was a dry run"),
-        ]
+        rows = """
+            repository | {repo} ({kind})
+            branch | {on}
+            zeros in the decoder's matrices | {zeros:.2%}
+            size | {total:size}
+            left out | {left_out:words}
+            note | {notes}
+            sent | {sent}
+        """
+        own = {
+            "kind": "private" if self.private else "public",
+            "on": self.branch or "main",
+            "total": sum(self.files.values()),
+            "notes": "\n".join(self.notes),
+            "sent": self.address or "nothing: this was a dry run",
+        }
         files = [(name, f"{size:,}") for name, size in self.files.items()]
-        shown: list[Block] = [
-            Table.facts("published" if self.address else "would be published", rows),
-            Table.of("files", ("name", "bytes"), files),
-        ]
-        return shown if self.address else [*shown, Line(self.card)]
+        title = "published" if self.address else "would be published"
+        card = [] if self.address else [Line(self.card)]
+        about = Table.about(title, rows, {**vars(self), **own})
+        return [about, Table.of("files", ("name", "bytes"), files), *card]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.engine.plan_memory import PrunePlan
+from secateur.reporting.models import compared
 from secateur.reporting.tables import (
     Block,
+    Columns,
     Line,
     Result,
     Table,
@@ -50,53 +52,61 @@ class PlanResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        return {
-            **self.plan.to_json(),
-            "activations": self.activations,
-            "processes": self.processes,
-        }
+        own = {"activations": self.activations, "processes": self.processes}
+        return {**self.plan.to_json(), **own}
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        plan, sizes = self.plan, self.plan.sizes
-        out, columns = plan.solve_shape
-        rows: list[tuple[str, str | None]] = [
-            ("decoder layers", f"{plan.num_hidden_layers}"),
-            ("weights that can be pruned", f"{plan.prunable_weights:,}"),
-            ("not pruned", not_pruned(plan.left)),
-            ("calibration tokens", f"{plan.calibration_tokens:,}"),
-            ("work", f"{plan.flops / 1e12:.1f} TFLOP"),
-            ("time on this machine", time_range(*plan.seconds) if plan.seconds else None),
-            ("disk", binary_size(plan.disk_bytes)),
-            ("memory: the program itself", binary_size(sizes["process"])),
-            ("memory: one decoder layer", binary_size(sizes["layer"])),
-            (f"memory: hidden states (in {self.activations})", binary_size(sizes["activation"])),
-            ("memory: forwards", binary_size(sizes["forward"] + sizes["waiting"])),
-            ("memory: statistics and solver", binary_size(sizes["solve"])),
-        ]
-        learning = "one layer or the head" if plan.sweep_windows else "the whole model"
-        optional = {
-            "memory: the model, generating windows": sizes["writing"],
-            f"memory: {learning}, distilled": sizes["distilling"],
+        plan = self.plan
+        values = {
+            "plan": plan,
+            "activations": self.activations,
+            "left": not_pruned(plan.left),
+            "time": plan.seconds and time_range(*plan.seconds),
+            "work": plan.flops / 1e12,
+            "forwards": plan.sizes["forward"] + plan.sizes["waiting"],
+            "solved": plan.solve_shape if plan.solve_shape[0] else None,
+            "writing": plan.sizes["writing"] or None,
+            "distilling": plan.sizes["distilling"] or None,
+            "learning": "one layer or the head" if plan.sweep_windows else "the whole model",
+            "usual": plan.peak_bytes - plan.fallback_bytes if plan.fallback_bytes else None,
+            **_peaks(plan.on_gpu, plan.peak_bytes, plan.host_peak_bytes),
         }
-        fallback = plan.fallback_bytes
-        usual = binary_size(plan.peak_bytes - fallback) if fallback else None
-        rows += [
-            ("  the linear layer that takes most", f"{out} x {columns}" if out else None),
-            *((name, binary_size(size)) for name, size in optional.items() if size),
-            (_peak(plan.on_gpu), binary_size(plan.peak_bytes)),
-            ("  if float32 can factorise every gram, as usual", usual),
-            (HOST_PEAK, binary_size(plan.host_peak_bytes) if plan.on_gpu else None),
-        ]
         several = f" of one of {self.processes} processes" if self.processes > 1 else ""
-        return [Table.of(f"plan{several}", ("", ""), rows)]
+        return [Table.about(f"plan{several}", PLAN + PEAKS + USUAL, values)]
 
 
-HOST_PEAK = "peak memory of the host"
+PLAN = """
+    decoder layers | {plan.num_hidden_layers}
+    weights that can be pruned | {plan.prunable_weights:,}
+    not pruned | {left}
+    calibration tokens | {plan.calibration_tokens:,}
+    work | {work:.1f} TFLOP
+    time on this machine | {time}
+    disk | {plan.disk_bytes:size}
+    memory: the program itself | {plan.sizes[process]:size}
+    memory: one decoder layer | {plan.sizes[layer]:size}
+    memory: hidden states (in {activations}) | {plan.sizes[activation]:size}
+    memory: forwards | {forwards:size}
+    memory: statistics and solver | {plan.sizes[solve]:size}
+    the linear layer that takes most | {solved[0]} x {solved[1]}
+    memory: the model, generating windows | {writing:size}
+    memory: {learning}, distilled | {distilling:size}
+"""
+USUAL = "if float32 can factorise every gram, as usual | {usual:size}"
+PEAKS = """
+    peak memory< of the {device}> | {peak:size}
+    peak memory of the host | {host:size}
+"""
 
 
-def _peak(on_gpu: bool) -> str:
-    return "peak memory of the GPU" if on_gpu else "peak memory"
+def _peaks(on_gpu: bool, peak: int, host_peak: int) -> dict[str, Any]:
+    """The values of `PEAKS`."""
+    return {
+        "device": "GPU" if on_gpu else None,
+        "peak": peak,
+        "host": host_peak if on_gpu else None,
+    }
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,26 +134,18 @@ class CutPlanResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """A table of sizes, and one of what the run needs."""
-        before, after = self.before, self.after
-
-        def line(what: str, key: str) -> tuple[str, str, str]:
-            return what, f"{getattr(before, key):,}", f"{getattr(after, key):,}" if after else ""
-
-        sizes = binary_size(before.file_bytes), binary_size(after.file_bytes) if after else ""
-        rows = [
-            line("parameters", "parameters"),
-            line("decoder layers", "decoder"),
-            line("KV cache, bytes per token", "kv_cache_bytes_per_token"),
-            ("weight files", *sizes),
+        peaks = _peaks(self.plan.on_gpu, self.plan.peak_bytes, 0) if self.plan else {}
+        needs = {**vars(self), **peaks, "host": None}
+        return [
+            compared("plan of the cut", self.before, self.after),
+            Table.about("", NEEDS + PEAKS, needs),
         ]
-        plan = self.plan
-        peak = f"{_peak(bool(plan and plan.on_gpu))}, heads and neurons"
-        needs = [
-            ("steps", ", ".join(self.steps)),
-            ("sizes are known during the run", ", ".join(self.unknown) or None),
-            (peak, binary_size(plan.peak_bytes) if plan else None),
-        ]
-        return [Table.of("plan of the cut", ("", "before", "after"), rows), Table.facts("", needs)]
+
+
+NEEDS = """
+    steps | {steps:words}
+    sizes are known during the run | {unknown:words}
+"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,20 +178,23 @@ class TrainPlanResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-        length = f"{self.steps:,} steps, {self.tokens:,} tokens" if self.steps else ""
+        memory = self.memory
         parts = ("process", "weights", "optimizer", "forward", "logits", "teacher", "masks")
-        rows = [
-            ("objective", self.objective),
-            ("text", self.text),
-            ("windows", f"{self.windows:,} of {self.sequence_length} tokens"),
-            ("validation windows", f"{self.validation_windows:,}"),
-            ("length", length or f"{self.minutes:g} minutes"),
-            ("disk", binary_size(self.disk_bytes)),
-            *((f"memory: {x}", binary_size(self.memory[x])) for x in parts if self.memory[x]),
-            (_peak(bool(self.memory["on_gpu"])), binary_size(self.memory["peak"])),
-            (HOST_PEAK, binary_size(self.memory["host_peak"]) if self.memory["on_gpu"] else None),
-        ]
-        return [Table.facts("plan of the training", rows)]
+        sizes = "".join(f"\n memory: {x} | {{memory[{x}]:size}}" for x in parts if memory[x])
+        peaks = _peaks(bool(memory["on_gpu"]), memory["peak"], memory["host_peak"])
+        rows = f"{TRAINING}{sizes}{PEAKS}"
+        return [Table.about("plan of the training", rows, {**vars(self), **peaks})]
+
+
+TRAINING = """
+    objective | {objective}
+    text | {text}
+    windows | {windows:,} of {sequence_length} tokens
+    validation windows | {validation_windows:,}
+    steps | {steps:,}
+    tokens | {tokens:,}
+    length | {minutes:g} minutes
+    disk | {disk_bytes:size}"""
 
 
 @dataclass(frozen=True)
@@ -227,23 +232,19 @@ class ChainPlanResult(Result):
 
     def blocks(self) -> Sequence[Block]:
         """One table."""
-
-        def row(step: ChainPlanStep) -> dict[str, str | None]:
-            size, peak = step.file_bytes, step.peak_bytes
-            return {
-                "after": step.step,
-                "parameters": "" if step.parameters is None else f"{step.parameters:,}",
-                "weights": "" if size is None else binary_size(size),
-                "peak memory": None if peak is None else binary_size(peak),
-                "time": time_range(*step.seconds) if step.seconds else None,
-            }
-
+        time = {"time": lambda x: x.seconds and time_range(*x.seconds)}
         unknown = [f"{one.step}: {one.unknown}" for one in self.steps if one.unknown]
         return [
-            Table.of_records("plan of the chain", [row(step) for step in self.steps]),
+            Table.of_records("plan of the chain", self.steps, STEPS, **time),
             Line("A step after the first is planned on the source, which is no smaller.", "dim"),
             *map(Line, unknown),
         ]
+
+
+STEPS = Columns(
+    "after | parameters | weights | peak memory | time",
+    "{step} | {parameters:,} | {file_bytes:size} | {peak_bytes:size} | {time}",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,16 +275,19 @@ class FitPlanResult(Result):
         zeros = ", ".join(dict.fromkeys(share for share, _ in parts if share))
         return f"{values}; each with {zeros} of zeros or none" if zeros else values
 
-    def blocks(self) -> Sequence[Block]:
-        """A table of bounds, and one of the search."""
-        bounds = [(name, *values) for name, values in self.bounds.items()]
-        rows = [
-            ("weight files now", binary_size(self.file_bytes)),
+    def search(self) -> list[tuple[str, str]]:
+        """Rows of the table about the search."""
+        return [
             ("linear layers", f"{self.linears:,}"),
             ("formats of each", self.shown_formats),
             ("healing", f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"),
             ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
         ]
+
+    def blocks(self) -> Sequence[Block]:
+        """A table of bounds, and one of the search."""
+        bounds = [(name, *values) for name, values in self.bounds.items()]
+        rows = [("weight files now", binary_size(self.file_bytes)), *self.search()]
         return [
             Table.of("bounds of the fit", ("bound", "given", "nearest possible"), bounds),
             Table.facts("", rows),

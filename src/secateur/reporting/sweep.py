@@ -1,12 +1,11 @@
-"""What `sweep` returns: perplexity against sparsity, as tables, JSON, Markdown and CSV."""
+"""What `sweep` returns: perplexity against sparsity."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from secateur.reporting.tables import (
     Table,
     bare_name,
     binary_size,
-    markdown_table,
-    percent,
+    filled,
+    markdown,
 )
-from secateur.runs.records.measured import Sweep, SweepPoint
+from secateur.runs.records.measured import Sweep
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,106 +37,62 @@ class SweepResult(Result):
     sweep: Sweep
     folder: Path
 
+    dense = property(attrgetter("sweep.dense.perplexity"), doc="Of the dense model, by text.")
+    points = property(
+        attrgetter("sweep.points"), doc="The pruned models, in the order of the plan."
+    )
+    failures = property(attrgetter("sweep.failures"), doc="The points that failed, and why.")
+
     @property
     def texts(self) -> list[str]:
         """The texts that the models were evaluated on."""
-        return list(self.dense)
-
-    @property
-    def points(self) -> Sequence[SweepPoint]:
-        """The pruned models, in the order of the plan."""
-        return self.sweep.points
-
-    @property
-    def failures(self) -> Sequence[dict[str, Any]]:
-        """The points that failed, and the reasons."""
-        return self.sweep.failures
-
-    @property
-    def dense(self) -> dict[str, float]:
-        """The perplexity of the dense model, by text."""
-        return self.sweep.dense.perplexity
+        return [*self.dense]
 
     def to_json(self) -> dict[str, Any]:
         """The content of `sweep.json`."""
         return self.sweep.to_json()
 
+    def tables(self) -> list[Block]:
+        """The table, and what failed; in brackets the excess loss."""
+        dense = ("dense", "", "", *(f"{x:.2f}" for x in self.dense.values()), "", "")
+        columns = ("method", "pattern", "zeros", *map(bare_name, self.texts), "time", "peak memory")
+        rows = [
+            (
+                *(point.method, point.pattern, f"{point.zeros:.2%}"),
+                *(f"{point.perplexity[t]:.2f} ({point.excess[t]:.3f})" for t in self.texts),
+                *(f"{point.seconds:.0f} s", binary_size(point.peak_resident_bytes)),
+            )
+            for point in self.points
+        ]
+        failed = "failed: {method} {pattern} {sparsity:g}: {what}< ({where})>"
+        return [
+            Table.of(self.sweep.model, columns, [dense, *rows], numbers=2),
+            Line("in brackets: ln(perplexity) − ln(dense perplexity), nats per token", "dim"),
+            *(Line(filled(failed, one) or "", "red") for one in self.failures),
+        ]
+
     def blocks(self) -> Sequence[Block]:
         """The table, failures, and where the files are."""
-        failures = [
-            f"failed: {x['method']} {x['pattern']} {x['sparsity']:g}: {x['what']}"
-            + (f" ({x['where']})" if x["where"] else "")
-            for x in self.failures
-        ]
-        return [
-            Table.of(self.sweep.model, self.columns, self.rows(), numbers=2),
-            Line("in brackets: ln(perplexity) − ln(dense perplexity), nats per token", style="dim"),
-            *(Line(failure, style="red") for failure in failures),
-            Line(f"sweep.json, .md, .csv, .png and .svg are in {self.folder}"),
-            *after_a_sweep(self.folder, self.sweep),
-        ]
-
-    def rows(self) -> list[list[str]]:
-        """Table rows for people: method, pattern, zeros, then each text, seconds and memory."""
-        cells = (f"{self.dense[text]:.2f}" for text in self.texts)
-        dense = ["dense", "", "", *cells, "", ""]
-        return [dense, *(self.row(point) for point in self.points)]
-
-    def row(self, point: SweepPoint) -> list[str]:
-        """One row of that table; in brackets the excess loss."""
-        cells = (f"{point.perplexity[t]:.2f} ({point.excess[t]:.3f})" for t in self.texts)
-        size = binary_size(point.peak_resident_bytes)
-        zeros = percent(point.zeros, 2)
-        return [point.method, point.pattern, zeros, *cells, f"{point.seconds:.0f} s", size]
-
-    @property
-    def columns(self) -> list[str]:
-        """The column names of that table."""
-        return ["method", "pattern", "zeros", *map(bare_name, self.texts), "time", "peak memory"]
+        files = Line(f"sweep.json, .md, .png and .svg are in {self.folder}")
+        return [*self.tables(), files, *after_a_sweep(self.folder, self.sweep)]
 
     def markdown(self) -> str:
-        """The table with its conditions and explanations, in Markdown."""
+        """The table with its conditions, in Markdown."""
+        protocols = [
+            f"Perplexity on {bare_name(text)}, protocol `{protocol_id('ppl', protocol)}`: "
+            + ", ".join(f"{key} {value}" for key, value in protocol.items())
+            for text, protocol in self.sweep.protocol.items()
+        ]
+        windows = "Calibration: {samples} windows of {sequence_length} tokens of {source}."
+        machine = "Measured on {cpu}, {threads} threads, torch {torch}."
         lines = [
             f"# {bare_name(self.sweep.model)}: perplexity against sparsity",
-            "",
-            "Made by `secateur sweep`. In brackets the excess loss, ln(perplexity) − ln(dense "
-            "perplexity), in nats per token.",
-            "",
-            markdown_table(self.columns, self.rows(), range(2, len(self.columns))),
-            "",
+            markdown(self.tables()),
+            *protocols,
+            filled(windows, self.sweep.calibration or {}),
+            filled(machine, self.sweep.environment),
         ]
-        for failure in self.failures:
-            lines += [f"- failed: {failure['method']}, {failure['pattern']}: {failure['what']}", ""]
-        for text in self.texts:
-            name = protocol_id("ppl", self.sweep.protocol[text])
-            protocol = ", ".join(f"{k} {v}" for k, v in self.sweep.protocol[text].items())
-            lines += [f"Perplexity on {bare_name(text)}, protocol `{name}`: {protocol}.", ""]
-        if self.sweep.calibration:
-            windows = self.sweep.calibration
-            lines += [
-                f"Calibration: {windows['samples']} windows of {windows['sequence_length']} tokens "
-                f"of {windows['source']}, the same for all points.",
-                "",
-            ]
-        machine = self.sweep.environment
-        lines.append(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}.")
-        return "\n".join(lines) + "\n"
-
-    def csv(self) -> str:
-        """One line per point, with unrounded numbers, as CSV."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        cells = [name for t in self.texts for name in (f"perplexity {t}", f"excess {t}")]
-        head = ["method", "pattern", "sparsity", "zeros", *cells, "seconds", "peak_resident_bytes"]
-        writer.writerow(head)
-        dense = [value for text in self.texts for value in (self.dense[text], 0.0)]
-        writer.writerow(["dense", "", 0.0, "", *dense, "", ""])
-        for p in self.points:
-            own = [value for text in self.texts for value in (p.perplexity[text], p.excess[text])]
-            writer.writerow(
-                [p.method, p.pattern, p.sparsity, p.zeros, *own, p.seconds, p.peak_resident_bytes]
-            )
-        return stream.getvalue()
+        return "\n\n".join(filter(None, lines)) + "\n"
 
     def curve_points(self, name: str = "") -> list[CurvePoint]:
         """The points as marks of a chart; `name` distinguishes them from those of other sweeps."""

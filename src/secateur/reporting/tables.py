@@ -1,18 +1,31 @@
 """Results: data for programs, and tables and lines for people.
 
-A result consists of blocks: tables and lines. `_print_blocks` writes them to a terminal with
-colours, `plain_text` returns them as text. Numbers and names have the same form
-everywhere.
+A result consists of blocks: tables and lines. The same blocks are shown on a terminal
+(`Result.show`), as text (`plain_text`), as HTML (`html`) and in model cards (`markdown`).
+
+A table about records is a text with the fields of the record, as `str.format` takes them:
+
+    weight files | {file_bytes:size}
+    loss | {loss:.4f}< ± {standard_error:.4f}>
+    teacher | {rounding[teacher]}
+
+- `|` stands between label and value, and between the columns of `Table.of_records`.
+- `:size` writes bytes as `binary_size`, `:words` joins a list by commas, `:lines` leaves empty
+  lines out.
+- A row is left out if one of its fields is None, missing or an empty text or list; a part in `<>`
+  is left out alone.
+- A field that the record does not have is a function of the record, given by name.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from string import Formatter
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pydantic_core import to_jsonable_python
 
@@ -28,6 +41,78 @@ PLAIN_WIDTH = 100
 
 NARROWEST_COLUMN = 7
 """Characters of a column with its frame. A narrower terminal wraps a table, which hides no cell."""
+
+
+class _UnknownFieldError(Exception):
+    """A field of a template has no value."""
+
+
+class _Template(Formatter):
+    """The form of one value; see the head of this module."""
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        [record] = args
+        if key in kwargs:
+            return kwargs[str(key)](record)
+        if isinstance(key, int):
+            return record
+        return record[key] if isinstance(record, Mapping) else getattr(record, key)
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            found, key = super().get_field(field_name, args, kwargs)
+        except (KeyError, TypeError):  # a key that is not there, or a part of None
+            found, key = None, ""
+        if found is None or (isinstance(found, str | list | tuple | dict) and not found):
+            raise _UnknownFieldError
+        return found, key
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec == "words":
+            return ", ".join(map(str, value))
+        if format_spec == "lines":
+            return without_blank_lines(value)
+        return binary_size(value) if format_spec == "size" else format(value, format_spec)
+
+
+def filled(template: str, record: Any, **more: Callable[[Any], Any]) -> str | None:
+    """A text with the fields of a record; None if one of them has no value.
+
+    Args:
+        template: the text; see the head of this module.
+        record: an object or a mapping.
+        **more: functions of the record, for fields that it does not have.
+
+    Example:
+        >>> from secateur.reporting.tables import filled
+        >>> filled("{a:.1f}< ± {b:.2f}>", {"a": 1, "b": 0.5}), filled("{c}", {})
+        ('1.0 ± 0.50', None)
+    """
+    head, _, after = template.partition("<")
+    part, _, rest = after.partition(">")
+    try:
+        text = _Template().vformat(head, (record,), more)
+        if part:
+            text += (filled(part, record, **more) or "") + (filled(rest, record, **more) or "")
+    except _UnknownFieldError:
+        return None
+    return text
+
+
+def _parts(text: str) -> list[str]:
+    """The texts between the bars of a line."""
+    return [part.strip() for part in text.split("|")]
+
+
+class Columns(NamedTuple):
+    """The columns of a table about records: names, and the cells of a row, with `|` between them.
+
+    Numbers begin at the column `numbers`, counted from 0.
+    """
+
+    names: str
+    row: str
+    numbers: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,16 +148,34 @@ class Table:
 
     @classmethod
     def of_records(
-        cls, title: str, rows: Sequence[Mapping[str, str | None]], numbers: int = 1
+        cls, title: str, records: Iterable[Any], columns: Columns, **more: Callable[[Any], Any]
     ) -> Table:
-        """Make a table from rows of columns and cells; a column without any cell is left out."""
-        columns = [x for x in (rows[0] if rows else ()) if any(row[x] is not None for row in rows)]
-        return cls.of(title, columns, [[row[x] or "" for x in columns] for row in rows], numbers)
+        """A table with a row for each record; a column that no record fills is left out.
+
+        Args:
+            title: text above the table.
+            records: the records.
+            columns: the columns.
+            **more: functions of a record, for fields that it does not have.
+        """
+        names, row, numbers = columns
+        cells = [[filled(cell, one, **more) for cell in _parts(row)] for one in records]
+        found = zip(_parts(names), zip(*cells, strict=True), strict=True) if cells else ()
+        shown = [(name, own) for name, own in found if any(x is not None for x in own)]
+        left = {*_parts(names)[:numbers]}
+        rows = zip(*([x or "" for x in own] for _, own in shown), strict=True)
+        return cls.of(title, [n for n, _ in shown], rows, sum(n in left for n, _ in shown))
 
     @classmethod
     def facts(cls, title: str, rows: Iterable[tuple[str, str | None]]) -> Table:
-        """A table of names and values, without a head."""
+        """A table of names and values, without a head; a row without a value is left out."""
         return cls.of(title, ("", ""), rows, numbers=2)
+
+    @classmethod
+    def about(cls, title: str, rows: str, record: Any) -> Table:
+        """A table of what a record holds, without a head; see the head of this module."""
+        parts = (_parts(row) for row in rows.splitlines() if row.strip())
+        return cls.of(title, ("", ""), [[filled(x, record) for x in row] for row in parts], 2)
 
     def renderable(self) -> Any:
         """The table as an object of rich."""
@@ -184,16 +287,6 @@ def html(blocks: Iterable[Block]) -> str:
 def markdown(blocks: Iterable[Block]) -> str:
     """Blocks in Markdown, with an empty line between them."""
     return "\n\n".join(x.text if isinstance(x, Line) else x.markdown() for x in blocks)
-
-
-def markdown_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: range = range(0)
-) -> str:
-    """A table in Markdown; columns with a number in `numbers` align right. Bars are escaped."""
-    head = "|" + "|".join(f" {column} " if column else " " for column in columns) + "|"
-    rule = "".join("---:|" if index in numbers else "---|" for index in range(len(columns)))
-    cells = ((cell.replace("|", "\\|") for cell in row) for row in rows)
-    return "\n".join([head, f"|{rule}", *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> list[Block]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib
 import json
 import logging
@@ -28,13 +27,12 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
-from secateur.progress import Progress, Silent
+from secateur.runs.identity import refuse_another
 from secateur.runs.output import (
     UNFINISHED,
     cannot_write,
@@ -429,133 +427,6 @@ def has_ended(error: BaseException) -> bool:
     return isinstance(error, MemoryBudgetError) and (
         has_ended(cause) if isinstance(cause, SecateurError) else cause is not None
     )
-
-
-BLOCK_BYTES = 2**22
-LONGEST = 120
-"""The most characters of a value that an error shows."""
-
-
-def file_digests(files: Iterable[Path], progress: Progress | None = None) -> dict[str, str]:
-    """SHA-256 of files by name, because the inputs of a stopped run must not change.
-
-    Args:
-        files: to read.
-        progress: receives the steps, each a block of 4 MiB.
-    """
-    files, progress = list(files), progress or Silent()
-    blocks = sum(-(-file.stat().st_size // BLOCK_BYTES) for file in files)
-    progress.start("SHA-256 of source", max(1, blocks))
-    found = {}
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(BLOCK_BYTES):
-                digest.update(block)
-                progress.step(note=file.name)
-        found[file.name] = digest.hexdigest()
-    progress.finish()
-    return found
-
-
-def content_of(path: str) -> Any:
-    """A file or folder as an identity holds it: by its content. Any other name stays a name.
-
-    Args:
-        path: as the user spelled it, for messages.
-    """
-    place = Path(path).expanduser()
-    if not place.exists():
-        return path
-    files = sorted(file for file in place.rglob("*") if file.is_file()) or [place]
-    lines = [f"{file.relative_to(place)} {file_digests([file])[file.name]}" for file in files]
-    return {SPELLED: path, CONTENT: hashlib.sha256("\n".join(lines).encode()).hexdigest()}
-
-
-SPELLED, CONTENT = "spelled", "sha256"
-"""The entries of a file in an identity."""
-
-
-def what_counts(value: Any) -> Any:
-    """An identity without how its files are spelled."""
-    if isinstance(value, Mapping):
-        kept = {key: what_counts(x) for key, x in value.items()}
-        return kept[CONTENT] if kept.keys() == {SPELLED, CONTENT} else kept
-    return [*map(what_counts, value)] if isinstance(value, list | tuple) else value
-
-
-def read_alike(before: Any, now: Any, *, finished: bool = False) -> bool:
-    """Whether two identities are of one run, which may spell its files in different ways.
-
-    Args:
-        before: an identity, or a part of it.
-        now: the same part of the other one.
-        finished: whether the run is finished. A stopped one has kept what it read, so a file of the
-            same name is the same to it.
-    """
-    files = [isinstance(x, Mapping) and x.keys() == {SPELLED, CONTENT} for x in (before, now)]
-    if any(files):
-        named = [x[SPELLED] if file else x for x, file in zip((before, now), files, strict=True)]
-        by_name = named[0] == named[1] and not (finished and all(files))
-        return by_name or bool(what_counts(before) == what_counts(now))
-    alike = partial(read_alike, finished=finished)
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return all(alike(before.get(key), now.get(key)) for key in before.keys() | now.keys())
-    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
-        return len(before) == len(now) and all(map(alike, before, now))
-    return bool(before == now)
-
-
-def refuse_another(
-    before: Mapping[str, Any], now: Mapping[str, Any], where: Path, *, finished: bool = False
-) -> None:
-    """Refuse to resume a different run.
-
-    Args:
-        before: the identity that the earlier run stored.
-        now: the identity of the run that would resume it.
-        where: the earlier run.
-        finished: whether it is finished; otherwise it was stopped.
-
-    Raises:
-        RecipeError: the identities differ; lists the differences.
-    """
-    now = json.loads(json.dumps(now))
-    differing = _differing(before, now, finished=finished)
-    if not differing:
-        return
-    raise RecipeError(
-        f"the {'finished' if finished else 'stopped'} run was a different one "
-        f"({'; '.join(_difference(key, before.get(key), now.get(key)) for key in differing)})",
-        where=str(where),
-        remedy="choose another --output, or replace the result with --overwrite"
-        if finished
-        else "repeat the options of the first call, or start anew with --restart",
-    )
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool) -> list[str]:
-    """The entries in which two identities differ; arguments as of `read_alike`."""
-    alike = partial(read_alike, finished=finished)
-    keys = before.keys() | now.keys()
-    return sorted(key for key in keys if not alike(before.get(key), now.get(key)))
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """The difference between one part of two identities."""
-    before, now = (x[SPELLED] if isinstance(x, dict) and SPELLED in x else x for x in (before, now))
-    if before == now:
-        return f"{key}: the content of {now} has changed"
-    if isinstance(before, list) and isinstance(now, list) and dict in map(type, before + now):
-        before, now = ({str(n): x for n, x in enumerate(one, 1)} for one in (before, now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = (
-            _difference(k, before.get(k), now.get(k))
-            for k in _differing(before, now, finished=True)
-        )
-        return f"{key}: {', '.join(inner)}"
-    line = f"{key}: {before!r} then, {now!r} now"
-    return line if len(line) <= 2 * LONGEST else f"{key} has changed"
 
 
 def _module(name: str) -> Any:

@@ -43,7 +43,8 @@ from secateur.reporting.plan import (
     TrainPlanResult,
 )
 from secateur.runs import records
-from secateur.runs.folder import NOTES, STATE, check_output, read_alike, refuse_another
+from secateur.runs.folder import NOTES, STATE, check_output
+from secateur.runs.identity import differences, refuse_another
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.steps.runner import (
@@ -232,7 +233,7 @@ class ChainSteps(Step[Any, ChainResult]):
                 labelled = Labelled(progress, f"{step.number}/{len(self.steps)} {step.verb}")
                 if not made.exists():
                     before_it = begun[step.number - 1 :][:1]
-                    another = bool(before_it) and not read_alike(before_it, [step.options])
+                    another = bool(before_it) and bool(differences(before_it, [step.options]))
                     begun = [*begun[: step.number - 1], step.options]
                     write_json(folder.work / BEGUN, begun)
                     outer = replace(self.run, progress=labelled)

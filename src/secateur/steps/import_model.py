@@ -25,7 +25,7 @@ from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card
 from secateur.reporting.models import ImportResult
 from secateur.runs.environment import Meter, environment
-from secateur.runs.folder import file_digests
+from secateur.runs.identity import file_digests
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import (
     MANIFEST_VERSION,
@@ -86,7 +86,7 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
         write_text(folder.notes / "import.yaml", dump_recipe(recipe))
         result = ImportResult(folder.output, record, audit.parameters)
         place = recipe.output or folder.output
-        write_text(made / "README.md", import_card(result, source.folder, place))
+        write_text(made / "README.md", import_card(record, source.folder, place))
         return result
 
 

@@ -109,7 +109,6 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
         result, folder = SweepResult(sweep, run.place), run.folder.model
         write_json(folder / SWEEP, sweep.to_json())
         write_text(folder / "sweep.md", result.markdown())
-        write_text(folder / "sweep.csv", result.csv())
         charts = curve_charts(result.curve_points())
         if charts:  # a chart needs two points
             save_plots(charts, folder / "sweep")

@@ -7,17 +7,15 @@ documents it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from secateur.errors import CheckpointError
-from secateur.runs.output import write_json, write_record
-from secateur.runs.records.base import PartialRecord, Record
+from secateur.runs.output import write_json, write_record, writing
+from secateur.runs.records.base import PartialRecord, Record, read_record
 
 Severity = Literal["error", "warning", "note"]
 """An error means that the model is not what it claims to be, or does not work."""
@@ -372,9 +370,6 @@ class GenerationRecord(Measurement):
         }
 
 
-AnyResult = TypeVar("AnyResult", bound=Measurement)
-
-
 class EvaluationRecord(Record):
     """The whole file, or the results of one call."""
 
@@ -388,49 +383,35 @@ class EvaluationRecord(Record):
     @property
     def results(self) -> list[Measurement]:
         """All results of all kinds."""
-        return [*self.perplexity, *self.divergence, *self.tasks, *self.generation]
+        return [one for kind in KINDS for one in getattr(self, kind)]
 
     def after(self, earlier: EvaluationRecord) -> EvaluationRecord:
         """These results, and earlier ones that were not measured again."""
-        return EvaluationRecord(
-            model=self.model,
-            perplexity=_merged(earlier.perplexity, self.perplexity),
-            divergence=_merged(earlier.divergence, self.divergence),
-            tasks=_merged(earlier.tasks, self.tasks),
-            generation=_merged(earlier.generation, self.generation),
-        )
+
+        def merged(kind: str) -> list[Any]:
+            found: dict[tuple[str, ...], Any] = {one.key: one for one in getattr(earlier, kind)}
+            for one in getattr(self, kind):
+                found[one.key] = one.after(found[one.key]) if one.key in found else one
+            return [*found.values()]
+
+        return self.model_copy(update={kind: merged(kind) for kind in KINDS})
 
     def inherited(self) -> EvaluationRecord:
         """The same results for another model with the same weights, each marked as inherited."""
 
-        def marked(results: Sequence[AnyResult]) -> list[AnyResult]:
-            return [
-                one.model_copy(update={"inherited_from": one.inherited_from or self.model})
-                for one in results
-            ]
+        def marked(one: Measurement) -> Measurement:
+            return one.model_copy(update={"inherited_from": one.inherited_from or self.model})
 
-        return EvaluationRecord(
-            model=self.model,
-            perplexity=marked(self.perplexity),
-            divergence=marked(self.divergence),
-            tasks=marked(self.tasks),
-            generation=marked(self.generation),
-        )
+        return self.model_copy(update={x: [*map(marked, getattr(self, x))] for x in KINDS})
 
     def save(self, file: Path) -> None:
         """Write the file in one step: an interrupted write keeps the old file.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            SecateurError: the file cannot be written.
         """
-        try:
+        with writing(file):
             write_json(file, self.to_json())
-        except OSError as error:
-            raise CheckpointError(
-                f"the evaluation cannot be written: {error}",
-                where=str(file),
-                remedy="name a file in a folder that exists and can be written (--output)",
-            ) from error
 
     def add_to(self, file: Path) -> None:
         """Add these results to a model's file, which need not exist yet; see `write_record`.
@@ -442,37 +423,13 @@ class EvaluationRecord(Record):
         write_record(file, whole.to_json())
 
 
-def _merged(earlier: Sequence[AnyResult], newer: Sequence[AnyResult]) -> list[AnyResult]:
-    """Earlier results, replaced where the key is the same, followed by the new ones."""
-    found: dict[tuple[str, ...], Any] = {one.key: one for one in earlier}
-    for one in newer:
-        found[one.key] = one.after(found[one.key]) if one.key in found else one
-    return list(found.values())
+KINDS = ("perplexity", "divergence", "tasks", "generation")
+"""The kinds of results in `EvaluationRecord`."""
 
 
 def read_evaluation(file: Path) -> EvaluationRecord:
-    """Read and check the file.
-
-    Raises:
-        CheckpointError: the file cannot be read, or has another schema; lists every fault.
-    """
-    remedy = "move the file away and run `secateur evaluate` again"
-    try:
-        return EvaluationRecord.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        faults = [
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
-            for fault in error.errors()
-        ]
-        raise CheckpointError(
-            f"the evaluation does not have the schema {SCHEMA}:\n    " + "\n    ".join(faults),
-            where=str(file),
-            remedy=remedy,
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the evaluation cannot be read: {error}", where=str(file), remedy=remedy
-        ) from error
+    """Read and check the file; raises as `read_record`."""
+    return read_record(EvaluationRecord, file)
 
 
 PointKey = tuple[str, str, float]
