@@ -12,8 +12,7 @@ from report_page.test_report import Page
 from reporting.examples import write_draft, write_fit, write_full_run
 from secateur.errors import CheckpointError
 from secateur.report_page.report import report
-from secateur.reporting.fit import FitPoint, FitResult
-from secateur.reporting.tables import Table
+from secateur.reporting.fit import FitResult
 from secateur.runs.records import read_record
 
 
@@ -57,21 +56,6 @@ def test_the_chart_of_a_fit_shows_every_finalist(tmp_path: Path) -> None:
     }
     assert shown == {(x.file_bytes / 2**20, x.last) for x in result.finalists}
     assert len(shown) == 5
-
-
-def test_predictions_that_print_alike_are_shown_once(tmp_path: Path) -> None:
-    result = read_record(FitResult, write_fit(tmp_path / "small") / "secateur" / "fit.json")
-    sizes = [(60.1, 0.5), (60.2, 0.3), (70.0, 0.00021), (80.0, 0.00019), (90.0, 0.00018)]
-    points = [
-        FitPoint(name, round(size * 2**20), rise)
-        for name in ("all formats", "only rounded") for size, rise in sizes
-    ]  # fmt: skip
-    [table] = [
-        x for x in result.model_copy(update={"frontier": tuple(points)}).blocks()
-        if isinstance(x, Table) and x.title.startswith("predicted")
-    ]  # fmt: skip
-    assert table.columns == ("size", "all formats", "only rounded")
-    assert table.rows == (("60 MiB", "0.3000", "0.3000"), ("70 MiB", "0.0002", "0.0002"))
 
 
 def test_a_broken_bound_is_said(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ RESULTS = {
     ),
     "train": (
         TrainResult(Path("out"), TRAINING),
-        "30.000 → 20.000 at step 9",
+        "30.000 → 20.000",
     ),
     "compress": (
         PACKED,

@@ -114,7 +114,7 @@ def work_in(folder: Path) -> dict[str, str]:
 def holder(sources: Path) -> Iterator[subprocess.Popen[str]]:
     """A process whose runs wait at their first step; see `holder.py`."""
     here = Path(__file__).parent
-    paths = [str(here.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(here.parent / "support"), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(here / "holder.py"), str(sources)]
     with subprocess.Popen(
