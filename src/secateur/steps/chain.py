@@ -43,8 +43,7 @@ from secateur.reporting.plan import (
     TrainPlanResult,
 )
 from secateur.runs import records
-from secateur.runs.folder import NOTES, STATE, check_output
-from secateur.runs.identity import differences, refuse_another
+from secateur.runs.folder import NOTES, STATE, check_output, differences, refuse_another
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.steps.runner import (

@@ -25,7 +25,7 @@ from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card
 from secateur.reporting.models import ImportResult
 from secateur.runs.environment import Meter, environment
-from secateur.runs.identity import file_digests
+from secateur.runs.folder import file_digests
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import (
     MANIFEST_VERSION,

@@ -55,8 +55,7 @@ from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
 from secateur.reporting.tables import Result
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, STATE, Ledger, RunFolder
-from secateur.runs.identity import file_digests
+from secateur.runs.folder import NOTES, STATE, Ledger, RunFolder, file_digests
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import (
     MANIFEST_VERSION,

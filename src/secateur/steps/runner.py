@@ -27,8 +27,7 @@ from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import parts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
-from secateur.runs.folder import RunFolder
-from secateur.runs.identity import content_of, file_digests
+from secateur.runs.folder import RunFolder, content_of, file_digests
 from secateur.runs.output import check_free
 
 if TYPE_CHECKING:

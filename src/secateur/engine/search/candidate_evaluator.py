@@ -27,8 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.progress import Progress
-from secateur.runs.folder import Ledger
-from secateur.runs.identity import refuse_another
+from secateur.runs.folder import Ledger, refuse_another
 from secateur.sparsity.evolution import Candidate
 
 WINDOW_TOKENS = 512
