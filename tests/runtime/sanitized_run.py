@@ -16,7 +16,7 @@ from runtime.packed_examples import LAYOUTS, SMALL_GRIDS, packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
 from secateur.quantization.groups import GROUPS, Scales
-from secateur.runtime import kv_cache
+from secateur.runtime import decode as kv_cache
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import pack_bits

@@ -224,7 +224,7 @@ def misplace(folder: Path) -> None:
         (remove_from_index, SECOND_FILE),
         (misplace, "'bias'"),
         (lambda f: (f / "secateur.safetensors.index.json").write_text("{"), "index.json"),
-        (lambda f: shutil.copy(f / FIRST_FILE, f / SECOND_FILE), FIRST_FILE),
+        (lambda f: shutil.copy(f / FIRST_FILE, f / SECOND_FILE), SECOND_FILE),
     ],
 )
 def test_folders_that_are_not_whole_are_refused(tmp_path: Path, damage, why: str) -> None:

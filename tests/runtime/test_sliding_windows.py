@@ -22,7 +22,7 @@ from secateur.errors import ShapeError
 from secateur.models.counting import counted
 from secateur.models.shape import CHUNK_TOKENS, TILE, held_positions, memory_with
 from secateur.recipes.deploy import Sampling
-from secateur.runtime import kv_cache
+from secateur.runtime import decode as kv_cache
 from secateur.runtime.decode import Decoder, KeyValueCache, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.layer_forms import why_not

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation.task_rows import write_rows
+from task_rows import write_task
 from tiny import tiny_tokenizer
 
 import secateur
@@ -19,7 +19,7 @@ from secateur.recipes.deploy import ServeRecipe
 from secateur.serving.serve import prepare
 from serving.conftest import Running
 
-NAMES = ["piqa", "arc_easy", "lambada"]
+NAMES = ["piqa", "arc_easy", "lambada_openai"]
 
 
 @pytest.fixture(scope="module", params=["learned", "packed", "start"])
@@ -47,8 +47,8 @@ def ours(
     """Rows of some tasks, and the scores and log-likelihoods of the loaded model."""
     rows = tmp_path_factory.mktemp("rows")
     for name in NAMES:
-        write_rows(rows, name, 6)
-    prepared = prepare_tasks(NAMES, source=str(rows))
+        write_task(rows, name)
+    prepared = prepare_tasks(NAMES, folder=str(rows))
     scores = run_tasks(secateur.load(folder), load_tokenizer(folder), prepared, None)
     return rows, scores, {one.name: [r.resps[0] for r in one.task.instances] for one in prepared}
 
@@ -83,7 +83,7 @@ def test_lm_eval_finds_our_numbers(
     if start and options.get("tokenized_requests") is False:
         pytest.skip("the server adds the start token, and lm-eval does not count it")
     rows, scores, answers = ours
-    again = prepare_tasks(NAMES, source=str(rows))
+    again = prepare_tasks(NAMES, folder=str(rows))
     with quiet_harness():
         asking = LocalCompletionsAPI(
             base_url=f"{running.url}/v1/completions", model=running.serving.service.name,

@@ -18,7 +18,7 @@ from torch import Tensor
 import secateur
 from runtime.packed_models import packed_model, settled
 from secateur.recipes.deploy import Sampling
-from secateur.runtime import kv_cache as caches
+from secateur.runtime import decode as caches
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
