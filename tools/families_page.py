@@ -76,15 +76,15 @@ def page() -> Iterator[str]:
     yield ""
     yield (
         f"Tests build {len(zoo.ZOO)} tiny models from the configurations of transformers. Every "
-        "yes on this page is such a test. `python tools/families_page.py` writes the page from "
+        "entry of this page is such a test. `python tools/families_page.py` writes the page from "
         "`tests/support/zoo.py` and the declarations in `src/secateur/models/families`."
     )
     yield ""
-    yield "- **50 %, 2:4**: pruned by Wanda (mixtures by magnitude) with zeros counted by hand,"
-    yield "  saved, loaded by plain transformers; it generates the same with and without a cache."
-    yield "- **layers, KV groups, FFN, hidden, experts**: the cut model computes what the uncut one"
-    yield "  computes with the same units switched off, and transformers loads it. An empty place"
-    yield "  says that no test shows it."
+    yield "- **pruned**, all but one of the last section: to 50 % and 2:4 by Wanda (mixtures by"
+    yield "  magnitude), zeros counted by hand, saved, loaded by plain transformers; the model"
+    yield "  generates the same with and without a cache."
+    yield "- **cut**: the cut model computes what the uncut one computes with the same units switched"
+    yield "  off, and transformers loads it."
     yield "- **packing**: `secateur compress` packs it, and what `secateur.load` loads computes the"
     yield "  same."
     yield "- **fast decoding**: one call of Secateur's kernels computes a token, and one a prompt."
@@ -97,24 +97,20 @@ def page() -> Iterator[str]:
     yield "on every decoder whose layers are made of linear layers, `structure` removes whole"
     yield "layers, and what cannot be done is refused with the reason."
     yield ""
-    for title, names, said in KINDS:
+    for title, kinds, said in KINDS:
         yield f"## {title}"
         yield ""
         yield said
         yield ""
-        rows = [row(name) for kind in names for name in getattr(zoo, kind)]
-        yield from table(columns(title), sorted(row[: len(columns(title))] for row in rows))
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in sorted(name for kind in kinds for name in getattr(zoo, kind)):
+            alike.setdefault(abilities(name), []).append(f"`{name}`")
+        columns = ("models", "cut", "packing", "fast decoding", "GGUF")
+        yield from table(columns, ((", ".join(names), *can) for can, names in alike.items()))
     yield from reasons()
 
 
-def columns(title: str) -> tuple[str, ...]:
-    """The columns of the table of one kind; mixtures have experts besides."""
-    cut = ("layers", "KV groups", "FFN", "hidden")
-    found = ("model", "family", "50 %, 2:4", *cut, "packing", "fast decoding", "GGUF")
-    return (*found, "experts") if title.startswith(("Mixtures", "Models that see")) else found
-
-
-def row(name: str) -> tuple[str, ...]:
+def abilities(name: str) -> tuple[str, ...]:
     """What works with a model of the zoo."""
     import zoo
 
@@ -123,15 +119,13 @@ def row(name: str) -> tuple[str, ...]:
 
     family, model_type = declared(name)
     can = cuts(name, family)
+    words = {"layers": "layers", "groups": "KV groups", "neurons": "FFN", "hidden": "hidden"}
+    cut = [word for kind, word in words.items() if kind in can]
     return (
-        f"`{name}`",
-        family_name(family),
-        NO if name in zoo.NOT_RUN else YES,
-        *(YES if kind in can else NO for kind in ("layers", "groups", "neurons", "hidden")),
+        ", ".join([*cut, *(["experts"] if name in zoo.WITH_EXPERTS else [])]),
         NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
         YES if model_type in FORMS else NO,
         YES if model_type in LLAMA_CPP_FAMILIES else NO,
-        YES if name in zoo.WITH_EXPERTS else NO,
     )
 
 
@@ -147,13 +141,6 @@ def declared(name: str) -> tuple[Any, str]:
             if part.model_type in families[each].model_types:
                 return families[each], config.model_type
     return None, config.model_type
-
-
-def family_name(family: Any) -> str:
-    """The name of a family; generic without one."""
-    from secateur.models.architecture import families
-
-    return next((name for name in families if families[name] is family), "generic")
 
 
 def cuts(name: str, family: Any) -> Iterable[str]:

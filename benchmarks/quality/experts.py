@@ -162,8 +162,8 @@ def by_kind(losses: Tensor) -> dict[str, float]:
     return {k: float(x.mean()) for k, x in zip(KINDS, losses.chunk(len(KINDS)), strict=True)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in the documentation: a line for each model and number of experts."""
+def kept(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A line for each model and number of experts."""
     names = ("reap", "frequency", "merge", "random")
     columns = ["balanced over", "seed", "dense", "experts kept", *names, "frequency - REAP"]
     lines = []
@@ -176,7 +176,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 *(f"{found[name]['loss']:.3f}" for name in names),
                 f"{gap['above_reap']:+.3f} ± {gap['error']:.3f}",
             ])  # fmt: skip
-    return markdown(columns, lines)
+    return columns, lines
+
+
+TABLES = {"kept": kept}
 
 
 def main() -> None:
@@ -201,7 +204,7 @@ def main() -> None:
                 row = measured(setup, seed, args.work)
                 print(row, flush=True)
                 add("experts", protocol, row)
-    print(table(known_rows("experts", protocol)))
+    print(markdown(*kept(known_rows("experts", protocol))))
 
 
 if __name__ == "__main__":

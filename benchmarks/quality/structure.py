@@ -140,19 +140,46 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Perplexity and excess by row and level."""
-    dense = next(r["perplexity"] for r in rows if r["row"] == "dense")
+SHOWN = {
+    "`--keep-parameters`, `balanced`": "width, balanced",
+    "`--keep-parameters`, `best`": "width, best",
+    "`--ffn … --whole-first 3 --whole-last 1`, `balanced`": "middle, balanced",
+    "`--keep-layers`, `balanced`": "depth, influence, refitted",
+    "a third by `--keep-layers`, the rest by `--keep-parameters`": "mixed, balanced",
+    "`--hidden-size`, `balanced`": "hidden, refitted",
+}
+"""The rows of the page on cuts, by the options that make them."""
+
+
+def excess(rows: list[dict[str, Any]], name: str, level: float) -> float | None:
+    """The loss of a cut above the dense model, in nats for a token."""
+    found = {(r["row"], r["level"]): math.log(r["perplexity"]) for r in rows}
+    return found[name, level] - found["dense", 0.0] if (name, level) in found else None
+
+
+def cuts(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The excess loss of each kind of cut, by the share of the decoder that went."""
+    lines = [
+        [shown, *("" if x is None else f"{x:.3f}" for x in (excess(rows, name, y) for y in LEVELS))]
+        for shown, name in SHOWN.items()
+    ]
+    return ["decoder parameters removed", *(f"{level:.0%}" for level in LEVELS)], lines
+
+
+def refits(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The excess loss of a cut, and of the same cut with a refit."""
+    kinds = {"layers, by influence": "depth, influence", "layers, by greedy removal": "depth, greedy",
+             "channels": "hidden"}  # fmt: skip
     lines = []
-    for name in [n for n in ROWS if any(r["row"] == n for r in rows)]:
-        cells = []
-        for level in LEVELS:
-            found = [r for r in rows if (r["row"], r["level"]) == (name, level)]
-            cells += [
-                f"{r['perplexity']:.2f} ({math.log(r['perplexity'] / dense):.3f})" for r in found
-            ] or [""]
-        lines.append([name, *cells])
-    return markdown(["", *(f"{level:.0%}" for level in LEVELS)], lines)
+    for shown, name in kinds.items():
+        both = [[excess(rows, x, y) for x in (name, f"{name}, refitted")] for y in LEVELS]
+        pairs = ("" if one is None or other is None else f"{one:.3f} → {other:.3f}"
+                 for one, other in both)  # fmt: skip
+        lines.append([shown, *pairs])
+    return ["decoder parameters removed", *(f"{level:.0%}" for level in LEVELS)], lines
+
+
+TABLES = {"cuts": cuts, "refits": refits}
 
 
 def main() -> None:
@@ -180,7 +207,7 @@ def main() -> None:
             found = measured(args, row, level)
             add("structure", protocol, found)
             print(found, flush=True)
-    print(table(known_rows("structure")))
+    print(markdown(*cuts(known_rows("structure"))))
 
 
 if __name__ == "__main__":

@@ -170,24 +170,29 @@ def write_windows(args: argparse.Namespace) -> None:
     print(f"the dense model is in {folder}")
 
 
+NAMES = {
+    "slicegpt": "SliceGPT", "shortgpt": "ShortGPT", "sleb": "SLEB", "flap": "FLAP",
+    "llm-pruner": "LLM-Pruner", "osscar-heads": "OSSCAR, KV groups and neurons",
+    "osscar": "OSSCAR, neurons",
+}  # fmt: skip
+
+
+def excess(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The excess loss of each published code, by the share of the decoder that went."""
+    levels = sorted({r["level"] for r in rows if r["level"]})
+    found = {(r["row"], r["level"]): r["excess"]["WikiText-2"] for r in rows}
+    lines = [[shown, *(f"{found[x, y]:.3f}" for y in levels)] for x, shown in NAMES.items()]
+    return ["published code", *(f"{level:.0%}" for level in levels)], lines
+
+
+TABLES = {"excess": excess}
+
+
 def table(_: argparse.Namespace) -> None:
-    """One line a rival and level."""
+    """Print the table."""
     from benchmarks.hardware import markdown
 
-    rows = known_rows(STORED)
-    texts = [*dict.fromkeys(text for r in rows for text in r["perplexity"])]
-    lines = []
-    for r in rows:
-        cells = [
-            f"{r['perplexity'][t]:.2f} ({r['excess'].get(t, math.nan):.3f})"
-            if t in r["perplexity"]
-            else ""
-            for t in texts
-        ]
-        sizes = [f"{100 * r['level']:.0f} %", f"{r['removed']:,}", f"{100 * r['fraction']:.2f} %"]
-        cutting = "" if r["seconds"] is None else f"{r['seconds']:.0f} s"
-        lines.append([r["row"], *sizes, *cells, cutting])
-    print(markdown(["", "level", "removed", "of decoder", *texts, "cutting"], lines))
+    print(markdown(*excess(known_rows(STORED))))
 
 
 def main() -> None:

@@ -207,28 +207,26 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """All that ran."""
+def speeds(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """How much faster each engine runs cuts of width and of depth than the uncut model."""
+    kinds = ("uncut", "width", "depth")
+    found = {(r["engine"], r["cut"]): r for r in rows}
+    engines = list(dict.fromkeys(engine for engine, _ in found))
     lines = []
-    for row in rows:
-        if "tokens_per_second_ratio" not in row:
-            continue
-        lines.append(
-            [
-                row["engine"],
-                row["cut"],
-                f"{row['decoder_left']:.1%}",
-                f"{row['parameters_left']:.1%}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['tokens_per_second_ratio']:.2f}",
-                f"{row['prompt_tokens_per_second']:.0f}",
-                f"{row['prompt_tokens_per_second_ratio']:.2f}",
-                f"{row['resident_bytes'] / 2**20:.0f} MiB",
-                f"{row['file_bytes'] / 2**20:.0f} MiB",
-            ]
-        )
-    columns = ["engine", "cut", "decoder left", "of all parameters", "decode, tokens/s", "times"]
-    return markdown([*columns, "prompt, tokens/s", "times", "memory", "files"], lines)
+    for cut in dict.fromkeys(cut for _, cut in found if cut.startswith(kinds)):
+        own = [found[engine, cut] for engine in engines]
+        shares = [f"{own[0][key]:.0%}" for key in ("decoder_left", "parameters_left")]
+        cells = [
+            f"{row[f'{key}_ratio']:.2f}"
+            for row in own
+            for key in ("tokens_per_second", "prompt_tokens_per_second")
+        ]
+        lines.append([cut.partition(",")[0], *shares, *cells])
+    columns = [f"{engine}: {what}" for engine in engines for what in ("decode", "prompt")]
+    return ["cut", "decoder left", "of all parameters", *columns], lines
+
+
+TABLES = {"speeds": speeds}
 
 
 def main() -> None:
@@ -261,7 +259,7 @@ def main() -> None:
             rows += measured(name, made[dtype], args)
             keep(args.name, protocol, rows)
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    print(table(rows))
+    print(markdown(*speeds(rows)))
 
 
 if __name__ == "__main__":

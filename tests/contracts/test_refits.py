@@ -141,7 +141,7 @@ def test_what_is_no_number_is_refused(solver):
     prepared = solver.prepare({"gram": torch.eye(4)})
     with pytest.raises(NumericalError, match="infinite values or NaN"):
         solver.solve(weight, prepared, weight > 0)
-    with pytest.raises(NumericalError, match="every calibration input of this linear is zero"):
+    with pytest.raises(NumericalError, match="is zero"):
         solver.prepare({"gram": torch.zeros(4, 4)})
     gram = torch.eye(4)
     gram[2, 2] = float("inf")

@@ -179,7 +179,7 @@ def test_real_kernels_and_loops_are_timed(tmp_path: Path) -> None:
 
 
 def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureError, match="its type is not one of llama"):
+    with pytest.raises(ArchitectureError, match="llama"):
         time_matrices(
             transformers.GPT2Config(), SHAPES, [], Silent(), file=tmp_path / "t.json",
             timer=scripted,

@@ -126,14 +126,14 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureError, match="its type is not one of llama"):
+    with pytest.raises(ArchitectureError, match="llama"):
         time_tokens(
             transformers.GPT2Config(),
             [WeightFormat("bf16", 0.0)],
             Silent(),
             file=tmp_path / "t.json",
         )
-    with pytest.raises(ArchitectureError, match="its activation is gelu"):
+    with pytest.raises(ArchitectureError, match="gelu"):
         time_tokens(
             config(hidden_act="gelu"),
             [WeightFormat("bf16", 0.0)],

@@ -165,7 +165,7 @@ def test_groups_out_of_range_are_refused(tmp_path: Path) -> None:
         "weight": torch.ones(2, 4, dtype=torch.int8), "weight_scale": torch.ones(2, 2),
         "weight_g_idx": torch.tensor([0, 1, 2, 0], dtype=torch.int32),
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match="names a group that is not one of 2"):
+    with pytest.raises(CheckpointError, match="one of 2"):
         read(tmp_path, parts, {"quant_method": "compressed-tensors"}).read("layer.weight")
 
 
@@ -181,7 +181,7 @@ def test_what_a_plain_model_cannot_express_is_refused(tmp_path: Path) -> None:
 def test_a_weight_and_its_parts_at_once_are_refused(tmp_path: Path) -> None:
     parts, described = golden("sparse-bitmask")
     parts["weight"] = torch.ones(64, 128)
-    with pytest.raises(CheckpointError, match="and so is its bitmask"):
+    with pytest.raises(CheckpointError, match="bitmask"):
         read(tmp_path, parts, described["config"])
 
 

@@ -205,7 +205,7 @@ def test_other_layouts_of_integers_are_refused(
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
 def test_a_form_that_no_matrix_has_is_refused(method: str, tmp_path: Path) -> None:
     quantization = {"quant_method": method, "bits": 4}
-    with pytest.raises(CheckpointError, match="no matrix is stored so"):
+    with pytest.raises(CheckpointError, match="no matrix"):
         open_weights(one_matrix(tmp_path / "m", quantization, a__weight=torch.zeros(2, 2)))
 
 
@@ -349,7 +349,7 @@ def test_keeping_the_format_is_refused_where_it_means_nothing(tmp_path: Path) ->
             tmp_path / "dense", output=tmp_path / "x", calibration=text, keep_format=True, **PRUNED
         )
     folder = in_float8(tmp_path / "m", "qwen3")
-    with pytest.raises(RecipeError, match="distillation changes all weights"):
+    with pytest.raises(RecipeError, match="distillation"):
         secateur.prune(
             folder,
             output=tmp_path / "x",
@@ -358,7 +358,7 @@ def test_keeping_the_format_is_refused_where_it_means_nothing(tmp_path: Path) ->
             distill_epochs=1,
             **PRUNED,
         )
-    with pytest.raises(RecipeError, match="both say how the weights are stored"):
+    with pytest.raises(RecipeError, match="keep_format"):
         secateur.prune(
             folder,
             output=tmp_path / "x",

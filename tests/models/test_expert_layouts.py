@@ -272,7 +272,7 @@ def test_experts_stored_in_another_form_are_refused(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.gate_up_proj"
     tensors[name] = tensors[name].transpose(1, 2).contiguous()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="stored in another form"):
+    with pytest.raises(CheckpointError, match="another form"):
         secateur.prune(source, output=tmp_path / "out", method="magnitude", sparsity=0.5)
 
 

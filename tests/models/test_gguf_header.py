@@ -40,7 +40,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     for length in (0, 3, 8, 20, 100, 500, len(whole) - 200):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="GGUF file cannot be read") as raised:
+        with pytest.raises(CheckpointError, match="cannot be read") as raised:
             read_gguf_header(tmp_path / "cut.gguf")
         assert raised.value.where == str(tmp_path / "cut.gguf")
 

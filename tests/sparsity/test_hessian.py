@@ -64,7 +64,7 @@ def test_ill_conditioned_gram_is_taken_to_float64():
 def test_singular_gram_without_damping_is_an_error(part):
     x = torch.ones(50, 6)
     statistics = {"gram": x.t() @ x}
-    with pytest.raises(NumericalError, match="more calibration tokens, or a larger damping"):
+    with pytest.raises(NumericalError, match="larger damping"):
         part.prepare(statistics) if isinstance(part, OBS) else part(torch.ones(2, 6), statistics)
 
 
@@ -77,7 +77,7 @@ def test_gram_that_overflowed_is_an_error(bad):
 
 
 def test_linear_that_saw_no_token_is_an_error():
-    with pytest.raises(NumericalError, match="every calibration input of this linear is zero"):
+    with pytest.raises(NumericalError, match="is zero"):
         OBS().prepare({"gram": torch.zeros(4, 4)})
 
 

@@ -66,7 +66,7 @@ def test_all_faults_are_reported_at_once() -> None:
 def test_layers_whose_index_scales_their_attention_are_not_cut() -> None:
     model = tiny_model("gpt2")
     model.config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(ArchitectureError, match="scaled by the index"):
+    with pytest.raises(ArchitectureError, match="index"):
         cut_model(model, Cut(layers=(0, 2)))
 
 
@@ -81,7 +81,7 @@ def test_json_gives_the_cut_back(name: str) -> None:
     [{"layers": "all"}, {"layers": [0.5]}, {"groups": [1]}, {"groups": {"x": [1]}}, {"heads": {}}],
 )
 def test_json_of_something_else_is_refused(record: Any) -> None:
-    with pytest.raises(RecipeError, match="does not describe a cut"):
+    with pytest.raises(RecipeError, match="a cut"):
         Cut.from_json(record)
 
 

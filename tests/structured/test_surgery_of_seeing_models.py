@@ -84,7 +84,7 @@ def test_layers_with_other_numbers_of_heads_in_a_group_keep_them() -> None:
     entries = config.to_dict()
     entries["text_config"] |= {"per_layer_config": {"0": {"num_attention_heads": 6}}}
     model = class_of(config).from_config(type(config).from_dict(entries))
-    with pytest.raises(ArchitectureError, match="layers have 2 or 3 query heads in a KV group"):
+    with pytest.raises(ArchitectureError, match="2 or 3"):
         cut_quietly(model, Cut(groups={0: (1,)}))
 
 
@@ -92,5 +92,5 @@ def test_what_a_model_that_sees_cannot_lose() -> None:
     model = tiny_model("qwen3_vl")
     with pytest.raises(ArchitectureError, match="decoder"):
         cut_quietly(model, Cut(neurons={0: (1, 2)}))
-    with pytest.raises(ArchitectureError, match="dimensions of this parameter are not declared"):
+    with pytest.raises(ArchitectureError, match="not declared"):
         cut_quietly(model, Cut(hidden=tuple(range(16))))

@@ -156,7 +156,7 @@ def test_copies_of_the_tables_lose_the_same_rows(tmp_path: Path) -> None:
 
 def test_too_small_a_size_is_refused(tmp_path: Path) -> None:
     source = model_with(tmp_path / "m", "byte-level")
-    with pytest.raises(RecipeError, match="259 tokens have to stay") as caught:
+    with pytest.raises(RecipeError, match="259 tokens") as caught:
         trim(source, tmp_path / "out", vocabulary_size=200)
     assert "at least 259" in str(caught.value)
     with pytest.raises(RecipeError, match="keeps 5000"):
@@ -267,7 +267,7 @@ def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
     source = model_with(tmp_path / "m", "byte-level")
     with pytest.raises(RecipeError, match="windows"):
         secateur.structure(source, output=tmp_path / "out", vocabulary="x.safetensors")
-    with pytest.raises(RecipeError, match="windows of token ids"):
+    with pytest.raises(RecipeError, match="windows"):
         trim(source, tmp_path / "out", keep_layers=2, calibration="x.safetensors")
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +283,7 @@ def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_tokenizers_are_refused(model: Any) -> None:
-    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         pieces_of({"model": model}, "here").always()
 
 
