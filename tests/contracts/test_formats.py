@@ -236,11 +236,7 @@ def test_integers_refuse_what_is_not_finite(name, pattern, odd, stored):
 def test_weights_too_large_for_float16_are_refused(name, pattern):
     weight = sparse_matrix((4, 96), 0.5, pattern, torch.bfloat16)
     weight[tuple(weight.nonzero()[0])] = 1e5
-<<<<<<< HEAD
     with pytest.raises(NumericalError, match="float16"):
-=======
-    with pytest.raises(NumericalError, match=r"1 of 384.*float16"):
->>>>>>> 0ca6fdfa (Pages of structure, experts, patterns and families: what to run, tables from results, limits; tests name values, not sentences)
         formats[name].pack(weight, Layout(name, "float16", (4, 96), pattern))
 
 
@@ -322,11 +318,7 @@ def test_bit_streams_and_exponents_that_do_not_fit_are_refused(name, pattern, st
     for exponent in (-128, -127, 118, 127):
         wrong = parts["weight_exponent"].clone()
         wrong[1] = exponent
-<<<<<<< HEAD
         with pytest.raises(CheckpointError, match="1 of 3"):
-=======
-        with pytest.raises(CheckpointError, match="-126 to 117"):
->>>>>>> 0ca6fdfa (Pages of structure, experts, patterns and families: what to run, tables from results, limits; tests name values, not sentences)
             formats[name].check({**parts, "weight_exponent": wrong}, layout)
     for exponent in (-126, 117):
         wrong = parts["weight_exponent"].clone()
@@ -369,11 +361,7 @@ def test_a_mask_that_needs_another_number_of_bytes_is_refused(stored):
     for change, why in ((0b1, "keeps 15"), (0b111, "keeps 13"), (0b11111, "keeps 11")):
         mask = parts["bitmask"].clone()
         mask[0, 0] ^= change
-<<<<<<< HEAD
         with pytest.raises(CheckpointError, match=f"{why}|bits|bytes"):
-=======
-        with pytest.raises(CheckpointError, match=f"{why}|[13] bits|bytes"):
->>>>>>> 0ca6fdfa (Pages of structure, experts, patterns and families: what to run, tables from results, limits; tests name values, not sentences)
             formats["bitmask"].check({**parts, "bitmask": mask}, layout)
     long = torch.zeros(80, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="of 80"):
