@@ -14,7 +14,7 @@ from trained import source_text
 from secateur.engine.prepared import choose_plan, prepare
 from secateur.errors import RecipeError
 from secateur.models.sources import resolve
-from secateur.parallel.ranks import ALONE, Alone, micro_batches, owners, rows_of
+from secateur.parallel.ranks import ALONE, Ranks, micro_batches, owners, rows_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 
@@ -70,9 +70,7 @@ def test_the_first_process_has_the_host_to_itself_when_it_distills(
     free = SimpleNamespace(available=16 * 2**30, total=16 * 2**30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     monkeypatch.setattr("secateur.engine.plan_memory.distilling_bytes", lambda *_: 10 * 2**30)
-    several = Alone()
-    several.count = several.here = 2
-    for ranks in (ALONE, several):
+    for ranks in (ALONE, Ranks(count=2, here=2)):
         plan, activations = choose_plan(prepared, prepared.tasks(), recipe.memory, ranks)
         assert (plan.sweep_windows, activations) == (0, "memory")
         assert plan.peak_bytes > 10 * 2**30

@@ -73,19 +73,8 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
         timed, day = time_tokens(config, list(formats.values()), progress)
         speed = Measured(shape, {name: timed[one] for name, one in formats.items()})
         basis = f"measured here: decoded with random weights, {day}"
-    question = AdviceQuestion(
-        shape,
-        hardware,
-        round(memory),
-        facts,
-        speed,
-        recipe.prompt_tokens,
-        recipe.new_tokens,
-        recipe.batch,
-        recipe.token_ms,
-        recipe.quality_loss,
-        recipe.gpu_hours,
-    )
+    asked = recipe.model_dump(include={*ASKED})
+    question = AdviceQuestion(shape, hardware, round(memory), facts, speed, **asked)
     return AdviseResult(recipe.model, device, question, advise_on(question), basis)
 
 
@@ -121,6 +110,9 @@ def _shape_of(
     return counted(name, model), model.config
 
 
+ASKED = ("prompt_tokens", "new_tokens", "batch", "token_ms", "quality_loss", "gpu_hours")
+"""The options that are fields of the question."""
+
 SHOWN = 8
 """Ways in the table; --json has all."""
 
@@ -155,20 +147,28 @@ class AdviseResult(Result):
         return 0 if self.advice.chosen else 3
 
     def to_json(self) -> dict[str, Any]:
-        """All ways with their numbers, and where each kind of number is from."""
+        """All ways with their numbers, each as [low, typical, high], and where they are from."""
         asked, advice = self.question, self.advice
-        bounds = ("prompt_tokens", "new_tokens", "batch", "token_ms", "quality_loss", "gpu_hours")
         record = {
             "schema": "secateur.advice/2",
             "model": self.model,
             "parameters": asked.model.parameters,
             "hardware": self.hardware,
-            **{name: getattr(asked, name) for name in bounds},
+            **{name: getattr(asked, name) for name in ASKED},
             "verdict": advice.verdict,
-            "chosen": advice.chosen.option.name if advice.chosen else None,
+            "chosen": advice.chosen and advice.chosen.option.name,
             "commands": self.commands,
             "measure_first": [row.option.name for row in advice.cheaper],
-            "options": [self.row_json(row) for row in advice.considered],
+            "options": [
+                {
+                    **vars(row),
+                    "option": row.option.name,
+                    "bits": row.option.bits,
+                    "sources": row.option.sources(asked.facts),
+                    "commands": row.option.commands(self.model),
+                }
+                for row in advice.considered
+            ],
             "basis": {
                 "times": self.speed_basis,
                 "memory": "estimated: secateur/models/shape.py",
@@ -177,24 +177,6 @@ class AdviseResult(Result):
             },
         }
         return cast("dict[str, Any]", to_jsonable_python(record))
-
-    def row_json(self, row: Considered) -> dict[str, Any]:
-        """The numbers of one way."""
-        found = row.served and {
-            name: value._asdict() if isinstance(value, Estimate) else value
-            for name, value in vars(row.served).items()
-        }
-        return {
-            "option": row.option.name,
-            "refused": row.refused,
-            "safe": row.safe,
-            "accuracy_kept": row.kept,
-            "accuracy_sources": row.option.sources(self.question.facts),
-            "making": {**vars(row.making), "gpu_hours": row.making.gpu_hours._asdict(),
-                       "usd": row.making.usd._asdict()},
-            "commands": row.option.commands(self.model),
-            "served": found,
-        }  # fmt: skip
 
     def blocks(self) -> Sequence[Block]:
         """The verdict, the ways, how to make the chosen one, and where the numbers are from."""

@@ -1,8 +1,6 @@
 """The processes that torchrun, a cluster's scheduler or Ray has started for one run.
 
-The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `joined` reads them. Numbers pass
-through torch.distributed: gloo between processors, NCCL between GPUs. Plain data passes as JSON, so
-no process unpickles what another one sends.
+The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `joined` reads them.
 
 `Watchdog` notices that a process has failed, has died or hangs, and tells all the others.
 Processes that wait for each other cannot hear of an error: the sum that they wait for never comes.
@@ -39,7 +37,7 @@ from torch import Tensor
 
 from secateur.errors import RankError, RecipeError, SecateurError
 from secateur.parallel.launched import Launched
-from secateur.parallel.ranks import ALONE, REPORT, Alone, Ranks
+from secateur.parallel.ranks import ALONE, REPORT, Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -109,79 +107,7 @@ def _take_gpu(launched: Launched, gpus: int, device: str) -> None:
     torch.cuda.set_device(launched.place)
 
 
-class TorchRanks(Alone):
-    """The processes of a group of torch.distributed. A single one needs no group.
-
-    Args:
-        rank: the number of this process.
-        count: the number of processes.
-        here: the number of processes on this machine.
-        plain: the group for plain data, with gloo: who waits for a sum in gloo waits in the
-            program, while NCCL only lets the GPU wait. None if the group of all has gloo.
-    """
-
-    def __init__(
-        self, rank: int, count: int, here: int, plain: dist.ProcessGroup | None = None
-    ) -> None:
-        super().__init__()
-        self.rank, self.count, self.here, self.plain = rank, count, here, plain
-
-    def total(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by its sum over all processes; all get the same bits."""
-        super().total(tensor)
-        if self.count > 1:
-            with self.together(), _in_one_piece(tensor) as whole:
-                dist.all_reduce(whole)
-
-    def share(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor in place by the one of process `owner`, bit for bit."""
-        super().share(tensor, owner)
-        if self.count > 1:
-            with self.together(), _in_one_piece(tensor) as whole:
-                dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank."""
-        found = super().gather(value)
-        if self.count == 1:
-            return found
-        own = _as_bytes(value)
-        size = torch.tensor([len(own)])
-        with self.together():
-            sizes = [torch.zeros_like(size) for _ in range(self.count)]
-            dist.all_gather(sizes, size, self.plain)
-            longest = int(max(sizes))
-            texts = [own.new_zeros(longest) for _ in sizes]
-            dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]), self.plain)
-        return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
-
-    def once(self, work: Callable[[], T]) -> T:
-        """Do some work in the first process alone, and return its result in all."""
-        if self.count == 1:
-            return super().once(work)
-        text = _as_bytes(super().once(work if self.first else lambda: None))
-        size = torch.tensor([len(text)])
-        with self.together():
-            dist.broadcast(size, 0, self.plain)
-            text = text if self.first else text.new_zeros(int(size))
-            dist.broadcast(text, 0, self.plain)
-        found: T = _as_value(text)
-        return found
-
-    def wait(self) -> None:
-        """Wait until all processes reach this call."""
-        super().wait()
-        if self.count > 1:
-            with self.together():
-                dist.all_reduce(torch.zeros(1), group=self.plain)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """A context around an operation in which all processes take part."""
-        yield
-
-
-class Processes(TorchRanks):
+class Processes(Ranks):
     """Several processes that find out which of them has failed.
 
     Args:
@@ -301,25 +227,6 @@ def _meet(launched: Launched, backend: str) -> None:
             remedy="start all processes at once, and check that they reach this address",
         ) from error
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=WORKING)
-
-
-@contextmanager
-def _in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor whose numbers are consecutive in memory, for an operation in place."""
-    whole = tensor.detach().contiguous()
-    yield whole
-    if whole.data_ptr() != tensor.data_ptr():
-        tensor.detach().copy_(whole)
-
-
-def _as_bytes(value: object) -> Tensor:
-    """Plain data as JSON, one byte in each number, uint8."""
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _as_value(text: Tensor) -> Any:
-    """The plain data of some bytes."""
-    return json.loads(text.numpy().tobytes())
 
 
 def _in_main_thread() -> bool:

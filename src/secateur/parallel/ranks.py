@@ -2,17 +2,23 @@
 
 Every process runs the same code. Rank 0 is the first process: it alone writes files, and it tells
 the others what only it knows (`once`). A single process is `ALONE`, which has nobody to wait for.
+Numbers pass through torch.distributed: gloo between processors, NCCL between GPUs. Plain data
+passes as JSON, so no process unpickles what another one sends.
 """
 
 from __future__ import annotations
 
+import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
 from types import TracebackType
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from secateur.errors import RankError, RecipeError
@@ -23,73 +29,25 @@ REPORT = "this is a fault in secateur or in a plug-in; please report it"
 """What a user can do about calls that do not fit together."""
 
 
-class Ranks(Protocol):
-    """The contract of the processes of a run, as a context manager around their work.
+class Ranks:
+    """The processes of a run, as a context manager around their work. A single one needs no group.
 
     All processes make the same calls in the same order. An error that leaves the context ends the
     run in every process. The work of `once` makes no calls: the other processes would not make
     them. A call there raises an error, with a single process too.
+
+    Args:
+        rank: the number of this process, from 0.
+        count: the number of processes.
+        here: the number of processes on this machine, which share its memory.
+        plain: the group for plain data, with gloo: who waits for a sum in gloo waits in the
+            program, while NCCL only lets the GPU wait. None if the group of all has gloo.
     """
 
-    @property
-    def rank(self) -> int:
-        """The number of this process, from 0."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """The number of processes."""
-        ...
-
-    @property
-    def here(self) -> int:
-        """The number of processes on this machine, which share its memory."""
-        ...
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files and reports progress."""
-        ...
-
-    def total(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by its sum over all processes; all get the same bits."""
-        ...
-
-    def share(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor in place by the one of process `owner`, bit for bit."""
-        ...
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. A value is plain data, as JSON has it."""
-        ...
-
-    def once(self, work: Callable[[], T]) -> T:
-        """Do some work in the first process alone, and return its result in all.
-
-        The result is plain data, as JSON has it. The others wait.
-        """
-        ...
-
-    def wait(self) -> None:
-        """Wait until all processes reach this call."""
-        ...
-
-    def __enter__(self) -> Ranks: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-class Alone:
-    """A single process: nothing is summed, shared or waited for."""
-
-    rank, count, here = 0, 1, 1
-
-    def __init__(self) -> None:
+    def __init__(
+        self, rank: int = 0, count: int = 1, here: int = 1, plain: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank, self.count, self.here, self.plain = rank, count, here, plain
         self.in_once = set[int]()  # the threads that do the work of a `once`
 
     @property
@@ -98,30 +56,61 @@ class Alone:
         return self.rank == 0
 
     def total(self, tensor: Tensor) -> None:
-        """Leave the tensor as it is: this process has all of the sum."""
+        """Replace a tensor in place by its sum over all processes; all get the same bits."""
         self.enter("total", tensor)
+        if self.count > 1:
+            with self.together(), _in_one_piece(tensor) as whole:
+                dist.all_reduce(whole)
 
     def share(self, tensor: Tensor, owner: int) -> None:
-        """Leave the tensor as it is."""
+        """Replace a tensor in place by the one of process `owner`, bit for bit."""
         self.enter(f"share from {owner}", tensor)
+        if self.count > 1:
+            with self.together(), _in_one_piece(tensor) as whole:
+                dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
 
     def gather(self, value: T) -> list[T]:
-        """Return the only value."""
+        """Return the values of all processes, by rank. A value is plain data, as JSON has it."""
         self.enter("gather")
-        return [value]
+        if self.count == 1:
+            return [value]
+        own = _as_bytes(value)
+        size = torch.tensor([len(own)])
+        with self.together():
+            sizes = [torch.zeros_like(size) for _ in range(self.count)]
+            dist.all_gather(sizes, size, self.plain)
+            longest = int(max(sizes))
+            texts = [own.new_zeros(longest) for _ in sizes]
+            dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]), self.plain)
+        return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
 
     def once(self, work: Callable[[], T]) -> T:
-        """Do the work."""
+        """Do some work in the first process alone, and return its result in all.
+
+        The result is plain data, as JSON has it. The others wait.
+        """
         self.enter("once")
         self.in_once.add(get_ident())
         try:
-            return work()
+            done = work() if self.first else None
         finally:
             self.in_once.discard(get_ident())
+        if self.count == 1:
+            return cast("T", done)
+        text = _as_bytes(done)
+        size = torch.tensor([len(text)])
+        with self.together():
+            dist.broadcast(size, 0, self.plain)
+            text = text if self.first else text.new_zeros(int(size))
+            dist.broadcast(text, 0, self.plain)
+        return cast("T", _as_value(text))
 
     def wait(self) -> None:
-        """Wait for nobody."""
+        """Wait until all processes reach this call."""
         self.enter("wait")
+        if self.count > 1:
+            with self.together():
+                dist.all_reduce(torch.zeros(1), group=self.plain)
 
     def enter(self, name: str, tensor: Tensor | None = None) -> None:
         """Begin a call that all processes make.
@@ -139,7 +128,12 @@ class Alone:
                 remedy=REPORT,
             )
 
-    def __enter__(self) -> Alone:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A context around an operation in which all processes take part."""
+        yield
+
+    def __enter__(self) -> Ranks:
         return self
 
     def __exit__(
@@ -151,8 +145,27 @@ class Alone:
         """Leave errors as they are."""
 
 
-ALONE: Ranks = Alone()
+ALONE = Ranks()
 """The only process of a run."""
+
+
+@contextmanager
+def _in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor whose numbers are consecutive in memory, for an operation in place."""
+    whole = tensor.detach().contiguous()
+    yield whole
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(whole)
+
+
+def _as_bytes(value: object) -> Tensor:
+    """Plain data as JSON, one byte in each number, uint8."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _as_value(text: Tensor) -> Any:
+    """The plain data of some bytes."""
+    return json.loads(text.numpy().tobytes())
 
 
 def micro_batches(windows: int, largest: int, ranks: int = 1) -> list[slice]:

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.engine.plan_time import estimate_seconds
 from secateur.engine.prepared import choose_plan, prepare, settings_of
 from secateur.engine.prune.tasks import skipped_matrices
-from secateur.parallel.processes import TorchRanks
+from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneCall, PruneRecipe
 from secateur.recipes.shared import texts_of
@@ -44,7 +44,7 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress, processes: int = 1) ->
     """What a recipe would need on this machine: its first process, if it has several."""
     prepared = prepare(recipe, source_of(recipe, progress), only_plan=True, pictures=True)
     tasks = prepared.tasks()
-    ranks = TorchRanks(0, processes, processes)
+    ranks = Ranks(0, processes, processes)
     plan, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
     settings = settings_of(recipe, activations, None)
     seconds = estimate_seconds(prepared, tasks, settings, plan.passed_tokens)

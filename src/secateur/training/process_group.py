@@ -26,11 +26,12 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import StoredModel, aliases, build_skeleton
-from secateur.parallel.processes import WORKING, TorchRanks
+from secateur.parallel.processes import WORKING
+from secateur.parallel.ranks import Ranks
 from secateur.training.masks import is_shared
 
 
-class ProcessGroup(TorchRanks):
+class ProcessGroup(Ranks):
     """The processes that train together. They are `Ranks` that can divide a model.
 
     Args:
@@ -38,7 +39,7 @@ class ProcessGroup(TorchRanks):
         rank: the number of this process.
         count: the number of processes.
         here: the number of processes on this machine.
-        plain: the group for plain data; see `TorchRanks`.
+        plain: the group for plain data; see `Ranks`.
     """
 
     def __init__(
