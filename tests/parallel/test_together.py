@@ -265,7 +265,7 @@ def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int
     ("case", "said"),
     [
         pytest.param(
-            {"method": "wanda", "compress": {"values": "int8"}},
+            {"method": "wanda", "compress": "int8"},
             "--compress does not work",
             marks=pytest.mark.slow,
         ),

@@ -29,79 +29,33 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """The worst first: an error is proven, a warning is likely, a note is worth knowing."""
 
 
-LESS_OF_LAYER = "prune less of this layer: --overrides '{where}.*=0.3', or an --allocation"
+LESS = "prune less of this layer: --overrides '{where}.*=0.3', or an --allocation"
+AGAIN = "the files were changed after pruning: prune again"
 
 KINDS: Mapping[str, tuple[Severity, str]] = {
-    "dead-column": (
-        "note",
-        "inputs that are nearly always zero lose all their weights; if there are many, calibrate "
-        "on more text",
-    ),
-    "dead-head": ("warning", "prune less of this layer: --overrides '{where}.*=0.3'"),
-    "dead-neuron": (
-        "note",
-        "prune less of these layers (--overrides or --allocation); dead neurons could be cut out",
-    ),
-    "dead-row": (
-        "note",
-        "prune less of it (--overrides), or let weights compete within rows (--scope row)",
-    ),
-    "dense-linear": (
-        "warning",
-        "prune again; if it is intended, say so in the recipe (--exclude or --overrides)",
-    ),
-    "drift": (
-        "warning",
-        "prune less, by a better method (--effort balanced or best), or retrain",
-    ),
-    "expert-unseen": (
-        "warning",
-        "calibrate on more text (--windows), of more kinds, or leave them out (--exclude)",
-    ),
-    "hidden-states-not-finite": (
-        "error",
-        "look for tensors that are not finite or far too large in this layer; prune again",
-    ),
+    "dead-column": ("note", "calibrate on more text if there are many"),
+    "dead-head": ("warning", LESS),
+    "dead-neuron": ("note", "prune less of these layers, or cut the dead neurons out"),
+    "dead-row": ("note", "prune less of it, or let weights compete in rows (--scope row)"),
+    "dense-linear": ("warning", "prune again, or exclude it in the recipe (--exclude)"),
+    "drift": ("warning", "prune less, by a better method (--effort best), or train"),
+    "expert-unseen": ("warning", "calibrate on more text, of more kinds, or --exclude them"),
+    "hidden-states-not-finite": ("error", "look for values too large in it; prune again"),
     "hit-hardest": ("note", "prune these less and others more: --overrides, or an --allocation"),
-    "layer-collapse": ("error", LESS_OF_LAYER),
-    "layer-damaged": ("warning", LESS_OF_LAYER),
-    "layer-exploded": ("error", LESS_OF_LAYER),
+    "layer-collapse": ("error", LESS),
+    "layer-damaged": ("warning", LESS),
+    "layer-exploded": ("error", LESS),
     "left-dense": ("note", "nothing to do"),
     "linear-collapse": ("warning", "prune less of it: --overrides '{where}=0.3'"),
-    "more-zeros-than-claimed": (
-        "warning",
-        "the weights were changed after pruning: ask the author of the folder",
-    ),
+    "more-zeros-than-claimed": ("warning", "ask the author of the folder"),
     "no-records": ("note", "diagnose the folder that `secateur prune` wrote"),
     "no-reference": ("note", "name the dense model: --dense REF"),
-    "not-finite": (
-        "error",
-        "the file is damaged or the run overflowed: get the model again, or prune again in float32 "
-        "or bfloat16",
-    ),
-    "pattern-broken": (
-        "error",
-        "the files were changed after pruning: prune again, or `secateur compress` would store it "
-        "by another format",
-    ),
-    "records-unreadable": (
-        "warning",
-        "copy the folder again; the claims of this file were not checked",
-    ),
-    "residual-lost": (
-        "error",
-        "the way past the layer is broken, or the layer undoes it: compare its weights with those "
-        "of the dense model, and prune again",
-    ),
-    "sparsity-not-as-claimed": (
-        "error",
-        "prune again, or correct the records; they do not match the weights",
-    ),
-    "weights-vanished": (
-        "warning",
-        "the layer adds almost nothing: compare it with the dense model (--dense REF), and prune "
-        "again with an override for it",
-    ),
+    "not-finite": ("error", "get the model again, or prune it again in float32 or bfloat16"),
+    "pattern-broken": ("error", AGAIN),
+    "records-unreadable": ("warning", "copy the folder again; its claims were not checked"),
+    "residual-lost": ("error", "compare its weights with the dense model's, and prune again"),
+    "sparsity-not-as-claimed": ("error", AGAIN),
+    "weights-vanished": ("warning", "compare it with the dense model (--dense REF)"),
 }
 """The kinds of findings: how severe one usually is, and what to do about it."""
 
