@@ -86,29 +86,12 @@ def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[
 
 
 DENSE_FINDINGS = {
-    "unknown": finding(
-        "dense-linear",
-        "",
-        "{} stored matrices of the decoder layers are dense, others have {:.1%} zeros: their "
-        "layout is not known, so nothing prunes them",
-        remedy="do not call the whole model sparse: `secateur inspect` counts the stored zeros",
-    ),
-    "experts": finding(
-        "dense-linear",
-        "",
-        "{} matrices of experts are dense, the other linears have {:.1%} zeros, and no record "
-        "says why",
-        remedy="prune again with secateur, which opens fused experts, if they should be sparse",
-    ),
-    "unseen": finding(
-        "expert-unseen",
-        "",
-        "{} expert matrices are dense: no calibration token was routed to them, according to "
-        "the records",
-    ),
-    "excluded": finding("left-dense", "", "{} linears are dense, as the recipe says"),
+    "unknown": ("dense-linear", "{} matrices in an unknown layout are dense, others {:.1%} zero"),
+    "experts": ("dense-linear", "{} matrices of experts are dense, others {:.1%} zero"),
+    "unseen": ("expert-unseen", "{} expert matrices are dense: no calibration token reached them"),
+    "excluded": ("left-dense", "{} linears are dense, as the recipe says"),
 }
-"""Findings by why linears are dense, without their names and numbers."""
+"""Kind and evidence of a finding, by why linears are dense."""
 
 
 def _dense_linears(weights: Weights, claims: Claims) -> list[Finding]:
@@ -123,11 +106,10 @@ def _dense_linears(weights: Weights, claims: Claims) -> list[Finding]:
         if x.sparsity < min(DENSE, usual / 2) and not (claims.claimed(x.name) or 0) > 0:
             dense[_why_dense(x, claims)].append(x)
     found = []
-    for why, usual_finding in DENSE_FINDINGS.items():
+    for why, (kind, evidence) in DENSE_FINDINGS.items():
         if dense[why]:
             names = listed([x.name for x in dense[why]], 4)
-            evidence = usual_finding.evidence.format(len(dense[why]), usual)
-            found.append(replace(usual_finding, where=names, evidence=evidence))
+            found.append(finding(kind, names, evidence.format(len(dense[why]), usual)))
     return found + _unexplained(dense[None], weights, claims, usual)
 
 
