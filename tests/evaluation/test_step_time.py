@@ -68,9 +68,9 @@ def test_what_is_not_timed_is_added(family: str, layer_bytes: int, clock: Weight
     model = skeleton(family)
     found = time_steps([model], CPU, Silent(), layer_bytes=layer_bytes, clock=clock)
     assert found.seconds == (weights_read(model),)
-    # 64 positions of the tiny models, less 5 turns of 6 steps
-    assert found.context_tokens == 34
-    assert clock.prompts - {34} == set()
+    # 64 positions of the tiny models, less 5 turns of 6 steps, and one
+    assert found.context_tokens == 33
+    assert clock.prompts - {33} == set()
 
 
 def test_many_layers_of_which_two_are_run(clock: WeightClock) -> None:
@@ -87,7 +87,7 @@ def test_many_layers_of_which_two_are_run(clock: WeightClock) -> None:
     finally:
         handle.remove()
     assert found.seconds == (weights_read(model),)
-    assert len(ran) == 2 * (1 + 5 * 6)  # the context, and 5 turns of 6 steps
+    assert len(ran) == 2 * (1 + 5 * 6)  # the context, and 5 turns of 6 steps with the layers
 
 
 def test_sizes_are_timed_in_turns_and_distinguished(clock: WeightClock) -> None:
@@ -113,7 +113,17 @@ def test_sizes_are_timed_in_turns_and_distinguished(clock: WeightClock) -> None:
     assert len(set(found.seconds)) == 4
     contexts, turns = order[:4], order[4:]
     assert len(set(contexts)) == 4
-    assert turns == [size for _ in range(5) for size in contexts for _ in range(6)]
+    # six steps with the layers, and six without
+    sizes = {contexts[0]: 0}
+    for number, size in enumerate(contexts):
+        own = turns[12 * number : 12 * number + 12]
+        assert own[:6] == [size] * 6
+        assert len(set(own[6:])) == 1
+        assert own[6] < size
+        sizes[size] = own[6]
+    assert turns == [
+        x for _ in range(5) for size in contexts for x in [size] * 6 + [sizes[size]] * 6
+    ]
     assert all(p.is_meta for model in models for p in model.parameters())
 
 

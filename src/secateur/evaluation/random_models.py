@@ -84,7 +84,7 @@ class TokenTime(NamedTuple):
 
 
 class RandomModel(ABC):
-    """The first decoder layers of a model, with random weights, that decodes token by token.
+    """Some decoder layers of a model, with random weights, that decodes token by token.
 
     Args:
         layers: decoder layers of the whole model.
@@ -103,13 +103,25 @@ class RandomModel(ABC):
     def without_layers(self) -> AbstractContextManager[None]:
         """Decode without the decoder layers meanwhile."""
 
-    def steps(self, count: int) -> list[float]:
-        """Seconds of some tokens, after one that refills the caches and does not count."""
-        return [seconds_of(self.step, self.now) for _ in range(1 + count)][1:]
+    def turn(self, tokens: int = STEPS, most: int = MOST_STEPS) -> TokenTime:
+        """Time some tokens with all layers that are here, and as many with none; no prompt.
 
-    def of_all_layers(self, seconds: float) -> float:
-        """Seconds of all layers of the model, by those of the layers that are here."""
-        return seconds * self.layers / self.count
+        Args:
+            tokens: number of timed tokens. One more before them refills the caches.
+            most: tokens, if the layers take too little to be seen in fewer.
+        """
+        whole: list[float] = []
+        bare: list[float] = []
+        while len(whole) < most:
+            whole += [seconds_of(self.step, self.now) for _ in range(1 + tokens)][1:]
+            with self.without_layers():
+                bare += [seconds_of(self.step, self.now) for _ in range(1 + tokens)][1:]
+            outside = statistics.median(bare)
+            between = statistics.median(whole) - outside
+            if between > LEAST_LAYERS * outside:
+                break
+        layers = max(between, LEAST_LAYERS * outside) * self.layers / self.count
+        return TokenTime(outside, layers, 0.0)
 
 
 class FormatTimer(RandomModel):
@@ -145,28 +157,18 @@ class FormatTimer(RandomModel):
 
     @contextmanager
     def without_layers(self) -> Iterator[None]:
-        """As the contract says."""
+        """As the contract says. Afterwards only the prompt is in the cache."""
         self.decoder.slots.c.layers = 0
         yield
         self.decoder.slots.c.layers = self.count
+        self.decoder.slots.rewind(0, PROMPT_TOKENS)
 
     @torch.inference_mode()
-    def turn(self) -> TokenTime:
-        """Read a prompt and decode some tokens, with all layers and with none."""
+    def turn(self, tokens: int = STEPS, most: int = MOST_STEPS) -> TokenTime:
+        """Read a prompt and decode some tokens."""
         prompt = seconds_of(lambda: self.decoder.prefill(self.ids), self.now)
-        whole: list[float] = []
-        bare: list[float] = []
-        while len(whole) < MOST_STEPS:
-            whole += self.steps(STEPS)
-            with self.without_layers():
-                bare += self.steps(STEPS)
-            self.decoder.slots.rewind(0, PROMPT_TOKENS)
-            outside = statistics.median(bare)
-            between = statistics.median(whole) - outside
-            if between > LEAST_LAYERS * outside:
-                break
-        layers = self.of_all_layers(max(between, LEAST_LAYERS * outside))
-        return TokenTime(outside, layers, self.of_all_layers(prompt) / PROMPT_TOKENS)
+        each = prompt * self.layers / self.count / PROMPT_TOKENS
+        return super().turn(tokens, most)._replace(prompt=each)
 
 
 def _cannot(config: Any, reason: str) -> ArchitectureError:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from secateur.engine.stream.calls import StandIn, replaced_layers
 from secateur.errors import RecipeError
-from secateur.evaluation.random_models import RandomModel
+from secateur.evaluation.random_models import LAYER_BYTES, RandomModel, TokenTime
 from secateur.models.architecture import describe
 from secateur.models.skeleton import assign, parameters_of, quiet_transformers
 from secateur.progress import Progress
@@ -42,9 +42,6 @@ from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.design import design
 from secateur.timing import alternate
-
-LAYER_BYTES = 512 * 2**20
-"""Bytes of decoder layers to time: more than the last-level cache of any processor or GPU."""
 
 CONTEXT_TOKENS = 256
 """Tokens before the timed ones, if the model has that many positions."""
@@ -99,13 +96,14 @@ def time_steps(
         ]
         progress.start("timing sizes", TURNS * len(running))
 
-        def turn(one: Running) -> None:
-            one.turn()
+        def turn(one: Running) -> TokenTime:
             progress.step()
+            return one.turn(STEPS, STEPS)
 
-        alternate(running, turn, len, turns=TURNS)
+        times = alternate(running, turn, list, turns=TURNS)
         progress.finish()
-    return Timed(tuple(each.seconds for each in running), context)
+    seconds = [sum(map(statistics.median, zip(*turns, strict=True))) for turns in times]
+    return Timed(tuple(seconds), context)
 
 
 def _first_of(model: Any, count: int) -> Any:
@@ -142,9 +140,9 @@ def fill(models: Sequence[Any], device: torch.device) -> None:
 
 
 def context_tokens(config: Any) -> int:
-    """The number of tokens before the timed ones."""
+    """The number of tokens before the timed ones. One without layers may follow the last turn."""
     positions = getattr(config, "max_position_embeddings", None) or CONTEXT_TOKENS * 16
-    return max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1)))
+    return max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1) - 1))
 
 
 class Running(RandomModel):
@@ -174,8 +172,6 @@ class Running(RandomModel):
         prompt = torch.arange(context, device=device)[None] % model.config.vocab_size
         self.token = prompt[:, :1]
         model(input_ids=prompt, use_cache=True, logits_to_keep=1, **self.cache)
-        self.whole: list[float] = []
-        self.outside: list[float] = []
 
     def step(self) -> None:
         """Decode a token and choose the next, which waits for a GPU to finish."""
@@ -186,22 +182,6 @@ class Running(RandomModel):
         """As the contract says."""
         nothing: list[nn.Module] = [StandIn(layer, in_tuple=False) for layer in self.there]
         return replaced_layers(self.there, nothing)
-
-    def turn(self) -> None:
-        """Time some steps."""
-        if self.count < self.layers:
-            with self.without_layers():
-                self.outside += self.steps(STEPS)
-        self.whole += self.steps(STEPS)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds per token of the full model."""
-        whole = statistics.median(self.whole)
-        if self.count == self.layers:
-            return whole
-        outside = statistics.median(self.outside)
-        return outside + self.of_all_layers(whole - outside)
 
 
 FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
