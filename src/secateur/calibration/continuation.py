@@ -19,12 +19,6 @@ Where the kernels decode the family (`runtime.layer_forms`) on a CPU, they gener
 the model's matrices rounded to int8, one token of 64 windows in a call: several times as fast as
 transformers, in a quarter to half of the memory. Elsewhere transformers generates them with the
 model in its own dtype.
-
-For transformers, keys and values are in tensors that are allocated once and read fast. Its default
-cache grows by concatenation: every token copies all keys and values before it. Here a layer
-allocates its room with the first token, and attention sees a view of the filled part. The fused
-kernels are made for many tokens at once. For one token per window, in bfloat16 on a CPU, two plain
-matmuls are ten times as fast, if the keys are stored in the order that the first one needs.
 """
 
 from __future__ import annotations
@@ -39,12 +33,11 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache
 
 from secateur.calibration.windows import without_start
 from secateur.errors import SourceError
 from secateur.models.architecture import text_config
-from secateur.models.attention import OtherAttention
 from secateur.models.counting import layer_caches
 from secateur.models.opening import load_whole, open_weights
 from secateur.models.skeleton import build_skeleton, parameters_of
@@ -204,20 +197,19 @@ class _Whole:
     """The logits of a model that transformers computes."""
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
-        self.model, self.length = model, length
+        self.model = model
         # transformers 5.24 renamed the argument, and the field of the output
         known = signature(model.forward).parameters
         self.name = "cache" if "cache" in known else "past_key_values"
 
     def begin(self) -> None:
         """Forget all windows."""
-        self.cache = roomy_cache(self.model.config, self.length)
+        self.cache = DynamicCache(config=self.model.config)
 
     def after(self, ids: Tensor, asked: bool) -> Tensor:
         """The logits [windows, vocabulary] after one more token of each window."""
         seen = ids[:, None].to(self.model.device)
-        with OneTokenAttention():
-            output = self.model(input_ids=seen, use_cache=True, **{self.name: self.cache})
+        output = self.model(input_ids=seen, use_cache=True, **{self.name: self.cache})
         if getattr(output, self.name, None) is not self.cache:
             raise SourceError(
                 f"{type(self.model).__name__} cannot continue from given keys and values",
@@ -300,9 +292,10 @@ def writing_bytes(
         moved = min(MOVED_BYTES, weights) + 4 * min(ROUNDED_AT_ONCE, largest)
         logits = 4 * rows * config.vocab_size + 12 * max(DRAWN_AT_ONCE, config.vocab_size)
         return weights + weights // 50 + moved + largest * size + round(rows * kept) + logits
-    # there is room for all tokens, window or not
-    kept = sum(cache.values * length * size + cache.state_bytes for cache in caches)
-    return weights * size + rows * (round(kept) + config.vocab_size * (size + 8))
+    # keys and values of a layer are copied for every new token
+    each = [cache.bytes(length, size) for cache in caches]
+    kept = round(sum(each) + max(each, default=0))
+    return weights * size + rows * (kept + config.vocab_size * (size + 8))
 
 
 SEQUENCE = 32
@@ -343,112 +336,3 @@ def _hashes(windows: Windows, length: int) -> Tensor:
     for place in range(length):
         found.mul_(MULTIPLIER).add_(windows[:, place : place + count] + 1)
     return found.flatten()
-
-
-def roomy_cache(config: Any, length: int) -> DynamicCache:
-    """An empty cache for texts of at most `length` tokens.
-
-    Layers that store something other than keys and values of each token (recurrent states) stay as
-    transformers makes them.
-    """
-    cache = DynamicCache(config=config)
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _Layer(length)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = _SlidingLayer(length, layer.sliding_window)
-    return cache
-
-
-class OneTokenAttention(OtherAttention):
-    """Attention of one token to those before it, softmax(q kᵀ · scale) v, as two matmuls.
-
-    Query heads that share their keys are multiplied together. Causal calls, which have more than
-    one token, are not replaced.
-    """
-
-    def takes(self, options: dict[str, Any]) -> bool:
-        """The attention of one token."""
-        return not options.get("is_causal")
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """`scaled_dot_product_attention` for a model in eval mode, not causal."""
-        batch, heads, tokens, size = query.shape
-        if enable_gqa:  # [batch, key heads, queries of each, size]
-            query = query.reshape(batch, key.shape[1], -1, size)
-        scores = (query @ key.transpose(2, 3)).float()
-        scores *= size**-0.5 if scale is None else scale
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores.masked_fill_(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores += attn_mask
-        found = scores.softmax(-1).to(value.dtype) @ value
-        return found.reshape(batch, heads, tokens, value.shape[-1])
-
-
-class _Room:
-    """Keys [batch, heads, size, length] and values [batch, heads, length, size], partly filled."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.filled = length, 0
-        self.keys: Tensor
-        self.values: Tensor
-
-    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the states of new tokens [batch, heads, tokens, size]; views of all states."""
-        if not self.filled:
-            batch, heads, _, size = keys.shape
-            self.keys = keys.new_empty(batch, heads, size, self.length)
-            self.values = values.new_empty(batch, heads, self.length, values.shape[-1])
-        new = slice(self.filled, self.filled + keys.shape[2])
-        self.filled = new.stop
-        self.keys[..., new] = keys.transpose(2, 3)
-        self.values[:, :, new] = values
-        return self.keys[..., : self.filled].transpose(2, 3), self.values[:, :, : self.filled]
-
-
-class _Layer(DynamicLayer):
-    """Attends to all tokens."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.room = _Room(length)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add the states of new tokens; returns views of all states."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self.room.add(key_states, value_states)
-        return self.keys, self.values
-
-
-class _SlidingLayer(DynamicSlidingWindowLayer):
-    """Attends to the last `sliding_window` tokens."""
-
-    def __init__(self, length: int, sliding_window: int) -> None:
-        super().__init__(sliding_window)
-        self.room = _Room(length)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add the states of new tokens; returns views of the states that any of them attends to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[-2]
-        self.cumulative_length += new
-        self.keys, self.values = self.room.add(key_states, value_states)
-        seen = self.sliding_window - 1 + new
-        return self.keys[:, :, -seen:], self.values[:, :, -seen:]
