@@ -29,7 +29,7 @@ KINDS = (
      "Convolutions, states (`A_log`, `D`, `dt_bias`) and norms stay, and the manifest "
      "names what stays."),
     ("Models that see", ("SEEING",), "The decoder inside is pruned with text. Everything else "
-     "stays byte for byte. [Models that see](seeing.md): calibration with pictures."),
+     "stays byte for byte. See [models that see](seeing.md)."),
     ("Mixtures of experts", ("MIXTURES",), "Every expert is pruned like a linear layer. See "
      "[experts](methods/experts.md)."),
 )  # fmt: skip

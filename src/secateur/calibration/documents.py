@@ -502,8 +502,7 @@ def _line_document(line: str, where: str, field: str) -> Document:
         raise SourceError(
             f"the line has a picture ({pictures[0]}), and lines are read as text alone",
             where=where,
-            remedy=f"remove the field {pictures[0]!r}, or make windows with the processor of the "
-            "model: see docs/seeing.md",
+            remedy=f"remove the field {pictures[0]!r}",
         )
     fields = _conversation_fields(row, field)
     if fields:
@@ -601,8 +600,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
             raise SourceError(
                 f"the content of a message has a part that is no text ({kind})",
                 where=where,
-                remedy="remove it, or make windows with the processor of the model: see "
-                "docs/seeing.md",
+                remedy="remove it",
             )
         _whole_characters(part["text"], where)
     return {"role": ROLES[role], "content": content, **others}

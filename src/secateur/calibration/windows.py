@@ -16,23 +16,19 @@ of a text, and no end token is put behind it, because the template writes its ow
 
 Evaluation predicts no start token. Training and gradients do not predict the first token of a
 window. For k ≤ 1 this is the same; of two start tokens they predict the second.
-
-A file of ready windows may have more tensors than `input_ids`. Each of them has the name of an
-argument of the model, and a row for each window: what the model's processor makes of this window
-alone. Where a picture stands, `input_ids` has the tokens that hold its place.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.calibration.documents import Document, holds_chats
@@ -264,7 +260,6 @@ def load_windows(
     *,
     vocab_size: int | None = None,
     positions: int | None = None,
-    pictures: bool = False,
 ) -> Windows:
     """Windows from a safetensors file with a tensor `input_ids` [samples, sequence_length].
 
@@ -272,7 +267,6 @@ def load_windows(
         path: the file.
         vocab_size: token ids must be below it.
         positions: windows must not be longer.
-        pictures: whether the caller reads what the file has besides the tokens (`load_multimodal`).
 
     Raises:
         SourceError: there is no such file, or it contains no windows of this vocabulary.
@@ -280,7 +274,6 @@ def load_windows(
         CheckpointError: the file is damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not path.is_file():
         raise SourceError("no such file of windows", where=str(path), remedy="check the path")
@@ -296,8 +289,13 @@ def load_windows(
             where=str(path),
             remedy="write it with save_windows: int64 input_ids [samples, sequence_length]",
         )
-    if not pictures:
-        _refuse_extra(tensors, path)
+    more = sorted(tensors.keys() - {"input_ids", "attention_mask"})
+    if more:
+        raise SourceError(
+            f"the windows have {', '.join(more)} beside their tokens",
+            where=str(path),
+            remedy="use windows of text, a file with input_ids alone",
+        )
     ids = tensors["input_ids"]
     check_fit(ids, str(path), vocab_size=vocab_size, positions=positions)
     return ids.to(torch.int64, copy=True)  # the file must not stay mapped: Windows keeps it then
@@ -529,91 +527,6 @@ def begins_with(windows: Windows, start: Sequence[int]) -> bool:
 def without_start(windows: Windows, start: Sequence[int]) -> Tensor:
     """The text of windows, [windows, text]: without start tokens, if all windows have them."""
     return windows[:, len(start) :] if begins_with(windows, start) else windows
-
-
-IDS, MASK = "input_ids", "attention_mask"
-
-
-@dataclass(frozen=True)
-class MultimodalInputs:
-    """Further arguments of the model for each calibration window.
-
-    Attributes:
-        tensors: by name of the argument, [windows, …].
-    """
-
-    tensors: Mapping[str, Tensor]
-
-    def of(self, row: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The arguments of one window.
-
-        Args:
-            row: its number.
-            device: of the model.
-            dtype: of the computation, for floating-point values.
-        """
-        return {
-            name: x[row].to(device, dtype if x.is_floating_point() else None)
-            for name, x in self.tensors.items()
-        }
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """The entry of the manifest."""
-        return {name: list(x.shape) for name, x in self.tensors.items()}
-
-    def save(self, path: Path) -> None:
-        """Write them to a file that `load_multimodal` reads."""
-        save_file({name: x.contiguous() for name, x in self.tensors.items()}, path)
-
-
-def _extra_names(names: Iterable[str]) -> list[str]:
-    """The tensors of a file of windows that are neither tokens nor their mask."""
-    return sorted(set(names) - {IDS, MASK})
-
-
-def _refuse_extra(names: Iterable[str], path: Path) -> None:
-    """Refuse a file of windows with pictures."""
-    more = _extra_names(names)
-    if more:
-        raise SourceError(
-            f"the windows have {', '.join(more)} beside their tokens, and only `secateur prune` of "
-            "a checkpoint reads them",
-            where=str(path),
-            remedy="use windows of text, a file with input_ids alone",
-        )
-
-
-def load_multimodal(path: Path, windows: int) -> MultimodalInputs | None:
-    """What a file of windows has besides the tokens; None if nothing.
-
-    Args:
-        path: a file that `load_windows` has read, or one of `MultimodalInputs.save`.
-        windows: how many windows there are.
-
-    Raises:
-        SourceError: a tensor has not one row for each window, or windows are padded.
-    """
-    tensors = load_file(path)
-    names = _extra_names(tensors)
-    if not names:
-        return None
-    odd = next((n for n in names if tensors[n].ndim < 1 or len(tensors[n]) != windows), None)
-    if odd is not None:
-        raise SourceError(
-            f"{odd} has the shape {tuple(tensors[odd].shape)}, and there are {windows} windows",
-            where=str(path),
-            remedy="give each tensor a row for each window: what the model's processor returns for "
-            "this window alone",
-        )
-    mask = tensors.get(MASK)
-    if mask is not None and not bool(mask.all()):
-        raise SourceError(
-            f"{int((mask == 0).sum())} tokens are padding, and would count in the statistics",
-            where=f"{path}: {MASK}",
-            remedy="cut all windows to the same length, without padding",
-        )
-    return MultimodalInputs({name: tensors[name] for name in names})
 
 
 def shares(count: int, weights: tuple[float, ...]) -> list[int]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.run_windows import RunWindows, WindowReader
-from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, choose_sweeps, plan_run
 from secateur.engine.prune.run import CalibratedRun, Run
@@ -120,7 +119,6 @@ class Prepared:
             settings_of(self.recipe, activations, work, ranks),
             self.allocation,
             self.sparsity,
-            None if self.windows is None else self.windows.multimodal,
         )
 
 
@@ -157,7 +155,6 @@ def prepare(
     stored_windows: Path | None = None,
     *,
     only_plan: bool = False,
-    pictures: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Open and check everything that a recipe names. This writes no output.
@@ -168,7 +165,6 @@ def prepare(
         output: the folder of the patched copy; None to only plan.
         stored_windows: windows of an earlier run to reuse.
         only_plan: read no text; use blank windows of the recipe's number and length.
-        pictures: whether the caller passes pictures; otherwise windows with pictures are refused.
         progress: receives the reading of the text.
     """
     progress = progress or Silent()
@@ -196,15 +192,9 @@ def prepare(
                 source.folder, target.model.config, trust_remote_code=recipe.trust_remote_code
             )
             windows = RunWindows.cut(
-                cutter,
-                recipe.calibration,
-                recipe.distillation,
-                only_plan=only_plan,
-                pictures=pictures,
+                cutter, recipe.calibration, recipe.distillation, only_plan=only_plan
             )
             progress.finish()
-        if pictures:
-            windows = windows.with_pictures(recipe, method, allocation)
     return Prepared(
         recipe,
         source,
@@ -351,7 +341,6 @@ class Job:
         settings: how the work is done.
         allocation: sets the sparsity of each linear.
         sparsity: target sparsity of the whole model.
-        multimodal: what the model reads besides the tokens of each window.
     """
 
     target: Target
@@ -360,7 +349,6 @@ class Job:
     settings: Settings
     allocation: Allocation
     sparsity: float
-    multimodal: MultimodalInputs | None = None
 
     def run(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
         """Gather gradients if the method needs them, allocate, and prune the layers.
@@ -414,7 +402,7 @@ class Job:
         how = self.settings
         return CalibrationStream(
             self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
-            self.multimodal, on_gpu=how.on_gpu,
+            on_gpu=how.on_gpu,
         )  # fmt: skip
 
 

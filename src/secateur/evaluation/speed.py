@@ -29,11 +29,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -43,7 +43,6 @@ from secateur.allocator import give_back
 from secateur.errors import KernelError, SecateurError
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
-from secateur.recipes.measure import Contender
 from secateur.runs.environment import usable_processors
 from secateur.runs.records.measured import TimingEntry
 from secateur.runtime.decode import Decoder, given_cache
@@ -248,9 +247,14 @@ def answer(record: dict[str, Any]) -> None:
     ANSWERS.flush()
 
 
-BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Contender) if name != "all")
-USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
-"""The most useful backends. The others take long and are never the fastest."""
+class How(NamedTuple):
+    """How a backend runs a model: expanded or packed, rounded to int8, in our loop or not."""
+
+    expand: bool
+    int8: Callable[[nn.Linear], nn.Module] | None = None
+    ours: bool = True
+
+
 Round = dict[str, float]
 """Seconds to the first token, and seconds per token after it."""
 
@@ -356,34 +360,42 @@ class TorchInt8(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+def _our_int8(linear: nn.Linear) -> nn.Module:
+    integers, scale = quantize_rows(linear.weight.detach().float())
+    return PackedLinear(KernelMatrix(integers, scale=scale), linear.bias)
+
+
+def _torch_int8(linear: nn.Linear) -> nn.Module:
+    return TorchInt8(linear.weight.detach().float(), linear.bias)
+
+
+BACKENDS: Mapping[str, How] = {
+    "packed": How(expand=False),
+    "packed in transformers": How(expand=False, ours=False),
+    "dense bf16": How(expand=True),
+    "dense int8": How(expand=True, int8=_our_int8),
+    "torch bf16": How(expand=True, ours=False),
+    "torch int8": How(expand=True, int8=_torch_int8, ours=False),
+}
+USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
+"""The most useful backends. The others take long and are never the fastest."""
+
+
 def _load_backend(name: str, folder: Path, capacity: int, threads: int) -> Backend:
     """Load a backend. Any other name is the path of a GGUF file."""
     if name not in BACKENDS:
         return LlamaCpp(Path(name), capacity, threads)
-    packed = name.startswith("packed")
-    model = load(folder, dtype=None if packed else torch.bfloat16, expand=not packed)
-    if name.endswith("int8"):
-        _quantize(model, ours=name.startswith("dense"))
-    if name in ("packed in transformers", "torch bf16", "torch int8"):
+    how = BACKENDS[name]
+    model = load(folder, dtype=torch.bfloat16 if how.expand else None, expand=how.expand)
+    if how.int8 is not None:  # all linears, the output head among them
+        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        for path, linear in linears:
+            model.set_submodule(path, how.int8(linear))
+    if not how.ours:
         return Transformers(model)
-    reason = why_not(model, capacity)
-    if reason is not None:
+    if reason := why_not(model, capacity):
         raise KernelError(reason, remedy="contenders in transformers run it")
     return OneCall(model, capacity)
-
-
-def _quantize(model: Any, *, ours: bool) -> None:
-    """Replace all linears, including the output head, by int8 linears."""
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        weight = module.weight.detach().float()
-        if ours:
-            integers, scale = quantize_rows(weight)
-            new: nn.Module = PackedLinear(KernelMatrix(integers, scale=scale), module.bias)
-        else:
-            new = TorchInt8(weight, module.bias)
-        model.set_submodule(path, new)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     new_tokens = recipe.new_tokens or NEW_TOKENS
     names: Sequence[str] = recipe.contenders or USUAL_BACKENDS
     if names == ("all",):
-        names = BACKENDS
+        names = tuple(BACKENDS)
     for file in recipe.gguf:  # llama.cpp would say nothing of a file that is none
         if not Path(file).is_file():
             raise RecipeError("there is no such GGUF file", where=file, remedy="check the path")

@@ -42,7 +42,7 @@ def plan_recipe(recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
 
 def plan_pruning(recipe: PruneRecipe, progress: Progress, processes: int = 1) -> PlanResult:
     """What a recipe would need on this machine: its first process, if it has several."""
-    prepared = prepare(recipe, source_of(recipe, progress), only_plan=True, pictures=True)
+    prepared = prepare(recipe, source_of(recipe, progress), only_plan=True)
     tasks = prepared.tasks()
     ranks = Ranks(0, processes, processes)
     plan, activations = choose_plan(prepared, tasks, recipe.memory, ranks)

@@ -279,11 +279,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         folder = run.folder
         kept = folder.notes if folder.finished else folder.work
         windows = kept / WINDOWS if folder.state else None
-        prepared = prepare(
-            recipe, run.source, folder.model, windows, pictures=True, progress=run.progress
-        )
-        if prepared.windows is not None:
-            prepared.windows.refuse_several(run.ranks.count)
+        prepared = prepare(recipe, run.source, folder.model, windows, progress=run.progress)
         return cls(prepared, run)
 
     @property

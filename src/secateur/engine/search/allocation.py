@@ -456,16 +456,11 @@ class ChangedAlone:
         self.survey, self.names, self.grains, self.ways = survey, names, grains, ways
         self.target, self.folder = survey.target, survey.work / _ALONE
         self.folder.mkdir(parents=True, exist_ok=True)
-        windows, multimodal = survey.calibration.windows, survey.calibration.multimodal
-        if multimodal is None:
-            windows = cut_windows(windows, tokens)
-        else:  # whole windows, with what else they have
-            windows = windows[: max(1, tokens // windows.shape[1])]
+        windows = cut_windows(survey.calibration.windows, tokens)
         self.outer = EmbeddingAndHead(
             survey.target,
             windows,
             self.folder,
-            multimodal=multimodal,
             fast=survey.settings.fast_matmuls,
         )
         self.layouts = layouts(survey.target, windows.shape[1])

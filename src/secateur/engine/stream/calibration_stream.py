@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.calls import LayerCall, LayerLayout, call_layer, layouts
 from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.engine.stream.targets import Target, walk_layers
@@ -36,7 +35,6 @@ class CalibrationStream:
         in_memory: whether hidden states are in memory.
         work: folder that keeps them (as well); None for a run in memory only.
         ranks: the processes that share the windows. Each has the hidden states of its own.
-        multimodal: what the model reads besides the tokens; then one window passes at a time.
         on_gpu: whether hidden states and halted forwards that are in memory stay in the memory of
             the target's GPU. Then no layer waits for copies between host and GPU.
     """
@@ -49,12 +47,11 @@ class CalibrationStream:
         in_memory: bool,
         work: Path | None,
         ranks: Ranks = ALONE,
-        multimodal: MultimodalInputs | None = None,
         *,
         on_gpu: bool = False,
     ) -> None:
         self.home = target.device if on_gpu else torch.device("cpu")
-        self.target, self.windows, self.work, self.multimodal = target, windows, work, multimodal
+        self.target, self.windows, self.work = target, windows, work
         self.micro_batch_tokens, self.in_memory = micro_batch_tokens, in_memory
         self.ranks = ranks
 
@@ -62,7 +59,7 @@ class CalibrationStream:
     def outer(self) -> EmbeddingAndHead:
         """What is before and behind the layers, and how these are called."""
         folder = None if self.in_memory else self.work
-        return EmbeddingAndHead(self.target, self.windows, folder, self.own, self.multimodal)
+        return EmbeddingAndHead(self.target, self.windows, folder, self.own)
 
     @cached_property
     def layouts(self) -> list[LayerLayout]:
@@ -77,8 +74,6 @@ class CalibrationStream:
     def windows_at_once(self) -> int:
         """The most windows in a micro-batch; one process has so many in all but the last."""
         samples, length = self.windows.shape
-        if self.multimodal is not None:
-            return 1
         return min(samples, max(1, self.micro_batch_tokens // length))
 
     def batches(self) -> list[slice]:

@@ -324,16 +324,10 @@ def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterat
             layers[index] = original
 
 
-def _record(
-    model: Any,
-    layers: nn.ModuleList,
-    input_ids: Tensor,
-    multimodal: Mapping[str, Tensor] | None = None,
-) -> list[Recorded]:
+def _record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorded]:
     """Record one forward of the model up to its last decoder layer.
 
-    Some models expect a tensor from a layer and some a tuple. Both are tried. `multimodal` is what
-    the model reads besides the tokens, such as the pixels of pictures.
+    Some models expect a tensor from a layer and some a tuple. Both are tried.
     """
     faults: list[Exception] = []
     for in_tuple in (False, True):
@@ -341,7 +335,7 @@ def _record(
         recorders = [_Recorder(layers, i, in_tuple, seen) for i in range(len(layers))]
         with torch.no_grad(), replaced_layers(layers, list(recorders)):
             try:
-                model(input_ids=input_ids, use_cache=False, **(multimodal or {}))
+                model(input_ids=input_ids, use_cache=False)
             except AfterLastLayer:
                 if len(seen) == len(layers):
                     return [seen[index] for index in range(len(layers))]
@@ -393,12 +387,7 @@ def token_values_of_all(
     return torch.cat([call.values() for call in found if call.varying], -1)
 
 
-def layer_calls(
-    model: Any,
-    layers: nn.ModuleList,
-    batches: list[Tensor],
-    multimodal: Mapping[str, Tensor] | None = None,
-) -> list[LayerCall]:
+def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> list[LayerCall]:
     """How each layer is called, for several batches of equal shape.
 
     Returns:
@@ -407,7 +396,7 @@ def layer_calls(
     Raises:
         ArchitectureError: arguments depend on the tokens, but not one by one.
     """
-    recorded = [_record(model, layers, batch, multimodal) for batch in batches]
+    recorded = [_record(model, layers, batch) for batch in batches]
     calls = [one.call for one in recorded[0]]
     for other in recorded[1:]:
         for index, one in enumerate(other):
@@ -479,26 +468,6 @@ def _shared_states(
                 remedy="this family cannot be pruned layer by layer yet",
             ) from fault
     return {key: shared[key] for key in shared if key in shared.read}
-
-
-def record_multimodal(
-    model: Any, layers: nn.ModuleList, ids: Tensor, multimodal: Mapping[str, Tensor]
-) -> tuple[Tensor, list[LayerCall]]:
-    """The first layer's input, and how each layer is called, for one window with pictures.
-
-    Raises:
-        ArchitectureError: the model adds something to the hidden states between its layers.
-    """
-    recorded = _record(model, layers, ids, multimodal)
-    hidden = recorded[0].hidden
-    for index, one in enumerate(recorded):
-        if not torch.equal(one.hidden, hidden):
-            raise ArchitectureError(
-                f"{type(model).__name__} adds {', '.join(multimodal)} to the hidden states between "
-                f"its layers, first before layer {index}",
-                remedy="calibrate this model on text alone",
-            )
-    return hidden, [one.call for one in recorded]
 
 
 TOKENS = 64

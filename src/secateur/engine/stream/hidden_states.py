@@ -23,7 +23,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.windows import MultimodalInputs
 from secateur.engine.stream.calls import (
     LayerCall,
     StandIn,
     call_layer,
     first_inputs,
     layer_calls,
-    record_multimodal,
     replaced_layers,
     token_values,
     token_values_of_all,
@@ -78,8 +75,6 @@ class EmbeddingAndHead:
         windows: token ids [samples, sequence_length].
         folder: keeps what depends on the tokens besides hidden states; None for memory.
         own: the windows of this process; None for all.
-        multimodal: what the model reads besides the tokens. Then each window has calls of its own,
-            because masks and positions depend on where its pictures are.
         fast: whether the products of layers and head may be in bfloat16 (`fast_matmuls`).
     """
 
@@ -89,13 +84,11 @@ class EmbeddingAndHead:
         windows: Tensor,
         folder: Path | None = None,
         own: slice | None = None,
-        multimodal: MultimodalInputs | None = None,
         *,
         fast: bool = True,
     ) -> None:
-        self.target, self.windows, self.multimodal = target, windows, multimodal
+        self.target, self.windows = target, windows
         self.recorded: dict[int, list[LayerCall]] = {}
-        self.of_windows: dict[int, list[LayerCall]] = {}
         self.width: int | None = None  # of hidden states as they travel
         self.token_values = TokenValues(target, windows, folder, own)
         matmuls = fast_matmuls if fast else exact_matmuls
@@ -110,12 +103,9 @@ class EmbeddingAndHead:
             total, device = len(self.windows), self.target.device
             # Turned around, so that a single window also shows what depends on its tokens.
             last = self.windows[total - size :].flip(1)
-            shown = (self.windows[:size], last) if self.multimodal is None else (self.windows[:1],)
-            ids = [x.to(device) for x in shown]
+            ids = [x.to(device) for x in (self.windows[:size], last)]
             with self.target.outside():
-                calls = layer_calls(
-                    self.target.model, self.target.layers, ids, self._multimodal_of(0)
-                )
+                calls = layer_calls(self.target.model, self.target.layers, ids)
             self.recorded[size] = [call.to(device).filled(None) for call in calls]
         return self.recorded[size]
 
@@ -124,50 +114,13 @@ class EmbeddingAndHead:
 
         Args:
             number: number of the layer.
-            rows: numbers of the windows; one window, if it has pictures.
+            rows: numbers of the windows.
         """
-        if self.multimodal is not None:
-            (row,) = rows
-            return self._calls_of(row)[number]
         call = self.calls(len(rows))[number]
         return call.filled(self.token_values.read(number, call, rows)) if call.varying else call
 
-    def _multimodal_of(self, row: int) -> dict[str, Tensor]:
-        """What the model reads besides the tokens of a window."""
-        if self.multimodal is None:
-            return {}
-        return self.multimodal.of(row, self.target.device, self.target.dtype)
-
-    def _calls_of(self, row: int) -> list[LayerCall]:
-        """How the model calls each layer for one window with its pictures."""
-        if row not in self.of_windows:
-            with self.target.outside():
-                self._record_multimodal(row)
-        return self.of_windows[row]
-
-    def _record_multimodal(self, row: int) -> Tensor:
-        """The input of the first layer for a window with its pictures; its calls are kept.
-
-        Use it only within `outside()`.
-        """
-        model, layers, device = self.target.model, self.target.layers, self.target.device
-        ids = self.windows[row : row + 1].to(device)
-        hidden, calls = record_multimodal(model, layers, ids, self._multimodal_of(row))
-        self.of_windows[row] = [
-            replace(own, packing=form.packing)
-            for own, form in zip(calls, self.recorded[1], strict=True)
-        ]
-        return hidden
-
     def shared_tensors(self, number: int, sizes: set[int]) -> list[Tensor]:
         """Arguments of a layer that no forward owns, for batches of these sizes."""
-        if self.multimodal is not None:
-            own = self.token_values.own
-            return [
-                x
-                for row in range(own.start, own.stop)
-                for x in self._calls_of(row)[number].tensors()
-            ]
         calls = [self.calls(size)[number] for size in sizes]
         held = [self.token_values.held(number, call) for call in calls if call.varying]
         return [*(x for x in held if x is not None), *(x for c in calls for x in c.tensors())]
@@ -183,10 +136,7 @@ class EmbeddingAndHead:
         calls = next(iter(self.recorded.values()), None) or self.calls()
         with self.target.outside():
             for rows in batches:
-                if self.multimodal is None:
-                    hidden = first_inputs(model, layers, self.windows[rows].to(device))
-                else:
-                    hidden = self._record_multimodal(rows.start)
+                hidden = first_inputs(model, layers, self.windows[rows].to(device))
                 found = calls[0].packed(hidden)
                 self.width = found.shape[-1]
                 yield found
@@ -251,7 +201,7 @@ class EmbeddingAndHead:
         return hidden
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The hidden states, and what depends on the tokens if `embedded` has put it multimodal."""
+        """The hidden states, and what depends on the tokens if `embedded` has put it there."""
         if self.width is None or hidden.shape[-1] == self.width:
             return hidden, None
         return hidden[..., : self.width], hidden[..., self.width :]
@@ -281,9 +231,7 @@ class EmbeddingAndHead:
         """
         ids = self.windows[row : row + 1].to(self.target.device)
         with self.returning(hidden):
-            logits: Tensor = self.target.model(
-                input_ids=ids, use_cache=False, **self._multimodal_of(row)
-            ).logits
+            logits: Tensor = self.target.model(input_ids=ids, use_cache=False).logits
         return logits[0]
 
     @contextmanager
