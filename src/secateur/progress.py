@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -41,21 +40,20 @@ class Silent:
 
 
 class ProgressBar:
-    """Shows a bar for every stage: one after the other in one line of a notebook, or on stderr.
+    """Shows a bar for every stage on stderr.
 
     Example: `secateur.prune(model, sparsity=0.5, progress=secateur.ProgressBar())`.
     """
 
     def __init__(self) -> None:
         self.bar: Any = None
-        self.stream: Any = CellLine() if _in_notebook() else sys.stderr
 
     def start(self, label: str, steps: int) -> None:
         """A stage begins; a stage of one step shows only its time."""
         from tqdm import tqdm  # plain, not its widgets: they need a package of their own
 
         self.finish()
-        self.bar = tqdm(total=steps if steps > 1 else None, desc=label, file=self.stream)
+        self.bar = tqdm(total=steps if steps > 1 else None, desc=label)
 
     def step(self, count: int = 1, note: str = "") -> None:
         """Some steps are done."""
@@ -68,27 +66,6 @@ class ProgressBar:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-class CellLine(io.TextIOBase):
-    """One line of output below a cell of a notebook. What is written replaces it."""
-
-    encoding = "utf-8"
-
-    def __init__(self) -> None:
-        self.handle: Any = None
-
-    def write(self, text: str) -> int:
-        """Show a bar; the line break after the last one shows nothing."""
-        from IPython.display import display
-
-        if shown := text.strip():
-            content = {"text/plain": shown}
-            if self.handle is None:
-                self.handle = display(content, raw=True, display_id=True)
-            else:
-                self.handle.update(content, raw=True)
-        return len(text)
 
 
 def _in_notebook() -> bool:

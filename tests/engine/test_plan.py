@@ -84,13 +84,13 @@ def test_peaks_say_what_lies_where() -> None:
     assert plan(on_gpu=False).peak_bytes == 29 * GIB == plan(on_gpu=False).host_peak_bytes
     there = plan(on_gpu=True)
     assert there.peak_bytes == 3 * GIB  # layer, running forward, solver
-    # process, a layer on its way and the next one, hidden states, halted
-    assert there.host_peak_bytes == 28 * GIB
+    # process, a layer on its way, hidden states, halted
+    assert there.host_peak_bytes == 27 * GIB
     whole = plan(on_gpu=True, distilling=9, loading=40)
     assert (whole.peak_bytes, whole.host_peak_bytes) == (9 * GIB, 41 * GIB)
-    assert there.to_json()["host_peak"] == 28 * GIB
+    assert there.to_json()["host_peak"] == 27 * GIB
     kept = plan(on_gpu=True, activations="gpu")
-    assert (kept.peak_bytes, kept.host_peak_bytes) == (28 * GIB, 3 * GIB)
+    assert (kept.peak_bytes, kept.host_peak_bytes) == (28 * GIB, 2 * GIB)
 
 
 def test_a_gpu_keeps_what_fits_in_it(machine: dict[str, float]) -> None:
@@ -113,14 +113,14 @@ def test_the_host_of_a_gpu_is_checked_too(machine: dict[str, float]) -> None:
     machine["host"] = 10 * GIB
     assert fitted(CUDA) == "disk"  # hidden states and halted forwards are on the host
     machine["host"] = GIB
-    with pytest.raises(MemoryBudgetError, match=r"3\.00 GiB on the host, the budget is 0\.80 GiB"):
+    with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host, the budget is 0\.80 GiB"):
         fitted(CUDA)
 
 
 def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> None:
     with pytest.raises(MemoryBudgetError, match=r"on the GPU, the budget is 2\.00 GiB"):
         fitted(CUDA, 2 * GIB)
-    assert fitted(CUDA, 4 * GIB) == "memory"  # the host needs 28 of 80 GiB
+    assert fitted(CUDA, 4 * GIB) == "memory"  # the host needs 27 of 80 GiB
     assert fitted(CPU, 4 * GIB) == "disk"
     assert fitted(CPU, 30 * GIB) == "memory"
     assert memory_budget(4 * GIB, CUDA).host == pytest.approx(80 * GIB)

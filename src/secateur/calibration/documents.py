@@ -5,7 +5,6 @@
 | `FILE.txt`, `.md`, `.raw`        | the whole file is one document                              |
 | `FILE.jsonl`, `FILE.parquet`     | one document per row, its field `text` (or another)         |
 | a folder                         | the documents of all such files in it, in order of paths    |
-| a folder of `save_to_disk`       | one document per row                                        |
 | `boolq-calibration`, `-held-out` | a sample: one passage each                                  |
 | `c4`                             | web pages of the first shard of C4's English part           |
 | `wikitext2`                      | WikiText-2 raw: one document, rows joined by two newlines   |
@@ -36,7 +35,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast, overload
@@ -50,8 +49,6 @@ TEXT_SUFFIXES = (".txt", ".md", ".raw")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 TABLE = ".parquet"
 SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, TABLE)
-SAVED_TO_DISK = ("state.json", "dataset_dict.json")
-"""One of these is in a folder that `datasets` saved."""
 
 HUB_DATASET = re.compile(
     r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.:%+\[\]-]+))?"
@@ -373,8 +370,6 @@ def _no_text(source: str) -> SourceError:
 def _local_documents(source: str, field: str) -> Sequence[Document]:
     """The documents of a file, a folder or a sample."""
     path = Path(source).expanduser()
-    if any((path / name).is_file() for name in SAVED_TO_DISK):
-        return _row_documents(_saved_rows(path), field, str(path))
     documents: list[Document]
     if path.is_file():
         documents = list(_file_documents(path, field))
@@ -401,40 +396,6 @@ def _local_documents(source: str, field: str) -> Sequence[Document]:
     return documents
 
 
-def _saved_rows(path: Path) -> Any:
-    """The rows of a folder that `datasets` saved."""
-    import datasets
-
-    saved = _rows(datasets.load_from_disk, path)
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if "train" not in saved:
-        raise SourceError(
-            f"the data set has no split 'train'; it has: {', '.join(saved)}",
-            where=str(path),
-            remedy="name the folder of a split",
-        )
-    return saved["train"]
-
-
-def _rows(read: Callable[[str], Any], path: Path) -> Any:
-    """Read rows with `datasets`.
-
-    Raises:
-        SourceError: the file is damaged, or of another kind.
-    """
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return read(str(path))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise SourceError(
-            f"{path.name} cannot be read: {first_line(error)}",
-            where=str(path),
-            remedy="copy it again, or name a text of another kind",
-        ) from None
-
-
 def _bare_suffix(path: Path) -> str | None:
     """The suffix of a text file without `.gz`, or None if secateur does not read this kind."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -453,7 +414,14 @@ def _file_documents(path: Path, field: str) -> Iterator[Document]:
     if suffix == TABLE:
         import datasets
 
-        rows = _rows(datasets.Dataset.from_parquet, path)
+        try:
+            rows = datasets.Dataset.from_parquet(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise SourceError(
+                f"{path.name} cannot be read: {first_line(error)}",
+                where=str(path),
+                remedy="copy it again, or name a text of another kind",
+            ) from None
         yield from _row_documents(rows, field, str(path))
         return
     opener = gzip.open if path.suffix == ".gz" else open

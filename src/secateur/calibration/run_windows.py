@@ -252,15 +252,7 @@ class RunWindows:
             wanted = max(held_out, more - plan.windows - options.generated_windows)
         windows, record = reader.read(options.source, options, extra=wanted, only_plan=only_plan)
         extra = record.get(EXTRA, 0)
-        if extra < wanted and record["source"].endswith(READY):
-            log.warning(
-                "the distillation wants %d extra windows, and a file of windows has %d: %s. Give "
-                "the text instead, and it reads more of it",
-                wanted,
-                extra,
-                record["source"],
-            )
-        elif extra < wanted:
+        if extra < wanted:
             message = "the distillation wants %d extra windows, and %s has %d"
             log.warning(message, wanted, record["source"], extra)
         return cls._split(windows, extra, record, options.generated_windows)
@@ -405,8 +397,6 @@ def load_calibration(
     vocab_size: int,
     positions: int | None = None,
     field: str = "text",
-    split: str | None = None,
-    config: str | None = None,
 ) -> tuple[Windows, dict[str, Any]]:
     """Calibration windows from texts or a file of ready windows, with a record of both.
 
@@ -419,8 +409,6 @@ def load_calibration(
         vocab_size: of the model; token ids must be below it.
         positions: how many tokens the model reads at once; None if it does not say.
         field: as in `read_documents`.
-        split: as in `read_documents`.
-        config: as in `read_documents`.
 
     Returns:
         The windows [samples, sequence_length], and a record of JSON values: the source, the plan,
@@ -443,8 +431,6 @@ def load_calibration(
             vocab_size=vocab_size,
             positions=positions,
             field=field,
-            split=split,
-            config=config,
         )
         return _mixed(parts, plan, load)
     record: dict[str, Any] = {"source": source}
@@ -461,7 +447,7 @@ def load_calibration(
                 remedy="give the tokenizer, or token windows [samples, sequence_length] or a "
                 ".safetensors file of them",
             )
-        documents = read_documents(source, field=field, split=split, config=config)
+        documents = read_documents(source, field=field)
         windows = make_windows(documents, tokenizer, plan)
         check_fit(windows, source, vocab_size=vocab_size, positions=positions)
         start, extra = start_tokens(tokenizer), max(0, len(windows) - plan.windows)

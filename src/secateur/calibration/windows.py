@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from secateur.calibration.documents import Document, holds_chats
@@ -273,8 +274,6 @@ def load_windows(
         RecipeError: the windows are longer than the model reads.
         CheckpointError: the file is damaged.
     """
-    from safetensors import SafetensorError
-
     if not path.is_file():
         raise SourceError("no such file of windows", where=str(path), remedy="check the path")
     try:
@@ -307,11 +306,7 @@ def stored_start(path: Path) -> tuple[int, ...]:
     Args:
         path: a file that `load_windows` has read.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        entry = (file.metadata() or {}).get(START, "[]")
-    return tuple(json.loads(entry))
+    return tuple(json.loads(_header(path).get(START, "[]")))
 
 
 def stored_extra(path: Path) -> int:
@@ -320,10 +315,12 @@ def stored_extra(path: Path) -> int:
     Args:
         path: a file that `load_windows` has read.
     """
-    from safetensors import safe_open
+    return int(_header(path).get(EXTRA, 0))
 
+
+def _header(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        return int((file.metadata() or {}).get(EXTRA, 0))
+        return file.metadata() or {}
 
 
 def check_fit(ids: Tensor, where: str, *, vocab_size: int | None, positions: int | None) -> None:
@@ -378,8 +375,6 @@ def save_windows(
         extra: how many of the windows, at the end, only a distillation reads.
         metadata: text for the header of the file.
     """
-    from safetensors.torch import save
-
     entry = {START: json.dumps(list(start))} if start else {}
     entry |= {EXTRA: str(extra)} if extra else {}
     write_bytes(path, save({"input_ids": windows.contiguous()}, {**(metadata or {}), **entry}))

@@ -56,6 +56,7 @@ from secateur.types import float32_bytes
 log = logging.getLogger(__name__)
 
 SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
+SMALLER = "use --dtype bfloat16 (of a GGUF file)"
 TUNE_LESS = "use --tune-passes 0"
 
 SWEEP_WINDOWS = 16
@@ -222,9 +223,8 @@ def pruning_needs(
     away = (SENDING,) if on_gpu and not stays_on_gpu else None  # what is on the host
     shape = "solving a {} x {} linear".format(*solving.shape)
     return [
-        # the host of a GPU holds the layer on its way, and reads the next one
-        Need("layer", 2 * layer, (SENDING,), "two decoder layers"),
-        Need("layer", layer, layers, "a decoder layer", "use --dtype bfloat16 (of a GGUF file)"),
+        # the host of a GPU holds the layer on its way
+        Need("layer", layer, (*layers, SENDING), "a decoder layer", SMALLER),
         Need("activation", stored, away or layers, "hidden states", ON_DISK),
         Need("forward", forwards[0], (PRUNING,), "the forward of a micro-batch", SHORTER),
         Need("waiting", forwards[1], away or (PRUNING,), "halted forwards", ON_DISK),

@@ -364,9 +364,9 @@ class Job:
         settings, tasks, stream = self.settings, self.tasks, self._stream()
         before = gathering(tasks).backward
         if before and stream is not None and settings.work is not None:
-            from secateur.engine.stream.gradients import gather_gradients
+            from secateur.engine.stream.gradients import GradientPass
 
-            gather_gradients(stream.outer, before, settings.work, progress, settings.ranks)
+            GradientPass(stream.outer, before, settings.work, progress, settings.ranks).execute()
         if self.allocation.reach > 0:
             from secateur.engine.search.allocation import allocate
 
@@ -460,12 +460,6 @@ def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
             remedy="add --sparsity, for example --sparsity 0.5",
         )
     for glob, own in {"": sparsity, **recipe.overrides}.items():
-        if not 0 <= own < 1:
-            raise RecipeError(
-                f"sparsity {own:g} is not a fraction of zeros in [0, 1)",
-                where=f"override {glob!r}" if glob else "--sparsity",
-                remedy="0.5 prunes half of the weights",
-            )
         if implied is not None and own and abs(own - implied) > 1e-6:
             raise RecipeError(
                 f"{recipe.pattern} always has sparsity {implied:g}, not {own:g}",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -294,8 +294,6 @@ def fill(
     names: dict[str, str],
     device: torch.device,
     dtype: torch.dtype | None,
-    *,
-    read: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Give every parameter of `module` its stored values.
 
@@ -306,12 +304,11 @@ def fill(
         names: from `stored_names`.
         device: where the values go.
         dtype: of the computation; None for the dtype stored.
-        read: gives a stored tensor; None for the reader's own.
     """
     owned = [name for name, _ in module.named_parameters()]
     refuse_missing((f"{prefix}.{name}" for name in owned), names, reader.folder)
     for name in owned:
-        value = (read or reader.read)(names[f"{prefix}.{name}"]).to(device, dtype)
+        value = reader.read(names[f"{prefix}.{name}"]).to(device, dtype)
         assign(module, name, value)
 
 

@@ -21,7 +21,7 @@ that cannot be pruned is refused before any work.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -567,14 +567,7 @@ def _sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     ids = torch.arange(length, device=target.device)[None] % vocabulary
     with target.outside():
         calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
-        hidden = calls[0].packed(first_inputs(target.model, target.layers, ids))
-    if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
-        raise ArchitectureError(
-            f"{type(target.model).__name__} gives its layers hidden states of shape "
-            f"{tuple(hidden.shape)} for a window of {length} tokens",
-            remedy="this family cannot be pruned layer by layer yet",
-        )
-    return hidden, calls
+        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
 
 
 def _seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> LayerLayout:
@@ -587,10 +580,7 @@ def _seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -
             call_layer(layer, hidden.to(device), call.to(device))
 
     try:
-        if device.type == "meta":
-            with on_meta(layer):
-                groups = find_groups(list(linears.values()), forward)
-        else:
+        with on_meta(layer) if device.type == "meta" else nullcontext():
             groups = find_groups(list(linears.values()), forward)
     except SecateurError:
         raise
@@ -616,14 +606,9 @@ def on_meta(layer: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _put_back(layer, buffers)
-
-
-def _put_back(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Give a layer its real buffers again."""
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        layer.get_submodule(path)._buffers[leaf] = buffer
+        for name, buffer in buffers.items():
+            path, _, leaf = name.rpartition(".")
+            layer.get_submodule(path)._buffers[leaf] = buffer
 
 
 def input_mark(x: Tensor) -> Hashable:

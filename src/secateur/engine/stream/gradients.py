@@ -29,15 +29,8 @@ from secateur.progress import Progress
 from secateur.runs.output import write_tensors
 
 
-@full_float32()
-def gather_gradients(
-    outer: EmbeddingAndHead,
-    names: Collection[str],
-    work: Path,
-    progress: Progress,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Gather statistics of every linear's gradients into files of the work folder.
+class GradientPass:
+    """Gathers statistics of every linear's gradients into files of the work folder.
 
     Args:
         outer: embedding and head of the dense model, with the calibration windows.
@@ -46,15 +39,7 @@ def gather_gradients(
             kept.
         progress: receives every step.
         ranks: the processes that share the windows.
-
-    Raises:
-        NumericalError: the loss is NaN or infinite.
     """
-    _GradientPass(outer, names, work, progress, ranks).execute()
-
-
-class _GradientPass:
-    """One pass over all windows; its arguments are those of `gather_gradients`."""
 
     def __init__(
         self,
@@ -62,7 +47,7 @@ class _GradientPass:
         names: Collection[str],
         work: Path,
         progress: Progress,
-        ranks: Ranks,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.target, self.windows = outer.target, outer.windows
         self.names, self.work, self.progress, self.ranks = names, work, progress, ranks
@@ -80,15 +65,17 @@ class _GradientPass:
             own,
         )
 
+    @full_float32()
     def execute(self) -> None:
-        """Run forward, loss and backward. Steps that a killed run finished are skipped."""
+        """Run forward, loss and backward. Steps that a killed run finished are skipped.
+
+        Raises:
+            NumericalError: the loss is NaN or infinite.
+        """
         own, count = self.own, self.own.count
         self.progress.start("gradients", len(own.windows) * (2 * count + 1))
-        finished = set(
-            self.ranks.once(
-                lambda: [n for n in range(count) if _gradient_file(self.work, n).exists()]
-            )
-        )
+        files = [_gradient_file(self.work, n) for n in range(count)]
+        finished = self.ranks.once(lambda: [n for n, file in enumerate(files) if file.exists()])
         if count - 1 not in finished and not all(self.ranks.gather(own.gradients.has(count))):
             own.forward(self._forward_layer)
             own.losses(self._loss)
@@ -165,7 +152,7 @@ def stored_gradients(
     """Return a function that returns the stored statistics of a linear's gradients.
 
     Args:
-        work: the folder of `gather_gradients`; may be None without names.
+        work: the folder of `GradientPass`; may be None without names.
         index: number of the decoder layer.
         names: names of the statistics; without names the function returns nothing.
         device: device of the returned tensors.

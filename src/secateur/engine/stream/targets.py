@@ -1,16 +1,15 @@
 """Targets of a run: a model in memory, or a checkpoint on disk.
 
-Each decoder layer gets its weights when it is needed, in order (`walk_layers`). Where a GPU
-computes, a thread reads the next layer meanwhile. The table of per-layer embeddings of Gemma 3n
-and small Gemma 4 is the largest matrix of the model, several times as large as a decoder layer. On
-another device, or in another dtype than that of the file, the whole table would have to be copied
-each time that a layer's turn comes. So a forward gets only the rows of its own tokens.
+Each decoder layer gets its weights when it is needed, in order (`walk_layers`). The table of
+per-layer embeddings of Gemma 3n and small Gemma 4 is the largest matrix of the model, several times
+as large as a decoder layer. On another device, or in another dtype than that of the file, the whole
+table would have to be copied each time that a layer's turn comes. So a forward gets only the rows
+of its own tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -62,10 +61,6 @@ class Target(Protocol):
         """A context that gives one decoder layer with its weights, on `device`."""
         ...
 
-    def expect(self, index: int | None) -> None:
-        """Begin to read the layer that comes next, if that pays; None if no layer follows."""
-        ...
-
     def commit(self, index: int, names: list[str]) -> None:
         """Store the new values of some parameters of a layer, within its context."""
         ...
@@ -104,9 +99,6 @@ class ModelTarget:
         """The layer itself."""
         yield self.layers[index]
 
-    def expect(self, index: int | None) -> None:
-        """Nothing to do: all layers are there."""
-
     def commit(self, index: int, names: list[str]) -> None:
         """Nothing to do: the layer was changed in place."""
 
@@ -132,7 +124,6 @@ class CheckpointTarget:
         trust_remote_code: bool = False,
     ) -> None:
         self.reader, self.output, self.device = reader, output, device
-        self.ahead: ReadAhead | None = None
         self.model = build_skeleton(reader.folder, dtype=dtype, trust_remote_code=trust_remote_code)
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
@@ -191,29 +182,13 @@ class CheckpointTarget:
         """The layer, filled on entry and emptied on exit."""
         layer = self.layers[index]
         prefix = self.architecture.layer_name(index)
-        read = None if self.ahead is None else self.ahead.read
-        fill(layer, prefix, self.reader, self.stored, self.device, self.dtype, read=read)
+        fill(layer, prefix, self.reader, self.stored, self.device, self.dtype)
         # The skeleton has its buffers on the CPU.
         layer.to(self.device)
         try:
             yield layer
         finally:
             empty(layer)
-
-    def expect(self, index: int | None) -> None:
-        """Read the next layer into host memory meanwhile, where a GPU computes.
-
-        On a CPU there would be two layers in the memory that computes, and one more thread on its
-        cores.
-        """
-        if self.ahead is not None:
-            self.ahead.drop()
-            self.ahead = None
-        if index is not None and self.device.type != "cpu":
-            prefix = self.architecture.layer_name(index)
-            own = (f"{prefix}.{name}" for name, _ in self.layers[index].named_parameters())
-            names = (self.stored[name] for name in own if name in self.stored)
-            self.ahead = ReadAhead(self.reader, names)
 
     def commit(self, index: int, names: list[str]) -> None:
         """Write the new values over the old ones in the copy."""
@@ -222,34 +197,6 @@ class CheckpointTarget:
         for name in names:
             self.output.write(self.stored[name], self.model.get_parameter(name))
         self.output.sync()
-
-
-class ReadAhead:
-    """Reads tensors in a thread of its own, one after the other.
-
-    Nobody else has a tensor before `read` gives it away, so no memory is used by two at once.
-
-    Args:
-        reader: reads them; each call opens its file anew, so threads share nothing.
-        names: in the order in which they will be asked for.
-    """
-
-    def __init__(self, reader: CheckpointReader, names: Iterable[str]) -> None:
-        self.reader = reader
-        pool = ThreadPoolExecutor(1, "read ahead")
-        self.coming: dict[str, Future[Tensor]] = {n: pool.submit(reader.read, n) for n in names}
-        pool.shutdown(wait=False)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, as soon as it is there; one that was not begun is read here."""
-        begun = self.coming.pop(name, None)
-        return self.reader.read(name) if begun is None else begun.result()
-
-    def drop(self) -> None:
-        """Give up what nobody has asked for."""
-        for begun in self.coming.values():
-            begun.cancel()
-        self.coming.clear()
 
 
 def per_layer_table(model: Any) -> nn.Embedding | None:
@@ -299,11 +246,6 @@ def walk_layers(
     Yields:
         The number of a layer, and the layer.
     """
-    order = list(range(len(target.layers)) if numbers is None else numbers)
-    try:
-        for number, following in zip(order, [*order[1:], None], strict=False):
-            with target.layer(number) as layer:
-                target.expect(following)
-                yield number, layer
-    finally:
-        target.expect(None)
+    for number in range(len(target.layers)) if numbers is None else numbers:
+        with target.layer(number) as layer:
+            yield number, layer
