@@ -960,7 +960,6 @@ def structure(
     experts_by: Literal["reap", "frequency", "random", "merge"] | None = None,
     experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
-    depth_units: Literal["layers", "blocks"] | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -1030,8 +1029,6 @@ def structure(
             layers keep different numbers. [layer]
         depth_by: How to select layers: by block influence, angular distance, greedy removal, or
             search. [influence]
-        depth_units: Remove whole decoder layers, or their attention and FFN blocks separately.
-            [layers]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]

@@ -91,13 +91,13 @@ def test_llama_cpp_continues_like_transformers(family, tokenizer, tmp_path: Path
 
 
 def test_layers_of_different_sizes_run_too(tokenizer, tmp_path: Path) -> None:
-    """Sub-blocks are gone, and FFNs differ: the architecture `deci` has a size for each layer."""
+    """The architecture `deci` has a size for each layer."""
     source = save(tmp_path / "model", tokenizer, "llama", attention_bias=False)
     windows = tmp_path / "text.txt"
     windows.write_text(source_text()[:6000])
     cut = secateur.structure(
         source, output=tmp_path / "cut", calibration=windows, sequence_length=32, windows=8,
-        keep_parameters=0.7, depth_units="blocks", effort="fast", allocation="global",
+        keep_parameters=0.7, effort="fast", allocation="global",
     )  # fmt: skip
     assert cut.output.exists()
     found = secateur.export(cut.output, output=tmp_path / "out", type="f32")

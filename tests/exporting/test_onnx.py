@@ -91,7 +91,7 @@ def test_layers_of_different_sizes_are_refused(tokenizer, tmp_path: Path, monkey
     text.write_text("def f(x):\n    return x\n" * 60)
     cut = secateur.structure(
         source, output=tmp_path / "cut", calibration=text, sequence_length=32, windows=4,
-        keep_parameters=0.7, depth_units="blocks", effort="fast", allocation="global",
+        keep_parameters=0.7, effort="fast", allocation="global",
     )  # fmt: skip
     monkeypatch.setattr(onnx, "PACKAGES", ())
     with pytest.raises(ArchitectureError, match="layers"):

@@ -32,27 +32,6 @@ def without_layers(model: nn.Module, path: str, dropped: Iterable[int]) -> nn.Mo
     return smaller
 
 
-def without_blocks(model: nn.Module, writers: Iterable[str]) -> nn.Module:
-    """A copy in which the last linear of some sub-blocks writes nothing: weight and bias are 0."""
-    other = copy.deepcopy(model)
-    for name in writers:
-        for parameter in other.get_submodule(name).parameters():
-            parameter.data.zero_()
-    return other
-
-
-def loss(model: nn.Module, windows: Tensor) -> float:
-    """Mean cross-entropy of the next tokens."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for window in windows:
-            log_probabilities = model(input_ids=window[None]).logits[0].double().log_softmax(-1)
-            for place, token in enumerate(window[1:].tolist()):
-                total -= float(log_probabilities[place, token])
-                count += 1
-    return total / count
-
-
 def divergence(dense: nn.Module, other: nn.Module, windows: Tensor) -> float:
     """Mean over tokens of Σ p · (log p − log q)."""
     total, count = 0.0, 0

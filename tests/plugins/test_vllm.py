@@ -180,7 +180,7 @@ def test_layers_of_different_sizes_give_the_text_of_transformers(
     (tmp_path / "text.txt").write_text(source_text()[:6000])
     cut = secateur.structure(
         tmp_path / "dense", output=tmp_path / "cut", calibration=tmp_path / "text.txt",
-        sequence_length=32, windows=8, keep_parameters=0.7, depth_units="blocks", effort="fast",
+        sequence_length=32, windows=8, keep_parameters=0.7, effort="fast",
         allocation="global",
     )  # fmt: skip
     assert json.loads((cut.output / "config.json").read_text())["model_type"] == "secateur_varied"

@@ -77,8 +77,8 @@ def test_a_cut_has_the_planned_sizes(place: Path) -> None:
         )
         after = made.manifest.structure.after
         assert plan.to_json()["after"] == after.to_json()
-    blocks = dry("structure", ffn=None, keep_layers=1, depth_units="blocks")
-    assert (blocks.after, blocks.unknown) == (None, ("--depth-units blocks",))
+    timed = dry("structure", ffn=None, decode_latency=0.5)
+    assert (timed.after, timed.unknown) == (None, ("--decode-latency",))
 
 
 def test_a_training_needs_what_was_planned(place: Path) -> None:

@@ -46,7 +46,7 @@ CUTS = ("keep_layers", "experts", *WIDTHS, "vocabulary", "vocabulary_size")
 
 NOT_LEARNED = (
     *("effort", "experts", "query_heads", "decode_latency", "whole_first", "whole_last"),
-    *("allocation", "score", "solver", "asymmetric", "depth_units"),
+    *("allocation", "score", "solver", "asymmetric"),
 )
 """Options that control the choice of units by a score, or name units without gates."""
 
@@ -54,14 +54,12 @@ Counted = Flag(value="NUMBER", default="all")
 
 
 class Depth(Section):
-    """How to select decoder layers, or their attention and FFN blocks."""
+    """How to select decoder layers."""
 
     by: Annotated[Literal["influence", "angular", "greedy", "search"], Flag("depth_by")] = (
         "influence"
     )
     """How to select layers: by block influence, angular distance, greedy removal, or search."""
-    units: Annotated[Literal["layers", "blocks"], Flag("depth_units")] = "layers"
-    """Remove whole decoder layers, or their attention and FFN blocks separately."""
 
 
 class LearnedOptions(Section):
@@ -200,7 +198,7 @@ class StructureRecipe(
     presets = structure_presets
     run = Planning
     needs: ClassVar = {
-        **dict.fromkeys(("depth_by", "depth_units"), ("keep_layers", *TARGETS)),
+        "depth_by": ("keep_layers", *TARGETS),
         **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
         **dict.fromkeys(("score", "solver", "allocation", "multiple"), WIDTHS),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),

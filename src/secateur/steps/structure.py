@@ -111,7 +111,6 @@ def _unknown_sizes(recipe: StructureRecipe, plan: CutPlan) -> tuple[str, ...]:
     conditions = {
         "--vocabulary": trims_vocabulary(recipe),
         "--decode-latency": recipe.decode_latency is not None,
-        "--depth-units blocks": recipe.depth.units == "blocks" and plan.drop_layers > 0,
     }
     return tuple(name for name, given in conditions.items() if given)
 

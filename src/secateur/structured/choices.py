@@ -68,26 +68,18 @@ class SurveyJob:
 
 
 def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
-    """Choose the decoder layers or sub-blocks to remove."""
-    how, sizes, drop = context.recipe.depth, context.plan.sizes, context.plan.drop_layers
-    by_layers = how.units == "layers"
+    """Choose the decoder layers to remove."""
+    by, layers = context.recipe.depth.by, range(context.plan.sizes.layers)
     depth = DepthSettings(
-        units=how.units,
-        count=drop if by_layers else None,
-        share=None if by_layers else drop / sizes.layers,
-        method=how.by,
+        context.plan.drop_layers,
+        method=by,
         seed=context.recipe.calibration.seed,
         fast_matmuls=context.recipe.fast_matmuls,
     )
     work = context.scratch("depth")
     dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)
-    notes = {"by": how.by, "units": how.units, "fitness": dropped.fitness, "scores": dropped.scores}
-    cut = Cut(
-        layers=tuple(i for i in range(sizes.layers) if i not in dropped.layers),
-        groups=dict.fromkeys(dropped.attention, ()),
-        neurons=dict.fromkeys(dropped.ffn, ()),
-    )
-    return cut, notes, folder
+    notes = {"by": by, "units": "layers", "fitness": dropped.fitness, "scores": dropped.scores}
+    return Cut(layers=tuple(i for i in layers if i not in dropped.layers)), notes, folder
 
 
 def choose_hidden(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:

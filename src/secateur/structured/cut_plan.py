@@ -39,7 +39,7 @@ class CutPlan:
 
     Attributes:
         sizes: sizes of the uncut model.
-        drop_layers: number of decoder layers to remove; each can also be two sub-blocks.
+        drop_layers: number of decoder layers to remove.
         keep_experts: number of experts to keep in each layer; None keeps all.
         keep_hidden: number of channels of the residual stream to keep; None keeps all.
         keep_queries: number of query heads to keep in each KV group; None keeps all.
@@ -203,9 +203,7 @@ def _share(kept: Kept, each: tuple[int, ...], what: str) -> float:
     if not most:
         raise RecipeError(f"the model has no {what} to cut")
     if kept == 0:
-        raise RecipeError(
-            f"no {what} would stay", remedy="to drop sub-blocks, use --depth-units blocks"
-        )
+        raise RecipeError(f"no {what} would stay", remedy="to drop layers, use --keep-layers")
     return count(kept, most, f"{what} of a layer") / most
 
 

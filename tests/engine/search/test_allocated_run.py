@@ -184,7 +184,7 @@ def tournament_of(survey: Survey, rungs, files: list[Path]) -> FitnessCache:
     outer = EmbeddingAndHead(survey.target, tiny_windows())
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
-    evaluator = CandidateEvaluator(outer, variants, "divergence", Silent())
+    evaluator = CandidateEvaluator(outer, variants, Silent())
     return FitnessCache(evaluator, variants.versions, variants.names, 1, None)
 
 
@@ -383,7 +383,7 @@ def surveyed(work: Path, fast: bool) -> list[float]:
             found += map(float, pruned_alone(survey, part, grains).values())
     depth = DepthSettings(count=1, method="greedy", fast_matmuls=fast)
     dropped = choose_depth(target, tiny_windows(), depth, None, Silent())
-    return [*found, *dropped.scores.values()]
+    return [*found, dropped.fitness]
 
 
 def test_exact_matmuls_reach_the_surveys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from secateur.engine.prune.run import CalibratedLayerPass
-from secateur.engine.search.depth import WHOLE, DepthUnit, influences
+from secateur.engine.search.depth import influences
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import PackedHiddenStates, Shared, call_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -195,8 +195,7 @@ def test_influences_are_of_hidden_states_alone() -> None:
     """Keys and values that travel with them do not count."""
     model: Any = tiny_model("gemma4_text shared")
     outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
-    units = [DepthUnit(i, WHOLE, 1, 1) for i in range(5)]
-    found = influences(outer, units, Silent())
+    found = influences(outer, Silent())
     with torch.no_grad():
         out = model.model(input_ids=WINDOWS, use_cache=False, output_hidden_states=True)
     states = out.hidden_states[:5]  # the last one is normed

@@ -333,7 +333,7 @@ def search_levels(
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
     file = survey.work / "search.jsonl"
-    evaluator = CandidateEvaluator(outer, variants, "divergence", survey.progress)
+    evaluator = CandidateEvaluator(outer, variants, survey.progress)
     fitness = FitnessCache(evaluator, variants.versions, variants.names, tokens, file)
     survey.progress.start("allocation: search", search.generations + 1)
     errors: dict[str, float] = {}  # at the targets, without reading the weights in the same files

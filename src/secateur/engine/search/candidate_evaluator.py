@@ -23,7 +23,6 @@ from zlib import crc32
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.progress import Progress
@@ -69,8 +68,6 @@ class CandidateEvaluator:
     Args:
         outer: embedding and head of the model, with the windows for the measurement.
         variants: the versions of its layers.
-        objective: `divergence`: mean KL(dense ‖ candidate) of the next-token probabilities;
-            `loss`: mean cross-entropy of the next tokens; both in nats per token.
         progress: receives the layers, in steps of size 0.
         reference: of the dense model, on the same windows, if `outer` are those of another model.
     """
@@ -79,20 +76,22 @@ class CandidateEvaluator:
         self,
         outer: EmbeddingAndHead,
         variants: Variants,
-        objective: str,
         progress: Progress,
         reference: CandidateEvaluator | None = None,
     ) -> None:
-        self.outer, self.variants, self.objective = outer, variants, objective
-        self.progress = progress
+        self.outer, self.variants, self.progress = outer, variants, progress
         self.reference = reference or self
         self.dense: list[Tensor] = []
 
     @torch.no_grad()
     def fitness(self, candidates: Sequence[Versions], rows: Sequence[int]) -> list[float]:
-        """The mean loss or divergence of each candidate over some windows."""
-        if self.objective == "divergence":
-            self.reference.pass_dense()
+        """Mean KL(dense ‖ candidate) of the next token's probabilities, in nats per token.
+
+        Args:
+            candidates: the candidates.
+            rows: numbers of the windows to measure on.
+        """
+        self.reference.pass_dense()
         sums = dict.fromkeys(candidates, 0.0)
         for part in self.outer.parts(rows, 2 * len(sums)):
             hidden = self.last_hidden(list(sums), part)
@@ -115,19 +114,16 @@ class CandidateEvaluator:
     def outside(self) -> Iterator[None]:
         """A context in which everything outside the layers has its weights, for `measure`."""
         with ExitStack() as stack:
-            if self.objective == "divergence" and self.reference is not self:
+            if self.reference is not self:
                 stack.enter_context(self.reference.outer.outside())
             stack.enter_context(self.outer.outside())
             yield
 
     def measure(self, row: int) -> Callable[[Tensor], float]:
         """A function from a candidate's logits for one window to its mean over tokens."""
-        if self.objective == "divergence":
-            reference = self.reference
-            dense = DenseLogits.of(reference.logits(row, reference.dense[row]))
-            return lambda logits: dense.divergence(logits) / len(logits)
-        following = self.outer.windows[row, 1:].to(self.outer.target.device)
-        return lambda logits: float(cross_entropy(logits[:-1].float(), following))
+        reference = self.reference
+        dense = DenseLogits.of(reference.logits(row, reference.dense[row]))
+        return lambda logits: dense.divergence(logits) / len(logits)
 
     def logits(self, row: int, hidden: Tensor) -> Tensor:
         """The logits of the last layer's output for one window."""
@@ -190,7 +186,6 @@ class FitnessCache:
         fingerprint = {
             "windows": _checksum(outer.windows),
             "judged_tokens": tokens,
-            "objective": evaluator.objective,
             "embedded": _checksum(outer.embedded([0])[0]),
             "units": list(units),
             **conditions,

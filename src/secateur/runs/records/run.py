@@ -315,7 +315,7 @@ class StepEntry(PartialRecord):
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
-        units: of a depth step: layers or blocks.
+        units: of a depth step: layers.
         fitness: of a depth step: the loss of the selected layers.
         scores: of a depth step, one for each unit.
         steps: of a learned step: optimizer steps.

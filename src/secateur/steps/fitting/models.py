@@ -253,7 +253,7 @@ class ModelEvaluator:
         """Passes one model, as it is, through its layers."""
         outer = EmbeddingAndHead(target, self.windows, fast=False)
         progress = self.context.progress
-        return CandidateEvaluator(outer, Unchanged(outer), "divergence", progress, dense)
+        return CandidateEvaluator(outer, Unchanged(outer), progress, dense)
 
 
 class TimeBudget:
