@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, choose_sweeps, plan_run
-from secateur.engine.prune.run import CalibratedRun, Run
+from secateur.engine.prune.run import Run
 from secateur.engine.prune.tasks import (
     LinearTask,
     Reconstruction,
@@ -31,7 +31,7 @@ from secateur.engine.prune.tasks import (
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget, Target
-from secateur.errors import PatternError, RecipeError
+from secateur.errors import PatternError, RecipeError, located
 from secateur.models.architecture import hidden_size, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
@@ -372,20 +372,14 @@ class Job:
 
             tasks = allocate(self.survey(progress), self.allocation, self.sparsity)
         forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
-        if stream is None or not forwards or done == len(self.target.layers):
-            pruning: Run = Run(self.target, tasks, settings, ledger, progress)
-        else:
-            kind = CalibratedRun
-            if settings.asymmetric:
-                from secateur.engine.prune.asymmetric import AsymmetricRun
-
-                kind = AsymmetricRun
+        opened = None
+        if stream is not None and forwards and done < len(self.target.layers):
             with torch.no_grad(), full_float32():
                 opened = stream.open(done, dense=settings.dense_needed)
             if opened.start == 0:  # also if the hidden states of a stopped run are lost
                 ledger.begin()
             done = opened.start
-            pruning = kind(self.target, tasks, settings, ledger, progress, opened)
+        pruning = Run(self.target, tasks, settings, ledger, progress, opened)
         pruning.execute(done)
         return pruning.tasks
 
@@ -427,11 +421,8 @@ def own_methods(recipe: PruneRecipe) -> dict[str, Method]:
     """
     found = {}
     for glob, own in recipe.method_overrides.items():
-        try:
+        with located(f"method override {glob!r}"):
             found[glob] = _composed(recipe, {**recipe.method_parameters, **own})
-        except RecipeError as error:
-            where = f"method override {glob!r}"
-            raise RecipeError(error.what, where=where, remedy=error.remedy) from None
     return found
 
 

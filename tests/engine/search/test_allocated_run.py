@@ -227,16 +227,16 @@ def test_a_search_gives_at_least_what_uniform_gives(tmp_path: Path) -> None:
     survey = survey_of(tiny_model("llama"), tmp_path / "a", "sparsegpt")
     grains = grains_of(survey.tasks, SMALL)
     files = survey.execute(SMALL, grains)
-    found = search_levels(survey, SMALL, grains, files)
-    assert found.divergence < found.uniform_divergence
+    ideal, found = search_levels(survey, SMALL, grains, files)
+    assert found["divergence"] < found["uniform_divergence"]
     rungs = SMALL.ladders(grains)
     best = tuple(
-        next(x for x in range(r.lowest, r.highest + 1) if r.sparsity(x) == found.sparsity_of[n])
+        next(x for x in range(r.lowest, r.highest + 1) if r.sparsity(x) == ideal[n])
         for n, r in rungs.items()
     )
     again = tournament_of(survey, rungs, files)([best, (0,) * len(rungs)], 120, 0)
-    assert again == [found.divergence, found.uniform_divergence]
-    tasks, ideal = survey.tasks, found.sparsity_of
+    assert again == [*found.values()]
+    tasks = survey.tasks
     pruned = sum(tasks[n].method.pattern.pruned(tasks[n].shape, s) for n, s in ideal.items())
     assert pruned == sum(g.uniform for g in grains.values())
 
@@ -377,8 +377,8 @@ def surveyed(work: Path, fast: bool) -> list[float]:
         survey = replace(survey, settings=replace(survey.settings, fast_matmuls=fast))
         grains = grains_of(survey.tasks, part)
         if part is SMALL:
-            levels = search_levels(survey, SMALL, grains, survey.execute(SMALL, grains))
-            found += [levels.divergence, levels.uniform_divergence]
+            files = survey.execute(SMALL, grains)
+            found += search_levels(survey, SMALL, grains, files)[1].values()
         else:
             found += map(float, pruned_alone(survey, part, grains).values())
     depth = DepthSettings(count=1, method="greedy", fast_matmuls=fast)

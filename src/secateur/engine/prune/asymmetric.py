@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import Sources
-from secateur.engine.prune.run import CalibratedLayerPass, CalibratedRun, GroupStatistics, LayerPass
+from secateur.engine.prune.run import CalibratedLayerPass, GroupStatistics, Run
+from secateur.engine.stream.calibration_stream import OpenStream
 from secateur.engine.stream.halted_forwards import (
     HaltedLayer,
     HaltingForwards,
@@ -294,13 +295,6 @@ def _flat(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1])
 
 
-class AsymmetricRun(CalibratedRun):
-    """A pruning run in which the dense model runs in step."""
-
-    def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
-        return AsymmetricLayerPass(self, index, layer)
-
-
 class AsymmetricLayerPass(CalibratedLayerPass):
     """The work on one decoder layer whose outputs stay near those of the dense model.
 
@@ -313,8 +307,8 @@ class AsymmetricLayerPass(CalibratedLayerPass):
     they are fitted to their own dense weights.
     """
 
-    def __init__(self, run: AsymmetricRun, index: int, layer: nn.Module) -> None:
-        super().__init__(run, index, layer)
+    def __init__(self, run: Run, index: int, layer: nn.Module, opened: OpenStream) -> None:
+        super().__init__(run, index, layer, opened)
         plain, normed = self.architecture.writers, dict(self.architecture.normed_writers)
         found = [name for name in (*plain, *normed) if name in self.linears]
         self.writers = {self.linears[name].name for name in found}
@@ -371,7 +365,7 @@ class AsymmetricLayerPass(CalibratedLayerPass):
             return super()._new_statistics(group)
         rows, columns = linears[0].shape
         size = rows if self.writers else columns
-        return TargetStatistics(self.run.sources, linears, self.device, size)
+        return TargetStatistics(self.sources, linears, self.device, size)
 
     def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
         """Add the input of a group in one micro-batch, with its target if it has one."""

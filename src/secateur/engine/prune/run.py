@@ -5,10 +5,10 @@
 
 A run has tasks (`tasks.py`: the sparsity of each linear) and settings (how the work is done).
 Magnitude needs no calibration, and statistics of a backward through the dense model were gathered
-before the run (`stream/gradients.py`): `Run` prunes by these alone. `CalibratedRun` also passes
-calibration tokens through the layers (`stream/calibration_stream.py`). With reconstruction, the
-dense model's hidden states pass as well: a pruned layer is tuned to the outputs of the dense layer
-before its own outputs are passed on. Asymmetric fitting is in `asymmetric.py`.
+before the run (`stream/gradients.py`): `LayerPass` prunes by these alone. `CalibratedLayerPass`
+also passes calibration tokens through the layer (`stream/calibration_stream.py`). With
+reconstruction, the dense model's hidden states pass as well: a pruned layer is tuned to the outputs
+of the dense layer before its own outputs are passed on. Asymmetric fitting is in `asymmetric.py`.
 
 A linear has collapsed when it has lost four fifths of the energy of its output, a relative error
 of 0.9. Solvers that repair weights measure that error. For solvers that only set weights to zero,
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """One pruning run over all decoder layers of a target, without forwards.
+    """One pruning run over all decoder layers of a target.
 
     Attributes:
         target: the model.
@@ -68,6 +68,8 @@ class Run:
         settings: how the work is done.
         ledger: record of finished layers.
         progress: receives every step.
+        opened: the calibration stream with the hidden states at the first layer to prune; None
+            where no forward is needed.
     """
 
     target: Target
@@ -75,13 +77,20 @@ class Run:
     settings: Settings
     ledger: Ledger
     progress: Progress
+    opened: OpenStream | None = None
     steps_taken: int = field(default=0, init=False)
     verified: set[Hashable] = field(default_factory=set, init=False)
 
     @property
     def steps_per_layer(self) -> int:
-        """The number of progress steps in one layer."""
-        return 1
+        """Progress steps in one layer: the forwards of micro-batches, or 1 without any."""
+        if self.opened is None:
+            return 1
+        passes = 1 if self.settings.sequential == "group" else 2
+        passes += self.settings.dense_needed
+        if self.settings.tunes:
+            passes += 2 + self.settings.reconstruction.passes
+        return passes * len(self.opened.batches())
 
     @torch.no_grad()
     @full_float32()
@@ -110,7 +119,14 @@ class Run:
             started: start time of the work on it, by `time.perf_counter`.
         """
         self.steps_taken = 0
-        work = self._layer_pass(index, layer)
+        work = LayerPass(self, index, layer)
+        if self.opened is not None:
+            kind = CalibratedLayerPass
+            if self.settings.asymmetric:
+                from secateur.engine.prune.asymmetric import AsymmetricLayerPass
+
+                kind = AsymmetricLayerPass
+            work = kind(self, index, layer, self.opened)
         for linear in work.linears.values():
             if not linear.weight.any():
                 log.warning("%s is all zero before it is pruned", linear.name)
@@ -135,15 +151,6 @@ class Run:
         """Report one step within a layer."""
         self.steps_taken += 1
         self.progress.step(note=f"layer {index}")
-
-    def _advance(self, index: int) -> None:
-        """Make the stored outputs the inputs of a layer."""
-
-    def _forget(self, index: int) -> None:
-        """Delete the inputs of a finished layer."""
-
-    def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
-        return LayerPass(self, index, layer)
 
     def _verify_kind(self, layer: nn.Module, linears: Sequence[Linear]) -> None:
         """Check the zeros of every matrix in the first layer of each kind.
@@ -181,8 +188,8 @@ class Run:
         Raises:
             VerificationError: the layer has collapsed, and the settings say to stop.
         """
-        if index + 1 < len(self.target.layers):
-            self._advance(index + 1)
+        if self.opened is not None and index + 1 < len(self.target.layers):
+            self.opened.advance(index + 1)
         self.settings.ranks.wait()  # all have stored their inputs of the next layer
         seconds = time.perf_counter() - started
         lost = collapsed([record for record in records if not self._removes_all(record)])
@@ -190,7 +197,8 @@ class Run:
         given = {name: value for name, value in more.items() if value}
         self.ledger.finish_layer(Layer(layer=index, seconds=seconds, linears=records, **given))
         self.settings.ranks.wait()  # the ledger of the first process has its line
-        self._forget(index)
+        if self.opened is not None:
+            self.opened.forget(index)
         # The last layer's forwards end early, because nothing reads their outputs.
         self.progress.step(self.steps_per_layer - self.steps_taken, note=f"layer {index}")
         name = self.target.architecture.layer_name(index)
@@ -203,40 +211,6 @@ class Run:
         """Whether a task removes all columns of a linear: a removed block has not collapsed."""
         whole = self.tasks[record.name].method.pattern.whole_units
         return whole and record.pruned == record.shape[0] * record.shape[1]
-
-
-@dataclass
-class CalibratedRun(Run):
-    """A pruning run in which calibration tokens pass through the layers.
-
-    Attributes:
-        opened: the calibration stream with the hidden states at the first layer to prune.
-    """
-
-    opened: OpenStream
-
-    @cached_property
-    def sources(self) -> Sources:
-        """Sources of the statistics to gather, by name; empty if a layer is only tuned."""
-        return gathering(self.tasks, asymmetric=self.settings.asymmetric).forward
-
-    @property
-    def steps_per_layer(self) -> int:
-        """The number of forwards of micro-batches in one layer."""
-        passes = 1 if self.settings.sequential == "group" else 2
-        passes += self.settings.dense_needed
-        if self.settings.tunes:
-            passes += 2 + self.settings.reconstruction.passes
-        return passes * len(self.opened.batches())
-
-    def _advance(self, index: int) -> None:
-        self.opened.advance(index)
-
-    def _forget(self, index: int) -> None:
-        self.opened.forget(index)
-
-    def _layer_pass(self, index: int, layer: nn.Module) -> LayerPass:
-        return CalibratedLayerPass(self, index, layer)
 
 
 class LayerPass:
@@ -303,13 +277,15 @@ class CalibratedLayerPass(LayerPass):
 
     Attributes:
         groups: the linears to prune, by shared input.
+        sources: sources of the statistics to gather, by name; empty if the layer is only tuned.
         last: whether no layer follows.
         tuning: tunes the layer after pruning; None without tuning.
     """
 
-    def __init__(self, run: CalibratedRun, index: int, layer: nn.Module) -> None:
+    def __init__(self, run: Run, index: int, layer: nn.Module, opened: OpenStream) -> None:
         super().__init__(run, index, layer)
-        self.run, self.stream = run, run.opened.stream
+        self.run, self.opened, self.stream = run, opened, opened.stream
+        self.sources = gathering(run.tasks, asymmetric=self.settings.asymmetric).forward
         self.last = index + 1 == len(run.target.layers)
         self.groups = self.pruned_groups()
         self.gathered: dict[int, GroupStatistics] = {}
@@ -322,7 +298,7 @@ class CalibratedLayerPass(LayerPass):
 
     def pruned_groups(self) -> list[list[Linear]]:
         """The linears to prune, by shared input, without groups that stay dense."""
-        named = self.stream.layouts[self.index].groups if self.run.sources else ()
+        named = self.stream.layouts[self.index].groups if self.sources else ()
         groups = [[self.linears[name] for name in group] for group in named]
         return [g for g in groups if any(self.tasks[x.name].changes for x in g)]
 
@@ -335,7 +311,7 @@ class CalibratedLayerPass(LayerPass):
         """The hidden states of the pruned or the dense model at this layer."""
         matmuls = partial(self.settings.matmuls, self.device)
         step = partial(self.run.step, self.index)
-        return self.run.opened.layer_inputs(self.index, matmuls, step, dense=dense)
+        return self.opened.layer_inputs(self.index, matmuls, step, dense=dense)
 
     def gather(self) -> Generator[Sequence[int], None, None]:
         """Pass all windows through the layer; yield groups when their statistics are complete.
@@ -345,10 +321,10 @@ class CalibratedLayerPass(LayerPass):
         inputs = self.inputs()
         if self.settings.tunes:
             self._pass_dense()
-        if self.run.sources and self.settings.sequential == "group":
+        if self.sources and self.settings.sequential == "group":
             yield from self._gather_by_group()
             return
-        if self.run.sources:
+        if self.sources:
             forwards = [
                 partial(inputs.pass_one, self.layer, b, stores=False) for b in inputs.batches
             ]
@@ -395,7 +371,7 @@ class CalibratedLayerPass(LayerPass):
         return self.gathered[group]
 
     def _new_statistics(self, group: int) -> GroupStatistics:
-        return GroupStatistics(self.run.sources, self.groups[group], self.device)
+        return GroupStatistics(self.sources, self.groups[group], self.device)
 
     def _gather_exactly(self, group: int, x: Tensor) -> None:
         """Add the input of a group while a forward runs."""
@@ -407,7 +383,7 @@ class CalibratedLayerPass(LayerPass):
 
         Several processes solve different linears, and then exchange them.
         """
-        if not self.run.sources:
+        if not self.sources:
             return super().prune(groups)
         ranks, found = self.settings.ranks, list[LinearRecord]()
         work = {group: self._complete(group) for group in groups}

@@ -297,27 +297,14 @@ def _observe(allocation: Allocation, view_of: Callable[[], LayerView], file: Pat
     write_tensors(file, {k: v.cpu().contiguous() for k, v in kept.items()})
 
 
-@dataclass(frozen=True)
-class FoundLevels:
-    """The result of a search.
-
-    Attributes:
-        sparsity_of: the sparsity of every linear.
-        divergence: divergence of the best candidate, in nats per token, on the tokens of the last
-            stage.
-        uniform_divergence: divergence of uniform sparsity, on the same tokens.
-    """
-
-    sparsity_of: dict[str, float]
-    divergence: float
-    uniform_divergence: float
-
-
 @torch.no_grad()
 def search_levels(
     survey: Survey, search: LevelSearch, grains: Mapping[str, Granularity], files: Sequence[Path]
-) -> FoundLevels:
+) -> tuple[dict[str, float], dict[str, float]]:
     """Search the levels of all competing linears.
+
+    Returns the sparsity of every linear; and the divergence of the best candidate and of uniform
+    sparsity, in nats per token, on the tokens of the last stage.
 
     Args:
         survey: gives the model, the calibration tokens, and the folder for `search.jsonl`.
@@ -350,7 +337,7 @@ def search_levels(
     (uniform,) = fitness([(0,) * len(rungs)], tokens, 0)
     levels = zip(rungs.items(), best.candidate, strict=True)
     sparsity_of = {name: ladder.sparsity(level) for (name, ladder), level in levels}
-    return FoundLevels(sparsity_of, best.fitness, uniform)
+    return sparsity_of, {"divergence": best.fitness, "uniform_divergence": uniform}
 
 
 class LevelVariants:
@@ -618,14 +605,9 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
         files = [] if alone else survey.execute(allocation, grains)
 
         def settle_all() -> None:
-            found: dict[str, Any] = {}
+            found: dict[str, float] = {}
             if isinstance(allocation, LevelSearch):
-                levels = search_levels(survey, allocation, grains, files)
-                ideal = levels.sparsity_of
-                found = {
-                    "divergence": levels.divergence,
-                    "uniform_divergence": levels.uniform_divergence,
-                }
+                ideal, found = search_levels(survey, allocation, grains, files)
             elif alone:
                 slopes = pruned_alone(survey, allocation, grains)
                 ideal = allocation.allocate(slopes.items, grains, sparsity)
