@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, choose_sweeps, plan_run
-from secateur.engine.prune.run import Run
+from secateur.engine.prune.run import CalibratedLayerPass, LayerPass, Run
 from secateur.engine.prune.tasks import (
     LinearTask,
     Reconstruction,
@@ -372,14 +372,19 @@ class Job:
 
             tasks = allocate(self.survey(progress), self.allocation, self.sparsity)
         forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
-        opened = None
+        opened, kind = None, LayerPass
         if stream is not None and forwards and done < len(self.target.layers):
+            kind = CalibratedLayerPass
+            if settings.asymmetric:
+                from secateur.engine.prune.asymmetric import AsymmetricLayerPass
+
+                kind = AsymmetricLayerPass
             with torch.no_grad(), full_float32():
                 opened = stream.open(done, dense=settings.dense_needed)
             if opened.start == 0:  # also if the hidden states of a stopped run are lost
                 ledger.begin()
             done = opened.start
-        pruning = Run(self.target, tasks, settings, ledger, progress, opened)
+        pruning = Run(self.target, tasks, settings, ledger, progress, opened, kind)
         pruning.execute(done)
         return pruning.tasks
 

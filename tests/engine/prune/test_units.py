@@ -11,7 +11,7 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.run import Run
+from secateur.engine.prune.run import CalibratedLayerPass, Run
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of, with_sparsities
 from secateur.engine.search.allocation import Survey, allocate, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -91,7 +91,7 @@ def execute(survey: Survey, tasks=None) -> Ledger:
     tasks = survey.tasks if tasks is None else tasks
     opened = survey.calibration.open()
     how = survey.target, tasks, survey.settings, ledger, survey.progress, opened
-    Run(*how).execute()
+    Run(*how, CalibratedLayerPass).execute()
     return ledger
 
 

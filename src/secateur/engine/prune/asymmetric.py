@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import Sources
 from secateur.engine.prune.run import CalibratedLayerPass, GroupStatistics, Run
-from secateur.engine.stream.calibration_stream import OpenStream
 from secateur.engine.stream.halted_forwards import (
     HaltedLayer,
     HaltingForwards,
@@ -307,8 +306,8 @@ class AsymmetricLayerPass(CalibratedLayerPass):
     they are fitted to their own dense weights.
     """
 
-    def __init__(self, run: Run, index: int, layer: nn.Module, opened: OpenStream) -> None:
-        super().__init__(run, index, layer, opened)
+    def __init__(self, run: Run, index: int, layer: nn.Module) -> None:
+        super().__init__(run, index, layer)
         plain, normed = self.architecture.writers, dict(self.architecture.normed_writers)
         found = [name for name in (*plain, *normed) if name in self.linears]
         self.writers = {self.linears[name].name for name in found}

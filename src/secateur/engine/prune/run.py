@@ -70,6 +70,7 @@ class Run:
         progress: receives every step.
         opened: the calibration stream with the hidden states at the first layer to prune; None
             where no forward is needed.
+        layer_pass: makes the work on a layer; None for one without forwards.
     """
 
     target: Target
@@ -78,6 +79,7 @@ class Run:
     ledger: Ledger
     progress: Progress
     opened: OpenStream | None = None
+    layer_pass: Callable[[Run, int, nn.Module], LayerPass] | None = None
     steps_taken: int = field(default=0, init=False)
     verified: set[Hashable] = field(default_factory=set, init=False)
 
@@ -119,14 +121,7 @@ class Run:
             started: start time of the work on it, by `time.perf_counter`.
         """
         self.steps_taken = 0
-        work = LayerPass(self, index, layer)
-        if self.opened is not None:
-            kind = CalibratedLayerPass
-            if self.settings.asymmetric:
-                from secateur.engine.prune.asymmetric import AsymmetricLayerPass
-
-                kind = AsymmetricLayerPass
-            work = kind(self, index, layer, self.opened)
+        work = (self.layer_pass or LayerPass)(self, index, layer)
         for linear in work.linears.values():
             if not linear.weight.any():
                 log.warning("%s is all zero before it is pruned", linear.name)
@@ -282,9 +277,10 @@ class CalibratedLayerPass(LayerPass):
         tuning: tunes the layer after pruning; None without tuning.
     """
 
-    def __init__(self, run: Run, index: int, layer: nn.Module, opened: OpenStream) -> None:
+    def __init__(self, run: Run, index: int, layer: nn.Module) -> None:
         super().__init__(run, index, layer)
-        self.run, self.opened, self.stream = run, opened, opened.stream
+        assert run.opened is not None
+        self.run, self.opened, self.stream = run, run.opened, run.opened.stream
         self.sources = gathering(run.tasks, asymmetric=self.settings.asymmetric).forward
         self.last = index + 1 == len(run.target.layers)
         self.groups = self.pruned_groups()
