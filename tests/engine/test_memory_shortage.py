@@ -68,5 +68,5 @@ def test_other_errors_are_no_shortage(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not is_shortage(RuntimeError("shape '[2]' is invalid"))
     error = to_error(MemoryError())
     assert isinstance(error, MemoryBudgetError)
-    assert "start again with: secateur evaluate DIR" in str(error.remedy)
+    assert "secateur evaluate DIR" in str(error.remedy)
     assert isinstance(to_error(RuntimeError("shape '[2]' is invalid")), InternalError)

@@ -98,14 +98,14 @@ def test_a_gpu_keeps_what_fits_in_it(machine: dict[str, float]) -> None:
     assert fitted(CUDA) == "gpu"
     assert fitted(CUDA, 20 * GIB) == "memory"
     assert fitted(CPU) == "memory"
-    with pytest.raises(RecipeError, match="cannot be on a GPU, because cpu computes"):
+    with pytest.raises(RecipeError, match="cpu computes"):
         fitting_plan(lambda place: plan(on_gpu=False), CPU, max_memory=None, activations="gpu")
 
 
 def test_a_plan_for_a_gpu_is_held_against_the_memory_of_the_gpu(machine: dict[str, float]) -> None:
     assert fitted(CUDA) == "memory"
     machine["gpu"] = 3.5 * GIB
-    with pytest.raises(MemoryBudgetError, match=r"3\.00 GiB on the GPU, the budget is 2\.80 GiB"):
+    with pytest.raises(MemoryBudgetError, match=r"3\.00 GiB on the GPU"):
         fitted(CUDA)
 
 
@@ -113,12 +113,12 @@ def test_the_host_of_a_gpu_is_checked_too(machine: dict[str, float]) -> None:
     machine["host"] = 10 * GIB
     assert fitted(CUDA) == "disk"  # hidden states and halted forwards are on the host
     machine["host"] = GIB
-    with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host, the budget is 0\.80 GiB"):
+    with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB on the host"):
         fitted(CUDA)
 
 
 def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> None:
-    with pytest.raises(MemoryBudgetError, match=r"on the GPU, the budget is 2\.00 GiB"):
+    with pytest.raises(MemoryBudgetError, match=r"GPU.* 2\.00 GiB"):
         fitted(CUDA, 2 * GIB)
     assert fitted(CUDA, 4 * GIB) == "memory"  # the host needs 27 of 80 GiB
     assert fitted(CPU, 4 * GIB) == "disk"
@@ -132,7 +132,7 @@ def test_a_budget_bounds_the_device_that_computes(machine: dict[str, float]) -> 
 
 def test_no_remedy_is_named_that_cannot_be_enough() -> None:
     """Where the program itself is larger than the budget, another method brings nothing."""
-    with pytest.raises(MemoryBudgetError, match=r"most of it: the program itself") as error:
+    with pytest.raises(MemoryBudgetError, match="the program itself") as error:
         fitted(CPU, GIB // 2)
     assert error.value.remedy == "raise --max-memory"
     with pytest.raises(MemoryBudgetError, match=r"most of it: ") as error:

@@ -87,7 +87,7 @@ def test_a_header_that_is_not_json(tmp_path: Path) -> None:
 def test_missing_shards_are_listed(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "m")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="1 of 2 shards are missing: model-00002"):
+    with pytest.raises(CheckpointError, match="model-00002"):
         CheckpointReader(folder)
 
 
@@ -105,7 +105,7 @@ def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
-    with pytest.raises(MemoryBudgetError, match=r"(?s)disk is full.*run again"):
+    with pytest.raises(MemoryBudgetError, match="disk"):
         copy.create()
 
 
@@ -153,5 +153,5 @@ def test_headers_that_contradict_themselves(tmp_path: Path, header: object, why:
 def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: object) -> None:
     index = {"weight_map": {"a": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         CheckpointReader(tmp_path)

@@ -68,7 +68,7 @@ def test_a_collapsing_run_is_stopped_and_can_go_on(source, windows, tmp_path: Pa
 def test_a_warning_is_the_default(source, windows, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         secateur.prune(source, output=tmp_path / "out", calibration=windows, **TOO_MUCH)
-    assert "has collapsed: model.layers." in caplog.text
+    assert "collapsed: model.layers." in caplog.text
     caplog.clear()
     secateur.prune(
         source, output=tmp_path / "fine", calibration=windows, method="sparsegpt", sparsity=0.5
@@ -118,7 +118,7 @@ def test_on_the_command_line(secateur, windows, tmp_path: Path) -> None:
     )  # fmt: skip
     stopped = secateur(*asked, "--on-collapse", "stop")
     assert stopped.code == 3
-    assert "the layer has collapsed" in stopped.err
+    assert "collapsed" in stopped.err
     warned = secateur(*asked, "--restart")
     assert warned.code == 0, warned.err
     assert "collapsed" in warned.out

@@ -41,7 +41,7 @@ def test_what_was_reached_is_counted() -> None:
     ([line(("a", 12), ("b", None))], "b"),
 ])  # fmt: skip
 def test_a_matrix_without_a_count_ends_the_run(layers: list[Any], name: str) -> None:
-    with pytest.raises(VerificationError, match="1 matrices were to be pruned, but") as error:
+    with pytest.raises(VerificationError, match="1 matrices") as error:
         reach(layers, ["a", "b"])
     assert error.value.where == name
 
@@ -86,7 +86,7 @@ def test_a_run_that_passes_over_a_matrix_fails(
 
     monkeypatch.setattr(CalibratedLayerPass, "pruned_groups", without_down)
     save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    with pytest.raises(VerificationError, match="calibration passed over them") as error:
+    with pytest.raises(VerificationError, match="passed over") as error:
         secateur.prune(
             source, output=tmp_path / "out", method="wanda", sparsity=0.5,
             calibration=tmp_path / "windows.safetensors",

@@ -157,8 +157,9 @@ def test_declared_groups_share_an_input(family: str) -> None:
         assert declared - found <= {
             frozenset(g) for g in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
         }
-        assert architecture.of_expert("model.layers.0.mlp.experts.3.up_proj")
-        assert not architecture.of_expert("model.layers.0.mlp.shared_expert.up_proj")
+        mlp = "model.layers.0.mlp"
+        assert architecture.of_expert(f"{mlp}.experts.3.up_proj")
+        assert not architecture.of_expert(f"{mlp}.shared_expert.up_proj")
 
 
 def lonely(family: str = "mixtral") -> nn.Module:
@@ -194,7 +195,7 @@ def test_an_expert_without_tokens_is_left(options: dict, caplog: pytest.LogCaptu
             assert torch.equal(a[4], b[4])
             assert (a[:4] == 0).float().mean() == 0.5
     assert 0.4 < report.sparsity < 0.5
-    assert "no calibration token was routed to 9 expert matrices" in caplog.text
+    assert "9 expert matrices" in caplog.text
 
 
 def test_tuned_weights_come_back_into_the_fused_tensors() -> None:
@@ -216,7 +217,7 @@ def test_magnitude_needs_no_tokens() -> None:
 
 def test_an_allocation_knows_nothing_of_unseen_experts() -> None:
     options = {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}
-    with pytest.raises(RecipeError, match=r"no calibration token is routed to 3 expert matrices"):
+    with pytest.raises(RecipeError, match="3 expert matrices"):
         secateur.prune(lonely(), calibration=tiny_windows(), **options)
     model = lonely()
     secateur.prune(model, calibration=tiny_windows(), exclude=["*.experts.4.*"], **options)
@@ -224,7 +225,7 @@ def test_an_allocation_knows_nothing_of_unseen_experts() -> None:
 
 def test_few_tokens_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     secateur.prune(tiny_model("mixtral"), method="wanda", sparsity=0.5, calibration=tiny_windows(2))
-    assert "saw fewer tokens than they have inputs" in caplog.text
+    assert "fewer tokens" in caplog.text
 
 
 def test_asymmetric_fitting_goes_on_past_experts() -> None:
@@ -334,7 +335,7 @@ def test_experts_that_cannot_be_opened_are_refused() -> None:
         pad_token_id=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ArchitectureError, match=r"JetMoeParallelExperts.*fused into one tensor"):
+    with pytest.raises(ArchitectureError, match="JetMoeParallelExperts"):
         secateur.prune(model, method="magnitude", sparsity=0.5)
 
 
@@ -396,9 +397,9 @@ def test_impossible_numbers_of_experts_are_refused() -> None:
     with opened_experts(model):
         use = expert_use(ModelTarget(model), tiny_windows(), 40, Silent())
     for keep in (1, 6):
-        with pytest.raises(RecipeError, match=f"{keep} experts cannot be kept"):
+        with pytest.raises(RecipeError, match=f"{keep} experts"):
             kept_experts(use, keep, ExpertChoice(2))
-    with pytest.raises(RecipeError, match="there is no score 'luck'"):
+    with pytest.raises(RecipeError, match="'luck'"):
         kept_experts(use, 3, ExpertChoice(2, "luck"))
     dense = tiny_model("llama")
     with pytest.raises(ArchitectureError, match="no decoder layer"):

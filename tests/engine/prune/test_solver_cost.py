@@ -19,7 +19,6 @@ from secateur.engine.prune.tasks import (
     LinearTask,
     linear_bytes,
     solve_bytes,
-    warn_of_work,
 )
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.errors import MemoryBudgetError
@@ -175,59 +174,6 @@ def test_the_systems_of_least_squares_take_what_is_declared(
             systems.solve(pull, prepared)
         peaks.append(live.peak_bytes)
     assert 0.6 * declared < max(peaks) <= declared
-
-
-def warn(shape: tuple[int, int], pattern: str, solver: str = "least-squares") -> None:
-    method = compose(None, pattern, score="wanda", solver=solver)
-    warn_of_work({"layer.down_proj": task_of(method, shape)})
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_work_of_hours_is_announced(pattern: str, caplog: pytest.LogCaptureFixture) -> None:
-    warn((4096, 11008), pattern)
-    assert "about 2.3e+14 floating-point operations" in caplog.text
-    assert "0.63 hours" in caplog.text
-    assert "'admm'" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("shape", "pattern", "solver"),
-    [
-        ((576, 1536), "unstructured", "least-squares"),
-        ((4096, 11008), "16x1", "least-squares"),  # 16 rows share a factorisation
-        ((4096, 11008), "*x1", "least-squares"),  # all rows do
-        ((4096, 11008), "unstructured", "admm"),
-    ],
-)
-def test_what_takes_minutes_is_not(
-    shape: tuple[int, int], pattern: str, solver: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    warn(shape, pattern, solver)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x2", "*x1"])
-def test_the_work_of_least_squares_is_that_of_its_factorisations(
-    pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    method = compose(None, pattern, score="wanda", solver="least-squares")
-    done = []
-    plain = least_squares.cholesky
-
-    def counted(hessian: Tensor) -> Tensor | None:
-        done.append(len(hessian) * hessian.shape[-1] ** 3 / 3)
-        return plain(hessian)
-
-    monkeypatch.setattr(least_squares, "cholesky", counted)
-    random = torch.Generator().manual_seed(2)
-    weight, gram = torch.randn(24, 48, generator=random), gram_of(MANY)[:48, :48].contiguous()
-    statistics = {"gram": gram, "column_norm": gram.diagonal().sqrt()}
-    mask = method.mask(weight, statistics, 0.5)
-    solver = method.solver
-    solver.solve(weight, solver.prepare(statistics), mask)
-    estimate = solver.flops((24, 48), method.pattern, 0.5)
-    # Rows that keep fewer weights are filled up to the largest of their chunk.
-    assert estimate <= sum(done) <= (1.0 if pattern in ("2:4", "*x1") else 2.0) * estimate
 
 
 def test_a_plan_that_does_not_fit_names_the_linear_that_takes_most(tmp_path: Path) -> None:

@@ -211,5 +211,5 @@ def test_values_that_are_not_one_for_each_token_are_refused() -> None:
             return super().project_per_layer_inputs(*args).sum(1, keepdim=True)
 
     model.model.__class__ = Odd
-    with pytest.raises(ArchitectureError, match=r"depend on the tokens .* not one for each token"):
+    with pytest.raises(ArchitectureError, match="decoder layer 0"):
         secateur.prune(model, method="wanda", sparsity=0.5, calibration=WINDOWS)

@@ -36,7 +36,3 @@ class Stretch:
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """64 MiB."""
         return 64 * MIB
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """No factorisation."""
-        return 0.0

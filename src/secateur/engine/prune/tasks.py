@@ -8,7 +8,6 @@ Every matrix that stays unpruned has a reason (`skipped_matrices`).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,8 +33,6 @@ from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.methods import Method
 from secateur.types import float32_bytes
 
-log = logging.getLogger(__name__)
-
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 LEFT_OUT = "left out by the recipe"
@@ -45,9 +42,6 @@ NOT_ALLOCATED = "the allocation takes nothing from it"
 
 COLLAPSED = 0.8
 """A linear has collapsed if it lost more than this share of its output's energy."""
-
-MUCH_WORK = 1e14
-"""Floating-point operations that take a processor at 100 GFLOP/s a quarter of an hour."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,6 @@ def tasks_of(
         )
         _check(task)
         found[name] = task
-    warn_of_work(found)
     return found
 
 
@@ -184,21 +177,6 @@ def gathering(tasks: Tasks, *, asymmetric: bool = False) -> Gathering:
     """
     fitting = {"gram"} if asymmetric else set[str]()
     return Gathering.of(fitting.union(*(task.method.requires for task in tasks.values())))
-
-
-def warn_of_work(tasks: Tasks) -> None:
-    """Warn before the run about solvers that factorise for hours (`Solver.flops`)."""
-    busy = [task for task in tasks.values() if task.sparsity > 0]
-    total = sum(t.method.solver.flops(t.shape, t.method.pattern, t.sparsity) for t in busy)
-    if total > MUCH_WORK:
-        log.warning(
-            "the solver %r will take about %.2g floating-point operations for this model, %.2g "
-            "hours at 100 GFLOP/s, since each row of a weight has zeros of its own; the solver "
-            "'admm' comes within a few percent for one factorisation an input",
-            busy[0].method.solver_name,
-            total,
-            total / 1e11 / 3600,
-        )
 
 
 Value = TypeVar("Value")

@@ -88,13 +88,6 @@ class Solver(Protocol):
         """
         ...
 
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """Floating-point operations of the factorisations that one linear cannot share.
-
-        They grow with the rows, and can take hours. Shared factorisations count as 0.
-        """
-        ...
-
 
 class ChoosingSolver(Solver, Protocol):
     """The contract of a solver whose `selects_by` names a score."""
@@ -124,10 +117,6 @@ class SolverDefaults:
     def grid(self) -> GroupGrid | None:
         """The grid of groups on which the weights of its solutions are."""
         return None
-
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """0: linears share all factorisations."""
-        return 0.0
 
 
 @dataclass(frozen=True)

@@ -80,19 +80,6 @@ class LeastSquares(SolverDefaults):
     def __post_init__(self) -> None:
         check_damping(self.damping)
 
-    def flops(self, shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-        """Floating-point operations of the factorisations, kept³ / 3 for each distinct row.
-
-        Args:
-            shape: of the weight, (out, in).
-            pattern: of its zeros; the rows of a block, and all of a whole column, are alike.
-            sparsity: the fraction of zeros.
-        """
-        rows, columns = shape
-        if pattern.scope != "group":  # in an N:M pattern each row has its own zeros
-            rows = len(pattern.units(torch.empty(shape, device="meta")))
-        return rows * ((1 - sparsity) * columns) ** 3 / 3
-
     def prepare(self, statistics: Statistics) -> PreparedHessian:
         """Damp the `gram`, float32 [in, in].
 
