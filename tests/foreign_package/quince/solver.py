@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quince import MIB
-from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.types import Mask, Statistics, Weight
 

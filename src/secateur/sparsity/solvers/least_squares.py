@@ -18,7 +18,6 @@ from secateur.sparsity.hessian import (
     damped_diagonal,
     relative_output_error,
 )
-from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
