@@ -79,6 +79,23 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def published_code(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Errors and times relative to the published code."""
+    lines = []
+    for solver in OURS:
+        apart = [row[solver]["error"] / row["published"]["error"] - 1 for row in rows]
+        line = [solver, f"{min(apart):+.1%} to {max(apart):+.1%}"]
+        for column in ("50 %", "2:4"):
+            here = [row for row in rows if row["column"] == column]
+            ours, theirs = (sum(r[w]["seconds"] for r in here) for w in (solver, "published"))
+            line.append(f"{ours / theirs:.2f}")
+        lines.append(line)
+    return ["", "error", "time at 50 %", "time at 2:4"], lines
+
+
+TABLES = {"published code": published_code}
+
+
 def main() -> None:
     """Measure, keep, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

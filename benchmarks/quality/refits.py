@@ -95,7 +95,7 @@ def measure(weight: Tensor, gram: Tensor, held_out: Tensor) -> list[dict[str, An
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def errors(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Mean errors on calibration and held-out inputs, a line for each pattern and mask."""
     lines = []
     for text, _, sparsity in PATTERNS:
@@ -112,7 +112,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 )
                 cells.append(f"{seen:.4f} ({unseen:.4f})")
             lines.append([f"{text} {sparsity:.0%}", mask, *cells])
-    return markdown(["zeros", "mask", *REFITS], lines)
+    return ["zeros", "mask", *REFITS], lines
+
+
+TABLES = {"errors": errors}
 
 
 def main() -> None:
@@ -140,7 +143,7 @@ def main() -> None:
         print(name, flush=True)
     protocol = {"model": args.model, "samples": args.samples, "sequence_length": 512}
     print(f"written to {keep('refits', protocol, rows)}")
-    print(table(rows))
+    print(markdown(*errors(rows)))
 
 
 if __name__ == "__main__":

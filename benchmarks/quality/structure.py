@@ -179,7 +179,18 @@ def refits(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["decoder parameters removed", *(f"{level:.0%}" for level in LEVELS)], lines
 
 
-TABLES = {"cuts": cuts, "refits": refits}
+def depths(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The excess loss of cuts of whole layers, by how the layers were chosen."""
+    lines = []
+    for name in ROWS:
+        found = [excess(rows, name, level) for level in LEVELS]
+        if name.startswith("depth, ") and any(found):
+            cells = ["" if x is None else f"{x:.3f}" for x in found]
+            lines.append([name.removeprefix("depth, "), *cells])
+    return ["layers removed", *(f"{level:.0%}" for level in LEVELS)], lines
+
+
+TABLES = {"cuts": cuts, "refits": refits, "depth": depths}
 
 
 def main() -> None:
