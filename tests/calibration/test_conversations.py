@@ -188,7 +188,7 @@ def test_the_record_names_the_template(tmp_path, tokenizer):
 
 
 def test_data_sets(tmp_path, tokenizer, monkeypatch):
-    """Of the hub, saved by `datasets`, and Parquet: columns that are missing in a row are None."""
+    """Of the hub, and Parquet: columns that are missing in a row are None."""
     tokenizer.chat_template = CHATML
     call = {"role": "assistant", "content": "", "name": "one"}
     rows = datasets.Dataset.from_list([{"messages": TALK}, {"messages": [*TALK[:4], call]}])
@@ -201,11 +201,8 @@ def test_data_sets(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr("secateur.models.hub.why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
     rows.to_parquet(tmp_path / "a.parquet")
-    for source in ("hub:org/chats:train_sft", *map(str, (tmp_path / "saved", tmp_path / "splits")),
-                   str(tmp_path / "a.parquet")):  # fmt: skip
+    for source in ("hub:org/chats:train_sft", str(tmp_path / "a.parquet")):
         chats = read_documents(source)
         assert len(chats) == 2
         assert chats[0].ids(tokenizer) == expected

@@ -19,7 +19,6 @@ import secateur
 from secateur.calibration.continuation import PREFIX, continue_windows
 from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import (
-    WindowCutter,
     WindowPlan,
     evaluation_windows,
     make_windows,
@@ -326,41 +325,9 @@ def test_divergence_predicts_no_start_token() -> None:
     assert found.model.mean_loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_protocol_id_knows_it() -> None:
-    windows = torch.full((1, 8), BOS)
-    facts: dict[str, Any] = {"dataset": "a", "join": "b", "computed": COMPUTED}
-    plain, begun = protocol(windows, **facts), protocol(windows, **facts, start=(BOS,))
-    assert protocol_id("ppl", plain) != protocol_id("ppl", begun)
-
-
-def test_the_record_of_a_judgement_names_it(gemma: Path, text: Path) -> None:
-    record = secateur.evaluate(gemma, dense=gemma, text=text, sequence_length=32)
-    assert record.protocol["start_tokens"] == [BOS]
-    assert record.protocol["tokens"] == 31 * record.protocol["windows"]
-
-
 def test_diagnosis_reads_them_too(gemma: Path, text: Path) -> None:
     found = secateur.diagnose(gemma, dense=gemma, text=text, windows=2, sequence_length=32)
     assert found.protocol["start_tokens"] == [BOS]
-
-
-def test_judged_text_is_used_up_in_order(text: Path) -> None:
-    tokenizer = tiny_tokenizer(add_bos=True)
-    windows = evaluation_windows(text.read_text(), tokenizer, 9)
-    ids = bare(text.read_text())
-    assert windows.shape == (len(ids) // 8, 9)
-    assert (windows[:, 0] == BOS).all()
-    assert windows[:, 1:].flatten().tolist() == ids[: len(ids) // 8 * 8]
-
-
-def test_places_are_every_window_and_no_more() -> None:
-    cutter = WindowCutter(None, (BOS,), 4)
-    assert cutter.places(2) == []
-    assert cutter.places(3) == [0]
-    assert cutter.places(8) == [0, 3]
-    assert cutter.cut(range(10, 18), cutter.places(8)).tolist() == [
-        [BOS, 10, 11, 12], [BOS, 13, 14, 15],
-    ]  # fmt: skip
 
 
 def test_a_sweep_calibrates_and_judges_behind_it(gemma: Path, text: Path, tmp_path: Path) -> None:

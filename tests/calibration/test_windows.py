@@ -222,12 +222,3 @@ def test_window_tensors_longer_than_the_model():
     for bad in (torch.ones(2, 8), torch.ones(8, dtype=torch.int64), tiny_windows(0, 8)):
         with pytest.raises(SourceError, match="token ids"):
             secateur.prune(tiny_model("llama"), method="wanda", sparsity=0.5, calibration=bad)
-
-
-def test_training_text_longer_than_the_model(tmp_path):
-    model, text = save_tiny(tmp_path / "m", "gpt2"), tmp_path / "t.txt"
-    text.write_text("some words " * 200, encoding="utf-8")
-    with pytest.raises(RecipeError, match="70 tokens"):
-        secateur.train(
-            model, text=[str(text)], output=tmp_path / "out", steps=1, batch=1, sequence_length=70
-        )
