@@ -156,7 +156,6 @@ def bench(
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
     rounds: int | None = None,
-    seconds: float | None = None,
 ) -> BenchResult | DraftedBenchResult:
     """Time a checkpoint at batch 1 with several backends, or with a draft and without, in turns.
 
@@ -173,8 +172,7 @@ def bench(
             prose, code, chat, lists; at temperature 0 and 1. [none]
         prompt_tokens: Tokens in the prompt. [32]
         new_tokens: Tokens to generate in each round. [8, or 64 with a draft]
-        rounds: Largest number of rounds. [5]
-        seconds: Start no round after this many seconds; at least two rounds are timed. [30]
+        rounds: Largest number of rounds. After 30 seconds and two rounds no other one begins. [5]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -777,7 +775,7 @@ def prune(
     device: str | None = None,
     max_memory: int | str | None = None,
     ray: str | None = None,
-    ray_processes: int | None = None,
+    processes: int | None = None,
     output: str | Path | None = None,
     compress: Literal[
         "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"
@@ -794,7 +792,6 @@ def prune(
     fast_matmuls: bool | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
-    processes: int | None = None,
     overwrite: bool | None = None,
     resume: bool | None = None,
     restart: bool | None = None,
@@ -861,8 +858,8 @@ def prune(
             this process. A run that needs more does not start. [4/5 of the free memory]
         ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
             processes on this machine. [no cluster]
-        ray_processes: How many processes Ray starts. [the cluster's GPUs, or its machines if it has
-            none]
+        processes: How many processes Ray starts; with --dry-run, plan one of so many on this
+            machine. [the cluster's GPUs, or its machines if it has none]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
@@ -884,7 +881,6 @@ def prune(
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
-        processes: With --dry-run: plan one of so many processes on this machine. [1]
         overwrite: Replace an existing output folder. [off]
         resume: Resume a stopped run, or start if there is none. A finished one is shown. [off]
         restart: Discard a stopped run and start again. [off]
@@ -1105,7 +1101,6 @@ def sweep(
     device: str | None = None,
     max_memory: int | str | None = None,
     output: str | Path | None = None,
-    keep_models: bool | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     overwrite: bool | None = None,
@@ -1144,7 +1139,6 @@ def sweep(
         max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
             this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
-        keep_models: Keep the weights of every point. [off]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]

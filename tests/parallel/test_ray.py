@@ -127,7 +127,7 @@ def test_the_whole_way_through_a_fake(place: Path, monkeypatch: pytest.MonkeyPat
     installed(monkeypatch, FakeRay())
     result = secateur.prune(
         place / "dense", output=place / "out", calibration=place / "text.txt", ray="local",
-        ray_processes=2, **OPTIONS,
+        processes=2, **OPTIONS,
     )  # fmt: skip
     assert result.sparsity == pytest.approx(0.5)
     assert "ray: local" not in (place / "out" / "secateur" / "recipe.yaml").read_text()
@@ -138,7 +138,7 @@ def test_one_process_of_ray_also_compresses(place: Path, monkeypatch: pytest.Mon
     installed(monkeypatch, FakeRay())
     result = secateur.prune(
         place / "dense", output=place / "out", method="magnitude", sparsity=0.5, compress="int8",
-        ray="local", ray_processes=1,
+        ray="local", processes=1,
     )  # fmt: skip
     assert result.compression.output == place / "out"
     assert (
@@ -167,12 +167,10 @@ def test_a_local_ray_makes_the_model_of_one_process(place: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     shared = {**OPTIONS, "calibration": place / "text.txt"}
     secateur.prune(place / "dense", output=place / "one", **shared)
-    secateur.prune(place / "dense", output=place / "two", ray="local", ray_processes=2, **shared)
+    secateur.prune(place / "dense", output=place / "two", ray="local", processes=2, **shared)
     one, two = (load_file(place / name / "model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         assert torch.equal(weight == 0, two[name] == 0), name
         torch.testing.assert_close(weight, two[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(RecipeError, match="only 8 calibration windows"):
-        secateur.prune(
-            place / "dense", output=place / "many", ray="local", ray_processes=9, **shared
-        )
+        secateur.prune(place / "dense", output=place / "many", ray="local", processes=9, **shared)

@@ -160,7 +160,6 @@ CASES: Mapping[str, Case] = {
         {
             "methods": ("magnitude", "wanda"), "sparsities": (0.5,), **WINDOWS,
             "text": ("{sources}/text.txt",), "text_sequence_length": 16, "text_windows": 4,
-            "keep_models": True,
         },
     ),
 }  # fmt: skip

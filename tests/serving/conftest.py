@@ -104,7 +104,7 @@ def serve(model: Path) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def start(folder: Path | None = None, **options: Any) -> Running:
-        recipe = ServeRecipe(model=str(folder or model), port=0, stop_seconds=5.0, **options)
+        recipe = ServeRecipe(model=str(folder or model), port=0, **options)
         running.append(Running(prepare(recipe)))
         return running[-1]
 
@@ -116,6 +116,6 @@ def serve(model: Path) -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Running]:
     """One server for all tests of a module that leave it as it is."""
-    running = Running(prepare(ServeRecipe(model=str(model), port=0, stop_seconds=5.0)))
+    running = Running(prepare(ServeRecipe(model=str(model), port=0)))
     yield running
     running.stop()

@@ -228,8 +228,9 @@ def test_wrong_places(server: Running) -> None:
         assert plain.status_code == 415  # a page of another site could send it
 
 
-def test_long_bodies(serve: Start) -> None:
-    server = serve(max_body="10KiB")
+def test_long_bodies(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.serving.serve.BODY_BYTES", 10 * 2**10)
+    server = serve()
     assert server.post("completions", {"prompt": "x" * 20_000}).status_code == 413
 
     def parts() -> Iterator[bytes]:

@@ -85,7 +85,7 @@ def server(hermes: Path) -> Iterator[Running]:
     from secateur.recipes.deploy import ServeRecipe
     from secateur.serving.serve import prepare
 
-    running = Running(prepare(ServeRecipe(model=str(hermes), port=0, stop_seconds=5.0)))
+    running = Running(prepare(ServeRecipe(model=str(hermes), port=0)))
     yield running
     running.stop()
 

@@ -16,7 +16,6 @@ from secateur.recipes.options import (
     Flag,
     Recipe,
     Section,
-    Size,
     SizeOrZero,
     Texts,
     matching,
@@ -149,13 +148,6 @@ class ServingLimits(Section):
     """A request ends after this many seconds, waiting included."""
     prefix_cache: Annotated[SizeOrZero, Flag(value="SIZE")] = "256MiB"
     """Memory for the prefix cache; 0: no cache."""
-    inter_token_ms: float = Field(100.0, gt=0)
-    """Milliseconds between two tokens of a request while prompts of others are read (inter-token
-    latency). It bounds the chunks of chunked prefill."""
-    max_body: Annotated[Size, Flag(value="SIZE", advanced=True)] = "4MiB"
-    """The longest body of a request."""
-    stop_seconds: float = Field(30.0, gt=0)
-    """How long running requests may go on after SIGTERM."""
 
 
 NOT_EMPTY = matching(

@@ -116,9 +116,7 @@ class TimedRounds(Section):
     new_tokens: Annotated[int | None, Flag(default="8, or 64 with a draft")] = Field(None, ge=2)
     """Tokens to generate in each round."""
     rounds: int = Field(5, ge=1)
-    """Largest number of rounds."""
-    seconds: float = Field(30.0, gt=0)
-    """Start no round after this many seconds; at least two rounds are timed."""
+    """Largest number of rounds. After 30 seconds and two rounds no other one begins."""
 
 
 class BenchRecipe(TimedRounds, Recipe):
@@ -132,7 +130,7 @@ class BenchRecipe(TimedRounds, Recipe):
             "a draft is timed on texts of four kinds, in our own loop",
             "time other ways to run the model in a call of their own",
         )
-        for name in ("contenders", "gguf", "prompt_tokens", "rounds", "seconds")
+        for name in ("contenders", "gguf", "prompt_tokens", "rounds")
     )
 
     model: Annotated[str, Flag(value="MODEL")]
@@ -268,9 +266,6 @@ class SweepRecipe(Device, SweepTexts, WhatToSweep, OutputFolder, Recipe):
 
     group = OUTPUT
     run = Resuming
-
-    keep_models: bool = False
-    """Keep the weights of every point."""
 
     calibration: Calibration = Calibration()
     memory: Memory = Memory()

@@ -13,7 +13,6 @@ from secateur.recipes.options import (
     ADVANCED,
     CALIBRATION,
     HOW,
-    MEMORY,
     OUTPUT,
     WHAT,
     Conflict,
@@ -134,16 +133,6 @@ class StoredFormat(Section):
     instead of in bfloat16. Zeros stay zeros; weights that the method changes are rounded."""
 
 
-class PruneCall(Planning):
-    """What to do with a stopped run; or to plan only, for one process or for several."""
-
-    group = MEMORY
-    needs: ClassVar = {"processes": ("dry_run",)}
-
-    processes: int = Field(1, gt=0)
-    """With --dry-run: plan one of so many processes on this machine."""
-
-
 _BALANCED: Mapping[str, Any] = {
     "method": "alps",
     "method_parameters": {"iterations": 15, "growth": 1.6},
@@ -184,11 +173,10 @@ class PruneRecipe(
     """One pruning run."""
 
     presets = presets
-    run = PruneCall
+    run = Planning
     needs: ClassVar = {
         "asymmetric_damping": ("asymmetric",),
         **DISTILLING,
-        "ray_processes": ("ray",),
     }
     conflicts = (
         Conflict("keep_format", "compress", "both say how the weights are stored", ONE),
@@ -204,6 +192,13 @@ class PruneRecipe(
             "asymmetric fitting needs the inputs of each group as they are after the groups before "
             "it were pruned; in the order 'layer' they are not known",
             "use --sequential group, or --symmetric",
+        ),
+        Conflict(
+            "processes",
+            "ray=None",
+            "torchrun itself says how many processes it starts",
+            "give --ray, or --dry-run to plan for so many",
+            unless="dry_run",
         ),
         Conflict(
             "dry_run",

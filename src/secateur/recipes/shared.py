@@ -299,6 +299,6 @@ class Cluster(Section):
     this machine."""
     processes: Annotated[
         int | None,
-        Flag("ray_processes", default="the cluster's GPUs, or its machines if it has none"),
+        Flag(default="the cluster's GPUs, or its machines if it has none"),
     ] = Field(None, gt=0)
-    """How many processes Ray starts."""
+    """How many processes Ray starts; with --dry-run, plan one of so many on this machine."""

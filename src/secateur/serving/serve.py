@@ -33,6 +33,16 @@ from secateur.serving.service import Service, Worker
 if TYPE_CHECKING:
     from secateur.serving.http.app import StoppableServer
 
+BODY_BYTES = 4 * 2**20
+"""The longest body of a request."""
+
+STOP_SECONDS = 30.0
+"""How long running requests may go on after SIGTERM."""
+
+GAP_SECONDS = 0.1
+"""At most between two tokens of a request while prompts of others are read: it bounds the chunks
+of chunked prefill."""
+
 KEY_VARIABLE = "SECATEUR_API_KEY"
 """Environment variable with the key, which other users of the machine cannot read."""
 
@@ -102,10 +112,10 @@ def prepare(recipe: ServeRecipe) -> Serving:
     app = application(
         service,
         api_key=api_key,
-        body_bytes=bytes_of(recipe.max_body),
-        stop_seconds=recipe.stop_seconds,
+        body_bytes=BODY_BYTES,
+        stop_seconds=STOP_SECONDS,
     )
-    server = StoppableServer(app, service.worker.close, recipe.stop_seconds)
+    server = StoppableServer(app, service.worker.close, STOP_SECONDS)
     if recipe.host not in LOOPBACK and api_key is None:
         lines.append(
             f"WARNING: everybody who can reach {recipe.host} may use the model; set --api-key or "
@@ -130,7 +140,7 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
         queue_limit=recipe.queue,
         prefixes=PrefixCache(bytes_of(recipe.prefix_cache) if engine.together > 1 else 0),
         drafter=drafter,
-        gap_seconds=recipe.inter_token_ms / 1000,
+        gap_seconds=GAP_SECONDS,
         most_piece=MOST_PIECE if engine.together > 1 else capacity,
     )
     eos = tokenizer.eos_token_id

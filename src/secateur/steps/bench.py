@@ -35,6 +35,9 @@ from secateur.runtime.packed import is_packed
 from secateur.runtime.speculative import Drafter, open_drafter, speculated
 from secateur.steps.generate import positions_in
 
+MOST_SECONDS = 30.0
+"""No round begins after so many."""
+
 NEW_TOKENS, DRAFTED_TOKENS = 8, 64
 """The default number of tokens of a round, and that of a text with a draft."""
 
@@ -75,7 +78,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=recipe.rounds,
-        seconds=recipe.seconds,
+        seconds=MOST_SECONDS,
         progress=progress,
     )
     dense = sum(2 * torch.Size(entry.shape).numel() for entry in reader.entries.values())

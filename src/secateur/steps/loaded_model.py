@@ -44,7 +44,7 @@ from secateur.training.distillation import DistillationData, Student, distill, p
 UNUSED = (
     *("output", "overwrite", "resume", "restart", "dry_run", "compress", "keep_format"),
     *("dtype", "device", "trust_remote_code", "max_memory", "activations"),
-    *("ray", "ray_processes", "distill_sweep_windows", "distill_teacher"),
+    *("ray", "processes", "distill_sweep_windows", "distill_teacher"),
 )
 """Options that a loaded model cannot use."""
 

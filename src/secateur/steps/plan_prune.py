@@ -11,7 +11,7 @@ from secateur.engine.prepared import choose_plan, prepare, settings_of
 from secateur.engine.prune.tasks import skipped_matrices
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
-from secateur.recipes.prune import PruneCall, PruneRecipe
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.plan import PlanResult
 from secateur.runs.folder import check_output
@@ -34,7 +34,7 @@ def plan_recipe(recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
         from secateur.steps.chain import PruneAndCompress
 
         PruneAndCompress.check(recipe)
-    plan = plan_pruning(recipe, progress, PruneCall(dry_run=True, **call).processes)
+    plan = plan_pruning(recipe, progress, recipe.cluster.processes or 1)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "prune", plan.plan.disk_bytes, read, call)
     return plan

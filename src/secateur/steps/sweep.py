@@ -74,7 +74,7 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
         files = shard_files(self.run.source.folder)
-        return identity_of(self.recipe, {"keep_models"}, files, self.run.progress)
+        return identity_of(self.recipe, (), files, self.run.progress)
 
     @classmethod
     def result(cls, output: Path) -> SweepResult:
@@ -100,7 +100,7 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
             model=recipe.model,
             dense=SweepDense(perplexity={x.text: x.perplexity for x in dense.perplexity}),
             environment=environment(choose_device(recipe.device)),
-            conditions=recipe.model_dump(mode="json", exclude={"output", "keep_models"}),
+            conditions=recipe.model_dump(mode="json", exclude={"output"}),
             protocol={one.text: one.protocol for one in dense.perplexity},
             calibration=next(filter(None, used), None),
             points=tuple(points),
@@ -141,7 +141,6 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
         carry_out(Prune, self.points[key], progress, resume=True, at=made)
         manifest = read_record(Manifest, made / NOTES / "manifest.json")
         found = {one.text: one for one in self.judged(made, name, progress).perplexity}
-        notes = kept.relative_to(folder.model).as_posix()
         point = SweepPoint(
             **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
             perplexity={text: one.perplexity for text, one in found.items()},
@@ -149,15 +148,10 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
             zeros=manifest.result.decoder_sparsity,
             seconds=manifest.cost.seconds,
             peak_resident_bytes=manifest.cost.peak_resident_bytes,
-            notes=notes,
-            folder=notes if self.recipe.keep_models else None,
+            notes=kept.relative_to(folder.model).as_posix(),
         )
-        shutil.rmtree(kept, ignore_errors=True)
-        if self.recipe.keep_models:
-            shutil.copytree(made, kept, copy_function=shutil.move)
-        else:  # without weights, no run is finished here
-            without = shutil.ignore_patterns("*.safetensors", STATE)
-            shutil.copytree(made / NOTES, kept / NOTES, ignore=without)
+        without = shutil.ignore_patterns("*.safetensors", STATE)  # no run is finished here
+        shutil.copytree(made / NOTES, kept / NOTES, ignore=without, dirs_exist_ok=True)
         write_json(file, point.to_json())
         shutil.rmtree(made)
         return point

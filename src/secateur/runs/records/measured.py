@@ -449,7 +449,6 @@ class SweepPoint(Record):
         seconds: of pruning.
         peak_resident_bytes: of pruning.
         notes: the folder that holds the notes of the run (`secateur/`), within that of the sweep.
-        folder: the same if the weights are there too, else None.
     """
 
     method: str
@@ -461,7 +460,6 @@ class SweepPoint(Record):
     seconds: float
     peak_resident_bytes: int
     notes: str
-    folder: str | None = None
 
     @property
     def key(self) -> PointKey:
