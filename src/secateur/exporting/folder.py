@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from secateur.errors import ExportError, SecateurError
+from secateur.errors import ExportError
 from secateur.exporting import ExportSource
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
@@ -100,15 +100,7 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
 
 
 HERE = "run the model here: `secateur compress` makes it smaller, `secateur serve` serves it"
-
-
-def elsewhere(source: ExportSource) -> str:
-    """The remedy for a model that a target cannot hold: the targets that can."""
-    try:
-        decoder_linears(source)
-    except SecateurError:
-        return f"no other target takes it either; {HERE}"
-    return f"export it with --to compressed-tensors (vLLM, SGLang, transformers), or {HERE}"
+ELSEWHERE = f"try --to compressed-tensors (vLLM, SGLang, transformers), or {HERE}"
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -22,7 +22,6 @@ a mask are held.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,30 +32,6 @@ from secateur.quantization.int8 import LARGEST, grid_rows
 ROOM = 2.0
 """By how much a scale may grow beyond the one whose lowest integer is the largest weight before the
 sweep."""
-
-
-@runtime_checkable
-class SweepGrid(Protocol):
-    """The grid of one matrix during a sweep."""
-
-    @property
-    def together(self) -> int:
-        """How many columns share a scale that is chosen during the sweep; 0 if none do."""
-        ...
-
-    def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
-        """Choose the scale of the group that begins at a column.
-
-        Args:
-            start: the number of its first column.
-            columns: its weights as they are now, float32 [together, out]; pruned ones are 0.
-            importance: of each column, float32 [together].
-        """
-        ...
-
-    def round(self, column: Tensor, index: int) -> Tensor:
-        """The nearest weights of the grid to column `index`, float32 [out]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +87,13 @@ class GroupColumns:
         return self.grid.group
 
     def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
-        """Choose the scale with the least error Σ_j h_j (w_j − s q_j)² in the group."""
+        """Choose the scale with the least error Σ_j h_j (w_j − s q_j)² in a group.
+
+        Args:
+            start: the number of its first column.
+            columns: its weights as they are now, float32 [together, out]; pruned ones are 0.
+            importance: h, of each column, float32 [together].
+        """
         found = self.grid.search(columns.t(), importance, self.exponent)
         self.scale[start // self.together] = found.values[:, 0]
 
@@ -128,6 +109,10 @@ class GroupColumns:
     def nearest(self, scale: Tensor) -> Tensor:
         """The nearest scales of the rows' grids of scales to numbers [out]."""
         return Scales.nearest(scale[:, None], self.exponent).values[:, 0]
+
+
+SweepGrid = RowColumns | GroupColumns
+"""The grid of one matrix during a sweep."""
 
 
 def descend(

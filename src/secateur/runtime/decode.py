@@ -17,7 +17,7 @@ import mmap
 import sys
 from collections.abc import Collection, Generator, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, greenlet
@@ -229,18 +229,8 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     return low
 
 
-class TokenSteps(Protocol):
-    """What computes one sequence: `Decoder` or `SteppedGeneration`."""
-
-    def prefill(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
-        """Start anew with a prompt; returns the logits after its last token."""
-
-    def step(self, token: int) -> Float[Tensor, " vocabulary"]:
-        """Process one token; returns the logits of the next."""
-
-
 def continued(
-    steps: TokenSteps,
+    steps: Decoder | SteppedGeneration,
     ids: Int64[Tensor, " tokens"],
     max_new_tokens: int,
     *,

@@ -144,19 +144,12 @@ class Grammars:
 
 
 def json_rule(schema: Any) -> str:
-    """The JSON values of a schema, as a part of a rule in llguidance's form of Lark.
-
-    Raises:
-        RecipeError: it is nested too deeply.
-    """
+    """The JSON values of a schema, as a part of a rule in llguidance's form of Lark."""
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     options = schema.get("x-guidance")
     options = {**(options if isinstance(options, dict) else {}), **WHITESPACE}
-    try:
-        return "%json " + json.dumps({**schema, "x-guidance": options})
-    except RecursionError:
-        raise RecipeError("the JSON schema is nested too deeply") from None
+    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def json_text(schema: Any) -> str:

@@ -41,11 +41,6 @@ BOTH = (
 )
 
 
-def _rotates(attention: Any) -> bool:
-    """SmolLM3 has layers without positions."""
-    return bool(getattr(attention, "use_rope", True))
-
-
 @dataclass(frozen=True)
 class LayerForm:
     """How the decoder layers of a family compute.
@@ -56,7 +51,7 @@ class LayerForm:
         parallel: attention and feed-forward read the same hidden states.
         interleaved: rotary positions rotate columns 2i and 2i + 1, not i and i + half.
         half_angles: the model's angles are those of half a head.
-        rotated: whether a layer rotates, given its attention.
+        rotated: whether a layer rotates, given its attention. SmolLM3 has layers without positions.
         softcap: scores of attention are capped by `attn_logit_softcapping`.
         qk_norms: the norms of queries and keys.
         norm_rotated: they come after the rotation.
@@ -70,7 +65,7 @@ class LayerForm:
     parallel: bool = False
     interleaved: bool = False
     half_angles: bool = False
-    rotated: Callable[[Any], bool] = _rotates
+    rotated: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
     softcap: bool = False
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     norm_rotated: bool = False

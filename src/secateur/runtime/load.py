@@ -78,7 +78,7 @@ def load(
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
-        KernelError: there is no such GPU, or no Triton.
+        KernelError: there is no Triton for a GPU.
     """
     from secateur.runtime.quantizer import refuse_saving
 
@@ -89,8 +89,10 @@ def load(
     dtype = dtype or computed_dtype(folder)
     model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     on_gpu = device.type == "cuda" and kernels and not expand
-    if on_gpu:
-        _refuse_gpu(device)
+    if on_gpu and find_spec("triton") is None:
+        raise KernelError(
+            "Triton is not installed", remedy=f"{install_extra('gpu')}, or expand=True"
+        )
     with reused_pages():  # release the memory of measuring and unpacking
         if on_gpu:
             install_on_gpu(model, packed, dtype, device)
@@ -109,16 +111,6 @@ def load(
     if settings is not None:
         model.generation_config = settings
     return model.eval()
-
-
-def _refuse_gpu(device: torch.device) -> None:
-    """Refuse a GPU that cannot run the kernels."""
-    there = torch.cuda.is_available()
-    if there and find_spec("triton") is not None:
-        return
-    what = "Triton is not installed" if there else f"there is no {device} here"
-    other = "or pass expand=True for a dense model, or load it on the CPU"
-    raise KernelError(what, remedy=f"{install_extra('gpu')}; {other}")
 
 
 def install_on_gpu(

@@ -12,48 +12,20 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError, ShapeError
 from secateur.recipes.deploy import Sampling
-from secateur.runtime.decode import SteppedGeneration, Token
+from secateur.runtime.decode import SlotDecoder, SteppedGeneration, Token
 from secateur.runtime.grammar import Grammar, GrammarError
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import DraftedText, Drafter, Guess, verified
 
-
-class Engine(Protocol):
-    """What computes tokens. `SlotDecoder` and `TransformersEngine` are engines.
-
-    Attributes:
-        capacity: tokens that fit in a slot.
-        lengths: how many tokens each slot has.
-        together: the most tokens of one `step`.
-    """
-
-    capacity: int
-    lengths: list[int]
-    together: int
-
-    def read(self, slot: int, ids: Tensor, *, every: bool = False) -> Tensor:
-        """Append a piece of a prompt to a slot; returns the logits after it, or with `every` after
-        each of its tokens [kept, vocabulary].
-        """
-
-    def step(self, tokens: Sequence[Token]) -> Tensor:
-        """Append tokens, at most `together`; returns the logits of the answered ones."""
-
-    def rewind(self, slot: int, length: int = 0) -> None:
-        """Forget the tokens of a slot from a position on."""
-
-    def copy_out(self, slot: int, begin: int, end: int) -> Tensor | None:
-        """A copy of keys and values of some positions; None if they are no longer there."""
-
-    def copy_in(self, slot: int, known: Tensor) -> None:
-        """Append keys and values that `copy_out` gave."""
+Engine: TypeAlias = "SlotDecoder | TransformersEngine"
+"""What computes tokens."""
 
 
 class QueueFullError(SecateurError):

@@ -25,8 +25,8 @@ class GGUF:
 
     Matrices have the chosen type; with `stored`, each has the one nearest to how the source stores
     it. Norms and biases are float32. The embedding and the head are at least Q8_0. A row that is no
-    multiple of 32 weights long cannot have blocks and is float16. llama.cpp makes its own mixes, such
-    as q4_k_m, from a float32 file.
+    multiple of 32 weights long cannot have blocks and is float16. llama.cpp makes its own mixes,
+    such as q4_k_m, from a float32 file.
     """
 
     name: ClassVar[str] = "gguf"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import ExportError
 from secateur.exporting import ExportSource
-from secateur.exporting.folder import elsewhere
+from secateur.exporting.folder import ELSEWHERE
 from secateur.models.architecture import family_of_type
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
@@ -346,7 +346,7 @@ class LlamaCppModel:
                 raise ExportError(
                     f"llama.cpp has no place for the tensor {name!r}",
                     where=str(source.folder),
-                    remedy=elsewhere(source),
+                    remedy=ELSEWHERE,
                 )
             shape = entries[group[0]].shape
             yield Planned(known, group, (len(group), *shape) if name in stacked else shape)
@@ -560,7 +560,7 @@ def _differs(source: ExportSource, why: str) -> ExportError:
     return ExportError(
         f"llama.cpp would not compute this model like transformers: {why}",
         where=str(source.folder),
-        remedy=elsewhere(source),
+        remedy=ELSEWHERE,
     )
 
 
