@@ -70,8 +70,8 @@ def test_what_may_keep_the_bound_is_named_and_takes_less_time() -> None:
 def test_hours_and_accuracy_rule_ways_out_with_numbers() -> None:
     found = decided(0.1, gpu_hours=50)
     out = {row.option.name: row.refused for row in found.considered}
-    assert out["width-50%-distilled"].endswith("GPU hours to make, 50 allowed")
-    assert out["2:4 zeros"] == "keeps 52.0% to 82.0% of the accuracy, 90.0% required"
+    assert "50 allowed" in out["width-50%-distilled"]
+    assert [word for word in out["2:4 zeros"].split() if "%" in word] == ["52.0%", "82.0%", "90.0%"]
     assert all(row.making.gpu_hours.typical <= 50 for row in found.considered if not row.refused)
 
 

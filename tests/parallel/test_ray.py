@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -55,9 +54,6 @@ class FakeRay:
             shutdown=lambda: self.calls.update(shutdown=True),
             nodes=lambda: [{"Alive": True}] * self.machines + [{"Alive": False}],
             cluster_resources=lambda: {"GPU": self.gpus, "CPU": 12},
-            remote=self.remote,
-            wait=lambda running, num_returns: (running[-1:], running[:-1]),  # the last ends first
-            get=lambda task: task(),
         )
         train.__dict__.update(
             torch=trainers,
@@ -68,11 +64,6 @@ class FakeRay:
             TorchConfig=lambda **how: self.calls.update(torch=how), TorchTrainer=self.trainer
         )
         return {"ray": ray, "ray.train": train, "ray.train.torch": trainers}
-
-    def remote(self, **how: Any) -> Any:
-        """A decorator of tasks, which run when their results are fetched."""
-        self.calls.update(task=how)
-        return lambda work: SimpleNamespace(remote=lambda *given: partial(work, *given))
 
     def trainer(self, loop: Callable[[Any], None], train_loop_config: Any, **how: Any) -> Any:
         """A trainer that runs its loop once."""
@@ -94,7 +85,7 @@ def test_ray_gets_how_many_processes_and_over_what_they_talk(
     assert done == [1]
     assert fake.calls["init"] == {"address": "auto"}
     assert fake.calls["scaling"] == {"num_workers": 16, "use_gpu": True}
-    assert fake.calls["torch"]["backend"] == "cpu:gloo,cuda:nccl"
+    assert "cuda:nccl" in fake.calls["torch"]["backend"]
     assert fake.calls["shutdown"]
     launch("auto", None, False, partial(done.append, 2))
     assert fake.calls["scaling"] == {"num_workers": 3, "use_gpu": False}
@@ -125,28 +116,13 @@ def test_the_first_real_error_is_reported() -> None:
 def test_the_whole_way_through_a_fake(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     installed(monkeypatch, FakeRay())
-    result = secateur.prune(
-        place / "dense", output=place / "out", calibration=place / "text.txt", ray="local",
-        processes=2, **OPTIONS,
-    )  # fmt: skip
+    shared = {**OPTIONS, "calibration": place / "text.txt", "ray": "local"}
+    result = secateur.prune(place / "dense", output=place / "out", processes=2, **shared)
     assert result.sparsity == pytest.approx(0.5)
     assert "ray: local" not in (place / "out" / "secateur" / "recipe.yaml").read_text()
-
-
-def test_one_process_of_ray_also_compresses(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    installed(monkeypatch, FakeRay())
-    result = secateur.prune(
-        place / "dense", output=place / "out", method="magnitude", sparsity=0.5, compress="int8",
-        ray="local", processes=1,
-    )  # fmt: skip
-    assert result.compression.output == place / "out"
-    assert (
-        "secateur"
-        in json.loads((place / "out" / "config.json").read_text())["quantization_config"][
-            "quant_method"
-        ]
-    )
+    options = {**shared, "compress": "int8", "processes": 1}
+    result = secateur.prune(place / "dense", output=place / "small", **options)
+    assert result.compression.output == place / "small"
 
 
 def test_without_ray_the_message_says_how_to_get_it(

@@ -40,10 +40,6 @@ def test_every_window_has_one_process_and_the_last_are_idle_first(
         assert numbers[len(cut) :] == [0] * (ranks - len(cut))
 
 
-def test_one_process_cuts_as_before() -> None:
-    assert micro_batches(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-
-
 def test_the_busiest_process_has_at_most_a_third_more_than_the_best() -> None:
     costs = [4096**3, 4096**2 * 1024, 4096**2 * 1024, 4096**3, 4096**2 * 11008, 4096**2 * 11008]
     costs.append(11008**2 * 4096)
