@@ -39,6 +39,26 @@ MEASURES = ("src/secateur/evaluation",)
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 
 
+def scores(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Scores beside lm-eval's own."""
+    lines = [
+        [
+            row["task"],
+            score["metric"],
+            f"{score['value']:.3f} ± {score['standard_error']:.3f}",
+            f"{score['lm_eval_value']:.3f}",
+            f"{score['chance']:.2f}",
+            str(score["items_that_differ"]),
+        ]
+        for row in rows
+        for score in row["scores"]
+    ]
+    return ["task", "metric", "secateur", "lm-eval", "chance", "items that differ"], lines
+
+
+TABLES = {"scores": scores}
+
+
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[dict[str, Any]]:
     """A server of the model; gives what lm-eval needs to ask it."""
