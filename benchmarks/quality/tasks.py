@@ -130,22 +130,6 @@ def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each metric of each task."""
-    columns = ["task", "metric", "secateur", "lm-eval", "chance", "items that differ",
-               "largest difference of a log-likelihood"]  # fmt: skip
-    lines = [
-        [
-            row["task"], score["metric"], f"{score['value']:.3f} ± {score['standard_error']:.3f}",
-            f"{score['lm_eval_value']:.3f}", f"{score['chance']:.2f}",
-            str(score["items_that_differ"]), f"{row['largest_log_likelihood_difference']:.1e}",
-        ]
-        for row in rows
-        for score in row["scores"]
-    ]  # fmt: skip
-    return markdown(columns, lines)
-
-
 def main() -> None:
     """Compare, task by task; each is kept as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -168,7 +152,7 @@ def main() -> None:
         keep(args.name, protocol, rows)
         ours, other = rows[-1]["seconds"], rows[-1]["lm_eval_seconds"]
         print(f"{name}: {ours:.0f} s, lm-eval {other:.0f} s", flush=True)
-    print(table(rows))
+    print(markdown(*scores(rows)))
 
 
 if __name__ == "__main__":

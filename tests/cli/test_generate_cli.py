@@ -48,9 +48,9 @@ def test_a_conversation(secateur, model: Path, monkeypatch, kind) -> None:
     new = answer.removeprefix("abc").strip("\n")
     assert talked.out.count(new) == 2
     typed = kind is Terminal
-    assert ("each line is a text to continue" in talked.err) == typed
+    assert ("no chat template" in talked.err) == typed
     assert talked.err.count("/exit or Ctrl-D") == 1 + typed  # for /what, and at the beginning
-    assert "the model has 128 positions" in talked.err  # and it goes on
+    assert "128 positions" in talked.err  # and it goes on
     assert talked.err.count("tokens/s") == 2
 
 
@@ -81,7 +81,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(secateur, model, monkeypatch
     talked = secateur("chat", model, "--max-new-tokens", 6)
     assert talked.code == 0
     assert "half" in talked.out
-    assert "does not keep this answer" in talked.err
+    assert "(stopped" in talked.err
     assert talked.err.count("tokens/s") == 1
 
 
@@ -94,7 +94,7 @@ def test_it_says_what_comes_from_the_model(secateur, model: Path) -> None:
     file = model / "generation_config.json"
     file.write_text(json.dumps({"do_sample": True, "top_p": 0.8}))
     done = secateur("generate", model, "--prompt", "a", "--max-new-tokens", 2)
-    assert "from the model's generation_config.json: top_p 0.8, temperature 1.0" in done.err
+    assert "top_p 0.8, temperature 1.0" in done.err
     done = secateur("generate", model, "--prompt", "a", "--temperature", 0, "--top-p", 1)
     assert "generation_config" not in done.err
 

@@ -76,7 +76,7 @@ def test_ten_to_nine_layers_are_refused_before_a_model_is_built(
         ["inspect", model],
         ["prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"],
     ):
-        assert "the weights have 3 layers" in refused(*words)
+        assert "3 layers" in refused(*words)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -152,14 +152,14 @@ def test_tensors_that_transformers_leaves_out_are_no_damage(
     load_whole(folder, torch.device("cpu"))
     if family in ("deepseek_v3", "glm4_moe"):  # one further layer, not two
         add(folder, model__layers__4__mlp__up_proj__weight=torch.ones(4, 8))
-        with pytest.raises(CheckpointError, match="1 of 5 stored layers are not"):
+        with pytest.raises(CheckpointError, match="1 of 5"):
             load_whole(folder, torch.device("cpu"))
 
 
 def test_surplus_experts_are_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", "mixtral", tokenizer=False)
     change(folder, num_local_experts=2)
-    with pytest.raises(CheckpointError, match=r"config\.json asks for|experts are not in the conf"):
+    with pytest.raises(CheckpointError, match=r"config\.json|experts"):
         stored_names(build_skeleton(folder), CheckpointReader(folder))
 
 
@@ -172,14 +172,14 @@ def test_a_compressed_folder_fits_and_10_to_9_layers_do_not(
     )
     check_sizes(tmp_path / "c")
     change(tmp_path / "c", num_hidden_layers=10**9)
-    assert "the weights have 3 layers" in refused("inspect", tmp_path / "c")
-    assert "the weights have 3 layers" in refused("generate", tmp_path / "c", "--prompt", "a")
+    assert "3 layers" in refused("inspect", tmp_path / "c")
+    assert "3 layers" in refused("generate", tmp_path / "c", "--prompt", "a")
 
 
 def test_heads_of_a_family_whose_shapes_do_not_tell_them(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", "gpt_neox", tokenizer=False)
     change(folder, num_attention_heads=5)
-    with pytest.raises(CheckpointError, match="does not divide into 5 attention heads"):
+    with pytest.raises(CheckpointError, match="5 attention heads"):
         build_skeleton(folder)
 
 
@@ -239,5 +239,5 @@ def test_whatever_transformers_raises_is_an_error_of_ours(model: Path, monkeypat
         raise IndexError
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", broken)
-    with pytest.raises(ArchitectureError, match="cannot build this model: IndexError"):
+    with pytest.raises(ArchitectureError, match="IndexError"):
         build_skeleton(model)

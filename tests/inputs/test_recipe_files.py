@@ -87,7 +87,7 @@ def test_assignments_that_are_no_values(refused, assignment: str, tmp_path: Path
     ],
 )
 def test_values_of_another_type(fields: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"must be |unknown key|given twice"):
+    with pytest.raises(RecipeError, match="must|unknown|twice"):
         build_recipe(PruneRecipe, {"model": "m", "sparsity": 0.5, **fields})
 
 
@@ -123,7 +123,7 @@ def test_a_resolved_recipe_is_read_again() -> None:
 def test_sections_that_are_no_sections(refused, tmp_path: Path) -> None:
     file, out = tmp_path / "recipe.yaml", tmp_path / "out"
     file.write_text("model: m\nsparsity: 0.5\ncalibration: 5\n")
-    assert "not keys and values" in refused("prune", file, "--windows", 4, "-o", out)
+    assert "keys and values" in refused("prune", file, "--windows", 4, "-o", out)
     assert "calibration=5: " in refused("prune", file, "-o", out)
 
 

@@ -74,7 +74,7 @@ def test_a_seed_of_23_digits(refused, model: Path, windows: Path, tmp_path: Path
 
 def test_all_positions_can_be_used(model: Path) -> None:
     assert generate(str(model), "abc", max_new_tokens=61).tokens <= 61
-    with pytest.raises(RecipeError, match=r"are 65, and the model has 64 positions"):
+    with pytest.raises(RecipeError, match="64 positions"):
         generate(str(model), "abc", max_new_tokens=62)
     with pytest.raises(RecipeError, match="temperature nan"):
         generate(str(model), "abc", temperature=math.nan)
@@ -83,8 +83,8 @@ def test_all_positions_can_be_used(model: Path) -> None:
 def test_a_layer_that_is_not_there(refused, run, model: Path) -> None:
     for layer in (99, 3):
         message = refused("inspect", model, "--layer", layer)
-        assert f"there is no decoder layer {layer}: the model has 3" in message
-        assert "a number from 0 to 2, or leave --layer out for all" in message
+        assert f"layer {layer}:" in message
+        assert "from 0 to 2" in message
     assert "--layer -1:" in refused("inspect", model, "--layer", -1)
     assert run("inspect", model, "--layer", 2).code == 0
     assert run("inspect", model).code == 0
@@ -104,7 +104,7 @@ def zeroed(folder: Path, kept: str = "nothing") -> Path:
 def test_a_decoder_of_zeros_is_refused(refused, run, model: Path, tmp_path: Path) -> None:
     zeroed(model)
     words = ["prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"]
-    assert "all 21 matrices of the decoder are zero" in refused(*words)
+    assert "21 matrices" in refused(*words)
     assert not (tmp_path / "out.partial").exists()
     loaded = secateur.models.opening.load_whole(model, torch.device("cpu"))
     with pytest.raises(secateur.errors.NumericalError, match="all 21 matrices"):
@@ -126,7 +126,7 @@ def test_a_tensor_in_two_shards(refused, tmp_path: Path) -> None:
     name, tensor = next(iter(load_file(first).items()))
     save_file({**tensors, name: tensor + 1}, second, metadata={"format": "pt"})
     message = refused("inspect", folder)
-    assert f"1 tensors are in two files; the first is '{name}'" in message
+    assert name in message
     assert first.name in message
     assert second.name in message
-    assert "are in two files" in refused("generate", folder, "--prompt", "a", "--max-new-tokens", 1)
+    assert "two files" in refused("generate", folder, "--prompt", "a", "--max-new-tokens", 1)

@@ -56,9 +56,9 @@ def test_a_finished_run_leaves_its_result_and_nothing_else(tmp_path: Path) -> No
 def test_a_stopped_run_is_resumed_or_discarded_and_never_silently_lost(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped(out)
-    with pytest.raises(RecipeError, match="stopped before it finished"):
+    with pytest.raises(RecipeError, match="--resume to continue"):
         RunFolder(out, "prune")
-    with pytest.raises(RecipeError, match="a stopped `secateur prune` occupies"):
+    with pytest.raises(RecipeError, match="secateur prune"):
         RunFolder(out, "structure", resume=True)
     with (
         pytest.raises(RecipeError, match=r"sparsity: 0\.5 then, 0\.6 now"),
@@ -136,7 +136,7 @@ def test_an_error_of_a_resumed_run_keeps_the_work_of_the_first(tmp_path: Path) -
 
 def test_a_full_disk_is_an_error_of_ours_that_can_be_resumed(tmp_path: Path) -> None:
     with (
-        pytest.raises(MemoryBudgetError, match=r"(?s)the disk is full.*--resume"),
+        pytest.raises(MemoryBudgetError, match="--resume"),
         RunFolder(tmp_path / "out", "prune") as folder,
     ):
         folder.begin(IDENTITY)
@@ -146,7 +146,7 @@ def test_a_full_disk_is_an_error_of_ours_that_can_be_resumed(tmp_path: Path) -> 
 
 def test_a_full_disk_under_a_run_that_cannot_resume_offers_no_resumption(tmp_path: Path) -> None:
     with (
-        pytest.raises(MemoryBudgetError, match=r"(?s)the disk is full.*run again, or") as full,
+        pytest.raises(MemoryBudgetError, match="run again, or") as full,
         RunFolder(tmp_path / "out", "export") as folder,
         writing(folder.model / "file"),
     ):
@@ -159,7 +159,7 @@ def test_a_full_disk_under_a_run_that_cannot_resume_offers_no_resumption(tmp_pat
 def test_a_run_that_comes_when_another_has_just_finished_leaves_no_folder(tmp_path: Path) -> None:
     late = RunFolder(tmp_path / "out", "prune")
     finished(tmp_path / "out", "new")
-    with pytest.raises(RecipeError, match="the output folder exists"), late:
+    with pytest.raises(RecipeError, match="exists"), late:
         pytest.fail("it entered")
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
@@ -183,7 +183,7 @@ def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> N
     assert (out / "weights").read_text() == "new"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RecipeError, match="is no model folder"):
+    with pytest.raises(RecipeError, match="no model folder"):
         RunFolder(tmp_path / "mine", "prune", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="a symbolic link"):
@@ -194,7 +194,7 @@ def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> N
 def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(RecipeError, match="has appeared during the run"),
+        pytest.raises(RecipeError, match="has appeared"),
         RunFolder(out, "prune") as folder,
     ):
         folder.begin(IDENTITY)
@@ -215,7 +215,7 @@ def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: 
 def test_a_whole_result_is_kept_though_nothing_of_the_run_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(RecipeError, match=r"the finished result is in .*model"),
+        pytest.raises(RecipeError, match=r"result is in .*model"),
         RunFolder(out, "decompress") as folder,
     ):
         write(folder, "new")
@@ -240,7 +240,7 @@ def test_a_folder_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
     for options in ({}, {"restart": True}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(RecipeError, match="no run of secateur has made it"):
+        with pytest.raises(RecipeError, match="no run"):
             RunFolder(tmp_path / "out", "prune", **options)
     assert (tmp_path / "out.partial" / "thesis.tex").exists()
 

@@ -115,7 +115,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path, pretended: str) -> None:
     out = tmp_path / "out"
     with RunFolder(out, "prune") as folder:
         folder.begin({"sparsity": 0.5})
-        with pytest.raises(RecipeError, match=rf"process {os.getpid()} on .* is working on this"):
+        with pytest.raises(RecipeError, match=rf"process {os.getpid()} on "):
             RunFolder(out, "prune", resume=True)
         (folder.work / "layer").mkdir()
         (folder.model / "config.json").write_text("{}", encoding="utf-8")

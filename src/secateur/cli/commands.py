@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from importlib import import_module
 from inspect import Parameter as Argument
 from inspect import Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 
 from cyclopts import Group, Parameter, Token
 
@@ -41,43 +41,16 @@ from secateur.recipes.verbs import VERBS, imported
 if TYPE_CHECKING:
     from secateur.progress import Progress
     from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
-    from secateur.recipes.measure import (
-        BenchRecipe,
-        InspectRecipe,
-    )
+    from secateur.recipes.measure import InspectRecipe
     from secateur.recipes.prune import MethodsRecipe, PruneRecipe
     from secateur.reporting.tables import Result
     from secateur.steps.generate import Conversation
-
-Run = TypeVar("Run", bound=Callable[..., Any])
-
-OWN: dict[str, Callable[..., Any]] = {}
-"""The work of the verbs that do more than to run their step: takes the recipe and the call."""
-
-EXIT_CODES: Mapping[str, Callable[[Any], int]] = {
-    "fit": lambda result: 3 if getattr(result, "broken", False) else 0,
-    "draft": lambda result: 3 if getattr(result, "broken", False) else 0,
-    "bench": lambda result: int(getattr(result, "failed", False)),
-    "diagnose": lambda result: 3 if hasattr(result, "count") and result.count("error") else 0,
-    "sweep": lambda result: int(bool(result.failures)),
-}
-"""The exit code for a result; for other verbs that of the result, else 0."""
 
 
 def __getattr__(name: str) -> Callable[..., None]:
     if name not in VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return make_command(name)
-
-
-def _own(verb: str) -> Callable[[Run], Run]:
-    """Register a function as the work of a verb."""
-
-    def register(run: Run) -> Run:
-        OWN[verb] = run
-        return run
-
-    return register
 
 
 def _show_progress() -> AbstractContextManager[Progress]:
@@ -106,8 +79,8 @@ def _run(verb: str, recipe: Any, **call: Any) -> Any:
     return share(recipe.device, first, partial(imported(row.worker), recipe))
 
 
-@_own("prune")
-def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
+def carry_out_prune(recipe: PruneRecipe, **call: Any) -> Result | None:
+    """Prune with the processes that share the work."""
     from secateur.steps.prune import prune_on_ray, prune_together
 
     if call.get("dry_run"):
@@ -116,23 +89,15 @@ def _prune(recipe: PruneRecipe, **call: Any) -> Result | None:
     return start(recipe, call, _show_progress)
 
 
-@_own("methods")
-def _methods(recipe: MethodsRecipe) -> Result:
+def carry_out_methods(recipe: MethodsRecipe) -> Result:
+    """List the methods."""
     from secateur.steps.methods import methods
 
     return methods()
 
 
-@_own("bench")
-def _bench(recipe: BenchRecipe) -> Result:
-    result = _run("bench", recipe)
-    for reason, failed in getattr(result, "failures", {}).items():
-        print(f"{', '.join(failed)} could not run: {reason}", file=sys.stderr)
-    return result
-
-
-@_own("inspect")
-def _inspect(recipe: InspectRecipe) -> Result:
+def carry_out_inspect(recipe: InspectRecipe) -> Result:
+    """Show what is stored."""
     from secateur.steps.inspect import inspect
 
     with _show_progress() as progress:
@@ -142,8 +107,7 @@ def _inspect(recipe: InspectRecipe) -> Result:
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
-@_own("generate")
-def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
+def carry_out_generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
     """Continue a prompt on the CPU: text while it is generated, then the speed.
 
     With `as_json` everything is written at the end.
@@ -173,8 +137,7 @@ def _generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
     print(made.account, file=sys.stderr)
 
 
-@_own("chat")
-def _chat(recipe: ChatRecipe, *, as_json: bool) -> None:
+def carry_out_chat(recipe: ChatRecipe, *, as_json: bool) -> None:
     """Answer line by line until the input ends."""
     conversation = _open(recipe)
     typed = sys.stdin.isatty()
@@ -257,7 +220,8 @@ QUIET = Option("quiet", (), bool, False, "off", OUTPUT, QUIET_HELP, Flag(short="
 
 def make_command(verb: str) -> Callable[..., None]:
     """Make a function whose signature has a flag for every option of a verb's recipe."""
-    kind, run = imported(VERBS[verb].recipe), OWN.get(verb) or partial(_run, verb)
+    kind, own = imported(VERBS[verb].recipe), VERBS[verb].command
+    run = imported(own) if own else partial(_run, verb)
     of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
     shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
     if of_recipe:
@@ -292,8 +256,8 @@ def make_command(verb: str) -> Callable[..., None]:
             result = run(recipe, **call)
         if result is not None:
             print_result(result, as_json=as_json, made=getattr(recipe, "output", None))
-            if code := EXIT_CODES.get(verb, lambda x: getattr(x, "exit_code", 0))(result):
-                sys.exit(code)
+            if result.exit_code:
+                sys.exit(result.exit_code)
 
     function: Any = run_command
     function.__signature__ = signature

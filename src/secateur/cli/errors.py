@@ -33,7 +33,7 @@ from cyclopts import (
 )
 
 from secateur.errors import DISTRIBUTION, MemoryBudgetError, RecipeError, SecateurError
-from secateur.recipes.options import options_of
+from secateur.recipes.options import options_of, run_options_of
 from secateur.recipes.reading import takes_several, unknown_name
 from secateur.recipes.verbs import VERBS, imported
 
@@ -52,10 +52,6 @@ REMEDIES = {
     errno.ENOMEM: "close other programs, or lower --max-memory",
 }
 """Remedies for common errors of the operating system, by error number."""
-
-
-RESUMED = {"prune", "structure", "train", "chain", "compress", "fit", "draft", "sweep"}
-"""Verbs that resume with --resume."""
 
 
 class InternalError(SecateurError):
@@ -192,7 +188,8 @@ def _how_to_continue(words: list[str]) -> str:
         words: the words of the command line, without the program's name.
     """
     verb = words[0] if words else ""
-    if verb not in RESUMED:
+    recipe = imported(VERBS[verb].recipe) if verb in VERBS else None
+    if recipe is None or "resume" not in {option.name for option in run_options_of(recipe)}:
         return f"nothing is kept; start again with: {shlex.join(['secateur', *words])}"
     words = [*(word for word in words if word not in ("--restart", "--resume")), "--resume"]
     return f"finished work is kept; continue with: {shlex.join(['secateur', *words])}"

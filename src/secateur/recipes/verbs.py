@@ -46,6 +46,8 @@ class Verb:
         worker: the place of what other processes do, which share the work of this one; takes the
             recipe and the processes.
         function: the place of the Python function, if `step` alone does not make it.
+        command: the place of what the command does, if it does more than to run the step; takes
+            the recipe and the options of the call.
         more: further sentences for the help of the verb.
         together: whether several processes, started by torchrun, can share its work.
         streams: whether it prints by itself; its step then takes `as_json` instead of a progress.
@@ -60,6 +62,7 @@ class Verb:
     plan: str = ""
     worker: str = ""
     function: str = ""
+    command: str = ""
     more: str = ""
     together: bool = False
     streams: bool = False
@@ -143,6 +146,7 @@ VERBS: dict[str, Verb] = {
             step="secateur.steps.prune:Prune",
             plan="secateur.steps.plan_prune:plan_recipe",
             function="secateur.steps.prune:prune",
+            command="secateur.cli.commands:carry_out_prune",
             together=True,
         ),
         Verb(
@@ -221,6 +225,7 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "List presets, methods and their parts.",
             "secateur.recipes.prune:MethodsRecipe",
+            command="secateur.cli.commands:carry_out_methods",
         ),
         Verb(
             "demo",
@@ -235,6 +240,7 @@ VERBS: dict[str, Verb] = {
             "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
             "secateur.recipes.deploy:GenerateRecipe",
             function="secateur.steps.generate:generate",
+            command="secateur.cli.commands:carry_out_generate",
             streams=True,
         ),
         Verb(
@@ -242,6 +248,7 @@ VERBS: dict[str, Verb] = {
             RUN,
             "Talk to a model in the terminal.",
             "secateur.recipes.deploy:ChatRecipe",
+            command="secateur.cli.commands:carry_out_chat",
             more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
             "answer. Without a terminal every line of stdin is a message.",
             streams=True,
@@ -272,6 +279,7 @@ VERBS: dict[str, Verb] = {
             "Show family, sizes, linear layers and the sparsity that is really stored.",
             "secateur.recipes.measure:InspectRecipe",
             function="secateur.steps.inspect:inspect",
+            command="secateur.cli.commands:carry_out_inspect",
         ),
         Verb(
             "diagnose",

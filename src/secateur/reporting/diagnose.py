@@ -115,6 +115,11 @@ class DiagnoseResult(Result, DiagnosisRecord):
             **facts,
         )
 
+    @property
+    def exit_code(self) -> int:
+        """3 if something is proven wrong."""
+        return 3 * bool(self.count("error"))
+
     def count(self, severity: str) -> int:
         """The number of findings of a severity."""
         return sum(x.severity == severity for x in self.findings)

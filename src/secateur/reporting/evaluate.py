@@ -215,18 +215,9 @@ class BenchResult(Result):
         return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
 
     @property
-    def failed(self) -> bool:
-        """Whether no contender could run."""
-        return all(speed.failure is not None for speed in self.speeds)
-
-    @property
-    def failures(self) -> dict[str, list[str]]:
-        """The contenders that could not run, grouped by reason."""
-        found: dict[str, list[str]] = {}
-        for speed in self.speeds:
-            if speed.failure is not None:
-                found.setdefault(speed.failure, []).append(speed.name)
-        return found
+    def exit_code(self) -> int:
+        """1 if no contender could run."""
+        return int(all(speed.failure is not None for speed in self.speeds))
 
     @property
     def record(self) -> Bench:
@@ -256,8 +247,15 @@ def bench_blocks(found: Bench) -> list[Block]:
     ran = [x for x in found.contenders if x.failure is None]
     milliseconds = {"first": lambda x: 1e3 * x.first_token_seconds}
     lines = (filled(SIZES, found), found.verdict, filled(TIMED, found.protocol))
-    table = Table.of_records(found.model, ran, TIMES, **milliseconds)
-    return [table, *(Line(line) for line in lines if line)]
+    failures: dict[str, list[str]] = {}
+    for x in found.contenders:
+        if x.failure is not None:
+            failures.setdefault(x.failure, []).append(x.contender)
+    return [
+        Table.of_records(found.model, ran, TIMES, **milliseconds),
+        *(Line(f"{', '.join(names)} could not run: {why}") for why, names in failures.items()),
+        *(Line(line) for line in lines if line),
+    ]
 
 
 TIMES = Columns(

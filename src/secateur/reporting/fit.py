@@ -216,6 +216,16 @@ class FittedResult(Result, Record):
         return {**dict(self), "linears": ", ".join(f"{n} {name}" for name, n in kinds)}
 
     @property
+    def broken(self) -> list[str]:
+        """What the result does not keep, a sentence for each; empty if all is well."""
+        raise NotImplementedError
+
+    @property
+    def exit_code(self) -> int:
+        """3 if a bound is broken, or the result does not pay."""
+        return 3 * bool(self.broken)
+
+    @property
     def left_out(self) -> list[Block]:
         """What was left out to keep the time."""
         dropped = ", ".join(self.dropped)

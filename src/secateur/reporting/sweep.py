@@ -48,6 +48,11 @@ class SweepResult(Result):
         """The texts that the models were evaluated on."""
         return [*self.dense]
 
+    @property
+    def exit_code(self) -> int:
+        """1 if a point failed."""
+        return int(bool(self.failures))
+
     def to_json(self) -> dict[str, Any]:
         """The content of `sweep.json`."""
         return self.sweep.to_json()

@@ -339,6 +339,11 @@ class Result:
     Its dataclass takes `repr=False`: the fields hold every layer.
     """
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the command: not 0 if the result says that something is wrong."""
+        return 0
+
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object: its fields, unless a class says otherwise."""
         return cast("dict[str, Any]", to_jsonable_python(self))
