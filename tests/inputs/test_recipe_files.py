@@ -87,7 +87,7 @@ def test_assignments_that_are_no_values(refused, assignment: str, tmp_path: Path
     ],
 )
 def test_values_of_another_type(fields: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="must|unknown|twice"):
+    with pytest.raises(RecipeError, match=r"must|unknown|twice"):
         build_recipe(PruneRecipe, {"model": "m", "sparsity": 0.5, **fields})
 
 
