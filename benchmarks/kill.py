@@ -123,15 +123,22 @@ def main() -> None:
             )
             print(json.dumps(rows[-1]), flush=True)
     print(f"written to {keep('kill', vars(args), rows)}")
-    table = [[name, *counts(name, rows)] for name in args.cases]
-    print(markdown(["case", "killed", "then identical"], table))
+    print(markdown(*counts(rows)))
     sys.exit(0 if all(row["identical"] for row in rows) else 3)
 
 
-def counts(name: str, rows: list[dict]) -> list[str]:
-    """How many runs of a case were killed, and how many of them ended as the uninterrupted one."""
-    cut = [row for row in rows if row["case"] == name and row["killed"]]
-    return [str(len(cut)), str(sum(row["identical"] for row in cut))]
+def counts(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """How many runs of a verb were killed, and how many of them ended as the uninterrupted one."""
+    killed = [row for row in rows if row["killed"]]
+    ends = {}
+    for row in killed:
+        ends.setdefault(row["case"].split()[0], []).append(row["identical"])
+    lines = [[verb, str(len(own)), str(sum(own))] for verb, own in ends.items()]
+    total = ["all", str(len(killed)), str(sum(row["identical"] for row in killed))]
+    return ["verb", "killed at a random moment", "then identical"], [*lines, total]
+
+
+TABLES = {"verbs": counts}
 
 
 if __name__ == "__main__":
