@@ -119,19 +119,6 @@ def test_too_little_text_says_how_much_there_is():
         make_windows(documents(), tiny_tokenizer(WORDS), WindowPlan(8, 100))
 
 
-@pytest.mark.parametrize(
-    ("values", "fault"),
-    [
-        ({"windows": 0}, "windows is 0"),
-        ({"sequence_length": -1}, "sequence_length is -1"),
-        ({"packing": "tight"}, "unknown packing 'tight'"),
-    ],
-)
-def test_bad_plans(values, fault):
-    with pytest.raises(RecipeError, match=fault):
-        WindowPlan(**values)
-
-
 def test_saved_windows_come_back(tmp_path):
     windows = torch.randint(0, 96, (5, 12))
     save_windows(windows, tmp_path / "w.safetensors", metadata={"seed": "3"})

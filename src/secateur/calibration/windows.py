@@ -35,11 +35,9 @@ from torch import Tensor
 from secateur.calibration.documents import Document, holds_chats
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, start_tokens, text_tokens
-from secateur.registry import did_you_mean
 from secateur.runs.output import write_bytes
 from secateur.types import Windows
 
-PACKINGS = ("concatenate", "random-crop")
 PIECE_CHARACTERS = 65_536
 PIECES_AT_ONCE = 32
 MAX_MISSES = 20_000
@@ -63,9 +61,6 @@ class WindowPlan:
             than a window, as the published code of Wanda does.
         extra: number of windows after these that only a distillation reads; fewer where the text
             has no more.
-
-    Raises:
-        RecipeError: a number is below one, or the packing is unknown.
     """
 
     windows: int = 128
@@ -78,17 +73,6 @@ class WindowPlan:
     def all_windows(self) -> int:
         """Number of windows with the extra ones."""
         return self.windows + self.extra
-
-    def __post_init__(self) -> None:
-        for name in ("windows", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)}", remedy=f"give a {name} of 1 or more"
-                )
-        if self.packing not in PACKINGS:
-            raise RecipeError(
-                f"unknown packing {self.packing!r}", remedy=did_you_mean(self.packing, [*PACKINGS])
-            )
 
 
 def make_windows(documents: Sequence[Document], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:

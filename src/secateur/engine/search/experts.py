@@ -21,9 +21,6 @@ from secateur.models.experts import OpenExperts
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 
-SCORES = ("reap", "frequency", "random")
-SCOPES = ("layer", "global")
-
 
 @dataclass(frozen=True)
 class ExpertUse:
@@ -53,16 +50,9 @@ class ExpertUse:
         """Float64 [experts], higher = keep.
 
         Args:
-            name: one of `SCORES`.
+            name: reap, frequency or random.
             seed: of `random`.
-
-        Raises:
-            RecipeError: there is no such score.
         """
-        if name not in SCORES:
-            raise RecipeError(
-                f"there is no score {name!r} for experts", remedy=f"use {' or '.join(SCORES)}"
-            )
         if name == "frequency":
             return self.tokens.double()
         if name == "random":
@@ -168,7 +158,7 @@ class ExpertChoice:
 
     Attributes:
         top_k: number of experts that the router chooses for each token; no layer keeps fewer.
-        score: one of `SCORES`.
+        score: reap, frequency or random.
         groups: number of groups into which the router divides the experts, in their order. Each
             keeps the same number.
         scope: `layer`, where each layer keeps the same number; or `global`, where scores compete

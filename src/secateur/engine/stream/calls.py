@@ -119,19 +119,16 @@ def _find_packing(
     if hidden.ndim == 3 and not found:
         return None
     stacked = hidden.shape[0] if hidden.ndim == 4 and hidden.shape[1:3] == tokens else 0
-    if not stacked and (hidden.ndim != 3 or hidden.shape[:2] != tokens):
+    odd = [] if stacked or hidden.shape[:-1] == tokens else [("hidden states", hidden)]
+    shared_ones = [(key, x) for key, tensors in found.items() for x in tensors]
+    odd += [(k, x) for k, x in shared_ones if x.ndim != 4 or (x.shape[0], x.shape[2]) != tokens]
+    if odd:
+        what, x = odd[0]
         raise ArchitectureError(
-            f"{where} gives its layers hidden states of shape {tuple(hidden.shape)} for "
-            f"{tokens[0]} windows of {tokens[1]} tokens",
+            f"{where} gives its layers {what} of shape {tuple(x.shape)} for {tokens[0]} windows of "
+            f"{tokens[1]} tokens",
             remedy="this family cannot be pruned layer by layer yet",
         )
-    for key, tensors in found.items():
-        for x in tensors:
-            if x.ndim != 4 or (x.shape[0], x.shape[2]) != tokens:
-                raise ArchitectureError(
-                    f"layers of {where} share a tensor of shape {tuple(x.shape)} ({key})",
-                    remedy="this family cannot be pruned layer by layer yet",
-                )
     shared = tuple(
         Shared(key, tuple((x.shape[1], x.shape[3]) for x in tensors))
         for key, tensors in found.items()
