@@ -1,6 +1,6 @@
 """Lottery tickets and rounds of pruning on a tiny language model that is trained here.
 
-    python -m benchmarks.quality.tickets [--seeds 0 1 2] [--parts rewound rate_rewound …]
+    python -m benchmarks.quality.tickets [--seeds 0 1 2]
 
 The model and its text are those of `tests/support/trained.py`: two layers of width 64 that read the Python
 standard library letter by letter. All that is compared has the same sparsity in every matrix, and
@@ -12,7 +12,6 @@ seeds or parts, under the same protocol, stays in the file of results.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import tempfile
@@ -39,12 +38,9 @@ from trained import STEPS, held_out_loss, source_ids, train, untrained
 MEASURES = ("src/secateur/training",)
 
 EARLY_STEP = 60
-PARTS = ("rewound", "rate_rewound")
 ONE_SHOT = "one-shot, weights rewound to step 60"
 TICKET = "iterative, weights rewound to step 60"
 ANEW = "the same mask, new random weights"
-ONE_SHOT_RATE = "one-shot, rate rewound as often as there are rounds"
-ITERATIVE_RATE = "iterative, rate rewound"
 Masks = dict[str, Tensor]
 
 
@@ -96,31 +92,17 @@ class Tickets:
 
     def rewound(self) -> Iterator[tuple[str, float]]:
         """Weights go back to an early step, or are new ones, under the same mask."""
-        model, _ = self.in_rounds(1, "weights", EARLY_STEP)
+        model, _ = self.in_rounds(1)
         yield ONE_SHOT, self.loss(model)
-        model, masks = self.in_rounds(self.rounds, "weights", EARLY_STEP)
+        model, masks = self.in_rounds(self.rounds)
         yield TICKET, self.loss(model)
         yield ANEW, self.loss(self.anew(masks))
 
-    def rate_rewound(self) -> Iterator[tuple[str, float]]:
-        """Weights go on; one-shot is trained as often as iterative as well."""
-        model, masks = self.in_rounds(1, "rate")
-        yield "one-shot, rate rewound once", self.loss(model)
-        for _ in range(self.rounds - 1):
-            train(model, self.text, seed=self.seed, kept=masks)
-        yield ONE_SHOT_RATE, self.loss(model)
-        model, _ = self.in_rounds(self.rounds, "rate")
-        yield ITERATIVE_RATE, self.loss(model)
-
-    def in_rounds(self, rounds: int, rewind: str, step: int = 0) -> tuple[Any, Masks]:
-        """The dense model pruned in rounds; its masks."""
-        model = untrained(self.seed) if step else copy.deepcopy(self.dense)
-        masks, how = (
-            open_masks(model),
-            IterativeOptions.model_validate(
-                {"rounds": rounds, "rewind": rewind, "rewind_step": step}
-            ),
-        )
+    def in_rounds(self, rounds: int) -> tuple[Any, Masks]:
+        """A new model, trained, and pruned in rounds with its early weights; its masks."""
+        model = untrained(self.seed)
+        masks = open_masks(model)
+        how = IterativeOptions(rounds=rounds, rewind="weights", rewind_step=EARLY_STEP)
         schedule = schedules["geometric"](self.sparsity)
         loops = Loops(model, self.text, self.seed, masks)
         with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +160,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(heading())
@@ -186,10 +167,9 @@ def main() -> None:
     for seed in args.seeds:
         tickets = Tickets(seed, args.sparsity, args.rounds)
         rows.append({"seed": seed, "dense": tickets.loss(tickets.dense)})
-        for part in args.parts:
-            for name, loss in getattr(tickets, part)():
-                rows[-1][name] = loss
-                print(f"seed {seed}: {name}: {loss:.4f}", flush=True)
+        for name, loss in tickets.rewound():
+            rows[-1][name] = loss
+            print(f"seed {seed}: {name}: {loss:.4f}", flush=True)
     protocol = {
         "sparsity": args.sparsity, "rounds": args.rounds, "steps": STEPS,
         "early_step": EARLY_STEP, "loss": "nats per character, held-out files",
@@ -199,7 +179,6 @@ def main() -> None:
     print(markdown(*losses(rows)))
     print(differences(rows, TICKET, ANEW))
     print(differences(rows, TICKET, ONE_SHOT))
-    print(differences(rows, ITERATIVE_RATE, ONE_SHOT_RATE))
 
 
 if __name__ == "__main__":

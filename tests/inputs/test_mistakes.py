@@ -69,7 +69,7 @@ MISTAKES = {
     "train sparse --text short.txt --steps 1 -o o": "0 windows",
     "train sparse --text t.txt --epochs 3 --steps 9 -o o": "--steps with",
     "train sparse --text t.txt --temperature 2 -o o": "changes nothing without --teacher",
-    "train sparse --text t.txt --lora 100000 -o o": "rank 100000 is more than the shorter side",
+    "train sparse --text t.txt --lora 100000 -o o": "rank 100000",
     "train sparse --text t.txt --lora-targets q_prj -o o": "no linear matches 'q_prj'",
     "train sparse --text t.txt --optimizer-options lr=1 -o o": "lr=1:",
     "train sparse --text t.txt --optimizer-options speed=1 -o o": "AdamW cannot be made",

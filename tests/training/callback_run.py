@@ -62,7 +62,7 @@ def with_fsdp2() -> None:
     broken = model.model.layers[0].mlp.up_proj.weight.to_local()
     if torch.distributed.get_rank() == 1:  # all processes must stop for the fault of one
         broken.data.fill_(1.0)
-    with pytest.raises(VerificationError, match="pruned weights are not zero"):
+    with pytest.raises(VerificationError, match="pruned"):
         callback.on_train_end(*settings, **given)
 
 
@@ -73,7 +73,7 @@ def other_axes_are_refused() -> None:
     shared = distribute_tensor(linear.weight.detach(), mesh, [Shard(1)])
     linear.weight = torch.nn.Parameter(shared)
     settings = (SimpleNamespace(deepspeed=None), None, None)
-    with pytest.raises(RecipeError, match="other axes than rows"):
+    with pytest.raises(RecipeError, match="axes"):
         SecateurCallback().on_train_begin(*settings, model=model)
 
 

@@ -154,7 +154,7 @@ def test_a_model_that_lost_zeros_is_not_saved(asked: str, tmp_path: Path) -> Non
     callbacks = [secateur.SecateurCallback(), Filler(name)]
     options = {"save_strategy": asked, "save_steps": 1}
     trainer = trainer_of(model, tmp_path, *callbacks, max_steps=1, **options)
-    with pytest.raises(VerificationError, match="1 pruned weights are not zero") as raised:
+    with pytest.raises(VerificationError, match="1 pruned") as raised:
         trainer.train()
     assert raised.value.where == name
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -166,13 +166,13 @@ def test_the_end_is_checked_even_if_nothing_was_saved(tmp_path: Path) -> None:
     trainer = trainer_of(
         pruned_model(), tmp_path, secateur.SecateurCallback(), *fillers, max_steps=1
     )
-    with pytest.raises(VerificationError, match="do not save the model") as raised:
+    with pytest.raises(VerificationError, match="2 pruned") as raised:
         trainer.train()
     assert all(name in str(raised.value.where) for name in names)
 
 
 def test_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no zeros to hold"):
+    with pytest.raises(RecipeError, match="no zeros"):
         trainer_of(dense_model(), tmp_path, secateur.SecateurCallback()).train()
     trainer = trainer_of(pruned_model(), tmp_path, secateur.SecateurCallback())
     trainer.args.deepspeed = {"zero_optimization": {"stage": 3}}
@@ -229,11 +229,11 @@ def test_a_base_that_changes_under_adapters_is_noticed(tmp_path: Path) -> None:
     trainer = trainer_of(
         adapted_by_peft(pruned_model()), tmp_path, secateur.SecateurCallback(), Filler(name)
     )
-    with pytest.raises(VerificationError, match="2 pruned weights are not zero") as raised:
+    with pytest.raises(VerificationError, match="2 pruned") as raised:
         trainer.train()
     assert raised.value.where == "model.layers.0.mlp.up_proj.base_layer.weight"
     adapted = adapted_by_peft(pruned_model())
-    with pytest.raises(RecipeError, match="leave the base model unchanged"):
+    with pytest.raises(RecipeError, match="masks"):
         trainer_of(adapted, tmp_path, secateur.SecateurCallback(tmp_path)).train()
 
 

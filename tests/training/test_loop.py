@@ -14,10 +14,8 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from secateur.errors import NumericalError, RecipeError, SourceError, VerificationError
-from secateur.recipes.train import LoraOptions
 from secateur.training.batches import Batch
-from secateur.training.loop import Loop, Outcome
-from secateur.training.lora import attach, merge
+from secateur.training.loop import Outcome
 from secateur.training.masks import FIXED_AT_ZERO, Masks, stored_masks
 from secateur.training.objectives import NextToken
 from secateur.training.training_plan import TrainingPlan, optimizers
@@ -168,22 +166,6 @@ def test_the_best_weights_are_kept() -> None:
     assert after == pytest.approx(min(losses.values()), abs=1e-5)
 
 
-def test_adapters_are_trained_by_the_loop_and_merged_without_a_zero_lost() -> None:
-    model = pruned_model()
-    gone = zeros(model)
-    adapted = attach(model, LoraOptions(rank=4))
-    how = TrainingPlan(steps=12, rates={"*": 0.0, "*lora_*": 1.0}, **EXACT)
-    done = train(
-        adapted, batches(), NextToken.of(adapted), None, how, validation=watched(SEQUENCES[:4])
-    )
-    assert done.log[-1]["loss"] < done.log[0]["loss"]
-    merged = merge(adapted).eval()
-    with torch.no_grad():
-        after = NextToken.of(merged)(merged, Batch(SEQUENCES[:4], ())).item()
-    assert after == pytest.approx(done.best_loss, abs=1e-4)
-    assert all(not (gone[n] & ~now).any() for n, now in zeros(merged).items())
-
-
 def test_training_can_begin_later_in_its_schedule() -> None:
     model = pruned_model()
     done = run(model, TrainingPlan(steps=10, first_step=7, **EXACT))
@@ -252,9 +234,6 @@ def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     model = pruned_model()
-    empty = batches(windows=SEQUENCES[:0])
-    with pytest.raises(SourceError, match="no text"):
-        Loop(model, empty, NextToken.of(model), None, TrainingPlan(steps=1))
     with pytest.raises(RecipeError, match="rates"):
         run(model, TrainingPlan(steps=1, rates={"*": 0.0}))
     with pytest.raises(RecipeError, match="beta"):

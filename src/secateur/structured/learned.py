@@ -50,7 +50,7 @@ from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import representative, uniform_cut
 from secateur.structured.cut_steps import CutContext
 from secateur.structured.design import design
-from secateur.training.batches import Batch, Batches, TrainingText, shuffled
+from secateur.training.batches import Batch, Batches, TrainingText
 from secateur.training.loop import Loop, mean_loss
 from secateur.training.masks import Masks
 from secateur.training.memory import TRAINING, check_memory, plan_needs
@@ -136,7 +136,7 @@ class LearnedMasks:
     def __init__(
         self, model: Any, targets: Mapping[str, int], seed: int = 0, learning_rate: float = 0.1
     ) -> None:
-        self.seed, self.sets, self.drawn = seed, dict[str, HardConcrete](), dict[str, Tensor]()
+        self.seed, self.sets = seed, dict[str, HardConcrete]()
         self.device = next(model.parameters()).device
         self.layers = list(describe(model).layers(model))
         for kind in targets.keys() & {"groups", "neurons"}:
@@ -148,6 +148,7 @@ class LearnedMasks:
                 layer.register_forward_hook(hook, with_kwargs=True)
         if "hidden" in targets:
             self._gate_hidden(model, targets["hidden"])
+        self.drawn = {name: torch.ones_like(x.log_alpha) for name, x in self.sets.items()}
         self.multipliers = torch.zeros(len(self.sets), 2, device=self.device, requires_grad=True)
         self.progress, self.draws = torch.zeros(2, dtype=torch.int64), 0
         gates = [x.log_alpha for x in self.sets.values()]
@@ -231,21 +232,16 @@ class LearnedMasks:
 
     def _times_inputs(
         self, module: nn.Module, inputs: tuple[Any, ...], *, name: str, width: int
-    ) -> tuple[Any, ...] | None:
-        if name not in self.drawn:
-            return None
+    ) -> tuple[Any, ...]:
         gates = self.drawn[name].repeat_interleave(width)
         return (inputs[0] * gates.to(inputs[0].dtype), *inputs[1:])
 
     def _times_outputs(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        gates = self.drawn.get("hidden")
-        return output if gates is None else output * gates.to(output.dtype)
+        return output * self.drawn["hidden"].to(output.dtype)
 
     def _times_layer(
         self, module: nn.Module, inputs: tuple[Any, ...], named: Any, output: Any, *, index: int
     ) -> Any:
-        if "layers" not in self.drawn:
-            return output
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         mixed = before + self.drawn["layers"][index].to(after.dtype) * (after - before)
@@ -273,20 +269,17 @@ class DomainLoading:
         seed: int = 0,
     ) -> None:
         self.names, self.counts = list(windows), [len(x) for x in windows.values()]
-        self.references, self.losses = references, losses
-        self.size, self.seed = size, seed
+        self.references, self.losses, self.size, self.seed = references, losses, size, seed
         self.weights = torch.tensor(self.counts, dtype=torch.float64) / sum(self.counts)
-        self.read = torch.zeros(len(windows), dtype=torch.int64)
 
     def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
         """Called after the optimizer's step, 1 to `steps`."""
-        self.read += torch.bincount(self.domains(step - 1), minlength=len(self.names))
         if step % UPDATE_EVERY == 0 and step < steps:
             self.update(self.losses(model))
 
     def state(self) -> Mapping[str, Tensor]:
-        """The proportions, and how many windows of each domain the training has read."""
-        return {"weights": self.weights, "read": self.read}
+        """The proportions."""
+        return {"weights": self.weights}
 
     def update(self, losses: Mapping[str, float]) -> None:
         """Update the proportions from the losses on held-out text of each domain.
@@ -301,24 +294,15 @@ class DomainLoading:
         self.weights *= torch.tensor([math.exp(x - most) for x in excess], dtype=torch.float64)
         self.weights /= self.weights.sum()
 
-    def domains(self, step: int) -> Tensor:
-        """The domain of each window of a step, counted from 0; int64 [size]."""
-        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        return torch.multinomial(self.weights, self.size, replacement=True, generator=random)
-
     def numbers(self, step: int) -> tuple[int, ...]:
-        """Return the windows of the next step, numbered over all domains in order.
-
-        Within a domain, the training reads every window once before it repeats one.
-        """
-        read, found = self.read.tolist(), []
-        for domain in self.domains(step).tolist():
-            epoch, place = divmod(read[domain], self.counts[domain])
-            seed = (self.seed * 1_000_003 + epoch) * 1_009 + domain
-            order = shuffled(self.counts[domain], seed % 2**63)
-            found.append(sum(self.counts[:domain]) + order[place])
-            read[domain] += 1
-        return tuple(found)
+        """Draw the windows of a step, numbered over all domains in order."""
+        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        drawn = torch.multinomial(self.weights, self.size, replacement=True, generator=random)
+        places = torch.rand(self.size, generator=random).tolist()
+        return tuple(
+            sum(self.counts[:domain]) + int(place * self.counts[domain])
+            for domain, place in zip(drawn.tolist(), places, strict=True)
+        )
 
 
 def choose_learned(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
@@ -391,11 +375,11 @@ def _targets_of(context: CutContext) -> dict[str, int]:
             counts = {len(units) for units in getattr(cut, kind).values()}
             if len(counts) > 1:
                 raise RecipeError(
-                    "learned masks need layers of one size",
-                    where=f"{kind} that would stay: {sorted(counts)}",
+                    f"learned masks need equal layers, and {sorted(counts)} {kind} would stay",
                     remedy="cut the model without learned",
                 )
-            found |= dict.fromkeys([kind] * len(counts), min(counts, default=0))
+            if counts:
+                found[kind] = counts.pop()
     if plan.drop_layers:
         found["layers"] = plan.sizes.layers - plan.drop_layers
     if plan.keep_hidden is not None:

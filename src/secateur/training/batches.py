@@ -98,7 +98,7 @@ class Batches:
 
     def order(self, epoch: int) -> list[int]:
         """Return the order of the windows in an epoch."""
-        return shuffled(len(self.windows), self.seed * 1_000_003 + epoch)
+        return _shuffled(len(self.windows), self.seed * 1_000_003 + epoch)
 
     def micro(
         self, step: int, size: int, device: torch.device, rank: int = 0, ranks: int = 1
@@ -140,8 +140,7 @@ class Batches:
         ]
 
 
-def shuffled(count: int, seed: int) -> list[int]:
-    """An order of so many windows, by a seed."""
+def _shuffled(count: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
 

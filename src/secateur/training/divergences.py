@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +51,9 @@ LEAST = -1e4
 """Replaces log p of impossible tokens, so that 0 · log 0 is 0. Its exponential is 0 in float32."""
 
 
-class Rows(Protocol):
-    """Computes the loss of some tokens from their logits."""
-
-    def __call__(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum over these tokens divided by the number of all tokens, and its gradient.
-
-        Args:
-            rows: which tokens of the batch.
-            logits: float32 [tokens, vocabulary]; may be overwritten.
-        """
-        ...
+Rows = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""Which tokens of a batch, and their float32 logits [tokens, vocabulary], which may be overwritten
+→ the sum of their losses divided by the number of all tokens, and its gradient."""
 
 
 def next_token_rows(targets: Tensor, count: float) -> Rows:

@@ -18,7 +18,7 @@ import torch
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 from secateur.engine.prune.reconstruction import in_float32, to_float32
-from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.errors import NumericalError, RecipeError
 from secateur.models.architecture import hidden_size
 from secateur.models.attention import WrittenOut
 from secateur.models.skeleton import quiet_transformers
@@ -54,8 +54,7 @@ class Loop:
         label: the title of the progress bar.
 
     Raises:
-        RecipeError: the masks do not fit the model, or hooks come without a number of steps.
-        SourceError: there is no text.
+        RecipeError: hooks come without a number of steps, or the processes cannot share a batch.
     """
 
     def __init__(
@@ -94,13 +93,9 @@ class Loop:
         """Refuse a training that cannot run.
 
         Raises:
-            SourceError: there is no text.
-            RecipeError: the masks do not fit the model, hooks come without a number of steps, or
+            RecipeError: hooks come without a number of steps, or
                 the processes cannot share a batch.
         """
-        if not len(self.batches.windows):
-            raise SourceError("there is no text to train on", remedy="name a longer text")
-        self.masks.fit(self.model)
         if self.hooks and (self.plan.minutes or self.processes.count > 1):
             raise RecipeError(
                 "hooks need a number of steps, and a single process",

@@ -49,15 +49,12 @@ def chosen_linears(model: nn.Module, options: LoraOptions) -> list[Linear]:
             "targets and exclude leave no linear to put an adapter on",
             remedy=f"loosen them; there are {', '.join(x.name for x in linears[:4])}, …",
         )
-    least = min(chosen, key=lambda linear: min(linear.shape))
-    if options.rank > min(least.shape):
-        narrow = sum(options.rank > min(linear.shape) for linear in chosen)
+    narrow = [linear for linear in chosen if options.rank > min(linear.shape)]
+    if narrow:
         raise RecipeError(
-            f"rank {options.rank} is more than the shorter side of {narrow} of {len(chosen)} "
-            f"matrices; the smallest is {least.shape[0]} x {least.shape[1]}",
-            where=least.name,
-            remedy=f"--lora {min(least.shape)} is the most that every matrix can use; usual are 8 "
-            "to 64",
+            f"rank {options.rank} is more than the shorter side of {len(narrow)} matrices",
+            where=narrow[0].name,
+            remedy="--lora 8 to 64 are usual",
         )
     return chosen
 

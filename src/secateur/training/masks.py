@@ -73,7 +73,7 @@ class Masks:
 
     @classmethod
     def given(cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> Masks:
-        """Make masks from the whole masks of a file or another model, one at a time.
+        """Make masks from whole masks or parts, one at a time, on the devices of the parameters.
 
         Args:
             model: the model of the masks; several processes may share it.
@@ -84,28 +84,23 @@ class Masks:
         """
         parameters, kept = dict(model.named_parameters()), {}
         for name, mask in masks:
-            _fitting(name, mask, parameters)
-            if not mask.all():
-                kept[name] = part_of(mask, parameters[name])
+            own = list(parameters[name].shape) if name in parameters else "no such parameter"
+            if own != list(mask.shape):
+                raise RecipeError(
+                    f"the mask is {list(mask.shape)}, the model has {own}",
+                    where=name,
+                    remedy="give the masks of this model; a cut model needs masks of its own",
+                )
+            kept[name] = part_of(mask, parameters[name])
         return cls(kept)
 
     def save(self, file: Path) -> None:
         """Write the masks as bool tensors, by the names of parameters."""
         save_file({name: mask.contiguous() for name, mask in self.kept.items()}, file)
 
-    def fit(self, model: nn.Module) -> None:
-        """Refuse a model that these masks do not fit.
-
-        Raises:
-            RecipeError: a parameter is not there, or has another shape.
-        """
-        parameters = dict(model.named_parameters())
-        for name, mask in self.kept.items():
-            _fitting(name, mask, parameters)
-
     def held_in(self, model: nn.Module) -> Masks:
-        """Return this process's part of the masks, on the devices of the parameters."""
-        return Masks({n: part_of(mask, model.get_parameter(n)) for n, mask in self.kept.items()})
+        """Return this process's part of the masks; see `given`."""
+        return Masks.given(model, self.kept.items())
 
     @property
     def count(self) -> int:
@@ -242,21 +237,6 @@ def first_names(names: Iterable[str], shown: int = 4) -> str:
     return ", ".join(known[:shown]) + more
 
 
-def _fitting(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a mask that does not fit the parameters."""
-    if name not in parameters:
-        raise RecipeError(
-            f"there is a mask of {name}, but the model has no such parameter",
-            remedy="give the masks of this model",
-        )
-    if parameters[name].shape != mask.shape:
-        raise RecipeError(
-            f"the mask is {list(mask.shape)}, the weight {list(parameters[name].shape)}",
-            where=name,
-            remedy="give the masks of this model; a cut model needs masks of its own",
-        )
-
-
 def moments(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> Iterator[Tensor]:
     """The moments that the optimizer keeps for a parameter, in its shape; none without one.
 
@@ -351,7 +331,7 @@ def masks_in(
         SourceError: the file holds no masks.
     """
     found = _zeros_of_folder(place, model, trust_remote_code) if place.is_dir() else None
-    masks = Masks.given(model, found or stored_masks(place))
+    masks = Masks.given(model, (x for x in found or stored_masks(place) if not x[1].all()))
     _refuse_lost(masks, model, sums, place, regrows)
     return masks
 
@@ -387,8 +367,7 @@ def _refuse_lost(
     regrows: bool,
 ) -> None:
     """Refuse masks without zeros, or that keep more than `BY_CHANCE` of zeros in a matrix."""
-    weights = matrices(model)
-    counts: list[float] = []
+    weights, counts = matrices(model), list[float]()
     for name, weight in weights.items():
         lost = local(weight) == 0
         kept = local(masks.kept.get(name, torch.ones_like(lost)))
@@ -401,14 +380,16 @@ def _refuse_lost(
             remedy="name a pruned folder or a file of its masks, or leave --mask out: then the "
             "zeros of the model are held",
         )
-    lost_of = dict(zip(weights, counts[1::2], strict=True))
-    losing = {n: c for n, c in lost_of.items() if c > BY_CHANCE * weights[n].numel()}
-    if losing and not regrows:
-        worst = max(losing, key=lambda name: losing[name] / weights[name].numel())
-        share = losing[worst] / weights[worst].numel()
+    shares = {
+        name: count / weight.numel()
+        for (name, weight), count in zip(weights.items(), counts[1::2], strict=True)
+        if count > BY_CHANCE * weight.numel()
+    }
+    if shares and not regrows:
+        worst = max(shares, key=shares.__getitem__)
         raise RecipeError(
-            f"{int(sum(losing.values()))} weights in {len(losing)} matrices are zero in the model, "
-            f"but the masks keep them, so training would fill them: {share:.1%} of {worst}",
+            f"weights of {len(shares)} matrices are zero in the model, but the masks keep them, so "
+            f"training would fill them: {shares[worst]:.1%} of {worst}",
             where=str(place),
             remedy="leave --mask out to hold the zeros of the model",
         )

@@ -197,12 +197,8 @@ def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tenso
     return values, rests, tokens
 
 
-class Objective(Protocol):
-    """A loss: the mean over the tokens of a batch."""
-
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
-        """Return the differentiable loss of a batch, float32."""
-        ...
+Objective = Callable[[Any, Batch], Tensor]
+"""A model and a batch → the differentiable loss, float32: the mean over the tokens of the batch."""
 
 
 @dataclass(frozen=True)

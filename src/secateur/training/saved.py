@@ -174,11 +174,9 @@ class Saved:
 
     def restore_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Load the best weights into the parameters, if there are any."""
-        if self.in_memory is None:
-            self.load_weights(parameters, "best", prefix="")
-            return
+        self.load_weights(parameters, "best", prefix="")
         with torch.no_grad():
-            for name, value in self.in_memory.items():
+            for name, value in (self.in_memory or {}).items():
                 parameters[name].copy_(value)
 
     def write(

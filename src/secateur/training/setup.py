@@ -28,6 +28,7 @@ from secateur.training.objectives import (
     ModelTeacher,
     NextToken,
     Objective,
+    Teacher,
     WrittenTeacher,
     write_teacher,
 )
@@ -107,47 +108,44 @@ class TrainingSetup:
         recipe, processes, windows = self.recipe, self.processes, self.text.windows
         if self.teacher is None:
             return NextToken.of(model)
-        options: dict[str, Any] = {
-            "kind": recipe.kind,
-            "temperature": recipe.temperature,
-            "next_token": recipe.next_token,
-        }
-        file = work / "teacher.safetensors"
-        if recipe.top_k and file.exists():
-            return Distil.between(model, WrittenTeacher(file), **options)
-        loaded = load(
-            self.teacher.folder,
-            processes,
-            dtype=fast_dtype(processes.device),
-            apart=False,  # the loss applies its head after its forward
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        teacher = ModelTeacher(loaded)
-        objective = Distil.between(
+        file, depth = work / "teacher.safetensors", 0
+        if not (recipe.top_k and file.exists()):
+            loaded = load(
+                self.teacher.folder,
+                processes,
+                dtype=fast_dtype(processes.device),
+                apart=False,  # the loss applies its head after its forward
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            teacher: Teacher = ModelTeacher(loaded)
+            depth = len(describe(loaded).layers(loaded))
+        if recipe.top_k and not file.exists():
+            progress.start("teacher", len(windows))
+            with quiet_transformers():
+                write_teacher(
+                    teacher,
+                    windows,
+                    file,
+                    k=recipe.top_k,
+                    device=processes.device,
+                    temperature=recipe.temperature,
+                    on_window=progress.step,
+                    writes=processes.first,
+                )
+            progress.finish()
+            processes.wait()
+        if recipe.top_k:
+            teacher = WrittenTeacher(file)
+        return Distil.between(
             model,
             teacher,
-            teacher_depth=len(describe(loaded).layers(loaded)),
+            teacher_depth=depth,
             teacher_layers=self._teacher_layers(self.teacher.name),
             hidden=recipe.hidden_weight,
-            **options,
+            kind=recipe.kind,
+            temperature=recipe.temperature,
+            next_token=recipe.next_token,
         )
-        if not recipe.top_k:
-            return objective
-        progress.start("teacher", len(windows))
-        with quiet_transformers():
-            write_teacher(
-                teacher,
-                windows,
-                file,
-                k=recipe.top_k,
-                device=processes.device,
-                temperature=recipe.temperature,
-                on_window=progress.step,
-                writes=processes.first,
-            )
-        progress.finish()
-        processes.wait()
-        return Distil.between(model, WrittenTeacher(file), **options)
 
     def _teacher_layers(self, teacher: str) -> tuple[int, ...] | None:
         """Return the teacher's layers that the student has, from the notes of its cut.

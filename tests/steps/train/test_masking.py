@@ -39,6 +39,11 @@ def test_masks_without_a_zero_are_refused(places: Path, tmp_path: Path) -> None:
         train(places, tmp_path / "file", mask=str(tmp_path / "ones.safetensors"))
 
 
+def test_masks_of_a_pruned_folder_are_held(places: Path, tmp_path: Path) -> None:
+    done = train(places, tmp_path / "out", places / "dense", mask=str(places / "pruned"))
+    assert done.sparsity == pytest.approx(0.5)
+
+
 def test_masks_of_another_model_are_refused(places: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "narrow", intermediate_size=32)
     with pytest.raises(RecipeError, match="32"):

@@ -139,14 +139,6 @@ def test_a_student_knows_which_layers_it_has(
     assert layers == [[kept[1] - 1, kept[2] - 1, 4], [1, 3, 4]]
 
 
-def test_a_mask_may_come_from_another_model(places: Path, tmp_path: Path) -> None:
-    done = train(places, tmp_path / "out", model=places / "dense", mask=str(places / "pruned"))
-    assert done.sparsity == pytest.approx(0.5)
-    save_tiny(tmp_path / "small", intermediate_size=32)
-    with pytest.raises(RecipeError, match="32"):
-        train(places, tmp_path / "no", model=tmp_path / "small", mask=str(places / "pruned"))
-
-
 def test_a_stopped_run_goes_on_to_the_same_files(places: Path, tmp_path: Path) -> None:
     train(places, tmp_path / "straight")
     with stopped_at(5):
