@@ -362,7 +362,7 @@ def _objective_text(recipe: TrainRecipe) -> str:
     how = recipe.gradual or recipe.iterative
     if how is not None:
         share = parse_pattern(how.pattern, how.scope).sparsity or how.sparsity or 0.0
-        text += f", pruned to {share:.0%}"
+        text += f", pruned{' gradually' * (recipe.gradual is not None)} to {share:.0%}"
     if isinstance(how, IterativeOptions):
         text += f" in {how.rounds} rounds, rewinding {how.rewind}"
     return text

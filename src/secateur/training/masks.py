@@ -72,12 +72,15 @@ class Masks:
         return cls(masks)
 
     @classmethod
-    def given(cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> Masks:
+    def given(
+        cls, model: nn.Module, masks: Iterable[tuple[str, Tensor]], *, full: bool = True
+    ) -> Masks:
         """Make masks from whole masks or parts, one at a time, on the devices of the parameters.
 
         Args:
             model: the model of the masks; several processes may share it.
             masks: masks by names of parameters. Each is divided at once, and the whole is dropped.
+            full: whether masks that keep every weight stay.
 
         Raises:
             RecipeError: a parameter is missing, or has another shape.
@@ -91,7 +94,8 @@ class Masks:
                     where=name,
                     remedy="give the masks of this model; a cut model needs masks of its own",
                 )
-            kept[name] = part_of(mask, parameters[name])
+            if full or not mask.all():
+                kept[name] = part_of(mask, parameters[name])
         return cls(kept)
 
     def save(self, file: Path) -> None:
@@ -331,7 +335,7 @@ def masks_in(
         SourceError: the file holds no masks.
     """
     found = _zeros_of_folder(place, model, trust_remote_code) if place.is_dir() else None
-    masks = Masks.given(model, (x for x in found or stored_masks(place) if not x[1].all()))
+    masks = Masks.given(model, found or stored_masks(place), full=False)
     _refuse_lost(masks, model, sums, place, regrows)
     return masks
 
