@@ -27,7 +27,6 @@ FACTS = read_facts()
 MODELS = {
     "Llama-2-7B": "llama-2-7b",
     "Llama-3.1-8B": "llama-3.1-8b",
-    "Llama-2-13B": "llama-2-13b",
     "Llama-2-70B": "llama-2-70b",
 }
 VALUES = ("bfloat16", "int8", "int4", "int3", "int2")
@@ -62,14 +61,13 @@ def sizes() -> Iterable[str]:
     """Bytes of all weights, by zeros and values."""
     rows = []
     seven = FACTS.shapes["llama-2-7b"]
-    dense = stored_bytes(seven, "none", "bfloat16")
     for values in VALUES:
         for zeros in ZEROS:
             found = [stored_bytes(FACTS.shapes[key], zeros, values) for key in MODELS.values()]
             bits = 8 * linear_bytes(seven, zeros, values) / seven.shape("").linears
             gib = (f"{size / GIB:.2f}" for size in found)
-            rows.append((values, zeros, f"{bits:.2f}", *gib, f"{dense / found[0]:.2f} x"))
-    columns = ("values", "zeros", "bits of a weight", *MODELS, "7B smaller by")
+            rows.append((values, zeros, f"{bits:.2f}", *gib))
+    columns = ("values", "zeros", "bits of a weight", *MODELS)
     yield from table(columns, rows)
 
 

@@ -238,21 +238,26 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
         print(row, flush=True)
 
 
+SHOWN = ("dense", "half", "depth")
+
+
 def engines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A row for each engine and type, a column for each model."""
+    """A row for each engine and type, a column for each model of `SHOWN`."""
     texts = {(r["engine"], r["type"], r["model"]): r for r in rows if not r["timed"]}
     speeds = {(r["engine"], r["type"], r["model"]): r for r in rows if r["timed"]}
     lines = []
     for engine, types in EXPORTS.items():
         for type in types:
-            found = [texts.get((engine, type, model)) for model in MODELS]
+            found = [texts.get((engine, type, model)) for model in SHOWN]
+            if not any(found):
+                continue
             pace = [
                 speeds.get((engine, type, m), {}).get("tokens_per_second") for m in TIMED_MODELS
             ]
             size = [f"{r['bytes'] / 2**20:.0f}" if r else "" for r in found]
             own = [engine, type, *map(alike, found), size[0], size[1]]
             lines.append([*own, *(f"{one:.0f}" if one else "" for one in pace)])
-    columns = ["engine", "type", *(f"{name}: equal" for name in MODELS)]
+    columns = ["engine", "type", *(f"{name}: equal" for name in SHOWN)]
     columns += [f"{name}: MiB" for name in TIMED_MODELS]
     return [*columns, *(f"{name}: tokens/s" for name in TIMED_MODELS)], lines
 

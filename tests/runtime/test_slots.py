@@ -173,8 +173,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ([], "0 tokens in one call"),
         ([Token(0, n, 5) for n in range(9)], "9 tokens in one call, which takes 1 to 8"),
         ([Token(0, 1, 5)], "position 1"),
-        ([Token(0, 0, 5), Token(0, 0, 6)], "position 0 does not follow 1 tokens"),
-        ([Token(1, n, 5) for n in range(5)], "the cache of 4 tokens is full"),
+        ([Token(0, 0, 5), Token(0, 0, 6)], "position 0 of slot 0, which has 1 of 4"),
+        ([Token(1, n, 5) for n in range(5)], "position 4 of slot 1, which has 4 of 4"),
         ([Token(0, 0, 96)], "token 96 is not in the vocabulary of 96"),
     ):
         with pytest.raises(ShapeError, match=message):
