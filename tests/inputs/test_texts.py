@@ -76,7 +76,7 @@ def test_all_positions_can_be_used(model: Path) -> None:
     assert generate(str(model), "abc", max_new_tokens=61).tokens <= 61
     with pytest.raises(RecipeError, match="64 positions"):
         generate(str(model), "abc", max_new_tokens=62)
-    with pytest.raises(RecipeError, match="temperature nan"):
+    with pytest.raises(RecipeError, match="temperature"):
         generate(str(model), "abc", temperature=math.nan)
 
 

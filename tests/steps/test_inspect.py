@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from gguf_example import write_gguf
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.models import sources
-from secateur.reporting.diagnose import GgufInspectResult, InspectResult
+from secateur.reporting.diagnose import InspectResult
 
 
 @pytest.fixture
@@ -59,33 +56,11 @@ def test_the_linears_of_a_layer(model: Path) -> None:
             secateur.inspect(model, layer=layer)
 
 
-def test_a_gguf_file_is_read_by_its_header(tmp_path: Path, secateur, monkeypatch) -> None:
-    def refused(*_: object, **__: object) -> Path:
-        raise AssertionError("the weights were read")
-
-    monkeypatch.setattr(sources, "convert_gguf", refused)
-    file = write_gguf(tmp_path / "m.gguf")
-    done = secateur("inspect", file)
-    assert done.code == 0, done.err
-    for words in ("llama", "Q8_0", "0 to 1, each", "token_embd.weight", "40 x string", "--zeros"):
-        assert words in done.out
-    record = json.loads(secateur("inspect", file, "--json").out)
-    assert record["parameters"] == 40 * 64 + 2 * (32 * 64 + 64)
-    assert len(record["tensors"]) == 5
-    one = secateur("inspect", file, "--layer", 1)
-    assert "blk.1.attn_q.weight" in one.out
-    assert "blk.0" not in one.out
-    none = secateur("inspect", file, "--layer", 2)
-    assert none.code == 2
-    assert "there is no decoder layer 2: the model has 2" in none.err
-
-
-def test_zeros_of_a_gguf_file_are_counted_on_demand(tmp_path: Path, monkeypatch) -> None:
-    file = write_gguf(tmp_path / "m.gguf")
-    folder = save_tiny(tmp_path / "converted")
+def test_a_gguf_file_is_expanded(tmp_path: Path, monkeypatch) -> None:
+    file, folder = tmp_path / "m.gguf", save_tiny(tmp_path / "converted")
+    file.write_bytes(b"GGUF")
     monkeypatch.setattr("secateur.models.sources.convert_gguf", lambda *_, **__: folder)
-    assert isinstance(secateur.inspect(file), GgufInspectResult)
-    assert isinstance(secateur.inspect(file, zeros=True), InspectResult)
+    assert secateur.inspect(file).audit.num_hidden_layers == 3
 
 
 def test_an_incomplete_checkpoint_names_what_is_missing(model: Path) -> None:

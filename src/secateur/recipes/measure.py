@@ -157,8 +157,6 @@ class InspectRecipe(RemoteCode, Recipe):
     """Hub id, folder, GGUF file or named sample."""
     layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(None, ge=0)
     """List the linear layers of this decoder layer."""
-    zeros: bool = False
-    """Count the zeros of a GGUF file too. Without it only the header is read."""
 
 
 class TextForDiagnosis(Section):

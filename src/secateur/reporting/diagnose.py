@@ -6,17 +6,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from textwrap import shorten
 from typing import Any
 
 from pydantic import Field, InstanceOf
-from pydantic_core import to_jsonable_python
 
 from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
-from secateur.models.header import GgufHeader, GgufTensor
 from secateur.reporting.models import stored_as
 from secateur.reporting.tables import (
     Block,
@@ -247,86 +244,6 @@ def _alike(parts: Iterable[Any], cells: Callable[[list[Any]], Row]) -> list[Row]
         layers.setdefault(layer_of(part.name), []).append(part)
     found = itertools.groupby(sorted(layers), lambda index: (index >= 0, cells(layers[index])))
     return [(_numbers([*numbers]), *row) for (_, row), numbers in found]
-
-
-@dataclass(frozen=True, repr=False)
-class GgufInspectResult(Result):
-    """The content of a GGUF file according to its header.
-
-    Attributes:
-        model: the name from the user.
-        header: metadata and tensors.
-        layer: the layer whose tensors are listed; None lists all layers.
-    """
-
-    model: str
-    header: GgufHeader
-    layer: int | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters in all tensors."""
-        return sum(tensor.parameters for tensor in self.header.tensors)
-
-    def to_json(self) -> dict[str, Any]:
-        """Metadata and tensors."""
-        header = to_jsonable_python(self.header)
-        return {
-            "model": self.model,
-            "format": "gguf",
-            "version": header["version"],
-            "file_bytes": header["file_bytes"],
-            "parameters": self.parameters,
-            "metadata": header["metadata"],
-            "tensors": header["tensors"],
-        }
-
-    def blocks(self) -> Sequence[Block]:
-        """The whole file, its metadata, and its layers or the tensors of one layer."""
-        data, sizes = self.header.metadata, Counter[str]()
-        for tensor in self.header.tensors:
-            sizes[tensor.type] += tensor.size_bytes
-        name = data.get("general.architecture", "not named")
-        rows = [
-            ("architecture", str(name)),
-            ("layers", str(data.get(f"{name}.block_count", "not named"))),
-            ("parameters", f"{self.parameters:,}"),
-            ("file", binary_size(self.header.file_bytes)),
-            ("stored as", _sizes(dict(sizes.most_common()))),
-        ]
-        metadata = [(key, shorten(str(value), 72, placeholder="…")) for key, value in data.items()]
-        own = [x for x in self.header.tensors if layer_of(x.name) == self.layer]
-        shape = {"shape": lambda x: " x ".join(map(str, x.shape))}
-        listed = Table.of_records(f"tensors of layer {self.layer}", own, TENSORS, **shape)
-        whole = [Table.facts("metadata", metadata), self.layers()]
-        return [
-            Table.facts(self.model, rows),
-            *(whole if self.layer is None else [listed]),
-            Line("zeros were not counted: --zeros reads the weights", style="dim"),
-        ]
-
-    def layers(self) -> Table:
-        """A line for each run of equal layers, and one for each tensor outside them."""
-        inside = [x for x in self.header.tensors if layer_of(x.name) >= 0]
-        outside = [(x.name, *_cells_of([x])) for x in self.header.tensors if x not in inside]
-        columns = ("layer", "tensors", "parameters", "size", "stored as")
-        rows = [*_alike(inside, _cells_of), *outside]
-        return Table.of("layers (--layer N lists the tensors of one)", columns, rows)
-
-
-TENSORS = Columns(
-    "name | shape | type | size", "{name} | {shape} | {type} | {size_bytes:,} bytes", 4
-)
-
-
-def _cells_of(tensors: Sequence[GgufTensor]) -> Row:
-    """Count, parameters, size and types of some tensors."""
-    return (
-        str(len(tensors)),
-        f"{sum(x.parameters for x in tensors):,}",
-        f"{sum(x.size_bytes for x in tensors):,} bytes",
-        ", ".join(dict.fromkeys(x.type for x in tensors)),
-    )
 
 
 def _sizes(types: Mapping[str, int]) -> str:

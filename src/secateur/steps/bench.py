@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.generation import prompts_of_kinds
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
-from secateur.models.header import read_gguf_header
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
@@ -57,7 +56,9 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     for file in recipe.gguf:  # llama.cpp would say nothing of a file that is none
         if not Path(file).is_file():
             raise RecipeError("there is no such GGUF file", where=file, remedy="check the path")
-        read_gguf_header(Path(file))
+        with Path(file).open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise CheckpointError("this is no GGUF file", where=file, remedy="check the path")
     folder = resolve(model, progress=progress).folder
     positions = positions_in(folder)
     if positions is not None and prompt_tokens + new_tokens > positions:

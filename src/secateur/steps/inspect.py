@@ -8,28 +8,24 @@ from typing import TYPE_CHECKING
 from secateur.errors import RecipeError
 from secateur.progress import Progress
 
-if TYPE_CHECKING:  # the header of a GGUF file needs no heavy imports
-    from secateur.reporting.diagnose import GgufInspectResult, InspectResult
+if TYPE_CHECKING:
+    from secateur.reporting.diagnose import InspectResult
 
 
 def inspect(
     model: str | Path,
     *,
     layer: int | None = None,
-    zeros: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> InspectResult | GgufInspectResult:
+) -> InspectResult:
     """Report family, sizes, linears and the stored zeros of a model.
 
-    For a GGUF file, only the header is read. With `zeros`, the file is first expanded to a
-    checkpoint, which can take minutes.
+    A GGUF file is first expanded to a checkpoint.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
         layer: list the linears of this decoder layer; None for a line for each layer.
-        zeros: also count the zeros of a GGUF file. The zeros of other checkpoints are always
-            counted.
         trust_remote_code: whether code that comes with the checkpoint may run.
         progress: receives every step.
 
@@ -37,15 +33,6 @@ def inspect(
         RecipeError: the model has no such layer.
         CheckpointError: the model is damaged or incomplete.
     """
-    file = Path(model).expanduser()
-    if not zeros and file.suffix == ".gguf" and file.is_file():
-        from secateur.models.header import read_gguf_header
-        from secateur.reporting.diagnose import GgufInspectResult
-        from secateur.reporting.tables import layer_of
-
-        header = read_gguf_header(file)
-        _check_layer(layer, 1 + max((layer_of(x.name) for x in header.tensors), default=-1))
-        return GgufInspectResult(str(model), header, layer)
     from secateur.diagnostics.audit import audit_checkpoint
     from secateur.diagnostics.findings import read_claims
     from secateur.engine.prune.coverage import silent_experts
