@@ -2,21 +2,16 @@
 
     python -m benchmarks.quality.tasks                          # five tasks, the first 200 items of each
     python -m benchmarks.quality.tasks --tasks hellaswag sciq       # more; what is there already is kept
-    python -m benchmarks.quality.tasks --served --model FOLDER --tasks piqa --limit 20 --name served-NAME
 
 lm-eval loads the checkpoint by itself (`simple_evaluate`, `hf`, float32, batches of one) and reads
 the same Arrow files by its own configuration (`dataset_path: arrow`); nothing of secateur runs on
-its side. With `--served` lm-eval asks `secateur serve` instead (`local-completions`). Compared are
-the outcome of every item, and the log-likelihood of every request.
+its side. Compared are the outcome of every item, and the log-likelihood of every request.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +25,7 @@ from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.hub import cache_folder
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.deploy import ServeRecipe
 from secateur.runtime.load import load
-from secateur.serving.serve import prepare
 
 MEASURES = ("src/secateur/evaluation",)
 
@@ -59,34 +52,17 @@ def scores(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 TABLES = {"scores": scores}
 
 
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[dict[str, Any]]:
-    """A server of the model; gives what lm-eval needs to ask it."""
-    serving = prepare(ServeRecipe(model=str(folder), port=0))
-    thread = threading.Thread(target=serving.run)
-    thread.start()
-    url = f"{serving.address}/v1/completions"
-    try:
-        yield {"base_url": url, "model": folder.name, "tokenizer": str(folder)}
-    finally:
-        serving.stop()
-        thread.join()
-
-
-def theirs(name: str, tasks: Path, folder: Path, limit: int, served: bool) -> dict[str, Any]:
-    """lm-eval alone, or asking a server: samples of a task."""
+def theirs(name: str, tasks: Path, folder: Path, limit: int) -> dict[str, Any]:
+    """lm-eval alone: samples of a task."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     options: dict[str, Any] = {"tasks": [name], "batch_size": 1, "limit": limit}
     options["task_manager"] = manager
     options |= {"num_fewshot": 0, "bootstrap_iters": 0}
-    if served:
-        with server(folder) as asked:
-            return lm_eval.simple_evaluate(model="local-completions", model_args=asked, **options)
     loaded = {"pretrained": str(folder), "dtype": "float32"}
     return lm_eval.simple_evaluate(model="hf", model_args=loaded, device="cpu", **options)
 
 
-def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]:
+def compare(name: str, folder: Path, limit: int) -> dict[str, Any]:
     """Both ways on one task."""
     started = time.perf_counter()
     tasks = write_tasks(cache_folder() / "tasks", name)
@@ -97,7 +73,7 @@ def compare(name: str, folder: Path, limit: int, served: bool) -> dict[str, Any]
     ours = [request.resps[0][0] for request in prepared.task.instances]
     del model
     started = time.perf_counter()
-    found = theirs(name, tasks, folder, limit, served)
+    found = theirs(name, tasks, folder, limit)
     theirs_seconds = time.perf_counter() - started
     samples = found["samples"][name]
     asked = [tuple(args) for sample in samples for args in sample["arguments"]]
@@ -137,18 +113,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=FIVE, choices=TASKS)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--name", default="tasks")
-    parser.add_argument("--served", action="store_true")
     args = parser.parse_args()
     print(heading())
     folder = resolve(args.model).folder
     protocol = {"model": args.model, "limit": args.limit, "shots": 0, "dtype": "float32"}
-    if args.served:  # in the dtype of the folder
-        protocol = {"model": folder.name, "limit": args.limit, "shots": 0, "served": True}
     rows = known_rows(args.name, protocol)
     for name in args.tasks:
         if any(row["task"] == name for row in rows):
             continue
-        rows.append(compare(name, folder, args.limit, args.served))
+        rows.append(compare(name, folder, args.limit))
         keep(args.name, protocol, rows)
         ours, other = rows[-1]["seconds"], rows[-1]["lm_eval_seconds"]
         print(f"{name}: {ours:.0f} s, lm-eval {other:.0f} s", flush=True)
