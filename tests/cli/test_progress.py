@@ -20,48 +20,38 @@ class Log:
         self.progress = ProgressLines(clock=lambda: self.now, write=self.lines.append)
 
 
-def test_a_line_says_stage_percent_time_and_time_left() -> None:
-    log = Log()
-    log.progress.start("pruning", 30)
-    log.now = 60.0
-    log.progress.step(10, note="model.layers.9")
-    log.progress.show()
-    assert log.lines == ["pruning: 33% after 1 min 00 s, about 2 min 00 s left (layer 9)"]
+Moment = tuple[float, int]
+"""A time, and the steps that end then."""
 
 
-def test_the_time_left_does_not_rise_with_the_clock() -> None:
-    """`bench` loads ways of very different sizes: "50% after 2 min, about 2 min left" rose on."""
+@pytest.mark.parametrize(
+    ("steps", "moments", "shown"),
+    [
+        (30, [(60, 10)], ["33% after 1 min 00 s, about 2 min 00 s left"]),
+        (1, [(22, 0)], ["22 s so far"]),
+        (8, [(5, 0)], ["0% after 5 s"]),  # no time left is invented before the first step
+        (
+            4,  # the time left does not rise with the clock, as it would for steps of many sizes
+            [(20, 2), (25, 0), (60, 0), (100, 1)],
+            [
+                "50% after 20 s, about 20 s left",
+                "50% after 25 s, about 15 s left",
+                "50% after 1 min 00 s, about 10 s left",
+                "75% after 1 min 40 s, about 33 s left",
+            ],
+        ),
+    ],
+)
+def test_a_line_says_percent_time_and_time_left(
+    steps: int, moments: list[Moment], shown: list[str]
+) -> None:
     log = Log()
-    log.progress.start("loading", 4)
-    log.now = 20.0
-    log.progress.step(2)
-    for log.now in (20.0, 25.0, 60.0):
+    log.progress.start("pruning", steps)
+    for log.now, done in moments:
+        if done:
+            log.progress.step(done)
         log.progress.show()
-    log.progress.step()
-    log.now = 100.0
-    log.progress.show()
-    assert log.lines == [
-        "loading: 50% after 20 s, about 20 s left",
-        "loading: 50% after 25 s, about 15 s left",
-        "loading: 50% after 1 min 00 s, about 10 s left",
-        "loading: 75% after 1 min 40 s",
-    ]
-
-
-def test_a_stage_of_one_step_shows_only_its_time() -> None:
-    log = Log()
-    log.progress.start("reading model.gguf", 1)
-    log.now = 22.0
-    log.progress.show()
-    assert log.lines == ["reading model.gguf: 22 s so far"]
-
-
-def test_no_time_left_is_invented_before_the_first_step() -> None:
-    log = Log()
-    log.progress.start("packing", 8)
-    log.now = 5.0
-    log.progress.show()
-    assert log.lines == ["packing: 0% after 5 s"]
+    assert log.lines == [f"pruning: {line}" for line in shown]
 
 
 def test_the_end_of_a_stage_is_reported_where_the_stage_was_shown() -> None:

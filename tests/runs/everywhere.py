@@ -1,12 +1,12 @@
 """A fault between any two file operations of every verb; then the same call again.
 
-    PYTHONPATH=tests/support python tests/runs/everywhere.py [--points few|all] [--twice]
-                                                     [--json FILE] [CASE …]
+    export PYTHONPATH=tests/support
+    python tests/runs/everywhere.py [--points few|all] [--json FILE] [CASE …]
 
-Prints, for every verb, how many points were tried and what was left. A kill and a full disk are
-tried before every operation and in the middle of every file that is written; with an old output to
-replace (`overwrite`), all points at the beginning and at the end and every fourth between. The same
-call again, with `resume=True` where the verb has it, must give the bytes of an uninterrupted run.
+Prints what became of the points, and those at which something was lost. A kill and a full disk are
+tried before every operation and in the middle of every file that is written, without and with an
+old output to replace (`overwrite`). The same call again, with `resume=True` where the verb has it,
+must give the bytes of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ import importlib
 import json
 import os
 import pkgutil
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import torch
 from cases import CASES, Case, make_sources
 from contents import contents, every_byte
 from faults import (
@@ -42,12 +41,10 @@ from faults import (
     why_not,
 )
 from fixed_times import use_fixed_times
-from outcomes import DIFFERENT, IDENTICAL, LOST, REFUSED, Trial, faults_table, table
 
 import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
-from secateur.steps.fitting import candidates
 from secateur.training import distillation
 
 OUTPUT = "out"
@@ -58,6 +55,41 @@ FEW = {(False, False): 4, (False, True): 3, (True, False): 2, (True, True): 1}
 is replaced."""
 
 
+IDENTICAL, REFUSED, LOST, DIFFERENT = "identical", "refused", "lost", "different"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point, and what became of it.
+
+    Attributes:
+        case: which.
+        replacing: whether an old output was there.
+        point: in words.
+        full: whether the disk was full, not the process killed.
+        verdict: `identical`: the same call again gave the bytes of an uninterrupted run, or they
+            were there already. `refused`: it did not, but nothing had been done that could be
+            lost. `lost`: it did not, and the work of the stopped run cannot be gone on with; or it
+            ended in an error that is none of ours. `different`: it ended well, with other bytes.
+        reached: whether the fault was injected.
+        gone: neither the old output nor the whole new one is anywhere.
+        crashed: a full disk ended the first call in an error that is none of ours.
+        left_over: what lies beside the output at the end and does not after an uninterrupted run.
+        messages: errors.
+    """
+
+    case: str
+    replacing: bool
+    point: str
+    full: bool
+    verdict: str
+    reached: bool
+    gone: bool = False
+    crashed: bool = False
+    left_over: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Found:
     """What lies there after a fault.
@@ -65,13 +97,11 @@ class Found:
     Attributes:
         finished: the whole new output has its name.
         half: something else has it, and there was no old output.
-        away: neither the old output nor the new one has its name.
-        gone: neither is anywhere.
+        gone: neither the old output nor the new one is anywhere.
     """
 
     finished: bool
     half: bool
-    away: bool
     gone: bool
 
 
@@ -87,8 +117,6 @@ class Bench:
         replacing: whether an old output is there.
         reference: what an uninterrupted run makes.
         neighbours: what lies beside it then.
-        steps: how often such a run reports progress.
-        operations: of such a run.
     """
 
     shim: Shim
@@ -98,8 +126,6 @@ class Bench:
     replacing: bool
     reference: dict[str, str] = field(default_factory=dict)
     neighbours: set[str] = field(default_factory=set)
-    steps: int = 0
-    operations: int = 0
 
     @property
     def case(self) -> Case:
@@ -135,8 +161,7 @@ class Bench:
         ended = self.call(None, **self.case.anew(self.replacing))
         if ended.how != "done":
             raise SystemExit(f"{self.name}: {ended.message}\n{self.shim.log.read_text()}")
-        self.reference, self.steps = contents(self.output), ended.steps
-        self.operations = len(ended.operations)
+        self.reference = contents(self.output)
         self.neighbours = {x.name for x in self.here.iterdir()}
         return list(ended.operations)
 
@@ -160,38 +185,30 @@ class Bench:
         gone = away and not any(self.is_new(x) or self.is_old(x) for x in self.here.iterdir())
         finished = self.is_new(self.output)
         named = self.output.exists() and not self.replacing
-        return Found(finished, named and not finished, away, gone)
+        return Found(finished, named and not finished, gone)
 
-    def attempt(self, point: Point, *, twice: bool = False) -> Trial:
-        """A fault at a point, and the same call again; `twice`: killed once more before that."""
+    def attempt(self, point: Point) -> Trial:
+        """A fault at a point, and the same call again."""
         self.clear()
         anew, retry = self.case.anew(self.replacing), self.case.retry(self.replacing)
         first = self.call(point, **anew)
-        found = [self.look()]
+        found = self.look()
         messages = [first.message] if first.how != "killed" else []
-        if twice:
-            left = max(1, self.operations - len(first.operations))
-            drawn = random.Random(point.operation.number).randrange(left)
-            second = self.call(Point(Operation(drawn, "any", 0, 0, ""), False, False), **retry)
-            messages += [] if second.how in ("killed", "done") else [second.message]
-            found.append(self.look())
-        finished, half = found[-1].finished, any(x.half for x in found)
         again = self.call(None, **retry)
-        verdict = IDENTICAL if self.is_new(self.output) and not half else DIFFERENT
-        if half:
+        verdict = IDENTICAL if self.is_new(self.output) and not found.half else DIFFERENT
+        if found.half:
             messages.append("a half-written folder had the name of the output")
-        elif again.how != "done" and not finished:
+        elif again.how != "done" and not found.finished:
             messages.append(again.message)
             verdict = LOST if first.steps or again.how != "refused" else REFUSED
             if self.call(None, **anew).how != "done":
                 messages.append("a call that does not resume fails too")
-        elif first.how == "done" and not found[0].finished:
+        elif first.how == "done" and not found.finished:
             verdict = DIFFERENT
         if verdict == DIFFERENT:
             messages.append(f"differs: {self.differing()}")
         neighbours = {x.name for x in self.here.iterdir()} - self.neighbours
         left_over = tuple(sorted(neighbours)) if again.how == "done" else ()
-        repeated = max(0, first.steps + again.steps - self.steps) if not finished else 0
         return Trial(
             self.name,
             self.replacing,
@@ -199,23 +216,11 @@ class Bench:
             point.full,
             verdict,
             len(first.operations) > point.operation.number,
-            any(x.gone for x in found),
-            any(x.away for x in found),
+            found.gone,
             first.how in ("crashed", "hung"),
             left_over,
-            first.steps,
-            min(repeated, first.steps),
             tuple(messages),
         )
-
-
-def chosen(points: Sequence[Point], operations: Sequence[Operation], stride: int) -> list[Point]:
-    """The points of the first and the last stage of the work, and every so manyth between."""
-    stages = [x.stage for x in operations]
-    ends = {min(stages), max(stages)}
-    between = [p for p in points if p.operation.stage not in ends]
-    kept = set(between[stride // 2 :: stride])
-    return [p for p in points if p.operation.stage in ends or p in kept]
 
 
 def spread(points: Sequence[Point], count: int) -> list[Point]:
@@ -236,9 +241,7 @@ def is_output(point: Point) -> bool:
     return "/" not in point.operation.path
 
 
-def trials(
-    shim: Shim, place: Path, names: Sequence[str], *, few: bool, stride: int, twice: bool
-) -> Iterator[Trial]:
+def trials(shim: Shim, place: Path, names: Sequence[str], *, few: bool) -> Iterator[Trial]:
     """Try every case, without and with an output to replace.
 
     Args:
@@ -246,9 +249,6 @@ def trials(
         place: a folder to work in, with the sources.
         names: of the cases.
         few: only so many points of each case as `FEW` says.
-        stride: of all points between begin and end, every so manyth; a quarter of them where an
-            output is replaced.
-        twice: kill the call that follows on a fault, too.
     """
     for name in names:
         for replacing in (False, True):
@@ -258,10 +258,8 @@ def trials(
                 there = points_of(operations, full=full)
                 if few:
                     there = spread(there, FEW[full, replacing] * CASES[name].weight)
-                else:
-                    there = chosen(there, operations, 4 * stride if replacing else stride)
                 for point in there:
-                    yield bench.attempt(point, twice=twice)
+                    yield bench.attempt(point)
 
 
 def warm_up() -> None:
@@ -279,8 +277,6 @@ def warm_up() -> None:
     small = Search(generations=2, offspring=2, stages=((2, 40), (1, 80)))
     Search.__init__.__defaults__ = tuple(getattr(small, x.name) for x in fields(Search))
     use_fixed_times()
-    candidates.WORTH = -1.0  # so that a fit of a random model tries a cut
-    candidates.STRUCTURED_CANDIDATES = candidates.STRUCTURED_CANDIDATES[1:2]
 
 
 def main() -> None:
@@ -290,20 +286,11 @@ def main() -> None:
     parser.add_argument(
         "--points", choices=["few", "all"], default="all", help="how many points are tried"
     )
-    parser.add_argument("--read", type=Path, nargs="+", help="print the table of such files")
-    parser.add_argument(
-        "--stride", type=int, default=1, help="every so manyth point only between begin and end"
-    )
-    parser.add_argument("--twice", action="store_true", help="kill the call that follows, too")
     parser.add_argument("--json", type=Path, help="file that gets a line for every point")
     args = parser.parse_args()
     unknown = sorted(set(args.cases) - set(CASES))
     if unknown:
         parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
-    if args.read:
-        lines = [x for file in args.read for x in file.read_text(encoding="utf-8").splitlines()]
-        print_tables([Trial(**json.loads(x)) for x in lines])
-        return
     if why_not():
         parser.exit(1, f"{why_not()}\n")
     with tempfile.TemporaryDirectory(prefix="secateur-faults-") as scratch:
@@ -321,29 +308,16 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # or the first collection in a fork copies every page that holds an object
         found = []
-        for trial in trials(
-            shim,
-            place,
-            args.cases or [*CASES],
-            few=args.points == "few",
-            stride=args.stride,
-            twice=args.twice,
-        ):
+        for trial in trials(shim, place, args.cases or [*CASES], few=args.points == "few"):
             found.append(trial)
             if args.json:
                 with args.json.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(asdict(trial)) + "\n")
-            if sys.stderr.isatty():
-                print(f"\r{len(found)} {trial.case}", end=" " * 20, file=sys.stderr)
-    print_tables(found)
-
-
-def print_tables(found: Sequence[Trial]) -> None:
-    """The counts, and what went wrong."""
-    print(f"secateur {secateur.__version__}, torch {torch.__version__}\n")
-    print(table(found))
-    print("\nNot survived, or told by an error that is none of ours:\n")
-    print(faults_table(found) or "none")
+    for key, count in Counter((x.case, x.full, x.verdict) for x in found).items():
+        print(count, *key)
+    for trial in found:
+        if trial.verdict != IDENTICAL or trial.gone or trial.crashed or trial.left_over:
+            print(trial)
 
 
 if __name__ == "__main__":

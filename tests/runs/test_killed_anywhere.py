@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 from cases import CASES
-from everywhere import FEW
+from everywhere import FEW, IDENTICAL, Trial
 from faults import build_shim, environment, why_not
-from outcomes import IDENTICAL, Trial
 
 import secateur
 
@@ -74,7 +73,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
 def try_points(shares: list[list[str]], place: Path) -> list[Trial]:
     """Run the processes that try a few points of all their cases."""
     variables = environment(build_shim(place))
-    paths = [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(SCRIPT.parents[1] / "support"), os.environ.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     files = [place / f"{number}.jsonl" for number in range(len(shares))]
     running = [
