@@ -74,22 +74,17 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
 
 
 def forecasts(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Predictions and measurements, each with its error."""
-    names = {"smollm2": "135M", "360m": "360M", "1.1b": "1.1 B"}
-    lines = []
-    for row in rows:
-        memory = row["predicted_bytes"] / row["measured_bytes"] - 1
-        lines.append(
-            [
-                names[row["model"]], row["stored"],
-                f"{row['predicted_ms']:.1f}", f"{row['measured_ms']:.1f}",
-                f"{row['time_error']:+.0%}",
-                f"{row['predicted_bytes'] / 2**20:.0f}", f"{row['measured_bytes'] / 2**20:.0f}",
-                f"{memory:+.1%}",
-            ]
-        )  # fmt: skip
-    times = ["ms/token, forecast", "run", "error of a pair"]
-    return ["model", "stored", *times, "MiB, forecast", "run", "error"], lines
+    """The errors of forecasts of each shape, over the ways to store it."""
+    names, lines = {"smollm2": "135M", "360m": "360M", "1.1b": "1.1 B"}, []
+    for model, name in names.items():
+        own = [row for row in rows if row["model"] == model]
+        memory = [row["predicted_bytes"] / row["measured_bytes"] - 1 for row in own]
+        times = sorted(row["time_error"] for row in own)
+        lines.append([
+            name, ", ".join(row["stored"] for row in own), f"{times[0]:+.0%} to {times[-1]:+.0%}",
+            f"{min(memory):+.0%} to {max(memory):+.0%}",
+        ])  # fmt: skip
+    return ["shape", "stored", "error of ms/token", "error of memory"], lines
 
 
 TABLES = {"forecasts": forecasts}
