@@ -30,7 +30,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -65,29 +65,6 @@ class Case:
     seed: int
     outcome: str
     message: str
-
-
-@dataclass
-class Tally:
-    """All cases: their number by reader and outcome, and those that may not happen."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bad: list[Case] = field(default_factory=list)
-
-    def add(self, case: Case) -> None:
-        """Count a case."""
-        self.counts[case.reader, case.outcome] += 1
-        if case.outcome not in GOOD:
-            self.bad.append(case)
-
-    def lines(self) -> Iterator[str]:
-        """A table for people."""
-        outcomes = sorted({outcome for _, outcome in self.counts}, key=lambda x: (x not in GOOD, x))
-        yield f"{'':26}" + "".join(f"{outcome:>10}" for outcome in outcomes)
-        for reader in READERS:
-            found = [self.counts[reader.name, outcome] for outcome in outcomes]
-            if any(found):
-                yield f"{reader.name:26}" + "".join(f"{n:>10}" for n in found)
 
 
 class Watch:
@@ -210,7 +187,7 @@ def batch(reader: Reader, sound: Path, room: Path, seeds: range) -> Iterator[Cas
 
 def attack(
     place: Path, files: int, seconds: float = 1e9, first: int = 0, names: tuple[str, ...] = ()
-) -> Tally:
+) -> list[Case]:
     """Damage so many files, in turn for all readers.
 
     Args:
@@ -229,7 +206,7 @@ def attack(
         reader.make(sound[reader.name])
         reader.read(Path(shutil.copytree(sound[reader.name], place / "room", dirs_exist_ok=True)))
         shutil.rmtree(place / "room")
-    tally, ends, share = Tally(), time.monotonic() + seconds, -(-files // len(readers))
+    cases, ends, share = list[Case](), time.monotonic() + seconds, -(-files // len(readers))
     at = dict.fromkeys(sound, first)
     while time.monotonic() < ends and any(at[r.name] < first + share for r in readers):
         for reader in readers:
@@ -238,9 +215,9 @@ def attack(
                 room = place.resolve() / "room"
                 seeds = range(at[reader.name], stop)
                 for case in batch(reader, sound[reader.name], room, seeds):
-                    tally.add(case)
+                    cases.append(case)
                     at[reader.name] = case.seed + 1
-    return tally
+    return cases
 
 
 def main() -> None:
@@ -253,11 +230,12 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        tally = attack(place, given.files, given.seconds, given.seed, tuple(given.reader))
-    print("\n".join(tally.lines()))
-    for case in tally.bad:
-        print(f"{case.outcome}: {case.reader}, seed {case.seed}: {case.message}")
-    sys.exit(bool(tally.bad))
+        cases = attack(place, given.files, given.seconds, given.seed, tuple(given.reader))
+    for (reader, outcome), count in sorted(Counter((x.reader, x.outcome) for x in cases).items()):
+        print(f"{reader:26} {outcome:10} {count:7}")
+    bad = [case for case in cases if case.outcome not in GOOD]
+    print(*bad, sep="\n")
+    sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
