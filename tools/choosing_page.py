@@ -25,7 +25,6 @@ EFFORTS = {
     "`--effort balanced`": ("presets", "balanced"),
     "`--effort thorough`": ("presets", "thorough"),
     "`--effort best`": ("presets", "best"),
-    "`--effort balanced --allocation uniform`": ("presets", "balanced, uniform"),
     "Wanda": ("presets", "wanda"),
 }
 """The first cell of each line, with the benchmark and the row that it shows."""
@@ -72,8 +71,8 @@ def head() -> Iterable[str]:
     yield "# Choose what to do with a model"
     yield ""
     yield (
-        "This page leads from what must get better to a command. Unless a table says otherwise, "
-        "the model is SmolLM2-135M; larger models lose less."
+        "From what must get better to a command. Unless a table says otherwise, the model is "
+        "SmolLM2-135M; larger models lose less."
     )
     yield ""
     shares = stored_shares()
@@ -116,19 +115,13 @@ def one(found: Iterable[Row], **wanted: Any) -> Row:
 
 
 SOURCES = (
-    ("The first table's sizes", ("first-page", "embedding-bits"), "weight files of SmolLM2-135M"),
+    ("Sizes", ("first-page", "embedding-bits"), ""),
     ("int8, int4 and zeros", ("first-page", "low-bits", "int4-models"),
-     "SmolLM2-135M is the model of the first page, its source a 4-bit file, its zeros by `--effort "
-     "balanced`, its loss with rounded activations, its speed on two cores of an AMD EPYC; the "
-     "trained model is a small one made for this, its int4 in groups of 32, its zeros by ALPS; the "
-     "model of 1.1 B has random weights, embedding and head in the bits of the rest, and ran on "
-     "two virtual cores"),
-    ("Prune weights", ("presets",),
-     "not rounded; rows with a time are of one seed and one machine, of `fast` its time; the "
-     "others are means over seeds"),
+     "zeros by `--effort balanced`, loss with rounded activations; the trained model is a small "
+     "one, its int4 in groups of 32; the model of 1.1 B has random weights"),
+    ("Prune weights", ("presets",), "rows with a time: one seed; others: means over seeds"),
     ("Cut units out", ("structure", "structure-speed"), ""),
-    ("Train after it", ("recovery",),
-     "the best of some trainings on two virtual cores; they read the training parts of both texts"),
+    ("Train after it", ("recovery",), "they read the training parts of both texts"),
 )  # fmt: skip
 """Heading, results and conditions of each table."""
 
@@ -216,10 +209,9 @@ def presets() -> Iterable[str]:
     yield ""
     yield from table(("", *columns, "time at 50 %"), lines)
     yield (
-        "`secateur prune MODEL --sparsity 0.5 --effort balanced --output SPARSE`. Take `thorough` "
-        "or `best` where there is time, and `secateur sweep MODEL` to see how far your model can "
-        "go. An ordinary GPU engine stores zeros as zeros: there only 2:4 gains, where a kernel "
-        "exists."
+        "`secateur prune MODEL --sparsity 0.5 --output SPARSE`; `secateur sweep MODEL` shows how "
+        "far your model can go. An ordinary GPU engine stores zeros as zeros: there only 2:4 "
+        "gains, where a kernel exists."
     )
     yield ""
 
@@ -246,7 +238,7 @@ def cuts() -> Iterable[str]:
         ("width", "width, balanced", "heads and neurons"),
         ("depth", "depth, influence, refitted", "`--keep-layers`"),
     ):
-        for level in (0.1, 0.2, 0.3, 0.5):
+        for level in (0.1, 0.2, 0.3):
             perplexity = one(found, row=row, level=level)["perplexity"]
             lines.append((
                 f"{cut}, {level:.0%} of the decoder", command, f"{perplexity:.1f}",
@@ -263,9 +255,8 @@ def cuts() -> Iterable[str]:
     columns = ("cut", "flag", "perplexity", "faster in transformers", "faster in llama.cpp, Q8_0")
     yield from table(columns, lines)
     yield (
-        "`secateur structure MODEL --keep-parameters 0.8 --effort balanced --output CUT`. At the "
-        "same share, cuts lose more than zeros, and layers more than neurons. Layers give the most "
-        "speed. Plan to train after a cut."
+        "`secateur structure MODEL --keep-parameters 0.8 --output CUT`. At the same share, cuts "
+        "lose more than zeros, and layers more than neurons. Plan to train after a cut."
     )
     yield ""
 

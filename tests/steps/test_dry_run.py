@@ -51,9 +51,9 @@ def test_nothing_is_written(verb: str, place: Path) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_the_run_would_refuse_is_refused(verb: str, place: Path) -> None:
     (place / "taken").mkdir()
-    with pytest.raises(RecipeError, match="the output folder exists"):
+    with pytest.raises(RecipeError, match="exists"):
         dry(verb, output="taken")
-    with pytest.raises(RecipeError, match="the output is the source itself"):
+    with pytest.raises(RecipeError, match="source itself"):
         dry(verb, output="model", overwrite=True)
     with pytest.raises(SourceError):
         getattr(secateur, verb)("nowhere", dry_run=True, **{**LENGTH, **VERBS[verb]})
@@ -100,7 +100,7 @@ def test_a_fit_names_the_nearest_bounds(place: Path) -> None:
     given, nearest = plan.bounds["max_size"]
     assert given == "60KiB"
     assert 0 < float(nearest.removesuffix("KiB")) < 60
-    with pytest.raises(RecipeError, match="no model fits into 1KiB"):
+    with pytest.raises(RecipeError, match="1KiB"):
         dry("fit", max_size="1KiB")
 
 
@@ -157,9 +157,9 @@ def test_a_chain_tells_what_each_step_leaves(place: Path) -> None:
 
 def test_a_later_step_that_the_source_cannot_plan_says_why(place: Path) -> None:
     steps = [STEPS[0], {"train": {**STEPS[2]["train"], "teacher": "nowhere/near"}}]
-    with pytest.raises(RecipeError, match="the output is the source itself"):
+    with pytest.raises(RecipeError, match="source itself"):
         secateur.chain("model", steps=STEPS, output="model", dry_run=True, overwrite=True)
-    with pytest.raises(SourceError, match="no such file or folder"):
+    with pytest.raises(SourceError, match="nowhere"):
         secateur.chain("model", steps=[{"train": {"teacher": "./nowhere"}}], dry_run=True)
     plan = secateur.chain("model", steps=steps, output="out", dry_run=True)
     assert "train: " in str(plan)

@@ -26,7 +26,7 @@ def test_a_run_that_does_not_fit_on_the_disk_writes_nothing(
     tmp_path: Path, full_disk: None
 ) -> None:
     dense = save_tiny(tmp_path / "dense")
-    with pytest.raises(MemoryBudgetError, match=r"of disk, but 0\.00 MiB are free"):
+    with pytest.raises(MemoryBudgetError, match=r"0\.00 MiB"):
         secateur.prune(dense, output=tmp_path / "out", **OPTIONS)
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 

@@ -187,7 +187,11 @@ def run_evaluation(
     Raises:
         RecipeError: several processes, and something other than texts is to be measured.
     """
-    _refuse_several(recipe, ranks.count)
+    if ranks.count > 1 and (recipe.tasks or recipe.generation or recipe.kinds):
+        raise RecipeError(
+            f"there are {ranks.count} processes, and they share only the windows of texts",
+            remedy="leave --tasks, --generation and --kinds out, or start without torchrun",
+        )
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
     names = recipe.text or (
@@ -228,20 +232,6 @@ def run_evaluation(
 
     ranks.once(store)
     return EvaluateResult(record)
-
-
-def _refuse_several(recipe: EvaluateRecipe, count: int) -> None:
-    """Refuse what several processes cannot measure yet."""
-    for option, given in (
-        ("--tasks", recipe.tasks),
-        ("--generation", recipe.generation),
-        ("--kinds", recipe.kinds),
-    ):
-        if count > 1 and given:
-            raise RecipeError(
-                f"{option} does not work with several processes yet, and there are {count}",
-                remedy="leave it out, or start without torchrun",
-            )
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

@@ -314,7 +314,8 @@ def _correct_speed(
     bound = context.recipe.max_loss_increase
     corrections: list[FitCorrection] = []
     speed = _measured_speedup(context, best_of(candidates, bound), 0)
-    while wanted and speed is not None and misses(wanted, speed) and len(corrections) < MOST:
+    error = 1 + TIMING_ERROR
+    while wanted and speed is not None and speed * error < wanted and len(corrections) < MOST:
         best = best_of(candidates, bound)
         predicted = costs.predicted_speedup(best.formats)
         # seconds that make up for what the table promises too much
@@ -327,7 +328,7 @@ def _correct_speed(
         again = workshop.healed([built])
         reached = _measured_speedup(context, best_of(again, bound), len(corrections) + 1)
         corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
-        if not is_faster(reached, speed):  # it has lost more, and for nothing
+        if reached is None or reached <= speed * error:  # it has lost more, and for nothing
             break
         candidates, costs, speed = again, tighter, reached
     return candidates, corrections
@@ -342,13 +343,3 @@ def _measured_speedup(context: FitContext, candidate: BuiltCandidate, number: in
         write_json(file, {"speedup": speedup_of(context, candidate.packed)})
     found: float | None = json.loads(file.read_text(encoding="utf-8"))["speedup"]
     return found
-
-
-def misses(wanted: float, speedup: float) -> bool:
-    """Whether a measured speed-up is less than the bound, by more than the error of timing."""
-    return speedup < wanted * (1 - TIMING_ERROR)
-
-
-def is_faster(speedup: float | None, before: float) -> bool:
-    """Whether a speed-up is more than another one, by more than the error of timing."""
-    return speedup is not None and speedup > before * (1 + TIMING_ERROR)

@@ -160,7 +160,8 @@ def prune_recipe(
         overwrite: replace an existing output folder.
         ranks: the processes that share the work; this one is the first.
     """
-    _refuse_several(recipe, ranks.count)
+    if ranks.count > 1:
+        refuse_compressing(recipe)
     call: dict[str, Any] = {"resume": resume, "restart": restart, "overwrite": overwrite}
     if recipe.compress is None:
         return carry_out(Prune, recipe, progress, **call, ranks=ranks)
@@ -193,7 +194,8 @@ def prune_on_ray(
     """
     cluster = recipe.cluster
     assert cluster.ray is not None
-    _refuse_several(recipe, count=cluster.processes or 2)
+    if cluster.processes != 1:
+        refuse_compressing(recipe)
     on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
     own = recipe.model_copy(update={"cluster": Cluster()})
     from secateur.parallel.ray_launcher import launch
@@ -553,14 +555,11 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
         work.run(ledger, Silent(), job.done)
 
 
-def _refuse_several(recipe: PruneRecipe, count: int) -> None:
-    """Refuse what several processes cannot do yet.
-
-    Raises:
-        RecipeError: names the option.
-    """
-    if count > 1 and recipe.compress is not None:
+def refuse_compressing(recipe: PruneRecipe) -> None:
+    """Refuse what several processes cannot share."""
+    if recipe.compress is not None:
         raise RecipeError(
-            f"--compress does not work with several processes yet, and there are {count}",
+            "several processes do not compress",
+            where="--compress",
             remedy="leave it out, and run `secateur compress` on the result",
         )

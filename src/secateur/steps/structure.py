@@ -30,7 +30,7 @@ from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import texts_of
-from secateur.recipes.structure import StructureRecipe, WhatToCut
+from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
@@ -145,8 +145,16 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        _refuse_several(recipe, run.ranks.count)
         self.skeleton, self.plan = _open(recipe, run.source)
+        steps = [step.name for step in _steps_of(recipe, self.plan, self.skeleton)]
+        alone = recipe.distillation.epochs or recipe.calibration.generated_windows
+        if run.ranks.count > 1 and (steps != ["experts"] or trims_vocabulary(recipe) or alone):
+            raise RecipeError(
+                f"there are {run.ranks.count} processes, and they share only the survey of "
+                "--experts",
+                remedy="start without torchrun, or cut the experts first and the rest in a second "
+                "run",
+            )
         self.device, work = choose_device(recipe.device), run.folder.work
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
 
@@ -365,30 +373,6 @@ def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[CutSte
     if plan.narrows:
         found.append(CutStep("width", choices.choose_width))
     return found
-
-
-def _refuse_several(recipe: StructureRecipe, count: int) -> None:
-    """Refuse what several processes cannot share yet."""
-    if count == 1:
-        return
-    other = [
-        name
-        for name, field in WhatToCut.model_fields.items()
-        if name not in ("model", "experts") and getattr(recipe, name) != field.default
-    ]
-    if recipe.learned is not None:
-        other.append("learned")
-    if recipe.distillation.epochs:
-        other.append("distill_epochs")
-    if recipe.calibration.generated_windows:
-        other.append("generated_windows")
-    if other:
-        option = f"--{other[0].replace('_', '-')}"
-        raise RecipeError(
-            f"{option} does not work with several processes yet, and there are {count}: they "
-            "share only the survey of --experts",
-            remedy="start without torchrun, or cut the experts first and the rest in a second run",
-        )
 
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:

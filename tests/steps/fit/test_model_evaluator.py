@@ -29,34 +29,6 @@ def logits_of(folder: Path, windows: torch.Tensor) -> torch.Tensor:
     return model(windows).logits.double()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_hidden_layers": 1}, {"intermediate_size": 24}])
-def test_a_model_of_any_shape_is_compared_with_the_dense_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, int]
-) -> None:
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: True)  # not taken
-    save_tiny(tmp_path / "dense", num_hidden_layers=2)
-    save_tiny(tmp_path / "work" / "other", **{"num_hidden_layers": 2, **shape})
-    windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
-    device = torch.device("cpu")
-    context = SimpleNamespace(
-        target=CheckpointTarget(reader, None, device), work=tmp_path / "work",
-        recipe=SimpleNamespace(trust_remote_code=False), progress=Silent(),
-    )  # fmt: skip
-    dense, other = (logits_of(tmp_path / x, windows) for x in ("dense", "work/other"))
-    divergence = kl_div(
-        other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    for _ in range(2):  # the second one reads its file
-        measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
-        other_reader = CheckpointReader(tmp_path / "work" / "other")
-        found = measure.of_target(CheckpointTarget(other_reader, None, device), "other")
-        assert found == pytest.approx(float(divergence.mean()), rel=1e-5, abs=1e-6)
-        monkeypatch.setattr(
-            "secateur.engine.search.candidate_evaluator.CandidateEvaluator.fitness",
-            lambda *_: pytest.fail("again"),
-        )
-
-
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_a_divergence_has_no_floor_with_a_large_vocabulary(noise: float) -> None:
     draw = torch.Generator().manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -154,25 +153,6 @@ def test_a_rate_that_hurts_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
             log_p, log_q = (m(windows).logits.log_softmax(-1) for m in (dense, model))
         losses.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
     assert losses[0] < losses[1]
-
-
-def test_a_resumed_run_keeps_the_rate(tmp_path: Path) -> None:
-    folder, file = save_tiny(tmp_path / "model"), tmp_path / "windows.safetensors"
-    save_windows(tiny_windows(8), file)
-    options = {"method": "wanda", "sparsity": 0.5, "calibration": str(file), "distill_epochs": 2}
-    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
-
-    stop = StopAt("distilling", 0)
-    with pytest.raises(StoppedError):
-        secateur.prune(folder, output=tmp_path / "stopped", **options, progress=stop)
-    (stored,) = (tmp_path / "stopped.partial").rglob("tried.json")
-    assert not list((tmp_path / "stopped.partial").rglob("start"))
-    losses = json.loads(stored.read_text())
-    chosen = whole.manifest.distillation["learning_rate"]
-    # as if the lower rates were better: the resumed run believes the file
-    stored.write_text(json.dumps({rate: [float(rate), x[1]] for rate, x in losses.items()}))
-    again = secateur.prune(folder, output=tmp_path / "stopped", **options, resume=True)
-    assert again.manifest.distillation["learning_rate"] < chosen
 
 
 @pytest.mark.parametrize(("title", "step"), [("choosing the learning rate", 2), ("distilling", 3)])

@@ -71,7 +71,7 @@ def test_a_checkpoint_is_pruned_as_by_the_names(tmp_path: Path) -> None:
     ],
 )
 def test_an_option_that_contradicts_the_method_is_refused(given: dict, said: str) -> None:
-    with pytest.raises(RecipeError, match=f"the method already decides {said}"):
+    with pytest.raises(RecipeError, match=f"already decides {said}"):
         secateur.prune(
             tiny_model("llama"), method=compose("wanda", "2:4"), calibration=tiny_windows(), **given
         )
@@ -86,5 +86,5 @@ def test_the_same_pattern_may_be_said_twice() -> None:
 
 def test_a_part_that_no_recipe_can_name_is_refused() -> None:
     method = dataclasses.replace(compose("wanda", "2:4"), score=RIA())
-    with pytest.raises(RecipeError, match="no recipe composes the method 'wanda'"):
+    with pytest.raises(RecipeError, match="the method 'wanda'"):
         secateur.prune(tiny_model("llama"), method=method, calibration=tiny_windows())

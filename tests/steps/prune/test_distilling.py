@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from slow import few_families, slow
-from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from zoo import tiny_model, tiny_windows, zeros_of
 
@@ -163,7 +160,7 @@ def test_only_what_is_named_learns_and_a_divergence_that_is_no_number_is_reporte
     assert moved == set(names)
     with torch.no_grad():
         next(teacher.parameters()).fill_(torch.nan)
-    with pytest.raises(NumericalError, match="the loss is nan"):
+    with pytest.raises(NumericalError, match="nan"):
         learnt()
 
 
@@ -203,41 +200,3 @@ GRID = {
     "method_parameters": {"bits": 4},
     "distill_learning_rate": 1e-3,
 }
-
-
-@pytest.mark.parametrize(
-    ("stops", "how"),
-    [
-        ([("writing windows", 5), ("distilling", 9)], {"method": "wanda"}),
-        ([("distilling", 9)], GRID),
-    ],
-    ids=["wanda", "grid"],
-)
-def test_stopped_and_gone_on_with_gives_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[tuple[str, int]], how: dict
-) -> None:
-    monkeypatch.setattr("secateur.training.distillation.SAVE_MINUTES", 0.0)
-    folder = save_tiny(tmp_path / "model")
-    file = tmp_path / "windows.safetensors"
-    save_windows(tiny_windows(5, 24), file)
-    options = {"sparsity": 0.5, "calibration": str(file), "generated_windows": 3,
-               "distill_epochs": 2, "distill_learning_rate": 1e-4, **how}  # fmt: skip
-    whole = secateur.prune(folder, output=tmp_path / "whole", **options)
-    for stop in stops:
-        with pytest.raises(StoppedError):
-            secateur.prune(
-                folder, output=tmp_path / "again", progress=StopAt(*stop), resume=True, **options
-            )
-    secateur.prune(folder, output=tmp_path / "again", resume=True, **options)
-    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "again"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
-    record = whole.manifest.distillation
-    assert record["loss_after"] < record["loss_before"] or "method_parameters" in how
-    assert whole.manifest.calibration["generated"] == 3
-    assert whole.manifest.calibration["samples"] == 5
-    stored = load_file(tmp_path / "whole" / "secateur" / "windows.safetensors")
-    assert stored["input_ids"].shape == (8, 24)
-    assert not list((tmp_path / "whole").rglob("state.safetensors"))
-    assert json.loads((tmp_path / "again" / "secateur" / "manifest.json").read_text())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_windows, zeros_of
 
@@ -129,20 +127,6 @@ def test_the_file_of_windows_says_which_are_extra(
     assert_same(taught.output, tmp_path / "two")
 
 
-def test_a_stopped_run_reads_them_again(
-    folder: Path, text: Path, tmp_path: Path, taught: Taught
-) -> None:
-    own = Path(shutil.copy(text, tmp_path))
-    run = {**TAUGHT, "calibration": str(own)}
-
-    stop = StopAt("distilling", 0)
-    with pytest.raises(StoppedError):
-        secateur.prune(folder, output=tmp_path / "stopped", **run, progress=stop)
-    own.unlink()  # a resumed run has its own copy
-    secateur.prune(folder, output=tmp_path / "stopped", **run, resume=True)
-    assert_same(taught.output, tmp_path / "stopped")
-
-
 def test_a_short_text_gives_what_it_has(
     folder: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,9 +147,7 @@ def test_a_file_of_windows_has_no_more(
     run = {"method": "wanda", "sparsity": 0.5, "distill_epochs": 1, "calibration": str(file)}
     with caplog.at_level(logging.WARNING):
         secateur.prune(folder, output=tmp_path / "out", **run, distill_tokens=10 * LENGTH)
-    assert (
-        f"wants 8 extra windows, and a file of windows has 0: {file}. Give the text" in caplog.text
-    )
+    assert f"8 extra windows{file}. Give the text" in caplog.text
 
 
 def test_generated_windows_count(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_sweeps_take_over_where_both_models_do_not_fit_and_resume(
         secateur.structure(
             source, output=tmp_path / "out", **options, progress=StopAt("distilling", 7)
         )
-    assert "one decoder layer in memory, in sweeps of 16 windows" in caplog.text
+    assert "sweeps of 16" in caplog.text
     monkeypatch.setattr("secateur.engine.plan_memory.distilling_bytes", lambda *x: 0)
     again = secateur.structure(source, output=tmp_path / "out", **options, resume=True)
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")

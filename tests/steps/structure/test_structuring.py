@@ -133,7 +133,7 @@ def test_query_heads_of_every_family(family: str, tmp_path: Path, windows: Path)
 
 def test_query_heads_that_share_nothing_are_refused(tmp_path: Path, windows: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "source")
-    with pytest.raises(RecipeError, match="a key and a value of its own"):
+    with pytest.raises(RecipeError, match="value of its own"):
         secateur.structure(
             tmp_path / "source", output=tmp_path / "out", calibration=windows, query_heads=1
         )
@@ -395,7 +395,7 @@ def test_units_of_an_undeclared_family_are_not_said_to_be_absent(
 ) -> None:
     """It has neurons and heads; only nobody has declared which parameters they are."""
     source = save_tiny(tmp_path / "source", "generic")
-    with pytest.raises(ArchitectureError, match="does not declare which parameters") as caught:
+    with pytest.raises(ArchitectureError, match="declare which parameters") as caught:
         secateur.structure(source, output=tmp_path / "out", calibration=windows, **{unit: 0.5})
     assert "CONTRIBUTING.md" in str(caught.value)
     assert not (tmp_path / "out").exists()
