@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 PARTS = sorted(path.stem for path in (HERE / "parts").glob("parts_*.py"))
 
-PATHS = "tests tests/devices tests/structured tests/contracts"
+PATHS = "tests tests/support tests/devices tests/structured tests/contracts"
 
 Case = tuple[str, str, str]
 """The test, how it ended, and what it said."""
