@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 import secateur
 from runtime.packed_models import packed_model, settled
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
@@ -370,7 +370,7 @@ def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="another vocabulary"):
         open_drafter(str(folder), parent, other)
     strange = packed_model(tmp_path / "strange", "gpt2", values="int8")
-    with pytest.raises(RecipeError, match="own loop"):
+    with pytest.raises(ArchitectureError, match="gpt2"):
         open_drafter(str(strange), parent, tokenizer)
     notes = folder / "secateur"
     notes.mkdir(exist_ok=True)
