@@ -59,14 +59,15 @@ class Hub:
         self.api = mock.create_autospec(huggingface_hub.HfApi, instance=True)
         self.sent: dict[str, bytes] = {}
         self.api.repo_info.return_value = SimpleNamespace(private=private)
-        self.api.upload_folder.side_effect = self.take
+        self.api.create_commit.side_effect = self.take
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self.api)
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
         monkeypatch.setattr("secateur.publishing.push.why_unreachable", lambda: None)
 
-    def take(self, *, folder_path: Path, **rest: Any) -> Any:
-        files = [file for file in Path(folder_path).rglob("*") if file.is_file()]
-        self.sent = {f.relative_to(folder_path).as_posix(): f.read_bytes() for f in files}
+    def take(self, repo: str, operations: list[Any], **rest: Any) -> Any:
+        for one in operations:
+            with one.as_file() as content:
+                self.sent[one.path_in_repo] = content.read()
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
 
@@ -93,8 +94,7 @@ def test_everything_of_the_model_is_sent_and_nothing_else(hub: Hub, copied: Path
         REPO, private=True, repo_type="model", exist_ok=True
     )
     hub.api.create_branch.assert_not_called()
-    assert hub.api.upload_folder.call_args.kwargs["revision"] is None
-    assert "delete_patterns" not in hub.api.upload_folder.call_args.kwargs
+    assert hub.api.create_commit.call_args.kwargs["revision"] is None
 
 
 def test_no_folder_of_this_machine_is_sent(hub: Hub, copied: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_card_has_results_with_protocols_and_the_licence(hub: Hub, pruned: P
     hub.api.create_branch.assert_called_once_with(
         REPO, branch="v1", repo_type="model", exist_ok=True
     )
-    assert hub.api.upload_folder.call_args.kwargs["revision"] == "v1"
+    assert hub.api.create_commit.call_args.kwargs["revision"] == "v1"
 
 
 def test_a_dry_run_sends_nothing_and_shows_everything(
@@ -270,9 +270,9 @@ def test_a_public_repository_is_not_taken_for_a_private_one(
     hub = Hub(monkeypatch, private=False)
     with pytest.raises(RecipeError, match="public"):
         package.push(pruned, REPO)
-    hub.api.upload_folder.assert_not_called()
+    hub.api.create_commit.assert_not_called()
     package.push(pruned, REPO, public=True)
-    hub.api.upload_folder.assert_called_once()
+    hub.api.create_commit.assert_called_once()
 
 
 def test_offline_and_without_a_login_it_says_so(

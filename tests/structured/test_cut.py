@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from cuts import CUTS
 from zoo import CONFIGS, tiny_model
 
 from secateur.errors import ArchitectureError, RecipeError
@@ -68,21 +66,6 @@ def test_layers_whose_index_scales_their_attention_are_not_cut() -> None:
     model.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ArchitectureError, match="index"):
         cut_model(model, Cut(layers=(0, 2)))
-
-
-@pytest.mark.parametrize("name", CUTS)
-def test_json_gives_the_cut_back(name: str) -> None:
-    cut = CUTS[name](sizes_of(tiny_model("llama")))
-    assert Cut.from_json(json.loads(json.dumps(cut.to_json()))) == cut
-
-
-@pytest.mark.parametrize(
-    "record",
-    [{"layers": "all"}, {"layers": [0.5]}, {"groups": [1]}, {"groups": {"x": [1]}}, {"heads": {}}],
-)
-def test_json_of_something_else_is_refused(record: Any) -> None:
-    with pytest.raises(RecipeError, match="a cut"):
-        Cut.from_json(record)
 
 
 def test_sizes_are_read_from_the_modules() -> None:

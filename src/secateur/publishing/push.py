@@ -8,10 +8,7 @@ Publishes a finished folder on the hub, after its zeros were counted again.
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +74,7 @@ def upload(
         SourceError: the hub cannot be reached, nobody is logged in, or the hub refuses.
         RecipeError: the repository must be private and is public.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
     if (reason := why_unreachable()) is not None:
@@ -103,14 +100,16 @@ def upload(
             )
         if branch is not None:
             api.create_branch(repo, branch=branch, repo_type="model", exist_ok=True)
-        with _staged(files, texts) as folder:
-            commit = api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                repo_type="model",
-                revision=branch,
-                commit_message="Upload by secateur push",
-            )
+        commit = api.create_commit(
+            repo,
+            [
+                CommitOperationAdd(name, texts[name].encode() if name in texts else file.resolve())
+                for name, file in files.items()
+            ],
+            repo_type="model",
+            revision=branch,
+            commit_message="Upload by secateur push",
+        )
     except HfHubHTTPError as error:
         said = (error.server_message or str(error)).strip().splitlines()[0]
         raise SourceError(
@@ -120,29 +119,6 @@ def upload(
             "command continues an interrupted upload",
         ) from error
     return str(commit.commit_url)
-
-
-@contextmanager
-def _staged(files: Mapping[str, Path], texts: Mapping[str, str]) -> Iterator[Path]:
-    """A folder with the texts and links to the other files, and nothing else."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name, file in files.items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if name in texts:
-                place.write_text(texts[name], encoding="utf-8", newline="\n")
-            else:
-                _link(place, file.resolve())
-        yield folder
-
-
-def _link(place: Path, file: Path) -> None:
-    """A link to a file; a copy where the system refuses links, as Windows does to most users."""
-    try:
-        place.symlink_to(file)
-    except OSError:
-        shutil.copyfile(file, place)
 
 
 CARD = "README.md"

@@ -20,7 +20,6 @@ from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
@@ -212,7 +211,6 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             folder.work,
             progress,
             self._prune,
-            self.run.ranks,
         )
         made = base.folder
         for step in _steps_of(recipe, plan, trimmed):
@@ -227,7 +225,6 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         if windows.record:
             shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
         self._write_notes(manifest)
-        self.run.ranks.once(lambda: None)
         return StructureResult(manifest, self.run.place)
 
     @classmethod

@@ -100,28 +100,6 @@ class Cut:
                 record[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
         return record
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Cut:
-        """The cut that `to_json` described.
-
-        Raises:
-            RecipeError: this is no cut.
-        """
-        try:
-            values: dict[str, Any] = {}
-            for name, value in record.items():
-                if name not in ("layers", "hidden"):
-                    values[name] = {int(i): _whole_numbers(kept) for i, kept in value.items()}
-                elif value is not None:
-                    values[name] = _whole_numbers(value)
-            return cls(**values)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise RecipeError(
-                f"this does not describe a cut: {error}",
-                remedy="lists of indices under layers and hidden, and under groups, queries, "
-                "neurons and experts lists of indices by layer",
-            ) from None
-
     def check(self, sizes: Sizes) -> None:
         """Refuse an impossible cut.
 
@@ -190,13 +168,6 @@ def _faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[st
         yield f"{what}: there is no {odd}, only 0 to {there - 1}"
     elif list(kept) != sorted(set(kept)):
         yield f"{what}: not ascending, or named twice"
-
-
-def _whole_numbers(value: Any) -> Kept:
-    """A list of whole numbers as a tuple."""
-    if not isinstance(value, list | tuple) or not all(type(x) is int for x in value):
-        raise TypeError(f"{str(value)[:60]} is no list of whole numbers")
-    return tuple(value)
 
 
 def sizes_of(model: Any) -> Sizes:

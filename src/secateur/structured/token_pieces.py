@@ -18,7 +18,8 @@ can still be encoded. A tokenizer without bytes keeps all single characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -65,7 +66,8 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     try:
         if kind == "BPE":
             _refuse_affixes(model, where)
-            return MergedPieces(model, _is_byte_level(tokenizer))
+            parts = json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")])
+            return MergedPieces(model, '"ByteLevel"' in parts)
         if kind == "Unigram":
             return ScoredPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -96,22 +98,6 @@ def _damaged_tokenizer(what: str, where: str) -> CheckpointError:
         where=where,
         remedy="copy or download the tokenizer's files again",
     )
-
-
-def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer turns bytes into letters before it merges them."""
-
-    def kinds(part: Any) -> Iterator[str]:
-        if isinstance(part, Mapping):
-            yield str(part.get("type"))
-            for inner in part.values():
-                yield from kinds(inner)
-        elif isinstance(part, list):
-            for inner in part:
-                yield from kinds(inner)
-
-    parts = (tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer"))
-    return any(kind == "ByteLevel" for part in parts for kind in kinds(part))
 
 
 class MergedPieces:
