@@ -145,15 +145,6 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.skeleton, self.plan = _open(recipe, run.source)
-        steps = [step.name for step in _steps_of(recipe, self.plan, self.skeleton)]
-        alone = recipe.distillation.epochs or recipe.calibration.generated_windows
-        if run.ranks.count > 1 and (steps != ["experts"] or trims_vocabulary(recipe) or alone):
-            raise RecipeError(
-                f"there are {run.ranks.count} processes, and they share only the survey of "
-                "--experts",
-                remedy="start without torchrun, or cut the experts first and the rest in a second "
-                "run",
-            )
         self.device, work = choose_device(recipe.device), run.folder.work
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
 
