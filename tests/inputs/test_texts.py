@@ -20,7 +20,7 @@ LINE = '{"text": "one two three"}\n'
 ZIPPED = gzip.compress(LINE.encode() * 99, mtime=0)  # named after its bytes, so without the time
 
 FILES: list[tuple[str, bytes, str]] = [
-    ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
+    ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "recursion"),
     ("t.jsonl", b'{"text": "a\\ud800b"}', r"half of a surrogate pair \(\\ud800\) at character 1"),
     ("t.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
     ("t.jsonl.gz", LINE.encode(), "cannot be read as UTF-8 text: Not a gzipped file"),
@@ -31,7 +31,7 @@ FILES: list[tuple[str, bytes, str]] = [
         "cannot be read",
     ),
     ("t.txt.gz", b"", "contains no text"),
-    ("t.jsonl", b"9" * 5000, "not JSON"),
+    ("t.jsonl", b"9" * 5000, "no JSON"),
     ("t.parquet", b"words", r"t\.parquet cannot be read: Parquet file size is 5 bytes"),
     ("t.parquet", b"PAR1" + bytes(40) + b"PAR1", r"t\.parquet cannot be read"),
 ]

@@ -450,20 +450,17 @@ def _file_documents(path: Path, field: str) -> Iterator[Document]:
 
 def _line_document(line: str, where: str, field: str) -> Document:
     """The document of one JSON line."""
+    row: Any = None
     try:
         row = json.loads(line)
+        fault = type(row).__name__
     except (ValueError, RecursionError) as error:
-        fault = "is nested too deeply" if isinstance(error, RecursionError) else "is not JSON"
-        raise SourceError(
-            f"the line {fault}: {error}",
-            where=where,
-            remedy="write one JSON object per line, or name the file .txt if it is plain text",
-        ) from None
+        fault = first_line(error)
     if not isinstance(row, dict):
         raise SourceError(
-            f"the line is a JSON {type(row).__name__}, not an object",
+            f"the line is no JSON object: {fault}",
             where=where,
-            remedy=f'write one object per line, such as {{"{field}": "..."}}',
+            remedy=f'write one for each line, such as {{"{field}": "..."}}, or name the file .txt',
         )
     pictures = [name for name in PICTURES if row.get(name)]
     if pictures:
