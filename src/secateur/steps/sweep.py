@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.prepared import prepare
-from secateur.errors import RecipeError, SecateurError
+from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 from secateur.models.checkpoint import shard_files
 from secateur.progress import Labelled, Progress
 from secateur.recipes.measure import EvaluateRecipe, SweepRecipe
@@ -91,6 +91,8 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
             place = f"{number}/{len(self.points)} {point_name(key)}"
             try:
                 points.append(self.measured(key, before, Labelled(run.progress, place)))
+            except MemoryBudgetError:  # the next call may find more memory or disk
+                raise
             except SecateurError as error:
                 named = dict(zip(("method", "pattern", "sparsity"), key, strict=True))
                 failures.append({**named, "what": error.what, "where": error.where})
