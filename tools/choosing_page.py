@@ -63,7 +63,11 @@ def main() -> None:
 def page() -> str:
     """The text of the page."""
     parts = (head(), low_bits(), presets(), cuts(), training(), sources())
-    return "\n".join(line for part in parts for line in part) + "\n"
+    lines = [line for part in parts for line in part]
+    return (
+        "\n".join([*lines[:1], "", "<!-- computed: the page -->", *lines[1:], "<!-- end -->"])
+        + "\n"
+    )
 
 
 def head() -> Iterable[str]:
