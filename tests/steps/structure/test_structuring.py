@@ -21,6 +21,7 @@ import secateur
 from oracles.depth import divergence
 from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
+from secateur.reporting.tables import percent
 from secateur.structured.cut import sizes_of
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -215,8 +216,7 @@ def test_a_report_and_a_diagnosis_of_a_cut_model(
     ).manifest.structure
     secateur.report([tmp_path / "out"], output=tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    left = f"{1 - record.decoder_removed:.2%}".removesuffix("%")
-    assert re.search(rf"cut to {left}\s%", page)
+    assert re.search(rf"cut out of the decoder.*?{percent(record.decoder_removed)}", page, re.S)
     found = secateur.diagnose(tmp_path / "out")
     assert [f.id for f in found.findings if f.severity != "note"] == []
 
