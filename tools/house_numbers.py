@@ -8,7 +8,7 @@
   attribute. Imports do not count, and underscores at the start make no other name. Only functions
   of modules count, not methods.
 - A statement line is not blank, and is no part of a comment, docstring, import or `__all__`.
-- A test compares a sentence where a `match=`, or a string in an `assert`, has four or more words.
+- A test compares a sentence where a `match=`, or a string in an `assert`, has four words in a row.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from typing import NamedTuple
 from house_map import Arrows
 
 TWIN_FIELDS = 5
-SENTENCE_WORDS = 4
-WORD = re.compile(r"\b[a-z]{2,}\b")
+SENTENCE = re.compile(r"[a-z]{2,}(?:[,;:]? [a-z]{2,}){3}", re.IGNORECASE)
 SHORTEST = 5
 """The lines of the shortest file that counts in `sizes`; shorter ones are empty packages."""
 
@@ -284,7 +283,7 @@ def sentences(tests: list[Module]) -> list[Sentence]:
                 continue
             parts = [part for part in ast.walk(compared) if isinstance(part, ast.Constant)]
             texts = [part.value for part in parts if isinstance(part.value, str)]
-            long = [text for text in texts if len(WORD.findall(text)) >= SENTENCE_WORDS]
+            long = [text for text in texts if SENTENCE.search(text)]
             if long:
                 found.append(Sentence(module.path, compared.lineno, long[0]))
     return found
