@@ -24,8 +24,7 @@ from typing import Any
 
 import gguf
 from benchmarks.hardware import heading, keep, markdown
-from benchmarks.speed.decode import SHAPE, random_tensors, write_checkpoint
-from benchmarks.speed.gguf_writing import write_gguf
+from benchmarks.models.random_models import SHAPE, random_tensors, write_checkpoint, write_gguf
 
 import secateur
 from secateur.evaluation.speed import take_turns
@@ -213,9 +212,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def models(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Speed, time of the prompt and memory; speed and prompt also relative to llama.cpp."""
+    """Speed, time of the prompt and memory; speed and prompt also relative to llama.cpp.
+
+    SmolLM2's own numbers are those of the first page.
+    """
     lines = []
-    for row in rows:
+    for row in (r for r in rows if r["model"] != "smollm2"):
         same = (r for r in rows if r["model"] == row["model"] and r["contender"] == LLAMA_CPP)
         theirs = next(same)
         faster = row["tokens_per_second"] / theirs["tokens_per_second"]

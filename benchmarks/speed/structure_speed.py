@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 from benchmarks.hardware import heading, keep, markdown
+from benchmarks.models.random_models import write_gguf
 from benchmarks.quality.structure import LEVELS, MODEL, depth, hidden, middle, mixed, width
-from benchmarks.speed.gguf_writing import write_gguf
 from benchmarks.stored import known_rows
 from safetensors.torch import load_file
 

@@ -333,8 +333,7 @@ MOVED_BYTES = 64 * 2**20
 def to_large_pages(matrices: Iterable[KernelMatrix]) -> None:
     """Move matrices next to each other, into large pages where the system has them.
 
-    A token reads all of them. With pages of 4 KiB, finding the pages takes a tenth to a quarter of
-    its time (`benchmarks/speed/large_pages.py`).
+    A token reads all of them, and with pages of 4 KiB a part of its time goes into finding pages.
     """
     waiting: list[KernelMatrix] = []
     for matrix in {id(m): m for m in matrices}.values():

@@ -1,7 +1,8 @@
-"""Random models as GGUF files, to be timed in llama.cpp and for nothing else."""
+"""Random models as folders and as GGUF files, to be timed and for nothing else."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from secateur.models.skeleton import quiet_transformers
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 ARCHITECTURES = {
@@ -21,6 +26,70 @@ FILE_TYPES = {
     Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
     gguf.GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
 }
+
+
+SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 32768,  # llama.cpp takes no longer prompts
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a random model, by their names without `.weight`."""
+    known = CONFIG_MAPPING[config["model_type"]](**config)
+    with torch.device("meta"), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(known)
+    return {n.removesuffix(".weight"): tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def random_tensors(config: dict[str, Any], zeros: str = "50 %") -> dict[str, torch.Tensor]:
+    """All of them; experts are stored fused.
+
+    Args:
+        config: as in `config.json`.
+        zeros: of each row of the linears, `50 %`, `70 %` or `2:4`.
+    """
+    torch.manual_seed(0)
+    tensors = {}
+    for name, shape in shapes(config).items():
+        if len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            continue
+        weight = torch.randn(shape) * 0.02
+        if ".layers." in name and not name.endswith(".gate"):  # no router
+            among = weight.unflatten(-1, (-1, 4)) if zeros == "2:4" else weight
+            share = 0.7 if zeros == "70 %" else 0.5
+            rank = round(share * among.shape[-1])
+            least = among.abs().kthvalue(rank, dim=-1, keepdim=True).values
+            among[among.abs() <= least] = 0
+        tensors[name] = weight.bfloat16()
+    return tensors
+
+
+def write_checkpoint(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+) -> Path:
+    """As transformers would."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    named = {f"{n}.weight" if t.ndim < 3 else n: t for n, t in tensors.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_gguf(
