@@ -14,6 +14,8 @@ from slow import slow_but
 from tiny import save_tiny
 from together import (
     Started,
+    cut_alone,
+    cut_together,
     fail_in_a_layer,
     prune_alone,
     prune_together,
@@ -186,6 +188,33 @@ def test_three_processes_with_two_micro_batches_make_the_model_of_one(
         if name != "tuned":
             assert apart(one, three) <= (1e-4 if name == "gradients" else 0), name
         assert moved_zeros(three, place / case.get("model", "dense")) > 10_000, name
+
+
+def experts_recipe(place: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """A cut of experts."""
+    own = recipe(place, output, {"model": "experts"})
+    kept = ("model", "output", "calibration", "memory")
+    return {**{name: own[name] for name in kept}, "experts": 2, **more}
+
+
+def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> None:
+    criteria = {"reap": "reap", "merge": "merge"}
+    recipes = [
+        experts_recipe(place, tmp_path / "three" / name, experts_by=by)
+        for name, by in criteria.items()
+    ]
+    run_together(3, cut_together, tmp_path, recipes)
+    for name, by in criteria.items():
+        cut_alone(experts_recipe(place, tmp_path / "one" / name, experts_by=by))
+        one, three = (weights(tmp_path / count / name) for count in ("one", "three"))
+        assert one.keys() == three.keys()
+        assert all(one[tensor].equal(three[tensor]) for tensor in one), name
+    assert not list((tmp_path / "three").glob("*.partial"))
+    more = experts_recipe(place, tmp_path / "x", keep_layers=1)
+    started = Started(2, cut_together, tmp_path, [more])
+    assert started.join(60) == [2, 2]
+    assert "--experts" in started.output(0)
+    assert not (tmp_path / "x.partial").exists()
 
 
 def errors(printed: str) -> list[str]:

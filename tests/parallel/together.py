@@ -20,16 +20,20 @@ from secateur.calibration.statistics import statistics
 from secateur.engine.prune.run import Run
 from secateur.errors import NumericalError
 from secateur.parallel import processes
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Silent
 from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.steps import train
 from secateur.steps.evaluate import run_evaluation
 from secateur.steps.prune import prune_recipe
 from secateur.steps.prune import run_worker as prune_worker
 from secateur.steps.runner import carry_out
+from secateur.steps.structure import CutStructure
+from secateur.structured.choices import run_worker as survey_worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["together", "transformers.models.mixtral.modeling_mixtral"])
@@ -121,6 +125,23 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
                 prune_recipe(recipe, Silent(), ranks=ranks, **call)
             else:
                 prune_worker(recipe, ranks)
+            ranks.wait()
+
+
+def cut_alone(values: Mapping[str, Any], ranks: Ranks = ALONE) -> Any:
+    """Cut structure in one process, or as the first of several."""
+    recipe = build_recipe(StructureRecipe, values)
+    return carry_out(CutStructure, recipe, Silent(), ranks=ranks)
+
+
+def cut_together(recipes: list[Mapping[str, Any]]) -> None:
+    """What each process does: its share of several cuts, one after the other."""
+    with processes.joined("cpu") as ranks:
+        for values in recipes:
+            if ranks.first:
+                cut_alone(values, ranks)
+            else:
+                survey_worker(build_recipe(StructureRecipe, values), ranks)
             ranks.wait()
 
 

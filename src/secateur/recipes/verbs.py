@@ -157,6 +157,8 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.structure:StructureRecipe",
             step="secateur.steps.structure:CutStructure",
             plan="secateur.steps.structure:plan_structure",
+            worker="secateur.structured.choices:run_worker",
+            together=True,
         ),
         Verb(
             "train",

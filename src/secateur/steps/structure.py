@@ -20,6 +20,7 @@ from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
@@ -145,6 +146,15 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.skeleton, self.plan = _open(recipe, run.source)
+        steps = [step.name for step in _steps_of(recipe, self.plan, self.skeleton)]
+        alone = recipe.distillation.epochs or recipe.calibration.generated_windows
+        if run.ranks.count > 1 and (steps != ["experts"] or trims_vocabulary(recipe) or alone):
+            raise RecipeError(
+                f"there are {run.ranks.count} processes, and they share only the survey of "
+                "--experts",
+                remedy="start without torchrun, or cut the experts first and the rest in a second "
+                "run",
+            )
         self.device, work = choose_device(recipe.device), run.folder.work
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
 
@@ -202,6 +212,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             folder.work,
             progress,
             self._prune,
+            self.run.ranks,
         )
         made = base.folder
         for step in _steps_of(recipe, plan, trimmed):
@@ -216,6 +227,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         if windows.record:
             shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
         self._write_notes(manifest)
+        self.run.ranks.once(lambda: None)
         return StructureResult(manifest, self.run.place)
 
     @classmethod

@@ -1,5 +1,9 @@
 """Chooses the units that stay: layers, experts, channels, query heads, KV groups and neurons.
 
+Several processes can share the survey of experts. The first one sends a job; the others open the
+same model and pass their own calibration windows through it. All sums are added up. Everything
+else, which takes seconds, is done by the first process while the others wait.
+
 Heads and neurons are chosen by a pruning run whose pattern is whole columns. The linear that reads
 the heads (output projection) and the linear that reads the neurons (down projection) lose whole
 columns. The run selects and compensates them layer by layer on pruned activations, as for any
@@ -9,11 +13,13 @@ linear. The rows that produced these columns are then unused and are cut as well
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.windows import load_windows
 from secateur.engine.plan_memory import PrunePlan
 from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.prune.tasks import Settings
@@ -26,15 +32,19 @@ from secateur.engine.search.experts import (
     kept_experts,
     merge_experts,
 )
-from secateur.engine.stream.targets import Target, walk_layers
+from secateur.engine.stream.targets import CheckpointTarget, Target, walk_layers
+from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import OpenExperts
-from secateur.models.opening import copy_of
+from secateur.models.opening import copy_of, open_weights
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import resolve
+from secateur.parallel.ranks import Ranks, refuse_another_model
+from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
+from secateur.runs.environment import choose_device
 from secateur.runs.output import whole_folder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
@@ -42,6 +52,19 @@ from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import CutPlan, pattern_text, unit_costs, width_shares
 from secateur.structured.cut_steps import CutContext
 from secateur.structured.surgery import cut_from_zeros
+
+
+@dataclass(frozen=True)
+class SurveyJob:
+    """What the other processes need to survey experts.
+
+    Attributes:
+        windows: file of the calibration windows, as the first process sees it.
+        source: digest of the names, shapes and dtypes of the model's tensors.
+    """
+
+    windows: str
+    source: str
 
 
 def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
@@ -79,7 +102,9 @@ def choose_experts(context: CutContext, folder: Path) -> tuple[Cut, dict[str, An
     target, recipe = context.target(folder), context.recipe
     assert context.plan.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    use = expert_use(target, context.windows, tokens, context.progress)
+    job = SurveyJob(str(context.windows_file), target.reader.tensor_digest)
+    context.ranks.once(lambda: asdict(job))
+    use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
     how = ExpertChoice(
@@ -124,6 +149,38 @@ def _merge_experts(
             names = (f"{e}.{n}" for e in kept[index] for n, _ in module[e].named_parameters())
             target.commit(index, [f"{prefix}.{name}" for name in names])
     return made
+
+
+def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
+    """Do the share of one process, which is not the first.
+
+    Args:
+        recipe: the recipe; the first process has the same.
+        ranks: the processes.
+
+    Raises:
+        RecipeError: this process sees other files than the first one.
+    """
+    while (content := ranks.once(lambda: None)) is not None:
+        job = SurveyJob(**content)
+        file = Path(job.windows)
+        if not file.exists():
+            raise RecipeError(
+                f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
+                "windows of the run",
+                where=job.windows,
+                remedy="put --output on a file system that all machines share",
+            )
+        trust = recipe.trust_remote_code
+        source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
+        reader = open_weights(source.folder)
+        if reader.tensor_digest != job.source:
+            refuse_another_model(ranks.rank, source.folder)
+        target = CheckpointTarget(
+            reader, None, choose_device(recipe.device), trust_remote_code=trust
+        )
+        tokens = recipe.memory.micro_batch_tokens
+        expert_use(target, load_windows(file), tokens, Silent(), ranks)
 
 
 LEVEL = 0.05

@@ -7,6 +7,8 @@ The last two choose units with a run of `secateur prune` (`choices.py`).
 A step's folder is complete, or it does not exist, so a killed run resumes after the last finished
 step. The refit comes after a cut of layers or channels: it fits the remaining linears to the uncut
 model.
+
+Several processes share the survey of experts (`choices.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import copy_of, open_weights
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.structure import StructureRecipe
@@ -62,6 +65,7 @@ class CutContext:
         progress: receives every step.
         prune: carries out a pruning: its recipe, the folder of the result, and a change of what
             is prepared.
+        ranks: the processes that share surveys; this one is the first.
     """
 
     recipe: StructureRecipe
@@ -73,6 +77,7 @@ class CutContext:
     work: Path
     progress: Progress
     prune: Callable[[PruneRecipe, Path, Callable[[Prepared], Prepared]], None]
+    ranks: Ranks = ALONE
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
         """Open a model folder to read, or with a copy that receives new weights."""

@@ -18,6 +18,7 @@ from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.experts import OpenExperts
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 
 
@@ -113,6 +114,7 @@ def expert_use(
     windows: Tensor,
     micro_batch_tokens: int,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[int, ExpertUse]:
     """Pass calibration through the dense model, and measure how much it uses its experts.
 
@@ -121,6 +123,7 @@ def expert_use(
         windows: token ids [samples, sequence_length].
         micro_batch_tokens: tokens that pass through a layer at once.
         progress: receives every layer.
+        ranks: the processes that share the windows; all get the sums over all windows.
 
     Returns:
         The use of experts, by number of the layer, for layers with experts.
@@ -128,14 +131,17 @@ def expert_use(
     Raises:
         ArchitectureError: no layer has experts.
     """
-    calibration = CalibrationStream(target, windows, micro_batch_tokens, True, None).open()
+    calibration = CalibrationStream(target, windows, micro_batch_tokens, True, None, ranks).open()
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
     for number, layer in calibration.walk():
         hooks = [_UseHooks(m) for m in layer.modules() if isinstance(m, OpenExperts)]
         calibration.layer_inputs(number).pass_through(layer)
         for hook in hooks:
-            found[number] = hook.close()
+            use = hook.close()
+            ranks.total(use.tokens)
+            ranks.total(use.outputs)
+            found[number] = use
         progress.step(note=f"layer {number}")
     progress.finish()
     if not found:
