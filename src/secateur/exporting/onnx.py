@@ -57,7 +57,7 @@ class ONNX:
             raise ExportError(
                 "the model builder of onnxruntime-genai does not know layers of different sizes",
                 where=str(source.folder),
-                remedy="cut uniformly, or pad the layers with `secateur structure --pad`",
+                remedy="cut all layers alike: `secateur structure --allocation uniform`",
             )
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             dense = Path(scratch) / "dense"

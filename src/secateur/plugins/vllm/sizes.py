@@ -86,6 +86,6 @@ def _refuse_others(config: Mapping[str, Any]) -> None:
         raise ArchitectureError(
             why,
             where="config.json",
-            remedy=f"cut with --pad or to one size for all layers; of {', '.join(BASES)} models, "
+            remedy=f"cut all layers alike (--allocation uniform); of {', '.join(BASES)} models, "
             "heads, neurons and sub-blocks may differ",
         )
