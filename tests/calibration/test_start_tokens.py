@@ -162,9 +162,10 @@ def test_packed_windows_lose_and_repeat_no_text(template: str) -> None:
     assert {tuple(ids) for ids in windows[:, start:].tolist()} == halves
 
 
-def test_random_crops_are_the_published_ones_behind_the_start_token() -> None:
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_random_crops_are_the_published_ones_behind_the_start_token(add_bos: bool) -> None:
     """The published code crops ids that begin with the start token, and mostly crops it away."""
-    tokenizer, length = tiny_tokenizer(WORDS, add_bos=True), 20
+    tokenizer, length = tiny_tokenizer(WORDS, add_bos=add_bos), 20
     texts = documents(15, 18) + documents(15, 30, seed=4)
     windows = make_windows(texts, tokenizer, WindowPlan(10, length, 7, "random-crop"))
     random.seed(7)
@@ -175,7 +176,7 @@ def test_random_crops_are_the_published_ones_behind_the_start_token() -> None:
             if len(ids) > length:
                 break
         i = random.randint(0, len(ids) - length - 1)
-        assert window == [BOS, *ids[i + 1 : i + length]]
+        assert window == [BOS] * add_bos + ids[i + add_bos : i + length]
 
 
 def test_records_and_files_name_it(tmp_path: Path, text: Path) -> None:

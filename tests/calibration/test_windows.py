@@ -31,28 +31,6 @@ def documents(count: int = 30, words: int = 25, seed: int = 3) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
 
 
-def stream_of(texts: list[str]) -> list[int]:
-    tokenizer = tiny_tokenizer(WORDS)
-    return [i for text in texts for i in [*tokenizer(text)["input_ids"], EOS]]
-
-
-def test_packed_windows_are_the_stream_of_all_documents_cut_up():
-    texts = documents(8, 7)
-    plan = WindowPlan(windows=16, sequence_length=4)  # 8 · (7 + 1) tokens: every one is used
-    windows = make_windows(texts, tiny_tokenizer(WORDS), plan)
-    assert windows.shape == (16, 4)
-    assert windows.dtype == torch.int64
-    assert sorted(windows.flatten().tolist()) == sorted(stream_of(texts))
-    assert (windows == EOS).sum() == 8
-    found = {tuple(w) for w in windows.tolist()}
-    assert all(
-        # documents of 8 tokens with their end: each window is one half of a document
-        tuple(stream_of([t])[start : start + 4]) in found
-        for t in texts
-        for start in (0, 4)
-    )
-
-
 @pytest.mark.parametrize("packing", ["concatenate", "random-crop"])
 def test_the_seed_decides(packing):
     tokenizer, texts = tiny_tokenizer(WORDS), documents()
@@ -78,21 +56,6 @@ def test_pieces_lose_nothing():
     assert [n for n, _, _ in pieces if n] == [2]
     assert all(0 < b - a <= PIECE_CHARACTERS for _, a, b in pieces)
     assert text[: pieces[0][2]].endswith("\n")
-
-
-def test_random_crops_are_those_of_the_published_code():
-    tokenizer, length = tiny_tokenizer(WORDS), 20
-    texts = documents(15, 18) + documents(15, 30, seed=4)  # half of them too short
-    windows = make_windows(texts, tokenizer, WindowPlan(10, length, 7, "random-crop"))
-    random.seed(7)
-    for window in windows:
-        while True:
-            i = random.randint(0, len(texts) - 1)
-            ids = tokenizer(texts[i], return_tensors="pt")["input_ids"]
-            if ids.shape[1] > length:
-                break
-        i = random.randint(0, ids.shape[1] - length - 1)
-        assert torch.equal(window, ids[0, i : i + length])
 
 
 def test_long_texts_give_no_warning(caplog, capfd):

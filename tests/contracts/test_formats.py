@@ -368,16 +368,6 @@ def test_a_mask_that_needs_another_number_of_bytes_is_refused(stored):
         formats["bitmask"].check({**parts, "compressed": long}, layout)
 
 
-@pytest.mark.parametrize(("name", "pattern"), CASES)
-@pytest.mark.parametrize("stored", GRIDS)
-def test_values_on_a_grid_are_stored_as_they_are(name, pattern, stored):
-    for shape in shapes_for(pattern)[-4:]:
-        layout = layout_of(name, stored, shape, pattern)
-        on_grid = source(stored, shape, 0.5, pattern)[1].bfloat16()
-        again = formats[name].unpack(formats[name].pack(on_grid, layout), layout)
-        assert torch.equal(again, on_grid.float())
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (4, 29)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bitmask_is_the_oracles(shape, dtype):

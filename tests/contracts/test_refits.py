@@ -9,7 +9,6 @@ from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from oracles import refits as oracles
 from oracles.sparsegpt import relative_error
 from secateur.errors import NumericalError, RecipeError
-from secateur.sparsity.methods import compose
 from secateur.sparsity.solvers import least_squares as module
 from secateur.sparsity.solvers.admm import ADMM
 from secateur.sparsity.solvers.least_squares import LeastSquares
@@ -161,13 +160,3 @@ def test_what_is_no_number_is_refused(solver):
 def test_impossible_parameters_are_refused(arguments, said):
     with pytest.raises(RecipeError, match=said):
         ADMM(**arguments)
-
-
-@pytest.mark.parametrize("solver", ["least-squares", "admm"])
-def test_compose_with_any_score(solver):
-    method = compose("wanda", "unstructured", solver=solver, damping=0.1)
-    assert method.name == f"wanda+{solver}"
-    assert method.requires == {"column_norm", "gram"}
-    assert not method.solver_selects
-    assert method.pattern.scope == "row"
-    assert method.solver.damping == 0.1

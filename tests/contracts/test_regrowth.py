@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from zoo import tiny_windows
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from secateur.recipes.train import GradualOptions, IterativeOptions
@@ -163,12 +162,3 @@ def test_only_an_exchange_brings_weights_back(text, scope):
     assert int((~some).sum()) == pattern.pruned(shape, 0.5)
     survivors = pattern.mask(score, 0.95, allowed=kept)
     assert bool((some | ~survivors).all())
-
-
-def test_exchange_in_a_model_keeps_the_count():
-    model, windows = model_for("*x8"), tiny_windows(samples=2)
-    criterion = Criterion(pattern=parsed("*x8", None), windows=windows)
-    first = criterion.masks(model, open_masks(model), 0.5)
-    second = criterion.masks(model, first, 0.5, exchanged=0.3)
-    assert zeros(first) == zeros(second)
-    assert came_back(first, second) > 0

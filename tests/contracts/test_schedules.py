@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
 from oracles import schedules as oracles
@@ -40,12 +38,6 @@ def test_levels_of_rounds(name):
     schedule = schedules[name](0.8)
     assert levels(schedule, 1) == [0.8]
     assert levels(schedule, 4) == [schedule(0.25), schedule(0.5), schedule(0.75), 0.8]
-
-
-def test_geometric_rounds_prune_a_constant_fraction_of_what_remains():
-    left = [1.0] + [1 - s for s in levels(schedules["geometric"](0.8), 4)]
-    fractions = [1 - after / before for before, after in pairwise(left)]
-    assert fractions == pytest.approx([1 - 0.2**0.25] * 4)
 
 
 @pytest.mark.parametrize("name", list(schedules))

@@ -75,11 +75,6 @@ def test_held_mask(example):
     check_equal(case, "unstructured", "layer", 0.6, 16, mask=mask)
 
 
-def test_wholly_pruned_blocks_of_columns(example):
-    # In the row scope a lazy block of one column is either kept or pruned as a whole.
-    check_equal(example((4, 9)), "unstructured", "row", 0.5, block_columns=1)
-
-
 @pytest.mark.parametrize(("text", "scope"), ALL)
 def test_rounding_after_a_fit_on_the_mask(text, scope, example):
     case, pattern = example(fitting_shape(text), seed=3, dead=2), parsed(text, scope)

@@ -53,7 +53,7 @@ def test_memory_that_ends_in_a_layer_is_explained_and_the_run_resumes(
     assert "memory has ended: " in error.value.what
     assert re.search(r"the plan was \d+\.\d\d GiB", error.value.what)
     assert str(error.value.where).endswith("GiB")
-    assert "resume=True" in str(error.value.remedy)
+    assert "resume" in str(error.value.remedy)
     secateur.prune(tmp_path / "dense", output=tmp_path / "model", resume=True, **options)
     secateur.prune(tmp_path / "dense", output=tmp_path / "again", **options)
     ours = load_file(tmp_path / "model" / "model.safetensors")

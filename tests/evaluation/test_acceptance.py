@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from zoo import tiny_model, tiny_windows
 
-from secateur.errors import NumericalError, RecipeError
+from secateur.errors import NumericalError
 from secateur.evaluation import divergence as room
 from secateur.evaluation.acceptance import acceptance, speculation
 from secateur.runs.records.measured import Speculation
@@ -126,19 +126,6 @@ def test_start_tokens_are_not_predicted() -> None:
     assert got.tokens == 2 * 5
     assert got.mean == pytest.approx(run_of([window[2:] for window in rates], 1), rel=1e-5)
     assert got.runs[5:] == (0.0, 0.0)  # no window has so many
-
-
-def test_other_vocabulary() -> None:
-    class Table(nn.Module):
-        def __init__(self, vocabulary: int) -> None:
-            super().__init__()
-            self.table = nn.Embedding(96, vocabulary)
-
-        def forward(self, ids):
-            return self.table(ids)
-
-    with pytest.raises(RecipeError, match="96 and 90"):
-        acceptance(Table(96), Table(90), tiny_windows(2, 6))
 
 
 def test_not_a_number() -> None:

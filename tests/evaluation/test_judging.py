@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -80,27 +79,6 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
     assert all(s.reference_text is not None for s in texts.samples)
 
 
-@pytest.mark.usefixtures("short_texts")
-def test_tables_for_people(dense, pruned, text, data, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
-    arguments = [
-        "evaluate", pruned, "--text", text, "--sequence-length", 32, "--tasks", "boolq",
-        "--task-data", data, "--generation",
-    ]  # fmt: skip
-    assert command(monkeypatch, *arguments) == 0
-    alone = capsys.readouterr().out
-    assert command(monkeypatch, *arguments, "--dense", dense) == 0
-    printed = capsys.readouterr().out
-    record = read_evaluation(pruned / "secateur" / "evaluation.json")
-    for made in (record.perplexity[0], record.tasks[0], record.generation[0]):
-        assert made.protocol_id in alone
-        assert made.protocol_id in printed
-    assert record.divergence[0].protocol_id in printed
-    assert "retention" in printed
-    assert "retention" not in alone
-    assert "0.500" in alone  # chance
-
-
 def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, capsys) -> None:
     monkeypatch.setattr(steps_evaluate, "NEW_TOKENS", 6)
     arguments = ["evaluate", pruned, "--dense", dense, "--kinds"]
@@ -139,12 +117,6 @@ def test_loaded_models(text: Path) -> None:
     assert (record.tasks, record.generation) == ([], [])
 
 
-def test_a_fault_comes_before_the_model(monkeypatch, capsys) -> None:
-    arguments = ("evaluate", "no/such-model", "--tasks", "piqa", "--limit", "0")
-    assert command(monkeypatch, *arguments) == 2
-    assert "--limit 0" in capsys.readouterr().err
-
-
 def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
     folder = save_tiny(tmp_path / "bare", tokenizer=False)
     assert command(monkeypatch, "evaluate", folder, "--text", text) == 1
@@ -156,12 +128,6 @@ def test_a_reference_that_reads_other_tokens(dense, text, tmp_path) -> None:
     tiny_tokenizer(add_bos=True).save_pretrained(other)
     with pytest.raises(RecipeError, match="different tokens"):
         secateur.evaluate(dense, dense=other, text=text, sequence_length=32)
-
-
-def test_output_that_cannot_be_written(dense: Path, text: Path, tmp_path: Path) -> None:
-    file = tmp_path / "no" / "e.json"
-    with pytest.raises(RecipeError, match=re.escape(str(file))):
-        secateur.evaluate(dense, text=text, sequence_length=32, output=file)
 
 
 def test_a_file_of_another_schema(dense: Path, text: Path, tmp_path: Path) -> None:

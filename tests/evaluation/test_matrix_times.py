@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
-from secateur.errors import ArchitectureError
 from secateur.evaluation import token_times
 from secateur.evaluation.random_models import WeightFormat, random_matrix
 from secateur.evaluation.token_times import BASE, how_many, machine, time_matrices
@@ -118,20 +116,11 @@ def test_an_entry_that_is_no_time_is_measured_again(tmp_path: Path) -> None:
 
     sound = run()
     table = json.loads(file.read_text())
-    for broken in ([3e-4, 0.0, 0.0], 0.0, [], None, float("inf"), "fast"):
+    for broken in ([3e-4, 0.0, 0.0], 0.0, [], None, float("inf"), float("nan"), "fast"):
         for entry in table[machine()].values():
             entry["seconds"] = broken
         file.write_text(json.dumps(table))
         assert run() == sound
-
-
-@torch.inference_mode()
-def test_the_decode_loop_never_takes_no_time() -> None:
-    tiny = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1,
-    )  # fmt: skip
-    assert all(seconds > 0 for seconds in token_times.looped(tiny, INT4))
 
 
 def test_times_of_another_machine_are_kept_and_not_used(
@@ -146,15 +135,6 @@ def test_times_of_another_machine_are_kept_and_not_used(
         )  # fmt: skip
         assert times.base == 2 * second
     assert set(json.loads(file.read_text())) == {"one", "another"}
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
-def test_a_damaged_table_is_measured_again(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "t.json"
-    file.write_text(content)
-    times = time_matrices(config(), SHAPES, [], Silent(), file=file, timer=scripted, loop=looped)
-    assert times.base == pytest.approx(13e-3)
-    assert machine() in json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("stored", [BASE, SPARSE, INT4, WeightFormat("bf16", 0.7)])
@@ -176,12 +156,3 @@ def test_real_kernels_and_loops_are_timed(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in times.layers.values())
     assert all(0 < share < 1 for share in times.shares.values())
     assert 0 < times.rest < times.base
-
-
-def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureError, match="llama"):
-        time_matrices(
-            transformers.GPT2Config(), SHAPES, [], Silent(), file=tmp_path / "t.json",
-            timer=scripted,
-        )  # fmt: skip
-    assert torch.is_inference_mode_enabled() is False

@@ -77,12 +77,6 @@ def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_pat
     assert found.generation[0].reference is None
 
 
-def test_a_file_of_another_schema_is_refused(kept) -> None:
-    kept.write_text(json.dumps({"schema": "secateur.evaluation/1", "model": "m"}))
-    with pytest.raises(CheckpointError, match="schema"):
-        read_evaluation(kept)
-
-
 def test_a_damaged_file_is_refused_before_anything_is_measured(pruned, text, kept) -> None:
     kept.write_text('{"schema": "secateur.evalu')
     with pytest.raises(CheckpointError, match=r"cannot be read"):

@@ -92,19 +92,6 @@ def test_layers_that_are_lost_in_the_noise_do_not_take_no_time(tmp_path: Path) -
         assert times[stored].layers == pytest.approx(LEAST_LAYERS)
 
 
-def test_a_kept_time_of_nothing_is_measured_again(tmp_path: Path) -> None:
-    file, stored = tmp_path / "t.json", WeightFormat("int8", 0.0)
-    time_tokens(config(), [stored], Silent(), file=file)
-    known = json.loads(file.read_text())
-    (entry,) = known[machine()].values()
-    for broken in ([1.0, 0.0, 1.0], [float("nan"), 1.0, 1.0], [1.0, 1.0, None]):
-        entry["seconds"] = broken
-        file.write_text(json.dumps(known))
-        clock = scripted(prompt=8.0, token=5.0, outside=1.0)
-        times, _ = time_tokens(config(), [stored], Silent(), file=file, clock=clock)
-        assert (times[stored].outside, times[stored].layers) == (1.0, 4.0)
-
-
 def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
     file, stored = tmp_path / "sub" / "t.json", WeightFormat("bf16", 0.0)
     first = time_tokens(config(), [stored], Silent(), file=file)

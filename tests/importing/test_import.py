@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from commands import Outcome
 from safetensors.torch import load_file, save_file
 from slow import slow_but
 from tiny import save_tiny
@@ -300,16 +299,3 @@ def test_other_quantizations_and_missing_tensors_are_refused(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="up_proj"):
         secateur.import_model(source, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_line(secateur: Any, tmp_path: Path) -> None:
-    source = with_zeros(tmp_path / "wanda")
-    done: Outcome = secateur("import", source, "--output", tmp_path / "out", "--json")
-    assert done.code == 0, done
-    found = json.loads(done.out)
-    assert found["kind"] == "plain"
-    assert found["patterns"] == {"2:4": 8, "unstructured": 4, "dense": 2}
-    assert len(found["matrices"]) == 14
-    again: Outcome = secateur("import", source, "--output", tmp_path / "out")
-    assert again.code == 2
-    assert "--overwrite" in again.err

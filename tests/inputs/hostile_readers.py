@@ -205,7 +205,7 @@ def make_recipe(place: Path) -> None:
     (place / "recipe.yaml").write_text(
         "model: somewhere\nmethod: sparsegpt\nsparsity: 0.5\npattern: null\n"
         "calibration:\n  source: text.jsonl\n  windows: 8\n  sequence_length: 64\n  seed: 7\n"
-        "include: ['*.mlp.*', &a '*.self_attn.*']\nexclude: [*a]\n"
+        "include: ['*.mlp.*', '*.self_attn.*']\nexclude: ['*.k_proj']\n"
     )
 
 

@@ -23,6 +23,13 @@ MISTAKES = {
     "prune m --sparsity 0,5 -o o": "--sparsity 0,5:",
     "prune m --sparsity 0.5 --method Wanda -o o": "did you mean 'wanda'",
     "prune m --sparsity 0.9999999 --method magnitude -o o": "keeps no weight of this matrix of 32",
+    "prune m --calibration t.txt -o o": "needs a sparsity",
+    "prune m m --sparsity 0.5 -o o": "'m': unexpected",
+    "prune m --sparsity 0.5 --set memory.max_memry=3 -o o": "did you mean 'max_memory'",
+    "prune m --sparsity 0.5 --set nosuch=1 -o o": "nosuch: unknown key",
+    "prune m --pattern 2:5 --calibration t.txt -o o": "model.layers.0.self_attn.q_proj",
+    "prune m --pattern 5x5 --sparsity 0.5 --calibration t.txt -o o": "self_attn.q_proj",
+    "prune m --sparsity 0.5 --calibration w.safetensors --max-memory 10MiB -o o": "is 0.01 GiB",
     "prune m --sparsity 0.5 --include q_prj --method magnitude -o o": "no linear matches 'q_prj'",
     "prune m --sparsity 0.5 --max-memory 6 -o o": "6MiB",
     "prune m --sparsity 0.5 --max-memory 6KiB -o o": "6144 bytes",
@@ -113,6 +120,7 @@ MISTAKES = {
 
 
 OF_THE_FILES = {
+    "prune m --sparsity 0.5 --calibration w.safetensors --max-memory 10MiB -o o",
     "prune packed --sparsity 0.5 --method magnitude -o o",
     "prune plain --sparsity 0.5 --calibration t.txt -o o",
     "decompress m -o o",

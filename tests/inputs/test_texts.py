@@ -66,12 +66,6 @@ def test_what_generate_refuses(refused, model: Path, words: list[object]) -> Non
     refused("generate", model, "--prompt", "abc", *words)
 
 
-def test_a_seed_of_23_digits(refused, model: Path, windows: Path, tmp_path: Path) -> None:
-    words = ["--method", "wanda", "--sparsity", 0.5, "--calibration", windows]
-    message = refused("prune", model, *words, "--seed", "1" * 23, "-o", tmp_path / "out")
-    assert "--seed" in message
-
-
 def test_all_positions_can_be_used(model: Path) -> None:
     assert generate(str(model), "abc", max_new_tokens=61).tokens <= 61
     with pytest.raises(RecipeError, match="64 positions"):

@@ -128,12 +128,6 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch, ctrl_c, flags: list[str]) ->
         assert json.loads(done.out)["error"]["kind"] == "UserInterruptError"
 
 
-def test_usage_errors_and_help_are_as_ever(run) -> None:
-    assert run("inspect").code == 2
-    assert run("--version").out.startswith("secateur ")
-    assert run("inspect", "--help").code == 0
-
-
 def test_a_user_without_a_home_reads_what_to_set(run, monkeypatch, tmp_path: Path) -> None:
     def homeless() -> None:
         raise RuntimeError("Could not determine home directory.")

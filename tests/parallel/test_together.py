@@ -25,7 +25,6 @@ from together import (
 from torch import Tensor
 from trained import source_text
 
-import secateur
 from secateur.recipes.prune import presets
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
@@ -277,20 +276,6 @@ def test_what_several_cannot_do_is_refused_before_any_work(
     text = recipe(place, tmp_path, {})["calibration"]
     case = {**case, "calibration": {**text, **case.get("calibration", {})}}
     assert said in refused(place, tmp_path, case, 2)
-
-
-@pytest.mark.slow
-def test_four_processes_make_the_model_of_one(place: Path, alone: Alone, tmp_path: Path) -> None:
-    recipes = [recipe(place, tmp_path / "four" / name, case) for name, case in CASES.items()]
-    run_together(4, prune_together, tmp_path, recipes, {})
-    for name, case in CASES.items():
-        one, four = alone(case), tmp_path / "four" / name
-        assert moved_zeros(one, four) == 0, name
-        judged = [
-            secateur.evaluate(x, text=place / "text.txt", sequence_length=32, windows=40)
-            for x in (one, four)
-        ]
-        assert judged[0].perplexity == pytest.approx(judged[1].perplexity, rel=1e-3)
 
 
 def test_a_training_waits_for_what_the_first_process_writes(place: Path, tmp_path: Path) -> None:

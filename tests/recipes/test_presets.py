@@ -82,11 +82,6 @@ def test_a_section_that_is_no_mapping_is_a_fault_not_a_crash() -> None:
         recipe(effort="best", calibration="c4")
 
 
-def test_an_unknown_effort_gets_a_near_name() -> None:
-    with pytest.raises(RecipeError, match="did you mean balanced"):
-        recipe(effort="balancd")
-
-
 def test_parameters_alone_are_added_to_those_of_the_preset():
     found = filled_in(
         {"effort": "best", "method_parameters": {"bits": 4, "iterations": 7}}, presets

@@ -148,22 +148,3 @@ def test_a_card_names_no_folder_of_this_machine(case: str, tmp_path: Path) -> No
             assert f"**{made['method']}**" in card
     records = [x for x in (place / "out" / "secateur").rglob("*.json") if x.name != "run.json"]
     assert not [x for x in records if "out.partial" in x.read_text(encoding="utf-8")]
-
-
-def test_the_card_of_a_depth_cut_names_no_fit(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "dense", num_hidden_layers=3)
-    save_windows(tiny_windows(), tmp_path / "w.safetensors")
-    cuts = {
-        "depth": {"keep_layers": 2, "effort": "fast"}, "width": {"ffn": 0.5, "effort": "balanced"},
-    }  # fmt: skip
-    for name, cut in cuts.items():
-        secateur.structure(
-            tmp_path / "dense",
-            output=tmp_path / name,
-            calibration=tmp_path / "w.safetensors",
-            **cut,
-        )
-    depth, width = ((tmp_path / name / "README.md").read_text() for name in ("depth", "width"))
-    assert "calibration text" in depth
-    assert "fitted again" not in depth
-    assert "fitted again" in width

@@ -213,16 +213,3 @@ def test_a_sweep_of_failures_has_no_points(
     assert (tmp_path / "s" / "sweep.md").exists()
     assert "the table: " in str(result)
     assert "next:" not in str(result)
-
-
-def test_on_the_command_line(secateur, recipe: SweepRecipe, tmp_path: Path) -> None:
-    words = (
-        "sweep", recipe.model, "--methods", "magnitude", "--sparsities", "0.3,0.5",
-        "--text", recipe.text[0], "--text-sequence-length", 16, "-o", tmp_path / "s",
-    )  # fmt: skip
-    shown = secateur(*words)
-    assert shown.code == 0, shown.err
-    assert shown.out.partition("next:")[0].count("magnitude") == 2
-    bad = secateur(*words[:5], "a,b", *words[6:])
-    assert bad.code == 2
-    assert "--sparsities a" in bad.err

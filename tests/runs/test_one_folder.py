@@ -217,11 +217,6 @@ def source_inside_the_output(model: Path, old: Path) -> Places:
     return Path(shutil.move(model, old / "model")), old
 
 
-def source_deep_inside_the_output(model: Path, old: Path) -> Places:
-    (old / "models").mkdir()
-    return Path(shutil.move(model, old / "models" / "model")), old
-
-
 def source_inside_by_a_link(model: Path, old: Path) -> Places:
     inside, _ = source_inside_the_output(model, old)
     link = old.with_name("link")
@@ -242,7 +237,7 @@ def output_inside_by_a_link(model: Path, old: Path) -> Places:
 
 LAYOUTS = [
     same, same_by_another_name, output_is_a_link_to_the_source, source_is_a_link_to_the_output,
-    source_inside_the_output, source_deep_inside_the_output, source_inside_by_a_link,
+    source_inside_the_output, source_inside_by_a_link,
     output_inside_the_source, output_inside_by_a_link,
 ]  # fmt: skip
 

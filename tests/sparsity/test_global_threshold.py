@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from secateur.errors import NumericalError, PatternError, RecipeError
 from secateur.sparsity.allocation.global_threshold import global_threshold
-from secateur.sparsity.patterns import parse_pattern
 
 
 def brute_force(tensors: dict[str, torch.Tensor], pruned: int) -> dict[str, int]:
@@ -50,23 +49,6 @@ def test_matrices_and_blocks(levels):
         counts = global_threshold(lambda: iter(tensors.items()), pruned)
         assert list(counts) == ["b", "a", "c"]
         assert counts == brute_force(tensors, pruned)
-
-
-def test_with_the_pattern_it_selects_the_smallest_overall():
-    random = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.rand(6, 10, generator=random) * scale
-        for name, scale in zip("abc", (1, 2, 9), strict=True)
-    }
-    pattern = parse_pattern("unstructured", "global")
-    counts = global_threshold(lambda: iter(tensors.items()), 90)
-    kept, pruned = [], []
-    for name, score in tensors.items():
-        mask = pattern.mask(score, counts[name] / score.numel())
-        kept.append(score[mask])
-        pruned.append(score[~mask])
-    assert len(torch.cat(pruned)) == 90
-    assert torch.cat(pruned).max() < torch.cat(kept).min()
 
 
 def test_only_one_tensor_is_alive_at_a_time():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from pydantic import ValidationError
-from trained import held_out_loss, source_ids, train
 from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 from secateur.recipes.train import GradualOptions
@@ -139,23 +137,6 @@ def test_renewing_changes_masks_in_place():
     assert held[name] is mine
     assert not mine[0].any()
     assert not model.get_parameter(name)[0].any()
-
-
-@pytest.mark.slow
-def test_a_trained_model_is_pruned_with_little_loss(trained):
-    text, held_out = source_ids(), source_ids(held_out=True)
-    at_once, gradually = copy.deepcopy(trained), copy.deepcopy(trained)
-    before = held_out_loss(trained, held_out)
-    assert before < 2.75  # a model that has learned nothing says ln 96 = 4.56
-    masks = open_masks(at_once)
-    renew(at_once, masks, Criterion().masks(at_once, masks, 0.7))
-    assert held_out_loss(at_once, held_out) > before + 0.2
-    masks = open_masks(gradually)
-    hook = GradualPruning(masks, Cubic(0.7), options=GradualOptions(every=5))
-    train(gradually, text, steps=100, kept=masks, on_step=hook.on_step)
-    zeros = sum(int((~m).sum()) for m in masks.values())
-    assert zeros == sum(round(0.7 * m.numel()) for m in masks.values())
-    assert held_out_loss(gradually, held_out) < before + 0.1
 
 
 @pytest.mark.parametrize(

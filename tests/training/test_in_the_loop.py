@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from learning import watched
 from zoo import tiny_model, tiny_windows, zeros_of
 
 from secateur.recipes.train import GradualOptions
-from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.structured.learned import LearnedMasks
 from secateur.training.batches import Batches
@@ -44,19 +42,6 @@ def test_gradual_pruning_ends_with_its_masks_held():
     assert zeros(masks.kept) == sum(round(0.7 * m.numel()) for m in masks.kept.values())
     assert outcome.best_step is not None
     assert outcome.best_step >= 9  # not of the time when more was kept
-
-
-@pytest.mark.parametrize("text", ["*x1", "*x4/2", "4x2", "2:4", "unstructured"])
-def test_as_many_weights_are_zero_as_the_masks_say(text):
-    model = tiny_model("llama")
-    masks = Masks(open_masks(model))
-    criterion, how = Criterion(pattern=parse_pattern(text)), GradualOptions(every=2)
-    hook = GradualPruning(masks.kept, Cubic(0.5), criterion, how)
-    Loop(model, BATCHES, NextToken.of(model), masks, plan(20), hooks=[hook]).run()
-    sizes = {name: mask.numel() for name, mask in masks.kept.items()}
-    for name, size in sizes.items():
-        assert int((model.get_parameter(name) == 0).sum()) == size // 2, name
-        assert int((~masks.kept[name]).sum()) == size // 2
 
 
 def test_adapters_are_trained_alone():

@@ -84,26 +84,6 @@ def test_the_function_is_that_of_the_masked_sum():
     torch.testing.assert_close(logits_of(adapted), logits_of(oracle), rtol=1e-4, atol=1e-4)
 
 
-def test_a_naive_merge_loses_zeros_and_masking_it_afterwards_loses_the_function():
-    import peft
-
-    model = pruned_model("llama")
-    before = zeros_of(model)
-    names = list(matrices(model))
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
-    with quiet_transformers():  # peft asks a name that transformers has given up
-        adapted = peft.get_peft_model(copy.deepcopy(model), config)
-    trained(adapted)
-    function = logits_of(adapted)
-    naive = adapted.merge_and_unload()
-    torch.testing.assert_close(logits_of(naive), function, rtol=1e-4, atol=1e-4)
-    lost = sum(int((zeros & ~zeros_of(naive)[name]).sum()) for name, zeros in before.items())
-    assert lost > 0.99 * sum(int(zeros.sum()) for zeros in before.values())
-    for name, matrix in matrices(naive).items():
-        weight_of(matrix)[weight_of(matrices(model)[name]) == 0] = 0.0
-    assert (logits_of(naive) - function).abs().max() > 0.05
-
-
 def test_peft_itself_merges_and_unmerges_with_the_mask():
     model = pruned_model("gpt2")
     before = zeros_of(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -109,24 +108,6 @@ def test_divergences_and_their_gradients(kind: str, temperature: float) -> None:
                 objectives, "fast_matmuls", lambda _: torch.autocast("cpu", enabled=False)
             )
             assert_same(objective(student, BATCH), expected, student, 2e-4)
-
-
-def test_the_square_of_the_temperature_keeps_gradients_large() -> None:
-    student, dense = model_of(), model_of(seed=1)
-    sizes = []
-    for temperature in (20.0, 40.0):
-        objective = Distil.between(student, ModelTeacher(dense), temperature=temperature)
-        found = gradients(objective(student, BATCH), student)
-        sizes.append(float(sum(g.square().sum() for g in found.values())) ** 0.5)
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_does_not_differ_from_oneself(kind: str) -> None:
-    model = model_of()
-    objective = Distil.between(model, ModelTeacher(copy.deepcopy(model)), kind=kind)
-    # KL is to second order in what bfloat16 rounds, the total variation to first
-    assert abs(objective(model, BATCH).item()) < (0.02 if kind == "total_variation" else 1e-3)
 
 
 @pytest.mark.usefixtures("pieces")

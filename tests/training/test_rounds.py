@@ -8,14 +8,13 @@ import zlib
 import pytest
 import torch
 from safetensors.torch import save_file
-from trained import held_out_loss, source_ids, train, untrained
 from zoo import tiny_model
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.recipes.train import IterativeOptions
 from secateur.sparsity.schedules import levels
 from secateur.sparsity.schedules.geometric import Geometric
-from secateur.training.gradual import Criterion, Rounds, renew
+from secateur.training.gradual import Criterion, Rounds
 from secateur.training.loop import Outcome
 from secateur.training.masks import open_masks
 from secateur.training.training_plan import TrainingPlan
@@ -172,26 +171,3 @@ def test_a_training_that_fills_zeros_is_found(tmp_path):
     with pytest.raises(VerificationError) as raised:
         rounds.train(Disturbance(rounds.model, rounds.kept, held=False), PLAN, tmp_path)
     assert next(iter(rounds.kept)) in str(raised.value)
-
-
-@pytest.mark.slow
-def test_a_ticket_beats_new_random_weights_under_the_same_mask(tmp_path):
-    """At 80 %, in one round; one training has 300 steps, and the weights go back to step 30."""
-    text, held_out = source_ids(), source_ids(held_out=True)
-    rounds = rounds_of(untrained(), rounds=1, rewind="weights", rewind_step=30)
-
-    class Loops(Disturbance):
-        def run(self):
-            hooks = {"on_step": self.hooks[0].on_step} if self.hooks else {}
-            train(
-                self.model, text, steps=300, first_step=self.plan.first_step, kept=self.kept,
-                **hooks,
-            )  # fmt: skip
-            save_file(dict(self.model.named_parameters()), self.saved / "final.safetensors")
-            return Outcome(step=300)
-
-    rounds.train(Loops(rounds.model, rounds.kept), TrainingPlan(steps=300), tmp_path)
-    anew = untrained(seed=1000)
-    renew(anew, open_masks(anew), rounds.kept)
-    train(anew, text, steps=300, kept=rounds.kept)
-    assert held_out_loss(rounds.model, held_out) < held_out_loss(anew, held_out) - 0.02

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,15 +25,13 @@ class StoppedError(Exception):
 
 
 class StopAt(Silent):
-    """Stops, or kills, when a step has been reported, before it is saved."""
+    """Stops when a step has been reported, before it is saved."""
 
-    def __init__(self, step: int, kill: bool = False) -> None:
-        self.left, self.kill = step + 1, kill
+    def __init__(self, step: int) -> None:
+        self.left = step + 1
 
     def step(self, count: int = 1, note: str = "") -> None:
         self.left -= 1
-        if self.left == 0 and self.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
         if self.left == 0:
             raise StoppedError
 
@@ -107,27 +101,6 @@ def test_masks_that_change_are_gone_on_with(tmp_path: Path) -> None:
     same(whole, again, done, again.run())
     assert whole.masks is not None
     assert whole.masks.sparsity == pytest.approx(0.8, abs=0.01)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(straight, tmp_path: Path) -> None:
-    program = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from test_stopping import StopAt, loop_of\n"
-        f"loop_of(Path({str(tmp_path / 'killed')!r}), StopAt(5, kill=True)).run()\n"
-    )
-    places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, timeout=300)
-    assert ended.returncode == -signal.SIGKILL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _, whole, done = straight("AdamW")
-    again = loop_of(tmp_path / "killed")
-    assert (tmp_path / "killed" / "state.safetensors").exists()
-    same(whole, again, done, again.run())
-    torch.set_num_threads(threads)
 
 
 def test_a_finished_run_is_not_done_again(straight) -> None:

@@ -47,7 +47,7 @@ def test_a_collapsing_run_is_stopped_and_can_go_on(source, windows, tmp_path: Pa
     assert where is not None
     index = int(where.removeprefix("model.layers."))
     assert f"{where}." in stopped.value.what
-    assert "restart=True" in str(stopped.value.remedy)
+    assert "restart" in str(stopped.value.remedy)
     assert not out.exists()
     done = lines(tmp_path / "out.partial" / "model" / "secateur" / "layers.jsonl")
     assert len(done) == index + 1
@@ -100,14 +100,6 @@ def test_the_estimate_where_no_error_is_measured() -> None:
     assert lost_energy(weight, mask, {"gram": inputs.t() @ inputs}) == pytest.approx(by_norm)
     assert lost_energy(weight, mask, {}) is None
     assert lost_energy(torch.zeros(6, 8), mask, {"column_norm": power.sqrt()}) is None
-
-
-def test_wanda_is_watched_by_the_estimate(windows, source, tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match="has collapsed"):
-        secateur.prune(
-            source, output=tmp_path / "out", calibration=windows, method="wanda", sparsity=0.98,
-            on_collapse="stop",
-        )  # fmt: skip
 
 
 def test_on_the_command_line(secateur, windows, tmp_path: Path) -> None:

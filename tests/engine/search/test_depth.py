@@ -229,15 +229,6 @@ def test_little_memory_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None
     assert [choose(model, how).layers for how in ways] == expected
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"generations": -1}, {"offspring": 0}, {"stages": ((2, 9),)}, {"stages": ((2, 9), (1, 8))}],
-)
-def test_a_search_that_cannot_be_made_is_refused(options: dict) -> None:
-    with pytest.raises(RecipeError):
-        choose(tiny_model("llama"), DepthSettings(1, **options))
-
-
 def test_a_work_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     choose(tiny_model("llama"), DepthSettings(1), tmp_path)
     with pytest.raises(RecipeError, match="embedded"):

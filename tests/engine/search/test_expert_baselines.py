@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import CHOSEN, trained_mixture, window_losses, windows_of
 from transformers import AutoModelForCausalLM
 from zoo import tiny_model, tiny_windows
 
@@ -26,8 +25,7 @@ from secateur.errors import RecipeError
 from secateur.models.experts import opened_experts
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
-from secateur.structured.cut import Cut, sizes_of
-from secateur.structured.surgery import cut_model
+from secateur.structured.cut import sizes_of
 
 
 def used(*scores: float) -> ExpertUse:
@@ -125,37 +123,3 @@ def test_layers_keep_different_numbers_of_experts(tmp_path: Path) -> None:
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(sizes_of(smaller).experts) == 9
     assert sizes_of(smaller).experts[1] == 2
-
-
-def losses(seed: int) -> dict[tuple[int, str], float]:
-    """Loss on held-out text with 12 and 8 of 16 experts; of random ones the mean of three draws."""
-    model = trained_mixture(seed, 400)
-    judged = torch.cat(list(windows_of(True, 200).values()))
-    with opened_experts(model):
-        calibration = torch.cat(list(windows_of(False, 100, seed).values()))
-        use = expert_use(ModelTarget(model), calibration, 4096, Silent())
-    found = {}
-    for keep in (12, 8):
-        for score, draws in (("reap", 1), ("frequency", 1), ("random", 3)):
-            kept = (
-                kept_experts(use, keep, ExpertChoice(CHOSEN, score, seed=100 * draw))
-                for draw in range(draws)
-            )
-            cuts = (cut_model(model, Cut(experts=k)) for k in kept)
-            each = [float(window_losses(cut, judged).mean()) for cut in cuts]
-            found[keep, score] = sum(each) / draws
-    return found
-
-
-@pytest.mark.slow
-def test_reap_beats_frequency_and_random() -> None:
-    """With 25 % and 50 % of the experts removed, where each layer's experts are balanced.
-
-    Frequency is worse for each of three seeds. Random experts are worse on the mean; for one seed
-    they are better at 50 %, which more training changes (`benchmarks/quality/experts.py`).
-    """
-    found = [losses(seed) for seed in range(3)]
-    for keep in (12, 8):
-        assert all(x[keep, "reap"] < x[keep, "frequency"] for x in found)
-        reap, random = (sum(x[keep, s] for x in found) for s in ("reap", "random"))
-        assert reap < random

@@ -165,19 +165,6 @@ def test_a_choice_is_found_near_the_edge_of_what_is_possible() -> None:
         assert fits(knapsack.total(found), budget)
 
 
-def test_a_second_budget_changes_the_answer() -> None:
-    # level 1 saves bytes, level 2 saves seconds, level 3 both and loses the most
-    unit = ((8.0, 8.0), (4.0, 8.0), (8.0, 4.0), (4.0, 4.0))
-    knapsack = Knapsack((unit,) * 3, ((0.0, 0.1, 0.1, 0.5),) * 3)
-    assert knapsack.best((12.0, math.inf)) == (1, 1, 1)
-    assert knapsack.best((math.inf, 12.0)) == (2, 2, 2)
-    assert knapsack.best((12.0, 12.0)) == (3, 3, 3)
-    assert knapsack.best((12.0, 11.0)) is None
-    both = knapsack.best((20.0, 20.0))
-    assert both is not None
-    assert knapsack.predicted(both) == pytest.approx(0.2)
-
-
 def test_an_impossible_budget_has_no_answer() -> None:
     knapsack = menu_of(0, 4, 3)
     (least,) = knapsack.least

@@ -20,7 +20,7 @@ import secateur
 from oracles.hybrids import wanda
 from secateur.engine.prune.run import CalibratedLayerPass
 from secateur.engine.prune.tasks import UNSEEN
-from secateur.engine.stream.calls import kind_of, layouts
+from secateur.engine.stream.calls import layouts
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe
@@ -105,14 +105,6 @@ def test_layouts_of_a_checkpoint_are_those_of_the_loaded_model(name: str, tmp_pa
     assert all(p.is_meta for p in stored.layers.parameters())
     for n, buffer in stored.model.named_buffers():
         assert torch.equal(buffer, buffers[n]), n
-
-
-def test_kinds_differ_by_what_layers_are_made_of() -> None:
-    layers = tiny_architecture("lfm2").model.layers
-    conv, attention, other = map(kind_of, layers)
-    assert conv == other != attention
-    linears = [layout.groups for layout in layouts(ModelTarget(tiny_architecture("lfm2")), 8)]
-    assert linears[0] == linears[2] != linears[1]
 
 
 def test_declared_groups_that_miss_a_linear_are_not_used() -> None:

@@ -181,15 +181,6 @@ def test_a_search_passes_windows_one_by_one(name: str) -> None:
     assert outer.states(states[0]).shape[-1] == (128 if "gemma3n" in name else 32)
 
 
-@pytest.mark.slow
-def test_an_allocation_that_searches() -> None:
-    model: Any = tiny_model("gemma3n_text shared")
-    report = secateur.prune(
-        model, method="wanda", sparsity=0.5, calibration=WINDOWS, allocation="search"
-    )
-    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
-
-
 @pytest.mark.usefixtures("exact")
 def test_influences_are_of_hidden_states_alone() -> None:
     """Keys and values that travel with them do not count."""
