@@ -7,10 +7,12 @@ import io
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 from commands import Outcome
+from slow import slow_but
 from tiny import save_tiny
 from zoo import tiny_windows
 
@@ -54,29 +56,6 @@ def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_pa
     assert seen["decoder_sparsity"] == 0.5
     assert seen["family"] == "llama"
     assert len(seen["linears"]) == 21
-
-
-def test_tables_for_people(secateur, model: Path, windows: Path, tmp_path: Path) -> None:
-    planned = secateur(
-        "prune",
-        "--dry-run",
-        model,
-        "--method",
-        "sparsegpt",
-        "--sparsity",
-        "0.5",
-        "--calibration",
-        windows,
-    )
-    assert planned.code == 0
-    assert "peak memory" in planned.out
-    pruned = secateur(
-        "prune", model, "-o", tmp_path / "out", "--pattern", "2:4", "--calibration", windows
-    )
-    assert "50.00%" in pruned.out
-    assert "zeros" in secateur("inspect", tmp_path / "out").out
-    assert "sparsegpt" in secateur("methods").out
-    assert json.loads(secateur("methods", "--json").out)["methods"]["wanda"]["scope"] == "row"
 
 
 def test_a_recipe_with_options_over_it(
@@ -250,8 +229,12 @@ def test_a_narrow_terminal_hides_no_cell(secateur, model: Path, monkeypatch, col
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
-@pytest.mark.parametrize("form", [[], ["--json"]])
-@pytest.mark.parametrize("verb", ["inspect", "prune"])
+@pytest.mark.parametrize(
+    ("verb", "form"),
+    slow_but(
+        [("inspect", ["--json"]), ("prune", [])], product(["inspect", "prune"], [[], ["--json"]])
+    ),
+)
 def test_a_full_stdout_is_named_and_the_model_is_whole(
     verb: str, form: list[str], model: Path, tmp_path: Path
 ) -> None:
@@ -271,7 +254,9 @@ def test_a_full_stdout_is_named_and_the_model_is_whole(
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", slow_but({"<&- >&- 2>&-"}, ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+)
 def test_streams_may_be_closed(closed: str, model: Path, tmp_path: Path) -> None:
     script = f'"$@" {closed}'
     command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", str(model)]

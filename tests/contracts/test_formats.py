@@ -515,30 +515,3 @@ def test_the_examples_of_bit_streams_in_the_specification():
     assert {s: p.tolist() for s, p in parts.items()} == {"weight": [[0xC6, 0x02]], **scales}
     parts = formats["bitmask"].pack(weight, Layout("bitmask", "int2", (1, 5), group=32))
     assert parts["compressed"].tolist() == [0xB6]
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "stored", "bits_per_weight"),
-    [
-        ("bitmask", None, "bfloat16", 9.0),
-        ("bitmask", None, "int8", 5.0),
-        ("n-of-m", "2:4", "bfloat16", 8.75),
-        ("n-of-m", "2:4", "int8", 4.75),
-        ("n-of-m", "4:8", "bfloat16", 8.875),
-        ("n-of-m", "8:16", "int8", 4.875),
-        ("dense", None, "int8", 8.0),
-        ("dense", None, "int4 g32", 4.25),
-        ("bitmask", None, "int4 g128", 3.0625),
-        ("bitmask", None, "int4 g64", 3.125),
-        ("bitmask", None, "int3 g64", 2.625),
-        ("n-of-m", "2:4", "int4 g64", 2.875),
-        ("n-of-m", "4:8", "int3 g32", 2.625),
-        ("dense", None, "int2 g64", 2.125),
-        ("bitmask", None, "int2 g32", 2.25),
-    ],
-)
-def test_bits_per_weight_of_the_specification(name, pattern, stored, bits_per_weight):
-    layout = layout_of(name, stored, (1024, 4096), pattern)
-    scales = {"int8": 32, "bfloat16": 0}.get(stored, 8) / 4096
-    found = 8 * stored_bytes(layout, layout.weights // 2) / layout.weights
-    assert found == bits_per_weight + scales

@@ -106,7 +106,7 @@ MISTAKES = {
     "generate sparse --prompt hi --top-p 0.9": "at temperature 0",
     "generate sparse --prompt hi --chat": "no chat template",
     "serve sparse --host 999.1.1.1 --port 0": "where: --host",
-    "serve sparse --host '' --port 0": "the address is empty",
+    "serve sparse --host '' --port 0": "--host '':",
     "bench sparse --prompt-tokens 100000": "the model has 64 positions",
     "push sparse noslash --dry-run": "OWNER/NAME",
     "fit m --max-size big -o o": "--max-size big:",

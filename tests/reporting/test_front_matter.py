@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from tiny import save_tiny
-from zoo import tiny_windows
 
 import secateur
-from secateur.calibration.windows import save_windows
 from secateur.reporting.cards import front_matter, inherited_front_matter
 from secateur.runs.records import Source
 
@@ -73,27 +71,6 @@ def test_a_model_of_several_steps_keeps_base_and_tags(tmp_path: Path) -> None:
     assert second["base_model"] == "org/name"
     assert second["tags"] == ["structured-pruning", "secateur", "sparse"]
     assert inherited_front_matter(source_of(str(tmp_path), "folder"), tmp_path) == first
-
-
-@pytest.mark.parametrize("relative", [True, False])
-def test_cards_name_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_tiny(Path("m"))
-    save_windows(tiny_windows(), tmp_path / "w.safetensors")
-    place = Path("runs") if relative else tmp_path / "runs"
-    secateur.prune(
-        "m", output=place / "half", method="wanda", sparsity=0.5, calibration="w.safetensors"
-    )
-    secateur.compress(place / "half", output=place / "small")
-    shown = {True: "runs/", False: ""}[relative]
-    dense, packed = ((place / name / "README.md").read_text() for name in ("half", "small"))
-    assert f'from_pretrained("{shown}half", dtype="auto")' in dense
-    assert f"secateur compress {shown}half --output {shown}half-small" in dense
-    assert f'secateur.load("{shown}small")' in packed
-    assert '"DIR"' not in dense + packed
-    assert head_of(packed) == head_of(dense)
 
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60

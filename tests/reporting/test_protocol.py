@@ -131,11 +131,3 @@ def test_one_text_has_its_numbers_at_hand() -> None:
     assert (one.protocol, one.protocol_id) == ({"windows": 4}, "ppl-1")
     with pytest.raises(RecipeError, match="measured on 2 texts"):
         _ = evaluated("one.txt", "two.txt").perplexity
-
-
-def test_an_answer_without_tokens_is_explained(capsys) -> None:
-    GenerateResult("m", "Hello", "", 0, 0.1, None, None, "one call", chat=True).show()
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "--no-chat" in printed
-    GenerateResult("m", "Hello", "", 0, 0.1, None, None, "one call").show()
-    assert "at once" not in capsys.readouterr().out

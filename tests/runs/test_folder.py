@@ -12,7 +12,6 @@ import pytest
 from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
 from secateur.runs import output as output_files
 from secateur.runs.folder import Lock, RunFolder
-from secateur.runs.output import writing
 
 IDENTITY = {"sparsity": 0.5, "source_files": {"model.safetensors": "0" * 64}}
 
@@ -133,18 +132,6 @@ def test_a_full_disk_is_an_error_of_ours_that_can_be_resumed(tmp_path: Path) -> 
         folder.begin(IDENTITY)
         raise OSError(28, os.strerror(28), str(folder.work))
     assert (tmp_path / "out.partial").exists()
-
-
-def test_a_full_disk_under_a_run_that_cannot_resume_offers_no_resumption(tmp_path: Path) -> None:
-    with (
-        pytest.raises(MemoryBudgetError, match="run again, or") as full,
-        RunFolder(tmp_path / "out", "export") as folder,
-        writing(folder.model / "file"),
-    ):
-        raise OSError(28, os.strerror(28))
-    assert "--resume" not in str(full.value)
-    assert str(full.value.where).endswith("file")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_comes_when_another_has_just_finished_leaves_no_folder(tmp_path: Path) -> None:

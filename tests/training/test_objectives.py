@@ -187,7 +187,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
     student, dense = model_of(), model_of(vocab_size=128)
     with pytest.raises(RecipeError, match=r"96 .* 128"):
         Distil.between(student, ModelTeacher(dense))
-    with pytest.raises(RecipeError, match="96 of 96"):
+    with pytest.raises(RecipeError, match="96 most likely"):
         write_teacher(ModelTeacher(student), IDS, tmp_path / "t.safetensors", k=96, device=CPU)
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from learning import pruned_model, zeros
 from safetensors.torch import load_file
 from tiny import save_tiny
 from trained import source_text
 
 import secateur
 
-PROGRAM = Path(__file__).with_name("sharded_run.py")
 COUNTING = Path(__file__).with_name("resident_run.py")
 
 WIDE: dict[str, Any] = {
@@ -46,28 +44,6 @@ def start(program: Path, processes: int, *words: object) -> None:
         [*command, *map(str, words)], env=environment, timeout=540, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
-
-
-def run(folder: Path, processes: int, steps: int) -> dict[str, torch.Tensor]:
-    """The final weights of a run of so many processes."""
-    start(PROGRAM, processes, folder, steps)
-    return load_file(folder / "final.safetensors")
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
-    alone = run(tmp_path / "one", 1, 12)
-    together = run(tmp_path / "two", 2, 12)
-    before = dict(pruned_model().named_parameters())
-    moved = 0
-    for name, weight in alone.items():
-        torch.testing.assert_close(together[name], weight, rtol=2e-4, atol=2e-5)
-        moved += int((weight != before[name]).sum())
-    assert moved > 1000
-    for name, gone in zeros(pruned_model()).items():
-        assert not together[name][gone].any()
-    more = run(tmp_path / "two", 1, 12)  # finished: one process reads what two have written
-    assert all(torch.equal(more[name], together[name]) for name in together)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +84,8 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
         assert 0.6 * planned <= taken["steps"] <= planned
     secateur.train(places / "pruned", output=tmp_path / "one", **options)
     one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("one", "two"))
+    resumed = secateur.train(places / "pruned", output=tmp_path / "two", resume=True, **options)
+    assert resumed.manifest.processes == 2  # one process reads what two have written
     moved = 0
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=2e-4, atol=2e-5)

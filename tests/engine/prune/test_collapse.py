@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
 from zoo import tiny_model, tiny_windows
 
 import secateur
@@ -77,11 +76,14 @@ def test_a_warning_is_the_default(source, windows, tmp_path: Path, caplog) -> No
     assert not any("collapsed" in x for x in lines(tmp_path / "fine" / "secateur" / "layers.jsonl"))
 
 
-def test_a_loaded_model_is_watched_too() -> None:
-    with pytest.raises(VerificationError, match="has collapsed"):
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_a_loaded_model_is_watched_too(method: str) -> None:
+    """By the error, and by the estimate."""
+    with pytest.raises(VerificationError, match="collapsed"):
         secateur.prune(
-            tiny_model("qwen3"), calibration=tiny_windows(), on_collapse="stop", **TOO_MUCH
-        )
+            tiny_model("qwen3"), calibration=tiny_windows(), on_collapse="stop", method=method,
+            sparsity=0.98,
+        )  # fmt: skip
 
 
 def test_the_estimate_where_no_error_is_measured() -> None:
@@ -100,20 +102,3 @@ def test_the_estimate_where_no_error_is_measured() -> None:
     assert lost_energy(weight, mask, {"gram": inputs.t() @ inputs}) == pytest.approx(by_norm)
     assert lost_energy(weight, mask, {}) is None
     assert lost_energy(torch.zeros(6, 8), mask, {"column_norm": power.sqrt()}) is None
-
-
-def test_on_the_command_line(secateur, windows, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "m", "qwen3")
-    asked = (
-        "prune", source, "-o", tmp_path / "out", "--calibration", windows, "--method", "wanda",
-        "--sparsity", 0.98,
-    )  # fmt: skip
-    stopped = secateur(*asked, "--on-collapse", "stop")
-    assert stopped.code == 3
-    assert "collapsed" in stopped.err
-    warned = secateur(*asked, "--restart")
-    assert warned.code == 0, warned.err
-    assert "collapsed" in warned.out
-    wrong = secateur(*asked, "--on-collapse", "panic", "--overwrite")
-    assert wrong.code == 2
-    assert "--on-collapse panic:" in wrong.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ import secateur
 from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, reap, route
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.search.experts import ExpertChoice, expert_use, kept_experts
-from secateur.engine.stream.calls import call_layer, find_groups, first_inputs, layer_calls
+from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.architecture import describe, linears_of
+from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
@@ -134,32 +133,6 @@ def test_opened_experts_are_the_fused_ones(family: str) -> None:
     assert sorted(changed.values()) == [1, 32 * neurons]
     gate_up = next(n for n in changed if n.endswith("gate_up_proj"))
     assert after[gate_up][3, neurons + 1, 2] == 7.0
-
-
-@pytest.mark.parametrize("family", PLAIN_MIXTURES)
-@torch.no_grad()
-def test_declared_groups_share_an_input(family: str) -> None:
-    model = tiny_model(family)
-    with opened_experts(model):
-        architecture = describe(model)
-        declared = {frozenset(group) for group in architecture.groups}
-        found = set()
-        for index, layer in enumerate(model.model.layers):
-            linears = linears_of(layer, "")
-            names = {id(x.module): n for n, x in linears.items()}
-            hidden = torch.randn(2, 9, 32)
-            rotary = model.model.rotary_emb(hidden, torch.arange(9)[None])
-            forward = partial(layer, hidden, position_embeddings=rotary)
-            groups = find_groups(list(linears.values()), forward)
-            found |= {frozenset(names[id(x.module)] for x in group) for group in groups}
-            assert not any("shared_expert_gate" in n for n in linears), index
-        assert found <= declared
-        assert declared - found <= {
-            frozenset(g) for g in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-        }
-        mlp = "model.layers.0.mlp"
-        assert architecture.of_expert(f"{mlp}.experts.3.up_proj")
-        assert not architecture.of_expert(f"{mlp}.shared_expert.up_proj")
 
 
 def lonely(family: str = "mixtral") -> nn.Module:
