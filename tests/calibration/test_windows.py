@@ -31,17 +31,6 @@ def documents(count: int = 30, words: int = 25, seed: int = 3) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "random-crop"])
-def test_the_seed_decides(packing):
-    tokenizer, texts = tiny_tokenizer(WORDS), documents()
-
-    def draw(seed: int) -> torch.Tensor:
-        return make_windows(texts, tokenizer, WindowPlan(12, 9, seed, packing))
-
-    assert torch.equal(draw(5), draw(5))
-    assert not torch.equal(draw(5), draw(6))
-
-
 def test_one_long_file_is_sampled_all_over():
     lines = [f"w{i // 2000} " * 4 + "\n" for i in range(80_000)]  # w0 first, w39 last
     windows = make_windows(["".join(lines)], tiny_tokenizer(WORDS), WindowPlan(64, 16))
@@ -80,13 +69,6 @@ def test_too_little_text(packing):
 def test_too_little_text_says_how_much_there_is():
     with pytest.raises(SourceError, match="--windows 7"):
         make_windows(documents(), tiny_tokenizer(WORDS), WindowPlan(8, 100))
-
-
-def test_saved_windows_come_back(tmp_path):
-    windows = torch.randint(0, 96, (5, 12))
-    save_windows(windows, tmp_path / "w.safetensors", metadata={"seed": "3"})
-    assert torch.equal(load_windows(tmp_path / "w.safetensors", vocab_size=96), windows)
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
 @pytest.mark.parametrize(

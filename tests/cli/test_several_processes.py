@@ -29,12 +29,3 @@ def test_a_verb_for_one_process_is_refused(secateur: Callable[..., Outcome], ver
     assert done.code == 2
     assert f"secateur {verb}" in done.err
     assert "train, evaluate" in done.err
-
-
-def test_a_missing_variable_is_named(
-    secateur: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RANK")
-    done = secateur("prune", "DIR", "--output", "OUT")
-    assert done.code == 2
-    assert "RANK is not set" in done.err

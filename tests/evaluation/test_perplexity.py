@@ -16,7 +16,7 @@ from secateur.calibration.windows import evaluation_windows
 from secateur.errors import ArchitectureError, NumericalError, RecipeError, SourceError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.generation import generate
-from secateur.evaluation.perplexity import fingerprint, perplexity, protocol
+from secateur.evaluation.perplexity import perplexity
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
 
@@ -133,20 +133,6 @@ def test_windows_are_the_text_cut_up_and_the_rest_dropped():
     for bad in ({"sequence_length": 1}, {"sequence_length": 9, "max_windows": 0}):
         with pytest.raises(RecipeError, match="nothing to predict"):
             evaluation_windows(text, tokenizer, **bad)
-
-
-def test_protocol():
-    computed = {"dtype": "bfloat16", "activations": "int8 g64"}
-    record = protocol(tiny_windows(3, 8), dataset="a.txt", join="as it is", computed=computed)
-    assert record == {
-        "dataset": "a.txt",
-        "join": "as it is",
-        "sequence_length": 8,
-        "windows": 3,
-        "tokens": 21,
-        "token_ids": fingerprint(tiny_windows(3, 8)),
-        **computed,
-    }
 
 
 def test_generate(tmp_path, capfd):

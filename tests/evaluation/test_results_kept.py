@@ -79,7 +79,7 @@ def test_what_was_said_of_the_reference_stays(dense, pruned, text, kept, tmp_pat
 
 def test_a_damaged_file_is_refused_before_anything_is_measured(pruned, text, kept) -> None:
     kept.write_text('{"schema": "secateur.evalu')
-    with pytest.raises(CheckpointError, match=r"cannot be read"):
+    with pytest.raises(CheckpointError, match=r"evaluation\.json"):
         secateur.evaluate(pruned, dense="no/such-model", text=text)
     assert kept.read_text() == '{"schema": "secateur.evalu'
 

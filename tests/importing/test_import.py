@@ -107,12 +107,6 @@ def pruned_by_torch(place: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return place, meant
 
 
-def test_a_model_without_zeros_says_so(tmp_path: Path) -> None:
-    result = secateur.import_model(save_tiny(tmp_path / "m"), output=tmp_path / "out")
-    assert "nothing has been pruned" in str(result)
-    assert "without its zeros" not in str(result)
-
-
 def test_masks_of_torch_are_applied(tmp_path: Path) -> None:
     source, meant = pruned_by_torch(tmp_path / "torch")
     assert any(n.endswith("weight_mask") for n in load_file(source / "model.safetensors"))

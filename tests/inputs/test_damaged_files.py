@@ -68,7 +68,7 @@ def test_what_was_found_once_is_refused(name: str, seed: int, tmp_path: Path) ->
 
 
 def test_some_damaged_files_of_every_kind(tmp_path: Path) -> None:
-    assert_good(attack(tmp_path, 20 * len(READERS), first=1000))
+    assert_good(attack(tmp_path, 12 * len(READERS), first=1000))
 
 
 @pytest.mark.slow

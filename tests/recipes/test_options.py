@@ -250,9 +250,6 @@ def test_a_fault_names_what_the_user_wrote(flags, on_the_command_line, in_python
 
 def test_errors_in_python_name_keywords(tmp_path) -> None:
     with pytest.raises(RecipeError) as error:
-        secateur.prune("m", output=tmp_path / "o", sparsity=2)
-    assert str(error.value).startswith("sparsity=2: ")
-    with pytest.raises(RecipeError) as error:
         secateur.prune("m", output=tmp_path / "o", method="wanda")
     assert "sparsity=0.5" in str(error.value.remedy)
     with pytest.raises(RecipeError) as error:

@@ -168,28 +168,6 @@ def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> N
         RunFolder(tmp_path / "link", "prune")
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_an_output_that_appears_meanwhile_is_not_touched(empty: bool, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with (
-        pytest.raises(RecipeError, match="has appeared"),
-        RunFolder(out, "prune") as folder,
-    ):
-        folder.begin(IDENTITY)
-        write(folder, "new")
-        out.mkdir()
-        if not empty:
-            (out / "mine").write_text("mine")
-        folder.finish()
-    assert [x.name for x in out.iterdir()] == ([] if empty else ["mine"])
-    out.rename(tmp_path / "away")
-    with RunFolder(out, "prune", resume=True) as folder:
-        folder.begin(IDENTITY)
-        assert (folder.model / "weights").read_text() == "new"
-        folder.finish()
-    assert (out / "weights").read_text() == "new"
-
-
 def test_a_whole_result_is_kept_though_nothing_of_the_run_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (

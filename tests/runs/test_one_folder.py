@@ -157,7 +157,11 @@ def test_a_second_run_is_refused_and_names_the_first(
 
 @pytest.mark.parametrize(
     ("name", "when"),
-    [("prune", "first step"), ("chain", "first step"), *((name, "last step") for name in VERBS)],
+    [
+        *((name, "first step") for name in ("prune", "chain")),
+        *((name, "last step") for name in VERBS),
+        ("prune", "last step, empty"),
+    ],
 )
 def test_an_output_that_appears_meanwhile_is_not_touched(
     name: str, when: str, sources: Path, finished: Finish, tmp_path: Path
@@ -165,12 +169,17 @@ def test_an_output_that_appears_meanwhile_is_not_touched(
     steps = finished(name).steps
     output, case = tmp_path / "out", CASES[name]
 
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    if "empty" not in when:
+        shutil.copytree(sources / "old", theirs, dirs_exist_ok=True)
+
     def appear() -> None:
-        shutil.copytree(sources / "old", output)
+        shutil.copytree(theirs, output)
 
     with pytest.raises(RecipeError):
         case.call(sources, output, At(1 if when == "first step" else steps, appear))
-    assert every_byte(output) == every_byte(sources / "old")
+    assert every_byte(output) == every_byte(theirs)
     shutil.rmtree(output)
     case.call(sources, output, At(), **case.retry(False))
     assert contents(output) == finished(name).contents

@@ -14,7 +14,7 @@ from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.scores import scores
-from secateur.training.gradual import Criterion, GradualPruning, renew
+from secateur.training.gradual import Criterion, GradualPruning
 from secateur.training.masks import open_masks
 
 WINDOWS = tiny_windows(samples=3)
@@ -125,18 +125,6 @@ def test_open_masks_know_what_is_pruned_already():
     masks = open_masks(model)
     assert sum(int((~m).sum()) for m in masks.values()) == 7
     assert masks.keys() == {f"{name}.weight" for name in matrices(model)}
-
-
-def test_renewing_changes_masks_in_place():
-    model = tiny_model("llama")
-    held = open_masks(model)
-    name = next(iter(held))
-    mine, new = held[name], held[name].clone()
-    new[0] = False
-    renew(model, held, {name: new})
-    assert held[name] is mine
-    assert not mine[0].any()
-    assert not model.get_parameter(name)[0].any()
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_minutes_end_a_run_in_time_and_the_rate_falls_to_nothing(
     model = pruned_model()
     done = run(model, TrainingPlan(minutes=1.5 / 60, **EXACT), validation=watched(SEQUENCES[:4]))
     assert done.stopped == "minutes"
-    assert 1.3 < done.seconds < 1.5
+    assert 1.3 < done.seconds < 1.6
     assert done.log[-1]["learning_rate"] < 0.2 * max(x["learning_rate"] for x in done.log)
     assert done.tokens == done.step * 4 * 12
 

@@ -130,13 +130,6 @@ def test_refuses_to_go_back_behind_the_end(plan):
         rounds_of(tiny_model("llama"), rewind_step=4).part(1, TrainingPlan(**plan))
 
 
-def test_one_round_is_one_shot(tmp_path):
-    rounds, _, records = in_rounds(tmp_path, rounds=1)
-    assert [x["sparsity"] for x in records] == [0.8]
-    masks = Criterion().masks(tiny_model("llama"), open_masks(tiny_model("llama")), 0.8)
-    assert all(torch.equal(rounds.kept[name], masks[name]) for name in masks)
-
-
 class Stopped(KeyboardInterrupt):
     """Somebody pressed a key."""
 

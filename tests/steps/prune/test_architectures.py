@@ -159,7 +159,7 @@ def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
     assert 0.1 < true < 0.4
     audit = inspect(str(folder)).audit
     assert audit.sparsity == pytest.approx(true, abs=1e-12)
-    assert sum(x.weights for x in audit.linears if ".experts." in x.name) == 2 * 4 * 3 * 24 * 32
+    assert sum(x.weights for x in audit.linears if ".experts." in x.name) == 2 * 6 * 3 * 24 * 32
     found = secateur.diagnose(folder, progress=Silent())
     assert found.weights.sparsity == pytest.approx(true, abs=1e-12)
     assert not found.verdict.startswith("healthy")
