@@ -200,7 +200,7 @@ def test_help_shows_every_word_that_was_written(
     verb: str, secateur, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brackets and stars mean something to what draws it."""
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "800")
     done = secateur(verb, "--help")
     assert done.code == 0
     shown = " ".join(done.out.split())

@@ -61,23 +61,19 @@ def library(needs: str = "compressed_tensors") -> Any:
         return importlib.import_module(needs)
 
 
-def pruned_folder(place: Path, pattern: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A tiny model with random zeros in its linears: 2:4, or anywhere."""
-    save_tiny(place, dtype=dtype, **WIDE)
+def pruned_folder(place: Path) -> Path:
+    """A tiny model with random zeros in its linears, 2:4."""
+    save_tiny(place, dtype=torch.bfloat16, **WIDE)
     file = place / "model.safetensors"
     tensors = load_file(file)
     random = torch.Generator().manual_seed(5)
     for name, weight in tensors.items():
         if name.endswith("proj.weight"):
             score = torch.rand(weight.shape, generator=random)
-            if pattern == "2:4":
-                four = score.view(-1, 4)
-                kept = torch.zeros_like(four, dtype=torch.bool)
-                kept.scatter_(1, four.topk(2, 1).indices, True)
-                kept = kept.view(weight.shape)
-            else:
-                kept = score > 0.6
-            tensors[name] = torch.where(kept, weight, torch.zeros_like(weight))
+            four = score.view(-1, 4)
+            kept = torch.zeros_like(four, dtype=torch.bool)
+            kept.scatter_(1, four.topk(2, 1).indices, True)
+            tensors[name] = weight.masked_fill(~kept.view(weight.shape), 0.0)
     save_file(tensors, file, metadata={"format": "pt"})
     return place
 
@@ -184,7 +180,7 @@ def write_golden() -> None:
     name = "model.layers.0.mlp.down_proj"
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        source = pruned_folder(place / "source", "2:4")
+        source = pruned_folder(place / "source")
         whole = load_file(source / "model.safetensors")
         for case in (*ZEROS, *SCHEMES):
             one = whole[f"{name}.weight"][:GOLDEN_ROWS, :GOLDEN_COLUMNS].contiguous()

@@ -61,25 +61,6 @@ def test_numbers_that_do_not_fit(refused, model: Path, changes, what: str) -> No
     assert what in refused("inspect", model)
 
 
-def test_ten_to_nine_layers_are_refused_before_a_model_is_built(
-    refused, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Building it ran until somebody killed it."""
-
-    def built(*_: object, **__: object) -> None:
-        raise AssertionError("a model is being built")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", built)
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", built)
-    change(model, num_hidden_layers=10**9)
-    for words in (
-        ["inspect", model],
-        ["prune", model, "--method", "magnitude", "--sparsity", 0.5, "-o", tmp_path / "out"],
-    ):
-        assert "3 layers" in refused(*words)
-    assert not (tmp_path / "out.partial").exists()
-
-
 def test_a_configuration_that_is_nested_too_deeply(refused, model: Path) -> None:
     (model / "config.json").write_text(DEEP)
     assert "nested too deeply" in refused("inspect", model)

@@ -61,7 +61,7 @@ def other_value(option: Any) -> Any:
         return next(choice for choice in option.choices if choice != option.default)
     if option.type is bool:
         return option.default == "off"
-    special = {"teacher_layers": (0, 1), "device": "cpu", "max_memory": "6GiB"}
+    special = {"device": "cpu", "max_memory": "6GiB"}
     return special.get(option.name, OTHER.get(option.type, ("other",)))
 
 

@@ -204,7 +204,7 @@ def test_text_of_flags_becomes_values() -> None:
     given = {"model": "m", "lora": "8", "text": ["a", "b"], "top_k": "64"}
     taught, _ = recipe_from_flags(
         TrainRecipe,
-        {**given, "teacher": "m", "hidden_weight": 1.0, "teacher_layers": ["0,3", "5"]},
+        {**given, "teacher": "m", "hidden_weight": 1.0},
         ["lora.alpha=4"],
     )
     assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
@@ -213,7 +213,6 @@ def test_text_of_flags_becomes_values() -> None:
     alone, _ = recipe_from_flags(TrainRecipe, {"model": "m", "lora_targets": ["q_proj,v_proj"]})
     assert (alone.lora.rank, alone.lora.targets) == (16, ("q_proj", "v_proj"))
     assert taught.text == ("a", "b")
-    assert taught.teacher_layers == (0, 3, 5)
 
 
 def test_text_that_is_no_value_is_one_fault_among_all() -> None:

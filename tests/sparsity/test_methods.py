@@ -7,7 +7,6 @@ import torch
 
 from secateur.errors import PatternError, RecipeError
 from secateur.sparsity.methods import compose, methods
-from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
@@ -94,6 +93,7 @@ def test_parameters_reach_their_parts():
         ({"method": "wandaa"}, r"did you mean 'wanda'"),
         ({"method": "ria", "score": "wnda"}, r"did you mean 'wanda'"),
         ({"method": "ria", "solver": "obss"}, r"did you mean 'obs'"),
+        ({"method": "wanda", "refine": "swap"}, "swaps"),
         ({"method": None}, "neither a method nor a score"),
         ({"method": "sparsegpt", "dampening": 0.1}, r"no parameter 'dampening'(.|\n)*'damping'"),
         ({"method": "wanda", "damping": 0.1}, "no parameter 'damping'"),
@@ -133,21 +133,6 @@ def test_impossible_patterns(text, scope, said):
         compose("wanda", text, scope=scope)
 
 
-def test_n_counts_kept_weights():
-    # The released code of SparseGPT and Wanda would keep three here.
-    pattern = parse_pattern("1:4")
-    assert pattern.sparsity == 0.75
-    mask = pattern.mask(torch.tensor([[3.0, 1.0, 4.0, 2.0]]), 0.75)
-    assert mask.tolist() == [[False, False, True, False]]
-    with pytest.raises(PatternError, match=r"0\.75, not 0\.5"):
-        pattern.check((1, 4), 0.5)
-
-
-def test_percentages_are_recognised():
-    with pytest.raises(PatternError, match=r"did you mean 0\.5\?"):
-        parse_pattern("unstructured").check((4, 4), 50.0)
-
-
 def test_a_refinement_betters_the_mask_and_keeps_the_solver_from_choosing() -> None:
     plain = compose("sparsegpt", "2:4")
     refined = compose("sparsegpt", "2:4", refine="swaps", swaps=3)
@@ -162,8 +147,3 @@ def test_a_refinement_betters_the_mask_and_keeps_the_solver_from_choosing() -> N
     first, better = plain.mask(weight, statistics, 0.5), refined.mask(weight, statistics, 0.5)
     assert not torch.equal(first, better)
     assert ((better * weight - weight) @ x.t()).norm() < ((first * weight - weight) @ x.t()).norm()
-
-
-def test_an_unknown_refinement_gets_a_near_name() -> None:
-    with pytest.raises(RecipeError, match="swaps"):
-        compose("wanda", "2:4", refine="swap")

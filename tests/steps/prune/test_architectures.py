@@ -165,7 +165,7 @@ def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
     assert not found.verdict.startswith("healthy")
     dense = [f for f in found.findings if f.id == "dense-linear"]
     assert len(dense) == 1
-    assert "24 matrices" in dense[0].evidence
+    assert "36 matrices" in dense[0].evidence
 
 
 def test_shared_layers_are_counted_once(tmp_path: Path) -> None:
