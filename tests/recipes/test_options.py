@@ -204,7 +204,7 @@ def test_text_of_flags_becomes_values() -> None:
     given = {"model": "m", "lora": "8", "text": ["a", "b"], "top_k": "64"}
     taught, _ = recipe_from_flags(
         TrainRecipe,
-        {**given, "teacher": "m", "hidden_weight": 1.0},
+        {**given, "teacher": "m"},
         ["lora.alpha=4"],
     )
     assert (taught.lora.rank, taught.lora.alpha) == (8, 4)
