@@ -151,6 +151,7 @@ def test_data_that_cannot_be_read(content: str | None, tmp_path: Path) -> None:
         prepare_tasks(["piqa"], folder=str(tmp_path))
 
 
+@pytest.mark.slow  # lm-eval reads all of its tasks
 def test_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

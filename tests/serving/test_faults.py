@@ -193,7 +193,9 @@ VALUES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    "path", ["chat/completions", pytest.param("completions", marks=pytest.mark.slow)]
+)
 def test_any_value_is_answered_or_refused(server: Running, path: str) -> None:
     right = {"prompt": "x"} if path == "completions" else {"messages": USER}
     for name, value in itertools.product(FIELDS, VALUES):

@@ -19,6 +19,7 @@ from secateur.errors import KernelError
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_every_kernel_computes_right_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install '.[gpu]'")
     root = HERE.parents[2]
