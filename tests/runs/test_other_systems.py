@@ -20,6 +20,7 @@ from cases import CASES, make_sources
 from contents import contents
 from other_systems import SYSTEMS, pretend
 from slow import slow_but
+from stopped_stage import StopAt, StoppedError
 
 import secateur
 from secateur.errors import RecipeError
@@ -32,22 +33,6 @@ from secateur.runs.output import take_name
 
 FEW = ("prune", "train", "compress int8")
 Pretend = Callable[[str], pytest.MonkeyPatch]
-
-
-class Stopped(BaseException):
-    """As Ctrl-C would end a run."""
-
-
-class StopAt(Silent):
-    """A progress that stops the run at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        self.left -= count
-        if self.left <= 0:
-            raise Stopped
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +89,8 @@ def test_from_a_model_to_a_text(sources: Path, tmp_path: Path, pretended: str) -
 def test_a_stopped_run_is_resumed(step: int, sources: Path, tmp_path: Path, pretended: str) -> None:
     case = CASES["prune"]
     case.call(sources, tmp_path / "straight", Silent())
-    with pytest.raises(Stopped):
-        case.call(sources, tmp_path / "out", StopAt(step))
+    with pytest.raises(StoppedError):
+        case.call(sources, tmp_path / "out", StopAt(None, step))
     case.call(sources, tmp_path / "out", Silent(), resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
     assert sorted(os.listdir(tmp_path)) == ["out", "straight"]

@@ -13,6 +13,7 @@ from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from oracles import allocation as oracle
+from oracles.mixtures import inputs_of
 from secateur.calibration.windows import save_windows
 from secateur.engine import prepared
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
@@ -74,22 +75,6 @@ def shares_of(survey: Survey, allocation, sparsity=0.5) -> dict[str, float]:
     return {n: x.sparsity for n, x in allocate(survey, allocation, sparsity).items()}
 
 
-def inputs_of(model, windows) -> dict[str, torch.Tensor]:
-    """The inputs of every matrix in a plain forward, [tokens, in]."""
-    found = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda m, args, name=name: found.update({name: args[0].flatten(0, -2)})
-        )
-        for name, module in matrices(model).items()
-    ]
-    with torch.no_grad():
-        model(input_ids=windows)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 def zeros(model) -> int:
     return sum(int((weight_of(m) == 0).sum()) for m in matrices(model).values())
 
@@ -124,7 +109,7 @@ def test_owl_on_a_model_equals_the_formula_on_plain_forwards(family: str, tmp_pa
 
 
 def check_owl(model, work: Path) -> None:
-    inputs, modules = inputs_of(model, tiny_windows()), matrices(model)
+    inputs, modules = inputs_of(model, [*matrices(model)], tiny_windows()), matrices(model)
     by_layer: dict[str, list] = {}
     for name, module in modules.items():
         layer = next(part for part in name.split(".") if part.isdigit())
@@ -142,7 +127,10 @@ def check_owl(model, work: Path) -> None:
 
 def test_sensitivity_on_a_model_ranks_by_the_error_of_its_own_method(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    inputs, method = inputs_of(model, tiny_windows()), compose("wanda", "unstructured", "layer")
+    inputs, method = (
+        inputs_of(model, [*matrices(model)], tiny_windows()),
+        compose("wanda", "unstructured", "layer"),
+    )
     errors = {}
     for name, module in matrices(model).items():
         weight = weight_of(module)
@@ -207,7 +195,7 @@ def test_a_candidate_is_worth_what_a_plain_forward_gives(family: str, tmp_path: 
     for candidate, whole, some in zip(candidates, measured, part, strict=True):
         other = copy.deepcopy(before)
         shares = {n: r.sparsity(x) for (n, r), x in zip(rungs.items(), candidate, strict=True)}
-        inputs = inputs_of(before, tiny_windows())
+        inputs = inputs_of(before, [*matrices(before)], tiny_windows())
         for name, module in matrices(other).items():
             weight = weight_of(module)
             score = weight.abs() * inputs[name].norm(dim=0)
@@ -279,7 +267,7 @@ def test_each_linear_alone_costs_what_the_formula_gives(family: str, tmp_path: P
 def check_alone(model, work: Path) -> None:
     windows, part = tiny_windows(), ByDivergence(judged_tokens=120)
     survey = survey_of(model, work, sparsity=0.8, scope="layer")
-    grains, inputs = grains_of(survey.tasks, part), inputs_of(model, windows)
+    grains, inputs = grains_of(survey.tasks, part), inputs_of(model, [*matrices(model)], windows)
     found = pruned_alone(survey, part, grains)
     modules = matrices(model)
     assert found.keys() == modules.keys()
@@ -332,7 +320,7 @@ def test_the_second_order_is_the_divergence_where_tokens_do_not_mix(tmp_path: Pa
     settings = Settings(micro_batch_tokens=400, work=tmp_path)
     survey = Survey(target, tasks, stream, settings, Silent())
     found = pruned_alone(survey, part, grains_of(tasks, part))
-    inputs = inputs_of(model, many)
+    inputs = inputs_of(model, [*matrices(model)], many)
     last = f"layers.{len(target.layers) - 1}."
     behind = [name for name in found if last in name and ("mlp" in name or "o_proj" in name)]
     assert len(behind) == 4

@@ -9,43 +9,25 @@ from torch import nn
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
+from oracles.mixtures import inputs_of
 from secateur.engine.stream.calls import find_groups
 from secateur.models.architecture import describe, linears_of
-
-
-def inputs_of(model: nn.Module, names: list[str], windows: torch.Tensor) -> dict:
-    """Inputs of some matrices in a plain forward of the whole model."""
-    seen: dict[str, torch.Tensor] = {}
-    modules = dict(model.named_modules())
-    handles = [
-        modules[n].register_forward_pre_hook(
-            lambda m, args, n=n: seen.__setitem__(n, args[0].reshape(-1, args[0].shape[-1]))
-        )
-        for n in names
-    ]
-    with torch.no_grad():
-        model(input_ids=windows, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 def wanda_by_hand(model: nn.Module, windows: torch.Tensor, sparsity: float, by_group: bool) -> None:
     """Wanda in float64, one whole-model forward per step, rows sorted one at a time."""
     architecture = describe(model)
-    for index, layer in enumerate(architecture.layers(model)):
+    for index in range(len(architecture.layers(model))):
         prefix = architecture.layer_name(index)
         names = [n for n in matrices(model) if n.startswith(prefix + ".")]
         groups = architecture.groups or [[n.removeprefix(prefix + ".")] for n in names]
         if architecture.groups is None:
-            hidden = {id(m): n for n, m in layer.named_modules()}
             found = inputs_of(model, names, windows)
             unique: dict[tuple, list[str]] = {}
             for n in names:
                 key = tuple(found[n].flatten()[:7].tolist())
                 unique.setdefault(key, []).append(n.removeprefix(prefix + "."))
             groups = list(unique.values())
-            assert hidden
         steps = groups if by_group else [[n for g in groups for n in g]]
         for step in steps:
             full = [f"{prefix}.{n}" for n in step]
