@@ -21,7 +21,6 @@ from secateur.errors import RecipeError
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, Speed
 from secateur.reporting.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
-from secateur.steps.bench import tokens_of
 
 needs_kernels = pytest.mark.skipif(
     kernel_info().tier == "none", reason=f"no kernels here: {kernel_info().reason}"
@@ -106,37 +105,6 @@ def test_contenders_with_one_reason_share_a_line() -> None:
     assert result.exit_code == 1
     assert "dense bf16, dense int8" in str(result)
     assert str(result).count("its type is gpt2") == 1
-
-
-@pytest.mark.slow
-def test_bench_of_a_model_that_is_not_compressed(secateur, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "m", head_dim=16)
-    done = secateur("bench", folder, *SHORT)
-    assert done.code == 0, done.err
-    assert "packed" not in done.out  # it has no packed weights
-    assert "dense bf16" in done.out
-    assert "not compressed" in done.out
-    assert "secateur compress" in done.out
-    refused = secateur("bench", folder, *SHORT, "--contenders", "packed")
-    assert refused.code == 2
-    assert "'packed' needs" in refused.err
-
-
-def test_bench_refuses(secateur, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "m")
-    for options, message in (
-        (("--contenders", "packd"), "did you mean packed"),
-        (("--gguf", tmp_path / "none.gguf"), "there is no such GGUF file"),
-        (("--rounds", 0), "--rounds 0:"),
-        (("--new-tokens", 1), "--new-tokens 1:"),
-    ):
-        done = secateur("bench", folder, *options)
-        assert done.code == 2
-        assert message in done.err
-    assert secateur("bench", tmp_path / "none").code == 2
-    with pytest.raises(RecipeError, match="prompt_tokens=0:"):
-        library.bench(folder, prompt_tokens=0)
-    assert tokens_of(folder) == 96
 
 
 def test_verdicts() -> None:

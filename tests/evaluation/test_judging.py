@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from commands import runner
 from task_rows import write_task
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
 
 import secateur
-from secateur.cli import main
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import generation
 from secateur.evaluation.generation import check_generation, repetition
@@ -28,29 +27,26 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process."""
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
 def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generated texts of few tokens: 64 of each prompt would take most of the time."""
     monkeypatch.setitem(check_generation.__kwdefaults__, "new_tokens", 6)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Run `secateur` in this process."""
-    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.usefixtures("short_texts")
-def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, capsys) -> None:
-    code = command(
-        monkeypatch, "evaluate", pruned, "--dense", dense, "--text", text,
+def test_everything_at_once(dense, pruned, text, data, tmp_path, command) -> None:
+    done = command(
+        "evaluate", pruned, "--dense", dense, "--text", text,
         "--sequence-length", 32, "--tasks", "hellaswag, boolq", "--task-data", data,
         "--limit", 6, "--shots", 1, "--generation", "--output", tmp_path / "e.json", "--json",
     )  # fmt: skip
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    found = json.loads(printed.out)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     saved = json.loads((pruned / "secateur" / "evaluation.json").read_text())
     assert found == saved == json.loads((tmp_path / "e.json").read_text())
     assert next(iter(saved)) == "schema"
@@ -79,11 +75,10 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, monkeypatch, ca
     assert all(s.reference_text is not None for s in texts.samples)
 
 
-def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, capsys) -> None:
+def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, command) -> None:
     monkeypatch.setattr(steps_evaluate, "NEW_TOKENS", 6)
-    arguments = ["evaluate", pruned, "--dense", dense, "--kinds"]
-    assert command(monkeypatch, *arguments) == 0
-    printed = capsys.readouterr().out
+    done = command("evaluate", pruned, "--dense", dense, "--kinds")
+    assert done.code == 0, done.err
     record = read_evaluation(pruned / "secateur" / "evaluation.json")
     assert record.perplexity == []
     assert [one.protocol["kind"] for one in record.divergence] == ["prose", "code", "chat", "lists"]
@@ -91,16 +86,17 @@ def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, c
         assert 0 < one.acceptance < 1
         assert one.acceptance_standard_error > 0
         assert 4 <= one.tokens <= 24
-        assert f"{one.acceptance:.4f}" in printed
+        assert f"{one.acceptance:.4f}" in done.out
     same = secateur.evaluate(dense, dense=dense, kinds=True).divergence
     assert [one.acceptance for one in same] == pytest.approx([1.0] * 4, abs=1e-5)
     texts = [one.protocol["token_ids"] for one in record.divergence]
     assert [one.protocol["token_ids"] for one in same] == texts
 
 
-def test_kinds_need_a_dense_model(pruned, monkeypatch, capsys) -> None:
-    assert command(monkeypatch, "evaluate", pruned, "--kinds") == 2
-    assert "--dense" in capsys.readouterr().err
+def test_kinds_need_a_dense_model(pruned, command) -> None:
+    done = command("evaluate", pruned, "--kinds")
+    assert done.code == 2
+    assert "--dense" in done.err
 
 
 def test_loaded_models(text: Path) -> None:
@@ -117,10 +113,11 @@ def test_loaded_models(text: Path) -> None:
     assert (record.tasks, record.generation) == ([], [])
 
 
-def test_a_model_without_tokenizer(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
+def test_a_model_without_tokenizer(tmp_path: Path, text: Path, command) -> None:
     folder = save_tiny(tmp_path / "bare", tokenizer=False)
-    assert command(monkeypatch, "evaluate", folder, "--text", text) == 1
-    assert "no tokenizer" in capsys.readouterr().err
+    done = command("evaluate", folder, "--text", text)
+    assert done.code == 1
+    assert "no tokenizer" in done.err
 
 
 def test_a_reference_that_reads_other_tokens(dense, text, tmp_path) -> None:
