@@ -151,6 +151,7 @@ def test_merges_that_scores_cannot_express_are_refused(changes: dict[str, Any], 
 )
 def test_other_treatment_of_spaces_is_refused(changes: dict[str, Any]) -> None:
     known = {"normalizer": None, "pre_tokenizer": FIRST}
-    assert space_rules(known, "t").prefix
+    prefixed, _ = space_rules(known, "t")
+    assert prefixed
     with pytest.raises(ExportError, match="treats spaces by"):
         space_rules({**known, **changes}, "t")

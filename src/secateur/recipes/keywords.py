@@ -267,7 +267,7 @@ def naming_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 COMMAND = re.compile(r"(`?\bsecateur [a-z]+ [^`,;\n]*`?)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: (-?\d[\w.]*))?")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: (-?\d[\w.]*|[a-z][a-z0-9-]*))?")
 
 
 def with_keywords(text: str) -> str:
@@ -275,8 +275,8 @@ def with_keywords(text: str) -> str:
 
     Example:
         >>> from secateur.recipes.keywords import with_keywords
-        >>> with_keywords("use --windows 64, --max-memory 6GiB or --symmetric, not --field")
-        'use windows=64, max_memory=6GiB or asymmetric=False, not field'
+        >>> with_keywords("use --windows 64, --effort fast or --symmetric, not --field")
+        "use windows=64, effort='fast' or asymmetric=False, not field"
         >>> with_keywords("run `secateur decompress DIR --output OUT`, or add --overwrite")
         'run `secateur decompress DIR --output OUT`, or add overwrite'
     """
@@ -285,9 +285,15 @@ def with_keywords(text: str) -> str:
 
 
 def _keyword(flag: re.Match[str]) -> str:
-    """A flag as a keyword, with the number after it."""
-    name, value = flag[1].replace("-", "_"), f"={flag[2]}" if flag[2] else ""
+    """A flag as a keyword, with the number or choice after it."""
+    name, after = flag[1].replace("-", "_"), flag[2] or ""
     options = [o for verb in VERBS.values() for o in all_options(imported(verb.recipe))]
-    off = next((o.name for o in options if name in (o.flag.off, f"no_{o.name}")), None)
-    known = any(o.name == name for o in options)
-    return name + value if known else f"{off}=False" if off else flag[0]
+    same = [o for o in options if o.name == name]
+    if not same:
+        off = next((o.name for o in options if name in (o.flag.off, f"no_{o.name}")), None)
+        return f"{off}=False {after}".rstrip() if off else flag[0]
+    if any(after in o.choices for o in same):
+        return f"{name}={after!r}"
+    if not after or after[0].isalpha():
+        return f"{name} {after}".rstrip()
+    return f"{name}={after}"

@@ -46,7 +46,8 @@ def test_a_collapsing_run_is_stopped_and_can_go_on(source, windows, tmp_path: Pa
     assert where is not None
     index = int(where.removeprefix("model.layers."))
     assert f"{where}." in stopped.value.what
-    assert "restart" in str(stopped.value.remedy)
+    for option in ("restart", "overrides", "resume", "on_collapse='warn'"):
+        assert option in str(stopped.value.remedy)
     assert not out.exists()
     done = lines(tmp_path / "out.partial" / "model" / "secateur" / "layers.jsonl")
     assert len(done) == index + 1

@@ -631,7 +631,7 @@ def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
         where=layer,
         remedy="start anew with --restart and a lower --sparsity, or less for this layer "
         f"(--overrides '{layer}.*=0.3'); the finished layers were kept, and --resume "
-        "--on-collapse warn goes on with the same sparsity",
+        "with --on-collapse warn goes on with the same sparsity",
     )
 
 
