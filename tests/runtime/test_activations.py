@@ -186,10 +186,8 @@ def test_without_kernels_integers_stay_integers(tmp_path: Path) -> None:
     assert model.to("meta").model.layers[0].mlp.up_proj.codes.device.type == "meta"
     with pytest.raises(CheckpointError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
-    assert secateur.runtime.decode.why_not(secateur.load(folder, kernels=False)) in (
-        "kernels=False",
-        lib.kernel_info().reason,
-    )
+    reason = secateur.runtime.decode.why_not(secateur.load(folder, kernels=False))
+    assert (lib.kernel_info().reason or "kernels=False") in str(reason)
 
 
 @pytest.mark.parametrize("shares", ["consecutive", "spread"])
@@ -212,26 +210,21 @@ def test_the_folder_says_how_activations_are_rounded(tmp_path: Path) -> None:
     assert Forgery(folder / "secateur.safetensors").description["activations"] == rounding
 
 
-@pytest.mark.parametrize(
-    ("stated", "said"),
-    [
-        ({"values": "int8", "group": 256}, "int8 in groups of 64, or not at all"),
-        ("int8", "int8 in groups of 64, or not at all"),
-        (None, "but with these matrices they are rounded to"),
-    ],
-)
-def test_another_rounding_is_refused(tmp_path: Path, stated: Any, said: str) -> None:
+@pytest.mark.parametrize("stated", [{"values": "int8", "group": 256}, "int8", None])
+def test_another_rounding_is_refused(tmp_path: Path, stated: Any) -> None:
     folder = packed_model(tmp_path, **STORED["int8"])
     forgery = Forgery(folder / "secateur.safetensors")
     forgery.description["activations"] = stated
     forgery.write()
-    with pytest.raises(CheckpointError, match=f"disagree|{said}"):
+    with pytest.raises(CheckpointError, match="activations") as refused:
         PackedCheckpoint(folder)
+    assert refused.value.where == str(folder / "secateur.safetensors")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["activations"] = stated
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match="activations") as refused:
         PackedCheckpoint(folder)
+    assert refused.value.where == str(folder if stated is None else folder / "config.json")
     del config["quantization_config"]["activations"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="activations"):

@@ -94,8 +94,10 @@ def test_opened_experts_are_not_saved(tmp_path: Path) -> None:
 def test_a_folder_without_its_index(tmp_path: Path) -> None:
     folder = packed_model(tmp_path)
     (folder / "secateur.safetensors.index.json").unlink()
-    (folder / "secateur.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"index.json"):
+        PackedCheckpoint(folder)
+    (folder / "secateur.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"secateur.safetensors.* model.safetensors"):
         PackedCheckpoint(folder)
 
 

@@ -154,7 +154,7 @@ def test_positions_that_change_at_a_length() -> None:
     config.rope_parameters = LONG_ROPE
     torch.manual_seed(0)
     model = class_of(config).from_config(config, dtype=torch.float32).eval()
-    assert why_not(model, 33) == "32 tokens"
+    assert "32 tokens" in str(why_not(model, 33))
     ids = tiny_windows(1, 32)[0]
     decoder = Decoder(model, 32)
     decoder.prefill(ids[:5])

@@ -118,7 +118,7 @@ def test_groups_of_experts_stay_even() -> None:
     model = tiny_model("deepseek_v3")
     uneven = {(0, 1, 2, 3, 4): "3, 2", (0, 1, 2): "3, 0", (0, 3): "1, 1"}
     for kept, found in uneven.items():
-        with pytest.raises(RecipeError, match=rf"keeps \[{found}2 groups"):
+        with pytest.raises(RecipeError, match=rf"\[{found}\] .* 2 groups"):
             cut_model(model, Cut(experts={1: kept, 2: kept}))
 
 

@@ -253,7 +253,7 @@ class RunWindows:
         windows, record = reader.read(options.source, options, extra=wanted, only_plan=only_plan)
         extra = record.get(EXTRA, 0)
         if extra < wanted:
-            message = "the distillation wants %d extra windows, and %s has %d"
+            message = "the distillation wants %d extra windows, and %s has %d: give a longer text"
             log.warning(message, wanted, record["source"], extra)
         return cls._split(windows, extra, record, options.generated_windows)
 

@@ -213,7 +213,7 @@ def test_left_out_matrices_are_reported_everywhere(
     card = (tmp_path / "out" / "README.md").read_text()
     tower = [t for n, t in stored(source).items() if n.startswith("vision_tower.") and t.ndim > 1]
     weights = sum(t.numel() for t in tower)
-    assert f"- `vision_tower`: not in the decoder's layers, {weights:,} weights" in card
+    assert f"vision_tower: not in the decoder's layers, {weights:,} weights" in card
     page = tmp_path / "report.html"
     monkeypatch.setattr("sys.argv", ["secateur", "report", str(tmp_path / "out"), "-o", str(page)])
     with pytest.raises(SystemExit):
