@@ -15,13 +15,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import page_givens
 import pytest
 import yaml
 from commands import Outcome
+from lm_eval.api.task import TaskConfig
 from page_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, commands, name_of, run_blocks
 from slow import slow_but
 
@@ -44,8 +47,12 @@ FAMILIES = {
     "docs/methods/fluctuation": "gpt2",
 }
 """The family of `MODEL`, where it is no Llama."""
-DATA = {"docs/run-folder": PruneRecipe, "docs/structure/chain": ChainRecipe}
-"""The recipes of the YAML blocks of a page."""
+DATA: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "docs/run-folder": partial(build_recipe, PruneRecipe),
+    "docs/structure/chain": partial(build_recipe, ChainRecipe),
+    "docs/evaluation": lambda task: TaskConfig(**{k: task[k] for k in task if k != "include"}),
+}
+"""What reads the YAML blocks of a page."""
 
 NAMED = {
     "TEXT": "TEXT.txt",
@@ -78,7 +85,6 @@ SHORT = {
         "--rounds": "2",
         "--prompt-tokens": "4",
         "--new-tokens": "2",
-        "--seconds": "1",
     },
 }
 """The options that every command of a verb has here."""
@@ -285,5 +291,4 @@ def test_blocks_of_data_are_read() -> None:
             if block.language == "json":
                 json.loads(block.text if block.text.startswith("{") else f"{{{block.text}}}")
             if block.language == "yaml":
-                recipe = yaml.safe_load(block.text)
-                build_recipe(DATA[name_of(page)], recipe)
+                assert DATA[name_of(page)](yaml.safe_load(block.text))

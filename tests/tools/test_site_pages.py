@@ -72,7 +72,7 @@ def test_every_public_name_has_an_entry_with_text() -> None:
         entry = page.partition(f"## secateur.{name}\n")[2].partition("\n## ")[0]
         assert len(entry) > 30, name
     assert "    sparsity: float | None = None," in page
-    assert "- `seconds`: Start no round after this many seconds" in page
+    assert "- `rounds`: Largest" in page
 
 
 def test_assistants_are_led_to_built_pages() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from secateur.allocator import reused_pages
-from secateur.errors import KernelError, install_extra
+from secateur.errors import KernelError, RecipeError, install_extra
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
 from secateur.models.skeleton import (
@@ -79,10 +79,18 @@ def load(
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
         KernelError: there is no Triton for a GPU.
+        RecipeError: torch knows no such device, or the dtype is none of torch's.
     """
     from secateur.runtime.quantizer import refuse_saving
 
-    folder, device = Path(folder), torch.device(device)
+    try:
+        folder, device = Path(folder), torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"there is no device {device!r}", remedy="give 'cpu', 'cuda' or 'cuda:N'"
+        ) from error
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise RecipeError(f"dtype is {dtype!r}", remedy="give a dtype, such as torch.bfloat16")
     if not is_packed(folder):
         return load_whole(folder, device, dtype=dtype, trust_remote_code=trust_remote_code)
     packed = PackedCheckpoint(folder)

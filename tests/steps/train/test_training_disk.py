@@ -51,23 +51,32 @@ def failing(call: Callable[..., Any], at: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "at"),
+    ("owner", "name", "at", "where"),
     [
-        (checkpoint, "write_all", 3),  # the best weights, before the first step
-        (checkpoint, "write_all", 60),  # the first save
-        (checkpoint, "write_all", 300),  # a later one
-        (saved.Log, "written", 4),  # the log
-        (checkpoint, "write_all", 5),  # the result
-        (shutil, "copyfile", 1),  # its copy of the source
+        (checkpoint, "write_all", 3, "work/best.unfinished"),  # before the first step
+        (checkpoint, "write_all", 60, "work/state.unfinished"),  # the first save
+        (checkpoint, "write_all", 500, "work/state.unfinished"),  # a later one
+        (saved.Log, "written", 4, "."),
+        (checkpoint, "write_all", 1300, "work/final.unfinished"),  # the trained weights
+        (checkpoint, "write_all", 1330, "model/model.safetensors"),
+        (shutil, "copyfile", 1, "model"),  # its copy of the source
     ],
 )
 def test_a_full_disk_is_named_and_the_training_goes_on(
-    owner: Any, name: str, at: int, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any,
+    name: str,
+    at: int,
+    where: str,
+    places: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), at))
-        with pytest.raises(MemoryBudgetError, match="resume=True"):
+        with pytest.raises(MemoryBudgetError, match="disk") as full:
             train(places, tmp_path / "out")
+    assert full.value.where == str(tmp_path / "out.partial" / where)
+    assert "resume" in str(full.value.remedy)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial" / "work").glob("*.unfinished"))
     train(places, tmp_path / "out", resume=True)
