@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from zoo import class_of
+from zoo import class_of, tiny_windows
 
 from secateur.models.skeleton import quiet_transformers
+from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes
-from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint, cut_model
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {
     "layers": lambda s: Cut(layers=(0, 2)),
@@ -100,3 +101,55 @@ def cut_on_disk(
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     return counted, loaded
+
+
+def cut_quietly(model: Any, cut: Cut) -> Any:
+    """The cut model, whether a plain class has its sizes or not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VariedSizesWarning)
+        return cut_model(model, cut)
+
+
+def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Logits without a cache."""
+    with torch.no_grad():
+        return model(input_ids=windows, use_cache=False).logits
+
+
+def assert_generates(model: Any, prompt: torch.Tensor, alike: bool = True) -> None:
+    """Four greedy tokens are the same with a cache and without, and so are their logits."""
+    with quiet_transformers():
+        with_cache, without = (
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, min_new_tokens=4,
+                do_sample=False, use_cache=use, output_logits=True, return_dict_in_generate=True,
+            )
+            for use in (True, False)
+        )  # fmt: skip
+    assert torch.equal(with_cache.sequences, without.sequences)
+    assert not alike or close(torch.stack(with_cache.logits), torch.stack(without.logits))
+
+
+def cut_twice(
+    model: Any, cut: Cut, folder: Path, *, same: bool = True, alike: bool = True
+) -> tuple[Any, Accounting, Any]:
+    """Cut a model in memory and on disk, compare both and their accounts, and generate.
+
+    Args:
+        model: is stored and cut.
+        cut: what is kept.
+        folder: receives `source` and `out`.
+        same: compare logits and generate, which a norm with an ε of its class forbids.
+        alike: compare logits with a cache and without, which routers can drive apart.
+
+    Returns:
+        The model cut in memory, the account, and the model loaded.
+    """
+    smaller, windows = cut_quietly(model, cut), tiny_windows(2)
+    counted, loaded = cut_on_disk(model, cut, folder)
+    assert counted == accounting(model, cut)
+    assert counted.after.parameters == sum(p.numel() for p in smaller.parameters())
+    if same:
+        assert close(logits(loaded.eval(), windows), logits(smaller, windows))
+        assert_generates(loaded, windows[:, :9], alike)  # longer than the sliding windows
+    return smaller, counted, loaded

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cuts import close, odd
+from cuts import close, cut_quietly, logits, odd
 from slow import slow
-from test_surgery import cut_quietly
 from zoo import tiny_model, tiny_windows
 
 from oracles.masking import narrow_weights
@@ -35,17 +34,12 @@ def olmo(seed: int) -> Any:
     return model
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny_windows(), use_cache=False).logits
-
-
 def unread(model: Any) -> torch.Tensor:
     """The outputs with the heads that go still there, and read by nobody."""
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[:, KEPT * SIZE :] = 0.0
-    return logits(model)
+    return logits(model, tiny_windows())
 
 
 def test_exact_where_the_heads_that_go_are_as_large_as_those_that_stay() -> None:
@@ -56,7 +50,7 @@ def test_exact_where_the_heads_that_go_are_as_large_as_those_that_stay() -> None
                 weight = layer.self_attn.get_submodule(name).weight
                 weight[KEPT * SIZE :] = weight[: KEPT * SIZE]
     smaller = cut_model(model, HALF)
-    assert close(logits(smaller), unread(model))
+    assert close(logits(smaller, tiny_windows()), unread(model))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -68,7 +62,10 @@ def test_less_is_lost_than_with_the_factor_of_a_cut_stream(seed: int) -> None:
             if "q_norm" in name or "k_norm" in name:
                 weight.mul_(sqrt(2))
     expected = unread(model)
-    errors = [float((logits(x) - expected).norm() / expected.norm()) for x in (plain, other)]
+    errors = [
+        float((logits(x, tiny_windows()) - expected).norm() / expected.norm())
+        for x in (plain, other)
+    ]
     assert errors[0] < 0.25
     assert errors[1] > 0.5
 
@@ -84,5 +81,5 @@ def test_a_large_epsilon_does_not_grow_with_a_narrower_stream(family: str) -> No
     model, masked = (tiny_model(family, rms_norm_eps=1e-2) for _ in range(2))
     smaller = cut_quietly(model, Cut(hidden=channels))
     narrow_weights(masked, 32, list(channels))
-    found, expected = logits(smaller), logits(masked)
+    found, expected = (logits(x, tiny_windows()) for x in (smaller, masked))
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

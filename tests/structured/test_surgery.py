@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from cuts import CUTS, TIED_TO_HEADS, close, is_plain
+from cuts import CUTS, TIED_TO_HEADS, assert_generates, close, cut_quietly, is_plain, logits
 from same_logits import assert_same_logits
 from slow import FEW_FAMILIES, few_families, slow_but
 from zoo import CONFIGS, tiny_model, tiny_windows
@@ -32,36 +31,11 @@ CASES = [
 FEW = [(family, name) for family, name in CASES if family in FEW_FAMILIES or name == "everything"]
 
 
-def cut_quietly(model: Any, cut: Cut, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VariedSizesWarning)
-        return cut_model(model, cut, **options)
-
-
-def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=windows, use_cache=False).logits
-
-
 def masked(family: str, cut: Cut, windows: torch.Tensor) -> torch.Tensor:
     model = tiny_model(family)
     units = {kind: getattr(cut, kind) for kind in ("groups", "queries", "neurons")}
     switch_off(model, family, layers=cut.layers, hidden=cut.hidden, **units)
     return logits(model, windows)
-
-
-def greedy(model: Any, prompt: torch.Tensor, tokens: int, use_cache: bool) -> Any:
-    with quiet_transformers():
-        return model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
 
 
 @functools.cache
@@ -89,10 +63,7 @@ def test_cut_equals_masked_and_loads_and_generates(family: str, name: str, tmp_p
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     assert_same_logits(logits(loaded.eval(), windows), logits(smaller, windows))
-    prompt = windows[:, :9]  # longer than the sliding windows
-    with_cache, without = (greedy(loaded, prompt, 4, use) for use in (True, False))
-    assert torch.equal(with_cache.sequences, without.sequences)
-    assert close(torch.stack(with_cache.logits), torch.stack(without.logits))
+    assert_generates(loaded, windows[:, :9])  # longer than the sliding windows
 
 
 @pytest.mark.parametrize(("family", "name"), slow_but(FEW, CASES))
