@@ -19,7 +19,6 @@ from zoo import PLAIN_MIXTURES, tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import ExportError, ShapeError
-from secateur.exporting.compressed_tensors import pack_int32
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
 
@@ -250,17 +249,6 @@ def test_what_the_target_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     made = export(tmp_path / "out", tmp_path / "odd", "w8a8")
     assert any("refuse 15" in x for x in made.notes)
-
-
-def test_words_by_hand() -> None:
-    codes = torch.tensor([[1, -1, 7, -7, 0, 0, 0, -8, 3]], dtype=torch.int8)
-    assert pack_int32(codes, 4).shape == (1, 2)
-    assert torch.equal(unpacked(pack_int32(codes, 4), 4, 9), codes)
-    eight = torch.tensor([[127, -127, 0, 1, -1]], dtype=torch.int8)
-    assert torch.equal(unpacked(pack_int32(eight, 8), 8, 5), eight)
-    assert (
-        pack_int32(eight, 8)[0, 0].item() == 255 | 1 << 8 | 128 << 16 | -(127 << 24) % 2**32 - 2**32
-    )
 
 
 @pytest.fixture(scope="module")

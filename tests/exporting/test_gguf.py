@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_models import assert_alike, byte_level, save
+from gguf_models import PROMPTS, assert_alike, byte_level, fields, save
 from tiny import save_tiny
-from trained import source_text
 from zoo import SIZES
 
 import secateur
@@ -20,6 +20,8 @@ from secateur.errors import ExportError, RecipeError
 from secateur.exporting.gguf.tokenizer import split_rules
 from secateur.exporting.gguf.writing import dequantized, stored_blocks
 from secateur.quantization.groups import GroupGrid
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint
 
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
@@ -63,53 +65,17 @@ def test_a_draft_has_the_tokens_of_its_parent(pruned: Path, tokenizer, tmp_path:
     assert not (tmp_path / "other").exists()
 
 
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {},
-    "llama with Llama 3 positions": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        }
-    },
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_llama_cpp_continues_like_transformers(family, tokenizer, tmp_path: Path) -> None:
-    source = save(tmp_path / "model", tokenizer, family.split()[0], **FAMILIES[family])
-    found = secateur.export(source, output=tmp_path / "out", type="f32")
-    (name,) = found.files
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    assert_alike(tmp_path / "out" / name, model, tokenizer)
-
-
 def test_layers_of_different_sizes_run_too(tokenizer, tmp_path: Path) -> None:
     """The architecture `deci` has a size for each layer."""
     source = save(tmp_path / "model", tokenizer, "llama", attention_bias=False)
-    windows = tmp_path / "text.txt"
-    windows.write_text(source_text()[:6000])
-    cut = secateur.structure(
-        source, output=tmp_path / "cut", calibration=windows, sequence_length=32, windows=8,
-        keep_parameters=0.7, effort="fast", allocation="global",
-    )  # fmt: skip
-    assert cut.output.exists()
-    found = secateur.export(cut.output, output=tmp_path / "out", type="f32")
+    cut = Cut(groups={0: (1,)}, neurons={0: (), 2: tuple(range(32))})
+    with pytest.warns(VariedSizesWarning):
+        cut_checkpoint(source, cut, tmp_path / "cut")
+    found = secateur.export(tmp_path / "cut", output=tmp_path / "out", type="f32")
     (name,) = found.files
     reader = gguf.GGUFReader(str(tmp_path / "out" / name))
     assert reader.fields["general.architecture"].contents() == "deci"
-    assert_alike(tmp_path / "out" / name, secateur.load(cut.output), tokenizer)
-
-
-def half(weight: torch.Tensor) -> torch.Tensor:
-    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    return weight * kept
+    assert_alike(tmp_path / "out" / name, secateur.load(tmp_path / "cut"), tokenizer)
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"])
@@ -215,27 +181,6 @@ def test_odd_rows_are_float16_and_the_note_says_so(tokenizer, tmp_path: Path) ->
     assert "3 matrices" in found.notes[0]
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "said"),
-    [
-        ("gpt_neox", {}, "models of type 'gpt_neox'"),
-        ("llama", {"hidden_act": "gelu"}, "the activation is gelu"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "of the kind 'dynamic'",
-        ),
-    ],
-)
-def test_what_llama_cpp_computes_differently_is_refused(
-    family, changes, said, tokenizer, tmp_path: Path
-) -> None:
-    source = save(tmp_path / "model", tokenizer, family, **changes)
-    with pytest.raises(ExportError, match=said):
-        secateur.export(source, output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 LEVEL = {"type": "ByteLevel", "use_regex": True}
 
 
@@ -259,3 +204,139 @@ def test_unknown_targets_and_types_are_named(tmp_path: Path) -> None:
         secateur.export("x", output=tmp_path / "o", to="ggfu")
     with pytest.raises(RecipeError, match="iq9"):
         secateur.export("x", output=tmp_path / "o", type="iq9")
+
+
+LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
+STRETCHED = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 256,
+    "short_factor": [1.0, 1.1, 1.3, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {
+    "rope_parameters": STRETCHED,
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
+}
+
+
+NO_DENSE_LAYER = {"mlp_only_layers": []}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with Llama 3 positions": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    }}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma": (transformers.GemmaConfig(**SIZES, head_dim=8), {}),
+    "gemma2": ("gemma2", {}),
+    "gemma2, cut by one layer": ("gemma2", {"num_hidden_layers": 2, "layer_types": LOCAL[:2]}),
+    "gemma3": ("gemma3", {}),
+    "gemma3 with a soft cap": ("gemma3", {"final_logit_softcapping": 5.0}),
+    "phi3": ("phi3", {}),
+    "phi3 with LongRoPE": ("phi3", LONG),
+    "phi3, half rotated": ("phi3", {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+    }}),
+    "granite": (transformers.GraniteConfig(
+        **SIZES, attention_multiplier=0.3, embedding_multiplier=2.0, residual_multiplier=0.7,
+        logits_scaling=1.5,
+    ), {}),
+    "smollm3": (transformers.SmolLM3Config(**{**SIZES, "num_hidden_layers": 5}), {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", NO_DENSE_LAYER),
+    "qwen2_moe, tied": ("qwen2_moe", {**NO_DENSE_LAYER, "tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {"decoder_sparse_step": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_continues_like_transformers(name, tokenizer, tmp_path: Path) -> None:
+    family, changes = FAMILIES[name]
+    source = save(tmp_path / "model", tokenizer, deepcopy(family), **changes)
+    found = secateur.export(source, output=tmp_path / "out", type="f32")
+    (file,) = found.files
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert_alike(tmp_path / "out" / file, model, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_compressed_mixtures_too(family, tokenizer, tmp_path: Path) -> None:
+    changes = {"decoder_sparse_step": 1} if family == "qwen3_moe" else {}
+    source = save(tmp_path / "model", tokenizer, family, **changes)
+    secateur.prune(source, output=tmp_path / "pruned", method="magnitude", sparsity=0.5)
+    secateur.compress(tmp_path / "pruned", output=tmp_path / "packed", values="keep")
+    made = secateur.export(tmp_path / "packed", output=tmp_path / "out", type="f32").exported
+    assert made.zeros_kept == made.zeros > 0.45 * made.weights
+    (file,) = (tmp_path / "out").iterdir()
+    assert_alike(file, secateur.load(tmp_path / "packed", expand=True), tokenizer, PROMPTS[:2])
+
+
+def test_the_context_ends_where_the_factors_change(tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, "phi3", **LONG)
+    found = secateur.export(source, output=tmp_path / "out", type="f32")
+    stored = fields(tmp_path / "out" / found.files[0])
+    assert stored["phi3.context_length"] == 256
+    assert "limited to 256 tokens" in found.exported.notes[0]
+
+
+def test_the_window_of_gemma_limits_nothing(tokenizer, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", tokenizer, "gemma3")
+    found = secateur.export(source, output=tmp_path / "out", type="f32")
+    stored = fields(tmp_path / "out" / found.files[0])
+    assert stored["gemma3.context_length"] == SIZES["max_position_embeddings"]
+    assert stored["gemma3.attention.sliding_window"] == 8
+    assert stored["gemma3.attention.sliding_window_pattern"] == 2
+    assert not found.exported.notes
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 9}, "by the root of 9, llama.cpp by that of 8"),
+        ("gemma3", {"query_pre_attn_scalar": 9}, "by the root of 9, llama.cpp by that of 8"),
+        ("gemma2", {"attn_logit_softcapping": None}, "has no soft caps"),
+        ("gemma2", {"hidden_activation": "silu"}, "the activation is silu"),
+        ("gemma3", {"layer_types": [LOCAL[1], LOCAL[0], LOCAL[1]]}, "follow no period"),
+        ("gemma3", {"use_bidirectional_attention": True}, "see those behind them"),
+        ("gemma2", {"tie_word_embeddings": False}, "its head is not its embedding"),
+        ("qwen2_moe", {}, r"its layers have \[0, 5\] experts"),
+        ("qwen2_moe", {"mlp_only_layers": [], "norm_topk_prob": True}, "by their sum"),
+        ("qwen3_moe", {"decoder_sparse_step": 1, "norm_topk_prob": False}, "does not divide"),
+        ("llama", {"rope_parameters": {**STRETCHED, "factor": 2.0}}, "'longrope'"),
+        ("llama", {"rope_parameters": DYNAMIC}, "'dynamic'"),
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("gpt_neox", {}, "'gpt_neox'"),
+    ],
+)
+def test_what_llama_cpp_computes_differently_is_refused(
+    family, changes, said, tokenizer, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "model", tokenizer, family, **changes)
+    with pytest.raises(ExportError, match=said):
+        secateur.export(source, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 1, "norm_topk_prob": False}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {}),
+    ],
+)
+def test_the_refusal_names_a_target_that_takes_the_model(
+    family, changes, tokenizer, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "model", tokenizer, family, **changes)
+    with pytest.raises(ExportError, match=r"to='compressed-tensors'") as refusal:
+        secateur.export(source, output=tmp_path / "out")
+    assert "serve" in str(refusal.value)
+    secateur.export(source, output=tmp_path / "out", to="compressed-tensors", type="w8a8")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

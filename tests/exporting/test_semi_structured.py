@@ -18,10 +18,10 @@ from zoo import tiny_windows
 import secateur
 from secateur.errors import CheckpointError, KernelError, NumericalError, PatternError
 from secateur.runtime.semi_structured import load as loading
-from secateur.runtime.semi_structured.layout import StoredParts, is_n_of_m
 from secateur.runtime.semi_structured.load import SparseLinear
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
+UP = "model.layers.1.mlp.up_proj.weight"
 FILE = "semi_structured.safetensors"
 
 
@@ -29,6 +29,14 @@ def sparse_model(folder: Path, family: str = "llama", pattern: str = "2:4", **op
     save_tiny(folder / "dense", family, **{**SIZES, **options})
     secateur.prune(folder / "dense", output=folder / "pruned", method="magnitude", pattern=pattern)
     return folder / "pruned"
+
+
+def changed(source: Path, name: str, place: Any, value: float = 1.0) -> Path:
+    """The same folder with other values in a place of a tensor."""
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][place] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
 
 
 def export(source: Path, output: Path, type: str = "bf16") -> Any:
@@ -74,10 +82,7 @@ def test_milder_patterns_are_wider_and_the_same_model(pattern: str, tmp_path: Pa
 
 
 def test_a_matrix_of_its_own_pattern_is_stored_in_it(tmp_path: Path) -> None:
-    source = sparse_model(tmp_path)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, :3] = 1.0
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    source = changed(sparse_model(tmp_path), UP, (5, slice(3)))
     made = export(source, tmp_path / "out")
     assert (made.types["2:4"], made.types["6:8"]) == (11, 1)
 
@@ -110,28 +115,8 @@ def test_torch_reads_the_parts_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(theirs.to_dense(), weight)
 
 
-def test_places_by_hand() -> None:
-    """Two bits for each kept weight: its place among four. All rows alike, so any order is."""
-    weight = torch.zeros(32, 64, dtype=torch.float16)
-    weight[:, 0::4], weight[:, 3::4] = 1.0, 2.0
-    parts = StoredParts.of(weight, 64)
-    packed, meta = parts.packed, parts.meta
-    assert torch.equal(packed, torch.tensor([1.0, 2.0], dtype=torch.float16).repeat(32, 16))
-    places = 0b1100  # first place 0, second place 3
-    assert set(meta.flatten().tolist()) == {places * 0x1111 - 2**16}
-
-
-def test_groups_of_four() -> None:
-    assert is_n_of_m(torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 3]]), 2, 4)
-    assert not is_n_of_m(torch.tensor([[1.0, 0, 2, 3], [0, 0, 0, 3]]), 2, 4)
-    assert not is_n_of_m(torch.tensor([[0.0, 0, 2, 3, 0]]), 2, 4)
-
-
 def test_other_patterns_are_refused_with_their_names(tmp_path: Path) -> None:
-    source = sparse_model(tmp_path)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, :9] = 1.0
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    source = changed(sparse_model(tmp_path), UP, (5, slice(9)))
     with pytest.raises(PatternError, match="1 of 21"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -147,10 +132,7 @@ def test_sizes_that_torch_cannot_multiply_stay_dense(tmp_path: Path) -> None:
 
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
-    source = sparse_model(tmp_path)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.norm.weight"][0] = 1e6
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    source = changed(sparse_model(tmp_path), "model.norm.weight", 0, 1e6)
     with pytest.raises(NumericalError, match="float16"):
         export(source, tmp_path / "out", "f16")
 
