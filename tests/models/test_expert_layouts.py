@@ -165,39 +165,19 @@ def test_calibration_reaches_experts_however_they_are_computed(family: str) -> N
             assert torch.equal(parameter, plain.get_parameter(name)), (implementation, name)
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))
-def test_every_matrix_is_half_zero_and_the_model_generates(
-    family: str, pattern: str, tmp_path: Path
-) -> None:
-    """Zeros counted by hand in what plain transformers loads, experts included."""
-    source = saved(tiny_model(family), tmp_path / "source")
-    options = {"sparsity": 0.5} if pattern == "unstructured" else {"pattern": pattern}
-    report = secateur.prune(source, output=tmp_path / "out", method="magnitude", **options)
-    assert report.sparsity == 0.5
-    model: Any = loaded(family, tmp_path / "out")
-    dense, halved = tiny_model(family), set()
+def test_every_matrix_is_half_zero_and_no_other_tensor(family: str) -> None:
+    """Zeros counted by hand, in every expert too."""
+    dense, model, halved = tiny_model(family), tiny_model(family), set()
+    secateur.prune(model, method="magnitude", sparsity=0.5)
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter, dense.get_parameter(name)):
-            if parameter.ndim == 3 and parameter.shape[0] in (5, 6):
-                for matrix in parameter:
-                    assert (matrix == 0).float().mean() == 0.5, name
-            assert (parameter == 0).float().mean() == 0.5, name
+            experts = parameter.ndim == 3 and parameter.shape[0] in (5, 6)
+            for matrix in parameter if experts else [parameter]:
+                assert (matrix == 0).float().mean() == 0.5, name
             halved.add(name)
     layers = {n for n, _ in model.named_parameters() if ".layers." in n and "vision" not in n}
     assert halved == {n for n in layers if not any(part in n for part in LEFT)}
-    for path in fused(model):
-        taken = fused_experts.TAKEN.get(family, fused_experts.standard)
-        for e in range(len(model.get_submodule(path).down_proj)):
-            for name, matrix in taken(model.get_submodule(path), e).items():
-                if pattern == "2:4" and name.endswith("proj"):
-                    four = (matrix == 0).unflatten(1, (-1, 4)).sum(-1)
-                    assert (four == 2).all(), name
-    texts = [
-        model.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=cache)
-        for cache in (True, False)
-    ]
-    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4"])

@@ -17,11 +17,12 @@ from at_rest import (
     raw,
     save_in,
     stored_tensors,
+    text_file,
     to_microscaled,
 )
 from safetensors.torch import load_file
 from same_logits import assert_same_logits
-from tiny import tiny_tokenizer
+from tiny import save_tiny
 from torch import Tensor
 
 import secateur
@@ -32,13 +33,6 @@ from secateur.structured.surgery import cut_checkpoint
 MIXTURE: dict[str, Any] = {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
 KEPT = {0: (0, 2, 4), 2: (1, 2, 3)}
 LAYERS = (0, 2)
-
-
-def text_file(place: Path) -> Path:
-    """A text to calibrate on."""
-    file = place / "text.txt"
-    file.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return file
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -196,16 +190,7 @@ def test_scales_of_activations_stay_with_their_matrices(tmp_path: Path) -> None:
 
 def gpt_oss(folder: Path) -> Path:
     """A tiny gpt-oss whose experts are in 4-bit floating point."""
-    config = transformers.GptOssConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
-        num_experts_per_tok=2, max_position_embeddings=64, sliding_window=8, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tiny(folder, "gpt_oss", dtype=torch.bfloat16, intermediate_size=32, num_local_experts=4)
     tensors = load_file(folder / "model.safetensors")
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = to_microscaled(tensors.pop(name))

@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import cut_on_disk, logits
 from safetensors.torch import load_file, save_file
 from same_logits import assert_same_logits
 from slow import slow_but
-from torch import Tensor, nn
-from transformers import AutoConfig
-from zoo import WITH_EXPERTS, class_of, tiny_model, tiny_windows
+from zoo import WITH_EXPERTS, tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, text_config
+from secateur.models.opening import load_whole
 from secateur.models.skeleton import quiet_transformers
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.surgery import cut_checkpoint, cut_model
 
 FORMS = ("gpt_oss", "llama4", "deepseek_v3", "nemotron_h", "granitemoe", "step3p7 experts")
 IDS = tiny_windows(2, 9, seed=5)
+CPU = torch.device("cpu")
 
 
 def kept_of(model: Any) -> dict[int, tuple[int, ...]]:
@@ -38,31 +39,15 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> Any:
-    with quiet_transformers():
-        sort = class_of(AutoConfig.from_pretrained(folder))
-        model, found = sort.from_pretrained(folder, output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    return model.eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(IDS, use_cache=False).logits
-    return out
-
-
 @pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))
 def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> None:
     """What plain transformers loads holds the kept experts, rows and corrections, in order."""
     model: Any = tiny_model(family)
     kept = kept_of(model)
-    source = saved(model, tmp_path / "source")
-    counted = cut_checkpoint(source, Cut(experts=kept), tmp_path / "out")
+    counted, smaller = cut_on_disk(model, Cut(experts=kept), tmp_path, varied="error")
     assert not counted.varied
-    smaller = loaded(tmp_path / "out")
-    assert_same_logits(logits(smaller), logits(cut_model(model, Cut(experts=kept))))
+    expected = logits(cut_model(model, Cut(experts=kept)), IDS)
+    assert_same_logits(logits(smaller.eval(), IDS), expected)
     experts: Any = describe(model).experts
     assert getattr(text_config(smaller.config), experts.count) == len(next(iter(kept.values())))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -83,7 +68,9 @@ def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> Non
         n.rpartition(".")[2] for n, x in before.items() if x.shape in ((5,), (6,), (1, 5))
     }
     assert changed >= {"down_proj", "weight"} | corrections
-    tensors = {n.rpartition(".experts.")[2] for n in load_file(source / "model.safetensors")}
+    tensors = {
+        n.rpartition(".experts.")[2] for n in load_file(tmp_path / "source" / "model.safetensors")
+    }
     left = {n.rpartition(".experts.")[2] for n in load_file(tmp_path / "out" / "model.safetensors")}
     assert left <= tensors  # fused where the source is fused, one by one where it is not
 
@@ -91,9 +78,9 @@ def test_experts_are_removed_with_their_rows(family: str, tmp_path: Path) -> Non
 def test_experts_stored_by_projection_stay_so(tmp_path: Path) -> None:
     """In one tensor for the gates of all experts, one for the ups, and one for the downs."""
     model: Any = tiny_model("step3p7 experts")
-    kept, source = [1, 2, 3], saved(model, tmp_path / "source")
-    cut_checkpoint(source, Cut(layers=(0, 2), experts={2: tuple(kept)}), tmp_path / "out")
-    before, after = (load_file(x / "model.safetensors") for x in (source, tmp_path / "out"))
+    kept = [1, 2, 3]
+    cut_on_disk(model, Cut(layers=(0, 2), experts={2: tuple(kept)}), tmp_path)
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("source", "out"))
     for name in ("gate_proj", "up_proj", "down_proj", "gate"):
         was = before[f"model.layers.2.moe.{name}.weight"]
         assert torch.equal(after[f"model.layers.1.moe.{name}.weight"], was[kept])
@@ -110,8 +97,8 @@ def test_tokens_that_chose_kept_experts_go_on_as_before(family: str) -> None:
         correction = layer.mlp.gate.e_score_correction_bias
         gone = [e for e in range(6) if e not in numbers]
         correction[gone] = -10.0
-    expected = logits(model)
-    torch.testing.assert_close(logits(cut_model(model, Cut(experts=kept))), expected)
+    expected = logits(model, IDS)
+    torch.testing.assert_close(logits(cut_model(model, Cut(experts=kept)), IDS), expected)
 
 
 def test_groups_of_experts_stay_even() -> None:
@@ -130,9 +117,7 @@ def test_structure_chooses_experts_by_reap(family: str, tmp_path: Path) -> None:
     secateur.structure(
         source, output=tmp_path / "out", experts=4, calibration=tmp_path / "windows.safetensors"
     )
-    smaller = loaded(tmp_path / "out")
-    assert {n for n in sizes_of(smaller).experts if n} == {4}
-    logits(smaller)
+    assert {n for n in sizes_of(load_whole(tmp_path / "out", CPU)).experts if n} == {4}
 
 
 def test_layers_for_further_tokens_are_named(
@@ -148,4 +133,4 @@ def test_layers_for_further_tokens_are_named(
     cut_checkpoint(source, Cut(experts=kept_of(model)), tmp_path / "out")
     assert "1 stored tensors" in caplog.text
     assert "model.layers.3.eh_proj.weight" in caplog.text
-    assert loaded(tmp_path / "out").config.num_nextn_predict_layers == 0
+    assert load_whole(tmp_path / "out", CPU).config.num_nextn_predict_layers == 0

@@ -27,8 +27,6 @@ from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint, cut_
 CUTS: dict[str, Any] = {
     "experts": lambda sparse: Cut(experts=dict.fromkeys(sparse, (0, 2, 4))),
     "experts, differing": lambda sparse: Cut(experts={sparse[0]: (1, 2, 3)}),
-    "layers": lambda sparse: Cut(layers=(1, 2)),
-    "hidden": lambda sparse: Cut(hidden=tuple(range(0, 32, 2))),
     "without FFN": lambda sparse: Cut(neurons={sparse[0]: ()}),
     "everything": lambda sparse: Cut(
         layers=(1, 2), experts=dict.fromkeys(sparse, (1, 4)), groups={1: (0,)}, hidden=odd(32)
@@ -101,27 +99,6 @@ def test_cut_mixtures_equal_masked_ones(family: str, name: str, tmp_path: Path) 
         assert_same_logits(loaded.eval()(windows, use_cache=False).logits, result)
         if cut.hidden is None:
             assert close(result, model(windows, use_cache=False).logits)
-
-
-@pytest.mark.parametrize("family", PLAIN_MIXTURES)
-def test_hidden_channels_of_mixtures(family: str) -> None:
-    model: Any = tiny_model(family)
-    kept = list(odd(32))
-    smaller = cut_model(model, Cut(hidden=tuple(kept)))
-    for name, parameter in model.named_parameters():
-        if name.endswith(("embed_tokens.weight", "o_proj.weight", "mlp.down_proj.weight")):
-            rows = parameter if "embed" in name else parameter.t()
-        elif name.endswith("shared_expert.down_proj.weight"):
-            rows = parameter.t()
-        elif name.endswith("experts.down_proj"):
-            rows = parameter.transpose(1, 2)
-        else:
-            continue
-        with torch.no_grad():
-            rows[..., [c for c in range(32) if c not in kept]] = 0
-    windows = tiny_windows(2)
-    with torch.no_grad():
-        assert close(smaller(windows).logits, model(windows).logits)
 
 
 def test_experts_that_are_stored_fused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from cuts import close, cut_quietly, logits, odd
 from slow import slow
 from zoo import tiny_model, tiny_windows
@@ -21,17 +20,8 @@ HALF = Cut(groups={i: tuple(range(KEPT)) for i in range(3)})
 
 
 def olmo(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.Olmo2Config(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.mul_(4.0)
-    return model
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    return tiny_model("olmo2", seed, **sizes, num_attention_heads=HEADS, num_key_value_heads=HEADS)
 
 
 def unread(model: Any) -> torch.Tensor:

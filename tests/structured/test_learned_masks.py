@@ -147,55 +147,10 @@ def test_transposed_weights_have_their_columns_too():
         torch.testing.assert_close(logits_of(model), gated)
 
 
-def test_the_model_learns_beside_its_gates():
-    model = tiny_model("llama")
-    masks = LearnedMasks(model, {"neurons": 24})
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    torch.manual_seed(0)
-    gated = masks.objective(lambda m, b: m(input_ids=b, labels=b, use_cache=False).loss)
-    for step in range(1, 41):
-        gated(model, WINDOWS).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        masks.on_step(step, 40, model, optimizer)
-    masks.settle()
-    with torch.no_grad():
-        after = model(input_ids=WINDOWS, labels=WINDOWS).loss
-        before = tiny_model("llama")(input_ids=WINDOWS, labels=WINDOWS).loss
-    assert after < before - 1
-
-
 def test_a_family_without_writers_has_no_gates_on_channels():
     with pytest.raises(RecipeError, match="gemma2"):
         LearnedMasks(tiny_model("gemma2"), {"hidden": 16})
 
-
-def test_a_resumed_training_draws_the_same_gates():
-    def begun():
-        return LearnedMasks(tiny_model("llama"), {"neurons": 24, "groups": 1}, seed=3)
-
-    def steps(masks, first, last):
-        gated = masks.objective(lambda model, batch: mse_loss(masks.drawn["neurons 0"], WANTED))
-        for step in range(first, last + 1):
-            for _ in range(2):  # parts of a step draw gates of their own
-                gated(None, None).backward()
-            masks.on_step(step, 20, None, None)
-        return masks
-
-    straight, stopped = steps(begun(), 1, 12), steps(begun(), 1, 7)
-    resumed = begun()
-    for name, value in stopped.state().items():
-        resumed.state()[name].data.copy_(value.detach())
-    steps(resumed, 8, 12)
-    for name, value in straight.state().items():
-        assert torch.equal(value, resumed.state()[name]), name
-    other = LearnedMasks(tiny_model("llama"), {"neurons": 24, "groups": 1}, seed=4)
-    for masks in (straight, other):
-        masks.objective(lambda model, batch: torch.zeros(()))(None, None)
-    assert not torch.equal(straight.drawn["neurons 0"], other.drawn["neurons 0"])
-
-
-WANTED = torch.linspace(0, 1, 48)
 
 DOMAINS = {"code": torch.zeros(30, 4).long(), "prose": torch.arange(10)[:, None].expand(10, 4) + 1}
 TOGETHER = torch.cat(list(DOMAINS.values()))

@@ -90,7 +90,8 @@ MIXED = [
     if name.partition(",")[0] in kinds
 ]
 FEW_MIXED = [
-    ("deepseek_v3", "groups"), ("deepseek_v3", "hidden"), ("glm4_moe_lite", "neurons"),
+    ("deepseek_v3", "groups"), ("deepseek_v3", "hidden"), ("qwen2_moe", "hidden"),
+    ("mixtral", "layers"), ("glm4_moe_lite", "neurons"),
     ("qwen3_next", "groups"), ("lfm2_moe", "neurons"), ("deepseek_v2", "groups, differing"),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from same_logits import assert_same_logits
+from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny
 from tokenizers_of_kinds import documents, random_texts, save_tokenizer
 from transformers import AutoTokenizer
@@ -216,29 +217,6 @@ def test_other_cuts_see_the_smaller_model(tmp_path: Path) -> None:
     assert small(cut("x", return_tensors="pt").input_ids).logits.isfinite().all()
 
 
-class Stopped(KeyboardInterrupt):
-    """Somebody pressed a key."""
-
-
-class StopsIn:
-    """A progress that stops the run in one of its stages."""
-
-    def __init__(self, label: str) -> None:
-        self.label, self.now = label, ""
-
-    def start(self, label: str, steps: int) -> None:
-        """Note what begins."""
-        self.now = label
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        """Stop in the stage."""
-        if self.now == self.label:
-            raise Stopped
-
-    def finish(self) -> None:
-        """Ignore."""
-
-
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     source = model_with(tmp_path / "m", "byte-level")
     options: dict[str, Any] = {
@@ -246,10 +224,11 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
         "calibration": text_of(tmp_path, HALF),
     }  # fmt: skip
     trim(source, tmp_path / "whole", **options)
-    for number, label in enumerate(("counting tokens", "cutting", "checking tokens", "copying")):
-        output = tmp_path / f"out-{number}"
-        with pytest.raises(Stopped):
-            trim(source, output, progress=StopsIn(label), **options)
+    stages = {"counting tokens": 1, "cutting": 1, "checking tokens": 1, "copying": 0}
+    for label, steps in stages.items():
+        output = tmp_path / label
+        with pytest.raises(StoppedError):
+            trim(source, output, progress=StopAt(label, steps), **options)
         assert not output.exists()
         trim(source, output, resume=True, **options)
         assert digest(output) == digest(tmp_path / "whole")

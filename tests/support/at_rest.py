@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import save_tiny, split_shards
 from torch import Tensor
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -30,6 +30,13 @@ def described(folder: Path) -> dict[str, Any]:
     """The description of the form in the configuration; empty if there is none."""
     found = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     return dict(found)
+
+
+def text_file(place: Path) -> Path:
+    """A text to calibrate on."""
+    file = place / "text.txt"
+    file.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return file
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -96,18 +103,9 @@ def in_float8(
 
 def save_in(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
     """Write tensors in so many files."""
-    (folder / "model.safetensors").unlink()
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names, weight_map = sorted(tensors), {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        mine = names[number::shards]
-        save_file({n: tensors[n] for n in mine}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(mine, file)
-    index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if shards > 1:
+        split_shards(folder, shards)
 
 
 def to_microscaled(experts: Tensor) -> tuple[Tensor, Tensor]:
