@@ -52,19 +52,19 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 336,
+    "source files": 324,
     "modules that only their neighbour imports": 11,
     "pairs of classes with five equal fields": 4,
-    "percent of lines that import": 6.6,
-    "lines of statements": 45909,
-    "functions named in one place": 571,
+    "percent of lines that import": 7.1,
+    "lines of statements": 39131,
+    "functions named in one place": 484,
     "files a run opens before it changes a weight": 54,
     "functions deep where it changes a weight": 12,
-    "words of documentation": 121807,
-    "lines of tests": 59433,
-    "sentences that tests compare": 625,
-    "names of options": 206,
-    "tables of numbers that no script writes": 79,
+    "words of documentation": 69018,
+    "lines of tests": 52794,
+    "sentences that tests compare": 46,
+    "names of options": 169,
+    "tables of numbers that no script writes": 0,
 }
 """The most that each number may be."""
 
