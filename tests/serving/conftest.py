@@ -69,15 +69,15 @@ class Running:
         """What decides."""
         return self.serving.service.worker.scheduler
 
-    def slow_down(self, seconds: float) -> None:
+    def slow_down(self, seconds: float, call: str = "step") -> None:
         """Let every call of the engine take so long."""
-        step = self.scheduler.engine.step
+        plain = getattr(self.scheduler.engine, call)
 
-        def slowly(tokens: Any) -> Any:
+        def slowly(*args: Any, **options: Any) -> Any:
             time.sleep(seconds)
-            return step(tokens)
+            return plain(*args, **options)
 
-        self.scheduler.engine.step = slowly
+        setattr(self.scheduler.engine, call, slowly)
 
     def until(self, condition: Callable[[], Any], seconds: float = 20.0) -> None:
         """Wait for something that happens in another thread."""
@@ -96,6 +96,19 @@ class Running:
         self.serving.stop()
         self.thread.join(20)
         assert not self.thread.is_alive()
+
+
+def refusal(server: Running, path: str, body: Any) -> dict[str, Any]:
+    """The error of a bad request, in the form of OpenAI's API."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    answer = server.client.post(f"/v1/{path}", content=content, headers=headers)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert [*error] == ["message", "type", "param", "code"]
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 400
+    return error
 
 
 @pytest.fixture

@@ -37,27 +37,17 @@ def folder(
     return made / "start"
 
 
-Answers = list[tuple[float, bool]]
-
-
 @pytest.fixture(scope="module")
-def ours(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Any], dict[str, Answers]]:
-    """Rows of some tasks, and the scores and log-likelihoods of the loaded model."""
+def ours(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
+    """A server, rows of some tasks, and the loaded model's scores and log-likelihoods of them."""
     rows = tmp_path_factory.mktemp("rows")
     for name in NAMES:
         write_task(rows, name)
     prepared = prepare_tasks(NAMES, folder=str(rows))
     scores = run_tasks(secateur.load(folder), load_tokenizer(folder), prepared, None)
-    return rows, scores, {one.name: [r.resps[0] for r in one.task.instances] for one in prepared}
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Running]:
-    """A server of it."""
+    answers = {one.name: [r.resps[0] for r in one.task.instances] for one in prepared}
     server = Running(prepare(ServeRecipe(model=str(folder), port=0, slots=3)))
-    yield server
+    yield server, rows, scores, answers
     server.stop()
 
 
@@ -71,10 +61,7 @@ def running(folder: Path) -> Iterator[Running]:
     ids=["one", "clients", "texts"],
 )
 def test_lm_eval_finds_our_numbers(
-    running: Running,
-    folder: Path,
-    ours: tuple[Path, list[Any], dict[str, Answers]],
-    options: dict[str, Any],
+    folder: Path, ours: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     import lm_eval
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -82,7 +69,7 @@ def test_lm_eval_finds_our_numbers(
     start = folder.name == "start"
     if start and options.get("tokenized_requests") is False:
         pytest.skip("the server adds the start token, and lm-eval does not count it")
-    rows, scores, answers = ours
+    running, rows, scores, answers = ours
     again = prepare_tasks(NAMES, folder=str(rows))
     with quiet_harness():
         asking = LocalCompletionsAPI(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import secateur
 from runtime.packed_models import packed_model, settled
 from secateur.recipes.deploy import Sampling
 from secateur.runtime import decode as caches
-from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
+from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import Drafter
@@ -241,14 +241,20 @@ def request_of(ids: Sequence[int], new: int = 5, **options: Any) -> Request:
     return Request(ids, new, Sampling(), **options)
 
 
+def served(scheduler: Scheduler, *requests: Request) -> list[Client]:
+    """Clients of requests that come together, when they have got what they would get alone."""
+    clients = [Client(request) for request in requests]
+    scheduler.submit(*(client.job for client in clients))
+    run(scheduler)
+    assert [client.tokens for client in clients] == [plain_loop(one) for one in requests]
+    return clients
+
+
 def test_a_draft_saves_calls() -> None:
     """A draft that is always right: eight tokens of one text, or two of each of four, in a call."""
     for texts, calls in ((1, 5), (4, 20)):
-        engine, client = Pretended(4), [Client(request_of([n] * 20, 41)) for n in range(texts)]
-        scheduler = Scheduler(engine, drafter=eager(4, 0))
-        scheduler.submit(*(one.job for one in client))
-        run(scheduler)
-        assert [one.tokens for one in client] == [plain_loop(one.request) for one in client]
+        scheduler = Scheduler(Pretended(4), drafter=eager(4, 0))
+        served(scheduler, *(request_of([n] * 20, 41) for n in range(texts)))
         assert scheduler.counts.calls == calls
         assert scheduler.counts.accepted_tokens == scheduler.counts.proposed_tokens > 0
 
@@ -265,18 +271,6 @@ def test_running_requests_get_a_token_in_every_step_while_a_long_prompt_is_read(
         scheduler.step()
         assert len(short.tokens) == before + 1
     assert engine.pieces == [15] * 10
-
-
-def test_short_prompts_need_not_wait_for_a_long_one() -> None:
-    engine = Pretended(slots=2)
-    scheduler = Scheduler(engine, most_piece=16)
-    long, short = Client(request_of([5] * 150)), Client(request_of([7] * 20))
-    scheduler.submit(long.job)
-    scheduler.submit(short.job)
-    for _ in range(4):
-        scheduler.step()
-    assert short.tokens
-    assert not long.tokens
 
 
 COSTS = st.fixed_dictionaries(
@@ -326,21 +320,15 @@ def test_nobody_is_delayed_by_large_pieces() -> None:
     scheduler = Scheduler(engine, clock=lambda: engine.now)
     for sizes, pieces in (([500], [500]), ([1200], [400] * 3), ([600, 20], [300, 20, 300])):
         engine.pieces.clear()
-        for size in sizes:
-            scheduler.submit(Client(request_of([size % 7] * size, 1)).job)
-        run(scheduler)
+        served(scheduler, *(request_of([size % 7] * size, 1) for size in sizes))
         assert engine.pieces == pieces
 
 
 def test_a_machine_that_is_too_slow_goes_on_in_the_smallest_pieces() -> None:
     engine = Pretended(slots=2, capacity=4000, call=0.2, fixed=0.3, each=0.01)
     scheduler = Scheduler(engine, gap_seconds=0.1, clock=lambda: engine.now)
-    scheduler.submit(Client(request_of([1], 50)).job)
-    long = Client(request_of([4] * 320, 5))
-    scheduler.submit(long.job)
-    run(scheduler)
+    served(scheduler, request_of([1], 50), request_of([4] * 320, 5))
     assert engine.pieces == [LEAST_PIECE] * 20
-    assert long.tokens == plain_loop(long.request)
 
 
 @pytest.mark.parametrize("slots", [8, 16])
@@ -403,10 +391,7 @@ def test_a_prompt_that_is_cancelled_between_its_pieces() -> None:
     assert gone.reasons == ["cancelled"]
     assert sum(engine.pieces) < 100
     assert other.tokens == plain_loop(other.request)
-    again = Client(gone.request)
-    scheduler.submit(again.job)
-    run(scheduler)
-    assert again.tokens == plain_loop(again.request)
+    [again] = served(scheduler, gone.request)
     assert again.job.cached == sum(engine.pieces[:2]) // BLOCK_TOKENS * BLOCK_TOKENS > 0
 
 
@@ -415,20 +400,14 @@ def test_a_prompt_that_fills_the_context(size: int, new: int) -> None:
     engine = Pretended(slots=2, capacity=max(size, 8) + max(new, 1) - 1)
     scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=50)
     for _ in range(2):
-        other, full = Client(request_of([3], 8)), Client(request_of([4] * size, new))
-        scheduler.submit(other.job, full.job)
-        run(scheduler)
-        assert full.tokens == plain_loop(full.request)
+        _, full = served(scheduler, request_of([3], 8), request_of([4] * size, new))
         assert full.reasons == ["length"]
 
 
 def test_equal_prompts_that_come_together_are_read_once() -> None:
     engine = Pretended(slots=4, capacity=1000)
     scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=100)
-    clients = [Client(request_of([5] * 640 + [n])) for n in range(4)]
-    scheduler.submit(*(client.job for client in clients))
-    run(scheduler)
-    assert all(client.tokens == plain_loop(client.request) for client in clients)
+    clients = served(scheduler, *(request_of([5] * 640 + [n]) for n in range(4)))
     assert sum(engine.pieces) < 1000
     assert scheduler.counts.cached_tokens == sum(client.job.cached for client in clients) > 1500
 
@@ -439,8 +418,7 @@ def test_a_long_known_beginning_is_copied_in_pieces_too() -> None:
         engine, prefixes=PrefixCache(1 << 20), gap_seconds=0.1, clock=lambda: engine.now
     )
     long = [7] * (20 * BLOCK_TOKENS + 5)
-    scheduler.submit(Client(request_of(long, 1)).job)
-    run(scheduler)
+    served(scheduler, request_of(long, 1))
     writing, again = Client(request_of([1], 50)), Client(request_of(long))
     scheduler.submit(writing.job, again.job)
     times = []
@@ -455,69 +433,36 @@ def test_a_known_beginning_is_not_read_again() -> None:
     engine = Pretended(slots=1)
     scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20))
     system = [3] * (2 * BLOCK_TOKENS + 5)
-    first, second = Client(request_of([*system, 1, 2])), Client(request_of([*system, 4, 4]))
-    for client in (first, second):
-        scheduler.submit(client.job)
-        run(scheduler)
-        assert client.tokens == plain_loop(client.request)
+    [first] = served(scheduler, request_of([*system, 1, 2]))
+    [second] = served(scheduler, request_of([*system, 4, 4]))
     assert (first.job.cached, second.job.cached) == (0, 2 * BLOCK_TOKENS)
     assert scheduler.counts.cached_tokens == 2 * BLOCK_TOKENS
-    again = Client(request_of([*second.request.ids, *second.tokens, *[8] * BLOCK_TOKENS]))
-    scheduler.submit(again.job)
-    run(scheduler)
+    longer = [*second.request.ids, *second.tokens, *[8] * BLOCK_TOKENS]
+    [again] = served(scheduler, request_of(longer))
     assert again.job.cached == 2 * BLOCK_TOKENS  # a block of the answer was not full
-    assert again.tokens == plain_loop(again.request)
 
 
-def test_the_queue_is_bounded_and_in_order() -> None:
-    engine = Pretended(slots=1)
-    scheduler = Scheduler(engine, queue_limit=3)
-    clients = [Client(request_of([n])) for n in range(4)]
-    scheduler.submit(clients[0].job)
-    scheduler.step()  # runs, so it does not wait
-    for client in clients[1:]:
+@pytest.mark.parametrize("limit", [0, 3])
+def test_the_queue_is_bounded_and_in_order(limit: int) -> None:
+    scheduler = Scheduler(Pretended(slots=1), queue_limit=limit)
+    clients = [Client(request_of([n])) for n in range(1 + limit)]  # one takes the free slot
+    for client in clients:
         scheduler.submit(client.job)
-    with pytest.raises(QueueFullError, match="3 requests"):
+    with pytest.raises(QueueFullError, match=f"{limit} requests"):
         scheduler.submit(Client(request_of([9])).job)
     ended: list[int] = []
     while not scheduler.idle:
         scheduler.step()
         ended += [n for n, c in enumerate(clients) if c.reasons and n not in ended]
-    assert ended == [0, 1, 2, 3]
+    assert ended == [*range(1 + limit)]
 
 
 def test_jobs_of_one_request_are_queued_together_or_not_at_all() -> None:
     scheduler = Scheduler(Pretended(slots=2), queue_limit=1)
-    many = [Client(request_of([n])) for n in range(9)]
-    scheduler.submit(*(client.job for client in many))
+    scheduler.submit(*(Client(request_of([n])).job for n in range(9)))
     with pytest.raises(QueueFullError, match="7 requests"):
         scheduler.submit(Client(request_of([1])).job, Client(request_of([2])).job)
     assert len(scheduler.queue) == 9
-    run(scheduler)
-    assert all(client.tokens == plain_loop(client.request) for client in many)
-
-
-def test_without_a_queue_only_free_slots_are_given() -> None:
-    scheduler = Scheduler(Pretended(slots=2), queue_limit=0)
-    for number in range(2):
-        scheduler.submit(Client(request_of([number])).job)
-    with pytest.raises(QueueFullError, match="0 requests"):
-        scheduler.submit(Client(request_of([7])).job)
-
-
-def test_a_scored_prompt_is_read_whole() -> None:
-    engine = Pretended(slots=1)
-    scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=16)
-    ids = [3] * (BLOCK_TOKENS + 4)
-    for scored, pieces in ((False, [12] * 3), (False, [4]), (True, [12] * 3)):
-        engine.pieces.clear()
-        client = Client(request_of(ids, 0), scored=scored)
-        scheduler.submit(client.job)
-        run(scheduler)
-        assert engine.pieces == pieces
-        assert client.reasons == ["length"]
-        assert client.tokens == []
-    assert len(client.logits) == len(ids)
 
 
 def test_time_runs_out_in_the_queue_and_in_a_slot() -> None:
@@ -566,35 +511,29 @@ def test_an_error_of_the_engine_ends_what_runs_and_no_more() -> None:
     scheduler.step()
     scheduler.fail()
     assert [client.reasons for client in broken] == [["error"]] * 3
-    after = Client(request_of([4, 5]))
-    scheduler.submit(after.job)
-    run(scheduler)
-    assert after.tokens == plain_loop(after.request)
+    served(scheduler, request_of([4, 5]))
 
 
-def real_engine(model: Any, kind: str, slots: int) -> Any:
-    return (
-        TransformersEngine(model, 200) if kind == "transformers" else SlotDecoder(model, 200, slots)
-    )
+needs_kernels = pytest.mark.skipif(
+    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
+)
 
 
-PIECES: dict[str, Callable[[int], int]] = {"ours": lambda _: 24, "transformers": lambda c: c}
+def random_prompts(known: int, *lengths: int) -> list[list[int]]:
+    """Prompts of which every second one begins with so many known tokens."""
+    random = torch.Generator().manual_seed(3)
+    shared = torch.randint(3, 96, (known,), generator=random).tolist()
+    own = [torch.randint(3, 96, (n,), generator=random).tolist() for n in lengths]
+    return [shared * (number % 2) + ids for number, ids in enumerate(own)]
 
 
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("kind", ["ours", "transformers"])
+@pytest.mark.parametrize("kind", [pytest.param("ours", marks=needs_kernels), "transformers"])
 def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
     """With a real model: nine sequences, four slots, a prefix cache, three orders of arrival."""
-    if kind == "ours" and lib.kernel_info().tier == "none":
-        pytest.skip(f"no kernels here: {lib.kernel_info().reason}")
     folder = packed_model(tmp_path, head_dim=16, max_position_embeddings=256)
     model = secateur.load(folder, dtype=torch.float32)
-    random = torch.Generator().manual_seed(3)
-    shared = torch.randint(3, 96, (40,), generator=random).tolist()
-    prompts = []
-    for number, length in enumerate((1, 7, 9, 30, 70, 2, 8, 33, 5)):
-        own = torch.randint(3, 96, (length,), generator=random).tolist()
-        prompts.append(shared + own if number % 2 else own)
+    prompts = random_prompts(40, 1, 7, 9, 30, 70, 2, 8, 33, 5)
     expected = []
     for ids in prompts:
         out = model.generate(
@@ -603,9 +542,10 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
         )  # fmt: skip
         expected.append(out[0, len(ids) :].tolist())
     for order in (1, 2, 4) if kind == "ours" else (2,):
-        engine = real_engine(model, kind, 4)
+        transformers = TransformersEngine(model, 200)
+        engine = SlotDecoder(model, 200, 4) if kind == "ours" else transformers
         cache = PrefixCache(1 << 22 if kind == "ours" else 0)
-        piece = PIECES[kind](engine.capacity)
+        piece = 24 if kind == "ours" else engine.capacity
         scheduler = Scheduler(engine, prefixes=cache, most_piece=piece)
         clients = [Client(request_of(ids, 20)) for ids in prompts]
         for number in range(len(clients)):
@@ -617,25 +557,16 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
         if kind == "ours":
             assert scheduler.counts.cached_tokens >= 2 * BLOCK_TOKENS
             assert scheduler.counts.calls < 9 * 20 / 2  # several at once
-    if kind == "ours":
-        alone = [[*continued(Decoder(model, 200), torch.tensor(ids), 20)] for ids in prompts[:3]]
-        assert alone == expected[:3]
 
 
+@needs_kernels
 @pytest.mark.parametrize("kv_cache", [None, "bf16", "int8"])
 @pytest.mark.parametrize("stored", [{"values": "int8"}, {"values": "int4", "group_size": 32}])
 def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: str | None) -> None:
     """With values of integers: other pieces, other neighbours, and what the cache knows."""
-    if lib.kernel_info().tier == "none":
-        pytest.skip(f"no kernels here: {lib.kernel_info().reason}")
     folder = packed_model(tmp_path, head_dim=16, max_position_embeddings=512, **stored)
     model = secateur.load(folder, dtype=torch.float32)
-    random = torch.Generator().manual_seed(3)
-    shared = torch.randint(3, 96, (70,), generator=random).tolist()
-    prompts = [
-        shared * (number % 2) + torch.randint(3, 96, (length,), generator=random).tolist()
-        for number, length in enumerate((1, 300, 8, 9, 230, 33))
-    ]
+    prompts = random_prompts(70, 1, 300, 8, 9, 230, 33)
 
     def logits_of(scheduler: Scheduler, *wanted: Sequence[int]) -> list[Tensor]:
         found: list[list[Tensor]] = [[] for _ in wanted]
@@ -660,6 +591,7 @@ def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: 
         assert (scheduler.counts.cached_tokens > 0) == (cache > 0)
 
 
+@needs_kernels
 @pytest.mark.parametrize("kv_cache", [None, "int8"])
 @pytest.mark.parametrize("drafted", [False, True])
 def test_windows_change_no_bit(tmp_path: Path, drafted: bool, kv_cache: str | None) -> None:
@@ -667,17 +599,11 @@ def test_windows_change_no_bit(tmp_path: Path, drafted: bool, kv_cache: str | No
 
     In a small prefix cache beginnings get lost that rings have lost as well.
     """
-    if lib.kernel_info().tier == "none":
-        pytest.skip(f"no kernels here: {lib.kernel_info().reason}")
     sizes = {"head_dim": 16, "max_position_embeddings": 2048, "sliding_window": 9}
     folder = packed_model(tmp_path, "gemma3", values="int8", **sizes)
     model = secateur.load(folder, dtype=torch.float32)
-    random = torch.Generator().manual_seed(3)
-    shared = torch.randint(3, 96, (710,), generator=random).tolist()
-    wanted = [
-        (shared[: 710 * (number % 2)] + torch.randint(3, 96, (n,), generator=random).tolist(), new)
-        for number, (n, new) in enumerate(((1, 900), (300, 5), (8, 9), (9, 700), (790, 5)))
-    ]
+    prompts = random_prompts(710, 1, 300, 8, 9, 790)
+    wanted = [*zip(prompts, (900, 5, 9, 700, 5), strict=True)]
 
     def tokens_of(scheduler: Scheduler) -> list[list[int]]:
         clients = [Client(request_of(ids, new)) for ids, new in wanted]
@@ -737,3 +663,66 @@ def test_many_draws_have_the_models_distribution() -> None:
     expected = counts.sum(1, keepdim=True) * table.double().softmax(1)
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert chi2.sf(statistic, states * (states - 1)) > 1e-3
+
+
+# --- the prefix cache, against a plain table of all beginnings that were added
+
+N = BLOCK_TOKENS
+BLOCK_BYTES = N * 4
+
+
+def tensor_of(text: list[int], begin: int, end: int) -> Tensor:
+    """Stands for keys and values: they depend on all tokens up to the end of the block."""
+    return torch.tensor([hash(tuple(text[: i + 1])) % 10**6 for i in range(begin, end)]).int()
+
+
+def add(cache: PrefixCache, text: list[int]) -> None:
+    cache.add(text, lambda begin, end: tensor_of(text, begin, end))
+
+
+def block(kind: int, rest: int = 0) -> list[int]:
+    return [kind, rest, *range(N - 2)]
+
+
+TEXTS = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=4), st.integers(0, N - 1)),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(TEXTS, st.integers(1, 8))
+def test_what_is_found_was_added_and_memory_is_bounded(texts, room: int) -> None:
+    cache = PrefixCache(room * BLOCK_BYTES)
+    known: set[tuple[int, ...]] = set()
+    for kinds, extra in texts:
+        text = [token for kind in kinds for token in block(kind)] + [77] * extra
+        found = cache.find(text)
+        assert len(found) * N < len(text)  # the last token is always read
+        for number, tensor in enumerate(found):
+            assert tuple(text[: (number + 1) * N]) in known
+            assert torch.equal(tensor, tensor_of(text, number * N, (number + 1) * N))
+        add(cache, text)
+        known |= {tuple(text[:end]) for end in range(N, len(text) + 1, N)}
+        assert cache.bytes <= room * BLOCK_BYTES
+        assert cache.bytes == sum(b.known.nbytes for b in cache.blocks.values())
+        whole = min(len(text) // N, room)
+        assert len(cache.find([*text, 5])) >= whole  # what was added last is there
+        numbers = {0, *(b.number for b in cache.blocks.values())}
+        assert {before for before, _ in cache.blocks} <= numbers  # no block without its beginning
+
+
+def test_the_longest_unused_goes_first() -> None:
+    cache = PrefixCache(3 * BLOCK_BYTES)
+    for kind in (1, 2, 3):
+        add(cache, block(kind))
+    assert cache.find([*block(1), 0])
+    add(cache, block(4))
+    assert [kind for kind in (1, 2, 3, 4) if cache.find([*block(kind), 0])] == [1, 3, 4]
+
+
+def test_no_memory_keeps_nothing_and_copies_nothing() -> None:
+    cache = PrefixCache(0)
+    cache.add(block(1), lambda begin, end: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert cache.find([*block(1), 0]) == []
