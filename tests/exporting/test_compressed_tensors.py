@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from at_rest import stored_tensors
 from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import Tensor
@@ -47,13 +48,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
         return folder / "pruned"
 
     return made
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def config_of_folder(folder: Path) -> dict[str, Any]:
@@ -93,7 +87,7 @@ def test_weights_come_back_within_half_a_step_and_zeros_exactly(
 ) -> None:
     source = pruned()
     made = export(tmp_path / "out", source, type)
-    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "out")
     weight, found = before[f"{UP}.weight"], weight_in(after, UP, bits)
     scale = after[f"{UP}.weight_scale"].float()
     step = scale.repeat_interleave(64 // scale.shape[1], dim=1)
@@ -142,7 +136,7 @@ def test_the_largest_group_that_divides_all_rows(hidden, ffn, group, tmp_path: P
     save_tiny(tmp_path / "m", hidden_size=hidden, intermediate_size=ffn, head_dim=hidden // 4,
               num_hidden_layers=1)  # fmt: skip
     export(tmp_path / "out", tmp_path / "m", "w4a16")
-    scale = tensors_of(tmp_path / "out")["model.layers.0.mlp.down_proj.weight_scale"]
+    scale = stored_tensors(tmp_path / "out")["model.layers.0.mlp.down_proj.weight_scale"]
     assert scale.shape == (hidden, ffn // group)
 
 
@@ -161,7 +155,7 @@ def test_a_model_on_a_grid_is_stored_without_rounding(
     dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
     for number, folder in enumerate((packed, tmp_path / "again")):
         made = export(tmp_path / f"out{number}", folder, "w4a16")
-        found = tensors_of(tmp_path / f"out{number}")
+        found = stored_tensors(tmp_path / f"out{number}")
         for name in ("self_attn.k_proj", "mlp.down_proj"):
             name = f"model.layers.0.{name}"
             assert torch.equal(weight_in(found, name, 4), dense[f"{name}.weight"])
@@ -176,27 +170,24 @@ def test_a_model_on_a_grid_is_stored_without_rounding(
         assert not made.notes
 
 
-def test_the_integers_of_an_int8_model_stay_what_they_are(pruned: Pruned, tmp_path: Path) -> None:
-    """And their scales, which the dense checkpoint in bfloat16 does not hold."""
-    source = pruned(dtype=torch.bfloat16)
-    packed = secateur.compress(source, output=tmp_path / "packed", values="int8").output
-    made = export(tmp_path / "out", packed, "w8a8")
-    assert not any("rounded" in note for note in made.notes)
-    dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
-    found = tensors_of(tmp_path / "out")
-    assert torch.equal(weight_in(found, UP, 8), dense[f"{UP}.weight"])
-
-
-def test_a_calibrated_int8_model_needs_no_rounding(pruned: Pruned, tmp_path: Path) -> None:
-    source = pruned(dtype=torch.bfloat16)
+@pytest.mark.parametrize("type", ["w8a8", "w8a16"])
+def test_the_integers_of_an_int8_model_stay_what_they_are(
+    type: str, pruned: Pruned, tmp_path: Path
+) -> None:
+    """And their scales, which the dense checkpoint in bfloat16 does not hold; also calibrated."""
     save_windows(tiny_windows(4, 20), tmp_path / "windows.safetensors")
+    text = tmp_path / "windows.safetensors" if type == "w8a16" else None
     packed = secateur.compress(
-        source, output=tmp_path / "packed", values="int8",
-        calibration=tmp_path / "windows.safetensors",
-    ).output  # fmt: skip
-    secateur.decompress(packed, output=tmp_path / "dense8")
-    made = export(tmp_path / "out", tmp_path / "dense8", "w8a16")
-    assert [note for note in made.notes if "rounded" in note] == []
+        pruned(dtype=torch.bfloat16), output=tmp_path / "packed", values="int8", calibration=text
+    ).output
+    dense = secateur.load(packed, expand=True, dtype=torch.float32).state_dict()
+    if type == "w8a16":
+        packed = secateur.decompress(packed, output=tmp_path / "dense").output
+    made = export(tmp_path / "out", packed, type)
+    assert not any("rounded" in note for note in made.notes)
+    if type == "w8a8":
+        found = weight_in(stored_tensors(tmp_path / "out"), UP, 8)
+        assert torch.equal(found, dense[f"{UP}.weight"])
 
 
 def test_what_was_rounded_is_said(pruned: Pruned, tmp_path: Path) -> None:
@@ -222,9 +213,9 @@ def test_files_stay_as_many_as_they_are(tmp_path: Path) -> None:
 def test_experts_are_stored_one_by_one_and_routers_stay(family, tmp_path: Path) -> None:
     sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     save_tiny(tmp_path / "m", family, intermediate_size=64, **sizes)
-    before = tensors_of(tmp_path / "m")
+    before = stored_tensors(tmp_path / "m")
     made = export(tmp_path / "out", tmp_path / "m", "w8a8")
-    after = tensors_of(tmp_path / "out")
+    after = stored_tensors(tmp_path / "out")
     experts = [n for n in before if ".experts." in n]
     assert experts
     for name in experts:
@@ -265,7 +256,7 @@ def test_evaluation_judges_rounded_weights_and_activations(
     source = pruned()
     export(tmp_path / "out", source, "w8a8")
     judged = load_whole(tmp_path / "out", torch.device("cpu"))
-    ours, stored = secateur.load(source), tensors_of(tmp_path / "out")
+    ours, stored = secateur.load(source), stored_tensors(tmp_path / "out")
     linears = {n: m for n, m in ours.named_modules() if f"{n}.weight_scale" in stored}
     ids = tiny_windows(2, 12)
 
@@ -297,7 +288,7 @@ def test_transformers_computes_with_the_stored_weights(
             tmp_path / "out", dtype=torch.float32
         )
         ours = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    stored = tensors_of(tmp_path / "out")
+    stored = stored_tensors(tmp_path / "out")
     bits = int(type[1])
     with torch.no_grad():
         for name, module in ours.named_modules():

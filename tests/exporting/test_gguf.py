@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_models import PROMPTS, assert_alike, byte_level, fields, save
+from gguf_models import PROMPTS, assert_alike, byte_level, fields, save, texts
 from tiny import save_tiny
 from zoo import SIZES
 
@@ -94,17 +95,15 @@ def test_an_int4_model_becomes_q4_0_without_any_change(pruned: Path, tmp_path: P
     (name,) = found.files
     dense = secateur.load(packed.output, expand=True, dtype=torch.float32).state_dict()
     tensors = {x.name: x for x in gguf.GGUFReader(str(tmp_path / "out" / name)).tensors}
+    names = {"token_embd": "model.embed_tokens"}
     for layer in range(SIZES["num_hidden_layers"]):
         for theirs, ours in (("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
-            tensor = tensors[f"blk.{layer}.{theirs}.weight"]
-            assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            expect = dense[f"model.layers.{layer}.{ours}.weight"].numpy()
-            assert np.array_equal(values, expect)
-    tensor = tensors["token_embd.weight"]
-    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
-    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    assert np.array_equal(values, dense["model.embed_tokens.weight"].numpy())
+            names[f"blk.{layer}.{theirs}"] = f"model.layers.{layer}.{ours}"
+    for theirs, ours in names.items():
+        tensor = tensors[f"{theirs}.weight"]
+        assert tensor.tensor_type == Q4_0
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(values, dense[f"{ours}.weight"].numpy())
 
 
 def test_every_matrix_has_the_type_nearest_to_how_it_is_stored(tokenizer, tmp_path: Path) -> None:
@@ -131,16 +130,6 @@ def test_every_matrix_has_the_type_nearest_to_how_it_is_stored(tokenizer, tmp_pa
     assert tensors["token_embd.weight"].tensor_type == types.Q4_0
     assert tensors["output_norm.weight"].tensor_type == types.F32
     assert_alike(tmp_path / "out" / name, dense, tokenizer)
-
-
-def test_blocks_of_q4_0_by_hand() -> None:
-    weight = torch.zeros(1, 32)
-    weight[0, 0], weight[0, 1], weight[0, 16] = 3.5, -0.5, 1.0
-    (row,) = stored_blocks(weight, Q4_0)
-    assert row[:2].view(np.float16)[0] == 0.5
-    assert row[2] == (7 + 8) | (2 + 8) << 4
-    assert row[3] == (-1 + 8) | 8 << 4
-    assert set(row[4:]) == {8 | 8 << 4}
 
 
 def test_blocks_on_no_grid_are_rounded_by_gguf_and_the_others_are_exact() -> None:
@@ -255,14 +244,27 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+STORED = {
+    "phi3 with LongRoPE": {"phi3.context_length": 256},  # it ends where the factors change
+    "gemma3": {  # its window limits nothing
+        "gemma3.context_length": SIZES["max_position_embeddings"],
+        "gemma3.attention.sliding_window": 8, "gemma3.attention.sliding_window_pattern": 2,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_continues_like_transformers(name, tokenizer, tmp_path: Path) -> None:
     family, changes = FAMILIES[name]
     source = save(tmp_path / "model", tokenizer, deepcopy(family), **changes)
     found = secateur.export(source, output=tmp_path / "out", type="f32")
-    (file,) = found.files
+    file = tmp_path / "out" / found.files[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    assert_alike(tmp_path / "out" / file, model, tokenizer)
+    assert_alike(file, model, tokenizer)
+    stored, expected = fields(file), STORED.get(name, {})
+    assert {field: stored[field] for field in expected} == expected
+    notes = ["256" in note for note in found.exported.notes]
+    assert notes == ([True] if name == "phi3 with LongRoPE" else [])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -275,24 +277,6 @@ def test_compressed_mixtures_too(family, tokenizer, tmp_path: Path) -> None:
     assert made.zeros_kept == made.zeros > 0.45 * made.weights
     (file,) = (tmp_path / "out").iterdir()
     assert_alike(file, secateur.load(tmp_path / "packed", expand=True), tokenizer, PROMPTS[:2])
-
-
-def test_the_context_ends_where_the_factors_change(tokenizer, tmp_path: Path) -> None:
-    source = save(tmp_path / "model", tokenizer, "phi3", **LONG)
-    found = secateur.export(source, output=tmp_path / "out", type="f32")
-    stored = fields(tmp_path / "out" / found.files[0])
-    assert stored["phi3.context_length"] == 256
-    assert "limited to 256 tokens" in found.exported.notes[0]
-
-
-def test_the_window_of_gemma_limits_nothing(tokenizer, tmp_path: Path) -> None:
-    source = save(tmp_path / "model", tokenizer, "gemma3")
-    found = secateur.export(source, output=tmp_path / "out", type="f32")
-    stored = fields(tmp_path / "out" / found.files[0])
-    assert stored["gemma3.context_length"] == SIZES["max_position_embeddings"]
-    assert stored["gemma3.attention.sliding_window"] == 8
-    assert stored["gemma3.attention.sliding_window_pattern"] == 2
-    assert not found.exported.notes
 
 
 @pytest.mark.parametrize(
@@ -340,3 +324,47 @@ def test_the_refusal_names_a_target_that_takes_the_model(
     assert "serve" in str(refusal.value)
     secateur.export(source, output=tmp_path / "out", to="compressed-tensors", type="w8a8")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+# --- mixes of llama.cpp's quantizer: their types, and the zeros that they lose
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """256-wide rows in most matrices; 320-wide ones in `down_proj`."""
+    folder = tmp_path_factory.mktemp("model")
+    source = save(
+        folder / "dense", byte_level(), "llama", hidden_size=256, intermediate_size=320,
+        num_hidden_layers=1, head_dim=64, attention_bias=False,
+    )  # fmt: skip
+    output = folder / "pruned"
+    secateur.prune(source, output=output, method="magnitude", sparsity=0.5)
+    return output
+
+
+@pytest.mark.parametrize(("type", "keeps"), [("q6_k", True), ("q4_k_m", False)])
+def test_a_mix_is_made_and_its_zeros_are_counted(
+    type: str, keeps: bool, wide: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = secateur.export(wide, output=tmp_path / "out", type=type)
+    made = found.exported
+    assert "llama_model" not in "".join(capfd.readouterr())  # llama.cpp's own log
+    (name,) = found.files  # the float32 file is gone
+    file = tmp_path / "out" / name
+    stored = {x.name: x.tensor_type.name for x in gguf.GGUFReader(file).tensors}
+    assert stored["blk.0.ffn_up.weight"] == {"q6_k": "Q6_K", "q4_k_m": "Q4_K"}[type]
+    assert made.file_bytes == file.stat().st_size
+    assert made.zeros == pytest.approx(made.weights / 2, rel=0.01)
+    lost = made.zeros - made.zeros_kept
+    assert (lost == 0) if keeps else (lost > made.zeros / 2)
+    assert [f"{lost:,}" in note for note in made.notes[:1]] == [] if keeps else [True]
+    assert any(text for _, text in texts(file))
+
+
+def test_without_the_package_the_error_names_it(
+    wide: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
+    with pytest.raises(RecipeError, match=r"\[llamacpp\]"):
+        secateur.export(wide, output=tmp_path / "out", type="q6_k")
+    assert not (tmp_path / "out").exists()

@@ -81,10 +81,13 @@ def test_milder_patterns_are_wider_and_the_same_model(pattern: str, tmp_path: Pa
         secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
 
 
-def test_a_matrix_of_its_own_pattern_is_stored_in_it(tmp_path: Path) -> None:
+def test_a_matrix_of_its_own_pattern_is_stored_in_it_or_refused(tmp_path: Path) -> None:
     source = changed(sparse_model(tmp_path), UP, (5, slice(3)))
     made = export(source, tmp_path / "out")
     assert (made.types["2:4"], made.types["6:8"]) == (11, 1)
+    with pytest.raises(PatternError, match="1 of 21"):
+        export(changed(source, UP, (5, slice(9))), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_model_on_sparse_tensor_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,13 +116,6 @@ def test_torch_reads_the_parts_as_they_are(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         theirs = SparseSemiStructuredTensorCUTLASS(weight.shape, packed, meta, None, None, None)
     assert torch.equal(theirs.to_dense(), weight)
-
-
-def test_other_patterns_are_refused_with_their_names(tmp_path: Path) -> None:
-    source = changed(sparse_model(tmp_path), UP, (5, slice(9)))
-    with pytest.raises(PatternError, match="1 of 21"):
-        export(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_sizes_that_torch_cannot_multiply_stay_dense(tmp_path: Path) -> None:

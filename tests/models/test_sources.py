@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import socket
 import subprocess
@@ -500,7 +499,6 @@ def test_smollm2_from_the_package_index():
         for block in (0, len(blocks) - 1):
             got = weights[name][row, 32 * block : 32 * block + 32].numpy()
             assert np.array_equal(got, dequantize_q4_1(blocks[block]).astype(np.float32))
-            assert math.isfinite(got.sum())
     tokenizer = load_tokenizer(found.folder)
     assert tokenizer.decode(tokenizer("The capital of France")["input_ids"]) == (
         "The capital of France"

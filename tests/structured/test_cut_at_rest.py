@@ -128,19 +128,23 @@ def test_a_cut_model_is_distilled_in_the_dense_dtype(tmp_path: Path) -> None:
     assert torch.allclose(after.float(), dense.float(), atol=0.05)
 
 
-def test_lists_of_modules_get_the_new_numbers(tmp_path: Path) -> None:
+def test_lists_of_modules_and_scales_of_activations_follow_their_layers(tmp_path: Path) -> None:
     folder = in_float8(tmp_path / "m", "qwen3")
-    description = described(folder)
+    scale = "model.layers.{}.mlp.up_proj.activation_scale"
+    scales = {scale.format(n): torch.tensor(float(n)) for n in range(3)}
+    save_in(folder, {**load_file(folder / "model.safetensors"), **scales}, 1)
     names = [
         "lm_head", "model.layers.1.mlp.up_proj", "model.layers.2.mlp", "re:.*norm$",
         r"re:.*layers\.[12]\.mlp\.down_proj", "model.layers.*.self_attn",
     ]  # fmt: skip
-    describe_as(folder, {**description, "modules_to_not_convert": names})
+    describe_as(folder, {**described(folder), "modules_to_not_convert": names})
     cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
     assert described(tmp_path / "c")["modules_to_not_convert"] == [
         "lm_head", "model.layers.1.mlp", "re:.*norm$", "model.layers.1.mlp.down_proj",
         "model.layers.*.self_attn",
     ]  # fmt: skip
+    after = stored_tensors(tmp_path / "c")
+    assert [float(after[scale.format(n)]) for n in (0, 1)] == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("family", ["gemma3 vision", "llava"])
@@ -175,19 +179,6 @@ def test_the_description_of_a_decoder_inside_gets_the_new_numbers(tmp_path: Path
     assert "quantization_config" not in dense["text_config"]
 
 
-def test_scales_of_activations_stay_with_their_matrices(tmp_path: Path) -> None:
-    folder = in_float8(tmp_path / "m", "qwen3")
-    tensors = load_file(folder / "model.safetensors")
-    for number in range(3):
-        name = f"model.layers.{number}.mlp.up_proj.activation_scale"
-        tensors[name] = torch.tensor(float(number))
-    save_in(folder, tensors, 1)
-    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
-    after = stored_tensors(tmp_path / "c")
-    found = [float(after[f"model.layers.{n}.mlp.up_proj.activation_scale"]) for n in (0, 1)]
-    assert found == [0.0, 2.0]
-
-
 def gpt_oss(folder: Path) -> Path:
     """A tiny gpt-oss whose experts are in 4-bit floating point."""
     save_tiny(folder, "gpt_oss", dtype=torch.bfloat16, intermediate_size=32, num_local_experts=4)
@@ -200,40 +191,29 @@ def gpt_oss(folder: Path) -> Path:
     return folder
 
 
-def test_layers_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
+def test_layers_and_experts_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
     folder = gpt_oss(tmp_path / "m")
-    cut_checkpoint(folder, Cut(layers=(0, 2)), tmp_path / "c")
-    before, after = stored_tensors(folder), stored_tensors(tmp_path / "c")
-    assert sum(name.endswith("_blocks") for name in after) == 4
-    for name, tensor in after.items():
+    before, kept = stored_tensors(folder), {0: (0, 3), 1: (1, 2), 2: (0, 2)}
+    cut_checkpoint(folder, Cut(layers=LAYERS), tmp_path / "c")
+    cut_checkpoint(folder, Cut(experts=kept), tmp_path / "e")
+    for name, tensor in stored_tensors(tmp_path / "c").items():
         assert same_bytes(tensor, before[name.replace("layers.1.", "layers.2.")]), name
-    assert described(tmp_path / "c") == described(folder)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
-    name = "mlp.experts.gate_up_proj"
-    assert torch.equal(
-        cut.get_parameter(f"model.layers.1.{name}"), whole.get_parameter(f"model.layers.2.{name}")
+    for name, tensor in stored_tensors(tmp_path / "e").items():
+        fewer = ".experts." in name or ".router." in name
+        rows = list(kept[int(name.split(".")[2])]) if fewer else slice(None)
+        assert same_bytes(tensor, before[name][rows]), name
+    assert described(tmp_path / "c") == described(tmp_path / "e") == described(folder)
+    whole, cut, few = (
+        transformers.AutoModelForCausalLM.from_pretrained(x)
+        for x in (folder, tmp_path / "c", tmp_path / "e")
     )
-    config = json.loads((tmp_path / "c" / "config.json").read_text())
-    assert len(config["layer_types"]) == 2
-    read = open_weights(tmp_path / "c").read(f"model.layers.1.{name}")
-    assert torch.equal(read, whole.get_parameter(f"model.layers.2.{name}"))
-
-
-def test_experts_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
-    folder = gpt_oss(tmp_path / "m")
-    kept = {0: (0, 3), 1: (1, 2), 2: (0, 2)}
-    cut_checkpoint(folder, Cut(experts=kept), tmp_path / "c")
-    before, after = stored_tensors(folder), stored_tensors(tmp_path / "c")
-    for name, tensor in after.items():
-        old = before[name]
-        if ".experts." in name or ".router." in name:
-            old = old[list(kept[int(name.split(".")[2])])]
-        assert same_bytes(tensor, old), name
-    assert described(tmp_path / "c") == described(folder)
-    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
-    assert cut.config.num_local_experts == 2
-    assert cut(torch.arange(5)[None]).logits.isfinite().all()
+    name = "mlp.experts.gate_up_proj"
+    expected = whole.get_parameter(f"model.layers.2.{name}")
+    assert torch.equal(cut.get_parameter(f"model.layers.1.{name}"), expected)
+    assert torch.equal(open_weights(tmp_path / "c").read(f"model.layers.1.{name}"), expected)
+    assert len(cut.config.layer_types) == 2
+    assert few.config.num_local_experts == 2
+    assert few(torch.arange(5)[None]).logits.isfinite().all()
 
 
 def test_experts_in_microscaled_float4_are_pruned(tmp_path: Path) -> None:

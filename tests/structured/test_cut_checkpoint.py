@@ -55,11 +55,6 @@ def cut_folder(folder: Path, cut: Cut, output: Path, **options: Any) -> Accounti
         return cut_checkpoint(folder, cut, output, **options)
 
 
-def known_names(source: Path, reader: CheckpointReader) -> set[str]:
-    """Those of the names in a cut checkpoint that could be of the uncut one."""
-    return reader.entries.keys() & CheckpointReader(source).entries.keys()
-
-
 @pytest.mark.parametrize("name", ["groups", "hidden", "everything"])
 @pytest.mark.parametrize("family", few_families(DECLARED))
 def test_streaming_gives_the_tensors_of_the_cut_model(
@@ -77,7 +72,7 @@ def test_streaming_gives_the_tensors_of_the_cut_model(
     parameters = dict(expected.named_parameters())
     stored = stored_names(build_skeleton(tmp_path / "out"), reader)
     assert stored.keys() == parameters.keys()
-    assert set(stored.values()) == reader.entries.keys() == known_names(source, reader)
+    assert set(stored.values()) == reader.entries.keys() <= CheckpointReader(source).entries.keys()
     assert all(torch.equal(reader.read(stored[n]), p) for n, p in parameters.items())
     assert counted.after.file_bytes == reader.total_bytes
     windows = tiny_windows(2)
@@ -128,13 +123,8 @@ def test_the_rooms_read_varied_folders(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a pruned tree bears more fruit. " * 20)
     save_windows(windows, tmp_path / "windows.safetensors")
-    secateur.prune(
-        str(folder),
-        method="wanda",
-        sparsity=0.5,
-        calibration=str(tmp_path / "windows.safetensors"),
-        output=tmp_path / "pruned",
-    )
+    options = {"method": "wanda", "sparsity": 0.5, "output": tmp_path / "pruned"}
+    secateur.prune(folder, calibration=tmp_path / "windows.safetensors", **options)
     pruned = load(tmp_path / "pruned")
     assert type(pruned).__name__ == "VariedLlamaForCausalLM"
     assert sizes_of(pruned) == sizes_of(skeleton)

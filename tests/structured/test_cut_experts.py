@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from cuts import cut_on_disk, logits
 from safetensors.torch import load_file, save_file
 from same_logits import assert_same_logits
@@ -134,3 +136,23 @@ def test_layers_for_further_tokens_are_named(
     assert "1 stored tensors" in caplog.text
     assert "model.layers.3.eh_proj.weight" in caplog.text
     assert load_whole(tmp_path / "out", CPU).config.num_nextn_predict_layers == 0
+
+
+def test_experts_that_are_stored_fused(tmp_path: Path) -> None:
+    model: Any = tiny_model("mixtral")
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "source", save_original_format=False)
+    counted = cut_checkpoint(tmp_path / "source", Cut(experts=dict.fromkeys(range(3), (1, 3))),
+                          tmp_path / "out")  # fmt: skip
+    assert not counted.varied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_local_experts"] == 2
+    with quiet_transformers():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = cut_model(model, Cut(experts=dict.fromkeys(range(3), (1, 3))))
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_fewer_experts_than_a_token_wants_are_refused() -> None:
+    with pytest.raises(RecipeError, match="each token needs 2"):
+        cut_model(tiny_model("mixtral"), Cut(experts={0: (1,)}))

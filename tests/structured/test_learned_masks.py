@@ -88,18 +88,6 @@ def test_multipliers_drive_open_gates_to_their_target(target):
         assert gates.open_share().item() == pytest.approx(target / 48, abs=0.08)
 
 
-def test_all_kinds_keep_exactly_what_is_wanted():
-    model = tiny_model("llama").requires_grad_(False)
-    masks = LearnedMasks(model, {"groups": 1, "neurons": 24, "layers": 2, "hidden": 24})
-    wanted = logits_of(model)
-    learn(model, masks, lambda m, batch: mse_loss(logits_of(m), wanted), steps=60)
-    kept = masks.settle()
-    assert (len(kept.layers), len(kept.hidden)) == (2, 24)
-    assert set(kept.groups) == set(kept.neurons) == set(kept.layers)
-    assert all(len(units) == 1 for units in kept.groups.values())
-    assert all(len(units) == 24 for units in kept.neurons.values())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["neurons", "groups", "layers", "hidden"])
 def test_a_settled_model_is_one_without_those_units(kind):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from cuts import CUTS, close, cut_on_disk, cut_quietly, cut_twice, logits, odd
 from safetensors.torch import load_file
 from same_logits import assert_same_logits
-from slow import slow_but
+from slow import slow, slow_but
 from test_surgery import masked
 from zoo import (
     CUT_BY_TOKEN,
@@ -20,6 +22,7 @@ from zoo import (
     CUT_MIXTURES,
     CUT_SEEING,
     DENSE,
+    PLAIN_MIXTURES,
     TIED_INSIDE,
     WITH_BUFFERS,
     class_of,
@@ -36,7 +39,7 @@ from secateur.models.architecture import describe
 from secateur.models.skeleton import build_skeleton, quiet_transformers
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
-from secateur.structured.surgery import cut_checkpoint
+from secateur.structured.surgery import cut_checkpoint, cut_model
 
 # --- families with a declaration and nothing unusual in their code
 
@@ -147,6 +150,63 @@ def test_decoders_with_experts(family: str, name: str, tmp_path: Path) -> None:
         assert close(found, expected)
 
 
+OF_EXPERTS: dict[str, Any] = {
+    "experts": lambda sparse: Cut(experts=dict.fromkeys(sparse, (0, 2, 4))),
+    "experts, differing": lambda sparse: Cut(experts={sparse[0]: (1, 2, 3)}),
+    "without FFN": lambda sparse: Cut(neurons={sparse[0]: ()}),
+    "everything": lambda sparse: Cut(
+        layers=(1, 2), experts=dict.fromkeys(sparse, (1, 4)), groups={1: (0,)}, hidden=odd(32)
+    ),
+}
+FEW_EXPERTS = {"qwen2_moe": ("experts", "everything"), "qwen3_moe": ("without FFN", "everything")}
+"""Of these the default tests make some cuts: they have a shared expert, or dense layers."""
+
+
+def without_experts(model: Any, kept: Any) -> None:
+    """The router gives others no chance: their logits are far below."""
+    for i, experts in kept.items():
+        router = model.model.layers[i].mlp.gate
+        gone = [e for e in range(5) if e not in experts]
+
+        def forward(x: torch.Tensor, router: Any = router, gone: Any = gone) -> Any:
+            scores = x.reshape(-1, x.shape[-1]) @ router.weight.t()
+            scores[:, gone] = -torch.inf
+            chances = scores.softmax(-1)
+            best, index = chances.topk(2, dim=-1)
+            if getattr(router, "norm_topk_prob", True):
+                best = best / best.sum(-1, keepdim=True)
+            return scores, best, index
+
+        router.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    slow_but(
+        [
+            (family, name)
+            for family in PLAIN_MIXTURES
+            for name in FEW_EXPERTS.get(family, OF_EXPERTS)
+        ],
+        product(PLAIN_MIXTURES, OF_EXPERTS),
+    ),
+)
+def test_mixtures_with_fewer_experts(family: str, name: str, tmp_path: Path) -> None:
+    model: Any = tiny_model(family)
+    sparse = [i for i, count in enumerate(sizes_of(model).experts) if count]
+    cut, windows = OF_EXPERTS[name](sparse), tiny_windows(2)
+    smaller, counted, _ = cut_twice(model, cut, tmp_path, alike=False)
+    assert counted == accounting(build_skeleton(tmp_path / "source"), cut)
+    differing = {"without FFN", "everything"} | (
+        {"experts, differing"} if len(sparse) > 1 else set()
+    )
+    assert counted.varied == (name in differing)
+    switch_off(model, family, layers=cut.layers, groups=cut.groups, neurons=cut.neurons)
+    without_experts(model, cut.experts)
+    if cut.hidden is None:
+        assert close(logits(smaller, windows), logits(model, windows))
+
+
 def test_latent_attention_caches_as_much_with_fewer_heads() -> None:
     """A cache holds what all heads are computed from."""
     model: Any = tiny_model("deepseek_v3")
@@ -224,12 +284,7 @@ def test_hidden_channels_of_gated_deltanet() -> None:
     model = with_small_epsilon(tiny_model("qwen3_5_text"), 1e-12)
     kept = tuple(range(0, 32, 2))
     smaller = cut_quietly(model, Cut(hidden=kept))
-    gone = [c for c in range(32) if c not in kept]
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, gone] = 0
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
-                parameter[gone] = 0
+    narrow_weights(model, 32, list(kept))
     windows = tiny_windows(2)
     found, expected = logits(smaller, windows), logits(model, windows)
     assert float((found - expected).abs().max()) < 2e-3 * float(expected.abs().max())
@@ -384,3 +439,65 @@ def test_what_a_model_that_sees_cannot_lose() -> None:
         cut_quietly(model, Cut(neurons={0: (1, 2)}))
     with pytest.raises(ArchitectureError, match="not declared"):
         cut_quietly(model, Cut(hidden=tuple(range(16))))
+
+
+# --- norms of queries and keys that run over heads which are cut
+
+ALL, KEPT, SIZE = 8, 4, 8
+HALF = Cut(groups={i: tuple(range(KEPT)) for i in range(3)})
+
+
+def olmo(seed: int) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    return tiny_model("olmo2", seed, **sizes, num_attention_heads=ALL, num_key_value_heads=ALL)
+
+
+def unread(model: Any) -> torch.Tensor:
+    """The outputs with the heads that go still there, and read by nobody."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:, KEPT * SIZE :] = 0.0
+    return logits(model, tiny_windows())
+
+
+def test_exact_where_the_heads_that_go_are_as_large_as_those_that_stay() -> None:
+    model = olmo(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj"):
+                weight = layer.self_attn.get_submodule(name).weight
+                weight[KEPT * SIZE :] = weight[: KEPT * SIZE]
+    smaller = cut_model(model, HALF)
+    assert close(logits(smaller, tiny_windows()), unread(model))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_less_is_lost_than_with_the_factor_of_a_cut_stream(seed: int) -> None:
+    model = olmo(seed)
+    plain, other = (cut_model(model, HALF) for _ in range(2))
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                weight.mul_(sqrt(2))
+    expected = unread(model)
+    errors = [
+        float((logits(x, tiny_windows()) - expected).norm() / expected.norm())
+        for x in (plain, other)
+    ]
+    assert errors[0] < 0.25
+    assert errors[1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3", "gemma3", "olmo2", "exaone4", "llama4", slow("hunyuan"), slow("olmo3"),
+     slow("qwen3_moe"), slow("olmoe"), slow("glm4_moe"), slow("dots1"), slow("minimax_m2"),
+     slow("hunyuan_v1_moe")],
+)  # fmt: skip
+def test_a_large_epsilon_does_not_grow_with_a_narrower_stream(family: str) -> None:
+    channels = odd(32)
+    model, masked = (tiny_model(family, rms_norm_eps=1e-2) for _ in range(2))
+    smaller = cut_quietly(model, Cut(hidden=channels))
+    narrow_weights(masked, 32, list(channels))
+    found, expected = (logits(x, tiny_windows()) for x in (smaller, masked))
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

@@ -15,7 +15,7 @@ Heads (OLMo 2 norms queries and keys over all of them): removed heads are not ze
 Where they are as large as the kept ones, mean x² over D and over D' are equal, so the weights do
 not change. With √(D/D') on queries and keys, attention logits would be D/D' times as large. With
 half of the heads cut in three random models, the outputs are off by 0.62 to 0.70 of their norm with
-that factor and by 0.15 to 0.25 without (`tests/structured/test_head_norms.py`).
+that factor and by 0.15 to 0.25 without (`tests/structured/test_surgery_of_families.py`).
 
 A LayerNorm also subtracts the mean, and runs over the kept channels without a change.
 """
