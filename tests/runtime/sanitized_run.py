@@ -16,7 +16,7 @@ from runtime.packed_examples import LAYOUTS, SMALL_GRIDS, packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
 from secateur.quantization.groups import GROUPS, Scales
-from secateur.runtime import decode as kv_cache
+from secateur.runtime import decode
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import pack_bits
@@ -159,7 +159,7 @@ def hostile(folder: Path, layouts: Mapping[str, Layout], files: int) -> None:
 
 def main(part: str, folder: Path) -> None:
     torch.manual_seed(0)
-    kv_cache.unused_zeros = lambda shape: torch.zeros(shape, dtype=torch.uint8)  # guarded
+    decode.unused_zeros = lambda shape: torch.zeros(shape, dtype=torch.uint8)  # guarded
     info = lib.kernel_info()
     assert info.tier != "none", info
     if part == "unpadded":

@@ -18,6 +18,7 @@ import secateur
 
 pytestmark = pytest.mark.slow
 
+TESTS = Path(__file__).parents[1]
 CSRC = Path(secateur.__file__).parent / "runtime" / "kernels" / "csrc"
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILER = shutil.which("gcc") or ""
@@ -56,7 +57,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[1], CSRC.parents[3]))),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "support", CSRC.parents[3]))),
     }
 
 
