@@ -37,7 +37,6 @@ from house_numbers import (
     twins,
     written_numbers,
 )
-from measured_tables import unwritten
 from recipe_path import first_weight, tiny_run
 
 HERE = Path(__file__)
@@ -64,7 +63,6 @@ RATCHETS: Mapping[str, float] = {
     "lines of tests": 51942,
     "sentences that tests compare": 46,
     "names of options": 169,
-    "tables of numbers that no script writes": 0,
 }
 """The most that each number may be."""
 
@@ -217,7 +215,6 @@ def main() -> None:
     print("".join(f"{line}\n" for line in broken), file=sys.stderr, end="", flush=True)
     today = numbers(found, imports) | distance_of_a_weight(tree) | written_numbers(tree, tests)
     today["names of options"] = option_names()
-    today["tables of numbers that no script writes"] = len(list(unwritten()))
     if chosen.lower:
         print("\n".join(lower(HERE, today)) or "no number has fallen")
         return

@@ -161,6 +161,8 @@ def main() -> None:
     write_or_check(ROOT, texts, "measured_tables.py")
     if "--check" in sys.argv and (alone := lonely(results)):
         sys.exit(f"no page shows {', '.join(alone)}: show it, or remove it with its script")
+    if "--check" in sys.argv and (by_hand := list(unwritten())):
+        sys.exit("no script writes these numbers:\n" + "\n".join(by_hand))
 
 
 if __name__ == "__main__":
