@@ -60,7 +60,7 @@ RATCHETS: Mapping[str, float] = {
     "files a run opens before it changes a weight": 54,
     "functions deep where it changes a weight": 12,
     "words of documentation": 69011,
-    "lines of tests": 51942,
+    "lines of tests": 51940,
     "sentences that tests compare": 46,
     "names of options": 169,
 }

@@ -66,11 +66,8 @@ def sanitized(environment: dict[str, str], *words: object) -> subprocess.Complet
     script = Path(__file__).with_name("sanitized_run.py")
     return subprocess.run(
         [sys.executable, str(script), *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 def assert_clean(done: subprocess.CompletedProcess[str]) -> None:
