@@ -41,8 +41,7 @@ def write_rows(name: str, heading: str, protocol: dict[str, Any], rows: Rows) ->
     assert script is not None, "run it as python -m benchmarks.FOLDER.SCRIPT"
     content = {
         "heading": heading, "script": script.name, "commit": head or "unknown",
-        "protocol": protocol,
-        "rows": rows,
+        "protocol": protocol, "rows": rows,
     }  # fmt: skip
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return file

@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,11 +92,17 @@ def written(text: str, results: dict[str, Result]) -> str:
     return BLOCK.sub(block, text)
 
 
+@cache
+def places() -> dict[Path, str]:
+    """The text of each page and script that can show a result."""
+    files = [*pages(ROOT), *(ROOT / "tools").glob("*.py"), ROOT / "benchmarks/picture.py"]
+    return {file: file.read_text(encoding="utf-8") for file in files}
+
+
 def users(name: str) -> list[Path]:
     """The pages and scripts that show a result."""
-    places = [*pages(ROOT), *(ROOT / "tools").glob("*.py"), ROOT / "benchmarks/picture.py"]
     named = re.compile(rf"measured: {re.escape(name)} |[\"'/]{re.escape(name)}(?:\.json)?[\"'`)]")
-    return [place for place in places if named.search(place.read_text(encoding="utf-8"))]
+    return [place for place, text in places().items() if named.search(text)]
 
 
 def listed(results: dict[str, Result]) -> Iterator[str]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -94,27 +93,10 @@ def prompt_ids(work: Path) -> list[list[int]]:
     return [tokenizer(prompt)["input_ids"] for kind in KINDS.values() for prompt in kind]
 
 
-def answer(python: str, script: list[str], asked: dict[str, Any]) -> dict[str, Any]:
-    """What a worker prints on its last line."""
-    done = subprocess.run(
-        [python, *script],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        said = done.stderr.strip().splitlines() or ["nothing"]
-        errors = [line for line in said if "Error" in line] or said
-        return {"fault": errors[-1][:300]}
-    return dict(json.loads(lines[-1]))
-
-
 def check(work: Path, pythons: dict[str, str], drafts: list[str], threads: int) -> None:
     """Measure the missing rows."""
     from benchmarks.hardware import add, keep
+    from benchmarks.speed.engines import answer
     from benchmarks.stored import known_rows
 
     if not known_rows(NAME, PROTOCOL):

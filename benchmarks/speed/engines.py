@@ -27,6 +27,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +125,21 @@ def exported(work: Path, model: str, engine: str, type: str) -> dict[str, Any]:
     return dict(json.loads(note.read_text(encoding="utf-8")))
 
 
-def answer(python: str, script: str, asked: dict[str, Any]) -> dict[str, Any]:
+def answer(python: str, script: Iterable[str | Path], asked: dict[str, Any]) -> dict[str, Any]:
     """What a worker prints on its last line."""
     done = subprocess.run(
-        [python, HERE / script],
+        [python, *script],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,
+        timeout=1800,
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         said = done.stderr.strip().splitlines() or ["nothing"]
         errors = [line for line in said if "Error" in line] or said
-        return {"fault": errors[-1][:200]}
+        return {"fault": errors[-1][:300]}
     return dict(json.loads(lines[-1]))
 
 
@@ -155,7 +156,7 @@ def expected(work: Path, path: str) -> list[list[int]]:
     note = work / f"texts-{Path(path).name}.json"
     if not note.exists():
         asked = {"engine": "transformers", "model": path, "prompts": prompt_ids(work), "threads": 1}
-        found = answer(sys.executable, "engines_worker.py", {**asked, "tokens": TOKENS})
+        found = answer(sys.executable, [HERE / "engines_worker.py"], {**asked, "tokens": TOKENS})
         note.write_text(json.dumps(found["tokens"]), encoding="utf-8")
     return list(json.loads(note.read_text(encoding="utf-8")))
 
@@ -224,7 +225,7 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
             asked["dtype"] = "float16" if type == "w4a16" else "bfloat16"
         elif engine == "vllm" and target == "compress":
             asked["load_format"] = "secateur"
-        got = answer(pythons[engine], script, {**asked, "tokens": 1 if timed else TOKENS})
+        got = answer(pythons[engine], [HERE / script], {**asked, "tokens": 1 if timed else TOKENS})
         row = dict(zip(key, (model, engine, type, timed), strict=True))
         if "fault" in got:
             row["fault"] = got["fault"]
