@@ -4,8 +4,12 @@
 
 A fault is a condition that is negated, a comparison that is turned around, plus for minus, times
 for divided by, or a call whose result nobody uses that is left out. Modules are drawn by their
-lines of statements, so every room has its share. For each fault the tests of its room run, then
-those of whole verbs, then all default tests, until one fails. A line says which found it.
+lines of statements, so every room has its share.
+
+The default tests run once with a probe at each place, which notes the tests that come by, also in
+processes that they start. For each fault the tests run that came by, then the whole files of these,
+until one fails. A line says which found it. Where no probe can be, in code for Triton, or no test
+came by, the tests of the room run.
 
 The clone is made from the commit that is checked out here; nothing is changed in this tree.
 """
@@ -99,28 +103,93 @@ def drawn(modules: list[Module], count: int, seed: int) -> list[Fault]:
     return [draw.choice(known[m.path]) for m in draw.choices(having, weights, k=count)]
 
 
-def rounds_of_tests(clone: Path, fault: Fault) -> Iterator[list[str]]:
-    """What runs, in this order: the tests of the room, of whole verbs, and all."""
-    room = clone / "tests" / fault.module.path.split("/")[1].removesuffix(".py")
-    if room.is_dir():
-        yield [str(room)]
-    yield [str(clone / "tests" / name) for name in ("steps", "contracts", "test_doctests.py")]
-    yield [str(clone / "tests")]
+PROBE = '''
+"""Notes which test came by a probe."""
+import os
+
+seen = set()
 
 
-def found_by(clone: Path, fault: Fault) -> str:
+def hit(number, value=None):
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+    if test and (number, test) not in seen:
+        seen.add((number, test))
+        with open(os.path.join({folder!r}, str(number)), "a") as file:
+            file.write(test + "\\n")
+    return value
+'''
+
+
+class Probes(ast.NodeTransformer):
+    """Puts a probe around the places of faults in one module."""
+
+    def __init__(self, numbers: dict[tuple[int, int, int, int, str], list[int]]) -> None:
+        self.numbers = numbers
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """A node, within its probes if a fault is planted there."""
+        if any("jit" in ast.unparse(x) for x in getattr(node, "decorator_list", ())):
+            return node
+        inner = self.generic_visit(node)
+        for number in self.numbers.get(_place(node), ()):
+            call = ast.parse(f"__import__('probe').hit({number})", mode="eval").body
+            assert isinstance(call, ast.Call)
+            if isinstance(inner, ast.Expr):
+                call.args.append(inner.value)
+                inner = ast.copy_location(ast.Expr(call), node)
+            else:
+                call.args.append(inner)  # type: ignore[arg-type]
+                inner = ast.copy_location(call, node)
+        return inner
+
+
+def _place(node: ast.AST) -> tuple[int, int, int, int, str]:
+    names = ("lineno", "col_offset", "end_lineno", "end_col_offset")
+    line, column, end, last = (getattr(node, name, 0) for name in names)
+    return line, column, end, last, type(node).__name__
+
+
+def run_tests(clone: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run tests in the clone, until one fails if some are named."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", "2", "--dist=loadfile"]
+    path = f"{clone / 'src'}:{clone}"
+    return subprocess.run(
+        [*command, *(["-x"] if tests else []), *tests], cwd=clone, capture_output=True, text=True,
+        timeout=SECONDS if tests else None,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "HOME": str(Path.home()),
+             "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def tests_by_fault(clone: Path, planted: list[Fault]) -> list[list[str]]:
+    """The tests that come by each fault, from one run of the default tests."""
+    hits = clone / "hits"
+    hits.mkdir()
+    (clone / "probe.py").write_text(PROBE.format(folder=str(hits)), encoding="utf-8")
+    for module in {fault.module.path: fault.module for fault in planted}.values():
+        numbers: dict[tuple[int, int, int, int, str], list[int]] = {}
+        for number, fault in enumerate(planted):
+            if fault.module.path == module.path:
+                numbers.setdefault(_place(fault.node), []).append(number)
+        probed = Probes(numbers).visit(ast.parse("\n".join(module.text)))
+        source = ast.unparse(ast.fix_missing_locations(probed))
+        (clone / "src" / module.path).write_text(source + "\n", encoding="utf-8")
+    print(run_tests(clone, []).stdout.splitlines()[-1], flush=True)
+    subprocess.run(["git", "checkout", "-q", "src"], cwd=clone, check=True)
+    files = [hits / str(number) for number in range(len(planted))]
+    return [list(dict.fromkeys(f.read_text().splitlines())) if f.exists() else [] for f in files]
+
+
+def found_by(clone: Path, fault: Fault, tests: list[str]) -> str:
     """The first test that fails; empty if all pass."""
     file = clone / "src" / fault.module.path
     file.write_text(fault.source, encoding="utf-8")
+    room = f"tests/{fault.module.path.split('/')[1].removesuffix('.py')}"
+    files = sorted({test.partition("::")[0] for test in tests})
     try:
-        for paths in rounds_of_tests(clone, fault):
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-n", "2"]
+        for some in (tests, files) if tests else ([room] if (clone / room).is_dir() else []):
             try:
-                done = subprocess.run(
-                    [*command, *paths], cwd=clone, capture_output=True, text=True,
-                    timeout=SECONDS, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(clone / "src"),
-                                          "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"},
-                )  # fmt: skip
+                done = run_tests(clone, some)
             except subprocess.TimeoutExpired:
                 return "a run that does not end"
             if done.returncode:
@@ -144,11 +213,15 @@ def main() -> None:
         for library in (ROOT / kernels).glob("_native*.so"):
             (chosen.clone / kernels / library.name).write_bytes(library.read_bytes())
     planted = drawn(read_modules(chosen.clone / "src"), chosen.count, chosen.seed)
+    coming = tests_by_fault(chosen.clone, planted)
     caught = 0
-    for number, fault in enumerate(planted, 1):
-        test = found_by(chosen.clone, fault)
+    for number, (fault, tests) in enumerate(zip(planted, coming, strict=True), 1):
+        test = found_by(chosen.clone, fault, tests)
         caught += bool(test)
-        print(f"{number} {fault.place} {fault.text!r}: {test or 'NOT FOUND'}", flush=True)
+        print(
+            f"{number} {fault.place} {fault.text!r}: {test or f'NOT FOUND by {len(tests)} tests'}",
+            flush=True,
+        )
     print(f"{caught} of {len(planted)} found, seed {chosen.seed}")
 
 
