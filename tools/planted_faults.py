@@ -187,7 +187,7 @@ def found_by(clone: Path, fault: Fault, tests: list[str]) -> str:
     room = f"tests/{fault.module.path.split('/')[1].removesuffix('.py')}"
     files = sorted({test.partition("::")[0] for test in tests})
     try:
-        for some in (tests, files) if tests else ([room] if (clone / room).is_dir() else []):
+        for some in (tests, files) if tests else [[room]] * (clone / room).is_dir():
             try:
                 done = run_tests(clone, some)
             except subprocess.TimeoutExpired:
@@ -218,10 +218,8 @@ def main() -> None:
     for number, (fault, tests) in enumerate(zip(planted, coming, strict=True), 1):
         test = found_by(chosen.clone, fault, tests)
         caught += bool(test)
-        print(
-            f"{number} {fault.place} {fault.text!r}: {test or f'NOT FOUND by {len(tests)} tests'}",
-            flush=True,
-        )
+        found = test or f"NOT FOUND, {len(tests)} tests came by"
+        print(f"{number} {fault.place} {fault.text!r}: {found}", flush=True)
     print(f"{caught} of {len(planted)} found, seed {chosen.seed}")
 
 
