@@ -7,8 +7,8 @@ for divided by, or a call whose result nobody uses that is left out. Modules are
 lines of statements, so every room has its share.
 
 The default tests run once with a probe at each place, which notes the tests that come by, also in
-processes that they start. For each fault the tests run that came by, then the whole files of these,
-until one fails. A line says which found it. Where no probe can be, in code for Triton, or no test
+processes that they start. For each fault the tests run that came by, first one of each file, then
+all, then the whole files, until one fails. A line says which found it. Where no probe can be, in code for Triton, or no test
 came by, the tests of the room run.
 
 The clone is made from the commit that is checked out here; nothing is changed in this tree.
@@ -164,6 +164,13 @@ def run_tests(clone: Path, tests: list[str]) -> subprocess.CompletedProcess[str]
 def tests_by_fault(clone: Path, planted: list[Fault]) -> list[list[str]]:
     """The tests that come by each fault, from one run of the default tests."""
     hits = clone / "hits"
+    files = [hits / str(number) for number in range(len(planted))]
+    if not hits.exists():
+        _run_with_probes(clone, planted, hits)
+    return [list(dict.fromkeys(f.read_text().splitlines())) if f.exists() else [] for f in files]
+
+
+def _run_with_probes(clone: Path, planted: list[Fault], hits: Path) -> None:
     hits.mkdir()
     (clone / "probe.py").write_text(PROBE.format(folder=str(hits)), encoding="utf-8")
     for module in {fault.module.path: fault.module for fault in planted}.values():
@@ -176,8 +183,6 @@ def tests_by_fault(clone: Path, planted: list[Fault]) -> list[list[str]]:
         (clone / "src" / module.path).write_text(source + "\n", encoding="utf-8")
     print(run_tests(clone, []).stdout.splitlines()[-1], flush=True)
     subprocess.run(["git", "checkout", "-q", "src"], cwd=clone, check=True)
-    files = [hits / str(number) for number in range(len(planted))]
-    return [list(dict.fromkeys(f.read_text().splitlines())) if f.exists() else [] for f in files]
 
 
 def found_by(clone: Path, fault: Fault, tests: list[str]) -> str:
@@ -185,9 +190,10 @@ def found_by(clone: Path, fault: Fault, tests: list[str]) -> str:
     file = clone / "src" / fault.module.path
     file.write_text(fault.source, encoding="utf-8")
     room = f"tests/{fault.module.path.split('/')[1].removesuffix('.py')}"
-    files = sorted({test.partition("::")[0] for test in tests})
+    of_files = {test.partition("::")[0]: test for test in tests}
+    coming = [[*of_files.values()], tests, [*of_files]]
     try:
-        for some in (tests, files) if tests else [[room]] * (clone / room).is_dir():
+        for some in coming if tests else [[room]] * (clone / room).is_dir():
             try:
                 done = run_tests(clone, some)
             except subprocess.TimeoutExpired:
