@@ -8,8 +8,9 @@ lines of statements, so every room has its share.
 
 The default tests run once with a probe at each place, which notes the tests that come by, also in
 processes that they start. For each fault the tests run that came by, first one of each file, then
-all, then the whole files, until one fails. A line says which found it. Where no probe can be, in code for Triton, or no test
-came by, the tests of the room run.
+all, then the whole files, until one fails. A line says which found it. Where no probe can be, in
+code for Triton, or no test came by, the tests of the room run. A second call with the same clone
+reads what the probes noted.
 
 The clone is made from the commit that is checked out here; nothing is changed in this tree.
 """
