@@ -43,6 +43,7 @@ check: $(READY)
 	$(BIN)/python tools/house_rules.py
 	$(BIN)/python tools/measured_tables.py --check
 	$(BIN)/python tools/computed_tables.py --check
+	$(BIN)/python tools/part_pages.py --check
 	$(BIN)/python tools/choosing_page.py --check
 	$(BIN)/python tools/families_page.py --check
 	$(BIN)/python tools/bibliography.py --check

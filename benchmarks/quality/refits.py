@@ -24,8 +24,8 @@ from secateur.evaluation.perplexity import load_model
 from secateur.models.hub import sample_text
 from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import parse_pattern
-from secateur.sparsity.refinements.swaps import SparseSwaps
-from secateur.sparsity.scores.wanda import Wanda
+from secateur.sparsity.refinements.swaps import swaps
+from secateur.sparsity.scores.wanda import wanda as wanda_score
 from secateur.sparsity.solvers import solvers
 
 MEASURES = ("src/secateur/sparsity/refinements", "src/secateur/sparsity/solvers")
@@ -64,14 +64,14 @@ def grams_of(model: nn.Module, linears: dict[str, nn.Linear], windows: Tensor) -
 def measure(weight: Tensor, gram: Tensor, held_out: Tensor) -> list[dict[str, Any]]:
     """All masks and refits of one matrix."""
     statistics = {"gram": gram, "column_norm": gram.diagonal().sqrt()}
-    score = Wanda()(weight, statistics)
+    score = wanda_score(weight, statistics)
     prepared = {name: solvers[name]().prepare(statistics) for name in REFITS}
     rows = []
     for text, scope, sparsity in PATTERNS:
         pattern = parse_pattern(text, scope)
         wanda = pattern.mask(score, sparsity)
         swapped, seconds = timed(
-            lambda wanda=wanda, pattern=pattern, sparsity=sparsity: SparseSwaps().refine(
+            lambda wanda=wanda, pattern=pattern, sparsity=sparsity: swaps(
                 weight, wanda, statistics, pattern, sparsity
             )
         )

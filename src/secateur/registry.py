@@ -2,27 +2,60 @@
 
 A part enters its registry in one of three ways:
 
-    @scores.register("wanda")            # a decorator, in a file of the registry's own package
-    @scores.register("my-score")         # the same decorator, in a user's own module
+    @score(requires={"column_norm"})     # a function, in a file of the registry's own package
+    @solvers.register("my-solver")       # a class, there or in a module of your own
     [project.entry-points."secateur.scores"]   # an installed plug-in: my-score = "package.module"
 
 Files of the registry's own package are imported the first time a name is looked up, so a new
 file is found without editing any list.
+
+A part that is one function (`from_function`) has the function's keyword-only parameters. A part
+with state or several methods is a frozen dataclass, and its fields are the parameters. Both say in
+annotations which values are allowed, and `Part` checks them:
+
+    steps: Count = 10
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, make_dataclass
+from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from secateur.errors import RecipeError
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Count = Annotated[int, Field(ge=1)]
+"""A parameter that is a whole number, 1 or more."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A parameter that is a number above 0."""
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A parameter that is a number, 0 or more."""
+
+
+def one_of(*allowed: int) -> AfterValidator:
+    """What an annotation says of a parameter that is one of a few numbers."""
+    *most, last = map(str, allowed)
+
+    def check(value: int) -> int:
+        if value not in allowed:
+            raise ValueError(f"it should be {', '.join(most)} or {last}")
+        return value
+
+    return AfterValidator(check)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -73,6 +106,40 @@ class Registry(Generic[T]):
 
         return enter
 
+    def from_function(
+        self, function: Function, base: type, method: str = "__call__", **declared: Any
+    ) -> Function:
+        """Enter a part that is one function, under the function's name; return the function.
+
+        The part is a frozen dataclass. Its fields are those of `base`, and the keyword-only
+        parameters of the function. Its `method` calls the function with all other arguments.
+
+        Args:
+            function: its name may have `_` where the name of the part has `-`.
+            base: what parts of this kind share.
+            method: the name of the method that is the function.
+            **declared: further attributes of the part, such as `requires`.
+        """
+        signature = inspect.signature(function, eval_str=True)
+        own = [x for x in signature.parameters.values() if x.kind is x.KEYWORD_ONLY]
+        shared = {field.name for field in fields(base)} if is_dataclass(base) else set()
+        kind: Any = make_dataclass(
+            function.__name__,
+            [(x.name, x.annotation, x.default) for x in own if x.name not in shared],
+            bases=(base,),
+            namespace={
+                "__doc__": function.__doc__,
+                "__reduce__": lambda part: (_made_again, (function, vars(part))),
+                method: _Call(function, [x.name for x in own]),
+                **declared,
+            },
+            frozen=True,
+        )
+        kind.__module__ = function.__module__
+        vars(function)["part"] = kind
+        self.register(function.__name__.replace("_", "-"))(kind)
+        return function
+
     def __getitem__(self, name: str) -> T:
         self._load()
         if name not in self._parts:
@@ -121,3 +188,51 @@ class Registry(Generic[T]):
             importlib.import_module(f"{self.package}.{module.name}")
         for plug_in in entry_points(group=f"secateur.{self.plural}"):
             plug_in.load()
+
+
+class _Call:
+    """A method of a part that calls a function with the part's parameters.
+
+    The function itself is called, without a Python frame between it and the caller.
+    """
+
+    def __init__(self, function: Callable[..., Any], parameters: list[str]) -> None:
+        self.function, self.parameters = function, parameters
+
+    def __get__(self, part: Any, kind: type) -> Callable[..., Any]:
+        if part is None:
+            return self.function
+        return partial(self.function, **{name: getattr(part, name) for name in self.parameters})
+
+
+def _made_again(function: Any, parameters: Mapping[str, Any]) -> Any:
+    """The part of a function: pickle finds the function by its name, not the class of the part."""
+    return function.part(**parameters)
+
+
+class Part:
+    """What all parts share that are dataclasses: their annotations say which values they allow."""
+
+    def __post_init__(self) -> None:
+        """Check the parameters; a whole number becomes a float where a float is meant.
+
+        Raises:
+            RecipeError: a parameter has another type than its annotation, or is out of range.
+        """
+        kind: Any = type(self)
+        for name, adapter in _adapters(kind).items():
+            value = getattr(self, name)
+            try:
+                checked = adapter.validate_python(value, strict=True)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                remedy = said.replace("Input should", "it should")
+                raise RecipeError(f"{name} is {value!r}", remedy=remedy) from None
+            object.__setattr__(self, name, checked)  # frozen for everybody else
+
+
+@cache
+def _adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    """What checks each parameter of a part."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(kind)}

@@ -48,7 +48,7 @@ def test_less_is_lost_than_by_a_score_and_by_zeros(text, score, example):
     for seed in range(4):
         case = example((16, 48), seed=seed)
         method = compose(None, text, score=score)
-        mask = method.mask(case.weight, case.statistics, 0.25)
+        mask = method.solve(case.weight, None, case.statistics, 0.25).mask
         refit = LeastSquares()
         fitted = refit.solve(case.weight, refit.prepare(case.statistics), mask)
         found = solved(case, text, 0.25)

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from secateur.recipes.train import GradualOptions, IterativeOptions
 from secateur.sparsity.patterns.n_of_m import NOfM
-from secateur.sparsity.schedules.cubic import Cubic
-from secateur.sparsity.schedules.geometric import Geometric
+from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import Criterion, GradualPruning, Rounds, exchange
 from secateur.training.loop import Outcome
 from secateur.training.masks import open_masks
@@ -99,7 +98,9 @@ def test_gradual_pruning(text, scope):
     pattern, model = parsed(text, scope), model_for(text)
     goal = 0.5 if pattern.sparsity is None else pattern.sparsity
     masks = open_masks(model)
-    hook = GradualPruning(masks, Cubic(goal), Criterion(pattern=pattern), GradualOptions(every=2))
+    hook = GradualPruning(
+        masks, schedules["cubic"](goal), Criterion(pattern=pattern), GradualOptions(every=2)
+    )
     history = []
     for step in range(1, 9):
         move(model, masks, step)
@@ -140,7 +141,9 @@ def test_pruning_in_rounds(text, scope, tmp_path):
             return Outcome(step=2)
 
     criterion = Criterion(pattern=pattern)
-    rounds = Rounds(model, masks, Geometric(goal), criterion, IterativeOptions(rounds=3))
+    rounds = Rounds(
+        model, masks, schedules["geometric"](goal), criterion, IterativeOptions(rounds=3)
+    )
     rounds.train(Loops(), TrainingPlan(steps=2), tmp_path)
     assert len(history) == 3
     assert all(came_back(before, after) == 0 for before, after in pairwise(history))

@@ -44,10 +44,10 @@ def test_levels_of_rounds(name):
 @pytest.mark.parametrize(
     ("first", "last", "said"),
     [
-        (0.0, 1.0, "below 1"),
-        (-0.1, 0.5, "at least 0"),
+        (0.0, 1.0, "last is 1.0"),
+        (-0.1, 0.5, "first is -0.1"),
         (0.6, 0.5, "down to 0.5"),
-        (0.0, 80.0, "to 80"),
+        (0.0, 80.0, "last is 80.0"),
     ],
 )
 def test_refuses_what_cannot_be(name, first, last, said):

@@ -8,8 +8,10 @@ import torch
 from contracts.pattern_examples import parsed
 from oracles.swaps import best_swap, row_error, row_errors, swap_down
 from secateur.errors import PatternError, RecipeError, ShapeError
+from secateur.sparsity.refinements import refinements
 from secateur.sparsity.refinements import swaps as module
-from secateur.sparsity.refinements.swaps import SparseSwaps
+
+SparseSwaps = refinements["swaps"]
 
 
 def start(case, text, sparsity):
@@ -107,7 +109,7 @@ def test_uncorrelated_inputs_leave_wanda_as_it_is(example):
 def test_a_row_that_rounding_made_worse_gets_its_mask_back(example, monkeypatch):
     case = example((6, 24))
     pattern, _, mask = start(case, "unstructured", 0.5)
-    monkeypatch.setattr(SparseSwaps, "_swap", lambda self, weight, kept, *_: kept.roll(1, 1))
+    monkeypatch.setattr(module, "_swapped", lambda weight, kept, *_: kept.roll(1, 1))
     refined = SparseSwaps().refine(case.weight, mask, case.statistics, pattern, 0.5)
     before, after = (row_errors(case.weight, m, case.statistics["gram"]) for m in (mask, refined))
     assert all(new <= old for new, old in zip(after, before, strict=True))

@@ -9,7 +9,8 @@ from oracles.scores import damped_hessian, obs_by_removal
 from oracles.sparsegpt import relative_error
 from secateur.errors import NumericalError, RecipeError
 from secateur.sparsity.hessian import inverse_factor, output_energy, relative_output_error
-from secateur.sparsity.scores.obs import OBSScore
+from secateur.sparsity.scores import scores
+from secateur.sparsity.scores.obs import obs
 from secateur.sparsity.solvers.obs import OBS
 
 
@@ -44,7 +45,7 @@ def test_scale_of_the_inputs_does_not_matter():
     masks = []
     for scale in (1e-6, 1.0, 1e6):
         gram = (scale * x).t() @ (scale * x)
-        score = OBSScore()(weight, {"gram": gram})
+        score = obs(weight, {"gram": gram})
         masks.append(score > score.median())
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[1], masks[2])
@@ -60,7 +61,7 @@ def test_ill_conditioned_gram_is_taken_to_float64():
     torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", [OBSScore(damping=0.0), OBS(damping=0.0)])
+@pytest.mark.parametrize("part", [scores["obs"](damping=0.0), OBS(damping=0.0)])
 def test_singular_gram_without_damping_is_an_error(part):
     x = torch.ones(50, 6)
     statistics = {"gram": x.t() @ x}
@@ -93,7 +94,7 @@ def test_weight_that_overflowed_is_an_error(bad):
 
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("part", [OBS, OBSScore])
+@pytest.mark.parametrize("part", [OBS, scores["obs"]])
 def test_impossible_damping_is_refused(part, damping):
     with pytest.raises(RecipeError, match="damping"):
         part(damping=damping)
@@ -102,7 +103,7 @@ def test_impossible_damping_is_refused(part, damping):
 def test_obs_score_is_the_error_of_the_best_removal():
     x, weight = inputs(60, 8), inputs(3, 8, seed=1)
     gram = x.t() @ x
-    score = OBSScore()(weight, {"gram": gram})
+    score = obs(weight, {"gram": gram})
     for row, column in [(0, 0), (1, 5), (2, 7)]:
         best = obs_by_removal(weight, gram, row, column)
         assert float(score[row, column]) == pytest.approx(best, rel=1e-4)

@@ -23,7 +23,6 @@ def test_every_name_composes(name):
     assert method.pattern.scope == named.scope
     assert named.description
     assert named.paper
-    assert named.to_json()["score"] == named.score
 
 
 def test_scopes_are_those_of_the_papers():
@@ -98,11 +97,11 @@ def test_parameters_reach_their_parts():
         ({"method": "sparsegpt", "dampening": 0.1}, r"no parameter 'dampening'(.|\n)*'damping'"),
         ({"method": "wanda", "damping": 0.1}, "no parameter 'damping'"),
         ({"method": "sparsegpt", "damping": -1.0}, "damping is -1.0"),
-        ({"method": "sparsegpt", "damping": "much"}, "not a number"),
-        ({"method": "sparsegpt", "block_columns": 64.5}, "not a whole number"),
-        ({"method": "sparsegpt", "block_columns": True}, "not a whole number"),
+        ({"method": "sparsegpt", "damping": "much"}, "damping is 'much'"),
+        ({"method": "sparsegpt", "block_columns": 64.5}, "block_columns is 64.5"),
+        ({"method": "sparsegpt", "block_columns": True}, "block_columns is True"),
         ({"method": "sparsegpt", "block_columns": 0}, "block_columns is 0"),
-        ({"method": "ria", "a": float("nan")}, "a of RIA"),
+        ({"method": "ria", "a": float("nan")}, "a is nan"),
     ],
 )
 def test_impossible_methods(arguments, said):
@@ -144,6 +143,8 @@ def test_a_refinement_betters_the_mask_and_keeps_the_solver_from_choosing() -> N
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(6, 16, generator=draw), torch.randn(40, 16, generator=draw)
     statistics = {"gram": x.t() @ x}
-    first, better = plain.mask(weight, statistics, 0.5), refined.mask(weight, statistics, 0.5)
+    first = plain.pattern.mask(plain.score(weight, statistics), 0.5)
+    prepared = refined.solver.prepare(statistics)
+    better = refined.solve(weight, prepared, statistics, 0.5).mask
     assert not torch.equal(first, better)
     assert ((better * weight - weight) @ x.t()).norm() < ((first * weight - weight) @ x.t()).norm()

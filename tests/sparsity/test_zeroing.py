@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError
 from secateur.sparsity.patterns import parse_pattern
-from secateur.sparsity.scores.kept import Kept
+from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers.obs import OBS
 from secateur.sparsity.solvers.zeroing import Zeroing
 
@@ -63,7 +63,7 @@ def test_what_a_solver_has_rounded_stays_bit_for_bit(bits: int) -> None:
 
 def test_kept_weights_that_are_zero_outrank_pruned_ones() -> None:
     weight = torch.tensor([[0.0, -0.0, 2.0, 0.0, -0.0, -1.0]])
-    score = Kept()(weight, {"stored": weight})
+    score = scores["kept"]()(weight, {"stored": weight})
     assert score.tolist() == [[0.0, 0.5, 1.0, 0.0, 0.5, 1.0]]
     kept = PATTERN.mask(score, 2 / 6)
     assert kept.tolist() == [[False, True, True, False, True, True]]

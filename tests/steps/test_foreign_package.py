@@ -1,7 +1,7 @@
 """A package of somebody else brings a part of every kind; all work from the command line.
 
-The package is `tests/foreign_package`. It is installed beside Secateur, and nothing in Secateur
-knows its parts by name.
+The package is `tests/foreign_package`. It lies beside Secateur as an installed one does, and
+nothing in Secateur knows its parts by name. Its score `quince-peak` is one decorated function.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import Tensor
+from trained import source_text
 from transformers import AutoModelForCausalLM
 from zoo import tiny_windows
 
@@ -59,7 +61,13 @@ BY_OUTPUT = (*SCOPE, "--score", "quince-output", "--sequential")
 BY_SIZE = (*SCOPE, "--score", "magnitude", "--sequential")
 FLAGS = [word for key, value in PARTS.items() for word in (f"--{key}", value)]
 ON_TEXT = ("--calibration", "windows.safetensors")
+ON_WINDOWS = {"calibration": "windows.safetensors"}
 PLAN = ("prune", "--dry-run")
+BY_PEAK = ("--score", "quince-peak")
+TRAINED = (
+    "--text", "text.txt", "--sequence-length", "16", "--windows", "8", "--steps", "4", "--batch",
+    "2", "--validations", "1", "--validation-windows", "2",
+)  # fmt: skip
 COMMANDS: dict[str, tuple[str, ...]] = {
     "counted": ("quince-count", "generic"),
     "parts": ("methods",),
@@ -72,6 +80,23 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "packed",
     ),
     "again": ("decompress", "packed", "--output", "again"),
+    "peak": ("prune", "llama", *BY_PEAK, "--sparsity", "0.5", *ON_TEXT, "--output", "peak"),
+    "swept": (
+        "sweep", "llama", "--methods", "quince-peak", "--sparsities", "0.5", *ON_TEXT, "--text",
+        "text.txt", "--text-sequence-length", "16", "--text-windows", "4", "--output", "swept",
+    ),
+    "chained": ("chain", "chain.yaml"),
+    "gradual": (
+        "train", "llama", "--gradual", "0.5", "--set", "gradual.score=quince-peak", "--set",
+        "gradual.schedule=quince-late", "--set", "gradual.every=1", *TRAINED, "--output", "gradual",
+    ),
+    "iterative": (
+        "train", "llama", "--iterative", "0.5", "--set", "iterative.score=quince-peak", "--set",
+        "iterative.rounds=2", *TRAINED, "--output", "iterative",
+    ),
+    "structured": (
+        "structure", "llama", *BY_PEAK, "--ffn", "0.5", *ON_TEXT, "--output", "structured",
+    ),
     **{
         f"{by} {order}": (*PLAN, "llama", *words, order)
         for order in ("group", "layer")
@@ -86,16 +111,21 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that pip installed the package into."""
-    folder = tmp_path_factory.mktemp("foreign")
-    shutil.copytree(PACKAGE, folder / "source")
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"),
-         str(folder / "source")],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return folder / "site"
+    """A folder with the package and its entry points, as pip leaves it."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(PACKAGE / "quince", folder / "quince")
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    notes = folder / f"{project['name']}-{project['version']}.dist-info"
+    notes.mkdir()
+    (notes / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in entries.items())
+        for group, entries in project["entry-points"].items()
+    ]
+    (notes / "entry_points.txt").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +135,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("generic", "llama"):
         save_tiny(place / family, family)
     save_windows(tiny_windows(), place / "windows.safetensors")
+    prune = {"score": "quince-peak", "sparsity": 0.5}
+    chain = {"model": "llama", "output": "chained", "steps": [{"prune": prune | ON_WINDOWS}]}
+    (place / "text.txt").write_text(source_text()[:20_000])
+    (place / "chain.yaml").write_text(json.dumps(chain))
     return place
 
 
@@ -147,6 +181,37 @@ def test_parts_of_a_foreign_package_work_from_the_command_line(
     # here, without the package, nobody can read them
     with pytest.raises(secateur.SecateurError, match="'quince-positions'"):
         secateur.load(place / "packed")
+
+
+def test_a_score_of_one_function_works_in_every_verb_that_takes_a_score(
+    said: dict[str, Any], place: Path
+) -> None:
+    assert said["parts"]["scores"]["quince-peak"] == ["quince-peak"]
+    assert "quince-late" in said["parts"]["schedules"]
+    pruned = load_file(place / "peak" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    model, seen = AutoModelForCausalLM.from_pretrained(place / "llama"), list[Tensor]()
+    linear = model.get_submodule(name.removesuffix(".weight"))
+    linear.register_forward_hook(lambda m, x, y: seen.append(x[0]))
+    with torch.no_grad():
+        model(tiny_windows())
+    score = linear.weight.detach().abs() * seen[0].abs().amax((0, 1))
+    threshold = score.flatten().sort().values[score.numel() // 2 - 1]
+    assert torch.equal(pruned[name] != 0, score > threshold)
+    # the same zeros by the other doors, and as many where training comes between
+    assert said["swept"]["points"][0]["method"] == "quince-peak"
+    assert torch.equal(
+        load_file(place / "chained" / "model.safetensors")[name] != 0, pruned[name] != 0
+    )
+    for way in ("gradual", "iterative"):
+        weight = load_file(place / way / "model.safetensors")[name]
+        assert int((weight == 0).sum()) == weight.numel() // 2
+    assert (
+        load_file(place / "structured" / "model.safetensors")[
+            "model.layers.0.mlp.down_proj.weight"
+        ].shape[1]
+        == AutoModelForCausalLM.from_pretrained(place / "llama").config.intermediate_size // 2
+    )
 
 
 @pytest.mark.parametrize("order", ["group", "layer"])

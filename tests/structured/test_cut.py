@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.stream.targets import ModelTarget
+from secateur.engine.prepared import Prepared, prepare
 from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.sources import resolve
+from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
-from secateur.structured.choices import UnitSelection, width_selection
+from secateur.structured.choices import over_width
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import plan_cut, unit_costs
 from secateur.structured.surgery import VariedSizesWarning, cut_from_zeros, cut_model
@@ -109,18 +112,22 @@ def test_a_bias_keeps_its_sub_block() -> None:
     assert cut_from_zeros(model) == Cut(neurons={1: (0,)})
 
 
-def selection(family: str, **options: object) -> UnitSelection:
-    """What a recipe would prune of a tiny model."""
-    target = ModelTarget(tiny_model(family))
-    recipe = build_recipe(StructureRecipe, {"model": "m", "output": "o", **options})
-    return width_selection(target, recipe, plan_cut(recipe, target.model))
+def over_units(folder: Path, **options: object) -> Prepared:
+    """The run that would choose heads and neurons of a tiny model."""
+    place = str(save_tiny(folder, "llama"))
+    recipe = build_recipe(StructureRecipe, {"model": place, "output": "o", **options})
+    pruning = build_recipe(PruneRecipe, {"model": place, "method": "magnitude", "sparsity": 0.5})
+    prepared = prepare(pruning, resolve(place), only_plan=True)
+    return over_width(prepared, recipe, plan_cut(recipe, prepared.target.model))
 
 
 @pytest.mark.parametrize("multiple", [1, 2])
-def test_a_group_costs_as_many_neurons_as_have_its_parameters(multiple: int) -> None:
+def test_a_group_costs_as_many_neurons_as_have_its_parameters(
+    multiple: int, tmp_path: Path
+) -> None:
     model = tiny_model("llama")
     params = unit_costs(sizes_of(model), model)
-    found = selection("llama", ffn=0.75, kv_groups=0.5, multiple=multiple).costs
+    found = over_units(tmp_path, ffn=0.75, kv_groups=0.5, multiple=multiple).costs
     groups = {cost for name, cost in found.items() if name.endswith("o_proj")}
     neurons = {cost for name, cost in found.items() if name.endswith("down_proj")}
     assert neurons == {multiple}
@@ -129,9 +136,9 @@ def test_a_group_costs_as_many_neurons_as_have_its_parameters(multiple: int) -> 
     assert group % multiple == 0
 
 
-def test_only_the_linears_of_kinds_that_are_cut_have_patterns() -> None:
-    cut = selection("llama", kv_groups=0.5)
-    assert [*cut.shares] == [*cut.patterns] == ["*.self_attn.o_proj"]
+def test_only_the_linears_of_kinds_that_are_cut_have_patterns(tmp_path: Path) -> None:
+    cut = over_units(tmp_path, kv_groups=0.5)
+    assert [*cut.selection.include] == [*cut.methods] == ["*.self_attn.o_proj"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "mixtral"])

@@ -12,7 +12,6 @@ from zoo import matrices, tiny_model, tiny_windows, weight_of
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.schedules import schedules
-from secateur.sparsity.schedules.cubic import Cubic
 from secateur.sparsity.scores import scores
 from secateur.training.gradual import Criterion, GradualPruning
 from secateur.training.masks import open_masks
@@ -74,7 +73,7 @@ def test_sparsity_follows_the_schedule(family, name):
 @pytest.mark.parametrize("every", [1, 3, 1000])
 def test_the_end_is_always_reached_once(steps, begin, end, every):
     options = GradualOptions(every=every, begin=begin, end=end)
-    how = GradualPruning({}, Cubic(0.5), options=options)
+    how = GradualPruning({}, schedules["cubic"](0.5), options=options)
     due = [how.due(step, steps) for step in range(1, steps + 1)]
     densities = [d for d in due if d is not None]
     assert densities.count(1.0) == 1
@@ -85,7 +84,7 @@ def test_the_end_is_always_reached_once(steps, begin, end, every):
 
 def test_scores_with_statistics_and_n_of_m():
     criterion = Criterion(scores["wanda"](), parse_pattern("2:4"), WINDOWS)
-    history = train_gradually(tiny_model("llama"), Cubic(0.5), criterion, every=2)
+    history = train_gradually(tiny_model("llama"), schedules["cubic"](0.5), criterion, every=2)
     for mask in history[-1].values():
         assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all())
     assert len(set(sparsities(history))) == 3  # 4:4, 3:4, 2:4
@@ -93,8 +92,10 @@ def test_scores_with_statistics_and_n_of_m():
 
 def test_regrowth_brings_weights_back_and_costs_none():
     criterion = Criterion(windows=WINDOWS)
-    history = train_gradually(tiny_model("llama"), Cubic(0.8), criterion, every=2, regrowth=0.3)
-    plain = train_gradually(tiny_model("llama"), Cubic(0.8), every=2)
+    history = train_gradually(
+        tiny_model("llama"), schedules["cubic"](0.8), criterion, every=2, regrowth=0.3
+    )
+    plain = train_gradually(tiny_model("llama"), schedules["cubic"](0.8), every=2)
     assert sparsities(history) == sparsities(plain)
     came_back = [
         sum(int((after[n] & ~before[n]).sum()) for n in after)
@@ -102,7 +103,7 @@ def test_regrowth_brings_weights_back_and_costs_none():
     ]
     assert came_back[2] > 0
     assert came_back[14:] == [0] * 5  # not at the last renewal, step 15, nor after it
-    how = GradualPruning({}, Cubic(0.8), options=GradualOptions(regrowth=0.3))
+    how = GradualPruning({}, schedules["cubic"](0.8), options=GradualOptions(regrowth=0.3))
     assert (how.exchanged(0.0), how.exchanged(1.0)) == (0.3, 0.0)
 
 
@@ -115,7 +116,7 @@ def test_regrowth_brings_weights_back_and_costs_none():
     ],
 )
 def test_any_optimizer_forgets_what_is_pruned(optimizer):
-    train_gradually(tiny_model("llama"), Cubic(0.6), optimizer=optimizer, every=3)
+    train_gradually(tiny_model("llama"), schedules["cubic"](0.6), optimizer=optimizer, every=3)
 
 
 def test_open_masks_know_what_is_pruned_already():

@@ -7,7 +7,7 @@ from learning import watched
 from zoo import tiny_model, tiny_windows, zeros_of
 
 from secateur.recipes.train import GradualOptions
-from secateur.sparsity.schedules.cubic import Cubic
+from secateur.sparsity.schedules import schedules
 from secateur.structured.learned import LearnedMasks
 from secateur.training.batches import Batches
 from secateur.training.gradual import Criterion, GradualPruning
@@ -34,7 +34,7 @@ def test_gradual_pruning_ends_with_its_masks_held():
     model = tiny_model("llama")
     masks = Masks(open_masks(model))
     how = GradualOptions(every=2, regrowth=0.2)
-    hook = GradualPruning(masks.kept, Cubic(0.7), Criterion(windows=WINDOWS), how)
+    hook = GradualPruning(masks.kept, schedules["cubic"](0.7), Criterion(windows=WINDOWS), how)
     objective = NextToken.of(model)
     loop = Loop(model, BATCHES, objective, masks, plan(), validation=watched(WINDOWS), hooks=[hook])
     outcome = loop.run()

@@ -12,8 +12,7 @@ from zoo import tiny_model
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.recipes.train import IterativeOptions
-from secateur.sparsity.schedules import levels
-from secateur.sparsity.schedules.geometric import Geometric
+from secateur.sparsity.schedules import levels, schedules
 from secateur.training.gradual import Criterion, Rounds
 from secateur.training.loop import Outcome
 from secateur.training.masks import open_masks
@@ -53,7 +52,11 @@ class Disturbance:
 
 def rounds_of(model, sparsity=0.8, **how):
     return Rounds(
-        model, open_masks(model), Geometric(sparsity), Criterion(), IterativeOptions(**how)
+        model,
+        open_masks(model),
+        schedules["geometric"](sparsity),
+        Criterion(),
+        IterativeOptions(**how),
     )
 
 
@@ -84,7 +87,7 @@ def test_weights_go_back_and_masks_come_from_trained_weights(family, step, tmp_p
     start = dict(tiny_model(family).named_parameters())
     masks = open_masks(tiny_model(family))
     assert loops.names == ["dense", "round-1", "round-2", "round-3"]
-    assert [x["sparsity"] for x in records[1:]] == list(levels(Geometric(0.8), 3))
+    assert [x["sparsity"] for x in records[1:]] == list(levels(schedules["geometric"](0.8), 3))
     for number, found in enumerate(loops.found[1:]):
         twin = copy.deepcopy(rounds.model)
         for name, parameter in twin.named_parameters():

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from secateur.errors import RecipeError
 from secateur.quantization.int8 import not_finite
+from secateur.registry import Part, one_of
 from secateur.types import Weight
 
 BITS = (2, 3, 4)
@@ -28,19 +29,21 @@ BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
 """How many consecutive weights of a row can share a scale."""
 
+Group = Annotated[int, one_of(*GROUPS)]
+
 STEPS = 16
 """Scales between a power of two and the next."""
 
-OCTAVES = 8
+_OCTAVES = 8
 """Powers of two between the smallest scale of a row and twice its largest."""
 
-NEGATIVE = 128
+_NEGATIVE = 128
 """The bit of a scale's byte that is its sign."""
 
 LOWEST, HIGHEST = -126, 117
 """Exponents of rows: every scale is then a normal float32, and s · q is finite."""
 
-LARGEST_TRIED, TRIED = 1.5, {2: 48, 3: 33, 4: 29}
+_LARGEST_TRIED, _TRIED = 1.5, {2: 48, 3: 33, 4: 29}
 """The search begins at this multiple of the scale whose largest integer reaches the largest weight,
 and tries so many scales downwards, by bits: to about half of the scale whose lowest integer does,
 and with 2 bits to a third of it."""
@@ -65,8 +68,9 @@ class Scales:
     def values(self) -> Tensor:
         """The scales themselves, float32 [out, groups]."""
         code = self.code.int()
-        steps = self.exponent.int()[:, None] * STEPS + code % NEGATIVE
-        return _scale_of(steps).mul_(1 - 2 * (code // NEGATIVE))
+        # The number of a scale counts from 1.0; c counts from 2^e, so e octaves are added.
+        steps = self.exponent.int()[:, None] * STEPS + code % _NEGATIVE
+        return _scale_of(steps).mul_(1 - 2 * (code // _NEGATIVE))
 
     @staticmethod
     def nearest(scale: Tensor, exponent: Tensor | None = None) -> Scales:
@@ -81,26 +85,29 @@ class Scales:
         """
         steps = _steps_of(scale.abs())
         if exponent is None:
+            # The largest scale of the row lies in the highest of its 8 octaves.
             top = steps.amax(dim=1) // STEPS
-            exponent = (top - OCTAVES + 1).clamp(LOWEST, HIGHEST)
-        code = (steps - exponent.int()[:, None] * STEPS).clamp(0, STEPS * OCTAVES - 1)
-        code += NEGATIVE * (scale < 0)
+            exponent = (top - _OCTAVES + 1).clamp(LOWEST, HIGHEST)
+        code = (steps - exponent.int()[:, None] * STEPS).clamp(0, STEPS * _OCTAVES - 1)
+        code += _NEGATIVE * (scale < 0)
         return Scales(exponent.to(torch.int8), code.to(torch.uint8))
 
 
 def _scale_of(steps: Tensor) -> Tensor:
     """The positive scale with a number: 0 is 1.0, and 16 steps are an octave."""
+    # % and // round down for negative numbers too, so the mantissa is always in [1, 2).
     return torch.ldexp(1 + (steps % STEPS).float() / STEPS, steps // STEPS)
 
 
 def _steps_of(scale: Tensor) -> Tensor:
     """The number of the scale that is nearest to each positive number, int32."""
     mantissa, power = torch.frexp(scale.clamp_min(2.0**LOWEST))  # mantissa in [1/2, 1)
+    # 2 · mantissa is in [1, 2); rounded up to 16 steps, it is the next power of two.
     return ((2 * mantissa - 1) * STEPS).round().int() + (power - 1) * STEPS
 
 
 @dataclass(frozen=True)
-class GroupGrid:
+class GroupGrid(Part):
     """The grid of `bits` bits with a scale for each `group` consecutive weights of a row.
 
     Args:
@@ -121,13 +128,8 @@ class GroupGrid:
         tensor([[ 3.5000, -1.0000,  0.0000,  1.0000]])
     """
 
-    bits: int
-    group: int
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("bits", self.bits, BITS), ("group", self.group, GROUPS)):
-            if value not in known:
-                raise RecipeError(f"{name} is {value}", remedy=f"give {', '.join(map(str, known))}")
+    bits: Annotated[int, one_of(*BITS)]
+    group: Group
 
     @property
     def largest(self) -> int:
@@ -171,10 +173,12 @@ class GroupGrid:
     def codes(self, weight: Weight, scales: Scales) -> Tensor:
         """The integers round(w / s), half to even, within the grid, int8 [out, in]."""
         spread = self._spread(scales, weight.shape[1])
+        # Division by a power of two times 1 … 31/16, then half to even.
         rounded = (weight.float() / spread).round_().clamp_(self.lowest, self.largest)
         return rounded.to(torch.int8)
 
     def _spread(self, scales: Scales, columns: int) -> Tensor:
+        # A scale for each weight, [out, in]; the last group may be cut.
         return scales.values.repeat_interleave(self.group, dim=1)[:, :columns]
 
     def holds(self, weight: Weight) -> bool:
@@ -198,10 +202,12 @@ class GroupGrid:
         """
         nearest = torch.empty(weight.shape, device=weight.device)
         beyond = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        # The four are split alike, by the columns of the weight: scales have fewer.
         parts = (self._blocks(x, weight.shape[1]) for x in (weight, scale, nearest, beyond))
         for rows, s, out, flags in zip(*parts, strict=True):
             rounded = self._grouped(rows.float()).div(s[:, :, None]).round_()
             codes = rounded.clamp(self.lowest, self.largest)
+            # Flattened they have the padding of the last group at their end; it is cut off.
             flags.copy_((codes != rounded).flatten(1)[:, : weight.shape[1]])
             out.copy_(codes.mul_(s[:, :, None]).flatten(1)[:, : weight.shape[1]])
         return nearest, beyond
@@ -223,26 +229,31 @@ class GroupGrid:
         weights = None
         if importance is not None:
             weights = self._grouped(importance.float().expand(weight.shape))
-        reached = grouped.abs().amax(dim=2) * (LARGEST_TRIED / self.largest)
-        top = _steps_of(reached.clamp_max(2.0 ** (HIGHEST + OCTAVES)))
+        # The first scale that is tried, as a number of steps, int32 [out, groups].
+        reached = grouped.abs().amax(dim=2) * (_LARGEST_TRIED / self.largest)
+        top = _steps_of(reached.clamp_max(2.0 ** (HIGHEST + _OCTAVES)))
+        # The scales that a row can have: those of any exponent, or the 8 octaves of a given one.
         powers = torch.tensor([[LOWEST], [HIGHEST]], device=weight.device)
         if exponent is not None:
             powers = exponent.int().expand(2, -1)
         low = STEPS * powers[0][:, None]
-        high = STEPS * (powers[1][:, None] + OCTAVES) - 1
+        high = STEPS * (powers[1][:, None] + _OCTAVES) - 1
         # Squares of float32 weights below 1e-22 or above 1e19 would be 0 or infinite.
+        # The power of two below the first scale of each group.
         unit = _scale_of(top // STEPS * STEPS)
         grouped = grouped / unit[:, :, None]
         best, least = torch.zeros_like(unit), torch.full_like(unit, torch.inf)
-        for below in range(TRIED[self.bits]):
+        for below in range(_TRIED[self.bits]):  # each a sixteenth of an octave below the last
             tried = _scale_of((top - below).clamp(low, high))
             scale = (tried / unit)[:, :, None]
             rounded = (grouped / scale).round_()
+            # With −s the integers are the negatives, so the ends of the grid change places.
             for sign in (1, -1):
                 ends = sorted((sign * self.lowest, sign * self.largest))
+                # [out, groups, group], in units of `unit`; only compared within a group.
                 lost = rounded.clamp(*ends).mul_(scale).sub_(grouped).square_()
                 error = (lost if weights is None else lost.mul_(weights)).sum(dim=2)
-                better = error < least
+                better = error < least  # of equal ones the larger scale, found first, stays
                 least = torch.where(better, error, least)
                 best = torch.where(better, sign * tried, best)
         return Scales.nearest(best, exponent)
@@ -266,11 +277,13 @@ class GroupGrid:
         """
         grouped = self._grouped(weight)
         high, low = grouped.amax(dim=2), grouped.amin(dim=2)
+        # The largest magnitude of each group, [out, groups].
         peak = torch.maximum(high, -low)
         fitting, least, on_grid = [], torch.zeros_like(peak), peak == 0
         for step in range(-self.lowest, 0, -1):  # from small scales to large ones
             tried = peak / step
             short = tried.frexp().mantissa * (2 * STEPS)  # whole for 5 significant bits
+            # On the grid if rounding to it changes no bit.
             again = (grouped / tried[:, :, None]).round_().mul_(tried[:, :, None])
             fits = (again == grouped).all(dim=2) & (short.frac() == 0) & (peak > 0)
             if step > self.largest:  # only one side has such an integer
@@ -279,6 +292,7 @@ class GroupGrid:
             least = torch.where(fits & ~on_grid, tried, least)  # the first that fits
             on_grid |= fits
             fitting.append((fits, tried))
+        # The least scales that fit say which octave the row needs; up to it the largest are taken.
         scale, needed = least, least.abs().amax(dim=1, keepdim=True).frexp().exponent
         for fits, tried in fitting:
             scale = torch.where(fits & (tried.frexp().exponent <= needed), tried, scale)
@@ -289,6 +303,7 @@ class GroupGrid:
         values = weight.float()
         if not torch.isfinite(values).all():
             raise not_finite(values, f"int{self.bits}")
+        # A matrix that was rounded before keeps its scales: rounding twice must change nothing.
         found, on_grid = self.scales_on_grid(values)
         if not on_grid.all():
             found = torch.where(on_grid, found, self.search(values).values)
@@ -297,7 +312,7 @@ class GroupGrid:
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """Rows [out, groups, group], the last group filled with zeros."""
-        missing = -weight.shape[1] % self.group
+        missing = -weight.shape[1] % self.group  # zeros are on every grid, and add no error
         padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
         return padded.reshape(len(weight), -1, self.group)
 

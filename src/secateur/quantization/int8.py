@@ -19,7 +19,7 @@ from secateur.types import Weight
 LARGEST = 127
 """The largest magnitude; −128 is never used, so that the grid is symmetric."""
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """A smaller scale would lose bits, or the processor would flush it to zero."""
 
 AT_ONCE = 2**24
@@ -50,7 +50,7 @@ def quantize_rows(weight: Weight) -> tuple[Tensor, Tensor]:
     rows = max(1, AT_ONCE // max(1, columns))
     for start in range(0, out, rows):
         block = slice(start, start + rows)
-        values = weight[block].float()
+        values = weight[block].float()  # a block of rows at a time is float32
         scale[block] = _scales_of(values)
         rounded = (values / scale[block, None]).round_().clamp_(-LARGEST, LARGEST)
         quantized[block] = rounded.to(torch.int8)
@@ -69,9 +69,10 @@ def not_finite(values: Tensor, integers: str) -> NumericalError:
 def _scales_of(values: Tensor) -> Tensor:
     """The scale of each row of float32 values, [rows]."""
     peak = values.abs().amax(dim=1)
+    # The largest of a row is not finite if any of them is not.
     if not torch.isfinite(peak).all():
         raise not_finite(values, "int8")
-    return torch.where(peak > 0, (peak / LARGEST).clamp_min(SMALLEST_SCALE), 1.0)
+    return torch.where(peak > 0, (peak / LARGEST).clamp_min(_SMALLEST_SCALE), 1.0)
 
 
 def grid_rows(peak: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ def grid_rows(peak: Tensor) -> Tensor:
         >>> grid_rows(torch.tensor([1.001, 2.0]))
         tensor([1., 2.])
     """
-    return torch.where(peak > 0, peak.bfloat16().float().clamp_min(LARGEST * SMALLEST_SCALE), 1.0)
+    # bfloat16 has 8 significant bits. The smallest peak still has a normal scale.
+    return torch.where(peak > 0, peak.bfloat16().float().clamp_min(LARGEST * _SMALLEST_SCALE), 1.0)
 
 
 def nearest_rows(weight: Weight) -> Weight:
@@ -102,6 +104,7 @@ def nearest_rows(weight: Weight) -> Weight:
         >>> nearest_rows(torch.tensor([[127.0, -9.7, 0.2]]))
         tensor([[127., -10.,   0.]])
     """
+    # The peak was rounded, so a weight may lie beyond it by a little: hence the clamp.
     scale = grid_rows(weight.abs().amax(dim=1))[:, None] / LARGEST
     return (weight / scale).round_().clamp_(-LARGEST, LARGEST).mul_(scale)
 

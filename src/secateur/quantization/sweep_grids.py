@@ -29,7 +29,7 @@ from torch import Tensor
 from secateur.quantization.groups import GroupGrid, Scales
 from secateur.quantization.int8 import LARGEST, grid_rows
 
-ROOM = 2.0
+_ROOM = 2.0
 """By how much a scale may grow beyond the one whose lowest integer is the largest weight before the
 sweep."""
 
@@ -50,7 +50,7 @@ class RowColumns:
     @staticmethod
     def of(columns: Tensor) -> RowColumns:
         """The grid of weights [in, out], zero where pruned."""
-        peak, column = columns.abs().max(dim=0)
+        peak, column = columns.abs().max(dim=0)  # over the inputs: one for each row of the weight
         return RowColumns(grid_rows(peak), column.masked_fill_(peak == 0, -1))
 
     def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
@@ -60,6 +60,7 @@ class RowColumns:
         """A column [out], rounded."""
         scale = self.peak / LARGEST
         rounded = (column / scale).round_().clamp_(-LARGEST, LARGEST).mul_(scale)
+        # The largest weight of a row becomes exactly ±peak, so that it gives the scale again.
         return torch.where(self.column == index, self.peak.copysign(column), rounded)
 
 
@@ -77,7 +78,9 @@ class GroupColumns:
     def __init__(self, grid: GroupGrid, columns: Tensor) -> None:
         self.grid = grid
         peaks = [group.abs().amax(dim=0) for group in columns.split(grid.group)]
-        first = Scales.nearest(torch.stack(peaks, dim=1) / -grid.lowest * ROOM)
+        # [out, groups]: scales whose lowest integer is twice the largest weight. Only their
+        # exponents last; each scale is chosen anew when the sweep arrives.
+        first = Scales.nearest(torch.stack(peaks, dim=1) / -grid.lowest * _ROOM)
         self.exponent = first.exponent
         self.scale = first.values.t().contiguous()
 
@@ -94,7 +97,7 @@ class GroupColumns:
             columns: its weights as they are now, float32 [together, out]; pruned ones are 0.
             importance: h, of each column, float32 [together].
         """
-        found = self.grid.search(columns.t(), importance, self.exponent)
+        found = self.grid.search(columns.t(), importance, self.exponent)  # one group: [out, 1]
         self.scale[start // self.together] = found.values[:, 0]
 
     def round(self, column: Tensor, index: int) -> Tensor:
@@ -137,17 +140,20 @@ def descend(
     """
     if not passes:
         return
+    # H = gram + shift on the diagonal, [in, 1]: the gram is not copied to hold the damping.
     shift = (diagonal - gram.diagonal())[:, None]
     wrong = columns - target
-    residual = torch.addmm(shift * wrong, gram, wrong)
+    residual = torch.addmm(shift * wrong, gram, wrong)  # rᵀ = H (x − t)ᵀ, [in, out]
     del wrong
     for _ in range(passes):
         for group in range(len(grid.scale)):
             span = slice(group * grid.together, (group + 1) * grid.together)
+            # [group, group] of H, with the damping on its diagonal.
             hessian = gram[span, span].clone()
             hessian.diagonal().copy_(diagonal[span])
             before = columns[span].clone()
             _fit_group(columns[span], grid, group, kept[span], hessian, residual[span])
+            # What a group changed reaches the residuals of all columns, its own included.
             change = columns[span] - before
             residual.addmm_(gram[:, span], change)
             residual[span].addcmul_(shift[span], change)
@@ -158,20 +164,25 @@ def _fit_group(
 ) -> None:
     """The scale of one group, then its integers, in place; `residual` [group, out] is read."""
     scale = grid.scale[group]
-    codes = columns / scale
+    codes = columns / scale  # q, whole up to rounding
+    # q H qᵀ and q rᵀ of every row at once: columns are [group, out], so sums go over dim 0.
     curvature = (codes * (hessian @ codes)).sum(dim=0)
+    # The vertex of the parabola in s; the curvature is 0 where all integers are.
     wanted = scale - (codes * residual).sum(dim=0) / curvature.clamp_min(1e-30)
+    # No parabola where all q are 0; and a scale of the other sign would turn the grid around.
     usable = (curvature > 0) & (wanted * scale > 0)
     found = torch.where(usable, grid.nearest(wanted), scale)
-    scaled = codes.round_().mul_(found)
+    scaled = codes.round_().mul_(found)  # the same integers with the new scale
+    # A copy: `descend` corrects its own residual by all that the group changes.
     residual = torch.addmm(residual, hessian, scaled - columns)
     grid.scale[group] = found
     columns.copy_(scaled)
-    moved = torch.empty_like(columns)
+    moved = torch.empty_like(columns)  # by how much each column of the group changed
     for i, column in enumerate(columns):
         pull = residual[i]
-        if i:
+        if i:  # the columns before it have moved since the residual was computed
             pull.addmv_(moved[:i].t(), hessian[:i, i])
+        # The vertex of the parabola in w_i, rounded; a pruned weight stays 0.
         rounded = grid.rounded(column - pull / hessian[i, i], found).mul_(kept[i])
         torch.sub(rounded, column, out=moved[i])
         column.copy_(rounded)

@@ -250,7 +250,7 @@ class WhatToSweep(Section):
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
     methods: Annotated[Texts, Flag(commas=True)] = ()
-    """Methods or presets (fast, balanced, thorough, best), separated by commas."""
+    """Methods, scores or presets (fast, balanced, thorough, best), separated by commas."""
     sparsities: Annotated[
         tuple[Sparsity, ...], Strictness(False), Flag(commas=True, value="X")
     ] = ()

@@ -23,18 +23,17 @@ training that begins from the rounded weights holds only what was pruned (`kept_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from secateur.errors import PatternError, RecipeError
-from secateur.quantization.groups import BITS, GROUPS, GroupGrid
+from secateur.quantization.groups import BITS, GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns, RowColumns, SweepGrid, descend
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Weight
 
-BLOCK_COLUMNS = 128
+_BLOCK_COLUMNS = 128
 """Columns in a lazy block."""
 
 # Columns swept one by one before one matmul applies their effect to the others. Measured on [1536,
@@ -46,7 +45,7 @@ def sweep(
     columns: Tensor,
     kept: Tensor,
     factor: Tensor,
-    block_columns: int = BLOCK_COLUMNS,
+    block_columns: int = _BLOCK_COLUMNS,
     choice: Choice | None = None,
     grid: SweepGrid | None = None,
 ) -> None:
@@ -60,9 +59,11 @@ def sweep(
         choice: selects the mask; None holds `kept`.
         grid: rounds the kept weights; None keeps them as they are.
     """
+    # No lazy block may cut an N:M group, or a group that shares a scale.
     together = math.lcm(
         choice.pattern.columns_together if choice else 1, (grid.together if grid else 0) or 1
     )
+    # Rounded down to what must stay together, and never less than one of it.
     width = max(block_columns // together, 1) * together
     for start in range(0, len(columns), width):
         block = columns[start : start + width]
@@ -72,11 +73,11 @@ def sweep(
         if choice and not choice.by_group:
             block_kept.copy_(choice.of_block(block, block_factor.diagonal(), start))
         errors = _sweep_block(block, block_kept, block_factor, choice, grid, start)
+        # All columns to the right at once: [in − stop, width] x [width, out].
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """Selects the mask from the weights as they are when the sweep arrives."""
 
     pattern: Pattern
@@ -98,6 +99,7 @@ class Choice:
         the blocks.
         """
         width, rows = block.shape
+        # As many as the columns up to here should have lost, less those lost before this block.
         before = self.pattern.pruned((rows, start), self.sparsity)
         share = self.pattern.pruned((rows, start + width), self.sparsity) - before
         if share == block.numel():  # a pattern holds no sparsity of 1
@@ -107,6 +109,7 @@ class Choice:
 
 def _obs_score(columns: Tensor, diagonal: Tensor) -> Tensor:
     """W_ij² / U_jj², float32 [out, columns], of columns [columns, out]."""
+    # Divided first: the square of a small U_jj could underflow.
     return (columns / diagonal[:, None]).square_().t()
 
 
@@ -126,10 +129,11 @@ def _sweep_block(
     every weight is read and written once, not once per column to its left.
     """
     errors = torch.empty_like(block)
+    # An N:M group is a step, so that it is chosen when all errors from its left have arrived.
     by_group = choice is not None and choice.by_group
     step = choice.pattern.columns_together if choice and by_group else _STEP_COLUMNS
     scaled = grid.together if grid else 0
-    if scaled and not by_group:
+    if scaled and not by_group:  # with N:M, M divides the group, and a group begins with a step
         step = scaled
     diagonal = factor.diagonal()
     for start in range(0, len(block), step):
@@ -139,21 +143,24 @@ def _sweep_block(
             current.addmm_(factor[:start, span].t(), errors[:start], alpha=-1)
         if grid and scaled and start % scaled == 0:
             group = slice(start, start + scaled)
+            # The scale needs all columns of its group as they are now; those beyond this step have
+            # not received the errors before it, so a copy receives them.
             ahead = block[group].clone()
             ahead[step:].addmm_(factor[:start, group][:, step:].t(), errors[:start], alpha=-1)
             allowed = (
                 choice.of_group(ahead, diagonal[group]) if choice and by_group else kept[group]
             )
+            # What a column adds to the error is e² = (w − q)² / U_jj².
             grid.begin(first + start, ahead.mul_(allowed), diagonal[group] ** -2)
         if choice and by_group:
             kept[span] = choice.of_group(current, diagonal[span])
         pruned = ~kept[span]
-        scale = pruned / diagonal[span, None]
+        scale = pruned / diagonal[span, None]  # e = W_:i · this, 0 where kept: no division inside
         step_errors, step_factor = errors[span], factor[span, span]
         for i, (column, column_scale, error) in enumerate(
             zip(current, scale, step_errors, strict=True)
         ):
-            if i:
+            if i:  # the errors of the columns of this step, [i, out]ᵀ x [i]
                 column.addmv_(step_errors[:i].t(), step_factor[:i, i], alpha=-1)
             if grid is None:
                 torch.mul(column, column_scale, out=error)
@@ -161,85 +168,52 @@ def _sweep_block(
             rounded = grid.round(column, first + start + i) * kept[start + i]
             torch.sub(column, rounded, out=error).div_(diagonal[start + i])
             column.copy_(rounded)
+        # Once for all columns of the step: a column is read no more when its error is known.
         current.masked_fill_(pruned, 0.0)
     return errors
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """How a solver rounds.
+def group_grid(bits: int, group: int) -> GroupGrid | None:
+    """The grid of these bits, if several weights of a row share a scale, not all of them."""
+    return GroupGrid(bits, group) if bits in BITS else None
+
+
+def sweep_grid(columns: Tensor, bits: int, group: int) -> SweepGrid | None:
+    """The grid for a sweep over weights [in, out], zero where pruned; None for 0 bits."""
+    grid = group_grid(bits, group)
+    if grid is not None:
+        return GroupColumns(grid, columns)
+    return RowColumns.of(columns) if bits else None
+
+
+def round_on_mask(
+    start: Tensor,
+    grid: SweepGrid | None,
+    target: Tensor,
+    kept: Tensor,
+    gram: Tensor,
+    diagonal: Tensor,
+    factor: Tensor,
+    passes: int,
+) -> None:
+    """Round `start`, which is X*, in place; its zeros are held.
 
     Args:
-        bits: 2, 3 or 4 in groups, 8 with one scale for each row, or 0 not to round.
-        group: 32, 64 or 128 weights of a row with one scale; for 2 to 4 bits.
-        descent: passes of coordinate descent after the sweep; for 2 to 4 bits.
-
-    Raises:
-        RecipeError: a number is out of range.
+        start: float32 [in, out].
+        grid: its grid.
+        target: W transposed, float32 [in, out].
+        kept: the mask transposed, bool [in, out].
+        gram: H off its diagonal, float32 [in, in].
+        diagonal: that of H, float32 [in].
+        factor: U with UᵀU = H⁻¹, float32 [in, in].
+        passes: of coordinate descent; for a grid of groups.
     """
-
-    bits: int
-    group: int
-    descent: int
-
-    def __post_init__(self) -> None:
-        if self.bits not in (0, *BITS, 8):
-            raise RecipeError(f"bits is {self.bits}", remedy="give 2, 3, 4 or 8, or 0 not to round")
-        if self.group not in GROUPS:
-            raise RecipeError(
-                f"group is {self.group}", remedy=f"give {', '.join(map(str, GROUPS))}"
-            )
-        if self.descent < 0:
-            raise RecipeError(f"descent is {self.descent}", remedy="give 0 or more passes")
-
-    @property
-    def group_grid(self) -> GroupGrid | None:
-        """The grid, if several weights of a row share a scale, not all of them."""
-        return GroupGrid(self.bits, self.group) if self.bits in BITS else None
-
-    def check(self, pattern: Pattern) -> None:
-        """Refuse a pattern whose groups of columns lie across those that share a scale.
-
-        Raises:
-            PatternError: it is such a pattern.
-        """
-        if self.group_grid and pattern.scope == "group" and self.group % pattern.columns_together:
-            raise PatternError(
-                f"groups of {pattern.columns_together} columns do not divide the {self.group} "
-                "that share a scale",
-                remedy="choose another pattern, or prune first and round afterwards",
-            )
-
-    def grid(self, columns: Tensor) -> GroupColumns | RowColumns | None:
-        """The grid for a sweep over weights [in, out], zero where pruned."""
-        if self.group_grid:
-            return GroupColumns(self.group_grid, columns)
-        return RowColumns.of(columns) if self.bits else None
-
-    def hold(
-        self,
-        start: Tensor,
-        target: Tensor,
-        kept: Tensor,
-        gram: Tensor,
-        diagonal: Tensor,
-        factor: Tensor,
-    ) -> None:
-        """Round `start`, which is X*, in place; its zeros are held.
-
-        Args:
-            start: float32 [in, out].
-            target: W transposed, float32 [in, out].
-            kept: the mask transposed, bool [in, out].
-            gram: H off its diagonal, float32 [in, in].
-            diagonal: that of H, float32 [in].
-            factor: U with UᵀU = H⁻¹, float32 [in, in].
-        """
-        grid = self.grid(start)
-        sweep(start, kept, factor, grid=grid)
-        if isinstance(grid, GroupColumns):
-            descend(start, grid, target, kept, gram, diagonal, self.descent)
-            mark_kept(start, kept)
+    # X* is exact for its mask, so the errors of pruning are made up for: only rounding errors flow.
+    sweep(start, kept, factor, grid=grid)
+    if isinstance(grid, GroupColumns):
+        # The descent aims at W, not at X*: both have the same minimum on this mask.
+        descend(start, grid, target, kept, gram, diagonal, passes)
+        mark_kept(start, kept)
 
 
 def mark_kept(weight: Weight, kept: Mask) -> None:
@@ -253,6 +227,7 @@ def mark_kept(weight: Weight, kept: Mask) -> None:
         >>> kept_weights(weight.bfloat16())
         tensor([[ True,  True, False]])
     """
+    # 0 == −0, so the first fill makes every zero +0, wherever its sign came from.
     weight.masked_fill_(weight == 0, 0.0).masked_fill_((weight == 0) & kept, -0.0)
 
 

@@ -11,8 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from secateur.errors import RecipeError
+from secateur.registry import Count, Part
 
 Candidate = tuple[int, ...]
 
@@ -28,8 +32,7 @@ Mutation = Callable[[Candidate, Random], Candidate]
 """(candidate, random) → a candidate like it; the same one if nothing can change."""
 
 
-@dataclass(frozen=True)
-class Leader:
+class Leader(NamedTuple):
     """The best candidate after a generation.
 
     Attributes:
@@ -44,7 +47,7 @@ class Leader:
 
 
 @dataclass(frozen=True)
-class Evolution:
+class Evolution(Part):
     """An evolutionary search.
 
     Each generation makes mutants of the best candidate. Stages of selection keep fewer of them on
@@ -70,20 +73,15 @@ class Evolution:
         RecipeError: a parameter is out of range, or the stages do not narrow down to one.
     """
 
-    generations: int
-    offspring: int
+    generations: Annotated[int, Field(ge=0)]
+    offspring: Count
     stages: Stages
     seed: int
     tries: int
     revisits: bool
 
     def __post_init__(self) -> None:
-        if self.generations < 0 or self.offspring < 1:
-            raise RecipeError(
-                f"a search with {self.generations} generations of {self.offspring} offspring "
-                "cannot be made",
-                remedy="give 0 or more generations of 1 or more offspring",
-            )
+        super().__post_init__()
         survivors, tokens = [s for s, _ in self.stages], [t for _, t in self.stages]
         falling = survivors == sorted(survivors, reverse=True) and survivors[-1:] == [1]
         if not (falling and tokens == sorted(tokens) and tokens[0] > 0):
@@ -120,14 +118,15 @@ class Evolution:
             mutate: makes a mutant.
             fitness: measures candidates.
         """
-        starts = list(dict.fromkeys(starts))
+        starts = list(dict.fromkeys(starts))  # each once, in their order
         values = fitness(starts, self.full_tokens, 0)
+        # Of equally good starts the first.
         first = ordered(values)[0]
         best = Leader(0, starts[first], values[first])
         yield best
         seen = {best.candidate}
         for generation in range(self.generations):
-            random = Random(f"{self.seed} {generation}")
+            random = Random(f"{self.seed} {generation}")  # no state from the generation before
             if self.revisits:
                 seen = {best.candidate}
             mutants = self.mutants(best.candidate, seen, mutate, random)
@@ -161,6 +160,7 @@ class Evolution:
         """The survivor of all stages, and its fitness on the tokens of the last one."""
         survivors, values = list(candidates), list[float]()
         for keep, tokens in self.stages:
+            # A stage that removes nobody is skipped, but the last must measure on all tokens.
             if len(survivors) > keep or tokens == self.full_tokens:
                 values = list(fitness(survivors, tokens, draw))
                 order = ordered(values)[:keep]

@@ -9,11 +9,13 @@ dense model's outputs, fitted from the inputs of the pruned model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from secateur.errors import NumericalError, RecipeError
+from secateur.errors import NumericalError
 from secateur.types import Gram, Mask, Weight
 
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
@@ -22,21 +24,8 @@ _SMALLEST_PIVOT = {torch.float32: 1e-5, torch.float64: 1e-12}
 FACTOR_SQUARES = 4
 """Float32 matrices [in, in] that `inverse_factor` takes at most, besides the gram."""
 
-_RECURSION_WIDTH = 256
-_CHUNK_COLUMNS = 256
-
-
-def check_damping(damping: float) -> None:
-    """Refuse a damping that is negative or no number.
-
-    Raises:
-        RecipeError: the damping is not a finite number >= 0.
-    """
-    if not 0 <= damping < float("inf"):
-        raise RecipeError(
-            f"damping is {damping}",
-            remedy="give a fraction of the mean diagonal of the gram, for example 0.01",
-        )
+_RECURSION_WIDTH = 256  # columns from which halving a triangular matrix is worth a call
+_CHUNK_COLUMNS = 256  # columns whose products and checks are in memory at a time
 
 
 def check_gram(gram: Gram) -> None:
@@ -64,6 +53,16 @@ def check_weight(weight: Weight) -> None:
         raise NumericalError(
             "the weight holds infinite values or NaN", remedy="check the checkpoint"
         )
+
+
+def live_weight(weight: Weight, dead: Bool[Tensor, " in"]) -> Float32[Tensor, "out in"]:
+    """A float32 copy of a weight, zero in the dead columns: no input ever reaches them.
+
+    Raises:
+        NumericalError: a weight is infinite or not a number.
+    """
+    check_weight(weight)
+    return weight.detach().float().masked_fill(dead, 0.0)
 
 
 def damped_diagonal(
@@ -116,6 +115,7 @@ def scaled_hessian(
     """
     damped, dead = damped_diagonal(gram, damping)
     scale = damped.sqrt()
+    # A dead column has s_j = 1 and stays a separate 1 on the diagonal.
     hessian = gram / scale
     hessian /= scale[:, None]
     hessian.diagonal().fill_(1.0)
@@ -146,12 +146,29 @@ def inverse_factor(
             even in float64. A missing inverse is never replaced.
     """
     damped, dead = damped_diagonal(gram, damping)
+    factor = factorised(
+        lambda dtype: _factorise(gram, damped, dtype),
+        f"the gram of {len(gram)} inputs with damping {damping}",
+    )
+    return factor.float(), dead
+
+
+def factorised(factorise: Callable[[torch.dtype], Tensor | None], what: str) -> Tensor:
+    """A factor in float32, or in float64 where float32 is not precise enough.
+
+    Args:
+        factorise: makes the factor in a dtype; None if the dtype is not precise enough.
+        what: the matrix, for the error.
+
+    Raises:
+        NumericalError: float64 is not precise enough either. No other method takes over.
+    """
     for dtype in (torch.float32, torch.float64):
-        factor = _factorise(gram, damped, dtype)
+        factor = factorise(dtype)
         if factor is not None:
-            return factor.float(), dead
+            return factor
     raise NumericalError(
-        f"the gram of {len(gram)} inputs is not positive definite with damping {damping}",
+        f"{what} is not positive definite",
         remedy="use more calibration tokens, or a larger damping (0.01 is usual, try 0.1)",
     )
 
@@ -163,6 +180,7 @@ def cholesky(hessian: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"
         hessian: one or many symmetric matrices [..., n, n], float32 or float64.
     """
     lower, failed = torch.linalg.cholesky_ex(hessian)
+    # L_jj² / H_jj of every matrix of the batch, [..., n].
     shares = lower.diagonal(dim1=-2, dim2=-1).square() / hessian.diagonal(dim1=-2, dim2=-1)
     if bool(failed.any()) or not bool((shares > _SMALLEST_PIVOT[hessian.dtype]).all()):
         return None
@@ -172,15 +190,17 @@ def cholesky(hessian: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"
 def _factorise(gram: Gram, damped: Tensor, dtype: torch.dtype) -> Tensor | None:
     """U with UᵀU = H⁻¹, or None if this precision is not enough."""
     # Lower and upper swap when rows and columns are reversed: JHJ = LLᵀ gives H = RRᵀ, R = JLJ.
+    # Flipping copies, so what follows may work in place.
     hessian = gram.flip(0, 1).to(dtype)
     hessian.diagonal().copy_(damped.flip(0))
     lower = cholesky(hessian)
-    del hessian
+    del hessian  # two matrices are alive at a time, as FACTOR_SQUARES says
     if lower is None:
         return None
     upper = lower.flip(0, 1)
     del lower
     _invert_upper(upper)
+    # By rows, since a mask of the whole matrix would be a quarter of it again.
     finite = (bool(torch.isfinite(rows).all()) for rows in upper.split(_CHUNK_COLUMNS))
     return upper if all(finite) else None
 
@@ -196,6 +216,7 @@ def _invert_upper(upper: Tensor) -> None:
     first, last, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
     _invert_upper(first)
     _invert_upper(last)
+    # [P Q; 0 R]⁻¹ = [P⁻¹ −P⁻¹QR⁻¹; 0 R⁻¹]
     corner.copy_((first @ corner @ last).neg_())
 
 
@@ -218,9 +239,11 @@ def output_energy(weight: Weight, gram: Gram) -> float:
     energy = 0.0
     for start in range(0, weight.shape[1], _CHUNK_COLUMNS):
         stop = start + _CHUNK_COLUMNS
+        # Rows start:stop of the gram, from the diagonal block to the right: [out, in − start].
         product = weight[:, start:stop] @ gram[start:stop, start:]
         product *= weight[:, start:]
         product[:, _CHUNK_COLUMNS:] *= 2  # counts itself and its mirror image
+        # Short sums in float32, the long one over rows in float64.
         energy += float(product.sum(1).sum(dtype=torch.float64))
     return energy
 
@@ -241,13 +264,14 @@ def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> flo
         0.2
     """
     whole = output_energy(weight, gram)
+    # Rounding can make the energy of tiny numbers negative: hence <= here and max below.
     if whole <= 0:
         return 0.0
     change = new_weight.detach().float() - weight.detach().float()
     return max(0.0, output_energy(change, gram) / whole)
 
 
-_TINY = 1e-30
+_TINY = 1e-30  # keeps 0 / 0 at 0 for a row that is solved, or whose weights are all pruned
 
 
 def fit_on_mask(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, steps: int) -> Tensor:
@@ -260,16 +284,20 @@ def fit_on_mask(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, step
         mask: True = kept, bool [out, in].
         steps: of conjugate gradients.
     """
+    # Every row is a system of its own, with its own step lengths [out, 1]. All share A, so a step
+    # of all rows is one matmul. Masking residuals and images keeps every row within its support.
     x = start
     residual = (target - x @ hessian) * mask
     direction = residual.clone()
     energy = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
         image = (direction @ hessian) * mask
+        # Step to the minimum along the direction: ‖r‖² / dᵀAd of each row.
         length = energy / (direction * image).sum(1, keepdim=True).clamp_min_(_TINY)
         x.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
         left = residual.square().sum(1, keepdim=True)
+        # Conjugate to all directions before, by the ratio of residuals (Fletcher and Reeves).
         direction = direction.mul_(left / energy.clamp_min(_TINY)).add_(residual)
         energy = left
     return x
@@ -315,10 +343,12 @@ def dense_target(
         >>> dense_target(pruned_x @ pruned_x.t(), weight @ x @ pruned_x.t(), weight, damping=0.0)
         tensor([[2.]])
     """
+    # The diagonal of H − G: λ, and all of H_jj in a dead column, so that A is what remains there.
     damped, dead = damped_diagonal(gram, damping)
     shift = torch.where(dead, damped, damping * gram.diagonal().mean())
     hessian = gram.clone()
     hessian.diagonal().copy_(damped)
     target = moments + anchor * shift
+    # W* H = target; H is symmetric, so H W*ᵀ = targetᵀ.
     solved: Tensor = torch.linalg.solve(hessian, target.t())
     return solved.t().contiguous()

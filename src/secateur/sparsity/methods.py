@@ -9,21 +9,20 @@ Any score can be combined with any solver and any pattern; `compose` refuses wha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from secateur.errors import PatternError, RecipeError
-from secateur.registry import did_you_mean
+from secateur.registry import Registry, did_you_mean
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.sparsity.solvers import ChoosingSolver, Solution, Solver, solvers
-from secateur.types import STORED, Mask, Statistics, Weight
+from secateur.types import STORED, Statistics, Weight
 
 
-@dataclass(frozen=True, kw_only=True)
-class NamedMethod:
+class NamedMethod(NamedTuple):
     """A line in the table of methods.
 
     Attributes:
@@ -35,60 +34,69 @@ class NamedMethod:
     """
 
     score: str
-    solver: str = "zero"
-    scope: str = "layer"
+    solver: str
+    scope: str
     description: str
     paper: str
-
-    def to_json(self) -> dict[str, str]:
-        """The line as plain data."""
-        return asdict(self)
 
 
 methods: Mapping[str, NamedMethod] = MappingProxyType(
     {
         "magnitude": NamedMethod(
-            score="magnitude",
-            description="smallest weights first; needs no calibration",
-            paper="Han et al. 2015, arXiv:1506.02626",
+            "magnitude",
+            "zero",
+            "layer",
+            "smallest weights first; needs no calibration",
+            "Han et al. 2015, arXiv:1506.02626",
         ),
         "wanda": NamedMethod(
-            score="wanda",
-            scope="row",
-            description="weight times input norm, compared within each output row",
-            paper="Sun et al. 2023, arXiv:2306.11695",
+            "wanda",
+            "zero",
+            "row",
+            "weight times input norm, compared within each output row",
+            "Sun et al. 2023, arXiv:2306.11695",
         ),
         "ria": NamedMethod(
-            score="ria",
-            description="weight relative to its row and column, times the root of the input norm",
-            paper="Zhang et al. 2024, ICLR",
+            "ria",
+            "zero",
+            "layer",
+            "weight relative to its row and column, times the root of the input norm",
+            "Zhang et al. 2024, ICLR",
         ),
         "taylor": NamedMethod(
-            score="taylor",
-            description="first-order change of the loss; needs gradients",
-            paper="Molchanov et al. 2017, arXiv:1611.06440",
+            "taylor",
+            "zero",
+            "layer",
+            "first-order change of the loss; needs gradients",
+            "Molchanov et al. 2017, arXiv:1611.06440",
         ),
         "obd": NamedMethod(
-            score="obd",
-            description="second-order change of the loss by the Fisher diagonal; needs gradients",
-            paper="LeCun et al. 1989, Optimal Brain Damage",
+            "obd",
+            "zero",
+            "layer",
+            "second-order change of the loss by the Fisher diagonal; needs gradients",
+            "LeCun et al. 1989, Optimal Brain Damage",
         ),
         "obs": NamedMethod(
-            score="obs",
-            description="weights that the others could compensate best, without compensation",
-            paper="Hassibi et al. 1993, Optimal Brain Surgeon",
+            "obs",
+            "zero",
+            "layer",
+            "weights that the others could compensate best, without compensation",
+            "Hassibi et al. 1993, Optimal Brain Surgeon",
         ),
         "sparsegpt": NamedMethod(
-            score="obs",
-            solver="obs",
-            description="prunes column by column and adjusts the columns to the right",
-            paper="Frantar and Alistarh 2023, arXiv:2301.00774",
+            "obs",
+            "obs",
+            "layer",
+            "prunes column by column and adjusts the columns to the right",
+            "Frantar and Alistarh 2023, arXiv:2301.00774",
         ),
         "alps": NamedMethod(
-            score="wanda",
-            solver="alps",
-            description="finds mask and weights together by ADMM on the layer's error, then refits",
-            paper="Meng et al. 2024, arXiv:2406.07831",
+            "wanda",
+            "alps",
+            "layer",
+            "finds mask and weights together by ADMM on the layer's error, then refits",
+            "Meng et al. 2024, arXiv:2406.07831",
         ),
     }
 )
@@ -195,14 +203,10 @@ class Method:
         if self.solver_selects:
             solver = cast(ChoosingSolver, self.solver)
             return solver.choose(weight, prepared, self.pattern, sparsity)
-        return self.solver.solve(weight, prepared, self.mask(weight, statistics, sparsity))
-
-    def mask(self, weight: Weight, statistics: Statistics, sparsity: float) -> Mask:
-        """The mask by the score, improved by the refinement if there is one."""
         mask = self.pattern.mask(self.score(weight, statistics), sparsity)
-        if self.refinement is None:
-            return mask
-        return self.refinement.refine(weight, mask, statistics, self.pattern, sparsity)
+        if self.refinement is not None:
+            mask = self.refinement.refine(weight, mask, statistics, self.pattern, sparsity)
+        return self.solver.solve(weight, prepared, mask)
 
 
 def compose(
@@ -238,7 +242,8 @@ def compose(
         >>> method.solver_name, sorted(method.requires)
         ('zero', ['column_norm'])
         >>> weight = torch.tensor([[3.0, -1.0, 2.0, 2.0]])
-        >>> method.mask(weight, {"column_norm": torch.tensor([1.0, 4.0, 1.0, 2.0])}, 0.5)
+        >>> norms = {"column_norm": torch.tensor([1.0, 4.0, 1.0, 2.0])}
+        >>> method.solve(weight, method.solver.prepare(norms), norms, 0.5).mask
         tensor([[False,  True, False,  True]])
         >>> compose(None, "unstructured", score="wanda", solver="obs", damping=0.1).name
         'wanda+obs'
@@ -255,55 +260,32 @@ def compose(
     named = methods[method] if method is not None else None
     score_name = score or (named.score if named else "")
     solver_name = solver or (named.solver if named else "zero")
-    score_kind, solver_kind = scores[score_name], solvers[solver_name]
-    kinds = {score_name: score_kind, solver_name: solver_kind}
-    if refine is not None:
-        kinds[refine] = refinements[refine]
-    _check_params(params, kinds)
+    names = [score_name, solver_name, *([refine] if refine is not None else [])]
+    registries: list[Registry[Any]] = [scores, solvers, refinements]
+    kinds = [registry[part] for registry, part in zip(registries, names, strict=False)]
+    _refuse_unknown(params, names, kinds)
 
     pattern = parse_pattern(pattern_text, scope)
     pair = score_name, solver_name
+    # A pair of score and solver that has a name is called by it, however it was composed.
     famous = (name for name, known in methods.items() if (known.score, known.solver) == pair)
     name = next(famous, "+".join(pair)) + (f"+{refine}" if refine else "")
     default = named or methods.get(name)
     if scope is None and default is not None and default.scope in pattern.scopes:
         pattern = parse_pattern(pattern_text, default.scope)
-    return Method(
-        name=name,
-        score_name=score_name,
-        score=_build(score_kind, params),
-        solver_name=solver_name,
-        solver=_build(solver_kind, params),
-        pattern=pattern,
-        refinement_name=refine,
-        refinement=_build(refinements[refine], params) if refine is not None else None,
+    # Each part gets the parameters that it has; one that several have is set for all of them.
+    chosen, solving, *refining = (
+        kind(**{x.name: params[x.name] for x in fields(kind) if x.name in params}) for kind in kinds
     )
+    return Method(name, score_name, chosen, solver_name, solving, pattern, refine, *refining)
 
 
-def _build(kind: Any, params: Mapping[str, Any]) -> Any:
-    """Build a part with its own parameters; a whole number may replace a float."""
-    return kind(
-        **{
-            x.name: float(params[x.name]) if isinstance(x.default, float) else params[x.name]
-            for x in fields(kind)
-            if x.name in params
-        }
-    )
-
-
-def _check_params(params: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Refuse parameters that no part has, and other values where a number is needed."""
-    known = {f.name: f.default for kind in kinds.values() for f in fields(kind)}
-    for name, value in params.items():
+def _refuse_unknown(params: Mapping[str, Any], names: list[str], kinds: list[Any]) -> None:
+    """Refuse parameters that no part has."""
+    known = sorted({field.name for kind in kinds for field in fields(kind)})
+    for name in params:
         if name not in known:
             raise RecipeError(
-                f"{' and '.join(dict.fromkeys(kinds))} have no parameter {name!r}",
-                remedy=did_you_mean(name, sorted(known)) if known else "leave it out",
-            )
-        whole = isinstance(known[name], int)
-        fits = isinstance(value, int) or (isinstance(value, float) and not whole)
-        if isinstance(known[name], int | float) and (isinstance(value, bool) or not fits):
-            raise RecipeError(
-                f"{name} is {value!r}, not {'a whole number' if whole else 'a number'}",
-                remedy=f"for example {name}={known[name]}",
+                f"{' and '.join(dict.fromkeys(names))} have no parameter {name!r}",
+                remedy=did_you_mean(name, known) if known else "leave it out",
             )

@@ -41,9 +41,11 @@ class ShiftedInverse:
 
     def __init__(self, matrix: Float32[Tensor, "in in"], low: float, high: float) -> None:
         self.matrix = matrix
+        # A unit diagonal bounds the eigenvalues by their sum, n. Far below ρ they act like 0.
         lowest, highest = math.log10(low) - 3, math.log10(max(len(matrix), high))
         spread = torch.logspace(lowest, highest, _EIGENVALUES, dtype=torch.float64)
         self._eigenvalues = torch.cat([spread.new_zeros(1), spread])
+        # One shift more until the worst of some ρ, spread evenly over ln ρ, is right.
         tried = [low * (high / low) ** (i / _TRIED) for i in range(_TRIED + 1)]
         self.shifts = _between(low, high, 1)
         while max(self._combined(shift)[1] for shift in tried) > _PRECISION:
@@ -73,8 +75,10 @@ class ShiftedInverse:
 
     def _combined(self, shift: float) -> tuple[list[float], float]:
         """The cᵢ of a ρ, and how far the sum is off at worst."""
+        # (λ + ρ) / (λ + ρᵢ), [eigenvalues, shifts]: with the right cᵢ a row adds up to 1.
         poles = self._eigenvalues[:, None] + self._eigenvalues.new_tensor(self.shifts)
         shares = (self._eigenvalues[:, None] + shift) / poles
+        # No cᵢ are right for every eigenvalue: they are the nearest, and the worst is checked.
         ones = torch.ones_like(shares[:, :1])
         found = torch.linalg.lstsq(shares, ones).solution
         return found[:, 0].tolist(), float((shares @ found - ones).abs().max())
@@ -83,6 +87,7 @@ class ShiftedInverse:
 def _between(low: float, high: float, count: int) -> list[float]:
     """The Chebyshev points of a range, in the logarithm."""
     middle, half = math.log(low * high) / 2, math.log(high / low) / 2
+    # Chebyshev points lie denser at the ends, where a sum of few terms errs most.
     angles = [(2 * i + 1) / (2 * count) * math.pi for i in range(count)]
     return [math.exp(middle + half * math.cos(angle)) for angle in angles]
 
@@ -108,7 +113,7 @@ def inverse(matrix: Float32[Tensor, "n n"], shift: float = 0.0) -> Float32[Tenso
     Raises:
         NumericalError: A + ρI is not positive definite, or float32 cannot hold its inverse.
     """
-    off = math.inf
+    off = math.inf  # until an attempt ends
     precise = [partial(_by_cholesky, dtype=dtype) for dtype in (torch.float32, torch.float64)]
     attempts: list[Callable[[Tensor, float], Tensor | None]] = [_by_halves, *precise]
     for attempt in attempts:
@@ -130,6 +135,7 @@ def inverse(matrix: Float32[Tensor, "n n"], shift: float = 0.0) -> Float32[Tenso
 def _shifted(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
     """A + ρI, in memory of its own."""
     shifted = matrix.to(dtype, copy=True)
+    # In place: the copy is ours.
     shifted.diagonal().add_(shift)
     return shifted
 
@@ -154,11 +160,12 @@ def _by_cholesky(matrix: Tensor, shift: float, dtype: torch.dtype) -> Tensor | N
 
 def _off(found: Tensor, matrix: Tensor, shift: float) -> float:
     """‖E‖₂ of E = (A + ρI)X − I, estimated from below by power iteration on EᵀE."""
-    start = torch.Generator().manual_seed(0)
+    start = torch.Generator().manual_seed(0)  # on the CPU: the same vector on every device
     vector = torch.randn(len(matrix), generator=start).to(matrix.device)
     off = 0.0
     for _ in range(_STEPS):
         vector /= vector.norm()
+        # E v, then Eᵀ(E v) as the next vector; X and A are symmetric.
         image = found @ vector
         error = matrix @ image + shift * image - vector
         off = float(error.norm())
@@ -179,6 +186,7 @@ def _halved(matrix: Tensor) -> Tensor:
     if n <= _RECURSION_WIDTH:
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     half = n // 2
+    # `upper` is P⁻¹ until the last update, `corner` is Q, `product` P⁻¹Q, `across` P⁻¹Q S⁻¹.
     found = torch.empty_like(matrix)
     upper, corner = found[:half, :half], matrix[:half, half:]
     upper.copy_(_halved(matrix[:half, :half]))

@@ -39,7 +39,7 @@ class MethodsResult(Result):
     def to_json(self) -> dict[str, Any]:
         """All choices, by kind and name."""
         return {
-            "methods": {name: entry.to_json() for name, entry in named.items()},
+            "methods": {name: entry._asdict() for name, entry in named.items()},
             "scores": {name: sorted(scores[name].requires) for name in scores},
             "solvers": {name: sorted(solvers[name].requires) for name in solvers},
             "refinements": {name: sorted(refinements[name].requires) for name in refinements},

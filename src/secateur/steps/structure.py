@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ from secateur.structured.cut_plan import (
     plan_cut,
     trims_vocabulary,
 )
-from secateur.structured.cut_steps import STEP, CutContext, CutStep, RefitStep
+from secateur.structured.cut_steps import REFIT, STEP, CutContext, CutStep, cut_step, refit_step
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
@@ -90,7 +91,7 @@ def plan_structure(
     """
     source = source_of(recipe, progress)
     skeleton, plan = _open(recipe, source)
-    steps = [step.name for step in _steps_of(recipe, plan, skeleton)]
+    steps = [*_steps_of(recipe, plan, skeleton)]
     trimmed = trims_vocabulary(recipe)
     steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
     found = counted_cut(recipe, plan, skeleton)
@@ -146,7 +147,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.skeleton, self.plan = _open(recipe, run.source)
-        steps = [step.name for step in _steps_of(recipe, self.plan, self.skeleton)]
+        steps = [*_steps_of(recipe, self.plan, self.skeleton)]
         alone = recipe.distillation.epochs or recipe.calibration.generated_windows
         if run.ranks.count > 1 and (steps != ["experts"] or trims_vocabulary(recipe) or alone):
             raise RecipeError(
@@ -215,8 +216,8 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             self.run.ranks,
         )
         made = base.folder
-        for step in _steps_of(recipe, plan, trimmed):
-            made, notes = step.run(context, made)
+        for step in _steps_of(recipe, plan, trimmed).values():
+            made, notes = step(context, made)
             steps.append(notes)
         stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
         copy_of(stored, folder.model).create(progress)
@@ -349,30 +350,29 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         write_text(folder.model / "README.md", card)
 
 
-def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> list[CutStep | RefitStep]:
-    """The steps that a plan needs, in order. The model is the uncut skeleton."""
+def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> dict[str, CutStep]:
+    """The steps that a plan needs, by name and in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
         from secateur.structured.learned import choose_learned
 
-        return [CutStep("learned", choose_learned)]
+        return {"learned": partial(cut_step, name="learned", choose=choose_learned)}
     from secateur.structured import choices
 
-    found: list[CutStep | RefitStep] = []
     channels = plan.keep_hidden is not None
-    if plan.drop_layers:
-        found.append(CutStep("depth", choices.choose_layers))
-    if plan.keep_experts is not None:
-        found.append(CutStep("experts", choices.choose_experts))
-    if channels:
-        found.append(CutStep("hidden", choices.choose_hidden))
-    helps = recipe.asymmetric and (channels or plan.drop_layers > 0)
-    if helps and can_refit(describe(model), channels=channels):
-        found.append(RefitStep())
-    if plan.keep_queries is not None:
-        found.append(CutStep("queries", choices.choose_queries))
-    if plan.narrows:
-        found.append(CutStep("width", choices.choose_width))
-    return found
+    refits = recipe.asymmetric and (channels or plan.drop_layers > 0)
+    steps: dict[str, Any] = {
+        "depth": choices.choose_layers if plan.drop_layers else None,
+        "experts": choices.choose_experts if plan.keep_experts is not None else None,
+        "hidden": choices.choose_hidden if channels else None,
+        REFIT: refit_step if refits and can_refit(describe(model), channels=channels) else None,
+        "queries": choices.choose_queries if plan.keep_queries is not None else None,
+        "width": choices.choose_width if plan.narrows else None,
+    }
+    return {
+        name: how if name == REFIT else partial(cut_step, name=name, choose=how)
+        for name, how in steps.items()
+        if how is not None
+    }
 
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from secateur.runs.records.measured import (
 )
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.scores import scores
 from secateur.steps.evaluate import run_evaluation
 from secateur.steps.prune import Prune
 from secateur.steps.runner import RunContext, Step, carry_out, identity_of
@@ -189,6 +190,13 @@ def point_name(key: PointKey) -> str:
     return "-".join([method, *kind, *share])
 
 
+def _kind_of(name: str) -> str:
+    """The key of a recipe that takes this name: of a method, of a preset, or of a score alone."""
+    if name in methods:
+        return "method"
+    return "effort" if name in presets else "score" if name in scores else "method"
+
+
 def recipe_of(recipe: SweepRecipe, key: PointKey) -> PruneRecipe:
     """The recipe of a point.
 
@@ -201,7 +209,7 @@ def recipe_of(recipe: SweepRecipe, key: PointKey) -> PruneRecipe:
         {
             "model": recipe.model,
             "output": f"{recipe.output}/{POINTS}/{point_name(key)}",
-            "effort" if method in presets and method not in methods else "method": method,
+            _kind_of(method): method,
             "pattern": pattern,
             "sparsity": sparsity if parse_pattern(pattern).sparsity is None else None,
             "calibration": recipe.calibration.model_dump(),

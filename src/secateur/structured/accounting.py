@@ -20,7 +20,7 @@ from secateur.runs.records import Counts
 from secateur.structured.cut import Cut
 from secateur.structured.design import Design, design
 
-UNCUT_BYTES = 2
+_UNCUT_BYTES = 2
 """Bytes cached for each token in place of a removed attention sub-block."""
 
 KINDS = ("attention", "ffn", "experts", "norms", "embeddings", "other")
@@ -93,9 +93,10 @@ def _counts(model: Any, made: Design, itemsizes: Mapping[str, int]) -> Counts:
         found[_kind_of(inner, module, parameter, made.architecture.couplings)] += values
         found["decoder"] += values * (inner is not None)
         found["file_bytes"] += values * itemsizes[name]
+    # A stand-in for attention caches one number of each token, so that the cache has its length.
     removed = sum(isinstance(module, NoAttention) for module in model.modules())
     values = sum(cache.values for cache in layer_caches(model))
-    cache = values * model.dtype.itemsize + removed * UNCUT_BYTES
+    cache = values * model.dtype.itemsize + removed * _UNCUT_BYTES
     return Counts(
         **{name: found[name] for name in (*KINDS, "decoder", "file_bytes")},
         kv_cache_bytes_per_token=cache,
@@ -140,7 +141,7 @@ def verified(
     """
     written = build_skeleton(made, trust_remote_code=trust_remote_code)
     before, after = accounting(skeleton, Cut()).before, accounting(written, Cut()).before
-    if form_of(source) is not None:
+    if form_of(source) is not None:  # in a form at rest, weights take fewer bytes than in memory
         before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
         after = after.model_copy(update={"file_bytes": CheckpointReader(made).total_bytes})
     decoder = promised["after"]["decoder"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,10 @@ from secateur.calibration.windows import load_windows
 from secateur.engine.plan_memory import PrunePlan
 from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.prune.tasks import Settings
+from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import DepthSettings, choose_depth
-from secateur.engine.search.experts import (
-    ExpertChoice,
-    ExpertUse,
-    expert_use,
-    kept_experts,
-    merge_experts,
-)
-from secateur.engine.stream.targets import CheckpointTarget, Target, walk_layers
+from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import OpenExperts
@@ -50,24 +44,11 @@ from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import CutPlan, pattern_text, unit_costs, width_shares
-from secateur.structured.cut_steps import CutContext
+from secateur.structured.cut_steps import CutContext, Found
 from secateur.structured.surgery import cut_from_zeros
 
 
-@dataclass(frozen=True)
-class SurveyJob:
-    """What the other processes need to survey experts.
-
-    Attributes:
-        windows: file of the calibration windows, as the first process sees it.
-        source: digest of the names, shapes and dtypes of the model's tensors.
-    """
-
-    windows: str
-    source: str
-
-
-def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_layers(context: CutContext, folder: Path) -> Found:
     """Choose the decoder layers to remove."""
     by, layers = context.recipe.depth.by, range(context.plan.sizes.layers)
     depth = DepthSettings(
@@ -82,7 +63,7 @@ def choose_layers(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any
     return Cut(layers=tuple(i for i in layers if i not in dropped.layers)), notes, folder
 
 
-def choose_hidden(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_hidden(context: CutContext, folder: Path) -> Found:
     """Choose the channels of the residual stream to keep: the largest in the outputs of norms."""
     target = context.target(folder)
     assert context.plan.keep_hidden is not None
@@ -93,28 +74,30 @@ def choose_hidden(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any
     )
     hidden = context.plan.sizes.hidden
     scores = hidden_scores(target, context.windows, settings, hidden, context.progress)
+    # Stable: of equally large channels those of lower index stay.
     order = scores.argsort(descending=True, stable=True)[: context.plan.keep_hidden]
     return Cut(hidden=tuple(sorted(order.tolist()))), {"by": "activation norms"}, folder
 
 
-def choose_experts(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_experts(context: CutContext, folder: Path) -> Found:
     """Choose the experts to keep, and merge the others into them if the recipe says so."""
     target, recipe = context.target(folder), context.recipe
     assert context.plan.keep_experts is not None
     tokens = recipe.memory.micro_batch_tokens
-    job = SurveyJob(str(context.windows_file), target.reader.tensor_digest)
-    context.ranks.once(lambda: asdict(job))
-    use = expert_use(target, context.windows, tokens, context.progress, context.ranks)
+    # The other processes need the windows that this one reads, and the digest of its weights.
+    job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
+    context.ranks.once(lambda: job)
+    use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
-    how = ExpertChoice(
+    how = survey.ExpertChoice(
         experts.per_token(config) or 1,
         "frequency" if recipe.experts_by == "merge" else recipe.experts_by,
         experts.divided(config),
         recipe.experts_scope,
         recipe.calibration.seed,
     )
-    kept = kept_experts(use, context.plan.keep_experts, how)
+    kept = survey.kept_experts(use, context.plan.keep_experts, how)
     if recipe.experts_by == "merge":
         folder = _merge_experts(context, folder, kept, use)
     notes = {
@@ -129,7 +112,7 @@ def _merge_experts(
     context: CutContext,
     folder: Path,
     kept: Mapping[int, tuple[int, ...]],
-    use: Mapping[int, ExpertUse],
+    use: Mapping[int, survey.ExpertUse],
 ) -> Path:
     """Write a copy of a model in which the experts that stay have taken up the others."""
     made = context.work / "merged"
@@ -144,7 +127,7 @@ def _merge_experts(
             router = layer.get_submodule(experts.router).get_parameter("weight")
             module = layer.get_submodule(experts.module)
             assert isinstance(module, OpenExperts)
-            merge_experts(module, router, kept[index], use[index].tokens)
+            survey.merge_experts(module, router, kept[index], use[index].tokens)
             prefix = f"{target.architecture.layer_name(index)}.{experts.module}"
             names = (f"{e}.{n}" for e in kept[index] for n, _ in module[e].named_parameters())
             target.commit(index, [f"{prefix}.{name}" for name in names])
@@ -161,26 +144,25 @@ def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
     Raises:
         RecipeError: this process sees other files than the first one.
     """
-    while (content := ranks.once(lambda: None)) is not None:
-        job = SurveyJob(**content)
-        file = Path(job.windows)
+    while (job := ranks.once(lambda: None)) is not None:
+        file = Path(job["windows"])
         if not file.exists():
             raise RecipeError(
                 f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
                 "windows of the run",
-                where=job.windows,
+                where=job["windows"],
                 remedy="put --output on a file system that all machines share",
             )
         trust = recipe.trust_remote_code
         source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
         reader = open_weights(source.folder)
-        if reader.tensor_digest != job.source:
+        if reader.tensor_digest != job["source"]:
             refuse_another_model(ranks.rank, source.folder)
         target = CheckpointTarget(
             reader, None, choose_device(recipe.device), trust_remote_code=trust
         )
         tokens = recipe.memory.micro_batch_tokens
-        expert_use(target, load_windows(file), tokens, Silent(), ranks)
+        survey.expert_use(target, load_windows(file), tokens, Silent(), ranks)
 
 
 LEVEL = 0.05
@@ -210,39 +192,38 @@ def _score_of(recipe: StructureRecipe) -> str | None:
     return recipe.score
 
 
-@dataclass(frozen=True)
-class UnitSelection:
-    """A pruning that removes whole units, from the linears that read them.
+def _over_units(
+    prepared: Prepared,
+    shares: Mapping[str, float],
+    patterns: Mapping[str, Pattern],
+    costs: Mapping[str, int],
+    whole: tuple[str, ...],
+) -> Prepared:
+    """The same run over the linears that read units, from which it removes whole ones.
 
-    Attributes:
+    Args:
+        prepared: a run that is ready.
         shares: fraction of units to remove before any allocation, by glob of linears.
-        patterns: patterns by glob of linears.
+        patterns: patterns by the same globs.
         costs: cost of a unit in the budget of an allocation, by linear.
         whole: globs of linears that keep all units.
     """
-
-    shares: Mapping[str, float]
-    patterns: Mapping[str, Pattern]
-    costs: Mapping[str, int] = field(default_factory=dict)
-    whole: tuple[str, ...] = ()
-
-    def applied(self, prepared: Prepared) -> Prepared:
-        """The same run over the linears that read units."""
-        linears = replace(
-            prepared.selection, include=tuple(self.shares), exclude=self.whole, starts=self.shares
-        )
-        methods = {g: replace(prepared.method, pattern=x) for g, x in self.patterns.items()}
-        return replace(prepared, selection=linears, methods=methods, costs=self.costs)
+    linears = replace(prepared.selection, include=tuple(shares), exclude=whole, starts=shares)
+    methods = {glob: replace(prepared.method, pattern=x) for glob, x in patterns.items()}
+    return replace(prepared, selection=linears, methods=methods, costs=costs)
 
 
-def width_selection(target: Target, recipe: StructureRecipe, plan: CutPlan) -> UnitSelection:
-    """The selection of heads and neurons of a model."""
+def over_width(prepared: Prepared, recipe: StructureRecipe, plan: CutPlan) -> Prepared:
+    """The same run over the linears that read heads and neurons."""
+    target = prepared.target
     model, layer_name = target.model, target.architecture.layer_name
     sizes, readers = sizes_of(model), consumers(model)
     shares = width_shares(plan, sizes, model).items()
+    # With a joint target the allocation divides it, so a kind that begins with 0 takes part.
     cut_kinds = {kind: x for kind, x in shares if x > 0 or plan.joint is not None}
     cut = plan.narrowed(sizes.layers)
-    return UnitSelection(
+    return _over_units(
+        prepared,
         {f"*.{readers[kind]}": x for kind, x in cut_kinds.items()},
         {
             f"*.{readers[kind]}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
@@ -253,7 +234,7 @@ def width_selection(target: Target, recipe: StructureRecipe, plan: CutPlan) -> U
     )
 
 
-def choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_width(context: CutContext, folder: Path) -> Found:
     """Choose the heads and neurons to keep, and refit their readers in a folder.
 
     With a uniform allocation each cut layer keeps the same number: that of the layer that kept
@@ -263,7 +244,7 @@ def choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any]
     recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
     allocation, trust = recipe.allocation or "uniform", recipe.trust_remote_code
     _prune_units(
-        context, folder, made, allocation, lambda target: width_selection(target, recipe, plan)
+        context, folder, made, allocation, lambda prepared: over_width(prepared, recipe, plan)
     )
     cut = cut_from_zeros(CheckpointReader(made), trust_remote_code=trust)
     how = {"score": _score_of(recipe), "solver": recipe.solver, "allocation": allocation}
@@ -279,7 +260,7 @@ def choose_width(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any]
     return even, how, made
 
 
-def choose_queries(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_queries(context: CutContext, folder: Path) -> Found:
     """Choose the query heads to keep in each KV group, and refit their readers in a folder.
 
     Dead ones fill up a group, as in `choose_width`.
@@ -287,13 +268,15 @@ def choose_queries(context: CutContext, folder: Path) -> tuple[Cut, dict[str, An
     recipe, heads, made = context.recipe, context.plan.keep_queries, context.work / "thinned"
     assert heads is not None
 
-    def select(target: Target) -> UnitSelection:
-        sizes, reader = sizes_of(target.model), consumers(target.model)["groups"]
+    def over_heads(prepared: Prepared) -> Prepared:
+        model = prepared.target.model
+        sizes, reader = sizes_of(model), f"*.{consumers(model)['groups']}"
         each = sizes.heads_per_group
+        # As wide as a query head, as many among those of each KV group.
         pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
-        return UnitSelection({f"*.{reader}": 1 - heads / each}, {f"*.{reader}": pattern})
+        return _over_units(prepared, {reader: 1 - heads / each}, {reader: pattern}, {}, ())
 
-    _prune_units(context, folder, made, "uniform", select)
+    _prune_units(context, folder, made, "uniform", over_heads)
     trust = recipe.trust_remote_code
     cut = cut_from_zeros(CheckpointReader(made), kinds=("queries",), trust_remote_code=trust)
     sizes = sizes_of(build_skeleton(made, trust_remote_code=trust))
@@ -312,7 +295,7 @@ def _prune_units(
     folder: Path,
     made: Path,
     allocation: str,
-    select: Callable[[Target], UnitSelection],
+    over: Callable[[Prepared], Prepared],
 ) -> None:
     """Prune whole units of a model folder into another, unless an earlier run did."""
     if made.exists():
@@ -320,7 +303,7 @@ def _prune_units(
     text = {"source": str(context.windows_file), "seed": context.recipe.calibration.seed}
     values = {"model": str(folder), "output": str(made), "calibration": text}
     recipe = build_recipe(PruneRecipe, _pruning_values(context.recipe, allocation) | values)
-    context.prune(recipe, made, lambda prepared: select(prepared.target).applied(prepared))
+    context.prune(recipe, made, over)
 
 
 def _costs_of(
@@ -338,8 +321,9 @@ def _costs_of(
     costs, named = unit_costs(sizes, model), {}
     if "neurons" not in costs:
         return {}
-    level = LEVEL * max(sizes.neurons)
-    equal = costs.get("groups", 0) / costs["neurons"]
+    level = LEVEL * max(sizes.neurons)  # in neurons
+    equal = costs.get("groups", 0) / costs["neurons"]  # neurons with a group's parameters
+    # A group is worth a whole number of levels, so that the search can trade it for neurons.
     levels = max(1, round(equal / level))
     step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
     for kind, reader in readers.items():
@@ -352,6 +336,7 @@ def _costs_of(
 
 def _filled(kept: Sequence[int], there: range, count: int) -> tuple[int, ...]:
     """Return `count` units: the kept ones, then the first of the others."""
+    # Dead units: their weights were 0 before, so any of them will do.
     spare = [unit for unit in there if unit not in kept]
     return tuple(sorted([*kept, *spare[: count - len(kept)]]))
 
@@ -369,6 +354,5 @@ def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Prun
     pruning = build_recipe(PruneRecipe, values)
     trust = recipe.trust_remote_code
     source = resolve(pruning.model, dtype=pruning.dtype, trust_remote_code=trust)
-    prepared = prepare(pruning, source, only_plan=True)
-    prepared = width_selection(prepared.target, recipe, plan).applied(prepared)
+    prepared = over_width(prepare(pruning, source, only_plan=True), recipe, plan)
     return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]

@@ -138,6 +138,7 @@ class Cut:
         missing = [i for i in there if sizes.groups[i] and i not in self.queries]
         if missing:
             yield f"query heads: layer {missing[0]} keeps all, others do not"
+        # How many query heads each KV group of each layer keeps: one number, or the cut is uneven.
         per_group = {
             sum(head // sizes.heads_per_group == group for head in kept)
             for layer, kept in self.queries.items()
@@ -180,6 +181,7 @@ def sizes_of(model: Any) -> Sizes:
     couplings, none = architecture.couplings, (0,) * len(layers)
     if couplings is None:
         return Sizes(hidden_size(model), 0, 1, none, none, none)
+    # Attention says itself how many query heads share a key; the configuration counts all heads.
     heads = setting(config, "num_attention_heads") or 1
     per_group = heads // (setting(config, "num_key_value_heads") or heads)
     attention = (find(layer, couplings.attention) for layer in layers)
@@ -189,7 +191,7 @@ def sizes_of(model: Any) -> Sizes:
         (size for layer in layers if (size := head_size(layer, couplings))),
         setting(config, "head_dim") or config.hidden_size // heads,
     )
-    width = per_group * head_dim
+    width = per_group * head_dim  # input columns of the output projection for one KV group
     return Sizes(
         hidden=_hidden_of(model, couplings),
         head_dim=head_dim,
@@ -211,11 +213,11 @@ def consumers(model: Any) -> dict[str, str]:
         ArchitectureError: the family declares no couplings.
     """
     couplings = couplings_of(describe(model))
-    found = {kind: couplings.consumer(axis) for kind, axis in CONSUMED.items()}
+    found = {kind: couplings.consumer(axis) for kind, axis in _CONSUMED.items()}
     return {kind: name for kind, name in found.items() if name is not None}
 
 
-CONSUMED = {"groups": "queries", "neurons": "neurons"}
+_CONSUMED = {"groups": "queries", "neurons": "neurons"}
 
 
 def unit_width(sizes: Sizes, kind: str) -> int:
@@ -287,6 +289,7 @@ def _experts_of(layer: nn.Module, couplings: Couplings) -> int:
 def _hidden_of(model: Any, couplings: Couplings) -> int:
     """Channels of the residual stream: rows of the linears that write to it."""
     there = dict(model.named_parameters())
+    # The norm at the end has only the stream; an embedding may have another width.
     for name, axes in couplings.outside.items():
         if axes == ("hidden",) and f"{name}.weight" in there:
             return int(there[f"{name}.weight"].shape[0])
@@ -357,12 +360,14 @@ def _refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer:
     A router that picks groups first (`n_group`) divides the experts into groups of one size, in
     their order, and rates a group by its two best experts.
     """
+    # Expert e is in group e · groups // count.
     groups, count = sizes.expert_groups, sizes.experts[layer]
     if groups == 1 or not count:
         return
     own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
     chosen = config.num_experts_per_tok
     open_groups = getattr(config, "topk_group", None) or groups
+    # Two are needed to rate a group, and the open groups must hold all that a token chooses.
     least = max(2, -(-chosen // open_groups))
     if len(set(own)) > 1 or own[0] < least:
         raise RecipeError(

@@ -25,7 +25,7 @@ KINDS = {
 }
 """The kind of units that an option cuts."""
 
-UNIT_NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
+_UNIT_NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
 
 
 def trims_vocabulary(recipe: StructureRecipe) -> bool:
@@ -87,6 +87,7 @@ def count(kept: Kept, total: int, what: str) -> int:
     Raises:
         RecipeError: the result is 0, or more than `total`.
     """
+    # 1.0 is all of them, 1 is one.
     number = round(kept * total) if isinstance(kept, float) and kept <= 1 else kept
     if not 0 < number <= total:
         raise RecipeError(
@@ -214,6 +215,7 @@ def _decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
     if recipe.max_size is None:
         return None
     whole = accounting(model, Cut()).before
+    # No cut reaches what is outside the decoder, so only the rest of the size can shrink.
     outside = whole.file_bytes - whole.decoder * model.dtype.itemsize
     left = (bytes_of(recipe.max_size) - outside) / (whole.file_bytes - outside)
     if not 0 < left < 1:
@@ -230,6 +232,7 @@ def _with_target(plan: CutPlan, target: float, model: Any) -> CutPlan:
     """The plan with the fraction that heads and neurons must lose together."""
     found = accounting(model, representative(plan))
     whole, rest = found.before.decoder, found.after
+    # What heads and neurons have after the other cuts; of that a share `joint` has to go.
     width = rest.ffn + (rest.attention if any(plan.sizes.groups) else 0)
     joint = (rest.decoder - target * whole) / width if width else 0.0
     if not 0 < joint < 1:
@@ -249,6 +252,7 @@ def representative(plan: CutPlan) -> Cut:
     if plan.keep_experts is not None:
         each = plan.sizes.expert_groups  # which keep the same number
         experts = {
+            # e · each mod n counts through a group in steps of `each`: the first of every group.
             i: tuple(e for e in range(n) if e * each % n < plan.keep_experts)
             for i, n in enumerate(plan.sizes.experts)
             if n and i in layers
@@ -276,6 +280,7 @@ def counted_cut(recipe: StructureRecipe, plan: CutPlan, model: Any) -> Accountin
     whole = accounting(model, representative(plan))
     if not plan.narrows:
         return whole
+    # As the run does it: the other cuts first, then heads and neurons of what they leave.
     left = design(model, representative(plan)).skeleton
     found = accounting(left, uniform_cut(plan, left, recipe.multiple))
     return Accounting(whole.before, found.after, whole.varied or found.varied)
@@ -304,7 +309,7 @@ def check_width(recipe: StructureRecipe, plan: CutPlan, model: Any) -> None:
         units = getattr(sizes, kind)
         if gone and all(len(kept) == units[i] for i, kept in getattr(cut, kind).items()):
             raise RecipeError(
-                f"all {max(units)} {UNIT_NAMES[kind]} of a layer would stay",
+                f"all {max(units)} {_UNIT_NAMES[kind]} of a layer would stay",
                 remedy="keep less, or in smaller multiples: --multiple",
             )
 
@@ -327,6 +332,7 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
     kept: dict[str, Any] = {"groups": {}, "neurons": {}}
     for kind, gone in width_shares(plan, sizes, model).items():
         width = unit_width(sizes, kind)
+        # The pattern of the later run counts here, so that both agree on every unit.
         pattern = parse_pattern(pattern_text(sizes, kind, multiple))
         for layer in plan.narrowed(sizes.layers):
             units: int = getattr(sizes, kind)[layer]
@@ -334,7 +340,7 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
                 left = units - pattern.pruned((1, units * width), gone) // width
                 if not left:
                     raise RecipeError(
-                        f"none of the {units} {UNIT_NAMES[kind]} of a layer would stay",
+                        f"none of the {units} {_UNIT_NAMES[kind]} of a layer would stay",
                         remedy="keep more, or drop layers too: --keep-layers",
                     )
                 kept[kind][layer] = tuple(range(left))
@@ -357,6 +363,7 @@ def width_shares(plan: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
     found = {}
     if "groups" in costs:
         most = max(sizes.groups)
+        # The same share of both kinds, rounded down to whole groups; 1e-9 keeps exact ones whole.
         found["groups"] = int(min(1, gone / sum(total.values())) * most + 1e-9) / most
     found["neurons"] = (gone - found.get("groups", 0.0) * total.get("groups", 0)) / total["neurons"]
     if not 0 <= found["neurons"] < 1:
@@ -378,7 +385,7 @@ def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
     found = {}
     for kind in ("groups", "neurons"):
         each: tuple[int, ...] = getattr(sizes, kind)
-        if max(each) > 1:
+        if max(each) > 1:  # one unit less in the largest layer, counted
             fewer: Any = {kind: {each.index(max(each)): tuple(range(max(each) - 1))}}
             counted = accounting(model, Cut(**fewer))
             found[kind] = counted.before.decoder - counted.after.decoder

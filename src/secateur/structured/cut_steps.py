@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 STEP = "step.json"
 """The file that a step writes into the folder of its model."""
+
+REFIT = "refit"
+"""The step that fits linears, and its folder."""
 
 
 @dataclass(frozen=True)
@@ -92,84 +95,93 @@ class CutContext:
         return folder
 
 
-@dataclass(frozen=True)
-class CutStep:
-    """One step, with its rule of choice.
+Found = tuple[Cut, dict[str, Any], Path]
+"""What a choice finds: the units to keep, its record, and the folder with the kept weights (the
+model's own if they did not change)."""
 
-    Attributes:
+Choice = Callable[[CutContext, Path], Found]
+"""Chooses units of the model in a folder."""
+
+CutStep = Callable[[CutContext, Path], tuple[Path, dict[str, Any]]]
+"""Turns the model in a folder into a smaller one; returns its folder and the notes."""
+
+
+def read_notes(made: Path) -> dict[str, Any]:
+    """The notes in the folder of a finished step."""
+    found: dict[str, Any] = json.loads((made / STEP).read_text(encoding="utf-8"))
+    return found
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write the notes of a step beside its model."""
+    (folder / STEP).write_text(json.dumps(notes), encoding="utf-8", newline="\n")
+
+
+def cut_step(
+    context: CutContext, folder: Path, *, name: str, choose: Choice
+) -> tuple[Path, dict[str, Any]]:
+    """Choose and cut, unless an earlier run did. Return the new folder and its notes.
+
+    Args:
+        context: the inputs of all steps.
+        folder: the model before the step.
         name: depth, experts, hidden, queries or width.
-        choose: takes the folder of the model. Returns the units to keep, the record of the choice,
-            and the folder with the kept weights (the model's own if they did not change).
+        choose: the rule of choice.
     """
-
-    name: str
-    choose: Callable[[CutContext, Path], tuple[Cut, dict[str, Any], Path]]
-
-    def run(self, context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """Choose and cut, unless an earlier run did. Return the new folder and its notes."""
-        made = context.work / self.name
-        if not made.exists():
-            cut, how, kept = self.choose(context, folder)
-            with whole_folder(made) as partial, warnings.catch_warnings():
-                # the result reports once that layers differ
-                warnings.simplefilter("ignore", VariedSizesWarning)
-                found = cut_checkpoint(
-                    kept,
-                    cut,
-                    partial,
-                    trust_remote_code=context.recipe.trust_remote_code,
-                    progress=context.progress,
-                )
-                notes = {"step": self.name, "cut": cut.to_json(), **how, **found.to_json()}
-                (partial / STEP).write_text(json.dumps(notes), encoding="utf-8", newline="\n")
-            if kept != folder:
-                shutil.rmtree(kept)
-        return made, json.loads((made / STEP).read_text(encoding="utf-8"))
+    made = context.work / name
+    if not made.exists():
+        cut, how, kept = choose(context, folder)
+        with whole_folder(made) as partial, warnings.catch_warnings():
+            # the result reports once that layers differ
+            warnings.simplefilter("ignore", VariedSizesWarning)
+            found = cut_checkpoint(
+                kept,
+                cut,
+                partial,
+                trust_remote_code=context.recipe.trust_remote_code,
+                progress=context.progress,
+            )
+            write_notes(partial, {"step": name, "cut": cut.to_json(), **how, **found.to_json()})
+        if kept != folder:
+            shutil.rmtree(kept)
+    return made, read_notes(made)
 
 
-class RefitStep:
-    """Fits linears to the outputs of the uncut model. Sizes stay the same."""
+def refit_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Fit linears to the outputs of the uncut model, unless an earlier run did. Sizes stay.
 
-    name = "refit"
-
-    def run(self, context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """Refit into a new folder, unless an earlier run did. Return the folder and its notes.
-
-        A killed refit resumes after the last layer in its ledger.
-        """
-        made = context.work / self.name
-        if not made.exists():
-            partial = context.work / f"{self.name}.partial"
-            copy = copy_of(open_weights(folder), partial)
-            written = context.scratch(self.name) / "layers.jsonl"
-            ledger, done = Ledger(written), 0
-            if ledger.begun:
-                done = ledger.resume()
-            else:
-                copy.create(context.progress)
-                ledger.begin()
-            cut, dense = context.target(folder, copy), context.target(context.source)
-            layers = _kept(context, "depth", "layers") or range(len(dense.layers))
-            hidden = _kept(context, "hidden", "hidden")
-            settings = _refit_settings(context, dense)
-            Refit(
-                dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
-            ).execute(done)
-            notes = json.loads((folder / STEP).read_text(encoding="utf-8"))
-            record = dict.fromkeys(("before", "after"), notes["after"])
-            record |= {"step": self.name, "by": "least squares", "varied": notes["varied"]}
-            write_json(partial / STEP, record)
-            partial.rename(made)
-        return made, json.loads((made / STEP).read_text(encoding="utf-8"))
+    A killed refit resumes after the last layer in its ledger.
+    """
+    made = context.work / REFIT
+    if not made.exists():
+        partial = context.work / f"{REFIT}.partial"
+        copy = copy_of(open_weights(folder), partial)
+        written = context.scratch(REFIT) / "layers.jsonl"
+        ledger, done = Ledger(written), 0
+        if ledger.begun:
+            done = ledger.resume()
+        else:
+            copy.create(context.progress)
+            ledger.begin()
+        cut, dense = context.target(folder, copy), context.target(context.source)
+        layers = _kept(context, "depth", "layers") or range(len(dense.layers))
+        hidden = _kept(context, "hidden", "hidden")
+        settings = _refit_settings(context, dense)
+        Refit(
+            dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
+        ).execute(done)
+        notes = read_notes(folder)
+        record = dict.fromkeys(("before", "after"), notes["after"])
+        record |= {"step": REFIT, "by": "least squares", "varied": notes["varied"]}
+        write_json(partial / STEP, record)
+        partial.rename(made)
+    return made, read_notes(made)
 
 
 def _kept(context: CutContext, step: str, kind: str) -> Sequence[int] | None:
     """The units of one kind that an earlier step kept; None for all."""
-    notes = context.work / step / STEP
-    if not notes.exists():
-        return None
-    found: Sequence[int] = json.loads(notes.read_text(encoding="utf-8"))["cut"][kind]
-    return found
+    made = context.work / step
+    return read_notes(made)["cut"][kind] if made.exists() else None
 
 
 def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
@@ -185,12 +197,13 @@ def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
             fast_matmuls=context.recipe.fast_matmuls,
             micro_batch_tokens=memory.micro_batch_tokens,
             activations=activations,
-            work=context.scratch(RefitStep.name),
+            work=context.scratch(REFIT),
         )
 
     def planned(activations: str) -> PrunePlan:
         return plan_run(dense, tasks, context.windows, settings(activations), 0, uniform, 0)
 
+    # Memory first, disk if that is too much, unless the recipe says which.
     _, activations = fitting_plan(
         planned, dense.device, max_memory=memory.max_bytes, activations=memory.activations
     )

@@ -19,78 +19,38 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.errors import ArchitectureError
-from secateur.models.architecture import Architecture, Couplings, describe, setting, text_config
+from secateur.models.architecture import Couplings, describe, setting, text_config
 from secateur.models.skeleton import quiet_transformers, skeleton_of, text_part
-from secateur.structured.cut import (
-    QUERIES_OF_A_GROUP,
-    Cut,
-    Sizes,
-    check_configuration,
-    couplings_of,
-    find,
-    head_size,
-    sizes_of,
+from secateur.structured import cut as units
+from secateur.structured.edits import (
+    Blueprint,
+    Edit,
+    LayerCut,
+    edits_of,
+    gone_of,
+    layer_cuts,
+    tensors_of,
 )
-from secateur.structured.edits import Edit, Editor, LayerCut, gone_of, layer_cuts, tensors_of
 
-INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
+_INDICES = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers", "dense_layers")
 """Entries with the indices of some layers."""
 
-FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
+_FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
 """Entries that count layers at the start."""
 
-LAST = ("num_kv_shared_layers",)
+_LAST = ("num_kv_shared_layers",)
 """Entries that count layers at the end."""
 
-CYCLES = ("block_types",)
+_CYCLES = ("block_types",)
 """Entries that repeat over the layers."""
 
-PER_LAYER = ("layer", "block", "pattern", "intermediate_size", "num_key_value_heads")
+_PER_LAYER = ("layer", "block", "pattern", "intermediate_size", "num_key_value_heads")
 """What is in the names of entries with a value for each layer."""
 
-OF_THE_INDEX = ("layer_idx", "layer_id", "layer_number", "training")
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What a cut leaves, before there is a model that has these sizes.
-
-    Attributes:
-        uncut: the uncut model, with experts as transformers stores them.
-        architecture: of the uncut model.
-        sizes: of the uncut model.
-        hidden: the kept channels of the residual stream; None = all.
-        layers: for each kept layer, the units it keeps.
-        edits: of each parameter, by its name in the cut model.
-    """
-
-    uncut: Any
-    architecture: Architecture
-    sizes: Sizes
-    hidden: Tensor | None
-    layers: list[LayerCut]
-    edits: Mapping[str, Edit]
-
-    @property
-    def channels(self) -> int:
-        """Remaining channels of the residual stream."""
-        return self.sizes.hidden if self.hidden is None else len(self.hidden)
-
-    @property
-    def heads_per_group(self) -> int:
-        """Remaining query heads of each KV group."""
-        for layer in self.layers:
-            if layer.queries is not None:
-                return len(layer.queries) // self.sizes.groups[layer.index]
-        return self.sizes.heads_per_group
-
-    def count(self, layer: LayerCut, kind: str) -> int:
-        """How many units of a kind a layer keeps."""
-        kept = getattr(layer, kind)
-        return getattr(self.sizes, kind)[layer.index] if kept is None else len(kept)
+_OF_THE_INDEX = ("layer_idx", "layer_id", "layer_number", "training")
 
 
 @dataclass(frozen=True)
@@ -98,9 +58,11 @@ class Design(Blueprint):
     """A smaller model, before any of its tensors is made.
 
     Attributes:
+        edits: of each parameter, by its name in the cut model.
         skeleton: the cut model, parameters on the meta device.
     """
 
+    edits: Mapping[str, Edit]
     skeleton: Any
 
     @cached_property
@@ -116,7 +78,7 @@ class Design(Blueprint):
         return hasattr(self.skeleton.config, "secateur_cut")
 
 
-def design(model: Any, cut: Cut) -> Design:
+def design(model: Any, cut: units.Cut) -> Design:
     """Design the model that a cut leaves.
 
     Args:
@@ -130,31 +92,30 @@ def design(model: Any, cut: Cut) -> Design:
     experts = describe(model).experts
     if experts is not None and experts.opened_in(describe(model).layers(model)):
         model = skeleton_of(type(model), model.config, model.dtype)  # with fused experts
-    architecture, sizes = describe(model), sizes_of(model)
+    architecture, sizes = describe(model), units.sizes_of(model)
     if cut.kinds:
-        couplings_of(architecture, cut.kinds)
+        units.couplings_of(architecture, cut.kinds)
     cut.check(sizes)
-    check_configuration(model, cut, sizes)
+    units.check_configuration(model, cut, sizes)
     hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
-    layers = layer_cuts(cut, sizes)
-    edits = Editor(model, architecture, sizes, hidden).edits(layers)
-    blueprint = Blueprint(model, architecture, sizes, hidden, layers, edits)
-    plain = _built_plain(blueprint)
+    blueprint = Blueprint(model, architecture, sizes, hidden, layer_cuts(cut, sizes))
+    edits: Mapping[str, Edit] = edits_of(blueprint)
+    plain = _built_plain(blueprint, edits)
     if plain is not None:
-        blueprint = replace(blueprint, edits=_for_scaled_embedding(blueprint))
-        return Design(**vars(blueprint), skeleton=plain)
+        edits = _for_scaled_embedding(blueprint, edits)
+        return Design(**vars(blueprint), edits=edits, skeleton=plain)
     if architecture.couplings is None:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be built with {len(blueprint.layers)} of its "
             f"{len(sizes.neurons)} layers: its configuration names their kinds in an unknown way",
             remedy="this family's layers cannot be cut yet",
         )
-    return Design(**vars(blueprint), skeleton=_built_varied(blueprint))
+    return Design(**vars(blueprint), edits=edits, skeleton=_built_varied(blueprint, edits))
 
 
-def _built_plain(blueprint: Blueprint) -> Any:
+def _built_plain(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
     """The skeleton of a plain model with the new sizes; None if no class has them."""
     model, couplings = blueprint.uncut, blueprint.architecture.couplings
     changes = _layer_changes(blueprint)
@@ -180,7 +141,7 @@ def _built_plain(blueprint: Blueprint) -> Any:
             skeleton = _built(model_class, config_class, whole, model)
         except Exception:  # each class refuses sizes in its own way
             continue
-        if _fits(skeleton, blueprint):
+        if _fits(skeleton, blueprint, edits):
             return skeleton
     return None
 
@@ -190,6 +151,7 @@ def _base_classes(model: Any) -> tuple[Any, Any, dict[str, Any]]:
     entries = model.config.to_dict()
     config_class, model_class = type(model.config), type(model)
     if entries.pop("secateur_cut", None) is not None:
+        # Varied classes are made from these; the model's has a mixin before its base.
         config_class, model_class = config_class.__mro__[1], model_class.__mro__[2]
         entries["model_type"] = entries.pop("base_model_type")
         entries.pop("auto_map", None)
@@ -206,9 +168,11 @@ def _layer_changes(blueprint: Blueprint) -> dict[str, Any]:
     if count != len(kept):
         changes |= _kept_settings(config.to_dict(), kept, count)
     if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
+        # Every n-th layer had experts; with layers removed only a list can say which have.
         dense = [new for new, i in enumerate(kept) if not blueprint.sizes.experts[i]]
         changes |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if blueprint.hidden is not None and getattr(config, "rms_norm_eps", None) is not None:
+        # ε grows as the mean square of a norm whose removed channels were zero (`edits`).
         narrower = blueprint.sizes.hidden / len(blueprint.hidden)
         changes["rms_norm_eps"] = config.rms_norm_eps * narrower
     return changes
@@ -220,22 +184,23 @@ def _kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) 
     found: dict[str, Any] = {}
     for name, value in entries.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if name in INDICES and isinstance(value, list):
+        if name in _INDICES and isinstance(value, list):
             found[name] = [new_index[i] for i in value if i in new_index]
-        elif name in FIRST and whole:
-            found[name] = sum(i < value for i in kept)
-        elif name in LAST and whole:
+        elif name in _FIRST and whole:
+            found[name] = sum(i < value for i in kept)  # how many of the first ones stay
+        elif name in _LAST and whole:
             found[name] = sum(i >= count - value for i in kept)
         elif name == "per_layer_config" and isinstance(value, Mapping):
             found[name] = {
                 new_index[int(key)]: inner for key, inner in value.items() if int(key) in new_index
             }
-        elif name in CYCLES and isinstance(value, list | tuple) and value:
+        elif name in _CYCLES and isinstance(value, list | tuple) and value:
+            # Written out: what is left of a cycle need not be one.
             found[name] = [value[i % len(value)] for i in kept]
         elif (
             isinstance(value, list | tuple | str)  # a value, or a letter, for each layer
             and len(value) == count
-            and any(part in name for part in PER_LAYER)
+            and any(part in name for part in _PER_LAYER)
             and not name.startswith("mtp")  # of layers that predict further tokens
         ):
             own = [value[i] for i in kept]
@@ -249,6 +214,7 @@ def _uniform(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     A class may compute the sizes of some layers from one entry: late layers of small Gemma 4 have
     twice as many neurons.
     """
+    # Layers that have no such units at all do not count.
     least = {name: min(filter(None, counts), default=0) for name, counts in sizes.items()}
     most = {name: max(counts) for name, counts in sizes.items()}
     return [most] if least == most else [most, least]
@@ -306,6 +272,7 @@ def _size_changes(
         changes[names.get("num_attention_heads", "num_attention_heads")] = heads
         if setting(config, "num_key_value_heads") is not None:
             changes["num_key_value_heads"] = sizes["groups"]
+        # Without an entry a class divides the stream by the heads, which may no longer be right.
         own = setting(config, "head_dim", "unknown") != "unknown"
         if not blueprint.sizes.latent and (own or heads * blueprint.sizes.head_dim != channels):
             changes["head_dim"] = blueprint.sizes.head_dim
@@ -327,27 +294,30 @@ def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like
     return skeleton_of(model_class, config, like.dtype)
 
 
-def _fits(skeleton: Any, blueprint: Blueprint) -> bool:
+def _fits(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> bool:
     """Whether parameters and heads of a skeleton match; refuses one with other settings."""
     shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
-    if shapes != {name: edit.shape for name, edit in blueprint.edits.items()}:
+    if shapes != {name: edit.shape for name, edit in edits.items()}:
         return False
     couplings = blueprint.architecture.couplings
     if couplings is not None:
-        sizes = {head_size(layer, couplings) for layer in blueprint.architecture.layers(skeleton)}
+        sizes = {
+            units.head_size(layer, couplings) for layer in blueprint.architecture.layers(skeleton)
+        }
         if not sizes - {None} <= {blueprint.sizes.head_dim}:
             return False
-    _refuse_other_settings(skeleton, blueprint)
+    _refuse_other_settings(skeleton, blueprint, edits)
     return True
 
 
-def _refuse_other_settings(skeleton: Any, blueprint: Blueprint) -> None:
+def _refuse_other_settings(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> None:
     """Refuse removed layers where the class computes what a layer is from its index."""
     before, after = map(blueprint.architecture.layers, (blueprint.uncut, skeleton))
     if len(before) == len(after):
         return
     there = tensors_of(blueprint.uncut)
-    resized = any(x.shape != tuple(there[x.source].shape) for x in blueprint.edits.values())
+    # Numbers in a layer may follow its sizes, so they are compared only where none changed.
+    resized = any(x.shape != tuple(there[x.source].shape) for x in edits.values())
     kept = [layer.index for layer in blueprint.layers]
     if _has_attention(blueprint.uncut.config) and not _has_attention(skeleton.config):
         raise ArchitectureError(
@@ -381,32 +351,31 @@ def _plain_attributes(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str,
     kinds: Any = (bool, str, int, float) if numbers else (bool, str)
     for path, module in layer.named_modules():
         for name, value in vars(module).items():
-            if name in OF_THE_INDEX or name.startswith("_") or not isinstance(value, kinds):
+            if name in _OF_THE_INDEX or name.startswith("_") or not isinstance(value, kinds):
                 continue
             yield f"{path}.{name}".lstrip("."), value
 
 
-def _for_scaled_embedding(blueprint: Blueprint) -> dict[str, Edit]:
+def _for_scaled_embedding(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Mapping[str, Edit]:
     """The edits where the factor of embeddings, √(hidden size), has become smaller.
 
     The embedding compensates for it. Where the head is tied to the embedding, the logits would grow
     too, so the final norm cancels the compensation.
     """
-    edits, couplings = dict(blueprint.edits), blueprint.architecture.couplings
+    couplings = blueprint.architecture.couplings
     if blueprint.hidden is None or couplings is None or not couplings.scaled_embedding:
         return edits
     factor = sqrt(blueprint.sizes.hidden / len(blueprint.hidden))
     embedding = next(n for n, axes in couplings.outside.items() if axes == ("-", "hidden"))
     norm = next(n for n, axes in couplings.outside.items() if axes == ("hidden",))
-    name = f"{embedding}.weight"
-    edits[name] = replace(edits[name], scale=factor)
+    table, last = f"{embedding}.weight", f"{norm}.weight"
+    changed = {table: replace(edits[table], scale=factor)}
     if blueprint.uncut.config.tie_word_embeddings:
-        edit = edits[f"{norm}.weight"]
-        edits[f"{norm}.weight"] = replace(edit, scale=edit.scale / factor)
-    return edits
+        changed[last] = replace(edits[last], scale=edits[last].scale / factor)
+    return {**edits, **changed}
 
 
-def _built_varied(blueprint: Blueprint) -> Any:
+def _built_varied(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
     """The skeleton of a varied model."""
     model = blueprint.uncut
     if text_part(model.config) is not None:
@@ -415,7 +384,7 @@ def _built_varied(blueprint: Blueprint) -> Any:
             "inside, for which Secateur writes no class of its own",
             remedy="cut every layer alike",
         )
-    family, alike = blueprint.architecture.family, couplings_of(blueprint.architecture).alike
+    family, alike = blueprint.architecture.family, units.couplings_of(blueprint.architecture).alike
     if alike:
         raise ArchitectureError(
             f"all layers of this family ({family}) must be cut alike: {alike}",
@@ -436,10 +405,10 @@ def _built_varied(blueprint: Blueprint) -> Any:
             "AutoConfig": f"{code}.VariedConfig",
             "AutoModelForCausalLM": f"{code}.VariedForCausalLM",
         },
-        "secateur_cut": _difference(base, blueprint),
+        "secateur_cut": _difference(base, blueprint, edits),
     }
     skeleton = _built(varied_model, varied_config, entries, model)
-    if not _fits(skeleton, blueprint):
+    if not _fits(skeleton, blueprint, edits):
         raise ArchitectureError(
             "no model of this family can have these sizes",
             where=type(model).__name__,
@@ -448,34 +417,34 @@ def _built_varied(blueprint: Blueprint) -> Any:
     return skeleton
 
 
-def _difference(base: Any, blueprint: Blueprint) -> dict[str, Any]:
+def _difference(base: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> dict[str, Any]:
     """The differences between the cut model and a model that its base class builds."""
-    couplings = couplings_of(blueprint.architecture)
+    couplings = units.couplings_of(blueprint.architecture)
     absent: dict[str, str] = {}
     attributes: dict[str, dict[str, int]] = {}
     for new, layer in enumerate(blueprint.layers):
         name = blueprint.architecture.layer_name(new)
         for gone in gone_of(couplings, layer) + _already_gone(blueprint, couplings, layer):
             kinds = {couplings.attention: "attention"} | dict.fromkeys(couplings.ffn, "ffn")
-            if find(base, f"{name}.{gone}") is not None:
+            if units.find(base, f"{name}.{gone}") is not None:
                 absent[f"{name}.{gone}"] = kinds.get(gone, "norm")
         for path in dict.fromkeys((*couplings.attributes, couplings.attention)):
-            module = find(base, f"{name}.{path}")
+            module = units.find(base, f"{name}.{path}")
             if module is None or f"{name}.{path}" in absent:
                 continue
             quantities = {**couplings.attributes.get(path, {})}
-            if hasattr(module, QUERIES_OF_A_GROUP):
-                quantities[QUERIES_OF_A_GROUP] = "heads_per_group"
+            if hasattr(module, units.QUERIES_OF_A_GROUP):
+                quantities[units.QUERIES_OF_A_GROUP] = "heads_per_group"
             own = {a: _quantity(blueprint, layer, q) for a, q in quantities.items()}
             own = {a: v for a, v in own.items() if v != _read(base, module, a)}
             if own:
                 attributes[f"{name}.{path}"] = own
     shapes: dict[str, list[int]] = {}
     for name, parameter in base.named_parameters():
-        edit = blueprint.edits.get(base.all_tied_weights_keys.get(name, name))
+        edit = edits.get(base.all_tied_weights_keys.get(name, name))
         owner, _, leaf = name.rpartition(".")
         if edit is None or edit.shape == tuple(parameter.shape) or leaf == "bias":
-            continue
+            continue  # a bias has the rows of its weight
         shapes[owner if leaf == "weight" else name] = list(edit.shape)
     return {"shapes": shapes, "attributes": attributes, "absent": absent}
 
@@ -488,7 +457,7 @@ def _already_gone(blueprint: Blueprint, couplings: Couplings, layer: LayerCut) -
     neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
     gone = gone_of(couplings, LayerCut(i, groups, None, neurons, None))
     uncut = blueprint.architecture.layers(blueprint.uncut)[i]  # stand-ins have no parameters
-    there = (find(uncut, name) for name in gone)
+    there = (units.find(uncut, name) for name in gone)
     without = (module is not None and not list(module.parameters()) for module in there)
     return tuple(name for name, empty in zip(gone, without, strict=True) if empty)
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Architecture, Axes, Couplings
 from secateur.models.skeleton import parameters_of, stored_buffers
-from secateur.structured.cut import UNITS, Cut, Sizes, find
+from secateur.structured.cut import UNITS, Cut, Sizes, couplings_of, find
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Edit:
             if index is not None:
                 parameter = parameter.index_select(axis, index.to(parameter.device))
         if self.scale != 1:
+            # A norm that multiplies by 1 + w (Gemma) stores w: the factor is one of 1 + w.
             scaled = (parameter.float() + self.offset) * self.scale - self.offset
             parameter = scaled.to(parameter.dtype)
         return parameter
@@ -88,13 +89,13 @@ class LayerCut:
     experts: Tensor | None
 
 
-READ_BY = {
+_READ_BY = {
     "q_proj": ("q_norm", "query_layernorm", "qk_norm"),
     "k_proj": ("k_norm", "key_layernorm", "qk_norm"),
 }
 """The modules that norm what a linear of the attention computes, by the name of the linear."""
 
-UNCUT = LayerCut(-1, None, None, None, None)
+_UNCUT = LayerCut(-1, None, None, None, None)
 """For parameters outside the layers."""
 
 
@@ -117,111 +118,133 @@ def layer_cuts(cut: Cut, sizes: Sizes) -> list[LayerCut]:
 
 
 @dataclass(frozen=True)
-class Editor:
-    """Finds the edit of every parameter of the cut model.
+class Blueprint:
+    """What a cut leaves, before there is a model that has these sizes.
 
     Attributes:
-        model: the uncut model, loaded or a skeleton.
-        architecture: its description.
-        sizes: its sizes.
-        stream: kept channels of the residual stream; None = all.
+        uncut: the uncut model, with experts as transformers stores them.
+        architecture: of the uncut model.
+        sizes: of the uncut model.
+        hidden: the kept channels of the residual stream; None = all.
+        layers: for each kept layer, the units it keeps.
     """
 
-    model: Any
+    uncut: Any
     architecture: Architecture
     sizes: Sizes
-    stream: Tensor | None
+    hidden: Tensor | None
+    layers: list[LayerCut]
 
     @property
-    def couplings(self) -> Couplings:
-        """The declared couplings; without them only layers are cut."""
-        return self.architecture.couplings or Couplings({}, {})
+    def channels(self) -> int:
+        """Remaining channels of the residual stream."""
+        return self.sizes.hidden if self.hidden is None else len(self.hidden)
 
-    def edits(self, layers: list[LayerCut]) -> dict[str, Edit]:
-        """All edits, by the names of the parameters in the cut model.
+    @property
+    def heads_per_group(self) -> int:
+        """Remaining query heads of each KV group."""
+        for layer in self.layers:
+            if layer.queries is not None:
+                return len(layer.queries) // self.sizes.groups[layer.index]
+        return self.sizes.heads_per_group
 
-        Raises:
-            ArchitectureError: a parameter that may have to be cut is not declared.
-        """
-        prefix = self.architecture.layers_path + "."
-        there = tensors_of(self.model)
-        projected = any(name.endswith("project_in.weight") for name in there)
-        embedding = "-" if projected else "hidden"
-        outside = {
-            name: tuple(embedding if axis == "embedding" else axis for axis in axes)
-            for name, axes in self.couplings.outside.items()
-        }
-        kept = [layer.index for layer in layers]
-        found = {
-            name: self.of_layers(self.edit(name, name, outside, UNCUT), outside, kept)
-            for name in there
-            if not name.startswith(prefix)
-        }
-        for new, layer in enumerate(layers):
-            start = f"{prefix}{layer.index}."
-            gone = tuple(f"{module}." for module in gone_of(self.couplings, layer))
-            for name in there:
-                inner = name.removeprefix(start)
-                if name.startswith(start) and not inner.startswith(gone):
-                    edit = self.edit(name, inner, self.couplings.layer, layer)
-                    found[f"{prefix}{new}.{inner}"] = edit
-        return found
+    def count(self, layer: LayerCut, kind: str) -> int:
+        """How many units of a kind a layer keeps."""
+        kept = getattr(layer, kind)
+        return getattr(self.sizes, kind)[layer.index] if kept is None else len(kept)
 
-    def of_layers(self, edit: Edit, declared: Axes, kept: list[int]) -> Edit:
-        """The edit without the entries of removed layers, of a parameter outside the layers."""
-        axes = declared.get(edit.source.rpartition(".")[0], ())
-        if "layers" not in axes or len(kept) == self.sizes.layers:
-            return edit
-        axis = axes.index("layers")
-        entries = _spread(torch.tensor(kept), edit.shape[axis] // self.sizes.layers)
-        indices, shape = list(edit.kept), list(edit.shape)
-        indices[axis], shape[axis] = entries, len(entries)
-        return replace(edit, kept=tuple(indices), shape=tuple(shape))
 
-    def edit(self, name: str, inner: str, declared: Axes, layer: LayerCut) -> Edit:
-        """The edit of one parameter.
+def edits_of(blueprint: Blueprint) -> dict[str, Edit]:
+    """The edit of every parameter of the cut model, by its name there.
 
-        Raises:
-            ArchitectureError: the parameter is not declared, and may have to be cut.
-        """
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        parameter: Tensor = getattr(module, leaf)
-        axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
-        if axes is None:
-            cut = (self.stream, layer.groups, layer.queries, layer.neurons)
-            if any(x is not None for x in cut):
-                raise ArchitectureError(
-                    "the dimensions of this parameter are not declared, so it cannot be cut",
-                    where=name,
-                    remedy="declare it in the couplings of the model's family",
-                )
-            return Edit.copy(name, tuple(parameter.shape))
-        if parameter.ndim == 1:
-            axes = axes[:1]
-        elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
-            axes = axes[::-1]
-        kept = tuple(
-            _kept_along(axis, size, self.sizes, layer, self.stream)
-            for axis, size in zip(axes, parameter.shape, strict=True)
-        )
-        shape = tuple(
-            n if k is None else len(k) for n, k in zip(parameter.shape, kept, strict=True)
-        )
-        edit = Edit(name, kept, shape)
-        if kept[0] is not None and _is_rms_norm(module):
-            # removed channels were zero in the norm
-            scale = sqrt(parameter.shape[0] / len(kept[0])) if axes[0] == "hidden" else 1.0
-            edit = replace(edit, scale=scale, offset=self.couplings.norm_offset)
-        if axes[0] in ("queries", "keys") and self.stream is not None and self.is_normed(owner):
-            edit = replace(edit, scale=edit.scale * sqrt(self.sizes.hidden / len(self.stream)))
+    Raises:
+        ArchitectureError: a parameter that may have to be cut is not declared.
+    """
+    architecture = blueprint.architecture
+    couplings = architecture.couplings or Couplings({}, {})  # without them only layers are cut
+    prefix = architecture.layers_path + "."
+    there = tensors_of(blueprint.uncut)
+    # Where a linear lies between embedding and stream (OPT), the embedding keeps its own width.
+    projected = any(name.endswith("project_in.weight") for name in there)
+    embedding = "-" if projected else "hidden"
+    outside = {
+        name: tuple(embedding if axis == "embedding" else axis for axis in axes)
+        for name, axes in couplings.outside.items()
+    }
+    found = {
+        name: _of_layers(blueprint, _edit(blueprint, name, name, outside, _UNCUT), outside)
+        for name in there
+        if not name.startswith(prefix)
+    }
+    for new, layer in enumerate(blueprint.layers):
+        start = f"{prefix}{layer.index}."
+        gone = tuple(f"{module}." for module in gone_of(couplings, layer))
+        for name in there:
+            inner = name.removeprefix(start)
+            if name.startswith(start) and not inner.startswith(gone):
+                edit = _edit(blueprint, name, inner, couplings.layer, layer)
+                found[f"{prefix}{new}.{inner}"] = edit
+    return found
+
+
+def _of_layers(blueprint: Blueprint, edit: Edit, declared: Axes) -> Edit:
+    """The edit without the entries of removed layers, of a parameter outside the layers."""
+    axes = declared.get(edit.source.rpartition(".")[0], ())
+    kept, count = [layer.index for layer in blueprint.layers], blueprint.sizes.layers
+    if "layers" not in axes or len(kept) == count:
         return edit
+    axis = axes.index("layers")
+    entries = _spread(torch.tensor(kept), edit.shape[axis] // count)
+    indices, shape = list(edit.kept), list(edit.shape)
+    indices[axis], shape[axis] = entries, len(entries)
+    return replace(edit, kept=tuple(indices), shape=tuple(shape))
 
-    def is_normed(self, name: str) -> bool:
-        """Whether an RMSNorm reads what a linear of attention computes."""
-        attention, _, linear = name.rpartition(".")
-        norms = (find(self.model, f"{attention}.{norm}") for norm in READ_BY.get(linear, ()))
-        return any(norm is not None and _is_rms_norm(norm) for norm in norms)
+
+def _edit(blueprint: Blueprint, name: str, inner: str, declared: Axes, layer: LayerCut) -> Edit:
+    """The edit of one parameter; `inner` is its name within the layer.
+
+    Raises:
+        ArchitectureError: the parameter is not declared, and may have to be cut.
+    """
+    stream, sizes = blueprint.hidden, blueprint.sizes
+    owner, _, leaf = name.rpartition(".")
+    module = blueprint.uncut.get_submodule(owner)
+    parameter: Tensor = getattr(module, leaf)
+    axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
+    if axes is None:
+        cut = (stream, layer.groups, layer.queries, layer.neurons)
+        if any(x is not None for x in cut):
+            raise ArchitectureError(
+                "the dimensions of this parameter are not declared, so it cannot be cut",
+                where=name,
+                remedy="declare it in the couplings of the model's family",
+            )
+        return Edit.copy(name, tuple(parameter.shape))
+    if parameter.ndim == 1:  # a bias, or a norm, has the first axis of its module's weight
+        axes = axes[:1]
+    elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
+        axes = axes[::-1]
+    kept = tuple(
+        _kept_along(axis, size, sizes, layer, stream)
+        for axis, size in zip(axes, parameter.shape, strict=True)
+    )
+    shape = tuple(n if k is None else len(k) for n, k in zip(parameter.shape, kept, strict=True))
+    scale, offset = 1.0, 0.0
+    if kept[0] is not None and _is_rms_norm(module):
+        # Removed channels were zero in the norm: √(D/D'). Removed heads were not.
+        scale = sqrt(parameter.shape[0] / len(kept[0])) if axes[0] == "hidden" else 1.0
+        offset = couplings_of(blueprint.architecture).norm_offset
+    if axes[0] in ("queries", "keys") and stream is not None and _is_normed(blueprint, owner):
+        # ε has grown by D/D' in all norms, so what these norms read grows by its root.
+        scale *= sqrt(sizes.hidden / len(stream))
+    return Edit(name, kept, shape, scale, offset)
+
+
+def _is_normed(blueprint: Blueprint, name: str) -> bool:
+    """Whether an RMSNorm reads what a linear of attention computes."""
+    attention, _, linear = name.rpartition(".")
+    norms = (find(blueprint.uncut, f"{attention}.{norm}") for norm in _READ_BY.get(linear, ()))
+    return any(norm is not None and _is_rms_norm(norm) for norm in norms)
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
@@ -259,6 +282,7 @@ def _kept_along(
     each, width = sizes.heads_per_group, sizes.head_dim
     widths = {  # how many consecutive entries a KV group has along each axis of heads
         "queries": each * width,
+        # one entry for each query head
         "heads": each,
         "pairs": 2 * each * width,
         "keys": width,
@@ -266,6 +290,8 @@ def _kept_along(
     }
     segments = axis.split("+")
     if len(segments) > 1:
+        # Parts one behind the other in one matrix (queries, keys, values): each is cut by itself,
+        # and its indices begin where it begins.
         full = [
             sizes.groups[layer.index] * widths[x] if x in widths else sizes.neurons[layer.index]
             for x in segments
@@ -275,6 +301,7 @@ def _kept_along(
         ]
         if all(part is None for part in parts):
             return None
+        # Where each part begins.
         starts = [sum(full[:n]) for n in range(len(full))]
         return torch.cat(
             [
@@ -302,6 +329,7 @@ def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
     if axis != "triples":
         return _spread(kept, sizes.head_dim) if axis == "queries" else None
     each, size = sizes.heads_per_group, sizes.head_dim
+    # A group is stored as its query heads, then its key, then its value: each + 2 heads.
     parts = []
     for group in range(int(kept[-1]) // each + 1):  # its query heads, and its key and value
         own = kept[kept // each == group] - group * each
@@ -312,5 +340,6 @@ def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
 
 def _spread(units: Tensor, width: int) -> Tensor:
     """Indices of all entries of units of `width` consecutive ones."""
+    # [units, width], read row by row.
     entries = units[:, None] * width + torch.arange(width)
     return entries.flatten()

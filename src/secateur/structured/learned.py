@@ -48,7 +48,7 @@ from secateur.recipes.train import TrainRecipe
 from secateur.runs.output import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import representative, uniform_cut
-from secateur.structured.cut_steps import CutContext
+from secateur.structured.cut_steps import CutContext, Found
 from secateur.structured.design import design
 from secateur.training.batches import Batch, Batches, TrainingText
 from secateur.training.loop import Loop, mean_loss
@@ -67,7 +67,7 @@ UPDATE_EVERY, HELD_OUT = 50, 8
 """Steps between updates of the domains' shares, and the windows that measure a domain."""
 
 SAVE_MINUTES = 5.0
-TEMPERATURE, LOW, HIGH, START = 2 / 3, -0.1, 1.1, 3.0
+_TEMPERATURE, _LOW, _HIGH, _START = 2 / 3, -0.1, 1.1, 3.0
 
 
 class HardConcrete:
@@ -90,7 +90,7 @@ class HardConcrete:
 
     def __init__(self, units: int, target: int, device: torch.device | str = "cpu") -> None:
         self.units, self.target = units, target
-        self.log_alpha = nn.Parameter(torch.full((units,), START, device=device))
+        self.log_alpha = nn.Parameter(torch.full((units,), _START, device=device))
 
     def sample(self, random: torch.Generator) -> Float[Tensor, " units"]:
         """Draw the gates of one forward independently.
@@ -100,13 +100,13 @@ class HardConcrete:
         """
         tiny = torch.finfo(torch.float32).eps
         u = torch.rand(self.units, generator=random).clamp_(tiny, 1 - tiny)
-        u = u.to(self.log_alpha.device)
-        s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / TEMPERATURE)
-        return (s * (HIGH - LOW) + LOW).clamp(0, 1)
+        u = u.to(self.log_alpha.device)  # logistic noise: log u − log (1 − u)
+        s = torch.sigmoid((u.log() - (1 - u).log() + self.log_alpha) / _TEMPERATURE)
+        return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def open_share(self) -> Float[Tensor, ""]:
         """The expected share of gates that are not 0; a scalar."""
-        return torch.sigmoid(self.log_alpha - TEMPERATURE * math.log(-LOW / HIGH)).mean()
+        return torch.sigmoid(self.log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH)).mean()
 
     @torch.no_grad()
     def kept(self) -> Int64[Tensor, " target"]:
@@ -153,7 +153,7 @@ class LearnedMasks:
         self.progress, self.draws = torch.zeros(2, dtype=torch.int64), 0
         gates = [x.log_alpha for x in self.sets.values()]
         groups: list[dict[str, Any]] = [{"params": gates}, {"params": [self.multipliers]}]
-        groups[1]["maximize"] = True
+        groups[1]["maximize"] = True  # λ and φ grow while o is not t
         self.optimizer = torch.optim.Adam(groups, lr=learning_rate)
         for parameter in (*gates, self.multipliers):  # torch makes its moments at the first step
             zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -163,11 +163,13 @@ class LearnedMasks:
         """Return the loss with new gates, plus the terms of the multipliers."""
 
         def gated(model: Any, batch: Batch) -> Tensor:
+            # One number for each forward of each step: a resumed training draws the same.
             number = (self.seed * 1_000_003 + int(self.progress[0])) * 1_009 + self.draws
             random = torch.Generator().manual_seed(number % 2**63)
             self.drawn = {name: gates.sample(random) for name, gates in self.sets.items()}
             self.draws += 1
             step, steps = self.progress.tolist()
+            # o − t of each set, where t = 1 − gone · (1 − target / units).
             gone = min(1.0, step / max(1.0, WARM_UP * steps))
             apart = torch.stack(
                 [x.open_share() - 1 + gone * (1 - x.target / x.units) for x in self.sets.values()]
@@ -233,6 +235,7 @@ class LearnedMasks:
     def _times_inputs(
         self, module: nn.Module, inputs: tuple[Any, ...], *, name: str, width: int
     ) -> tuple[Any, ...]:
+        # A gate for each unit becomes one for each of its columns.
         gates = self.drawn[name].repeat_interleave(width)
         return (inputs[0] * gates.to(inputs[0].dtype), *inputs[1:])
 
@@ -244,6 +247,8 @@ class LearnedMasks:
     ) -> Any:
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
+        # z = 0 leaves the residual stream as it was: the layer is skipped.
+        # A layer adds to the stream: h + z · (f(h) − h).
         mixed = before + self.drawn["layers"][index].to(after.dtype) * (after - before)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
@@ -292,6 +297,7 @@ class DomainLoading:
             raise NumericalError(f"the losses of the domains are {dict(losses)}")
         most = max(excess)  # the same factor for all, so that exp cannot overflow
         self.weights *= torch.tensor([math.exp(x - most) for x in excess], dtype=torch.float64)
+        # They are shares: of the next windows, by domain.
         self.weights /= self.weights.sum()
 
     def numbers(self, step: int) -> tuple[int, ...]:
@@ -305,7 +311,7 @@ class DomainLoading:
         )
 
 
-def choose_learned(context: CutContext, folder: Path) -> tuple[Cut, dict[str, Any], Path]:
+def choose_learned(context: CutContext, folder: Path) -> Found:
     """Learn which units to keep. Return the cut, its notes, and the folder of the weights."""
     how, trust = context.recipe.learned, context.recipe.trust_remote_code
     assert how is not None
@@ -419,6 +425,7 @@ def _check_fits(context: CutContext, folder: Path, batches: Batches, plan: Train
     recipe = TrainRecipe(model=str(folder), batch=batches.size, trust_remote_code=trust)
     text, processes = TrainingText(windows, None, {}), ProcessGroup(context.device)
     needed = plan_needs(recipe, target, None, text, plan, processes)
+    # Tokens of one forward; activations of so many are alive in the backward.
     tokens = min(plan.at_once(windows.shape[1]), batches.size) * windows.shape[1]
     sizes = sizes_of(target.model)
     # The product of an activation and its gates is kept for the backward.

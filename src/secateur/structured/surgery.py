@@ -28,28 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, RecipeError
+from secateur.models import checkpoint, skeleton
 from secateur.models.architecture import Linear, describe
 from secateur.models.at_rest import DESCRIPTIONS, AssembledReader, without_description
-from secateur.models.checkpoint import (
-    INDEX_NAME,
-    PLAIN,
-    CheckpointReader,
-    ShardWriter,
-    copied_files,
-    note_links,
-    write_index,
-)
 from secateur.models.inventory import part_outside
 from secateur.models.opening import open_weights
-from secateur.models.skeleton import (
-    MTP_LAYERS,
-    assign,
-    build_skeleton,
-    model_names,
-    quiet_transformers,
-    stored_buffers,
-    stored_names,
-)
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing
 from secateur.structured.accounting import Accounting, account
@@ -57,7 +40,7 @@ from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Design, design
 from secateur.structured.edits import Edit
 
-PATTERN = "re:"
+_PATTERN = "re:"
 """How compressed-tensors marks a name as a regular expression."""
 
 log = logging.getLogger(__name__)
@@ -81,17 +64,19 @@ def cut_model(model: Any, cut: Cut) -> Any:
     made = design(model, cut)
     _warn_if_varied(made)
     result = made.skeleton
-    there, buffers = dict(model.named_parameters()), stored_buffers(model)
+    there, buffers = dict(model.named_parameters()), skeleton.stored_buffers(model)
     with torch.no_grad():
         for name, edit in made.edits.items():
             if edit.source in buffers:
                 owner, _, leaf = name.rpartition(".")
                 setattr(result.get_submodule(owner), leaf, edit(buffers[edit.source]).clone())
                 continue
+            # What is not cut is the same memory in both models.
             source = there[edit.source]
-            assign(result, name, edit(source.detach()))
+            skeleton.assign(result, name, edit(source.detach()))
             result.get_parameter(name).requires_grad_(source.requires_grad)
     result.tie_weights()
+    # Buffers that are not stored (rotary frequencies) were computed on the CPU.
     for module in result.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(model.device))
@@ -131,9 +116,9 @@ def cut_checkpoint(
             remedy="choose another --output",
         )
     reader = open_weights(folder)
-    model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    model = skeleton.build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut)
-    stored = stored_names(model, reader, split=False)
+    stored = skeleton.stored_names(model, reader, split=False)
     edits = _stored_edits(made, stored, reader)
     _warn_if_varied(made)
     used = {*stored.values(), *(edit.source for edit in edits.values())}
@@ -184,7 +169,7 @@ def _leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
         names[0],
     )
     config = made.skeleton.config
-    for key in MTP_LAYERS:
+    for key in skeleton.MTP_LAYERS:
         if getattr(config, key, None):
             setattr(config, key, 0)
 
@@ -194,43 +179,44 @@ def _write_other_files(folder: Path, output: Path, made: Design) -> None:
     from secateur.models import varied
 
     with writing(output):
-        note_links(copied_files(folder))
-        for file in copied_files(folder):
-            if file.name not in ("config.json", INDEX_NAME, varied.FILE_NAME):
+        checkpoint.note_links(checkpoint.copied_files(folder))
+        for file in checkpoint.copied_files(folder):
+            if file.name not in ("config.json", checkpoint.INDEX_NAME, varied.FILE_NAME):
                 shutil.copyfile(file, output / file.name)
         if made.varied:
             shutil.copyfile(varied.__file__, output / varied.FILE_NAME)
-        with quiet_transformers():
+        with skeleton.quiet_transformers():
             made.skeleton.config.save_pretrained(output)
 
 
 def write_tensors(
-    reader: CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress
+    reader: checkpoint.CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress
 ) -> None:
     """Write every remaining tensor, and an index unless there is one file."""
     progress.start("cutting", len(edits))
     weight_map: dict[str, str] = {}
     total = 0
-    for file in reader.files:
+    for file in reader.files:  # file by file, so that one is open to read and one to write
         mine = {n: e for n, e in edits.items() if reader.entries[e.source].file == file}
         if not mine:
             continue
+        # The header of a file comes first, so all shapes must be known before any tensor.
         known = {n: (reader.entries[e.source].dtype, e.shape) for n, e in mine.items()}
-        with ShardWriter(output / file.name, known, [], PLAIN) as writer:
+        with checkpoint.ShardWriter(output / file.name, known, [], checkpoint.PLAIN) as writer:
             for name, edit in mine.items():
                 tensor = edit(reader.read(edit.source)).contiguous()
                 writer.write(name, tensor)
                 total += tensor.nbytes
                 progress.step(note=name)
-            writer.close(PLAIN)
+            writer.close(checkpoint.PLAIN)
         weight_map |= dict.fromkeys(mine, file.name)
     if len(reader.files) > 1:
-        write_index(output, weight_map, total)
+        checkpoint.write_index(output, weight_map, total)
     progress.finish()
 
 
 def _stored_edits(
-    made: Design, stored: Mapping[str, str], reader: CheckpointReader
+    made: Design, stored: Mapping[str, str], reader: checkpoint.CheckpointReader
 ) -> dict[str, Edit]:
     """Edits of stored tensors, by the stored names of the results.
 
@@ -260,13 +246,13 @@ def _stored_edits(
 
 
 def _copied_parts(
-    made: Design, stored: Mapping[str, str], reader: CheckpointReader
+    made: Design, stored: Mapping[str, str], reader: checkpoint.CheckpointReader
 ) -> dict[str, list[str]]:
     """Tensors outside the decoder that are stored in another form, by part of the model."""
     there, found = set(stored.values()), dict[str, list[str]]()
     if reader.entries.keys() <= there:
         return found
-    for name, own in model_names(made.uncut, reader, split=False).items():
+    for name, own in skeleton.model_names(made.uncut, reader, split=False).items():
         part = _part_of(made, own)
         if name not in there and part:
             found.setdefault(part, []).append(name)
@@ -306,6 +292,7 @@ def _renumbered_name(
     if not source.startswith(prefix):
         return stored
     old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
+    # The first number is the layer's; that of an expert comes after it.
     stored = re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", stored, count=1)
     experts = made.architecture.experts
     place = experts.place_of(stored) if experts else None
@@ -330,12 +317,14 @@ def _part_edits(
             found[target] = edit
             continue
         first, *others = edit.kept
+        # Scaled values, or part of a matrix: then its integers and scales no longer fit.
         within = edit.scale != 1 or any(kept is not None for kept in others)
         if within or (first is not None and not assembly.stacked):
             return None
         for part in assembly.parts.values():
             name, shape = _renumbered(made, part), entries[part].shape
             assert name is not None
+            # A part that holds all experts has them along its first axis, scales too.
             kept = tuple(first if axis == 0 else None for axis in range(len(shape)))
             length = shape[:1] if first is None else (len(first),)
             found[name] = Edit(part, kept, (*length, *shape[1:]))
@@ -373,10 +362,10 @@ def _renumbered_description(
 def _names_of(made: Design, name: str, modules: list[str]) -> list[str]:
     """The names in the cut model of what one entry of a list names."""
     found = [name]
-    if name.startswith(PATTERN):
+    if name.startswith(_PATTERN):
         if not re.search(r"\d", name):
             return found
-        pattern = re.compile(name.removeprefix(PATTERN))
+        pattern = re.compile(name.removeprefix(_PATTERN))
         found = [module for module in modules if pattern.match(module)]
     return [new for old in found if (new := _renumbered(made, old)) is not None]
 
@@ -427,12 +416,12 @@ def cut_from_zeros(
         ArchitectureError: the family declares no couplings.
     """
     model, reader = pruned, None
-    if isinstance(pruned, CheckpointReader):
+    if isinstance(pruned, checkpoint.CheckpointReader):
         reader = pruned
-        model = build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
+        model = skeleton.build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
     architecture, sizes = describe(model), sizes_of(model)
     couplings = couplings_of(architecture)
-    stored = {} if reader is None else stored_names(model, reader)
+    stored = {} if reader is None else skeleton.stored_names(model, reader)
     found: dict[str, Any] = {kind: {} for kind in kinds}
     for kind in kinds:
         name = couplings.consumer("neurons" if kind == "neurons" else "queries")
@@ -442,6 +431,7 @@ def cut_from_zeros(
                 continue
             linear = Linear(f"{architecture.layer_name(i)}.{name}", layer.get_submodule(name))
             weight, bias = _values_of(linear, reader, stored)
+            # [out, units, width]: a unit is used if any row reads any of its columns.
             used = weight.reshape(len(weight), count, unit_width(sizes, kind)).ne(0).any((0, 2))
             kept = tuple(used.nonzero().flatten().tolist())
             if not kept and bias is not None and bool(bias.any()):
@@ -452,7 +442,7 @@ def cut_from_zeros(
 
 
 def _values_of(
-    linear: Linear, reader: CheckpointReader | None, stored: Mapping[str, str]
+    linear: Linear, reader: checkpoint.CheckpointReader | None, stored: Mapping[str, str]
 ) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a linear, read from the file if it is of a checkpoint."""
     bias: nn.Parameter | None = getattr(linear.module, "bias", None)

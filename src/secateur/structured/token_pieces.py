@@ -19,8 +19,7 @@ can still be encoded. A tokenizer without bytes keeps all single characters.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -67,9 +66,9 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
         if kind == "BPE":
             _refuse_affixes(model, where)
             parts = json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")])
-            return MergedPieces(model, '"ByteLevel"' in parts)
+            return _MergedPieces(model, '"ByteLevel"' in parts)
         if kind == "Unigram":
-            return ScoredPieces(model)
+            return _ScoredPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
     raise ArchitectureError(
@@ -100,7 +99,7 @@ def _damaged_tokenizer(what: str, where: str) -> CheckpointError:
     )
 
 
-class MergedPieces:
+class _MergedPieces:
     """The tokens of BPE.
 
     Args:
@@ -112,6 +111,7 @@ class MergedPieces:
         self.model, self.byte_level = model, byte_level
         self.ids: Mapping[str, int] = dict(model["vocab"])
         self.merges = [_pair_of(merge) for merge in model["merges"]]
+        # Reversed, so that of a pair that is there twice the lower rank stays.
         self.ranks = {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
         self.known_parts: dict[str, set[str]] = {}
 
@@ -131,6 +131,7 @@ class MergedPieces:
         Such a token is found whole in the vocabulary (`ignore_merges`).
         """
         if token not in self.known_parts:
+            # As BPE does it: the pair of lowest rank, leftmost of equal ones, until none is left.
             parts, made = list(token), set(token)
             while len(parts) > 1:
                 ranked = [
@@ -164,7 +165,7 @@ def _pair_of(merge: Any) -> tuple[str, str]:
     return first, second
 
 
-class ScoredPieces:
+class _ScoredPieces:
     """The pieces of a Unigram model.
 
     Args:
@@ -202,30 +203,15 @@ class ScoredPieces:
         }
 
 
-@dataclass(frozen=True)
-class TokenUse:
-    """What a text needs of a vocabulary.
-
-    Attributes:
-        counts: how often the text has each token, by id.
-        always: ids that stay whatever the text has: special tokens, ids in configurations.
-    """
-
-    counts: Mapping[int, int]
-    always: frozenset[int]
-
-    def share(self, kept: Iterable[int]) -> float:
-        """The share of the text's tokens that stay."""
-        total = sum(self.counts.values())
-        return sum(self.counts.get(token, 0) for token in kept) / total if total else 1.0
-
-
-def kept_tokens(pieces: Pieces, use: TokenUse, size: int | None = None) -> tuple[int, ...]:
+def kept_tokens(
+    pieces: Pieces, counts: Mapping[int, int], always: Set[int], size: int | None = None
+) -> tuple[int, ...]:
     """The ids that stay, ascending.
 
     Args:
         pieces: of the tokenizer.
-        use: what the text needs.
+        counts: how often the text has each token, by id.
+        always: ids that stay whatever the text has: special tokens, ids in configurations.
         size: keep at most this number, the most frequent ones first, each with all tokens on the
             way to it; None keeps every token that the text has.
 
@@ -233,7 +219,7 @@ def kept_tokens(pieces: Pieces, use: TokenUse, size: int | None = None) -> tuple
         RecipeError: fewer tokens than have to stay.
     """
     names = {number: token for token, number in pieces.ids.items()}
-    kept = {pieces.ids[token] for token in pieces.always()} | use.always
+    kept = {pieces.ids[token] for token in pieces.always()} | always
 
     def needed(number: int) -> set[int]:
         if number not in names:  # it was added to the tokenizer, which does not make it
@@ -247,7 +233,9 @@ def kept_tokens(pieces: Pieces, use: TokenUse, size: int | None = None) -> tuple
             where="--vocabulary-size",
             remedy=f"give a number of at least {len(kept)}",
         )
-    for number in sorted(use.counts, key=lambda token: (-use.counts[token], token)):
+    # The most frequent first; of equally frequent ones the lower id. A rare one may still fit after
+    # a frequent one that brings too many parts.
+    for number in sorted(counts, key=lambda token: (-counts[token], token)):
         more = needed(number) - kept
         if size is None or len(kept) + len(more) <= size:
             kept |= more

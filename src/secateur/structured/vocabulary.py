@@ -15,17 +15,17 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from secateur.calibration.documents import Document, read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
+from secateur.models import checkpoint
 from secateur.models.at_rest import AssembledReader
-from secateur.models.checkpoint import INDEX_NAME, CheckpointReader, copied_files, note_links
 from secateur.models.configuration import read_configuration
 from secateur.models.header import parse_json
 from secateur.models.opening import open_weights
@@ -38,53 +38,47 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import cannot_write, whole_folder
 from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
-from secateur.structured.cut_steps import STEP
+from secateur.structured.cut_steps import read_notes, write_notes
 from secateur.structured.edits import Edit
 from secateur.structured.surgery import write_tensors
-from secateur.structured.token_pieces import Pieces, TokenUse, kept_tokens, pieces_of
+from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
-LEFT_OUT = (
+_LEFT_OUT = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "added_tokens.json",
 )  # fmt: skip
 """The same vocabulary in older forms, which would contradict the trimmed one."""
 
 
-OF_IDS = re.compile(r"_token_(id|ids|index|idx)$")
+_OF_IDS = re.compile(r"_token_(id|ids|index|idx)$")
 
 
-LISTS = (
+_LISTS = (
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "force_words_ids",
 )  # fmt: skip
-"""Keys of configurations whose values are token ids, besides those that `OF_IDS` finds."""
+"""Keys of configurations whose values are token ids, besides those that `_OF_IDS` finds."""
 
 
-GENERATION = "generation_config.json"
+_GENERATION = "generation_config.json"
 
-TOKEN_WORDS = ("token", "vocab", "wte", "word")
+_TOKEN_WORDS = ("token", "vocab", "wte", "word")
 """In the names of embeddings of tokens."""
 
 BATCH = 256
 """Documents that are encoded at once."""
 
 
-@dataclass(frozen=True)
-class TokenTables:
-    """The parameters with a row for each token.
-
-    Attributes:
-        names: of the parameters.
-        rows: how many rows they have.
-    """
+class _TokenTables(NamedTuple):
+    """The names of the parameters with a row for each token, and how many rows they have."""
 
     names: tuple[str, ...]
     rows: int
 
 
-def token_tables(model: Any) -> TokenTables:
+def _token_tables(model: Any) -> _TokenTables:
     """The parameters of a model that have a row for each token.
 
     Args:
@@ -113,17 +107,17 @@ def token_tables(model: Any) -> TokenTables:
         elif (
             isinstance(module, nn.Embedding)
             and "position" not in path
-            and any(word in path.rpartition(".")[2] for word in TOKEN_WORDS)
+            and any(word in path.rpartition(".")[2] for word in _TOKEN_WORDS)
         ):
             raise ArchitectureError(
                 "another table has a row for each token",
                 where=path,
                 remedy="leave the vocabulary of this family as it is",
             )
-    return TokenTables(tuple(found), rows)
+    return _TokenTables(tuple(found), rows)
 
 
-def trim_vocabulary(
+def _trim_vocabulary(
     folder: Path,
     output: Path,
     documents: Sequence[Document],
@@ -154,21 +148,21 @@ def trim_vocabulary(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     pieces = pieces_of(read_tokenizer(folder), str(folder))
     skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code)
-    rows = token_tables(skeleton).rows
+    rows = _token_tables(skeleton).rows
     progress.start("counting tokens", -(-len(documents) // BATCH))
     counts: Counter[int] = Counter()
     for ids in _encoded(tokenizer, documents, progress):
         counts.update(ids)
     progress.finish()
-    use = TokenUse(counts, _staying(folder, pieces, counts, rows))
-    kept = kept_tokens(pieces, use, size)
+    total = sum(counts.values())
+    kept = kept_tokens(pieces, counts, _staying(folder, pieces, counts, rows), size)
     if len(kept) == rows:
         raise RecipeError(
             f"the text needs all {rows} tokens",
             where=where,
             remedy="give --vocabulary-size, or a text that needs fewer",
         )
-    trim_checkpoint(
+    _trim_checkpoint(
         folder, output, pieces, kept, trust_remote_code=trust_remote_code, progress=progress
     )
     same = _check_tokens(folder, output, documents, kept, trust_remote_code, progress)
@@ -180,7 +174,7 @@ def trim_vocabulary(
         "tokens_after": len(kept),
         "documents": len(documents),
         "same_documents": same,
-        "covered": use.share(kept),
+        "covered": sum(counts[token] for token in kept) / total if total else 1.0,
         **Accounting(before, accounting(made, Cut()).before, varied).to_json(),
     }
 
@@ -191,7 +185,7 @@ def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> f
     These are special tokens, added tokens that a chat template or the tokenizer's configuration
     mentions, and the ids in configurations.
     """
-    texts = template_texts(folder)
+    texts = _texts_that_name_tokens(folder)
     found = {
         token["id"]
         for token in read_tokenizer(folder).get("added_tokens") or ()
@@ -232,7 +226,7 @@ def _check_tokens(
 ) -> int:
     """Encode every document with both tokenizers. Return how many keep all their tokens."""
     old, new = (load_tokenizer(x, trust_remote_code=trust) for x in (folder, partial))
-    number = {before: after for after, before in enumerate(kept)}
+    number = {before: after for after, before in enumerate(kept)}  # new ids by old ones
     progress.start("checking tokens", 2 * -(-len(documents) // BATCH))
     same = 0
     pairs = zip(_encoded(old, documents, progress), _encoded(new, documents, progress), strict=True)
@@ -251,7 +245,7 @@ def _check_tokens(
     return same
 
 
-def trim_checkpoint(
+def _trim_checkpoint(
     folder: Path,
     output: Path,
     pieces: Pieces,
@@ -278,7 +272,7 @@ def trim_checkpoint(
         MemoryBudgetError: the disk is full.
     """
     model = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
-    tables = token_tables(model)
+    tables = _token_tables(model)
     opened = open_weights(folder)
     reader = opened.stored if isinstance(opened, AssembledReader) else opened
     edits = _row_edits(model, tables, reader, torch.tensor(kept))
@@ -292,7 +286,7 @@ def trim_checkpoint(
 
 
 def _row_edits(
-    model: Any, tables: TokenTables, reader: CheckpointReader, index: torch.Tensor
+    model: Any, tables: _TokenTables, reader: checkpoint.CheckpointReader, index: torch.Tensor
 ) -> dict[str, Edit]:
     """The edit of every stored tensor.
 
@@ -300,6 +294,7 @@ def _row_edits(
     tokens, are recognised by their names and rows.
     """
     names, known = model_names(model, reader, split=False), set(model.state_dict())
+    # The last name of each table's module, such as `embed_tokens`, and `head` of DeepSeek's copies.
     leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables.names} | {"head"}
     edits, found = {}, 0
     for stored, entry in reader.entries.items():
@@ -334,29 +329,30 @@ def _refuse_packed_tables(
 
 
 def _write_files(
-    folder: Path, output: Path, pieces: Pieces, kept: tuple[int, ...], tables: TokenTables
+    folder: Path, output: Path, pieces: Pieces, kept: tuple[int, ...], tables: _TokenTables
 ) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
     new = {old: number for number, old in enumerate(kept)}
     config = _renumbered_config(read_configuration(folder), new, tables.rows, len(kept))
+    # A varied model lists the shapes that differ from its base class; they have the rows too.
     shapes = config.get("secateur_cut", {}).get("shapes", {})  # of `models/varied.py`
     for owner in {name.rpartition(".")[0] for name in tables.names} & shapes.keys():
         shapes[owner] = [len(kept), *shapes[owner][1:]]
     tokenizer = _renumbered_tokenizer(read_tokenizer(folder), pieces, new)
-    written = {TOKENIZER: tokenizer, "config.json": config}
-    for name in (TOKENIZER_CONFIG, GENERATION):
+    written = {_TOKENIZER: tokenizer, "config.json": config}
+    for name in (_TOKENIZER_CONFIG, _GENERATION):
         if (folder / name).is_file():
             written[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-    if GENERATION in written:
-        written[GENERATION] = _renumbered_config(written[GENERATION], new, tables.rows, len(kept))
-    tokens = written.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
+    if _GENERATION in written:
+        written[_GENERATION] = _renumbered_config(written[_GENERATION], new, tables.rows, len(kept))
+    tokens = written.get(_TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
     if isinstance(tokens, Mapping):
-        written[TOKENIZER_CONFIG]["added_tokens_decoder"] = {
+        written[_TOKENIZER_CONFIG]["added_tokens_decoder"] = {
             str(new[int(number)]): token for number, token in tokens.items() if int(number) in new
         }
-    note_links(copied_files(folder))
-    for file in copied_files(folder):
-        if file.name not in (*written, *LEFT_OUT, INDEX_NAME):
+    checkpoint.note_links(checkpoint.copied_files(folder))
+    for file in checkpoint.copied_files(folder):
+        if file.name not in (*written, *_LEFT_OUT, checkpoint.INDEX_NAME):
             shutil.copyfile(file, output / file.name)
     for name, content in written.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -370,10 +366,10 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
         ArchitectureError: the folder has a tokenizer in another form only.
         CheckpointError: the file is no JSON object.
     """
-    file = folder / TOKENIZER
+    file = folder / _TOKENIZER
     if not file.is_file():
         raise ArchitectureError(
-            f"tokens can only be removed from a {TOKENIZER}, and the folder has none",
+            f"tokens can only be removed from a {_TOKENIZER}, and the folder has none",
             where=str(folder),
             remedy="write one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
@@ -386,7 +382,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     return found
 
 
-def template_texts(folder: Path) -> str:
+def _texts_that_name_tokens(folder: Path) -> str:
     """All texts in chat templates and in the tokenizer's configuration, which may hold tokens.
 
     The list of all added tokens does not count.
@@ -400,7 +396,7 @@ def template_texts(folder: Path) -> str:
                 yield from texts(inner)
 
     found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))]
-    for name in (TOKENIZER_CONFIG, "chat_template.json"):
+    for name in (_TOKENIZER_CONFIG, "chat_template.json"):
         if (folder / name).is_file():
             content = parse_json((folder / name).read_bytes())
             found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
@@ -471,7 +467,7 @@ def _each_id(value: Any, change: Any) -> Any:
     if isinstance(value, Mapping):
         return {
             key: changed(inner)
-            if isinstance(inner, int | list) and (OF_IDS.search(key) or key in LISTS)
+            if isinstance(inner, int | list) and (_OF_IDS.search(key) or key in _LISTS)
             else _each_id(inner, change)
             for key, inner in value.items()
         }
@@ -486,7 +482,7 @@ def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton:
         ArchitectureError: the tokenizer or the model is of a kind that cannot be trimmed.
     """
     pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
-    rows = token_tables(skeleton).rows
+    rows = _token_tables(skeleton).rows
     text = recipe.vocabulary or recipe.calibration.source
     if any(each.endswith(".safetensors") for each in texts_of(text)):
         raise RecipeError(
@@ -525,7 +521,7 @@ def trimmed_source(
     if not made.exists():
         with whole_folder(made) as partial:
             documents = [d for x in texts_of(text) for d in read_documents(x, field=field)]
-            found = trim_vocabulary(
+            found = _trim_vocabulary(
                 source.folder,
                 partial,
                 documents,
@@ -535,7 +531,5 @@ def trimmed_source(
                 progress=progress,
             )
             by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"
-            notes = {"step": "vocabulary", "by": by, "text": text, **found}
-            (partial / STEP).write_text(json.dumps(notes), encoding="utf-8", newline="\n")
-    notes = json.loads((made / STEP).read_text(encoding="utf-8"))
-    return replace(source, folder=made), notes
+            write_notes(partial, {"step": "vocabulary", "by": by, "text": text, **found})
+    return replace(source, folder=made), read_notes(made)

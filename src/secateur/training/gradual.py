@@ -36,8 +36,7 @@ from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.patterns.unstructured import Unstructured
 from secateur.sparsity.schedules import Schedule, levels
-from secateur.sparsity.scores import ScoreFunction
-from secateur.sparsity.scores.magnitude import Magnitude
+from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.training.loop import Loop, Outcome
 from secateur.training.masks import Masks, moments, prunable, stored_masks
 from secateur.training.saved import open_tensors, write_whole
@@ -59,7 +58,7 @@ class Criterion:
         windows: token ids [samples, sequence_length] for scores that need statistics.
     """
 
-    score: ScoreFunction = field(default_factory=Magnitude)
+    score: ScoreFunction = field(default_factory=lambda: scores["magnitude"]())
     pattern: Pattern = field(default_factory=Unstructured)
     windows: Windows | None = None
 

@@ -14,7 +14,6 @@ from contracts.pattern_examples import EXAMPLES
 from secateur.recipes.train import GradualOptions, IterativeOptions, LoraOptions
 from secateur.sparsity.patterns import parse_pattern, patterns
 from secateur.sparsity.schedules import schedules
-from secateur.sparsity.schedules.geometric import Geometric
 from secateur.sparsity.scores import scores
 from secateur.structured.learned import HardConcrete, LearnedMasks
 from secateur.training.batches import Batches
@@ -178,6 +177,6 @@ def test_rounds(rewind: str, tmp_path: Path) -> None:
             return Outcome(step=2)
 
     how = IterativeOptions(rounds=2, rewind=rewind)
-    rounds = Rounds(model, kept, Geometric(0.8), Criterion(), how)
+    rounds = Rounds(model, kept, schedules["geometric"](0.8), Criterion(), how)
     rounds.train(Loops(), TrainingPlan(steps=2), tmp_path)
     assert all(isinstance(p, OnCuda) for p in model.parameters())

@@ -19,11 +19,11 @@ from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
 from secateur.runs.folder import Ledger
+from secateur.sparsity.allocation import allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
 from secateur.sparsity.allocation.search import Search
-from secateur.sparsity.allocation.uniform import Uniform
 from secateur.sparsity.methods import compose
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
@@ -31,7 +31,7 @@ from secateur.structured.surgery import VariedSizesWarning, cut_from_zeros, cut_
 
 SEARCH = Search(levels=4, step=0.25, generations=3, offspring=4, stages=((2, 40), (1, 80)))
 ALLOCATIONS = [
-    Uniform(),
+    allocations["uniform"](),
     OWL(),
     LayerSensitivity(),
     GlobalThreshold(),
@@ -101,7 +101,7 @@ def decoder(model, cut: Cut) -> int:
 
 @pytest.mark.parametrize(
     ("allocation", "multiple"),
-    [*((allocation, 4) for allocation in ALLOCATIONS), (Uniform(), 1), (SEARCH, 1)],
+    [*((allocation, 4) for allocation in ALLOCATIONS), (allocations["uniform"](), 1), (SEARCH, 1)],
 )
 def test_every_allocation_removes_the_same_coupled_parameters(allocation, multiple, tmp_path):
     model = tiny_model("llama")

@@ -1,6 +1,5 @@
 """A statistic of another kind: of the outputs of a linear, with a score that reads it."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from quince import MIB
 from secateur.calibration.statistics import ForwardSource, StatisticSource, statistics
 from secateur.models.architecture import Linear
-from secateur.sparsity.scores import scores
+from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
@@ -50,18 +49,7 @@ class OutputNorm:
         return 2 * MIB
 
 
-@scores.register("quince-output")
-@dataclass(frozen=True)
-class OutputScore:
+@score(requires={"quince-output"}, working_bytes=lambda shape: 8 * shape[0] * shape[1])
+def quince_output(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = |W_ij| · ‖y_i‖, float32 [out, in]."""
-
-    requires: ClassVar[frozenset[str]] = frozenset({"quince-output"})
-    whole_units: ClassVar[bool] = False
-
-    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
-        """Score a weight [out, in]."""
-        return weight.detach().float().abs() * statistics["quince-output"][:, None]
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """A few numbers of each weight, less than a MiB here."""
-        return 8 * shape[0] * shape[1]
+    return weight.detach().float().abs() * statistics["quince-output"][:, None]

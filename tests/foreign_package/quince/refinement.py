@@ -1,32 +1,14 @@
 """The largest weights stay, whatever the score said."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from quince import MIB
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.refinements import refinements
+from secateur.sparsity.refinements import refinement
 from secateur.types import Mask, Statistics, Weight
 
 
-@refinements.register("quince-magnitude")
-@dataclass(frozen=True)
-class Magnitude:
+@refinement(working_bytes=lambda shape: 16 * MIB)
+def quince_magnitude(
+    weight: Weight, mask: Mask, statistics: Statistics, pattern: Pattern, sparsity: float
+) -> Mask:
     """The mask of the pattern by |W|."""
-
-    requires: ClassVar[frozenset[str]] = frozenset()
-
-    def refine(
-        self,
-        weight: Weight,
-        mask: Mask,
-        statistics: Statistics,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> Mask:
-        """Another mask of the same pattern and counts."""
-        return pattern.mask(weight.detach().float().abs(), sparsity)
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """16 MiB."""
-        return 16 * MIB
+    return pattern.mask(weight.detach().float().abs(), sparsity)

@@ -16,7 +16,7 @@ from secateur.calibration.windows import save_windows
 from secateur.engine.prepared import keys_of
 from secateur.errors import RecipeError
 from secateur.sparsity.methods import compose
-from secateur.sparsity.scores.ria import RIA
+from secateur.sparsity.scores import scores
 
 COMPOSED = [
     (("wanda", "2:4"), {}),
@@ -85,6 +85,6 @@ def test_the_same_pattern_may_be_said_twice() -> None:
 
 
 def test_a_part_that_no_recipe_can_name_is_refused() -> None:
-    method = dataclasses.replace(compose("wanda", "2:4"), score=RIA())
+    method = dataclasses.replace(compose("wanda", "2:4"), score=scores["ria"]())
     with pytest.raises(RecipeError, match="the method 'wanda'"):
         secateur.prune(tiny_model("llama"), method=method, calibration=tiny_windows())

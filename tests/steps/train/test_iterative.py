@@ -14,7 +14,7 @@ from tiny import save_tiny
 from trainings import make_place, matrices, tensors, train_in
 
 from secateur.errors import RecipeError
-from secateur.sparsity.schedules.geometric import Geometric
+from secateur.sparsity.schedules import schedules
 from secateur.training import loop
 
 OPTIONS: dict[str, Any] = {
@@ -50,7 +50,7 @@ def test_every_round_prunes_the_same_fraction_and_trains(
     assert done.sparsity == pytest.approx(0.8, abs=1e-3)
     rounds = done.manifest.result["rounds"]
     assert [x["training"] for x in rounds][-3:] == ["round-1", "round-2", "round-3"]
-    schedule = Geometric(0.8)
+    schedule = schedules["geometric"](0.8)
     assert [x["sparsity"] for x in rounds][-3:] == [schedule(i / 3) for i in (1, 2, 3)]
     each = 6 - how.get("rewind_step", 0)
     first = [6] if how["rewind"] == "weights" else []

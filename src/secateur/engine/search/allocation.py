@@ -94,7 +94,7 @@ def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
             counts = [pruned_count(total, asked) for total in (before, seen)]
             pruned = (counts[1] - counts[0]) * step
         grain = Granularity.around(shape, step, pruned, asked, allocation.reach)
-        grains[name] = grain if task.cost is None else replace(grain, weights=task.cost)
+        grains[name] = grain if task.cost is None else grain._replace(weights=task.cost)
     return grains
 
 

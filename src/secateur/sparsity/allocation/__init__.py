@@ -4,20 +4,24 @@ An allocation works in two steps. `observe` sees one decoder layer of the dense 
 says what to keep of each linear: a number, its scores, or solved weights. `allocate` turns what was
 kept of all linears into a sparsity for each; `budget.settle` makes them exact, so that the
 whole model loses as many weights as with uniform sparsity. One file each.
+
+An allocation that observes nothing, and needs only the sizes of the linears, is one function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from secateur.registry import Registry
+from secateur.registry import Part, Registry
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.types import Statistics
 
-__all__ = ["Allocation", "AllocationDefaults", "DenseLayer", "Kept", "allocations"]
+__all__ = ["Allocation", "AllocationDefaults", "DenseLayer", "Kept", "allocation", "allocations"]
+
+Function = TypeVar("Function", bound=Callable[..., dict[str, float]])
 
 Kept = Callable[[], Iterable[tuple[str, Tensor]]]
 """Streams what `observe` kept, the same pairs in the same order at every call."""
@@ -121,7 +125,7 @@ class Allocation(Protocol):
         ...
 
 
-class AllocationDefaults:
+class AllocationDefaults(Part):
     """What most allocations share: they read the scores of nothing, keep a few numbers, and pass
     calibration through the dense model once.
     """
@@ -140,3 +144,38 @@ class AllocationDefaults:
 
 
 allocations: Registry[type[Allocation]] = Registry("allocation", __name__)
+
+
+class _ByFunction(AllocationDefaults):
+    """An allocation that looks at no weight; calling it is calling its function."""
+
+    reach = 0.0
+
+    def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def allocate(
+        self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float
+    ) -> dict[str, float]:
+        """What the function says."""
+        found: dict[str, float] = self(grains, sparsity)  # type: ignore[operator]
+        return found
+
+    def working_bytes(self, weights: int, itemsize: int) -> int:
+        """None."""
+        return 0
+
+    def tokens(self, calibration: int, linears: int) -> int:
+        """None."""
+        return 0
+
+
+def allocation(function: Function) -> Function:
+    """Register a function as an allocation, under its own name.
+
+    It takes the granularity of every linear by name, and the target sparsity; it returns a sparsity
+    for each. A keyword `reach` says how far a sparsity may differ from the target; without it none
+    may. An allocation that observes layers is a class.
+    """
+    return allocations.from_function(function, _ByFunction)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from secateur.errors import RecipeError
 
-_BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
+_BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)  # shares of the proposal; the rest is uniform
 _SNAP = 1e-6  # of a unit: a share within this of a whole number counts as that number
 
 
-@dataclass(frozen=True)
-class Granularity:
+class Granularity(NamedTuple):
     """How finely, and how far, a linear can be pruned.
 
     Attributes:
@@ -46,6 +45,7 @@ class Granularity:
                 is 1 or more.
         """
         units, uniform = shape[0] * shape[1] // step, pruned // step
+        # _SNAP: 0.07 · 100 is 7.000000000000001, and must not round up to 8.
         low = math.ceil(max(0.0, sparsity - reach) * units - _SNAP)
         high = math.floor(min(1.0, sparsity + reach) * units + _SNAP)
         if reach < 1:
@@ -93,7 +93,7 @@ def settle(proposed: Mapping[str, float], grains: Mapping[str, Granularity]) -> 
         )
     names, ordered = list(grains), list(grains.values())
     proposals = [proposed[name] for name in names]
-    for blend in _BLENDS:
+    for blend in _BLENDS:  # ends: uniform itself is whole units within all bounds
         shares = [
             blend * proposal + (1 - blend) * grain.uniform / grain.units
             for proposal, grain in zip(proposals, ordered, strict=True)
@@ -122,9 +122,12 @@ def _shifted(shares: Sequence[float], grains: Sequence[Granularity]) -> list[flo
             for share, g in zip(shares, grains, strict=True)
         ]
 
+    # With these shifts every linear is at its lowest, or at its highest. 100 halvings leave less
+    # than the last bit of a double.
     budget, low, high = _budget(grains), -1 - max(shares), 2 - min(shares)
     for _ in range(100):
         middle = (low + high) / 2
+        # The total rises with the shift, so the shift is found by halving.
         total = sum(x * g.weights for x, g in zip(moved(middle), grains, strict=True))
         low, high = (middle, high) if total < budget else (low, middle)
     return moved(high)
@@ -134,12 +137,15 @@ def _whole(targets: Sequence[float], grains: Sequence[Granularity]) -> list[int]
     """Whole units near the targets that prune exactly the budget, or None."""
     counts = [math.floor(target + _SNAP) for target in targets]
     rest = _budget(grains) - sum(c * g.weights for c, g in zip(counts, grains, strict=True))
+    # Largest remainder: the linear that rounding down has robbed most is first.
     by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - targets[i])
     for i in by_remainder:
         if grains[i].weights <= rest and counts[i] < grains[i].highest:
             counts[i] += 1
             rest -= grains[i].weights
+    # A rest remains where units have several sizes, or where bounds stopped the rounding.
     for move in _route(rest, sorted({g.weights for g in grains})):
+        # A removal makes room for an addition of another size; the nearest to its target moves.
         sign = 1 if move > 0 else -1
         free = [
             i
@@ -156,6 +162,7 @@ def _whole(targets: Sequence[float], grains: Sequence[Granularity]) -> list[int]
 
 def _route(rest: int, sizes: Sequence[int]) -> list[int]:
     """The fewest units, added (+size) or removed (−size), that add up to `rest`; [] if none."""
+    # Breadth first over sums; beyond this limit no shortest way goes.
     limit = abs(rest) + max(sizes)
     came: dict[int, int] = {0: 0}
     queue = deque([0])

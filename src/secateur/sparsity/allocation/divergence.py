@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.registry import Count, Part, Positive
 from secateur.sparsity.allocation import DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
@@ -18,7 +19,7 @@ _LEAST = 1e-6  # of the largest divergence of a weight: what is below is noise
 
 @allocations.register("divergence")
 @dataclass(frozen=True)
-class ByDivergence:
+class ByDivergence(Part):
     """Sparsity falls with the logarithm of the divergence that pruning one linear alone makes.
 
     Each linear i of the dense model is pruned to the target s, alone. With
@@ -43,18 +44,11 @@ class ByDivergence:
         RecipeError: a parameter is out of range.
     """
 
-    growth: float = 9.0
-    reach: float = 0.15
-    judged_tokens: int = 4096
+    growth: Positive = 9.0
+    reach: Annotated[float, Field(gt=0, le=1)] = 0.15
+    judged_tokens: Count = 4096
     requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
-
-    def __post_init__(self) -> None:
-        if not (self.growth > 0 and 0 < self.reach <= 1 and self.judged_tokens > 0):
-            raise RecipeError(
-                f"growth is {self.growth}, reach {self.reach}, judged_tokens {self.judged_tokens}",
-                remedy="give a growth above 0, a reach in (0, 1], and 1 token or more",
-            )
 
     def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """The weight of each linear, pruned to the target (`name/1`)."""
@@ -83,9 +77,11 @@ class ByDivergence:
             {'q_proj': 0.539, 'k_proj': 0.461}
         """
         slopes = {name: float(slope) for name, slope in kept()}
+        # No logarithm of 0: what is below the noise counts as the noise. All 0 is uniform.
         least = max(_LEAST * max(slopes.values()), 0.0) or 1.0
         wished = {n: -math.log(max(slope, least)) / self.growth for n, slope in slopes.items()}
         mean = sum(wished.values()) / len(wished)
+        # `settle` shifts all by one number, so any mean would do; this one is near the answer.
         return {name: sparsity + wish - mean for name, wish in wished.items()}
 
     def disk_bytes(self, weights: int, itemsize: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError, RecipeError
@@ -44,12 +45,8 @@ class GlobalThreshold(AllocationDefaults):
         RecipeError: the reach is out of range.
     """
 
-    reach: float = 0.15
+    reach: Annotated[float, Field(ge=0, le=1)] = 0.15
     uses: ClassVar[frozenset[str]] = frozenset({"score"})
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.reach <= 1:
-            raise RecipeError(f"reach is {self.reach}", remedy="give a number in [0, 1]")
 
     def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """The scores of each linear that compete, float32."""
@@ -60,6 +57,7 @@ class GlobalThreshold(AllocationDefaults):
     ) -> dict[str, float]:
         """c_i / size_i; the scores are streamed three times."""
         sizes = {name: score.numel() for name, score in kept()}
+        # How many weights a score stands for, in units of what all of them share.
         # A score is that of one weight, of a block, or of a unit whose removal costs more weights.
         worth = {name: max(1, g.total // sizes[name]) for name, g in grains.items()}
         shared = math.gcd(*worth.values())
@@ -126,77 +124,73 @@ def global_threshold(
     upper: dict[str, Tensor] = {}
     for name, bits in _read(scores()):
         sizes[name] = len(bits)
+        # 65 536 counters for each tensor: the scores themselves are not kept.
         upper[name] = _histogram(bits >> 16)
     worth = dict.fromkeys(sizes, 1) if worth is None else worth
     whole = sum(size * worth[name] for name, size in sizes.items())
     if not 0 <= pruned <= whole:
         raise PatternError(f"cannot prune {pruned} of {whole} weights")
     bounds = {name: (0, size) for name, size in sizes.items()} if bounds is None else bounds
-    limits = _Limits({n: bounds[n][0] for n in sizes}, {n: bounds[n][1] for n in sizes}, worth)
-    least = sum(count * worth[name] for name, count in limits.lowest.items())
-    most = sum(count * worth[name] for name, count in limits.highest.items())
+    least, most = (sum(bounds[n][end] * worth[n] for n in sizes) for end in (0, 1))
     if not least <= pruned <= most:
         raise PatternError(
             f"cannot prune {pruned} weights within bounds that ask for {least} to {most}"
         )
     if not sizes:
         return {}
-    nothing = dict.fromkeys(sizes, 0)
-    shared, below = limits.locate(upper, nothing, pruned)
+    shared, below = _located(upper, dict.fromkeys(sizes, 0), pruned, bounds, worth)
 
     lower: dict[str, Tensor] = {}
     for name, bits in _read(scores()):
         histogram = _histogram(bits >> 16)
+        # A cheap proof that both passes saw the same scores.
         if name not in upper or not torch.equal(histogram, upper[name]):
             break
+        # Only scores that share the upper half of the threshold can lie on either side of it.
         lower[name] = _histogram(bits[bits >> 16 == shared] & (_BINS - 1))
     if list(lower) != list(sizes):
         raise NumericalError(
             "the scores changed between the two passes of the global selection",
             remedy="score the same weights with the same calibration both times",
         )
-    threshold, below = limits.locate(lower, below, pruned)
-    counts = limits.clip(below)
+    threshold, below = _located(lower, below, pruned, bounds, worth)
+    counts = {n: min(max(below[n], bounds[n][0]), bounds[n][1]) for n in sizes}
+    # All scores below the threshold are gone; of those that equal it, the rest goes in this order.
     ties = pruned - sum(count * worth[name] for name, count in counts.items())
     for name, histogram in lower.items():
-        most = min(below[name] + int(histogram[threshold]), limits.highest[name])
+        most = min(below[name] + int(histogram[threshold]), bounds[name][1])
         equal = min(max(most - counts[name], 0), ties // worth[name])
         counts[name] += equal
         ties -= equal * worth[name]
     return counts
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """The least and the most entries that each tensor loses."""
+def _located(
+    histograms: Mapping[str, Tensor],
+    below: Mapping[str, int],
+    pruned: int,
+    bounds: Mapping[str, tuple[int, int]],
+    worth: Mapping[str, int],
+) -> tuple[int, dict[str, int]]:
+    """The first bin at whose end at least `pruned` is pruned within the bounds.
 
-    lowest: Mapping[str, int]
-    highest: Mapping[str, int]
-    worth: Mapping[str, int]
+    Args:
+        histograms: counts by bin of each tensor.
+        below: entries of each tensor below all bins.
+        pruned: how many to prune.
+        bounds: the least and the most entries of each tensor.
+        worth: what an entry of each tensor counts.
 
-    def clip(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Counts within the limits."""
-        return {n: min(max(c, self.lowest[n]), self.highest[n]) for n, c in counts.items()}
-
-    def locate(
-        self, histograms: Mapping[str, Tensor], below: Mapping[str, int], pruned: int
-    ) -> tuple[int, dict[str, int]]:
-        """The first bin at whose end at least `pruned` is pruned within the limits.
-
-        Args:
-            histograms: counts by bin of each tensor.
-            below: entries of each tensor below all bins.
-            pruned: how many to prune.
-
-        Returns:
-            The bin, and the entries of each tensor below it.
-        """
-        total = torch.zeros(_BINS, dtype=torch.int64)
-        for name, histogram in histograms.items():
-            reached = histogram.cumsum(0, dtype=torch.int64) + below[name]
-            total += reached.clamp_(self.lowest[name], self.highest[name]) * self.worth[name]
-        held = int(torch.searchsorted(total, pruned))
-        return held, {n: below[n] + int(h[:held].sum()) for n, h in histograms.items()}
+    Returns:
+        The bin, and the entries of each tensor below it.
+    """
+    # What is pruned altogether if the threshold is at the end of each bin.
+    total = torch.zeros(_BINS, dtype=torch.int64)
+    for name, histogram in histograms.items():
+        reached = histogram.cumsum(0, dtype=torch.int64) + below[name]
+        total += reached.clamp_(*bounds[name]) * worth[name]
+    held = int(torch.searchsorted(total, pruned))
+    return held, {n: below[n] + int(h[:held].sum()) for n, h in histograms.items()}
 
 
 def _read(scores: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

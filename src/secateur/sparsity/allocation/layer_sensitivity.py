@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.errors import RecipeError
 from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.hessian import relative_output_error
-
-_WIDEST = 0.17
 
 
 @allocations.register("layer-sensitivity")
@@ -44,17 +42,10 @@ class LayerSensitivity(AllocationDefaults):
         RecipeError: a parameter is out of range.
     """
 
-    half_range: float = 0.1
-    reference: float = 0.5
+    half_range: Annotated[float, Field(ge=0, le=0.17)] = 0.1
+    reference: Annotated[float, Field(gt=0, lt=1)] = 0.5
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.half_range <= _WIDEST and 0 < self.reference < 1):
-            raise RecipeError(
-                f"half_range is {self.half_range}, reference {self.reference}",
-                remedy=f"give a range in [0, {_WIDEST}] and a reference sparsity in (0, 1)",
-            )
 
     @property
     def reach(self) -> float:
@@ -100,6 +91,7 @@ def ranks(values: Mapping[str, float]) -> dict[str, float]:
         {'q_proj': 1.5, 'k_proj': 0.0, 'v_proj': 1.5}
     """
     equal = Counter(values.values())
+    # So the ranks add up to the same, and a tie moves no sparsity in or out.
     rank_of, below = {}, 0
     for value in sorted(equal):
         rank_of[value] = below + (equal[value] - 1) / 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.registry import Positive
 from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
@@ -47,16 +48,9 @@ class OWL(AllocationDefaults):
         RecipeError: a parameter is out of range.
     """
 
-    outlier_multiple: float = 5.0
-    half_range: float = 0.08
+    outlier_multiple: Positive = 5.0
+    half_range: Annotated[float, Field(ge=0, lt=0.5)] = 0.08
     requires: ClassVar[frozenset[str]] = frozenset({"column_norm"})
-
-    def __post_init__(self) -> None:
-        if not (self.outlier_multiple > 0 and 0 <= self.half_range < 0.5):
-            raise RecipeError(
-                f"outlier_multiple is {self.outlier_multiple}, half_range {self.half_range}",
-                remedy="give a multiple above 0 and a range in [0, 0.5); the paper has 5 and 0.08",
-            )
 
     @property
     def reach(self) -> float:
@@ -67,6 +61,7 @@ class OWL(AllocationDefaults):
         """D_l of the layer, float64 [], for each of its linears; scores are made twice, in turn."""
         if not layer.weights:
             return {}
+        # Twice, because the mean of all must be known before any outlier; no scores are kept.
         total, count, outliers = 0.0, 0, 0
         for name in layer.weights:
             score = self.score(layer, name)
@@ -80,6 +75,7 @@ class OWL(AllocationDefaults):
 
     def score(self, layer: DenseLayer, name: str) -> Tensor:
         """|W_ij| · ‖X_j‖₂ · √(largest T of the layer / T), float32 [out, in]."""
+        # Relative to the linear with most tokens, so that a dense layer multiplies by exactly 1.
         most = max(layer.tokens[other] for other in layer.weights)
         norm = layer.statistics[name]["column_norm"] * math.sqrt(most / layer.tokens[name])
         return layer.weights[name].float().abs() * norm
@@ -90,10 +86,12 @@ class OWL(AllocationDefaults):
         """S − (r_l − mean r), the mean weighted by weights."""
         shares = {name: float(share) for name, share in kept()}
         least, most = min(shares.values()), max(shares.values())
-        if most == least:
+        if most == least:  # r_l would be 0 / 0
             return dict.fromkeys(shares, sparsity)
+        # Every linear of a layer has the same D, so the formula for layers serves for linears.
         r = {n: (d - least) / (most - least) * 2 * self.half_range for n, d in shares.items()}
         total = sum(grain.total for grain in grains.values())
+        # Weighted by size: removed weights, not sparsities, must add up to the budget.
         mean = sum(r[name] * grain.total for name, grain in grains.items()) / total
         return {name: sparsity - (value - mean) for name, value in r.items()}
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from secateur.errors import RecipeError
+from secateur.registry import Count, Part
 from secateur.sparsity.allocation import Allocation, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.layer_sensitivity import ranks
@@ -28,8 +29,7 @@ _PAIRS = 50  # pairs of linears that are drawn until one can trade
 _TRIES = 4
 
 
-@dataclass(frozen=True)
-class Ladder:
+class Ladder(NamedTuple):
     """The levels of one linear.
 
     Attributes:
@@ -63,16 +63,18 @@ def ladders(grains: Mapping[str, Granularity], levels: int, step: float) -> dict
         levels: how many to each side.
         step: the sparsity that a level changes.
     """
-    smallest = step * min(g.total for g in grains.values())
+    smallest = step * min(g.total for g in grains.values())  # weights of one step, least of all
     common = math.lcm(*(g.weights for g in grains.values()))
     common *= max(1, round(smallest / common))
     coarsest = max(g.weights for g in grains.values())
     found = {}
     for name, grain in grains.items():
+        # A common multiple of all units is of use only if it is about a step of the smallest.
         base = common if common <= 2 * smallest else grain.weights
         unit = base * max(1, round(step * grain.total / base))
         if coarsest > 2 * smallest:
             whole, ideal = coarsest // grain.weights, unit // grain.weights
+            # Of the divisors of that unit the one nearest to a step, in the ratio.
             parts = [d for d in range(1, whole + 1) if whole % d == 0]
             unit = min(parts, key=lambda d: abs(math.log(d / ideal))) * grain.weights
         down = (grain.uniform - grain.lowest) * grain.weights // unit
@@ -116,7 +118,7 @@ class LevelSearch(Allocation, Protocol):
 
 @allocations.register("search")
 @dataclass(frozen=True)
-class Search:
+class Search(Part):
     """Evolutionary search over levels of sparsity, measured on the whole model.
 
     The run's own method solves every linear of the dense model at each of its levels. The search
@@ -146,8 +148,8 @@ class Search:
         RecipeError: a parameter is out of range.
     """
 
-    levels: int = 3
-    step: float = 0.05
+    levels: Count = 3
+    step: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     generations: int = 16
     offspring: int = 8
     stages: Stages = ((2, 512), (1, 2048))
@@ -156,11 +158,7 @@ class Search:
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
 
     def __post_init__(self) -> None:
-        if self.levels < 1 or not 0 < self.step < 0.5:
-            raise RecipeError(
-                f"a search with {self.levels} levels of {self.step} cannot be made",
-                remedy="give levels of 1 or more, and a step in (0, 0.5)",
-            )
+        super().__post_init__()
         _ = self.evolution  # checks the rest
 
     @property
@@ -213,10 +211,12 @@ class Search:
         rank n−1−r its negative, so the number of zeros stays. The top is two thirds of the levels:
         by default ±0.1, as in the allocation `layer-sensitivity`.
         """
+        # Pairs of a robust and a tender linear of one size: what one loses more, the other keeps.
         top = max(1, round(2 * self.levels / 3))
         level = dict.fromkeys(rungs, 0)
         for unit in {ladder.unit for ladder in rungs.values()}:
             same = {n: errors[n] for n, ladder in rungs.items() if ladder.unit == unit}
+            # Equal errors share a rank; the sort is stable, so their order is that of the model.
             order = ranks(same)
             ordered = sorted(same, key=lambda n: order[n])
             for index in range(len(ordered) // 2):
@@ -265,6 +265,7 @@ def mutate(candidate: Candidate, random: Random, rungs: Sequence[Ladder]) -> Can
     whose level is worth v, with a·u = b·v; a = b = 1 for linears of one size.
     """
     levels = list(candidate)
+    # The smaller of two throws: one trade 5 times of 9, two 3 times, three once.
     for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
         for _ in range(_PAIRS):
             if _trade(levels, rungs, random):
@@ -276,10 +277,11 @@ def _trade(levels: list[int], rungs: Sequence[Ladder], random: Random) -> bool:
     """Make one trade in place; False if the pair that was drawn cannot trade."""
     down, up = random.randrange(len(rungs)), random.randrange(len(rungs))
     worth_down, worth_up = rungs[down].unit, rungs[up].unit
-    shared = math.gcd(worth_down, worth_up)
+    shared = math.gcd(worth_down, worth_up)  # the smallest a, b with a·u = b·v
     count_down, count_up = worth_up // shared, worth_down // shared
     if down == up or count_down + count_up > _MOST_MOVES:
         return False
+    # The pair itself moves one level; further levels come from other linears of the same worth.
     others = [(i, x, levels[i]) for i, x in enumerate(rungs) if i not in (down, up)]
     fallers = [i for i, x, level in others if x.unit == worth_down and level > x.lowest]
     risers = [i for i, x, level in others if x.unit == worth_up and level < x.highest]

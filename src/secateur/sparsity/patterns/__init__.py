@@ -23,7 +23,6 @@ from secateur.types import Mask, Score, Weight
 __all__ = [
     "Pattern",
     "WholeUnits",
-    "check_score",
     "check_sparsity",
     "misplaced",
     "parse_pattern",
@@ -202,9 +201,10 @@ def unit_scores(
     if allowed is None:
         found = units(score)
     else:
+        # Weights that may not be kept add nothing; units without others are found by counting.
         found = units(score.masked_fill(~allowed, 0.0))
         found = found.masked_fill(units(allowed.to(score.dtype)) == 0, -math.inf)
-    check_score(found)
+    _check_score(found)
     return found
 
 
@@ -213,7 +213,7 @@ def within(mask: Mask, allowed: Mask | None) -> Mask:
     return mask if allowed is None else mask & allowed
 
 
-def check_score(score: Score) -> None:
+def _check_score(score: Score) -> None:
     """Refuse scores that cannot be ordered.
 
     Raises:
@@ -245,17 +245,18 @@ def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:
     if sparsity <= 0:
         return 0
     nonzero = weight != 0
+    # 1 for a nonzero weight, 0 for a zero: the mask takes as many zeros as there are.
     return int((nonzero & ~pattern.mask(nonzero.to(torch.float32), sparsity)).sum())
 
 
-DENSE, UNSTRUCTURED = "dense", "unstructured"
-BY_CHANCE = 0.001
+_DENSE, _UNSTRUCTURED = "dense", "unstructured"
+_BY_CHANCE = 0.001
 """The share of zeros that a dense matrix may have by chance."""
-EXPLAINED = 0.8
+_EXPLAINED = 0.8
 """The share of the zeros that N:M must account for. Many zeros anywhere also leave some in every
 group, but the N:M that they fulfil accounts for few of them."""
-GROUPS = (4, 8, 16, 32)
-FEWEST = 4
+_GROUPS = (4, 8, 16, 32)
+_FEWEST = 4
 """Groups in a row; with fewer, rows with equal numbers of zeros would look like N:M."""
 
 
@@ -276,14 +277,14 @@ def recognised(weight: Weight) -> str:
     """
     kept = weight != 0
     sparsity = 1 - float(kept.float().mean())
-    if sparsity < BY_CHANCE:
-        return DENSE
-    best, name = 0.0, UNSTRUCTURED
-    for size in GROUPS:
-        if weight.shape[1] % size or weight.shape[1] < FEWEST * size:
+    if sparsity < _BY_CHANCE:
+        return _DENSE
+    best, name = 0.0, _UNSTRUCTURED
+    for size in _GROUPS:
+        if weight.shape[1] % size or weight.shape[1] < _FEWEST * size:
             continue
-        most = int(kept.reshape(-1, size).sum(-1).max())
+        most = int(kept.reshape(-1, size).sum(-1).max())  # N: the fullest group decides
         zeros = 1 - most / size
-        if zeros > best and zeros >= EXPLAINED * sparsity:
+        if zeros > best and zeros >= _EXPLAINED * sparsity:
             best, name = zeros, f"{most}:{size}"
     return name

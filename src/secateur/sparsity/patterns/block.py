@@ -107,6 +107,7 @@ class Block:
 
     def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
         """The sum of the scores of each block, float32 [out / rows, in / columns]."""
+        # [out / rows, rows, in / columns, columns]
         tiles = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
         return tiles.sum(dim=(1, 3))
 

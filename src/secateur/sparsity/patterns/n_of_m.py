@@ -129,6 +129,7 @@ class NOfM:
         """
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
+        # A group is M consecutive inputs of one row, so rows and groups are one dimension.
         groups = unit_scores(lambda each: each, score, allowed).reshape(-1, self.group)
         kept = keep_largest(groups, self.group - self.kept).reshape(score.shape)
         return within(kept, allowed)

@@ -94,6 +94,7 @@ class Unstructured:
         rows, columns = score.shape
         self.check((rows, columns), sparsity)
         score = unit_scores(self.units, score, allowed)
+        # With `global` the share of this matrix is known already: within it the layer competes.
         competing = score if self.scope == "row" else score.reshape(1, -1)
         count = pruned_count(competing.shape[1], sparsity)
         return within(keep_largest(competing, count).reshape(score.shape), allowed)

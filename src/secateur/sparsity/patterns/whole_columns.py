@@ -126,6 +126,7 @@ class WholeColumns:
 
     def units(self, score: Score) -> Float32[Tensor, "one groups"]:
         """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
+        # The magnitude last: contributions within a unit may cancel (`coupled-taylor`).
         return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]
 
     def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
@@ -141,10 +142,11 @@ class WholeColumns:
         groups = unit_scores(self.units, score, allowed)
         pruned = self.units_pruned(columns, sparsity)
         if self.among:
-            parts = groups.view(-1, self.among)
+            parts = groups.view(-1, self.among)  # a competition for each set
             kept = keep_largest(parts, pruned // len(parts)).view(1, -1)
         else:
             kept = keep_largest(groups, pruned)
+        # One row of units becomes the columns, then all rows alike.
         kept = kept.repeat_interleave(self.width, 1).expand(rows, -1)
         return within(kept, allowed).contiguous()
 

@@ -1,19 +1,22 @@
 """Refinements: find a better mask with the same number of zeros. One file each.
 
-A refinement takes a mask that a score chose. It returns another mask that the same pattern allows,
-with the same number of zeros in every row and a smaller error of the layer's outputs. Solvers then
-compute the remaining weights.
+A refinement is a function of a mask that a score chose. It returns another mask that the same
+pattern allows, with the same number of zeros in every row and a smaller error of the layer's
+outputs. Solvers then compute the remaining weights.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Collection
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
-from secateur.registry import Registry
+from secateur.registry import Part, Registry
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
 
-__all__ = ["Refinement", "refinements"]
+__all__ = ["Refinement", "refinement", "refinements"]
+
+Function = TypeVar("Function", bound=Callable[..., Mask])
 
 
 @runtime_checkable
@@ -44,3 +47,18 @@ class Refinement(Protocol):
 
 
 refinements: Registry[type[Refinement]] = Registry("refinement", __name__)
+
+
+def refinement(
+    *, requires: Collection[str] = (), working_bytes: Callable[[tuple[int, int]], int]
+) -> Callable[[Function], Function]:
+    """Register a function as a refinement, under its own name.
+
+    Its arguments are those of `Refinement.refine`, and keyword-only parameters of its own.
+
+    Args:
+        requires: names of the statistics it reads.
+        working_bytes: from the shape of a weight [out, in], the most memory that it takes.
+    """
+    declared = {"requires": frozenset(requires), "working_bytes": staticmethod(working_bytes)}
+    return lambda function: refinements.from_function(function, Part, "refine", **declared)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from secateur.errors import PatternError, RecipeError
+from secateur.errors import PatternError
+from secateur.registry import Count
 from secateur.sparsity.hessian import check_gram, check_weight
 from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.refinements import refinements
+from secateur.sparsity.refinements import refinement
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 # Rows swapped together: enough to make the product with the gram efficient, as long as the pairs
@@ -27,9 +27,24 @@ _LEAST_GAIN = 1e-6
 _NEVER = float("inf")
 
 
-@refinements.register("swaps")
-@dataclass(frozen=True)
-class SparseSwaps:
+def _working_bytes(shape: tuple[int, int]) -> int:
+    """Three copies of the weight, columns of the gram in float64, the pairs of some rows."""
+    pairs = min(_CHUNK_ENTRIES, _CHUNK_ROWS * shape[1] * _USUAL_GROUP)
+    columns = 2 * float32_bytes((shape[1], _EXACT_COLUMNS))
+    return 3 * float32_bytes(shape) + 2 * columns + 3 * float32_bytes((pairs,))
+
+
+@refinement(requires={"gram"}, working_bytes=_working_bytes)
+def swaps(
+    weight: Weight,
+    mask: Mask,
+    statistics: Statistics,
+    pattern: Pattern,
+    sparsity: float,
+    *,
+    swaps: Count = 1000,
+    candidates: Count = 16,
+) -> Mask:
     """Lowers the error of a mask by exchanging kept and pruned weights within each row.
 
     With w a row of W, d = w where pruned and 0 where kept, G the gram and c = Gd, the error of the
@@ -52,98 +67,76 @@ class SparseSwaps:
     float64 is higher at the end, which only rounding can cause, the row gets its old mask back.
 
     Args:
+        weight: [out, in] of any floating dtype; computed in float32.
+        mask: bool [out, in], one that the pattern allows; True = kept; not changed.
+        statistics: with `gram`, float32 [in, in], undamped.
+        pattern: unstructured of any scope, or N:M.
+        sparsity: the fraction of zeros; checked, the counts are those of the mask.
         swaps: the most swaps in a row.
         candidates: weights to prune, and weights to restore, considered at once in a row; with as
             many as there are inputs, and one swap, it is the best of all pairs.
 
+    Returns:
+        A mask with the counts of `mask` in every row or group, and no larger error.
+
     Raises:
-        RecipeError: swaps or candidates are below 1.
+        PatternError: the pattern keeps blocks whole, or cannot hold this sparsity or shape.
+        NumericalError: a weight or a calibration input is infinite or not a number.
 
     Example:
         >>> import torch
         >>> from secateur.sparsity.patterns import parse_pattern
-        >>> from secateur.sparsity.refinements.swaps import SparseSwaps
+        >>> from secateur.sparsity.refinements.swaps import swaps
         >>> weight, mask = torch.tensor([[1.0, 1.0, -1.1]]), torch.tensor([[False, False, True]])
         >>> gram = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]])
         >>> pattern = parse_pattern("unstructured")
-        >>> SparseSwaps().refine(weight, mask, {"gram": gram}, pattern, 2 / 3)
+        >>> swaps(weight, mask, {"gram": gram}, pattern, 2 / 3)
         tensor([[ True, False, False]])
     """
+    rows, inputs = weight.shape
+    group = _swap_width(pattern, (rows, inputs), sparsity)
+    gram = statistics["gram"]
+    check_gram(gram)
+    check_weight(weight)
+    chunk_rows = min(_CHUNK_ROWS, max(1, _CHUNK_ENTRIES // (inputs * (group or 1))))
+    refined = torch.empty_like(mask, memory_format=torch.contiguous_format)
+    for start in range(0, rows, chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        row_weight = weight[chunk].detach().float()
+        kept = _swapped(row_weight, mask[chunk], gram, group, swaps, candidates)
+        # Swaps are chosen in float32; float64 has the last word on each row.
+        worse = _error_change(row_weight, mask[chunk], kept, gram) > 0
+        refined[chunk] = torch.where(worse[:, None], mask[chunk], kept)
+    return refined
 
-    swaps: int = 1000
-    candidates: int = 16
-    requires: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def __post_init__(self) -> None:
-        for name, value in (("swaps", self.swaps), ("candidates", self.candidates)):
-            if value < 1:
-                raise RecipeError(f"{name} is {value}", remedy="give 1 or more")
-
-    def refine(
-        self,
-        weight: Weight,
-        mask: Mask,
-        statistics: Statistics,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> Mask:
-        """A mask with the counts of `mask` in every row or group, and no larger error.
-
-        Args:
-            weight: [out, in] of any floating dtype; computed in float32.
-            mask: bool [out, in], one that the pattern allows; True = kept; not changed.
-            statistics: with `gram`, float32 [in, in], undamped.
-            pattern: unstructured of any scope, or N:M.
-            sparsity: the fraction of zeros; checked, the counts are those of the mask.
-
-        Raises:
-            PatternError: the pattern keeps blocks whole, or cannot hold this sparsity or shape.
-            NumericalError: a weight or a calibration input is infinite or not a number.
-        """
-        rows, inputs = weight.shape
-        group = _swap_width(pattern, (rows, inputs), sparsity)
-        gram = statistics["gram"]
-        check_gram(gram)
-        check_weight(weight)
-        chunk_rows = min(_CHUNK_ROWS, max(1, _CHUNK_ENTRIES // (inputs * (group or 1))))
-        refined = torch.empty_like(mask, memory_format=torch.contiguous_format)
-        for start in range(0, rows, chunk_rows):
-            chunk = slice(start, start + chunk_rows)
-            row_weight = weight[chunk].detach().float()
-            kept = self._swap(row_weight, mask[chunk], gram, group)
-            worse = _error_change(row_weight, mask[chunk], kept, gram) > 0
-            refined[chunk] = torch.where(worse[:, None], mask[chunk], kept)
-        return refined
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Three copies of the weight, columns of the gram in float64, the pairs of some rows."""
-        pairs = min(_CHUNK_ENTRIES, _CHUNK_ROWS * shape[1] * _USUAL_GROUP)
-        columns = 2 * float32_bytes((shape[1], _EXACT_COLUMNS))
-        return 3 * float32_bytes(shape) + 2 * columns + 3 * float32_bytes((pairs,))
-
-    def _swap(self, weight: Tensor, mask: Tensor, gram: Gram, group: int | None) -> Tensor:
-        """Sweep over the rows that still have a swap, until none has."""
-        kept = mask.clone()
-        left = torch.full((len(weight),), self.swaps, device=weight.device)
-        removed = weight.masked_fill(mask, 0.0)
-        least_gain = _LEAST_GAIN * ((removed @ gram) * removed).sum(1).clamp_(min=0.0)
-        active = torch.arange(len(weight), device=weight.device)
-        while len(active):
-            row_weight, row_kept = weight[active], kept[active]
-            costs = _costs(row_weight, row_kept, gram)
-            if group is None:
-                pairs = _pairs_of_row(row_weight, *costs, gram, self.candidates)
-            else:
-                pairs = _pairs_of_groups(row_weight, *costs, gram, group, self.candidates)
-            taken = _take(row_weight, pairs, gram, left[active], least_gain[active])
-            flips = torch.zeros_like(row_kept, dtype=torch.int8)
-            for columns in (pairs.pruned, pairs.restored):
-                flips.scatter_add_(1, columns, taken.to(torch.int8))
-            kept[active] = row_kept ^ flips.bool()
-            made = taken.sum(1)
-            left[active] -= made
-            active = active[(made > 0) & (left[active] > 0)]
-        return kept
+def _swapped(
+    weight: Tensor, mask: Tensor, gram: Gram, group: int | None, swaps: int, candidates: int
+) -> Tensor:
+    """Sweep over the rows that still have a swap, until none has; the mask that results."""
+    kept = mask.clone()
+    left = torch.full((len(weight),), swaps, device=weight.device)  # swaps that a row may still do
+    removed = weight.masked_fill(mask, 0.0)  # d
+    # dᵀGd of each row; rounding may make it slightly negative.
+    least_gain = _LEAST_GAIN * ((removed @ gram) * removed).sum(1).clamp_(min=0.0)
+    active = torch.arange(len(weight), device=weight.device)
+    while len(active):
+        row_weight, row_kept = weight[active], kept[active]
+        costs = _costs(row_weight, row_kept, gram)
+        if group is None:
+            pairs = _pairs_of_row(row_weight, *costs, gram, candidates)
+        else:
+            pairs = _pairs_of_groups(row_weight, *costs, gram, group, candidates)
+        taken = _take(row_weight, pairs, gram, left[active], least_gain[active])
+        # A restored weight may be named by several pairs, of which one is taken: so add, not set.
+        flips = torch.zeros_like(row_kept, dtype=torch.int8)
+        for columns in (pairs.pruned, pairs.restored):
+            flips.scatter_add_(1, columns, taken.to(torch.int8))
+        kept[active] = row_kept ^ flips.bool()
+        made = taken.sum(1)
+        left[active] -= made
+        active = active[(made > 0) & (left[active] > 0)]
+    return kept
 
 
 class _Pairs(NamedTuple):
@@ -162,6 +155,7 @@ def _swap_width(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> in
     pattern.check(shape, sparsity)
     if pattern.scope == "group":
         return pattern.columns_together
+    # A unit is a single weight if there are as many units as weights.
     if pattern.units(torch.empty(shape, device="meta")).shape != shape:
         raise PatternError(
             f"single weights of {pattern.name} cannot be swapped: its blocks are kept whole",
@@ -172,8 +166,9 @@ def _swap_width(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> in
 
 def _costs(weight: Tensor, kept: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:
     """The cost of pruning each kept weight, and of restoring each pruned one; else infinite."""
-    linear = weight.masked_fill(kept, 0.0) @ gram
+    linear = weight.masked_fill(kept, 0.0) @ gram  # c = dG, [rows, in]
     linear *= 2 * weight
+    # w² G_jj for every weight; a kept one adds 2 w c to it, a pruned one takes it away.
     square = weight.square() * gram.diagonal()
     return (
         (square + linear).masked_fill_(~kept, _NEVER),
@@ -186,14 +181,16 @@ def _pairs_of_row(
 ) -> _Pairs:
     """The weights that are cheapest to prune, each with the best partner to restore."""
     count = min(candidates, weight.shape[1])
+    # The cross term −2 w_p w_q G_pq is left out of this choice; the pairs below have it.
     prune_cost, pruned = prune_cost.topk(count, largest=False)
     restore_cost, restored = restore_cost.topk(count, largest=False)
+    # Δ of every prunable p with every restorable q, [rows, count, count].
     change = gram[pruned[:, :, None], restored[:, None, :]]
     change *= (-2 * weight.gather(1, pruned))[:, :, None]
     change *= weight.gather(1, restored)[:, None, :]
     change += prune_cost[:, :, None]
     change += restore_cost[:, None, :]
-    best, partner = change.min(2)
+    best, partner = change.min(2)  # one pair for each p, so no weight is pruned twice
     return _Pairs(pruned, restored.gather(1, partner), best)
 
 
@@ -208,13 +205,16 @@ def _pairs_of_groups(
     """The best pair of each N:M group, of the groups where it gains most."""
     rows, inputs = weight.shape
     groups = inputs // group
+    # G within each group, [groups, M, M]: no pair lies across groups.
     blocks = gram.reshape(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    # Δ of all M x M pairs of every group, [rows, groups, M, M]; impossible ones are infinite.
     of_groups = weight.view(rows, groups, group)
     change = (-2 * of_groups)[..., :, None] * of_groups[..., None, :]
     change *= blocks
     change += prune_cost.view(rows, groups, group, 1)
     change += restore_cost.view(rows, groups, 1, group)
-    best, place = change.flatten(2).min(2)
+    best, place = change.flatten(2).min(2)  # place = p · M + q within the group
+    # One pair of a group at most, so no weight is in two pairs.
     best, chosen = best.topk(min(candidates, groups), largest=False)
     place = place.gather(1, chosen)
     first = chosen * group
@@ -229,12 +229,15 @@ def _take(weight: Tensor, pairs: _Pairs, gram: Gram, left: Tensor, least_gain: T
     taken = torch.zeros_like(change, dtype=torch.bool)
     every = torch.arange(rows, device=weight.device)
     for _ in range(count):
+        # One pair for each row in every turn, all rows together.
         best, index = change.min(1)
         accepted = (best < -least_gain) & (left > 0)
         if not accepted.any():
             break
+        # Rows without a swap left take part with their best pair, and `accepted` keeps it out.
         taken[every, index] |= accepted
         left -= accepted.long()
+        # Every other pair t now costs Δ_t + 2 δ_sᵀGδ_t.
         change += together[every, index] * accepted[:, None]
         # The pair itself is gone, and so are the others that would restore the same weight.
         same = pairs.restored == pairs.restored.gather(1, index[:, None])
@@ -245,12 +248,14 @@ def _take(weight: Tensor, pairs: _Pairs, gram: Gram, left: Tensor, least_gain: T
 def _changes_together(weight: Tensor, pairs: _Pairs, gram: Gram) -> Tensor:
     """2 δ_sᵀGδ_t of all pairs s, t: what they change together beyond Δ_s + Δ_t."""
     rows, count = pairs.change.shape
+    # δ_s has two entries, w_p at p and −w_q at q; so δ_sᵀGδ_t is a sum of four entries of G.
     columns = torch.cat([pairs.pruned, pairs.restored], 1)
     signed = weight.gather(1, columns)
     signed[:, count:].neg_()
     products = gram[columns[:, :, None], columns[:, None, :]]
     products *= (2 * signed)[:, :, None]
     products *= signed[:, None, :]
+    # [rows, 2, count, 2, count]: summed over p or q of s, and p or q of t.
     return products.view(rows, 2, count, 2, count).sum((1, 3))
 
 

@@ -1,19 +1,25 @@
-"""Schedules: how sparsity rises while a model trains. One file each.
+"""Schedules: how sparsity rises while a model trains.
 
-A schedule is a frozen dataclass with the first and the last sparsity. It maps the share of steps
-that are done, from 0 to 1, to a sparsity. Gradual pruning calls it every few steps, rounds of
-pruning and retraining call it once a round.
+A schedule is a function of the share of steps that are done, from 0 to 1, of the `first` and the
+`last` sparsity. Gradual pruning calls it every few steps, rounds of pruning and retraining call it
+once a round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, TypeVar, runtime_checkable
+
+from pydantic import Field
 
 from secateur.errors import RecipeError
-from secateur.registry import Registry
+from secateur.registry import Part, Registry
 
-__all__ = ["Schedule", "Span", "levels", "schedules"]
+__all__ = ["Schedule", "levels", "schedule", "schedules"]
+
+Function = TypeVar("Function", bound=Callable[..., float])
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
 
 
 @runtime_checkable
@@ -39,33 +45,35 @@ schedules: Registry[type[Schedule]] = Registry("schedule", __name__)
 
 
 @dataclass(frozen=True)
-class Span:
-    """The first and the last sparsity: the base of schedules.
+class _Span(Part):
+    """The parameters of every schedule."""
 
-    Args:
-        last: the sparsity at the end, at least 0 and below 1.
-        first: the sparsity at the beginning.
-
-    Raises:
-        RecipeError: a sparsity is outside [0, 1), or the last is below the first.
-    """
-
-    last: float
-    first: float = 0.0
+    last: Sparsity
+    first: Sparsity = 0.0
 
     def __post_init__(self) -> None:
-        first, last = self.first, self.last
-        if not 0 <= first < 1 or not 0 <= last < 1:
+        super().__post_init__()
+        if self.last < self.first:
             raise RecipeError(
-                f"a schedule from sparsity {first} to {last}",
-                remedy="give fractions of zeros, at least 0 and below 1",
-            )
-        if last < first:
-            raise RecipeError(
-                f"a schedule from sparsity {first} down to {last}",
+                f"a schedule from sparsity {self.first} down to {self.last}",
                 remedy="pruned weights do not come back: end at or above the sparsity of the "
                 "beginning",
             )
+
+
+def schedule(function: Function) -> Function:
+    """Register a function as a schedule, under its own name.
+
+    It takes the share of the steps that are done, and of the keywords `first` and `last` those that
+    it needs.
+
+    Example:
+        >>> from secateur.sparsity.schedules import schedules
+        >>> half_way = schedules["linear"](last=0.8, first=0.2)
+        >>> half_way, half_way(0.5)
+        (linear(last=0.8, first=0.2), 0.5)
+    """
+    return schedules.from_function(function, _Span)
 
 
 def levels(schedule: Schedule, rounds: int) -> list[float]:

@@ -1,17 +1,20 @@
 """Scores: how important is each weight? One file each; higher = keep.
 
-A score is a frozen dataclass. It names the statistics it `requires`, and maps a weight [out, in]
-and those statistics to a float32 score [out, in].
+A score is a function of a weight [out, in] and of the statistics that it `requires`. It returns a
+float32 score [out, in]. Its keyword-only parameters can be set in a recipe.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Collection
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
-from secateur.registry import Registry
+from secateur.registry import Part, Registry
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
-__all__ = ["ScoreDefaults", "ScoreFunction", "scores"]
+__all__ = ["ScoreFunction", "score", "scores"]
+
+Function = TypeVar("Function", bound=Callable[..., Score])
 
 
 @runtime_checkable
@@ -33,14 +36,36 @@ class ScoreFunction(Protocol):
         ...
 
 
-class ScoreDefaults:
-    """What most scores share: they score single weights, and take two float32 copies of them."""
-
-    whole_units: ClassVar[bool] = False
-
-    def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Two float32 copies of the weight."""
-        return 2 * float32_bytes(shape)
-
-
 scores: Registry[type[ScoreFunction]] = Registry("score", __name__)
+
+
+def two_copies(shape: tuple[int, int]) -> int:
+    """Bytes of two float32 copies of a weight [out, in]: what most scores take."""
+    return 2 * float32_bytes(shape)
+
+
+def score(
+    *,
+    requires: Collection[str] = (),
+    whole_units: bool = False,
+    working_bytes: Callable[[tuple[int, int]], int] = two_copies,
+) -> Callable[[Function], Function]:
+    """Register a function as a score, under its own name.
+
+    Args:
+        requires: names of the statistics it reads; the engine gathers these and no others.
+        whole_units: whether it scores whole columns only.
+        working_bytes: from the shape of a weight [out, in], the most memory that the score takes.
+
+    Example:
+        >>> from secateur.sparsity.scores import scores
+        >>> scores["ria"](a=0.25), sorted(scores["ria"].requires)
+        (ria(a=0.25), ['column_norm'])
+    """
+    return lambda function: scores.from_function(
+        function,
+        Part,
+        requires=frozenset(requires),
+        whole_units=whole_units,
+        working_bytes=staticmethod(working_bytes),
+    )

@@ -1,17 +1,11 @@
 """Coupled Taylor: the first-order change of the loss if a whole unit is removed."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@scores.register("coupled-taylor")
-@dataclass(frozen=True)
-class CoupledTaylor(ScoreDefaults):
+@score(requires={"gradient"}, whole_units=True)
+def coupled_taylor(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = W_ij · ∂L/∂W_ij with its sign, float32 [out, in]; L is the mean calibration loss.
 
     Whole columns take |Σ_U S| of a unit U. For the columns that read a unit, Σ_U W · ∂L/∂W is the
@@ -26,14 +20,9 @@ class CoupledTaylor(ScoreDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.scores.coupled_taylor import CoupledTaylor
-        >>> CoupledTaylor()(torch.tensor([[3.0, -1.0]]), {"gradient": torch.tensor([[0.5, 2.0]])})
+        >>> from secateur.sparsity.scores.coupled_taylor import coupled_taylor
+        >>> coupled_taylor(torch.tensor([[3.0, -1.0]]), {"gradient": torch.tensor([[0.5, 2.0]])})
         tensor([[ 1.5000, -2.0000]])
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"gradient"})
-    whole_units: ClassVar[bool] = True
-
-    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
-        """Score a weight [out, in] of any floating dtype; reads `gradient`, float32 [out, in]."""
-        return weight.detach().float() * statistics["gradient"]
+    # No absolute value: the pattern takes it of the sum over a unit.
+    return weight.detach().float() * statistics["gradient"]

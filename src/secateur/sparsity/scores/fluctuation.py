@@ -1,17 +1,11 @@
 """Fluctuation: an input that is nearly constant can be replaced by its mean."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@scores.register("fluctuation")
-@dataclass(frozen=True)
-class Fluctuation(ScoreDefaults):
+@score(requires={"column_variance"})
+def fluctuation(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = Var_t(x_tj) · W_ij², float32 [out, in].
 
     Summed over the rows it is Var(x_j) · ‖W_:j‖². For uncorrelated inputs this is the loss without
@@ -24,14 +18,9 @@ class Fluctuation(ScoreDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.scores.fluctuation import Fluctuation
+        >>> from secateur.sparsity.scores.fluctuation import fluctuation
         >>> variance = torch.tensor([0.5, 9.0])
-        >>> Fluctuation()(torch.tensor([[3.0, -1.0]]), {"column_variance": variance})
+        >>> fluctuation(torch.tensor([[3.0, -1.0]]), {"column_variance": variance})
         tensor([[4.5000, 9.0000]])
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"column_variance"})
-
-    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
-        """Score a weight [out, in] of any floating dtype; reads `column_variance`, [in]."""
-        return weight.detach().float().square() * statistics["column_variance"]
+    return weight.detach().float().square() * statistics["column_variance"]

@@ -1,17 +1,11 @@
 """Kept: prunes exactly the weights that are already zero."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@scores.register("kept")
-@dataclass(frozen=True)
-class Kept(ScoreDefaults):
+@score(requires={"stored"})
+def kept(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = 1 where the stored weight is not zero, ½ where it is −0, else 0; float32 [out, in].
 
     For solvers that improve or round a pruned model: at the present sparsity of a matrix, its own
@@ -21,15 +15,11 @@ class Kept(ScoreDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.scores.kept import Kept
+        >>> from secateur.sparsity.scores.kept import kept
         >>> weight = torch.tensor([[3.0, 0.0, -1.0]])
-        >>> Kept()(weight, {"stored": weight})
+        >>> kept(weight, {"stored": weight})
         tensor([[1., 0., 1.]])
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"stored"})
-
-    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
-        """Score a weight [out, in] of any floating dtype."""
-        stored = statistics["stored"]
-        return (stored != 0).float().masked_fill_((stored == 0) & stored.signbit(), 0.5)
+    stored = statistics["stored"]
+    # 0 == −0, so the sign tells a kept weight that rounded to 0 from a pruned one.
+    return (stored != 0).float().masked_fill_((stored == 0) & stored.signbit(), 0.5)

@@ -1,17 +1,11 @@
 """Optimal Brain Damage: the second-order change of the loss without a weight."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from secateur.sparsity.scores import ScoreDefaults, scores
+from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@scores.register("obd")
-@dataclass(frozen=True)
-class OBD(ScoreDefaults):
+@score(requires={"fisher"})
+def obd(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = ½ · F_ij · W_ij², float32 [out, in].
 
     F is the empirical Fisher diagonal: the mean over calibration windows of the squared gradient
@@ -24,13 +18,8 @@ class OBD(ScoreDefaults):
 
     Example:
         >>> import torch
-        >>> from secateur.sparsity.scores.obd import OBD
-        >>> OBD()(torch.tensor([[2.0, -1.0]]), {"fisher": torch.tensor([[1.0, 8.0]])})
+        >>> from secateur.sparsity.scores.obd import obd
+        >>> obd(torch.tensor([[2.0, -1.0]]), {"fisher": torch.tensor([[1.0, 8.0]])})
         tensor([[2., 4.]])
     """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"fisher"})
-
-    def __call__(self, weight: Weight, statistics: Statistics) -> Score:
-        """Score a weight [out, in] of any floating dtype; reads `fisher`, float32 [out, in]."""
-        return weight.detach().float().square().mul_(statistics["fisher"]).mul_(0.5)
+    return weight.detach().float().square().mul_(statistics["fisher"]).mul_(0.5)

@@ -7,22 +7,25 @@ A solver works in two steps, so that linears with the same input share the costl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+from pydantic import Field
 from torch import Tensor
 
-from secateur.quantization.groups import GroupGrid
-from secateur.registry import Registry
-from secateur.sparsity.column_sweep import Rounding
-from secateur.sparsity.hessian import check_damping
+from secateur.quantization.groups import BITS, Group, GroupGrid
+from secateur.registry import NonNegative, Part, Registry, one_of
+from secateur.sparsity.column_sweep import group_grid
+from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import Pattern
-from secateur.types import Mask, Statistics, Weight
+from secateur.types import Gram, Mask, Statistics, Weight
 
 __all__ = ["ChoosingSolver", "RoundingSolver", "Solution", "Solver", "SolverDefaults", "solvers"]
 
+Bits = Annotated[int, one_of(0, *BITS, 8)]
+"""Bits of a rounded weight: 2 to 4 in groups, 8 with one scale for each row; 0 not to round."""
 
-@dataclass(frozen=True)
-class Solution:
+
+class Solution(NamedTuple):
     """The result of a solver for one linear.
 
     Attributes:
@@ -36,6 +39,11 @@ class Solution:
     mask: Mask
     error: float | None
     shift: Tensor | None = None
+
+    @staticmethod
+    def measured(weight: Weight, solved: Tensor, mask: Mask, gram: Gram) -> Solution:
+        """The solution `solved` for a weight, with the error that it makes on these inputs."""
+        return Solution(solved, mask, relative_output_error(weight, solved, gram))
 
 
 @runtime_checkable
@@ -101,7 +109,7 @@ class ChoosingSolver(Solver, Protocol):
         ...
 
 
-class SolverDefaults:
+class SolverDefaults(Part):
     """What most solvers share: they choose no mask, round nothing, and shift no bias."""
 
     selects_by: ClassVar[str | None] = None
@@ -135,20 +143,11 @@ class RoundingSolver(SolverDefaults):
         RecipeError: a parameter is out of range.
     """
 
-    damping: float = 0.01
-    refit_steps: int = 10
-    bits: int = 0
-    group: int = 64
-    descent: int = 4
-
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-        _ = self.rounding  # checks the rest
-
-    @property
-    def rounding(self) -> Rounding:
-        """How the kept weights are rounded."""
-        return Rounding(self.bits, self.group, self.descent)
+    damping: NonNegative = 0.01
+    refit_steps: Annotated[int, Field(ge=0)] = 10
+    bits: Bits = 0
+    group: Group = 64
+    descent: Annotated[int, Field(ge=0)] = 4
 
     @property
     def rounds(self) -> bool:
@@ -158,7 +157,7 @@ class RoundingSolver(SolverDefaults):
     @property
     def grid(self) -> GroupGrid | None:
         """The grid of groups on which the weights then are."""
-        return self.rounding.group_grid
+        return group_grid(self.bits, self.group)
 
 
 solvers: Registry[type[Solver]] = Registry("solver", __name__)

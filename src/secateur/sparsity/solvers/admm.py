@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from secateur.errors import NumericalError, RecipeError
-from secateur.sparsity.hessian import (
-    check_damping,
-    check_weight,
-    cholesky,
-    relative_output_error,
-    scaled_hessian,
-)
+from secateur.errors import NumericalError
+from secateur.registry import Count, NonNegative, Positive
+from secateur.sparsity.hessian import cholesky, live_weight, scaled_hessian
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 
-@dataclass(frozen=True)
-class PreparedProximal:
+class _PreparedProximal(NamedTuple):
     """The result that `ADMM` computes once for all linears that share an input.
 
     Attributes:
@@ -74,21 +68,12 @@ class ADMM(SolverDefaults):
         tensor([[0.0000, 1.5000]])
     """
 
-    damping: float = 0.01
-    rho: float = 1.0
-    iterations: int = 20
+    damping: NonNegative = 0.01
+    rho: Positive = 1.0
+    iterations: Count = 20
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-        if not 0 < self.rho < float("inf"):
-            raise RecipeError(f"rho is {self.rho}", remedy="give a number above 0, usually 1")
-        if self.iterations < 1:
-            raise RecipeError(
-                f"iterations is {self.iterations}", remedy="give 1 or more, usually 20"
-            )
-
-    def prepare(self, statistics: Statistics) -> PreparedProximal:
+    def prepare(self, statistics: Statistics) -> _PreparedProximal:
         """Scale the damped `gram`, float32 [in, in], and invert A + ρI.
 
         Raises:
@@ -97,33 +82,31 @@ class ADMM(SolverDefaults):
         """
         gram = statistics["gram"]
         scaled, scale, dead = scaled_hessian(gram, self.damping)
-        scaled.diagonal().fill_(1 + self.rho)
+        scaled.diagonal().fill_(1 + self.rho)  # A + ρI: A has a unit diagonal
         lower = cholesky(scaled)
         if lower is None:
             raise NumericalError(
                 f"the scaled gram of {len(gram)} inputs cannot be factorised with rho {self.rho}",
                 remedy="give a larger rho, usually 1",
             )
-        return PreparedProximal(torch.cholesky_inverse(lower).mul_(self.rho), scale, dead, gram)
+        return _PreparedProximal(torch.cholesky_inverse(lower).mul_(self.rho), scale, dead, gram)
 
-    def solve(self, weight: Weight, prepared: PreparedProximal, mask: Mask) -> Solution:
+    def solve(self, weight: Weight, prepared: _PreparedProximal, mask: Mask) -> Solution:
         """Refit one weight [out, in] of any floating dtype; computed in float32.
 
         Raises:
             NumericalError: a weight is infinite or not a number.
         """
-        check_weight(weight)
         pruned = ~mask
-        dense = (weight.detach().float() * prepared.scale).masked_fill_(prepared.dead, 0.0)
-        sparse = dense.masked_fill(pruned, 0.0)
-        dual = dense - sparse
+        dense = live_weight(weight, prepared.dead).mul_(prepared.scale)  # B
+        sparse = dense.masked_fill(pruned, 0.0)  # Z
+        dual = dense - sparse  # U, as after an iteration that found V = B
         for _ in range(self.iterations):
-            near = torch.addmm(dense, sparse - dual - dense, prepared.proximal)
+            near = torch.addmm(dense, sparse - dual - dense, prepared.proximal)  # V
             near += dual
             sparse = near.masked_fill(pruned, 0.0)
-            dual = near.sub_(sparse)
-        solved = sparse.div_(prepared.scale)
-        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+            dual = near.sub_(sparse)  # V + U − Z
+        return Solution.measured(weight, sparse.div_(prepared.scale), mask, prepared.gram)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Six float32 copies of the weight, three of the gram."""

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32
+from pydantic import Field
 from torch import Tensor
 
-from secateur.errors import RecipeError
-from secateur.sparsity.hessian import (
-    check_weight,
-    fit_on_mask,
-    inverse_factor,
-    relative_output_error,
-    scaled_hessian,
-)
+from secateur.registry import Count, NonNegative, Positive
+from secateur.sparsity.column_sweep import round_on_mask, sweep_grid
+from secateur.sparsity.hessian import fit_on_mask, inverse_factor, live_weight, scaled_hessian
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
@@ -29,8 +25,7 @@ _STAGE = 3
 _RANGE = 100.0
 
 
-@dataclass(frozen=True)
-class ScaledGram:
+class _ScaledGram(NamedTuple):
     """The result that `ALPS` computes once for all linears that share an input.
 
     Attributes:
@@ -101,25 +96,14 @@ class ALPS(RoundingSolver):
         [0.0, 1.5]
     """
 
-    iterations: int = 45
-    rho: float = 0.1
-    growth: float = 1.2
-    tolerance: float = 0.01
+    iterations: Count = 45
+    rho: Positive = 0.1
+    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.2
+    tolerance: NonNegative = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least = {"iterations": 1, "growth": 1, "tolerance": 0, "refit_steps": 0}
-        for name, smallest in least.items():
-            if not smallest <= getattr(self, name) < float("inf"):
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)}", remedy=f"give {smallest} or more"
-                )
-        if not 0 < self.rho < float("inf"):
-            raise RecipeError(f"rho is {self.rho}", remedy="give a number above 0, usually 0.1")
-
-    def prepare(self, statistics: Statistics) -> ScaledGram:
+    def prepare(self, statistics: Statistics) -> _ScaledGram:
         """Damp and scale the `gram`, float32 [in, in].
 
         Raises:
@@ -127,11 +111,12 @@ class ALPS(RoundingSolver):
         """
         gram = statistics["gram"]
         hessian, scale, dead = scaled_hessian(gram, self.damping)
+        # From the first ρ to the last that can occur; nothing is inverted yet.
         inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations))
         factor = inverse_factor(gram, self.damping)[0] if self.rounds else None
-        return ScaledGram(scale, hessian, dead, gram, inverse, factor)
+        return _ScaledGram(scale, hessian, dead, gram, inverse, factor)
 
-    def solve(self, weight: Weight, prepared: ScaledGram, mask: Mask) -> Solution:
+    def solve(self, weight: Weight, prepared: _ScaledGram, mask: Mask) -> Solution:
         """Refit one weight [out, in] of any floating dtype; computed in float32.
 
         Raises:
@@ -141,7 +126,7 @@ class ALPS(RoundingSolver):
         return self._refitted(weight, prepared, mask, dense, dense, self.refit_steps)
 
     def choose(
-        self, weight: Weight, prepared: ScaledGram, pattern: Pattern, sparsity: float
+        self, weight: Weight, prepared: _ScaledGram, pattern: Pattern, sparsity: float
     ) -> Solution:
         """Prune one weight [out, in] of any floating dtype; computed in float32.
 
@@ -154,16 +139,14 @@ class ALPS(RoundingSolver):
         start, mask = self._search(dense, prepared, pattern, sparsity)
         return self._refitted(weight, prepared, mask, dense, start, -(-self.refit_steps // 2))
 
-    def _scaled(self, weight: Weight, prepared: ScaledGram) -> Tensor:
+    def _scaled(self, weight: Weight, prepared: _ScaledGram) -> Tensor:
         """B₀ = W ⊙ s."""
-        check_weight(weight)
-        dense = weight.detach().float() * prepared.scale
-        return dense.masked_fill_(prepared.dead, 0.0)
+        return live_weight(weight, prepared.dead).mul_(prepared.scale)
 
     def _refitted(
         self,
         weight: Weight,
-        prepared: ScaledGram,
+        prepared: _ScaledGram,
         mask: Mask,
         dense: Tensor,
         start: Tensor,
@@ -174,12 +157,16 @@ class ALPS(RoundingSolver):
         solved = fit_on_mask(start * mask, target, prepared.hessian, mask, steps)
         solved /= prepared.scale
         if prepared.factor is not None:
+            # The sweep goes over columns, so all that it touches is transposed: [in, out].
             held = solved, dense / prepared.scale, mask
             columns, target, kept = (x.t().contiguous() for x in held)
-            diagonal = prepared.scale.square()
-            self.rounding.hold(columns, target, kept, prepared.gram, diagonal, prepared.factor)
+            diagonal = prepared.scale.square()  # of H: s was its root
+            grid = sweep_grid(columns, self.bits, self.group)
+            round_on_mask(
+                columns, grid, target, kept, prepared.gram, diagonal, prepared.factor, self.descent
+            )
             solved = columns.t().contiguous()
-        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+        return Solution.measured(weight, solved, mask, prepared.gram)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Ten float32 copies of the weight, nine of the gram; one more of it if bits are given.
@@ -191,13 +178,14 @@ class ALPS(RoundingSolver):
         return 10 * float32_bytes(shape) + squares * float32_bytes((shape[1], shape[1]))
 
     def _search(
-        self, dense: Tensor, prepared: ScaledGram, pattern: Pattern, sparsity: float
+        self, dense: Tensor, prepared: _ScaledGram, pattern: Pattern, sparsity: float
     ) -> tuple[Tensor, Mask]:
         """ADMM in the scaled space: the last B, and the mask of its largest squares."""
-        target = dense @ prepared.hessian
+        target = dense @ prepared.hessian  # B₀A
         support = pattern.mask(dense.square(), sparsity)
-        agreed = dense * support
-        dual = torch.zeros_like(dense)
+        agreed = dense * support  # D
+        dual = torch.zeros_like(dense)  # V
+        # Written over in every iteration: B, the right side of its system, and (A + ρI)⁻¹.
         free, right = torch.empty_like(dense), torch.empty_like(dense)
         inverse = torch.empty_like(prepared.hessian)
         for iteration in range(1, self.iterations + 1):
@@ -205,19 +193,23 @@ class ALPS(RoundingSolver):
             torch.sub(target, dual, out=right).add_(agreed, alpha=rho)
             torch.mm(right, prepared.inverse.at(rho, out=inverse), out=free)
             torch.add(free, dual, alpha=1 / rho, out=agreed)
+            # P: the squares in the scaled space are what a weight alone costs, W_ij² H_jj.
             kept = pattern.mask(torch.square(agreed, out=right), sparsity)
             agreed *= kept
             dual.add_(free, alpha=rho).sub_(agreed, alpha=rho)
+            # The support is compared every third time, when ρ has grown by `growth`.
             if iteration % _STAGE == 0:
                 changed = int((kept != support).sum())
                 if changed <= self.tolerance * int(kept.sum()):
                     break
                 support = kept
+        # Mask and start are those of B, which solves the system; D only pulled it to the pattern.
         return free, pattern.mask(free.square(), sparsity)
 
     def _rho(self, iteration: int) -> float:
         """ρ of an iteration, the first being 1."""
         exponent = (iteration - 1) / _STAGE
         if self.growth > 1:
+            # growth ** exponent is at most _RANGE.
             exponent = min(exponent, math.log(_RANGE) / math.log(self.growth))
         return self.rho * self.growth**exponent

@@ -44,6 +44,7 @@ class Bias(SolverDefaults):
     def solve(self, weight: Weight, prepared: Float32[Tensor, " in"], mask: Mask) -> Solution:
         """Zero a weight [out, in] where the mask is False, and return the shift of the bias."""
         dense = weight.detach().float()
+        # W − Ŵ is W where pruned: the mask takes the kept weights out.
         shift = dense.masked_fill(mask, 0.0) @ prepared
         return Solution(dense.masked_fill(~mask, 0.0), mask, error=None, shift=shift)
 

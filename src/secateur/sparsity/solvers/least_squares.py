@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from secateur.errors import NumericalError
-from secateur.sparsity.hessian import (
-    check_damping,
-    check_weight,
-    cholesky,
-    damped_diagonal,
-    relative_output_error,
-)
+from secateur.registry import NonNegative
+from secateur.sparsity.hessian import cholesky, damped_diagonal, factorised, live_weight
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
@@ -25,8 +19,7 @@ from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 _CHUNK_ENTRIES = 2**24
 
 
-@dataclass(frozen=True)
-class PreparedHessian:
+class PreparedHessian(NamedTuple):
     """The prepared data of an input; each support has its own factorisation.
 
     Attributes:
@@ -73,11 +66,8 @@ class LeastSquares(SolverDefaults):
         tensor([[0.0000, 1.5000]])
     """
 
-    damping: float = 0.01
+    damping: NonNegative = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
-
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
 
     def prepare(self, statistics: Statistics) -> PreparedHessian:
         """Damp the `gram`, float32 [in, in].
@@ -95,15 +85,15 @@ class LeastSquares(SolverDefaults):
             NumericalError: a weight is infinite or not a number, or H_SS is not positive definite
                 even in float64.
         """
-        check_weight(weight)
-        dense = weight.detach().float().masked_fill(prepared.dead, 0.0)
+        dense = live_weight(weight, prepared.dead)
+        # (Hd)_S: d is 0 on S, so no entry of H's diagonal counts, and the gram needs no damping.
         pull = dense.masked_fill(mask, 0.0) @ prepared.gram
         solved = dense.masked_fill(~mask, 0.0)
         for systems in _systems(mask):
             change = systems.solve(pull, prepared)
             rows, columns = systems.rows[:, None], systems.columns[systems.member]
             solved[rows, columns] += change
-        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+        return Solution.measured(weight, solved, mask, prepared.gram)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Five float32 copies of the weight, and the systems of a chunk (`systems_bytes`)."""
@@ -120,8 +110,7 @@ def systems_bytes(rows: int, columns: int) -> int:
     return 5 * 4 * max(min(_CHUNK_ENTRIES, rows * largest_support), largest_support)
 
 
-@dataclass(frozen=True)
-class _Systems:
+class _Systems(NamedTuple):
     """Some distinct supports, padded to the size of the largest, and the rows that have them.
 
     Attributes:
@@ -140,22 +129,22 @@ class _Systems:
 
     def solve(self, pull: Tensor, prepared: PreparedHessian) -> Tensor:
         """H_SS⁻¹ (Hd)_S of every row, float32 [rows, size], zero where padded."""
+        # One right side for each row with the support: [supports, size, most rows of a support].
         right = pull.new_zeros(*self.columns.shape, int(self.slot.max()) + 1)
         right[self.member, :, self.slot] = pull[self.rows].gather(1, self.columns[self.member])
         right *= self.valid[:, :, None]
-        for dtype in (torch.float32, torch.float64):
-            lower = cholesky(self._hessians(prepared).to(dtype))
-            if lower is not None:
-                change = torch.cholesky_solve(right.to(dtype), lower).float()
-                return change[self.member, :, self.slot]
-        raise NumericalError(
-            "the gram of the inputs that are kept is not positive definite",
-            remedy="use more calibration tokens, or a larger damping (0.01 is usual, try 0.1)",
+        lower = factorised(
+            lambda dtype: cholesky(self._hessians(prepared).to(dtype)),
+            "the gram of the inputs that are kept",
         )
+        change = torch.cholesky_solve(right.to(lower.dtype), lower).float()
+        return change[self.member, :, self.slot]
 
     def _hessians(self, prepared: PreparedHessian) -> Tensor:
         """H_SS of every support; the padding is an identity apart from the rest."""
+        # Entry [s, a, b] is H at the a-th and b-th kept column of support s.
         hessians = prepared.gram[self.columns[:, :, None], self.columns[:, None, :]]
+        # Rows and columns of the padding become 0, then its diagonal 1: it solves to 0.
         hessians *= self.valid[:, :, None]
         hessians *= self.valid[:, None, :]
         diagonal = prepared.diagonal[self.columns].masked_fill_(~self.valid, 1.0)
@@ -166,15 +155,18 @@ class _Systems:
 def _systems(mask: Tensor) -> Iterator[_Systems]:
     """The supports of all rows, the largest first, in chunks of nearly the same size."""
     supports, support_of_row = mask.unique(dim=0, return_inverse=True)
+    # Largest first: the first support of a chunk sets its size, and padding stays small.
     sizes, order = supports.sum(1).sort(descending=True, stable=True)
+    # Rows in the order of their supports, so that a chunk of supports is a range of rows.
     rank, rows = order.argsort()[support_of_row].sort(stable=True)
-    shared = torch.bincount(rank)
+    shared = torch.bincount(rank)  # rows of each support, in the order of sizes
     first = torch.cat([shared.new_zeros(1), shared.cumsum(0)])
     start, most_shared = 0, int(shared.max())
-    while start < len(supports) and (size := int(sizes[start])):
+    while start < len(supports) and (size := int(sizes[start])):  # a support of none has no system
         stop = start + max(1, _CHUNK_ENTRIES // (size * (size + most_shared)))
         stop = min(stop, len(supports))
         chunk_rows = slice(int(first[start]), int(first[stop]))
+        # A stable sort of bools lists the kept columns in their order, then the others.
         kept_first = supports[order[start:stop]].sort(dim=1, descending=True, stable=True)
         member = rank[chunk_rows]
         yield _Systems(

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from secateur.errors import RecipeError
-from secateur.sparsity.column_sweep import Choice, sweep
-from secateur.sparsity.hessian import (
-    FACTOR_SQUARES,
-    check_weight,
-    damped_diagonal,
-    fit_on_mask,
-    inverse_factor,
-    relative_output_error,
-    scaled_hessian,
-)
+from secateur.errors import PatternError
+from secateur.quantization.sweep_grids import GroupColumns
+from secateur.registry import Count
+from secateur.sparsity import hessian
+from secateur.sparsity.column_sweep import Choice, round_on_mask, sweep, sweep_grid
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
 
 
-@dataclass(frozen=True)
-class PreparedGram:
+class _PreparedGram(NamedTuple):
     """The result that `OBS` computes once for all linears that share an input.
 
     Attributes:
@@ -91,30 +83,22 @@ class OBS(RoundingSolver):
         tensor([[0.0000, 1.5000]])
     """
 
-    block_columns: int = 128
+    refit_steps: Count = 10
+    block_columns: Count = 128
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block_columns < 1:
-            raise RecipeError(
-                f"block_columns is {self.block_columns}", remedy="give 1 or more, usually 128"
-            )
-        if self.refit_steps < 1:
-            raise RecipeError(f"refit_steps is {self.refit_steps}", remedy="give 1 or more")
-
-    def prepare(self, statistics: Statistics) -> PreparedGram:
+    def prepare(self, statistics: Statistics) -> _PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].
 
         Raises:
             NumericalError: the damped gram cannot be factorised.
         """
         gram = statistics["gram"]
-        factor, dead = inverse_factor(gram, self.damping)
-        return PreparedGram(factor, dead, gram)
+        factor, dead = hessian.inverse_factor(gram, self.damping)
+        return _PreparedGram(factor, dead, gram)
 
-    def solve(self, weight: Weight, prepared: PreparedGram, mask: Mask) -> Solution:
+    def solve(self, weight: Weight, prepared: _PreparedGram, mask: Mask) -> Solution:
         """Prune one weight [out, in] of any floating dtype by a mask; computed in float32.
 
         Raises:
@@ -125,11 +109,10 @@ class OBS(RoundingSolver):
             columns = self._rounded(columns, kept, prepared)
         else:
             sweep(columns, kept, prepared.factor, self.block_columns)
-        solved = columns.t().contiguous()
-        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+        return Solution.measured(weight, columns.t().contiguous(), mask, prepared.gram)
 
     def choose(
-        self, weight: Weight, prepared: PreparedGram, pattern: Pattern, sparsity: float
+        self, weight: Weight, prepared: _PreparedGram, pattern: Pattern, sparsity: float
     ) -> Solution:
         """Prune one weight [out, in] of any floating dtype; computed in float32.
 
@@ -138,33 +121,38 @@ class OBS(RoundingSolver):
             NumericalError: a weight is infinite or not a number.
         """
         pattern.check((weight.shape[0], weight.shape[1]), sparsity)
-        self.rounding.check(pattern)
+        if self.grid and pattern.scope == "group" and self.group % pattern.columns_together:
+            raise PatternError(
+                f"groups of {pattern.columns_together} columns do not divide the {self.group} "
+                "that share a scale",
+                remedy="choose another pattern, or prune first and round afterwards",
+            )
         columns = self._columns(weight, prepared)
         kept = columns.bool()  # filled by the choice
         target = columns.clone() if self.rounds else columns
-        grid = self.rounding.grid(columns) if self.grid else None
+        # With 8 bits the choice does not round: a row's scale is its largest kept weight, which is
+        # known only when the mask is.
+        grid = GroupColumns(self.grid, columns) if self.grid else None
+        # U is of the whole gram: the choice needs no factorisation of its own.
         choice = Choice(pattern, sparsity)
         sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
-        if self.rounds:
+        if self.rounds:  # again, from the weight: the sweep was for the mask alone
             columns = self._rounded(target, kept, prepared)
         solved, mask = columns.t().contiguous(), kept.t().contiguous()
-        return Solution(solved, mask, relative_output_error(weight, solved, prepared.gram))
+        return Solution.measured(weight, solved, mask, prepared.gram)
 
-    def _columns(self, weight: Weight, prepared: PreparedGram) -> Tensor:
+    def _columns(self, weight: Weight, prepared: _PreparedGram) -> Tensor:
         """The weight transposed, so that every column is contiguous during the sweep."""
-        check_weight(weight)
-        columns = (
-            weight.detach().t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        )
-        return columns.masked_fill_(prepared.dead[:, None], 0.0)
+        return hessian.live_weight(weight, prepared.dead).t().contiguous()
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The factorisation; or its result and copies of the weight, in float32."""
-        return self._peak(shape, FACTOR_SQUARES)
+        return self._peak(shape, hessian.FACTOR_SQUARES)
 
     def fallback_bytes(self, shape: tuple[int, int]) -> int:
         """The part of `working_bytes` that only a factorisation in float64 takes."""
-        return self._peak(shape, FACTOR_SQUARES) - self._peak(shape, FACTOR_SQUARES // 2)
+        squares = hessian.FACTOR_SQUARES
+        return self._peak(shape, squares) - self._peak(shape, squares // 2)
 
     def _peak(self, shape: tuple[int, int], squares: int) -> int:
         """The peak where the factorisation takes so many matrices [in, in]."""
@@ -172,12 +160,16 @@ class OBS(RoundingSolver):
         copies = 9 if self.rounds else 3
         return max(squares * square, square + copies * float32_bytes(shape))
 
-    def _rounded(self, target: Tensor, kept: Tensor, prepared: PreparedGram) -> Tensor:
+    def _rounded(self, target: Tensor, kept: Tensor, prepared: _PreparedGram) -> Tensor:
         """Fit the kept weights to the target [in, out], and round them."""
-        diagonal, _ = damped_diagonal(prepared.gram, self.damping)
-        hessian, scale, _ = scaled_hessian(prepared.gram, self.damping)
-        dense = target.t() * scale
-        fitted = fit_on_mask(dense * kept.t(), dense @ hessian, hessian, kept.t(), self.refit_steps)
+        diagonal, _ = hessian.damped_diagonal(prepared.gram, self.damping)
+        # Conjugate gradients converge soonest on a unit diagonal: B = W ⊙ s, A = H / s sᵀ.
+        scaled, scale, _ = hessian.scaled_hessian(prepared.gram, self.damping)
+        dense, mask = target.t() * scale, kept.t()
+        fitted = hessian.fit_on_mask(dense * mask, dense @ scaled, scaled, mask, self.refit_steps)
         columns = fitted.div_(scale).t().contiguous()
-        self.rounding.hold(columns, target, kept, prepared.gram, diagonal, prepared.factor)
+        grid = sweep_grid(columns, self.bits, self.group)
+        round_on_mask(
+            columns, grid, target, kept, prepared.gram, diagonal, prepared.factor, self.descent
+        )
         return columns

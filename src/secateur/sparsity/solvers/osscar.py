@@ -8,8 +8,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from secateur.errors import RecipeError
-from secateur.sparsity.hessian import FACTOR_SQUARES, check_weight, inverse_factor
+from secateur.registry import Count
+from secateur.sparsity.hessian import FACTOR_SQUARES, inverse_factor, live_weight
 from secateur.sparsity.patterns import Pattern, WholeUnits
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian, systems_bytes
@@ -56,14 +56,9 @@ class OSSCAR(LeastSquares):
                 [0.0000, 2.0000]])
     """
 
-    batch: int = 8
+    batch: Count = 8
     selects_by: ClassVar[str | None] = "obs"
     whole_units: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch < 1:
-            raise RecipeError(f"batch is {self.batch}", remedy="give 1 or more, for example 8")
 
     def choose(
         self, weight: Weight, prepared: PreparedHessian, pattern: Pattern, sparsity: float
@@ -95,7 +90,6 @@ class OSSCAR(LeastSquares):
         self, weight: Weight, prepared: PreparedHessian, pattern: WholeUnits, sparsity: float
     ) -> Mask:
         """The mask of the units that remain after enough were removed."""
-        check_weight(weight)
         rows, columns = weight.shape
         left = pattern.units_pruned(columns, sparsity)
         alive = torch.ones(columns // pattern.width, dtype=torch.bool, device=weight.device)
@@ -103,13 +97,15 @@ class OSSCAR(LeastSquares):
             alive[:] = False
         elif left:
             factor, dead = inverse_factor(prepared.gram, self.damping)
-            inverse = factor.t() @ factor
-            now = weight.detach().float().masked_fill(dead, 0.0)
+            inverse = factor.t() @ factor  # H⁻¹ = UᵀU
+            now = live_weight(weight, dead)
+            # A wide unit is a batch by itself, and a set must not lose more than its share.
             together = self.batch if pattern.width == 1 and not pattern.among else 1
             allowed = pattern.units_pruned(pattern.columns_together, sparsity)
             while left:
-                stays = ~alive
+                stays = ~alive  # what is gone cannot go again
                 if pattern.among:
+                    # A set that has lost its share keeps the rest.
                     full = stays.view(-1, pattern.among).sum(1) == allowed
                     stays = stays | full.repeat_interleave(pattern.among)
                 costs = _costs(now, inverse, pattern.width).masked_fill(stays, torch.inf)
@@ -124,10 +120,13 @@ class OSSCAR(LeastSquares):
 def _costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     """tr(W_p ([H⁻¹]_pp)⁻¹ W_pᵀ) of every unit, float32 [units]; removed units give any number."""
     if width == 1:
+        # A block of one column is a number.
         return weight.square().sum(0) / inverse.diagonal()
     units = weight.shape[1] // width
+    # The diagonal blocks [H⁻¹]_pp, [units, width, width], without a loop over units.
     own = inverse.unflatten(0, (units, width)).unflatten(2, (units, width))
     blocks = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
+    # [units, width, out]: W_pᵀ of every unit.
     parts = weight.unflatten(1, (units, width)).permute(1, 2, 0).double()
     return (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)).float()
 
@@ -136,10 +135,13 @@ def _remove(weight: Tensor, inverse: Tensor, gone: Tensor, width: int) -> None:
     """Update W and H⁻¹ in place after a removal; removed units become a separate identity."""
     inside = torch.arange(width, device=gone.device)
     columns = (gone[:, None] * width + inside).flatten()
-    across = inverse[columns].clone()
+    across = inverse[columns].clone()  # [H⁻¹]_p:, before it is written over
+    # ([H⁻¹]_pp)⁻¹ [H⁻¹]_p:, which changes both W and H⁻¹. In float64: errors add up over removals.
     solved = torch.linalg.solve(across[:, columns].double(), across.double()).float()
+    # The kept weights take over what W_p did, as far as they can.
     weight -= weight[:, columns] @ solved
     inverse -= across.t() @ solved
+    # Rounding leaves traces in what must now be exactly 0, and a 1 keeps later costs finite.
     weight[:, columns] = 0.0
     inverse[columns] = 0.0
     inverse[:, columns] = 0.0

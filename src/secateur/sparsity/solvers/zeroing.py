@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.quantization.groups import GroupGrid
+from secateur.quantization.groups import Group, GroupGrid
 from secateur.quantization.int8 import nearest_rows
-from secateur.sparsity.column_sweep import Rounding, mark_kept
-from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
+from secateur.sparsity.column_sweep import group_grid, mark_kept
+from secateur.sparsity.solvers import Bits, Solution, SolverDefaults, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
 
@@ -36,12 +36,9 @@ class Zeroing(SolverDefaults):
         tensor([[3., 0.]])
     """
 
-    bits: int = 0
-    group: int = 64
+    bits: Bits = 0
+    group: Group = 64
     requires: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        _ = self.grid  # checks the parameters
 
     @property
     def rounds(self) -> bool:
@@ -51,7 +48,7 @@ class Zeroing(SolverDefaults):
     @property
     def grid(self) -> GroupGrid | None:
         """The grid of groups on which the weights then are."""
-        return Rounding(self.bits, self.group, 0).group_grid
+        return group_grid(self.bits, self.group)
 
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
@@ -61,6 +58,7 @@ class Zeroing(SolverDefaults):
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
         if self.grid is not None:
             pruned = self.grid.dequantize(*self.grid.quantize(pruned))
+            # The grid has one zero; a kept weight that rounded to it must stay kept.
             mark_kept(pruned, mask)
         elif self.rounds:
             pruned = nearest_rows(pruned)
