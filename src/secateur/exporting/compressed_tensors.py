@@ -25,14 +25,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ShapeError
-from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.folder import (
-    DecoderLinears,
-    copy_the_rest,
-    decoder_linears,
-    first_of,
-    size_of,
-)
+from secateur.exporting import Exported, ExportSource, folder, targets
 from secateur.models.checkpoint import PLAIN, ShardWriter, shard_name, write_index
 from secateur.models.opening import computed_dtype
 from secateur.models.varied import MODEL_TYPE
@@ -152,7 +145,7 @@ class CompressedTensors:
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the folder, one tensor in memory at a time, in as many files as the source has."""
-        linears = decoder_linears(source)
+        linears = folder.decoder_linears(source)
         if type == "w4a16":
             group, kind = _group_of(source, linears, progress), computed_dtype(source.folder)
             scheme = Scheme(4, packed=True, group=group, activations=None, scale=kind)
@@ -161,7 +154,7 @@ class CompressedTensors:
             scheme = Scheme(8, packed, group=None, activations=rounded, scale=torch.float32)
         whole = _planned(source, linears, scheme, source.reader.entries)
         changes = {"quantization_config": scheme.to_json(linears.others)}
-        copy_the_rest(source, changes, output, size_of(whole))
+        folder.copy_the_rest(source, changes, output, folder.size_of(whole))
         files, made, exact = source.reader.files, Exported(), 0
         weight_map: dict[str, str] = {}
         progress.start("writing", len(source.reader.entries))
@@ -195,7 +188,7 @@ class CompressedTensors:
 
 
 def _planned(
-    source: ExportSource, linears: DecoderLinears, scheme: Scheme, names: Iterable[str]
+    source: ExportSource, linears: folder.DecoderLinears, scheme: Scheme, names: Iterable[str]
 ) -> Specs:
     """Dtype and shape of what becomes of some tensors of the source."""
     known: Specs = {}
@@ -208,7 +201,7 @@ def _planned(
     return known
 
 
-def _group_of(source: ExportSource, linears: DecoderLinears, progress: Progress) -> int:
+def _group_of(source: ExportSource, linears: folder.DecoderLinears, progress: Progress) -> int:
     """The group for 4 bits: the largest that rounds no matrix which is on an int4 grid already."""
     possible = sorted(GROUPS, reverse=True)
     odd = [n for n, (_, columns) in linears.shapes.items() if columns % possible[-1]]
@@ -216,7 +209,7 @@ def _group_of(source: ExportSource, linears: DecoderLinears, progress: Progress)
         raise ShapeError(
             f"{len(odd)} of {len(linears.shapes)} matrices have rows that are no multiple of "
             f"{possible[-1]} weights long, so they have no groups for 4 bits",
-            where=first_of(odd),
+            where=folder.first_of(odd),
             remedy="export with --type w8a8, or cut to multiples of 32",
         )
     possible = [
@@ -232,7 +225,7 @@ def _group_of(source: ExportSource, linears: DecoderLinears, progress: Progress)
 
 
 def _notes_on(
-    source: ExportSource, linears: DecoderLinears, scheme: Scheme, rounded: int
+    source: ExportSource, linears: folder.DecoderLinears, scheme: Scheme, rounded: int
 ) -> list[str]:
     """What a user must know about the folder."""
     notes = []
@@ -249,7 +242,7 @@ def _notes_on(
     if odd:
         notes.append(
             f"vLLM's kernels for CPUs refuse {len(odd)} matrices whose sides are no multiples of "
-            f"{CPU_MULTIPLE}, for example {first_of(odd[:1])}"
+            f"{CPU_MULTIPLE}, for example {folder.first_of(odd[:1])}"
         )
     if source.config.get("model_type") == MODEL_TYPE:
         notes.append("its layers differ in size, so vLLM needs secateur's plug-in to run it")

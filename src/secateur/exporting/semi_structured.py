@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError
-from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.folder import (
-    DecoderLinears,
-    copy_the_rest,
-    decoder_linears,
-    first_of,
-    size_of,
-)
+from secateur.exporting import Exported, ExportSource, folder, targets
 from secateur.models.checkpoint import ShardWriter
 from secateur.progress import Progress, each_step
 from secateur.runtime.semi_structured.layout import (
@@ -53,11 +46,11 @@ class SemiStructured:
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write one file, one tensor in memory at a time; the source is read twice."""
-        linears, dtype = decoder_linears(source), TYPES[type]
+        linears, dtype = folder.decoder_linears(source), TYPES[type]
         stored = _stored_as(source, linears, progress)
         known = _known_specs(source, linears, stored, dtype)
         changes = {"dtype": str(dtype).removeprefix("torch.")}
-        copy_the_rest(source, changes, output, size_of(known))
+        folder.copy_the_rest(source, changes, output, folder.size_of(known))
         made, rounded = Exported(), 0
         with ShardWriter(output / FILE_NAME, known, [], {"format": "pt"}) as writer:
             for name in each_step(progress, "writing", source.reader.entries):
@@ -81,14 +74,14 @@ class SemiStructured:
         if odd:
             made.notes.append(
                 f"{len(odd)} matrices stay dense, because torch multiplies 2:4 only in multiples "
-                f"of {ROWS} × {COLUMNS}: {first_of(odd)}"
+                f"of {ROWS} × {COLUMNS}: {folder.first_of(odd)}"
             )
         made.notes.append("its speed on a GPU was never measured here")
         return made
 
 
 def _stored_as(
-    source: ExportSource, linears: DecoderLinears, progress: Progress
+    source: ExportSource, linears: folder.DecoderLinears, progress: Progress
 ) -> Mapping[str, str]:
     """The pattern of every linear that is stored in parts: the first of `PATTERNS` it has."""
     found: dict[str, str] = {}
@@ -101,7 +94,7 @@ def _stored_as(
         raise PatternError(
             f"{len(odd)} of {len(found)} matrices are not {', '.join(PATTERNS)}: they keep more "
             "of some block, or a row is no whole number of blocks",
-            where=first_of(odd),
+            where=folder.first_of(odd),
             remedy="prune the model with --pattern 2:4 or 6:8",
         )
     return {
@@ -115,7 +108,10 @@ def _stored_as(
 
 
 def _known_specs(
-    source: ExportSource, linears: DecoderLinears, stored: Mapping[str, str], dtype: torch.dtype
+    source: ExportSource,
+    linears: folder.DecoderLinears,
+    stored: Mapping[str, str],
+    dtype: torch.dtype,
 ) -> Specs:
     """Dtype and shape of everything in the file."""
     known: Specs = {}

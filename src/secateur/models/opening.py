@@ -18,26 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.models.at_rest import (
-    AssembledReader,
-    SourceFolder,
-    described_by,
-    stored_forms,
-    view_in,
-)
-from secateur.models.checkpoint import (
-    INDEX_NAMES,
-    PLAIN,
-    QUANT_METHOD,
-    CheckpointReader,
-    PatchedCopy,
-    ShardWriter,
-    copied_files,
-    note_links,
-    read_entry,
-    shard_name,
-    write_index,
-)
+from secateur.models import at_rest, checkpoint
 from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
 from secateur.models.skeleton import (
     auto_class,
@@ -74,7 +55,7 @@ def refuse_quantized(folder: Path) -> None:
     method = _method_of(read_configuration(folder))
     if method is None:
         return
-    if method == QUANT_METHOD:
+    if method == checkpoint.QUANT_METHOD:
         raise CheckpointError(
             "the checkpoint is compressed already",
             where=str(folder),
@@ -84,7 +65,7 @@ def refuse_quantized(folder: Path) -> None:
         f"the checkpoint is quantized ({method})",
         where=str(folder),
         remedy="run `secateur import DIR --output DENSE` and name that"
-        if method in stored_forms
+        if method in at_rest.stored_forms
         else REMEDIES.get(method, DENSE),
     )
 
@@ -94,7 +75,7 @@ def _method_of(config: Mapping[str, Any]) -> str | None:
     named = config.get("quantization_config")
     if named is not None and not isinstance(named, dict):
         return str(named)
-    described = described_by(config)
+    described = at_rest.described_by(config)
     return str(described.get("quant_method", "compressed-tensors")) if described else None
 
 
@@ -113,18 +94,20 @@ def formats_of(source: Path, result: Path) -> dict[str, str] | None:
     return {"source": form, "result": form_of(result) or dense}
 
 
-def open_weights(folder: Path) -> CheckpointReader:
+def open_weights(folder: Path) -> checkpoint.CheckpointReader:
     """A reader of the dense tensors of a folder, in whatever form they are stored.
 
     Raises:
         CheckpointError: a file is damaged or missing, or the form is not read.
         ArchitectureError: the source needs what a plain model cannot express.
     """
-    reader = CheckpointReader(folder)
-    source = SourceFolder(folder, read_configuration(folder), reader, computed_dtype(folder))
-    for name in stored_forms:
-        if stored_forms[name].recognises(source):
-            return stored_forms[name].open(source)
+    reader = checkpoint.CheckpointReader(folder)
+    source = at_rest.SourceFolder(
+        folder, read_configuration(folder), reader, computed_dtype(folder)
+    )
+    for name in at_rest.stored_forms:
+        if at_rest.stored_forms[name].recognises(source):
+            return at_rest.stored_forms[name].open(source)
     refuse_quantized(folder)
     return reader
 
@@ -177,7 +160,7 @@ def load_whole(
                 ignore_mismatched_sizes=form_of(folder) is None,
             )
             if form_of(folder) is None:
-                stored_names(loaded, CheckpointReader(folder), split=False)
+                stored_names(loaded, checkpoint.CheckpointReader(folder), split=False)
     # transformers draws missing ones at random, and says so only in its log
     refuse_missing(sorted(report["missing_keys"]), {}, folder)
     loaded = loaded.to(device).eval()
@@ -212,34 +195,36 @@ def _load_expanded(
 
 
 OF_A_FORM = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-LEFT_OUT = ("config.json", *INDEX_NAMES, *OF_A_FORM)
+LEFT_OUT = ("config.json", *checkpoint.INDEX_NAMES, *OF_A_FORM)
 """Files of a source that describe the form of its weights, and do not fit its dense copy."""
 
 
-def copy_of(reader: CheckpointReader, folder: Path, *, keep_format: bool = False) -> PatchedCopy:
+def copy_of(
+    reader: checkpoint.CheckpointReader, folder: Path, *, keep_format: bool = False
+) -> checkpoint.PatchedCopy:
     """The copy for a source: in place for plain tensors, else dense or, on demand, in its form."""
-    if not isinstance(reader, AssembledReader):
-        return PatchedCopy(reader, folder)
+    if not isinstance(reader, at_rest.AssembledReader):
+        return checkpoint.PatchedCopy(reader, folder)
     return StoredCopy(reader, folder) if keep_format else ExpandedCopy(reader, folder)
 
 
-def weight_bytes_of(reader: CheckpointReader, *, keep_format: bool = False) -> int:
+def weight_bytes_of(reader: checkpoint.CheckpointReader, *, keep_format: bool = False) -> int:
     """The size of the weight files of a copy."""
-    if isinstance(reader, AssembledReader) and not keep_format:
+    if isinstance(reader, at_rest.AssembledReader) and not keep_format:
         return reader.total_bytes
     return sum(file.stat().st_size for file in reader.files)
 
 
-class ExpandedCopy(PatchedCopy):
+class ExpandedCopy(checkpoint.PatchedCopy):
     """A copy whose tensors are dense: the form of the source and its configuration are gone."""
 
-    source: AssembledReader
+    source: at_rest.AssembledReader
 
     def create(self, progress: Progress | None = None) -> None:
         """Write all tensors dense, and copy the other files. Replaces files of the same names."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        others = [f for f in copied_files(self.source.folder) if f.name not in LEFT_OUT]
-        note_links(others)
+        others = [f for f in checkpoint.copied_files(self.source.folder) if f.name not in LEFT_OUT]
+        checkpoint.note_links(others)
         with writing(self.folder):
             for file in others:
                 target = self.folder / file.name
@@ -251,9 +236,9 @@ class ExpandedCopy(PatchedCopy):
         self._dirty |= {self.folder / "config.json", *self.folder.glob("*.safetensors")}
 
     @cached_property
-    def target(self) -> CheckpointReader:
+    def target(self) -> checkpoint.CheckpointReader:
         """The copy, as it shows the tensors of the source."""
-        written = CheckpointReader(self.folder)
+        written = checkpoint.CheckpointReader(self.folder)
         for name, parts in self.source.splits.items():
             if name in written.entries:
                 written.split(name, parts)
@@ -261,19 +246,19 @@ class ExpandedCopy(PatchedCopy):
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Overwrite one tensor; see `PatchedCopy.write`."""
-        PatchedCopy(self.target, self.folder).write(name, tensor)
+        checkpoint.PatchedCopy(self.target, self.folder).write(name, tensor)
         self._dirty.add(self.folder / self.target.entries[name].file.name)
 
 
-class StoredCopy(PatchedCopy):
+class StoredCopy(checkpoint.PatchedCopy):
     """A copy in the form of the source: new values are rounded to the stored scales.
 
     Zeros stay zeros, and numbers that did not change keep their bytes.
     """
 
-    source: AssembledReader
+    source: at_rest.AssembledReader
 
-    def __init__(self, source: AssembledReader, folder: Path) -> None:
+    def __init__(self, source: at_rest.AssembledReader, folder: Path) -> None:
         super().__init__(source, folder)
         fixed = [name for name, one in source.made.items() if one.back is None]
         if fixed:
@@ -284,7 +269,7 @@ class StoredCopy(PatchedCopy):
                 remedy="leave out --keep-format: the result is then written in "
                 f"{str(source.made[fixed[0]].dtype).removeprefix('torch.')}",
             )
-        self.raw = PatchedCopy(source.stored, folder)
+        self.raw = checkpoint.PatchedCopy(source.stored, folder)
 
     def create(self, progress: Progress | None = None) -> None:
         """Copy all files; see `PatchedCopy.create`."""
@@ -307,7 +292,7 @@ class StoredCopy(PatchedCopy):
         values = tensor.detach().to("cpu", assembly.dtype)
         if owner != name:
             whole = assembly.make(parts).to(assembly.dtype).contiguous()
-            view_in(whole, entry).copy_(values)
+            at_rest.view_in(whole, entry).copy_(values)
             values = whole
         assert assembly.back is not None
         for role, part in assembly.back(values, parts).items():
@@ -317,7 +302,7 @@ class StoredCopy(PatchedCopy):
     def stored_now(self, part: str) -> Tensor:
         """A part as it is in the copy."""
         entry = self.source.stored.entries[part]
-        return read_entry(replace(entry, file=self.folder / entry.file.name))
+        return checkpoint.read_entry(replace(entry, file=self.folder / entry.file.name))
 
     def sync(self) -> None:
         """Return when everything written so far would survive a power cut."""
@@ -329,20 +314,20 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def write_dense(view: CheckpointReader, folder: Path, progress: Progress) -> None:
+def write_dense(view: checkpoint.CheckpointReader, folder: Path, progress: Progress) -> None:
     """Write every tensor that a reader shows, and an index if there are several files."""
     progress.start("writing tensors", len(view.entries))
     weight_map: dict[str, str] = {}
     for number, file in enumerate(view.files, start=1):
-        dense = shard_name("model", number, len(view.files))
+        dense = checkpoint.shard_name("model", number, len(view.files))
         mine = {name: e for name, e in view.entries.items() if e.file == file}
         known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
-        with ShardWriter(folder / dense, known, [], PLAIN) as writer:
+        with checkpoint.ShardWriter(folder / dense, known, [], checkpoint.PLAIN) as writer:
             for name in mine:
                 writer.write(name, view.read(name))
                 progress.step(note=name)
-            writer.close(PLAIN)
+            writer.close(checkpoint.PLAIN)
         weight_map |= dict.fromkeys(mine, dense)
     progress.finish()
     if len(view.files) > 1:
-        write_index(folder, dict(sorted(weight_map.items())), view.total_bytes)
+        checkpoint.write_index(folder, dict(sorted(weight_map.items())), view.total_bytes)

@@ -24,17 +24,10 @@ from secateur.recipes.deploy import ImportRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card
 from secateur.reporting.models import ImportResult
+from secateur.runs import records
 from secateur.runs.environment import Meter, environment
 from secateur.runs.folder import file_digests
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import (
-    MANIFEST_VERSION,
-    Cost,
-    Import,
-    ImportedMatrix,
-    Manifest,
-    RunResult,
-)
 from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step
 
@@ -143,7 +136,7 @@ def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
 
 def _record_of(
     recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit, meter: Meter
-) -> Import:
+) -> records.Import:
     """The record of an import."""
     plain, masks, adapter = opened.plain, None, None
     if recipe.masks is not None:
@@ -156,7 +149,7 @@ def _record_of(
         name.removesuffix(".weight"): assembly.stored_as for name, assembly in plain.made.items()
     }
     rounded = {name.removesuffix(".weight") for name, lost in plain.rounded.items() if lost}
-    return Import(
+    return records.Import(
         schema_name="secateur.import/1",
         source=source.record,
         kind=opened.kind,
@@ -168,7 +161,7 @@ def _record_of(
         environment=environment(torch.device("cpu")),
         sparsity=audit.sparsity,
         matrices=tuple(
-            ImportedMatrix(
+            records.ImportedMatrix(
                 name=x.name,
                 shape=x.shape,
                 zeros=x.zeros,
@@ -187,11 +180,11 @@ def _digested(file: Path) -> dict[str, str]:
     return {"name": file.name, "sha256": file_digests([file])[file.name]}
 
 
-def _manifest_of(record: Import, audit: Audit, meter: Meter) -> Manifest:
+def _manifest_of(record: records.Import, audit: Audit, meter: Meter) -> records.Manifest:
     """The manifest of a model that another tool has pruned: what is known of its making."""
     patterns = {matrix.pattern for matrix in record.matrices} - {"dense"}
-    return Manifest(
-        manifest_version=MANIFEST_VERSION,
+    return records.Manifest(
+        manifest_version=records.MANIFEST_VERSION,
         source=record.source,
         family=audit.family,
         method={
@@ -203,8 +196,8 @@ def _manifest_of(record: Import, audit: Audit, meter: Meter) -> Manifest:
         },
         allocation={"name": UNKNOWN},
         environment=record.environment,
-        cost=Cost.model_validate({**meter.read(), "resumed": False}),
-        result=RunResult(
+        cost=records.Cost.model_validate({**meter.read(), "resumed": False}),
+        result=records.RunResult(
             decoder_sparsity=audit.sparsity,
             model_sparsity=audit.model_sparsity,
             parameters=audit.parameters,

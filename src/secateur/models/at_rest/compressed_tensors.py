@@ -34,17 +34,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError
-from secateur.models.at_rest import (
-    Assembly,
-    Described,
-    NamedForm,
-    Parts,
-    SourceFolder,
-    damaged,
-    described_by,
-    stored_forms,
-    unpacked,
-)
+from secateur.models import at_rest
 from secateur.models.checkpoint import CheckpointReader
 
 METHODS = ("compressed-tensors", "sparseml")
@@ -71,24 +61,26 @@ STORED = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
-class CompressedTensorsFolder(NamedForm):
+class CompressedTensorsFolder(at_rest.NamedForm):
     """Every format of compressed-tensors except 4-bit floating point and marlin-24."""
 
     name: ClassVar[str] = "compressed-tensors"
     of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
 
-    def recognises(self, source: SourceFolder) -> bool:
+    def recognises(self, source: at_rest.SourceFolder) -> bool:
         """Whether the configuration names compressed-tensors."""
-        return described_by(source.config).get("quant_method") in METHODS or (
+        return at_rest.described_by(source.config).get("quant_method") in METHODS or (
             "compression_config" in source.config or "sparsity_config" in source.config
         )
 
-    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+    def assemblies(
+        self, source: at_rest.SourceFolder, described: at_rest.Described
+    ) -> dict[str, at_rest.Assembly]:
         """Refuses rotated weights, and 4-bit floating point."""
         stored = source.reader.entries
         _refuse_unknown(described, stored)
         widths = frozenset(_widths_of(described))
-        made: dict[str, Assembly] = {}
+        made: dict[str, at_rest.Assembly] = {}
         for name, parts in _grouped(stored).items():
             try:
                 made[name] = _assembled(source, parts, widths)
@@ -96,7 +88,7 @@ class CompressedTensorsFolder(NamedForm):
                 raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
         return made
 
-    def notes(self, described: Described) -> tuple[str, ...]:
+    def notes(self, described: at_rest.Described) -> tuple[str, ...]:
         """Whether the source rounds activations, or its cache of keys and values."""
         said = "the source also rounds activations; the result does not"
         rounds = bool(described.get("kv_cache_scheme")) or any(
@@ -106,7 +98,7 @@ class CompressedTensorsFolder(NamedForm):
         return (said,) if rounds else ()
 
 
-def _refuse_unknown(described: Described, stored: Iterable[str]) -> None:
+def _refuse_unknown(described: at_rest.Described, stored: Iterable[str]) -> None:
     """Refuse what a plain model cannot express, and formats that are not read."""
     remedy = "name the model before this step, or decompress it with the tool that made it"
     if described.get("transform_config"):
@@ -119,7 +111,7 @@ def _refuse_unknown(described: Described, stored: Iterable[str]) -> None:
             raise ArchitectureError(f"{why} is not read", where=name, remedy=remedy)
 
 
-def _groups_of(described: Described) -> Iterator[Described]:
+def _groups_of(described: at_rest.Described) -> Iterator[at_rest.Described]:
     """The groups of matrices that a configuration describes."""
     groups = described.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -127,7 +119,7 @@ def _groups_of(described: Described) -> Iterator[Described]:
             yield group
 
 
-def _widths_of(described: Described) -> Iterator[int]:
+def _widths_of(described: at_rest.Described) -> Iterator[int]:
     """The bits of the integers that a configuration names."""
     for group in _groups_of(described):
         weights = group.get("weights")
@@ -154,7 +146,9 @@ def _grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset[int]) -> Assembly:
+def _assembled(
+    source: at_rest.SourceFolder, parts: Mapping[str, str], widths: frozenset[int]
+) -> at_rest.Assembly:
     """The dense tensor of some parts."""
 
     def among(names: Iterable[str]) -> dict[str, str]:
@@ -163,52 +157,58 @@ def _assembled(source: SourceFolder, parts: Mapping[str, str], widths: frozenset
     sparse = among(BITMASK_PARTS)
     scaled = among(SCALED_PARTS)
     if sparse and "weight" in parts:
-        raise damaged("the weight is stored, and so is its bitmask", parts["weight"])
+        raise at_rest.damaged("the weight is stored, and so is its bitmask", parts["weight"])
     if scaled:
         return _scaled_assembly(source.reader, scaled, sparse, source.dtype, widths)
     return _sparse_assembly(source.reader, sparse)
 
 
-def _sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> Assembly:
+def _sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> at_rest.Assembly:
     """The tensor that these parts make."""
     missing = {"compressed", "bitmask", "shape"} - parts.keys()
     if missing:
-        raise damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
+        raise at_rest.damaged(f"there is no {min(missing)} beside them", next(iter(parts.values())))
     place, entries = parts["bitmask"], {role: reader.entries[name] for role, name in parts.items()}
     if entries["shape"].dtype.is_floating_point or prod(entries["shape"].shape) not in (1, 2):
-        raise damaged("the shape of the tensor is not one or two whole numbers", parts["shape"])
+        raise at_rest.damaged(
+            "the shape of the tensor is not one or two whole numbers", parts["shape"]
+        )
     shape = tuple(int(x) for x in reader.read(parts["shape"]).flatten())
     if min(shape) < 1 or entries["bitmask"].dtype != torch.uint8:
-        raise damaged(f"a bitmask of {entries['bitmask'].dtype} for the shape {list(shape)}", place)
+        raise at_rest.damaged(
+            f"a bitmask of {entries['bitmask'].dtype} for the shape {list(shape)}", place
+        )
     packed = (*shape[:-1], -(-shape[-1] // 8))
     if entries["bitmask"].shape != packed:
-        raise damaged(
+        raise at_rest.damaged(
             f"the bitmask is {list(entries['bitmask'].shape)}, the shape {list(shape)} needs "
             f"{list(packed)}",
             place,
         )
     stored_as = "sparse-bitmask" if "row_offsets" in parts else "sparse-24-bitmask"
-    return Assembly(
+    return at_rest.Assembly(
         parts, shape, entries["compressed"].dtype, stored_as, lambda p: _unmasked(p, shape)
     )
 
 
-def _unmasked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+def _unmasked(parts: at_rest.Parts, shape: tuple[int, ...]) -> Tensor:
     """The dense tensor."""
     bits = _bits_of(parts["bitmask"])
     kept = bits[..., : shape[-1]]
     values = parts["compressed"].flatten()
     if bits[..., shape[-1] :].any():
-        raise damaged("the bitmask keeps weights beyond the last column", "bitmask")
+        raise at_rest.damaged("the bitmask keeps weights beyond the last column", "bitmask")
     counts = kept.sum(-1, dtype=torch.int64).flatten()
     if int(counts.sum()) != values.numel():
-        raise damaged(
+        raise at_rest.damaged(
             f"the bitmask keeps {int(counts.sum())} weights, {values.numel()} are stored", "bitmask"
         )
     if "row_offsets" in parts:
         starts = counts.cumsum(0) - counts
         if not torch.equal(parts["row_offsets"].flatten().to(torch.int64), starts):
-            raise damaged("the offsets of the rows are not those of the bitmask", "row_offsets")
+            raise at_rest.damaged(
+                "the offsets of the rows are not those of the bitmask", "row_offsets"
+            )
     raw = torch.uint8 if values.itemsize == 1 else values.dtype  # float8 has no scatter
     dense = torch.zeros(shape, dtype=raw)
     dense[kept] = values.view(raw)
@@ -234,21 +234,21 @@ def _scaled_assembly(
     sparse: Mapping[str, str],
     dtype: torch.dtype,
     widths: frozenset[int],
-) -> Assembly:
+) -> at_rest.Assembly:
     """The matrix that these parts make."""
     if "weight_scale" not in parts:
-        raise damaged("there is no weight_scale beside it", next(iter(parts.values())))
+        raise at_rest.damaged("there is no weight_scale beside it", next(iter(parts.values())))
     for role in ("weight_scale", "weight_zero_point"):
         if role in parts and len(reader.entries[parts[role]].shape) > 2:
-            raise damaged(f"{role} has more than two dimensions", parts[role])
+            raise at_rest.damaged(f"{role} has more than two dimensions", parts[role])
     if "weight_packed" in parts:
         shape, bits = _packed_shape(reader, parts, widths)
         make, stored_as = partial(_from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
-        return Assembly(parts, shape, dtype, stored_as, make)
+        return at_rest.Assembly(parts, shape, dtype, stored_as, make)
     if sparse:
         inner = _sparse_assembly(reader, sparse)
         _check_dtype(inner.dtype, sparse["compressed"])
-        return Assembly(
+        return at_rest.Assembly(
             {**sparse, **parts},
             inner.shape,
             dtype,
@@ -256,13 +256,13 @@ def _scaled_assembly(
             lambda p: _scaled(inner.make({role: p[role] for role in sparse}), p),
         )
     if "weight" not in parts:
-        raise damaged("there are scales without a weight", parts["weight_scale"])
+        raise at_rest.damaged("there are scales without a weight", parts["weight_scale"])
     entry = reader.entries[parts["weight"]]
     _check_dtype(entry.dtype, parts["weight"])
     if len(entry.shape) != 2:
-        raise damaged(f"a weight of shape {list(entry.shape)} has a scale", parts["weight"])
+        raise at_rest.damaged(f"a weight of shape {list(entry.shape)} has a scale", parts["weight"])
     kind = _dtype_word(entry.dtype)
-    return Assembly(parts, entry.shape, dtype, kind, lambda p: _scaled(p["weight"], p))
+    return at_rest.Assembly(parts, entry.shape, dtype, kind, lambda p: _scaled(p["weight"], p))
 
 
 def _dtype_word(dtype: torch.dtype) -> str:
@@ -287,16 +287,18 @@ def _packed_shape(
     """The shape of a matrix of packed integers, and their bits."""
     place, entry = parts["weight_packed"], reader.entries[parts["weight_packed"]]
     if "weight_shape" not in parts:
-        raise damaged("there is no weight_shape beside it", place)
+        raise at_rest.damaged("there is no weight_shape beside it", place)
     sizes = reader.entries[parts["weight_shape"]]
     if sizes.dtype.is_floating_point or torch.Size(sizes.shape).numel() != 2:
-        raise damaged("the shape of the matrix is not two whole numbers", parts["weight_shape"])
+        raise at_rest.damaged(
+            "the shape of the matrix is not two whole numbers", parts["weight_shape"]
+        )
     rows, columns = (int(x) for x in reader.read(parts["weight_shape"]).flatten())
     if entry.dtype != torch.int32 or min(rows, columns) < 1:
-        raise damaged(f"packed integers of {entry.dtype} for [{rows}, {columns}]", place)
+        raise at_rest.damaged(f"packed integers of {entry.dtype} for [{rows}, {columns}]", place)
     fits = [bits for bits in widths if entry.shape == (rows, -(-columns // (32 // bits)))]
     if len(fits) != 1:
-        raise damaged(
+        raise at_rest.damaged(
             f"{list(entry.shape)} words do not hold [{rows}, {columns}] integers of "
             f"{' or '.join(map(str, sorted(widths))) or 'no'} bits, as config.json says",
             place,
@@ -304,28 +306,28 @@ def _packed_shape(
     return (rows, columns), fits[0]
 
 
-def _from_words(parts: Parts, bits: int, shape: tuple[int, int]) -> Tensor:
+def _from_words(parts: at_rest.Parts, bits: int, shape: tuple[int, int]) -> Tensor:
     """The matrix of packed integers, float64."""
-    integers = unpacked(parts["weight_packed"], bits).flatten(-2)
+    integers = at_rest.unpacked(parts["weight_packed"], bits).flatten(-2)
     zero = parts.get("weight_zero_point")
     if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
-        zero = unpacked(zero.t(), bits).flatten(-2)[:, : shape[0]].t() - 2 ** (bits - 1)
+        zero = at_rest.unpacked(zero.t(), bits).flatten(-2)[:, : shape[0]].t() - 2 ** (bits - 1)
         parts = {**parts, "weight_zero_point": zero}
     return _scaled(integers[:, : shape[1]] - 2 ** (bits - 1), parts)
 
 
-def _scaled(stored: Tensor, parts: Parts) -> Tensor:
+def _scaled(stored: Tensor, parts: at_rest.Parts) -> Tensor:
     """(q − zero_point) · scale, float64."""
     scale = parts["weight_scale"]
     if not scale.dtype.is_floating_point:
-        raise damaged(f"the scales are {scale.dtype}", "weight_scale")
+        raise at_rest.damaged(f"the scales are {scale.dtype}", "weight_scale")
     spread = partial(_spread_out, shape=tuple(stored.shape), order=parts.get("weight_g_idx"))
     value = stored.to(torch.float64)
     zero = parts.get("weight_zero_point")
     if zero is not None:
         if zero.numel() != scale.numel():
             what = f"zero points {list(zero.shape)} beside scales {list(scale.shape)}"
-            raise damaged(what, "weight_zero_point")
+            raise at_rest.damaged(what, "weight_zero_point")
         value = value - spread(zero.to(torch.float64).reshape(scale.shape))
     return value * spread(scale.to(torch.float64))
 
@@ -336,15 +338,19 @@ def _spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> 
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     if scale.ndim != 2 or rows % scale.shape[0] or columns % scale.shape[1]:
-        raise damaged(f"scales {list(scale.shape)} do not divide {list(shape)}", "weight_scale")
+        raise at_rest.damaged(
+            f"scales {list(scale.shape)} do not divide {list(shape)}", "weight_scale"
+        )
     groups = scale.shape[1]
     if order is not None and not (order == -1).any():
         if order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= groups:
-            raise damaged(f"a column names a group that is not one of {groups}", "weight_g_idx")
+            raise at_rest.damaged(
+                f"a column names a group that is not one of {groups}", "weight_g_idx"
+            )
         scale = scale[:, order.to(torch.int64)]
     else:
         scale = scale.repeat_interleave(columns // groups, 1)
     return scale.repeat_interleave(rows // scale.shape[0], 0)
 
 
-stored_forms.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())
+at_rest.stored_forms.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())

@@ -23,16 +23,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError
-from secateur.models.at_rest import (
-    Assembly,
-    Described,
-    NamedForm,
-    Parts,
-    SourceFolder,
-    damaged,
-    refuse_empty,
-    stored_forms,
-)
+from secateur.models import at_rest
 from secateur.models.header import TensorEntry
 
 FLOAT8 = torch.float8_e4m3fn
@@ -47,20 +38,22 @@ OF_ACTIVATIONS = (
 
 
 @dataclass(frozen=True)
-class BlockFloat8(NamedForm):
+class BlockFloat8(at_rest.NamedForm):
     """`quant_method: fp8`."""
 
     name: ClassVar[str] = "fp8"
     of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
 
-    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+    def assemblies(
+        self, source: at_rest.SourceFolder, described: at_rest.Described
+    ) -> dict[str, at_rest.Assembly]:
         """Refuses matrices without scales, and 4-bit floating point."""
         entries, block = source.reader.entries, _block_of(described, source)
         made = {}
         for name, entry in entries.items():
             scale = _scale_of(name, entries)
             if entry.dtype == FLOAT8 and scale is None:
-                raise damaged(f"{name} is float8, and there is no scale of it", entry.file)
+                raise at_rest.damaged(f"{name} is float8, and there is no scale of it", entry.file)
             if scale is None or scale == name:
                 continue
             if entry.dtype in (torch.int8, torch.uint8):
@@ -72,23 +65,25 @@ class BlockFloat8(NamedForm):
                 )
             if entry.dtype == FLOAT8:
                 made[name] = _assembly(name, entry, scale, entries[scale], block, source.dtype)
-        refuse_empty(made, self.name, source)
+        at_rest.refuse_empty(made, self.name, source)
         return made
 
-    def notes(self, described: Described) -> tuple[str, ...]:
+    def notes(self, described: at_rest.Described) -> tuple[str, ...]:
         """Whether the source rounds activations."""
         said = "the source rounds activations to float8 as well; the result does not"
         return (said,) if described.get("activation_scheme") else ()
 
 
-def _block_of(described: Described, source: SourceFolder) -> tuple[int, int] | None:
+def _block_of(described: at_rest.Described, source: at_rest.SourceFolder) -> tuple[int, int] | None:
     """The rows and columns of a block; None for one scale for each matrix."""
     found = described.get("weight_block_size", (128, 128))
     if found is None:
         return None
     pair = isinstance(found, (list, tuple)) and len(found) == 2
     if not pair or any(type(size) is not int or size < 1 for size in found):
-        raise damaged(f"weight_block_size is {str(found)[:40]}", source.folder / "config.json")
+        raise at_rest.damaged(
+            f"weight_block_size is {str(found)[:40]}", source.folder / "config.json"
+        )
     return found[0], found[1]
 
 
@@ -107,21 +102,21 @@ def _assembly(
     scale: TensorEntry,
     block: tuple[int, int] | None,
     dtype: torch.dtype,
-) -> Assembly:
+) -> at_rest.Assembly:
     """The matrix, or the stacked matrices, that a tensor and its scales make."""
     if len(entry.shape) not in (2, 3):
-        raise damaged(f"a tensor of shape {list(entry.shape)} has scales", name)
+        raise at_rest.damaged(f"a tensor of shape {list(entry.shape)} has scales", name)
     exponents = scale.dtype == torch.uint8
     if not scale.dtype.is_floating_point and not exponents:
-        raise damaged(f"the scales are {scale.dtype}", scale_name)
+        raise at_rest.damaged(f"the scales are {scale.dtype}", scale_name)
     sizes = _fitting_blocks(entry.shape, scale.shape, block)
     if sizes is None:
-        raise damaged(
+        raise at_rest.damaged(
             f"the scales are {list(scale.shape)}; {list(entry.shape)} in blocks of "
             f"{list(block) if block else 'any size'} needs others",
             scale_name,
         )
-    return Assembly(
+    return at_rest.Assembly(
         {"weight": name, "scale": scale_name},
         entry.shape,
         dtype,
@@ -167,14 +162,14 @@ def _spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]
     return wide
 
 
-def _multiplied(parts: Parts, block: tuple[int, int]) -> Tensor:
+def _multiplied(parts: at_rest.Parts, block: tuple[int, int]) -> Tensor:
     """The dense tensor, float32."""
     weight = parts["weight"]
     return weight.to(torch.float32) * _spread_blocks(parts["scale"], tuple(weight.shape), block)
 
 
 def _rounded_back(
-    values: Tensor, parts: Parts, block: tuple[int, int], dtype: torch.dtype
+    values: Tensor, parts: at_rest.Parts, block: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The parts for new values: the scales stay, and so does every number that did not change.
 
@@ -188,4 +183,4 @@ def _rounded_back(
     return {"weight": codes.view(FLOAT8), "scale": parts["scale"]}
 
 
-stored_forms.register(BlockFloat8.name)(BlockFloat8())
+at_rest.stored_forms.register(BlockFloat8.name)(BlockFloat8())

@@ -35,17 +35,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArchitectureError
-from secateur.models.at_rest import (
-    Assembly,
-    Described,
-    NamedForm,
-    Parts,
-    SourceFolder,
-    damaged,
-    refuse_empty,
-    stored_forms,
-    unpacked,
-)
+from secateur.models import at_rest
 
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -53,12 +43,14 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class PostTraining(NamedForm):
+class PostTraining(at_rest.NamedForm):
     """`quant_method: gptq`, with integers of 2, 4 or 8 bits."""
 
     name: ClassVar[str] = "gptq"
 
-    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+    def assemblies(
+        self, source: at_rest.SourceFolder, described: at_rest.Described
+    ) -> dict[str, at_rest.Assembly]:
         """Refuses integers of other widths, or packed for one kernel."""
         bits, layout = described.get("bits"), described.get("checkpoint_format", "gptq")
         if bits not in (2, 4, 8) or layout not in ("gptq", "gptq_v2"):
@@ -74,12 +66,14 @@ class PostTraining(NamedForm):
 
 
 @dataclass(frozen=True)
-class ActivationAware(NamedForm):
+class ActivationAware(at_rest.NamedForm):
     """`quant_method: awq`, version gemm."""
 
     name: ClassVar[str] = "awq"
 
-    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+    def assemblies(
+        self, source: at_rest.SourceFolder, described: at_rest.Described
+    ) -> dict[str, at_rest.Assembly]:
         """Refuses integers of other widths, or packed for another kernel."""
         bits = described.get("bits", described.get("w_bit"))
         version = str(described.get("version", "gemm")).lower()
@@ -93,8 +87,8 @@ class ActivationAware(NamedForm):
 
 
 def _assemblies(
-    source: SourceFolder, make: Callable[[Parts], Tensor], bits: int, *, rows: bool
-) -> dict[str, Assembly]:
+    source: at_rest.SourceFolder, make: Callable[[at_rest.Parts], Tensor], bits: int, *, rows: bool
+) -> dict[str, at_rest.Assembly]:
     """The matrices of a folder; words hold consecutive inputs if `rows`, else outputs."""
     entries = source.reader.entries
     found: dict[str, dict[str, str]] = {}
@@ -106,18 +100,18 @@ def _assemblies(
     for owner, parts in found.items():
         missing = {"qzeros", "scales"} - parts.keys()
         if missing:
-            raise damaged(f"there is no {min(missing)} beside it", parts["qweight"])
+            raise at_rest.damaged(f"there is no {min(missing)} beside it", parts["qweight"])
         shapes = {role: entries[name].shape for role, name in parts.items()}
         shape = _shape_of(shapes, 32 // bits, rows=rows)
         if shape is None or any(entries[parts[x]].dtype != torch.int32 for x in ROLES[:2]):
-            raise damaged(
+            raise at_rest.damaged(
                 "the parts do not fit each other: "
                 + ", ".join(f"{role} {list(size)}" for role, size in sorted(shapes.items())),
                 parts["qweight"],
             )
         name = f"{owner}.weight"
-        made[name] = Assembly(parts, shape, source.dtype, f"int{bits} in groups", make)
-    refuse_empty(made, f"int{bits} in groups", source)
+        made[name] = at_rest.Assembly(parts, shape, source.dtype, f"int{bits} in groups", make)
+    at_rest.refuse_empty(made, f"int{bits} in groups", source)
     return made
 
 
@@ -137,32 +131,32 @@ def _shape_of(
     return (outputs, inputs) if whole and outputs % factor == 0 else None
 
 
-def _along_inputs(parts: Parts, bits: int, lower: int) -> Tensor:
+def _along_inputs(parts: at_rest.Parts, bits: int, lower: int) -> Tensor:
     """A matrix [out, in] of GPTQ, float64, whose words of zeros are stored `lower`."""
-    integers = unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
+    integers = at_rest.unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
     words = parts["qzeros"].to(torch.int64) + lower  # the lower 32 bits are the sum modulo 2³²
-    zeros = unpacked(words, bits).flatten(1)
+    zeros = at_rest.unpacked(words, bits).flatten(1)
     groups, inputs = len(zeros), len(integers)
     order = parts.get("g_idx")
     if order is None:
         order = torch.arange(inputs) // (inputs // groups)
     if int(order.min()) < 0 or int(order.max()) >= groups:
-        raise damaged(f"an input names a group that is not one of {groups}", "g_idx")
+        raise at_rest.damaged(f"an input names a group that is not one of {groups}", "g_idx")
     order = order.to(torch.int64)
     scales = parts["scales"].to(torch.float64)
     return ((integers - zeros[order]).to(torch.float64) * scales[order]).t()
 
 
-def _along_outputs(parts: Parts) -> Tensor:
+def _along_outputs(parts: at_rest.Parts) -> Tensor:
     """A matrix [out, in] of AWQ, float64."""
     place = torch.tensor(AWQ_ORDER).argsort()
     integers, zeros = (
-        unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
+        at_rest.unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
     )
     size = len(integers) // len(zeros)
     spread = (integers - zeros.repeat_interleave(size, 0)).to(torch.float64)
     return (spread * parts["scales"].to(torch.float64).repeat_interleave(size, 0)).t()
 
 
-stored_forms.register(PostTraining.name)(PostTraining())
-stored_forms.register(ActivationAware.name)(ActivationAware())
+at_rest.stored_forms.register(PostTraining.name)(PostTraining())
+at_rest.stored_forms.register(ActivationAware.name)(ActivationAware())

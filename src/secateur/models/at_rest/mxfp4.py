@@ -22,16 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.models.at_rest import (
-    Assembly,
-    Described,
-    NamedForm,
-    Parts,
-    SourceFolder,
-    damaged,
-    refuse_empty,
-    stored_forms,
-)
+from secateur.models import at_rest
 from secateur.models.header import TensorEntry
 
 NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -41,35 +32,41 @@ BLOCKS, SCALES = "_blocks", "_scales"
 
 
 @dataclass(frozen=True)
-class MicroscaledFloat4(NamedForm):
+class MicroscaledFloat4(at_rest.NamedForm):
     """`quant_method: mxfp4`."""
 
     name: ClassVar[str] = "mxfp4"
 
-    def assemblies(self, source: SourceFolder, described: Described) -> dict[str, Assembly]:
+    def assemblies(
+        self, source: at_rest.SourceFolder, described: at_rest.Described
+    ) -> dict[str, at_rest.Assembly]:
         """Refuses blocks without scales, and scales without blocks."""
         entries, made = source.reader.entries, {}
         for name in entries:
             for end, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
                 stem = name.removesuffix(end)
                 if stem != name and stem + other not in entries:
-                    raise damaged(f"there is {name}, but no {stem + other}", source.folder)
+                    raise at_rest.damaged(f"there is {name}, but no {stem + other}", source.folder)
             stem = name.removesuffix(BLOCKS)
             if stem != name:
                 scales = entries[stem + SCALES]
                 made[stem] = _assembly(stem, entries[name], scales, source.dtype)
-        refuse_empty(made, self.name, source)
+        at_rest.refuse_empty(made, self.name, source)
         return made
 
 
-def _assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.dtype) -> Assembly:
+def _assembly(
+    stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.dtype
+) -> at_rest.Assembly:
     """The experts that blocks and scales make."""
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
-        raise damaged(f"blocks of {blocks.dtype}, scales of {scales.dtype}", stem)
+        raise at_rest.damaged(f"blocks of {blocks.dtype}, scales of {scales.dtype}", stem)
     if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, GROUP // 2):
-        raise damaged(f"blocks {list(blocks.shape)} beside scales {list(scales.shape)}", stem)
+        raise at_rest.damaged(
+            f"blocks {list(blocks.shape)} beside scales {list(scales.shape)}", stem
+        )
     experts, out, groups, _ = blocks.shape
-    return Assembly(
+    return at_rest.Assembly(
         {"blocks": stem + BLOCKS, "scales": stem + SCALES},
         (experts, groups * GROUP, out),
         dtype,
@@ -80,7 +77,7 @@ def _assembly(stem: str, blocks: TensorEntry, scales: TensorEntry, dtype: torch.
     )
 
 
-def _expanded(parts: Parts) -> Tensor:
+def _expanded(parts: at_rest.Parts) -> Tensor:
     """The experts [experts, in, out], float32."""
     blocks, scales = parts["blocks"], parts["scales"]
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
@@ -91,7 +88,7 @@ def _expanded(parts: Parts) -> Tensor:
     return values.flatten(-2).transpose(1, 2)
 
 
-def _rounded_back(values: Tensor, parts: Parts, dtype: torch.dtype) -> dict[str, Tensor]:
+def _rounded_back(values: Tensor, parts: at_rest.Parts, dtype: torch.dtype) -> dict[str, Tensor]:
     """The parts for new values: the scales stay, and so does every number that did not change.
 
     A number is rounded to the nearest one of its group's grid. Of two that are equally near, the
@@ -111,4 +108,4 @@ def _rounded_back(values: Tensor, parts: Parts, dtype: torch.dtype) -> dict[str,
     return {"blocks": pairs[..., 0] | (pairs[..., 1] << 4), "scales": scales}
 
 
-stored_forms.register(MicroscaledFloat4.name)(MicroscaledFloat4())
+at_rest.stored_forms.register(MicroscaledFloat4.name)(MicroscaledFloat4())

@@ -1,35 +1,11 @@
 """Hybrids: state spaces, convolutions or linear attention in most layers, attention in others."""
 
-from secateur.models.architecture import (
-    PRE_NORM_WRITERS,
-    SPLIT_ATTENTION_GATED_FFN,
-    SPLIT_ATTENTION_GROUPS,
-    Axes,
-    Couplings,
-    Family,
-    families,
-)
+from secateur.models import architecture
 from secateur.models.expert_layout import ExpertLayout, Experts
-from secateur.models.families import ends, grouped, over
-from secateur.models.families.llama_like import (
-    EMBEDDING_AND_HEAD,
-    GATED_FFN,
-    HEAD_NORMS,
-    PRE_NORM,
-    QUERIES_KEYS_VALUES,
-    SPLIT_ATTENTION,
-    TWO_NORMS,
-)
-from secateur.models.families.mixtures import (
-    FEED_FORWARD,
-    FEED_FORWARD_GROUPS,
-    GATED_SHARED_EXPERT,
-    GRANITE,
-    W132,
-)
+from secateur.models.families import ends, grouped, llama_like, mixtures, over
 
 
-def _mamba_axes(module: str) -> Axes:
+def _mamba_axes(module: str) -> architecture.Axes:
     """Mamba-2, whose states are left as they are."""
     return {
         **over("state hidden", f"{module}.in_proj"),
@@ -42,12 +18,12 @@ def _mamba_axes(module: str) -> Axes:
 MAMBA_GROUPS = grouped("mamba.in_proj", "mamba.out_proj")
 TIED_STATES = "the states of its Mamba layers are a multiple of the hidden size"
 
-BAMBA_COUPLINGS = Couplings(
+BAMBA_COUPLINGS = architecture.Couplings(
     layer={
         **_mamba_axes("mamba"),
-        **SPLIT_ATTENTION,
+        **llama_like.SPLIT_ATTENTION,
         "input_layernorm": ("hidden",),
-        **FEED_FORWARD,
+        **mixtures.FEED_FORWARD,
         "pre_ff_layernorm": ("hidden",),
     },
     outside=ends("model.embed_tokens", "model.final_layernorm"),
@@ -55,20 +31,20 @@ BAMBA_COUPLINGS = Couplings(
     ffn_norms=("pre_ff_layernorm",),
     fixed={"hidden": TIED_STATES},
 )
-BAMBA = Family(
+BAMBA = architecture.Family(
     model_types=("bamba",),
-    groups=(*MAMBA_GROUPS, *SPLIT_ATTENTION_GROUPS, *FEED_FORWARD_GROUPS),
+    groups=(*MAMBA_GROUPS, *architecture.SPLIT_ATTENTION_GROUPS, *mixtures.FEED_FORWARD_GROUPS),
     writers=("mamba.out_proj", "self_attn.o_proj", "feed_forward.down_proj"),
     couplings=BAMBA_COUPLINGS,
 )
 
 LFM2_WRITERS = ("conv.out_proj", "self_attn.out_proj", "feed_forward.w2")
-LFM2_COUPLINGS = Couplings(
+LFM2_COUPLINGS = architecture.Couplings(
     layer={
         **over("state hidden", "conv.in_proj"),
         **over("state state state", "conv.conv"),
         **over("hidden state", "conv.out_proj"),
-        **QUERIES_KEYS_VALUES,
+        **llama_like.QUERIES_KEYS_VALUES,
         **over("hidden queries", "self_attn.out_proj"),
         **over("-", "self_attn.q_layernorm self_attn.k_layernorm"),
         **over("hidden", "operator_norm"),
@@ -84,23 +60,25 @@ LFM2_COUPLINGS = Couplings(
 )
 
 DELTANET_INPUTS = tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))
-DELTANET_WRITERS = ("linear_attn.out_proj", *PRE_NORM_WRITERS)
-DELTANET_COUPLINGS = PRE_NORM.plus(
+DELTANET_WRITERS = ("linear_attn.out_proj", *architecture.PRE_NORM_WRITERS)
+DELTANET_COUPLINGS = llama_like.PRE_NORM.plus(
     {
         **over("state hidden", " ".join(DELTANET_INPUTS)),
         **over("hidden state", "linear_attn.out_proj"),
         **over("state state state", "linear_attn.conv1d"),
         **over("state", "linear_attn.norm linear_attn.A_log linear_attn.dt_bias"),
-        **SPLIT_ATTENTION,
+        **llama_like.SPLIT_ATTENTION,
         **over("pairs hidden", "self_attn.q_proj"),
-        **HEAD_NORMS,
-        **GATED_FFN,
+        **llama_like.HEAD_NORMS,
+        **llama_like.GATED_FFN,
     },
     norm_offset=1.0,
 )
 """Gated DeltaNet, and attention with a gate for every query."""
 
-LFM2_EXPERTS = Experts(module="feed_forward.experts", router="feed_forward.gate", stored=W132)
+LFM2_EXPERTS = Experts(
+    module="feed_forward.experts", router="feed_forward.gate", stored=mixtures.W132
+)
 NEMOTRON_EXPERTS = Experts(
     module="mixer.experts",
     router="mixer.gate",
@@ -120,33 +98,33 @@ TABLE = {
         ),
     ),
     # Granite 4: Mamba-2 in most layers, attention in the others; some sizes have experts.
-    "granite_hybrid": Family(
+    "granite_hybrid": architecture.Family(
         model_types=("granitemoehybrid",),
         groups=(
             *MAMBA_GROUPS,
-            *SPLIT_ATTENTION_GROUPS,
+            *architecture.SPLIT_ATTENTION_GROUPS,
             *grouped("shared_mlp.input_linear", "shared_mlp.output_linear"),
         ),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **_mamba_axes("mamba"),
-                **SPLIT_ATTENTION,
-                **TWO_NORMS,
+                **llama_like.SPLIT_ATTENTION,
+                **llama_like.TWO_NORMS,
                 "shared_mlp.input_linear": ("neurons+neurons", "hidden"),
                 "shared_mlp.output_linear": ("hidden", "neurons"),
-                **GRANITE.axes(),
+                **mixtures.GRANITE.axes(),
             },
-            outside=EMBEDDING_AND_HEAD,
+            outside=llama_like.EMBEDDING_AND_HEAD,
             ffn=("shared_mlp", "block_sparse_moe"),
             ffn_norms=("post_attention_layernorm",),
             neurons_key="shared_intermediate_size",
-            attributes=GRANITE.sizes(),
+            attributes=mixtures.GRANITE.sizes(),
             fixed={"hidden": TIED_STATES},
         ),
-        experts=GRANITE,
+        experts=mixtures.GRANITE,
     ),
     # Short convolutions in most layers, attention in the others.
-    "lfm2": Family(
+    "lfm2": architecture.Family(
         model_types=("lfm2",),
         groups=grouped(
             "conv.in_proj",
@@ -160,7 +138,7 @@ TABLE = {
         couplings=LFM2_COUPLINGS,
     ),
     # The same with experts, and a router with a correction.
-    "lfm2_moe": Family(
+    "lfm2_moe": architecture.Family(
         model_types=("lfm2_moe",),
         couplings=LFM2_COUPLINGS.plus(
             {**LFM2_EXPERTS.axes(), "feed_forward.expert_bias": ("experts",)},
@@ -171,7 +149,7 @@ TABLE = {
         experts=LFM2_EXPERTS,
     ),
     # Mamba, attention and experts without a gate, which may read a latent space.
-    "nemotron_h": Family(
+    "nemotron_h": architecture.Family(
         model_types=("nemotron_h",),
         groups=grouped(
             "mixer.in_proj",
@@ -182,7 +160,7 @@ TABLE = {
             "mixer.down_proj",
         ),
         writers=("mixer.out_proj", "mixer.o_proj", "mixer.down_proj"),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **_mamba_axes("mixer"),
                 **over("state hidden", "mixer.q_proj mixer.k_proj mixer.v_proj"),
@@ -205,20 +183,24 @@ TABLE = {
         experts=NEMOTRON_EXPERTS,
     ),
     # Qwen3.5 (dense): three layers of gated DeltaNet to one of gated attention.
-    "qwen3_5": Family(
+    "qwen3_5": architecture.Family(
         model_types=("qwen3_5_text",),
-        groups=(DELTANET_INPUTS, ("linear_attn.out_proj",), *SPLIT_ATTENTION_GATED_FFN),
+        groups=(
+            DELTANET_INPUTS,
+            ("linear_attn.out_proj",),
+            *architecture.SPLIT_ATTENTION_GATED_FFN,
+        ),
         writers=DELTANET_WRITERS,
         couplings=DELTANET_COUPLINGS,
     ),
     # Qwen3-Next and Qwen3.5-MoE: the same with many experts and a shared one.
-    "qwen3_next": Family(
+    "qwen3_next": architecture.Family(
         model_types=("qwen3_next", "qwen3_5_moe_text"),
         couplings=DELTANET_COUPLINGS.plus(
             {
                 **over("state hidden", "linear_attn.in_proj_qkvz linear_attn.in_proj_ba"),
                 **Experts().axes(),
-                **GATED_SHARED_EXPERT,
+                **mixtures.GATED_SHARED_EXPERT,
             },
             attributes=Experts().sizes("hidden_dim"),
         ),
@@ -228,4 +210,4 @@ TABLE = {
 }
 
 for name, family in TABLE.items():
-    families.register(name)(family)
+    architecture.families.register(name)(family)

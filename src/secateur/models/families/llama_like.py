@@ -3,33 +3,28 @@
 The axes that most other tables are made of are declared here too.
 """
 
-from secateur.models.architecture import (
-    PRE_NORM_WRITERS,
-    SPLIT_ATTENTION_GATED_FFN,
-    SPLIT_ATTENTION_GROUPS,
-    Axes,
-    Couplings,
-    Family,
-    families,
-)
+from secateur.models import architecture
 from secateur.models.families import ends, grouped, over
 
 QUERIES_KEYS_VALUES = {
     **over("queries hidden", "self_attn.q_proj"),
     **over("keys hidden", "self_attn.k_proj self_attn.v_proj"),
 }
-SPLIT_ATTENTION: Axes = {**QUERIES_KEYS_VALUES, **over("hidden queries", "self_attn.o_proj")}
+SPLIT_ATTENTION: architecture.Axes = {
+    **QUERIES_KEYS_VALUES,
+    **over("hidden queries", "self_attn.o_proj"),
+}
 HEAD_NORMS = over("-", "self_attn.q_norm self_attn.k_norm")
 """Norms over the channels of a head, which all heads share."""
-WIDE_NORMS: Axes = {"self_attn.q_norm": ("queries",), "self_attn.k_norm": ("keys",)}
+WIDE_NORMS: architecture.Axes = {"self_attn.q_norm": ("queries",), "self_attn.k_norm": ("keys",)}
 """Norms over the channels of all heads."""
 HUNYUAN_NORMS = over("-", "self_attn.query_layernorm self_attn.key_layernorm")
 SINKS = over("heads", "self_attn.sinks")
 
 DOWN = over("hidden neurons", "mlp.down_proj")
-GATED_FFN: Axes = {**over("neurons hidden", "mlp.gate_proj mlp.up_proj"), **DOWN}
-FUSED_GATED_FFN: Axes = {**over("neurons+neurons hidden", "mlp.gate_up_proj"), **DOWN}
-PLAIN_FFN: Axes = {**over("neurons hidden", "mlp.up_proj"), **DOWN}
+GATED_FFN: architecture.Axes = {**over("neurons hidden", "mlp.gate_proj mlp.up_proj"), **DOWN}
+FUSED_GATED_FFN: architecture.Axes = {**over("neurons+neurons hidden", "mlp.gate_up_proj"), **DOWN}
+PLAIN_FFN: architecture.Axes = {**over("neurons hidden", "mlp.up_proj"), **DOWN}
 PLAIN_FFN_GROUPS = grouped("mlp.up_proj", "mlp.down_proj")
 FUSED_FFN_GROUPS = grouped("mlp.gate_up_proj", "mlp.down_proj")
 
@@ -39,13 +34,13 @@ NORMS_AFTER = over("hidden", "post_attention_layernorm post_feedforward_layernor
 """One norm after each sub-block."""
 EMBEDDING_AND_HEAD = ends("model.embed_tokens", "model.norm")
 
-PRE_NORM = Couplings(
+PRE_NORM = architecture.Couplings(
     layer=TWO_NORMS,
     outside=EMBEDDING_AND_HEAD,
     attention_norms=("input_layernorm",),
     ffn_norms=("post_attention_layernorm",),
 )
-POST_NORM = Couplings(
+POST_NORM = architecture.Couplings(
     layer={**SPLIT_ATTENTION, **GATED_FFN, **NORMS_AFTER},
     outside=EMBEDDING_AND_HEAD,
     attention_norms=("post_attention_layernorm",),
@@ -53,7 +48,7 @@ POST_NORM = Couplings(
 )
 SPLIT = PRE_NORM.plus(SPLIT_ATTENTION)
 LLAMA_COUPLINGS = SPLIT.plus(GATED_FFN)
-ONE_NORM = Couplings(
+ONE_NORM = architecture.Couplings(
     layer={**SPLIT_ATTENTION, **GATED_FFN, "input_layernorm": ("hidden",)},
     outside=EMBEDDING_AND_HEAD,
 )
@@ -73,19 +68,21 @@ NORMED_WRITERS = (
 )
 """The linears that write through a norm, where one follows each sub-block."""
 
-LLAMA = Family(
+LLAMA = architecture.Family(
     model_types=("llama", "cwm", "exaone", "internlm3", "iquestcoder"),
-    groups=SPLIT_ATTENTION_GATED_FFN,
-    writers=PRE_NORM_WRITERS,
+    groups=architecture.SPLIT_ATTENTION_GATED_FFN,
+    writers=architecture.PRE_NORM_WRITERS,
     couplings=LLAMA_COUPLINGS,
 )
 SANDWICH = LLAMA.like(writers=(), normed_writers=NORMED_WRITERS)
 ARCEE = LLAMA.like(
-    "arcee", groups=(*SPLIT_ATTENTION_GROUPS, *PLAIN_FFN_GROUPS), couplings=SPLIT.plus(PLAIN_FFN)
+    "arcee",
+    groups=(*architecture.SPLIT_ATTENTION_GROUPS, *PLAIN_FFN_GROUPS),
+    couplings=SPLIT.plus(PLAIN_FFN),
 )
 GLM = LLAMA.like(
     "glm",
-    groups=(*SPLIT_ATTENTION_GROUPS, *FUSED_FFN_GROUPS),
+    groups=(*architecture.SPLIT_ATTENTION_GROUPS, *FUSED_FFN_GROUPS),
     couplings=SPLIT.plus(FUSED_GATED_FFN),
 )
 
@@ -152,7 +149,7 @@ TABLE = {
     # No gate, norms of queries and keys, and norms of other names.
     "apertus": ARCEE.like(
         "apertus",
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **SPLIT_ATTENTION,
                 **HEAD_NORMS,
@@ -168,7 +165,7 @@ TABLE = {
     # Biases everywhere, LayerNorms, no gate.
     "starcoder2": LLAMA.like(
         "starcoder2",
-        groups=SPLIT_ATTENTION_GROUPS + grouped("mlp.c_fc", "mlp.c_proj"),
+        groups=architecture.SPLIT_ATTENTION_GROUPS + grouped("mlp.c_fc", "mlp.c_proj"),
         writers=("self_attn.o_proj", "mlp.c_proj"),
         couplings=SPLIT.plus(
             over("neurons hidden", "mlp.c_fc") | over("hidden neurons", "mlp.c_proj")
@@ -193,4 +190,4 @@ TABLE = {
 }
 
 for name, family in TABLE.items():
-    families.register(name)(family)
+    architecture.families.register(name)(family)

@@ -2,31 +2,12 @@
 
 from typing import Any
 
-from secateur.models.architecture import (
-    PRE_NORM_WRITERS,
-    SPLIT_ATTENTION_GATED_FFN,
-    SPLIT_ATTENTION_GROUPS,
-    Axes,
-    Couplings,
-    Family,
-    Groups,
-    families,
-)
+from secateur.models import architecture
 from secateur.models.expert_layout import ExpertLayout, Experts
-from secateur.models.families import grouped, over
-from secateur.models.families.llama_like import (
-    GATED_FFN,
-    HEAD_NORMS,
-    HUNYUAN_NORMS,
-    LLAMA_COUPLINGS,
-    PRE_NORM,
-    SINKS,
-    SPLIT,
-    WIDE_NORMS,
-)
+from secateur.models.families import grouped, llama_like, over
 
 
-def _ffn(name: str, neurons: str = "-") -> tuple[Groups, Axes]:
+def _ffn(name: str, neurons: str = "-") -> tuple[architecture.Groups, architecture.Axes]:
     """The groups and axes of a feed-forward with a gate: by default an expert for every token."""
     inputs, down = f"{name}.gate_proj {name}.up_proj", f"{name}.down_proj"
     axes = {**over(f"{neurons} hidden", inputs), **over(f"hidden {neurons}", down)}
@@ -40,7 +21,7 @@ LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _ffn("feed_forward.shared_expert")
 FEED_FORWARD_GROUPS, FEED_FORWARD = _ffn("feed_forward", "neurons")
 GATED_SHARED_EXPERT = {**SHARED_EXPERT, "mlp.shared_expert_gate": ("-", "hidden")}
 
-LATENT_ATTENTION: Axes = {
+LATENT_ATTENTION: architecture.Axes = {
     **over("parts hidden", "self_attn.q_proj"),
     **over("- hidden", "self_attn.q_a_proj self_attn.kv_a_proj_with_mqa"),
     **over("-", "self_attn.q_a_layernorm self_attn.kv_a_layernorm"),
@@ -73,17 +54,17 @@ GPT_OSS = Experts(
 def _mixture(
     *model_types: str,
     experts: Experts = Experts(),  # noqa: B008 - frozen
-    axes: Axes | None = None,
+    axes: architecture.Axes | None = None,
     router: tuple[str, ...] = (),
-    base: Couplings = LLAMA_COUPLINGS,
-    groups: Groups = SPLIT_ATTENTION_GROUPS,
+    base: architecture.Couplings = llama_like.LLAMA_COUPLINGS,
+    groups: architecture.Groups = architecture.SPLIT_ATTENTION_GROUPS,
     writers: tuple[str, ...] = ("self_attn.o_proj",),
     **changes: Any,
-) -> Family:
+) -> architecture.Family:
     """A family with experts in the place of the feed-forward, in all layers or in most."""
     changes = {"attributes": experts.sizes(*router), **changes}
     couplings = base.plus({**experts.axes(), **(axes or {})}, **changes)
-    return Family(model_types, "model.layers", groups, writers, experts, couplings)
+    return architecture.Family(model_types, "model.layers", groups, writers, experts, couplings)
 
 
 WIDTH = ("hidden_dim",)
@@ -99,16 +80,16 @@ TABLE = {
         "phimoe", experts=Experts(router="mlp.router", stored=W132, count="num_local_experts")
     ),
     # Queries and keys are normalised over all heads; no shared expert.
-    "olmoe": _mixture("olmoe", axes=WIDE_NORMS, router=WIDTH),
+    "olmoe": _mixture("olmoe", axes=llama_like.WIDE_NORMS, router=WIDTH),
     # A router with a correction; queries and keys normalised over all heads.
     "minimax_m2": _mixture(
         "minimax_m2",
         experts=Experts(stored=W132, count="num_local_experts"),
-        axes={**WIDE_NORMS, "mlp.e_score_correction_bias": ("experts",)},
+        axes={**llama_like.WIDE_NORMS, "mlp.e_score_correction_bias": ("experts",)},
         router=WIDTH,
     ),
     # Attention sinks; transposed experts with biases, gate and up interleaved and clamped.
-    "gpt_oss": _mixture("gpt_oss", experts=GPT_OSS, axes=SINKS, router=WIDTH),
+    "gpt_oss": _mixture("gpt_oss", experts=GPT_OSS, axes=llama_like.SINKS, router=WIDTH),
     # Multipliers in attention; experts stored in one tensor.
     "granitemoe": _mixture("granitemoe", experts=GRANITE, writers=(), ffn=("block_sparse_moe",)),
     # Qwen1.5-MoE and Qwen2-MoE: many small experts, and a shared one. Layers may be dense.
@@ -116,50 +97,50 @@ TABLE = {
         "qwen2_moe",
         axes=GATED_SHARED_EXPERT,
         router=WIDTH,
-        groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERT_GROUPS),
-        writers=PRE_NORM_WRITERS,
+        groups=(*architecture.SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERT_GROUPS),
+        writers=architecture.PRE_NORM_WRITERS,
     ),
     # Many small experts, none shared; normalised queries and keys. Layers may be dense.
     "qwen3_moe": _mixture(
         "qwen3_moe",
-        axes=HEAD_NORMS,
+        axes=llama_like.HEAD_NORMS,
         router=WIDTH,
-        groups=SPLIT_ATTENTION_GATED_FFN,
-        writers=PRE_NORM_WRITERS,
+        groups=architecture.SPLIT_ATTENTION_GATED_FFN,
+        writers=architecture.PRE_NORM_WRITERS,
     ),
     # GLM-4.5 and later, dots.1: a router with a correction, dense first layers.
     "glm4_moe": _mixture(
         "glm4_moe",
         "dots1",
         experts=ROUTED,
-        axes={**HEAD_NORMS, **SHARED_EXPERTS},
+        axes={**llama_like.HEAD_NORMS, **SHARED_EXPERTS},
         router=WIDTH,
-        groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
-        writers=PRE_NORM_WRITERS,
+        groups=(*architecture.SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
+        writers=architecture.PRE_NORM_WRITERS,
     ),
     # A router with a correction, shared experts, dense first layers.
     "ernie4_5_moe": _mixture(
         "ernie4_5_moe",
         experts=Experts(count="moe_num_experts"),
         axes={**SHARED_EXPERTS, "mlp.gate.moe_statics.e_score_correction_bias": ("-", "experts")},
-        groups=(*SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
-        writers=PRE_NORM_WRITERS,
+        groups=(*architecture.SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERTS_GROUPS),
+        writers=architecture.PRE_NORM_WRITERS,
     ),
     # A shared expert in every layer; queries and keys normalised after rotation.
     "hunyuan_v1_moe": _mixture(
         "hunyuan_v1_moe",
         experts=Experts(router="mlp.gate.wg"),
-        axes={**HUNYUAN_NORMS, **SHARED_MLP},
-        groups=(*SPLIT_ATTENTION_GROUPS, *SHARED_MLP_GROUPS),
+        axes={**llama_like.HUNYUAN_NORMS, **SHARED_MLP},
+        groups=(*architecture.SPLIT_ATTENTION_GROUPS, *SHARED_MLP_GROUPS),
         attributes={key: {"num_experts": "experts"} for key in ("mlp.gate", "mlp.experts")},
     ),
     # The text model: transposed experts whose inputs are scaled, a shared expert, dense layers.
     "llama4": _mixture(
         "llama4_text",
         experts=LLAMA4,
-        base=SPLIT,
+        base=llama_like.SPLIT,
         axes={**FEED_FORWARD, **LLAMA4_SHARED},
-        groups=(*SPLIT_ATTENTION_GROUPS, *FEED_FORWARD_GROUPS, *LLAMA4_SHARED_GROUPS),
+        groups=(*architecture.SPLIT_ATTENTION_GROUPS, *FEED_FORWARD_GROUPS, *LLAMA4_SHARED_GROUPS),
         writers=("self_attn.o_proj", "feed_forward.down_proj"),
         ffn=("feed_forward",),
         neurons_key="intermediate_size_mlp",
@@ -170,28 +151,30 @@ TABLE = {
         "deepseek_v3",
         "glm4_moe_lite",
         experts=ROUTED,
-        base=PRE_NORM.plus({**LATENT_ATTENTION, **GATED_FFN}),
+        base=llama_like.PRE_NORM.plus({**LATENT_ATTENTION, **llama_like.GATED_FFN}),
         axes=SHARED_EXPERTS,
         groups=(),
-        writers=PRE_NORM_WRITERS,
+        writers=architecture.PRE_NORM_WRITERS,
         attributes={"self_attn": {"num_heads": "heads"}, **ROUTED.sizes()},
     ),
     # A gate for each query head; clamped experts, stored by projection.
     "step3p7": _mixture(
         "step3p5",
         experts=STEP3,
-        axes={**HEAD_NORMS, "self_attn.g_proj": ("heads", "hidden"), **SHARED_EXPERTS},
+        axes={**llama_like.HEAD_NORMS, "self_attn.g_proj": ("heads", "hidden"), **SHARED_EXPERTS},
         groups=(),
         writers=(),
         attributes={"self_attn": {"num_heads": "heads"}, **STEP3.sizes(*WIDTH)},
     ),
     # The text model: experts with a clamped gate and a shared one, sparse attention.
-    "minimax_m3": Family(
+    "minimax_m3": architecture.Family(
         model_types=("minimax_m3_vl_text",),
-        couplings=Couplings(LOCAL.axes(stream="-"), outside={}, attributes=LOCAL.sizes()),
+        couplings=architecture.Couplings(
+            LOCAL.axes(stream="-"), outside={}, attributes=LOCAL.sizes()
+        ),
         experts=LOCAL,
     ),
 }
 
 for name, family in TABLE.items():
-    families.register(name)(family)
+    architecture.families.register(name)(family)

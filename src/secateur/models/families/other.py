@@ -1,36 +1,28 @@
 """Decoders of other layouts: queries, keys and values in one matrix, or like no other family."""
 
-from secateur.models.architecture import PRE_NORM_WRITERS, Axes, Couplings, Family, families
+from secateur.models import architecture
 from secateur.models.expert_layout import Experts
-from secateur.models.families import ends, grouped, over
-from secateur.models.families.llama_like import (
-    FUSED_FFN_GROUPS,
-    FUSED_GATED_FFN,
-    HEAD_NORMS,
-    PRE_NORM,
-    QUERIES_KEYS_VALUES,
-    TWO_NORMS,
-)
+from secateur.models.families import ends, grouped, llama_like, over
 
-WIDE_FFN: Axes = {
+WIDE_FFN: architecture.Axes = {
     **over("neurons hidden", "mlp.dense_h_to_4h"),
     **over("hidden neurons", "mlp.dense_4h_to_h"),
 }
-UNCUT_ATTENTION: Axes = {
+UNCUT_ATTENTION: architecture.Axes = {
     **over("- hidden", "self_attention.query_key_value"),
     **over("hidden -", "self_attention.dense"),
 }
-QKV = " ".join(QUERIES_KEYS_VALUES)
+QKV = " ".join(llama_like.QUERIES_KEYS_VALUES)
 AS_MANY_HEADS = "its heads are as many as the hidden size has room for"
 
-NEOX = Family(
+NEOX = architecture.Family(
     model_types=("gpt_neox",),
     layers="gpt_neox.layers",
     groups=grouped("attention.query_key_value", "attention.dense", *WIDE_FFN),
     writers=("attention.dense", "mlp.dense_4h_to_h"),
-    couplings=Couplings(
+    couplings=architecture.Couplings(
         layer={
-            **TWO_NORMS,
+            **llama_like.TWO_NORMS,
             **over("triples hidden", "attention.query_key_value"),
             **over("hidden queries", "attention.dense"),
             **WIDE_FFN,
@@ -41,14 +33,14 @@ NEOX = Family(
         ffn_norms=("post_attention_layernorm",),
     ),
 )
-FALCON = Family(
+FALCON = architecture.Family(
     model_types=("falcon",),
     layers="transformer.h",
     groups=grouped(*UNCUT_ATTENTION, *WIDE_FFN),
     writers=("self_attention.dense", "mlp.dense_4h_to_h"),
-    couplings=Couplings(
+    couplings=architecture.Couplings(
         layer={
-            **TWO_NORMS,  # one, two with other names, or these, whatever the configuration says
+            **llama_like.TWO_NORMS,  # one, two with other names, or these, whatever the configuration says
             **over("hidden", "ln_attn ln_mlp"),
             **UNCUT_ATTENTION,
             **WIDE_FFN,
@@ -64,14 +56,14 @@ FALCON = Family(
     ),
 )
 
-OF_EACH_LAYER: Axes = {
+OF_EACH_LAYER: architecture.Axes = {
     **over("- layers", "model.embed_tokens_per_layer"),
     **over("layers -", "model.per_layer_model_projection"),
 }
 """Per-layer embeddings: a table and a projection, with columns and rows for each layer."""
-FIXED_STREAM: Axes = {
+FIXED_STREAM: architecture.Axes = {
     **over("- -", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),
-    **HEAD_NORMS,
+    **llama_like.HEAD_NORMS,
     **over("neurons -", "mlp.gate_proj mlp.up_proj"),
     **over("- neurons", "mlp.down_proj"),
     **over("-", "input_layernorm post_attention_layernorm"),
@@ -85,12 +77,12 @@ GEMMA4_EXPERTS = Experts(module="experts", router="router.proj", chosen="top_k_e
 
 TABLE = {
     # Conv1D modules, which store the transpose [in, out].
-    "gpt2": Family(
+    "gpt2": architecture.Family(
         model_types=("gpt2",),
         layers="transformer.h",
         groups=grouped("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         writers=("attn.c_proj", "mlp.c_proj"),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **over("hidden", "ln_1 ln_2"),
                 **over("queries+keys+keys hidden", "attn.c_attn"),
@@ -113,8 +105,8 @@ TABLE = {
     # Queries, keys and values of each head together; positions by ALiBi.
     "bloom": FALCON.like(
         "bloom",
-        couplings=Couplings(
-            layer={**TWO_NORMS, **UNCUT_ATTENTION, **WIDE_FFN},
+        couplings=architecture.Couplings(
+            layer={**llama_like.TWO_NORMS, **UNCUT_ATTENTION, **WIDE_FFN},
             outside=ends(
                 "transformer.word_embeddings",
                 "transformer.word_embeddings_layernorm transformer.ln_f",
@@ -130,15 +122,15 @@ TABLE = {
         ),
     ),
     # Phi-3 and Phi-4: gate and up in one matrix too.
-    "phi3": Family(
+    "phi3": architecture.Family(
         model_types=("phi3",),
-        groups=(("self_attn.qkv_proj",), ("self_attn.o_proj",), *FUSED_FFN_GROUPS),
-        writers=PRE_NORM_WRITERS,
-        couplings=PRE_NORM.plus(
+        groups=(("self_attn.qkv_proj",), ("self_attn.o_proj",), *llama_like.FUSED_FFN_GROUPS),
+        writers=architecture.PRE_NORM_WRITERS,
+        couplings=llama_like.PRE_NORM.plus(
             {
                 **over("queries+keys+keys hidden", "self_attn.qkv_proj"),
                 **over("hidden queries", "self_attn.o_proj"),
-                **FUSED_GATED_FFN,
+                **llama_like.FUSED_GATED_FFN,
             },
             attributes={
                 "self_attn": {
@@ -149,13 +141,13 @@ TABLE = {
         ),
     ),
     # Separate projections with biases, plain feed-forward with ReLU.
-    "opt": Family(
+    "opt": architecture.Family(
         model_types=("opt",),
         layers="model.decoder.layers",
         groups=grouped(QKV, "self_attn.out_proj", "fc1", "fc2"),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
-                **QUERIES_KEYS_VALUES,
+                **llama_like.QUERIES_KEYS_VALUES,
                 **over("hidden queries", "self_attn.out_proj"),
                 **over("neurons hidden", "fc1"),
                 **over("hidden neurons", "fc2"),
@@ -174,13 +166,13 @@ TABLE = {
         ),
     ),
     # Phi-1 and Phi-2: one norm, then attention and feed-forward side by side.
-    "phi": Family(
+    "phi": architecture.Family(
         model_types=("phi",),
         groups=grouped(QKV, "self_attn.dense", "mlp.fc1", "mlp.fc2"),
         writers=("self_attn.dense", "mlp.fc2"),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
-                **QUERIES_KEYS_VALUES,
+                **llama_like.QUERIES_KEYS_VALUES,
                 **over("hidden queries", "self_attn.dense"),
                 **over("neurons hidden", "mlp.fc1"),
                 **over("hidden neurons", "mlp.fc2"),
@@ -190,14 +182,14 @@ TABLE = {
         ),
     ),
     # One norm, then attention and feed-forward side by side.
-    "gptj": Family(
+    "gptj": architecture.Family(
         model_types=("gptj",),
         layers="transformer.h",
         groups=grouped(
             "attn.q_proj attn.k_proj attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"
         ),
         writers=("attn.out_proj", "mlp.fc_out"),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **over("hidden", "ln_1"),
                 **over("queries hidden", "attn.q_proj"),
@@ -213,9 +205,9 @@ TABLE = {
         ),
     ),
     # Four hidden states for each token (AltUp), per-layer embeddings, shared keys.
-    "gemma3n": Family(
+    "gemma3n": architecture.Family(
         model_types=("gemma3n_text",),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **FIXED_STREAM,
                 **over("- -", "altup.correction_coefs altup.prediction_coefs"),
@@ -231,9 +223,9 @@ TABLE = {
         ),
     ),
     # The text model: experts beside a dense feed-forward; per-layer embeddings in small models.
-    "gemma4": Family(
+    "gemma4": architecture.Family(
         model_types=("gemma4_text",),
-        couplings=Couplings(
+        couplings=architecture.Couplings(
             layer={
                 **FIXED_STREAM,
                 **GEMMA4_EXPERTS.axes(stream="-"),
@@ -254,4 +246,4 @@ TABLE = {
 }
 
 for name, family in TABLE.items():
-    families.register(name)(family)
+    architecture.families.register(name)(family)

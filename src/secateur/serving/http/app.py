@@ -28,19 +28,9 @@ from secateur.errors import RecipeError
 from secateur.recipes.options import MAX_SEED
 from secateur.runtime.grammar import Grammar
 from secateur.runtime.sampling import sampling_with
+from secateur.serving.http import requests
 from secateur.serving.http.connection import ARRIVAL_SECONDS, Connection
 from secateur.serving.http.middleware import Limits, Metrics
-from secateur.serving.http.requests import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    JsonRoute,
-    Message,
-    SamplingRequest,
-    bad_request,
-    invalid,
-    shown,
-)
 from secateur.serving.http.responses import AnswerResponse, ChatWriter, CompletionWriter, Writer
 from secateur.serving.scheduler import QueueFullError
 from secateur.serving.service import Service
@@ -75,7 +65,7 @@ def application(
         service.worker.stop(stop_seconds)
 
     app = FastAPI(title="Secateur", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.router.route_class = JsonRoute
+    app.router.route_class = requests.JsonRoute
     _add_faults(app)
     endpoints = Endpoints(service, metrics)
     app.post("/v1/chat/completions", response_class=Response)(endpoints.chat)
@@ -116,8 +106,8 @@ class Endpoints:
     def check_model(self, name: str | None) -> None:
         """Refuse another model. A request may leave the name out."""
         if name is not None and name != self.service.name:
-            said = f"there is no model {shown(name)} here, only {shown(self.service.name)}"
-            raise ApiError(404, said, param="model", code="model_not_found")
+            said = f"there is no model {requests.shown(name)} here, only {requests.shown(self.service.name)}"
+            raise requests.ApiError(404, said, param="model", code="model_not_found")
 
     async def health(self) -> Response:
         """Whether requests are computed."""
@@ -131,7 +121,7 @@ class Endpoints:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return PlainTextResponse(self.metrics.text(), media_type=kind)
 
-    async def chat(self, request: ChatRequest) -> Response:
+    async def chat(self, request: requests.ChatRequest) -> Response:
         """Answer a conversation."""
         self.check_model(request.model)
         warnings = request.check()
@@ -155,12 +145,12 @@ class Endpoints:
         """Refuse tools that the model would not know of, or whose calls would not be found."""
         said = "the chat template of this model "
         if hidden:
-            said += f"does not show tools, such as {shown(hidden[0])}"
+            said += f"does not show tools, such as {requests.shown(hidden[0])}"
         elif form is None:
             said += "writes calls of tools in a way of its own, which this server does not read"
         else:
             return
-        raise bad_request(f"{said}; tool_choice required, or a function, works", "tools")
+        raise requests.bad_request(f"{said}; tool_choice required, or a function, works", "tools")
 
     async def grammar(self, written: Callable[[], str] | None) -> Grammar | None:
         """The grammar of an answer, from what writes it; None: there is none."""
@@ -168,17 +158,17 @@ class Endpoints:
             return None if written is None else await self.service.grammar(written)
         except RecipeError as error:
             said = error.what if error.remedy is None else f"{error.what}; {error.remedy}"
-            raise bad_request(said, code="grammar") from error
+            raise requests.bad_request(said, code="grammar") from error
 
     def check_size(self, text: str, param: str) -> None:
         """Refuse a prompt that cannot fit, before it is read."""
         if not self.service.fits(text):
             said = f"{len(text.encode()):,} bytes do not fit in {self.service.capacity} tokens"
-            raise bad_request(said, param, TOO_LONG)
+            raise requests.bad_request(said, param, TOO_LONG)
 
     async def conversation(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[requests.Message],
         variables: Mapping[str, Any] | None,
         tools: Sequence[dict[str, Any]] = (),
     ) -> str:
@@ -186,26 +176,26 @@ class Endpoints:
         tokenizer = self.service.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             said = "this model has no chat template; use /v1/completions"
-            raise bad_request(said, "messages", "no_template")
+            raise requests.bad_request(said, "messages", "no_template")
         options = inspect.signature(tokenizer.apply_chat_template).parameters
         if taken := sorted((variables or {}).keys() & options):
-            said = f"{shown(taken[0])} is an option of the tokenizer, no variable of the template"
-            raise bad_request(said, "chat_template_kwargs")
+            said = f"{requests.shown(taken[0])} is an option of the tokenizer, no variable of the template"
+            raise requests.bad_request(said, "chat_template_kwargs")
         plain = [message.plain() for message in messages]
         variables = {**(variables or {}), **({"tools": [*tools]} if tools else {})}
         try:
             text = await self.service.conversation(plain, variables)
         except Exception as error:  # templates can raise any exception
             said = f"the chat template refuses the messages: {str(error)[:200]}"
-            raise bad_request(said, "messages") from error
+            raise requests.bad_request(said, "messages") from error
         for number, message in enumerate(plain):
             for call in message.get("tool_calls", ()):
                 if call["function"]["name"] not in text:
                     said = "the chat template of this model does not show calls of tools"
-                    raise bad_request(said, f"messages[{number}].tool_calls")
+                    raise requests.bad_request(said, f"messages[{number}].tool_calls")
         return text
 
-    async def complete(self, request: CompletionRequest) -> Response:
+    async def complete(self, request: requests.CompletionRequest) -> Response:
         """Continue a text, or several."""
         self.check_model(request.model)
         warnings = request.check()
@@ -231,12 +221,14 @@ class Endpoints:
         for token in ids:
             if not 0 <= token < size:
                 known = f"the vocabulary, which has 0 to {size - 1}"
-                raise bad_request(f"token {shown(token)} is not in {known}", param)
+                raise requests.bad_request(
+                    f"token {requests.shown(token)} is not in {known}", param
+                )
         return ids
 
     def answer(
         self,
-        request: SamplingRequest,
+        request: requests.SamplingRequest,
         prompts: Sequence[Sequence[int]],
         kind: Callable[..., Writer],
         warnings: Sequence[str],
@@ -254,7 +246,7 @@ class Endpoints:
                 for number in range(request.n or 1)
             ]
         except RecipeError as error:
-            raise bad_request(error.what) from error
+            raise requests.bad_request(error.what) from error
         try:
             answer = service.ask(
                 prompts,
@@ -268,8 +260,8 @@ class Endpoints:
             )
         except QueueFullError as error:
             if service.worker.scheduler.closed:
-                raise ApiError(503, error.what, code="server_stopping") from error
-            raise ApiError(429, error.what, code="queue_full") from error
+                raise requests.ApiError(503, error.what, code="server_stopping") from error
+            raise requests.ApiError(429, error.what, code="queue_full") from error
         writer = kind(service.name, alternatives is not None, request.include_usage, warnings)
         stream = bool(request.stream)
         return AnswerResponse(answer, writer, service.worker, self.metrics, stream=stream)
@@ -278,20 +270,22 @@ class Endpoints:
         """The number of new tokens that fit after a prompt."""
         capacity = self.service.capacity
         if prompt == 0:
-            raise bad_request("the prompt has no token")
+            raise requests.bad_request("the prompt has no token")
         room, least = capacity - prompt, 1 if wanted is None else wanted
         if room < least:
             said = f"{prompt} tokens of prompt and {least} new ones do not fit in {capacity}"
-            raise bad_request(said, code=TOO_LONG)
+            raise requests.bad_request(said, code=TOO_LONG)
         return room if wanted is None else wanted
 
 
-def tool_grammar(request: ChatRequest, form: ToolFormat | None) -> Callable[[], str] | None:
+def tool_grammar(
+    request: requests.ChatRequest, form: ToolFormat | None
+) -> Callable[[], str] | None:
     """What writes the grammar of an answer that may call tools; None: it is not constrained."""
     constraint, tools, forced = request.constraint, request.known_tools, request.forced_tools
     if forced or (constraint is not None and tools):
         if not forced and constraint is not None and constraint.kind != "json":
-            raise bad_request(f"a {constraint.kind} does not go with tools", "tools")
+            raise requests.bad_request(f"a {constraint.kind} does not go with tools", "tools")
         answer = None if forced or constraint is None else constraint.value
         alone = request.parallel_tool_calls is False or isinstance(request.tool_choice, dict)
         written = (form or LLAMA).grammar
@@ -303,17 +297,17 @@ def _add_faults(app: FastAPI) -> None:
     """Write all errors of an application as OpenAI's API does."""
 
     async def wrong(_: Request, error: RequestValidationError) -> Response:
-        return invalid(error.errors()).response()
+        return requests.invalid(error.errors()).response()
 
     async def plain(request: Request, error: HTTPException) -> Response:
-        if isinstance(error, ApiError):
+        if isinstance(error, requests.ApiError):
             return error.response()
-        where = f"{request.method} {shown(request.url.path)}"
+        where = f"{request.method} {requests.shown(request.url.path)}"
         said = f"{where}: {error.detail}; GET /openapi.json lists what there is"
-        return ApiError(error.status_code, said, headers=error.headers).response()
+        return requests.ApiError(error.status_code, said, headers=error.headers).response()
 
     async def unexpected(_: Request, error: Exception) -> Response:
-        return ApiError(500, "an error of the server; its log says more").response()
+        return requests.ApiError(500, "an error of the server; its log says more").response()
 
     app.add_exception_handler(RequestValidationError, wrong)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, plain)  # type: ignore[arg-type]

@@ -8,18 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import pydantic
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
@@ -79,10 +71,10 @@ def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
     return value
 
 
-class Body(BaseModel):
+class Body(pydantic.BaseModel):
     """A JSON object of a request: no value is converted."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Body):
@@ -102,7 +94,7 @@ class CalledFunction(Body):
     """A function of a call. Templates take the arguments as an object."""
 
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_read)]
+    arguments: Annotated[dict[str, Any], pydantic.BeforeValidator(_read)]
 
 
 class MessageCall(Body):
@@ -119,13 +111,15 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart] | None,
-        BeforeValidator(lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x),
+        pydantic.BeforeValidator(
+            lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x
+        ),
     ] = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[MessageCall] | None = None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def check_content(self) -> Message:
         """Refuse a message that says nothing, and calls of others than the assistant."""
         if self.content is None and not self.tool_calls:
@@ -168,17 +162,19 @@ ANY_OBJECT = {"type": "object"}
 class NamedSchema(Body):
     """The schema of a format."""
 
-    value: Annotated[Any, BeforeValidator(_schema)] = Field(alias="schema")
+    value: Annotated[Any, pydantic.BeforeValidator(_schema)] = pydantic.Field(alias="schema")
 
 
 class ResponseFormat(Body):
     """OpenAI's way to ask for JSON; llama.cpp's has a schema beside `json_object`."""
 
     type: Literal["text", "json_object", "json_schema"]
-    any_object: Annotated[Any, BeforeValidator(_schema)] = Field(ANY_OBJECT, alias="schema")
+    any_object: Annotated[Any, pydantic.BeforeValidator(_schema)] = pydantic.Field(
+        ANY_OBJECT, alias="schema"
+    )
     json_schema: NamedSchema | None = None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def check_schema(self) -> ResponseFormat:
         """Refuse a schema that is missing."""
         if self.type == "json_schema" and self.json_schema is None:
@@ -196,10 +192,14 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's way to ask for JSON, a regular expression or one of several texts."""
 
-    model_config = ConfigDict(extra="forbid")
-    schema_of_json: Annotated[Any, BeforeValidator(_schema)] = Field(None, alias="json")
-    regex: str | None = Field(None, min_length=1)
-    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    model_config = pydantic.ConfigDict(extra="forbid")
+    schema_of_json: Annotated[Any, pydantic.BeforeValidator(_schema)] = pydantic.Field(
+        None, alias="json"
+    )
+    regex: str | None = pydantic.Field(None, min_length=1)
+    choice: list[Annotated[str, pydantic.Field(min_length=1)]] | None = pydantic.Field(
+        None, min_length=1
+    )
     json_object: bool | None = None
 
     @property
@@ -214,28 +214,28 @@ class StructuredOutputs(Body):
 class SamplingRequest(Body, ABC):
     """What both kinds of requests have in common."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = pydantic.ConfigDict(extra="allow")
     default_tokens: ClassVar[int | None] = None
     """New tokens where a request does not say; None: what fits."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), le=MAX_SEED)
+    max_tokens: int | None = pydantic.Field(None, ge=0)
+    temperature: float | None = pydantic.Field(None, ge=0, le=100)
+    top_p: float | None = pydantic.Field(None, gt=0, le=1)
+    top_k: int | None = pydantic.Field(None, ge=-1)
+    min_p: float | None = pydantic.Field(None, ge=0, le=1)
+    repetition_penalty: float | None = pydantic.Field(None, gt=0, le=100)
+    presence_penalty: float | None = pydantic.Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = pydantic.Field(None, ge=-2, le=2)
+    seed: int | None = pydantic.Field(None, ge=-(2**63), le=MAX_SEED)
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1000)]] | None,
-        Field(max_length=16),
-        BeforeValidator(lambda x: [x] if isinstance(x, str) else x),
+        list[Annotated[str, pydantic.Field(min_length=1, max_length=1000)]] | None,
+        pydantic.Field(max_length=16),
+        pydantic.BeforeValidator(lambda x: [x] if isinstance(x, str) else x),
     ] = None
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = pydantic.Field(None, ge=1, le=128)
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -299,7 +299,7 @@ class SamplingRequest(Body, ABC):
 class ToolFunction(Body):
     """A function that the model may call."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     parameters: dict[str, Any] | None = None
 
 
@@ -313,17 +313,19 @@ class Tool(Body):
 class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    messages: list[Message] = pydantic.Field(min_length=1, fail_fast=True)
+    max_completion_tokens: int | None = pydantic.Field(None, ge=1)
+    max_tokens: int | None = pydantic.Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Annotated[Tool, WrapValidator(_as_given)]] | None = None
+    tools: list[Annotated[Tool, pydantic.WrapValidator(_as_given)]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
-    @field_validator("tool_choice", mode="plain", json_schema_input_type=str | dict[str, Any])
+    @pydantic.field_validator(
+        "tool_choice", mode="plain", json_schema_input_type=str | dict[str, Any]
+    )
     @classmethod
     def check_tool_choice(cls, value: Any) -> Any:
         """The word, or the name of the function in a list."""
@@ -378,12 +380,12 @@ class CompletionRequest(SamplingRequest):
 
     default_tokens: ClassVar[int | None] = 16
     prompt: Prompt
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = pydantic.Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
 
-    @field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
+    @pydantic.field_validator("prompt", mode="plain", json_schema_input_type=Prompt)
     @classmethod
     def check_prompt(cls, value: Any) -> Any:
         """All prompts in a list."""
