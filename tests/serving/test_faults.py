@@ -29,7 +29,6 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.serving.http.connection import Connection
 from secateur.serving.serve import KEY_VARIABLE, prepare
 from serving.conftest import Running, byte_level, refusal
 
@@ -218,7 +217,7 @@ def test_wrong_places(server: Running) -> None:
 
 
 def test_long_bodies(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.serving.serve.BODY_BYTES", 10 * 2**10)
+    monkeypatch.setattr("secateur.serving.http.requests.BODY_BYTES", 10 * 2**10)
     server = serve()
     assert server.post("completions", {"prompt": "x" * 20_000}).status_code == 413
 
@@ -250,61 +249,29 @@ def request(body: dict[str, Any], length: int | None = None) -> tuple[str, bytes
     ), content
 
 
-def test_a_slow_body(serve: Start) -> None:
-    server = serve()
-    object.__setattr__(server.serving.server.config.app, "body_seconds", 0.3)
-    with raw(server, *request({"prompt": "x"}, length=500)) as connection:
-        assert b"408" in connection.recv(1000).split(b"\r\n")[0]
-    assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
-
-
 HEAD = "POST /v1/completions HTTP/1.1\nHost: x\n"
 
 HEADS = {
-    "a header without end": (HEAD + "A: " + "b" * 200_000, 431),
-    "many headers": (HEAD + "A: b\n" * 50_000 + "\n", 431),
-    "large headers": (HEAD + f"A: {'b' * 9000}\n" * 30 + "\n", 431),
-    "a long address": ("GET /" + "a" * 200_000, 431),
-    "no HTTP": ("HELLO\n\n", 400),
+    "a header without end": HEAD + "A: " + "b" * 200_000,
+    "many headers": HEAD + "A: b\n" * 50_000 + "\n",
+    "large headers": HEAD + f"A: {'b' * 9000}\n" * 30 + "\n",
+    "a long address": "GET /" + "a" * 200_000,
+    "no HTTP": "HELLO\n\n",
 }
 
 
 @pytest.mark.parametrize("case", [*HEADS])
 def test_heads_are_bounded(server: Running, case: str) -> None:
-    text, status = HEADS[case]
+    text = HEADS[case]
     with raw(server, "") as connection:
         for begin in range(0, len(text), 30_000):
             with contextlib.suppress(ConnectionError):  # it may be closed before everything is sent
                 connection.sendall(text[begin : begin + 30_000].replace("\n", "\r\n").encode())
             time.sleep(0.01)
         received = connection.recv(5000)
-        assert received.startswith(f"HTTP/1.1 {status} ".encode())
-        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert received.startswith(b"HTTP/1.1 400 ")
         assert connection.recv(10) == b""
     assert server.client.get("/health").status_code == 200
-
-
-def test_slow_heads_are_closed(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Connection, "head_seconds", 0.5)
-    server = serve()
-    begun = ("", "POST /v1/comp", HEAD, HEAD + "A: b")
-    first = "GET /health HTTP/1.1\nHost: x\n\n"
-    connections = [raw(server, begun[n % 4] if n % 8 < 4 else first) for n in range(200)]
-    time.sleep(0.1)
-    for connection in connections[4:200:8]:  # a second request on a connection that was answered
-        connection.sendall(b"POST /v1/comp")
-    began = time.monotonic()
-    for n, connection in enumerate(connections):
-        received = b""
-        if n % 8 < 5:
-            while part := connection.recv(5000):
-                received += part
-            assert b"HTTP/1.1 408 " in received
-        else:
-            assert connection.recv(5000).startswith(b"HTTP/1.1 200 ")
-        connection.close()
-    assert time.monotonic() - began < 10
-    server.until(lambda: not server.serving.server.server_state.connections)
 
 
 def test_a_prompt_that_cannot_fit_is_not_read(serve: Start, tmp_path: Path) -> None:
@@ -346,7 +313,7 @@ def test_a_client_that_reads_nothing_holds_nobody_up(serve: Start) -> None:
     server = serve(slots=1)
     body = {"prompt": "x", "max_tokens": 200, "temperature": 1, "stream": True, "logprobs": 5}
     with raw(server, *request(body)) as connection:
-        server.until(lambda: server.scheduler.counts.ended)
+        server.until(lambda: server.scheduler.ended)
         assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
         connection.settimeout(20)
         received = b""
@@ -367,8 +334,8 @@ def test_an_aborted_request_frees_its_slot(serve: Start, stream: bool) -> None:
     server.until(lambda: not server.scheduler.queue)
     running.close()
     server.until(lambda: server.scheduler.idle)
-    assert server.scheduler.counts.ended == {"cancelled": 2}
-    assert server.scheduler.counts.new_tokens < 200
+    assert server.scheduler.ended == {"cancelled": 2}
+    assert server.scheduler.counts["new_tokens"] < 200
     assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
 
 
@@ -381,7 +348,7 @@ def test_a_client_that_leaves_many_prompts(serve: Start) -> None:
     server.until(lambda: server.scheduler.running)
     client.close()
     server.until(lambda: server.scheduler.idle)
-    assert server.scheduler.counts.ended["cancelled"] >= 18
+    assert server.scheduler.ended["cancelled"] >= 18
     assert server.post("completions", {"prompt": "x", "max_tokens": 3}).status_code == 200
 
 

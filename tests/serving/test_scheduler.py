@@ -230,9 +230,9 @@ def test_every_request_gets_what_it_would_get_alone(data: st.DataObject) -> None
             for number, logits in enumerate(client.logits, start=1):
                 assert torch.equal(logits, next_logits(ids[:number]))
     assert sorted(scheduler.free) == [*range(engine.slots)]
-    assert scheduler.counts.accepted_tokens <= scheduler.counts.proposed_tokens
-    assert scheduler.counts.new_tokens == sum(len(c.tokens) for c in clients)
-    assert sum(scheduler.counts.ended.values()) == len(clients)
+    assert scheduler.counts["draft_tokens_accepted"] <= scheduler.counts["draft_tokens"]
+    assert scheduler.counts["new_tokens"] == sum(len(c.tokens) for c in clients)
+    assert sum(scheduler.ended.values()) == len(clients)
     assert max(engine.pieces, default=0) <= piece
     assert cache.bytes <= cache.limit_bytes
 
@@ -255,8 +255,8 @@ def test_a_draft_saves_calls() -> None:
     for texts, calls in ((1, 5), (4, 20)):
         scheduler = Scheduler(Pretended(4), drafter=eager(4, 0))
         served(scheduler, *(request_of([n] * 20, 41) for n in range(texts)))
-        assert scheduler.counts.calls == calls
-        assert scheduler.counts.accepted_tokens == scheduler.counts.proposed_tokens > 0
+        assert scheduler.counts["decode_calls"] == calls
+        assert scheduler.counts["draft_tokens_accepted"] == scheduler.counts["draft_tokens"] > 0
 
 
 def test_running_requests_get_a_token_in_every_step_while_a_long_prompt_is_read() -> None:
@@ -409,7 +409,11 @@ def test_equal_prompts_that_come_together_are_read_once() -> None:
     scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=100)
     clients = served(scheduler, *(request_of([5] * 640 + [n]) for n in range(4)))
     assert sum(engine.pieces) < 1000
-    assert scheduler.counts.cached_tokens == sum(client.job.cached for client in clients) > 1500
+    assert (
+        scheduler.counts["prompt_tokens_cached"]
+        == sum(client.job.cached for client in clients)
+        > 1500
+    )
 
 
 def test_a_long_known_beginning_is_copied_in_pieces_too() -> None:
@@ -436,7 +440,7 @@ def test_a_known_beginning_is_not_read_again() -> None:
     [first] = served(scheduler, request_of([*system, 1, 2]))
     [second] = served(scheduler, request_of([*system, 4, 4]))
     assert (first.job.cached, second.job.cached) == (0, 2 * BLOCK_TOKENS)
-    assert scheduler.counts.cached_tokens == 2 * BLOCK_TOKENS
+    assert scheduler.counts["prompt_tokens_cached"] == 2 * BLOCK_TOKENS
     longer = [*second.request.ids, *second.tokens, *[8] * BLOCK_TOKENS]
     [again] = served(scheduler, request_of(longer))
     assert again.job.cached == 2 * BLOCK_TOKENS  # a block of the answer was not full
@@ -555,8 +559,8 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, kind: str) -> None:
         run(scheduler)
         assert [client.tokens for client in clients] == expected
         if kind == "ours":
-            assert scheduler.counts.cached_tokens >= 2 * BLOCK_TOKENS
-            assert scheduler.counts.calls < 9 * 20 / 2  # several at once
+            assert scheduler.counts["prompt_tokens_cached"] >= 2 * BLOCK_TOKENS
+            assert scheduler.counts["decode_calls"] < 9 * 20 / 2  # several at once
 
 
 @needs_kernels
@@ -588,7 +592,7 @@ def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: 
         for _ in range(2):
             found = logits_of(scheduler, *prompts)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert (scheduler.counts.cached_tokens > 0) == (cache > 0)
+        assert (scheduler.counts["prompt_tokens_cached"] > 0) == (cache > 0)
 
 
 @needs_kernels
@@ -625,9 +629,9 @@ def test_windows_change_no_bit(tmp_path: Path, drafted: bool, kv_cache: str | No
         scheduler = Scheduler(engine, prefixes=prefixes, most_piece=piece, drafter=drafter)
         for _ in range(2):
             assert tokens_of(scheduler) == expected
-        assert not drafted or scheduler.counts.accepted_tokens > 500
+        assert not drafted or scheduler.counts["draft_tokens_accepted"] > 500
         if limit == 1 << 24:  # everything is found again, long answers as well
-            assert scheduler.counts.cached_tokens > 1500
+            assert scheduler.counts["prompt_tokens_cached"] > 1500
             [ids, _], text = wanted[0], expected[0]
             assert len(prefixes.find([*ids, *text])) == (len(ids) + len(text) - 1) // BLOCK_TOKENS
 

@@ -180,18 +180,18 @@ def test_a_draft_follows_the_grammar(serve: Start, model: Path, temperature: flo
         jsonschema.validate(json.loads(found["message"]["content"]), PERSON)
         if temperature == 0:
             assert found["message"] == chat(plain, **options)[0]["message"]
-    assert drafted.scheduler.counts.accepted_tokens > 20
+    assert drafted.scheduler.counts["draft_tokens_accepted"] > 20
 
 
 def test_conversations_use_the_prefix_cache_and_stop_texts_still_count(server: Running) -> None:
-    known = server.scheduler.counts.cached_tokens
+    known = server.scheduler.counts["prompt_tokens_cached"]
     long = [{"role": "user", "content": "y" * 100}]
     for _ in range(2):
         [choice] = chat(
             server, messages=long, **following(regex="[ab]{20}"), stop="c", temperature=0
         )
         assert re.fullmatch("[ab]{20}", choice["message"]["content"])
-    assert server.scheduler.counts.cached_tokens >= known + 64
+    assert server.scheduler.counts["prompt_tokens_cached"] >= known + 64
     [choice] = chat(server, **following(regex="[0-9]{20}END"), stop=["E"])
     assert re.fullmatch("[0-9]{20}", choice["message"]["content"])
     [choice] = chat(server, **following(regex="[0-9]{20}END"), max_tokens=4)

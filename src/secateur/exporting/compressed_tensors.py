@@ -50,22 +50,21 @@ class Scheme:
 
     Attributes:
         bits: of an integer.
-        packed: whether several integers share an int32.
-        group: weights of a row that share a scale; None for all of them.
-        activations: the bits to which the engine rounds activations; None if it does not.
         scale: dtype of the scales.
+        group: weights of a row that share a scale; None for all of them.
+        activations: the bits to which the engine rounds activations; None if it does not. Then
+            several integers share an int32.
     """
 
     bits: int
-    packed: bool
-    group: int | None
-    activations: int | None
     scale: torch.dtype
+    group: int | None = None
+    activations: int | None = None
 
     @property
-    def format(self) -> str:
-        """Its name in compressed-tensors."""
-        return "pack-quantized" if self.packed else "int-quantized"
+    def packed(self) -> bool:
+        """Whether several integers share an int32."""
+        return self.activations is None
 
     def specs(self, name: str, out: int, columns: int) -> Specs:
         """The tensors of a linear [out, in]."""
@@ -80,7 +79,7 @@ class Scheme:
     def tensors(self, name: str, codes: Tensor, scale: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a linear, of its integers [out, in] and scales [out, groups]."""
         if self.packed:
-            yield f"{name}.weight_packed", pack_int32(codes, self.bits)
+            yield f"{name}.weight_packed", _pack_int32(codes, self.bits)
             yield f"{name}.weight_shape", torch.tensor(codes.shape)
         else:
             yield f"{name}.weight", codes
@@ -102,9 +101,10 @@ class Scheme:
         else:
             codes, scales = GroupGrid(self.bits, self.group).quantize(weight)
             scale = scales.values
-        grouped = codes.view(len(codes), groups, -1)
+        grouped = codes.view(len(codes), groups, -1)  # [out, groups, weights of a group]
         turned = (scale < 0) & (grouped.amin(2) > -(2 ** (self.bits - 1)))
         codes = torch.where(turned[:, :, None], -grouped, grouped).view_as(codes)
+        # the scale of a group of zeros may be 0, which engines divide by
         scale = torch.where(turned, -scale, scale).masked_fill(grouped.count_nonzero(2) == 0, 1.0)
         return codes, scale.to(self.scale)
 
@@ -119,16 +119,17 @@ class Scheme:
         weights = {"num_bits": self.bits, **kind, **strategy, "group_size": self.group}
         of_tokens = {"strategy": "token", "group_size": None, "dynamic": True}
         activations = self.activations and {"num_bits": self.activations, **kind, **of_tokens}
+        named = "pack-quantized" if self.packed else "int-quantized"
         group = {
             "targets": ["Linear"],
             "weights": {**weights, "dynamic": False},
             "input_activations": activations,
             "output_activations": None,
-            "format": self.format,
+            "format": named,
         }
         return {
             "quant_method": "compressed-tensors",
-            "format": self.format,
+            "format": named,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(ignored),
@@ -136,7 +137,6 @@ class Scheme:
         }
 
 
-@dataclass(frozen=True)
 class CompressedTensors:
     """A folder of integers that vLLM, SGLang and transformers with compressed-tensors load."""
 
@@ -147,11 +147,10 @@ class CompressedTensors:
         """Write the folder, one tensor in memory at a time, in as many files as the source has."""
         linears = folder.decoder_linears(source)
         if type == "w4a16":
-            group, kind = _group_of(source, linears, progress), computed_dtype(source.folder)
-            scheme = Scheme(4, packed=True, group=group, activations=None, scale=kind)
+            group = _group_of(source, linears, progress)
+            scheme = Scheme(4, computed_dtype(source.folder), group)
         else:
-            packed, rounded = (True, None) if type == "w8a16" else (False, 8)
-            scheme = Scheme(8, packed, group=None, activations=rounded, scale=torch.float32)
+            scheme = Scheme(8, torch.float32, activations=8 if type == "w8a8" else None)
         whole = _planned(source, linears, scheme, source.reader.entries)
         changes = {"quantization_config": scheme.to_json(linears.others)}
         folder.copy_the_rest(source, changes, output, folder.size_of(whole))
@@ -249,17 +248,17 @@ def _notes_on(
     return notes
 
 
-def pack_int32(codes: Tensor, bits: int) -> Tensor:
+def _pack_int32(codes: Tensor, bits: int) -> Tensor:
     """Integers int8 [rows, n] as words, int32 [rows, ceil(n · bits / 32)].
 
     Example:
         >>> import torch
-        >>> from secateur.exporting.compressed_tensors import pack_int32
-        >>> pack_int32(torch.tensor([[-8, -7, -8, -8, -8, -8, -8, -8]], dtype=torch.int8), bits=4)
+        >>> from secateur.exporting.compressed_tensors import _pack_int32
+        >>> _pack_int32(torch.tensor([[-8, -7, -8, -8, -8, -8, -8, -8]], dtype=torch.int8), bits=4)
         tensor([[16]], dtype=torch.int32)
     """
     each = 32 // bits
-    shifted = codes.int() + 2 ** (bits - 1)
+    shifted = codes.int() + 2 ** (bits - 1)  # unsigned; the sum below is a union of bits
     padded = torch.nn.functional.pad(shifted, (0, -codes.shape[1] % each))
     places = torch.arange(each, dtype=torch.int32) * bits
     return (padded.view(len(codes), -1, each) << places).sum(2, dtype=torch.int32)

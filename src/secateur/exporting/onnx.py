@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +37,6 @@ MATRIX = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+_proj)/MatMul(_Q\d)?")
 FUSED = MappingProxyType({"qkv_proj": ("q_proj", "k_proj", "v_proj")})
 
 
-@dataclass(frozen=True)
 class ONNX:
     """A folder with `model.onnx`, its weights, `genai_config.json` and the tokenizer.
 
@@ -129,6 +127,7 @@ def unpacked(codes: np.ndarray, scales: np.ndarray, *, bits: int, columns: int) 
     out, blocks = codes.shape[:2]
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    # [out, blocks, weights of a block]; the last block of a row is filled up
     levels = codes.reshape(out, blocks, -1).astype(np.float32) - 2 ** (bits - 1)
     weight = levels * scales.reshape(out, blocks, 1)
     return torch.from_numpy(weight.reshape(out, -1)[:, :columns])

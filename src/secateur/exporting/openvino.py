@@ -6,7 +6,6 @@ So nothing of OpenVINO is needed to write the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +18,6 @@ KNOWN = ("llama", "qwen2")
 """Qwen3 loads too, but its greedy tokens were not those of transformers."""
 
 
-@dataclass(frozen=True)
 class OpenVINO:
     """One `.gguf` file that `openvino_genai.LLMPipeline` loads.
 

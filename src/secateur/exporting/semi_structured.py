@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -33,7 +32,6 @@ PATTERNS = ("2:4", "6:8")
 """The patterns that can be stored."""
 
 
-@dataclass(frozen=True)
 class SemiStructured:
     """A folder that `secateur.load_semi_structured` loads on a GPU.
 

@@ -95,29 +95,6 @@ class ServingJob:
         self.draws = Draws(self.request.sampling, self.request.ids, begun)
 
 
-@dataclass
-class ServingCounts:
-    """What a scheduler did so far.
-
-    Attributes:
-        prompt_tokens: of all prompts that were admitted.
-        cached_tokens: of these, those that the prefix cache knew.
-        new_tokens: passed on.
-        calls: of the engine's `step`.
-        proposed_tokens: of the draft, if there is one.
-        accepted_tokens: of these.
-        ended: requests by the reason of their end.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    calls: int = 0
-    proposed_tokens: int = 0
-    accepted_tokens: int = 0
-    ended: Counter[str] = field(default_factory=Counter)
-
-
 LEAST_PIECE = 16
 """Tokens of the smallest piece of a prompt: fewer take nearly as long, because all weights are read
 once for each piece."""
@@ -196,6 +173,12 @@ class Scheduler:
         gap_seconds: between two tokens of a request, while prompts of others are read.
         most_piece: tokens of the largest piece.
         clock: seconds; a monotonic clock.
+
+    Attributes:
+        counts: `prompt_tokens` of all prompts that were admitted, `prompt_tokens_cached` of these,
+            `new_tokens` that were passed on, `draft_tokens` and `draft_tokens_accepted`, and
+            `decode_calls` of the engine.
+        ended: requests by the reason of their end.
     """
 
     def __init__(
@@ -217,7 +200,7 @@ class Scheduler:
         self.queue: deque[ServingJob] = deque()
         self.running: list[ServingJob] = []
         self.free = list(range(len(engine.lengths)))
-        self.counts = ServingCounts()
+        self.counts, self.ended = Counter[str](), Counter[str]()
         self.closed = False
 
     def submit(self, *jobs: ServingJob) -> None:
@@ -273,7 +256,7 @@ class Scheduler:
                 job, job.slot = self.queue.popleft(), self.free.pop()
             self.running.append(job)
             self.engine.rewind(job.slot)
-            self.counts.prompt_tokens += len(job.request.ids)
+            self.counts["prompt_tokens"] += len(job.request.ids)
 
     def unread(self, job: ServingJob) -> Sequence[int]:
         """The tokens of a job's prompt that the engine has not read."""
@@ -330,7 +313,7 @@ class Scheduler:
                 break
         new = self.engine.lengths[job.slot] - length
         job.cached += new
-        self.counts.cached_tokens += new
+        self.counts["prompt_tokens_cached"] += new
         return self.clock() < until
 
     def decode(self) -> None:
@@ -356,9 +339,9 @@ class Scheduler:
                 jobs.append(job)
                 guesses.append([])
         logits = self.engine.step(tokens)
-        self.counts.calls += 1
+        self.counts["decode_calls"] += 1
         self.running = [*(job for job in self.running if job not in jobs), *jobs]
-        rows, before = logits.split([1 + len(x) for x in guesses]), self.counts.new_tokens
+        rows, before = logits.split([1 + len(x) for x in guesses]), self.counts["new_tokens"]
         for job, proposed, own in zip(jobs, guesses, rows, strict=True):
             if self.engine.lengths[job.slot] - job.kept >= MOST_PIECE or not job.text:
                 self.keep(job)
@@ -366,7 +349,7 @@ class Scheduler:
             self.answer(job, own, proposed)
         seconds = self.clock() - began
         if self.drafter is not None and not short:
-            self.drafter.called(guesses, seconds, self.counts.new_tokens - before)
+            self.drafter.called(guesses, seconds, self.counts["new_tokens"] - before)
         self.call_seconds += (seconds - self.call_seconds) * (0.2 if self.call_seconds else 1.0)
 
     def proposals(self, jobs: Sequence[ServingJob], room: int) -> list[list[Guess]]:
@@ -408,8 +391,8 @@ class Scheduler:
             return
         if self.drafter is not None:
             self.drafter.judged(proposed, len(tokens))
-            self.counts.proposed_tokens = self.drafter.proposed
-            self.counts.accepted_tokens = self.drafter.accepted
+            self.counts["draft_tokens"] = self.drafter.proposed
+            self.counts["draft_tokens_accepted"] = self.drafter.accepted
         for number, token in enumerate(tokens, start=1):
             reason = self.take(job, token, logits[number - 1])
             if proposed and (reason or number == len(tokens)):  # forget what was not accepted
@@ -424,7 +407,7 @@ class Scheduler:
             job.last = token, logits
             return "stop"
         job.text.append(token)
-        self.counts.new_tokens += 1
+        self.counts["new_tokens"] += 1
         if not job.take(token, logits):
             return "stop"
         return "length" if len(job.text) >= job.request.max_new_tokens else None
@@ -435,7 +418,7 @@ class Scheduler:
             self.running.remove(job)
             self.keep(job)
             self.free.append(job.slot)
-        self.counts.ended[reason] += 1
+        self.ended[reason] += 1
         job.end(reason)
 
     def fail(self) -> None:
@@ -446,7 +429,7 @@ class Scheduler:
         for job in running:
             self.free.append(job.slot)
         for job in (*running, *waiting):
-            self.counts.ended["error"] += 1
+            self.ended["error"] += 1
             job.end("error")
 
 

@@ -33,9 +33,6 @@ from secateur.serving.service import Service, Worker
 if TYPE_CHECKING:
     from secateur.serving.http.app import StoppableServer
 
-BODY_BYTES = 4 * 2**20
-"""The longest body of a request."""
-
 STOP_SECONDS = 30.0
 """How long running requests may go on after SIGTERM."""
 
@@ -109,12 +106,7 @@ def prepare(recipe: ServeRecipe) -> Serving:
     except BaseException:
         listening.close()
         raise
-    app = application(
-        service,
-        api_key=api_key,
-        body_bytes=BODY_BYTES,
-        stop_seconds=STOP_SECONDS,
-    )
+    app = application(service, api_key=api_key, stop_seconds=STOP_SECONDS)
     server = StoppableServer(app, service.worker.close, STOP_SECONDS)
     if recipe.host not in LOOPBACK and api_key is None:
         lines.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +18,6 @@ from secateur.progress import Progress
 __all__ = ["GGUF"]
 
 
-@dataclass(frozen=True)
 class GGUF:
     """One `.gguf` file with weights, configuration, tokenizer and chat template.
 
@@ -37,7 +35,7 @@ class GGUF:
         if type in MIXES:
             load_llama_cpp()  # before anything is written
         model = model_of(source)
-        vocabulary = read_vocabulary(source.folder, model.decoder.vocabulary)
+        vocabulary = read_vocabulary(source.folder, model.vocabulary)
         kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}
         if type == STORED:
             own = nearest_types(source.reader)

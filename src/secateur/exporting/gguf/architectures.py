@@ -29,11 +29,12 @@ from secateur.models.shape import DecoderSizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaCppDecoder(DecoderSizes):
-    """A decoder as llama.cpp sees it.
+class LlamaCppModel(DecoderSizes):
+    """A model in the terms of llama.cpp.
 
     Attributes:
         arch: its architecture there.
+        family: how llama.cpp computes it.
         config: the configuration of the base class, with the defaults of transformers.
         head: channels of a head.
         heads: query heads of each layer; 0 where there is no attention.
@@ -42,6 +43,7 @@ class LlamaCppDecoder(DecoderSizes):
     """
 
     arch: gguf.MODEL_ARCH
+    family: LlamaCppFamily
     config: Any
     head: int
     heads: tuple[int, ...]
@@ -73,6 +75,108 @@ class LlamaCppDecoder(DecoderSizes):
                 return period
         return None
 
+    @property
+    def ignored_window(self) -> int | None:
+        """The sliding window, where llama.cpp does not apply it."""
+        return None if self.family.windows else self.window
+
+    @property
+    def context(self) -> int:
+        """The positions for which llama.cpp computes like transformers."""
+        positions = int(self.config.max_position_embeddings)
+        return min(positions, self.ignored_window or positions, self.stretched_from or positions)
+
+    @property
+    def stretched_from(self) -> int | None:
+        """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
+
+        transformers takes the short factors for texts up to the original context, llama.cpp for
+        contexts up to that. None for other kinds.
+        """
+        long = _rope_of(self.config)["rope_type"] == "longrope"
+        return _original_context(self) if long else None
+
+    def add_fields(self, writer: gguf.GGUFWriter) -> None:
+        """Write the sizes and constants that llama.cpp reads."""
+        per_layer = self.arch == self.family.varied
+        fields = {
+            "block_count": self.layers,
+            "context_length": self.context,
+            "embedding_length": self.hidden,
+            "vocab_size": self.vocabulary,
+            "key_length": self.head,
+            "value_length": self.head,
+            "layer_norm_rms_eps": self.config.rms_norm_eps,
+            **_rope_constants(self),
+            **self.family.constants(self),
+        }
+        sizes = {
+            "head_count": self.heads,
+            "head_count_kv": self.kv_heads,
+            "feed_forward_length": [width or LEAST_FFN for width in self.ffn],
+        }
+        fields |= {name: list(of) if per_layer else of[0] for name, of in sizes.items()}
+        for name, value in fields.items():
+            getattr(writer, f"add_{name}")(value)
+
+    def tensors(self, source: ExportSource) -> Iterator[Planned]:
+        """Every tensor of the file that the source stores.
+
+        Raises:
+            ExportError: llama.cpp has no place for a tensor.
+        """
+        names = gguf.get_tensor_name_map(self.arch, self.layers)
+        entries = source.reader.entries
+        stacked = _stacked_experts(source)
+        of_experts = {name for group in stacked.values() for name in group}
+        plain = {name: (name,) for name in entries if name not in of_experts}
+        if self.tied:  # the file has no head then, unless llama.cpp looks for one
+            plain.pop("lm_head.weight", None)
+            if self.family.own_head:
+                plain["lm_head.weight"] = ("model.embed_tokens.weight",)
+        for name, group in {**plain, **stacked}.items():
+            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if known is None:
+                raise ExportError(
+                    f"llama.cpp has no place for the tensor {name!r}",
+                    where=str(source.folder),
+                    remedy=ELSEWHERE,
+                )
+            shape = entries[group[0]].shape
+            yield Planned(known, group, (len(group), *shape) if name in stacked else shape)
+
+    def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that the source does not store."""
+        hidden = self.hidden
+        for layer, width in enumerate(self.ffn):
+            if width == 0:
+                yield f"blk.{layer}.ffn_norm.weight", torch.ones(hidden)
+                for name in ("gate", "up"):
+                    yield f"blk.{layer}.ffn_{name}.weight", torch.zeros(LEAST_FFN, hidden)
+                yield f"blk.{layer}.ffn_down.weight", torch.zeros(hidden, LEAST_FFN)
+        yield from _rope_tensors(self)
+
+    def read(self, reader: CheckpointReader, one: Planned) -> Tensor:
+        """A tensor of the source as llama.cpp expects it, float32."""
+        parts = [self.arranged(name, reader.read(name)).float() for name in one.sources]
+        return torch.stack(parts) if len(one.shape) == 3 else parts[0]
+
+    def arranged(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor of the source with its channels in llama.cpp's order, norms with their shift.
+
+        Args:
+            name: in the source.
+            weight: [out, in], or [out] for a bias or a norm.
+        """
+        owner = name.rpartition(".")[0]
+        if self.family.norm_shift and owner.endswith("norm"):
+            return weight.float() + self.family.norm_shift
+        if not self.family.interleaved or not owner.endswith(("q_proj", "k_proj")):
+            return weight
+        # [heads, 2, half of a head, …]: transformers rotates the two halves, llama.cpp neighbours
+        halves = weight.reshape(-1, 2, self.head // 2, *weight.shape[1:])
+        return halves.swapaxes(1, 2).reshape(weight.shape)
+
 
 A = gguf.MODEL_ARCH
 SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
@@ -102,41 +206,41 @@ class LlamaCppFamily:
     windows: bool = False
     varied: gguf.MODEL_ARCH | None = None
     own_head: bool = False
-    constants: Callable[[LlamaCppDecoder], dict[str, Any]] = lambda decoder: {}
-    differences: Callable[[LlamaCppDecoder], Iterator[str]] = lambda decoder: iter(())
+    constants: Callable[[LlamaCppModel], dict[str, Any]] = lambda model: {}
+    differences: Callable[[LlamaCppModel], Iterator[str]] = lambda model: iter(())
 
 
 LARGEST_GEMMA = {A.GEMMA2: 46, A.GEMMA3: 62}
 """The layers by which llama.cpp recognises the 27B models, whose attention scale differs."""
 
 
-def _gemma_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _gemma_constants(model: LlamaCppModel) -> dict[str, Any]:
     """Soft caps and sliding windows of Gemma 2 and 3."""
-    config = decoder.config
+    config = model.config
     found: dict[str, Any] = {}
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name) is not None:
             found[name] = float(getattr(config, name))
-    if decoder.window:
+    if model.window:
         found |= {
-            "sliding_window": decoder.window,
-            "sliding_window_pattern": decoder.window_period,
+            "sliding_window": model.window,
+            "sliding_window_pattern": model.window_period,
             "rope_freq_base_swa": float(_rope_of(config, "sliding_attention")["rope_theta"]),
         }
     return found
 
 
-def _gemma_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _gemma_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp derives the attention scale of Gemma 2 and 3 from the sizes."""
-    config, arch = decoder.config, decoder.arch
-    by_heads = decoder.layers == LARGEST_GEMMA[arch]
-    theirs = config.hidden_size // decoder.heads[0] if by_heads else decoder.head
+    config, arch = model.config, model.arch
+    by_heads = model.layers == LARGEST_GEMMA[arch]
+    theirs = config.hidden_size // model.heads[0] if by_heads else model.head
     if config.query_pre_attn_scalar != theirs:
         yield (
             f"it divides attention scores by the root of {config.query_pre_attn_scalar}, llama.cpp "
             f"by that of {theirs}"
         )
-    if decoder.window and decoder.window_period is None:
+    if model.window and model.window_period is None:
         yield "its layers with a sliding window follow no period"
     caps = config.attn_logit_softcapping, config.final_logit_softcapping
     if arch == A.GEMMA2 and None in caps:
@@ -146,27 +250,27 @@ def _gemma_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
     if getattr(config, "use_bidirectional_attention", None):
         yield "its tokens see those behind them"
     local = _rope_of(config, "sliding_attention").get("rope_type")
-    if arch == A.GEMMA3 and decoder.window and local != "default":
+    if arch == A.GEMMA3 and model.window and local != "default":
         yield f"the rotary positions of its local layers are of the kind {local!r}"
-    yield from _must_be_tied(decoder)
+    yield from _must_be_tied(model)
 
 
-def _must_be_tied(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _must_be_tied(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp takes the embedding as the head of Gemma."""
-    if not decoder.tied:
+    if not model.tied:
         yield "its head is not its embedding"
 
 
-def _narrow_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _narrow_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp expects that the heads of some families are as wide as the residual stream."""
-    width = decoder.heads[0] * decoder.head
-    if width != decoder.hidden:
-        yield f"its heads have {width} channels and its hidden states {decoder.hidden}"
+    width = model.heads[0] * model.head
+    if width != model.hidden:
+        yield f"its heads have {width} channels and its hidden states {model.hidden}"
 
 
-def _granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _granite_constants(model: LlamaCppModel) -> dict[str, Any]:
     """The four multipliers of Granite."""
-    config = decoder.config
+    config = model.config
     return {
         "attention_scale": float(config.attention_multiplier),
         "embedding_scale": float(config.embedding_multiplier),
@@ -175,35 +279,35 @@ def _granite_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     }
 
 
-def _smollm3_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _smollm3_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp rotates all layers of SmolLM3 but every fourth."""
-    if [int(x) for x in decoder.config.no_rope_layers] != [
-        int((layer + 1) % 4 != 0) for layer in range(decoder.layers)
+    if [int(x) for x in model.config.no_rope_layers] != [
+        int((layer + 1) % 4 != 0) for layer in range(model.layers)
     ]:
         yield "its layers without rotary positions are not every fourth"
 
 
-def _expert_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _expert_constants(model: LlamaCppModel) -> dict[str, Any]:
     """Numbers and sizes of experts."""
     found = {
-        "expert_count": decoder.experts,
-        "expert_used_count": decoder.config.num_experts_per_tok,
-        "expert_feed_forward_length": decoder.ffn[0],
+        "expert_count": model.experts,
+        "expert_used_count": model.config.num_experts_per_tok,
+        "expert_feed_forward_length": model.ffn[0],
     }
-    shared = getattr(decoder.config, "shared_expert_intermediate_size", None)
+    shared = getattr(model.config, "shared_expert_intermediate_size", None)
     return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
-def _qwen2_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _qwen2_moe_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp does not divide the weights of the chosen experts of Qwen2-MoE by their sum."""
-    if decoder.config.norm_topk_prob:
+    if model.config.norm_topk_prob:
         yield "it divides the weights of the chosen experts by their sum"
-    yield from _narrow_differences(decoder)
+    yield from _narrow_differences(model)
 
 
-def _qwen3_moe_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _qwen3_moe_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp divides them for Qwen3-MoE."""
-    if not decoder.config.norm_topk_prob:
+    if not model.config.norm_topk_prob:
         yield "it does not divide the weights of the chosen experts by their sum"
 
 
@@ -268,121 +372,6 @@ class Planned:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class LlamaCppModel:
-    """A model in the terms of llama.cpp.
-
-    Attributes:
-        family: how llama.cpp computes it.
-        decoder: its sizes.
-    """
-
-    family: LlamaCppFamily
-    decoder: LlamaCppDecoder
-
-    @property
-    def ignored_window(self) -> int | None:
-        """The sliding window, where llama.cpp does not apply it."""
-        return None if self.family.windows else self.decoder.window
-
-    @property
-    def context(self) -> int:
-        """The positions for which llama.cpp computes like transformers."""
-        positions = int(self.decoder.config.max_position_embeddings)
-        return min(positions, self.ignored_window or positions, self.stretched_from or positions)
-
-    @property
-    def stretched_from(self) -> int | None:
-        """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
-
-        transformers takes the short factors for texts up to the original context, llama.cpp for
-        contexts up to that. None for other kinds.
-        """
-        long = _rope_of(self.decoder.config)["rope_type"] == "longrope"
-        return _original_context(self.decoder) if long else None
-
-    def add_fields(self, writer: gguf.GGUFWriter) -> None:
-        """Write the sizes and constants that llama.cpp reads."""
-        decoder = self.decoder
-        per_layer = decoder.arch == self.family.varied
-        fields = {
-            "block_count": decoder.layers,
-            "context_length": self.context,
-            "embedding_length": decoder.hidden,
-            "vocab_size": decoder.vocabulary,
-            "key_length": decoder.head,
-            "value_length": decoder.head,
-            "layer_norm_rms_eps": decoder.config.rms_norm_eps,
-            **_rope_constants(decoder),
-            **self.family.constants(decoder),
-        }
-        sizes = {
-            "head_count": decoder.heads,
-            "head_count_kv": decoder.kv_heads,
-            "feed_forward_length": [width or LEAST_FFN for width in decoder.ffn],
-        }
-        fields |= {name: list(of) if per_layer else of[0] for name, of in sizes.items()}
-        for name, value in fields.items():
-            getattr(writer, f"add_{name}")(value)
-
-    def tensors(self, source: ExportSource) -> Iterator[Planned]:
-        """Every tensor of the file that the source stores.
-
-        Raises:
-            ExportError: llama.cpp has no place for a tensor.
-        """
-        names = gguf.get_tensor_name_map(self.decoder.arch, self.decoder.layers)
-        entries = source.reader.entries
-        stacked = _stacked_experts(source)
-        of_experts = {name for group in stacked.values() for name in group}
-        plain = {name: (name,) for name in entries if name not in of_experts}
-        if self.decoder.tied:
-            plain.pop("lm_head.weight", None)
-            if self.family.own_head:
-                plain["lm_head.weight"] = ("model.embed_tokens.weight",)
-        for name, group in {**plain, **stacked}.items():
-            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if known is None:
-                raise ExportError(
-                    f"llama.cpp has no place for the tensor {name!r}",
-                    where=str(source.folder),
-                    remedy=ELSEWHERE,
-                )
-            shape = entries[group[0]].shape
-            yield Planned(known, group, (len(group), *shape) if name in stacked else shape)
-
-    def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that the source does not store."""
-        hidden = self.decoder.hidden
-        for layer, width in enumerate(self.decoder.ffn):
-            if width == 0:
-                yield f"blk.{layer}.ffn_norm.weight", torch.ones(hidden)
-                for name in ("gate", "up"):
-                    yield f"blk.{layer}.ffn_{name}.weight", torch.zeros(LEAST_FFN, hidden)
-                yield f"blk.{layer}.ffn_down.weight", torch.zeros(hidden, LEAST_FFN)
-        yield from _rope_tensors(self.decoder)
-
-    def read(self, reader: CheckpointReader, one: Planned) -> Tensor:
-        """A tensor of the source as llama.cpp expects it, float32."""
-        parts = [self.arranged(name, reader.read(name)).float() for name in one.sources]
-        return torch.stack(parts) if len(one.shape) == 3 else parts[0]
-
-    def arranged(self, name: str, weight: Tensor) -> Tensor:
-        """A tensor of the source with its channels in llama.cpp's order, norms with their shift.
-
-        Args:
-            name: in the source.
-            weight: [out, in], or [out] for a bias or a norm.
-        """
-        owner = name.rpartition(".")[0]
-        if self.family.norm_shift and owner.endswith("norm"):
-            return weight.float() + self.family.norm_shift
-        if not self.family.interleaved or not owner.endswith(("q_proj", "k_proj")):
-            return weight
-        halves = weight.reshape(-1, 2, self.decoder.head // 2, *weight.shape[1:])
-        return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
 def model_of(source: ExportSource) -> LlamaCppModel:
     """Describe the model of a folder for llama.cpp.
 
@@ -401,13 +390,17 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     own = {key: value for key, value in source.config.items() if key not in OURS}
     with transformers_errors(source.folder):
         config = AutoConfig.for_model(kind, **own)
-    decoder = _decoder_of(source, family, config)
-    if decoder.varied:
+    model = _sizes_of(source, family, config)
+    if model.varied:
         if family.varied is None:
             raise _differs(source, f"its layers differ in size, which it does not allow of {kind}")
-        decoder = replace(decoder, arch=family.varied)
-    model = LlamaCppModel(family, decoder)
-    _check(model, source)
+        model = replace(model, arch=family.varied)
+    names = ("hidden_activation", "hidden_act")
+    activation = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    if activation not in family.activations:
+        raise _differs(source, f"the activation is {activation}")
+    for why in (*_rope_differences(model), *family.differences(model)):
+        raise _differs(source, why)
     list(model.tensors(source))  # refuses tensors without a place
     return model
 
@@ -417,7 +410,7 @@ def model_type(source: ExportSource) -> str:
     return str(source.config.get("base_model_type", source.config.get("model_type")))
 
 
-def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppDecoder:
+def _sizes_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppModel:
     """The sizes of a model, read off its tensors."""
     entries, layers = source.reader.entries, range(config.num_hidden_layers)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -430,6 +423,7 @@ def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Ll
     heads = tuple(width // head for width in side("self_attn.o_proj", 1))
     fused = tuple(rows // head for rows in side("self_attn.qkv_proj", 0))
     separate = tuple(rows // head for rows in side("self_attn.k_proj", 0))
+    # a fused projection has the queries, then as many keys as values
     kv_heads = tuple((f - h) // 2 for f, h in zip(fused, heads, strict=True))
     ffn, count = side("mlp.down_proj", 1), 0
     if stacked:
@@ -439,8 +433,9 @@ def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Ll
         if len(counts) > 1:
             raise _differs(source, f"its layers have {sorted(counts)} experts")
         (count,) = counts
-    return LlamaCppDecoder(
+    return LlamaCppModel(
         arch=family.arch,
+        family=family,
         config=config,
         layers=len(layers),
         hidden=config.hidden_size,
@@ -452,18 +447,6 @@ def _decoder_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Ll
         tied=bool(config.tie_word_embeddings) or "lm_head.weight" not in entries,
         experts=count,
     )
-
-
-def _check(model: LlamaCppModel, source: ExportSource) -> None:
-    """Refuse what llama.cpp would compute differently."""
-    family, decoder = model.family, model.decoder
-    config = decoder.config
-    names = ("hidden_activation", "hidden_act")
-    activation = next(filter(None, (getattr(config, name, None) for name in names)), None)
-    if activation not in family.activations:
-        raise _differs(source, f"the activation is {activation}")
-    for why in (*_rope_differences(decoder), *family.differences(decoder)):
-        raise _differs(source, why)
 
 
 def _stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
@@ -491,23 +474,23 @@ def _rope_of(config: Any, kind: str = "full_attention") -> dict[str, Any]:
     return dict(found.get(kind, found))
 
 
-def _rotated(decoder: LlamaCppDecoder) -> int:
+def _rotated(model: LlamaCppModel) -> int:
     """The channels of a head that are rotated."""
-    return int(decoder.head * _rope_of(decoder.config).get("partial_rotary_factor", 1.0))
+    return int(model.head * _rope_of(model.config).get("partial_rotary_factor", 1.0))
 
 
-def _original_context(decoder: LlamaCppDecoder) -> int:
+def _original_context(model: LlamaCppModel) -> int:
     """The context of the model before its positions were stretched."""
-    config, rope = decoder.config, _rope_of(decoder.config)
+    config, rope = model.config, _rope_of(model.config)
     stretched = rope.get("original_max_position_embeddings")
     return int(stretched or config.original_max_position_embeddings)
 
 
-def _rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
+def _rope_constants(model: LlamaCppModel) -> dict[str, Any]:
     """The fields of the rotary positions."""
-    rope = _rope_of(decoder.config)
+    rope = _rope_of(model.config)
     found: dict[str, Any] = {
-        "rope_dimension_count": _rotated(decoder),
+        "rope_dimension_count": _rotated(model),
         "rope_freq_base": float(rope["rope_theta"]),
     }
     kind = rope["rope_type"]
@@ -515,11 +498,11 @@ def _rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
         found["rope_scaling_type"] = gguf.RopeScalingType(kind)
         found["rope_scaling_factor"] = float(rope["factor"])
     if kind in ("yarn", "longrope"):
-        found["rope_scaling_orig_ctx_len"] = _original_context(decoder)
+        found["rope_scaling_orig_ctx_len"] = _original_context(model)
     if kind == "longrope":
         # LongRoPE multiplies sine and cosine by √(1 + ln s / ln original), s the stretching
-        original, factor = _original_context(decoder), rope.get("attention_factor")
-        stretched = rope.get("factor") or decoder.config.max_position_embeddings / original
+        original, factor = _original_context(model), rope.get("attention_factor")
+        stretched = rope.get("factor") or model.config.max_position_embeddings / original
         if factor is None:
             more = math.log(stretched) / math.log(original) if stretched > 1 else 0.0
             factor = math.sqrt(1 + more)
@@ -527,13 +510,14 @@ def _rope_constants(decoder: LlamaCppDecoder) -> dict[str, Any]:
     return found
 
 
-def _rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:
+def _rope_tensors(model: LlamaCppModel) -> Iterator[tuple[str, Tensor]]:
     """The factors of the frequencies, float32 [rotated / 2]."""
-    rope = _rope_of(decoder.config)
-    if rope["rope_type"] == "llama3":  # by how much each frequency is stretched
-        powers = torch.arange(0, _rotated(decoder), 2, dtype=torch.float64) / _rotated(decoder)
+    rope = _rope_of(model.config)
+    if rope["rope_type"] == "llama3":  # slow pairs are stretched by `factor`, fast ones not at all
+        powers = torch.arange(0, _rotated(model), 2, dtype=torch.float64) / _rotated(model)
         factor, context = rope["factor"], rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        # how often each pair of channels turns around within the original context
         turns = context * (1 / rope["rope_theta"] ** powers) / (2 * math.pi)
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         yield "rope_freqs.weight", (1 / ((1 - smooth) / factor + smooth)).float()
@@ -542,16 +526,16 @@ def _rope_tensors(decoder: LlamaCppDecoder) -> Iterator[tuple[str, Tensor]]:
             yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]).float()
 
 
-def _rope_differences(decoder: LlamaCppDecoder) -> Iterator[str]:
+def _rope_differences(model: LlamaCppModel) -> Iterator[str]:
     """Why llama.cpp would compute other rotary positions."""
-    rope = _rope_of(decoder.config)
-    kind, arch = rope["rope_type"], decoder.arch
+    rope = _rope_of(model.config)
+    kind, arch = rope["rope_type"], model.arch
     if kind not in KINDS or (kind == "longrope") > (arch == gguf.MODEL_ARCH.PHI3):
         yield f"its rotary positions are of the kind {kind!r}"
     odd = sorted({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & rope.keys())
     if kind == "yarn" and odd:
         yield f"its rotary positions set {', '.join(odd)}"
-    if _rotated(decoder) != decoder.head and arch != gguf.MODEL_ARCH.PHI3:
+    if _rotated(model) != model.head and arch != gguf.MODEL_ARCH.PHI3:
         yield "only a part of each head is rotated"
 
 

@@ -52,7 +52,7 @@ def bytes_as_stored(reader: CheckpointReader, values: Mapping[str, str]) -> int:
     """
     source = ExportSource("model", reader.folder, read_configuration(reader.folder), reader)
     model = model_of(source)
-    vocabulary = read_vocabulary(reader.folder, model.decoder.vocabulary)
+    vocabulary = read_vocabulary(reader.folder, model.vocabulary)
     own = {name: NEAREST[kind] for name, kind in values.items()}
     with tempfile.TemporaryDirectory() as scratch:
         whole = GGUFFile(source, model, vocabulary, NEAREST["bfloat16"], own)
@@ -125,16 +125,17 @@ def _q4_0(values: Tensor) -> np.ndarray:
     """
     rows = len(values)
     blocks = values.reshape(rows, -1, BLOCK)
-    # larger groups are some with equal scales
+    # [rows, blocks]; a larger group of the source is several blocks with equal scales
     scale, _ = GroupGrid(4, BLOCK).scales_on_grid(values)
     scale = scale.masked_fill(scale == 0, 1.0).half()[:, :, None]
-    codes = (blocks / scale).round_().clamp_(-8, 7)
+    codes = (blocks / scale).round_().clamp_(-8, 7)  # [rows, blocks, 32]
     exact = (codes * scale == blocks).all(dim=2)
     shifted = (codes + 8).to(torch.uint8)
+    # weight j in the lower half of byte j, weight j + 16 in the upper half
     packed = shifted[:, :, : BLOCK // 2] | (shifted[:, :, BLOCK // 2 :] << 4)
     stored = torch.cat([scale.view(torch.uint8), packed], dim=2)
     other = ~exact.all(dim=1)
-    if other.any():
+    if other.any():  # rows with blocks that llama.cpp's own rounding has to make
         rounded = torch.from_numpy(gguf.quants.quantize(values[other].numpy(), Q.Q4_0))
         places = exact[other][:, :, None]
         stored[other] = stored[other].where(places, rounded.view(len(rounded), -1, 2 + BLOCK // 2))
@@ -217,7 +218,7 @@ class GGUFFile:
 
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
-        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[self.model.decoder.arch])
+        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[self.model.arch])
         strips = self.vocabulary.strips and "phi-3" not in self.source.name.lower()
         writer.add_name(f"phi-3 {self.source.name}" if strips else self.source.name)
         writer.add_file_type(FILE_TYPES[self.kind])

@@ -34,6 +34,7 @@ __all__ = [
     "damaged",
     "described_by",
     "refuse_empty",
+    "spread_blocks",
     "stored_forms",
     "unpacked",
     "view_in",
@@ -265,7 +266,7 @@ def refuse_empty(made: Mapping[str, Assembly], form: str, source: SourceFolder) 
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
-    """The unsigned integers of int32 words along a new last axis, the lowest bits first.
+    """The unsigned integers of words along a new last axis, the lowest bits first.
 
     Example:
         >>> import torch
@@ -273,8 +274,27 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
         >>> unpacked(torch.tensor([0x21], dtype=torch.int32), 4)[0, :3].tolist()
         [1, 2, 0]
     """
-    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits  # leftover bits are skipped
+    each = 8 * words.itemsize // bits  # bits that are left over at the top hold nothing
+    shifts = torch.arange(each, dtype=words.dtype) * bits
     return (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+
+
+def spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
+    """Scales [..., blocks of rows, of columns] as they multiply a matrix; one scale stays one.
+
+    The last block of an axis may be shorter than the others.
+
+    Example:
+        >>> import torch
+        >>> from secateur.models.at_rest import spread_blocks
+        >>> spread_blocks(torch.tensor([[1.0, 2.0]]), (2, 3), (2, 2)).tolist()
+        [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]
+    """
+    if scale.numel() == 1:
+        return scale.reshape((1,) * len(shape))
+    for axis, size in ((-2, block[0]), (-1, block[1])):
+        scale = scale.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+    return scale
 
 
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,6 @@ W = (q − zero_point) · scale
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import ClassVar
@@ -56,11 +55,10 @@ SCALED_PARTS = (
     "weight_zero_point",
     "weight_g_idx",
 )
-STORED = (torch.int8, torch.float8_e4m3fn)
-"""The dtypes of weights that have a scale."""
+STORED = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
+"""The dtypes of weights that have a scale, and their usual words."""
 
 
-@dataclass(frozen=True)
 class CompressedTensorsFolder(at_rest.NamedForm):
     """Every format of compressed-tensors except 4-bit floating point and marlin-24."""
 
@@ -79,7 +77,9 @@ class CompressedTensorsFolder(at_rest.NamedForm):
         """Refuses rotated weights, and 4-bit floating point."""
         stored = source.reader.entries
         _refuse_unknown(described, stored)
-        widths = frozenset(_widths_of(described))
+        weights = (group.get("weights") for group in _groups_of(described))
+        named = [x.get("num_bits") for x in weights if isinstance(x, Mapping)]
+        widths = frozenset(bits for bits in named if type(bits) is int and 1 <= bits <= 8)
         made: dict[str, at_rest.Assembly] = {}
         for name, parts in _grouped(stored).items():
             try:
@@ -114,18 +114,8 @@ def _refuse_unknown(described: at_rest.Described, stored: Iterable[str]) -> None
 def _groups_of(described: at_rest.Described) -> Iterator[at_rest.Described]:
     """The groups of matrices that a configuration describes."""
     groups = described.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping):
-            yield group
-
-
-def _widths_of(described: at_rest.Described) -> Iterator[int]:
-    """The bits of the integers that a configuration names."""
-    for group in _groups_of(described):
-        weights = group.get("weights")
-        bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
-        if type(bits) is int and 1 <= bits <= 8:
-            yield bits
+    every = groups.values() if isinstance(groups, Mapping) else ()
+    return (group for group in every if isinstance(group, Mapping))
 
 
 def _grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -150,12 +140,8 @@ def _assembled(
     source: at_rest.SourceFolder, parts: Mapping[str, str], widths: frozenset[int]
 ) -> at_rest.Assembly:
     """The dense tensor of some parts."""
-
-    def among(names: Iterable[str]) -> dict[str, str]:
-        return {role: parts[role] for role in names if role in parts}
-
-    sparse = among(BITMASK_PARTS)
-    scaled = among(SCALED_PARTS)
+    sparse = {role: name for role, name in parts.items() if role in BITMASK_PARTS}
+    scaled = {role: name for role, name in parts.items() if role in SCALED_PARTS}
     if sparse and "weight" in parts:
         raise at_rest.damaged("the weight is stored, and so is its bitmask", parts["weight"])
     if scaled:
@@ -193,8 +179,8 @@ def _sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> at_r
 
 def _unmasked(parts: at_rest.Parts, shape: tuple[int, ...]) -> Tensor:
     """The dense tensor."""
-    bits = _bits_of(parts["bitmask"])
-    kept = bits[..., : shape[-1]]
+    bits = at_rest.unpacked(parts["bitmask"], 1).bool().flatten(-2)
+    kept = bits[..., : shape[-1]]  # the last byte of a row may have more bits than columns
     values = parts["compressed"].flatten()
     if bits[..., shape[-1] :].any():
         raise at_rest.damaged("the bitmask keeps weights beyond the last column", "bitmask")
@@ -213,19 +199,6 @@ def _unmasked(parts: at_rest.Parts, shape: tuple[int, ...]) -> Tensor:
     dense = torch.zeros(shape, dtype=raw)
     dense[kept] = values.view(raw)
     return dense.view(values.dtype)
-
-
-def _bits_of(packed: Tensor) -> Tensor:
-    """Bools of the bits of bytes [..., n] → [..., 8 n], the lowest bit first.
-
-    Example:
-        >>> import torch
-        >>> from secateur.models.at_rest.compressed_tensors import _bits_of
-        >>> _bits_of(torch.tensor([5], dtype=torch.uint8)).int().tolist()
-        [1, 0, 1, 0, 0, 0, 0, 0]
-    """
-    shifts = torch.arange(8, dtype=torch.uint8)
-    return ((packed.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
 
 
 def _scaled_assembly(
@@ -252,7 +225,7 @@ def _scaled_assembly(
             {**sparse, **parts},
             inner.shape,
             dtype,
-            f"{inner.stored_as} {_dtype_word(inner.dtype)}",
+            f"{inner.stored_as} {STORED[inner.dtype]}",
             lambda p: _scaled(inner.make({role: p[role] for role in sparse}), p),
         )
     if "weight" not in parts:
@@ -261,13 +234,9 @@ def _scaled_assembly(
     _check_dtype(entry.dtype, parts["weight"])
     if len(entry.shape) != 2:
         raise at_rest.damaged(f"a weight of shape {list(entry.shape)} has a scale", parts["weight"])
-    kind = _dtype_word(entry.dtype)
-    return at_rest.Assembly(parts, entry.shape, dtype, kind, lambda p: _scaled(p["weight"], p))
-
-
-def _dtype_word(dtype: torch.dtype) -> str:
-    """The usual word for a stored dtype."""
-    return "int8" if dtype == torch.int8 else "float8"
+    return at_rest.Assembly(
+        parts, entry.shape, dtype, STORED[entry.dtype], lambda p: _scaled(p["weight"], p)
+    )
 
 
 def _check_dtype(dtype: torch.dtype, where: str) -> None:
@@ -310,6 +279,7 @@ def _from_words(parts: at_rest.Parts, bits: int, shape: tuple[int, int]) -> Tens
     """The matrix of packed integers, float64."""
     integers = at_rest.unpacked(parts["weight_packed"], bits).flatten(-2)
     zero = parts.get("weight_zero_point")
+    # packed along the rows: [⌈out / F⌉, groups]
     if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
         zero = at_rest.unpacked(zero.t(), bits).flatten(-2)[:, : shape[0]].t() - 2 ** (bits - 1)
         parts = {**parts, "weight_zero_point": zero}
@@ -337,7 +307,7 @@ def _spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> 
     rows, columns = shape
     if scale.numel() == 1:
         return scale.reshape(1, 1)
-    if scale.ndim != 2 or rows % scale.shape[0] or columns % scale.shape[1]:
+    if scale.ndim != 2 or 0 in scale.shape or rows % len(scale) or columns % scale.shape[1]:
         raise at_rest.damaged(
             f"scales {list(scale.shape)} do not divide {list(shape)}", "weight_scale"
         )
@@ -347,10 +317,8 @@ def _spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> 
             raise at_rest.damaged(
                 f"a column names a group that is not one of {groups}", "weight_g_idx"
             )
-        scale = scale[:, order.to(torch.int64)]
-    else:
-        scale = scale.repeat_interleave(columns // groups, 1)
-    return scale.repeat_interleave(rows // scale.shape[0], 0)
+        scale = scale[:, order.to(torch.int64)]  # a scale for each column
+    return at_rest.spread_blocks(scale, shape, (rows // len(scale), columns // scale.shape[1]))
 
 
 at_rest.stored_forms.register(CompressedTensorsFolder.name)(CompressedTensorsFolder())

@@ -15,7 +15,6 @@ configuration gives the size of a block.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -37,7 +36,6 @@ OF_ACTIVATIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class BlockFloat8(at_rest.NamedForm):
     """`quant_method: fp8`."""
 
@@ -143,29 +141,18 @@ def _fitting_blocks(
     return rows // scales[-2], columns // scales[-1]
 
 
-def _spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
-    """Scales [..., blocks, blocks] as they multiply a matrix [..., out, in]: float32.
-
-    Example:
-        >>> import torch
-        >>> from secateur.models.at_rest.fp8 import _spread_blocks
-        >>> _spread_blocks(torch.tensor([[1.0, 2.0]]), (2, 3), (2, 2)).tolist()
-        [[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]
-    """
+def _scales(parts: at_rest.Parts, block: tuple[int, int]) -> Tensor:
+    """The scales in the shape of the tensor, float32."""
+    scale = parts["scale"]
     wide = scale.to(torch.float32)
-    if scale.dtype == torch.uint8:  # exponents
+    if scale.dtype == torch.uint8:  # the exponent of a power of two, 127 higher
         wide = torch.ldexp(torch.ones(scale.shape), scale.to(torch.int32) - 127)
-    if wide.numel() == 1:
-        return wide.reshape((1,) * len(shape))
-    for axis, size in ((-2, block[0]), (-1, block[1])):
-        wide = wide.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
-    return wide
+    return at_rest.spread_blocks(wide, tuple(parts["weight"].shape), block)
 
 
 def _multiplied(parts: at_rest.Parts, block: tuple[int, int]) -> Tensor:
     """The dense tensor, float32."""
-    weight = parts["weight"]
-    return weight.to(torch.float32) * _spread_blocks(parts["scale"], tuple(weight.shape), block)
+    return parts["weight"].to(torch.float32) * _scales(parts, block)
 
 
 def _rounded_back(
@@ -175,10 +162,11 @@ def _rounded_back(
 
     A number is rounded to the nearest one of its block's grid, from −448 to 448 times the scale.
     """
-    scale = _spread_blocks(parts["scale"], tuple(values.shape), block)
-    wanted = torch.where(values == 0, 0.0, values.to(torch.float32) / scale)
+    # 0 / scale would be NaN where the scale is 0
+    wanted = torch.where(values == 0, 0.0, values.to(torch.float32) / _scales(parts, block))
     codes = wanted.clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8)
     same = _multiplied(parts, block).to(dtype) == values
+    # compared as the model reads them, so a number that did not change keeps its byte
     codes = torch.where(same & (values != 0), parts["weight"].view(torch.uint8), codes)
     return {"weight": codes.view(FLOAT8), "scale": parts["scale"]}
 

@@ -27,7 +27,6 @@ github.com/casper-hansen/AutoAWQ. The product is exact in float64 and rounded on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -42,7 +41,6 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each 4-bit integer of a word belongs to, the lowest bits first."""
 
 
-@dataclass(frozen=True)
 class PostTraining(at_rest.NamedForm):
     """`quant_method: gptq`, with integers of 2, 4 or 8 bits."""
 
@@ -61,11 +59,10 @@ class PostTraining(at_rest.NamedForm):
                 "float16 or bfloat16",
             )
         lower = sum(1 << shift for shift in range(0, 32, bits)) if layout == "gptq" else 0
-        make = partial(_along_inputs, bits=bits, lower=lower)
+        make = partial(_from_gptq, bits=bits, lower=lower)
         return _assemblies(source, make, bits, rows=True)
 
 
-@dataclass(frozen=True)
 class ActivationAware(at_rest.NamedForm):
     """`quant_method: awq`, version gemm."""
 
@@ -83,7 +80,7 @@ class ActivationAware(at_rest.NamedForm):
                 where=str(source.folder),
                 remedy="4 bits in version gemm are; name the model in float16 or bfloat16",
             )
-        return _assemblies(source, _along_outputs, 4, rows=False)
+        return _assemblies(source, _from_awq, 4, rows=False)
 
 
 def _assemblies(
@@ -131,11 +128,12 @@ def _shape_of(
     return (outputs, inputs) if whole and outputs % factor == 0 else None
 
 
-def _along_inputs(parts: at_rest.Parts, bits: int, lower: int) -> Tensor:
+def _from_gptq(parts: at_rest.Parts, bits: int, lower: int) -> Tensor:
     """A matrix [out, in] of GPTQ, float64, whose words of zeros are stored `lower`."""
+    # [in / F, out, F] → [in, out]: a word holds inputs that follow each other
     integers = at_rest.unpacked(parts["qweight"], bits).transpose(1, 2).flatten(0, 1)
-    words = parts["qzeros"].to(torch.int64) + lower  # the lower 32 bits are the sum modulo 2³²
-    zeros = at_rest.unpacked(words, bits).flatten(1)
+    words = (parts["qzeros"].to(torch.int64) + lower).to(torch.int32)  # modulo 2³²
+    zeros = at_rest.unpacked(words, bits).flatten(1)  # [groups, out]
     groups, inputs = len(zeros), len(integers)
     order = parts.get("g_idx")
     if order is None:
@@ -147,9 +145,9 @@ def _along_inputs(parts: at_rest.Parts, bits: int, lower: int) -> Tensor:
     return ((integers - zeros[order]).to(torch.float64) * scales[order]).t()
 
 
-def _along_outputs(parts: at_rest.Parts) -> Tensor:
+def _from_awq(parts: at_rest.Parts) -> Tensor:
     """A matrix [out, in] of AWQ, float64."""
-    place = torch.tensor(AWQ_ORDER).argsort()
+    place = torch.tensor(AWQ_ORDER).argsort()  # where a word has its first output, its second, …
     integers, zeros = (
         at_rest.unpacked(parts[role], 4)[..., place].flatten(1) for role in ("qweight", "qzeros")
     )

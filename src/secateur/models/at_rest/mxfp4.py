@@ -15,7 +15,6 @@ of the bytes is that of `convert_moe_packed_tensors` in transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -31,7 +30,6 @@ GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 
 
-@dataclass(frozen=True)
 class MicroscaledFloat4(at_rest.NamedForm):
     """`quant_method: mxfp4`."""
 
@@ -80,12 +78,12 @@ def _assembly(
 def _expanded(parts: at_rest.Parts) -> Tensor:
     """The experts [experts, in, out], float32."""
     blocks, scales = parts["blocks"], parts["scales"]
-    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    codes = at_rest.unpacked(blocks, 4).flatten(-2)  # [experts, out, groups, 32]
     values = torch.ldexp(
         torch.tensor(NUMBERS)[codes.to(torch.int32)],
         (scales.to(torch.int32) - 127).unsqueeze(-1),
     )
-    return values.flatten(-2).transpose(1, 2)
+    return values.flatten(-2).transpose(1, 2)  # a row of blocks is a column of the experts
 
 
 def _rounded_back(values: Tensor, parts: at_rest.Parts, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -98,10 +96,10 @@ def _rounded_back(values: Tensor, parts: at_rest.Parts, dtype: torch.dtype) -> d
     rows = values.transpose(1, 2).unflatten(-1, (-1, GROUP)).to(torch.float32)
     wanted = torch.ldexp(rows, (127 - scales.to(torch.int32)).unsqueeze(-1))
     grid = torch.tensor(NUMBERS[:8])
+    # between two neighbours of the grid their middle decides; bit 3 is the sign, and no zero has it
     codes = torch.bucketize(wanted.abs().contiguous(), (grid[1:] + grid[:-1]) / 2).to(torch.uint8)
     codes += 8 * ((wanted < 0) & (codes > 0)).to(torch.uint8)
-    stored = parts["blocks"]
-    before = torch.stack([stored & 15, stored >> 4], -1).flatten(-2)
+    before = at_rest.unpacked(parts["blocks"], 4).flatten(-2)
     same = _expanded(parts).to(dtype) == values
     kept = same.transpose(1, 2).unflatten(-1, (-1, GROUP)) & (rows != 0)
     pairs = torch.where(kept, before, codes).unflatten(-1, (-1, 2))

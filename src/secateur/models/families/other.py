@@ -40,7 +40,7 @@ FALCON = architecture.Family(
     writers=("self_attention.dense", "mlp.dense_4h_to_h"),
     couplings=architecture.Couplings(
         layer={
-            **llama_like.TWO_NORMS,  # one, two with other names, or these, whatever the configuration says
+            **llama_like.TWO_NORMS,  # or one, or two with other names: the configuration says it
             **over("hidden", "ln_attn ln_mlp"),
             **UNCUT_ATTENTION,
             **WIDE_FFN,

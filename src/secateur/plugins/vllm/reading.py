@@ -78,4 +78,4 @@ def four_bits(packed: PackedCheckpoint, dtype: torch.dtype, dense: Container[str
     )
     if not whole or any(layout.transposed for layout in layouts):
         return None
-    return Scheme(4, packed=True, group=group, activations=None, scale=dtype)
+    return Scheme(4, dtype, group)

@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -29,8 +30,7 @@ from secateur.recipes.options import MAX_SEED
 from secateur.runtime.grammar import Grammar
 from secateur.runtime.sampling import sampling_with
 from secateur.serving.http import requests
-from secateur.serving.http.connection import ARRIVAL_SECONDS, Connection
-from secateur.serving.http.middleware import Limits, Metrics
+from secateur.serving.http.middleware import Metrics, guarded
 from secateur.serving.http.responses import AnswerResponse, ChatWriter, CompletionWriter, Writer
 from secateur.serving.scheduler import QueueFullError
 from secateur.serving.service import Service
@@ -43,8 +43,6 @@ def application(
     service: Service,
     *,
     api_key: str | None = None,
-    body_bytes: int = 4 << 20,
-    body_seconds: float = ARRIVAL_SECONDS,
     stop_seconds: float = 30.0,
 ) -> ASGIApp:
     """OpenAI's API for a model.
@@ -52,8 +50,6 @@ def application(
     Args:
         service: the model.
         api_key: what clients send as a bearer token; None: everybody may ask.
-        body_bytes: the longest body of a request.
-        body_seconds: the longest time for a body to arrive.
         stop_seconds: how long what runs may go on when the server stops.
     """
     metrics = Metrics(service.worker.scheduler)
@@ -74,7 +70,7 @@ def application(
     app.get("/v1/models/{name:path}")(endpoints.one_model)
     app.get("/health", response_class=Response)(endpoints.health)
     app.get("/metrics", response_class=PlainTextResponse)(endpoints.metrics_text)
-    return Limits(app, metrics, api_key, body_bytes, body_seconds)
+    return guarded(app, metrics, api_key)
 
 
 class Endpoints:
@@ -87,6 +83,8 @@ class Endpoints:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
+        self.registry = CollectorRegistry()
+        self.registry.register(metrics)
 
     def model(self) -> dict[str, Any]:
         """The model in the list of models."""
@@ -106,7 +104,7 @@ class Endpoints:
     def check_model(self, name: str | None) -> None:
         """Refuse another model. A request may leave the name out."""
         if name is not None and name != self.service.name:
-            said = f"there is no model {requests.shown(name)} here, only {requests.shown(self.service.name)}"
+            said = f"there is no model {requests.shown(name)} here, only {self.service.name}"
             raise requests.ApiError(404, said, param="model", code="model_not_found")
 
     async def health(self) -> Response:
@@ -118,8 +116,9 @@ class Endpoints:
 
     async def metrics_text(self) -> PlainTextResponse:
         """Numbers for Prometheus."""
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return PlainTextResponse(self.metrics.text(), media_type=kind)
+        return PlainTextResponse(
+            generate_latest(self.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4
+        )
 
     async def chat(self, request: requests.ChatRequest) -> Response:
         """Answer a conversation."""
@@ -179,8 +178,8 @@ class Endpoints:
             raise requests.bad_request(said, "messages", "no_template")
         options = inspect.signature(tokenizer.apply_chat_template).parameters
         if taken := sorted((variables or {}).keys() & options):
-            said = f"{requests.shown(taken[0])} is an option of the tokenizer, no variable of the template"
-            raise requests.bad_request(said, "chat_template_kwargs")
+            said = "is an option of the tokenizer, no variable of the template"
+            raise requests.bad_request(f"{requests.shown(taken[0])} {said}", "chat_template_kwargs")
         plain = [message.plain() for message in messages]
         variables = {**(variables or {}), **({"tools": [*tools]} if tools else {})}
         try:
@@ -315,6 +314,8 @@ def _add_faults(app: FastAPI) -> None:
 
 
 BACKLOG = 128
+HEAD_BYTES = 64 << 10
+"""The longest head of a request: its address and headers."""
 OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -351,7 +352,8 @@ class StoppableServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http="h11",  # unlike httptools, it bounds the heads of requests
+                h11_max_incomplete_event_size=HEAD_BYTES,
                 log_level="warning",
                 access_log=False,
                 server_header=False,

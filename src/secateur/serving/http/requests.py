@@ -419,8 +419,24 @@ class CompletionRequest(SamplingRequest):
         return super().check()
 
 
+BODY_BYTES = 4 << 20
+"""The longest body of a request."""
+
+
 class JsonRequest(Request):
     """A request whose body pydantic reads: no NaN, half of a character, or deep nesting."""
+
+    async def body(self) -> bytes:
+        """The body, as long as it may be."""
+        if not hasattr(self, "_body"):
+            read = bytearray()
+            async for part in self.stream():
+                read += part
+                if len(read) > BODY_BYTES:
+                    said = f"the body is longer than {BODY_BYTES:,} bytes"
+                    raise ApiError(413, said, code="body_too_large")
+            self._body = bytes(read)
+        return self._body
 
     async def json(self) -> Any:
         """The body."""

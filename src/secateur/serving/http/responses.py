@@ -5,17 +5,16 @@ An answer ends when its client goes.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from secateur.serving.http.middleware import Metrics
@@ -35,25 +34,24 @@ class Writer(ABC):
         listed: whether tokens are listed with their probabilities.
         include_usage: whether a stream ends with its usage.
         warnings: what was ignored. The answer has them, or the first chunk of a stream.
+        calls: makes what finds the calls of tools in a text; None where there are no tools.
     """
 
     model: str
     listed: bool = False
     include_usage: bool = False
     warnings: Sequence[str] = ()
-    id: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
-    # characters before the next token of a choice, in the list of a completion
-    offsets: Counter[int] = field(default_factory=Counter)
+    calls: Callable[[], CallReader] | None = None
 
     prefix = kind = chunk_kind = ""
 
     def __post_init__(self) -> None:
-        self.id = self.prefix + secrets.token_hex(12)
+        own = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time())}
+        self.own = own | {"model": self.model}
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every answer and chunk begins with."""
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        head: dict[str, Any] = {**self.own, "object": kind}
         if self.warnings:
             head["warnings"], self.warnings = [*self.warnings], ()
         return head
@@ -114,19 +112,14 @@ class Writer(ABC):
         """A piece of it; None is nothing more."""
 
 
-@dataclass
 class ChatWriter(Writer):
-    """Answers of `/v1/chat/completions`.
-
-    Args:
-        calls: makes what finds the calls of tools in a text; None where there are no tools.
-    """
-
-    calls: Callable[[], CallReader] | None = None
-    # of each choice of a stream
-    readers: dict[int, CallReader] = field(default_factory=dict)
+    """Answers of `/v1/chat/completions`."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.readers: dict[int, CallReader] = {}  # of each choice of a stream
 
     def choice(self, number: int, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """The message."""
@@ -211,6 +204,10 @@ class CompletionWriter(Writer):
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.offsets = Counter[int]()  # characters before the next token of each choice
+
     def choice(self, number: int, text: str, chances: Sequence[TokenChance]) -> dict[str, Any]:
         """The text."""
         return {"index": number, "text": text, "logprobs": self.logprobs(number, chances)}
@@ -237,14 +234,6 @@ class CompletionWriter(Writer):
         }
 
 
-T = TypeVar("T")
-
-SEND_SECONDS = 60.0
-"""The longest time for a client to take a part of a stream. Its text is computed all the same."""
-
-EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-
 FAULTS = {
     "grammar": (400, "the text cannot go on as its grammar says, or it is too complex", "grammar"),
     "timeout": (504, "the request took too long", "timeout"),
@@ -255,7 +244,7 @@ FAULTS = {
 """The ends that are errors: status, message and code."""
 
 
-class AnswerResponse(Response):
+class AnswerResponse(StreamingResponse):
     """Sends an answer, and cancels its jobs if the client goes first.
 
     Args:
@@ -269,19 +258,31 @@ class AnswerResponse(Response):
     def __init__(
         self, answer: Answer, writer: Writer, worker: Worker, metrics: Metrics, *, stream: bool
     ) -> None:
+        kind, headers = "text/event-stream", {"cache-control": "no-cache"}
+        super().__init__(self.chunks(), media_type=kind, headers=headers)
         self.answer, self.writer, self.worker = answer, writer, worker
         self.metrics, self.stream = metrics, stream
         self.begun, self.ends = time.monotonic(), dict[int, End]()
-        self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        sending = self.send_stream(send) if self.stream else self.send_whole(scope, receive, send)
+        self.request = scope, receive
         try:
-            await _until_gone(receive, sending)
+            await super().__call__(scope, receive, send)
         finally:
             for job in self.answer.jobs:
                 self.worker.cancel(job)  # does nothing where it has ended
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the answer; starlette stops this when the client goes."""
+        if self.stream:
+            await super().stream_response(send)
+            return
+        try:
+            response: Response = JSONResponse(await self.whole())
+        except ApiError as error:
+            response = error.response()
+        await response(*self.request, send)
 
     async def events(self) -> AsyncIterator[list[tuple[int, Piece | End]]]:
         """What has come, together; until all choices have ended, or one with an error.
@@ -311,66 +312,28 @@ class AnswerResponse(Response):
         """The ends of all choices."""
         return [self.ends[number] for number in range(len(self.ends))]
 
-    async def send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send one JSON when everything has been computed."""
+    async def whole(self) -> dict[str, Any]:
+        """The answer when everything has been computed."""
         pieces: list[list[Piece]] = [[] for _ in self.answer.jobs]
-        try:
-            async for come in self.events():
-                for number, event in come:
-                    if isinstance(event, Piece):
-                        pieces[number].append(event)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        body = self.writer.whole(self.answer, pieces, self.ordered_ends)
-        await JSONResponse(body)(scope, receive, send)
+        async for come in self.events():
+            for number, event in come:
+                if isinstance(event, Piece):
+                    pieces[number].append(event)
+        return self.writer.whole(self.answer, pieces, self.ordered_ends)
 
-    async def send_stream(self, send: Send) -> None:
-        """Send each piece as an event. All pieces that have come are sent together."""
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The parts of a stream. All pieces that have come are in one part."""
         writer = self.writer
-        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-        await self.put(send, writer.first(len(self.answer.jobs)), more=True)
+        yield writer.first(len(self.answer.jobs))
         try:
             async for come in self.events():
-                parts = [
+                yield b"".join(
                     writer.piece(number, event)
                     if isinstance(event, Piece)
                     else writer.end(number, event)
                     for number, event in come
-                ]
-                await self.put(send, b"".join(parts), more=True)
+                )
         except ApiError as error:
-            await self.put(send, error.event(), more=False)
+            yield error.event()
             return
-        await self.put(send, writer.last(self.answer, self.ordered_ends), more=False)
-
-    async def put(self, send: Send, body: bytes, *, more: bool) -> None:
-        """Send a part of the body."""
-        if body or not more:
-            part = {"type": "http.response.body", "body": body, "more_body": more}
-            task = asyncio.current_task()
-            assert task is not None
-            late = asyncio.get_running_loop().call_later(SEND_SECONDS, task.cancel)
-            try:  # `wait_for` would make a task for each token
-                await send(part)
-            finally:
-                late.cancel()
-
-
-async def _until_gone(receive: Receive, sending: Awaitable[Any]) -> None:
-    """Wait for a coroutine, or until the client has gone."""
-    tasks = [asyncio.ensure_future(sending), asyncio.ensure_future(gone(receive))]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    if isinstance(results[0], Exception):
-        raise results[0]
-
-
-async def gone(receive: Receive) -> None:
-    """Wait until the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        yield writer.last(self.answer, self.ordered_ends)
