@@ -40,7 +40,7 @@ from benchmarks.stored import Rows, known_rows
 import secateur
 from secateur.calibration.documents import read_text
 from secateur.evaluation.speed import take_turns
-from secateur.models.hub import MODELS
+from secateur.models.samples import MODELS
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 

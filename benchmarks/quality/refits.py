@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import WindowPlan, make_windows
 from secateur.evaluation.perplexity import load_model
-from secateur.models.hub import sample_text
+from secateur.models.samples import sample_text
 from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.refinements.swaps import swaps

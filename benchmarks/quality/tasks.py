@@ -22,7 +22,7 @@ from benchmarks.stored import known_rows
 from lm_eval.tasks import TaskManager
 
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
-from secateur.models.hub import cache_folder
+from secateur.models.cache import cache_folder
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.load import load

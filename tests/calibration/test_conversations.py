@@ -11,7 +11,8 @@ import datasets
 import pytest
 from tokenizers_of_kinds import save_tokenizer
 
-from secateur.calibration.documents import Chat, PromptCompletion, read_documents, read_text
+from secateur.calibration.chats import Chat, PromptCompletion
+from secateur.calibration.documents import read_documents, read_text
 from secateur.calibration.run_windows import load_calibration
 from secateur.calibration.windows import (
     WindowPlan,

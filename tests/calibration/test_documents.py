@@ -6,11 +6,10 @@ import json
 import datasets
 import pytest
 
-from secateur.calibration import documents as room
 from secateur.calibration.documents import read_documents, read_text
 from secateur.errors import SourceError
 from secateur.models import hub as models_hub
-from secateur.models.hub import split_passages
+from secateur.models.samples import TEXTS, split_passages
 
 
 def write_lines(path, rows):
@@ -187,7 +186,7 @@ def test_split_passages_keeps_together_what_shares_text_or_subject():
 
 @pytest.mark.real_model
 def test_the_two_boolq_texts_are_large_enough_and_disjoint():
-    calibration, held_out = (room.read_documents(name) for name in room.TEXTS)
+    calibration, held_out = (read_documents(name) for name in TEXTS)
     assert not set(calibration) & set(held_out)
     assert len(calibration) == len(set(calibration)) == 2577
     assert len(held_out) == len(set(held_out)) == 361

@@ -15,7 +15,7 @@ import pytest
 
 from secateur.cli.errors import to_error, write_log
 from secateur.errors import SourceError
-from secateur.models.hub import cache_folder
+from secateur.models.cache import cache_folder
 
 BROKEN = "secateur.steps.inspect.inspect"
 

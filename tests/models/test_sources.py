@@ -24,8 +24,9 @@ from tiny import CHARACTERS, SPECIAL, save_tiny, tiny_llama
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models import hub
 from secateur.models import sources as conversion
+from secateur.models.cache import DAY_SECONDS, work_beside
 from secateur.models.configuration import check_folder
-from secateur.models.hub import WheelMember
+from secateur.models.samples import MODELS, WheelMember
 from secateur.models.sources import convert_gguf, resolve
 from secateur.models.tokenizer import load_tokenizer
 
@@ -110,11 +111,11 @@ def test_a_cache_that_cannot_be_written(index, cache):
 
 
 def test_only_old_leftovers_are_swept(tmp_path):
-    for name, age_seconds in (("old.partial", 2 * hub.DAY_SECONDS), ("new.partial", 60)):
+    for name, age_seconds in (("old.partial", 2 * DAY_SECONDS), ("new.partial", 60)):
         (tmp_path / name).mkdir()
         then = (tmp_path / name).stat().st_mtime - age_seconds
         os.utime(tmp_path / name, (then, then))
-    with hub.work_beside(tmp_path / "made"):
+    with work_beside(tmp_path / "made"):
         assert not (tmp_path / "old.partial").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["new.partial"]
 
@@ -491,7 +492,7 @@ def test_smollm2_from_the_package_index():
     weights = load_file(found.folder / "model.safetensors")
     assert sum(t.numel() for t in weights.values()) == 134_515_008
     name, layer = "model.layers.7.mlp.gate_proj.weight", "blk.7.ffn_gate.weight"
-    file = hub.MODELS["smollm2-135m"].fetch()
+    file = MODELS["smollm2-135m"].fetch()
     stored = next(t for t in gguf.GGUFReader(file).tensors if t.name == layer)
     assert stored.tensor_type.name == "Q4_1"
     for row in (0, 700, 1535):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import RecipeError
-from secateur.models.hub import MODELS, TEXTS
+from secateur.models.samples import MODELS, TEXTS
 from secateur.recipes.options import options_of
 from secateur.recipes.prune import PruneRecipe, presets
 from secateur.recipes.reading import build_recipe, filled_in

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
-from secateur.calibration.documents import read_documents, template_digest
+from secateur.calibration.chats import template_digest
+from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import (
     EXTRA,
     START,

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from secateur.calibration.documents import Document, holds_chats
+from secateur.calibration.chats import Document, holds_chats
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.models.tokenizer import Tokenizer, start_tokens, text_tokens
 from secateur.runs.output import write_bytes

@@ -202,7 +202,7 @@ def write_log(error: BaseException) -> Path | None:
     state folder, the folder for temporary files. If none is writable, the traceback goes to stderr
     and the result is None.
     """
-    from secateur.models.hub import cache_folder
+    from secateur.models.cache import cache_folder
 
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
     lines += [f"{name}: {_installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]

@@ -42,7 +42,7 @@ from secateur.evaluation.random_models import (
     another,
     random_matrix,
 )
-from secateur.models.hub import cache_folder, writing_cache
+from secateur.models.cache import cache_folder, writing_cache
 from secateur.progress import Progress
 from secateur.runs.environment import environment
 from secateur.runs.output import write_json

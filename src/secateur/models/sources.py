@@ -21,20 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
+from secateur.models import hub
+from secateur.models.cache import cache_folder, work_beside
 from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.models.configuration import check_folder
 from secateur.models.header import damaged
-from secateur.models.hub import (
-    CONVERT,
-    MODELS,
-    PICKLES,
-    cache_folder,
-    download_model,
-    hub_name,
-    kind_of_name,
-    no_such_model,
-    work_beside,
-)
+from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 from secateur.runs.records import Source
@@ -129,7 +121,7 @@ def _found_model(
             "the name of the model is empty",
             remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
         )
-    path, kind = Path(name).expanduser(), kind_of_name(name)
+    path, kind = Path(name).expanduser(), hub.kind_of_name(name)
     if dtype is not None and kind in ("folder", "hub"):
         raise RecipeError(
             f"{name} is no GGUF file: its weights keep their types",
@@ -140,9 +132,11 @@ def _found_model(
         check_folder(path)
         return LocalCheckpoint(path, name, "folder", None, _weight_bytes(path))
     if kind == "file":
-        if path.suffix in PICKLES:
+        if path.suffix in hub.PICKLES:
             raise CheckpointError(
-                "pickled weights can run code when you load them", where=str(path), remedy=CONVERT
+                "pickled weights can run code when you load them",
+                where=str(path),
+                remedy=hub.CONVERT,
             )
         if path.suffix != ".gguf":
             raise SourceError(
@@ -161,10 +155,10 @@ def _found_model(
         folder = convert_gguf(file, dtype or "float32", key=sample.sha256, progress=progress)
         release = f"{sample.package}=={sample.version}"
         return LocalCheckpoint(folder, name, "sample", release, file.stat().st_size)
-    hub = hub_name(name)
-    if hub is None:
-        raise no_such_model(name)
-    folder = download_model(hub.repo, hub.revision, trust_remote_code, offline)
+    named = hub.hub_name(name)
+    if named is None:
+        raise hub.no_such_model(name)
+    folder = hub.download_model(named.repo, named.revision, trust_remote_code, offline)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
     return LocalCheckpoint(folder, name, "hub", folder.name, _weight_bytes(folder))

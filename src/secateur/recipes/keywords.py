@@ -191,7 +191,7 @@ def _keep_texts(texts: Sequence[Any]) -> Path:
 
     So a run that reads them can be resumed and repeated.
     """
-    from secateur.models.hub import cache_folder, writing_cache
+    from secateur.models.cache import cache_folder, writing_cache
     from secateur.runs.output import write_bytes
 
     kinds = {type(text).__name__ for text in texts if not isinstance(text, str)}

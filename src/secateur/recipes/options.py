@@ -82,7 +82,7 @@ class Flag:
         hidden: whether it has no flag, only a YAML key and a Python keyword.
         advanced: whether the help lists it under `ADVANCED` and not with its section.
         own_text: the text that is read where none is named and the model is a sample: a field of
-            `models.hub.OwnTexts`.
+            `models.samples.OwnTexts`.
     """
 
     name: str | None = None

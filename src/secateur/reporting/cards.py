@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from secateur.models.hub import MODELS
+from secateur.models.samples import MODELS
 from secateur.reporting.models import cut, imported, packed, pruned, trained
 from secateur.reporting.tables import Block, markdown
 from secateur.runs.records import Compression, Import, Manifest, Source, Training

@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.models.hub import TEXTS
+from secateur.models.samples import TEXTS
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.next_steps import command, generation
 from secateur.reporting.tables import (

@@ -16,7 +16,8 @@ from typing import Any
 
 from secateur.calibration.documents import KNOWN_DATASETS
 from secateur.models.at_rest import DESCRIPTIONS
-from secateur.models.hub import TEXTS, kind_of_name
+from secateur.models.hub import kind_of_name
+from secateur.models.samples import TEXTS
 from secateur.recipes.shared import texts_of
 from secateur.reporting.tables import Block, next_steps
 from secateur.runs.records.measured import Sweep, SweepPoint

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from secateur.calibration.documents import Document, read_documents
+from secateur.calibration.chats import Document
+from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models import checkpoint
 from secateur.models.at_rest import AssembledReader
