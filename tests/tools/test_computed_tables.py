@@ -46,7 +46,7 @@ def test_sizes_are_those_of_a_compressed_model(tmp_path: Path, zeros: str, value
     small = tmp_path / "small"
     secateur.compress(pruned, output=small, values=values, format=format)
     headers = read_headers(shard_files(small))
-    stored = sum(entry.size_bytes for header in headers for entry in header.entries.values())
+    stored = sum(entry.size_bytes for header in headers for entry in header.values())
     assert stored == computed_tables.stored_bytes(sizes, zeros, values)
 
 

@@ -228,12 +228,12 @@ class AdviseResult(Result):
     def format_cache(self) -> str:
         """What one sequence keeps, and in which layers."""
         asked, model = self.question, self.question.model
-        tokens, kinds = asked.context, [(kind.layers, kind.cache) for kind in model.kinds]
+        tokens = asked.context
         counts = {
-            "all tokens": sum(n for n, one in kinds if one.values and one.window is None),
-            "a window": sum(n for n, one in kinds if one.values and one.window is not None),
-            "a state": sum(n for n, one in kinds if one.state_bytes and not one.values),
-            "nothing": sum(n for n, one in kinds if not one.values and not one.state_bytes),
+            "all tokens": sum(n for one, n in model.caches if one.values and one.window is None),
+            "a window": sum(n for one, n in model.caches if one.values and one.window is not None),
+            "a state": sum(n for one, n in model.caches if one.state_bytes and not one.values),
+            "nothing": sum(n for one, n in model.caches if not one.values and not one.state_bytes),
         }
         layers = ", ".join(f"{count:g} keep {what}" for what, count in counts.items() if count)
         held = model.held_bytes(tokens, asked.hardware.kind) / 2**20

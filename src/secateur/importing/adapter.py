@@ -83,7 +83,7 @@ class MergedReader(CheckpointReader):
 
 def _refuse_unknown(adapter: Path, known: set[str]) -> None:
     """Refuse an adapter with tensors that peft left out, which it does without a word."""
-    left = sorted(read_header(adapter / WEIGHTS).entries.keys() - known)
+    left = sorted(read_header(adapter / WEIGHTS).keys() - known)
     if left:
         raise _of_another_model(f"{len(left)} of its tensors belong to no part of it", left[0])
 

@@ -41,7 +41,7 @@ class MaskedReader(CheckpointReader):
         self.model, self.folder, self.files = model, model.folder, model.files
         self.entries = model.entries
         self.masks: dict[str, TensorEntry] = {}
-        for stored, entry in read_header(file).entries.items():
+        for stored, entry in read_header(file).items():
             name = _owner(stored, model)
             if name in self.masks:
                 raise damaged(f"there are two masks of {name}", file)

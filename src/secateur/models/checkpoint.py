@@ -132,14 +132,14 @@ def read_headers(files: Sequence[Path]) -> list[Header]:
     headers = [read_header(file) for file in files]
     owner: dict[str, Path] = {}
     for file, header in zip(files, headers, strict=True):
-        twice = sorted(header.entries.keys() & owner.keys())
+        twice = sorted(header.keys() & owner.keys())
         if twice:
             raise CheckpointError(
                 f"{len(twice)} tensors are in two files; the first is {twice[0]!r}",
                 where=f"{owner[twice[0]]} and {file.name}",
                 remedy="copy or download the checkpoint again; it is not clear which one is right",
             )
-        owner |= dict.fromkeys(header.entries, file)
+        owner |= dict.fromkeys(header, file)
     return headers
 
 
@@ -158,7 +158,7 @@ class CheckpointReader:
         self.files = shard_files(folder)
         self.entries: dict[str, TensorEntry] = {}
         for header in read_headers(self.files):
-            self.entries.update(header.entries)
+            self.entries.update(header)
 
     @property
     def total_bytes(self) -> int:
@@ -458,7 +458,7 @@ def _check_values(file: Path, inode: int, size: int, changed: int) -> None:
     """Refuse a file with NaN or infinite values; the other arguments say which file it is."""
     bad: dict[str, tuple[int, int]] = {}
     with file.open("rb", buffering=0) as stream:
-        for name, entry in read_header(file).entries.items():
+        for name, entry in read_header(file).items():
             if not entry.dtype.is_floating_point:
                 continue
             count, odd = prod(entry.shape), 0

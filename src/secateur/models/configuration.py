@@ -94,7 +94,7 @@ class StoredSizes:
     def __init__(self, headers: list[Header]) -> None:
         numbered: dict[str, set[str]] = defaultdict(set)
         for header in headers:
-            for name in header.entries:
+            for name in header:
                 for found in re.finditer(r"\d+", name):
                     numbered[name[: found.start()]].add(found[0])
         self.layers = max(map(len, numbered.values()), default=0)
@@ -105,7 +105,7 @@ class StoredSizes:
 
 def _shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
     """The shapes of the tensors of a file, and of the matrices packed in it."""
-    yield from (entry.shape for entry in header.entries.values())
+    yield from (entry.shape for entry in header.values())
     try:
         metadata = json.loads(header.metadata.get("secateur", "{}"))
         for table in (metadata["layouts"], metadata["archived"]):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.models.architecture import Linear, describe, linears_of, setting, text_config
-from secateur.models.shape import LayerCache, LayerKind, ModelShape
+from secateur.models.shape import LayerCache, ModelShape
 
 FUSED = ("qkv_proj", "query_key_value", "c_attn")
 """Names of a linear for queries, keys and values together."""
@@ -194,7 +194,7 @@ def counted(name: str, model: Any) -> ModelShape:
         head=head.numel(),
         tied=tied,
         other=total - linears - outer,
-        kinds=tuple(LayerKind(n, kind) for kind, n in Counter(layer_caches(model)).items()),
+        caches=tuple(Counter(layer_caches(model)).items()),
         vocabulary=config.vocab_size,
         experts=experts if in_experts else 0,
         expert_weights=in_experts,

@@ -70,11 +70,13 @@ class TensorEntry:
         return cls(file, 0, prod(shape) * dtype.itemsize, dtype, tuple(shape))
 
 
-@dataclass(frozen=True)
-class Header:
-    """The content of a header: its tensors by name, and free text by key."""
+class Header(dict[str, TensorEntry]):
+    """The tensors of a file by name.
 
-    entries: dict[str, TensorEntry]
+    Attributes:
+        metadata: free text by key.
+    """
+
     metadata: dict[str, str]
 
 
@@ -122,11 +124,12 @@ def read_header(file: Path) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("the metadata is not a table of texts", file)
-    entries = {
-        name: _read_entry(file, name, described, 8 + length) for name, described in header.items()
-    }
+    entries = Header(
+        {name: _read_entry(file, name, described, 8 + length) for name, described in header.items()}
+    )
     _check_ranges(file, entries, 8 + length, size)
-    return Header(entries, metadata)
+    entries.metadata = metadata
+    return entries
 
 
 def _read_entry(file: Path, name: str, described: Any, start_of_data: int) -> TensorEntry:

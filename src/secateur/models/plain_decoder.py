@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.models.shape import DecoderSizes, LayerCache, LayerKind, ModelShape
+from secateur.models.shape import DecoderSizes, LayerCache, ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class PlainDecoder(DecoderSizes):
             head=embedding,
             tied=self.tied,
             other=self.layers * self.hidden * (2 + self.experts) + self.hidden,
-            kinds=(LayerKind(self.layers, cache),),
+            caches=((cache, self.layers),),
             vocabulary=self.vocabulary,
             experts=self.experts,
             expert_weights=many,

@@ -102,34 +102,18 @@ class LayerCache:
         pairs = seen * seen / 2 + (tokens - seen) * seen
         return 2 * pairs * self.width + tokens * self.state_bytes
 
-
-@dataclass(frozen=True)
-class LayerKind:
-    """Decoder layers that have the same cache.
-
-    Attributes:
-        layers: how many; a fraction after a cut that keeps a fraction of all layers.
-        cache: of one of them.
-    """
-
-    layers: float
-    cache: LayerCache
-
-    def scaled(self, linears: float, layers: float) -> LayerKind:
-        """The same after a cut, as `ModelShape.scaled` has it.
+    def scaled(self, linears: float) -> LayerCache:
+        """The same after a cut that keeps a fraction of the weights of the layer.
 
         A latent vector and a state stay as they are: heads are cut, and neither belongs to a head.
         """
-        cache, kept = self.cache, 1.0 if self.cache.latent else linears
-        return LayerKind(
-            self.layers * layers,
-            replace(
-                cache,
-                values=round(cache.values * kept),
-                read=round(cache.read * kept),
-                width=round(cache.width * linears),
-                step_width=round(cache.step_width * linears),
-            ),
+        kept = 1.0 if self.latent else linears
+        return replace(
+            self,
+            values=round(self.values * kept),
+            read=round(self.read * kept),
+            width=round(self.width * linears),
+            step_width=round(self.step_width * linears),
         )
 
 
@@ -163,7 +147,8 @@ class ModelShape(DecoderSizes):
         embedding: weights of the embedding.
         head: weights of the output head; they count only once with `embedding` where tied.
         other: weights of norms, biases and everything else.
-        kinds: what the decoder layers keep of a sequence, and what their attention computes.
+        caches: what decoder layers keep of a sequence, and how many layers keep that; a fraction
+            after a cut that keeps a fraction of all layers.
         expert_weights: of `linears`, the weights in experts.
     """
 
@@ -173,7 +158,7 @@ class ModelShape(DecoderSizes):
     embedding: int
     head: int
     other: int
-    kinds: tuple[LayerKind, ...]
+    caches: tuple[tuple[LayerCache, float], ...]
     expert_weights: int = 0
 
     @property
@@ -194,25 +179,25 @@ class ModelShape(DecoderSizes):
     @property
     def widest(self) -> int:
         """Values of a token that a layer holds at once: of the stream, or of the queries."""
-        return max(self.hidden, *(kind.cache.width // 2 for kind in self.kinds))
+        return max(self.hidden, *(cache.width // 2 for cache, _ in self.caches))
 
     def cache_bytes(self, tokens: int) -> float:
         """The cache of one sequence of so many tokens, in bfloat16; states in float32."""
-        return sum(kind.layers * kind.cache.bytes(tokens) for kind in self.kinds)
+        return sum(layers * cache.bytes(tokens) for cache, layers in self.caches)
 
     def held_bytes(self, tokens: int, kind: str) -> float:
         """The same as a kind of device holds it: our own loop, on a CPU, has rings of tiles."""
         if kind != "cpu":
             return self.cache_bytes(tokens)
-        return sum(one.layers * one.cache.held_bytes(tokens) for one in self.kinds)
+        return sum(layers * cache.held_bytes(tokens) for cache, layers in self.caches)
 
     def cache_read_bytes(self, tokens: int) -> float:
         """What the next token of one sequence reads of the cache."""
-        return sum(kind.layers * kind.cache.read_bytes(tokens) for kind in self.kinds)
+        return sum(layers * cache.read_bytes(tokens) for cache, layers in self.caches)
 
     def step_operations(self, tokens: int) -> float:
         """Operations of the next token: 2 for each weight, and attention to so many tokens."""
-        attention = sum(kind.layers * kind.cache.step_operations(tokens) for kind in self.kinds)
+        attention = sum(layers * cache.step_operations(tokens) for cache, layers in self.caches)
         return 2 * self.per_token + attention
 
     def prompt_operations(self, tokens: int) -> float:
@@ -220,7 +205,7 @@ class ModelShape(DecoderSizes):
 
         The head multiplies the last token alone.
         """
-        attention = sum(kind.layers * kind.cache.prompt_operations(tokens) for kind in self.kinds)
+        attention = sum(layers * cache.prompt_operations(tokens) for cache, layers in self.caches)
         return 2 * (tokens * self.active + self.head) + attention
 
     def scaled(self, linears: float = 1.0, layers: float = 1.0, experts: float = 1.0) -> ModelShape:
@@ -238,7 +223,7 @@ class ModelShape(DecoderSizes):
             linears=round(kept * linears * layers),
             active=round(self.active * linears * layers),
             other=round(self.other * layers),
-            kinds=tuple(kind.scaled(linears, layers) for kind in self.kinds),
+            caches=tuple((cache.scaled(linears), n * layers) for cache, n in self.caches),
             experts=round(self.experts * experts),
             expert_weights=round(self.expert_weights * experts * linears * layers),
         )

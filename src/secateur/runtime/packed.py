@@ -313,22 +313,22 @@ class PackedCheckpoint:
         own = (description.archive, description.activations)
         if own != (stated.archive, stated.activations):
             raise CheckpointError("this file and config.json disagree on archive or activations")
-        twice = self.entries.keys() & header.entries.keys()
+        twice = self.entries.keys() & header.keys()
         if twice:
             raise CheckpointError(f"{min(twice)!r} is in two files")
-        specs = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
+        specs = {name: PartSpec(e.dtype, e.shape) for name, e in header.items()}
         specs |= {name: x.spec for name, x in description.archived.items()}
         for name, layout in description.layouts.items():
             with _at(f"{file}: {name}"):
                 check_specs(_parts_among(specs, name), layout)
         self.layouts |= description.layouts
-        self.entries |= header.entries
+        self.entries |= header
         self.specs |= specs
         self._archived |= description.archived
         self._checksums |= description.checksums
         suffixes = part_suffixes()
         owners = {f"{matrix}.{s}": matrix for matrix in description.layouts for s in suffixes}
-        self.order += dict.fromkeys(owners.get(name, name) for name in header.entries)
+        self.order += dict.fromkeys(owners.get(name, name) for name in header)
 
     def parts_of(self, name: str) -> list[str]:
         """The suffixes of the parts of a packed matrix."""
@@ -623,7 +623,7 @@ def _read_description(header: Header) -> Description:
     except ValueError as error:
         raise CheckpointError(f"the description is not JSON: {error}") from None
     _check_version(record.get("version") if isinstance(record, dict) else None)
-    stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.entries.items()}
+    stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.items()}
     if record.get("digest") != _digest(record, stored):
         raise CheckpointError(
             "the description of the file does not match its digest",

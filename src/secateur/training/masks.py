@@ -186,7 +186,7 @@ def stored_masks(file: Path) -> Iterator[tuple[str, Tensor]]:
     """
     if not file.is_file():
         raise SourceError("no such file of masks", where=str(file), remedy="check the path")
-    entries = read_header(file).entries
+    entries = read_header(file)
     wrong = [name for name, entry in entries.items() if entry.dtype != torch.bool]
     if wrong or not entries:
         raise SourceError(

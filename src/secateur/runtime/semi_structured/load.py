@@ -62,7 +62,7 @@ def load_semi_structured(
         )
     if not expand:
         refuse_device(device)
-    entries = read_header(file).entries
+    entries = read_header(file)
     dtypes = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
     model = build_skeleton(folder, dtype=next(dtypes, torch.bfloat16), alone=True)
     sparse = sorted(n.removesuffix(".meta") for n in entries if n.endswith(".meta"))
