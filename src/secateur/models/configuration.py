@@ -68,39 +68,36 @@ def check_sizes(folder: Path, *, alone: bool = False) -> None:
         alone: whether the folder may have no weights; then no model known is nearly as large.
     """
     config = read_configuration(folder)
-    stored = StoredSizes([] if alone else read_headers(shard_files(folder)))
     parts = [config, *(config[name] for name in TEXT_PARTS if name in config)]
     described = [part for part in parts if isinstance(part, dict)]
     file = folder / "config.json"
     if alone:
-        stored.layers, stored.side = MOST_LAYERS, MOST_SIDE
-        stored.alone = True
-        names = [{_keys_of(part)[LAYERS], LAYERS} for part in described]
-        if not any(name & part.keys() for name, part in zip(names, described, strict=True)):
+        if not any(part.keys() & {_keys_of(part)[LAYERS], LAYERS} for part in described):
             raise damaged(f"the configuration does not say {LAYERS}", file)
+        layers, side = MOST_LAYERS, MOST_SIDE
+        deeper, wider = (f"no known model has nearly {most}" for most in (layers, side))
+    else:
+        layers, side = _sizes_in(read_headers(shard_files(folder)))
+        deeper, wider = (
+            f"the weights have {layers} layers",
+            f"no stored tensor is larger than {side}",
+        )
+    limits = {LAYERS: (layers, deeper), **dict.fromkeys(WIDTHS, (side, wider))}
+    limits["max_position_embeddings"] = (MAX_POSITIONS, "no model has as many")
     for part in described:
-        _check_part(part, stored, str(file))
+        _check_part(part, limits, file)
 
 
-class StoredSizes:
-    """The sizes that the headers of a checkpoint show.
-
-    Attributes:
-        layers: the highest count of numbered modules in one list.
-        side: the longest side of a tensor, or `layers` if that is larger.
-        alone: whether there are no weights, and the two are those of no known model.
-    """
-
-    def __init__(self, headers: list[Header]) -> None:
-        numbered: dict[str, set[str]] = defaultdict(set)
-        for header in headers:
-            for name in header:
-                for found in re.finditer(r"\d+", name):
-                    numbered[name[: found.start()]].add(found[0])
-        self.layers = max(map(len, numbered.values()), default=0)
-        sides = [side for header in headers for shape in _shapes_in(header) for side in shape]
-        self.side = max([self.layers, *sides])
-        self.alone = False
+def _sizes_in(headers: list[Header]) -> tuple[int, int]:
+    """The highest count of numbered modules in one list, and the longest side of a tensor."""
+    numbered: dict[str, set[str]] = defaultdict(set)
+    for header in headers:
+        for name in header:
+            for found in re.finditer(r"\d+", name):
+                numbered[name[: found.start()]].add(found[0])
+    layers = max(map(len, numbered.values()), default=0)
+    sides = [side for header in headers for shape in _shapes_in(header) for side in shape]
+    return layers, max([layers, *sides])
 
 
 def _shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
@@ -114,57 +111,32 @@ def _shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
         return  # none, or damaged, which the reader of packed files reports
 
 
-def _check_part(part: Mapping[str, Any], stored: StoredSizes, where: str) -> None:
+def _check_part(part: Mapping[str, Any], limits: Mapping[str, tuple[int, str]], file: Path) -> None:
     """Check the numbers of a configuration, or of the part of it that describes the decoder."""
     found = {}
     for name, key in _keys_of(part).items():
-        value = part.get(key)
+        value, (most, why) = part.get(key), limits[name]
         if value is None or isinstance(value, list):  # absent, or one for each layer
             continue
         found[name] = value
         if type(value) is not int or value < 1:
-            raise CheckpointError(
-                f"{key} is {str(value)[:40]!r}, not a whole number from 1",
-                where=where,
-                remedy="copy or download config.json again",
-            )
-        most = stored.layers if name == LAYERS else stored.side if name in WIDTHS else MAX_POSITIONS
+            raise damaged(f"{key} is {str(value)[:40]!r}, not a whole number from 1", file)
         if value > most:
-            kind = (
-                f"no known model has nearly {most}"
-                if stored.alone and (name == LAYERS or name in WIDTHS)
-                else f"the weights have {most} layers"
-                if name == LAYERS
-                else f"no stored tensor is larger than {most}"
-                if name in WIDTHS
-                else "no model has as many"
-            )
             raise CheckpointError(
-                f"{key} is {value}, and {kind}",
-                where=where,
+                f"{key} is {value}, and {why}",
+                where=str(file),
                 remedy="the configuration and the weights are of different models, or the weights "
                 "are incomplete: copy or download both again",
             )
-    _check_heads(
-        found,
-        "head_dim" in part or getattr(_config_class(part), "head_dim", None) is not None,
-        where,
-    )
-
-
-def _check_heads(found: Mapping[str, int], free_width: bool, where: str) -> None:
-    """Refuse numbers of heads that do not divide the hidden size, or are not divided by groups."""
-    heads = found.get("num_attention_heads")
-    if heads is None:
+    if (heads := found.get("num_attention_heads")) is None:
         return
-    groups, hidden = found.get("num_key_value_heads"), found.get("hidden_size")
-    if groups is not None and heads % groups:
-        what = f"{heads} attention heads cannot share {groups} heads of keys and values evenly"
-    elif hidden is not None and not free_width and hidden % heads:
-        what = f"hidden size {hidden} does not divide into {heads} attention heads"
-    else:
-        return
-    raise CheckpointError(what, where=where, remedy="copy or download config.json again")
+    if heads % (groups := found.get("num_key_value_heads", 1)):
+        said = f"{heads} attention heads cannot share {groups} heads of keys and values evenly"
+        raise damaged(said, file)
+    hidden = found.get("hidden_size", heads)
+    free = "head_dim" in part or getattr(_config_class(part), "head_dim", None) is not None
+    if hidden % heads and not free:
+        raise damaged(f"hidden size {hidden} does not divide into {heads} attention heads", file)
 
 
 def _keys_of(part: Mapping[str, Any]) -> dict[str, str]:
@@ -204,11 +176,8 @@ def transformers_errors(folder: Path) -> Iterator[None]:
             if isinstance(error, KeyError) and error.args and value == error.args[0]
         ]
         if named:
-            raise CheckpointError(
-                f"{named[0]} is {first_line(error)[:100]}, which transformers does not know",
-                where=str(folder / "config.json"),
-                remedy="copy or download config.json again",
-            ) from error
+            said = f"{named[0]} is {first_line(error)[:100]}, which transformers does not know"
+            raise damaged(said, folder / "config.json") from error
         trusting = "; for code that comes with a checkpoint you trust, pass --trust-remote-code"
         raise ArchitectureError(
             f"transformers cannot build this model: {first_line(error)[:300]}",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,12 +12,11 @@ from secateur.errors import RecipeError, SourceError
 from secateur.importing import import_formats
 from secateur.importing.adapter import WEIGHTS, MergedReader
 from secateur.importing.masks import MaskedReader
-from secateur.models.at_rest import AssembledReader, SourceFolder
+from secateur.models.at_rest import SourceFolder, described_by
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import computed_dtype, refuse_quantized, write_dense
 from secateur.models.skeleton import StoredModel, build_skeleton
-from secateur.models.sources import LocalCheckpoint
 from secateur.recipes.deploy import ImportRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.reporting.cards import import_card
@@ -47,7 +44,31 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
 
     def __init__(self, recipe: ImportRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.opened = _open_source(recipe, run.source)
+        folder = run.source.folder
+        config = read_configuration(folder)
+        source = SourceFolder(folder, config, CheckpointReader(folder), computed_dtype(folder))
+        kinds = [kind for kind in import_formats if import_formats[kind].recognises(source)]
+        if not kinds:
+            refuse_quantized(folder)
+        if len(kinds) != 1:
+            raise SourceError(
+                f"this could be {' and '.join(kinds) or 'anything'}; it must be one kind of source",
+                where=str(folder),
+                remedy=f"secateur imports {', '.join(import_formats)}",
+            )
+        self.kind, self.compression = kinds[0], described_by(config)
+        self.plain = import_formats[self.kind].open(source)
+        self.reader: CheckpointReader = self.plain  # with masks or an adapter applied
+        if recipe.adapter is not None:
+            if self.plain.made or recipe.masks is not None:
+                raise RecipeError(
+                    "an adapter needs a model in plain safetensors",
+                    remedy="import the model first, then import the result with --adapter",
+                )
+            trust = recipe.trust_remote_code
+            self.reader = MergedReader(folder, Path(recipe.adapter), trust_remote_code=trust)
+        elif recipe.masks is not None:
+            self.reader = MaskedReader(self.plain, Path(recipe.masks))
 
     @classmethod
     def reads(cls, recipe: ImportRecipe) -> tuple[str | None, ...]:
@@ -57,21 +78,21 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
     @property
     def disk_bytes(self) -> int:
         """The dense weights."""
-        return self.opened.reader.total_bytes
+        return self.reader.total_bytes
 
     def work(self) -> ImportResult:
         """Write the dense model, count its zeros, and record where they came from."""
         recipe, source, folder = self.recipe, self.run.source, self.run.folder
-        made, opened, trust = folder.fresh_model(), self.opened, recipe.trust_remote_code
-        write_dense(opened.reader, made, self.run.progress)
-        carry_over(source.folder, made, opened.plain.config, same_weights=False)
+        made, trust = folder.fresh_model(), recipe.trust_remote_code
+        write_dense(self.reader, made, self.run.progress)
+        carry_over(source.folder, made, self.plain.config, same_weights=False)
         StoredModel(  # refuses missing tensors and other shapes
             build_skeleton(made, trust_remote_code=trust, opened=False), CheckpointReader(made)
         )
         audit = audit_checkpoint(
             made, find_patterns=True, trust_remote_code=trust, progress=self.run.progress
         )
-        record = _record_of(recipe, source, opened, audit, self.run.meter)
+        record = self.record(audit)
         write_json(folder.notes / IMPORT, record.to_json())
         if not (folder.notes / MANIFEST).is_file():  # else the model was pruned by secateur
             manifest = _manifest_of(record, audit, self.run.meter)
@@ -82,97 +103,44 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
         write_text(made / "README.md", import_card(record, source.folder, place))
         return result
 
-
-@dataclass(frozen=True)
-class OpenedSource:
-    """A source that is ready to be read.
-
-    Attributes:
-        kind: which kind it is.
-        compression: what its configuration says of its compression.
-        plain: the dense tensors of the source, with the configuration of the dense model.
-        reader: the same with masks or an adapter applied.
-    """
-
-    kind: str
-    compression: dict[str, Any]
-    plain: AssembledReader
-    reader: CheckpointReader
-
-
-def _open_source(recipe: ImportRecipe, source: LocalCheckpoint) -> OpenedSource:
-    """Recognise a source and open it."""
-    config = read_configuration(source.folder)
-    found = SourceFolder(
-        source.folder, config, CheckpointReader(source.folder), computed_dtype(source.folder)
-    )
-    kinds = [kind for kind in import_formats if import_formats[kind].recognises(found)]
-    if not kinds:
-        refuse_quantized(source.folder)
-    if len(kinds) != 1:
-        raise SourceError(
-            f"this could be {' and '.join(kinds) or 'anything'}; it must be one kind of source",
-            where=str(source.folder),
-            remedy=f"secateur imports {', '.join(import_formats)}",
+    def record(self, audit: Audit) -> records.Import:
+        """The record of an import."""
+        recipe, plain, masks, adapter = self.recipe, self.plain, None, None
+        if recipe.masks is not None:
+            masks = _digested(Path(recipe.masks))
+        if isinstance(self.reader, MergedReader):
+            assert recipe.adapter is not None
+            folder = Path(recipe.adapter)
+            adapter = {**_digested(folder / WEIGHTS), "name": folder.name, "kind": self.reader.kind}
+        stored_as = {
+            name.removesuffix(".weight"): assembly.stored_as
+            for name, assembly in plain.made.items()
+        }
+        rounded = {name.removesuffix(".weight") for name, lost in plain.rounded.items() if lost}
+        return records.Import(
+            schema_name="secateur.import/1",
+            source=self.run.source.record,
+            kind=self.kind,
+            masks=masks,
+            adapter=adapter,
+            told=self.compression,
+            dropped=tuple(plain.dropped),
+            notes=tuple(plain.notes),
+            environment=environment(torch.device("cpu")),
+            sparsity=audit.sparsity,
+            matrices=tuple(
+                records.ImportedMatrix(
+                    name=x.name,
+                    shape=x.shape,
+                    zeros=x.zeros,
+                    pattern=x.found,
+                    stored_as=stored_as.get(x.name),
+                    rounded=x.name in rounded,
+                )
+                for x in audit.linears
+            ),
+            seconds=time.perf_counter() - self.run.meter.started,
         )
-    plain = import_formats[kinds[0]].open(found)
-    compression = config.get("quantization_config") or config.get("compression_config") or {}
-    reader: CheckpointReader = plain
-    if recipe.adapter is not None:
-        if plain.made or recipe.masks is not None:
-            raise RecipeError(
-                "an adapter needs a model in plain safetensors",
-                remedy="import the model first, then import the result with --adapter",
-            )
-        reader = MergedReader(
-            source.folder, Path(recipe.adapter), trust_remote_code=recipe.trust_remote_code
-        )
-    elif recipe.masks is not None:
-        reader = MaskedReader(plain, Path(recipe.masks))
-    return OpenedSource(
-        kinds[0], dict(compression) if isinstance(compression, dict) else {}, plain, reader
-    )
-
-
-def _record_of(
-    recipe: ImportRecipe, source: LocalCheckpoint, opened: OpenedSource, audit: Audit, meter: Meter
-) -> records.Import:
-    """The record of an import."""
-    plain, masks, adapter = opened.plain, None, None
-    if recipe.masks is not None:
-        masks = _digested(Path(recipe.masks))
-    if isinstance(opened.reader, MergedReader):
-        assert recipe.adapter is not None
-        folder = Path(recipe.adapter)
-        adapter = {**_digested(folder / WEIGHTS), "name": folder.name, "kind": opened.reader.kind}
-    stored_as = {
-        name.removesuffix(".weight"): assembly.stored_as for name, assembly in plain.made.items()
-    }
-    rounded = {name.removesuffix(".weight") for name, lost in plain.rounded.items() if lost}
-    return records.Import(
-        schema_name="secateur.import/1",
-        source=source.record,
-        kind=opened.kind,
-        masks=masks,
-        adapter=adapter,
-        told=opened.compression,
-        dropped=tuple(plain.dropped),
-        notes=tuple(plain.notes),
-        environment=environment(torch.device("cpu")),
-        sparsity=audit.sparsity,
-        matrices=tuple(
-            records.ImportedMatrix(
-                name=x.name,
-                shape=x.shape,
-                zeros=x.zeros,
-                pattern=x.found,
-                stored_as=stored_as.get(x.name),
-                rounded=x.name in rounded,
-            )
-            for x in audit.linears
-        ),
-        seconds=time.perf_counter() - meter.started,
-    )
 
 
 def _digested(file: Path) -> dict[str, str]:
