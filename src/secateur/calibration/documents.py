@@ -50,7 +50,7 @@ BLANK_LINE = "\n\n"
 
 
 @dataclass(frozen=True)
-class HubDataset:
+class _HubDataset:
     """A data set on the hub, and how its rows make a text.
 
     Args:
@@ -69,13 +69,13 @@ class HubDataset:
     one_document: bool = False
 
 
-KNOWN_DATASETS: dict[str, HubDataset] = {
-    "c4": HubDataset(
+KNOWN_DATASETS: dict[str, _HubDataset] = {
+    "c4": _HubDataset(
         "allenai/c4",
         calibrate=("train", "en/c4-train.00000-of-01024.json.gz"),
         judge=("validation", "en/c4-validation.00000-of-00008.json.gz"),
     ),
-    "wikitext2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", one_document=True),
+    "wikitext2": _HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", one_document=True),
 }
 """Data sets that can be named without their hub id."""
 
@@ -281,7 +281,7 @@ def _line_document(line: str, where: str, field: str) -> Document:
     return chats.whole_characters(cast(str, row[field]), where)
 
 
-def _hub_dataset(source: str, config: str | None) -> HubDataset | None:
+def _hub_dataset(source: str, config: str | None) -> _HubDataset | None:
     """The hub data set that a source names, or None if it is a file, a folder or a sample."""
     if Path(source).expanduser().exists():
         return None
@@ -290,12 +290,12 @@ def _hub_dataset(source: str, config: str | None) -> HubDataset | None:
     named = HUB_DATASET.fullmatch(source)
     if named is None:
         return None
-    found = HubDataset(named["repo"], config, named["revision"])
+    found = _HubDataset(named["repo"], config, named["revision"])
     split = (named["split"], None)
     return replace(found, calibrate=split, judge=split) if named["split"] else found
 
 
-def _hub_documents(dataset: HubDataset, split: str, field: str) -> Sequence[Document]:
+def _hub_documents(dataset: _HubDataset, split: str, field: str) -> Sequence[Document]:
     """The documents of one split of a data set on the hub."""
     import datasets
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.precision import fast_dtype
 
 
-class OtherAttention(TorchFunctionMode, ABC):
+class _OtherAttention(TorchFunctionMode, ABC):
     """Within this context `attend` replaces torch's attention for the calls that it `takes`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,7 +39,7 @@ LONGEST = 512
 """The longest window, in tokens, whose scores are stored in full."""
 
 
-class AttentionOfPlan(OtherAttention):
+class AttentionOfPlan(_OtherAttention):
     """Attention for the plan. Like fused kernels, it makes no [sequence, sequence] matrix."""
 
     def attend(self, *args: Any, **options: Any) -> Tensor:
@@ -48,7 +48,7 @@ class AttentionOfPlan(OtherAttention):
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-class WrittenOut(OtherAttention):
+class WrittenOut(_OtherAttention):
     """Attention by two products and a softmax, all in bfloat16.
 
     torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this

@@ -145,9 +145,9 @@ def _read_entry(file: Path, name: str, described: Any, start_of_data: int) -> Te
         raise CheckpointError(
             f"tensor {name!r} has the unknown dtype {str(written)[:40]}", where=str(file)
         )
-    if not is_counts(shape) or len(shape) > MAX_DIMENSIONS or any(s > MAX_SIDE for s in shape):
+    if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS or any(s > MAX_SIDE for s in shape):
         raise refuse(f"has the impossible shape {str(shape)[:80]}")
-    if not is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"has the impossible byte range {str(offsets)[:80]}")
     needed, dtype = prod(shape) * DTYPES[written].itemsize, DTYPES[written]
     if needed != offsets[1] - offsets[0]:
@@ -155,7 +155,7 @@ def _read_entry(file: Path, name: str, described: Any, start_of_data: int) -> Te
     return TensorEntry(file, start_of_data + offsets[0], needed, dtype, tuple(shape))
 
 
-def is_counts(value: Any) -> bool:
+def _is_counts(value: Any) -> bool:
     """Whether this is a list of whole numbers from 0."""
     return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 

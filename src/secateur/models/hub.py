@@ -127,10 +127,10 @@ def refuse_out_of_reach(model: str) -> None:
     cached = Path(constants.HF_HUB_CACHE) / f"models--{hub.repo.replace('/', '--')}"
     reason = None if cached.exists() else why_unreachable()
     if reason is not None:
-        raise out_of_reach(hub.repo, reason)
+        raise _out_of_reach(hub.repo, reason)
 
 
-def out_of_reach(repo: str, reason: str) -> SourceError:
+def _out_of_reach(repo: str, reason: str) -> SourceError:
     """That a model is neither in the cache nor to be downloaded."""
     return SourceError(
         f"{repo} is not on this machine, and the hub cannot be reached ({reason})",
@@ -185,7 +185,7 @@ def download_model(
         what = f"{repo} has no revision {revision!r}"
         remedy = "name a branch, a tag or a commit of that model"
     except OSError as error:
-        raise out_of_reach(repo, reason or first_line(error)) from error
+        raise _out_of_reach(repo, reason or first_line(error)) from error
     else:
         if not weights or any(Path(folder).glob("*.safetensors")):
             return Path(folder)

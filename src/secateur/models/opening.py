@@ -205,7 +205,7 @@ def copy_of(
     """The copy for a source: in place for plain tensors, else dense or, on demand, in its form."""
     if not isinstance(reader, at_rest.AssembledReader):
         return checkpoint.PatchedCopy(reader, folder)
-    return StoredCopy(reader, folder) if keep_format else ExpandedCopy(reader, folder)
+    return _StoredCopy(reader, folder) if keep_format else _ExpandedCopy(reader, folder)
 
 
 def weight_bytes_of(reader: checkpoint.CheckpointReader, *, keep_format: bool = False) -> int:
@@ -215,7 +215,7 @@ def weight_bytes_of(reader: checkpoint.CheckpointReader, *, keep_format: bool = 
     return sum(file.stat().st_size for file in reader.files)
 
 
-class ExpandedCopy(checkpoint.PatchedCopy):
+class _ExpandedCopy(checkpoint.PatchedCopy):
     """A copy whose tensors are dense: the form of the source and its configuration are gone."""
 
     source: at_rest.AssembledReader
@@ -250,7 +250,7 @@ class ExpandedCopy(checkpoint.PatchedCopy):
         self._dirty.add(self.folder / self.target.entries[name].file.name)
 
 
-class StoredCopy(checkpoint.PatchedCopy):
+class _StoredCopy(checkpoint.PatchedCopy):
     """A copy in the form of the source: new values are rounded to the stored scales.
 
     Zeros stay zeros, and numbers that did not change keep their bytes.
@@ -296,7 +296,7 @@ class StoredCopy(checkpoint.PatchedCopy):
             values = whole
         assert assembly.back is not None
         for role, part in assembly.back(values, parts).items():
-            if not torch.equal(bytes_of(part), bytes_of(parts[role])):
+            if not torch.equal(_bytes_of(part), _bytes_of(parts[role])):
                 self.raw.write(assembly.parts[role], part)
 
     def stored_now(self, part: str) -> Tensor:
@@ -309,7 +309,7 @@ class StoredCopy(checkpoint.PatchedCopy):
         self.raw.sync()
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
+def _bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, since not every dtype can be compared."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 

@@ -351,7 +351,7 @@ def text_part(config: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class Group:
+class _Group:
     """Stored tensors, and the parameters or buffers that consist of exactly these.
 
     Attributes:
@@ -428,7 +428,7 @@ class StoredModel:
                 remedy="the file is incomplete, or of another model than config.json says",
             )
 
-    def _grouped(self) -> Iterator[Group]:
+    def _grouped(self) -> Iterator[_Group]:
         """All groups, each tested on the meta device in both directions."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -458,9 +458,9 @@ class StoredModel:
             if not patterns:
                 yield self._plain(name, names[-1])
             else:
-                yield self._tried(Group(names, patterns, (name,), by_pattern[patterns[0]]))
+                yield self._tried(_Group(names, patterns, (name,), by_pattern[patterns[0]]))
 
-    def _plain(self, name: str, stored: str) -> Group:
+    def _plain(self, name: str, stored: str) -> _Group:
         """A group of one tensor that is one parameter."""
         entry = self.reader.entries[stored]
         if entry.shape != self.shapes[name]:
@@ -470,9 +470,9 @@ class StoredModel:
                 where=str(entry.file),
                 remedy="the configuration and the weights are of different models",
             )
-        return Group((stored,), (), (name,))
+        return _Group((stored,), (), (name,))
 
-    def _tried(self, group: Group) -> Group:
+    def _tried(self, group: _Group) -> _Group:
         """A conversion, with the names of all its results; refused if it cannot be undone."""
         entries = {s: self.reader.entries[s] for s in group.stored}
         meta = {s: torch.empty(e.shape, dtype=e.dtype, device="meta") for s, e in entries.items()}
@@ -485,9 +485,9 @@ class StoredModel:
             raise self._cannot(group, f"its results {', '.join(made)} have other shapes")
         if {s: tuple(t.shape) for s, t in back.items()} != {s: e.shape for s, e in entries.items()}:
             raise self._cannot(group, "the inverse gives other tensors than the stored ones")
-        return Group(group.stored, group.patterns, tuple(made), group.converter)
+        return _Group(group.stored, group.patterns, tuple(made), group.converter)
 
-    def _cannot(self, group: Group, why: str) -> ArchitectureError:
+    def _cannot(self, group: _Group, why: str) -> ArchitectureError:
         return ArchitectureError(
             f"transformers converts {len(group.stored)} stored tensors, and this conversion "
             f"cannot be undone one parameter at a time: {why}",
@@ -496,7 +496,7 @@ class StoredModel:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)",
         )
 
-    def _made(self, group: Group, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _made(self, group: _Group, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert stored tensors to parameters."""
         if group.converter is None:
             return {group.names[0]: stored[group.stored[0]]}
@@ -506,7 +506,7 @@ class StoredModel:
         made = converter.convert(group.names[0], model=self.model, config=self.model.config)
         return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
 
-    def _undone(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _undone(self, group: _Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert parameters back to stored tensors."""
         if group.converter is None:
             return {group.stored[0]: values[group.names[0]]}

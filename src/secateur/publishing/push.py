@@ -1,15 +1,12 @@
-"""Publish: which files of a folder go to the hub, and their upload by the hub's own client.
+"""Publishes a finished folder on the hub with the hub's own client; its zeros are counted first.
 
-Texts that hold keys, tokens or folders of this machine are refused.
-
-Publishes a finished folder on the hub, after its zeros were counted again.
+Texts that hold keys or tokens are refused; paths of this machine are cut to their last names.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +28,7 @@ from secateur.runs.records import Import, read_record
 from secateur.runs.records.measured import EvaluationRecord
 
 
-def check_repository(repo: str) -> None:
+def _check_repository(repo: str) -> None:
     """Refuse a name that no repository can have.
 
     Raises:
@@ -48,7 +45,7 @@ def check_repository(repo: str) -> None:
         ) from None
 
 
-def upload(
+def _upload(
     repo: str,
     files: Mapping[str, Path],
     texts: Mapping[str, str],
@@ -128,26 +125,14 @@ and the record that only `--resume` reads."""
 PARTIAL = ".partial"
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a folder holds.
-
-    Attributes:
-        folder: the folder.
-        files: what is published, by its name in the repository; the card is among them.
-        left_out: names of the other files.
-    """
-
-    folder: Path
-    files: dict[str, Path]
-    left_out: tuple[str, ...]
-
-
-def contents_of(folder: Path) -> Contents:
+def _contents_of(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """List the files of a finished model folder: model, tokenizer, licence, card and notes.
 
     Args:
         folder: a folder that secateur wrote.
+
+    Returns:
+        What is published, by its name in the repository, and the names of the other files.
 
     Raises:
         RecipeError: it is no folder, or a run still works in it.
@@ -185,7 +170,7 @@ def contents_of(folder: Path) -> Contents:
             )
     every = (file for file in sorted(folder.rglob("*")) if file.is_file())
     names = (file.relative_to(folder).as_posix() for file in every)
-    return Contents(folder, files, tuple(name for name in names if name not in files))
+    return files, tuple(name for name in names if name not in files)
 
 
 PATTERNS = {
@@ -228,7 +213,7 @@ def _texts_of(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
             yield name, file.read_text(encoding="utf-8", errors="replace")
 
 
-def refuse_secrets(files: Mapping[str, Path]) -> None:
+def _refuse_secrets(files: Mapping[str, Path]) -> None:
     """Refuse files that hold keys or tokens.
 
     Raises:
@@ -244,7 +229,7 @@ def refuse_secrets(files: Mapping[str, Path]) -> None:
         )
 
 
-def push_card(card: str, repo: str, run: ReportedRun, base_model: str | None = None) -> str:
+def _push_card(card: str, repo: str, run: ReportedRun, base_model: str | None = None) -> str:
     """The text of README.md for the hub.
 
     Licence, language and base model are those of the folder's card. Results are added as sections,
@@ -288,7 +273,7 @@ def _hub_results(found: EvaluationRecord) -> list[dict[str, Any]]:
     ]
 
 
-def missing_in(card: str) -> list[str]:
+def _missing_in(card: str) -> list[str]:
     """What the head of a card lacks, and how to add it."""
     front, _ = split_card(card)
     data = yaml.safe_load(front.strip("-\n")) or {} if front else {}
@@ -310,18 +295,18 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
         progress: receives every tensor.
     """
     for repo in filter(None, (recipe.repo, recipe.base_model)):
-        check_repository(repo)
-    contents = contents_of(Path(recipe.model).expanduser())
-    refuse_secrets(contents.files)
-    refuse_not_finite(shard_files(contents.folder))
-    code = recipe.trust_remote_code
-    audit = audit_checkpoint(contents.folder, trust_remote_code=code, progress=progress)
-    _refuse_lost_zeros(contents.folder, audit)
-    run = read_run(contents.folder, contents.folder.name)
-    written = contents.files[CARD].read_text(encoding="utf-8")
-    card = without_folders(push_card(written, recipe.repo, run, recipe.base_model))
-    notes = missing_in(card)
-    notes_files = {n: file for n, file in contents.files.items() if n.startswith(f"{NOTES}/")}
+        _check_repository(repo)
+    folder, code = Path(recipe.model).expanduser(), recipe.trust_remote_code
+    files, left = _contents_of(folder)
+    _refuse_secrets(files)
+    refuse_not_finite(shard_files(folder))
+    audit = audit_checkpoint(folder, trust_remote_code=code, progress=progress)
+    _refuse_lost_zeros(folder, audit)
+    run = read_run(folder, folder.name)
+    written = files[CARD].read_text(encoding="utf-8")
+    card = without_folders(_push_card(written, recipe.repo, run, recipe.base_model))
+    notes = _missing_in(card)
+    notes_files = {n: file for n, file in files.items() if n.startswith(f"{NOTES}/")}
     bare = {n: (text, without_folders(text)) for n, text in _texts_of(notes_files)}
     texts = {**{n: short for n, (text, short) in bare.items() if text != short}, CARD: card}
     if len(texts) > 1:
@@ -330,11 +315,12 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     repo, private, branch = recipe.repo, not recipe.public, recipe.branch
     address = None
     if not recipe.dry_run:
-        address = upload(repo, contents.files, texts, private=private, branch=branch)
-    sizes = {name: file.stat().st_size for name, file in contents.files.items()}
+        address = _upload(repo, files, texts, private=private, branch=branch)
+    sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
-    left, zeros = contents.left_out, audit.sparsity
-    return PushResult(repo, private, branch, sizes, left, zeros, card, tuple(notes), address)
+    return PushResult(
+        repo, private, branch, sizes, left, audit.sparsity, card, tuple(notes), address
+    )
 
 
 def _refuse_lost_zeros(folder: Path, audit: Audit) -> None:

@@ -109,7 +109,7 @@ AIM = 0.9
 """The part of the time for a piece that is used: no piece takes exactly as long as the last one."""
 
 
-class PromptTimes:
+class _PromptTimes:
     """How long pieces of prompts take, from those that were read.
 
     seconds = tokens · each + tokens · position · deeper + fixed, by least squares of the relative
@@ -195,7 +195,7 @@ class Scheduler:
         self.engine, self.queue_limit, self.clock = engine, queue_limit, clock
         self.prefixes, self.drafter = prefixes or PrefixCache(0), drafter
         self.gap_seconds, self.most_piece = gap_seconds, most_piece
-        self.piece_times, self.call_seconds, self.turns = PromptTimes(), 0.0, 0
+        self.piece_times, self.call_seconds, self.turns = _PromptTimes(), 0.0, 0
         self.lock = threading.Lock()
         self.queue: deque[ServingJob] = deque()
         self.running: list[ServingJob] = []
@@ -451,7 +451,7 @@ START = 0
 """The number before the first block."""
 
 
-class KnownBlock(NamedTuple):
+class _KnownBlock(NamedTuple):
     """Keys and values of some tokens after a known beginning."""
 
     number: int
@@ -476,10 +476,10 @@ class PrefixCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self.blocks: OrderedDict[Key, KnownBlock] = OrderedDict()  # the longest unused first
+        self.blocks: OrderedDict[Key, _KnownBlock] = OrderedDict()  # the longest unused first
         self.numbers = 0
 
-    def walk(self, ids: Sequence[int]) -> Iterator[tuple[int, Key, KnownBlock | None]]:
+    def walk(self, ids: Sequence[int]) -> Iterator[tuple[int, Key, _KnownBlock | None]]:
         """Where each whole block begins, its key, and what is known of it; ends after the first
         unknown one.
         """
@@ -520,7 +520,7 @@ class PrefixCache:
                 if known is None:
                     break
                 self.numbers += 1
-                self.blocks[key] = KnownBlock(self.numbers, known)
+                self.blocks[key] = _KnownBlock(self.numbers, known)
                 self.bytes += known.nbytes
             path.append(key)
         self.use(path)

@@ -182,7 +182,7 @@ class Answer:
     events: asyncio.Queue[tuple[int, Piece | End]] = field(default_factory=asyncio.Queue)
 
 
-class AnswerChoice:
+class _AnswerChoice:
     """Turns the tokens of one choice into pieces of text, in the worker's thread.
 
     Args:
@@ -396,7 +396,7 @@ class Service:
             self.worker.posted.append((loop, partial(answer.events.put_nowait, (number, event))))
 
         for number, (prompt, sampling) in enumerate(product(range(len(prompts)), samplings)):
-            choice = AnswerChoice(
+            choice = _AnswerChoice(
                 Request(prompts[prompt], max_new_tokens, sampling, ends, grammar, deadline),
                 self.tokenizer,
                 partial(send, number),

@@ -43,7 +43,7 @@ class LlamaCppModel(DecoderSizes):
     """
 
     arch: gguf.MODEL_ARCH
-    family: LlamaCppFamily
+    family: _LlamaCppFamily
     config: Any
     head: int
     heads: tuple[int, ...]
@@ -183,7 +183,7 @@ SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
 @dataclass(frozen=True)
-class LlamaCppFamily:
+class _LlamaCppFamily:
     """A family of models in llama.cpp.
 
     Attributes:
@@ -311,7 +311,7 @@ def _qwen3_moe_differences(model: LlamaCppModel) -> Iterator[str]:
         yield "it does not divide the weights of the chosen experts by their sum"
 
 
-GEMMA2 = LlamaCppFamily(
+GEMMA2 = _LlamaCppFamily(
     A.GEMMA2,
     activations=GELU_TANH,
     norm_shift=1.0,
@@ -322,26 +322,26 @@ GEMMA2 = LlamaCppFamily(
 
 LLAMA_CPP_FAMILIES = MappingProxyType(
     {
-        "llama": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
-        "mistral": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
-        "qwen2": LlamaCppFamily(A.QWEN2),
-        "qwen3": LlamaCppFamily(A.QWEN3),
-        "gemma": LlamaCppFamily(
+        "llama": _LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
+        "mistral": _LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
+        "qwen2": _LlamaCppFamily(A.QWEN2),
+        "qwen3": _LlamaCppFamily(A.QWEN3),
+        "gemma": _LlamaCppFamily(
             A.GEMMA, activations=GELU_TANH, norm_shift=1.0, differences=_must_be_tied
         ),
         "gemma2": GEMMA2,
         "gemma3_text": replace(GEMMA2, arch=A.GEMMA3),
-        "phi3": LlamaCppFamily(A.PHI3, differences=_narrow_differences),
-        "granite": LlamaCppFamily(A.GRANITE, interleaved=True, constants=_granite_constants),
-        "smollm3": LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=_smollm3_differences),
-        "mixtral": LlamaCppFamily(A.LLAMA, interleaved=True, constants=_expert_constants),
-        "qwen2_moe": LlamaCppFamily(
+        "phi3": _LlamaCppFamily(A.PHI3, differences=_narrow_differences),
+        "granite": _LlamaCppFamily(A.GRANITE, interleaved=True, constants=_granite_constants),
+        "smollm3": _LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=_smollm3_differences),
+        "mixtral": _LlamaCppFamily(A.LLAMA, interleaved=True, constants=_expert_constants),
+        "qwen2_moe": _LlamaCppFamily(
             A.QWEN2MOE,
             own_head=True,
             constants=_expert_constants,
             differences=_qwen2_moe_differences,
         ),
-        "qwen3_moe": LlamaCppFamily(
+        "qwen3_moe": _LlamaCppFamily(
             A.QWEN3MOE, constants=_expert_constants, differences=_qwen3_moe_differences
         ),
     }
@@ -410,7 +410,7 @@ def model_type(source: ExportSource) -> str:
     return str(source.config.get("base_model_type", source.config.get("model_type")))
 
 
-def _sizes_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppModel:
+def _sizes_of(source: ExportSource, family: _LlamaCppFamily, config: Any) -> LlamaCppModel:
     """The sizes of a model, read off its tensors."""
     entries, layers = source.reader.entries, range(config.num_hidden_layers)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -134,7 +134,7 @@ class Endpoints:
         elif tools and not request.forced_tools:
             self.check_template(form, hidden)
         ids = self.known(await self.service.tokens(text, special=False), "messages")
-        grammar = await self.grammar(tool_grammar(request, form))
+        grammar = await self.grammar(_tool_grammar(request, form))
         most = 1 if request.parallel_tool_calls is False else None
         calls = partial(CallReader, form or LLAMA, frozenset(names), most) if tools else None
         writer = partial(ChatWriter, calls=calls)
@@ -277,7 +277,7 @@ class Endpoints:
         return room if wanted is None else wanted
 
 
-def tool_grammar(
+def _tool_grammar(
     request: requests.ChatRequest, form: ToolFormat | None
 ) -> Callable[[], str] | None:
     """What writes the grammar of an answer that may call tools; None: it is not constrained."""
