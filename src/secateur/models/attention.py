@@ -80,6 +80,7 @@ class WrittenOut(_OtherAttention):
         together = heads // groups
         kind = torch.bfloat16
         q = query.to(kind) * (width**-0.5 if scale is None else scale)
+        # [windows · groups, heads of a group · rows, width], so that no key is repeated
         q = q.reshape(-1, together * rows, width)
         k, v = (x.to(kind).reshape(-1, columns, x.shape[-1]) for x in (key, value))
         scores = torch.baddbmm(_added(attn_mask, is_causal, query, columns, together), q, k.mT)
@@ -93,7 +94,7 @@ def _added(mask: Tensor | None, causal: bool, query: Tensor, columns: int, toget
         mask = query.new_ones(rows, columns, dtype=torch.bool)
         mask = mask.tril() if causal else mask
     if mask.dtype == torch.bool:
-        least = torch.finfo(torch.bfloat16).min
+        least = torch.finfo(torch.bfloat16).min  # −∞ would make a row that sees nothing NaN
         mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, least)
     mask = mask.to(torch.bfloat16)
     if mask.numel() == rows * columns:  # one mask for all windows and heads

@@ -331,7 +331,7 @@ class PatchedCopy:
             values = tensor.detach().to("cpu", entry.dtype)
             if entry.strides is not None:
                 whole, own = _read_span(stream, entry)
-                own.copy_(values)
+                own.copy_(values)  # a view: the values of others between its own are written too
                 values = whole
             stream.seek(entry.offset)
             write_all(stream, values.contiguous())
@@ -376,13 +376,14 @@ class ShardWriter:
         self.file = file
         self.placed: Described = {}
         self.end = 0
+        # larger dtypes first: then every offset is a multiple of its dtype's size
         for name, (dtype, shape) in sorted(known.items(), key=lambda x: -x[1][0].itemsize):
             self.placed[name] = (dtype, shape, self.end)
             self.end += torch.Size(shape).numel() * dtype.itemsize
         unknown: Described = dict.fromkeys(appended, (torch.uint8, (LONGEST,), LONGEST))
         self.waiting = {*known, *appended}
         self.header_bytes = len(header_text(self.placed | unknown, longest_metadata))
-        self.header_bytes += -self.header_bytes % 8
+        self.header_bytes += -self.header_bytes % 8  # the data begins at a multiple of 8
         with writing(file):
             self.stream = file.open("wb", buffering=0)
 

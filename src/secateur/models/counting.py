@@ -77,7 +77,9 @@ def _cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | N
     if rank:
         return _latent_cache(attention, rank, config, window)
     keys, values = _keys_and_values(attention, config)
+    # outputs are heads · size of a value, so this is heads · (size of a key + size of a value)
     width = _outputs_of(attention, config) * (keys + values) // max(1, values)
+    # sparse attention of DeepSeek keeps a key more, with which its indexer chooses tokens
     kept = keys + values + (int(config.index_head_dim) if hasattr(holder, "indexer_keys") else 0)
     return LayerCache(kept, kept, window, state, width, width)
 
@@ -102,7 +104,7 @@ def _keys_and_values(attention: Any, config: Any) -> tuple[int, int]:
         return keys, own.get("v_proj", own["k_proj"])[0]
     for name in FUSED:
         if name in own:
-            both = own[name][0] - _outputs_of(attention, config)
+            both = own[name][0] - _outputs_of(attention, config)  # rows beside the queries
             return both // 2, both // 2
     heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads") or 0
     return heads * _head_size(config), heads * _head_size(config)

@@ -108,7 +108,7 @@ class ExpertLayout:
         """
         bias = name.endswith("_bias")
         if self.transposed and not bias:
-            tensor = tensor.transpose(1, 2)
+            tensor = tensor.transpose(1, 2)  # [experts, in, out] → [experts, out, in]
         linears = self.tensors.get(name, (name,))
         count, rows = len(linears), tensor.shape[1] // len(linears)
         views = [
@@ -124,7 +124,7 @@ class ExpertLayout:
     def joined(self, gate: Tensor, up: Tensor) -> Tensor:
         """What the linears of the first tensor compute [tokens, neurons], as that tensor does."""
         if self.interleaved:
-            return torch.stack((gate, up), dim=-1).flatten(-2)
+            return torch.stack((gate, up), dim=-1).flatten(-2)  # gate 0, up 0, gate 1, up 1, …
         return torch.cat((gate, up), dim=-1)
 
 

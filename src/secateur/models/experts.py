@@ -179,6 +179,7 @@ class OpenExperts(nn.ModuleList):
             token, place = self.routed(top_k_index, number)
             if not len(token) and not self.call_idle:
                 continue
+            # [tokens of this expert, hidden]
             out = expert(hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, out.to(total.dtype))
         return total

@@ -183,6 +183,7 @@ def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) ->
     names = model_names(model, reader, split=split)
     _refuse_surplus(model, names.values(), reader.folder)
     mapping = {}
+    # unsplit, experts that are stored one by one have no parameter of their name
     for stored, name in names.items():
         if name not in built and (split or "experts" not in name):
             continue

@@ -219,9 +219,11 @@ def text_bound(tokenizer: Tokenizer) -> TextBound | None:
     before = [*_steps(stored["pre_tokenizer"])]
     if any(step["type"] == "ByteLevel" for step in before) and model["type"] == "BPE":
         known = enumerate(byte_letters())
+        # a byte without a token is left out, and BPE has no token for the unknown
         dropped = bytes(byte for byte, letter in known if letter not in vocabulary)
     elif not model.get("byte_fallback") or not vocabulary.keys() >= BYTE_TOKENS:
         return None
+    # a step that removes text, or a token that swallows spaces, stands for any number of bytes
     kept = all(x["type"] in KEEPING and x.get("behavior") != "Removed" for x in before)
     if not kept or any(token["lstrip"] or token["rstrip"] for token in stored["added_tokens"]):
         return None

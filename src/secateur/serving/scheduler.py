@@ -128,13 +128,14 @@ class _PromptTimes:
 
     def note(self, tokens: int, first: int, seconds: float) -> None:
         """Add a measurement: a piece that begins at a position."""
+        # divided by the measured time: least squares of these are those of the relative errors
         row = [x / seconds for x in (tokens, tokens * (first + tokens / 2), 1.0)]
         for i, x in enumerate(row):
             self.sums[i] = FORGETTING * self.sums[i] + x
             for j, y in enumerate(row):
                 self.products[i][j] = FORGETTING * self.products[i][j] + x * y
         self.largest = max(float(tokens), FORGETTING * self.largest)
-        for _ in range(40):
+        for _ in range(40):  # coordinate descent on the normal equations, no factor below 0
             for i, own in enumerate(self.products):
                 others = sum(own[j] * self.factors[j] for j in range(3) if j != i)
                 self.factors[i] = max(0.0, (self.sums[i] - others) / own[i])
@@ -142,7 +143,7 @@ class _PromptTimes:
     def tokens_within(self, seconds: float, first: int) -> int:
         """The tokens of the largest piece that takes at most so long."""
         each, deeper, fixed = self.factors
-        low, high = 0, int(2 * self.largest)
+        low, high = 0, int(2 * self.largest)  # bisection: the time grows with the tokens
         while low < high:
             tokens = (low + high + 1) // 2
             expected = tokens * (each + deeper * (first + tokens / 2)) + fixed
@@ -341,8 +342,10 @@ class Scheduler:
         logits = self.engine.step(tokens)
         self.counts["decode_calls"] += 1
         self.running = [*(job for job in self.running if job not in jobs), *jobs]
+        # for each text the logits after its last token, then after each proposed one
         rows, before = logits.split([1 + len(x) for x in guesses]), self.counts["new_tokens"]
         for job, proposed, own in zip(jobs, guesses, rows, strict=True):
+            # a window may lose keys and values, so a long text is kept from time to time
             if self.engine.lengths[job.slot] - job.kept >= MOST_PIECE or not job.text:
                 self.keep(job)
             job.owed = False

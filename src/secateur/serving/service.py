@@ -253,7 +253,7 @@ class _AnswerChoice:
 
     def chance(self, token: int, logits: Tensor) -> TokenChance:
         """How likely a token was, and the most likely ones."""
-        logs = logits.log_softmax(-1).clamp(min=LEAST)
+        logs = logits.log_softmax(-1).clamp(min=LEAST)  # [vocabulary]
         best = logs.topk(min(self.alternatives or 0, len(logs)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         others = [(self.text_of(other), log) for other, log in pairs]

@@ -78,7 +78,7 @@ def quantized(exact: Path, file: Path, type: str, progress: Progress) -> Exporte
     """
     ffi, library = load_llama_cpp()
     options = library.llama_model_quantize_default_params()
-    options.nthread, options.ftype = 0, int(MIXES[type])  # as many threads as processors
+    options.nthread, options.ftype = 0, int(MIXES[type])  # 0: as many threads as processors
     paths = str(exact).encode(), str(file).encode()
     with silence(ffi, library):
         wanted = ffi.new("llama_model_quantize_params *", options)

@@ -193,7 +193,7 @@ class AssembledReader(CheckpointReader):
 
 def view_in(whole: Tensor, entry: TensorEntry) -> Tensor:
     """A part of a contiguous tensor, as a view; the entry's offset counts from its first byte."""
-    start = entry.offset // entry.dtype.itemsize
+    start = entry.offset // entry.dtype.itemsize  # in values, as torch counts
     if entry.strides is not None:
         return whole.view(-1).as_strided(entry.shape, entry.strides, start)
     return whole.view(-1)[start : start + prod(entry.shape)].view(entry.shape)
