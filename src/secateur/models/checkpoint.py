@@ -25,13 +25,12 @@ from functools import lru_cache
 from io import FileIO
 from math import prod
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
-from secateur.models.header import DTYPES, Header, TensorEntry, parse_json, read_header
+from secateur.models.header import DTYPES, Header, TensorEntry, damaged, parse_json, read_header
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing
 
@@ -90,17 +89,11 @@ def shard_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"the index of shards cannot be read: {error!r}", where=str(index)
-            ) from None
+            raise damaged(f"the index of shards cannot be read: {error!r}", index) from None
         odd = [n for n in names if not isinstance(n, str) or not SHARD_NAME.fullmatch(n)]
         if odd or not names:
-            raise CheckpointError(
-                f"the index names {odd[0]!r}, but there is no such file in this folder"
-                if odd
-                else "the index of shards names no file",
-                where=str(index),
-                remedy="copy or download the index again",
+            raise damaged(
+                f"the index of shards names {odd[0]!r}" if odd else "it names no file", index
             )
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
@@ -134,11 +127,8 @@ def read_headers(files: Sequence[Path]) -> list[Header]:
     for file, header in zip(files, headers, strict=True):
         twice = sorted(header.keys() & owner.keys())
         if twice:
-            raise CheckpointError(
-                f"{len(twice)} tensors are in two files; the first is {twice[0]!r}",
-                where=f"{owner[twice[0]]} and {file.name}",
-                remedy="copy or download the checkpoint again; it is not clear which one is right",
-            )
+            said = f"{len(twice)} tensors are in two files; the first is {twice[0]!r}"
+            raise damaged(said, f"{owner[twice[0]]} and {file.name}")
         owner |= dict.fromkeys(header, file)
     return headers
 
@@ -186,13 +176,8 @@ class CheckpointReader:
         entry = self.entries[name]
         taken = sorted(views.keys() & self.entries.keys())
         if taken or sum(view.nbytes for view in views.values()) != entry.size_bytes:
-            raise CheckpointError(
-                f"{name} is stored, and so is {taken[0]}"
-                if taken
-                else f"{name} of shape {entry.shape} is not made of {len(views)} equal parts",
-                where=str(entry.file),
-                remedy="the checkpoint stores a tensor twice, or is damaged: download it again",
-            )
+            said = f"{name} of shape {entry.shape} is not made of {len(views)} equal parts"
+            raise damaged(f"{name} is stored, and so is {taken[0]}" if taken else said, entry.file)
         del self.entries[name]
         for part, view in views.items():
             self.entries[part] = TensorEntry(
@@ -390,12 +375,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stream.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -436,11 +416,8 @@ def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, (dtype, shape, offset) in sorted(placed.items(), key=lambda x: x[1][2]):
         end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {
-            "dtype": dtype_name(dtype),
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
+        place = {"shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": dtype_name(dtype), **place}
     return json.dumps(header, separators=(",", ":")).encode()
 
 

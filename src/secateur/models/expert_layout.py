@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.header import TensorEntry
+from secateur.models.header import TensorEntry, damaged
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The linears of an opened expert."""
@@ -369,11 +369,7 @@ class FusedExperts(CheckpointReader):
             views = self.views(leaf, torch.empty(shape, device="meta"))
             parts = {part: stored.get(f"{owner}.{part}", "") for part in views}
             if not all(parts.values()):
-                raise CheckpointError(
-                    f"the checkpoint does not contain all experts of {owner}",
-                    where=str(reader.folder),
-                    remedy="the files are incomplete: copy or download them again",
-                )
+                raise damaged(f"it does not contain all experts of {owner}", reader.folder)
             first = reader.entries[next(iter(parts.values()))]
             for part in parts.values():
                 del self.entries[part]

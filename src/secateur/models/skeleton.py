@@ -32,7 +32,7 @@ from secateur.models.architecture import experts_of, setting, text_config
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
-from secateur.models.header import damaged
+from secateur.models.header import TensorEntry, damaged
 
 LARGE = 2**24
 """Values of a tensor that is large."""
@@ -191,22 +191,24 @@ def stored_names(model: Any, reader: CheckpointReader, *, split: bool = True) ->
         found, asked = reader.entries[stored], built.get(name)
         if asked is None:
             continue
-        if tuple(asked.shape) != found.shape:
-            raise CheckpointError(
-                f"{stored}: shape {found.shape} is stored, config.json asks for "
-                f"{tuple(asked.shape)}",
-                where=str(found.file),
-                remedy="the configuration and the weights are of different models",
-            )
+        _refuse_shape(stored, found, tuple(asked.shape))
         if asked.is_floating_point() and not found.dtype.is_floating_point:
             raise CheckpointError(
-                f"{stored}: integers ({str(found.dtype).removeprefix('torch.')}) are stored, where "
-                "the model has floating-point numbers",
+                f"{stored}: {found.dtype} is stored, where the model has floating-point numbers",
                 where=str(found.file),
-                remedy="copy or download the file again; a quantized checkpoint names its form in "
-                "config.json, under quantization_config",
+                remedy="download it again; a quantized checkpoint says so in config.json",
             )
     return mapping
+
+
+def _refuse_shape(stored: str, entry: TensorEntry, asked: tuple[int, ...]) -> None:
+    """Refuse a stored tensor that has another shape than in the model."""
+    if entry.shape != asked:
+        raise CheckpointError(
+            f"{stored}: shape {entry.shape} is stored, config.json asks for {asked}",
+            where=str(entry.file),
+            remedy="the configuration and the weights are of different models",
+        )
 
 
 MTP_LAYERS = (
@@ -390,7 +392,8 @@ class StoredModel:
         self.aliases: dict[str, tuple[str, ...]] = {}
         for names in aliases(model):
             self.aliases |= dict.fromkeys(names, names)
-            self._check_stored(names)
+            if not any(name in self.group_of for name in names):
+                refuse_missing(names[:1], {}, reader.folder)
 
     def read(self, name: str) -> Tensor:
         """A parameter by any of its names, whole, in the stored dtype, on the CPU."""
@@ -420,14 +423,6 @@ class StoredModel:
     def _one_of(self, name: str, values: Mapping[str, Any]) -> str | None:
         """The name under which a parameter has a new value."""
         return next((n for n in self.aliases.get(name, (name,)) if n in values), None)
-
-    def _check_stored(self, names: tuple[str, ...]) -> None:
-        if not any(name in self.group_of for name in names):
-            raise CheckpointError(
-                f"the checkpoint does not contain {names[0]}",
-                where=str(self.reader.folder),
-                remedy="the file is incomplete, or of another model than config.json says",
-            )
 
     def _grouped(self) -> Iterator[_Group]:
         """All groups, each tested on the meta device in both directions."""
@@ -464,13 +459,7 @@ class StoredModel:
     def _plain(self, name: str, stored: str) -> _Group:
         """A group of one tensor that is one parameter."""
         entry = self.reader.entries[stored]
-        if entry.shape != self.shapes[name]:
-            raise CheckpointError(
-                f"{stored}: shape {entry.shape} is stored, config.json asks for "
-                f"{self.shapes[name]}",
-                where=str(entry.file),
-                remedy="the configuration and the weights are of different models",
-            )
+        _refuse_shape(stored, entry, self.shapes[name])
         return _Group((stored,), (), (name,))
 
     def _tried(self, group: _Group) -> _Group:
