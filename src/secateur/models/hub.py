@@ -143,7 +143,6 @@ def download_model(
     repo: str,
     revision: str | None,
     trust_remote_code: bool,
-    offline: bool = False,
     *,
     weights: bool = True,
 ) -> Path:
@@ -153,7 +152,6 @@ def download_model(
         repo: its id, `org/name`.
         revision: branch, tag or commit; None for the default branch.
         trust_remote_code: also download the Python files.
-        offline: read the local cache only.
         weights: False fetches the configuration alone.
     """
     import huggingface_hub
@@ -167,7 +165,7 @@ def download_model(
         ],
         "ignore_patterns": IGNORED,
     }
-    reason = "not tried" if offline else why_unreachable()
+    reason = why_unreachable()
     try:
         folder = huggingface_hub.snapshot_download(
             repo, local_files_only=reason is not None, **options

@@ -71,7 +71,6 @@ def resolve(
     *,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    offline: bool = False,
     values: bool = True,
     progress: Progress | None = None,
 ) -> LocalCheckpoint:
@@ -83,7 +82,6 @@ def resolve(
         dtype: `float32` (the default: exact), `bfloat16` or `float16`, for the expanded blocks of a
             GGUF file. Safetensors keep their dtype.
         trust_remote_code: also fetch the Python files of a hub model.
-        offline: take hub models from the local cache only.
         values: read all weights once, and refuse NaN and infinite ones. False is for callers that
             report such weights, or read none.
         progress: receives the steps of a download or a conversion.
@@ -94,7 +92,7 @@ def resolve(
         NumericalError: weights are NaN or infinite.
         RecipeError: `dtype` is not one of the three.
     """
-    found = _found_model(model, dtype, trust_remote_code, offline, progress or Silent())
+    found = _found_model(model, dtype, trust_remote_code, progress or Silent())
     if values:
         refuse_not_finite(shard_files(found.folder))
     return found
@@ -104,7 +102,6 @@ def _found_model(
     model: str | os.PathLike[str],
     dtype: str | None,
     trust_remote_code: bool,
-    offline: bool,
     progress: Progress,
 ) -> LocalCheckpoint:
     """Find a model and check its files, but not its weights; see `resolve`."""
@@ -158,7 +155,7 @@ def _found_model(
     named = hub.hub_name(name)
     if named is None:
         raise hub.no_such_model(name)
-    folder = hub.download_model(named.repo, named.revision, trust_remote_code, offline)
+    folder = hub.download_model(named.repo, named.revision, trust_remote_code)
     check_folder(folder)
     # the folder of a snapshot is named by its commit
     return LocalCheckpoint(folder, name, "hub", folder.name, _weight_bytes(folder))

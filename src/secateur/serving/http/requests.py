@@ -65,12 +65,6 @@ def _schema(value: Any) -> Any:
     return schema
 
 
-def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
-    """A value that passes a check, with the order of its names."""
-    check(value)
-    return value
-
-
 class Body(pydantic.BaseModel):
     """A JSON object of a request: no value is converted."""
 
@@ -310,6 +304,10 @@ class Tool(Body):
     function: ToolFunction
 
 
+GivenTool = Annotated[Tool, pydantic.WrapValidator(lambda given, check: check(given) and given)]
+"""A tool as it is given: templates write its names in their order."""
+
+
 class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`."""
 
@@ -319,7 +317,7 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Annotated[Tool, pydantic.WrapValidator(_as_given)]] | None = None
+    tools: list[GivenTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
