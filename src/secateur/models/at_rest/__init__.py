@@ -24,6 +24,7 @@ from secateur.registry import Registry
 
 __all__ = [
     "DESCRIPTIONS",
+    "E2M1",
     "AssembledReader",
     "Assembly",
     "Described",
@@ -33,6 +34,7 @@ __all__ = [
     "StoredForm",
     "damaged",
     "described_by",
+    "powers_of_two",
     "refuse_empty",
     "spread_blocks",
     "stored_forms",
@@ -295,6 +297,15 @@ def spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int])
     for axis, size in ((-2, block[0]), (-1, block[1])):
         scale = scale.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
     return scale
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The numbers of 4-bit floating point by code: a sign, two bits of exponent, one of mantissa."""
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^(e − 127) of exponents in bytes, float64."""
+    return torch.ldexp(torch.ones((), dtype=torch.float64), exponents.to(torch.int32) - 127)
 
 
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Folders of compressed-tensors, as llm-compressor and SparseML write and wrote them.
 
-The reader is our own: the library dropped the sparse formats. The names of the parts say how a
-matrix is stored, so mixtures of formats need no case of their own.
+The reader is our own, since each release of the library reads what that release writes. The names
+of the parts say how a matrix is stored, so mixtures of formats need no case of their own.
 
 **Matrices without their zeros: the formats sparse-bitmask and sparse-24-bitmask.**
 
@@ -14,12 +14,21 @@ row_offsets  sparse-bitmask only: the index of the first value of each row
 
 weight             int8 or float8 [out, in]                                  or
 weight_packed      int32 [out, ⌈in / F⌉], F = ⌊32 / bits⌋ integers in each word, the lowest first,
-                   plus 2^(bits − 1); weight_shape has the two sizes
+                   plus 2^(bits − 1); later releases leave no bits unused: [out, ⌈in · bits / 32⌉].
+                   weight_shape has the two sizes
 weight_scale       one; [out, 1]; [out or 1, groups of columns]; [blocks of rows, of columns]
 weight_zero_point  in the shape of the scale, or packed along its rows; none: 0
 weight_g_idx       [in], the group of each column; none, or −1: in order
 
 W = (q − zero_point) · scale
+
+**4-bit floating point: nvfp4- and mxfp4-pack-quantized.**
+
+weight_packed        uint8 [out, in / 2], two codes in a byte, the first in its low four bits
+weight_scale         float8 [out, in / 16], or bytes e for 2^(e − 127), [out, in / 32]
+weight_global_scale  float32, one number; none: 1
+
+W = E2M1[code] · weight_scale / weight_global_scale
 """
 
 from __future__ import annotations
@@ -38,14 +47,12 @@ from secateur.models.checkpoint import CheckpointReader
 
 METHODS = ("compressed-tensors", "sparseml")
 OF_ACTIVATIONS = (
-    "input_scale", "input_zero_point", "input_g_idx", "output_scale", "output_zero_point",
+    "input_scale", "input_zero_point", "input_g_idx", "input_global_scale", "output_scale",
+    "output_zero_point",
     "k_scale", "v_scale", "k_zero_point", "v_zero_point", "q_scale", "q_zero_point",
 )  # fmt: skip
-NOT_READ = {
-    "weight_global_scale": "4-bit floating point (nvfp4, mxfp4)",
-    "input_global_scale": "4-bit floating point (nvfp4, mxfp4)",
-    "scale_packed": "marlin-24, the order of one GPU kernel,",
-}
+MARLIN = "scale_packed"
+"""A part that marlin-24 alone has, which is in the order of one GPU kernel."""
 BITMASK_PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 SCALED_PARTS = (
     "weight",
@@ -54,13 +61,14 @@ SCALED_PARTS = (
     "weight_scale",
     "weight_zero_point",
     "weight_g_idx",
+    "weight_global_scale",
 )
 STORED = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
 """The dtypes of weights that have a scale, and their usual words."""
 
 
 class CompressedTensorsFolder(at_rest.NamedForm):
-    """Every format of compressed-tensors except 4-bit floating point and marlin-24."""
+    """The formats of compressed-tensors, but for marlin-24 and floats of 6 bits."""
 
     name: ClassVar[str] = "compressed-tensors"
     of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
@@ -74,7 +82,7 @@ class CompressedTensorsFolder(at_rest.NamedForm):
     def assemblies(
         self, source: at_rest.SourceFolder, described: at_rest.Described
     ) -> dict[str, at_rest.Assembly]:
-        """Refuses rotated weights, and 4-bit floating point."""
+        """Refuses rotated weights, and marlin-24."""
         stored = source.reader.entries
         _refuse_unknown(described, stored)
         weights = (group.get("weights") for group in _groups_of(described))
@@ -106,9 +114,8 @@ def _refuse_unknown(described: at_rest.Described, stored: Iterable[str]) -> None
             "the model rotates its activations while it runs (transform_config)", remedy=remedy
         )
     for name in stored:
-        why = NOT_READ.get(name.rpartition(".")[2])
-        if why is not None:
-            raise ArchitectureError(f"{why} is not read", where=name, remedy=remedy)
+        if name.endswith(f".{MARLIN}"):
+            raise ArchitectureError("marlin-24 is not read", where=name, remedy=remedy)
 
 
 def _groups_of(described: at_rest.Described) -> Iterator[at_rest.Described]:
@@ -214,6 +221,11 @@ def _scaled_assembly(
     for role in ("weight_scale", "weight_zero_point"):
         if role in parts and len(reader.entries[parts[role]].shape) > 2:
             raise at_rest.damaged(f"{role} has more than two dimensions", parts[role])
+    if "weight_packed" in parts and reader.entries[parts["weight_packed"]].dtype == torch.uint8:
+        packed = reader.entries[parts["weight_packed"]].shape
+        if len(packed) != 2:
+            raise at_rest.damaged(f"4-bit floats of shape {list(packed)}", parts["weight_packed"])
+        return at_rest.Assembly(parts, (packed[0], 2 * packed[1]), dtype, "float4", _from_float4)
     if "weight_packed" in parts:
         shape, bits = _packed_shape(reader, parts, widths)
         make, stored_as = partial(_from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
@@ -265,7 +277,11 @@ def _packed_shape(
     rows, columns = (int(x) for x in reader.read(parts["weight_shape"]).flatten())
     if entry.dtype != torch.int32 or min(rows, columns) < 1:
         raise at_rest.damaged(f"packed integers of {entry.dtype} for [{rows}, {columns}]", place)
-    fits = [bits for bits in widths if entry.shape == (rows, -(-columns // (32 // bits)))]
+    fits = [
+        bits
+        for bits in widths
+        if entry.shape in ((rows, -(-columns // (32 // bits))), (rows, -(-columns * bits // 32)))
+    ]
     if len(fits) != 1:
         raise at_rest.damaged(
             f"{list(entry.shape)} words do not hold [{rows}, {columns}] integers of "
@@ -277,13 +293,38 @@ def _packed_shape(
 
 def _from_words(parts: at_rest.Parts, bits: int, shape: tuple[int, int]) -> Tensor:
     """The matrix of packed integers, float64."""
-    integers = at_rest.unpacked(parts["weight_packed"], bits).flatten(-2)
     zero = parts.get("weight_zero_point")
     # packed along the rows: [⌈out / F⌉, groups]
     if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
-        zero = at_rest.unpacked(zero.t(), bits).flatten(-2)[:, : shape[0]].t() - 2 ** (bits - 1)
+        zero = _unpacked_rows(zero.t(), bits, shape[0]).t()
         parts = {**parts, "weight_zero_point": zero}
-    return _scaled(integers[:, : shape[1]] - 2 ** (bits - 1), parts)
+    return _scaled(_unpacked_rows(parts["weight_packed"], bits, shape[1]), parts)
+
+
+def _unpacked_rows(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first integers, so many, of each row of words."""
+    whole, dense = -(-count // (32 // bits)), -(-count * bits // 32)
+    if words.shape[1] == dense != whole:  # an integer may begin in one word and end in the next
+        single = at_rest.unpacked(words.contiguous().view(torch.uint8), 1).flatten(-2)
+        apart = single[:, : count * bits].unflatten(-1, (-1, bits)).to(torch.int32)
+        unsigned = (apart << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    else:
+        unsigned = at_rest.unpacked(words, bits).flatten(-2)[:, :count]
+    return unsigned - 2 ** (bits - 1)
+
+
+def _from_float4(parts: at_rest.Parts) -> Tensor:
+    """The matrix of 4-bit floating point, float64."""
+    codes = at_rest.unpacked(parts["weight_packed"], 4).flatten(-2).to(torch.int32)
+    scale, whole = parts["weight_scale"], parts.get("weight_global_scale", torch.ones(1))
+    if whole.numel() != 1 or not whole.is_floating_point():
+        said = f"the scale of the matrix is {whole.dtype} {list(whole.shape)}"
+        raise at_rest.damaged(said, "weight_global_scale")
+    if scale.dtype == torch.uint8:
+        scale = at_rest.powers_of_two(scale)
+    elif scale.is_floating_point():
+        scale = scale.to(torch.float64) / whole.to(torch.float64).reshape(())
+    return _scaled(torch.tensor(at_rest.E2M1, dtype=torch.float64)[codes], {"weight_scale": scale})
 
 
 def _scaled(stored: Tensor, parts: at_rest.Parts) -> Tensor:

@@ -144,10 +144,8 @@ def _fitting_blocks(
 def _scales(parts: at_rest.Parts, block: tuple[int, int]) -> Tensor:
     """The scales in the shape of the tensor, float32."""
     scale = parts["scale"]
-    wide = scale.to(torch.float32)
-    if scale.dtype == torch.uint8:  # the exponent of a power of two, 127 higher
-        wide = torch.ldexp(torch.ones(scale.shape), scale.to(torch.int32) - 127)
-    return at_rest.spread_blocks(wide, tuple(parts["weight"].shape), block)
+    scale = at_rest.powers_of_two(scale) if scale.dtype == torch.uint8 else scale
+    return at_rest.spread_blocks(scale.to(torch.float32), tuple(parts["weight"].shape), block)
 
 
 def _multiplied(parts: at_rest.Parts, block: tuple[int, int]) -> Tensor:

@@ -24,8 +24,6 @@ from torch import Tensor
 from secateur.models import at_rest
 from secateur.models.header import TensorEntry
 
-NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The number of each code from 0 to 15."""
 GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 
@@ -80,7 +78,7 @@ def _expanded(parts: at_rest.Parts) -> Tensor:
     blocks, scales = parts["blocks"], parts["scales"]
     codes = at_rest.unpacked(blocks, 4).flatten(-2)  # [experts, out, groups, 32]
     values = torch.ldexp(
-        torch.tensor(NUMBERS)[codes.to(torch.int32)],
+        torch.tensor(at_rest.E2M1)[codes.to(torch.int32)],
         (scales.to(torch.int32) - 127).unsqueeze(-1),
     )
     return values.flatten(-2).transpose(1, 2)  # a row of blocks is a column of the experts
@@ -95,7 +93,7 @@ def _rounded_back(values: Tensor, parts: at_rest.Parts, dtype: torch.dtype) -> d
     scales = parts["scales"]
     rows = values.transpose(1, 2).unflatten(-1, (-1, GROUP)).to(torch.float32)
     wanted = torch.ldexp(rows, (127 - scales.to(torch.int32)).unsqueeze(-1))
-    grid = torch.tensor(NUMBERS[:8])
+    grid = torch.tensor(at_rest.E2M1[:8])
     # between two neighbours of the grid their middle decides; bit 3 is the sign, and no zero has it
     codes = torch.bucketize(wanted.abs().contiguous(), (grid[1:] + grid[:-1]) / 2).to(torch.uint8)
     codes += 8 * ((wanted < 0) & (codes > 0)).to(torch.uint8)
