@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError, install_extra
 from secateur.models import at_rest, checkpoint
 from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
 from secateur.models.skeleton import (
@@ -145,6 +146,12 @@ def load_whole(
     from transformers import AutoConfig
 
     check_sizes(folder)
+    if form_of(folder) == "compressed-tensors" and find_spec("compressed_tensors") is None:
+        raise RecipeError(
+            "compressed-tensors, which computes this model, is not installed",
+            where=str(folder),
+            remedy=install_extra("compressed-tensors"),
+        )
     loaded: Any
     report: dict[str, Any]
     with quiet_transformers(), transformers_errors(folder):
