@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -83,8 +83,6 @@ class Endpoints:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
-        self.registry = CollectorRegistry()
-        self.registry.register(metrics)
 
     def model(self) -> dict[str, Any]:
         """The model in the list of models."""
@@ -116,9 +114,7 @@ class Endpoints:
 
     async def metrics_text(self) -> PlainTextResponse:
         """Numbers for Prometheus."""
-        return PlainTextResponse(
-            generate_latest(self.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4
-        )
+        return PlainTextResponse(generate_latest(self.metrics), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def chat(self, request: requests.ChatRequest) -> Response:
         """Answer a conversation."""
