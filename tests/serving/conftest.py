@@ -102,7 +102,11 @@ def refusal(server: Running, path: str, body: Any) -> dict[str, Any]:
     """The error of a bad request, in the form of OpenAI's API."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json"}
-    answer = server.client.post(f"/v1/{path}", content=content, headers=headers)
+    return fault_in(server.client.post(f"/v1/{path}", content=content, headers=headers))
+
+
+def fault_in(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer to a bad request."""
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert [*error] == ["message", "type", "param", "code"]

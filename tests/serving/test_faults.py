@@ -29,8 +29,9 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.serving.http.requests import ChatRequest, CompletionRequest, SamplingRequest
 from secateur.serving.serve import KEY_VARIABLE, prepare
-from serving.conftest import Running, byte_level, refusal
+from serving.conftest import Running, byte_level, fault_in, refusal
 
 Start = Callable[..., Running]
 USER = [{"role": "user", "content": "x"}]
@@ -166,31 +167,35 @@ def test_a_bad_request_is_refused_by_the_name_of_what_is_wrong(server: Running, 
     assert server.post("completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
-FIELDS = (
-    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "n",
-    "ignore_eos", "prompt", "messages", "logprobs", "top_logprobs", "echo", "best_of",
-    "max_completion_tokens", "chat_template_kwargs", "add_special_tokens", "response_format",
-    "structured_outputs", "tools", "tool_choice", "parallel_tool_calls",
-)  # fmt: skip
 VALUES = (
     "", "x", [], {}, -1, 0, 10**30, 1.5, True, [1, "a"], [[1], "a"], {"a": 1}, [None], [{}],
     [{"role": 1, "content": [1]}], "\U0001f600" * 200,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", ["chat/completions", pytest.param("completions", marks=pytest.mark.slow)]
-)
-def test_any_value_is_answered_or_refused(server: Running, path: str) -> None:
-    right = {"prompt": "x"} if path == "completions" else {"messages": USER}
-    for name, value in itertools.product(FIELDS, VALUES):
-        body = {**right, "max_tokens": 1, "temperature": 0, name: value}
+def alike(request: type[SamplingRequest]) -> Iterator[list[str]]:
+    """The parameters of a request, together where they have one validator."""
+    groups: dict[str, list[str]] = {}
+    for name, field in request.model_fields.items():
+        checks = [*request.__pydantic_decorators__.field_validators.values()]
+        own = [name for check in checks if name in check.info.fields]
+        groups.setdefault(f"{field.annotation} {field.metadata} {own}", []).append(name)
+    yield from groups.values()
+    yield from ([name] for name in ("tools", "echo", "suffix", "logit_bias", "user"))
+
+
+@pytest.mark.parametrize(("path", "kind"), [(CHAT, ChatRequest), (TEXT, CompletionRequest)])
+def test_any_value_is_answered_or_refused(
+    server: Running, path: str, kind: type[SamplingRequest]
+) -> None:
+    right = {"prompt": "x"} if path == TEXT else {"messages": USER}
+    for names, value in itertools.product(alike(kind), VALUES):
+        body = {**right, "max_tokens": 1, "temperature": 0, **dict.fromkeys(names, value)}
         answer = server.post(path, body)
         if answer.status_code == 400:
-            refusal(server, path, body)
+            fault_in(answer)
         else:
-            assert answer.status_code in (200, 404), (name, value, answer.text)
+            assert answer.status_code in (200, 404), (names, value, answer.text)
 
 
 def test_wrong_places(server: Running) -> None:

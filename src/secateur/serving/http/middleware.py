@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import core
-from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from secateur.serving.http.requests import ApiError
@@ -50,7 +49,7 @@ def guarded(app: ASGIApp, metrics: Metrics, api_key: str | None) -> ASGIApp:
     return guard
 
 
-class Metrics(Collector):
+class Metrics:
     """Counts what a server answers, and reads what its scheduler counts: a collector of Prometheus.
 
     Args:
