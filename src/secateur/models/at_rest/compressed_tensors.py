@@ -293,19 +293,22 @@ def _packed_shape(
 
 def _from_words(parts: at_rest.Parts, bits: int, shape: tuple[int, int]) -> Tensor:
     """The matrix of packed integers, float64."""
-    zero = parts.get("weight_zero_point")
+    zero, words = parts.get("weight_zero_point"), parts["weight_packed"]
+    # an integer may begin in one word and end in the next
+    crossing = words.shape[1] != -(-shape[1] // (32 // bits))
     # packed along the rows: [⌈out / F⌉, groups]
     if zero is not None and zero.dtype == torch.int32 and zero.ndim == 2:
-        zero = _unpacked_rows(zero.t(), bits, shape[0]).t()
+        zero = _unpacked_rows(zero.t(), bits, shape[0], crossing=crossing).t()
         parts = {**parts, "weight_zero_point": zero}
-    return _scaled(_unpacked_rows(parts["weight_packed"], bits, shape[1]), parts)
+    return _scaled(_unpacked_rows(words, bits, shape[1], crossing=crossing), parts)
 
 
-def _unpacked_rows(words: Tensor, bits: int, count: int) -> Tensor:
+def _unpacked_rows(words: Tensor, bits: int, count: int, *, crossing: bool) -> Tensor:
     """The first integers, so many, of each row of words."""
-    whole, dense = -(-count // (32 // bits)), -(-count * bits // 32)
-    if words.shape[1] == dense != whole:  # an integer may begin in one word and end in the next
+    if crossing:
         single = at_rest.unpacked(words.contiguous().view(torch.uint8), 1).flatten(-2)
+        if single.shape[1] < count * bits:
+            raise at_rest.damaged(f"{list(words.shape)} words hold too few integers", "words")
         apart = single[:, : count * bits].unflatten(-1, (-1, bits)).to(torch.int32)
         unsigned = (apart << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)
     else:
