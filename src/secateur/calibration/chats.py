@@ -201,7 +201,7 @@ def _marked(
         text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
     )
     marks = [
-        any(first < end and last > start for start, end in spans)
+        any(first < end and last > start for start, end in spans)  # one character is enough
         for first, last in found["offset_mapping"]
     ]
     return list(found["input_ids"]), marks

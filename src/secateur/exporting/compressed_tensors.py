@@ -217,7 +217,7 @@ def _group_of(source: ExportSource, linears: folder.DecoderLinears, progress: Pr
     best = possible
     for name in each_step(progress, "looking for an int4 grid", linears.shapes):
         weight = source.reader.read(name)
-        weight = weight[:: max(1, len(weight) // SAMPLE)]
+        weight = weight[:: max(1, len(weight) // SAMPLE)]  # every row of few, some of many
         held = [group for group in possible if GroupGrid(4, group).holds(weight)]
         best = [group for group in best if group in held] or best if held else best
     return best[0]

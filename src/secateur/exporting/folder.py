@@ -93,6 +93,7 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
         if matrix.linear is None
         for name in (matrix.name, names[matrix.name])
     }
+    # a tied head has no tensor of its own, and its module must still be left as it is
     head = model.get_output_embeddings()
     others |= {path for path, module in model.named_modules() if module is head}
     shapes = {m.name: (m.shape[0], m.shape[1]) for m in found if m.linear is not None}

@@ -168,6 +168,7 @@ def _check_ranges(
     if expected != size:
         raise damaged(f"the file has {size} bytes, its header describes {expected}", file)
     end = start_of_data
+    # an empty tensor begins where the next one does, so it comes first
     for name, entry in sorted(entries.items(), key=lambda x: (x[1].offset, x[1].size_bytes)):
         if entry.offset != end:
             raise damaged(

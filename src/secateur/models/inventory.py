@@ -143,7 +143,7 @@ def inventory(
         else:
             part = part_outside(stored, path)
             found.append(StoredMatrix(stored, shape, None, None, NOT_BUILT, part))
-    last = len(place)
+    last = len(place)  # what is no linear comes after the linears of its layer
     return sorted(
         found, key=lambda m: (count if m.layer is None else m.layer, place.get(names[m.name], last))
     )

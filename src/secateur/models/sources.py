@@ -184,7 +184,7 @@ def convert_gguf(
         magic = stream.read(4)
     if magic != b"GGUF":
         raise damaged(f"not a GGUF file: it begins with {magic!r}", file)
-    status = file.stat()
+    status = file.stat()  # reading the whole file to identify it would take as long as expanding it
     key = key or f"{file.name}|{status.st_size}|{status.st_mtime_ns}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     target = cache_folder() / "converted" / f"{file.stem}-{dtype}-{digest}"

@@ -280,6 +280,7 @@ class Scheduler:
         job.turn = self.turns
         for other in others:
             other.owed = True
+        # a call decodes for at most `together` texts; the piece gets what is left of the gap
         calls = math.ceil(len(others) / self.engine.together)
         seconds = AIM * (self.gap_seconds - calls * self.call_seconds) if others else math.inf
         if not self.recall(job, began + seconds):
@@ -533,7 +534,7 @@ class PrefixCache:
 
     def use(self, path: Sequence[Key]) -> None:
         """Note that blocks are used, the last of a path first."""
-        for key in reversed(path):
+        for key in reversed(path):  # so the beginning of a text is the last to be forgotten
             self.blocks.move_to_end(key)
 
 

@@ -70,6 +70,7 @@ class LlamaCppModel(DecoderSizes):
         """The period p, where every p-th layer sees all positions; None without such a period."""
         sliding = [kind == "sliding_attention" for kind in self.config.layer_types]
         layers = range(len(sliding))
+        # a period beyond the last layer: all of them slide
         for period in range(1, len(sliding) + 2):
             if sliding == [layer % period < period - 1 for layer in layers]:
                 return period
@@ -233,6 +234,7 @@ def _gemma_constants(model: LlamaCppModel) -> dict[str, Any]:
 def _gemma_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp derives the attention scale of Gemma 2 and 3 from the sizes."""
     config, arch = model.config, model.arch
+    # llama.cpp takes the hidden size by heads for the 27B models, and the size of a head else
     by_heads = model.layers == LARGEST_GEMMA[arch]
     theirs = config.hidden_size // model.heads[0] if by_heads else model.head
     if config.query_pre_attn_scalar != theirs:

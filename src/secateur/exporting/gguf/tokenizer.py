@@ -91,6 +91,7 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
 def _words_of(tokenizer: Any, rows: int, where: str) -> tuple[list[str], list[gguf.TokenType]]:
     """The text and the type of each token."""
     added = tokenizer.added_tokens_decoder
+    # the embedding may have more rows than the tokenizer has tokens
     words, kinds = [f"[PAD{i}]" for i in range(rows)], [gguf.TokenType.UNUSED] * rows
     for word, index in tokenizer.get_vocab().items():
         if index >= rows:
@@ -111,7 +112,7 @@ def _add_pieces(
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     scores = piece_scores(content, added, where)
     prefix, note = space_rules(content, where)
-    byte = re.compile("<0x..>", re.DOTALL)
+    byte = re.compile("<0x..>", re.DOTALL)  # <0x0A> for a new line
     for index, word in enumerate(words):
         if index == tokenizer.unk_token_id:
             kinds[index] = gguf.TokenType.UNKNOWN
@@ -258,13 +259,14 @@ def piece_scores(tokenizer: dict[str, Any], added: set[str], where: str) -> dict
             continue
         if piece in scores and piece != last:
             raise refused(f"the merges that make {piece!r} do not stand together", where)
-        scores.setdefault(piece, -float(len(scores)))
+        scores.setdefault(piece, -float(len(scores)))  # the earlier in the list, the higher
         last = piece
     # llama.cpp would also merge pairs that are not in the list
     listed, pieces = set(merges), vocabulary.keys() - added
     for piece in pieces:
         for cut in range(1, len(piece)):
             pair = left, right = piece[:cut], piece[cut:]
+            # single characters are always there; llama.cpp begins with them
             whole = all(len(part) == 1 or part in pieces for part in pair)
             if whole and pair not in listed:
                 raise refused(f"{left!r} and {right!r} are never merged to {piece!r}", where)

@@ -228,6 +228,7 @@ class GGUFFile:
         for one in plan:
             kind = self.type_of(one)
             raw = None if kind in NUMPY else kind
+            # gguf takes blocks as bytes: the last axis is then the bytes of a row
             row = _bytes_per_row(one.shape[-1], kind) if raw else one.shape[-1]
             shape, dtype = (*one.shape[:-1], row), np.dtype(NUMPY.get(kind, np.uint8))
             writer.add_tensor_info(one.name, shape, dtype, _tensor_bytes(one, kind), raw)
@@ -238,6 +239,7 @@ class GGUFFile:
 
     def wanted(self, one: Planned) -> Q:
         """The type that a matrix would have without conditions; the largest one of a stack."""
+        # experts of a stack may be stored in different types, and a stack has one
         kinds = [self.own.get(name, self.kind) for name in one.sources] or [self.kind]
         return max(kinds, key=lambda kind: _bytes_per_row(LARGEST_BLOCK, kind))
 

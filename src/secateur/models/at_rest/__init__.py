@@ -305,7 +305,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 def powers_of_two(exponents: Tensor) -> Tensor:
     """2^(e − 127) of exponents in bytes, float64."""
-    return torch.ldexp(torch.ones((), dtype=torch.float64), exponents.to(torch.int32) - 127)
+    ones = torch.ones(exponents.shape, dtype=torch.float64)
+    return torch.ldexp(ones, exponents.to(torch.int32) - 127)
 
 
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:

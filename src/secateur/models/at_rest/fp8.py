@@ -130,6 +130,7 @@ def _fitting_blocks(
 ) -> tuple[int, int] | None:
     """The size of a block for which these scales belong to a tensor; None if there is none."""
     rows, columns = shape[-2:]
+    # one number is the scale of everything, also of stacked experts
     if torch.Size(scales).numel() == 1:
         return rows, columns
     if len(scales) != len(shape) or scales[:-2] != shape[:-2] or 0 in scales:

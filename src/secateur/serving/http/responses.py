@@ -293,7 +293,7 @@ class AnswerResponse(StreamingResponse):
         coming, first = self.answer.events, True
         while len(self.ends) < len(self.answer.jobs):
             come = [await coming.get()]
-            while not coming.empty():
+            while not coming.empty():  # one event for all tokens of the step of this moment
                 come.append(coming.get_nowait())
             if first and isinstance(come[0][1], Piece):
                 self.metrics.first_token(time.monotonic() - self.begun)
