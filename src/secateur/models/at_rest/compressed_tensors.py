@@ -306,7 +306,8 @@ def _from_words(parts: at_rest.Parts, bits: int, shape: tuple[int, int]) -> Tens
 def _unpacked_rows(words: Tensor, bits: int, count: int, *, crossing: bool) -> Tensor:
     """The first integers, so many, of each row of words."""
     if crossing:
-        single = at_rest.unpacked(words.contiguous().view(torch.uint8), 1).flatten(-2)
+        alone = words.clone(memory_format=torch.contiguous_format)  # only such a one has bytes
+        single = at_rest.unpacked(alone.view(torch.uint8), 1).flatten(-2)
         if single.shape[1] < count * bits:
             raise at_rest.damaged(f"{list(words.shape)} words hold too few integers", "words")
         apart = single[:, : count * bits].unflatten(-1, (-1, bits)).to(torch.int32)
