@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from secateur.advisor.facts import read_facts
-from secateur.models.plain_decoder import PlainDecoder
-from secateur.models.shape import LARGE_ENDS
+from secateur.models.shape import LARGE_ENDS, PlainDecoder
 from secateur.runtime.formats import BITS, GRID_BITS, Layout
 from secateur.runtime.formats import stored_bytes as parts_bytes
 from secateur.runtime.storage_plan import DEFAULT_GROUP

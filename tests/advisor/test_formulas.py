@@ -16,8 +16,7 @@ from secateur.advisor.advice import (
 )
 from secateur.advisor.facts import Estimate, Facts, read_facts
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay, options_for
-from secateur.models.plain_decoder import PlainDecoder
-from secateur.models.shape import ModelShape, memory_with
+from secateur.models.shape import ModelShape, PlainDecoder, memory_with
 
 
 def option(structure: str = "whole", zeros: str = "dense", values: str = "bf16") -> CompressionWay:

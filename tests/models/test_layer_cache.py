@@ -12,8 +12,7 @@ from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, SEEING, tiny_model, tiny_wind
 
 from secateur.models.counting import counted, layer_caches
 from secateur.models.experts import open_experts
-from secateur.models.plain_decoder import PlainDecoder
-from secateur.models.shape import LayerCache, ModelShape
+from secateur.models.shape import LayerCache, ModelShape, PlainDecoder
 from secateur.models.skeleton import auto_class, without_weights
 
 LONG = 32768

@@ -15,7 +15,7 @@ import secateur
 from secateur.advisor.advice import weight_bytes
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
 from secateur.models.checkpoint import read_headers, shard_files
-from secateur.models.plain_decoder import PlainDecoder
+from secateur.models.shape import PlainDecoder
 
 
 def test_the_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from secateur.errors import RecipeError
-from secateur.models.plain_decoder import PlainDecoder
+from secateur.models.shape import PlainDecoder
 
 THIS_MACHINE = "this-machine"
 """The device whose memory and times are measured."""

@@ -25,6 +25,7 @@ call appends besides (`held_positions`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 CHUNK_TOKENS = 512
 """Tokens of a prompt that are processed at once."""
@@ -226,6 +227,58 @@ class ModelShape(DecoderSizes):
             caches=tuple((cache.scaled(linears), n * layers) for cache, n in self.caches),
             experts=round(self.experts * experts),
             expert_weights=round(self.expert_weights * experts * linears * layers),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainDecoder(DecoderSizes):
+    """The sizes of a plain decoder: Llama's, or one whose feed-forwards are experts.
+
+    It has two norms a layer and no biases. Any other model is counted (`secateur.models.counting`).
+
+    Attributes:
+        ffn: neurons of the feed-forward, or of each expert.
+        heads: query heads.
+        kv_heads: KV heads.
+        head: channels of a head.
+        experts_per_token: experts that compute for a token.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # facts.yaml has such sizes
+
+    ffn: int
+    heads: int
+    kv_heads: int
+    head: int
+    experts_per_token: int = 0
+
+    def shape(self, name: str) -> ModelShape:
+        """The counts.
+
+        attention = hidden · (2 · heads + 2 · kv_heads) · head; FFN = 3 · hidden · ffn, times
+        experts. A router, hidden · experts, is no linear of its layer.
+        """
+        attention = self.hidden * self.head * 2 * (self.heads + self.kv_heads)
+        ffn = 3 * self.hidden * self.ffn
+        many = self.layers * ffn * self.experts
+        once = self.layers * (attention + (0 if self.experts else ffn))
+        embedding = self.vocabulary * self.hidden
+        kept, width = 2 * self.kv_heads * self.head, 2 * self.heads * self.head
+        cache = LayerCache(kept, kept, width=width, step_width=width)
+        return ModelShape(
+            name=name,
+            layers=self.layers,
+            hidden=self.hidden,
+            linears=once + many,
+            active=once + self.layers * ffn * self.experts_per_token,
+            embedding=embedding,
+            head=embedding,
+            tied=self.tied,
+            other=self.layers * self.hidden * (2 + self.experts) + self.hidden,
+            caches=((cache, self.layers),),
+            vocabulary=self.vocabulary,
+            experts=self.experts,
+            expert_weights=many,
         )
 
 
