@@ -150,9 +150,12 @@ def _place(node: ast.AST) -> tuple[int, int, int, int, str]:
     return line, column, end, last, type(node).__name__
 
 
-def run_tests(clone: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+def run_tests(
+    clone: Path, tests: list[str], processes: int = 2
+) -> subprocess.CompletedProcess[str]:
     """Run tests in the clone, until one fails if some are named."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", "2", "--dist=loadfile"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", str(processes)]
+    command += ["--dist=loadfile"] * (processes > 0)
     path = f"{clone / 'src'}:{clone}"
     return subprocess.run(
         [*command, *(["-x"] if tests else []), *tests], cwd=clone, capture_output=True, text=True,
@@ -194,9 +197,9 @@ def found_by(clone: Path, fault: Fault, tests: list[str]) -> str:
     of_files = {test.partition("::")[0]: test for test in tests}
     coming = [[*of_files.values()], tests, [*of_files]]
     try:
-        for some in coming if tests else [[room]] * (clone / room).is_dir():
+        for number, some in enumerate(coming if tests else [[room]] * (clone / room).is_dir()):
             try:
-                done = run_tests(clone, some)
+                done = run_tests(clone, some, processes=2 if number else 0)
             except subprocess.TimeoutExpired:
                 return "a run that does not end"
             if done.returncode:
