@@ -13,17 +13,19 @@ this order, and reads each of them once.
 
 The rooms in `GROUND` do not count: every room uses them.
 
-The last line says how far away the first change of a weight is: the modules opened until then, and
-the functions of the package that call each other at that moment, all rooms included.
+The last two lines say how far away things are: the first change of a weight in that run, and
+Wanda's formula from the command line, in one process. Files are those opened until then, all rooms
+included; frames are the functions of the package that call each other at that moment.
 """
 
 from __future__ import annotations
 
 import gc
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import count, groupby, pairwise
 from pathlib import Path
 from types import FrameType
@@ -32,19 +34,31 @@ from typing import Any, NamedTuple
 from house_map import PACKAGE, Arrows, module_imports, reachable, room_arrows, room_of
 
 GROUND = frozenset({"errors", "types", "registry", "progress", "precision", "allocator"})
+FORMULA = "sparsity/scores/wanda.py"
 COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>"})
 """Frames that Python 3.12 no longer has."""
 
 
-def opened_modules(work: Callable[[], object], package: Path) -> list[str]:
-    """The modules of the folder `package` in the order in which a function of each runs first."""
+def opened_modules(
+    work: Callable[[], object],
+    package: Path,
+    also: Callable[[FrameType, str, Any], None] = lambda frame, event, function: None,
+) -> list[str]:
+    """The modules of the folder `package` in the order in which a function of each runs first.
+
+    Args:
+        work: the run.
+        package: the folder.
+        also: called with everything that a profile sees.
+    """
     files: dict[str, None] = {}
     start = f"{package}/"
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
+    def note(frame: FrameType, event: str, function: Any) -> None:
         file = frame.f_code.co_filename
         if event == "call" and file.startswith(start):
             files.setdefault(file)
+        also(frame, event, function)
 
     sys.setprofile(note)
     try:
@@ -114,6 +128,34 @@ def _depth(frame: FrameType | None, start: str) -> int:
     return depth
 
 
+class AtFormula(NamedTuple):
+    """How far into a run a formula is."""
+
+    frames: int
+    files: int
+    moves: int
+
+
+def at_formula(work: Callable[[], object], package: Path, formula: str = FORMULA) -> AtFormula:
+    """How far a run is when it first calls a function of the file `formula` of a package.
+
+    Raises:
+        RuntimeError: it calls none.
+    """
+    start, frames = f"{package}/", list[int]()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename == f"{package / formula}":
+            frames.append(_depth(frame, start))
+
+    opened = opened_modules(work, package, note)
+    if not frames:
+        raise RuntimeError(f"no function of {formula} has been called")
+    name = ".".join((package.name, *Path(formula).with_suffix("").parts))
+    opened = opened[: opened.index(name) + 1]
+    return AtFormula(frames[0], len(opened), len(stays(opened, package.name)) - 1)
+
+
 def stays(opened: Sequence[str], package: str = PACKAGE) -> list[tuple[str, list[str]]]:
     """The rooms of a path with the modules that are opened in each, without the ground."""
     rooms = [(room_of(module, package), module) for module in opened]
@@ -143,10 +185,14 @@ def picture(opened: Sequence[str], arrows: Arrows) -> str:
 
 
 @contextmanager
-def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
+def tiny_run(tree: Path, *, commanded: bool = False) -> Iterator[Callable[[], object]]:
     """A function that prunes a tiny checkpoint with the code of a working tree.
 
     It has run once before, so imports do not show in a profile.
+
+    Args:
+        tree: the working tree.
+        commanded: prune with Wanda from the command line; else with SparseGPT in Python.
     """
     sys.path[:0] = [str(tree / "src"), str(tree / "tests/support")]
     from tiny import save_tiny
@@ -154,6 +200,7 @@ def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
 
     import secateur
     from secateur.calibration.windows import save_windows
+    from secateur.cli import main
 
     with tempfile.TemporaryDirectory() as name:
         folder, outputs = Path(name), count()
@@ -170,8 +217,16 @@ def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
                 calibration=text,
             )
 
-        prune()
-        yield prune
+        def command() -> None:
+            words = "--method", "wanda", "--sparsity", "0.5", "--calibration", f"{text}", "--quiet"
+            output = folder / f"pruned-{next(outputs)}"
+            sys.argv = ["secateur", "prune", f"{folder / 'model'}", "--output", f"{output}", *words]
+            with redirect_stdout(io.StringIO()), suppress(SystemExit):
+                main()
+
+        run = command if commanded else prune
+        run()
+        yield run
 
 
 def main() -> None:
@@ -181,8 +236,14 @@ def main() -> None:
     package = tree / "src" / PACKAGE
     with tiny_run(tree) as prune:
         opened, first = opened_modules(prune, package), first_weight(prune, package)
+    with tiny_run(tree, commanded=True) as command:
+        formula = at_formula(command, package)
     print(picture(opened, arrows))
     print(f"first weight: after {first.files} files, {first.deep} functions deep")
+    print(
+        f"Wanda's formula from the command line: {formula.frames} frames, {formula.files} files, "
+        f"{formula.moves} moves"
+    )
 
 
 if __name__ == "__main__":

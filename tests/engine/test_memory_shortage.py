@@ -16,7 +16,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.cli.errors import InternalError, to_error
 from secateur.engine.plan import is_shortage
-from secateur.engine.prune.run import Run
+from secateur.engine.prune import run
+from secateur.engine.prune.layer import OpenLayer
 from secateur.errors import MemoryBudgetError
 
 
@@ -39,15 +40,15 @@ def test_memory_that_ends_in_a_layer_is_explained_and_the_run_resumes(
     options: dict[str, Any] = {
         "method": "sparsegpt", "sparsity": 0.5, "calibration": tmp_path / "windows.safetensors",
     }  # fmt: skip
-    whole = Run.prune_layer
+    whole = run.prune_layer
 
-    def prune_layer(self: Run, index: int, *rest: Any) -> None:
-        if index == 1:
+    def prune_layer(layer: OpenLayer, *rest: Any) -> Any:
+        if layer.index == 1:
             ends()
-        whole(self, index, *rest)
+        return whole(layer, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "prune_layer", prune_layer)
+        patched.setattr(run, "prune_layer", prune_layer)
         with pytest.raises(MemoryBudgetError) as error:
             secateur.prune(tmp_path / "dense", output=tmp_path / "model", **options)
     assert "memory has ended: " in error.value.what

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from secateur.calibration.statistics import statistics
-from secateur.engine.prune.run import Run
+from secateur.engine.prune import run
+from secateur.engine.prune.layer import OpenLayer
 from secateur.errors import NumericalError
 from secateur.parallel import processes
 from secateur.parallel.ranks import ALONE, Ranks
@@ -151,19 +152,19 @@ SILENCE_SECONDS = 5.0
 
 def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: bool) -> None:
     """What each process does, when one fails or is killed as it begins a layer."""
-    whole = Run.prune_layer
+    whole = run.prune_layer
     processes.Watchdog = partial(  # type: ignore[misc, assignment]
         processes.Watchdog, silence_seconds=SILENCE_SECONDS
     )
 
-    def prune_layer(self: Run, index: int, *rest: Any) -> None:
-        if index == layer and self.settings.ranks.rank == victim:
+    def prune_layer(opened: OpenLayer, *rest: Any) -> Any:
+        if opened.index == layer and opened.settings.ranks.rank == victim:
             if killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise NumericalError("the weights are NaN", where="layer one", remedy="get them again")
-        whole(self, index, *rest)
+        return whole(opened, *rest)
 
-    Run.prune_layer = prune_layer  # type: ignore[method-assign]
+    run.prune_layer = prune_layer
     prune_together([recipe], {})
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from secateur.engine.prepared import method_of
 from secateur.errors import RecipeError
 from secateur.recipes.keywords import recipe_of
+from secateur.recipes.methods_of import method_of
 from secateur.recipes.options import all_options, options_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe, idle_lines, recipe_from_flags

@@ -113,7 +113,7 @@ def test_a_step_that_is_not_done_may_be_corrected(
     prune = {"sparsity": 0.5, "method": "wanda", "calibration": calibration}
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("secateur.engine.prune.run.Run.execute", fails)
+        patched.setattr("secateur.steps.prune.prune_layers", fails)
         with pytest.raises(KeyboardInterrupt):
             secateur.chain(source, output=out, steps=[cut, {"prune": prune}])
     done = out.with_name("out.partial") / "work" / "01-structure"

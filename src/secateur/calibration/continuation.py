@@ -149,6 +149,7 @@ def continue_windows(
     never = _never_drawn(model, start)
     with torch.random.fork_rng(), torch.inference_mode():
         for first in range(ready, count, AT_ONCE):
+            # A seed for each batch: a resumed run draws what an unbroken one draws.
             torch.manual_seed(((seed << 20) + first) % 2**63)
             rows = torch.arange(first, min(first + AT_ONCE, count)) % samples
             places = torch.randint(0, text.shape[1] - PREFIX, (len(rows), 1))
@@ -255,12 +256,13 @@ def drawn(logits: Tensor) -> Tensor:
 
 def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     shares = torch.softmax(logits, dim=1, dtype=torch.float32)
-    shares = shares.unflatten(1, (-1, math.gcd(logits.shape[1], SUMMED)))
+    shares = shares.unflatten(1, (-1, math.gcd(logits.shape[1], SUMMED)))  # [rows, blocks, tokens]
     blocks = shares.sum(2)
-    sums = blocks.cumsum(1)
+    sums = blocks.cumsum(1)  # the last one is 1 up to rounding, so the draw is scaled by it
     sought = uniform * sums[:, -1:]
     block = torch.searchsorted(sums, sought, right=True).clamp_(max=sums.shape[1] - 1)
     inside = shares[torch.arange(len(shares)), block[:, 0]].cumsum(1)
+    # what is left of the draw behind all earlier blocks
     sought = (sought - (sums - blocks).gather(1, block)).clamp_(min=0)
     below = torch.nextafter(inside[:, -1:], inside.new_zeros(1))  # no token of share 0
     place = torch.searchsorted(inside, torch.minimum(sought, below), right=True)
@@ -285,7 +287,7 @@ def writing_bytes(
     """
     size, rows, caches = dtype.itemsize, min(count, AT_ONCE), layer_caches(model)
     config = text_config(model.config)
-    weights = sum(p.numel() for p in parameters_of(model).values())
+    weights = sum(p.numel() for p in parameters_of(model).values())  # one byte each in int8
     if kernels_write(model, device, length):
         kept = sum(cache.held_bytes(length) for cache in caches)
         largest = config.vocab_size * config.hidden_size
@@ -334,5 +336,6 @@ def _hashes(windows: Windows, length: int) -> Tensor:
     count = windows.shape[1] - length + 1
     found = torch.zeros(len(windows), count, dtype=torch.int64)
     for place in range(length):
+        # a polynomial in the tokens; + 1, so that token 0 counts too
         found.mul_(MULTIPLIER).add_(windows[:, place : place + count] + 1)
     return found.flatten()

@@ -155,7 +155,7 @@ def pack_with_answers(
             ]
         )
         if len(stream.ids) >= count * cutter.text_length:
-            break
+            break  # the rest of the text would only be tokenised in vain
     places = cutter.places(len(stream.ids))
     rng.shuffle(places)
     return stream.cut(places[:count])
@@ -189,6 +189,7 @@ class _Stream:
         windows = self.cutter.cut(self.ids, places)
         if not self.answers:
             return windows, None
+        # Start tokens are never answers: the same cut, with False in their places.
         nothing = replace(self.cutter, start=(0,) * len(self.cutter.start))
         return windows, nothing.cut(self.marks, places).bool()
 
@@ -518,7 +519,7 @@ def shares(count: int, weights: tuple[float, ...]) -> list[int]:
     """
     exact = [count * weight / sum(weights) for weight in weights]
     found = [int(x) for x in exact]
-    order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
+    order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])  # largest remainder first
     for i in order[: count - sum(found)]:
         found[i] += 1
     return found

@@ -20,15 +20,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.calls import (
-    LayerCall,
-    call_layer,
-    first_inputs,
-    kind_of,
-    layer_calls,
-    on_meta,
-)
+from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
 from secateur.engine.stream.halted_forwards import LiveTensors
+from secateur.engine.stream.layouts import kind_of, on_meta
 from secateur.engine.stream.targets import Target
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.architecture import Groups, linears_of, text_config
@@ -326,6 +320,7 @@ def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
 def layers_by_kind(target: Target, calls: list[LayerCall]) -> list[tuple[int, LayerCall, int]]:
     """The first layer of each kind, how it is called, and the number of layers of that kind."""
     of = [kind_of(*pair) for pair in zip(target.layers, calls, strict=True)]
+    # in the order in which the kinds first appear
     return [(of.index(kind), calls[of.index(kind)], count) for kind, count in Counter(of).items()]
 
 

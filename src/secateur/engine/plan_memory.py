@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,8 +41,8 @@ from secateur.engine.plan import (
     working_weights,
 )
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
-from secateur.engine.stream.calls import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
@@ -120,18 +120,35 @@ FIGURES = (
 """The figures of a plan that are not sizes in memory, in their order in JSON."""
 
 
+class Learning(NamedTuple):
+    """The distillation after a prune.
+
+    Attributes:
+        epochs: number of epochs in which the whole model learns; 0 for no distillation.
+        extra_tokens: number of tokens that only the distillation reads.
+        teacher: the model to learn from; None for the source.
+        sweep_windows: number of windows in a sweep, with one layer in memory; 0 with both whole
+            models.
+    """
+
+    epochs: int = 0
+    extra_tokens: int = 0
+    teacher: Target | None = None
+    sweep_windows: int = 0
+
+
+NO_LEARNING = Learning()
+
+
 def plan_run(
     target: Target,
     tasks: Tasks,
     windows: Tensor | None,
     settings: Settings,
-    epochs: int,
     allocation: Allocation,
-    output_bytes: int,
+    output_bytes: int = 0,
     unwritten: int = 0,
-    sweep_windows: int = 0,
-    extra_tokens: int = 0,
-    teacher: Target | None = None,
+    learning: Learning = NO_LEARNING,
 ) -> PrunePlan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -140,14 +157,10 @@ def plan_run(
         tasks: the task of each linear.
         windows: calibration tokens, or None.
         settings: how the work is done.
-        epochs: number of epochs in which the whole model learns from the dense one afterwards.
         allocation: sets the sparsity of each linear.
         output_bytes: size of the written files.
         unwritten: number of windows that the model must generate.
-        sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
-            with both whole models.
-        extra_tokens: number of tokens that only the distillation reads.
-        teacher: the model to learn from; None for the source.
+        learning: the distillation afterwards.
     """
     refuse_unknown(target)
     length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
@@ -155,9 +168,9 @@ def plan_run(
     on_gpu, groups = target.device.type == "cuda", _group_shapes(target, found)
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     stored, forwards, tuning = _forward_bytes(target, found, windows, tasks, settings)
-    of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)
-    models, learnt = (target, teacher or target), tokens + extra_tokens
-    learning = _plan_distillation(models, tasks, windows, epochs, sweep_windows, learnt, of_token)
+    of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)  # bytes in float32
+    learnt = _plan_distillation(target, tasks, windows, learning, of_token)
+    sweeps = learning.sweep_windows if learning.epochs else 0
     stored *= 1 + settings.dense_needed
     before = gathering(tasks).backward
     gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
@@ -165,9 +178,10 @@ def plan_run(
     more = survey.memory_bytes + gradients // len(layers)
     solving = solving_memory(tasks, groups, settings, more)
     writing, loaded = _plan_generation(target, unwritten, length)
-    loaded = 2 if epochs and not sweep_windows else loaded
+    loaded = 2 if learning.epochs and not sweeps else loaded
+    models = target, learning.teacher or target
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
-    passed = survey.passed_tokens + tokens * _passes(settings) + learning.passed_tokens
+    passed = survey.passed_tokens + tokens * _passes(settings) + learnt.passed_tokens
     needs = [
         *pruning_needs(
             max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
@@ -180,12 +194,12 @@ def plan_run(
         ),
         Need("writing", writing, (GENERATING,), "the whole model", "use --generated-windows 0"),
         Need("tuning", tuning, (TUNING,), "gradients and forward of a layer", TUNE_LESS),
-        *learning_needs(learning.memory_bytes, models[:loaded], sweeps=bool(sweep_windows)),
+        *learning_needs(learnt.memory_bytes, models[:loaded], sweeps=bool(learning.sweep_windows)),
     ]
     return PrunePlan(
         with_program(needs, on_gpu),
         on_gpu,
-        output_bytes + survey.disk_bytes + learning.disk_bytes + gradients + passes * stored,
+        output_bytes + survey.disk_bytes + learnt.disk_bytes + gradients + passes * stored,
         solve_shape=solving.shape,
         fallback_bytes=solving.most - solving.usual,
         flops=2 * working_weights(target) * passed,
@@ -194,7 +208,7 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
         stays_on_gpu=settings.on_gpu,
-        sweep_windows=sweep_windows if epochs else 0,
+        sweep_windows=sweeps,
     )
 
 
@@ -287,18 +301,13 @@ def choose_sweeps(
 
 
 def _plan_distillation(
-    models: tuple[Target, Target],
-    tasks: Tasks,
-    windows: Tensor | None,
-    epochs: int,
-    sweep_windows: int,
-    tokens: int,
-    of_token: int,
+    target: Target, tasks: Tasks, windows: Tensor | None, how: Learning, of_token: int
 ) -> PartNeeds:
-    """The needs of a distillation: student and teacher; the bytes of a hidden state in float32."""
-    if not epochs:
+    """The needs of a distillation, given the bytes of a hidden state in float32."""
+    if not how.epochs:
         return PartNeeds()
-    target, teacher = models
+    epochs, sweep_windows, teacher = how.epochs, how.sweep_windows, how.teacher or target
+    tokens = how.extra_tokens + (0 if windows is None else windows.numel())
     layers, memory = len(target.layers), 0
     # weights, moments, and the weights of the best trial of the learning rate
     disk = 16 * sum(task.shape[0] * task.shape[1] for task in tasks.values())
@@ -321,7 +330,7 @@ def _plan_distillation(
 def _passes(settings: Settings) -> int:
     """Forwards of all calibration tokens; a forward with its backward counts as three."""
     plain = 1 if settings.sequential == "group" else 2
-    tuned = 2 + 3 * settings.reconstruction.passes if settings.tunes else 0
+    tuned = 2 + 3 * settings.tune_passes if settings.tunes else 0
     return plain + settings.dense_needed + tuned
 
 
@@ -405,7 +414,7 @@ def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
         for i, call, count in layers_by_kind(target, calls)
     )
     models = 4 * weights_of(target.model) + model_bytes(teacher)
-    learning = (3 * 4 + 1) * weights_of(target.layers)
+    learning = (3 * 4 + 1) * weights_of(target.layers)  # gradient, two moments; a byte of mask
     forward += HIDDEN_COPIES * hidden.numel()
     return models + learning + forward + logits_bytes(target, window)
 

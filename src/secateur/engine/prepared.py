@@ -1,37 +1,20 @@
-"""Prepares a run from a recipe: source, method, windows, and a plan that fits into memory.
-
-A `Job` is what pruning a checkpoint and pruning a loaded model share.
-
-The method and the allocation of a recipe, composed from their names, and back again.
-"""
+"""Prepares a run from a recipe: source, method, windows, and a plan that fits into memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.plan import fitting_plan
-from secateur.engine.plan_memory import PrunePlan, choose_sweeps, plan_run
-from secateur.engine.prune.run import CalibratedLayerPass, LayerPass, Run
-from secateur.engine.prune.tasks import (
-    LinearTask,
-    Reconstruction,
-    Selection,
-    Settings,
-    Tasks,
-    gathering,
-    tasks_of,
-)
-from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.calls import LayerLayout, layouts, refuse_unknown
-from secateur.engine.stream.targets import CheckpointTarget, Target
-from secateur.errors import PatternError, RecipeError, located
+from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan_run
+from secateur.engine.prune.tasks import LinearTask, Selection, Settings, tasks_of
+from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.errors import RecipeError
 from secateur.models.architecture import hidden_size, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import CheckpointReader, copied_files
@@ -39,18 +22,13 @@ from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import refuse_other_words
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
-from secateur.precision import full_float32
 from secateur.progress import Progress, Silent
+from secateur.recipes.methods_of import allocation_of, method_of, own_methods
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Distill, Memory
 from secateur.runs.environment import choose_device
-from secateur.runs.folder import Ledger
-from secateur.sparsity.allocation import Allocation, allocations
-from secateur.sparsity.methods import Method, compose
-from secateur.sparsity.methods import methods as named
-
-if TYPE_CHECKING:
-    from secateur.engine.search.allocation import Survey
+from secateur.sparsity.allocation import Allocation
+from secateur.sparsity.methods import Method
 
 
 @dataclass(frozen=True)
@@ -81,11 +59,14 @@ class Prepared:
         return weights + sum(f.stat().st_size for f in copied_files(reader.folder))
 
     @property
+    def tokens(self) -> Tensor | None:
+        """The calibration tokens [windows, sequence_length]; None without text."""
+        return None if self.windows is None else self.windows.calibration
+
+    @property
     def layouts(self) -> Sequence[LayerLayout]:
         """The groups of linears in each layer; empty without text."""
-        if self.windows is None:
-            return ()
-        return layouts(self.target, self.windows.calibration.shape[1])
+        return () if self.tokens is None else layouts(self.target, self.tokens.shape[1])
 
     def tasks(self) -> dict[str, LinearTask]:
         """Return the task of each linear.
@@ -103,30 +84,11 @@ class Prepared:
             costs=self.costs,
         )
 
-    def job(self, tasks: Tasks, activations: str, work: Path, ranks: Ranks) -> Job:
-        """Return the work of the engine.
-
-        Args:
-            tasks: the task of each linear.
-            activations: `memory` or `disk`.
-            work: folder for the files of the work.
-            ranks: the processes that share it.
-        """
-        return Job(
-            self.target,
-            tasks,
-            None if self.windows is None else self.windows.calibration,
-            settings_of(self.recipe, activations, work, ranks),
-            self.allocation,
-            self.sparsity,
-        )
-
 
 def settings_of(
     recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
 ) -> Settings:
     """Return the settings for the work of a recipe."""
-    tuning = recipe.reconstruction
     return Settings(
         sequential=recipe.sequential,
         asymmetric=recipe.asymmetric,
@@ -136,7 +98,7 @@ def settings_of(
         activations=activations,
         work=work,
         on_collapse=recipe.on_collapse,
-        reconstruction=Reconstruction(tuning.passes),
+        tune_passes=recipe.reconstruction.passes,
         ranks=ranks,
     )
 
@@ -283,23 +245,22 @@ def choose_plan(
         MemoryBudgetError: the run exceeds the budget even with hidden states on disk.
         RecipeError: there are fewer calibration windows than processes.
     """
+    windows = prepared.windows
 
-    def planned(windows: Tensor | None, activations: str, epochs: int) -> PrunePlan:
+    def planned(tokens: Tensor | None, activations: str, epochs: int) -> PrunePlan:
+        extra = 0 if windows is None else windows.extra.numel()
         return plan_run(
             prepared.target,
             tasks,
-            windows,
+            tokens,
             settings_of(prepared.recipe, activations, None),
-            epochs,
             prepared.allocation,
             prepared.output_bytes,
-            0 if prepared.windows is None else prepared.windows.ungenerated,
-            sweep_windows or 0,
-            0 if prepared.windows is None else prepared.windows.extra.numel(),
-            prepared.teacher,
+            0 if windows is None else windows.ungenerated,
+            Learning(epochs, extra, prepared.teacher, sweep_windows or 0),
         )
 
-    every = own = None if prepared.windows is None else prepared.windows.planned
+    every = own = None if windows is None else windows.planned
     if every is not None and ranks.count > 1:  # no process has more windows than the first one
         at_once = max(1, memory.micro_batch_tokens // every.shape[1])
         batches = micro_batches(len(every), at_once, ranks.count)
@@ -328,231 +289,3 @@ def choose_plan(
         disk = planned(every, activations, distillation.epochs).disk_bytes
         plan = replace(plan, disk_bytes=disk)
     return plan, activations
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that determines the pruned weights.
-
-    Attributes:
-        target: the model.
-        tasks: the tasks of the linears before the allocation.
-        windows: calibration tokens [samples, sequence_length], or None if nothing needs them.
-        settings: how the work is done.
-        allocation: sets the sparsity of each linear.
-        sparsity: target sparsity of the whole model.
-    """
-
-    target: Target
-    tasks: Tasks
-    windows: Tensor | None
-    settings: Settings
-    allocation: Allocation
-    sparsity: float
-
-    def run(self, ledger: Ledger, progress: Progress, done: int = 0) -> Tasks:
-        """Gather gradients if the method needs them, allocate, and prune the layers.
-
-        Args:
-            ledger: record of finished layers.
-            progress: receives every step.
-            done: number of layers that an earlier run finished.
-
-        Returns:
-            The tasks, without linears that calibration did not reach.
-        """
-        settings, tasks, stream = self.settings, self.tasks, self._stream()
-        before = gathering(tasks).backward
-        if before and stream is not None and settings.work is not None:
-            from secateur.engine.stream.gradients import GradientPass
-
-            GradientPass(stream.outer, before, settings.work, progress, settings.ranks).execute()
-        if self.allocation.reach > 0:
-            from secateur.engine.search.allocation import allocate
-
-            tasks = allocate(self.survey(progress), self.allocation, self.sparsity)
-        forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
-        opened, kind = None, LayerPass
-        if stream is not None and forwards and done < len(self.target.layers):
-            kind = CalibratedLayerPass
-            if settings.asymmetric:
-                from secateur.engine.prune.asymmetric import AsymmetricLayerPass
-
-                kind = AsymmetricLayerPass
-            with torch.no_grad(), full_float32():
-                opened = stream.open(done, dense=settings.dense_needed)
-            if opened.start == 0:  # also if the hidden states of a stopped run are lost
-                ledger.begin()
-            done = opened.start
-        pruning = Run(self.target, tasks, settings, ledger, progress, opened, kind)
-        pruning.execute(done)
-        return pruning.tasks
-
-    def survey(self, progress: Progress) -> Survey:
-        """What passes through the whole dense model, for an allocation."""
-        from secateur.engine.search.allocation import Survey
-
-        return Survey(self.target, self.tasks, self._stream(), self.settings, progress)
-
-    def _stream(self) -> CalibrationStream | None:
-        """The calibration stream."""
-        if self.windows is None:
-            return None
-        how = self.settings
-        return CalibrationStream(
-            self.target, self.windows, how.micro_batch_tokens, how.in_memory, how.work, how.ranks,
-            on_gpu=how.on_gpu,
-        )  # fmt: skip
-
-
-def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:
-    """The method of a recipe with some parameters."""
-    return compose(
-        recipe.method,
-        recipe.pattern,
-        scope=recipe.scope,
-        score=recipe.score,
-        solver=recipe.solver,
-        refine=recipe.refine,
-        **parameters,
-    )
-
-
-def own_methods(recipe: PruneRecipe) -> dict[str, Method]:
-    """The methods of linears that have parameters of their own, by glob.
-
-    Raises:
-        RecipeError: a parameter is unknown or out of range; the message names the glob.
-    """
-    found = {}
-    for glob, own in recipe.method_overrides.items():
-        with located(f"method override {glob!r}"):
-            found[glob] = _composed(recipe, {**recipe.method_parameters, **own})
-    return found
-
-
-def method_of(recipe: PruneRecipe) -> tuple[Method, float]:
-    """Return the method and the sparsity of a recipe.
-
-    Raises:
-        RecipeError, PatternError: a name is unknown, or the parts do not fit together.
-    """
-    for part in ("score", "solver"):
-        given = getattr(recipe, part)
-        known = named[recipe.method] if recipe.method and recipe.method in named else None
-        decided = getattr(known, part) if known else given
-        if given not in (None, decided):
-            raise RecipeError(
-                f"the method {recipe.method!r} has the {part} {decided!r}, but {given!r} is given",
-                where=f"--{part}",
-                remedy="name a method, or compose one of --score and --solver without --method",
-            )
-    method = _composed(recipe, recipe.method_parameters)
-    implied = method.pattern.sparsity
-    sparsity = implied if recipe.sparsity is None else recipe.sparsity
-    if sparsity is None:
-        raise RecipeError(
-            f"the pattern {recipe.pattern!r} needs a sparsity",
-            remedy="add --sparsity, for example --sparsity 0.5",
-        )
-    for glob, own in {"": sparsity, **recipe.overrides}.items():
-        if implied is not None and own and abs(own - implied) > 1e-6:
-            raise RecipeError(
-                f"{recipe.pattern} always has sparsity {implied:g}, not {own:g}",
-                where=f"override {glob!r}" if glob else "--sparsity",
-                remedy="leave the sparsity out, or choose another N:M",
-            )
-    return method, sparsity
-
-
-def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
-    """Return the allocation of a recipe. The global scope is an allocation without floors and caps.
-
-    Raises:
-        RecipeError: the name is unknown, or the pattern leaves nothing to allocate.
-    """
-    allocation = allocations[recipe.allocation]()
-    pattern = method.pattern
-    if allocation.reach > 0 and pattern.sparsity is not None:
-        raise RecipeError(
-            f"the pattern {pattern.name} has one sparsity for every linear, so there is nothing "
-            f"for the allocation {recipe.allocation!r} to decide",
-            remedy="use the pattern 'unstructured' or blocks, or leave the allocation out",
-        )
-    if pattern.scope != "global":
-        return allocation
-    if allocation.reach > 0:
-        raise RecipeError(
-            "with the scope 'global' one threshold decides how much each linear loses, so there "
-            f"is nothing for the allocation {recipe.allocation!r} to decide",
-            remedy="leave one of the two out; the allocation 'global' is the threshold with a "
-            "floor and a cap for each linear",
-        )
-    from secateur.sparsity.allocation.global_threshold import GlobalThreshold
-
-    return GlobalThreshold(reach=1.0)
-
-
-PARAMETERS = "method_parameters"
-
-
-def with_method(method: str | Method | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the method to the options of a run. A `Method` becomes the keys that compose it.
-
-    Args:
-        method: a name, or a composed method; None for the preset's method.
-        options: all other options.
-
-    Raises:
-        RecipeError: an option contradicts the method, or no recipe can express the method.
-    """
-    if not isinstance(method, Method):
-        return {**options, "method": method}
-    keys = keys_of(method)
-    own = {"score", "solver", "refine", "pattern", "scope", PARAMETERS}
-    for name in sorted(own & {key for key, value in options.items() if value is not None}):
-        if options[name] != keys.get(name):
-            raise RecipeError(
-                f"the method already decides `{name}`: {keys.get(name)!r}, not {options[name]!r}",
-                remedy=f"leave `{name}` out, or compose the method with it",
-            )
-    return {**options, **keys}
-
-
-def keys_of(method: Method) -> dict[str, Any]:
-    """The keys of a recipe that compose a method.
-
-    Raises:
-        RecipeError: no recipe can express it: a part is not registered, or two parts have
-            different values for one parameter.
-    """
-    kept = method.score, method.solver, method.refinement
-    parameters = {
-        field.name: getattr(part, field.name)
-        for part in kept
-        if part is not None
-        for field in fields(part)  # type: ignore[arg-type]
-        if getattr(part, field.name) != field.default
-    }
-    pair = method.score_name, method.solver_name
-    famous = next((n for n, known in named.items() if (known.score, known.solver) == pair), None)
-    keys: dict[str, Any] = {
-        "method": famous,
-        "score": None if famous else method.score_name,
-        "solver": None if famous else method.solver_name,
-        "refine": method.refinement_name,
-        "pattern": method.pattern.name,
-        "scope": method.pattern.scope if len(method.pattern.scopes) > 1 else None,
-    }
-    own = {key: value for key, value in keys.items() if key not in ("method", "pattern")}
-    try:
-        recomposed = compose(keys["method"], keys["pattern"], **own, **parameters)
-    except (RecipeError, PatternError):
-        recomposed = None
-    if recomposed != method:
-        raise RecipeError(
-            f"no recipe composes the method {method.name!r} with these parts: {method}",
-            remedy="register its parts under their names, and give one value to a parameter that "
-            "several parts have; see CONTRIBUTING.md",
-        )
-    return {**keys, PARAMETERS: parameters}

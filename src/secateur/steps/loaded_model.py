@@ -15,18 +15,12 @@ from torch import Tensor, nn
 from secateur.calibration.run_windows import READY, RunWindows, WindowReader
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import check_fit
-from secateur.engine.prepared import (
-    Job,
-    allocation_of,
-    method_of,
-    own_methods,
-    settings_of,
-    windows_needed,
-)
+from secateur.engine.prepared import settings_of, windows_needed
+from secateur.engine.prune.checks import check_finite, refuse_all_zero
 from secateur.engine.prune.coverage import reach
-from secateur.engine.prune.run import check_finite, refuse_all_zero
+from secateur.engine.prune.run import allocated, prune_layers
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
-from secateur.engine.stream.calls import layouts, refuse_unknown
+from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
@@ -36,6 +30,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import start_tokens, tokenizer_for
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of, refuse_unused
+from secateur.recipes.methods_of import allocation_of, method_of, own_methods
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.runs.folder import Ledger
@@ -83,8 +78,12 @@ def prune_module(
     model.eval()
     try:
         if windows is not None and windows.ungenerated:
-            start = () if tokenizer is None else start_tokens(tokenizer)
-            windows = windows.generate(model, start, recipe.calibration.seed, progress)
+            windows = windows.generate(
+                model,
+                () if tokenizer is None else start_tokens(tokenizer),
+                recipe.calibration.seed,
+                progress,
+            )
         tokens = None if windows is None else windows.calibration
         with ExitStack() as stack, opened_experts(model), quiet_transformers():
             work = None
@@ -100,8 +99,9 @@ def prune_module(
                 target, selection, method, sparsity, found, methods=own_methods(recipe)
             )
             teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None
-            job = Job(target, tasks, tokens, settings, allocation, sparsity)
-            done = job.run(ledger, progress)
+            stream = settings.stream(target, tokens)
+            shared = allocated(target, tasks, stream, settings, allocation, sparsity, progress)
+            done = prune_layers(target, shared, stream, settings, ledger, progress)
             if teacher is not None:
                 assert windows is not None
                 student = Student.of(model, target, done, pruned_layers(target, done))

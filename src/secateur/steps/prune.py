@@ -29,23 +29,17 @@ from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
-from secateur.engine.prepared import (
-    Prepared,
-    allocation_of,
-    choose_plan,
-    method_of,
-    own_methods,
-    prepare,
-    with_method,
-)
-from secateur.engine.prune.coverage import Reach, coverage, reach
-from secateur.engine.prune.run import refuse_all_zero
+from secateur.engine.prepared import Prepared, choose_plan, prepare, settings_of
+from secateur.engine.prune.checks import refuse_all_zero
+from secateur.engine.prune.coverage import coverage, reach
+from secateur.engine.prune.run import allocated, prune_layers
 from secateur.engine.prune.tasks import Tasks, settled_allocation, skipped_matrices
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks, refuse_another_model
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
+from secateur.recipes.methods_of import allocation_of, method_of, own_methods, with_method
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import Cluster, texts_of
@@ -318,7 +312,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
             )
             prepared = replace(prepared, windows=windows)
         store_choice(folder.work, self.plan.sweep_windows)
-        job = prepared.job(self.tasks, self.activations, folder.work, ranks)
+        settings = settings_of(recipe, self.activations, folder.work, ranks)
+        stream = settings.stream(target, prepared.tokens)
         finished = 0
         if ledger.begun:
             finished = ledger.resume()
@@ -338,7 +333,9 @@ class Prune(Step[PruneRecipe, PruneResult]):
         ranks.once(partial(asdict, job_of_others))
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)
-            done = job.run(ledger, progress, finished)
+            how = prepared.allocation, prepared.sparsity
+            tasks = allocated(target, self.tasks, stream, settings, *how, progress)
+            done = prune_layers(target, tasks, stream, settings, ledger, progress, finished)
             losses = self._distill(prepared, done)
         left = skipped_matrices(done, target.matrices())
         # before the audit, which sees the zeros alone
@@ -388,7 +385,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
     def _manifest(
         self,
         prepared: Prepared,
-        reached: Reach,
+        reached: dict[str, int | None],
         audit: Audit,
         losses: dict[str, Any] | None,
         left: Sequence[SkippedMatrix],
@@ -396,7 +393,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
         """The record of a finished run."""
         method, recipe, windows = prepared.method, self.recipe, prepared.windows
         folder, layers = self.run.folder, self.ledger.layers
-        found = coverage(layers, prepared.target.architecture)
         cost = {
             **self.run.meter.read(),
             "resumed": folder.resumed,
@@ -437,8 +433,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
                 file_bytes=audit.file_bytes,
             ),
             distillation=losses,
-            experts=found and found.to_json(),
-            reach=reached.to_json(),
+            experts=coverage(layers, prepared.target.architecture),
+            reach=reached,
             left=tuple(left),
             collapsed=tuple(name for layer in layers for name in layer.collapsed),
         )
@@ -549,10 +545,14 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
         refuse_another_model(ranks.rank, prepared.source.folder)
     ledger = Ledger()
     ledger.entries = list(job.entries)
-    work = prepared.job(prepared.tasks(), job.activations, Path(job.partial) / "work", ranks)
+    target, progress = prepared.target, Silent()
+    settings = settings_of(recipe, job.activations, Path(job.partial) / "work", ranks)
+    stream = settings.stream(target, prepared.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)
-        work.run(ledger, Silent(), job.done)
+        how = prepared.allocation, prepared.sparsity
+        tasks = allocated(target, prepared.tasks(), stream, settings, *how, progress)
+        prune_layers(target, tasks, stream, settings, ledger, progress, job.done)
 
 
 def refuse_compressing(recipe: PruneRecipe) -> None:

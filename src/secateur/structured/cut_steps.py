@@ -201,7 +201,7 @@ def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
         )
 
     def planned(activations: str) -> PrunePlan:
-        return plan_run(dense, tasks, context.windows, settings(activations), 0, uniform, 0)
+        return plan_run(dense, tasks, context.windows, settings(activations), uniform)
 
     # Memory first, disk if that is too much, unless the recipe says which.
     _, activations = fitting_plan(

@@ -12,7 +12,7 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.run import lost_energy
+from secateur.engine.prune.checks import lost_energy
 from secateur.errors import VerificationError
 
 TOO_MUCH = {"method": "sparsegpt", "sparsity": 0.98}

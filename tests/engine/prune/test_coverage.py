@@ -12,8 +12,8 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.coverage import Reach, reach, silent_experts
-from secateur.engine.prune.run import CalibratedLayerPass
+from secateur.engine.prune import layer as pruning
+from secateur.engine.prune.coverage import reach, silent_experts
 from secateur.errors import VerificationError
 from secateur.runs.records import Layer, LinearRecord
 
@@ -31,8 +31,9 @@ def line(*records: tuple[str, int | None], unseen: tuple[str, ...] = ()) -> Laye
 
 def test_what_was_reached_is_counted() -> None:
     layers = [line(("a", 12), ("b", 3)), line(("c", 12), unseen=("d", "e"))]
-    assert reach(layers, ["a", "b", "c"]) == Reach(5, 3, 3)
-    assert reach([line(("a", None), ("b", None))], ["a", "b"]) == Reach(2, 2, None)
+    assert reach(layers, ["a", "b", "c"]) == {"matrices": 5, "pruned": 3, "fewest_tokens": 3}
+    without_inputs = reach([line(("a", None), ("b", None))], ["a", "b"])
+    assert without_inputs == {"matrices": 2, "pruned": 2, "fewest_tokens": None}
 
 
 @pytest.mark.parametrize(("layers", "name"), [
@@ -78,13 +79,13 @@ def test_a_run_that_passes_over_a_matrix_fails(
 ) -> None:
     """As it would if a model computed something without calling its linears."""
     source = save_tiny(tmp_path / "source", "llama")
-    plain = CalibratedLayerPass.pruned_groups
+    plain = pruning.pruned_groups
 
-    def without_down(self: CalibratedLayerPass) -> Any:
-        groups = plain(self)
-        return groups[:-1] if self.index == 1 else groups
+    def without_down(opened: pruning.OpenLayer) -> Any:
+        groups = plain(opened)
+        return groups[:-1] if opened.index == 1 else groups
 
-    monkeypatch.setattr(CalibratedLayerPass, "pruned_groups", without_down)
+    monkeypatch.setattr(pruning, "pruned_groups", without_down)
     save_windows(tiny_windows(), tmp_path / "windows.safetensors")
     with pytest.raises(VerificationError, match="passed over") as error:
         secateur.prune(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from zoo import tiny_model, tiny_windows, zeros_of
 import secateur
 from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import save_windows
-from secateur.engine import prepared
-from secateur.engine.prune.reconstruction import Reconstruction, output_error
+from secateur.engine.prune import reconstruction
+from secateur.engine.prune.reconstruction import output_error
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, linears_of
@@ -42,7 +41,7 @@ def tuning_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets the learning rate of tuning."""
 
     def at(rate: float) -> None:
-        monkeypatch.setattr(prepared, "Reconstruction", partial(Reconstruction, learning_rate=rate))
+        monkeypatch.setattr(reconstruction, "LEARNING_RATE", rate)
 
     return at
 

@@ -11,7 +11,7 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune.run import CalibratedLayerPass, Run
+from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of, with_sparsities
 from secateur.engine.search.allocation import Survey, allocate, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -89,9 +89,7 @@ def unit_survey(model, work: Path, solver="osscar", score="obs", multiple=1, sha
 def execute(survey: Survey, tasks=None) -> Ledger:
     ledger = Ledger()
     tasks = survey.tasks if tasks is None else tasks
-    opened = survey.calibration.open()
-    how = survey.target, tasks, survey.settings, ledger, survey.progress, opened
-    Run(*how, CalibratedLayerPass).execute()
+    prune_layers(survey.target, tasks, survey.calibration, survey.settings, ledger, survey.progress)
     return ledger
 
 

@@ -53,7 +53,7 @@ class Stage:
     def pass_by_group(self, gather, prune, *, forwards=None, **options) -> None:
         halting = HaltingForwards(self.groups, forwards or self.forwards(), self.offload)
         try:
-            for group in by_group(halting, gather, **options):
+            for group in by_group(halting, lambda i, g, x, _: gather(i, g, x), **options):
                 prune(group)
         finally:
             halting.close()

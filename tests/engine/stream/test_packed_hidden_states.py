@@ -16,11 +16,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from zoo import matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
-from secateur.engine.prune.run import CalibratedLayerPass
+from secateur.engine.prune import layer as pruning
 from secateur.engine.search.depth import influences
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.calls import PackedHiddenStates, Shared, call_layer
+from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.stream.packing import PackedHiddenStates
 from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
@@ -58,9 +59,7 @@ def test_layer_by_layer_is_the_model(name: str, place: str, tmp_path: Path) -> N
 
 
 def test_what_is_carried_is_packed_without_loss() -> None:
-    carried = PackedHiddenStates(
-        6, 3, (Shared("full", ((2, 4), (2, 5))), Shared("sliding", ((1, 4),)))
-    )
+    carried = PackedHiddenStates(6, 3, {"full": ((2, 4), (2, 5)), "sliding": ((1, 4),)})
     hidden = torch.randn(3, 2, 7, 6)
     full = torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 5)
     packed = carried.pack(hidden, {"full": full})
@@ -139,14 +138,14 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = saved_in(tmp_path, "gemma3n_text shared")
     options = {"method": "wanda", "sparsity": 0.5}
     whole = secateur.prune(model, calibration=WINDOWS, **options)
-    prune = CalibratedLayerPass.prune
+    prune = pruning.prune_group
 
-    def stops(self: CalibratedLayerPass, groups: Any) -> Any:
-        if self.index == 3:
+    def stops(opened: pruning.OpenLayer, *group: Any) -> Any:
+        if opened.index == 3:
             raise KeyboardInterrupt
-        return prune(self, groups)
+        return prune(opened, *group)
 
-    monkeypatch.setattr(CalibratedLayerPass, "prune", stops)
+    monkeypatch.setattr(pruning, "prune_group", stops)
     with pytest.raises(KeyboardInterrupt):
         prune_on_disk(tmp_path, **options)
     monkeypatch.undo()

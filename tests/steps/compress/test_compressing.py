@@ -17,7 +17,7 @@ from zoo import CONFIGS
 
 import secateur
 from secateur.cli import main
-from secateur.engine.prune.run import Run
+from secateur.engine.prune import run as prune_run
 from secateur.errors import (
     CheckpointError,
     RecipeError,
@@ -415,12 +415,12 @@ def test_rounding_can_be_stopped_and_gone_on_with(
     }  # fmt: skip
     secateur.compress(source, output=tmp_path / "whole", **options)
 
-    def stop(self: Run, index: int, *rest: object) -> None:
-        finish(self, index, *rest)
+    def stop(*layer: object) -> None:
+        finish(*layer)
         raise KeyboardInterrupt
 
-    finish = Run.finish_layer
-    monkeypatch.setattr(Run, "finish_layer", stop)
+    finish = prune_run.finish_layer
+    monkeypatch.setattr(prune_run, "finish_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         secateur.compress(source, output=tmp_path / "out", **options)
     monkeypatch.undo()

@@ -13,8 +13,8 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prepared import keys_of
 from secateur.errors import RecipeError
+from secateur.recipes.methods_of import keys_of
 from secateur.sparsity.methods import compose
 from secateur.sparsity.scores import scores
 

@@ -18,7 +18,8 @@ from zoo import PLAIN_MIXTURES, tiny_model, tiny_windows
 import secateur
 from secateur.cli import main
 from secateur.diagnostics.audit import audit_checkpoint
-from secateur.engine.prune.run import Run
+from secateur.engine.prune import run
+from secateur.engine.prune.layer import OpenLayer
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import OpenExperts
@@ -128,13 +129,13 @@ def test_unseen_experts_are_named_and_a_stopped_run_knows_them(
     options: dict[str, Any] = {"method": method, "sparsity": 0.5, "calibration": windows}
     whole = secateur.prune(source, output=tmp_path / "whole", **options)
 
-    def stop(self: Run, index: int, *rest: Any) -> None:
-        finish(self, index, *rest)
-        if index == 1:
+    def stop(layer: OpenLayer, *rest: Any) -> None:
+        finish(layer, *rest)
+        if layer.index == 1:
             raise KeyboardInterrupt
 
-    finish = Run.finish_layer
-    monkeypatch.setattr(Run, "finish_layer", stop)
+    finish = run.finish_layer
+    monkeypatch.setattr(run, "finish_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(source, output=tmp_path / "out", **options)
     monkeypatch.undo()

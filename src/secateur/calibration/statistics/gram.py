@@ -65,7 +65,7 @@ class Gram(Summed):
         """Add the inputs of more tokens, [tokens, in]."""
         inputs = x.detach().float()
         for rows, panel in self._panels():
-            panel += inputs[:, rows].t() @ inputs[:, rows.start :]
+            panel += inputs[:, rows].t() @ inputs[:, rows.start :]  # float32 product, float64 sum
 
     def value(self) -> GramMatrix:
         """XᵀX, float32 [in, in], exactly symmetric. It takes the place of the sums.
@@ -77,8 +77,9 @@ class Gram(Summed):
             whole = torch.empty(self.size, self.size, device=self.total.device)
             for rows, panel in self._panels():
                 whole[rows, rows.start :] = panel
-            check_finite(whole.diagonal())
+            check_finite(whole.diagonal())  # |G_ij|² ≤ G_ii G_jj: it bounds all other entries
             for rows, _ in self._panels():
+                # A diagonal block is not symmetric to the last bit: its upper half counts.
                 square = whole[rows, rows]
                 square.copy_(square.triu() + square.triu(1).t())
                 whole[rows.stop :, rows] = whole[rows, rows.stop :].t()

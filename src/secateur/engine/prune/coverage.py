@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -48,56 +47,21 @@ def refuse_unreached(unreached: Sequence[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """How well calibration reached the experts whose weights were pruned.
-
-    Attributes:
-        linears: number of pruned linears of experts.
-        few: number of them that received fewer tokens than they have inputs.
-        fewest_tokens: the smallest number of tokens of one of them; None if inputs did not matter.
-        unseen: linears that stayed unchanged because no token reached them.
-        experts: number of experts of which linears were to be pruned.
-        silent: experts that no token reached: their numbers, by the number of the layer.
-    """
-
-    linears: int = 0
-    few: int = 0
-    fewest_tokens: int | None = None
-    unseen: list[str] = field(default_factory=list)
-    experts: int = 0
-    silent: dict[str, list[int]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The form for the manifest."""
-        return asdict(self)
-
-    def log_warnings(self) -> None:
-        """Warn about linears that stayed unchanged, and about linears with few tokens."""
-        if self.unseen:
-            log.warning(
-                "no calibration token was routed to %d expert matrices (%s, …); they stay dense; "
-                "%s",
-                len(self.unseen),
-                self.unseen[0],
-                MORE,
-            )
-        if self.few:
-            log.warning(
-                "%d of %d expert matrices saw fewer tokens than they have inputs (fewest: %d); %s",
-                self.few,
-                self.linears,
-                self.fewest_tokens,
-                MORE,
-            )
-
-
-def coverage(layers: Sequence[Layer], architecture: Architecture) -> Coverage | None:
-    """Summarise the experts from the ledger; None for a model without experts.
+def coverage(layers: Sequence[Layer], architecture: Architecture) -> dict[str, Any] | None:
+    """Summarise how well calibration reached the experts that were pruned, from the ledger.
 
     Args:
         layers: of the ledger.
         architecture: shows which linears belong to experts.
+
+    Returns:
+        The record for the manifest; None for a model without experts:
+            linears: number of pruned linears of experts.
+            few: number of them that received fewer tokens than they have inputs.
+            fewest_tokens: the smallest number of tokens of one; None if inputs did not matter.
+            unseen: linears that stayed unchanged because no token reached them.
+            experts: number of experts of which linears were to be pruned.
+            silent: experts that no token reached: their numbers, by the number of the layer.
     """
     if architecture.experts is None:
         return None
@@ -105,15 +69,33 @@ def coverage(layers: Sequence[Layer], architecture: Architecture) -> Coverage | 
     seen = [(r.tokens, r.shape[1]) for r in records if r.tokens is not None]
     unseen = [name for x in layers for name in x.unseen]
     reached = {_number_of(r.name) for r in records if r.tokens != 0}
-    silent = silent_experts(name for name in unseen if _number_of(name) not in reached)
-    return Coverage(
-        len(records),
-        sum(tokens < inputs for tokens, inputs in seen),
-        min((tokens for tokens, _ in seen), default=None),
-        unseen,
-        len({_number_of(r.name) for r in records} | {_number_of(name) for name in unseen}),
-        silent,
-    )
+    return {
+        "linears": len(records),
+        "few": sum(tokens < inputs for tokens, inputs in seen),
+        "fewest_tokens": min((tokens for tokens, _ in seen), default=None),
+        "unseen": unseen,
+        "experts": len({_number_of(r.name) for r in records} | {_number_of(n) for n in unseen}),
+        "silent": silent_experts(name for name in unseen if _number_of(name) not in reached),
+    }
+
+
+def warn_of_experts(found: Mapping[str, Any]) -> None:
+    """Warn about linears of experts that stayed unchanged, or that received few tokens."""
+    if unseen := found["unseen"]:
+        log.warning(
+            "no calibration token was routed to %d expert matrices (%s, …); they stay dense; %s",
+            len(unseen),
+            unseen[0],
+            MORE,
+        )
+    if found["few"]:
+        log.warning(
+            "%d of %d expert matrices saw fewer tokens than they have inputs (fewest: %d); %s",
+            found["few"],
+            found["linears"],
+            found["fewest_tokens"],
+            MORE,
+        )
 
 
 def silent_experts(unseen: Iterable[str]) -> dict[str, list[int]]:
@@ -130,32 +112,19 @@ def _number_of(name: str) -> tuple[int, int]:
     return layer, expert
 
 
-@dataclass(frozen=True)
-class Reach:
-    """What a run reached of the matrices that it was to prune.
-
-    Attributes:
-        matrices: number of matrices to prune.
-        pruned: number of them that were pruned; the others are in `Coverage.unseen`.
-        fewest_tokens: the smallest number of calibration tokens of a pruned matrix; None if inputs
-            did not matter.
-    """
-
-    matrices: int
-    pruned: int
-    fewest_tokens: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The form for the manifest."""
-        return asdict(self)
-
-
-def reach(layers: Sequence[Layer], changed: Iterable[str]) -> Reach:
+def reach(layers: Sequence[Layer], changed: Iterable[str]) -> dict[str, int | None]:
     """Count what a run reached, and refuse a matrix that it passed over.
 
     Args:
         layers: of the ledger.
         changed: names of the linears that were to be pruned.
+
+    Returns:
+        The record for the manifest:
+            matrices: number of matrices to prune.
+            pruned: number of them that were pruned; the others are `unseen` in `coverage`.
+            fewest_tokens: the smallest number of calibration tokens of a pruned matrix; None if
+                inputs did not matter.
 
     Raises:
         VerificationError: a linear has no record, or it was pruned without calibration tokens
@@ -174,4 +143,8 @@ def reach(layers: Sequence[Layer], changed: Iterable[str]) -> Reach:
             remedy="please report this with the model's name: its layers run in a way that is not "
             "known; --exclude leaves such matrices out",
         )
-    return Reach(len(records) + len(unseen), len(records), min(counted, default=None))
+    return {
+        "matrices": len(records) + len(unseen),
+        "pruned": len(records),
+        "fewest_tokens": min(counted, default=None),
+    }

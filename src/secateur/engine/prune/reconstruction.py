@@ -1,15 +1,30 @@
-"""Tunes a pruned layer to reproduce the outputs of the dense layer.
+"""Tunes a pruned layer to reproduce the outputs of the dense layer. Adam on its parameters θ:
 
-The inputs come from the pruned model. The targets are the outputs of the same layer in the dense
-model, so a layer also compensates the losses of the layers before it. All parameters of the layer
-are tuned, including norms and biases; none are added. In the first part of the tuning, pruned
-weights can be exchanged for kept ones, and the pattern stays satisfied. After that the mask is
-fixed. Matrices on a grid stay on it (`RoundedWeight`), and their masks are fixed from the start.
-One decoder layer is in memory, with its gradients and the two moments of Adam.
+    minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
+
+where t runs over the tokens of a step, x̂ are the layer's inputs in the pruned model and y the
+dense layer's outputs on the dense inputs. The error of each token is divided by the token's
+size, because the following norms divide by it. A few tokens have hidden states a thousand times
+larger than the others and would otherwise dominate the fit.
+
+Pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
+gradient of that product moves all of θ (straight through the mask), and every four steps
+the pattern chooses a new mask by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight starts from its
+value before pruning. After 60 % of the steps the mask is fixed.
+
+After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
+pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
+gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
+
+So a layer also compensates the losses of the layers before it. All parameters of the layer are
+tuned, including norms and biases; none are added. Matrices on a grid stay on it (`RoundedWeight`),
+and their masks are fixed from the start. One decoder layer is in memory, with its gradients and the
+two moments of Adam.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.plan import calls_of, layers_by_kind, rehearse_training, weights_of
-from secateur.engine.prune.tasks import Reconstruction, Settings, Tasks
+from secateur.engine.prune.tasks import Settings, Tasks
 from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.targets import Target
@@ -29,6 +44,9 @@ from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import nearest_rows
 from secateur.sparsity.column_sweep import kept_weights, mark_kept
 from secateur.sparsity.patterns import Pattern
+
+LEARNING_RATE = 1e-3
+"""The learning rate of the first step; it falls to 0 along a half cosine over all steps."""
 
 # Steps between new masks, and the part of the tuning in which masks change.
 _CHOOSE_EVERY = 4
@@ -70,29 +88,19 @@ class LayerTuning:
         dense: LayerInputs,
     ) -> None:
         self.layer, self.tasks, self.inputs, self.dense = layer, tasks, inputs, dense
-        self.how, self.ranks = settings.reconstruction, settings.ranks
+        self.passes, self.ranks = settings.tune_passes, settings.ranks
         on_grid = any(task.rounded for task in tasks.values())
         self.remasks = not on_grid
         self.shadows: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keeping(
-        self, weight_of: Callable[[Linear], Tensor], shared: Mapping[str, Tensor]
-    ) -> Callable[[Linear], Tensor]:
-        """Keep the dense weights and their inputs' norms, if masks may change later."""
-        if not self.remasks:
-            return weight_of
-
-        def keep(linear: Linear) -> Tensor:
-            weight = weight_of(linear)
-            norm = torch.ones(weight.shape[1], device=weight.device)
-            if "column_norm" in shared:
-                norm = shared["column_norm"]
-            elif "gram" in shared:
-                norm = shared["gram"].diagonal().sqrt()
-            self.shadows[linear.name] = weight.clone(), norm
-            return weight
-
-        return keep
+    def keep(self, linear: Linear, weight: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        """Keep the weight before pruning and its inputs' norms, for masks that may change later."""
+        norm = torch.ones(weight.shape[1], device=weight.device)
+        if "column_norm" in statistics:
+            norm = statistics["column_norm"]
+        elif "gram" in statistics:
+            norm = statistics["gram"].diagonal().sqrt()
+        self.shadows[linear.name] = weight.clone(), norm
 
     def execute(self, pruned: Sequence[Linear], *, stores: bool) -> dict[str, float]:
         """Tune the pruned linears. Return the output error of the layer before and after.
@@ -115,9 +123,8 @@ class LayerTuning:
         reconstruct(
             self.layer,
             tuned,
-            draw_steps(count, at_once, self.how.passes, seed=index),
+            draw_steps(count, at_once, self.passes, seed=index),
             self._examples,
-            self.how,
             on_step=self.inputs.step,
             rounded=rounded,
             ranks=self.ranks,
@@ -200,7 +207,7 @@ class TunedWeight:
         if self.full is None:
             return
         if choose:
-            score = self.turned(self.full).abs() * self.norm
+            score = self.turned(self.full).abs() * self.norm  # Wanda's, of the shadow weights
             self.mask = self.turned(self.pattern.mask(score, self.sparsity))
         self.parameter.data = self.full * self.mask
 
@@ -210,7 +217,6 @@ def reconstruct(
     pruned: Sequence[TunedWeight],
     steps: Sequence[Sequence[int]],
     examples: Callable[[Sequence[int]], Sequence[tuple[Tensor, Tensor, LayerCall]]],
-    how: Reconstruction,
     on_step: Callable[[], None],
     rounded: Sequence[RoundedWeight] = (),
     ranks: Ranks = ALONE,
@@ -227,7 +233,6 @@ def reconstruct(
         examples: returns inputs and targets of the windows of a step, each [windows,
             sequence_length, hidden], and how the layer is called for them. A process returns its
             own windows, one by one.
-        how: sets the learning rate.
         on_step: called after every step.
         rounded: the matrices on a grid.
         ranks: the processes.
@@ -239,14 +244,15 @@ def reconstruct(
     with in_float32(layer, named.keys()), on_grid.in_forwards():
         for tuned in pruned:
             tuned.begin()
-        optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
         for step, windows in enumerate(steps):
             for group in optimizer.param_groups:
-                group["lr"] = how.rate(step, len(steps))
+                group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
             for inputs, target, call in examples(windows):
                 with torch.enable_grad(), fast_matmuls(device):
                     output = call_layer(layer, inputs.float(), call.to(device, torch.float32))
                     error = output_error(call.states(output), call.states(target))
+                    # a process's share of the step, so that the sums of gradients are its mean
                     error = error * (len(inputs) / len(windows))
                     error.backward()
             _sum_gradients(parameters, ranks)

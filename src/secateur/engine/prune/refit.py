@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
 from secateur.calibration.statistics import Gathering
-from secateur.engine.prune.asymmetric import TargetStatistics, by_group_with_dense
+from secateur.engine.prune.statistics import CrossGram, GroupStatistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs, OpenStream
-from secateur.engine.stream.halted_forwards import HaltedLayer
+from secateur.engine.stream.halted_forwards import HaltedLayer, by_group
 from secateur.engine.stream.hidden_states import Activations
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
@@ -239,7 +239,7 @@ class LayerRefit:
             stores=not self.last,
         )
         self.dense = HaltedLayer(refit.inputs(dense, index), twin, sides[1], others)
-        self.gathered: dict[int, TargetStatistics] = {}
+        self.gathered: dict[int, GroupStatistics] = {}
         self.moments = Gathering.of(["gram"]).forward
 
     @property
@@ -250,8 +250,8 @@ class LayerRefit:
     def execute(self) -> None:
         """Pass all windows through both layers, and fit each group when all have reached it."""
         with closing(self.dense), closing(self.changing):
-            arrived = by_group_with_dense(
-                self.changing, self.dense, self._gather, outputs_needed=not self.last
+            arrived = by_group(
+                self.changing, self._gather, self.dense, outputs_needed=not self.last
             )
             for group in arrived:
                 self._fit(group)
@@ -269,19 +269,20 @@ class LayerRefit:
         linear, _ = self.groups[group][0]
         target = self._target(index, group, dense) if self._writes(group) else dense
         if group not in self.gathered:
-            device, rows = self.refit.cut.target.device, target.shape[-1]
-            self.gathered[group] = TargetStatistics(self.moments, [linear], device, rows)
-        self.gathered[group].add(x, target)
+            device = self.refit.cut.target.device
+            cross = CrossGram(target.shape[-1], linear.shape[1], device)
+            self.gathered[group] = GroupStatistics(self.moments, [linear], device, cross)
+        self.gathered[group].update(x, target)
 
     def _target(self, index: int, group: int, dense: Tensor) -> Tensor:
         """The target of a linear that writes to the stream, without its bias."""
         linear, twin = self.groups[group][0]
-        stream = self.changing.before(index) + self.changing.added(index)
+        stream = self.changing.before(index) + self.changing.added(index)  # Ĥ
         if self.later is not None and linear is self.writers[-1] and not self.mixture:
             after = self.later.read(self.dense.inputs.batches[index]).to(stream.device)
             bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
             return self._kept(after) - stream - bias
-        before = self.dense.before(index) + self.dense.added(index)
+        before = self.dense.before(index) + self.dense.added(index)  # H
         with self.dense.inputs.matmuls():
             out = dense @ twin.weight.t()
         return self._kept(out + before) - stream
@@ -293,6 +294,7 @@ class LayerRefit:
     def _fit(self, group: int) -> None:
         """Solve for the weights of a group."""
         statistics, damping = self.gathered.pop(group), self.refit.settings.asymmetric_damping
+        assert statistics.cross is not None
         gram, moments = statistics.value()["gram"], statistics.cross.value()
         for linear, twin in self.groups[group]:
             own = moments

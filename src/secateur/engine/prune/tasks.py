@@ -8,7 +8,6 @@ Every matrix that stays unpruned has a reason (`skipped_matrices`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.statistics import Gathering, held_bytes
-from secateur.engine.stream.calls import LayerLayout, refuse_unknown
+from secateur.engine.stream.calibration_stream import CalibrationStream
+from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
 from secateur.engine.stream.targets import Target
 from secateur.errors import PatternError, RecipeError, located
 from secateur.models.architecture import linears_of
@@ -293,44 +293,6 @@ def _reasons(tasks: Tasks, matrices: Iterable[StoredMatrix]) -> Iterator[tuple[s
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """Adam on the parameters θ of a pruned decoder layer f:
-
-        minimise over θ   mean_t ‖f_θ(x̂)_t − y_t‖² / ‖y_t‖²
-
-    where t runs over the tokens of a step, x̂ are the layer's inputs in the pruned model and y the
-    dense layer's outputs on the dense inputs. The error of each token is divided by the token's
-    size, because the following norms divide by it. A few tokens have hidden states a thousand times
-    larger than the others and would otherwise dominate the fit.
-
-    The learning rate falls from `learning_rate` to 0 along a half cosine over all steps.
-
-    Pruned weights keep training as shadow weights: the layer runs with θ ⊙ mask, the
-    gradient of that product moves all of θ (straight through the mask), and every four steps
-    the pattern chooses a new mask by |θ| · ‖x̂‖₂ (Wanda's score). A pruned weight starts from its
-    value before pruning. After 60 % of the steps the mask is fixed.
-
-    After: block-wise reconstruction as in BRECQ (Li et al. 2021, arXiv:2102.05426), used for
-    pruned language models by Wanda++ (Yang et al. 2025, arXiv:2503.04992), among others; the
-    gradient through the mask as in Zhou et al. 2021, arXiv:2102.04010, without its decay.
-
-    Args:
-        passes: number of passes over the calibration windows; 0 tunes nothing.
-        learning_rate: learning rate of the first step.
-    """
-
-    passes: int = 3
-    learning_rate: float = 1e-3
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0; it falls to 0 after the last of `steps`."""
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-NO_RECONSTRUCTION = Reconstruction(passes=0)
-
-
-@dataclass(frozen=True)
 class Settings:
     """How the work of a run is done. The task of a linear sets its sparsity.
 
@@ -347,7 +309,7 @@ class Settings:
         activations: `gpu`, `memory` or `disk`: the storage of hidden states.
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
         on_collapse: `stop` or `warn` when a layer has collapsed (`COLLAPSED`).
-        reconstruction: how a pruned layer is tuned; with 0 passes it is not tuned.
+        tune_passes: passes over the windows in which a pruned layer is tuned; 0 tunes nothing.
         ranks: the processes that share the work.
     """
 
@@ -359,7 +321,7 @@ class Settings:
     activations: str = "memory"
     work: Path | None = None
     on_collapse: str = "warn"
-    reconstruction: Reconstruction = NO_RECONSTRUCTION
+    tune_passes: int = 0
     ranks: Ranks = ALONE
 
     @property
@@ -375,7 +337,7 @@ class Settings:
     @property
     def tunes(self) -> bool:
         """Whether pruned layers are tuned."""
-        return self.reconstruction.passes > 0
+        return self.tune_passes > 0
 
     def windows_at_once(self, windows: Tensor) -> int:
         """The number of windows [samples, sequence_length] in a micro-batch."""
@@ -386,6 +348,20 @@ class Settings:
     def dense_needed(self) -> bool:
         """Whether the dense model's hidden states pass as well."""
         return self.tunes or self.asymmetric
+
+    def stream(self, target: Target, windows: Tensor | None) -> CalibrationStream | None:
+        """The calibration stream of a model; None without windows."""
+        if windows is None:
+            return None
+        return CalibrationStream(
+            target,
+            windows,
+            self.micro_batch_tokens,
+            self.in_memory,
+            self.work,
+            self.ranks,
+            on_gpu=self.on_gpu,
+        )
 
     def matmuls(self, device: torch.device) -> AbstractContextManager[object]:
         """A context for the forwards of calibration on a device."""

@@ -29,7 +29,7 @@ from torch.func import functional_call
 from secateur.calibration.statistics import ForwardSource, Gathering
 from secateur.engine.plan import PartNeeds
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
-from secateur.engine.prune.run import GroupStatistics
+from secateur.engine.prune.statistics import GroupStatistics
 from secateur.engine.prune.tasks import (
     LinearTask,
     Settings,
@@ -48,11 +48,11 @@ from secateur.engine.search.candidate_evaluator import (
     cut_windows,
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.calls import layouts
 from secateur.engine.stream.gradients import only_learning, stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
+from secateur.engine.stream.layouts import layouts
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import located
 from secateur.models.architecture import Linear, linears_of, text_config

@@ -1,4 +1,4 @@
-"""Records how a model calls its decoder layers, and which linears of a layer share an input.
+"""Records how a model calls its decoder layers.
 
 A recorder replaces every layer for one forward of the whole model, which stops at the last layer.
 So masks, rotary tables and all other arguments of a layer are known for any family and any release
@@ -6,22 +6,14 @@ of transformers. Most arguments are the same for all windows. Those that depend 
 as the per-layer embeddings of Gemma 3n, are marked (`LayerCall.varying`), and each window gets its
 own (`hidden_states.TokenValues`).
 
-One tensor with a row for each token goes from layer to layer. In most models it is the hidden
-state. Some models have several hidden states for each token, or layers that read keys and values of
-an earlier layer. All of it is packed into the one tensor (`PackedHiddenStates`). So whatever
-stores, shares or differentiates hidden states works with these models as well.
-
-Hybrids have layers of several kinds: attention, linear attention, convolution, state space, dense
-and sparse feed-forward. So each kind has its own groups. They are the groups that the family
-declares, if these hold all linears of the layer. Otherwise one layer of the kind runs once to
-find the groups. A checkpoint's layers run without their weights, on the meta device. So a model
-that cannot be pruned is refused before any work.
+One tensor with a row for each token goes from layer to layer: the hidden state, or all that some
+models hand on (`packing.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -31,109 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateur.engine.stream.targets import Target
-from secateur.errors import ArchitectureError, SecateurError
-from secateur.models.architecture import Groups, Linear, linears_of
-from secateur.models.experts import refuse_fused
-from secateur.models.inventory import refuse_shared
-
-States = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Tensors that one layer computes and later layers read, such as keys and values.
-
-    Attributes:
-        key: their name in the model's dictionary.
-        sizes: (heads, head_dim) of each; a tensor has the shape [batch, heads, sequence, head_dim].
-    """
-
-    key: str
-    sizes: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class PackedHiddenStates:
-    """The columns of the packed tensor [batch, sequence, width]:
-
-        hidden states 1 | … | hidden states n | keys, values of one kind of layer | …
-
-    Attributes:
-        hidden: the hidden size.
-        stacked: n, if the model hands its layers [n, batch, sequence, hidden], as AltUp does in
-            Gemma 3n; 0 if it hands them [batch, sequence, hidden].
-        shared: what layers share. It is zero until a layer has computed it.
-    """
-
-    hidden: int
-    stacked: int = 0
-    shared: tuple[Shared, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """The number of columns that hidden states take."""
-        return max(1, self.stacked) * self.hidden
-
-    def states(self, packed: Tensor) -> Tensor:
-        """The columns of the hidden states."""
-        return packed[..., : self.width]
-
-    def pack(self, hidden: Tensor, shared: Mapping[str, States]) -> Tensor:
-        """One tensor from what a layer returned and what has been shared so far."""
-        parts = [hidden.permute(1, 2, 0, 3).flatten(2) if self.stacked else hidden]
-        batch, length = parts[0].shape[:2]
-        for one in self.shared:
-            if one.key in shared:
-                parts += [x.transpose(1, 2).flatten(2) for x in shared[one.key]]
-            else:
-                parts.append(parts[0].new_zeros(batch, length, sum(map(prod, one.sizes))))
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0].contiguous()
-
-    def unpack(self, packed: Tensor) -> tuple[Tensor, dict[str, States]]:
-        """The hidden states as a layer takes them, and what has been shared so far."""
-        hidden = self.states(packed)
-        if self.stacked:
-            hidden = hidden.unflatten(-1, (self.stacked, self.hidden)).permute(2, 0, 1, 3)
-        columns = self.columns(packed)
-        shared = {
-            one.key: tuple(
-                next(columns).unflatten(-1, size).transpose(1, 2).contiguous() for size in one.sizes
-            )
-            for one in self.shared
-        }
-        return hidden.contiguous(), shared
-
-    def columns(self, packed: Tensor) -> Iterator[Tensor]:
-        """The columns of each shared tensor."""
-        start = self.width
-        for size in (size for one in self.shared for size in one.sizes):
-            yield packed[..., start : start + prod(size)]
-            start += prod(size)
-
-
-def _find_packing(
-    hidden: Tensor, tokens: torch.Size, found: Mapping[str, States], where: str
-) -> PackedHiddenStates | None:
-    """The columns for a model; None if its layers take one hidden state for each token, no more."""
-    if hidden.ndim == 3 and not found:
-        return None
-    stacked = hidden.shape[0] if hidden.ndim == 4 and hidden.shape[1:3] == tokens else 0
-    odd = [] if stacked or hidden.shape[:-1] == tokens else [("hidden states", hidden)]
-    shared_ones = [(key, x) for key, tensors in found.items() for x in tensors]
-    odd += [(k, x) for k, x in shared_ones if x.ndim != 4 or (x.shape[0], x.shape[2]) != tokens]
-    if odd:
-        what, x = odd[0]
-        raise ArchitectureError(
-            f"{where} gives its layers {what} of shape {tuple(x.shape)} for {tokens[0]} windows of "
-            f"{tokens[1]} tokens",
-            remedy="this family cannot be pruned layer by layer yet",
-        )
-    shared = tuple(
-        Shared(key, tuple((x.shape[1], x.shape[3]) for x in tensors))
-        for key, tensors in found.items()
-    )
-    return PackedHiddenStates(hidden.shape[-1], stacked, shared)
+from secateur.engine.stream.packing import PackedHiddenStates, States, find_packing
+from secateur.errors import ArchitectureError
 
 
 class AfterLastLayer(BaseException):
@@ -330,6 +221,7 @@ def _record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Record
     for in_tuple in (False, True):
         seen: dict[int, Recorded] = {}
         recorders = [_Recorder(layers, i, in_tuple, seen) for i in range(len(layers))]
+        # A tensor first: a model that unpacks it as a tuple hands on another shape or fails.
         with torch.no_grad(), replaced_layers(layers, list(recorders)):
             try:
                 model(input_ids=input_ids, use_cache=False)
@@ -408,7 +300,9 @@ def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> lis
             calls[index] = replace(calls[index], varying=tuple(sorted(known.items())))
     hidden = recorded[0][0].hidden
     shared = _shared_states(layers, hidden, calls)
-    packing = _find_packing(hidden, batches[0].shape, shared, type(model).__name__)
+    packing = None
+    if hidden.ndim != 3 or shared:  # more than one hidden state for each token
+        packing = find_packing(hidden, batches[0].shape, shared, type(model).__name__)
     return [replace(call, packing=packing) for call in calls]
 
 
@@ -465,176 +359,3 @@ def _shared_states(
                 remedy="this family cannot be pruned layer by layer yet",
             ) from fault
     return {key: shared[key] for key in shared if key in shared.read}
-
-
-TOKENS = 64
-"""The length of the window for finding linears that share an input."""
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """The linears of one kind of layer, by their names within it.
-
-    Attributes:
-        groups: linears that share an input, in the order they run.
-        unseen: linears whose input no hook sees, or that get several inputs in one forward. Scores
-            and solvers that need inputs cannot use them.
-    """
-
-    groups: Groups
-    unseen: tuple[str, ...] = ()
-
-
-def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
-    """A value that layers of one kind have in common.
-
-    It holds classes, shapes and plain settings of all modules, and with `call` the shapes and plain
-    values of the layer's arguments.
-    """
-    made_of = tuple(
-        (
-            path,
-            type(module),
-            tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)),
-            tuple(
-                (name, value)
-                for name, value in sorted(vars(module).items())
-                if isinstance(value, (bool, int, str)) and name not in ("layer_idx", "training")
-            ),
-        )
-        for path, module in layer.named_modules()
-    )
-    if call is None:
-        return made_of
-    plain = [(k, v) for k, v in call.kwargs.items() if isinstance(v, (bool, int, str, type(None)))]
-    shapes = tuple(tuple(t.shape) for t in call.tensors())
-    return made_of, shapes, tuple(sorted(plain, key=str))
-
-
-def refuse_unknown(target: Target) -> None:
-    """Refuse layers whose parameters have an unknown layout.
-
-    Raises:
-        ArchitectureError: naming the module.
-    """
-    refuse_fused(target.layers)
-    refuse_shared(target.model, target.architecture)
-
-
-def layouts(target: Target, length: int) -> list[LayerLayout]:
-    """The layout of every decoder layer.
-
-    Args:
-        target: the model; layers of a checkpoint stay empty.
-        length: length of calibration windows.
-
-    Raises:
-        ArchitectureError: a layer cannot run by itself, or the model does not call its layers as
-            a plain decoder does.
-    """
-    declared = [declared_layout(target, layer) for layer in target.layers]
-    if all(layout is not None for layout in declared):
-        return [layout for layout in declared if layout is not None]
-    hidden, calls = _sample(target, min(length, TOKENS))
-    found: dict[Hashable, LayerLayout] = {}
-    result = []
-    for index, (layer, known) in enumerate(zip(target.layers, declared, strict=True)):
-        kind = kind_of(layer, calls[index])
-        if known is None and kind not in found:
-            name = target.architecture.layer_name(index)
-            found[kind] = _seen_layout(layer, name, hidden, calls[index])
-        result.append(known or found[kind])
-    return result
-
-
-def declared_layout(target: Target, layer: nn.Module) -> LayerLayout | None:
-    """The groups that the family declares; None if they miss a linear of the layer."""
-    if target.architecture.groups is None:
-        return None
-    there = linears_of(layer, "")
-    groups = [[n for n in group if n in there] for group in target.architecture.groups]
-    if {name for group in groups for name in group} != set(there):
-        return None
-    return LayerLayout(tuple(tuple(group) for group in groups if group))
-
-
-def _sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
-    """An input of the first layer, [1, length, hidden], and how each layer is called."""
-    vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
-    ids = torch.arange(length, device=target.device)[None] % vocabulary
-    with target.outside():
-        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
-        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
-
-
-def _seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -> LayerLayout:
-    """The layout of a layer, from one forward."""
-    linears = linears_of(layer, name)
-    device = next(layer.parameters()).device
-
-    def forward() -> None:
-        with torch.no_grad():
-            call_layer(layer, hidden.to(device), call.to(device))
-
-    try:
-        with on_meta(layer) if device.type == "meta" else nullcontext():
-            groups = find_groups(list(linears.values()), forward)
-    except SecateurError:
-        raise
-    except Exception as fault:
-        raise ArchitectureError(
-            f"a {type(layer).__name__} does not run by itself ({in_short(fault)})",
-            where=name,
-            remedy="this family cannot be pruned layer by layer yet",
-        ) from fault
-    short = {id(linear.module): n for n, linear in linears.items()}
-    named = [tuple(short[id(x.module)] for x in group) for group in groups]
-    often = [n for group in named for n in group]
-    unseen = tuple(n for n in linears if often.count(n) != 1)
-    kept = (tuple(n for n in group if n not in unseen) for group in named)
-    return LayerLayout(tuple(group for group in kept if group), unseen)
-
-
-@contextmanager
-def on_meta(layer: nn.Module) -> Iterator[None]:
-    """A context in which the buffers of a layer without weights are on the meta device too."""
-    buffers = dict(layer.named_buffers())
-    layer.to("meta")
-    try:
-        yield
-    finally:
-        for name, buffer in buffers.items():
-            path, _, leaf = name.rpartition(".")
-            layer.get_submodule(path)._buffers[leaf] = buffer
-
-
-def input_mark(x: Tensor) -> Hashable:
-    """A value that identifies an input in memory: its storage, and its part of the storage."""
-    version = 0 if x.is_inference() else x._version
-    return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), version
-
-
-def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> list[list[Linear]]:
-    """Run a layer once to find the linears that share an input, in the order of their calls.
-
-    Args:
-        linears: all linears of the layer.
-        forward: runs the layer on a sample of its input.
-    """
-    arrivals: dict[Hashable, list[Linear]] = {}
-    keep: list[Tensor] = []  # the address of a freed input could be reused by another
-
-    def watch(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keep.append(args[0])
-            arrivals.setdefault(input_mark(args[0]), []).append(linear)
-
-        return before
-
-    handles = [linear.module.register_forward_pre_hook(watch(linear)) for linear in linears]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(arrivals.values())

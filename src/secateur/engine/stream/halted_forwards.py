@@ -37,7 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.engine.stream.calibration_stream import LayerInputs
-from secateur.engine.stream.calls import call_layer, input_mark
+from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.layouts import input_mark
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import read_all, write_all
@@ -140,7 +141,7 @@ class HaltingForwards:
         if self.offload:
             self.offload.restore(index)
             watch = self.offload.live
-        if index in self.ahead:
+        if index in self.ahead:  # after `restore`: its tensors are in memory again
             return self.ahead.pop(index)
         with watch, self.matmuls():
             arrival: tuple[int, Tensor] = self.running[index].switch()
@@ -173,7 +174,8 @@ class HaltingForwards:
 
 def by_group(
     halting: HaltingForwards,
-    gather: Callable[[int, int, Tensor], None],
+    gather: Callable[[int, int, Tensor, Tensor | None], None],
+    dense: HaltingForwards | None = None,
     *,
     outputs_needed: bool = True,
 ) -> Iterator[int]:
@@ -183,7 +185,10 @@ def by_group(
 
     Args:
         halting: the forwards of the layer that is pruned.
-        gather: called with a forward's index, a group's index and its input.
+        gather: called with a forward's index, a group's index, its input, and the input of the same
+            group in the dense layer (None where that does not halt).
+        dense: the forwards of the dense layer, in step. They halt at the same groups, except empty
+            groups, and are still halted at the end.
         outputs_needed: False ends the forwards after the last group.
 
     Raises:
@@ -191,31 +196,21 @@ def by_group(
     """
 
     def advance(index: int) -> set[int]:
+        """Run one forward to its next group; no group at the end."""
         arrival = halting.advance(index)
         if arrival is None:
             return set()
-        gather(index, *arrival)
-        group = arrival[0]
-        del arrival
+        group, x = arrival
+        beside = dense if dense and dense.groups[group] else None
+        twin = beside.advance(index) if beside else None
+        gather(index, group, x, twin[1] if twin else None)
+        reached = {group} if twin is None else {group, twin[0]}
+        del arrival, x, twin  # so that their tensors can move away
         halting.halt(index)
-        return {group}
+        if beside:
+            beside.halt(index)
+        return reached
 
-    return in_step(halting, advance, outputs_needed=outputs_needed)
-
-
-def in_step(
-    halting: HaltingForwards, advance: Callable[[int], set[int]], *, outputs_needed: bool
-) -> Iterator[int]:
-    """Yield each group as soon as all micro-batches have reached it.
-
-    Args:
-        halting: the forwards of the layer that is pruned.
-        advance: runs one forward to its next group, and returns it; nothing at the end.
-        outputs_needed: False ends the forwards after the last group.
-
-    Raises:
-        ArchitectureError: the micro-batches do not reach the groups in the same order.
-    """
     left, halted = len(halting.groups), list(range(len(halting.running)))
     while halted and (left or outputs_needed):
         reached = {index: advance(index) for index in halted}
@@ -301,7 +296,7 @@ class LiveTensors(TorchDispatchMode):
     def __init__(self, permanent: Iterable[Tensor], *, find_peak: bool = False) -> None:
         super().__init__()
         self.find_peak = find_peak
-        self.permanent = {t.untyped_storage()._cdata for t in permanent}
+        self.permanent = {t.untyped_storage()._cdata for t in permanent}  # addresses of storages
         self.current: dict[int, StorageWeakRef] = {}
         self.peak_bytes = 0
 
@@ -370,7 +365,7 @@ class ActivationOffload:
                 for storage in storages:
                     write_all(stream, _content(storage).cpu())
         for storage in storages:
-            storage.resize_(0)
+            storage.resize_(0)  # in place, so that every view of it stays valid
 
     def restore(self, forward: int) -> None:
         """Fill the storages of a halted forward again, and resume watching it."""

@@ -182,6 +182,7 @@ class EmbeddingAndHead:
         hidden, values = self._split(hidden)
         if call.varying:
             assert values is not None
+            # the values of all layers stand side by side, in the order of the layers
             start = sum(before.columns for before in self.calls()[:number])
             call = call.filled(values[..., start : start + call.columns])
         with self.matmuls():
@@ -417,7 +418,7 @@ class Activations:
         file = self.unfinished()
         try:
             with open(os.open(file, os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as stream:
-                stream.seek(self.within(rows).start * self.row_bytes)
+                stream.seek(self.within(rows).start * self.row_bytes)  # windows come in any order
                 write_all(stream, hidden.to("cpu", self.dtype).contiguous())
         except OSError as error:
             raise cannot_write(error, file) from error
@@ -433,7 +434,7 @@ class Activations:
                 with file.open("wb", buffering=0) as stream:
                     for row in self.held:  # from a GPU, one window at a time
                         write_all(stream, row.cpu())
-            file.replace(self.file(layer))
+            file.replace(self.file(layer))  # complete under this name, or not there at all
         except OSError as error:
             raise cannot_write(error, file) from error
 

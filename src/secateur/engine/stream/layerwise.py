@@ -91,7 +91,7 @@ class LayerwisePass:
             states.advance(0)
         for number in range(self.passed, self.count):
             states.resume(number)
-            self.call(number, self.windows[0])
+            self.call(number, self.windows[0])  # what it computes must not wait for this layer
             with open_layer(number) as (layer, after_window):
                 for place, rows in enumerate(self.rows):
                     states.write(rows, self.outputs(number, layer, place))
@@ -162,7 +162,7 @@ class LayerwisePass:
                 call = self.call(number, self.windows[place])
                 with self.precision(), torch.enable_grad():
                     out = call_layer(layer, hidden, call)
-                out.backward(self._read(self.gradients, rows))
+                out.backward(self._read(self.gradients, rows))  # starts from ∂L/∂out
                 if hidden.grad is not None:
                     self.gradients.write(rows, hidden.grad)
                 after_window(place)

@@ -217,7 +217,7 @@ def _rows_in_use(
     empty, padding = table.weight, table.padding_idx
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        rows, places = args[0].unique(return_inverse=True)
+        rows, places = args[0].unique(return_inverse=True)  # places: of each token among the rows
         taken = whole[rows.to(whole.device)].to(device, dtype)
         table.weight = nn.Parameter(taken, requires_grad=False)
         return (places, *args[1:])

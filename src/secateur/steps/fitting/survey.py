@@ -30,14 +30,21 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.windows import load_windows, stored_extra
-from secateur.engine.prepared import method_of, prepare
-from secateur.engine.search.allocation import ChangedAlone, LayerView, Ways, grains_of, pooled
+from secateur.engine.prepared import prepare, settings_of
+from secateur.engine.search.allocation import (
+    ChangedAlone,
+    LayerView,
+    Survey,
+    Ways,
+    grains_of,
+    pooled,
+)
 from secateur.engine.search.knapsack import Knapsack
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.parallel.ranks import ALONE
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.recipes.compress import CompressRecipe
+from secateur.recipes.methods_of import method_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.runs.output import write_json
@@ -152,8 +159,10 @@ def _divergences(context: FitContext) -> tuple[dict[str, float], dict[str, float
     pruning = prepared.method
     rounding, _ = method_of(build_recipe(PruneRecipe, {**_probe(context), **_rounding()}))
     tasks = prepared.tasks()
-    job = prepared.job(tasks, "disk", context.work / "survey", ALONE)
-    survey, part = job.survey(context.progress), ByDivergence(judged_tokens=TOKENS)
+    settings = settings_of(recipe, "disk", context.work / "survey")
+    stream = settings.stream(prepared.target, prepared.tokens)
+    survey = Survey(prepared.target, tasks, stream, settings, context.progress)
+    part = ByDivergence(judged_tokens=TOKENS)
     grains = grains_of(tasks, part)
 
     def ways(view: LayerView) -> Ways:

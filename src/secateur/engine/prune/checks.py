@@ -1,0 +1,155 @@
+"""What a run checks: weights before it, zeros after every solution, outputs that have collapsed.
+
+A linear has collapsed when it has lost four fifths of the energy of its output, a relative error
+of 0.9. Solvers that repair weights measure that error. For solvers that only set weights to zero,
+the norms of the inputs give an estimate that assumes uncorrelated inputs (`lost_energy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.prune.tasks import COLLAPSED, LinearTask, Tasks
+from secateur.engine.stream.targets import Target, walk_layers
+from secateur.errors import NumericalError, VerificationError
+from secateur.models.architecture import Linear, linears_of
+from secateur.models.checkpoint import not_finite
+from secateur.runs.records import LinearRecord
+from secateur.sparsity.patterns import misplaced
+from secateur.sparsity.solvers import Solution
+from secateur.types import Mask, Statistics, Weight
+
+_OWN_FAULT = "this is a fault in secateur or in a plug-in; please report it"
+
+
+def refuse_all_zero(target: Target) -> None:
+    """Refuse a model without a weight to prune. Reads up to the first matrix that has one.
+
+    Raises:
+        NumericalError: every matrix of every decoder layer is zero.
+    """
+    count = 0
+    for index, layer in walk_layers(target):
+        linears = linears_of(layer, target.architecture.layer_name(index)).values()
+        if any(linear.weight.any() for linear in linears):
+            return
+        count += len(linears)
+    if count:
+        raise NumericalError(
+            f"all {count} matrices of the decoder are zero",
+            where=target.architecture.layers_path,
+            remedy="the checkpoint holds no trained weights: get it again",
+        )
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights in memory that are NaN or infinite.
+
+    Raises:
+        NumericalError: there are such values; the message names the tensor and their number.
+    """
+    for name, tensor in tensors:
+        if bad := not_finite(tensor):
+            raise NumericalError(
+                f"{bad} of {tensor.numel()} weights are NaN or infinite",
+                where=name,
+                remedy="the model is damaged: load or make it again",
+            )
+
+
+def counted_zeros(linear: Linear, task: LinearTask, solution: Solution) -> tuple[int, int]:
+    """Compare the stored zeros of a solved linear with the number that its pattern requires.
+
+    Returns:
+        How many weights the mask removes, and how many are zero.
+
+    Raises:
+        VerificationError: there are fewer zeros.
+        NumericalError: a weight is NaN or infinite.
+    """
+    weight = linear.weight
+    expected = task.method.pattern.pruned(linear.shape, task.sparsity)
+    pruned = weight.numel() - int(solution.mask.sum())
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    if pruned != expected or zeros < expected:  # the source may have zeros of its own
+        raise VerificationError(
+            f"{linear.name} should have {expected} zeros; the mask has {pruned}, the weight "
+            f"{zeros}",
+            where=linear.name,
+            remedy=_OWN_FAULT,
+        )
+    check_finite([(f"{linear.name}.weight", weight)])
+    return pruned, zeros
+
+
+def check_zeros(layer: nn.Module, linears: Iterable[Linear], tasks: Tasks) -> None:
+    """Check where the zeros of every matrix are. A run does so in the first layer of each kind.
+
+    So a fault that affects every layer of a kind ends the run early.
+
+    Raises:
+        VerificationError: a weight is not zero where the pattern needs a zero.
+    """
+    for linear in linears:
+        task = tasks[linear.name]
+        missing = misplaced(task.method.pattern, linear.weight, task.sparsity)
+        if missing:
+            raise VerificationError(
+                f"{missing} of {linear.weight.numel()} weights are not zero and should be, "
+                f"at sparsity {task.sparsity:g} in the pattern {task.method.pattern.name}; this is "
+                f"the first {type(layer).__name__} of its kind, and no layer behind it was worked "
+                "on",
+                where=f"{linear.name}.weight",
+                remedy=f"{_OWN_FAULT}, and leave the matrix out: --exclude '{linear.name}'",
+            )
+
+
+def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
+    """The share of its output's energy that a linear loses; None without statistics of the inputs.
+
+    lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
+    """
+    if "column_norm" in statistics:
+        power = statistics["column_norm"].square()
+    elif "gram" in statistics:
+        power = statistics["gram"].diagonal()
+    else:
+        return None
+    energy = weight.detach().float().square() * power
+    total = float(energy.sum())
+    return float(energy.masked_fill(mask, 0.0).sum()) / total if total > 0 else None
+
+
+def collapsed(records: Sequence[LinearRecord], tasks: Tasks) -> dict[str, float]:
+    """The collapsed linears, with their lost energy.
+
+    A linear whose task removes all its columns has not collapsed: its block is gone on purpose.
+    """
+    lost = {}
+    for record in records:
+        share = record.lost if record.error is None else record.error
+        whole = tasks[record.name].method.pattern.whole_units
+        removed = whole and record.pruned == record.shape[0] * record.shape[1]
+        # an error that is not a number counts as the largest
+        if share is not None and not share <= COLLAPSED and not removed:
+            lost[record.name] = share
+    return lost
+
+
+def format_collapsed(lost: Mapping[str, float]) -> str:
+    """Describe the collapsed linears of a layer in one line."""
+    return ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
+
+
+def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
+    """The error that ends a run after a collapsed layer."""
+    return VerificationError(
+        f"the layer has collapsed: {format_collapsed(lost)}",
+        where=layer,
+        remedy="start anew with --restart and a lower --sparsity, or less for this layer "
+        f"(--overrides '{layer}.*=0.3'); the finished layers were kept, and --resume "
+        "with --on-collapse warn goes on with the same sparsity",
+    )

@@ -1,0 +1,320 @@
+"""One decoder layer is pruned: score → mask → solve, group by group.
+
+Two things vary. The *order* in which the inputs of groups arrive is a generator of groups:
+
+    weights_alone         no inputs: every linear is a group of its own
+    group_by_group        forwards halt at each group, and continue with its pruned weights
+    whole_layer           a first pass shows the inputs of all groups, a second one the outputs
+    beside_dense_twin     as `group_by_group`, in step with the dense layer (`dense_twin.py`)
+
+The *target* of a group is in its statistics: the outputs of its own weights on the inputs of the
+pruned model, or those of the dense twin (`GroupStatistics.weights`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from secateur.engine.prune.checks import counted_zeros, lost_energy
+from secateur.engine.prune.coverage import is_reached
+from secateur.engine.prune.statistics import CrossGram, GroupStatistics
+from secateur.engine.prune.tasks import Settings, Tasks, gathering
+from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
+from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
+from secateur.engine.stream.targets import Target
+from secateur.errors import located
+from secateur.models.architecture import Linear, linears_of
+from secateur.parallel.ranks import ALONE, Ranks, owners
+from secateur.precision import exact_matmuls
+from secateur.progress import Progress
+from secateur.runs.records import LinearRecord
+from secateur.types import STORED
+
+if TYPE_CHECKING:
+    from secateur.engine.prune.reconstruction import LayerTuning
+
+Arrivals = Generator[list[GroupStatistics], None, None]
+"""Groups whose inputs are known from all micro-batches of this process. Before the next ones are
+yielded, the weights of these may change."""
+
+
+class OpenLayer:
+    """A decoder layer with its weights, and how calibration passes through it.
+
+    Args:
+        module: the layer.
+        index: its number.
+        target: the model.
+        tasks: the tasks of all linears.
+        settings: how the work is done.
+        opened: the hidden states; None where no forward is needed.
+        progress: receives every forward.
+
+    Attributes:
+        linears: all prunable linears of the layer, by their names within it.
+        pruned: the linears to prune.
+        sources: sources of the statistics to gather, by name.
+        groups: the linears to prune, by shared input; none without sources.
+        stored: returns what was gathered of a linear before the run.
+        unseen: the full names of linears that calibration did not reach; they stay unchanged.
+        tuning: tunes the layer after pruning; None without tuning.
+        steps_taken: number of forwards so far.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        target: Target,
+        tasks: Tasks,
+        settings: Settings,
+        opened: OpenStream | None,
+        progress: Progress,
+    ) -> None:
+        self.module, self.index, self.tasks, self.settings = module, index, tasks, settings
+        self.opened, self.progress, self.steps_taken = opened, progress, 0
+        self.architecture, self.device = target.architecture, target.device
+        self.name, self.last = self.architecture.layer_name(index), index + 1 == len(target.layers)
+        self.linears = linears_of(module, self.name)
+        self.pruned = [x for x in self.linears.values() if tasks[x.name].changes]
+        needed = gathering(tasks, asymmetric=settings.asymmetric)
+        self.sources = {} if opened is None else needed.forward
+        self.groups = pruned_groups(self)
+        self.stored: Callable[[Linear], dict[str, Tensor]] = lambda linear: {}
+        if needed.backward:
+            from secateur.engine.stream.gradients import stored_gradients
+
+            self.stored = stored_gradients(settings.work, index, needed.backward, self.device)
+        self.unseen: list[str] = []
+        self.tuning: LayerTuning | None = None
+        if settings.tunes and self.pruned:
+            from secateur.engine.prune.reconstruction import LayerTuning
+
+            dense = self.inputs(dense=True)
+            self.tuning = LayerTuning(module, tasks, settings, self.inputs(), dense)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that solve different linears. Without inputs every process solves all."""
+        return self.settings.ranks if self.sources else ALONE
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the outputs of the layer right after pruning enter the next one."""
+        return self.opened is not None and not self.last and self.tuning is None
+
+    def inputs(self, *, dense: bool = False) -> LayerInputs:
+        """The hidden states of the pruned or the dense model at this layer."""
+        assert self.opened is not None
+        matmuls = partial(self.settings.matmuls, self.device)
+        return self.opened.layer_inputs(self.index, matmuls, self.step, dense=dense)
+
+    def step(self) -> None:
+        """Report one forward."""
+        self.steps_taken += 1
+        self.progress.step(note=f"layer {self.index}")
+
+    def complete(self, group: GroupStatistics) -> list[Linear]:
+        """Add up what all processes have gathered of a group. Return its linears to prune.
+
+        Linears that calibration did not reach stay unchanged and are recorded.
+        """
+        group.merge(self.ranks)
+        linears = [x for x in group.linears if self.tasks[x.name].changes]
+        tokens = group.tokens if self.sources else None
+        experts = [x for x in linears if self.architecture.of_expert(x.name)]
+        left = [x.name for x in experts if not is_reached(tokens, self.stored(x))]
+        self.unseen += left
+        return [x for x in linears if x.name not in left]
+
+    def agreed(self, arrived: Iterable[int]) -> Iterator[int]:
+        """The numbers of groups that all micro-batches of all processes have reached.
+
+        Only a forward shows which group comes next, so a process without any asks the first one.
+        """
+        assert self.opened is not None
+        stream = self.opened.stream
+        for number in arrived if stream.batches() else [-1] * len(self.groups):
+            yield self.ranks.gather(number)[0] if stream.some_idle else number
+
+
+def pruned_groups(layer: OpenLayer) -> list[list[Linear]]:
+    """The linears to prune, by shared input, without groups that stay dense."""
+    if layer.opened is None or not layer.sources:
+        return []
+    layout = layer.opened.stream.layouts[layer.index]
+    groups = [[layer.linears[name] for name in group] for group in layout.groups]
+    return [g for g in groups if any(layer.tasks[x.name].changes for x in g)]
+
+
+def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
+    """Prune one decoder layer, on the inputs that the pruned model has.
+
+    Several processes solve different linears, and then exchange them.
+
+    Args:
+        layer: the layer.
+        arrivals: its groups, in the order in which their inputs arrive.
+    """
+    ranks, records = layer.ranks, list[LinearRecord]()
+    with closing(arrivals):
+        for groups in arrivals:
+            waiting = [(group, layer.complete(group)) for group in groups]
+            groups.clear()  # so a group leaves memory when it is solved
+            every = [x for _, linears in waiting for x in linears]
+            owned = owners([x.shape[0] * x.shape[1] ** 2 for x in every], ranks.count)
+            mine = {x.name for x, owner in zip(every, owned, strict=True) if owner == ranks.rank}
+            found: list[LinearRecord] = []
+            while waiting:
+                found += prune_group(layer, *waiting.pop(0), mine)
+            records += _exchanged(every, owned, found, ranks) if ranks.count > 1 else found
+    return records
+
+
+def prune_group(
+    layer: OpenLayer, group: GroupStatistics, linears: Sequence[Linear], mine: Collection[str]
+) -> list[LinearRecord]:
+    """Score → mask → solve, for linears that share an input.
+
+    Args:
+        layer: their layer.
+        group: the statistics of the input, complete.
+        linears: the linears to prune. Their methods differ only in the pattern.
+        mine: names of the linears that this process solves.
+    """
+    solved = [x for x in linears if x.name in mine]
+    remasks = layer.tuning is not None and layer.tuning.remasks
+    if not (solved or (linears and remasks)):
+        return []
+    statistics = group.value()
+    weight_of = group.weights(layer.settings.asymmetric_damping)
+    group.release()
+    if solved:
+        with located(solved[0].name):
+            prepared = layer.tasks[solved[0].name].method.solver.prepare(statistics)
+    records = []
+    # tuning also needs the shadow weights of linears that another process solves
+    for linear in linears if remasks else solved:
+        started, task = time.perf_counter(), layer.tasks[linear.name]
+        weight = weight_of(linear)
+        if layer.tuning is not None and remasks:
+            layer.tuning.keep(linear, weight, statistics)
+        if linear.name not in mine:
+            continue
+        own = {**group.own(linear), **layer.stored(linear)}
+        with located(linear.name):
+            known = {**statistics, **own, STORED: linear.weight}
+            solution = task.method.solve(weight, prepared, known, task.sparsity)
+        # before `assign`, which overwrites what `weight` may be a view of
+        lost = lost_energy(weight, solution.mask, statistics) if solution.error is None else None
+        linear.assign(solution.weight)
+        if solution.shift is not None:
+            linear.shift(solution.shift)
+        pruned, zeros = counted_zeros(linear, task, solution)
+        records.append(
+            LinearRecord(
+                name=linear.name,
+                shape=linear.shape,
+                asked=task.sparsity,
+                pruned=pruned,
+                zeros=zeros,
+                error=solution.error,
+                lost=lost,
+                seconds=time.perf_counter() - started,
+                tokens=group.tokens if layer.sources else None,
+            )
+        )
+    return records
+
+
+def _exchanged(
+    linears: Sequence[Linear], owned: Sequence[int], own: Sequence[LinearRecord], ranks: Ranks
+) -> list[LinearRecord]:
+    """Give every process the pruned linears of the others. Return the records of all.
+
+    Args:
+        linears: the linears that the processes have pruned.
+        owned: the process that has pruned each.
+        own: the records of this process.
+        ranks: the processes.
+    """
+    gathered = ranks.gather([record.to_json() for record in own])
+    by_name = {entry["name"]: entry for entries in gathered for entry in entries}
+    for linear, owner in zip(linears, owned, strict=True):
+        for parameter in linear.module.parameters(recurse=False):
+            ranks.share(parameter, owner)
+    return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
+
+
+def weights_alone(layer: OpenLayer) -> Arrivals:
+    """All linears, each for itself: their weights and what is stored is all that is needed."""
+    yield [GroupStatistics({}, [linear], layer.device) for linear in layer.pruned]
+    if layer.passes_on:
+        layer.inputs().pass_through(layer.module)
+
+
+def whole_layer(layer: OpenLayer) -> Arrivals:
+    """All groups, as the papers do: after one pass through the dense layer."""
+    inputs, gathered = layer.inputs(), Gathered(layer)
+
+    def gather(number: int, x: Tensor) -> None:
+        with exact_matmuls(layer.device):  # within a forward, which may be in bfloat16
+            gathered[number].update(x)
+
+    forwards = [
+        partial(inputs.pass_one, layer.module, batch, stores=False) for batch in inputs.batches
+    ]
+    by_layer(layer.groups, forwards, gather)
+    yield [gathered.taken(number) for number in range(len(layer.groups))]
+    if layer.passes_on:
+        inputs.pass_through(layer.module)
+
+
+def group_by_group(layer: OpenLayer) -> Arrivals:
+    """Each group, when the forwards of all micro-batches have reached it, in one pass."""
+    gathered = Gathered(layer)
+    halted = HaltedLayer(layer.inputs(), layer.module, layer.groups, stores=layer.passes_on)
+
+    def gather(batch: int, number: int, x: Tensor, dense: Tensor | None) -> None:
+        gathered[number].update(x)
+
+    with closing(halted):
+        for number in layer.agreed(by_group(halted, gather, outputs_needed=layer.passes_on)):
+            yield [gathered.taken(number)]
+
+
+class Gathered(dict[int, GroupStatistics]):
+    """The statistics of a layer's groups, by number. Each begins when its first input arrives.
+
+    Not earlier, because a layer of many experts has many grams.
+
+    Args:
+        layer: the layer.
+        cross_of: makes the cross gram of linears that have another target than their own outputs.
+    """
+
+    def __init__(
+        self,
+        layer: OpenLayer,
+        cross_of: Callable[[Sequence[Linear]], CrossGram | None] = lambda linears: None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.cross_of = layer, cross_of
+
+    def __missing__(self, number: int) -> GroupStatistics:
+        layer, linears = self.layer, self.layer.groups[number]
+        cross = self.cross_of(linears)
+        self[number] = GroupStatistics(layer.sources, linears, layer.device, cross)
+        return self[number]
+
+    def taken(self, number: int) -> GroupStatistics:
+        """Take the statistics of a group out, also of one that no input has reached."""
+        found = self[number]
+        del self[number]
+        return found
