@@ -16,12 +16,12 @@ from secateur.calibration.run_windows import READY, RunWindows, WindowReader
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import check_fit
 from secateur.engine.prepared import settings_of, windows_needed
-from secateur.engine.prune.checks import check_finite, refuse_all_zero
+from secateur.engine.prune.checks import check_finite
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.run import allocated, prune_layers
 from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts, refuse_unknown
-from secateur.engine.stream.targets import ModelTarget
+from secateur.engine.stream.targets import ModelTarget, refuse_all_zero
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts

@@ -30,10 +30,10 @@ from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
 from secateur.engine.prepared import Prepared, choose_plan, prepare, settings_of
-from secateur.engine.prune.checks import refuse_all_zero
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.run import allocated, prune_layers
 from secateur.engine.prune.tasks import Tasks, settled_allocation, skipped_matrices
+from secateur.engine.stream.targets import refuse_all_zero
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
 from secateur.parallel.ranks import ALONE, Ranks, refuse_another_model

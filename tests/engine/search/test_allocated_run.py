@@ -15,7 +15,6 @@ import secateur
 from oracles import allocation as oracle
 from oracles.mixtures import inputs_of
 from secateur.calibration.windows import save_windows
-from secateur.engine import prepared
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.search.allocation import (
     LevelVariants,
@@ -34,6 +33,7 @@ from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
 from secateur.progress import Silent
+from secateur.recipes import methods_of
 from secateur.sparsity.allocation import AllocationDefaults, allocations
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("exact_matmuls")
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's search is the small one."""
     short = {name: allocations[name] for name in allocations} | {"search": lambda: SMALL}
-    monkeypatch.setattr(prepared, "allocations", short)
+    monkeypatch.setattr(methods_of, "allocations", short)
 
 
 def survey_of(

@@ -1,4 +1,4 @@
-"""What a run checks: weights before it, zeros after every solution, outputs that have collapsed.
+"""What a run checks: finite weights, zeros after every solution, outputs that have collapsed.
 
 A linear has collapsed when it has lost four fifths of the energy of its output, a relative error
 of 0.9. Solvers that repair weights measure that error. For solvers that only set weights to zero,
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.prune.tasks import COLLAPSED, LinearTask, Tasks
-from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import NumericalError, VerificationError
-from secateur.models.architecture import Linear, linears_of
+from secateur.models.architecture import Linear
 from secateur.models.checkpoint import not_finite
 from secateur.runs.records import LinearRecord
 from secateur.sparsity.patterns import misplaced
@@ -23,26 +22,6 @@ from secateur.sparsity.solvers import Solution
 from secateur.types import Mask, Statistics, Weight
 
 _OWN_FAULT = "this is a fault in secateur or in a plug-in; please report it"
-
-
-def refuse_all_zero(target: Target) -> None:
-    """Refuse a model without a weight to prune. Reads up to the first matrix that has one.
-
-    Raises:
-        NumericalError: every matrix of every decoder layer is zero.
-    """
-    count = 0
-    for index, layer in walk_layers(target):
-        linears = linears_of(layer, target.architecture.layer_name(index)).values()
-        if any(linear.weight.any() for linear in linears):
-            return
-        count += len(linears)
-    if count:
-        raise NumericalError(
-            f"all {count} matrices of the decoder are zero",
-            where=target.architecture.layers_path,
-            remedy="the checkpoint holds no trained weights: get it again",
-        )
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.models.architecture import Architecture, describe
+from secateur.errors import NumericalError
+from secateur.models.architecture import Architecture, describe, linears_of
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.inventory import (
     StoredMatrix,
@@ -249,3 +250,23 @@ def walk_layers(
     for number in range(len(target.layers)) if numbers is None else numbers:
         with target.layer(number) as layer:
             yield number, layer
+
+
+def refuse_all_zero(target: Target) -> None:
+    """Refuse a model without a weight to prune. Reads up to the first matrix that has one.
+
+    Raises:
+        NumericalError: every matrix of every decoder layer is zero.
+    """
+    count = 0
+    for index, layer in walk_layers(target):
+        linears = linears_of(layer, target.architecture.layer_name(index)).values()
+        if any(linear.weight.any() for linear in linears):
+            return
+        count += len(linears)
+    if count:
+        raise NumericalError(
+            f"all {count} matrices of the decoder are zero",
+            where=target.architecture.layers_path,
+            remedy="the checkpoint holds no trained weights: get it again",
+        )
