@@ -146,7 +146,9 @@ def continue_windows(
         return written
     kind: type[_Packed | _Whole] = _Packed if _is_rounded(model) else _Whole
     writer = kind(model, min(AT_ONCE, count), length)
-    never = _never_drawn(model, start)
+    ends = model.config.get_text_config(decoder=True).eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    never = torch.tensor([*ends, *start], dtype=torch.int64)  # a window would end or restart
     with torch.random.fork_rng(), torch.inference_mode():
         for first in range(ready, count, AT_ONCE):
             # A seed for each batch: a resumed run draws what an unbroken one draws.
@@ -160,13 +162,6 @@ def continue_windows(
             written = torch.cat([written, new])
             on_batch(written)
     return written
-
-
-def _never_drawn(model: Any, start: Sequence[int]) -> Tensor:
-    """The tokens with which a window would end early or restart."""
-    ends = model.config.get_text_config(decoder=True).eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return torch.tensor([*ends, *start], dtype=torch.int64)
 
 
 def _continued(

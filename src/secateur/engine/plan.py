@@ -40,8 +40,7 @@ NAMED_NEEDS, NAMED_SHARE = 3, 0.05
 """An error names so many needs of a phase: each at least this part of it."""
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """A part of a run.
 
     Attributes:

@@ -18,28 +18,7 @@ from torch import Tensor
 
 from secateur.allocator import LOGITS_BYTES
 from secateur.calibration.statistics import held_bytes
-from secateur.engine.plan import (
-    DISTILLING,
-    GENERATING,
-    LOADING,
-    ON_DISK,
-    PRUNING,
-    SENDING,
-    SHORTER,
-    TUNING,
-    Need,
-    PartNeeds,
-    Plan,
-    calls_of,
-    layers_by_kind,
-    memory_budget,
-    model_bytes,
-    rehearse,
-    rehearse_training,
-    weights_of,
-    with_program,
-    working_weights,
-)
+from secateur.engine import plan
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
@@ -71,7 +50,7 @@ difference, its square, the gradient."""
 
 
 @dataclass(frozen=True)
-class PrunePlan(Plan):
+class PrunePlan(plan.Plan):
     """The needs of a prune, with its work.
 
     Attributes:
@@ -184,7 +163,7 @@ def plan_run(
     passed = survey.passed_tokens + tokens * _passes(settings) + learnt.passed_tokens
     needs = [
         *pruning_needs(
-            max(map(weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
+            max(map(plan.weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
             settings.in_memory * stored,
             forwards,
             solving,
@@ -192,17 +171,19 @@ def plan_run(
             stays_on_gpu=settings.on_gpu,
             tunes=settings.tunes,
         ),
-        Need("writing", writing, (GENERATING,), "the whole model", "use --generated-windows 0"),
-        Need("tuning", tuning, (TUNING,), "gradients and forward of a layer", TUNE_LESS),
+        plan.Need(
+            "writing", writing, (plan.GENERATING,), "the whole model", "use --generated-windows 0"
+        ),
+        plan.Need("tuning", tuning, (plan.TUNING,), "gradients and forward of a layer", TUNE_LESS),
         *learning_needs(learnt.memory_bytes, models[:loaded], sweeps=bool(learning.sweep_windows)),
     ]
     return PrunePlan(
-        with_program(needs, on_gpu),
+        plan.with_program(needs, on_gpu),
         on_gpu,
         output_bytes + survey.disk_bytes + learnt.disk_bytes + gradients + passes * stored,
         solve_shape=solving.shape,
         fallback_bytes=solving.most - solving.usual,
-        flops=2 * working_weights(target) * passed,
+        flops=2 * plan.working_weights(target) * passed,
         passed_tokens=passed,
         num_hidden_layers=len(layers),
         prunable_weights=prunable,
@@ -221,7 +202,7 @@ def pruning_needs(
     on_gpu: bool,
     stays_on_gpu: bool,
     tunes: bool,
-) -> list[Need]:
+) -> list[plan.Need]:
     """The needs of pruning layer by layer.
 
     Args:
@@ -233,20 +214,22 @@ def pruning_needs(
         stays_on_gpu: whether hidden states and halted forwards are in its memory.
         tunes: whether pruned layers are tuned.
     """
-    layers = (PRUNING, TUNING) if tunes else (PRUNING,)
-    away = (SENDING,) if on_gpu and not stays_on_gpu else None  # what is on the host
+    layers = (plan.PRUNING, plan.TUNING) if tunes else (plan.PRUNING,)
+    away = (plan.SENDING,) if on_gpu and not stays_on_gpu else None  # what is on the host
     shape = "solving a {} x {} linear".format(*solving.shape)
     return [
         # the host of a GPU holds the layer on its way
-        Need("layer", layer, (*layers, SENDING), "a decoder layer", SMALLER),
-        Need("activation", stored, away or layers, "hidden states", ON_DISK),
-        Need("forward", forwards[0], (PRUNING,), "the forward of a micro-batch", SHORTER),
-        Need("waiting", forwards[1], away or (PRUNING,), "halted forwards", ON_DISK),
-        Need("solve", solving.most, (PRUNING,), shape, SOLVE_LESS),
+        plan.Need("layer", layer, (*layers, plan.SENDING), "a decoder layer", SMALLER),
+        plan.Need("activation", stored, away or layers, "hidden states", plan.ON_DISK),
+        plan.Need(
+            "forward", forwards[0], (plan.PRUNING,), "the forward of a micro-batch", plan.SHORTER
+        ),
+        plan.Need("waiting", forwards[1], away or (plan.PRUNING,), "halted forwards", plan.ON_DISK),
+        plan.Need("solve", solving.most, (plan.PRUNING,), shape, SOLVE_LESS),
     ]
 
 
-def learning_needs(size: int, models: Sequence[Target], *, sweeps: bool) -> list[Need]:
+def learning_needs(size: int, models: Sequence[Target], *, sweeps: bool) -> list[plan.Need]:
     """The needs of a distillation, and of the whole models that are loaded, one after the other.
 
     Args:
@@ -255,10 +238,10 @@ def learning_needs(size: int, models: Sequence[Target], *, sweeps: bool) -> list
         sweeps: whether it has one decoder layer in memory.
     """
     less = "use --distill-epochs 0" + ("" if sweeps else " or --distill-sweep-windows 16")
-    loading = max(map(model_bytes, models), default=0)
+    loading = max(map(plan.model_bytes, models), default=0)
     return [
-        Need("distilling", size, (DISTILLING,), "weights, gradients and moments", less),
-        Need("loading", loading, (LOADING,), "the whole model"),
+        plan.Need("distilling", size, (plan.DISTILLING,), "weights, gradients and moments", less),
+        plan.Need("loading", loading, (plan.LOADING,), "the whole model"),
     ]
 
 
@@ -286,15 +269,15 @@ def choose_sweeps(
         return options.sweep_windows or 0
     models, on_gpu = (dense, teacher or dense), dense.device.type == "cuda"
     size = distilling_bytes(*models, windows[:1]) + _on_grid_bytes(tasks)
-    plan = Plan(with_program(learning_needs(size, models, sweeps=False), on_gpu), on_gpu)
-    budget = memory_budget(max_memory, dense.device)
-    if budget.shortage(plan) is None:
+    whole = plan.Plan(plan.with_program(learning_needs(size, models, sweeps=False), on_gpu), on_gpu)
+    budget = plan.memory_budget(max_memory, dense.device)
+    if budget.shortage(whole) is None:
         return 0
     log.warning(
         "distilling with one decoder layer in memory, in sweeps of %d windows: with both whole "
         "models the peak is %.2f GiB, the budget %.2f GiB",
         SWEEP_WINDOWS,
-        plan.peak_bytes / 2**30,
+        whole.peak_bytes / 2**30,
         budget.computing / 2**30,
     )
     return SWEEP_WINDOWS
@@ -302,10 +285,10 @@ def choose_sweeps(
 
 def _plan_distillation(
     target: Target, tasks: Tasks, windows: Tensor | None, how: Learning, of_token: int
-) -> PartNeeds:
+) -> plan.PartNeeds:
     """The needs of a distillation, given the bytes of a hidden state in float32."""
     if not how.epochs:
-        return PartNeeds()
+        return plan.PartNeeds()
     epochs, sweep_windows, teacher = how.epochs, how.sweep_windows, how.teacher or target
     tokens = how.extra_tokens + (0 if windows is None else windows.numel())
     layers, memory = len(target.layers), 0
@@ -316,15 +299,17 @@ def _plan_distillation(
         if sweep_windows:
             of_models, on_grid = _sweep_bytes, on_grid // layers
         memory = of_models(target, teacher, windows[:1]) + on_grid
-    taught = working_weights(teacher) / working_weights(target)  # a forward, in the student's
+    taught = plan.working_weights(teacher) / plan.working_weights(
+        target
+    )  # a forward, in the student's
     if not sweep_windows:
-        return PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
+        return plan.PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
     at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
     disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
     # The teacher passes once, and every layer runs again for its backward.
-    return PartNeeds(memory, disk, round((taught + 4 * epochs) * tokens))
+    return plan.PartNeeds(memory, disk, round((taught + 4 * epochs) * tokens))
 
 
 def _passes(settings: Settings) -> int:
@@ -339,10 +324,10 @@ def _plan_survey(
     groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
     allocation: Allocation,
     *more: Any,
-) -> PartNeeds:
+) -> plan.PartNeeds:
     """The needs of an allocation; arguments as of `survey_needs`."""
     if allocation.reach == 0:
-        return PartNeeds()
+        return plan.PartNeeds()
     from secateur.engine.search.allocation import survey_needs
 
     return survey_needs(target, groups, allocation, *more)
@@ -371,14 +356,14 @@ def _forward_bytes(
     gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
     halting = gathered and settings.sequential == "group" and settings.in_memory
     waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
-    hidden, calls = calls_of(target, windows[: settings.windows_at_once(windows)])
+    hidden, calls = plan.calls_of(target, windows[: settings.windows_at_once(windows)])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
     values = max(call.values().nbytes if call.varying else 0 for call in calls)
     stored = (own + values) * windows.numel() // batch_tokens
     rehearsals = [
-        rehearse(target.layers[i], found[i].groups, hidden, call)
-        for i, call, _ in layers_by_kind(target, calls)
+        plan.rehearse(target.layers[i], found[i].groups, hidden, call)
+        for i, call, _ in plan.layers_by_kind(target, calls)
     ]
     forward, halted = map(max, zip(*rehearsals, strict=True))
     # A halted forward's own input is a view of the stored hidden states.
@@ -407,14 +392,14 @@ def _group_shapes(
 
 def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     """Two whole models, one in float32 with gradients, moments and masks; one window's forward."""
-    hidden, calls = calls_of(target, window)
+    hidden, calls = plan.calls_of(target, window)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
-        count * rehearse_training(target.layers[i], hidden, call, written_out=written_out)
-        for i, call, count in layers_by_kind(target, calls)
+        count * plan.rehearse_training(target.layers[i], hidden, call, written_out=written_out)
+        for i, call, count in plan.layers_by_kind(target, calls)
     )
-    models = 4 * weights_of(target.model) + model_bytes(teacher)
-    learning = (3 * 4 + 1) * weights_of(target.layers)  # gradient, two moments; a byte of mask
+    models = 4 * plan.weights_of(target.model) + plan.model_bytes(teacher)
+    learning = (3 * 4 + 1) * plan.weights_of(target.layers)  # gradient, two moments; a byte of mask
     forward += HIDDEN_COPIES * hidden.numel()
     return models + learning + forward + logits_bytes(target, window)
 
@@ -424,13 +409,13 @@ def _sweep_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     through it; or everything outside the layers in float32 with one window's logits. The teacher's
     layers have no gradients, so only what is outside of them counts.
     """
-    hidden, calls = calls_of(target, window)
-    weights = max(map(weights_of, target.layers))
-    outside = max(weights_of(x.model) - weights_of(x.layers) for x in (target, teacher))
+    hidden, calls = plan.calls_of(target, window)
+    weights = max(map(plan.weights_of, target.layers))
+    outside = max(plan.weights_of(x.model) - plan.weights_of(x.layers) for x in (target, teacher))
     written_out = writes_out(target.device, window.shape[1])
     forward = max(
-        rehearse_training(target.layers[i], hidden, call, written_out=written_out)
-        for i, call, _ in layers_by_kind(target, calls)
+        plan.rehearse_training(target.layers[i], hidden, call, written_out=written_out)
+        for i, call, _ in plan.layers_by_kind(target, calls)
     )
     outer = 4 * outside + logits_bytes(target, window) + HIDDEN_COPIES * hidden.numel()
     return max((4 * 4 + 1) * weights + forward, outer)

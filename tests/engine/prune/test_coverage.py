@@ -12,8 +12,8 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.prune import layer as pruning
 from secateur.engine.prune.coverage import reach, silent_experts
+from secateur.engine.prune.layer import OpenLayer
 from secateur.errors import VerificationError
 from secateur.runs.records import Layer, LinearRecord
 
@@ -79,13 +79,13 @@ def test_a_run_that_passes_over_a_matrix_fails(
 ) -> None:
     """As it would if a model computed something without calling its linears."""
     source = save_tiny(tmp_path / "source", "llama")
-    plain = pruning.pruned_groups
+    plain = OpenLayer.pruned_groups
 
-    def without_down(opened: pruning.OpenLayer) -> Any:
+    def without_down(opened: OpenLayer) -> Any:
         groups = plain(opened)
         return groups[:-1] if opened.index == 1 else groups
 
-    monkeypatch.setattr(pruning, "pruned_groups", without_down)
+    monkeypatch.setattr(OpenLayer, "pruned_groups", without_down)
     save_windows(tiny_windows(), tmp_path / "windows.safetensors")
     with pytest.raises(VerificationError, match="passed over") as error:
         secateur.prune(

@@ -18,7 +18,7 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from oracles.hybrids import wanda
-from secateur.engine.prune import layer as pruning
+from secateur.engine.prune.layer import OpenLayer
 from secateur.engine.prune.tasks import UNSEEN
 from secateur.engine.stream.layouts import layouts
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
@@ -151,13 +151,13 @@ def test_linears_with_parts_of_one_tensor_are_no_group() -> None:
 def test_the_first_layer_of_a_kind_is_verified_before_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    grouped, begun = pruning.pruned_groups, []
+    grouped, begun = OpenLayer.pruned_groups, []
 
-    def forgets(opened: pruning.OpenLayer) -> list:
+    def forgets(opened: OpenLayer) -> list:
         begun.append(opened.index)
         return [g for g in grouped(opened) if not g[0].name.endswith("self_attn.out_proj")]
 
-    monkeypatch.setattr(pruning, "pruned_groups", forgets)
+    monkeypatch.setattr(OpenLayer, "pruned_groups", forgets)
     with pytest.raises(VerificationError) as caught:
         secateur.prune(
             tiny_architecture("lfm2"), method="wanda", sparsity=0.5, calibration=tiny_windows()

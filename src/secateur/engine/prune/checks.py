@@ -7,7 +7,7 @@ the norms of the inputs give an estimate that assumes uncorrelated inputs (`lost
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,19 +116,3 @@ def collapsed(records: Sequence[LinearRecord], tasks: Tasks) -> dict[str, float]
         if share is not None and not share <= COLLAPSED and not removed:
             lost[record.name] = share
     return lost
-
-
-def format_collapsed(lost: Mapping[str, float]) -> str:
-    """Describe the collapsed linears of a layer in one line."""
-    return ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
-
-
-def collapse_error(layer: str, lost: Mapping[str, float]) -> VerificationError:
-    """The error that ends a run after a collapsed layer."""
-    return VerificationError(
-        f"the layer has collapsed: {format_collapsed(lost)}",
-        where=layer,
-        remedy="start anew with --restart and a lower --sparsity, or less for this layer "
-        f"(--overrides '{layer}.*=0.3'); the finished layers were kept, and --resume "
-        "with --on-collapse warn goes on with the same sparsity",
-    )

@@ -179,20 +179,6 @@ def _flat(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1])
 
 
-def beside_dense_twin(layer: OpenLayer) -> Arrivals:
-    """Each group in one pass, as `group_by_group`, in step with the dense layer."""
-    twin = DenseTwin(layer)
-    with ExitStack() as stack:
-        for part in (twin.dense, twin.changing, twin.experts):
-            if part:
-                stack.callback(part.close)
-        arrived = by_group(twin.changing, twin.gather, twin.dense, outputs_needed=layer.passes_on)
-        for number in layer.agreed(arrived):
-            yield [twin.gathered.taken(number)]
-        twin.dense.finish()
-    twin.dense.inputs.states.advance(layer.index + 1)
-
-
 class DenseTwin:
     """The dense layer that runs beside the one that is pruned, and the targets that it gives.
 
@@ -216,6 +202,7 @@ class DenseTwin:
     """
 
     def __init__(self, layer: OpenLayer) -> None:
+        self.layer = layer
         self.of_expert, linears = layer.architecture.of_expert, layer.linears
         plain, normed = layer.architecture.writers, dict(layer.architecture.normed_writers)
         found = [name for name in (*plain, *normed) if name in linears]
@@ -238,6 +225,21 @@ class DenseTwin:
         if found and not self.norms and type(module) is OpenExperts:
             self.experts = ExpertTargets(path, self.changing, self.dense)
         self.gathered = Gathered(layer, self._cross_of)
+
+    def arrivals(self) -> Arrivals:
+        """Each group in one pass, as `group_by_group`, in step with the dense layer."""
+        layer = self.layer
+        with ExitStack() as stack:
+            for part in (self.dense, self.changing, self.experts):
+                if part:
+                    stack.callback(part.close)
+            arrived = by_group(
+                self.changing, self.gather, self.dense, outputs_needed=layer.passes_on
+            )
+            for number in layer.agreed(arrived):
+                yield [self.gathered.taken(number)]
+            self.dense.finish()
+        self.dense.inputs.states.advance(layer.index + 1)
 
     def _writes(self, linears: Sequence[Linear]) -> bool:
         """Whether a group is a linear that writes to the residual stream."""

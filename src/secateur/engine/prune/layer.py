@@ -5,7 +5,7 @@ Two things vary. The *order* in which the inputs of groups arrive is a generator
     weights_alone         no inputs: every linear is a group of its own
     group_by_group        forwards halt at each group, and continue with its pruned weights
     whole_layer           a first pass shows the inputs of all groups, a second one the outputs
-    beside_dense_twin     as `group_by_group`, in step with the dense layer (`dense_twin.py`)
+    DenseTwin.arrivals    as `group_by_group`, in step with the dense layer (`dense_twin.py`)
 
 The *target* of a group is in its statistics: the outputs of its own weights on the inputs of the
 pruned model, or those of the dense twin (`GroupStatistics.weights`).
@@ -85,7 +85,7 @@ class OpenLayer:
         self.pruned = [x for x in self.linears.values() if tasks[x.name].changes]
         needed = gathering(tasks, asymmetric=settings.asymmetric)
         self.sources = {} if opened is None else needed.forward
-        self.groups = pruned_groups(self)
+        self.groups = self.pruned_groups()
         self.stored: Callable[[Linear], dict[str, Tensor]] = lambda linear: {}
         if needed.backward:
             from secateur.engine.stream.gradients import stored_gradients
@@ -98,6 +98,14 @@ class OpenLayer:
 
             dense = self.inputs(dense=True)
             self.tuning = LayerTuning(module, tasks, settings, self.inputs(), dense)
+
+    def pruned_groups(self) -> list[list[Linear]]:
+        """The linears to prune, by shared input, without groups that stay dense."""
+        if self.opened is None or not self.sources:
+            return []
+        layout = self.opened.stream.layouts[self.index]
+        groups = [[self.linears[name] for name in group] for group in layout.groups]
+        return [g for g in groups if any(self.tasks[x.name].changes for x in g)]
 
     @property
     def ranks(self) -> Ranks:
@@ -142,15 +150,6 @@ class OpenLayer:
         stream = self.opened.stream
         for number in arrived if stream.batches() else [-1] * len(self.groups):
             yield self.ranks.gather(number)[0] if stream.some_idle else number
-
-
-def pruned_groups(layer: OpenLayer) -> list[list[Linear]]:
-    """The linears to prune, by shared input, without groups that stay dense."""
-    if layer.opened is None or not layer.sources:
-        return []
-    layout = layer.opened.stream.layouts[layer.index]
-    groups = [[layer.linears[name] for name in group] for group in layout.groups]
-    return [g for g in groups if any(layer.tasks[x.name].changes for x in g)]
 
 
 def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
@@ -250,6 +249,20 @@ def _exchanged(
         for parameter in linear.module.parameters(recurse=False):
             ranks.share(parameter, owner)
     return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
+
+
+def arrivals_of(layer: OpenLayer) -> Arrivals:
+    """The groups of a layer, in the order of the settings.
+
+    With tuning, the windows of the dense model pass first, while the layer is dense.
+    """
+    if layer.settings.tunes:
+        dense = layer.inputs(dense=True)
+        dense.pass_through(layer.module)
+        dense.states.advance(layer.index + 1)
+    if not layer.sources:
+        return weights_alone(layer)
+    return group_by_group(layer) if layer.settings.sequential == "group" else whole_layer(layer)
 
 
 def weights_alone(layer: OpenLayer) -> Arrivals:

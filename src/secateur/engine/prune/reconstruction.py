@@ -255,7 +255,10 @@ def reconstruct(
                     # a process's share of the step, so that the sums of gradients are its mean
                     error = error * (len(inputs) / len(windows))
                     error.backward()
-            _sum_gradients(parameters, ranks)
+            for parameter in parameters if ranks.count > 1 else ():
+                if parameter.grad is None:  # of a process without windows in this step
+                    parameter.grad = torch.zeros_like(parameter)
+                ranks.total(parameter.grad)
             choosing = step < _CHOOSING * len(steps)
             for tuned in pruned:
                 tuned.before_step(choosing=choosing)
@@ -265,16 +268,6 @@ def reconstruct(
                 tuned.after_step(choose=choosing and step % _CHOOSE_EVERY == _CHOOSE_EVERY - 1)
             on_step()
         on_grid.settle()
-
-
-def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Add up the gradients of all processes. One without windows in this step has none."""
-    if ranks.count == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        ranks.total(parameter.grad)
 
 
 def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:

@@ -19,20 +19,14 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from secateur.allocator import reused_pages
-from secateur.engine.prune.checks import check_zeros, collapse_error, collapsed, format_collapsed
+from secateur.engine.prune.checks import check_zeros, collapsed
 from secateur.engine.prune.coverage import coverage, warn_of_experts
-from secateur.engine.prune.layer import (
-    Arrivals,
-    OpenLayer,
-    group_by_group,
-    prune_layer,
-    weights_alone,
-    whole_layer,
-)
+from secateur.engine.prune.layer import OpenLayer, arrivals_of, prune_layer
 from secateur.engine.prune.tasks import Settings, Tasks, gathering, left_dense
 from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStream
 from secateur.engine.stream.layouts import kind_of
 from secateur.engine.stream.targets import Target, walk_layers
+from secateur.errors import VerificationError
 from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.folder import Ledger
@@ -120,7 +114,13 @@ def prune_layers(
             for linear in layer.linears.values():
                 if not linear.weight.any():
                     log.warning("%s is all zero before it is pruned", linear.name)
-            records = prune_layer(layer, _arrivals(layer))
+            if layer.sources and settings.asymmetric:
+                from secateur.engine.prune.dense_twin import DenseTwin
+
+                arrivals = DenseTwin(layer).arrivals()
+            else:
+                arrivals = arrivals_of(layer)
+            records = prune_layer(layer, arrivals)
             tuned = _tuned(layer)
             tasks = left_dense(tasks, layer.unseen)
             if (kind := kind_of(module)) not in kinds:
@@ -145,21 +145,6 @@ def _steps(settings: Settings, opened: OpenStream | None) -> int:
     if settings.tunes:
         passes += 2 + settings.tune_passes
     return passes * len(opened.batches())
-
-
-def _arrivals(layer: OpenLayer) -> Arrivals:
-    """The groups of a layer, in the order of the settings."""
-    if layer.sources and layer.settings.asymmetric:
-        from secateur.engine.prune.dense_twin import beside_dense_twin
-
-        return beside_dense_twin(layer)
-    if layer.settings.tunes:  # the windows of the dense model, while the layer is dense
-        dense = layer.inputs(dense=True)
-        dense.pass_through(layer.module)
-        dense.states.advance(layer.index + 1)
-    if not layer.sources:
-        return weights_alone(layer)
-    return (group_by_group if layer.settings.sequential == "group" else whole_layer)(layer)
 
 
 def _tuned(layer: OpenLayer) -> dict[str, float]:
@@ -217,7 +202,14 @@ def finish_layer(
         opened.forget(index)
     # The last layer's forwards end early, because nothing reads their outputs.
     layer.progress.step(_steps(settings, opened) - layer.steps_taken, note=f"layer {index}")
+    what = ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())
     if lost and settings.on_collapse == "stop":
-        raise collapse_error(layer.name, lost)
+        raise VerificationError(
+            f"the layer has collapsed: {what}",
+            where=layer.name,
+            remedy="start anew with --restart and a lower --sparsity, or less for this layer "
+            f"(--overrides '{layer.name}.*=0.3'); the finished layers were kept, and --resume "
+            "with --on-collapse warn goes on with the same sparsity",
+        )
     if lost and settings.ranks.first:
-        log.warning("%s has collapsed: %s", layer.name, format_collapsed(lost))
+        log.warning("%s has collapsed: %s", layer.name, what)

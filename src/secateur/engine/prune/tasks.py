@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -374,8 +374,7 @@ HELD_TARGETS = 2
 """Number of these matrices that stay while the linears of a group are solved."""
 
 
-@dataclass(frozen=True)
-class SolveMemory:
+class SolveMemory(NamedTuple):
     """The memory for solving one linear, with its statistics: of the linear that takes most.
 
     Attributes:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateur.engine.stream.packing import PackedHiddenStates, States, find_packing
+from secateur.engine.stream.packing import PackedHiddenStates, States
 from secateur.errors import ArchitectureError
 
 
@@ -302,7 +302,7 @@ def layer_calls(model: Any, layers: nn.ModuleList, batches: list[Tensor]) -> lis
     shared = _shared_states(layers, hidden, calls)
     packing = None
     if hidden.ndim != 3 or shared:  # more than one hidden state for each token
-        packing = find_packing(hidden, batches[0].shape, shared, type(model).__name__)
+        packing = PackedHiddenStates.of(hidden, batches[0].shape, shared, type(model).__name__)
     return [replace(call, packing=packing) for call in calls]
 
 

@@ -39,6 +39,37 @@ class PackedHiddenStates:
     stacked: int = 0
     shared: Mapping[str, Sizes] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, hidden: Tensor, tokens: torch.Size, found: Mapping[str, States], where: str
+    ) -> PackedHiddenStates:
+        """The columns for a model whose layers take more than one hidden state for each token.
+
+        Args:
+            hidden: what its first layer takes.
+            tokens: (windows, tokens of a window).
+            found: what its layers share.
+            where: the model, for the error.
+
+        Raises:
+            ArchitectureError: a tensor has no row for each token.
+        """
+        stacked = hidden.shape[0] if hidden.ndim == 4 and hidden.shape[1:3] == tokens else 0
+        odd = [] if stacked or hidden.shape[:-1] == tokens else [("hidden states", hidden)]
+        shared_ones = [(key, x) for key, tensors in found.items() for x in tensors]
+        odd += [(k, x) for k, x in shared_ones if x.ndim != 4 or (x.shape[0], x.shape[2]) != tokens]
+        if odd:
+            what, x = odd[0]
+            raise ArchitectureError(
+                f"{where} gives its layers {what} of shape {tuple(x.shape)} for {tokens[0]} "
+                f"windows of {tokens[1]} tokens",
+                remedy="this family cannot be pruned layer by layer yet",
+            )
+        shared = {
+            key: tuple((x.shape[1], x.shape[3]) for x in tensors) for key, tensors in found.items()
+        }
+        return cls(hidden.shape[-1], stacked, shared)
+
     @property
     def width(self) -> int:
         """The number of columns that hidden states take."""
@@ -81,34 +112,3 @@ class PackedHiddenStates:
         for size in (size for sizes in self.shared.values() for size in sizes):
             yield packed[..., start : start + prod(size)]
             start += prod(size)
-
-
-def find_packing(
-    hidden: Tensor, tokens: torch.Size, found: Mapping[str, States], where: str
-) -> PackedHiddenStates:
-    """The columns for a model whose layers take more than one hidden state for each token.
-
-    Args:
-        hidden: what its first layer takes.
-        tokens: (windows, tokens of a window).
-        found: what its layers share.
-        where: the model, for the error.
-
-    Raises:
-        ArchitectureError: a tensor has no row for each token.
-    """
-    stacked = hidden.shape[0] if hidden.ndim == 4 and hidden.shape[1:3] == tokens else 0
-    odd = [] if stacked or hidden.shape[:-1] == tokens else [("hidden states", hidden)]
-    shared_ones = [(key, x) for key, tensors in found.items() for x in tensors]
-    odd += [(k, x) for k, x in shared_ones if x.ndim != 4 or (x.shape[0], x.shape[2]) != tokens]
-    if odd:
-        what, x = odd[0]
-        raise ArchitectureError(
-            f"{where} gives its layers {what} of shape {tuple(x.shape)} for {tokens[0]} windows of "
-            f"{tokens[1]} tokens",
-            remedy="this family cannot be pruned layer by layer yet",
-        )
-    shared = {
-        key: tuple((x.shape[1], x.shape[3]) for x in tensors) for key, tensors in found.items()
-    }
-    return PackedHiddenStates(hidden.shape[-1], stacked, shared)

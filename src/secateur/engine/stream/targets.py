@@ -17,24 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NumericalError
+from secateur.models import inventory, skeleton
 from secateur.models.architecture import Architecture, describe, linears_of
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.inventory import (
-    StoredMatrix,
-    inventory,
-    inventory_of,
-    stored_linears,
-    stored_shapes,
-)
-from secateur.models.skeleton import (
-    assign,
-    build_skeleton,
-    empty,
-    fill,
-    fill_buffers,
-    model_names,
-    stored_names,
-)
 
 
 class Target(Protocol):
@@ -50,7 +35,7 @@ class Target(Protocol):
         """The decoder layers; they may be empty outside `layer`."""
         ...
 
-    def matrices(self) -> list[StoredMatrix]:
+    def matrices(self) -> list[inventory.StoredMatrix]:
         """Every floating-point tensor of two or more dimensions, as it is stored."""
         ...
 
@@ -86,9 +71,9 @@ class ModelTarget:
         """The decoder layers."""
         return self.architecture.layers(self.model)
 
-    def matrices(self) -> list[StoredMatrix]:
+    def matrices(self) -> list[inventory.StoredMatrix]:
         """Every floating-point parameter of two or more dimensions, shared ones once."""
-        return inventory_of(self.model, self.architecture)
+        return inventory.inventory_of(self.model, self.architecture)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -125,22 +110,26 @@ class CheckpointTarget:
         trust_remote_code: bool = False,
     ) -> None:
         self.reader, self.output, self.device = reader, output, device
-        self.model = build_skeleton(reader.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.model = skeleton.build_skeleton(
+            reader.folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
-        self.stored = stored_names(self.model, reader)
-        stored_linears(self.model, self.architecture, self.stored)  # refuses missing tensors
-        fill_buffers(self.model, reader)
+        self.stored = skeleton.stored_names(self.model, reader)
+        # refuses missing tensors
+        inventory.stored_linears(self.model, self.architecture, self.stored)
+        skeleton.fill_buffers(self.model, reader)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, on the meta device outside `layer`."""
         return self.architecture.layers(self.model)
 
-    def matrices(self) -> list[StoredMatrix]:
+    def matrices(self) -> list[inventory.StoredMatrix]:
         """Every floating-point tensor of two or more dimensions, as it is stored."""
-        names, shapes = model_names(self.model, self.reader), stored_shapes(self.reader.entries)
-        return inventory(self.model, self.architecture, names, shapes)
+        names = skeleton.model_names(self.model, self.reader)
+        shapes = inventory.stored_shapes(self.reader.entries)
+        return inventory.inventory(self.model, self.architecture, names, shapes)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -158,14 +147,14 @@ class CheckpointTarget:
         ]
         by_stored = {self.stored[n]: n for n in names if n in self.stored}
         for stored, tensor in self.reader.mapped(list(by_stored)):
-            assign(self.model, by_stored[stored], tensor.to(self.device, self.dtype))
+            skeleton.assign(self.model, by_stored[stored], tensor.to(self.device, self.dtype))
         self.model.tie_weights()
         try:
             with self.rows_of(table):
                 yield
         finally:
             for name in names:
-                assign(self.model, name, self.model.get_parameter(name).to("meta"))
+                skeleton.assign(self.model, name, self.model.get_parameter(name).to("meta"))
 
     @contextmanager
     def rows_of(self, table: nn.Embedding | None) -> Iterator[None]:
@@ -183,13 +172,13 @@ class CheckpointTarget:
         """The layer, filled on entry and emptied on exit."""
         layer = self.layers[index]
         prefix = self.architecture.layer_name(index)
-        fill(layer, prefix, self.reader, self.stored, self.device, self.dtype)
+        skeleton.fill(layer, prefix, self.reader, self.stored, self.device, self.dtype)
         # The skeleton has its buffers on the CPU.
         layer.to(self.device)
         try:
             yield layer
         finally:
-            empty(layer)
+            skeleton.empty(layer)
 
     def commit(self, index: int, names: list[str]) -> None:
         """Write the new values over the old ones in the copy."""
