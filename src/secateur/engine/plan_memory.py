@@ -144,7 +144,12 @@ def plan_run(
     refuse_unknown(target)
     length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
     layers, found = target.layers, layouts(target, length) if length else []
-    on_gpu, groups = target.device.type == "cuda", _group_shapes(target, found)
+    on_gpu, inside = target.device.type == "cuda", [linears_of(layer, "") for layer in layers]
+    # for each layer, the shapes of the linears that share an input
+    groups = [
+        [[own[name].shape for name in group] for group in layout.groups]
+        for own, layout in zip(inside, found, strict=False)
+    ]
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     stored, forwards, tuning = _forward_bytes(target, found, windows, tasks, settings)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)  # bytes in float32
@@ -378,16 +383,6 @@ def _forward_bytes(
 
         tuning = tuning_bytes(target, windows[: settings.windows_at_once(windows)])
     return stored, (forward, held), tuning
-
-
-def _group_shapes(
-    target: Target, found: Sequence[LayerLayout]
-) -> list[list[list[tuple[int, int]]]]:
-    """For each layer, the shapes of the linears that share an input."""
-    pairs = zip([linears_of(layer, "") for layer in target.layers], found, strict=False)
-    return [
-        [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
-    ]
 
 
 def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:

@@ -17,7 +17,7 @@ from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.models.architecture import hidden_size, vocabulary_of
 from secateur.models.at_rest import AssembledReader
-from secateur.models.checkpoint import CheckpointReader, copied_files
+from secateur.models.checkpoint import copied_files
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import refuse_other_words
@@ -135,7 +135,12 @@ def prepare(
     allocation = allocation_of(recipe, method)
     device = choose_device(recipe.device)
     reader = open_weights(source.folder)
-    _refuse_dense_format(recipe, reader)
+    if recipe.keep_format and not isinstance(reader, AssembledReader):
+        raise RecipeError(
+            "the source stores plain numbers, and the result always has their dtypes",
+            where="--keep-format",
+            remedy="leave --keep-format out",
+        )
     target = CheckpointTarget(
         reader,
         copy_of(reader, output, keep_format=recipe.keep_format) if output else None,
@@ -206,16 +211,6 @@ def teacher_of(
                 else "leave out --distill-hidden, which compares states of equal widths",
             )
     return teacher
-
-
-def _refuse_dense_format(recipe: PruneRecipe, reader: CheckpointReader) -> None:
-    """Refuse to keep the format of a source that stores plain numbers."""
-    if recipe.keep_format and not isinstance(reader, AssembledReader):
-        raise RecipeError(
-            "the source stores plain numbers, and the result always has their dtypes",
-            where="--keep-format",
-            remedy="leave --keep-format out",
-        )
 
 
 def choose_plan(

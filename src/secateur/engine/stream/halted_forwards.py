@@ -250,10 +250,21 @@ class HaltedLayer(HaltingForwards):
     ) -> None:
         self.inputs, self.layer, self.stores = inputs, layer, stores
         forwards = [partial(self._forward, batch) for batch in inputs.batches]
-        super().__init__(groups, forwards, _offload_of(inputs, layer), inputs.matmuls)
+        super().__init__(groups, forwards, self._offload(), inputs.matmuls)
         # Summed inside the forwards, so the sums move away with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
         self.handles = [x.register_forward_hook(self._add) for x in writers]
+
+    def _offload(self) -> ActivationOffload | None:
+        """What takes the tensors of halted forwards; None if they stay in memory."""
+        inputs, stream = self.inputs, self.inputs.calibration
+        if stream.in_memory and stream.target.device == stream.home:
+            return None
+        sizes = {batch.stop - batch.start for batch in stream.batches()}
+        shared = stream.outer.shared_tensors(inputs.index, sizes)
+        permanent = [*self.layer.parameters(), *self.layer.buffers(), *shared]
+        folder = None if stream.in_memory else inputs.states.folder
+        return ActivationOffload(permanent, folder, stream.target.device, stream.own.start)
 
     def _forward(self, batch: slice) -> None:
         hidden = self.inputs.read(batch)
@@ -394,15 +405,3 @@ class ActivationOffload:
 def _content(storage: torch.UntypedStorage) -> Tensor:
     """The bytes of a storage as a tensor that shares its memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _offload_of(inputs: LayerInputs, layer: nn.Module) -> ActivationOffload | None:
-    """What takes the tensors of a layer's halted forwards; None if they stay in memory."""
-    stream = inputs.calibration
-    if stream.in_memory and stream.target.device == stream.home:
-        return None
-    sizes = {batch.stop - batch.start for batch in stream.batches()}
-    shared = stream.outer.shared_tensors(inputs.index, sizes)
-    permanent = [*layer.parameters(), *layer.buffers(), *shared]
-    folder = None if stream.in_memory else inputs.states.folder
-    return ActivationOffload(permanent, folder, stream.target.device, stream.own.start)
