@@ -154,6 +154,7 @@ def continue_windows(
             # A seed for each batch: a resumed run draws what an unbroken one draws.
             torch.manual_seed(((seed << 20) + first) % 2**63)
             rows = torch.arange(first, min(first + AT_ONCE, count)) % samples
+            # a beginning from a random place of its window
             places = torch.randint(0, text.shape[1] - PREFIX, (len(rows), 1))
             words = text[rows[:, None], places + torch.arange(PREFIX)]
             beginnings = torch.cat([heads[: len(rows)], words], dim=1)

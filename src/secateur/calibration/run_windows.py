@@ -202,7 +202,7 @@ class WindowReader:
                 f"{found} cannot {purposes}",
                 remedy=f"use --windows {len(files)} or more, better 64",
             )
-        others = [max(1, count // SHARE)] * (len(files) - 1)
+        others = [max(1, count // SHARE)] * (len(files) - 1)  # windows of each part but the first
         first, *parts, more = windows.split([count - sum(others), *others, extra])
         start = record.get(START, ())
         save_windows(torch.cat([first, more]), files[0], start=start, extra=extra)
@@ -326,17 +326,14 @@ class RunWindows:
         file: Path | None = None,
     ) -> RunWindows:
         """Add the windows that a model generates; a file keeps every batch for a resumed run."""
-        from secateur.calibration.continuation import (
-            AT_ONCE,
-            PREFIX,
-            continue_windows,
-            writer_of,
-        )
+        from secateur.calibration import continuation
 
         own, count = self.calibration, self.ungenerated
         done = load_windows(file)[:count] if file is not None and file.exists() else own[:0]
-        batches = -(-(count - len(done)) // AT_ONCE)
-        progress.start("writing windows", batches * (own.shape[1] - len(start) - PREFIX))
+        batches = -(-(count - len(done)) // continuation.AT_ONCE)
+        progress.start(
+            "writing windows", batches * (own.shape[1] - len(start) - continuation.PREFIX)
+        )
 
         def store(windows: Tensor) -> None:
             if file is not None:
@@ -344,7 +341,7 @@ class RunWindows:
 
         # its blocks of many sizes would fragment the memory for all later work
         with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
-            more = continue_windows(
+            more = continuation.continue_windows(
                 model,
                 own,
                 count,
@@ -355,8 +352,8 @@ class RunWindows:
                 on_batch=store,
             )
         progress.finish()
-        record = {**self.record, "generated": count, "generated_prefix": PREFIX}
-        record["generated_by"] = writer_of(model)
+        record = {**self.record, "generated": count, "generated_prefix": continuation.PREFIX}
+        record["generated_by"] = continuation.writer_of(model)
         return replace(self, calibration=torch.cat([own, more]), ungenerated=0, record=record)
 
     def save(self, folder: Path) -> None:
@@ -480,6 +477,7 @@ def _mixed(
         load(name, plan=replace(plan, windows=count, extra=extra))
         for (name, _), count, extra in zip(parts, counts, extras, strict=True)
     ]
+    # mixed, so that any part of the windows has all texts
     order = list(range(plan.windows))
     random.Random(plan.seed).shuffle(order)
     windows = torch.cat([x[:n] for (x, _), n in zip(found, counts, strict=True)])[order]

@@ -143,6 +143,7 @@ def pack_with_answers(
     cutter = WindowCutter.of(tokenizer, plan.sequence_length)
     answers = answers and holds_chats(documents)
     rng = random.Random(plan.seed)
+    # a piece has several windows: about four characters make a token
     pieces = cut_pieces(documents, max(PIECE_CHARACTERS, 16 * plan.sequence_length))
     rng.shuffle(pieces)
     stream = _Stream(cutter, answers)

@@ -199,7 +199,7 @@ def memory_budget(most: int | None, device: torch.device, sharing: int = 1) -> B
         sharing: number of processes that share the host. Each has a GPU of its own.
     """
     free = psutil.virtual_memory().available / sharing
-    process = FREE_SHARE * (free + resident_bytes())
+    process = FREE_SHARE * (free + resident_bytes())  # what it holds already counts as its own
     if device.type != "cuda":
         return Budget(most or process, None)
     return Budget(most or FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
@@ -301,7 +301,7 @@ def working_weights(target: Target) -> int:
     for index, layer in enumerate(target.layers):
         counts = [len(m) for m in layer.modules() if isinstance(m, OpenExperts)]
         for linear in linears_of(layer, architecture.layer_name(index)).values():
-            share = 1.0
+            share = 1.0  # of the tokens that use the linear
             if chosen is not None and counts and architecture.of_expert(linear.name):
                 share = min(1.0, chosen / counts[0])
             total += share * linear.shape[0] * linear.shape[1]

@@ -155,7 +155,7 @@ def plan_run(
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)  # bytes in float32
     learnt = _plan_distillation(target, tasks, windows, learning, of_token)
     sweeps = learning.sweep_windows if learning.epochs else 0
-    stored *= 1 + settings.dense_needed
+    stored *= 1 + settings.dense_needed  # those of the dense model pass as well
     before = gathering(tasks).backward
     gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
     survey = _plan_survey(target, groups, allocation, prunable, windows, of_token)
@@ -310,7 +310,7 @@ def _plan_distillation(
     if not sweep_windows:
         return plan.PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
-    at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)
+    at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)  # tokens
     disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
     # The teacher passes once, and every layer runs again for its backward.

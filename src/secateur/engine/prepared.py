@@ -23,7 +23,7 @@ from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import refuse_other_words
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
-from secateur.recipes.methods_of import allocation_of, method_of, own_methods
+from secateur.recipes.methods_of import allocation_of, method_of, own_methods, windows_needed
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.shared import Distill, Memory
 from secateur.runs.environment import choose_device
@@ -85,31 +85,6 @@ class Prepared:
         )
 
 
-def settings_of(
-    recipe: PruneRecipe, activations: str, work: Path | None, ranks: Ranks = ALONE
-) -> Settings:
-    """Return the settings for the work of a recipe."""
-    return Settings(
-        sequential=recipe.sequential,
-        asymmetric=recipe.asymmetric,
-        asymmetric_damping=recipe.asymmetric_damping,
-        fast_matmuls=recipe.fast_matmuls,
-        micro_batch_tokens=recipe.memory.micro_batch_tokens,
-        activations=activations,
-        work=work,
-        on_collapse=recipe.on_collapse,
-        tune_passes=recipe.reconstruction.passes,
-        ranks=ranks,
-    )
-
-
-def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
-    """Whether any part of a recipe reads calibration tokens."""
-    tuned = recipe.reconstruction.passes or recipe.distillation.epochs
-    judged = allocation.judged_tokens > 0
-    return bool(method.requires | allocation.requires or judged or tuned or recipe.asymmetric)
-
-
 def prepare(
     recipe: PruneRecipe,
     source: LocalCheckpoint,
@@ -150,9 +125,8 @@ def prepare(
     refuse_unknown(target)
     windows = None
     if windows_needed(recipe, method, allocation):
-        stored = stored_windows if stored_windows and stored_windows.exists() else None
-        if stored is not None:
-            windows = RunWindows.load(stored, target.model.config)
+        if stored_windows and stored_windows.exists():
+            windows = RunWindows.load(stored_windows, target.model.config)
         else:
             progress.start("reading calibration text", 1)
             cutter = WindowReader.of_folder(
@@ -248,7 +222,7 @@ def choose_plan(
             prepared.target,
             tasks,
             tokens,
-            settings_of(prepared.recipe, activations, None),
+            Settings.of(prepared.recipe, activations),
             prepared.allocation,
             prepared.output_bytes,
             0 if windows is None else windows.ungenerated,
@@ -277,7 +251,7 @@ def choose_plan(
         )
 
     activations: str = memory.activations
-    if ranks.here > 1:
+    if ranks.here > 1:  # of the pruning alone, which the processes share
         _, activations = fitting(activations, 0, ranks.here)
     plan, activations = fitting(activations, distillation.epochs, 1)
     if own is not every:

@@ -103,6 +103,13 @@ def allocation_of(recipe: PruneRecipe, method: Method) -> Allocation:
     return GlobalThreshold(reach=1.0)
 
 
+def windows_needed(recipe: PruneRecipe, method: Method, allocation: Allocation) -> bool:
+    """Whether any part of a recipe reads calibration tokens."""
+    tuned = recipe.reconstruction.passes or recipe.distillation.epochs
+    judged = allocation.judged_tokens > 0
+    return bool(method.requires | allocation.requires or judged or tuned or recipe.asymmetric)
+
+
 def with_method(method: str | Method | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Add the method to the options of a run. A `Method` becomes the keys that compose it.
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from secateur.calibration.run_windows import READY, RunWindows, WindowReader
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import check_fit
-from secateur.engine.prepared import settings_of, windows_needed
 from secateur.engine.prune.checks import check_finite
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.run import allocated, prune_layers
-from secateur.engine.prune.tasks import Selection, skipped_matrices, tasks_of
+from secateur.engine.prune.tasks import Selection, Settings, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts, refuse_unknown
 from secateur.engine.stream.targets import ModelTarget, refuse_all_zero
 from secateur.errors import ArchitectureError
@@ -30,7 +29,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import start_tokens, tokenizer_for
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of, refuse_unused
-from secateur.recipes.methods_of import allocation_of, method_of, own_methods
+from secateur.recipes.methods_of import allocation_of, method_of, own_methods, windows_needed
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
 from secateur.runs.folder import Ledger
@@ -91,7 +90,7 @@ def prune_module(
                 work = Path(stack.enter_context(TemporaryDirectory(prefix="secateur-")))
             target = ModelTarget(model)
             refuse_all_zero(target)
-            settings = settings_of(recipe, "memory", work)
+            settings = Settings.of(recipe, "memory", work)
             refuse_unknown(target)
             selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
             found = () if tokens is None else layouts(target, tokens.shape[1])

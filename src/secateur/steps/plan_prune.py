@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.engine.plan_time import estimate_seconds
-from secateur.engine.prepared import choose_plan, prepare, settings_of
-from secateur.engine.prune.tasks import skipped_matrices
+from secateur.engine.prepared import choose_plan, prepare
+from secateur.engine.prune.tasks import Settings, skipped_matrices
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
@@ -46,7 +46,7 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress, processes: int = 1) ->
     tasks = prepared.tasks()
     ranks = Ranks(0, processes, processes)
     plan, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
-    settings = settings_of(recipe, activations, None)
+    settings = Settings.of(recipe, activations)
     seconds = estimate_seconds(prepared, tasks, settings, plan.passed_tokens)
     left = skipped_matrices(tasks, prepared.target.matrices())
     return PlanResult(replace(plan, left=left, seconds=seconds), activations, processes)

@@ -29,10 +29,10 @@ from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
-from secateur.engine.prepared import Prepared, choose_plan, prepare, settings_of
+from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.run import allocated, prune_layers
-from secateur.engine.prune.tasks import Tasks, settled_allocation, skipped_matrices
+from secateur.engine.prune.tasks import Settings, Tasks, settled_allocation, skipped_matrices
 from secateur.engine.stream.targets import refuse_all_zero
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
@@ -312,7 +312,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
             )
             prepared = replace(prepared, windows=windows)
         store_choice(folder.work, self.plan.sweep_windows)
-        settings = settings_of(recipe, self.activations, folder.work, ranks)
+        settings = Settings.of(recipe, self.activations, folder.work, ranks)
         stream = settings.stream(target, prepared.tokens)
         finished = 0
         if ledger.begun:
@@ -546,7 +546,7 @@ def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
     ledger = Ledger()
     ledger.entries = list(job.entries)
     target, progress = prepared.target, Silent()
-    settings = settings_of(recipe, job.activations, Path(job.partial) / "work", ranks)
+    settings = Settings.of(recipe, job.activations, Path(job.partial) / "work", ranks)
     stream = settings.stream(target, prepared.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.calibration.seed)

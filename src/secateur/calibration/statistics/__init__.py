@@ -198,7 +198,7 @@ class GradientMean(Summed):
     def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
         # the last number counts the windows, so that all-reducing `total` merges both
         self.total = torch.zeros(shape[0] * shape[1] + 1, device=device)
-        self.sum = self.total[:-1].view(shape)
+        self.sum = self.total[:-1].view(shape)  # shares the memory of `total`
 
     def value(self) -> Weight:
         """The mean, float32 [out, in]; 0 before any window."""

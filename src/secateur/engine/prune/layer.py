@@ -167,6 +167,7 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
             waiting = [(group, layer.complete(group)) for group in groups]
             groups.clear()  # so a group leaves memory when it is solved
             every = [x for _, linears in waiting for x in linears]
+            # solving takes about out · in² operations
             owned = owners([x.shape[0] * x.shape[1] ** 2 for x in every], ranks.count)
             mine = {x.name for x, owner in zip(every, owned, strict=True) if owner == ranks.rank}
             found: list[LinearRecord] = []
@@ -191,6 +192,7 @@ def prune_group(
     remasks = layer.tuning is not None and layer.tuning.remasks
     if not (solved or (linears and remasks)):
         return []
+    # Values take the place of the sums, which `release` then frees, before the solver needs memory.
     statistics = group.value()
     weight_of = group.weights(layer.settings.asymmetric_damping)
     group.release()

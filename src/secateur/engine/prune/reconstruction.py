@@ -137,7 +137,7 @@ class LayerTuning:
         """Inputs, targets and call of some windows: together, or one by one this process's."""
         stream, index = self.inputs.calibration, self.inputs.index
         mine = [w for w in windows if stream.own.start <= w < stream.own.stop]
-        rows = [slice(w, w + 1) for w in mine]
+        rows = [slice(w, w + 1) for w in mine]  # windows of a step are not neighbours
         pairs = [(self.inputs.read(row), self.dense.read(row)) for row in rows]
         if self.ranks.count > 1:
             calls = [stream.outer.call(index, [w]) for w in mine]
@@ -151,6 +151,7 @@ class LayerTuning:
         for batch in self.inputs.batches:
             out, call = self.inputs.outputs(self.layer, batch), self.inputs.call(batch)
             target = call.states(self.dense.read(batch))
+            # a mean over the windows of the batch, times their number
             total += float(output_error(call.states(out), target)) * len(out)
             if stores:
                 self.inputs.write(batch, out)
@@ -182,6 +183,7 @@ class TunedWeight:
         self.pattern, self.sparsity = pattern, sparsity
         self.parameter = linear.module.get_parameter("weight")
         weight = self.parameter.detach()
+        # on a grid, a kept weight may be −0 and a pruned one is +0
         self.mask = kept_weights(weight) if on_grid else weight != 0
         self.full = None if shadow is None else self.turned(shadow)
 

@@ -135,6 +135,7 @@ class Refit:
     def _gap(self, place: int) -> int:
         """The number of removed layers after a layer of the cut model."""
         last = place + 1 == len(self.layers)
+        # the next layer that stays, or what would come behind the last one
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
 

@@ -76,7 +76,7 @@ class GroupStatistics:
     ) -> None:
         self.sources, self.linears, self.cross, self.tokens = sources, linears, cross, 0
         shared = [name for name, source in sources.items() if source.shared]
-        own = sorted(sources.keys() - shared)
+        own = sorted(sources.keys() - shared)  # one statistic for each linear
         self._shared = {name: statistics[name](linears[0].shape, device) for name in shared}
         self._own = {x.name: {n: statistics[n](x.shape, device) for n in own} for x in linears}
 

@@ -29,6 +29,7 @@ from secateur.models.architecture import linears_of
 from secateur.models.inventory import StoredMatrix, summary, weights_of
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.precision import fast_matmuls
+from secateur.recipes.prune import PruneRecipe
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.methods import Method
 from secateur.types import float32_bytes
@@ -324,6 +325,24 @@ class Settings:
     tune_passes: int = 0
     ranks: Ranks = ALONE
 
+    @classmethod
+    def of(
+        cls, recipe: PruneRecipe, activations: str, work: Path | None = None, ranks: Ranks = ALONE
+    ) -> Settings:
+        """The settings of a recipe."""
+        return cls(
+            sequential=recipe.sequential,
+            asymmetric=recipe.asymmetric,
+            asymmetric_damping=recipe.asymmetric_damping,
+            fast_matmuls=recipe.fast_matmuls,
+            micro_batch_tokens=recipe.memory.micro_batch_tokens,
+            activations=activations,
+            work=work,
+            on_collapse=recipe.on_collapse,
+            tune_passes=recipe.reconstruction.passes,
+            ranks=ranks,
+        )
+
     @property
     def in_memory(self) -> bool:
         """Whether hidden states are in memory, of the host or of the GPU."""
@@ -407,6 +426,7 @@ def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> SolveMemory:
     if not needs:
         return SolveMemory()
     most, shape, _ = max(needs, key=lambda need: need[:2])
+    # not always of the same linear: another one may need more where float32 is enough
     usual = max(size - method.fallback_bytes(own) for size, own, method in needs)
     return SolveMemory(most, usual, shape)
 
@@ -437,7 +457,7 @@ def solving_memory(
     """
     names = gathering(tasks, asymmetric=settings.asymmetric).forward
     if settings.sequential == "layer":
-        meanwhile += gathered_bytes(names, groups)
+        meanwhile += gathered_bytes(names, groups)  # all groups of a layer at once
     else:  # one group at a time; the linear that is solved counts its own statistics
         every = [group for layer in groups for group in layer]
         others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in every)

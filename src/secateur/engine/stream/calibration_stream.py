@@ -112,6 +112,7 @@ class CalibrationStream:
             self.outer.calls()  # tuning takes the windows of a process one by one
         every = self._states(dense)
         stored = start > 0 and all(states.has(start) for states in every)
+        # One process without its states makes all of them begin again.
         start = start if all(self.ranks.gather(stored)) else 0
 
         def forget_stopped() -> None:
@@ -132,7 +133,7 @@ class CalibrationStream:
 
     def _states(self, dense: bool) -> list[Activations]:
         """Empty hidden states, in memory or on disk."""
-        (hidden,) = self.outer.embed([slice(0, 1)])
+        (hidden,) = self.outer.embed([slice(0, 1)])  # shows width and dtype as they travel
         shape = (*self.windows.shape, hidden.shape[-1])
         folders = [self.work, *([self.work and self.work / "dense"] if dense else [])]
         for folder in folders[1:]:

@@ -315,7 +315,7 @@ def _differing(
     """
     found = {}
     for place, (a, b) in enumerate(zip(one.leaves(), two.leaves(), strict=True)):
-        if isinstance(a, Tensor) and not torch.equal(a, b):
+        if isinstance(a, Tensor) and not torch.equal(a, b):  # masks and rotary tables are equal
             if a.ndim < 3 or a.shape[:2] != tokens or not a.is_floating_point():
                 return None
             found[place] = tuple(a.shape[2:])
@@ -358,4 +358,5 @@ def _shared_states(
                 f"with other layers, does not run by itself ({in_short(fault)})",
                 remedy="this family cannot be pruned layer by layer yet",
             ) from fault
+    # what nobody reads need not travel
     return {key: shared[key] for key in shared if key in shared.read}

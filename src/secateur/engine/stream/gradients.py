@@ -53,6 +53,7 @@ class GradientPass:
         self.names, self.work, self.progress, self.ranks = names, work, progress, ranks
         folder = work / "gradient-pass"
         folder.mkdir(exist_ok=True)
+        # one window at a time, so that each has a gradient of its own
         each = rows_of(ranks.rank, micro_batches(len(self.windows), 1, ranks.count), ranks.count)
         own = slice(each[0].start, each[-1].stop)
         self.outer = EmbeddingAndHead(self.target, self.windows, folder, own)
@@ -91,6 +92,7 @@ class GradientPass:
         """The mean cross-entropy of the next tokens."""
         row = self.own.windows[place]
         logits = self.outer.head(row, hidden)
+        # the logits at a token predict the next one
         loss = cross_entropy(logits[:-1].float(), self.windows[row][1:].to(self.target.device))
         if not torch.isfinite(loss):
             raise NumericalError(

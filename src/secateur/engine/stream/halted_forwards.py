@@ -85,7 +85,7 @@ class _SharedInputs:
     def _hook(self, group: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            mark = input_mark(x)
+            mark = input_mark(x)  # linears of a group get the same memory, not equal numbers
             if group not in self.seen:
                 self.seen[group] = mark
                 self.arrived(group, x)
@@ -168,7 +168,7 @@ class HaltingForwards:
         self.hooks.remove()
         self.ahead = {}
         for running in self.running:
-            if not running.dead:
+            if not running.dead:  # unwinds its stack, so its tensors are freed
                 running.throw(GreenletExit)
 
 
@@ -214,6 +214,7 @@ def by_group(
     left, halted = len(halting.groups), list(range(len(halting.running)))
     while halted and (left or outputs_needed):
         reached = {index: advance(index) for index in halted}
+        # -1 stands for a forward that has ended
         together = {group for groups in reached.values() for group in groups or {-1}}
         if len(together) > 1:
             raise ArchitectureError(
@@ -331,6 +332,7 @@ class LiveTensors(TorchDispatchMode):
         """The storages that are still alive."""
         alive = {key: ref for key, ref in self.current.items() if not ref.expired()}
         self.current = alive
+        # None if the storage was freed since `expired` was asked
         storages = [torch.UntypedStorage._new_with_weak_ptr(r.cdata) for r in alive.values()]
         return [s for s in storages if s is not None]
 
@@ -365,7 +367,7 @@ class ActivationOffload:
         storages = [
             storage
             for storage in self.live.live()
-            if storage.nbytes() and storage.device.type == self.device.type
+            if storage.nbytes() and storage.device.type == self.device.type  # 0: moved already
         ]
         self.alive[forward] = self.live.current
         self.moved[forward] = [(storage, storage.nbytes()) for storage in storages]

@@ -133,6 +133,7 @@ class EmbeddingAndHead:
             more than these from layer to layer (`PackedHiddenStates`).
         """
         model, layers, device = self.target.model, self.target.layers, self.target.device
+        # how hidden states are packed is the same for every size of a batch
         calls = next(iter(self.recorded.values()), None) or self.calls()
         with self.target.outside():
             for rows in batches:
@@ -166,7 +167,7 @@ class EmbeddingAndHead:
             copies: number of hidden states of each window in memory at once.
         """
         (hidden,) = self.embedded(rows[:1])
-        size = max(1, STATES_BYTES // (copies * hidden.numel() * hidden.element_size()))
+        size = max(1, STATES_BYTES // (copies * hidden.numel() * hidden.element_size()))  # windows
         for start in range(0, len(rows), size):
             yield list(rows[start : start + size])
 
@@ -357,6 +358,7 @@ class Activations:
         self.row_bytes = shape[1] * shape[2] * dtype.itemsize
         self.own = own or slice(0, shape[0])
         held = (self.own.stop - self.own.start, *shape[1:])
+        # uninitialised: every window is written before it is read
         self.held = torch.empty(held, dtype=dtype, device=home) if in_memory else None
         self.layer = 0
 
@@ -426,7 +428,7 @@ class Activations:
     def advance(self, layer: int) -> None:
         """Make the newly stored outputs the inputs of `layer`, and sync them to disk."""
         self.layer = layer
-        if not self.on_disk or self.own.start == self.own.stop:
+        if not self.on_disk or self.own.start == self.own.stop:  # a process without windows
             return
         file = self.unfinished()
         try:

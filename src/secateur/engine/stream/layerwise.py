@@ -148,6 +148,7 @@ class LayerwisePass:
         for number in reversed(range(max(lowest, 0), self.count)):
             if not is_finished(number):
                 self._backward_layer(number, open_layer, to_inputs=number > lowest)
+            # of a layer that an earlier run has finished too: it may have been killed before this
             self.gradients.forget(number + 1)
             self.states.forget(number + 1)
             on_layer(number)

@@ -117,6 +117,7 @@ def declared_layout(target: Target, layer: nn.Module) -> LayerLayout | None:
 def _sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
     """An input of the first layer, [1, length, hidden], and how each layer is called."""
     vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
+    # different tokens, so that two inputs of the layer are not equal by chance
     ids = torch.arange(length, device=target.device)[None] % vocabulary
     with target.outside():
         calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
@@ -145,7 +146,7 @@ def _seen_layout(layer: nn.Module, name: str, hidden: Tensor, call: LayerCall) -
         ) from fault
     short = {id(linear.module): n for n, linear in linears.items()}
     named = [tuple(short[id(x.module)] for x in group) for group in groups]
-    often = [n for group in named for n in group]
+    often = [n for group in named for n in group]  # twice: it gets several inputs in one forward
     unseen = tuple(n for n in linears if often.count(n) != 1)
     kept = (tuple(n for n in group if n not in unseen) for group in named)
     return LayerLayout(tuple(group for group in kept if group), unseen)
@@ -166,7 +167,7 @@ def on_meta(layer: nn.Module) -> Iterator[None]:
 
 def input_mark(x: Tensor) -> Hashable:
     """A value that identifies an input in memory: its storage, and its part of the storage."""
-    version = 0 if x.is_inference() else x._version
+    version = 0 if x.is_inference() else x._version  # counts changes in place
     return x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), version
 
 

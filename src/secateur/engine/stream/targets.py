@@ -146,6 +146,7 @@ class CheckpointTarget:
             if not name.startswith(prefix) and (table is None or parameter is not table.weight)
         ]
         by_stored = {self.stored[n]: n for n in names if n in self.stored}
+        # views of the mapped file, unless `to` copies them
         for stored, tensor in self.reader.mapped(list(by_stored)):
             skeleton.assign(self.model, by_stored[stored], tensor.to(self.device, self.dtype))
         self.model.tie_weights()

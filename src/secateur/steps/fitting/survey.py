@@ -30,7 +30,8 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.windows import load_windows, stored_extra
-from secateur.engine.prepared import prepare, settings_of
+from secateur.engine.prepared import prepare
+from secateur.engine.prune.tasks import Settings
 from secateur.engine.search.allocation import (
     ChangedAlone,
     LayerView,
@@ -159,7 +160,7 @@ def _divergences(context: FitContext) -> tuple[dict[str, float], dict[str, float
     pruning = prepared.method
     rounding, _ = method_of(build_recipe(PruneRecipe, {**_probe(context), **_rounding()}))
     tasks = prepared.tasks()
-    settings = settings_of(recipe, "disk", context.work / "survey")
+    settings = Settings.of(recipe, "disk", context.work / "survey")
     stream = settings.stream(prepared.target, prepared.tokens)
     survey = Survey(prepared.target, tasks, stream, settings, context.progress)
     part = ByDivergence(judged_tokens=TOKENS)
