@@ -214,21 +214,31 @@ class Part:
     """What all parts share that are dataclasses: their annotations say which values they allow."""
 
     def __post_init__(self) -> None:
-        """Check the parameters; a whole number becomes a float where a float is meant.
+        """Check the parameters (`parameters_of`).
 
         Raises:
             RecipeError: a parameter has another type than its annotation, or is out of range.
         """
-        kind: Any = type(self)
-        for name, adapter in _adapters(kind).items():
-            value = getattr(self, name)
+        for name, value in parameters_of(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
+
+
+def parameters_of(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are parameters of a part; whole numbers become floats where meant.
+
+    Raises:
+        RecipeError: a parameter has another type than its annotation, or is out of range.
+    """
+    found = {}
+    for name, adapter in _adapters(kind).items():
+        if name in values:
             try:
-                checked = adapter.validate_python(value, strict=True)
+                found[name] = adapter.validate_python(values[name], strict=True)
             except ValidationError as error:
                 said = error.errors()[0]["msg"].removeprefix("Value error, ")
                 remedy = said.replace("Input should", "it should")
-                raise RecipeError(f"{name} is {value!r}", remedy=remedy) from None
-            object.__setattr__(self, name, checked)  # frozen for everybody else
+                raise RecipeError(f"{name} is {values[name]!r}", remedy=remedy) from None
+    return found
 
 
 @cache

@@ -24,6 +24,9 @@ Weight = Float[Tensor, "out in"]
 Score = Float32[Tensor, "out in"]
 """Importance of each weight, float32; higher = more important."""
 
+UnitScores = Float32[Tensor, "unit_rows unit_columns"]
+"""Importance of what competes under a pattern: weights, blocks, or groups of columns."""
+
 Mask = Bool[Tensor, "out in"]
 """True = kept, False = pruned."""
 

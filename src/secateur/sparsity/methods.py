@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from secateur.errors import PatternError, RecipeError
-from secateur.registry import Registry, did_you_mean
+from secateur.registry import Registry, did_you_mean, parameters_of
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
@@ -274,9 +274,7 @@ def compose(
     if scope is None and default is not None and default.scope in pattern.scopes:
         pattern = parse_pattern(pattern_text, default.scope)
     # Each part gets the parameters that it has; one that several have is set for all of them.
-    chosen, solving, *refining = (
-        kind(**{x.name: params[x.name] for x in fields(kind) if x.name in params}) for kind in kinds
-    )
+    chosen, solving, *refining = (kind(**parameters_of(kind, params)) for kind in kinds)
     return Method(name, score_name, chosen, solver_name, solving, pattern, refine, *refining)
 
 

@@ -28,11 +28,8 @@ from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import DepthSettings, choose_depth
 from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.errors import RecipeError
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
-from secateur.models.opening import copy_of, open_weights
-from secateur.models.skeleton import build_skeleton
-from secateur.models.sources import resolve
 from secateur.parallel.ranks import Ranks, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
@@ -119,7 +116,7 @@ def _merge_experts(
     shutil.rmtree(made, ignore_errors=True)
     with whole_folder(made) as partial:
         target = context.target(folder)
-        target.output = copy_of(target.reader, partial)
+        target.output = opening.copy_of(target.reader, partial)
         target.output.create(context.progress)
         experts = target.architecture.experts
         assert experts is not None
@@ -154,8 +151,8 @@ def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
                 remedy="put --output on a file system that all machines share",
             )
         trust = recipe.trust_remote_code
-        source = resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
-        reader = open_weights(source.folder)
+        source = sources.resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
+        reader = opening.open_weights(source.folder)
         if reader.tensor_digest != job["source"]:
             refuse_another_model(ranks.rank, source.folder)
         target = CheckpointTarget(
@@ -246,11 +243,11 @@ def choose_width(context: CutContext, folder: Path) -> Found:
     _prune_units(
         context, folder, made, allocation, lambda prepared: over_width(prepared, recipe, plan)
     )
-    cut = cut_from_zeros(CheckpointReader(made), trust_remote_code=trust)
+    cut = cut_from_zeros(checkpoint.CheckpointReader(made), trust_remote_code=trust)
     how = {"score": _score_of(recipe), "solver": recipe.solver, "allocation": allocation}
     if allocation != "uniform":
         return cut, how, made
-    sizes = sizes_of(build_skeleton(made, trust_remote_code=trust))
+    sizes = sizes_of(skeleton.build_skeleton(made, trust_remote_code=trust))
 
     def evened(kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]) -> dict[int, Any]:
         most = max(map(len, kept.values()), default=0)
@@ -278,8 +275,10 @@ def choose_queries(context: CutContext, folder: Path) -> Found:
 
     _prune_units(context, folder, made, "uniform", over_heads)
     trust = recipe.trust_remote_code
-    cut = cut_from_zeros(CheckpointReader(made), kinds=("queries",), trust_remote_code=trust)
-    sizes = sizes_of(build_skeleton(made, trust_remote_code=trust))
+    cut = cut_from_zeros(
+        checkpoint.CheckpointReader(made), kinds=("queries",), trust_remote_code=trust
+    )
+    sizes = sizes_of(skeleton.build_skeleton(made, trust_remote_code=trust))
     found: dict[int, tuple[int, ...]] = {}
     for layer, kept in cut.queries.items():
         starts = range(0, sizes.queries[layer], sizes.heads_per_group)
@@ -353,6 +352,6 @@ def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Prun
     }
     pruning = build_recipe(PruneRecipe, values)
     trust = recipe.trust_remote_code
-    source = resolve(pruning.model, dtype=pruning.dtype, trust_remote_code=trust)
+    source = sources.resolve(pruning.model, dtype=pruning.dtype, trust_remote_code=trust)
     prepared = over_width(prepare(pruning, source, only_plan=True), recipe, plan)
     return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]

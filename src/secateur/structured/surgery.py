@@ -28,11 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.models import checkpoint, skeleton
+from secateur.models import at_rest, checkpoint, inventory, opening, skeleton
 from secateur.models.architecture import Linear, describe
-from secateur.models.at_rest import DESCRIPTIONS, AssembledReader, without_description
-from secateur.models.inventory import part_outside
-from secateur.models.opening import open_weights
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing
 from secateur.structured.accounting import Accounting, account
@@ -115,7 +112,7 @@ def cut_checkpoint(
             where=str(output_folder),
             remedy="choose another --output",
         )
-    reader = open_weights(folder)
+    reader = opening.open_weights(folder)
     model = skeleton.build_skeleton(folder, trust_remote_code=trust_remote_code)
     made = design(model, cut)
     stored = skeleton.stored_names(model, reader, split=False)
@@ -124,14 +121,14 @@ def cut_checkpoint(
     used = {*stored.values(), *(edit.source for edit in edits.values())}
     _leave_out_unbuilt(made, sorted(reader.entries.keys() - used))
     result = account(made)
-    kept = _part_edits(made, edits, reader) if isinstance(reader, AssembledReader) else None
+    kept = _part_edits(made, edits, reader) if isinstance(reader, at_rest.AssembledReader) else None
     output_folder.mkdir(parents=True, exist_ok=True)
     _write_other_files(folder, output_folder, made)
-    if isinstance(reader, AssembledReader):
+    if isinstance(reader, at_rest.AssembledReader):
         file = output_folder / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         if kept is None:  # plain numbers
-            config = without_description(config)
+            config = at_rest.without_description(config)
         else:
             config = _renumbered_description(made, config, reader)
             reader, edits = reader.stored, kept
@@ -263,7 +260,7 @@ def _copied_parts(
 def _part_of(made: Design, name: str) -> str:
     """The part of a model outside its decoder that a parameter belongs to; empty within it."""
     decoder = made.architecture.layers_path.rpartition(".")[0]
-    return "" if name.startswith(f"{decoder}.") else part_outside(name, decoder)
+    return "" if name.startswith(f"{decoder}.") else inventory.part_outside(name, decoder)
 
 
 def _stored_parts(
@@ -302,7 +299,7 @@ def _renumbered_name(
 
 
 def _part_edits(
-    made: Design, edits: Mapping[str, Edit], reader: AssembledReader
+    made: Design, edits: Mapping[str, Edit], reader: at_rest.AssembledReader
 ) -> dict[str, Edit] | None:
     """Edits of the stored parts, by their names in the cut checkpoint.
 
@@ -336,7 +333,7 @@ def _part_edits(
 
 
 def _renumbered_description(
-    made: Design, config: Mapping[str, Any], reader: AssembledReader
+    made: Design, config: Mapping[str, Any], reader: at_rest.AssembledReader
 ) -> dict[str, Any]:
     """A configuration whose description of the form names the modules of the cut model.
 
@@ -353,7 +350,7 @@ def _renumbered_description(
         return value
 
     def described(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, **{key: anew(part[key]) for key in DESCRIPTIONS if key in part}}
+        return {**part, **{key: anew(part[key]) for key in at_rest.DESCRIPTIONS if key in part}}
 
     result, text = described(config), config.get("text_config")
     return result | {"text_config": described(text)} if isinstance(text, Mapping) else result

@@ -25,13 +25,8 @@ from torch import nn
 from secateur.calibration.chats import Document
 from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
-from secateur.models import checkpoint
-from secateur.models.at_rest import AssembledReader
-from secateur.models.configuration import read_configuration
-from secateur.models.header import parse_json
-from secateur.models.opening import open_weights
+from secateur.models import at_rest, checkpoint, configuration, header, opening, sources
 from secateur.models.skeleton import build_skeleton, model_names
-from secateur.models.sources import LocalCheckpoint
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
 from secateur.recipes.shared import texts_of
@@ -195,7 +190,7 @@ def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> f
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             named: list[int] = []
-            _each_id(parse_json((folder / name).read_bytes()), named.append)
+            _each_id(header.parse_json((folder / name).read_bytes()), named.append)
             found |= {number for number in named if number < rows}
     highest = max([*pieces.ids.values(), *found])
     if highest >= rows:
@@ -274,10 +269,10 @@ def _trim_checkpoint(
     """
     model = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
     tables = _token_tables(model)
-    opened = open_weights(folder)
-    reader = opened.stored if isinstance(opened, AssembledReader) else opened
+    opened = opening.open_weights(folder)
+    reader = opened.stored if isinstance(opened, at_rest.AssembledReader) else opened
     edits = _row_edits(model, tables, reader, torch.tensor(kept))
-    if isinstance(opened, AssembledReader):
+    if isinstance(opened, at_rest.AssembledReader):
         _refuse_packed_tables(opened, edits, tables.names)
     try:
         _write_files(folder, output, pieces, kept, tables)
@@ -316,7 +311,7 @@ def _row_edits(
 
 
 def _refuse_packed_tables(
-    opened: AssembledReader, edits: Mapping[str, Edit], tables: tuple[str, ...]
+    opened: at_rest.AssembledReader, edits: Mapping[str, Edit], tables: tuple[str, ...]
 ) -> None:
     """Refuse an embedding or a head that is stored in fewer bits."""
     cut = {name for name, edit in edits.items() if any(kept is not None for kept in edit.kept)}
@@ -334,7 +329,9 @@ def _write_files(
 ) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
     new = {old: number for number, old in enumerate(kept)}
-    config = _renumbered_config(read_configuration(folder), new, tables.rows, len(kept))
+    config = _renumbered_config(
+        configuration.read_configuration(folder), new, tables.rows, len(kept)
+    )
     # A varied model lists the shapes that differ from its base class; they have the rows too.
     shapes = config.get("secateur_cut", {}).get("shapes", {})  # of `models/varied.py`
     for owner in {name.rpartition(".")[0] for name in tables.names} & shapes.keys():
@@ -375,7 +372,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
             remedy="write one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
     try:
-        found = parse_json(file.read_bytes())
+        found = header.parse_json(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"it is not JSON: {error}", where=str(file)) from None
     if not isinstance(found, dict):
@@ -399,7 +396,7 @@ def _texts_that_name_tokens(folder: Path) -> str:
     found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))]
     for name in (_TOKENIZER_CONFIG, "chat_template.json"):
         if (folder / name).is_file():
-            content = parse_json((folder / name).read_bytes())
+            content = header.parse_json((folder / name).read_bytes())
             found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
     return "\0".join(found)
 
@@ -475,7 +472,9 @@ def _each_id(value: Any, change: Any) -> Any:
     return value
 
 
-def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton: Any) -> None:
+def check_vocabulary(
+    recipe: StructureRecipe, source: sources.LocalCheckpoint, skeleton: Any
+) -> None:
     """Refuse what cannot be trimmed, before any work.
 
     Raises:
@@ -506,8 +505,8 @@ def check_vocabulary(recipe: StructureRecipe, source: LocalCheckpoint, skeleton:
 
 
 def trimmed_source(
-    recipe: StructureRecipe, source: LocalCheckpoint, work: Path, progress: Progress
-) -> tuple[LocalCheckpoint, dict[str, Any]]:
+    recipe: StructureRecipe, source: sources.LocalCheckpoint, work: Path, progress: Progress
+) -> tuple[sources.LocalCheckpoint, dict[str, Any]]:
     """The model with the smaller vocabulary, and the notes of the step.
 
     It is the first step, so that all later ones see the smaller model. The folder is whole or does

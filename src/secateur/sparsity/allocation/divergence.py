@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from secateur.registry import Count, Part, Positive
-from secateur.sparsity.allocation import DenseLayer, Kept, allocations
+from secateur.registry import Count, Positive
+from secateur.sparsity.allocation import AllocationDefaults, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 
 _LEAST = 1e-6  # of the largest divergence of a weight: what is below is noise
@@ -19,7 +19,7 @@ _LEAST = 1e-6  # of the largest divergence of a weight: what is below is noise
 
 @allocations.register("divergence")
 @dataclass(frozen=True)
-class ByDivergence(Part):
+class ByDivergence(AllocationDefaults):
     """Sparsity falls with the logarithm of the divergence that pruning one linear alone makes.
 
     Each linear i of the dense model is pruned to the target s, alone. With
@@ -47,7 +47,6 @@ class ByDivergence(Part):
     growth: Positive = 9.0
     reach: Annotated[float, Field(gt=0, le=1)] = 0.15
     judged_tokens: Count = 4096
-    requires: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset({"score", "solver"})
 
     def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
@@ -83,10 +82,6 @@ class ByDivergence(Part):
         mean = sum(wished.values()) / len(wished)
         # `settle` shifts all by one number, so any mean would do; this one is near the answer.
         return {name: sparsity + wish - mean for name, wish in wished.items()}
-
-    def disk_bytes(self, weights: int, itemsize: int) -> int:
-        """No weights."""
-        return 0
 
     def working_bytes(self, weights: int, itemsize: int) -> int:
         """A layer's pruned weights, and what they differ by."""

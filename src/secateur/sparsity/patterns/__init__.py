@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError
 from secateur.registry import Registry
-from secateur.types import Mask, Score, Weight
+from secateur.types import Mask, Score, UnitScores, Weight
 
 __all__ = [
     "Pattern",
@@ -92,7 +91,7 @@ class Pattern(Protocol):
         """
         ...
 
-    def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
+    def units(self, score: Score) -> UnitScores:
         """The scores that compete with each other: of single weights, or of whole blocks.
 
         With scope `global` they compete across the model; see `allocation.global_threshold`.
@@ -181,9 +180,7 @@ def check_sparsity(sparsity: float, scope: str) -> None:
         )
 
 
-def unit_scores(
-    units: Callable[[Score], Tensor], score: Score, allowed: Mask | None
-) -> Float32[Tensor, "unit_rows unit_columns"]:
+def unit_scores(units: Callable[[Score], Tensor], score: Score, allowed: Mask | None) -> UnitScores:
     """The scores of a pattern's units; −∞ for units of which no weight may be kept.
 
     The −∞ is set after the scores of each unit have been joined, because a sum or a magnitude would

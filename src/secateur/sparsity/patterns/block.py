@@ -6,13 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float32
-from torch import Tensor
-
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
-from secateur.types import Mask, Score, float32_bytes
+from secateur.types import Mask, Score, UnitScores, float32_bytes
 
 
 @patterns.register("block")
@@ -105,7 +102,7 @@ class Block:
         """The weights of a block."""
         return self.rows * self.columns
 
-    def units(self, score: Score) -> Float32[Tensor, "unit_rows unit_columns"]:
+    def units(self, score: Score) -> UnitScores:
         """The sum of the scores of each block, float32 [out / rows, in / columns]."""
         # [out / rows, rows, in / columns, columns]
         tiles = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))

@@ -6,13 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float32
-from torch import Tensor
-
 from secateur.errors import PatternError, ShapeError
 from secateur.sparsity.exact_count import keep_largest, pruned_count
 from secateur.sparsity.patterns import patterns, unit_scores, within
-from secateur.types import Mask, Score, float32_bytes
+from secateur.types import Mask, Score, UnitScores, float32_bytes
 
 
 @patterns.register("whole-columns")
@@ -124,7 +121,7 @@ class WholeColumns:
         together = shape[1] // self.columns_together if self.among else self.multiple
         return shape[0] * self.width * together
 
-    def units(self, score: Score) -> Float32[Tensor, "one groups"]:
+    def units(self, score: Score) -> UnitScores:
         """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
         # The magnitude last: contributions within a unit may cancel (`coupled-taylor`).
         return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]

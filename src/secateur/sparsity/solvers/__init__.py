@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_check
 from pydantic import Field
 from torch import Tensor
 
-from secateur.quantization.groups import BITS, Group, GroupGrid
+from secateur.quantization.groups import BITS, GROUPS, Group, GroupGrid
 from secateur.registry import NonNegative, Part, Registry, one_of
 from secateur.sparsity.column_sweep import group_grid
 from secateur.sparsity.hessian import relative_output_error
@@ -110,21 +110,25 @@ class ChoosingSolver(Solver, Protocol):
 
 
 class SolverDefaults(Part):
-    """What most solvers share: they choose no mask, round nothing, and shift no bias."""
+    """What most solvers share: they choose no mask and shift no bias. They round where a parameter
+    `bits` says so, and groups are as wide as a parameter `group`.
+    """
 
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
+    bits = 0
+    group = GROUPS[0]
 
     @property
     def rounds(self) -> bool:
         """Whether it also rounds the remaining weights."""
-        return self.grid is not None
+        return self.bits > 0
 
     @property
     def grid(self) -> GroupGrid | None:
         """The grid of groups on which the weights of its solutions are."""
-        return None
+        return group_grid(self.bits, self.group)
 
 
 @dataclass(frozen=True)
@@ -148,16 +152,6 @@ class RoundingSolver(SolverDefaults):
     bits: Bits = 0
     group: Group = 64
     descent: Annotated[int, Field(ge=0)] = 4
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the solver also rounds the remaining weights."""
-        return self.bits > 0
-
-    @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights then are."""
-        return group_grid(self.bits, self.group)
 
 
 solvers: Registry[type[Solver]] = Registry("solver", __name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.quantization.groups import Group, GroupGrid
+from secateur.quantization.groups import Group
 from secateur.quantization.int8 import nearest_rows
-from secateur.sparsity.column_sweep import group_grid, mark_kept
+from secateur.sparsity.column_sweep import mark_kept
 from secateur.sparsity.solvers import Bits, Solution, SolverDefaults, solvers
 from secateur.types import Mask, Statistics, Weight, float32_bytes
 
@@ -39,16 +39,6 @@ class Zeroing(SolverDefaults):
     bits: Bits = 0
     group: Group = 64
     requires: ClassVar[frozenset[str]] = frozenset()
-
-    @property
-    def rounds(self) -> bool:
-        """Whether it also rounds the kept weights."""
-        return self.bits > 0
-
-    @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights then are."""
-        return group_grid(self.bits, self.group)
 
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
