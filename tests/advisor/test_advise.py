@@ -149,7 +149,7 @@ def test_the_model_as_it_is_has_a_row_or_a_reason() -> None:
     assert len(names) == 8
     assert "as it is" in names
     small = secateur.advise("qwen3-30b-a3b", hardware="rtx-4060-ti-16gb")
-    whole = next(row for row in small.advice.considered if not row.option.changes)
+    whole = next(row for row in small.considered if not row.option.changes)
     assert f"as it is: {whole.refused}" in str(small)
 
 

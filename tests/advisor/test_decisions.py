@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.advisor.advice import Advice, AdviceQuestion, Measured, advise_on, weight_bytes
+from secateur.advisor.advice import AdviceQuestion, Measured, weight_bytes
+from secateur.advisor.advise import AdviseResult
 from secateur.advisor.facts import Estimate, read_facts
 from secateur.advisor.options import CompressionWay
 from secateur.errors import RecipeError
@@ -25,14 +26,14 @@ class ByBytes(Measured):
 
 def decided(
     quality_loss: float, *, shape: str = "llama-2-7b", room: int = 80 * 2**30, **bounds: float
-) -> Advice:
+) -> AdviseResult:
     facts = read_facts()
     model, h100 = facts.shapes[shape].shape(shape), facts.hardware["h100-80gb"]
     question = AdviceQuestion(
         model, h100, room, facts, ByBytes(model, {}), 100, 100, quality_loss=quality_loss,
         **bounds,  # type: ignore[arg-type]
     )  # fmt: skip
-    return advise_on(question)
+    return AdviseResult.of(question, shape, "h100-80gb", "")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_hours_and_accuracy_rule_ways_out_with_numbers() -> None:
     out = {row.option.name: row.refused for row in found.considered}
     assert "50 allowed" in out["width-50%-distilled"]
     assert [word for word in out["2:4 zeros"].split() if "%" in word] == ["52.0%", "82.0%", "90.0%"]
-    assert all(row.making.gpu_hours.typical <= 50 for row in found.considered if not row.refused)
+    assert all(row.gpu_hours.typical <= 50 for row in found.considered if not row.refused)
 
 
 @pytest.mark.parametrize("bounds", [{"token_ms": 0.001}, {"room": 2**28}])

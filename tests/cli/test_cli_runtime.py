@@ -99,9 +99,16 @@ def test_contenders_that_cannot_run_are_reported_and_the_rest_is_measured(
     assert record["file_bytes"] == (folder / "secateur.safetensors").stat().st_size
 
 
+def bench_of(speeds: list[Speed], *, compressed: bool) -> BenchResult:
+    protocol = {"prompt_tokens": 4}
+    return BenchResult.of(
+        "model", speeds, compressed=compressed, protocol=protocol, file_bytes=1, dense_bytes=2
+    )
+
+
 def test_contenders_with_one_reason_share_a_line() -> None:
     failed = [Speed(name, failure="its type is gpt2") for name in ("dense bf16", "dense int8")]
-    result = BenchResult("model", False, failed, 1, 2, {"prompt_tokens": 4})
+    result = bench_of(failed, compressed=False)
     assert result.exit_code == 1
     assert "dense bf16, dense int8" in str(result)
     assert str(result).count("its type is gpt2") == 1
@@ -111,7 +118,7 @@ def test_verdicts() -> None:
     def verdict(**seconds: float) -> str:
         speeds = [Speed(name.replace("_", " "), (s,), (1.0,)) for name, s in seconds.items()]
         speeds.append(Speed("torch int8", failure="no"))
-        return BenchResult("model", True, speeds, 1, 2, {"prompt_tokens": 4}).verdict
+        return bench_of(speeds, compressed=True).verdict
 
     assert verdict(packed=0.1, dense_bf16=0.15, torch_bf16=0.4) == (
         "1.50 times as fast as dense bf16, the fastest of the others"

@@ -11,6 +11,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
 from secateur.report_page.report import ReportResult
 from secateur.reporting.evaluate import BenchResult, EvaluateResult, GenerateResult
+from secateur.reporting.fields import Result
 from secateur.reporting.models import (
     ChainResult,
     CompressResult,
@@ -18,7 +19,7 @@ from secateur.reporting.models import (
     PruneResult,
     TrainResult,
 )
-from secateur.reporting.tables import PLAIN_WIDTH, Result
+from secateur.reporting.tables import PLAIN_WIDTH
 from secateur.runs.records import ChainStep, Cost, FormatTotals, SkippedMatrix, Source, Training
 from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord
 
@@ -41,7 +42,15 @@ def evaluated(*texts: str) -> EvaluateResult:
     record = EvaluationRecord(
         model="m", perplexity=[perplexity(t) for t in texts], divergence=[], tasks=[], generation=[]
     )
-    return EvaluateResult(record)
+    return EvaluateResult(record=record)
+
+
+def written(prompt: str, text: str) -> GenerateResult:
+    """A text of one token."""
+    return GenerateResult(
+        model="m", prompt=prompt, text=text, tokens=1, load_seconds=0.1, first_token_seconds=0.1,
+        tokens_per_second=None, loop="one call",
+    )  # fmt: skip
 
 
 def step(name: str, zeros: int) -> ChainStep:
@@ -75,31 +84,37 @@ SKIPPED = SkippedMatrix(names="lm_head", reason="the head", tensors=1, weights=1
 
 RESULTS = {
     "prune": (
-        PruneResult(0.5, [], left=[SKIPPED]),
+        PruneResult(sparsity=0.5, layers=[], left=[SKIPPED]),
         "lm_head: the",
     ),
     "train": (
-        TrainResult(Path("out"), TRAINING),
+        TrainResult(output=Path("out"), manifest=TRAINING),
         "30.000 → 20.000",
     ),
     "compress": (
         PACKED,
         "50.00%",
     ),
-    "decompress": (DecompressResult(Path("out"), 1, 2**21, 7, 0.5), "matrices unpacked"),
-    "chain": (ChainResult((step("source", 0), step("prune", 50)), Path("out")), "50.0%"),
+    "decompress": (
+        DecompressResult(
+            output=Path("out"), source_bytes=1, file_bytes=2**21, matrices=7, seconds=0.5
+        ),
+        "matrices unpacked",
+    ),
+    "chain": (
+        ChainResult(links=(step("source", 0), step("prune", 50)), output=Path("out")), "50.0%",
+    ),
     "evaluate": (evaluated("one.txt"), "23.5000"),
-    "generate": (GenerateResult("m", "Once", " upon", 1, 0.1, 0.1, None, "one call"), "Once upon"),
+    "generate": (written("Once", " upon"), "Once upon"),
     "bench": (
-        BenchResult(
+        BenchResult.of(
             "m",
-            True,
             [Speed("packed", (0.1, 0.2), (0.5, 0.5), 2**20), Speed("torch bf16", (0.2,), (0.5,))],
-            2**20, 2**21, PROTOCOL,
+            compressed=True, protocol=PROTOCOL, file_bytes=2**20, dense_bytes=2**21,
         ),
         "5.0 to 10.0",
     ),
-    "report": (ReportResult(Path("report.html")), "report: report.html"),
+    "report": (ReportResult(page=Path("report.html")), "report: report.html"),
 }  # fmt: skip
 
 
@@ -121,7 +136,7 @@ def test_one_contract(
 
 
 def test_brackets_in_texts_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    GenerateResult("m", "[bold]a[/]", " [red]", 1, 0.1, None, None, "x").show()
+    written("[bold]a[/]", " [red]").show()
     assert "[bold]a[/] [red]" in capsys.readouterr().out
 
 

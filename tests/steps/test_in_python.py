@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 from secateur.errors import RecipeError
 from secateur.progress import ProgressBar, Silent, listener
-from secateur.reporting.tables import Line, Result, Table, html
+from secateur.reporting.fields import Result
+from secateur.reporting.tables import Line, Table, html
 
 TEXTS = ["def add(a, b): return a + b\n" * 30, "for word in words: print(word)\n" * 30]
 WINDOWS = {"windows": 4, "sequence_length": 16, "sparsity": 0.5, "method": "wanda"}
@@ -120,7 +121,8 @@ for stage in ("reading", "pruning", "writing"):
     bar.finish()
 """,
     """
-from secateur.reporting.tables import Result, Table, next_steps
+from secateur.reporting.fields import Result
+from secateur.reporting.tables import Table, next_steps
 class Shown(Result):
     def blocks(self):
         return [Table.facts("t", [("a", "1")]), *next_steps({"here": "."}, {"look": "ls"})]

@@ -8,7 +8,6 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import Outcome, runner
@@ -17,10 +16,9 @@ from tiny import byte_tokenizer, save_tiny
 
 import secateur
 from secateur.calibration import documents
-from secateur.reporting.evaluate import DemoResult
-from secateur.reporting.models import PruneResult
-from secateur.reporting.next_steps import Origin, command, free_place
+from secateur.reporting.next_steps import command, dense_model, free_place
 from secateur.reporting.tables import plain_text
+from secateur.steps.demo import places
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 OWN = ("--calibration", "my text.txt", "--windows", 4, "--sequence-length", 16)
@@ -146,10 +144,7 @@ def test_next_lines_of_a_sweep_make_its_best_point(run: Run) -> None:
 
 
 def test_next_lines_of_the_demo_name_a_text_without_a_hub(run: Run) -> None:
-    pruned = PruneResult(0.5, [], output=Path("pruned"))
-    values: dict[str, Any] = dict.fromkeys(DemoResult.__dataclass_fields__)
-    demo = DemoResult(**{**values, "pruned": pruned, "page": Path("page.html")})
-    commands = commands_in(plain_text(demo.places()))
+    commands = commands_in(plain_text(places(Path("pruned"), Path("page.html"))))
     own = next(words for words in commands if words[0] == "prune")
     follow(run, [[word.replace("MODEL", "dense") for word in own]])
 
@@ -164,7 +159,7 @@ def test_a_packed_model_is_not_advised_to_be_packed(run: Run) -> None:
 def test_a_path_that_is_gone_is_not_named(run: Run) -> None:
     run("compress", "pruned", *OUT)
     Path("dense").rename("elsewhere")
-    assert Origin.of(Path("a result")).dense == "pruned"
+    assert dense_model(Path("a result")) == "pruned"
 
 
 def test_words_are_quoted_and_no_folder_is_overwritten(tmp_path: Path) -> None:

@@ -237,23 +237,14 @@ def served(asked: AdviceQuestion, way: CompressionWay) -> Served | str:
     return Served(best, memory[best], steps[best], first, Estimate(*request), busy(best), usd)
 
 
-@dataclass(frozen=True)
-class Making:
-    """What it takes to make a model once.
+def making_of(
+    model: ModelShape, way: CompressionWay, facts: Facts
+) -> tuple[Estimate, Estimate, str]:
+    """What it takes to make a way: pruning or cutting, rounding, distillation.
 
-    Attributes:
-        gpu_hours: of the device that its formula names.
-        usd: at the typical price of that device.
-        formula: how the hours were found.
+    Returns:
+        Hours of the device that the formula names, USD at its typical price, and the formula.
     """
-
-    gpu_hours: Estimate
-    usd: Estimate
-    formula: str
-
-
-def making_of(model: ModelShape, way: CompressionWay, facts: Facts) -> Making:
-    """What it takes to make a way: pruning or cutting, rounding, distillation."""
     device, steps = facts.hardware[PRUNING_DEVICE], [part.takes for part in way.changes]
     seconds = sum(facts.pruning_seconds_of_7b[step] for step in steps) * model.parameters / 7e9
     names = " and ".join(name if n == 1 else f"{n} x {name}" for name, n in Counter(steps).items())
@@ -268,7 +259,7 @@ def making_of(model: ModelShape, way: CompressionWay, facts: Facts) -> Making:
         formula += f"; distillation on {tokens / 1e9:g} billion tokens"
     price = device.usd_per_hour[1] if device.usd_per_hour else 0.0
     usd = Estimate(*(price * each for each in hours))
-    return Making(hours, usd, formula if steps else "nothing to make")
+    return hours, usd, formula if steps else "nothing to make"
 
 
 @dataclass(frozen=True)
@@ -279,7 +270,9 @@ class Considered:
         option: the way.
         kept: the fraction of the accuracy that stays, published: low, high.
         served: how it works on the device; None if it cannot.
-        making: what it takes to make.
+        gpu_hours: to make it, of the device that `formula` names.
+        usd: to make it, at the typical price of that device.
+        formula: how the hours were found.
         refused: why it is out: accuracy, hours, memory or time; empty if it is in.
         safe: whether even the lowest published accuracy keeps the bound.
     """
@@ -287,7 +280,9 @@ class Considered:
     option: CompressionWay
     kept: tuple[float, float]
     served: Served | None
-    making: Making
+    gpu_hours: Estimate
+    usd: Estimate
+    formula: str
     refused: str
     safe: bool
 
@@ -297,27 +292,20 @@ class Considered:
         return self.served.busy.typical if self.served else float("inf")
 
 
-@dataclass(frozen=True)
-class Advice:
-    """The decision.
+def advise_on(
+    asked: AdviceQuestion,
+) -> tuple[tuple[Considered, ...], Considered | None, tuple[Considered, ...]]:
+    """Compute every way and decide: the quickest safe one, or the model if it is hardly slower.
 
-    Attributes:
-        considered: all ways, the quickest first; those that are out come last.
-        chosen: the way to take; None if none can be taken.
-        cheaper: ways that take less time and may keep the bound: measure them.
-        verdict: what to do, in one or two sentences.
+    Returns:
+        All ways, the quickest first and those that are out last; the one to take, None if none can
+        be taken; and those that take less time and may keep the bound: measure them.
     """
-
-    considered: tuple[Considered, ...]
-    chosen: Considered | None
-    cheaper: tuple[Considered, ...]
-    verdict: str
-
-
-def advise_on(asked: AdviceQuestion) -> Advice:
-    """Compute every way and decide: the quickest safe one, or the model if it is hardly slower."""
-    options = options_for(asked.model, asked.hardware)
-    rows = sorted((_consider(asked, option) for option in options), key=_order)
+    ways = (_considered(asked, option) for option in options_for(asked.model, asked.hardware))
+    # the quickest first, then the least changed, then what surely keeps more
+    rows = sorted(
+        ways, key=lambda x: (bool(x.refused), x.seconds, len(x.option.changes), -x.kept[0])
+    )
     inside = [row for row in rows if not row.refused]
     safe = [row for row in inside if row.safe]
     whole = next((row for row in safe if not row.option.changes), None)
@@ -326,30 +314,25 @@ def advise_on(asked: AdviceQuestion) -> Advice:
         chosen = whole
     most = chosen.seconds if chosen else float("inf")
     cheaper = tuple(row for row in inside if not row.safe and row.seconds < most)
-    return Advice(tuple(rows), chosen, cheaper, _verdict_on(chosen, cheaper))
+    return tuple(rows), chosen, cheaper
 
 
-def _consider(asked: AdviceQuestion, option: CompressionWay) -> Considered:
+def _considered(asked: AdviceQuestion, option: CompressionWay) -> Considered:
     """Compute one way."""
-    kept, making = option.kept(asked.facts), making_of(asked.model, option, asked.facts)
+    kept, made = option.kept(asked.facts), making_of(asked.model, option, asked.facts)
     found, floor, refused = served(asked, option), 1 - asked.quality_loss, ""
     if isinstance(found, str):
         refused = found
     elif kept[1] < floor:
         refused = f"keeps {kept[0]:.1%} to {kept[1]:.1%} of the accuracy, {floor:.1%} required"
-    elif (hours := making.gpu_hours.typical) > asked.gpu_hours:
+    elif (hours := made[0].typical) > asked.gpu_hours:
         refused = f"takes {hours:,.0f} GPU hours to make, {asked.gpu_hours:g} allowed"
     works = None if isinstance(found, str) else found
-    return Considered(option, kept, works, making, refused, kept[0] >= floor)
+    return Considered(option, kept, works, *made, refused, kept[0] >= floor)
 
 
-def _order(row: Considered) -> tuple[bool, float, int, float]:
-    """Quickest first, then the least changed, then what surely keeps more; those out last."""
-    return bool(row.refused), row.seconds, len(row.option.changes), -row.kept[0]
-
-
-def _verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
-    """One sentence for people."""
+def verdict_on(chosen: Considered | None, cheaper: Sequence[Considered]) -> str:
+    """What to do, in one or two sentences."""
     may = "would be quicker and may meet your limits: measure its loss."
     hint = f" {cheaper[0].option.name} {may}" if cheaper else ""
     if chosen is None:

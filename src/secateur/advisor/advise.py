@@ -5,22 +5,21 @@ A well-known shape is answered without torch and transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
+from pydantic import InstanceOf
 from pydantic_core import to_jsonable_python
 
 from secateur.advisor.advice import (
     GIB,
-    Advice,
     AdviceQuestion,
     Considered,
     Measured,
     Roofline,
     advise_on,
+    verdict_on,
 )
 from secateur.advisor.facts import THIS_MACHINE, Estimate, Facts, read_facts
 from secateur.advisor.options import options_for
@@ -31,7 +30,8 @@ from secateur.progress import Progress
 from secateur.recipes.measure import AdviseRecipe
 from secateur.recipes.verbs import imported
 from secateur.registry import did_you_mean
-from secateur.reporting.tables import Block, Line, Result, Table
+from secateur.reporting.fields import Result, blocks_of
+from secateur.reporting.tables import Block
 
 FREE_SHARE = 0.8
 """The fraction of this machine's memory that a model may take."""
@@ -75,7 +75,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
         basis = f"measured here: decoded with random weights, {day}"
     asked = recipe.model_dump(include={*ASKED})
     question = AdviceQuestion(shape, hardware, round(memory), facts, speed, **asked)
-    return AdviseResult(recipe.model, device, question, advise_on(question), basis)
+    return AdviseResult.of(question, recipe.model, device, basis)
 
 
 def _shape_of(
@@ -117,7 +117,6 @@ SHOWN = 8
 """Ways in the table; --json has all."""
 
 
-@dataclass(frozen=True, repr=False)
 class AdviseResult(Result):
     """The advice, with every number behind it.
 
@@ -125,49 +124,69 @@ class AdviseResult(Result):
         model: what the user named.
         hardware: its name in the facts.
         question: everything that the advice depends on.
-        advice: the ways and the decision.
         speed_basis: how times were found.
+        considered: all ways, the quickest first; those that are out come last.
+        chosen: the way to take; None if none can be taken.
+        cheaper: ways that take less time and may keep the bound: measure them.
     """
 
     model: str
     hardware: str
-    question: AdviceQuestion
-    advice: Advice
+    question: InstanceOf[AdviceQuestion]
     speed_basis: str
+    considered: tuple[InstanceOf[Considered], ...]
+    chosen: InstanceOf[Considered] | None
+    cheaper: tuple[InstanceOf[Considered], ...]
+
+    @classmethod
+    def of(
+        cls, question: AdviceQuestion, model: str, hardware: str, speed_basis: str
+    ) -> AdviseResult:
+        """Answer a question."""
+        considered, chosen, cheaper = advise_on(question)
+        return cls(
+            model=model, hardware=hardware, question=question, speed_basis=speed_basis,
+            considered=considered, chosen=chosen, cheaper=cheaper,
+        )  # fmt: skip
+
+    @property
+    def verdict(self) -> str:
+        """What to do, in one or two sentences."""
+        return verdict_on(self.chosen, self.cheaper)
 
     @property
     def commands(self) -> list[str]:
         """The commands that make the chosen way; none if nothing is to be done."""
-        chosen = self.advice.chosen
-        return chosen.option.commands(self.model) if chosen else []
+        return self.chosen.option.commands(self.model) if self.chosen else []
 
     @property
     def exit_code(self) -> int:
         """3 if no way keeps the bounds for certain."""
-        return 0 if self.advice.chosen else 3
+        return 0 if self.chosen else 3
 
     def to_json(self) -> dict[str, Any]:
         """All ways with their numbers, each as [low, typical, high], and where they are from."""
-        asked, advice = self.question, self.advice
+        asked = self.question
         record = {
             "schema": "secateur.advice/2",
             "model": self.model,
             "parameters": asked.model.parameters,
             "hardware": self.hardware,
             **{name: getattr(asked, name) for name in ASKED},
-            "verdict": advice.verdict,
-            "chosen": advice.chosen and advice.chosen.option.name,
+            "verdict": self.verdict,
+            "chosen": self.chosen and self.chosen.option.name,
             "commands": self.commands,
-            "measure_first": [row.option.name for row in advice.cheaper],
+            "measure_first": [row.option.name for row in self.cheaper],
             "options": [
                 {
-                    **vars(row),
                     "option": row.option.name,
+                    **{name: getattr(row, name) for name in ("kept", "served", "refused", "safe")},
+                    "making": {x: getattr(row, x) for x in ("gpu_hours", "usd", "formula")},
                     "bits": row.option.bits,
                     "sources": row.option.sources(asked.facts),
                     "commands": row.option.commands(self.model),
                 }
-                for row in advice.considered
+                for row in self.considered
             ],
             "basis": {
                 "times": self.speed_basis,
@@ -178,52 +197,41 @@ class AdviseResult(Result):
         }
         return cast("dict[str, Any]", to_jsonable_python(record))
 
-    def blocks(self) -> Sequence[Block]:
+    def tables(self) -> list[Block]:
         """The verdict, the ways, how to make the chosen one, and where the numbers are from."""
-        advice, asked, rows = self.advice, self.question, self.shown()
-        blocks: list[Block] = [Line(advice.verdict, "bold")]
-        if rows:
-            title = f"{self.model} ({asked.model.parameters / 1e9:.2f} B) on {asked.hardware.name}"
-            title += f", requests of {asked.prompt_tokens} + {asked.new_tokens} tokens"
-            columns = ("way", "accuracy", "memory", "batch", "ms/token", "P50, s", "USD/1M tokens")
-            styles = [
-                "bold green" if row is advice.chosen else "" if row.safe else "yellow"
-                for row in rows
-            ]
-            cells = [self.row(row) for row in rows]
-            blocks.append(Table.of(title, columns, cells, styles=styles))
-            blocks.append(Line(LEGEND, "dim"))
-        plain = [x for x in advice.considered if x.refused and len(x.option.changes) <= 1]
-        blocks += [Line(f"{row.option.name}: {row.refused}", "dim") for row in plain]
-        if advice.chosen and self.commands:
-            making = advice.chosen.making
-            hours = f"{_ranged(making.gpu_hours)} GPU hours, {_ranged(making.usd)}"
-            blocks.append(Line("recipe:", "bold"))
-            blocks += [Line(f"  {command}") for command in self.commands]
-            blocks.append(Line(f"  takes about {hours} USD ({making.formula})"))
-        return blocks + [Line(line, "dim") for line in self.origins()]
+        rows, chosen = [self.row(one) for one in self.shown()], self.chosen
+        making = chosen if self.commands else None
+        return blocks_of(
+            "AdviseResult",
+            self,
+            rows=rows,
+            billions=self.question.model.parameters / 1e9,
+            star="*" if rows else None,
+            plain=[x for x in self.considered if x.refused and len(x.option.changes) <= 1],
+            recipe=making and "recipe:",
+            hours=making and _ranged(making.gpu_hours),
+            usd=making and _ranged(making.usd),
+            origins=self.origins(),
+        )
 
     def shown(self) -> list[Considered]:
         """The quickest ways that are in, the advised one and the model as it is among them."""
-        inside = [row for row in self.advice.considered if not row.refused]
-        kept = [row for row in inside if row is self.advice.chosen or not row.option.changes]
+        inside = [row for row in self.considered if not row.refused]
+        kept = [row for row in inside if row is self.chosen or not row.option.changes]
         first = [row for row in inside if row not in kept][: SHOWN - len(kept)]
         return [row for row in inside if row in kept or row in first]
 
-    def row(self, row: Considered) -> tuple[str, ...]:
-        """The cells of a way."""
-        found, (low, high) = row.served, row.kept
-        assert found is not None
-        mark = "*\u00a0" if row is self.advice.chosen else "" if row.safe else "?\u00a0"
-        return (
-            mark + row.option.name,
-            f"{low:.0%}" if low == high else f"{100 * low:.3g}-{100 * high:.3g}%",
-            f"{found.memory.total / GIB:.3g} GiB",
-            f"{found.batch}",
-            f"{found.step.typical * 1e3:.1f}",
-            f"{found.request.typical:.2g}",
-            f"{found.usd.typical:.2g}" if found.usd else "",
-        )
+    def row(self, row: Considered) -> dict[str, Any]:
+        """The cells of a way, and its style."""
+        low, high = row.kept
+        # no break between the mark and the name
+        mark = "*\u00a0" if row is self.chosen else "" if row.safe else "?\u00a0"
+        return {
+            "name": mark + row.option.name,
+            "accuracy": f"{low:.0%}" if low == high else f"{100 * low:.3g}-{100 * high:.3g}%",
+            "found": row.served,
+            "style": "bold green" if row is self.chosen else "" if row.safe else "yellow",
+        }
 
     def format_cache(self) -> str:
         """What one sequence keeps, and in which layers."""
@@ -241,7 +249,7 @@ class AdviseResult(Result):
 
     def origins(self) -> list[str]:
         """Where each kind of number is from."""
-        asked, chosen = self.question, self.advice.chosen
+        asked, chosen = self.question, self.chosen
         sources = chosen.option.sources(asked.facts) if chosen else ()
         price = "no price is published for it: --usd-per-hour gives yours"
         if asked.hardware.usd_per_hour:
@@ -254,12 +262,6 @@ class AdviseResult(Result):
             *(f"accuracy: published; {source}" for source in sources),
             f"facts of {asked.facts.date}; replace any with --facts FILE",
         ]
-
-
-LEGEND = (
-    "*: advised. ?: may break your limit on accuracy: measure its loss first. Memory and ms/token "
-    "at the batch that serves most; --json has all ways with ranges and sources."
-)
 
 
 def _ranged(value: Estimate) -> str:

@@ -21,108 +21,93 @@ class Part:
         name: such as `int4`; also the key of its published loss.
         takes: the method whose published time it takes to make; empty if nothing is made.
         commands: what makes it; {model} is the model, {source} what the step before wrote.
-    """
-
-    name: str
-    takes: str = ""
-    commands: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Values(Part):
-    """How weights are stored.
-
-    Attributes:
         bits: of a weight, with its scales.
         value_bits: of a weight, without scales.
         product: the type of its products, a key of `Hardware.tflops`. int4 is expanded to bfloat16.
         small_ends: whether embedding and head have 8 bits in every model.
-    """
-
-    bits: float = 16
-    value_bits: int = 16
-    product: str = "bf16"
-    small_ends: bool = False
-
-
-COMPRESS = "secateur compress {{source}} --values {} --calibration TEXT --output SMALL"
-GGUF = "secateur export {{source}} --to gguf --type {} --output GGUF"
-FP8 = "quantize {source} to FP8 (W8A8) with llm-compressor or vLLM"
-VALUES = {
-    one.name: one
-    for one in (
-        Values("bf16"),
-        Values("fp8", "magnitude", (FP8,), 8, 8, "fp8"),
-        Values("int8", "alps", (COMPRESS.format("int8"),), 8, 8, "int8"),
-        Values("int4", "alps", (COMPRESS.format("int4"),), 4.125, 4),
-        Values("q8_0", "magnitude", (GGUF.format("q8_0"),), 8.5, 8, small_ends=True),
-        Values(
-            "q4_0", "alps", (COMPRESS.format("int4"), GGUF.format("q4_0")), 4.5, 4, small_ends=True
-        ),
-    )
-}
-"""int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128. The last two are llama.cpp's
-types; rounding without a calibration text is one pass over the weights, as magnitude pruning is."""
-
-
-@dataclass(frozen=True)
-class Zeros(Part):
-    """Which weights are zero.
-
-    Attributes:
         sparsity: the fraction of zeros.
         index_bits: bits of a weight that say where the zeros are.
         decode: decoding is faster by this much than the bytes say; None where bytes decide.
-    """
-
-    sparsity: float = 0.0
-    index_bits: float = 0.0
-    decode: Estimate | None = None
-
-
-PRUNE = "secateur prune {{source}} {} --effort best --output SPARSE"
-ZEROS = {
-    one.name: one
-    for one in (
-        Zeros("dense"),
-        Zeros("2:4", "alps", (PRUNE.format("--pattern 2:4"),), 0.5, 1, Estimate(1.0, 1.15, 1.24)),
-        Zeros("50%", "alps", (PRUNE.format("--sparsity 0.5"),), 0.5, 1),
-    )
-}
-"""2:4: Wanda's paper has 1.24 for a whole model, TensorRT-LLM's issues 1731 and 1802 none."""
-
-
-@dataclass(frozen=True)
-class CutAway(Part):
-    """What is cut away.
-
-    Attributes:
         linears: the fraction of every layer that stays.
         layers: the fraction of layers that stays.
         experts: the fraction of experts that stays.
         tokens: tokens of distillation that its published loss needs.
     """
 
+    name: str
+    takes: str = ""
+    commands: tuple[str, ...] = ()
+    # how weights are stored
+    bits: float = 16
+    value_bits: int = 16
+    product: str = "bf16"
+    small_ends: bool = False
+    # which weights are zero
+    sparsity: float = 0.0
+    index_bits: float = 0.0
+    decode: Estimate | None = None
+    # what is cut away
     linears: float = 1
     layers: float = 1
     experts: float = 1
     tokens: float = 0.0
 
 
+def _table(*parts: Part) -> dict[str, Part]:
+    return {one.name: one for one in parts}
+
+
+COMPRESS = "secateur compress {{source}} --values {} --calibration TEXT --output SMALL"
+GGUF = "secateur export {{source}} --to gguf --type {} --output GGUF"
+FP8 = "quantize {source} to FP8 (W8A8) with llm-compressor or vLLM"
+VALUES = _table(
+    Part("bf16"),
+    Part("fp8", "magnitude", (FP8,), bits=8, value_bits=8, product="fp8"),
+    Part("int8", "alps", (COMPRESS.format("int8"),), bits=8, value_bits=8, product="int8"),
+    Part("int4", "alps", (COMPRESS.format("int4"),), bits=4.125, value_bits=4),
+    Part("q8_0", "magnitude", (GGUF.format("q8_0"),), bits=8.5, value_bits=8, small_ends=True),
+    Part(
+        "q4_0",
+        "alps",
+        (COMPRESS.format("int4"), GGUF.format("q4_0")),
+        bits=4.5,
+        value_bits=4,
+        small_ends=True,
+    ),
+)
+"""int4 counts a scale of 8 bits for 64 weights, or of 16 bits for 128. The last two are llama.cpp's
+types; rounding without a calibration text is one pass over the weights, as magnitude pruning is."""
+
+
+PRUNE = "secateur prune {{source}} {} --effort best --output SPARSE"
+ZEROS = _table(
+    Part("dense"),
+    Part(
+        "2:4",
+        "alps",
+        (PRUNE.format("--pattern 2:4"),),
+        sparsity=0.5,
+        index_bits=1,
+        decode=Estimate(1.0, 1.15, 1.24),
+    ),
+    Part("50%", "alps", (PRUNE.format("--sparsity 0.5"),), sparsity=0.5, index_bits=1),
+)
+"""2:4: Wanda's paper has 1.24 for a whole model, TensorRT-LLM's issues 1731 and 1802 none."""
+
+
 CUT = "secateur structure {{source}} {} --output CUT"
 TEACH = "secateur train CUT --teacher {model} --text TEXT --output TAUGHT"
+FEWER = CUT.format("--keep-layers 0.75 --effort best")
+NARROWER = CUT.format("--keep-parameters 0.75 --effort best")
 HALF_WIDTH = (CUT.format("--keep-parameters 0.5"), TEACH)
-STRUCTURES = {
-    one.name: one
-    for one in (
-        CutAway("whole"),
-        CutAway("layers-25%", "alps", (CUT.format("--keep-layers 0.75 --effort best"),), 1, 0.75),
-        CutAway("width-25%", "alps", (CUT.format("--keep-parameters 0.75 --effort best"),), 0.75),
-        CutAway("width-50%-distilled", "alps", HALF_WIDTH, 0.5, tokens=90e9),
-        CutAway("experts-25%", "alps", (CUT.format("--experts 0.75"),), experts=0.75),
-        CutAway("experts-50%", "alps", (CUT.format("--experts 0.5"),), experts=0.5),
-    )
-}
+STRUCTURES = _table(
+    Part("whole"),
+    Part("layers-25%", "alps", (FEWER,), layers=0.75),
+    Part("width-25%", "alps", (NARROWER,), linears=0.75),
+    Part("width-50%-distilled", "alps", HALF_WIDTH, linears=0.5, tokens=90e9),
+    Part("experts-25%", "alps", (CUT.format("--experts 0.75"),), experts=0.75),
+    Part("experts-50%", "alps", (CUT.format("--experts 0.5"),), experts=0.5),
+)
 
 
 @dataclass(frozen=True)
@@ -135,9 +120,9 @@ class CompressionWay:
         values: how weights are stored.
     """
 
-    structure: CutAway
-    zeros: Zeros
-    values: Values
+    structure: Part
+    zeros: Part
+    values: Part
 
     @property
     def name(self) -> str:

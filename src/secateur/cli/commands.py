@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
     from secateur.recipes.measure import InspectRecipe
     from secateur.recipes.prune import MethodsRecipe, PruneRecipe
-    from secateur.reporting.tables import Result
+    from secateur.reporting.fields import Result
     from secateur.steps.generate import Conversation
 
 

@@ -76,9 +76,10 @@ def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[
     if not rounded and linear.zeros - claim.zeros > SURPLUS * weights:
         evidence = f"{has}, but the records say {claim.zeros / weights:.2%} ({claim.zeros:,})"
         found.append(finding("more-zeros-than-claimed", linear.name, evidence))
-    if claim.error is not None and claim.error > COLLAPSED:
+    error = claim.lost if claim.error is None else claim.error
+    if error is not None and error > COLLAPSED:
         evidence = (
-            f"pruning it lost {claim.error:.1%} of the energy of its output on the calibration "
+            f"pruning it lost {error:.1%} of the energy of its output on the calibration "
             "text, according to the run"
         )
         found.append(finding("linear-collapse", linear.name, evidence))

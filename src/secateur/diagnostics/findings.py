@@ -6,8 +6,7 @@ a pruned folder promise.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 
 from secateur.engine.prune.tasks import Selection
 from secateur.errors import SecateurError
+from secateur.runs.records import Layer, LinearRecord, Manifest, parsed
 from secateur.runs.records.measured import Finding, Severity
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
@@ -74,32 +74,10 @@ def finding(
     return Finding(id, severity or usual, where, evidence, advice)
 
 
-def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """The same findings, the worst first."""
-    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
-
-
 def listed(items: Sequence[object], most: int = 8) -> str:
     """The first items in one line, and the number of the others."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(str(item) for item in items[:most]) + more
-
-
-@dataclass(frozen=True)
-class LinearClaim:
-    """The claims of the records about one linear.
-
-    Attributes:
-        target: its target sparsity.
-        pruned: the zeros of its mask.
-        zeros: its zeros at the end of the run.
-        error: relative squared error of its output, measured or estimated by the run.
-    """
-
-    target: float
-    pruned: int
-    zeros: int
-    error: float | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +96,7 @@ class Claims:
     """
 
     folder: Path | None = None
-    linears: dict[str, LinearClaim] = field(default_factory=dict)
+    linears: dict[str, LinearRecord] = field(default_factory=dict)
     pattern: Pattern | None = None
     selection: Selection | None = None
     sparsity: float | None = None
@@ -129,7 +107,7 @@ class Claims:
     def claimed(self, name: str) -> float | None:
         """The claimed sparsity of a linear; 0 for one that a run with records left out."""
         if name in self.linears:
-            return self.linears[name].target
+            return self.linears[name].asked
         return 0.0 if self.linears else None
 
     def kept_dense(self, name: str) -> bool:
@@ -159,55 +137,33 @@ def read_claims(model: Path) -> Claims:
             faults.append(finding("records-unreadable", str(file), evidence))
             return empty
 
-    manifest = read("manifest.json", _manifest_of, {})
+    manifest = read("manifest.json", lambda text: parsed(Manifest, text, "manifest.json"), None)
     pattern, selection = None, None
-    if manifest.get("method") != "structure":  # a cut model claims no zeros
+    if manifest is None or manifest.method.get("name") != "structure":  # a cut claims no zeros
         pattern, selection = read("recipe.yaml", lambda x: _of_recipe(x, manifest), (None, None))
-    linears = read("layers.jsonl", _claims_of, {})
-    unseen = frozenset() if faults else read("layers.jsonl", _unseen_of, frozenset())
-    sparsity, source = manifest.get("sparsity"), manifest.get("source")
-    return Claims(folder, linears, pattern, selection, sparsity, unseen, source, tuple(faults))
+    layers: dict[int, Layer] = read("layers.jsonl", _layers_of, {})
+    return Claims(
+        folder,
+        {linear.name: linear for layer in layers.values() for linear in layer.linears},
+        pattern,
+        selection,
+        manifest and manifest.result.decoder_sparsity,
+        frozenset(name for layer in layers.values() for name in layer.unseen),
+        manifest and manifest.source.name,
+        tuple(faults),
+    )
 
 
-def _manifest_of(text: str) -> dict[str, Any]:
-    """Source, scope and total sparsity of a manifest."""
-    record = json.loads(text)
-    return {
-        "source": record["source"]["name"],
-        "method": record["method"].get("name"),
-        "scope": record["method"]["scope"],
-        "sparsity": float(record["result"]["decoder_sparsity"]),
-    }
+def _layers_of(text: str) -> dict[int, Layer]:
+    """The last line of each layer; a repeated layer has two."""
+    lines = (parsed(Layer, line, "layers.jsonl") for line in text.splitlines() if line.strip())
+    return {layer.layer: layer for layer in lines}
 
 
-def _claims_of(text: str) -> dict[str, LinearClaim]:
-    """The claims of each layer's last line; a repeated layer has two."""
-    return {
-        record["name"]: LinearClaim(
-            float(record["asked"]),
-            int(record["pruned"]),
-            int(record["zeros"]),
-            record.get("lost") if record.get("error") is None else record["error"],
-        )
-        for line in _json_lines(text)
-        for record in line.get("linears", [])
-    }
-
-
-def _unseen_of(text: str) -> frozenset[str]:
-    """The linears that the last line of a layer lists as unseen."""
-    last = {line["layer"]: line for line in _json_lines(text) if "layer" in line}
-    return frozenset(name for line in last.values() for name in line.get("unseen", []))
-
-
-def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def _of_recipe(text: str, manifest: dict[str, Any]) -> tuple[Pattern, Selection]:
+def _of_recipe(text: str, manifest: Manifest | None) -> tuple[Pattern, Selection]:
     """Pattern and selection of a resolved recipe."""
     recipe = yaml.safe_load(text)
-    scope = manifest.get("scope", recipe["scope"])
+    scope = manifest.method["scope"] if manifest else recipe["scope"]
     include, exclude = tuple(recipe["include"]), tuple(recipe["exclude"])
     pattern = parse_pattern(recipe["pattern"], None if scope == "group" else scope)
     return pattern, Selection(include, exclude, dict(recipe["overrides"]))

@@ -108,7 +108,7 @@ def look_at_weights(
             continue
         name, weight = matrix.full_name, matrix.seen(tensor)
         claim, nonzero = claims.linears.get(name), weight != 0
-        counted = count(name, weight, claims.pattern, claim.target if claim else 0.0)
+        counted = count(name, weight, claims.pattern, claim.asked if claim else 0.0)
         kept = max(1, counted.weights - counted.zeros)
         size = (weight.float().square().sum(dtype=torch.float64) / kept).sqrt()
         linears.append(

@@ -319,8 +319,9 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return PushResult(
-        repo, private, branch, sizes, left, audit.sparsity, card, tuple(notes), address
-    )
+        repo=repo, private=private, branch=branch, files=sizes, left_out=tuple(left),
+        zeros=audit.sparsity, card=card, notes=tuple(notes), address=address,
+    )  # fmt: skip
 
 
 def _refuse_lost_zeros(folder: Path, audit: Audit) -> None:

@@ -10,30 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.errors import SourceError
+from secateur.reporting import models
 from secateur.reporting.cards import source_name, without_folders
-from secateur.reporting.diagnose import diagnosis_blocks
+from secateur.reporting.diagnose import diagnosis
 from secateur.reporting.draft import DraftResult
-from secateur.reporting.evaluate import EvaluateResult, bench_blocks
+from secateur.reporting.evaluate import evaluation, timing
+from secateur.reporting.fields import Result
 from secateur.reporting.fit import FitResult
-from secateur.reporting.models import (
-    ChainResult,
-    CompressResult,
-    PruneResult,
-    StructureResult,
-    TrainResult,
-)
 from secateur.reporting.sweep import SweepResult
-from secateur.reporting.tables import Block, Line, Result, bare_name
-from secateur.runs.records import AnyRecord, Chain, Layer, Manifest, Training, parsed, read_record
-from secateur.runs.records.base import read_list
-from secateur.runs.records.measured import (
-    FILE_NAME,
-    Bench,
-    DiagnosisRecord,
-    EvaluationRecord,
-    Sweep,
-    read_evaluation,
-)
+from secateur.reporting.tables import Block, Line, bare_name
+from secateur.runs import records
+from secateur.runs.records import measured
+from secateur.runs.records.base import AnyRecord, parsed, read_list, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
 
 Sections = dict[str, list[Block]]
@@ -61,14 +49,14 @@ class ReportedRun:
     name: str
     folder: Path
     made: tuple[Result, ...]
-    layers: tuple[Layer, ...]
-    manifest: Manifest | None
-    compression: CompressResult | None
+    layers: tuple[records.Layer, ...]
+    manifest: records.Manifest | None
+    compression: models.CompressResult | None
     fit: FitResult | None
     sweep: SweepResult | None
-    evaluation: EvaluationRecord | None
-    bench: Bench | None
-    diagnosis: DiagnosisRecord | None
+    evaluation: measured.EvaluationRecord | None
+    bench: measured.Bench | None
+    diagnosis: measured.DiagnosisRecord | None
 
     @property
     def source(self) -> str:
@@ -104,12 +92,12 @@ class ReportedRun:
                 Line(f"Measured on {bare_name(name)}, which has the same weights.")
                 for name in sorted(names)
             ]
-            found["Quality"] = [*others, *EvaluateResult(self.evaluation).blocks()]
+            found["Quality"] = [*others, *evaluation(self.evaluation)]
         if self.bench is not None:
-            found["Speed"] = bench_blocks(self.bench)
+            found["Speed"] = timing(self.bench)
         if self.diagnosis is not None:
-            found["Diagnosis"] = diagnosis_blocks(self.diagnosis)
-        return {heading: shown(blocks) for heading, blocks in found.items()}
+            found["Diagnosis"] = diagnosis(self.diagnosis)
+        return {heading: _shown(blocks) for heading, blocks in found.items()}
 
     @property
     def card(self) -> str:
@@ -125,17 +113,12 @@ class ReportedRun:
 
     def sections(self) -> Sections:
         """What the verbs printed that made it, what was measured, and the commands for more."""
-        tables: list[Block] = []
-        following: list[Block] = []
-        for result in self.made:
-            blocks = [*result.blocks()]
-            end = blocks.index(Line("")) if Line("") in blocks else len(blocks)
-            tables += blocks[:end]
-            following = blocks[end + 1 :]  # the commands of the last verb
-        return {"": shown(tables), **self.measured(), "What to try": shown(following)}
+        tables = [block for result in self.made for block in result.tables()]
+        following = self.made[-1].following()  # of the last verb
+        return {"": _shown(tables), **self.measured(), "What to try": _shown(following)}
 
 
-def shown(blocks: Iterable[Block]) -> list[Block]:
+def _shown(blocks: Iterable[Block]) -> list[Block]:
     """Blocks without the folders of this machine."""
     return [
         Line(without_folders(block.text), block.style)
@@ -208,27 +191,34 @@ def read_run(folder: Path, name: str) -> ReportedRun:
         place = notes / file
         return read_record(record, place) if place.is_file() else None
 
-    manifest, chain = read(Manifest, "manifest.json"), read(Chain, "chain.json")
+    manifest, chain = read(records.Manifest, "manifest.json"), read(records.Chain, "chain.json")
     fit, draft = read(FitResult, "fit.json"), read(DraftResult, "draft.json")
     chosen = fit or draft
-    packed = read(CompressResult, "compression.json") or (chosen.packed if chosen else None)
-    judged, lines, trained = (notes / x for x in (FILE_NAME, "layers.jsonl", "training.json"))
+    packed = read(models.CompressResult, "compression.json") or (chosen.packed if chosen else None)
+    lines, trained = notes / "layers.jsonl", notes / "training.json"
     swept = folder / "sweep.json"
-    sweep = SweepResult(read_record(Sweep, swept), folder) if swept.is_file() else None
-    made: list[Result] = [result for result in (sweep, chosen) if result is not None]
+    sweep = read_record(measured.Sweep, swept) if swept.is_file() else None
+    curves = SweepResult(sweep=sweep, folder=folder) if sweep else None
+    made: list[Result] = [result for result in (curves, chosen) if result is not None]
     if manifest is not None and manifest.structure is not None:
-        made.append(StructureResult(manifest, folder))
+        made.append(models.StructureResult(output=folder, manifest=manifest))
     elif manifest is not None:
         zeros = manifest.result.decoder_sparsity
-        made.append(PruneResult(zeros, [], manifest, folder, [*manifest.left]))
+        made.append(models.PruneResult(sparsity=zeros, layers=[], manifest=manifest, output=folder))
     if trained.is_file():
-        made += [TrainResult(folder, one) for one in read_list(Training, trained)]
+        made += [
+            models.TrainResult(output=folder, manifest=one)
+            for one in read_list(records.Training, trained)
+        ]
     if packed is not None and chosen is None:
         made.append(packed.model_copy(update={"output": folder}))
     if chain is not None:
-        made.append(ChainResult(chain.links, folder))
+        made.append(models.ChainResult(links=chain.links, output=folder))
     text = _read_text(lines).splitlines() if lines.is_file() else []
-    layers = [parsed(Layer, line, f"{lines}:{number}") for number, line in enumerate(text, start=1)]
+    layers = [
+        parsed(records.Layer, line, f"{lines}:{number}")
+        for number, line in enumerate(text, start=1)
+    ]
     return ReportedRun(
         name,
         folder,
@@ -237,8 +227,8 @@ def read_run(folder: Path, name: str) -> ReportedRun:
         manifest,
         packed,
         fit,
-        sweep,
-        read_evaluation(judged) if judged.is_file() else None,
-        read(Bench, "bench.json"),
-        read(DiagnosisRecord, "diagnosis.json"),
+        curves,
+        read(measured.EvaluationRecord, measured.FILE_NAME),
+        read(measured.Bench, "bench.json"),
+        read(measured.DiagnosisRecord, "diagnosis.json"),
     )

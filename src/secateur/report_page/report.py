@@ -10,9 +10,11 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from secateur.errors import DISTRIBUTION, RecipeError
 from secateur.evaluation.perplexity import judged_part
@@ -23,19 +25,9 @@ from secateur.report_page.records import ReportedRun, read_places
 from secateur.reporting.cards import with_measurements
 from secateur.reporting.charts import Chart, page_svg, save_plots
 from secateur.reporting.evaluate import fastest_other
-from secateur.reporting.tables import (
-    Block,
-    Line,
-    Result,
-    Table,
-    bare_name,
-    binary_size,
-    html,
-    percent,
-    with_error,
-)
+from secateur.reporting.fields import Result, filled
+from secateur.reporting.tables import Line, Table, html
 from secateur.runs.output import check_writable
-from secateur.runs.records.measured import Measurement
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -79,7 +71,7 @@ def report(
             name = "".join(c if c.isalnum() or c in "-_." else "-" for c in chart.key)
             written += save_plots([chart], folder / name)
     if card is None:
-        return ReportResult(page, written)
+        return ReportResult(page=page, plots=written)
     [run], card = found, Path(card)
     drawn = zip(charts, (file for file in written if file.suffix == ".svg"), strict=False)
     pictures = [
@@ -88,7 +80,7 @@ def report(
     ]
     text = with_measurements(run.card, {**run.measured(), "Charts": pictures})
     card.write_text(text, encoding="utf-8", newline="\n")
-    return ReportResult(page, written, card)
+    return ReportResult(page=page, plots=written, card=card)
 
 
 def report_recipe(recipe: ReportRecipe, progress: Progress) -> ReportResult:
@@ -135,54 +127,49 @@ def comparison(runs: Sequence[ReportedRun]) -> Table:
     """
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for run in runs:
-        for measure, dense, value in _measures(run):
-            rows.setdefault((measure, dense), {})[run.name] = value
+        for texts, record, more in _compared(run):
+            measure, dense, value = (filled(text, record, **more) for text in texts)
+            if measure is not None and value is not None:
+                rows.setdefault((measure, dense or ""), {})[run.name] = value
     names = [run.name for run in runs]
     cells = [(*key, *(own.get(name, "") for name in names)) for key, own in rows.items()]
     return Table.of("", ("", "dense", *names), cells)
 
 
-def _measures(run: ReportedRun) -> Iterator[tuple[str, str, str]]:
-    """What was measured of a run: the measure, the dense model's value, and its own."""
-    if run.file_bytes is not None:
-        yield "weight files; dense in bfloat16", binary_size(run.dense_bytes or 0), (
-            binary_size(run.file_bytes))  # fmt: skip
-    if run.manifest is not None:
-        yield "zeros in the decoder's matrices", "", percent(run.manifest.result.decoder_sparsity)
-        if run.manifest.structure is not None:
-            yield "cut out of the decoder", "", percent(run.manifest.structure.decoder_removed)
-    if run.fit is not None:
-        yield "loss above the dense model, nats per token", "0", str(run.fit.loss)
+SIZE = ("weight files; dense in bfloat16", "{dense_bytes:size}", "{file_bytes:size}")
+ZEROS = ("zeros in the decoder's matrices", "", "{manifest.result.decoder_sparsity:percent}")
+CUT = ("cut out of the decoder", "", "{manifest.structure.decoder_removed:percent}")
+LOSS = ("loss above the dense model, nats per token", "0", "{fit.loss}")
+SPEED = ("tokens per second, beside {best[0]}", "{best[1]:.0f}", "{rates[packed]:.0f}")
+PERPLEXITY = (
+    "perplexity, {text:short} ({judged})",
+    "{reference_perplexity:.2f}",
+    "{perplexity:.2f}< ± {error:.2f}>< (of {inherited_from:short})>",
+)
+TASK = (
+    "{task}, {metric} ({judged})",
+    "{reference_value:.3f}",
+    "{value:.3f}< ± {standard_error:.3f}>< {mark}>< (of {inherited_from:short})>",
+)
+"""The rows of the comparison: measure, the dense model's value, and that of a run. Numbers with
+another id of what was judged cannot be compared; a number may be that of equal weights."""
+
+
+def _compared(run: ReportedRun) -> Iterator[tuple[tuple[str, str, str], Any, dict[str, Any]]]:
+    """The rows of a run: their texts, the record, and what it does not have."""
     timed = run.bench.contenders if run.bench else ()
     rates = {x.contender: x.tokens_per_second for x in timed if x.tokens_per_second}
-    if (fastest := fastest_other(rates)) is not None:
-        name, rate = fastest
-        yield f"tokens per second, beside {name}", f"{rate:.0f}", f"{rates['packed']:.0f}"
-    if run.evaluation is None:
-        return
-    for text in run.evaluation.perplexity:
-        error = text.standard_error and text.perplexity * text.standard_error
-        dense = "" if text.reference_perplexity is None else f"{text.reference_perplexity:.2f}"
-        value = with_error(text.perplexity, error, ".2f")
-        yield _name(f"perplexity, {bare_name(text.text)}", text), dense, value + _origin(text)
-    for task in run.evaluation.tasks:
-        dense = "" if task.reference_value is None else f"{task.reference_value:.3f}"
-        mark = " *" if task.significant else ""
-        value = with_error(task.value, task.standard_error, ".3f") + mark
-        yield _name(f"{task.task}, {task.metric}", task), dense, value + _origin(task)
+    for texts in (SIZE, ZEROS, CUT, LOSS, SPEED):
+        yield texts, run, {"rates": rates, "best": fastest_other(rates)}
+    for one in run.evaluation.perplexity if run.evaluation else ():
+        # of the perplexity: that of the loss times its slope
+        error = one.standard_error and one.perplexity * one.standard_error
+        yield PERPLEXITY, one, {"judged": judged_part(one.protocol_id), "error": error}
+    for score in run.evaluation.tasks if run.evaluation else ():
+        mark = "*" if score.significant else None
+        yield TASK, score, {"judged": judged_part(score.protocol_id), "mark": mark}
 
 
-def _name(measure: str, found: Measurement) -> str:
-    """A measure with the id of what was judged; numbers with another id cannot be compared."""
-    return f"{measure} ({judged_part(found.protocol_id)})"
-
-
-def _origin(found: Measurement) -> str:
-    """The model that was measured, if it is another one with the same weights."""
-    return "" if found.inherited_from is None else f" (of {bare_name(found.inherited_from)})"
-
-
-@dataclass(frozen=True, repr=False)
 class ReportResult(Result):
     """The written files.
 
@@ -193,14 +180,10 @@ class ReportResult(Result):
     """
 
     page: Path
-    plots: list[Path] = field(default_factory=list)
+    plots: list[Path] = Field(default_factory=list)
     card: Path | None = None
 
-    def blocks(self) -> Sequence[Block]:
-        """A line for each kind of file."""
-        lines = [Line(f"report: {self.page}")]
-        if self.plots:
-            lines.append(Line(f"plots: {len(self.plots)} files in {self.plots[0].parent}"))
-        if self.card:
-            lines.append(Line(f"model card: {self.card}"))
-        return lines
+    @property
+    def number(self) -> int | None:
+        """How many files of charts there are; None without any."""
+        return len(self.plots) or None

@@ -16,6 +16,8 @@ from secateur.reporting.models import cut, imported, packed, pruned, trained
 from secateur.reporting.tables import Block, markdown
 from secateur.runs.records import Compression, Import, Manifest, Source, Training
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 OURS = "secateur"
 """The tag that marks cards written by secateur."""
 
@@ -24,10 +26,6 @@ MARK = "<!-- the card of the dense folder -->"
 
 REFITTED = ("refit", "queries", "width")
 """Steps after which the weights that read the units were fitted again, unless by `zero`."""
-
-TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{place}")"""
 
 VARIED = """# No class of transformers has its sizes; importing secateur adds one.
 # Without secateur, pass trust_remote_code=True: the folder has the modelling file.
@@ -51,21 +49,11 @@ def prune_card(
     """
     method, place = manifest.method, shown_place(output)
     score, solver = (method[part].partition(",")[0] for part in ("score", "solver"))
-    return _card(
-        front_matter(manifest.source, source_folder, ["pruned", "sparse", method["name"]]),
-        f"{source_name(manifest.source)}, pruned to {manifest.result.decoder_sparsity:.2%}",
-        f"Made by secateur {manifest.environment['secateur']} with **{method['name']}** (score "
-        f"{score}, solver {solver}, scope {method['scope']}).",
-        pruned(manifest),
-        "The zeros are stored: the files are as large as the dense model's, and engines that do "
-        "not know\nof sparsity run them at its speed. To pack the model: "
-        f"`secateur compress {place} --output {place}-small`.",
-        "Vectors (norms, biases) are never pruned.",
-        _use(TRANSFORMERS, place),
-        made_again("prune", recipe_yaml, place),
-        "The calibration windows are in `secateur/windows.safetensors`, records of the layers in\n"
-        "`secateur/layers.jsonl`, versions and hardware in `secateur/manifest.json`.",
-    )
+    tags = ["pruned", "sparse", method["name"]]
+    return front_matter(manifest.source, source_folder, tags) + _card(
+        "prune", pruned(manifest), of=manifest, source=source_name(manifest.source), score=score,
+        solver=solver, place=place, again=made_again("prune", recipe_yaml, place),
+    )  # fmt: skip
 
 
 def structure_card(
@@ -84,19 +72,13 @@ def structure_card(
         teacher = manifest.method["distillation"].get("teacher")
         taught = "the uncut model" if teacher is None else f"`{Path(teacher).name}`"
         learned = f"The cut model learned from {taught} on the same windows."
-    return _card(
-        front_matter(manifest.source, source_folder, ["pruned", "structured-pruning"]),
-        f"{source_name(manifest.source)}, cut to {1 - structure.decoder_removed:.2%} of its "
-        "decoder",
-        f"Made by secateur {manifest.environment['secateur']}. "
-        + "The weights that read the units were fitted again. " * refitted
-        + learned,
-        cut(manifest),
-        _use(VARIED + TRANSFORMERS if structure.varied else TRANSFORMERS, place),
-        made_again("structure", recipe_yaml, place),
-        "Which units stayed is in `secateur/steps.json`, versions and hardware in "
-        "`secateur/manifest.json`.",
-    )
+    tags = ["pruned", "structured-pruning"]
+    return front_matter(manifest.source, source_folder, tags) + _card(
+        "structure", cut(manifest), of=manifest, source=source_name(manifest.source),
+        kept=1 - structure.decoder_removed, learned=learned, varied=VARIED * structure.varied,
+        fitted="The weights that read the units were fitted again. " * refitted,
+        place=place, again=made_again("structure", recipe_yaml, place),
+    )  # fmt: skip
 
 
 def training_card(
@@ -106,17 +88,10 @@ def training_card(
 
     Args: as of `prune_card`, with the record of the training.
     """
-    return _card(
-        inherited_front_matter(training.source, source_folder),
-        f"{source_name(training.source)}, trained",
-        "Trained by `secateur train`. Its zeros were held at every step, and counted in these "
-        "files.",
-        trained(training),
-        "Training watched this perplexity. `secateur evaluate` measures one by a protocol.",
-        made_again("train", recipe_yaml, shown_place(output)),
-        "The card of the model before the training follows.",
-        _body(source_folder),
-    )
+    again = made_again("train", recipe_yaml, shown_place(output))
+    front, source = inherited_front_matter(training.source, source_folder), training.source
+    card = _card("train", trained(training), source=source_name(source), again=again)
+    return front + _followed(card, _body(source_folder))
 
 
 def compression_card(
@@ -130,19 +105,10 @@ def compression_card(
         source_folder: the source checkpoint; its card is appended.
         output: the output folder.
     """
-    place = shown_place(output)
-    return _card(
-        inherited_front_matter(source, source_folder),
-        f"{Path(source.name).name}, compressed",
-        "The zeros of this model are not stored. Made by `secateur compress`; `docs/format.md` of "
-        "secateur\nspecifies the files.",
-        packed(record),
-        _use('import secateur\nmodel = secateur.load("{place}")', place),
-        f"For engines that do not know of this format: `secateur decompress {place} --output "
-        f"{place}-dense`.",
-        "The card of the dense folder follows.",
-        f"{MARK}\n{_body(source_folder)}",
-    )
+    name, place = Path(source.name).name, shown_place(output)
+    card = _card("compress", packed(record), source=name, place=place)
+    front = inherited_front_matter(source, source_folder)
+    return front + _followed(card, f"{MARK}\n{_body(source_folder)}")
 
 
 def import_card(record: Import, source_folder: Path, output: str | Path) -> str:
@@ -154,16 +120,16 @@ def import_card(record: Import, source_folder: Path, output: str | Path) -> str:
         output: the folder of the model.
     """
     source, place = record.source, shown_place(output)
-    return _card(
-        front_matter(source, source_folder, ["pruned", "sparse"]),
-        f"{Path(source.name.partition('@')[0]).name}, imported",
-        f"Made by `secateur import` from `{source_name(source)}`, which another tool wrote. The "
-        "zeros were\ncounted in these files.",
-        imported(record),
-        "Each matrix is listed in `secateur/import.json`.",
+    packing = (
         f"`secateur compress {place} --output {place}-small` stores the model without its zeros."
-        * bool(record.sparsity),
-        _body(source_folder),
+    )
+    name = Path(source.name.partition("@")[0]).name
+    card = _card(
+        "import", imported(record), name=name, source=source_name(source),
+        packing=packing * bool(record.sparsity),
+    )  # fmt: skip
+    return front_matter(source, source_folder, ["pruned", "sparse"]) + _followed(
+        card, _body(source_folder)
     )
 
 
@@ -184,16 +150,18 @@ def with_measurements(card: str, sections: Mapping[str, Sequence[Block]]) -> str
 # -- sections ------------------------------------------------------------------------------------
 
 
-def _card(front: str, title: str, made: str, tables: Sequence[Block], *sections: str) -> str:
-    """A card; its tables name no folder of this machine."""
+def _card(template: str, tables: Sequence[Block], **values: Any) -> str:
+    """A card without its front matter; its tables name no folder of this machine."""
+    text = (TEMPLATES / f"{template}.md").read_text(encoding="utf-8")
     shown = without_folders(markdown(tables))
     shown = shown.partition("\n\n")[2]  # the title of the card says what the first table is about
-    texts = [f"# {title}", made, shown, *filter(None, sections)]
-    return front + "\n\n".join(texts).rstrip("\n") + "\n"
+    card = text.format(tables=shown, **values)
+    return re.sub(r"\n{3,}", "\n\n", card).rstrip("\n") + "\n"  # a part may be empty
 
 
-def _use(code: str, place: str) -> str:
-    return f"## Use\n\n```python\n{code.format(place=place)}\n```"
+def _followed(card: str, body: str) -> str:
+    """A card with the card of the model's source below it; that may be empty."""
+    return f"{card}\n{body}".rstrip("\n") + "\n"
 
 
 def made_again(verb: str, recipe_yaml: str, place: str) -> str:

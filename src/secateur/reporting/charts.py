@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Points (x, y) that belong together: `joined` by a line, or separate."""
 
     name: str
@@ -129,8 +128,7 @@ class HeatMap:
         axes.figure.colorbar(cells, ax=axes, pad=0.02, format="%.3g")
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """One bar.
 
     Attributes:

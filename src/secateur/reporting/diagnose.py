@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, InstanceOf
@@ -14,33 +13,15 @@ from secateur.diagnostics.audit import Audit, LinearCount
 from secateur.diagnostics.drift import LayerDrift
 from secateur.diagnostics.findings import Claims
 from secateur.diagnostics.weights import Weights, layer_sparsity
-from secateur.reporting.models import stored_as
-from secateur.reporting.tables import (
-    Block,
-    Columns,
-    Line,
-    Result,
-    Table,
-    binary_size,
-    by_layer,
-    counted,
-    layer_of,
-    not_pruned,
-)
-from secateur.runs.records.measured import (
-    DiagnosisRecord,
-    Drift,
-    Finding,
-    LayerState,
-    MatrixState,
-)
-
-Row = tuple[str, ...]
+from secateur.reporting.fields import Result, blocks_of
+from secateur.reporting.models import by_layer, not_pruned, stored_as
+from secateur.reporting.tables import Block, Table, binary_size, layer_of
+from secateur.runs.records import measured
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
-class DiagnoseResult(Result, DiagnosisRecord):
+class DiagnoseResult(Result, measured.DiagnosisRecord):
     """The health of a model: its record, and what the record was made from.
 
     Attributes:
@@ -61,7 +42,7 @@ class DiagnoseResult(Result, DiagnosisRecord):
         drift: Sequence[LayerDrift],
         bears: dict[int, float],
         *,
-        findings: Sequence[Finding],
+        findings: Sequence[measured.Finding],
         dense: str | None,
         **facts: Any,
     ) -> DiagnoseResult:
@@ -78,16 +59,19 @@ class DiagnoseResult(Result, DiagnosisRecord):
         """
         finite = {x.layer: x for x in drift if not x.not_finite}
         layers = tuple(
-            LayerState(
+            measured.LayerState(
                 layer=index,
                 sparsity=sparsity,
                 could_bear=bears.get(index),
-                **{name: getattr(finite.get(index), name, None) for name in Drift.model_fields},
+                **{
+                    name: getattr(finite.get(index), name, None)
+                    for name in measured.Drift.model_fields
+                },
             )
             for index, sparsity in layer_sparsity(weights).items()
         )
         linears = tuple(
-            MatrixState(
+            measured.MatrixState(
                 name=x.name,
                 sparsity=x.sparsity,
                 claimed=claims.claimed(x.name),
@@ -121,33 +105,29 @@ class DiagnoseResult(Result, DiagnosisRecord):
         """The number of findings of a severity."""
         return sum(x.severity == severity for x in self.findings)
 
-    def blocks(self) -> Sequence[Block]:
+    def tables(self) -> list[Block]:
         """The tables about its record."""
-        return diagnosis_blocks(self)
+        return diagnosis(self)
 
 
-def diagnosis_blocks(found: DiagnosisRecord) -> list[Block]:
+def diagnosis(found: measured.DiagnosisRecord) -> list[Block]:
     """The verdict in a line, then the findings."""
-    verdict = Line(f"{found.model}: {found.verdict}")
-    if not found.findings:
-        return [verdict]
-    rows = [
-        (f"{x.severity}\n{x.id}", f"{x.where}\n{x.evidence}\n→ {x.remedy}") for x in found.findings
-    ]
-    styles = [STYLES[x.severity] for x in found.findings]
-    columns = ("what", "where, evidence → remedy")
-    return [verdict, Table.of("findings", columns, rows, numbers=2, styles=styles)]
+    rows = [{"of": x, "style": STYLES[x.severity]} for x in found.findings]
+    return blocks_of("DiagnosisRecord", found, rows=rows)
 
 
-def _verdict(findings: Sequence[Finding], looked: str) -> str:
+def _verdict(findings: Sequence[measured.Finding], looked: str) -> str:
     """One line: healthy, or the numbers of errors and warnings."""
     counts = Counter(x.severity for x in findings)
-    faults = [counted(counts[kind], kind) for kind in ("error", "warning") if counts[kind]]
-    notes = f"; {counted(counts['note'], 'note')}" if counts["note"] else ""
-    return f"{' and '.join(faults) or 'healthy: no error, no warning'} ({looked}{notes})"
+    said = {
+        kind: f"{n} {kind}{'s' * (n != 1)}"
+        for kind in ("error", "warning", "note")
+        if (n := counts[kind])
+    }
+    notes = f"; {said.pop('note')}" if "note" in said else ""
+    return f"{' and '.join(said.values()) or 'healthy: no error, no warning'} ({looked}{notes})"
 
 
-@dataclass(frozen=True, repr=False)
 class InspectResult(Result):
     """The parts of a model, and where its zeros are.
 
@@ -159,59 +139,43 @@ class InspectResult(Result):
     """
 
     model: str
-    audit: Audit
-    layer: int | None = None
-    silent: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    audit: InstanceOf[Audit]
+    layer: int | None = Field(None, exclude=True)
+    silent: dict[str, list[int]] = Field(default_factory=dict, serialization_alias="silent_experts")
 
-    def to_json(self) -> dict[str, Any]:
-        """All counts."""
-        silent = {layer: list(numbers) for layer, numbers in self.silent.items()}
-        return {"model": self.model, **self.audit.to_json(), "silent_experts": silent}
+    joined = "audit"
 
-    def blocks(self) -> Sequence[Block]:
+    def tables(self) -> list[Block]:
         """The whole model, then all layers or the linears of one layer."""
-        audit = self.audit
+        audit, layer = self.audit, self.layer
         counts = [sum(getattr(x, key) for x in audit.linears) for key in ("zeros", "weights")]
-        values = {
-            **vars(audit),
-            "stored": _sizes(audit.dtypes),
-            "linear": _share_of(*counts),
-            "share": _share_of(audit.zeros, audit.parameters),
-            "left": not_pruned(audit.left),
-            "silent": by_layer(self.silent),
-        }
-        whole = Table.about(self.model, INSPECTED, values)
-        return [whole, self.layers() if self.layer is None else self.linears(self.layer)]
+        found = blocks_of(
+            "InspectResult",
+            self,
+            stored=[f"{kind} ({binary_size(size)})" for kind, size in audit.dtypes.items()],
+            linear=_share_of(*counts),
+            share=_share_of(audit.zeros, audit.parameters),
+            unpruned=not_pruned(audit.left),
+            unseen=by_layer(self.silent),
+            linears=[
+                {"of": x, "stored": stored_as(x.layout) if x.layout else None}
+                for x in audit.linears
+                if layer_of(x.name) == layer
+            ],
+        )
+        return [*found, self.layers()] if layer is None else found
 
     def layers(self) -> Table:
         """A line for each decoder layer; one for all that follow each other and do not differ."""
+        layers: dict[int, list[LinearCount]] = {}
+        for linear in self.audit.linears:
+            layers.setdefault(layer_of(linear.name), []).append(linear)
+        cells = {index: _row_of(layers[index]) for index in sorted(layers)}
+        # experts that the layers share are counted as layer -1
+        alike = itertools.groupby(cells, lambda index: (index >= 0, cells[index]))
+        rows = [(_numbers([*numbers]), *row) for (_, row), numbers in alike]
         columns = ("layer", "matrices", "weights", "zeros", "fewest zeros", "most zeros")
-        rows = _alike(self.audit.linears, _cells)
         return Table.of("decoder layers (--layer N lists the linear layers of one)", columns, rows)
-
-    def linears(self, layer: int) -> Table:
-        """A line for each linear of a layer."""
-        own = [x for x in self.audit.linears if layer_of(x.name) == layer]
-        stored = {"stored": lambda x: stored_as(x.layout) if x.layout else None}
-        return Table.of_records(f"linear layers of decoder layer {layer}", own, LINEARS, **stored)
-
-
-INSPECTED = """
-    family | {family}
-    decoder layers | {num_hidden_layers}
-    parameters | {parameters:,}
-    weight files | {file_bytes:size}
-    compressed | {compressed}
-    stored as | {stored}
-    zeros in decoder matrices | {linear}
-    zeros in all parameters | {share}
-    cannot be pruned | {left}
-    experts without calibration tokens | {silent}
-"""
-LINEARS = Columns(
-    "name | out | in | zeros | stored as",
-    "{name} | {shape[0]} | {shape[1]} | {sparsity:.2%} | {stored}",
-)
 
 
 def _share_of(zeros: int, weights: int) -> str:
@@ -219,9 +183,10 @@ def _share_of(zeros: int, weights: int) -> str:
     return f"{zeros / weights if weights else 0:.2%} ({zeros:,} of {weights:,})"
 
 
-def _cells(linears: Sequence[LinearCount]) -> Row:
+def _row_of(linears: Sequence[LinearCount]) -> tuple[str, ...]:
     """The counts of one decoder layer, rounded so that layers with equally many zeros are alike."""
     weights = sum(x.weights for x in linears)
+    # a layer of one matrix has both ends
     least, *_, most = sorted([*linears, *linears], key=lambda x: x.sparsity)
     differ = most.sparsity - least.sparsity >= 0.001
     names = [x.name.removesuffix(".weight").rpartition(".")[2] for x in (least, most)]
@@ -235,17 +200,3 @@ def _numbers(layers: Sequence[int]) -> str:
     first, last = layers[0], layers[-1]
     shared, one = "shared" if first < 0 else str(first), first == last
     return shared if one else f"{first} to {last}, each"
-
-
-def _alike(parts: Iterable[Any], cells: Callable[[list[Any]], Row]) -> list[Row]:
-    """A row for each decoder layer; one for all that follow each other and have the same cells."""
-    layers: dict[int, list[Any]] = {}
-    for part in parts:
-        layers.setdefault(layer_of(part.name), []).append(part)
-    found = itertools.groupby(sorted(layers), lambda index: (index >= 0, cells(layers[index])))
-    return [(_numbers([*numbers]), *row) for (_, row), numbers in found]
-
-
-def _sizes(types: Mapping[str, int]) -> str:
-    """Types with their sizes in bytes."""
-    return ", ".join(f"{kind} ({binary_size(size)})" for kind, size in types.items())

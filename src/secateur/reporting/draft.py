@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.evaluation.acceptance import too_fast
-from secateur.reporting.fit import STORED, FittedResult
+from secateur.reporting.fit import FittedResult
 from secateur.reporting.next_steps import after_a_draft
 from secateur.reporting.plan import FitPlanResult
-from secateur.reporting.tables import Block, Columns, Line, Table, binary_size
+from secateur.reporting.tables import Block
 from secateur.runs.records.measured import Acceptance, Speculation
 
 LEAST_SPEEDUP = 1.05
@@ -114,6 +113,36 @@ class DraftResult(FittedResult):
         return self.draft_seconds / self.parent_seconds[0]
 
     @property
+    def head(self) -> str:
+        """What the head can propose."""
+        if self.head_tokens == self.vocabulary:
+            return "all tokens"
+        return f"{self.head_tokens:,} of {self.vocabulary:,} tokens"
+
+    @property
+    def taken(self) -> list[tuple[str, Acceptance]]:
+        """What the parent takes, before and after healing."""
+        found = ("before healing", self.unhealed), ("the draft", self.acceptance)
+        return [(name, one) for name, one in found if one is not None]
+
+    @property
+    def calls(self) -> list[tuple[int, float, float]]:
+        """The tokens of a call of the parent, its seconds, and those over c(1)."""
+        first = self.parent_seconds[0]
+        return [(n, one, one / first) for n, one in enumerate(self.parent_seconds, 1)]
+
+    @property
+    def costed(self) -> dict[str, list[dict[str, Any]]]:
+        """What was searched, by the name of the field; each entry with its cost over c(1)."""
+        first = self.parent_seconds[0]
+        found: dict[str, tuple[Any, ...]] = {
+            "candidates": self.candidates, "heads": self.heads, "frontier": self.frontier,
+        }  # fmt: skip
+        return {
+            name: [{"of": x, "cost": x.seconds / first} for x in own] for name, own in found.items()
+        }
+
+    @property
     def broken(self) -> list[str]:
         """Why the draft does not pay, or why that is not known; nothing if it pays."""
         odd = too_fast(self.parent_seconds)
@@ -136,72 +165,11 @@ class DraftResult(FittedResult):
             f"reads {k + 1} tokens in {verify:.2f} times the time of one"
         ]
 
-    def blocks(self) -> Sequence[Block]:
-        """What the draft gains, what it won against, and the next commands."""
-        first, whole = self.parent_seconds[0], self.head_tokens == self.vocabulary
-        head = "all tokens" if whole else f"{self.head_tokens:,} of {self.vocabulary:,} tokens"
-        facts = {**self.stored, "cost": self.cost, "first": 1e3 * first, "head": head}
-        taken = {"before healing": self.unhealed, "the draft": self.acceptance}
-        share: dict[str, Any] = {"cost": lambda x: x.seconds / first}
-        time = {"time": lambda x: 1e3 * x[1], "share": lambda x: x[1] / first}
-        calls, accepted = enumerate(self.parent_seconds, 1), (x for x in taken.items() if x[1])
-        healed = {"healing": lambda x: "healed" if x.healed else None}
-        on_text = "drafts that were made, on the text that chose"
-        searched = [
-            Table.of_records(on_text, self.candidates, CANDIDATES, **share, **healed),
-            Table.of_records("heads over frequent tokens", self.heads, HEADS, **share),
-            Table.of_records("predicted for other drafts", self.frontier, POINTS, **share),
-        ]
-        return [
-            Table.about("the draft", FACTS + STORED, facts),
-            Table.of_records("tokens that the parent takes", accepted, ACCEPTED),
-            Table.of_records("one call of the parent", calls, CALLS, **time),
-            Line(EXPLAINED, "dim"),
-            *(table for table in searched if table.rows),
-            *self.left_out,
-            *(Line(fault, "bold red") for fault in self.broken),
-            *after_a_draft(self.output, self.parent, pays=not self.broken),
-        ]
+    def following(self) -> list[Block]:
+        """Where the files are, and the next commands."""
+        return after_a_draft(self.output, self.parent, pays=not self.broken)
 
 
-FACTS = """
-    expected speed-up, temperature 1 | {sampled.speedup:.2f} x with {sampled.k} proposed
-    expected speed-up, greedy | {greedy.speedup:.2f} x with {greedy.k} proposed
-    a token of the draft | {cost:.2f} of one of the parent
-    one token of the parent | {first:.2f} ms
-    weight files | {packed.file_bytes:size}
-    head | {head}
-"""
-ACCEPTED = Columns(
-    " | temperature 1 | greedy",
-    "{0[0]} | {0[1].mean:.3f}< ± {0[1].standard_error:.3f}> | "
-    "{0[1].agreement:.3f}< ± {0[1].agreement_standard_error:.3f}>",
-)
-CALLS = Columns("tokens | time | of one token", "{0[0]} | {time:.2f} ms | {share:.2f}", 0)
-CANDIDATES = Columns(
-    " | cost | taken | taken, greedy | nats | gain (k) | greedy (k)",
-    "{name}<, {healing}> | {cost:.2f} | {acceptance.mean:.3f} | {acceptance.agreement:.3f} | "
-    "{divergence:.4f} | {sampled.speedup:.2f} x ({sampled.k}) | "
-    "{greedy.speedup:.2f} x ({greedy.k})",
-)
-HEADS = Columns(
-    "tokens | cost | taken | taken, greedy | gain",
-    "{tokens:,} | {cost:.2f} | {acceptance.mean:.3f} | {acceptance.agreement:.3f} | {gain:.2f} x",
-    0,
-)
-POINTS = Columns(
-    "cost | taken | nats | gain (k)",
-    "{cost:.2f} | {acceptance:.3f} | {divergence:.4f} | {expected.speedup:.2f} x ({expected.k})",
-    0,
-)
-EXPLAINED = (
-    "cost: time of a token, over one of the parent; taken: tokens of the draft, at temperature 1 "
-    "and in greedy decoding; nats: divergence from the parent, per token; gain: expected speed-up, "
-    "with k tokens proposed"
-)
-
-
-@dataclass(frozen=True, repr=False)
 class DraftPlanResult(FitPlanResult):
     """What the making of a draft would try.
 
@@ -211,11 +179,7 @@ class DraftPlanResult(FitPlanResult):
 
     heads: tuple[int, ...] = ()
 
-    def blocks(self) -> Sequence[Block]:
-        """One table."""
-        rows = [
-            ("weight files of the parent", binary_size(self.file_bytes)),
-            *self.search(),
-            ("tokens of the head", ", ".join(f"{n:,}" for n in self.heads)),
-        ]
-        return [Table.facts("plan of the draft", rows)]
+    @property
+    def shown_heads(self) -> list[str]:
+        """The numbers as people write them."""
+        return [f"{n:,}" for n in self.heads]

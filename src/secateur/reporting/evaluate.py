@@ -1,41 +1,44 @@
-"""What `evaluate`, `bench` and `generate` return, and the demo, which calls them all."""
+"""What `evaluate`, `bench` and `generate` return."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, itemgetter
-from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.models.samples import TEXTS
-from secateur.reporting.models import CompressResult, PruneResult
-from secateur.reporting.next_steps import command, generation
-from secateur.reporting.tables import (
-    Block,
-    Columns,
-    Line,
-    Result,
-    Table,
-    binary_size,
-    filled,
-    next_steps,
-    without_blank_lines,
-)
-from secateur.runs.records.measured import (
-    Bench,
-    DivergenceRecord,
-    EvaluationRecord,
-    GenerationRecord,
-    PerplexityRecord,
-    TaskRecord,
-)
+from secateur.reporting.fields import Result, blocks_of, filled
+from secateur.reporting.tables import Block
+from secateur.runs.records import Record
+from secateur.runs.records.measured import Bench, EvaluationRecord, PerplexityRecord, TaskRecord
 
 
-@dataclass(frozen=True, repr=False)
+def evaluation(found: EvaluationRecord) -> list[Block]:
+    """Tables of results, then their protocols."""
+    written = [one for one in found.divergence if "kind" in one.protocol]
+    protocols = {one.protocol_id: one.protocol for one in found.results}
+    return blocks_of(
+        "EvaluationRecord",
+        found,
+        distances=[one for one in found.divergence if one not in written],
+        written=written,
+        scores=[*map(_score, found.tasks)],
+        star="*" if any(one.reference for one in found.tasks) else None,
+        protocols=[
+            (key, ", ".join(f"{name} {value}" for name, value in protocol.items()))
+            for key, protocol in protocols.items()
+        ],
+    )
+
+
+def _score(task: TaskRecord) -> dict[str, Any]:
+    """A score, whether it differs from dense's, and what is left of dense's lead."""
+    kept = filled("{retention:.0%}", task) or ("no lead" if task.reference else None)
+    return {"of": task, "mark": {True: "*", False: "n.s."}.get(task.significant), "kept": kept}
+
+
 class EvaluateResult(Result):
     """The measurements of a model, each number with its protocol.
 
@@ -48,6 +51,7 @@ class EvaluateResult(Result):
 
     record: EvaluationRecord
 
+    joined = "record"
     model = property(attrgetter("record.model"), doc="The name of the model.")
     texts = property(attrgetter("record.perplexity"), doc="The perplexity on each text.")
     divergence = property(
@@ -78,92 +82,9 @@ class EvaluateResult(Result):
         attrgetter("only.protocol_id"), doc="Perplexities with the same id can be compared."
     )
 
-    def to_json(self) -> dict[str, Any]:
-        """The record, as `evaluation.json` stores it."""
-        return self.record.to_json()
-
-    def blocks(self) -> Sequence[Block]:
-        """Tables of results, then their protocols."""
-        record = self.record
-        written = [one for one in record.divergence if "kind" in one.protocol]
-        tables = [
-            Table.of_records(self.model, record.perplexity, PERPLEXITY),
-            *(_distance(one) for one in record.divergence if one not in written),
-            Table.of_records("on texts that the dense model wrote", written, KINDS),
-            Table.of_records("tasks", record.tasks, TASKS, mark=_mark, kept=_retention),
-            *map(_texts, record.generation),
-        ]
-        lines = [*(Line(filled(REPEATED, one) or "") for one in record.generation)]
-        if any(one.reference for one in record.tasks):
-            lines.append(Line(RETENTION, "dim"))
-        protocols = {one.protocol_id: one.protocol for one in record.results}
-        rows = [(key, ", ".join(f"{k} {v}" for k, v in p.items())) for key, p in protocols.items()]
-        shown: list[Block] = [table for table in tables if table.rows]
-        return [*shown, *lines, Table.of("protocols", ("id", "what it is"), rows, numbers=2)]
-
-
-PERPLEXITY = Columns(
-    "text | perplexity | dense | nats per token | protocol",
-    "{text} | {perplexity:.4f} | {reference_perplexity:.4f} | "
-    "{mean_loss:.4f}< ± {standard_error:.4f}> | {protocol_id}",
-)
-KINDS = Columns(
-    "kind of text | same token most likely | accepted as a draft | KL, nats per token | tokens | "
-    "protocol",
-    "{protocol[kind]} | {top1_agreement:.4f}< ± {top1_standard_error:.4f}> | "
-    "{acceptance:.4f}< ± {acceptance_standard_error:.4f}> | {kl:.4f}< ± {kl_standard_error:.4f}> | "
-    "{tokens} | {protocol_id}",
-)
-TASKS = Columns(
-    "task | metric | score | chance | items | shots | dense | difference | retention | protocol",
-    "{task} | {metric} | {value:.3f}< ± {standard_error:.3f}> | {chance:.3f} | {items} | {shots} | "
-    "{reference_value:.3f} | {difference:+.3f}< ± {difference_standard_error:.3f}>< {mark}> | "
-    "{kept} | {protocol_id}",
-    numbers=2,
-)
-TEXTS_OF = Columns(
-    "prompt | text | dense | repeated",
-    "{prompt} | {text:lines} | {reference_text:lines} | {repetition:.0%}< {degenerate}>",
-    numbers=3,
-)
-"""Columns and rows of the tables."""
-
-DISTANCE = """
-    KL(dense ‖ model), nats per token | {kl:.4f}< ± {kl_standard_error:.4f}>
-    same token most likely | {top1_agreement:.4f}< ± {top1_standard_error:.4f}>
-    accepted as a draft, at temperature 1 | {acceptance:.4f}< ± {acceptance_standard_error:.4f}>
-    change of loss, nats per token | {loss_change:.4f}< ± {loss_change_standard_error:.4f}>
-"""
-REPEATED = (
-    "repeated 4-grams: {repetition:.0%}, degenerate texts: {degenerate}"
-    "<; dense: {reference_repetition:.0%}, {reference_degenerate}>"
-)
-RETENTION = (
-    "* significant at 95 % over pairs of items, n.s. not significant. Retention is the part of "
-    "dense's lead over chance that is left; no lead: dense is less than two standard errors above "
-    "chance."
-)
-
-
-def _distance(found: DivergenceRecord) -> Table:
-    """Distance from the dense model."""
-    title = f"distance from {found.reference} on {found.text} ({found.protocol_id})"
-    return Table.about(title, DISTANCE, found)
-
-
-def _mark(task: TaskRecord) -> str:
-    return {None: "", True: "*", False: "n.s."}[task.significant]
-
-
-def _retention(task: TaskRecord) -> str | None:
-    return filled("{retention:.0%}", task) or ("no lead" if task.reference else None)
-
-
-def _texts(found: GenerationRecord) -> Table:
-    """Texts side by side."""
-    title = f"texts ({found.protocol_id})"
-    flag = {"degenerate": lambda x: "degenerate" * x.degenerate}
-    return Table.of_records(title, found.samples, TEXTS_OF, **flag)
+    def tables(self) -> list[Block]:
+        """The tables about its record."""
+        return evaluation(self.record)
 
 
 GAIN = 1.02
@@ -176,103 +97,72 @@ def fastest_other(rates: Mapping[str, float]) -> tuple[str, float] | None:
     return max(others.items(), key=itemgetter(1)) if others and "packed" in rates else None
 
 
-@dataclass(frozen=True, repr=False)
-class BenchResult(Result):
-    """Speed and memory of a model, run in several ways.
-
-    Attributes:
-        model: the name from the user.
-        compressed: whether the model has packed weights.
-        speeds: one measurement per contender.
-        file_bytes: size of the weight files.
-        dense_bytes: size of the same weights in dense bfloat16.
-        protocol: how and on which machine it was measured.
-    """
-
-    model: str
-    compressed: bool
-    speeds: list[Speed]
-    file_bytes: int
-    dense_bytes: int
-    protocol: dict[str, Any]
-
-    @property
-    def verdict(self) -> str:
-        """A sentence: how much faster the packed model is than the fastest of all others."""
-        ran = {s.name: s.tokens_per_second for s in self.speeds if s.failure is None}
-        found = fastest_other(ran)
-        if found is None and not self.compressed:
-            return (
-                "the model is not compressed, so its zeros are multiplied: "
-                f"secateur compress {shlex.quote(self.model)} --output SMALL"
-            )
-        if found is None:
-            return "nothing to compare: the packed model or all others could not run"
-        best, rate = found
-        ratio = ran["packed"] / rate
-        if ratio < GAIN:
-            return f"no gain: {best} is as fast or faster ({1 / ratio:.2f} times)"
-        return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
-
-    @property
-    def exit_code(self) -> int:
-        """1 if no contender could run."""
-        return int(all(speed.failure is not None for speed in self.speeds))
-
-    @property
-    def record(self) -> Bench:
-        """The record of the measurements."""
-        prompt = self.protocol["prompt_tokens"]
-        return Bench(
-            schema_name="secateur.bench/1",
-            model=self.model,
-            contenders=tuple(speed.record(prompt) for speed in self.speeds),
-            file_bytes=self.file_bytes,
-            dense_bytes=self.dense_bytes,
-            verdict=self.verdict,
-            protocol=self.protocol,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """All measurements."""
-        return {key: x for key, x in self.record.to_json().items() if key != "schema"}
-
-    def blocks(self) -> Sequence[Block]:
-        """The tables about its record."""
-        return bench_blocks(self.record)
-
-
-def bench_blocks(found: Bench) -> list[Block]:
+def timing(found: Bench) -> list[Block]:
     """A row for each contender that ran, then sizes, verdict and protocol."""
-    ran = [x for x in found.contenders if x.failure is None]
-    milliseconds = {"first": lambda x: 1e3 * x.first_token_seconds}
-    lines = (filled(SIZES, found), found.verdict, filled(TIMED, found.protocol))
     failures: dict[str, list[str]] = {}
     for x in found.contenders:
         if x.failure is not None:
             failures.setdefault(x.failure, []).append(x.contender)
-    return [
-        Table.of_records(found.model, ran, TIMES, **milliseconds),
-        *(Line(f"{', '.join(names)} could not run: {why}") for why, names in failures.items()),
-        *(Line(line) for line in lines if line),
-    ]
+    ran = [x for x in found.contenders if x.failure is None]
+    return blocks_of("Bench", found, ran=ran, failed=[*failures.items()])
 
 
-TIMES = Columns(
-    " | tokens/s | least to most | first token | prompt tokens/s | memory",
-    "{contender} | {tokens_per_second:.1f} | {tokens_per_second_least:.1f} to "
-    "{tokens_per_second_most:.1f} | {first:.0f} ms | {prompt_tokens_per_second:.0f} | "
-    "{resident_bytes:size}",
-)
-SIZES = "weight files {file_bytes:size}; dense bfloat16 would be {dense_bytes:size}"
-TIMED = (
-    "{cpu}, {threads} threads, kernels {kernels}; batch 1, prompt of {prompt_tokens} tokens, "
-    "{new_tokens} new ones, medians of {rounds} rounds in turns"
-)
+class BenchResult(Result, Bench):
+    """Speed and memory of a model, run in several ways: `bench.json`."""
+
+    @classmethod
+    def of(
+        cls, model: str, speeds: Sequence[Speed], *, compressed: bool, protocol: dict[str, Any],
+        **sizes: int,
+    ) -> BenchResult:  # fmt: skip
+        """Make the record.
+
+        Args:
+            model: the name from the user.
+            speeds: one measurement per contender.
+            compressed: whether the model has packed weights.
+            protocol: how and on which machine it was measured.
+            **sizes: `file_bytes` and `dense_bytes`.
+        """
+        contenders = tuple(speed.record(protocol["prompt_tokens"]) for speed in speeds)
+        ran = {s.name: s.tokens_per_second for s in speeds if s.failure is None}
+        return cls(
+            schema_name="secateur.bench/1",
+            model=model,
+            contenders=contenders,
+            verdict=_verdict(model, ran, compressed),
+            protocol=protocol,
+            **sizes,
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """1 if no contender could run."""
+        return int(all(one.failure is not None for one in self.contenders))
+
+    def tables(self) -> list[Block]:
+        """The tables about its record."""
+        return timing(self)
 
 
-@dataclass(frozen=True)
-class DraftedSpeed:
+def _verdict(model: str, ran: Mapping[str, float], compressed: bool) -> str:
+    """A sentence: how much faster the packed model is than the fastest of all others."""
+    found = fastest_other(ran)
+    if found is None and not compressed:
+        return (
+            "the model is not compressed, so its zeros are multiplied: "
+            f"secateur compress {shlex.quote(model)} --output SMALL"
+        )
+    if found is None:
+        return "nothing to compare: the packed model or all others could not run"
+    best, rate = found
+    ratio = ran["packed"] / rate
+    if ratio < GAIN:
+        return f"no gain: {best} is as fast or faster ({1 / ratio:.2f} times)"
+    return f"{ratio:.2f} times as fast as {best}, the fastest of the others"
+
+
+class DraftedSpeed(Record):
     """A model on texts of one kind, with a draft and without.
 
     Attributes:
@@ -303,7 +193,6 @@ class DraftedSpeed:
         return self.alone_seconds / self.drafted_seconds
 
 
-@dataclass(frozen=True, repr=False)
 class DraftedBenchResult(Result):
     """The speed of a model with a draft and without, on texts of several kinds.
 
@@ -318,6 +207,21 @@ class DraftedBenchResult(Result):
     draft: str
     speeds: tuple[DraftedSpeed, ...]
     protocol: dict[str, Any]
+
+    @property
+    def rates(self) -> list[dict[str, Any]]:
+        """The measurements by token."""
+        return [
+            {
+                "of": x,
+                "alone": x.tokens / x.alone_seconds,
+                "drafted": x.tokens / x.drafted_seconds,
+                "taken": x.accepted / x.proposed if x.proposed else None,
+                "call": x.tokens / x.calls,
+                "equal": {True: "yes", False: "NO"}.get(x.equal),
+            }
+            for x in self.speeds
+        ]
 
     def speedup(self, temperature: float) -> float:
         """Over all texts of a temperature."""
@@ -337,31 +241,10 @@ class DraftedBenchResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """All measurements."""
-        speeds = [{**asdict(speed), "speedup": speed.speedup} for speed in self.speeds]
-        found = {"model": self.model, "draft": self.draft, "speeds": speeds}
-        return {**found, "verdict": self.verdict, "protocol": self.protocol}
-
-    def blocks(self) -> Sequence[Block]:
-        """A row for each kind and temperature, then the verdict."""
-        title = "decoding with a draft (T: temperature; taken: proposed tokens)"
-        own: dict[str, Callable[[DraftedSpeed], Any]] = {
-            "alone": lambda x: x.tokens / x.alone_seconds,
-            "drafted": lambda x: x.tokens / x.drafted_seconds,
-            "taken": lambda x: x.accepted / x.proposed if x.proposed else None,
-            "call": lambda x: x.tokens / x.calls,
-            "equal": lambda x: {None: "", True: "yes", False: "NO"}[x.equal],
-        }
-        return [Table.of_records(title, self.speeds, DRAFTED, **own), Line(self.verdict)]
+        speeds = [{**speed.to_json(), "speedup": speed.speedup} for speed in self.speeds]
+        return {**super().to_json(), "speeds": speeds, "verdict": self.verdict}
 
 
-DRAFTED = Columns(
-    "text | T | tokens/s | with draft | times | taken | tokens a call | same text",
-    "{kind} | {temperature:g} | {alone:.1f} | {drafted:.1f} | {speedup:.2f} | {taken:.0%} | "
-    "{call:.2f} | {equal}",
-)
-
-
-@dataclass(frozen=True, repr=False)
 class GenerateResult(Result):
     """A generated text, with speed and decode loop.
 
@@ -394,104 +277,15 @@ class GenerateResult(Result):
     @property
     def account(self) -> str:
         """Number of tokens, speed and decode loop; a line more if there is no answer."""
-        rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens/s"
-        text = f"{self.tokens} tokens{rate} ({self.loop})"
-        if self.proposed is not None:
-            text += f", {self.accepted} of {self.proposed} drafted tokens accepted"
-        if self.tokens == 0 and self.chat:
-            text += (
-                "\nThe model ends its answer at once, as a pruned one does that has forgotten the "
-                "chat format. --no-chat continues the prompt as it is; or train on chats"
-            )
-        return text
+        rate = filled(", {tokens_per_second:.1f} tokens/s", self) or ""
+        drafted = filled(", {accepted} of {proposed} drafted tokens accepted", self) or ""
+        silent = (
+            "\nThe model ends its answer at once, as a pruned one does that has forgotten the "
+            "chat format. --no-chat continues the prompt as it is; or train on chats"
+        ) * (self.chat and not self.tokens)
+        return f"{self.tokens} tokens{rate} ({self.loop}){drafted}{silent}"
 
-    def blocks(self) -> Sequence[Block]:
-        """The text, after its prompt unless it answers a message; then the account."""
-        text = self.text if self.chat else self.prompt + self.text
-        return [Line(text), Line(self.account, style="dim")]
-
-
-@dataclass(frozen=True, repr=False)
-class DemoResult(Result):
-    """A model that was pruned, packed, timed and evaluated.
-
-    Attributes:
-        model: the name of the dense model.
-        pruned: the result of `prune`; it contains the result of `compress`.
-        bench: the result of `bench`.
-        judged: the result of `evaluate`, on one text and some prompts.
-        rounded: the result of `compress` for the dense model in int8.
-        rounded_judged: the result of `evaluate` for it, on the same text.
-        page: the report.
-    """
-
-    model: str
-    pruned: PruneResult
-    bench: BenchResult
-    judged: EvaluateResult
-    rounded: CompressResult
-    rounded_judged: EvaluateResult
-    page: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, by verb."""
-        return {
-            "report": str(self.page),
-            "prune": self.pruned.to_json(),
-            "bench": self.bench.to_json(),
-            "evaluation": self.judged.to_json(),
-            "dense_int8": {
-                "compress": self.rounded.to_json(),
-                "evaluation": self.rounded_judged.to_json(),
-            },
-        }
-
-    def blocks(self) -> Sequence[Block]:
-        """Size, speed, quality and texts next to the dense model's, and where the files are."""
-        first = self.judged.generation[0].samples[0]
-        texts = {"dense": first.reference_text or "", "pruned": first.text}
-        written = [
-            Line(f"{name} writes: {without_blank_lines(first.prompt + text)}")
-            for name, text in texts.items()
-        ]
-        columns = ("", "dense, bfloat16", "dense, int8", "pruned, int8")
-        return [Table.of(self.model, columns, self.rows()), *written, *self.places()]
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The measurements of the dense model, of its int8 weights, and of the pruned model."""
-        [text], packed, manifest = self.judged.texts, self.pruned.compression, self.pruned.manifest
-        assert packed is not None
-        assert manifest is not None
-        rates = {s.name: s.tokens_per_second for s in self.bench.speeds if s.failure is None}
-        speeds = (rates.get(name) for name in ("dense bf16", "dense int8", "packed"))
-        sizes = (packed.bfloat16_bytes, self.rounded.file_bytes, packed.file_bytes)
-        perplexities = (text.reference_perplexity, self.rounded_judged.perplexity, text.perplexity)
-        return [
-            ("weight files", *map(binary_size, sizes)),
-            ("tokens per second, our kernels", *(f"{x:.0f}" if x else "" for x in speeds)),
-            ("perplexity", *(f"{number:.2f}" for number in perplexities)),
-            ("zeros in decoder matrices", "", "", f"{packed.sparsity:.2%}"),
-            ("time to prune", "", "", f"{manifest.cost.seconds:.0f} s"),
-            ("peak memory", "", "", binary_size(manifest.cost.peak_resident_bytes)),
-        ]
-
-    def places(self) -> list[Block]:
-        """Where the files are, and what to try next."""
-        folder = self.pruned.output
-        assert folder is not None
-        own = ("prune", "MODEL", "--sparsity", "0.5", "--calibration", TEXTS[0])
-        return next_steps(
-            {
-                "the packed model": folder,
-                "its card": folder / "README.md",
-                "the report": self.page.resolve(),
-            },
-            {
-                **generation(folder),
-                "time it in more ways": command("bench", folder),
-                "see what pruning your own model needs": command(*own, "--dry-run"),
-                "prune your own model, a folder or a hub id": command(
-                    *own, "--compress", "int8", "--output", "MODEL-pruned"
-                ),
-            },
-        )
+    @property
+    def shown(self) -> str:
+        """The text, after its prompt unless it answers a message."""
+        return self.text if self.chat else self.prompt + self.text

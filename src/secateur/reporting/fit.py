@@ -4,46 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.reporting.charts import LineChart, Series
+from secateur.reporting.fields import Result
 from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import after_a_fit
-from secateur.reporting.tables import (
-    Block,
-    Columns,
-    Line,
-    Result,
-    Table,
-    filled,
-    plus_minus,
-    signed,
-)
-from secateur.runs.records import Record
-
-STORED = """
-    linear layers | {linears}
-    embeddings | {embeddings}
-    time | {seconds:.0f} s
-"""
-"""How the result of a search is stored."""
-
-BEST = """
-    weight files | {packed.file_bytes:size}
-    loss | {loss} nats per token
-"""
-MADE = Columns(
-    " | size | predicted | made | healed | loss",
-    "{name} | {file_bytes:size} | {predicted:.4f} | {divergence:.4f} | {healed:.4f} | {rise:.4f}",
-)
-BOUNDS = Columns(" | given | measured", "{flag} | {given} | {found}")
-CORRECTED = (
-    "A winner had {measured:.2f} where {predicted:.2f} was predicted, so models were chosen again "
-    "for {aimed:.2f}<, and reached {reached:.2f}>."
-)
+from secateur.reporting.tables import Block, plus_minus, signed
 
 
 @dataclass(frozen=True)
@@ -86,10 +54,16 @@ class FitCheck:
         if self.option in ("max_size", "max_inference_memory"):
             mebibytes = value / 2**20
             return f"{math.ceil(10 * mebibytes) / 10:.1f}MiB" if nearest else f"{mebibytes:.1f} MiB"
-        digits, unit = (4, " nats") if self.option == "max_loss_increase" else (3, "")
-        side = math.ceil if self.option == "max_loss_increase" else math.floor
+        # the nearest loss is one above, the nearest speed-up one below
+        most = self.option == "max_loss_increase"
+        digits, unit, side = (4, " nats", math.ceil) if most else (3, "", math.floor)
         shown = side(value * 10**digits) / 10**digits if nearest else value
         return f"{shown:.{digits}f}" + ("" if nearest else unit)
+
+    @property
+    def given(self) -> str:
+        """The bound in its unit."""
+        return self.format_value(self.wanted)
 
     @property
     def found(self) -> str:
@@ -108,7 +82,7 @@ class FitCheck:
             return f"{self.flag} could not be measured: {self.failure}"
         return (
             f"{self.flag} is broken: {self.found} was measured, "
-            f"{self.format_value(self.wanted)} was given; the nearest that this model keeps is "
+            f"{self.given} was given; the nearest that this model keeps is "
             f"{self.format_value(self.measured, nearest=True)}"
         )
 
@@ -190,7 +164,7 @@ class FitCorrection:
     reached: float | None
 
 
-class FittedResult(Result, Record):
+class FittedResult(Result):
     """A packed model whose formats a search has chosen.
 
     Attributes:
@@ -210,10 +184,10 @@ class FittedResult(Result, Record):
     packed: CompressResult
 
     @property
-    def stored(self) -> dict[str, Any]:
-        """The values of `STORED`."""
+    def linears(self) -> str:
+        """How many linear layers are stored in each way."""
         kinds = Counter(self.kind_of.values()).most_common()
-        return {**dict(self), "linears": ", ".join(f"{n} {name}" for name, n in kinds)}
+        return ", ".join(f"{n} {name}" for name, n in kinds)
 
     @property
     def broken(self) -> list[str]:
@@ -224,12 +198,6 @@ class FittedResult(Result, Record):
     def exit_code(self) -> int:
         """3 if a bound is broken, or the result does not pay."""
         return 3 * bool(self.broken)
-
-    @property
-    def left_out(self) -> list[Block]:
-        """What was left out to keep the time."""
-        dropped = ", ".join(self.dropped)
-        return [Line(f"Left out to keep the time: {dropped}.")] if dropped else []
 
 
 class FitResult(FittedResult):
@@ -252,6 +220,11 @@ class FitResult(FittedResult):
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
     corrections: tuple[FitCorrection, ...]
+
+    @property
+    def ranked(self) -> list[FitFinalist]:
+        """The finalists, the best first."""
+        return sorted(self.finalists, key=lambda one: one.last)
 
     def chart(self) -> LineChart:
         """Size against divergence: what is predicted, what was made, and the winner."""
@@ -286,21 +259,6 @@ class FitResult(FittedResult):
         """Bounds that the measured result does not keep."""
         return [one.said for one in self.checks if not one.kept]
 
-    def blocks(self) -> Sequence[Block]:
-        """The winner, what was made, and the next commands."""
-        finalists = sorted(self.finalists, key=lambda one: one.last)
-        given = {"given": lambda x: x.format_value(x.wanted)}
-        title = "models that were made: divergence, nats per token"
-        tables = [
-            Table.about("the winner", BEST + STORED, self.stored),
-            Table.of_records(title, finalists, MADE),
-            Table.of_records("bounds", self.checks, BOUNDS, **given),
-        ]
-        lines = [filled(CORRECTED, one) or "" for one in self.corrections]
-        return [
-            *(table for table in tables if table.rows),
-            *map(Line, lines),
-            *self.left_out,
-            *(Line(fault, "bold red") for fault in self.broken),
-            *after_a_fit(self.output),
-        ]
+    def following(self) -> list[Block]:
+        """Where the files are, and the next commands."""
+        return after_a_fit(self.output)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from secateur.models.hub import kind_of_name
 from secateur.models.samples import TEXTS
 from secateur.recipes.shared import texts_of
 from secateur.reporting.tables import Block, next_steps
-from secateur.runs.records.measured import Sweep, SweepPoint
+from secateur.runs.records.measured import Sweep
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 
@@ -50,60 +48,6 @@ def free_place(name: str | Path) -> str:
     return place
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a model was made from, as the records in its folder tell.
-
-    Attributes:
-        dense: the model before anything was cut, pruned or rounded; None if it is not known, or
-            not there any more.
-        texts: the texts that the model was made with.
-        length: tokens of a window of these texts; None if unknown.
-    """
-
-    dense: str | None
-    texts: tuple[str, ...] = ()
-    length: int | None = None
-
-    @classmethod
-    def of(cls, folder: Path) -> Origin:
-        """Read the records in a folder; files that are missing or damaged say nothing."""
-        notes = folder / "secateur"
-        manifest, imported = _read(notes / "manifest.json"), _read(notes / "import.json")
-        trainings = _read(notes / "training.json") or [{}]
-        packed = _read(notes / "compression.json")
-        first, last = trainings[0].get("recipe", {}), trainings[-1].get("recipe", {})
-        if imported and not imported.get("masks"):
-            manifest = {}  # what another tool pruned: its dense model is not known
-        sources = [
-            manifest.get("source", {}).get("name"),
-            first.get("teacher") or first.get("model"),
-            packed.get("source"),
-        ]
-        calibration = manifest.get("calibration") or packed.get("rounding", {}).get("calibration")
-        calibrated, watched = calibration or {}, last.get("validation_text")
-        read = [*texts_of(calibrated.get("source", "")), *last.get("text", ())]
-        texts = [watched] if watched else read
-        length = calibrated.get("sequence_length")
-        length = length or trainings[-1].get("text", {}).get("sequence_length")
-        known = (name for name in sources if name and kind_of_name(name) is not None)
-        return cls(next(known, None), tuple(filter(None, texts)), length)
-
-    def text_words(self) -> list[str]:
-        """The options of `evaluate` that choose a text which can be read here."""
-        files = [text for text in self.texts if not text.endswith(".safetensors")]
-        own = [text for text in files if Path(text).expanduser().exists()]
-        sample = self.dense is not None and kind_of_name(self.dense) == "sample"
-        if sample or any(text in TEXTS for text in self.texts):
-            return ["--text", HELD_OUT]
-        if own:
-            length = ["--sequence-length", str(self.length)] if self.length else []
-            return ["--text", own[0], *length, "--windows", str(OWN_WINDOWS)]
-        if any(text in KNOWN_DATASETS or text.startswith("hub:") for text in self.texts):
-            return []  # the hub could be read
-        return ["--text", HELD_OUT]
-
-
 def _read(file: Path) -> Any:
     """A JSON file; an empty object if it is missing or damaged."""
     try:
@@ -112,15 +56,61 @@ def _read(file: Path) -> Any:
         return {}
 
 
+def _notes(folder: Path) -> tuple[Any, Any, Any]:
+    """The manifest, the trainings and the compression that the records of a folder tell of."""
+    manifest, trainings, packed, imported = (
+        _read(folder / "secateur" / f"{name}.json")
+        for name in ("manifest", "training", "compression", "import")
+    )
+    if imported and not imported.get("masks"):
+        manifest = {}  # what another tool pruned: its dense model is not known
+    return manifest, trainings or [{}], packed
+
+
+def dense_model(folder: Path) -> str | None:
+    """The model before anything was cut, pruned or rounded; None if it is not known, or gone."""
+    manifest, trainings, packed = _notes(folder)
+    first = trainings[0].get("recipe", {})
+    sources = [
+        manifest.get("source", {}).get("name"),
+        first.get("teacher") or first.get("model"),
+        packed.get("source"),
+    ]
+    known = (name for name in sources if name and kind_of_name(name) is not None)
+    return next(known, None)
+
+
+def _text_words(folder: Path, dense: str | None) -> list[str]:
+    """The options of `evaluate` that choose a text which can be read here."""
+    manifest, trainings, packed = _notes(folder)
+    calibrated = manifest.get("calibration") or packed.get("rounding", {}).get("calibration") or {}
+    last = trainings[-1].get("recipe", {})
+    watched = last.get("validation_text")
+    read = [*texts_of(calibrated.get("source", "")), *last.get("text", ())]
+    texts = [text for text in ([watched] if watched else read) if text]
+    files = [text for text in texts if not text.endswith(".safetensors")]
+    own = [text for text in files if Path(text).expanduser().exists()]
+    sample = dense is not None and kind_of_name(dense) == "sample"
+    if sample or any(text in TEXTS for text in texts):
+        return ["--text", HELD_OUT]
+    if own:
+        tokens = trainings[-1].get("text", {}).get("sequence_length")
+        length = calibrated.get("sequence_length") or tokens
+        words = ["--sequence-length", str(length)] if length else []
+        return ["--text", own[0], *words, "--windows", str(OWN_WINDOWS)]
+    if any(text in KNOWN_DATASETS or text.startswith("hub:") for text in texts):
+        return []  # the hub could be read
+    return ["--text", HELD_OUT]
+
+
 def _evaluation(folder: Path) -> dict[str, str]:
     """The command that evaluates a model, beside its dense model if that is known."""
-    made = Origin.of(folder)
-    reference = ["--dense", made.dense] if made.dense else []
-    words = made.text_words()
-    what = "measure what it lost" if made.dense else "measure its perplexity"
+    dense = dense_model(folder)
+    words = _text_words(folder, dense)
+    what = "measure what it lost" if dense else "measure its perplexity"
     if words[1:2] and words[1] != HELD_OUT:
         what += ", on a text that it was made with; one that it never read says more"
-    return {what: command("evaluate", folder, *reference, *words)}
+    return {what: command("evaluate", folder, *(["--dense", dense] if dense else []), *words)}
 
 
 def generation(folder: Path) -> dict[str, str]:
@@ -225,7 +215,8 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
     places = {what: file for what, file in files.items() if file.exists()}
     if not sweep.points:
         return next_steps(places, {})
-    best = _best_of(sweep.points)
+    # the least excess loss among the points whose zeros are closest to one half
+    best = min(sweep.points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))
     chosen = ["--method" if best.method in methods else "--effort", best.method]
     chosen += ["--pattern", best.pattern] if best.pattern != "unstructured" else []
     if parse_pattern(best.pattern).sparsity is None:
@@ -235,8 +226,3 @@ def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
     output = free_place(f"{folder}-{Path(best.notes).name}")
     what = f"make the model with {best.zeros:.0%} zeros that lost least"
     return next_steps(places, {what: command("prune", sweep.model, *chosen, "--output", output)})
-
-
-def _best_of(points: Iterable[SweepPoint]) -> SweepPoint:
-    """The point with the least excess loss among those whose zeros are closest to one half."""
-    return min(points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))

@@ -1,27 +1,19 @@
-"""What a dry run of `prune`, `structure`, `train` and `fit` returns, and what `methods` does."""
+"""What a dry run of a verb returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic import InstanceOf
+
 from secateur.engine.plan_memory import PrunePlan
-from secateur.reporting.models import compared
-from secateur.reporting.tables import (
-    Block,
-    Columns,
-    Line,
-    Result,
-    Table,
-    binary_size,
-    not_pruned,
-    time_range,
-)
+from secateur.reporting.fields import Result, blocks_of
+from secateur.reporting.models import compared, not_pruned
+from secateur.reporting.tables import Block
 from secateur.runs.records import Counts
 
 
-@dataclass(frozen=True, repr=False)
 class PlanResult(Result):
     """The memory, disk, work and time that a pruning run would need.
 
@@ -31,9 +23,11 @@ class PlanResult(Result):
         processes: how many share the work; memory and work are those of the first one.
     """
 
-    plan: PrunePlan
+    plan: InstanceOf[PrunePlan]
     activations: str
     processes: int = 1
+
+    joined = "plan"
 
     @property
     def peak_bytes(self) -> int:
@@ -50,66 +44,25 @@ class PlanResult(Result):
         """The shortest and the longest estimated time of the run on this machine."""
         return self.plan.seconds
 
-    def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        own = {"activations": self.activations, "processes": self.processes}
-        return {**self.plan.to_json(), **own}
-
-    def blocks(self) -> Sequence[Block]:
+    def tables(self) -> list[Block]:
         """One table."""
         plan = self.plan
-        values = {
-            "plan": plan,
-            "activations": self.activations,
-            "left": not_pruned(plan.left),
-            "time": plan.seconds and time_range(*plan.seconds),
-            "work": plan.flops / 1e12,
-            "forwards": plan.sizes["forward"] + plan.sizes["waiting"],
-            "solved": plan.solve_shape if plan.solve_shape[0] else None,
-            "writing": plan.sizes["writing"] or None,
-            "distilling": plan.sizes["distilling"] or None,
-            "learning": "one layer or the head" if plan.sweep_windows else "the whole model",
-            "usual": plan.peak_bytes - plan.fallback_bytes if plan.fallback_bytes else None,
-            **_peaks(plan.on_gpu, plan.peak_bytes, plan.host_peak_bytes),
-        }
-        several = f" of one of {self.processes} processes" if self.processes > 1 else ""
-        return [Table.about(f"plan{several}", PLAN + PEAKS + USUAL, values)]
+        return blocks_of(
+            "PlanResult",
+            self,
+            several=f" of one of {self.processes} processes" * (self.processes > 1),
+            left=not_pruned(plan.left),
+            work=plan.flops / 1e12,
+            forwards=plan.sizes["forward"] + plan.sizes["waiting"],
+            solved=plan.solve_shape if plan.solve_shape[0] else None,
+            writing=plan.sizes["writing"] or None,
+            distilling=plan.sizes["distilling"] or None,
+            learning="one layer or the head" if plan.sweep_windows else "the whole model",
+            usual=plan.peak_bytes - plan.fallback_bytes if plan.fallback_bytes else None,
+            host=plan.host_peak_bytes if plan.on_gpu else None,
+        )
 
 
-PLAN = """
-    decoder layers | {plan.num_hidden_layers}
-    weights that can be pruned | {plan.prunable_weights:,}
-    not pruned | {left}
-    calibration tokens | {plan.calibration_tokens:,}
-    work | {work:.1f} TFLOP
-    time on this machine | {time}
-    disk | {plan.disk_bytes:size}
-    memory: the program itself | {plan.sizes[process]:size}
-    memory: one decoder layer | {plan.sizes[layer]:size}
-    memory: hidden states (in {activations}) | {plan.sizes[activation]:size}
-    memory: forwards | {forwards:size}
-    memory: statistics and solver | {plan.sizes[solve]:size}
-    the linear layer that takes most | {solved[0]} x {solved[1]}
-    memory: the model, generating windows | {writing:size}
-    memory: {learning}, distilled | {distilling:size}
-"""
-USUAL = "if float32 can factorise every gram, as usual | {usual:size}"
-PEAKS = """
-    peak memory< of the {device}> | {peak:size}
-    peak memory of the host | {host:size}
-"""
-
-
-def _peaks(on_gpu: bool, peak: int, host_peak: int) -> dict[str, Any]:
-    """The values of `PEAKS`."""
-    return {
-        "device": "GPU" if on_gpu else None,
-        "peak": peak,
-        "host": host_peak if on_gpu else None,
-    }
-
-
-@dataclass(frozen=True, repr=False)
 class CutPlanResult(Result):
     """What a structured cut would leave, and what it would need.
 
@@ -125,30 +78,19 @@ class CutPlanResult(Result):
     before: Counts
     after: Counts | None
     unknown: tuple[str, ...]
-    plan: PrunePlan | None
+    plan: InstanceOf[PrunePlan] | None
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        sizes = Result.to_json(replace(self, plan=None))
+        sizes = self.model_dump(mode="json", exclude={"plan"})
         return {**sizes, "plan": self.plan and self.plan.to_json()}
 
-    def blocks(self) -> Sequence[Block]:
+    def tables(self) -> list[Block]:
         """A table of sizes, and one of what the run needs."""
-        peaks = _peaks(self.plan.on_gpu, self.plan.peak_bytes, 0) if self.plan else {}
-        needs = {**vars(self), **peaks, "host": None}
-        return [
-            compared("plan of the cut", self.before, self.after),
-            Table.about("", NEEDS + PEAKS, needs),
-        ]
+        table = compared("plan of the cut", self.before, self.after)
+        return [table, *blocks_of("CutPlanResult", self)]
 
 
-NEEDS = """
-    steps | {steps:words}
-    sizes are known during the run | {unknown:words}
-"""
-
-
-@dataclass(frozen=True, repr=False)
 class TrainPlanResult(Result):
     """What a training would read, and what it would need.
 
@@ -173,28 +115,13 @@ class TrainPlanResult(Result):
     steps: int | None
     minutes: float | None
     tokens: int | None
-    memory: Mapping[str, int]
+    memory: dict[str, int]
     disk_bytes: int
 
-    def blocks(self) -> Sequence[Block]:
-        """One table."""
-        memory = self.memory
-        parts = ("process", "weights", "optimizer", "forward", "logits", "teacher", "masks")
-        sizes = "".join(f"\n memory: {x} | {{memory[{x}]:size}}" for x in parts if memory[x])
-        peaks = _peaks(bool(memory["on_gpu"]), memory["peak"], memory["host_peak"])
-        rows = f"{TRAINING}{sizes}{PEAKS}"
-        return [Table.about("plan of the training", rows, {**vars(self), **peaks})]
-
-
-TRAINING = """
-    objective | {objective}
-    text | {text}
-    windows | {windows:,} of {sequence_length} tokens
-    validation windows | {validation_windows:,}
-    steps | {steps:,}
-    tokens | {tokens:,}
-    length | {minutes:g} minutes
-    disk | {disk_bytes:size}"""
+    def tables(self) -> list[Block]:
+        """One table, without parts that take no memory."""
+        host = self.memory["host_peak"] if self.memory["on_gpu"] else None
+        return blocks_of("TrainPlanResult", self, host=host)
 
 
 @dataclass(frozen=True)
@@ -218,7 +145,6 @@ class ChainPlanStep:
     unknown: str | None = None
 
 
-@dataclass(frozen=True, repr=False)
 class ChainPlanResult(Result):
     """What each step of a chain would leave and need.
 
@@ -230,24 +156,7 @@ class ChainPlanResult(Result):
 
     steps: tuple[ChainPlanStep, ...]
 
-    def blocks(self) -> Sequence[Block]:
-        """One table."""
-        time = {"time": lambda x: x.seconds and time_range(*x.seconds)}
-        unknown = [f"{one.step}: {one.unknown}" for one in self.steps if one.unknown]
-        return [
-            Table.of_records("plan of the chain", self.steps, STEPS, **time),
-            Line("A step after the first is planned on the source, which is no smaller.", "dim"),
-            *map(Line, unknown),
-        ]
 
-
-STEPS = Columns(
-    "after | parameters | weights | peak memory | time",
-    "{step} | {parameters:,} | {file_bytes:size} | {peak_bytes:size} | {time}",
-)
-
-
-@dataclass(frozen=True, repr=False)
 class FitPlanResult(Result):
     """What a fit would try, within bounds that can be kept.
 
@@ -262,10 +171,15 @@ class FitPlanResult(Result):
 
     linears: int
     file_bytes: int
-    bounds: Mapping[str, tuple[str, str]]
+    bounds: dict[str, tuple[str, str]]
     formats: tuple[str, ...]
     tokens_to_heal: int
     minutes: float | None
+
+    @property
+    def entries(self) -> list[tuple[str, tuple[str, str]]]:
+        """The bounds."""
+        return [*self.bounds.items()]
 
     @property
     def shown_formats(self) -> str:
@@ -275,20 +189,12 @@ class FitPlanResult(Result):
         zeros = ", ".join(dict.fromkeys(share for share, _ in parts if share))
         return f"{values}; each with {zeros} of zeros or none" if zeros else values
 
-    def search(self) -> list[tuple[str, str]]:
-        """Rows of the table about the search."""
-        return [
-            ("linear layers", f"{self.linears:,}"),
-            ("formats of each", self.shown_formats),
-            ("healing", f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"),
-            ("time", "no limit" if self.minutes is None else f"{self.minutes:g} minutes"),
-        ]
+    @property
+    def healing(self) -> str:
+        """The tokens on which models learn."""
+        return f"{self.tokens_to_heal:,} tokens" if self.tokens_to_heal else "none"
 
-    def blocks(self) -> Sequence[Block]:
-        """A table of bounds, and one of the search."""
-        bounds = [(name, *values) for name, values in self.bounds.items()]
-        rows = [("weight files now", binary_size(self.file_bytes)), *self.search()]
-        return [
-            Table.of("bounds of the fit", ("bound", "given", "nearest possible"), bounds),
-            Table.facts("", rows),
-        ]
+    @property
+    def time(self) -> str:
+        """The limit of the time."""
+        return "no limit" if self.minutes is None else f"{self.minutes:g} minutes"

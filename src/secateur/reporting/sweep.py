@@ -11,21 +11,12 @@ from typing import Any
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
 from secateur.reporting.charts import LineChart, Series
+from secateur.reporting.fields import Result, blocks_of, filled
 from secateur.reporting.next_steps import after_a_sweep
-from secateur.reporting.tables import (
-    Block,
-    Line,
-    Result,
-    Table,
-    bare_name,
-    binary_size,
-    filled,
-    markdown,
-)
+from secateur.reporting.tables import Block, Line, Table, bare_name, binary_size, markdown
 from secateur.runs.records.measured import Sweep
 
 
-@dataclass(frozen=True, repr=False)
 class SweepResult(Result):
     """All measurements of a sweep.
 
@@ -69,17 +60,13 @@ class SweepResult(Result):
             )
             for point in self.points
         ]
-        failed = "failed: {method} {pattern} {sparsity:g}: {what}< ({where})>"
-        return [
-            Table.of(self.sweep.model, columns, [dense, *rows], numbers=2),
-            Line("in brackets: ln(perplexity) − ln(dense perplexity), nats per token", "dim"),
-            *(Line(filled(failed, one) or "", "red") for one in self.failures),
-        ]
+        table = Table.of(self.sweep.model, columns, [dense, *rows], numbers=2)
+        return [table, *blocks_of("SweepResult", self)]
 
-    def blocks(self) -> Sequence[Block]:
-        """The table, failures, and where the files are."""
+    def following(self) -> list[Block]:
+        """Where the files are, and the next commands."""
         files = Line(f"sweep.json, .md, .png and .svg are in {self.folder}")
-        return [*self.tables(), files, *after_a_sweep(self.folder, self.sweep)]
+        return [files, *after_a_sweep(self.folder, self.sweep)]
 
     def markdown(self) -> str:
         """The table with its conditions, in Markdown."""

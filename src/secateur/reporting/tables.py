@@ -1,39 +1,21 @@
-"""Results: data for programs, and tables and lines for people.
+"""Blocks, tables and lines of text, and the three outputs that show them.
 
-A result consists of blocks: tables and lines. The same blocks are shown on a terminal
-(`Result.show`), as text (`plain_text`), as HTML (`html`) and in model cards (`markdown`).
-
-A table about records is a text with the fields of the record, as `str.format` takes them:
-
-    weight files | {file_bytes:size}
-    loss | {loss:.4f}< ± {standard_error:.4f}>
-    teacher | {rounding[teacher]}
-
-- `|` stands between label and value, and between the columns of `Table.of_records`.
-- `:size` writes bytes as `binary_size`, `:words` joins a list by commas, `:lines` leaves empty
-  lines out.
-- A row is left out if one of its fields is None, missing or an empty text or list; a part in `<>`
-  is left out alone.
-- A field that the record does not have is a function of the record, given by name.
+The same blocks are written on a terminal (`print_blocks`) or as text (`plain_text`), as HTML for
+notebooks and pages (`html`), and in Markdown for model cards (`markdown`). `fields.py` makes them
+from records.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Formatter
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
-
-from pydantic_core import to_jsonable_python
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from secateur.runs.records import SkippedMatrix
-
 
 PLAIN_WIDTH = 100
 """Width of a result as text, in characters."""
@@ -41,78 +23,6 @@ PLAIN_WIDTH = 100
 
 NARROWEST_COLUMN = 7
 """Characters of a column with its frame. A narrower terminal wraps a table, which hides no cell."""
-
-
-class _UnknownFieldError(Exception):
-    """A field of a template has no value."""
-
-
-class _Template(Formatter):
-    """The form of one value; see the head of this module."""
-
-    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        [record] = args
-        if key in kwargs:
-            return kwargs[str(key)](record)
-        if isinstance(key, int):
-            return record
-        return record[key] if isinstance(record, Mapping) else getattr(record, key)
-
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        try:
-            found, key = super().get_field(field_name, args, kwargs)
-        except (KeyError, TypeError):  # a key that is not there, or a part of None
-            found, key = None, ""
-        if found is None or (isinstance(found, str | list | tuple | dict) and not found):
-            raise _UnknownFieldError
-        return found, key
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if format_spec == "words":
-            return ", ".join(map(str, value))
-        if format_spec == "lines":
-            return without_blank_lines(value)
-        return binary_size(value) if format_spec == "size" else format(value, format_spec)
-
-
-def filled(template: str, record: Any, **more: Callable[[Any], Any]) -> str | None:
-    """A text with the fields of a record; None if one of them has no value.
-
-    Args:
-        template: the text; see the head of this module.
-        record: an object or a mapping.
-        **more: functions of the record, for fields that it does not have.
-
-    Example:
-        >>> from secateur.reporting.tables import filled
-        >>> filled("{a:.1f}< ± {b:.2f}>", {"a": 1, "b": 0.5}), filled("{c}", {})
-        ('1.0 ± 0.50', None)
-    """
-    head, _, after = template.partition("<")
-    part, _, rest = after.partition(">")
-    try:
-        text = _Template().vformat(head, (record,), more)
-        if part:
-            text += (filled(part, record, **more) or "") + (filled(rest, record, **more) or "")
-    except _UnknownFieldError:
-        return None
-    return text
-
-
-def _parts(text: str) -> list[str]:
-    """The texts between the bars of a line."""
-    return [part.strip() for part in text.split("|")]
-
-
-class Columns(NamedTuple):
-    """The columns of a table about records: names, and the cells of a row, with `|` between them.
-
-    Numbers begin at the column `numbers`, counted from 0.
-    """
-
-    names: str
-    row: str
-    numbers: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,35 +57,9 @@ class Table:
         return cls(title, tuple(columns), known, numbers, tuple(styles))
 
     @classmethod
-    def of_records(
-        cls, title: str, records: Iterable[Any], columns: Columns, **more: Callable[[Any], Any]
-    ) -> Table:
-        """A table with a row for each record; a column that no record fills is left out.
-
-        Args:
-            title: text above the table.
-            records: the records.
-            columns: the columns.
-            **more: functions of a record, for fields that it does not have.
-        """
-        names, row, numbers = columns
-        cells = [[filled(cell, one, **more) for cell in _parts(row)] for one in records]
-        found = zip(_parts(names), zip(*cells, strict=True), strict=True) if cells else ()
-        shown = [(name, own) for name, own in found if any(x is not None for x in own)]
-        left = {*_parts(names)[:numbers]}
-        rows = zip(*([x or "" for x in own] for _, own in shown), strict=True)
-        return cls.of(title, [n for n, _ in shown], rows, sum(n in left for n, _ in shown))
-
-    @classmethod
     def facts(cls, title: str, rows: Iterable[tuple[str, str | None]]) -> Table:
         """A table of names and values, without a head; a row without a value is left out."""
         return cls.of(title, ("", ""), rows, numbers=2)
-
-    @classmethod
-    def about(cls, title: str, rows: str, record: Any) -> Table:
-        """A table of what a record holds, without a head; see the head of this module."""
-        parts = (_parts(row) for row in rows.splitlines() if row.strip())
-        return cls.of(title, ("", ""), [[filled(x, record) for x in row] for row in parts], 2)
 
     def renderable(self) -> Any:
         """The table as an object of rich."""
@@ -245,7 +129,7 @@ class Line:
 Block = Table | Line
 
 
-def _print_blocks(blocks: Iterable[Block], console: Console | None = None) -> None:
+def print_blocks(blocks: Iterable[Block], console: Console | None = None) -> None:
     """Write blocks to a console; to stdout if none is given."""
     from rich.console import Console
 
@@ -264,7 +148,7 @@ def plain_text(blocks: Iterable[Block]) -> str:
 
     stream = io.StringIO()
     plain: Any = {"no_color": True, "force_terminal": False, "force_jupyter": False}
-    _print_blocks(blocks, Console(file=stream, width=PLAIN_WIDTH, **plain))
+    print_blocks(blocks, Console(file=stream, width=PLAIN_WIDTH, **plain))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
@@ -304,18 +188,6 @@ def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> lis
     return lines
 
 
-def not_pruned(left: Sequence[SkippedMatrix]) -> str:
-    """Matrices that are not pruned, one line per kind."""
-    return "\n".join(one.line() for one in left) or "nothing"
-
-
-def by_layer(silent: Mapping[str, Sequence[int]]) -> str:
-    """Numbers of experts by the number of their layer, as one line; empty for none."""
-    return "; ".join(
-        f"layer {layer}: {', '.join(map(str, numbers))}" for layer, numbers in silent.items()
-    )
-
-
 def layer_of(name: str) -> int:
     """The layer number in a tensor's name: its first number (experts have a second); -1 if none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
@@ -324,49 +196,6 @@ def layer_of(name: str) -> int:
 def plus_minus(error: float | None, form: str = ".4f") -> str:
     """A standard error after its value; empty if there is none."""
     return "" if error is None else f" ± {error:{form}}"
-
-
-def with_error(value: float, error: float | None, form: str = ".4f") -> str:
-    """A value with its standard error, if it has one."""
-    return f"{value:{form}}{plus_minus(error, form.lstrip('+'))}"
-
-
-class Result:
-    """What a verb returns.
-
-    The command line prints `to_json()` with `--json` and calls `show()` without it. In Python
-    `print(result)` and a result as the last line of a cell show the same tables, without colours.
-    Its dataclass takes `repr=False`: the fields hold every layer.
-    """
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of the command: not 0 if the result says that something is wrong."""
-        return 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as one JSON object: its fields, unless a class says otherwise."""
-        return cast("dict[str, Any]", to_jsonable_python(self))
-
-    def blocks(self) -> Sequence[Block]:
-        """The tables and lines that people read."""
-        raise NotImplementedError
-
-    def show(self) -> None:
-        """Write the tables to stdout."""
-        _print_blocks(self.blocks())
-
-    def __str__(self) -> str:
-        """The tables as text."""
-        return plain_text(self.blocks())
-
-    def __repr__(self) -> str:
-        """The tables as text, for consoles."""
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        """The tables as HTML, for notebooks."""
-        return html(self.blocks())
 
 
 def bare_name(name: str) -> str:
@@ -399,11 +228,6 @@ def signed(value: float, digits: int) -> str:
     """A difference with its sign; no sign if it rounds to 0."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if float(text) else text[1:]
-
-
-def counted(count: int, name: str) -> str:
-    """A count with its noun, in singular or plural."""
-    return f"{count} {name}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -92,9 +92,11 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
         **environment(torch.device("cpu")),
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
-    result = BenchResult(model, compressed, speeds, size, dense, protocol)
+    result = BenchResult.of(
+        model, speeds, compressed=compressed, protocol=protocol, file_bytes=size, dense_bytes=dense
+    )
     if (folder / NOTES).is_dir():
-        write_record(folder / NOTES / "bench.json", result.record.to_json())
+        write_record(folder / NOTES / "bench.json", result.to_json())
     return result
 
 
@@ -124,7 +126,9 @@ def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedB
     progress.finish()
     protocol = {"batch": 1, "new_tokens": new_tokens, "kernels": kernel_info().tier,
                 **environment(torch.device("cpu"))}  # fmt: skip
-    return DraftedBenchResult(recipe.model, draft, tuple(speeds), protocol)
+    return DraftedBenchResult(
+        model=recipe.model, draft=draft, speeds=tuple(speeds), protocol=protocol
+    )
 
 
 def drafted_speed(

@@ -179,7 +179,7 @@ def plan_chain(recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any])
     rows += [step.planned(recipe, progress) for step in steps]
     known = sum(row.file_bytes or whole.file_bytes for row in rows[1:])
     check_output(recipe.output, "chain", known, (recipe.model, source.folder), call)
-    return ChainPlanResult(tuple(rows))
+    return ChainPlanResult(steps=tuple(rows))
 
 
 class ChainSteps(Step[Any, ChainResult]):
@@ -213,7 +213,8 @@ class ChainSteps(Step[Any, ChainResult]):
     @classmethod
     def result(cls, output: Path) -> ChainResult:
         """Read the result of a finished chain from its notes."""
-        return ChainResult(read_record(records.Chain, output / NOTES / CHAIN).links, output)
+        found = read_record(ChainResult, output / NOTES / CHAIN)
+        return found.model_copy(update={"output": output})
 
     def work(self) -> ChainResult:
         """Run the steps that no earlier run finished; the last one's folder becomes the result.
@@ -246,9 +247,9 @@ class ChainSteps(Step[Any, ChainResult]):
             shutil.rmtree(folder.model)
             made.rename(folder.model)
         self.write_notes()
-        record_of = records.Chain(links=tuple(links), output=str(folder.output))
-        write_json(folder.notes / CHAIN, record_of.to_json())
-        return ChainResult(record_of.links, folder.output)
+        result = ChainResult(links=tuple(links), output=folder.output)
+        write_json(folder.notes / CHAIN, result.to_json())
+        return result
 
     def begun_steps(self) -> list[Any]:
         """Return the recorded options of all steps that have begun. Refuse other finished steps."""

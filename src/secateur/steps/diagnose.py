@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from secateur.diagnostics.drift import (
     could_bear,
     layer_drifts,
 )
-from secateur.diagnostics.findings import Claims, by_severity, finding, read_claims
+from secateur.diagnostics.findings import SEVERITIES, Claims, finding, read_claims
 from secateur.diagnostics.weights import (
     Weights,
     check_units,
@@ -47,21 +46,6 @@ PRUNED = 0.01
 STANDARD_LENGTH = 256
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A dense model for the comparison of layers, and the text that both models read.
-
-    Attributes:
-        target: the dense model.
-        tokens: windows of token ids.
-        protocol: the source of the windows.
-    """
-
-    target: CheckpointTarget
-    tokens: Tensor
-    protocol: dict[str, Any]
-
-
 def run_diagnosis(recipe: DiagnoseRecipe, progress: Progress) -> DiagnoseResult:
     """Look for every known fault of a pruned model.
 
@@ -69,16 +53,27 @@ def run_diagnosis(recipe: DiagnoseRecipe, progress: Progress) -> DiagnoseResult:
     A fault of the model is a finding, not an error.
     """
     own = _open_in_float32(recipe.model, recipe)
-    reference = None if recipe.dense is None else _open_reference(own, recipe.dense, recipe)
+    dense, tokens, protocol = None, torch.empty(0), dict[str, Any]()
+    if recipe.dense is not None:
+        dense = _open_in_float32(recipe.dense, recipe)
+        check_same_model(own, dense)
+        tokens, start = _token_windows(own, recipe)
+        protocol = {
+            "text": recipe.text,
+            "windows": len(tokens),
+            "sequence_length": tokens.shape[1],
+            **({"start_tokens": list(start)} if start else {}),
+            "computed_in": "float32",
+        }
     claims = read_claims(own.reader.folder)
-    weights, findings = _check_weights(own, claims, reference, progress)
+    weights, findings = _check_weights(own, claims, dense, progress)
     drift, bears = list[LayerDrift](), dict[int, float]()
-    if reference is not None:
-        drift = layer_drifts(own, reference.target, reference.tokens, progress)
+    if dense is not None:
+        drift = layer_drifts(own, dense, tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, own.architecture.layer_name, bears)
     if weights.sparsity > PRUNED:
-        findings += _skipped_checks(claims, reference)
+        findings += _skipped_checks(claims, dense)
     found = DiagnoseResult.of(
         weights,
         claims,
@@ -86,9 +81,9 @@ def run_diagnosis(recipe: DiagnoseRecipe, progress: Progress) -> DiagnoseResult:
         bears,
         model=recipe.model,
         dense=recipe.dense,
-        findings=by_severity(findings),
+        findings=sorted(findings, key=lambda one: SEVERITIES.index(one.severity)),
         environment=environment(own.device),
-        protocol=reference.protocol if reference else {},
+        protocol=protocol,
     )
     if claims.folder is not None:
         write_record(claims.folder / "diagnosis.json", found.to_json())
@@ -103,21 +98,6 @@ def _open_in_float32(model: str, recipe: DiagnoseRecipe) -> CheckpointTarget:
     trust, device = recipe.trust_remote_code, choose_device(recipe.device)
     reader = open_checkpoint(resolve(model, trust_remote_code=trust, values=False).folder)
     return CheckpointTarget(reader, None, device, dtype=torch.float32, trust_remote_code=trust)
-
-
-def _open_reference(own: CheckpointTarget, model: str, recipe: DiagnoseRecipe) -> Reference:
-    """Open a dense model of the same kind, and the windows that both models read."""
-    dense = _open_in_float32(model, recipe)
-    check_same_model(own, dense)
-    tokens, start = _token_windows(own, recipe)
-    protocol = {
-        "text": recipe.text,
-        "windows": len(tokens),
-        "sequence_length": tokens.shape[1],
-        **({"start_tokens": list(start)} if start else {}),
-        "computed_in": "float32",
-    }
-    return Reference(dense, tokens, protocol)
 
 
 def _token_windows(
@@ -143,46 +123,35 @@ def _token_windows(
 
 
 def _check_weights(
-    own: CheckpointTarget, claims: Claims, reference: Reference | None, progress: Progress
+    own: CheckpointTarget, claims: Claims, dense: CheckpointTarget | None, progress: Progress
 ) -> tuple[Weights, list[Finding]]:
     """Check every stored tensor, and return the findings."""
-    weights = _read_weights(own, claims, "weights", progress)
-    dense = None
-    if reference is not None:
-        dense = _read_weights(reference.target, Claims(), "dense weights", progress)
+
+    def read(target: CheckpointTarget, claims: Claims, label: str) -> Weights:
+        progress.start(label, len(target.reader.entries))
+        found = look_at_weights(target, claims, lambda name: progress.step(note=name))
+        progress.finish()
+        return found
+
+    weights = read(own, claims, "weights")
+    before = None if dense is None else read(dense, Claims(), "dense weights")
     name, size = own.architecture.layer_name, head_size(own.model.config)
     layouts = own.reader.packed.layouts.values() if isinstance(own.reader, DenseView) else ()
-    findings = check_values(weights)
-    findings += check_sparsity(
-        weights, claims, rounded=any(layout.values == "int8" for layout in layouts)
-    )
-    findings += check_units(weights, claims, size, name, dense)
-    return weights, findings
+    rounded = any(layout.values == "int8" for layout in layouts)
+    findings = [*check_values(weights), *check_sparsity(weights, claims, rounded=rounded)]
+    return weights, findings + check_units(weights, claims, size, name, before)
 
 
-def _read_weights(
-    target: CheckpointTarget, claims: Claims, label: str, progress: Progress
-) -> Weights:
-    """Yield all tensors of a checkpoint, and report progress."""
-    progress.start(label, len(target.reader.entries))
-    weights = look_at_weights(target, claims, lambda name: progress.step(note=name))
-    progress.finish()
-    return weights
-
-
-def _skipped_checks(claims: Claims, reference: Reference | None) -> list[Finding]:
+def _skipped_checks(claims: Claims, dense: CheckpointTarget | None) -> list[Finding]:
     """Notes about the checks of a pruned model that were impossible."""
     found = []
     if not claims.linears:
-        found.append(
-            finding(
-                "no-records",
-                "secateur/layers.jsonl",
-                "there are no records of a pruning run, so zeros were counted but not compared "
-                "with a claim",
-            )
+        evidence = (
+            "there are no records of a pruning run, so zeros were counted but not compared with "
+            "a claim"
         )
-    if reference is None:
+        found.append(finding("no-records", "secateur/layers.jsonl", evidence))
+    if dense is None:
         evidence = "whether layers have collapsed or drifted was not looked at"
         remedy = f"name the dense model: --dense {claims.source or 'REF'}"
         found.append(finding("no-reference", "the layers", evidence, remedy=remedy))

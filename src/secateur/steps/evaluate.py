@@ -231,7 +231,7 @@ def run_evaluation(
             record.save(Path(recipe.output))
 
     ranks.once(store)
-    return EvaluateResult(record)
+    return EvaluateResult(record=record)
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

@@ -101,4 +101,7 @@ class Export(Step[ExportRecipe, ExportResult]):
         folder.notes.rmdir()
         files = tuple(sorted(file.name for file in made.iterdir()))
         seconds = time.perf_counter() - self.run.meter.started
-        return ExportResult(to, type, folder.output, files, exported, seconds)
+        return ExportResult(
+            target=to, type=type, output=folder.output, files=files, exported=exported,
+            seconds=seconds,
+        )  # fmt: skip

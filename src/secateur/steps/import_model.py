@@ -98,7 +98,7 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
             manifest = _manifest_of(record, audit, self.run.meter)
             write_json(folder.notes / MANIFEST, manifest.to_json())
         write_text(folder.notes / "import.yaml", dump_recipe(recipe))
-        result = ImportResult(folder.output, record, audit.parameters)
+        result = ImportResult(output=folder.output, record=record, parameters=audit.parameters)
         place = recipe.output or folder.output
         write_text(made / "README.md", import_card(record, source.folder, place))
         return result

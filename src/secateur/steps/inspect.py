@@ -43,7 +43,8 @@ def inspect(
     folder = resolve(str(model), trust_remote_code=trust, values=False, progress=progress).folder
     audit = audit_checkpoint(folder, trust_remote_code=trust, progress=progress)
     _check_layer(layer, audit.num_hidden_layers)
-    return InspectResult(str(model), audit, layer, silent_experts(read_claims(folder).unseen))
+    silent = silent_experts(read_claims(folder).unseen)
+    return InspectResult(model=str(model), audit=audit, layer=layer, silent=silent)
 
 
 def _check_layer(layer: int | None, layers: int) -> None:

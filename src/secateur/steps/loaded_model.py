@@ -113,7 +113,7 @@ def prune_module(
             sparsity = _decoder_sparsity(model, matrices)
     finally:
         model.train(was_training)
-    return PruneResult(sparsity, ledger.layers, left=left)
+    return PruneResult(sparsity=sparsity, layers=ledger.layers, left=left)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

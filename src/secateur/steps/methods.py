@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from secateur.calibration.statistics import statistics
 from secateur.models.architecture import families
 from secateur.recipes.prune import presets
-from secateur.reporting.tables import Block, Result, Table
+from secateur.reporting.fields import Result, blocks_of
+from secateur.reporting.tables import Block
 from secateur.runtime.formats import formats
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods as named
@@ -23,10 +23,9 @@ from secateur.training.methods import training_methods
 
 def methods() -> MethodsResult:
     """All presets, methods and their parts, with what each needs."""
-    return MethodsResult({name: presets[name] for name in presets})
+    return MethodsResult(presets={name: dict(presets[name]) for name in presets})
 
 
-@dataclass(frozen=True, repr=False)
 class MethodsResult(Result):
     """Everything that can be named in a recipe.
 
@@ -34,7 +33,7 @@ class MethodsResult(Result):
         presets: the recipe keys that each preset sets.
     """
 
-    presets: Mapping[str, Mapping[str, Any]]
+    presets: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """All choices, by kind and name."""
@@ -50,59 +49,39 @@ class MethodsResult(Result):
             "statistics": {name: statistics[name].source.name for name in statistics},
             "formats": formats.names(),
             "families": {name: families[name].model_types for name in families},
-            "presets": {name: dict(keys) for name, keys in self.presets.items()},
+            "presets": self.presets,
         }
 
-    def blocks(self) -> Sequence[Block]:
+    def tables(self) -> list[Block]:
         """Presets, methods, training methods and parts."""
-        stands_for = [
-            (name, ", ".join(f"{key}={_format_value(value)}" for key, value in keys.items()))
-            for name, keys in self.presets.items()
-        ]
-        rows = [(n, m.score, m.solver, m.scope, m.description, m.paper) for n, m in named.items()]
-        columns = ("name", "score", "solver", "scope", "what it does", "paper")
-        title = "presets: secateur prune MODEL --effort NAME"
-        return [
-            Table.of(title, ("name", "stands for"), stands_for, numbers=2),
-            Table.of("methods: secateur prune MODEL --method NAME", columns, rows, numbers=6),
-            *_training_tables(),
-            _part_table(),
-        ]
+        return blocks_of(
+            "MethodsResult",
+            self,
+            stands_for=[
+                (name, [f"{key}={_format_value(value)}" for key, value in keys.items()])
+                for name, keys in self.presets.items()
+            ],
+            named=[*named.items()],
+            training=[*training_methods.items()],
+            parts=[*_parts()],
+        )
 
 
-def _training_tables() -> list[Table]:
-    """The methods that train, with their commands."""
-    rows = [(name, m.description, m.paper) for name, m in training_methods.items()]
-    commands = [(n, m.command.removeprefix("secateur ")) for n, m in training_methods.items()]
-    title = "their commands: add --output DIR, and --resume after a stop"
-    return [
-        Table.of("methods that train", ("name", "what it does", "paper"), rows, numbers=3),
-        Table.of(title, ("name", "secateur"), commands, numbers=2),
-    ]
-
-
-def _part_table() -> Table:
-    """The parts of methods, and what each one needs."""
-    needs = {
-        n: [
-            *sorted(allocations[n].requires),
-            *(f"the method's {part}" for part in sorted(allocations[n].uses)),
-        ]
-        for n in allocations
-    }
-    rows = [
-        *(("score", n, ", ".join(sorted(scores[n].requires)) or "weights") for n in scores),
-        *(("solver", n, ", ".join(sorted(solvers[n].requires)) or "a mask") for n in solvers),
-        *(("refinement", n, ", ".join(sorted(refinements[n].requires))) for n in refinements),
-        *(("pattern", n, patterns[n].written) for n in patterns),
-        *(("allocation", n, ", ".join(words) or "nothing") for n, words in needs.items()),
-        *(
-            ("schedule", n, "--set gradual.schedule=NAME, iterative.schedule=NAME")
-            for n in schedules
-        ),
-    ]
-    title = "parts: --score NAME --solver NAME --refine NAME --pattern TEXT --allocation NAME"
-    return Table.of(title, ("kind", "name", "needs"), rows, numbers=3)
+def _parts() -> Iterable[tuple[str, str, str]]:
+    """The parts of methods: kind, name, and what each one needs."""
+    kinds: list[tuple[str, Any, str]] = [
+        ("score", scores, "weights"), ("solver", solvers, "a mask"),
+        ("refinement", refinements, ""),
+    ]  # fmt: skip
+    for kind, registry, nothing in kinds:
+        yield from ((kind, n, ", ".join(sorted(registry[n].requires)) or nothing) for n in registry)
+    yield from (("pattern", n, patterns[n].written) for n in patterns)
+    for name in allocations:
+        needs, uses = sorted(allocations[name].requires), sorted(allocations[name].uses)
+        words = [*needs, *(f"the method's {part}" for part in uses)]
+        yield "allocation", name, ", ".join(words) or "nothing"
+    own = "--set gradual.schedule=NAME, iterative.schedule=NAME"
+    yield from (("schedule", n, own) for n in schedules)
 
 
 def _format_value(value: Any) -> str:

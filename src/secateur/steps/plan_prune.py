@@ -49,4 +49,5 @@ def plan_pruning(recipe: PruneRecipe, progress: Progress, processes: int = 1) ->
     settings = Settings.of(recipe, activations)
     seconds = estimate_seconds(prepared, tasks, settings, plan.passed_tokens)
     left = skipped_matrices(tasks, prepared.target.matrices())
-    return PlanResult(replace(plan, left=left, seconds=seconds), activations, processes)
+    plan = replace(plan, left=left, seconds=seconds)
+    return PlanResult(plan=plan, activations=activations, processes=processes)

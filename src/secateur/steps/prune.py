@@ -45,9 +45,9 @@ from secateur.recipes.reading import dump_recipe
 from secateur.recipes.shared import Cluster, texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.cards import prune_card
+from secateur.reporting.fields import Result
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
-from secateur.reporting.tables import Result
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE, Ledger, RunFolder, file_digests
 from secateur.runs.output import write_json, write_text
@@ -230,7 +230,8 @@ def _result_of(recipe: PruneRecipe, output: Path) -> PruneResult:
     from secateur.steps.checkpoint_files import COMPRESSION
 
     packed = read_record(CompressResult, output / NOTES / COMPRESSION)
-    return replace(result, compression=packed.model_copy(update={"output": output}))
+    packed = packed.model_copy(update={"output": output})
+    return result.model_copy(update={"compression": packed})
 
 
 class Prune(Step[PruneRecipe, PruneResult]):
@@ -343,7 +344,10 @@ class Prune(Step[PruneRecipe, PruneResult]):
         audit = _audit(recipe, done, folder, progress)
         manifest = self._manifest(prepared, reached, audit, losses, left)
         _write_notes(manifest, prepared, self.run)
-        return PruneResult(audit.sparsity, ledger.layers, manifest, self.run.place, left)
+        return PruneResult(
+            sparsity=audit.sparsity, layers=ledger.layers, manifest=manifest,
+            output=self.run.place, left=left,
+        )  # fmt: skip
 
     def _distill(self, prepared: Prepared, done: Tasks) -> dict[str, Any] | None:
         """Let the pruned model learn from the dense one; None if it does not."""
@@ -380,7 +384,9 @@ class Prune(Step[PruneRecipe, PruneResult]):
         ledger.resume()
         manifest = read_record(Manifest, output / NOTES / MANIFEST)
         sparsity, left = manifest.result.decoder_sparsity, list(manifest.left)
-        return PruneResult(sparsity, ledger.layers, manifest, output, left)
+        return PruneResult(
+            sparsity=sparsity, layers=ledger.layers, manifest=manifest, output=output, left=left
+        )
 
     def _manifest(
         self,

@@ -104,7 +104,9 @@ def plan_structure(
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "structure", _disk_bytes(recipe, plan, skeleton), read, call)
     after = None if unknown else found.after
-    return CutPlanResult(tuple(steps), found.before, after, unknown, memory)
+    return CutPlanResult(
+        steps=tuple(steps), before=found.before, after=after, unknown=unknown, plan=memory
+    )
 
 
 def _unknown_sizes(recipe: StructureRecipe, plan: CutPlan) -> tuple[str, ...]:
@@ -229,12 +231,13 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
         self._write_notes(manifest)
         self.run.ranks.once(lambda: None)
-        return StructureResult(manifest, self.run.place)
+        return StructureResult(output=self.run.place, manifest=manifest)
 
     @classmethod
     def result(cls, output: Path) -> StructureResult:
         """Read the result of a finished run from its notes."""
-        return StructureResult(read_record(Manifest, output / NOTES / MANIFEST), output)
+        manifest = read_record(Manifest, output / NOTES / MANIFEST)
+        return StructureResult(output=output, manifest=manifest)
 
     def _prune(
         self, recipe: PruneRecipe, made: Path, change: Callable[[Prepared], Prepared]

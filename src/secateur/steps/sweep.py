@@ -80,7 +80,7 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
     @classmethod
     def result(cls, output: Path) -> SweepResult:
         """Read the result of a finished sweep from its record."""
-        return SweepResult(read_record(Sweep, output / SWEEP), output)
+        return SweepResult(sweep=read_record(Sweep, output / SWEEP), folder=output)
 
     def work(self) -> SweepResult:
         """Measure every point that no earlier run has measured, and write the table."""
@@ -109,7 +109,7 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
             points=tuple(points),
             failures=tuple(failures),
         )
-        result, folder = SweepResult(sweep, run.place), run.folder.model
+        result, folder = SweepResult(sweep=sweep, folder=run.place), run.folder.model
         write_json(folder / SWEEP, sweep.to_json())
         write_text(folder / "sweep.md", result.markdown())
         charts = curve_charts(result.curve_points())

@@ -198,12 +198,13 @@ class Train(Step[TrainRecipe, TrainResult]):
         ranks.wait()
         check_written(folder.model, adapted.masks, trust_remote_code=trust)
         ranks.wait()
-        return TrainResult(self.run.place, read_trainings(folder.notes)[-1])
+        last = read_trainings(folder.notes)[-1]
+        return TrainResult(output=self.run.place, manifest=last)
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
         """Read the result of a finished training from its notes."""
-        return TrainResult(output, read_trainings(output / NOTES)[-1])
+        return TrainResult(output=output, manifest=read_trainings(output / NOTES)[-1])
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.progress import Progress
 from secateur.recipes.options import Recipe
-from secateur.reporting.tables import Block, Result, Table
+from secateur.reporting.fields import Result
 
 VERB = {
     "name": "quince-count",
@@ -28,22 +26,18 @@ class CountRecipe(Recipe):
     """Count files whose names begin with a dot too."""
 
 
-@dataclass(frozen=True, repr=False)
 class CountResult(Result):
     """The number of files."""
 
     files: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The number."""
-        return {"files": self.files}
-
-    def blocks(self) -> list[Block]:
-        """One line."""
-        return [Table.facts("", [("files", str(self.files))])]
+    view = """
+        -
+            files | {files}
+    """
 
 
 def count(recipe: CountRecipe, progress: Progress) -> CountResult:
     """Count."""
     names = [file.name for file in Path(recipe.model).iterdir()]
-    return CountResult(sum(recipe.hidden or not name.startswith(".") for name in names))
+    return CountResult(files=sum(recipe.hidden or not name.startswith(".") for name in names))

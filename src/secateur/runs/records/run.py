@@ -219,7 +219,7 @@ class Chain(Record):
     """`chain.json`."""
 
     links: tuple[ChainStep, ...]
-    output: str
+    output: Path
 
 
 class FormatTotals(Record):
