@@ -53,6 +53,7 @@ def weights_read(model: ModelShape, batch: int) -> float:
     if not model.experts:
         return model.linears
     dense = model.linears - model.expert_weights
+    # k / E: the share of the experts that one token reads
     share = (model.active - dense) / model.expert_weights
     return dense + model.expert_weights * (1 - (1 - share) ** batch)
 
@@ -84,6 +85,7 @@ class Roofline:
         linears = weights_read(model, batch) * bits / 8
         rest = model.head * way.head_bits(model) / 8 + batch * model.cache_read_bytes(context)
         computing = self.computing(way, batch * model.step_operations(context))
+        # from quick to slow: the largest gain goes with the quickest engine
         reached, bandwidth = self.efficiency.from_quick_to_slow(), self.device.bandwidth_gb_s or 0
         return Estimate(*(
             max((linears / gain + rest) / (bandwidth * 1e9 * share), seconds)
@@ -229,6 +231,7 @@ def served(asked: AdviceQuestion, way: CompressionWay) -> Served | str:
         return Estimate(*(prompt + asked.new_tokens * step / batch for prompt, step in pairs))
 
     best = min(quick, key=lambda b: busy(b).typical)
+    # a request waits for whole steps; the device shares each among the batch
     request = (p + asked.new_tokens * s for p, s in zip(first, steps[best], strict=True))
     usd = None
     if price is not None:
@@ -249,6 +252,7 @@ def making_of(
     seconds = sum(facts.pruning_seconds_of_7b[step] for step in steps) * model.parameters / 7e9
     names = " and ".join(name if n == 1 else f"{n} x {name}" for name, n in Counter(steps).items())
     formula = f"as long as pruning with {names} on one {device.name}, by published times"
+    # forward and backward of the student take 6 operations a weight, the teacher's forward 2
     operations, tokens = 6 * way.shape(model).per_token + 2 * model.per_token, way.structure.tokens
     learning = (
         operations * tokens / (device.tflops["bf16"] * 1e12 * share)

@@ -146,6 +146,7 @@ def audit_checkpoint(
     }
     counts, zeros = [], 0
     progress.start("counting zeros", len(reader.entries))
+    # matrices in the order of the model, so that the record has it too; then all others
     for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
         progress.step(note=stored)
         tensor = reader.read(stored)
@@ -155,6 +156,7 @@ def audit_checkpoint(
             continue
         name = matrix.full_name
         target = (sparsity_of or {}).get(name, 0.0)
+        # a linear that stays dense follows no pattern
         pattern = pattern_of(name) if pattern_of and target else None
         weight = matrix.seen(tensor)
         counted = count(name, weight, pattern, target)

@@ -61,6 +61,7 @@ def _against_claim(linear: LinearHealth, claims: Claims, rounded: bool) -> list[
         return []
     weights = linear.weights
     has = f"{linear.sparsity:.2%} of its weights are zero ({linear.zeros:,} of {weights:,})"
+    # fewer than the mask removed: the source may have had more, never less
     if linear.zeros < claim.pruned:
         evidence = f"{has}, but the records claim {claim.pruned / weights:.2%} ({claim.pruned:,})"
         lost = finding("sparsity-not-as-claimed", linear.name, evidence)
@@ -97,6 +98,7 @@ DENSE_FINDINGS = {
 
 def _dense_linears(weights: Weights, claims: Claims) -> list[Finding]:
     """Linears that are dense although others are pruned, and whether the recipe says so."""
+    # experts may all be dense, so they say what is usual only where nothing else does
     known = [x.sparsity for x in weights.linears if x.known]
     others = [x.sparsity for x in weights.linears if x.known and not _of_expert(x)]
     usual = statistics.median(others or known) if known else 0.0

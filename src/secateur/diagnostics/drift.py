@@ -94,6 +94,7 @@ def layer_drifts(
             own, other = (x.stream.call(index, batch) for x in (ours, theirs))
             x, dense_x = ours.read(batch), theirs.read(batch)
             y, dense_y = call_layer(layer, x, own), call_layer(dense_layer, dense_x, other)
+            # the error of this layer alone: both layers read the dense hidden states
             alone = call_layer(layer, dense_x, own)
             states = [own.states(each) for each in (y, dense_y, alone, dense_x)]
             for name, values in compared(*states).items():
@@ -110,6 +111,7 @@ def layer_drifts(
 
 def compared(y: Tensor, dense_y: Tensor, alone: Tensor, dense_x: Tensor) -> dict[str, Tensor]:
     """The measures of `LayerDrift` for each token of a micro-batch."""
+    # [tokens, hidden size]
     y, dense_y, alone, x = (t.flatten(0, -2) for t in (y, dense_y, alone, dense_x))
     added, dense_added = alone - x, dense_y - x
     length, step = _never_zero(dense_y.norm(dim=-1)), _never_zero(dense_added.norm(dim=-1))
@@ -204,6 +206,7 @@ def _fault_of(layer: LayerDrift) -> tuple[str, str] | None:
         return "layer-collapse", added
     if layer.contribution > EXPLODED:
         return "layer-exploded", added
+    # a dense layer may itself turn its input around; then nothing is lost
     if 0 < LOST_RESIDUAL * layer.dense_kept_input > layer.kept_input:
         kept, dense = f"{layer.kept_input:.2f}", f"{layer.dense_kept_input:.2f}"
         return (
@@ -229,6 +232,7 @@ def could_bear(sparsity_of: Mapping[int, float], drift: Sequence[LayerDrift]) ->
         sparsity_of: of each layer, by number, without dense layers.
         drift: contains the own errors.
     """
+    # a dense layer has no error to compare, and its g(s) is 0
     errors = {
         x.layer: x.own_error
         for x in drift
@@ -255,6 +259,7 @@ def _sparsity_with(energy: float) -> float:
     if energy >= pruned_energy(HIGHEST):
         return HIGHEST
     low, high = 0.0, HIGHEST
+    # the energy rises with the sparsity, so one half always holds the answer
     while not math.isclose(low, high, abs_tol=1e-4):
         middle = (low + high) / 2
         low, high = (middle, high) if pruned_energy(middle) < energy else (low, middle)

@@ -109,6 +109,7 @@ def look_at_weights(
         name, weight = matrix.full_name, matrix.seen(tensor)
         claim, nonzero = claims.linears.get(name), weight != 0
         counted = count(name, weight, claims.pattern, claim.asked if claim else 0.0)
+        # of the weights that are left, so that pruning does not shrink it
         kept = max(1, counted.weights - counted.zeros)
         size = (weight.float().square().sum(dtype=torch.float64) / kept).sqrt()
         linears.append(
@@ -211,10 +212,13 @@ def _dead_units(linears: Mapping[str, LinearHealth], size: int) -> DeadUnits:
     for values, place, reader in ATTENTION:
         if values in linears and reader in linears and linears[reader].shape[1] % size == 0:
             rows, width = linears[values].dead_rows, linears[reader].shape[1]
+            # which rows make the values: query, key and value lie one after the other,
+            # or in turns, one head at a time
             if place == "last":
                 rows = rows[width + (len(rows) - width) // 2 :]
             elif place == "interleaved":
                 rows = rows.view(-1, 3, size)[:, 2].flatten()
+            # with grouped queries, several query heads share a value head
             not_read = linears[reader].dead_columns.view(-1, size).all(dim=1)
             valueless = rows.view(-1, size).all(dim=1)
             heads = not_read | valueless.repeat_interleave(len(not_read) // len(valueless))
@@ -248,6 +252,7 @@ def check_units(
         dense: the dense model's.
     """
     found = []
+    # where weights compete within a row or a group, every row keeps its share
     row_keeps_share = claims.pattern is not None and claims.pattern.scope in ("row", "group")
     neurons = dict[str, list[int]]()
     severity: Severity = "note"
@@ -308,6 +313,7 @@ def _dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) 
             if x.name in before:
                 lines = _new(lines, before[x.name].dead_lines(line))
             dead[x.name], shares[x.name] = int(lines.sum()), int(lines.sum()) / len(lines)
+        # by share: a large matrix has more dead lines than a small one that is worse
         worst = max(shares, key=lambda name: shares[name])
         if not dead[worst]:
             continue

@@ -96,6 +96,7 @@ Cells = dict[str, tuple[float | None, ...]]
 
 def _cells(run: ReportedRun, value: Callable[[LinearRecord], float | None]) -> Cells:
     """One value of every matrix: by name within its layer, a value for each layer."""
+    # `model.layers.3.mlp.up_proj` of layer 3 is `mlp.up_proj`
     layers = [
         {x.name.partition(f".{layer.layer}.")[2] or x.name: value(x) for x in layer.linears}
         for layer in run.layers
@@ -112,6 +113,7 @@ def _short_names(cells: Cells) -> tuple[str, ...]:
 
 def _drift(runs: Sequence[ReportedRun]) -> Iterator[LineChart]:
     """The distance of the hidden states from the dense model's after each layer."""
+    # a layer that was not compared has no error
     series = [
         Series(run.name, tuple(
             (state.layer, state.relative_error)
@@ -137,6 +139,7 @@ def _sizes(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
         sizes = run.compression.dense_file_bytes if run.compression else {}
         found = {"bfloat16": run.dense_bytes, "int8": sizes.get("int8"), "int4": sizes.get("int4")}
         dense |= {f"dense {x}, {binary_size(n)}": n for x, n in found.items() if n}
+    # runs of one model share its dense bars; two models of other sizes have their own
     bars = [Bar(name.partition(",")[0], n, binary_size(n)) for name, n in dense.items()]
     own = {run.name: run.file_bytes for run in runs}
     bars += [Bar(name, n, binary_size(n), ours=True) for name, n in own.items() if n]

@@ -198,6 +198,7 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
     with suppress(ValueError):  # there is none, or nobody can read it
         known = ModelCard.load(folder / "README.md").data.to_dict()
     earlier = known.get("tags") or []
+    # tags of a card that secateur wrote stay: the model is that one, changed once more
     earlier = earlier if OURS in earlier else []  # they describe another model
     sample = MODELS.get(source.name) if source.kind == "sample" else None
     base = known.get("base_model")  # the source folder was itself made from another model

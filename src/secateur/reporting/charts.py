@@ -121,6 +121,7 @@ class HeatMap:
             values, aspect="auto", interpolation="none", norm="log" if self.log else None
         )
         axes.set_yticks(range(len(self.rows)), map(_shortened, self.rows))
+        # at most ten numbers fit below the map
         step = math.ceil(len(self.columns) / 10)
         axes.set_xticks(range(0, len(self.columns), step), self.columns[::step])
         axes.set_xlabel("layer")
@@ -184,8 +185,8 @@ class BarChart:
         )  # fmt: skip
         axes.bar_label(drawn, [_shortened(bar.text) for bar in self.bars], padding=6)
         axes.set_yticks(places, [_shortened(bar.label) for bar in self.bars])
-        axes.margins(x=0.3)
-        axes.set_ylim(len(self.bars) - 0.5, -0.5)
+        axes.margins(x=0.3)  # room for the values behind the bars
+        axes.set_ylim(len(self.bars) - 0.5, -0.5)  # the first bar is at the top
         axes.tick_params(length=0, labelbottom=False)
         axes.spines[:].set_visible(False)
 

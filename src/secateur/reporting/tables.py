@@ -138,6 +138,7 @@ def print_blocks(blocks: Iterable[Block], console: Console | None = None) -> Non
     with console:  # writes once: a notebook shows every write as an output of its own
         for block in blocks:
             columns = 0 if isinstance(block, Line) else len(block.columns)
+            # a frame of one line between columns, and one at the end
             console.width = max(usual, NARROWEST_COLUMN * columns + 1)
             console.print(block.renderable(), soft_wrap=not columns, highlight=False)
 
@@ -156,7 +157,7 @@ def html(blocks: Iterable[Block]) -> str:
     """Blocks as HTML: tables, and lines between them as paragraphs that keep their breaks."""
     parts: list[str] = []
     lines: list[str] = []
-    for block in [*blocks, None]:
+    for block in [*blocks, None]:  # None writes the lines that stand at the end
         if isinstance(block, Line):
             lines.append(escape(block.text))
             continue
