@@ -98,7 +98,7 @@ class _Fields(Formatter):
         return text
 
 
-def filled(text: str, record: Any, **more: Any) -> str | None:
+def filled(text: str, record: Any, /, **more: Any) -> str | None:
     """A text with the fields of a record; None if one of them has no value.
 
     Args:
@@ -212,7 +212,7 @@ def _views() -> dict[str, list[_Part]]:
     return _parsed(files("secateur.reporting").joinpath("fields.txt").read_text("utf-8"))
 
 
-def blocks_of(view: str, record: Any, **more: Any) -> list[Block]:
+def blocks_of(view: str, record: Any, /, **more: Any) -> list[Block]:
     """The tables and lines about a record.
 
     Args:
