@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
@@ -36,7 +36,11 @@ def evaluation(found: EvaluationRecord) -> list[Block]:
 def _score(task: TaskRecord) -> dict[str, Any]:
     """A score, whether it differs from dense's, and what is left of dense's lead."""
     kept = filled("{retention:.0%}", task) or ("no lead" if task.reference else None)
-    return {"of": task, "mark": {True: "*", False: "n.s."}.get(task.significant), "kept": kept}
+    return {
+        "of": task,
+        "mark": {None: None, True: "*", False: "n.s."}[task.significant],
+        "kept": kept,
+    }
 
 
 class EvaluateResult(Result):
@@ -52,13 +56,17 @@ class EvaluateResult(Result):
     record: EvaluationRecord
 
     joined = "record"
-    model = property(attrgetter("record.model"), doc="The name of the model.")
-    texts = property(attrgetter("record.perplexity"), doc="The perplexity on each text.")
-    divergence = property(
+    model: ClassVar[Any] = property(attrgetter("record.model"), doc="The name of the model.")
+    texts: ClassVar[Any] = property(
+        attrgetter("record.perplexity"), doc="The perplexity on each text."
+    )
+    divergence: ClassVar[Any] = property(
         attrgetter("record.divergence"), doc="The distance from the dense model on each text."
     )
-    tasks = property(attrgetter("record.tasks"), doc="The scores of the tasks.")
-    generation = property(attrgetter("record.generation"), doc="The texts that the model wrote.")
+    tasks: ClassVar[Any] = property(attrgetter("record.tasks"), doc="The scores of the tasks.")
+    generation: ClassVar[Any] = property(
+        attrgetter("record.generation"), doc="The texts that the model wrote."
+    )
 
     @property
     def only(self) -> PerplexityRecord:
@@ -74,11 +82,19 @@ class EvaluateResult(Result):
             )
         return self.record.perplexity[0]
 
-    perplexity = property(attrgetter("only.perplexity"), doc="exp(mean loss) on the only text.")
-    mean_loss = property(attrgetter("only.mean_loss"), doc="Nats per token on the only text.")
-    standard_error = property(attrgetter("only.standard_error"), doc="Of the mean loss.")
-    protocol = property(attrgetter("only.protocol"), doc="What the perplexity depends on.")
-    protocol_id = property(
+    perplexity: ClassVar[Any] = property(
+        attrgetter("only.perplexity"), doc="exp(mean loss) on the only text."
+    )
+    mean_loss: ClassVar[Any] = property(
+        attrgetter("only.mean_loss"), doc="Nats per token on the only text."
+    )
+    standard_error: ClassVar[Any] = property(
+        attrgetter("only.standard_error"), doc="Of the mean loss."
+    )
+    protocol: ClassVar[Any] = property(
+        attrgetter("only.protocol"), doc="What the perplexity depends on."
+    )
+    protocol_id: ClassVar[Any] = property(
         attrgetter("only.protocol_id"), doc="Perplexities with the same id can be compared."
     )
 
@@ -218,7 +234,7 @@ class DraftedBenchResult(Result):
                 "drafted": x.tokens / x.drafted_seconds,
                 "taken": x.accepted / x.proposed if x.proposed else None,
                 "call": x.tokens / x.calls,
-                "equal": {True: "yes", False: "NO"}.get(x.equal),
+                "equal": {None: None, True: "yes", False: "NO"}[x.equal],
             }
             for x in self.speeds
         ]

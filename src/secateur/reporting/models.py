@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, InstanceOf
 
@@ -36,7 +36,7 @@ def _text_of(calibration: Mapping[str, Any] | None, model: str) -> str | None:
         return None
     text, texts = str(calibration["source"]), own_texts(model)
     own = ", which the sample brings" * bool(texts and text == texts.calibrate)
-    return filled("{samples} x {sequence_length} tokens of {source}", calibration) + own
+    return f"{calibration['samples']} x {calibration['sequence_length']} tokens of {text}{own}"
 
 
 def _counted(words: Iterable[str]) -> str:
@@ -217,11 +217,17 @@ class TrainResult(Result):
     manifest: records.Training
 
     joined = "manifest"
-    sparsity = _result("decoder_sparsity", "The fraction of zeros in the decoder's matrices.")
-    steps = _result("step", "Optimizer steps.")
-    tokens = _result("tokens", "Tokens that the model read.")
-    perplexity_before = _result("perplexity_before", "Of the validation windows; None without any.")
-    perplexity_after = _result("perplexity_after", "The same, of the weights that were kept.")
+    sparsity: ClassVar[Any] = _result(
+        "decoder_sparsity", "The fraction of zeros in the decoder's matrices."
+    )
+    steps: ClassVar[Any] = _result("step", "Optimizer steps.")
+    tokens: ClassVar[Any] = _result("tokens", "Tokens that the model read.")
+    perplexity_before: ClassVar[Any] = _result(
+        "perplexity_before", "Of the validation windows; None without any."
+    )
+    perplexity_after: ClassVar[Any] = _result(
+        "perplexity_after", "The same, of the weights that were kept."
+    )
 
     def tables(self) -> list[Block]:
         """One table."""

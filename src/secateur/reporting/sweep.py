@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
 from secateur.reporting.charts import LineChart, Series
@@ -28,11 +28,15 @@ class SweepResult(Result):
     sweep: Sweep
     folder: Path
 
-    dense = property(attrgetter("sweep.dense.perplexity"), doc="Of the dense model, by text.")
-    points = property(
+    dense: ClassVar[Any] = property(
+        attrgetter("sweep.dense.perplexity"), doc="Of the dense model, by text."
+    )
+    points: ClassVar[Any] = property(
         attrgetter("sweep.points"), doc="The pruned models, in the order of the plan."
     )
-    failures = property(attrgetter("sweep.failures"), doc="The points that failed, and why.")
+    failures: ClassVar[Any] = property(
+        attrgetter("sweep.failures"), doc="The points that failed, and why."
+    )
 
     @property
     def texts(self) -> list[str]:

@@ -107,6 +107,19 @@ class Table:
         return "\n".join([f"**{self.title}**\n"] * bool(self.title) + lines)
 
 
+COMMAND = "cyan"
+"""The style of a command."""
+
+_CSS = {
+    "dim": "opacity: 0.75",
+    "bold": "font-weight: 600",
+    "red": "color: #c0392b",
+    "bold red": "font-weight: 600; color: #c0392b",
+    COMMAND: "font-family: ui-monospace, monospace; font-size: 0.92em",
+}
+"""The styles of lines on a page and in a notebook."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of text. Only the terminal wraps it.
@@ -124,6 +137,11 @@ class Line:
         from rich.text import Text
 
         return Text(self.text, style=self.style)
+
+    def html(self) -> str:
+        """The line as HTML."""
+        text = escape(self.text)
+        return f'<span style="{_CSS.get(self.style, "")}">{text}</span>' if self.style else text
 
 
 Block = Table | Line
@@ -159,7 +177,7 @@ def html(blocks: Iterable[Block]) -> str:
     lines: list[str] = []
     for block in [*blocks, None]:  # None writes the lines that stand at the end
         if isinstance(block, Line):
-            lines.append(escape(block.text))
+            lines.append(block.html())
             continue
         if text := "\n".join(lines).strip("\n"):
             parts.append(f'<p style="white-space: pre-wrap">{text}</p>')
@@ -185,7 +203,7 @@ def next_steps(places: Mapping[str, object], commands: Mapping[str, str]) -> lis
     lines += [Line(f"{what}: {place}") for what, place in places.items()]
     lines += [Line("next:", "bold")] if commands else []
     for what, command in commands.items():
-        lines += [Line(f"  {command}"), Line(f"      {what}", "dim")]
+        lines += [Line(f"  {command}", COMMAND), Line(f"      {what}", "dim")]
     return lines
 
 
