@@ -5,6 +5,7 @@ A folder is shown by the tables of the verbs that wrote its records.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from secateur.reporting.evaluate import evaluation, timing
 from secateur.reporting.fields import Result
 from secateur.reporting.fit import FitResult
 from secateur.reporting.sweep import SweepResult
-from secateur.reporting.tables import Block, Line, bare_name
+from secateur.reporting.tables import COMMAND, Block, Line, bare_name
 from secateur.runs import records
 from secateur.runs.records import measured
 from secateur.runs.records.base import AnyRecord, parsed, read_list, read_record
@@ -120,8 +121,15 @@ class ReportedRun:
 
 def _shown(blocks: Iterable[Block]) -> list[Block]:
     """Blocks without the folders of this machine."""
+
+    def text_of(line: Line) -> str:
+        if line.style != COMMAND:
+            return without_folders(line.text)
+        # word by word: a space within a name is quoted, one between two words is not
+        return "  " + shlex.join(map(without_folders, shlex.split(line.text)))
+
     return [
-        Line(without_folders(block.text), block.style)
+        Line(text_of(block), block.style)
         if isinstance(block, Line)
         else replace(
             block,

@@ -76,7 +76,7 @@ class LineChart:
             names.append(f"{name} {value:.4g}")
         if self.log_y:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter())
         if self.percent_x:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
