@@ -152,7 +152,7 @@ def with_measurements(card: str, sections: Mapping[str, Sequence[Block]]) -> str
 
 def _card(template: str, tables: Sequence[Block], **values: Any) -> str:
     """A card without its front matter; its tables name no folder of this machine."""
-    text = (TEMPLATES / f"{template}.md").read_text(encoding="utf-8")
+    text = (TEMPLATES / f"{template}.txt").read_text(encoding="utf-8")
     shown = without_folders(markdown(tables))
     shown = shown.partition("\n\n")[2]  # the title of the card says what the first table is about
     card = text.format(tables=shown, **values)

@@ -50,7 +50,7 @@ class PlanResult(Result):
         return blocks_of(
             "PlanResult",
             self,
-            several=f" of one of {self.processes} processes" * (self.processes > 1),
+            shared=self.processes if self.processes > 1 else None,
             left=not_pruned(plan.left),
             work=plan.flops / 1e12,
             forwards=plan.sizes["forward"] + plan.sizes["waiting"],
