@@ -180,8 +180,11 @@ class AdviseResult(Result):
             "options": [
                 {
                     "option": row.option.name,
-                    **{name: getattr(row, name) for name in ("kept", "served", "refused", "safe")},
+                    "kept": row.kept,
+                    "served": row.served,
                     "making": {x: getattr(row, x) for x in ("gpu_hours", "usd", "formula")},
+                    "refused": row.refused,
+                    "safe": row.safe,
                     "bits": row.option.bits,
                     "sources": row.option.sources(asked.facts),
                     "commands": row.option.commands(self.model),

@@ -244,7 +244,11 @@ class Result(Record):
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object: its fields, unless a class says otherwise."""
         found = self.model_dump(mode="json", by_alias=True, exclude={self.joined})
-        return {**found, **(getattr(self, self.joined).to_json() if self.joined else {})}
+        if not self.joined:
+            return found
+        entries, place = [*found.items()], [*type(self).model_fields].index(self.joined)
+        own = getattr(self, self.joined).to_json().items()
+        return dict([*entries[:place], *own, *entries[place:]])
 
     def tables(self) -> list[Block]:
         """The tables and lines about the record."""

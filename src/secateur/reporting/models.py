@@ -353,13 +353,13 @@ class ImportResult(Result):
 
     Attributes:
         output: the folder of the model.
-        record: where the model came from, and each matrix.
         parameters: of the whole model.
+        record: where the model came from, and each matrix.
     """
 
     output: Path
-    record: records.Import
     parameters: int
+    record: records.Import
 
     joined = "record"
 
