@@ -319,7 +319,7 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return PushResult(
-        repo=repo, private=private, branch=branch, files=sizes, left_out=tuple(left),
+        repo=repo, private=private, branch=branch, files=sizes, left_out=left,
         zeros=audit.sparsity, card=card, notes=tuple(notes), address=address,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from secateur.models.hub import TEXTS
+from secateur.models.samples import TEXTS
 from secateur.progress import Labelled, Progress
 from secateur.recipes.keywords import public_function
 from secateur.recipes.prune import DemoRecipe
