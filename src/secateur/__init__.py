@@ -67,7 +67,6 @@ HOMES = {
     "load": "secateur.runtime.load",
     "load_semi_structured": "secateur.runtime.semi_structured.load",
     "merge": "secateur.training.lora",
-    "methods": "secateur.steps.methods",
     "refinements": "secateur.sparsity.refinements",
     "scores": "secateur.sparsity.scores",
     "solvers": "secateur.sparsity.solvers",

@@ -9,14 +9,14 @@ from pathlib import Path
 
 WAITS = """
 import signal, sys, time
-import secateur.steps.prune as workflow
+from secateur.steps.prune import Prune
 from secateur.cli import main
 
 def wait(*args, **options):
     print("working", flush=True)
     time.sleep(60)
 
-workflow.prune_recipe = wait
+Prune.check = wait
 sys.argv = ["secateur", *sys.argv[1:]]
 # a shell starts background jobs with Ctrl-C ignored, and a test suite may be one
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,13 +49,13 @@ def test_ctrl_c_names_the_command_that_continues(tmp_path: Path) -> None:
 TWICE = """
 import atexit, os, signal, sys
 import secateur.cli.errors as errors
-import secateur.steps.prune as workflow
+from secateur.steps.prune import Prune
 from secateur.cli import main
 
 def press(*args, **options):
     os.kill(os.getpid(), signal.SIGINT)
 
-workflow.prune_recipe = press
+Prune.check = press
 explain = errors.to_error
 errors.to_error = lambda error: (press(), explain(error))[1]
 sys.argv = ["secateur", *sys.argv[1:]]

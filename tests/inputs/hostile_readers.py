@@ -33,7 +33,8 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import encoded, load_tokenizer
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.recipe_files import read_recipe_file
 from secateur.report_page.records import read_places
 from secateur.steps.inspect import inspect
 from secateur.training.masks import stored_masks

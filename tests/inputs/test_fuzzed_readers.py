@@ -16,7 +16,8 @@ from runtime.mutations import anywhere
 from secateur.calibration.documents import read_documents
 from secateur.errors import SecateurError
 from secateur.recipes.prune import ChainRecipe, PruneRecipe
-from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.recipe_files import read_recipe_file
 from secateur.recipes.structure import StructureRecipe
 from secateur.steps.chain import checked_steps
 

@@ -11,13 +11,8 @@ import yaml
 
 from secateur.errors import RecipeError
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import (
-    build_recipe,
-    dump_recipe,
-    read_recipe_file,
-    read_yaml,
-    write_yaml,
-)
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.recipe_files import dump_recipe, read_recipe_file, read_yaml, write_yaml
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
@@ -87,7 +82,7 @@ def test_assignments_that_are_no_values(refused, assignment: str, tmp_path: Path
     ],
 )
 def test_values_of_another_type(fields: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"must|unknown|twice"):
+    with pytest.raises(RecipeError, match=r"should|must|unknown|twice"):
         build_recipe(PruneRecipe, {"model": "m", "sparsity": 0.5, **fields})
 
 

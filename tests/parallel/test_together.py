@@ -20,7 +20,8 @@ from together import (
     prune_alone,
     prune_together,
     run_together,
-    train_together,
+    train_as_command,
+    train_in_python,
 )
 from torch import Tensor
 from trained import source_text
@@ -278,11 +279,14 @@ def test_what_several_cannot_do_is_refused_before_any_work(
     assert said in refused(place, tmp_path, case, 2)
 
 
-def test_a_training_waits_for_what_the_first_process_writes(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", [train_in_python, train_as_command])
+def test_a_training_waits_for_what_the_first_process_writes(
+    place: Path, tmp_path: Path, train: Callable[..., None]
+) -> None:
     values = {
         "model": str(place / "dense"), "output": str(tmp_path / "trained"), "steps": 2, "batch": 2,
         "text": [str(place / "text.txt")], "windows": 8, "sequence_length": 16, "teacher":
         str(place / "dense"), "top_k": 4, "validation_windows": 2, "device": "cpu",
     }  # fmt: skip
-    run_together(2, train_together, tmp_path, values)
+    run_together(2, train, tmp_path, values)
     assert moved_weights(tmp_path / "trained", place / "dense") > 1000

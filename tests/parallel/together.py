@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,21 @@ from secateur.engine.prune import run
 from secateur.engine.prune.layer import OpenLayer
 from secateur.errors import NumericalError
 from secateur.parallel import processes
-from secateur.parallel.ranks import ALONE, Ranks
+from secateur.parallel.ranks import Ranks
 from secateur.progress import Silent
 from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
+from secateur.recipes.verbs import VERBS
 from secateur.steps import train
 from secateur.steps.evaluate import run_evaluation
-from secateur.steps.prune import prune_recipe
-from secateur.steps.prune import run_worker as prune_worker
+from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out
 from secateur.steps.structure import CutStructure
-from secateur.structured.choices import run_worker as survey_worker
 
+NOTHING: Mapping[str, bool] = {}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["together", "transformers.models.mixtral.modeling_mixtral"])
 
@@ -114,36 +115,35 @@ def run_together(count: int, work: Callable[..., None], place: Path, *words: Any
 
 def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
     """Prune in one process."""
-    return prune_recipe(build_recipe(PruneRecipe, values), Silent(), **call)
+    return carry_out(Prune, build_recipe(PruneRecipe, values), Silent(), **call)
 
 
 def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -> None:
     """What each process does: its share of several prunings, one after the other."""
     with processes.joined("cpu") as ranks:
         for values in recipes:
-            recipe = build_recipe(PruneRecipe, values)
-            if ranks.first:
-                prune_recipe(recipe, Silent(), ranks=ranks, **call)
-            else:
-                prune_worker(recipe, ranks)
-            ranks.wait()
+            do_share(Prune, build_recipe(PruneRecipe, values), ranks, call)
 
 
-def cut_alone(values: Mapping[str, Any], ranks: Ranks = ALONE) -> Any:
-    """Cut structure in one process, or as the first of several."""
-    recipe = build_recipe(StructureRecipe, values)
-    return carry_out(CutStructure, recipe, Silent(), ranks=ranks)
+def do_share(kind: Any, recipe: Any, ranks: Ranks, call: Mapping[str, bool] = NOTHING) -> None:
+    """Carry out a step, or the share of a process that is not the first."""
+    if ranks.first:
+        carry_out(kind, recipe, Silent(), ranks=ranks, **call)
+    else:
+        kind.share(recipe, ranks)
+    ranks.wait()
+
+
+def cut_alone(values: Mapping[str, Any]) -> Any:
+    """Cut structure in one process."""
+    return carry_out(CutStructure, build_recipe(StructureRecipe, values), Silent())
 
 
 def cut_together(recipes: list[Mapping[str, Any]]) -> None:
     """What each process does: its share of several cuts, one after the other."""
     with processes.joined("cpu") as ranks:
         for values in recipes:
-            if ranks.first:
-                cut_alone(values, ranks)
-            else:
-                survey_worker(build_recipe(StructureRecipe, values), ranks)
-            ranks.wait()
+            do_share(CutStructure, build_recipe(StructureRecipe, values), ranks)
 
 
 SILENCE_SECONDS = 5.0
@@ -193,8 +193,15 @@ def sum_statistics(place: str) -> None:
         assert ranks.once(lambda: None) is None
 
 
-def train_together(values: Mapping[str, Any]) -> None:
-    """What each process does: its share of a training, where sums are as in NCCL.
+def train_as_command(values: Mapping[str, Any]) -> None:
+    """What each process of a command does: its share of a training."""
+    recipe = build_recipe(TrainRecipe, values)
+    result = VERBS["train"].run(recipe, {}, partial(nullcontext, Silent()), command=True)
+    assert (result is None) == (os.environ["RANK"] != "0")
+
+
+def train_in_python(values: Mapping[str, Any]) -> None:
+    """What each process does that calls the function, where sums are as in NCCL.
 
     A sum of the group of all starts and returns at once. The first process writes slowly.
     """
@@ -211,7 +218,7 @@ def train_together(values: Mapping[str, Any]) -> None:
         written(*args)
 
     dist.all_reduce, train._write = all_reduce, write_slowly
-    carry_out(train.Train, build_recipe(TrainRecipe, values), Silent())
+    VERBS["train"].run(build_recipe(TrainRecipe, values), {}, partial(nullcontext, Silent()))
     dist.destroy_process_group()
 
 

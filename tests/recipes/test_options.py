@@ -141,10 +141,10 @@ def test_an_unknown_key_is_refused_with_the_right_one(kind, values, said) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("prun", "m"), "'prune'"),
-        (("prune", "m", "--sparsty", 0.5), "mean --sparsity?"),
+        (("prun", "m"), '"prune"'),
+        (("prune", "m", "--sparsty", 0.5), "--sparsity?"),
         (("prune", "m", "--include", "a", "b"), "'b'"),
-        (("prune", "m", "--sparsity"), "--sparsity:"),
+        (("prune", "m", "--sparsity"), "--sparsity requires"),
     ],
 )
 def test_a_flag_that_there_is_not_is_refused_with_the_right_one(secateur, words, said) -> None:
@@ -179,7 +179,7 @@ def test_the_flags_of_other_tools_are_known_and_not_shown(secateur, verb, words,
 
 
 def test_python_names_the_option_that_an_alias_means() -> None:
-    with pytest.raises(RecipeError, match=r"num_fewshot.*mean 'shots'"):
+    with pytest.raises(RecipeError, match=r"num_fewshot.*'shots'"):
         build_recipe(EvaluateRecipe, {"model": "m", "num_fewshot": 5})
 
 
@@ -238,7 +238,7 @@ def test_a_fault_names_what_the_user_wrote(flags, on_the_command_line, in_python
     with pytest.raises(RecipeError) as error:
         recipe_from_flags(PruneRecipe, {"model": "m", **flags})
     assert str(error.value).partition(": ")[0] == on_the_command_line
-    assert ("did you mean fast" in str(error.value)) == ("effort" in flags)
+    assert ("'fast'" in str(error.value)) == ("effort" in flags)
     read = {o.path: read_flag(o, flags[o.name]) for o in options_of(PruneRecipe) if o.name in flags}
     [(path, value)] = read.items()
     keyword = next(o.name for o in options_of(PruneRecipe) if o.path == path)
@@ -250,7 +250,8 @@ def test_a_fault_names_what_the_user_wrote(flags, on_the_command_line, in_python
 def test_errors_in_python_name_keywords(tmp_path) -> None:
     with pytest.raises(RecipeError) as error:
         secateur.prune("m", output=tmp_path / "o", method="wanda")
-    assert "sparsity=0.5" in str(error.value.remedy)
+    assert "sparsity" in str(error.value.remedy)
+    assert "--" not in str(error.value)
     with pytest.raises(RecipeError) as error:
         secateur.advise("llama-3.1-8b", hardware="h10")
     assert error.value.where == "hardware"

@@ -8,7 +8,8 @@ from secateur.errors import RecipeError
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of, options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe, read_yaml, recipe_from_flags
+from secateur.recipes.reading import build_recipe, recipe_from_flags
+from secateur.recipes.recipe_files import dump_recipe, read_yaml
 from secateur.recipes.verbs import VERBS, imported
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from secateur.runs import environment
-from secateur.runs import folder as run_folder
+from secateur.runs import lock as run_lock
 
 SYSTEMS = ("macos", "windows")
 CDLL = ctypes.CDLL
@@ -138,8 +138,8 @@ def pretend(system: str, patch: pytest.MonkeyPatch) -> None:
     for name in ("fork", "getuid", "geteuid"):
         patch.delattr(os, name, raising=False)
     patch.setitem(sys.modules, "resource", None)
-    patch.setattr(run_folder, "fcntl", None)
-    patch.setattr(run_folder, "msvcrt", WindowsLocks)
+    patch.setattr(run_lock, "fcntl", None)
+    patch.setattr(run_lock, "msvcrt", WindowsLocks)
     patch.setattr(psutil.Process, "memory_info", lambda self: MEMORY)
     patch.setattr(Path, "symlink_to", refused)
     for name in PLAIN:

@@ -11,7 +11,8 @@ import pytest
 
 from secateur.errors import CheckpointError, MemoryBudgetError, RecipeError
 from secateur.runs import output as output_files
-from secateur.runs.folder import Lock, RunFolder
+from secateur.runs.folder import RunFolder
+from secateur.runs.lock import Lock
 
 IDENTITY = {"sparsity": 0.5, "source_files": {"model.safetensors": "0" * 64}}
 

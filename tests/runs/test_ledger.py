@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer, LinearRecord
 
 LINEAR = LinearRecord(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -110,45 +108,36 @@ def work_in(folder: Path) -> dict[str, str]:
 # -- two at once ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def holder(sources: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process whose runs wait at their first step; see `holder.py`."""
-    here = Path(__file__).parent
-    paths = [str(here.parent / "support"), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, str(here / "holder.py"), str(sources)]
-    with subprocess.Popen(
-        command, text=True, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+class Waiting(At):
+    """A progress that waits at its first step until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__(1, self.wait)
+        self.held, self.going_on = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.held.set()
+        assert self.going_on.wait(60)
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_a_second_run_is_refused_and_names_the_first(
-    name: str, sources: Path, finished: Finish, holder: subprocess.Popen[str], tmp_path: Path
+    name: str, sources: Path, finished: Finish, tmp_path: Path
 ) -> None:
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    output, messages = tmp_path / "out", []
-    holder.stdin.write(f"{name}\t{output}\n")
-    holder.stdin.flush()
-    assert holder.stdout.readline() == "held\n"
-    for mode in modes(name):
-        try:
-            CASES[name].call(sources, output, At(), **mode)
-            messages.append("it was not refused")
-        except RecipeError as error:
-            messages.append(str(error))
-    holder.stdin.write("\n")
-    holder.stdin.flush()
-    first = holder.stdout.readline()
-    assert first == "done\n"
-    for text in messages:
-        assert str(holder.pid) in text
-        assert socket.gethostname() in text
-        assert re.search(r"\d\d:\d\d", text)
+    """A lock belongs to an open folder, so a thread is like another process."""
+    output, case, first = tmp_path / "out", CASES[name], Waiting()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(case.call, sources, output, first)
+        assert first.held.wait(60)
+        file = tmp_path / "out.partial" / "run.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        assert state["process"] == os.getpid()
+        file.write_text(json.dumps({**state, "process": 98765, "host": "another"}))
+        for mode in modes(name):
+            with pytest.raises(RecipeError, match=r"98765 on another .* \d\d:\d\d"):
+                case.call(sources, output, At(), **mode)
+        first.going_on.set()
+        running.result()
     assert contents(output) == finished(name).contents
 
 

@@ -26,9 +26,10 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.progress import Silent
 from secateur.runs import environment
-from secateur.runs import folder as run_folder
+from secateur.runs import lock as run_lock
 from secateur.runs.environment import Meter, usable_processors
-from secateur.runs.folder import Lock, RunFolder
+from secateur.runs.folder import RunFolder
+from secateur.runs.lock import Lock
 from secateur.runs.output import take_name
 
 FEW = ("prune", "train", "compress int8")
@@ -114,7 +115,7 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, sys.argv[1])
 from other_systems import pretend
-from secateur.runs.folder import Lock
+from secateur.runs.lock import Lock
 
 pretend("windows", pytest.MonkeyPatch())
 lock = Lock(Path(sys.argv[2]))
@@ -147,8 +148,8 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_system_without_locks_is_worked_on_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(run_folder, "fcntl", None)
-    monkeypatch.setattr(run_folder, "msvcrt", None)
+    monkeypatch.setattr(run_lock, "fcntl", None)
+    monkeypatch.setattr(run_lock, "msvcrt", None)
     with caplog.at_level(logging.WARNING):
         assert Lock(tmp_path / "out").take()
     assert "without locks" in caplog.text

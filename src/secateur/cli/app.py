@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import BoundArguments
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from cyclopts import App, CycloptsError, Group
+from cyclopts import App, CycloptsError, Group, Token, UnknownOptionError, UnusedCliTokensError
 
 import secateur
 from secateur.errors import SecateurError
@@ -52,7 +53,8 @@ def main() -> None:
     """Run a command. Every exception becomes a message and an exit code."""
     _show_what_can_be_shown()
     try:
-        _run(sys.argv[1:])
+        command, bound = _parsed(sys.argv[1:])
+        command(*bound.args, **bound.kwargs)
         sys.exit(0)
     except BrokenPipeError:
         _drop_output()
@@ -88,8 +90,8 @@ def _show_what_can_be_shown() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _run(words: Sequence[str]) -> None:
-    """Run a command line."""
+def _parsed(words: Sequence[str]) -> tuple[Callable[..., Any], BoundArguments]:
+    """The command that a command line names, and its arguments."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -104,12 +106,15 @@ def _run(words: Sequence[str]) -> None:
     except CycloptsError as error:
         from secateur.cli.errors import usage_error  # needs pydantic, and --help does not
 
-        raise usage_error(app, error, list(VERBS)) from None
+        raise usage_error([error], error.command_chain) from None
     if left:
-        from secateur.cli.errors import unknown_options
+        from secateur.cli.errors import usage_error
 
-        raise unknown_options(app, words[0], left)
-    command(*bound.args, **bound.kwargs)
+        known = app[words[0]].assemble_argument_collection()
+        flags = [Token(keyword=word, source="cli") for word in left if word.startswith("-")]
+        unknown = [UnknownOptionError(token=flag, argument_collection=known) for flag in flags]
+        raise usage_error(unknown or [UnusedCliTokensError(unused_tokens=left)], words[:1])
+    return command, bound
 
 
 def _exit_with(error: SecateurError) -> NoReturn:

@@ -3,19 +3,17 @@ runs.
 
 `secateur.cli.commands:NAME` is the command of the verb NAME. It is made when the command line
 looks it up, so that only the recipe of that verb is imported. Its flags and its help come from the
-recipe, and its work is the step of the verb, unless there is a function here.
+recipe, and its work is the step of the verb.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from inspect import Parameter as Argument
 from inspect import Signature
@@ -25,24 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError, SecateurError
-from secateur.parallel.launched import Launched
-from secateur.progress import Silent
-from secateur.recipes.options import (
-    GROUPS,
-    OUTPUT,
-    Flag,
-    Option,
-    options_of,
-    run_options_of,
-)
+from secateur.recipes.options import GROUPS, Flag, Heading, Option, options_of, run_options_of
 from secateur.recipes.reading import recipe_from_flags, takes_several
 from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
     from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
-    from secateur.recipes.measure import InspectRecipe
-    from secateur.recipes.prune import MethodsRecipe, PruneRecipe
     from secateur.reporting.fields import Result
     from secateur.steps.generate import Conversation
 
@@ -59,49 +46,158 @@ def _show_progress() -> AbstractContextManager[Progress]:
     return show_progress()
 
 
-def _run(verb: str, recipe: Any, **call: Any) -> Any:
-    """Run the step of a verb, and show its progress; with other processes if they share it."""
-    row = VERBS[verb]
-    if row.streams:
-        return imported(row.step)(recipe, **call)
-    if not row.worker or call.get("dry_run"):
-        if Launched.read(os.environ).rank:
-            row.carry_out(recipe, call, Silent())
-            return None
-        with _show_progress() as progress:
-            return row.carry_out(recipe, call, progress)
-    from secateur.parallel.processes import share
+HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
 
-    def first(ranks: Any) -> Any:
-        with _show_progress() as progress:
-            return row.carry_out(recipe, call, progress, ranks=ranks)
-
-    return share(recipe.device, first, partial(imported(row.worker), recipe))
+SET_HELP = "Set any key of the recipe; a dot stands between a section and its key."
+SET = Option("set", (), list[str], False, "none", Heading.OUTPUT, SET_HELP, Flag(value="KEY=VALUE"))
+JSON_HELP = "Print the result as JSON on stdout."
+JSON = Option("json", (), bool, False, "a table", Heading.OUTPUT, JSON_HELP, Flag())
+QUIET_HELP = "Show neither progress nor log on stderr, only errors."
+QUIET = Option("quiet", (), bool, False, "off", Heading.OUTPUT, QUIET_HELP, Flag(short="-q"))
 
 
-def carry_out_prune(recipe: PruneRecipe, **call: Any) -> Result | None:
-    """Prune with the processes that share the work."""
-    from secateur.steps.prune import prune_on_ray, prune_together
+def make_command(verb: str) -> Callable[..., None]:
+    """Make a function whose signature has a flag for every option of a verb's recipe."""
+    kind = imported(VERBS[verb].recipe)
+    of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
+    shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
+    if of_recipe:
+        shown.append(SET)
+    meant = {alias: option for option in shown for alias in option.flag.aliases}
+    hidden = [
+        _parameter(replace(option, name=name, flag=replace(option.flag, short=None)), show=False)
+        for name, option in meant.items()
+    ]
+    signature = Signature(sorted([*map(_parameter, shown), *hidden], key=lambda p: p.kind))
 
-    if call.get("dry_run"):
-        return _run("prune", recipe, **call)
-    start = prune_together if recipe.cluster.ray is None else prune_on_ray
-    return start(recipe, call, _show_progress)
+    def run_command(*words: str, **flags: Any) -> None:
+        given = dict(signature.bind_partial(*words, **flags).arguments)
+        for alias in meant.keys() & given.keys():
+            name = meant[alias].name
+            if name in given:
+                raise RecipeError(f"{_dashed(alias)} is {_dashed(name)}; give one of them")
+            given[name] = given.pop(alias)
+        assignments = given.pop("set", None) or ()
+        as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
+        recipe, call = recipe_from_flags(kind, given, assignments)
+        if not call.get("dry_run"):
+            needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
+            if needed and recipe.output is None:
+                raise RecipeError("no output folder", remedy="add --output DIR")
+        from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
+
+        refuse_out_of_reach(str(getattr(recipe, "model", "")))
+        call |= {"as_json": as_json} if VERBS[verb].streams else {}
+        with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
+            result = VERBS[verb].run(recipe, call, _show_progress, command=True)
+        if result is not None:
+            print_result(result, as_json=as_json, made=getattr(recipe, "output", None))
+            if result.exit_code:
+                sys.exit(result.exit_code)
+
+    function: Any = run_command
+    function.__signature__ = signature
+    function.__doc__ = VERBS[verb].about
+    function.__name__ = verb
+    return run_command
 
 
-def carry_out_methods(recipe: MethodsRecipe) -> Result:
-    """List the methods."""
-    from secateur.steps.methods import methods
+def _parameter(option: Option, *, show: bool = True) -> Argument:
+    """The parameter of a command for an option.
 
-    return methods()
+    Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
+    faults. What is not given is not passed on.
+    """
+    is_bool, choices = option.type is bool, option.choices
+    shown = Parameter(
+        help=option.help if option.required else option.about,
+        group=HEADINGS[option.group],
+        metavar=None if is_bool else option.word,
+        show=show,
+        show_default=False,
+        converter=None if is_bool else _as_text,  # a `Path` would turn ./DIR into DIR
+        completer=(lambda _: choices) if choices else None,
+        allow_repeating=None if takes_several(option) else True,
+    )
+    text: Any = Path if option.is_path else str
+    kind: Any = bool if is_bool else list[text] if takes_several(option) else text
+    if option.is_word:
+        return Argument(
+            option.name,
+            Argument.POSITIONAL_ONLY,
+            default=Argument.empty if option.required else None,
+            annotation=Annotated[kind if option.required else kind | None, shown],
+        )
+    off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
+    named = Parameter(
+        name=[_dashed(option.name), *([option.flag.short] if option.flag.short else [])],
+        negative=_dashed(off) if off else (),
+    )
+    return Argument(
+        option.name,
+        Argument.KEYWORD_ONLY,
+        default=False if is_bool else None,
+        annotation=Annotated[kind if is_bool else kind | None, shown, named],
+    )
 
 
-def carry_out_inspect(recipe: InspectRecipe) -> Result:
-    """Show what is stored."""
-    from secateur.steps.inspect import inspect
+def _as_text(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The text of an option as it was written; several if it may be repeated."""
+    words = [token.value for token in tokens]
+    return words if get_origin(kind) is list else words[0]
 
-    with _show_progress() as progress:
-        return inspect(**dict(recipe), progress=progress)
+
+def _dashed(name: str) -> str:
+    """A name with dashes, as in a flag."""
+    return "--" + name.replace("_", "-")
+
+
+def print_result(result: Result, *, as_json: bool, made: str | None = None) -> None:
+    """Write a result to stdout: tables for people, or one JSON document.
+
+    Args:
+        result: of a verb.
+        as_json: which of the two.
+        made: the output of the verb, for an error.
+    """
+    with _printing(made):
+        if as_json:
+            print(json.dumps(result.to_json(), indent=2))
+        else:
+            result.show()
+
+
+@contextmanager
+def _printing(made: str | None = None) -> Iterator[None]:
+    """Write to stdout; see `print_result`.
+
+    Raises:
+        SecateurError: stdout takes nothing.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SecateurError(
+            f"stdout cannot be written: {error.strerror}",
+            where=None if made is None else f"the result is whole, in {made}",
+            remedy="send stdout to another place",
+        ) from error
+
+
+class OnlyErrors(io.TextIOBase):
+    """Takes the place of stderr: writes errors there, and throws everything else away."""
+
+    def __init__(self, stderr: TextIO) -> None:
+        self.stderr = stderr
+
+    def write(self, text: str) -> int:
+        """Write an error; `print` passes its line break separately."""
+        if text.startswith("error: "):
+            self.stderr.write(f"{text}\n")
+        return len(text)
 
 
 CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -206,173 +302,3 @@ def _reply(conversation: Conversation, prompt: str, as_json: bool) -> None:
 def _write(text: str) -> None:
     with _printing():
         sys.stdout.write(text)
-
-
-HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
-
-SET_HELP = "Set any key of the recipe; a dot stands between a section and its key."
-SET = Option("set", (), list[str], False, "none", OUTPUT, SET_HELP, Flag(value="KEY=VALUE"))
-JSON_HELP = "Print the result as JSON on stdout."
-JSON = Option("json", (), bool, False, "a table", OUTPUT, JSON_HELP, Flag())
-QUIET_HELP = "Show neither progress nor log on stderr, only errors."
-QUIET = Option("quiet", (), bool, False, "off", OUTPUT, QUIET_HELP, Flag(short="-q"))
-
-
-def make_command(verb: str) -> Callable[..., None]:
-    """Make a function whose signature has a flag for every option of a verb's recipe."""
-    kind, own = imported(VERBS[verb].recipe), VERBS[verb].command
-    run = imported(own) if own else partial(_run, verb)
-    of_recipe = [option for option in options_of(kind) if not option.flag.hidden]
-    shown = [*of_recipe, *run_options_of(kind), JSON, QUIET]
-    if of_recipe:
-        shown.append(SET)
-    meant = {alias: option for option in shown for alias in option.flag.aliases}
-    hidden = [
-        _parameter(replace(option, name=name, flag=replace(option.flag, short=None)), show=False)
-        for name, option in meant.items()
-    ]
-    signature = Signature(sorted([*map(_parameter, shown), *hidden], key=lambda p: p.kind))
-
-    def run_command(*words: str, **flags: Any) -> None:
-        given = dict(signature.bind_partial(*words, **flags).arguments)
-        for alias in meant.keys() & given.keys():
-            name = meant[alias].name
-            if name in given:
-                raise RecipeError(f"{_dashed(alias)} is {_dashed(name)}; give one of them")
-            given[name] = given.pop(alias)
-        _refuse_several(verb, given.get("dry_run", False))
-        assignments = given.pop("set", None) or ()
-        as_json, quiet = (given.pop(name, False) for name in ("json", "quiet"))
-        recipe, call = recipe_from_flags(kind, given, assignments)
-        if not call.get("dry_run"):
-            needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
-            if needed and recipe.output is None:
-                raise RecipeError("no output folder", remedy="add --output DIR")
-        from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
-
-        refuse_out_of_reach(str(getattr(recipe, "model", "")))
-        call |= {"as_json": as_json} if VERBS[verb].streams else {}
-        with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
-            result = run(recipe, **call)
-        if result is not None:
-            print_result(result, as_json=as_json, made=getattr(recipe, "output", None))
-            if result.exit_code:
-                sys.exit(result.exit_code)
-
-    function: Any = run_command
-    function.__signature__ = signature
-    function.__doc__ = VERBS[verb].about
-    function.__name__ = verb
-    return run_command
-
-
-def print_result(result: Result, *, as_json: bool, made: str | None = None) -> None:
-    """Write a result to stdout: tables for people, or one JSON document.
-
-    Args:
-        result: of a verb.
-        as_json: which of the two.
-        made: the output of the verb, for an error.
-    """
-    with _printing(made):
-        if as_json:
-            print(json.dumps(result.to_json(), indent=2))
-        else:
-            result.show()
-
-
-@contextmanager
-def _printing(made: str | None = None) -> Iterator[None]:
-    """Write to stdout; see `print_result`.
-
-    Raises:
-        SecateurError: stdout takes nothing.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise SecateurError(
-            f"stdout cannot be written: {error.strerror}",
-            where=None if made is None else f"the result is whole, in {made}",
-            remedy="send stdout to another place",
-        ) from error
-
-
-class OnlyErrors(io.TextIOBase):
-    """Takes the place of stderr: writes errors there, and throws everything else away."""
-
-    def __init__(self, stderr: TextIO) -> None:
-        self.stderr = stderr
-
-    def write(self, text: str) -> int:
-        """Write an error; `print` passes its line break separately."""
-        if text.startswith("error: "):
-            self.stderr.write(f"{text}\n")
-        return len(text)
-
-
-def _refuse_several(verb: str, dry_run: bool) -> None:
-    """Refuse a verb that several processes would carry out several times."""
-    count = Launched.read(os.environ).count
-    if count > 1:  # torch would print the stack of every connection that closes
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if count > 1 and (dry_run or not VERBS[verb].together):
-        able = ", ".join(name for name, each in VERBS.items() if each.together)
-        words = f"secateur {verb}" + " --dry-run" * dry_run
-        raise RecipeError(
-            f"`{words}` does not work with several processes yet, and there are {count}",
-            remedy=f"start it without torchrun; {able} can share their work",
-        )
-
-
-def _parameter(option: Option, *, show: bool = True) -> Argument:
-    """The parameter of a command for an option.
-
-    Everything except bools is text here. `recipe_from_flags` reads it, so that one error lists all
-    faults. What is not given is not passed on.
-    """
-    is_bool, choices = option.type is bool, option.choices
-    shown = Parameter(
-        help=option.help if option.required else option.about,
-        group=HEADINGS[option.group],
-        metavar=None if is_bool else option.word,
-        show=show,
-        show_default=False,
-        converter=None if is_bool else _as_text,  # a `Path` would turn ./DIR into DIR
-        completer=(lambda _: choices) if choices else None,
-        allow_repeating=None if takes_several(option) else True,
-    )
-    text: Any = Path if option.is_path else str
-    kind: Any = bool if is_bool else list[text] if takes_several(option) else text
-    if option.is_word:
-        return Argument(
-            option.name,
-            Argument.POSITIONAL_ONLY,
-            default=Argument.empty if option.required else None,
-            annotation=Annotated[kind if option.required else kind | None, shown],
-        )
-    off = option.flag.off or (f"no_{option.name}" if option.default == "on" else None)
-    named = Parameter(
-        name=[_dashed(option.name), *([option.flag.short] if option.flag.short else [])],
-        negative=_dashed(off) if off else (),
-    )
-    return Argument(
-        option.name,
-        Argument.KEYWORD_ONLY,
-        default=False if is_bool else None,
-        annotation=Annotated[kind if is_bool else kind | None, shown, named],
-    )
-
-
-def _as_text(kind: Any, tokens: Sequence[Token]) -> Any:
-    """The text of an option as it was written; several if it may be repeated."""
-    words = [token.value for token in tokens]
-    return words if get_origin(kind) is list else words[0]
-
-
-def _dashed(name: str) -> str:
-    """A name with dashes, as in a flag."""
-    return "--" + name.replace("_", "-")

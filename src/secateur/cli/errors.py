@@ -12,29 +12,20 @@ import errno
 import itertools
 import os
 import platform
-import re
 import shlex
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
-from cyclopts import (
-    App,
-    CoercionError,
-    CycloptsError,
-    MissingArgumentError,
-    UnknownCommandError,
-    UnknownOptionError,
-)
+from cyclopts import CycloptsError
 
 from secateur.errors import DISTRIBUTION, MemoryBudgetError, RecipeError, SecateurError
-from secateur.recipes.options import options_of, run_options_of
-from secateur.recipes.reading import takes_several, unknown_name
+from secateur.recipes.options import run_options_of
 from secateur.recipes.verbs import VERBS, imported
 
 REMEDIES = {
@@ -64,84 +55,13 @@ class UserInterruptError(SecateurError):
     exit_code = 130
 
 
-def usage_error(app: App, error: CycloptsError, verbs: Sequence[str]) -> RecipeError:
-    """The error for a command that cannot be parsed.
-
-    Args:
-        app: the command line.
-        error: the exception of cyclopts.
-        verbs: names of all verbs.
-    """
-    if isinstance(error, UnknownCommandError):
-        [verb, *_] = error.unused_tokens or [""]
-        known = _named("verb", verb, verbs)
-        return RecipeError(
-            f"{verb}: unknown option" if verb.startswith("-") else f"{verb!r}: {known}",
-            remedy="secateur --help lists the verbs",
-        )
-    where = " ".join(["secateur", *(error.command_chain or ())])
-    remedy = f"{where} --help lists its options"
-    if isinstance(error, UnknownOptionError) and error.command_chain:
-        word = error.token.keyword or error.token.value
-        return unknown_options(app, error.command_chain[0], [word])
-    if isinstance(error, MissingArgumentError) and error.argument is not None:
-        name = error.keyword or error.argument.name
-        value = "a value is missing" if name.startswith("-") else "missing"
-        about = error.argument.parameter.help
-        return RecipeError(f"{name}: {value}", where=where, remedy=f"give it: {about}")
-    if isinstance(error, CoercionError) and error.token is not None:
-        given = f"{error.token.keyword} {error.token.value}"
-        return RecipeError(f"{given}: must be true or false", where=where, remedy=remedy)
-    error.verbose = False
-    return RecipeError(str(error), where=where, remedy=remedy)
-
-
-def unknown_options(app: App, verb: str, left: Sequence[str]) -> RecipeError:
-    """The error for words that no option takes.
-
-    Args:
-        app: the command line.
-        verb: the verb of the command.
-        left: the unused words.
-    """
-    known = [
-        name.lstrip("-")
-        for argument in app[verb].assemble_argument_collection()
-        for name in argument.names
-        if name.startswith("--")
-    ]
-    options = options_of(imported(VERBS[verb].recipe))
-    words = " and ".join(option.flag_text for option in options if option.is_word) or "nothing"
-    lists = [option.flag_text for option in options if takes_several(option) and not option.is_word]
-    why = f"unexpected; `secateur {verb}` takes {words} without a flag"
-    why += f", and a list repeats its flag: {lists[0]} A {lists[0]} B" if lists else ""
-    remedy = f"secateur {verb} --help lists its options"
-    return RecipeError.of(
-        list(_faults_of(left, known, why)), where=f"secateur {verb}", remedy=remedy
-    )
-
-
-def _named(what: str, name: str, known: Sequence[str]) -> str:
-    """An unknown name and a similar one; --help lists the others in groups."""
-    return re.split("; (?:known:|docs)", unknown_name(what, name, known))[0]
-
-
-def _faults_of(left: Sequence[str], known: Sequence[str], why: str) -> Iterator[str]:
-    """A line for every unknown option, and for every word that belongs to no option."""
-    flags = {flag.replace("-", "_"): flag for flag in known}
-    before = ""
-    for word in left:
-        if word.startswith("-"):
-            name, equals, _ = word.partition("=")
-            message = _named("option", name.lstrip("-").replace("-", "_"), list(flags))
-            for plain, flag in flags.items():
-                message = message.replace(repr(plain), f"--{flag}")
-            yield f"{name}: {message}"
-            before = "" if equals else name
-        elif before:  # the word may be the option's value
-            before = ""
-        else:
-            yield f"{word!r}: {why}"
+def usage_error(errors: Sequence[CycloptsError], command: Sequence[str] | None) -> RecipeError:
+    """The error for a command that cannot be parsed, in the words of cyclopts."""
+    for error in errors:
+        error.verbose = False
+    where = " ".join(["secateur", *(command or ())])
+    remedy = f"{where} --help lists what there is"
+    return RecipeError.of([str(error) for error in errors], where=where, remedy=remedy)
 
 
 def to_error(error: BaseException) -> SecateurError:
@@ -204,15 +124,20 @@ def write_log(error: BaseException) -> Path | None:
     """
     from secateur.models.cache import cache_folder
 
+    names = (DISTRIBUTION, "torch", "transformers")
     lines = [f"command: {shlex.join(sys.argv)}", f"folder: {os.getcwd()}"]
-    lines += [f"{name}: {_installed(name)}" for name in (DISTRIBUTION, "torch", "transformers")]
+    lines += [f"{found.name}: {found.version}" for found in distributions() if found.name in names]
     lines += [f"python: {platform.python_version()}", f"system: {platform.platform()}", ""]
     text = "\n".join(lines) + "\n" + "".join(traceback.format_exception(error))
     name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    folders = [*_work_folders(sys.argv), _temporary_folder()]
+    given = itertools.pairwise(sys.argv)
+    outputs = (Path(f"{x}.partial") / "work" for flag, x in given if flag in ("--output", "-o"))
+    folders = [work for work in outputs if work.is_dir()][:1]
     with suppress(SecateurError):  # who has no home has no cache
-        folders.insert(-1, cache_folder() / "faults")
-    for folder in filter(None, folders):
+        folders.append(cache_folder() / "faults")
+    with suppress(OSError):  # a system without a writable one
+        folders.append(Path(tempfile.gettempdir()))
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / name
@@ -222,27 +147,3 @@ def write_log(error: BaseException) -> Path | None:
         return file.absolute()
     sys.stderr.write(text)
     return None
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _work_folders(arguments: list[str]) -> list[Path]:
-    """The existing work folders of the run that a command line names."""
-    for flag, value in itertools.pairwise(arguments):
-        if flag in ("--output", "-o"):
-            folder = Path(f"{value}.partial") / "work"
-            return [folder] if folder.is_dir() else []
-    return []
-
-
-def _temporary_folder() -> Path | None:
-    """The folder for temporary files; None if the system has no writable one."""
-    try:
-        return Path(tempfile.gettempdir())
-    except OSError:
-        return None

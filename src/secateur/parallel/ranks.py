@@ -255,3 +255,16 @@ def refuse_another_model(rank: int, folder: Path) -> NoReturn:
         where=str(folder),
         remedy="give all machines the same files",
     )
+
+
+def refuse_another_disk(rank: int, place: Path) -> NoReturn:
+    """Refuse a process that does not see a file or folder of the run.
+
+    Raises:
+        RecipeError: always.
+    """
+    raise RecipeError(
+        f"process {rank} on {socket.gethostname()} does not see the folder of the run",
+        where=str(place),
+        remedy="put --output on a file system that all machines share",
+    )

@@ -39,7 +39,7 @@ def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[],
     with _connected(ray, address, processes), tempfile.TemporaryDirectory() as place:
         count = processes or _natural_count(ray, on_gpu)
         trainer = ray.train.torch.TorchTrainer(
-            in_folder,
+            _in_folder,
             train_loop_config={"folder": os.getcwd(), "work": work},
             scaling_config=ray.train.ScalingConfig(num_workers=count, use_gpu=on_gpu),
             torch_config=ray.train.torch.TorchConfig(
@@ -99,7 +99,7 @@ def _natural_count(ray: Any, on_gpu: bool) -> int:
     return gpus
 
 
-def in_folder(options: dict[str, Any]) -> None:
+def _in_folder(options: dict[str, Any]) -> None:
     """What each process does: the work, in the folder in which the command was given."""
     os.chdir(options["folder"])
     options["work"]()

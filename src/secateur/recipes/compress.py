@@ -6,55 +6,33 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from secateur.recipes.options import (
-    CALIBRATION,
-    HOW,
-    WHAT,
-    Conflict,
-    Flag,
-    Recipe,
-    Section,
-    Size,
-)
+from secateur.recipes import shared
+from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Size
 from secateur.recipes.prune import Effort, Embeddings, Values
-from secateur.recipes.shared import (
-    DISTILLING,
-    OR_OWN,
-    TEXT,
-    CalibrationText,
-    CalibrationWindows,
-    Device,
-    Distill,
-    Memory,
-    OutputFolder,
-    Overwriting,
-    Planning,
-    Resuming,
-)
 
 
-class RoundingSource(Section):
+class _RoundingSource(Section):
     """Where the text for rounding comes from, if any is used."""
 
-    group = CALIBRATION
+    group = Heading.CALIBRATION
 
     source: Annotated[
         str | None, Flag("calibration", value="TEXT", default="none", own_text="calibrate")
     ] = Field(
         None,
         description="Text on which rounded weights compensate each other's rounding errors: "
-        f"{TEXT} auto: {OR_OWN}.",
+        f"{shared.TEXT} auto: {shared.OR_OWN}.",
     )
 
 
-class RoundingText(CalibrationWindows, RoundingSource):
+class _RoundingText(shared.CalibrationWindows, _RoundingSource):
     """The calibration text for rounding."""
 
 
-class WhatToCompress(Section):
+class _WhatToCompress(Section):
     """The model, and how its weights are stored."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder, hub id, GGUF file, named sample, or a recipe (`*.yaml`)."""
@@ -79,10 +57,10 @@ class WhatToCompress(Section):
     """Also compress the files with zstandard. Loading decodes them."""
 
 
-class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
+class CompressRecipe(shared.Device, _WhatToCompress, shared.OutputFolder, Recipe):
     """One compression."""
 
-    run = Resuming
+    run = shared.Resuming
     needs: ClassVar = {
         **dict.fromkeys(
             (
@@ -92,32 +70,32 @@ class CompressRecipe(Device, WhatToCompress, OutputFolder, Recipe):
             ),
             ("calibration",),
         ),
-        **DISTILLING,
+        **shared.DISTILLING,
     }
 
-    distillation: Distill = Distill()
-    calibration: RoundingText = RoundingText()
-    memory: Memory = Memory()
+    distillation: shared.Distill = shared.Distill()
+    calibration: _RoundingText = _RoundingText()
+    memory: shared.Memory = shared.Memory()
 
 
-class DecompressRecipe(OutputFolder, Recipe):
+class DecompressRecipe(shared.OutputFolder, Recipe):
     """One decompression."""
 
-    group = WHAT
-    run = Overwriting
+    group = Heading.WHAT
+    run = shared.Overwriting
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder or hub id of a compressed model."""
 
 
-class FitText(CalibrationWindows, CalibrationText):
+class FitText(shared.CalibrationWindows, shared.CalibrationText):
     """The text that models are made with, and that chooses among them."""
 
 
-class WhatToFit(Section):
+class _WhatToFit(Section):
     """The model, and the bounds."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder, hub id, GGUF file or named sample."""
@@ -145,7 +123,7 @@ class WhatToFit(Section):
 class HowToSearch(Section):
     """How models are made and healed."""
 
-    group = HOW
+    group = Heading.HOW
 
     effort: Effort = "balanced"
     """The preset that prunes, and that decides how much is healed."""
@@ -161,10 +139,10 @@ class HowToSearch(Section):
 TOKENS_TO_HEAL = {"fast": 0, "balanced": 65_536, "thorough": 131_072, "best": 262_144}
 
 
-class FitRecipe(Device, HowToSearch, WhatToFit, OutputFolder, Recipe):
+class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Recipe):
     """One fit."""
 
-    run = Planning
+    run = shared.Planning
     needs: ClassVar = {"context_length": ("max_inference_memory",)}
     conflicts = (
         Conflict(
@@ -187,7 +165,7 @@ class FitRecipe(Device, HowToSearch, WhatToFit, OutputFolder, Recipe):
     )
 
     calibration: FitText = FitText()
-    memory: Memory = Memory()
+    memory: shared.Memory = shared.Memory()
 
     @property
     def tokens_to_heal(self) -> int:

@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from secateur.recipes.options import (
-    HOW,
     MAX_SEED,
-    OUTPUT,
-    WHAT,
     Flag,
+    Heading,
     Recipe,
     Section,
     SizeOrZero,
@@ -26,7 +24,7 @@ from secateur.recipes.shared import OutputFolder, Overwriting, RemoteCode
 MODELS_OWN = "the model's generation_config.json, else {}"
 
 
-class TextLength(Section):
+class _TextLength(Section):
     """How long a text may be."""
 
     max_new_tokens: Annotated[int | None, Flag(aliases=("max_tokens",), default="256")] = Field(
@@ -59,7 +57,7 @@ class Sampling(Section):
     """Seed for sampling."""
 
 
-class TokenDrawing(Sampling, TextLength):
+class _TokenDrawing(Sampling, _TextLength):
     """How tokens are sampled, and where a text ends."""
 
     stop: Annotated[Texts, BeforeValidator(text_alone), Flag(value="WORDS")] = ()
@@ -70,10 +68,10 @@ class TokenDrawing(Sampling, TextLength):
         return {name: getattr(self, name) for name in Sampling.model_fields}
 
 
-class KeysAndValues(Section):
+class _KeysAndValues(Section):
     """How keys and values of the tokens so far are stored."""
 
-    group = HOW
+    group = Heading.HOW
 
     kv_cache: Annotated[
         Literal["bf16", "int8"] | None,
@@ -82,10 +80,10 @@ class KeysAndValues(Section):
     """Type of the KV cache. int8 takes half the memory of bf16."""
 
 
-class Drafted(Section):
+class _Drafted(Section):
     """Whether a draft proposes tokens."""
 
-    group = HOW
+    group = Heading.HOW
 
     draft: Annotated[
         str | None,
@@ -96,10 +94,10 @@ class Drafted(Section):
     decoding)."""
 
 
-class GenerateRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
+class GenerateRecipe(RemoteCode, _Drafted, _KeysAndValues, _TokenDrawing, Recipe):
     """One text."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file, named sample, or a recipe (`*.yaml`)."""
@@ -116,10 +114,10 @@ class GenerateRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
     """JSON file of a schema that the text follows. Needs the extra `structured`."""
 
 
-class ChatRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
+class ChatRecipe(RemoteCode, _Drafted, _KeysAndValues, _TokenDrawing, Recipe):
     """One conversation."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file or named sample."""
@@ -127,10 +125,10 @@ class ChatRecipe(RemoteCode, Drafted, KeysAndValues, TokenDrawing, Recipe):
     """System message at the start of the conversation."""
 
 
-class ServingLimits(Section):
+class _ServingLimits(Section):
     """How much is computed at once, and what a client may ask."""
 
-    group = HOW
+    group = Heading.HOW
 
     slots: Annotated[int, Flag(aliases=("max_num_seqs", "parallel"))] = Field(8, ge=1, le=64)
     """Requests that run at once. One call computes tokens of up to eight; more take turns."""
@@ -155,10 +153,10 @@ NOT_EMPTY = matching(
 )
 
 
-class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
+class ServeRecipe(RemoteCode, _Drafted, _KeysAndValues, _ServingLimits, Recipe):
     """One server."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file or named sample."""
@@ -182,7 +180,7 @@ class ServeRecipe(RemoteCode, Drafted, KeysAndValues, ServingLimits, Recipe):
 class ExportRecipe(OutputFolder, Recipe):
     """One export."""
 
-    group = WHAT
+    group = Heading.WHAT
     run = Overwriting
 
     model: Annotated[str, Flag(value="MODEL")]
@@ -202,10 +200,10 @@ class ExportRecipe(OutputFolder, Recipe):
     many tokens, which every engine asks of a draft model."""
 
 
-class WhatToImport(Section):
+class _WhatToImport(Section):
     """The model, and what is put on it."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="SOURCE")]
     """Folder or hub id of a model with zeros: plain safetensors, compressed-tensors, or
@@ -218,7 +216,7 @@ class WhatToImport(Section):
     stay zero."""
 
 
-class ImportRecipe(RemoteCode, WhatToImport, OutputFolder, Recipe):
+class ImportRecipe(RemoteCode, _WhatToImport, OutputFolder, Recipe):
     """One import."""
 
     run = Overwriting
@@ -227,10 +225,10 @@ class ImportRecipe(RemoteCode, WhatToImport, OutputFolder, Recipe):
 REPOSITORY = r"[^/\s]+/[^/\s]+"
 
 
-class HowToPublish(Section):
+class _HowToPublish(Section):
     """Who may see it, and where it goes."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     public: bool = False
     """Make the repository public. Without this it is private."""
@@ -246,10 +244,10 @@ class HowToPublish(Section):
     """Check everything and show files and card. Nothing is sent."""
 
 
-class PushRecipe(RemoteCode, HowToPublish, Recipe):
+class PushRecipe(RemoteCode, _HowToPublish, Recipe):
     """One upload."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="DIR")]
     """Folder of the model."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from secateur.recipes.compress import FitRecipe, FitText, HowToSearch
-from secateur.recipes.options import WHAT, Flag, Recipe, Section
+from secateur.recipes.options import Flag, Heading, Recipe, Section
 from secateur.recipes.shared import Device, Memory, OutputFolder, Planning
 
 
-class WhatToDraft(Section):
+class _WhatToDraft(Section):
     """The model that a draft is made of, and the one that it proposes to."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Folder, hub id, GGUF file or named sample: the parent. The draft is made from its weights."""
@@ -21,7 +21,7 @@ class WhatToDraft(Section):
     it."""
 
 
-class DraftRecipe(Device, HowToSearch, WhatToDraft, OutputFolder, Recipe):
+class DraftRecipe(Device, HowToSearch, _WhatToDraft, OutputFolder, Recipe):
     """One draft."""
 
     run = Planning

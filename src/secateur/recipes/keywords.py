@@ -11,20 +11,14 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from secateur.errors import RecipeError, SecateurError
 from secateur.progress import Progress, listener
-from secateur.recipes.options import (
-    Option,
-    Recipe,
-    Section,
-    all_options,
-    options_of,
-    run_options_of,
-    without_none,
-)
+from secateur.recipes import options as declared
 from secateur.recipes.reading import AnyRecipe, build_call, nested
 from secateur.recipes.verbs import VERBS, imported
 
@@ -49,7 +43,7 @@ CALIBRATION_TEXT = "calibration"
 """The option that also takes the texts themselves: a list, or what yields them."""
 
 
-def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes_options_of(kind: type[declared.Section]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Add the options of a recipe to the signature and the help of a function.
 
     The function receives them as `**options`. Parameters that the function declares itself stay
@@ -58,7 +52,7 @@ def takes_options_of(kind: type[Section]) -> Callable[[Callable[P, R]], Callable
     Args:
         kind: the class of the recipe.
     """
-    shown = all_options(kind)
+    shown = declared.all_options(kind)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -91,16 +85,17 @@ def public_function(verb: str) -> Callable[..., Any]:
     if row.function:
         own: Callable[..., Any] = imported(row.function)
         return own
-    kind: type[Recipe] = imported(row.recipe)
+    kind: type[declared.Recipe] = imported(row.recipe)
     step: Any = imported(row.step)
-    words = [option for option in options_of(kind) if option.required]
+    words = [option for option in declared.options_of(kind) if option.required]
 
     def function(*given: Any, progress: Progress | None = None, **options: Any) -> Any:
         if len(given) > len(words):
             raise TypeError(f"{row.python}() takes {len(words)} arguments without a name")
         named = {word.name: value for word, value in zip(words, given, strict=False)}
         recipe, call = recipe_of(kind, named, options)
-        return row.carry_out(recipe, call, listener(progress))
+        showing: Any = partial(nullcontext, listener(progress))
+        return row.run(recipe, call, showing)
 
     made: Any = function
     made.__name__ = made.__qualname__ = row.python
@@ -125,7 +120,7 @@ def public_function(verb: str) -> Callable[..., Any]:
     return takes_options_of(kind)(function)
 
 
-def _parameter_of(option: Option) -> inspect.Parameter:
+def _parameter_of(option: declared.Option) -> inspect.Parameter:
     """The keyword parameter of an option."""
     kind = _widened(option.type, str | Path if option.is_path else str)
     if option.name == CALIBRATION_TEXT:
@@ -140,16 +135,16 @@ def _parameter_of(option: Option) -> inspect.Parameter:
 
 def _widened(kind: Any, text: Any) -> Any:
     """The type for Python callers: any sequence for a tuple, any mapping for a dict."""
-    kind = without_none(kind)
+    kind = declared.without_none(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
         return text
-    if isinstance(kind, type) and issubclass(kind, Section):
+    if isinstance(kind, type) and issubclass(kind, declared.Section):
         return functools.reduce(operator.or_, (*kind.alone, Mapping[str, Any]))
     if origin in (tuple, list):
         return Sequence[_widened(inner[0], text)]
     if origin is dict:
-        return Mapping[inner[0], without_none(inner[1])]
+        return Mapping[inner[0], declared.without_none(inner[1])]
     return kind
 
 
@@ -181,8 +176,8 @@ def recipe_of(
     texts = given.get(CALIBRATION_TEXT)
     if isinstance(texts, Iterable) and not isinstance(texts, str | Mapping):
         given[CALIBRATION_TEXT] = str(_keep_texts(list(texts)))
-    call = {o.name: given.pop(o.name) for o in run_options_of(kind) if o.name in given}
-    spelled = {option.path: option.name for option in all_options(kind)}
+    call = {o.name: given.pop(o.name) for o in declared.run_options_of(kind) if o.name in given}
+    spelled = {option.path: option.name for option in declared.all_options(kind)}
     return build_call(kind, nested(kind, given), call, spelled=spelled)
 
 
@@ -231,7 +226,7 @@ def refuse_unused(
         RecipeError: names the first of them.
     """
     given = nested(kind, {k: v for k, v in options.items() if v is not None})
-    for option in (option for option in all_options(kind) if option.name in {*unused}):
+    for option in (option for option in declared.all_options(kind) if option.name in {*unused}):
         value: Any = given
         for key in option.path:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -260,40 +255,26 @@ def naming_keywords(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*words, **options)
         except SecateurError as error:
-            error.reword(with_keywords)
+            error.reword(_with_keywords)
             raise
 
     return call
 
 
 COMMAND = re.compile(r"(`?\bsecateur [a-z]+ [^`,;\n]*`?)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: (-?\d[\w.]*|[a-z][a-z0-9-]*))?")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 
 
-def with_keywords(text: str) -> str:
+def _with_keywords(text: str) -> str:
     """Write flags in the text of an error as keywords. Commands stay commands.
 
     Example:
-        >>> from secateur.recipes.keywords import with_keywords
-        >>> with_keywords("use --windows 64, --effort fast or --symmetric, not --field")
-        "use windows=64, effort='fast' or asymmetric=False, not field"
-        >>> with_keywords("run `secateur decompress DIR --output OUT`, or add --overwrite")
-        'run `secateur decompress DIR --output OUT`, or add overwrite'
+        >>> from secateur.recipes.keywords import _with_keywords
+        >>> _with_keywords("run `secateur decompress DIR --output OUT`, or add --dry-run")
+        'run `secateur decompress DIR --output OUT`, or add dry_run'
     """
-    parts = COMMAND.split(re.sub(r"--set (?=\S+=)", "", text))
-    return "".join(part if n % 2 else FLAG.sub(_keyword, part) for n, part in enumerate(parts))
-
-
-def _keyword(flag: re.Match[str]) -> str:
-    """A flag as a keyword, with the number or choice after it."""
-    name, after = flag[1].replace("-", "_"), flag[2] or ""
-    options = [o for verb in VERBS.values() for o in all_options(imported(verb.recipe))]
-    same = [o for o in options if o.name == name]
-    if not same:
-        off = next((o.name for o in options if name in (o.flag.off, f"no_{o.name}")), None)
-        return f"{off}=False {after}".rstrip() if off else flag[0]
-    if any(after in o.choices for o in same):
-        return f"{name}={after!r}"
-    if not after or after[0].isalpha():
-        return f"{name} {after}".rstrip()
-    return f"{name}={after}"
+    parts = COMMAND.split(text.replace("--set ", ""))
+    return "".join(
+        part if n % 2 else FLAG.sub(lambda flag: flag[1].replace("-", "_"), part)
+        for n, part in enumerate(parts)
+    )

@@ -9,25 +9,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic import Strict as Strictness
 
-from secateur.recipes.options import (
-    HOW,
-    OUTPUT,
-    WHAT,
-    Conflict,
-    Flag,
-    Recipe,
-    Section,
-    Texts,
-    text_alone,
-)
+from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Texts, text_alone
 from secateur.recipes.prune import Sparsity
 from secateur.recipes.shared import Calibration, Device, Memory, OutputFolder, RemoteCode, Resuming
 
 
-class HowToMeasure(Section):
+class _HowToMeasure(Section):
     """How much to measure, and on which data."""
 
-    group = HOW
+    group = Heading.HOW
 
     sequence_length: Annotated[
         int | None, Flag(default="2048, or the model's length if that is shorter")
@@ -43,19 +33,19 @@ class HowToMeasure(Section):
     """Number of solved examples before each question."""
 
 
-class EvaluationOutput(Section):
+class _EvaluationOutput(Section):
     """Where the result is written."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     output: Annotated[str | None, Flag(short="-o", value="FILE")] = None
     """JSON file for the results of this call. An existing file is replaced."""
 
 
-class EvaluateRecipe(Device, HowToMeasure, EvaluationOutput, Recipe):
+class EvaluateRecipe(Device, _HowToMeasure, _EvaluationOutput, Recipe):
     """One evaluation."""
 
-    group = WHAT
+    group = Heading.WHAT
     needs: ClassVar = {
         **dict.fromkeys(("task_data", "limit", "shots"), ("tasks",)),
         "kinds": ("dense",),
@@ -106,10 +96,10 @@ Contender = Literal[
 """The ways to run a model that `bench` compares, and `all` for each of them."""
 
 
-class TimedRounds(Section):
+class _TimedRounds(Section):
     """How many tokens and rounds are timed."""
 
-    group = HOW
+    group = Heading.HOW
 
     prompt_tokens: int = Field(32, ge=1)
     """Tokens in the prompt."""
@@ -119,10 +109,10 @@ class TimedRounds(Section):
     """Largest number of rounds. After 30 seconds and two rounds no other one begins."""
 
 
-class BenchRecipe(TimedRounds, Recipe):
+class BenchRecipe(_TimedRounds, Recipe):
     """One timing."""
 
-    group = WHAT
+    group = Heading.WHAT
     conflicts = tuple(
         Conflict(
             name,
@@ -151,7 +141,7 @@ class BenchRecipe(TimedRounds, Recipe):
 class InspectRecipe(RemoteCode, Recipe):
     """One inspection."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file or named sample."""
@@ -159,10 +149,10 @@ class InspectRecipe(RemoteCode, Recipe):
     """List the linear layers of this decoder layer."""
 
 
-class TextForDiagnosis(Section):
+class _TextForDiagnosis(Section):
     """What both models read."""
 
-    group = HOW
+    group = Heading.HOW
 
     text: Annotated[str, Flag(value="TEXT")] = "boolq-held-out"
     """Text that both models read: a text, or a safetensors file of windows."""
@@ -174,10 +164,10 @@ class TextForDiagnosis(Section):
     """Tokens per window."""
 
 
-class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
+class DiagnoseRecipe(Device, _TextForDiagnosis, Recipe):
     """One diagnosis."""
 
-    group = WHAT
+    group = Heading.WHAT
     needs = dict.fromkeys(("text", "windows", "sequence_length"), ("dense",))
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file or named sample."""
@@ -185,10 +175,10 @@ class DiagnoseRecipe(Device, TextForDiagnosis, Recipe):
     """The dense model. Compares both models layer by layer."""
 
 
-class WhatToServe(Section):
+class _WhatToServe(Section):
     """The model, the hardware and the requests."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder (config.json is enough), named sample, or a well-known shape such as
@@ -204,10 +194,10 @@ class WhatToServe(Section):
     """Sequences at once."""
 
 
-class AdviseRecipe(RemoteCode, WhatToServe, Recipe):
+class AdviseRecipe(RemoteCode, _WhatToServe, Recipe):
     """One advice."""
 
-    group = HOW
+    group = Heading.HOW
 
     token_ms: Annotated[float | None, Flag(default="any")] = Field(None, gt=0)
     """Most milliseconds between two tokens of an answer."""
@@ -223,10 +213,10 @@ class AdviseRecipe(RemoteCode, WhatToServe, Recipe):
     """YAML with your own hardware, prices, losses or shapes."""
 
 
-class SweepTexts(Section):
+class _SweepTexts(Section):
     """The texts that every point is evaluated on."""
 
-    group = HOW
+    group = Heading.HOW
 
     text: Annotated[
         Texts,
@@ -242,10 +232,10 @@ class SweepTexts(Section):
     """Evaluate only this many windows of each text, from its start."""
 
 
-class WhatToSweep(Section):
+class _WhatToSweep(Section):
     """The model, and the points."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
@@ -259,29 +249,29 @@ class WhatToSweep(Section):
     """Patterns to try as well, separated by commas, such as 2:4,4:8."""
 
 
-class SweepRecipe(Device, SweepTexts, WhatToSweep, OutputFolder, Recipe):
+class SweepRecipe(Device, _SweepTexts, _WhatToSweep, OutputFolder, Recipe):
     """One sweep."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
     run = Resuming
 
     calibration: Calibration = Calibration()
     memory: Memory = Memory()
 
 
-class WhatToReport(Section):
+class _WhatToReport(Section):
     """The runs to show."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     runs: Annotated[Texts, Flag(value="DIR")] = Field(min_length=1)
     """Run folders, compressed or not; folders of sweeps, fits and drafts."""
 
 
-class ReportRecipe(WhatToReport, Recipe):
+class ReportRecipe(_WhatToReport, Recipe):
     """One page."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     output: Annotated[str, Flag(short="-o", value="FILE")] = "report.html"
     """The HTML file to write."""

@@ -23,17 +23,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, mod
 from pydantic import Strict as Strictness
 from pydantic.fields import FieldInfo
 
-WHAT = "What"
-TEACHER = "Teacher"
-HOW = "How"
-CALIBRATION = "Calibration"
-RECOVERY = "Recovery"
-MEMORY = "Memory and device"
-OUTPUT = "Output and run"
-ADVANCED = "Advanced"
 
-GROUPS = (WHAT, TEACHER, HOW, CALIBRATION, RECOVERY, MEMORY, OUTPUT, ADVANCED)
-"""The headings of `--help`, in this order."""
+class Heading:
+    """The headings of `--help`."""
+
+    WHAT = "What"
+    TEACHER = "Teacher"
+    HOW = "How"
+    CALIBRATION = "Calibration"
+    RECOVERY = "Recovery"
+    MEMORY = "Memory and device"
+    OUTPUT = "Output and run"
+    ADVANCED = "Advanced"
+
+
+GROUPS = [text for name, text in vars(Heading).items() if name.isupper()]
+"""The headings in their order."""
 
 MAX_SEED = 2**63 - 1
 """The largest seed that every random generator accepts."""
@@ -80,7 +85,7 @@ class Flag:
         commas: whether one flag takes several values, separated by commas.
         positional: whether it is a positional argument rather than a flag.
         hidden: whether it has no flag, only a YAML key and a Python keyword.
-        advanced: whether the help lists it under `ADVANCED` and not with its section.
+        advanced: whether the help lists it under `Heading.ADVANCED` and not with its section.
         own_text: the text that is read where none is named and the model is a sample: a field of
             `models.samples.OwnTexts`.
     """
@@ -130,7 +135,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    group: ClassVar[str] = HOW
+    group: ClassVar[str] = Heading.HOW
     """The heading in `--help` of the fields that this class declares."""
 
     alone: ClassVar[Mapping[type, str]] = {}
@@ -204,7 +209,7 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """All values that it or its items may have; empty if there are others."""
-        return choices_of(self.type)
+        return _choices_of(self.type)
 
     @property
     def is_word(self) -> bool:
@@ -277,7 +282,7 @@ def _flattened(
             type=without_none(field.annotation),
             required=field.is_required(),
             default=_default_words(field, flag, here, presets),
-            group=ADVANCED if flag.advanced else declaring.group,
+            group=Heading.ADVANCED if flag.advanced else declaring.group,
             help=field.description
             or _docstrings(home.__module__).get((home.__qualname__, name), ""),
             flag=flag,
@@ -305,7 +310,7 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
-def choices_of(kind: Any) -> tuple[str, ...]:
+def _choices_of(kind: Any) -> tuple[str, ...]:
     """The words of a `Literal`, or of a tuple of them; empty for other types."""
     if get_origin(kind) is tuple:
         kind = without_none(get_args(kind)[0])

@@ -9,32 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic import Strict as Strictness
 
-from secateur.recipes.options import (
-    ADVANCED,
-    CALIBRATION,
-    HOW,
-    OUTPUT,
-    WHAT,
-    Conflict,
-    Flag,
-    Recipe,
-    Section,
-    Texts,
-)
-from secateur.recipes.shared import (
-    DISTILLING,
-    ONE,
-    Calibration,
-    Cluster,
-    Device,
-    Distill,
-    GgufDtype,
-    Memory,
-    OutputFolder,
-    Planning,
-    Reconstruct,
-    RemoteCode,
-)
+from secateur.recipes import shared
+from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Texts
 
 Effort = Literal["fast", "balanced", "thorough", "best"]
 """The names of the presets."""
@@ -50,10 +26,10 @@ Embeddings = Literal["auto", "keep", "int8", "int4", "int3"]
 """How a compressed embedding and head are stored."""
 
 
-class WhatToPrune(Section):
+class _WhatToPrune(Section):
     """The model, and which of its weights become zero."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
@@ -71,7 +47,7 @@ class WhatToPrune(Section):
     """Own sparsity for some linear layers; 0 keeps them dense."""
 
 
-class HowToPrune(Section):
+class _HowToPrune(Section):
     """The method, and where it puts the zeros."""
 
     effort: Annotated[Effort | None, Flag(default="balanced, if no method is given")] = None
@@ -111,7 +87,7 @@ class HowToPrune(Section):
 class Fitting(Section):
     """How the kept weights are fitted to the calibration text."""
 
-    group = ADVANCED
+    group = Heading.ADVANCED
 
     asymmetric: Annotated[bool, Flag(off="symmetric")] = False
     """asymmetric fits pruned linear layers to the dense model's outputs. symmetric fits each linear
@@ -120,10 +96,10 @@ class Fitting(Section):
     """Calibrate in bfloat16 on processors where this is faster."""
 
 
-class StoredFormat(Section):
+class _StoredFormat(Section):
     """How the weights of the result are written."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     compress: Annotated[Values | None, Flag(default="not compressed", value="VALUES")] = None
     """Also compress the result like `secateur compress --values VALUES`: auto, keep, bfloat16,
@@ -161,25 +137,25 @@ docs/methods/presets.md shows the results."""
 
 class PruneRecipe(
     # pydantic lists the fields of the last base first
-    Device,
-    GgufDtype,
+    shared.Device,
+    shared.GgufDtype,
     Fitting,
-    HowToPrune,
-    WhatToPrune,
-    StoredFormat,
-    OutputFolder,
+    _HowToPrune,
+    _WhatToPrune,
+    _StoredFormat,
+    shared.OutputFolder,
     Recipe,
 ):
     """One pruning run."""
 
     presets = presets
-    run = Planning
+    run = shared.Planning
     needs: ClassVar = {
         "asymmetric_damping": ("asymmetric",),
-        **DISTILLING,
+        **shared.DISTILLING,
     }
     conflicts = (
-        Conflict("keep_format", "compress", "both say how the weights are stored", ONE),
+        Conflict("keep_format", "compress", "both say how the weights are stored", shared.ONE),
         Conflict(
             "keep_format",
             "distill_epochs",
@@ -208,35 +184,35 @@ class PruneRecipe(
         ),
     )
 
-    reconstruction: Reconstruct = Reconstruct()
-    distillation: Distill = Distill()
-    calibration: Calibration = Calibration()
-    memory: Memory = Memory()
-    cluster: Cluster = Cluster()
+    reconstruction: shared.Reconstruct = shared.Reconstruct()
+    distillation: shared.Distill = shared.Distill()
+    calibration: shared.Calibration = shared.Calibration()
+    memory: shared.Memory = shared.Memory()
+    cluster: shared.Cluster = shared.Cluster()
 
 
-class DemoCalibration(Section):
+class _DemoCalibration(Section):
     """How much text the demo reads to prune."""
 
-    group = CALIBRATION
+    group = Heading.CALIBRATION
 
     windows: int = Field(20, ge=1)
     """Calibration windows of 512 tokens."""
 
 
-class DemoOutput(Section):
+class _DemoOutput(Section):
     """Where the demo writes."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     output: Annotated[str, Flag(short="-o", value="DIR")] = "demo-run"
     """Folder for the packed model and the report. It is replaced."""
 
 
-class DemoRecipe(DemoOutput, DemoCalibration, Recipe):
+class DemoRecipe(_DemoOutput, _DemoCalibration, Recipe):
     """One demo."""
 
-    group = HOW
+    group = Heading.HOW
 
     sparsity: float = Field(0.5, gt=0, lt=1)
     """Fraction of zeros."""
@@ -253,7 +229,7 @@ class MethodsRecipe(Recipe):
 class Steps(Section):
     """The model, and the steps to run on it."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="RECIPE")]
     """The model; on the command line, a YAML file with the keys `model`, `output` and `steps`."""
@@ -263,7 +239,7 @@ class Steps(Section):
     """Each step is a verb (structure, prune, train, compress) with its options."""
 
 
-class ChainRecipe(RemoteCode, Steps, OutputFolder, Recipe):
+class ChainRecipe(shared.RemoteCode, Steps, shared.OutputFolder, Recipe):
     """Several verbs in a row. Each works on the result of the one before it."""
 
-    run = Planning
+    run = shared.Planning

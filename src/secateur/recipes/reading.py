@@ -1,19 +1,12 @@
 """Build a recipe from YAML, the words of a command line or keywords. One error lists all faults.
 
-A fault names a value as the user gave it: a key, a flag or a keyword.
-
-PyYAML reads YAML 1.1, in which `2:4` is the number 124 and `1e-3` is text. Here numbers are read as
-in YAML 1.2. Refused are a key that is given twice (YAML would keep the last one), keys that are not
-text, aliases (a few lines of them can mean gigabytes), and documents that are too deep.
+A fault names a value as the user gave it: a key, a flag or a keyword. pydantic says what is wrong.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import json
-import math
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from secateur.errors import RecipeError
@@ -31,45 +23,16 @@ from secateur.recipes.options import (
     Recipe,
     Section,
     all_options,
-    choices_of,
     holds,
     options_of,
     run_options_of,
     section_of,
     without_none,
 )
+from secateur.recipes.recipe_files import read_recipe_file, read_yaml
 from secateur.recipes.shared import DEFAULT_TEXT
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-
-
-def read_recipe_file(file: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Raises:
-        RecipeError: the file does not exist, or is not a mapping.
-    """
-    try:
-        with file.open(encoding="utf-8") as stream:
-            text = stream.read(LONGEST_RECIPE)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"the recipe cannot be read: {error}",
-            where=str(file),
-            remedy="check the path; a recipe is UTF-8 text",
-        ) from None
-    if len(text) == LONGEST_RECIPE:
-        raise RecipeError(
-            "the file is too large for a recipe", where=str(file), remedy="check the path"
-        )
-    content = read_yaml(text, str(file))
-    if not isinstance(content, dict):
-        raise RecipeError(
-            "a recipe is a mapping of keys to values",
-            where=str(file),
-            remedy="write for example 'model: smollm2-135m'",
-        )
-    return content
 
 
 def build_recipe(
@@ -111,7 +74,7 @@ def build_call(
         _set_value(kind, merged, assignment)
     _refuse_other_bytes({**merged, **call}, where)
     preset = filled_in(merged, kind.presets) if kind.presets else merged
-    whole = with_own_texts(kind, preset)
+    whole = _with_own_texts(kind, preset)
     made: list[Section] = []
     faults: list[str] = []
     parts: list[tuple[type[Section], Mapping[str, Any]]] = [(kind, whole)]
@@ -180,7 +143,7 @@ AUTO_TEXT = "auto"
 """The text that the model brings, or else the usual one."""
 
 
-def with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Fill in the texts that a sample brings, where a recipe names none.
 
     Args:
@@ -190,15 +153,13 @@ def with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[st
     model = values.get("model")
     texts = own_texts(model) if isinstance(model, str) else None
     for option in (option for option in options_of(kind) if option.flag.own_text):
-        given = functools.reduce(_entry_of, option.path, values)
+        given: Any = values
+        for key in option.path:  # a single value may stand for the section
+            given = given.get(key) if isinstance(given, Mapping) else given
         if given == AUTO_TEXT or (given is None and texts and option.default != "none"):
             text = getattr(texts, str(option.flag.own_text)) if texts else DEFAULT_TEXT
             values = _with_value(values, option.path, text)
     return values
-
-
-def _entry_of(values: Any, key: str) -> Any:
-    return values.get(key) if isinstance(values, Mapping) else values
 
 
 def _with_value(values: Mapping[str, Any], path: Sequence[str], value: Any) -> Mapping[str, Any]:
@@ -277,11 +238,6 @@ def _put(
                 remedy=f"write for example '{name}: {{{key}: …}}'",
             )
     values[key] = value
-
-
-def dump_recipe(recipe: BaseModel) -> str:
-    """Write the recipe as YAML, with every default."""
-    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def recipe_from_flags(
@@ -494,161 +450,52 @@ def _value_at(section: Any, path: Sequence[str]) -> Any:
 
 def _described(kind: type[Section], fault: Mapping[str, Any], spelled: Spelled) -> tuple[str, str]:
     """The value as the user wrote it, and what is wrong with it."""
-    path, rest, choices = _located(kind, fault["loc"])
+    path, rest = _located(kind, fault["loc"])
     name = next((spelled[path[:n]] for n in range(len(path), 0, -1) if path[:n] in spelled), None)
-    keys, given = ".".join([*path, *rest]), fault["input"]
-    what = re.sub(r" or instance of \w+|^Value error, ", "", fault["msg"])
-    what = what.replace("Input should be", "must be").replace("valid tuple", "valid list")
+    key, given, what = ".".join([*path, *rest]), fault["input"], fault["msg"]
+    what = what.removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        return keys, _unknown_key(kind, path, str(fault["loc"][-1]))
+        return key, _unknown_key(kind, key)
     if fault["type"] == "missing":
-        help_text = next((o.help for o in options_of(kind) if o.path == path), "")
-        return name or keys, f"missing. {help_text}".rstrip()
+        return name or key, f"{what}: {next(o.help for o in options_of(kind) if o.path == path)}"
     if isinstance(given, Mapping) and fault["type"] == "value_error":
-        return keys or "recipe", what  # options that contradict each other
-    if near := difflib.get_close_matches(str(given), choices, n=1):
-        what += f"; did you mean {near[0]}?"
+        return key or "recipe", what  # options that contradict each other
     if name is None or (name.isidentifier() and name.islower()):
-        return f"{'.'.join([name, *rest]) if name else keys}={repr(given)[:SHOWN]}", what
-    given = f"{given:g}" if isinstance(given, float) else given
-    entry = "".join(f"{key}=" for key in rest if not key.isdecimal())
+        return f"{'.'.join([name, *rest]) if name else key}={repr(given)[:SHOWN]}", what
+    given = f"{given:g}" if isinstance(given, float) else given  # 2, where a flag says 2
+    entry = "".join(f"{part}=" for part in rest if not part.isdecimal())
     return f"{name} {shlex.quote(f'{entry}{given}'[:SHOWN])}", what
 
 
 def _located(
     kind: type[BaseModel], place: Sequence[str | int]
-) -> tuple[tuple[str, ...], list[str], tuple[str, ...]]:
-    """The keys that lead to a fault, the entries below the last key, and the choices there.
+) -> tuple[tuple[str, ...], list[str]]:
+    """The keys that lead to a fault, and the entries below the last key.
 
     pydantic adds the name of a type where a value may have several; it is left out.
     """
     section: type[BaseModel] | None = kind
-    path, rest, choices = list[str](), list[str](), tuple[str, ...]()
+    path, rest = list[str](), list[str]()
     for part in map(str, place):
-        field = section.model_fields.get(part) if section and not rest else None
-        if field is not None:
+        if section is not None and part in section.model_fields and not rest:
             path.append(part)
-            section, choices = section_of(field), choices_of(without_none(field.annotation))
+            section = section_of(section.model_fields[part])
         elif part not in ("bool", "int", "float", "str") and "[" not in part:
             rest.append(part)
-    return tuple(path), rest, choices
+    return tuple(path), rest
 
 
-def _unknown_key(kind: type[Section], path: tuple[str, ...], name: str) -> str:
+def _unknown_key(kind: type[Section], key: str) -> str:
     """What may be meant by a key that there is not."""
-    section: type[Section] = kind
-    for part in path:
-        section = section_of(section.model_fields[part]) or section
-    if section is not kind:
-        return unknown_name("key", name, list(section.model_fields))
-    options = options_of(kind)
-    home = next((option.key for option in options if option.name == name), None)
-    meant = next((option.name for option in options if name in option.flag.aliases), None)
-    if meant is not None:
-        return f"unknown key; did you mean {meant!r}?"
-    if home is not None:
-        return f"unknown key; in a recipe this is {home!r}"
-    known = dict.fromkeys([*kind.model_fields, *(option.name for option in options)])
-    return unknown_name("key", name, list(known))
-
-
-def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """The hint of an error about an unknown key, option or verb: a similar name, or a few names."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not near and len(known) > MOST_NAMES:
-        return f"unknown {what}; `secateur VERB --help` lists all"
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown {what}; {hint}"
-
-
-MOST_NAMES = 12
-"""Names that an error lists."""
-
-
-LONGEST_RECIPE = 2**20
-"""Characters of a file that is no recipe."""
-
-INT = re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+")
-FLOAT = re.compile(
-    r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-)
-INT_TAG, FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-FIRST_OF_NUMBERS = list("-+.0123456789")
-
-
-class Loader(yaml.SafeLoader):
-    """Reads plain data, with YAML 1.2 numbers and without aliases."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML declares it
-        first: [(tag, text) for tag, text in known if tag not in (INT_TAG, FLOAT_TAG)]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse an alias; else the usual node."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is given twice or is not text."""
-        seen = set[str]()
-        for key, _ in node.value:
-            text = isinstance(key, yaml.ScalarNode) and key.tag == "tag:yaml.org,2002:str"
-            if not text or key.value in seen:
-                what = f"the key {key.value!r} is given twice" if text else "a key is not text"
-                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Read a whole number. Unlike in YAML 1.1, a leading zero changes nothing."""
-        text = str(self.construct_scalar(node)).replace("_", "")
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes YAML that 1.1 and 1.2 read alike: text that is a number in either is quoted."""
-
-
-Loader.add_constructor(INT_TAG, Loader.construct_yaml_int)
-for kind in (Loader, Dumper):
-    for tag, pattern in ((FLOAT_TAG, FLOAT), (INT_TAG, INT)):
-        whole = re.compile(rf"(?:{pattern.pattern})$")
-        kind.add_implicit_resolver(tag, whole, FIRST_OF_NUMBERS)
-
-
-def read_yaml(text: str, where: str | None = None) -> Any:
-    """Read a YAML document.
-
-    Args:
-        text: the document.
-        where: the file or option that it comes from, for errors.
-
-    Raises:
-        RecipeError: it is not YAML, has a key twice, or is too deep for a recipe.
-    """
-    try:
-        return yaml.load(text, Loader)
-    except (  # PyYAML raises other errors than its own if a value does not fit its tag
-        yaml.YAMLError,
-        AttributeError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise RecipeError(
-            f"the recipe is not YAML: {str(error)[:500]}",
-            where=where,
-            remedy="mend it there; a recipe is lines of 'key: value'",
-        ) from None
-
-
-def write_yaml(value: Any) -> str:
-    """Write plain data as YAML, with keys in their order."""
-    # on one line each: a path that is broken at a space is no path any more
-    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    *sections, name = key.split(".")
+    inner: type[Section] | None = kind
+    for part in sections:
+        inner = _section_named(inner, part)
+    meant = {}
+    if not sections:
+        meant = {x: o.key for o in options_of(kind) for x in (o.name, *o.flag.aliases)}
+    if name in meant:
+        return f"unknown key; in a recipe this is {meant[name]!r}"
+    known = [*(inner.model_fields if inner else ()), *meant]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown key; did you mean {near[0]!r}?" if near else "unknown key"

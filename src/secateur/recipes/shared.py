@@ -10,13 +10,10 @@ from pydantic import AfterValidator, Field
 
 from secateur.errors import RecipeError
 from secateur.recipes.options import (
-    CALIBRATION,
     MAX_SEED,
-    MEMORY,
-    OUTPUT,
-    RECOVERY,
     Conflict,
     Flag,
+    Heading,
     Section,
     Size,
     bytes_of,
@@ -37,7 +34,7 @@ def _enough(size: int | str | None) -> int | str | None:
 class MemoryLimit(Section):
     """How much memory the run may use."""
 
-    group = MEMORY
+    group = Heading.MEMORY
 
     max_memory: Annotated[
         Size | None, AfterValidator(_enough), Flag(value="SIZE", default="4/5 of the free memory")
@@ -54,7 +51,7 @@ class MemoryLimit(Section):
 class Memory(MemoryLimit):
     """How much memory the run may use, and for what."""
 
-    group = MEMORY
+    group = Heading.MEMORY
 
     activations: Annotated[Literal["auto", "gpu", "memory", "disk"], Flag(advanced=True)] = "auto"
     """Where to store hidden states between layers: memory of the GPU, of the host, or disk; auto
@@ -66,7 +63,7 @@ class Memory(MemoryLimit):
 class RemoteCode(Section):
     """Whether code from the checkpoint may run."""
 
-    group = MEMORY
+    group = Heading.MEMORY
 
     trust_remote_code: bool = False
     """Allow Python code that comes with the checkpoint."""
@@ -82,7 +79,7 @@ class Device(RemoteCode):
 class GgufDtype(Section):
     """The number format of weights that are dequantized."""
 
-    group = MEMORY
+    group = Heading.MEMORY
 
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -94,7 +91,7 @@ class GgufDtype(Section):
 class OutputFolder(Section):
     """Where to write the result."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = None
     """Folder for the new model. It must not exist."""
@@ -103,7 +100,7 @@ class OutputFolder(Section):
 class Overwriting(Section):
     """What to do with an existing output."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     overwrite: bool = False
     """Replace an existing output folder."""
@@ -143,7 +140,7 @@ OR_OWN = f"{DEFAULT_TEXT}, or the text that a sample brings"
 class CalibrationText(Section):
     """Where the calibration text comes from."""
 
-    group = CALIBRATION
+    group = Heading.CALIBRATION
 
     source: Annotated[
         str, Flag("calibration", value="TEXT", default=OR_OWN, own_text="calibrate")
@@ -196,7 +193,7 @@ def texts_of(source: str) -> list[str]:
 class CalibrationWindows(Section):
     """How windows are cut from a text."""
 
-    group = CALIBRATION
+    group = Heading.CALIBRATION
 
     field: str = "text"
     """The field of a JSONL line that holds the text. Lines without it may hold conversations
@@ -224,7 +221,7 @@ class Calibration(CalibrationWindows, CalibrationText):
 class Reconstruct(Section):
     """How each pruned layer is tuned to reproduce the dense layer's outputs."""
 
-    group = RECOVERY
+    group = Heading.RECOVERY
 
     passes: Annotated[int, Flag("tune_passes")] = Field(0, ge=0)
     """Tune each layer after pruning, in this many passes over the calibration windows, to reproduce
@@ -248,7 +245,7 @@ DISTILLING: Mapping[str, tuple[str, ...]] = dict.fromkeys(
 class Distill(Section):
     """How the whole pruned model learns from the dense model."""
 
-    group = RECOVERY
+    group = Heading.RECOVERY
 
     epochs: Annotated[int, Flag("distill_epochs")] = Field(0, ge=0)
     """Train the new model to match the dense model, in this many epochs over the calibration
@@ -292,7 +289,7 @@ def trial_steps(steps: int) -> int:
 class Cluster(Section):
     """The cluster that starts the processes of a run. torchrun needs no options."""
 
-    group = MEMORY
+    group = Heading.MEMORY
 
     ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = None
     """Work in several processes of a Ray cluster: its address, `auto`, or `local` for processes on

@@ -9,19 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from secateur.recipes.options import WHAT, Conflict, Flag, Recipe, Section, Size, Texts
+from secateur.recipes import shared
+from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Size, Texts
 from secateur.recipes.prune import Effort, Fitting
-from secateur.recipes.shared import (
-    DISTILLING,
-    ONE,
-    Calibration,
-    Device,
-    Distill,
-    GgufDtype,
-    Memory,
-    OutputFolder,
-    Planning,
-)
 
 
 def _number_or_fraction(value: Any) -> Any:
@@ -62,7 +52,7 @@ class Depth(Section):
     """How to select layers: by block influence, angular distance, greedy removal, or search."""
 
 
-class LearnedOptions(Section):
+class _LearnedOptions(Section):
     """Learned masks: training decides which units stay, and trains the weights too."""
 
     alone: ClassVar = {int: "steps"}
@@ -79,10 +69,10 @@ class LearnedOptions(Section):
     """Further texts. With the calibration text they are the domains of dynamic batch loading."""
 
 
-class WhatToCut(Section):
+class _WhatToCut(Section):
     """The model, and how many of its units stay."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file, named sample, or a recipe (`*.yaml`)."""
@@ -127,7 +117,7 @@ class WhatToCut(Section):
     """Round the FFN width to a multiple of this number."""
 
 
-class HowToCut(Section):
+class _HowToCut(Section):
     """How to select units, and how to adjust the weights that read them."""
 
     effort: Annotated[Effort | None, Flag(default="balanced, if no score is given")] = None
@@ -143,7 +133,7 @@ class HowToCut(Section):
     allocation: Annotated[str | None, Flag(default="uniform")] = None
     """How to divide the cut among the layers: uniform, owl, layer-sensitivity, divergence, global
     or search."""
-    learned: Annotated[LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
+    learned: Annotated[_LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
     """Learn which units stay by training, in this many steps."""
     experts_by: Literal["reap", "frequency", "random", "merge"] = "reap"
     """How to select experts: by REAP or by how often they are chosen, or at random; merge averages
@@ -185,24 +175,24 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 class StructureRecipe(
     # pydantic lists the fields of the last base first
-    Device,
-    GgufDtype,
+    shared.Device,
+    shared.GgufDtype,
     Fitting,
-    HowToCut,
-    WhatToCut,
-    OutputFolder,
+    _HowToCut,
+    _WhatToCut,
+    shared.OutputFolder,
     Recipe,
 ):
     """One structured cut."""
 
     presets = structure_presets
-    run = Planning
+    run = shared.Planning
     needs: ClassVar = {
         "depth_by": ("keep_layers", *TARGETS),
         **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
         **dict.fromkeys(("score", "solver", "allocation", "multiple"), WIDTHS),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),
-        **DISTILLING,
+        **shared.DISTILLING,
     }
     conflicts = (
         Conflict(
@@ -213,12 +203,15 @@ class StructureRecipe(
             "--experts 0.5, --vocabulary TEXT, or --keep-parameters 0.75 of the decoder's",
             unless=" or ".join(CUTS),
         ),
-        *(Conflict(*pair, "these are two targets", ONE) for pair in combinations(TARGETS, 2)),
         *(
-            Conflict(target, width, "both set how many heads and neurons stay", ONE)
+            Conflict(*pair, "these are two targets", shared.ONE)
+            for pair in combinations(TARGETS, 2)
+        ),
+        *(
+            Conflict(target, width, "both set how many heads and neurons stay", shared.ONE)
             for target, width in product(TARGETS, ("kv_groups", "ffn"))
         ),
-        Conflict("distill_hidden", "hidden_size", "it compares states of equal widths", ONE),
+        Conflict("distill_hidden", "hidden_size", "it compares states of equal widths", shared.ONE),
         *(
             Conflict(
                 whole,
@@ -237,6 +230,6 @@ class StructureRecipe(
         ),
     )
 
-    distillation: Distill = Distill()
-    calibration: Calibration = Calibration()
-    memory: Memory = Memory()
+    distillation: shared.Distill = shared.Distill()
+    calibration: shared.Calibration = shared.Calibration()
+    memory: shared.Memory = shared.Memory()

@@ -7,27 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from secateur.recipes import shared
 from secateur.recipes.options import (
     MAX_SEED,
-    MEMORY,
-    OUTPUT,
-    TEACHER,
-    WHAT,
     Conflict,
     Flag,
+    Heading,
     Recipe,
     Section,
     Texts,
     text_alone,
-)
-from secateur.recipes.shared import (
-    DEFAULT_TEXT,
-    ONE,
-    OR_OWN,
-    Device,
-    MemoryLimit,
-    OutputFolder,
-    Planning,
 )
 
 
@@ -56,7 +45,7 @@ class LoraOptions(Section):
     """Names of linear layers that get none."""
 
 
-class PruningOptions(Section):
+class _PruningOptions(Section):
     """Pruning during training: how much, and which weights."""
 
     alone: ClassVar = {float: "sparsity", str: "pattern"}
@@ -81,7 +70,7 @@ class PruningOptions(Section):
             return super().opened(value)
 
 
-class GradualOptions(PruningOptions):
+class GradualOptions(_PruningOptions):
     """Gradual pruning: a few more zeros every few steps of the training."""
 
     schedule: str = "cubic"
@@ -104,7 +93,7 @@ class GradualOptions(PruningOptions):
         return self
 
 
-class IterativeOptions(PruningOptions):
+class IterativeOptions(_PruningOptions):
     """Iterative pruning: prune a part, train, prune the next part."""
 
     rounds: int = Field(4, gt=0)
@@ -123,18 +112,18 @@ class IterativeOptions(PruningOptions):
         return self
 
 
-class TrainingTextSection(Section):
+class _TrainingTextSection(Section):
     """The model to train, and the text to train it on."""
 
-    group = WHAT
+    group = Heading.WHAT
 
     model: Annotated[str, Flag(value="MODEL")]
     """Pruned, cut or dense model: hub id, folder, named sample, or a recipe (`*.yaml`)."""
     text: Annotated[
         Texts,
         BeforeValidator(text_alone),
-        Flag(value="TEXT", default=OR_OWN, own_text="calibrate"),
-    ] = Field((DEFAULT_TEXT,), min_length=1)
+        Flag(value="TEXT", default=shared.OR_OWN, own_text="calibrate"),
+    ] = Field((shared.DEFAULT_TEXT,), min_length=1)
     """Training text: file, folder, hub data set or named text. May be repeated; each text then
     gives equally many windows."""
     field: str = "text"
@@ -162,7 +151,7 @@ class TrainingTextSection(Section):
     """Seed that chooses the windows and their order."""
 
 
-class TrainingLength(Section):
+class _TrainingLength(Section):
     """How long the model is trained."""
 
     steps: Annotated[
@@ -210,7 +199,7 @@ class OptimizerOptions(Section):
 
 
 # pydantic lists the fields of the last base first
-class Optimisation(OptimizerOptions, TrainingLength):
+class _Optimisation(OptimizerOptions, _TrainingLength):
     """How the model is trained."""
 
     lora: Annotated[
@@ -231,10 +220,10 @@ class Optimisation(OptimizerOptions, TrainingLength):
     """Number of validations during the run; one more comes before it."""
 
 
-class TrainingMemorySection(Section):
+class _TrainingMemorySection(Section):
     """How the training saves memory and time."""
 
-    group = MEMORY
+    group = Heading.MEMORY
 
     micro_batch_windows: Annotated[
         int | None, Flag(aliases=("micro_batch_size",), default="about 2048 tokens")
@@ -246,19 +235,19 @@ class TrainingMemorySection(Section):
     """Multiply in bfloat16 on processors where this is faster."""
 
 
-class TrainingOutput(OutputFolder):
+class _TrainingOutput(shared.OutputFolder):
     """Where the training writes."""
 
-    group = OUTPUT
+    group = Heading.OUTPUT
 
     save_minutes: float = Field(5.0, ge=0)
     """Minutes between saves; a stopped run resumes from the last one."""
 
 
-class TeacherSection(Section):
+class _TeacherSection(Section):
     """The model to learn from, and how. Without a teacher the model learns from the text alone."""
 
-    group = TEACHER
+    group = Heading.TEACHER
 
     teacher: Annotated[str | None, Flag(value="MODEL", default="none: learn from the text")] = None
     """Model to learn from, such as the one that was pruned: hub id, folder or named sample."""
@@ -278,19 +267,19 @@ class TeacherSection(Section):
 
 class TrainRecipe(
     # pydantic lists the fields of the last base first
-    Device,
-    TrainingMemorySection,
-    Optimisation,
-    TeacherSection,
-    TrainingTextSection,
-    TrainingOutput,
+    shared.Device,
+    _TrainingMemorySection,
+    _Optimisation,
+    _TeacherSection,
+    _TrainingTextSection,
+    _TrainingOutput,
     Recipe,
 ):
     """One training, on text alone or with a teacher. Pruned weights stay zero."""
 
-    run = Planning
+    run = shared.Planning
     needs: ClassVar = {
-        **dict.fromkeys((n for n in TeacherSection.model_fields if n != "teacher"), ("teacher",)),
+        **dict.fromkeys((n for n in _TeacherSection.model_fields if n != "teacher"), ("teacher",)),
     }
     conflicts = (
         *(
@@ -302,12 +291,14 @@ class TrainRecipe(
             )
             for pruning in ("gradual", "iterative")
         ),
-        Conflict("gradual", "iterative", "these are two ways to prune", ONE),
+        Conflict("gradual", "iterative", "these are two ways to prune", shared.ONE),
         *(
-            Conflict(*pair, "must be one of them, the length of the training", ONE)
+            Conflict(*pair, "must be one of them, the length of the training", shared.ONE)
             for pair in combinations(("steps", "minutes", "epochs"), 2)
         ),
-        Conflict("top_k", "hidden_weight", "a teacher that is stored has no hidden states", ONE),
+        Conflict(
+            "top_k", "hidden_weight", "a teacher that is stored has no hidden states", shared.ONE
+        ),
     )
 
-    memory: MemoryLimit = MemoryLimit()
+    memory: shared.MemoryLimit = shared.MemoryLimit()

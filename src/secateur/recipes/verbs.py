@@ -12,12 +12,25 @@ Entry points are read only for a word that is no verb here, because that takes a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from keyword import iskeyword
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import RecipeError
+from secateur.parallel.launched import Launched
+from secateur.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from secateur.parallel.ranks import Ranks
+
+Showing = Callable[[], AbstractContextManager[Progress]]
+"""Makes what shows the progress, in the process that shows it."""
 
 MAKE, RUN, MEASURE, PUBLISH = STAGES = (
     "Make a smaller model",
@@ -41,16 +54,13 @@ class Verb:
         summary: one sentence for the list of verbs.
         recipe: the place of its recipe class, `package.module:name`.
         step: the place of its step: a class for the runner, or a function that takes the recipe,
-            a progress and the options of the call. Its docstring is that of the Python function.
+            a progress and the options of the call; with `ranks`, several processes share its work.
+            Its docstring is that of the Python function.
         plan: the place of the function for a dry run, which takes the same.
-        worker: the place of what other processes do, which share the work of this one; takes the
-            recipe and the processes.
         function: the place of the Python function, if `step` alone does not make it.
-        command: the place of what the command does, if it does more than to run the step; takes
-            the recipe and the options of the call.
         more: further sentences for the help of the verb.
-        together: whether several processes, started by torchrun, can share its work.
         streams: whether it prints by itself; its step then takes `as_json` instead of a progress.
+        only_command: whether there is no Python function.
         after: the verb of the core that `secateur --help` lists before it.
     """
 
@@ -58,14 +68,12 @@ class Verb:
     stage: str
     summary: str
     recipe: str
-    step: str = ""
+    step: str
     plan: str = ""
-    worker: str = ""
     function: str = ""
-    command: str = ""
     more: str = ""
-    together: bool = False
     streams: bool = False
+    only_command: bool = False
     after: str = ""
 
     @property
@@ -76,31 +84,94 @@ class Verb:
     @property
     def in_python(self) -> bool:
         """Whether there is a Python function."""
-        return bool(self.function or self.step) and self.name not in ("demo", "serve")
+        return bool(self.function) or not (self.streams or self.only_command)
 
-    def carry_out(self, recipe: Any, call: Mapping[str, Any], progress: Any, **ranks: Any) -> Any:
+    def run(
+        self, recipe: Any, call: Mapping[str, Any], showing: Showing, *, command: bool = False
+    ) -> Any:
         """Carry out a recipe, or plan it only.
 
+        The first process does everything that one process does: it checks the recipe, opens the
+        folder, and writes the result. The others do the `share` of the step, or the same function.
+        They wait until the first one sends them something, so whatever it refuses is refused before
+        any work. An error of one process ends all.
+
         Args:
-            recipe: the recipe.
+            recipe: its recipe; all processes have the same.
             call: the options of the call.
-            progress: receives every step.
-            **ranks: the processes that share the work, if there are several.
+            showing: makes what shows the progress, in the first process.
+            command: whether it is a command, which the launched processes share. A function in
+                Python works alone, unless all of them call it.
+
+        Returns:
+            The result. A command has none in a process that is not the first.
+
+        Raises:
+            SecateurError: what, where, and what to do.
         """
         options = dict(call)
-        if options.pop("dry_run", False):
-            return imported(self.plan)(recipe, progress, options)
-        step = imported(self.step)
-        if isinstance(step, type):
-            return imported("secateur.steps.runner:carry_out")(
-                step, recipe, progress, **options, **ranks
+        launched = Launched.read(os.environ) if command else Launched()
+        if launched.count > 1:  # torch would print the stack of every connection that closes
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        step, dry_run = imported(self.step), options.pop("dry_run", False)
+        share, ranks = _share_of(step), None
+        if launched.count > 1 and (dry_run or share is None):
+            words = f"secateur {self.name}{' --dry-run' * dry_run}"
+            raise RecipeError(
+                f"`{words}` works in one process yet, and there are {launched.count}",
+                remedy="start it without torchrun",
             )
-        return step(recipe, progress, **options, **ranks)
+        if self.streams:
+            return step(recipe, **options)
+        if dry_run:
+            with showing() as progress:
+                return imported(self.plan)(recipe, progress, options)
+        cluster = getattr(recipe, "cluster", None)
+        if cluster is not None and cluster.ray is not None:
+            return self._run_on_ray(recipe, call, showing)
+        work = step
+        if hasattr(step, "caller"):  # a class for the runner
+            work = partial(imported("secateur.steps.runner:carry_out"), step)
+            ranks = None if command else step.caller(recipe)
+        if launched.count > 1:
+            ranks = imported("secateur.parallel.processes:joined")(recipe.device)
+        with ranks or nullcontext():
+            if ranks and not ranks.first:
+                made = share and share(recipe, ranks)
+                return None if command else made
+            with showing() as progress:
+                return work(recipe, progress, **options, **({"ranks": ranks} if ranks else {}))
+
+    def _run_on_ray(self, recipe: Any, call: Mapping[str, Any], showing: Showing) -> Any:
+        """Carry out a recipe in processes that Ray starts. All machines see its files."""
+        from secateur.parallel.ray_launcher import launch
+        from secateur.runs.environment import choose_device
+
+        cluster = recipe.cluster
+        on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
+        own = recipe.model_copy(update={"cluster": type(cluster)()})
+        launch(
+            cluster.ray,
+            cluster.processes,
+            on_gpu,
+            partial(self.run, own, dict(call), showing, command=True),
+        )
+        return imported(self.step).result(Path(recipe.output).absolute())
 
     @property
     def about(self) -> str:
         """The summary and the further sentences."""
         return f"{self.summary}\n\n{self.more}" if self.more else self.summary
+
+
+def _share_of(step: Any) -> Callable[[Any, Ranks], Any] | None:
+    """What a process does that is not the first; None if a step works in one process."""
+    if isinstance(step, type):
+        share: Callable[[Any, Ranks], Any] | None = getattr(step, "share", None)
+        return share
+    if "ranks" not in signature(step).parameters:
+        return None
+    return lambda recipe, ranks: step(recipe, Silent(), ranks=ranks)
 
 
 def imported(place: str) -> Any:
@@ -144,10 +215,8 @@ VERBS: dict[str, Verb] = {
             "Prune a model into a new folder that plain transformers loads.",
             "secateur.recipes.prune:PruneRecipe",
             step="secateur.steps.prune:Prune",
-            plan="secateur.steps.plan_prune:plan_recipe",
+            plan="secateur.steps.prune:plan_recipe",
             function="secateur.steps.prune:prune",
-            command="secateur.cli.commands:carry_out_prune",
-            together=True,
         ),
         Verb(
             "structure",
@@ -157,8 +226,6 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.structure:StructureRecipe",
             step="secateur.steps.structure:CutStructure",
             plan="secateur.steps.structure:plan_structure",
-            worker="secateur.structured.choices:run_worker",
-            together=True,
         ),
         Verb(
             "train",
@@ -168,7 +235,6 @@ VERBS: dict[str, Verb] = {
             "secateur.recipes.train:TrainRecipe",
             step="secateur.steps.train:Train",
             plan="secateur.steps.train:plan_training",
-            together=True,
         ),
         Verb(
             "compress",
@@ -225,7 +291,8 @@ VERBS: dict[str, Verb] = {
             MAKE,
             "List presets, methods and their parts.",
             "secateur.recipes.prune:MethodsRecipe",
-            command="secateur.cli.commands:carry_out_methods",
+            step="secateur.steps.methods:list_methods",
+            function="secateur.steps.methods:methods",
         ),
         Verb(
             "demo",
@@ -233,6 +300,7 @@ VERBS: dict[str, Verb] = {
             "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
             "secateur.recipes.prune:DemoRecipe",
             step="secateur.steps.demo:run_demo",
+            only_command=True,
         ),
         Verb(
             "generate",
@@ -240,7 +308,7 @@ VERBS: dict[str, Verb] = {
             "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
             "secateur.recipes.deploy:GenerateRecipe",
             function="secateur.steps.generate:generate",
-            command="secateur.cli.commands:carry_out_generate",
+            step="secateur.cli.commands:carry_out_generate",
             streams=True,
         ),
         Verb(
@@ -248,7 +316,7 @@ VERBS: dict[str, Verb] = {
             RUN,
             "Talk to a model in the terminal.",
             "secateur.recipes.deploy:ChatRecipe",
-            command="secateur.cli.commands:carry_out_chat",
+            step="secateur.cli.commands:carry_out_chat",
             more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
             "answer. Without a terminal every line of stdin is a message.",
             streams=True,
@@ -259,12 +327,10 @@ VERBS: dict[str, Verb] = {
             "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
             "secateur.recipes.measure:EvaluateRecipe",
             step="secateur.steps.evaluate:run_evaluation",
-            worker="secateur.steps.evaluate:run_worker",
             function="secateur.steps.evaluate:evaluate",
             more="Every number comes with the id of its protocol. Numbers with different ids "
             "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
             "beside those of other protocols.",
-            together=True,
         ),
         Verb(
             "bench",
@@ -279,7 +345,7 @@ VERBS: dict[str, Verb] = {
             "Show family, sizes, linear layers and the sparsity that is really stored.",
             "secateur.recipes.measure:InspectRecipe",
             function="secateur.steps.inspect:inspect",
-            command="secateur.cli.commands:carry_out_inspect",
+            step="secateur.steps.inspect:inspect_recipe",
         ),
         Verb(
             "diagnose",

@@ -8,18 +8,12 @@
 Every verb that writes a folder uses it. Files that a resumed run reads stay until the rename. An
 old output stays until the new one has its name. A lock keeps two runs from one folder. Files that
 no run has made are never removed.
-
-The ledger of a run has one line for each finished layer, so that a killed run can resume. A line is
-written only after the layer's weights and the next layer's inputs are on disk. A line that a kill
-has cut off is dropped, and its layer is repeated.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -34,18 +28,8 @@ from typing import Any, NamedTuple
 
 from secateur.errors import MemoryBudgetError, RecipeError, SecateurError
 from secateur.progress import Progress, Silent
-from secateur.runs.output import (
-    UNFINISHED,
-    cannot_write,
-    check_apart,
-    check_free,
-    check_replaceable,
-    check_writable,
-    is_full,
-    take_name,
-    write_json,
-)
-from secateur.runs.records import Layer
+from secateur.runs import output as files
+from secateur.runs.lock import Lock
 
 NOTES = "secateur"
 """The folder within a model's folder with recipe, manifest and records of its runs."""
@@ -74,6 +58,11 @@ class State:
     process: int = 0
     host: str = ""
     since: str = ""
+
+    def held(self) -> State:
+        """The same state, with this process as the one that works here."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        return replace(self, process=os.getpid(), host=socket.gethostname(), since=since)
 
 
 class RunFolder:
@@ -105,7 +94,7 @@ class RunFolder:
         if output is None or not str(output):
             raise RecipeError("no output folder", remedy="add --output DIR")
         self.output = Path(os.path.abspath(output))
-        check_writable(self.output)
+        files.check_writable(self.output)
         self.verb, self.overwrite, self.restart = verb, overwrite, restart
         self.wants_resume = resume
         self.partial = self.output.with_name(self.output.name + ".partial")
@@ -113,7 +102,7 @@ class RunFolder:
         self.whole = self.finished = self.resumed = False
         self.identity: dict[str, Any] | None = None
         self.lock = Lock(self.partial)
-        self.state = self.look()
+        self.state = self.check_state()
 
     # -- places ----------------------------------------------------------------------------------
 
@@ -133,13 +122,13 @@ class RunFolder:
         return self.model / NOTES
 
     @property
-    def spare(self) -> Path:
+    def old_output(self) -> Path:
         """The name of an old output for a moment, while it is replaced."""
         return self.partial / "replaced"
 
     # -- checks ----------------------------------------------------------------------------------
 
-    def look(self) -> State | None:
+    def check_state(self) -> State | None:
         """Read the state of the folder, and refuse an impossible call; writes nothing.
 
         Returns:
@@ -148,16 +137,16 @@ class RunFolder:
         try:
             stopped = self.stopped()
             if self.lock.is_taken:
-                raise in_use(None if stopped is None else asdict(stopped), self.partial)
+                raise self.in_use(stopped)
             begun = stopped if stopped is not None and stopped.identity is not None else None
             result = self.result(begun) if self.wants_resume and not self.restart else None
             self.finished = result is not None
             if begun is not None and not self.restart and not self.has_name(begun):
                 self.check_stopped(begun)
-            if not self.finished and not self.spare.exists():
-                check_replaceable(self.output, self.overwrite)
+            if not self.finished and not self.old_output.exists():
+                files.check_replaceable(self.output, self.overwrite)
         except OSError as error:
-            raise cannot_write(error, self.output) from error
+            raise files.cannot_write(error, self.output) from error
         return result or (begun if self.wants_resume and not self.restart else None)
 
     def result(self, begun: State | None) -> State | None:
@@ -208,7 +197,7 @@ class RunFolder:
             return State(**stored, finished=tuple(finished) if finished else None)
         except FileNotFoundError:  # a run is starting, or is being discarded
             left = {entry.name for entry in self.partial.iterdir()}
-            if not left or self.mark.name in left:
+            if not left or self.empty_mark.name in left:
                 return None
         except (OSError, ValueError, TypeError):
             pass
@@ -225,6 +214,18 @@ class RunFolder:
         found = self.output.stat()
         return stopped.finished == (found.st_dev, found.st_ino)
 
+    def in_use(self, state: State | None) -> RecipeError:
+        """The error that another process works on the folder; names it if it is known."""
+        name = "another process"
+        if state is not None:
+            name = f"process {state.process} on {state.host} (secateur {state.verb}, since "
+            name += f"{state.since})"
+        return RecipeError(
+            f"{name} is working on this output",
+            where=str(self.partial),
+            remedy="wait until it ends, or choose another --output",
+        )
+
     def keep_apart(self, *read: str | Path | None) -> None:
         """Refuse an output that would replace files that the run reads, or is inside them.
 
@@ -236,21 +237,20 @@ class RunFolder:
         """
         for path in read:
             if path is not None:
-                check_apart(path, self.output, self.partial)
+                files.check_apart(path, self.output, self.partial)
 
     # -- the life of a run -----------------------------------------------------------------------
 
     def __enter__(self) -> RunFolder:
         try:
             if not self.lock.take():
-                stopped = self.stopped()
-                raise in_use(None if stopped is None else asdict(stopped), self.partial)
-            self.put_back()
-            self.state = self.look()
+                raise self.in_use(self.stopped())
+            self.restore_old_output()
+            self.state = self.check_state()
             self.resumed = self.state is not None
             if self.state is None:
-                self.clear()
-            self.write_state(replace(self.state or State(self.verb), **holder(self.verb)))
+                self.remove_contents()
+            self.write_state((self.state or State(self.verb)).held())
             if not self.finished:
                 self.work.mkdir(exist_ok=True)
                 self.notes.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ class RunFolder:
                     self.partial.rmdir()
             self.lock.release()
             if isinstance(error, OSError):
-                raise cannot_write(error, self.output) from error
+                raise files.cannot_write(error, self.output) from error
             raise
         return self
 
@@ -272,9 +272,9 @@ class RunFolder:
     ) -> None:
         waste = self.finished or (error is not None and self.is_waste(error))
         full = None
-        if error is not None and is_full(error):
+        if error is not None and files.is_full(error):
             where = error.where if isinstance(error, SecateurError) else None
-            full = cannot_write(error, Path(where or self.partial), kept=not waste)
+            full = files.cannot_write(error, Path(where or self.partial), kept=not waste)
         try:
             if waste:
                 self.remove()
@@ -323,15 +323,15 @@ class RunFolder:
         """
         assert self.state is not None
         self.whole = True
-        check_replaceable(self.output, self.overwrite, result=self.model)
+        files.check_replaceable(self.output, self.overwrite, result=self.model)
         if self.identity is not None:
-            write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
+            files.write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
         found = self.model.stat()
         self.write_state(replace(self.state, finished=(found.st_dev, found.st_ino)))
         try:
-            take_name(self.model, self.output, self.spare)
+            files.take_name(self.model, self.output, self.old_output)
         except FileExistsError:
-            check_replaceable(self.output, self.overwrite, result=self.model)
+            files.check_replaceable(self.output, self.overwrite, result=self.model)
             raise
         self.finished = True
 
@@ -340,19 +340,19 @@ class RunFolder:
     def write_state(self, state: State) -> None:
         """Write `run.json` in one step."""
         try:
-            write_json(self.partial / STATE, asdict(state))
+            files.write_json(self.partial / STATE, asdict(state))
         except OSError as error:
-            raise cannot_write(error, self.partial) from error
+            raise files.cannot_write(error, self.partial) from error
         self.state = state
 
     def state_text(self) -> str:
         """The content of `run.json`, by which another process recognises the folder."""
         return (self.partial / STATE).read_text(encoding="utf-8")
 
-    def put_back(self) -> None:
+    def restore_old_output(self) -> None:
         """Restore the name of an old output, if a kill came between two renames."""
-        if self.spare.exists() and not os.path.lexists(self.output):
-            self.spare.rename(self.output)
+        if self.old_output.exists() and not os.path.lexists(self.output):
+            self.old_output.rename(self.output)
 
     def is_waste(self, error: BaseException) -> bool:
         """Whether an error has left nothing worth keeping."""
@@ -360,7 +360,7 @@ class RunFolder:
             return False
         if self.state is None or self.state.identity is None:
             return True
-        lasting = isinstance(error, SecateurError) and not has_ended(error)
+        lasting = isinstance(error, SecateurError) and not _has_ended(error)
         return lasting and not self.resumed and not self.worth_resuming()
 
     def has_results(self) -> bool:
@@ -368,19 +368,19 @@ class RunFolder:
         return any(entry.is_dir() for entry in self.work.iterdir())
 
     @property
-    def mark(self) -> Path:
+    def empty_mark(self) -> Path:
         """A file that marks the folder as ours, with nothing to resume; replaces the state."""
-        return self.partial / (STATE + UNFINISHED)
+        return self.partial / (STATE + files.UNFINISHED)
 
-    def clear(self) -> None:
+    def remove_contents(self) -> None:
         """Remove everything except the state, or except the mark if nothing can be resumed.
 
         It needs no space, because the disk may be full.
         """
         if not self.finished and (self.partial / STATE).exists():
-            (self.partial / STATE).replace(self.mark)
+            (self.partial / STATE).replace(self.empty_mark)
         for entry in self.partial.iterdir():
-            if entry.name == STATE or entry == self.mark:
+            if entry.name == STATE or entry == self.empty_mark:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -389,8 +389,8 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the partial folder; the file that marks it as ours goes last."""
-        self.clear()
-        for file in (self.mark, self.partial / STATE):
+        self.remove_contents()
+        for file in (self.empty_mark, self.partial / STATE):
             file.unlink(missing_ok=True)
         self.partial.rmdir()
 
@@ -419,14 +419,14 @@ def check_output(
     names = ("resume", "restart", "overwrite")
     folder = RunFolder(output, verb, **{name: bool(call.get(name)) for name in names})
     folder.keep_apart(*read)
-    check_free(needed_bytes, folder.output, folder.partial)
+    files.check_free(needed_bytes, folder.output, folder.partial)
 
 
-def has_ended(error: BaseException) -> bool:
+def _has_ended(error: BaseException) -> bool:
     """Whether memory or disk has ended during the work. A run that does not fit is refused."""
     cause = error.__cause__
     return isinstance(error, MemoryBudgetError) and (
-        has_ended(cause) if isinstance(cause, SecateurError) else cause is not None
+        _has_ended(cause) if isinstance(cause, SecateurError) else cause is not None
     )
 
 
@@ -435,7 +435,7 @@ LONGEST = 120
 """The most characters of a value that an error shows."""
 
 
-class StoredFile(NamedTuple):
+class _StoredFile(NamedTuple):
     """A file or folder in an identity.
 
     Attributes:
@@ -486,26 +486,16 @@ def content_of(path: str) -> Any:
         return path
     files = sorted(file for file in place.rglob("*") if file.is_file()) or [place]
     lines = [f"{file.relative_to(place)} {file_digests([file])[file.name]}" for file in files]
-    return StoredFile(path, hashlib.sha256("\n".join(lines).encode()).hexdigest())._asdict()
-
-
-def what_counts(value: Any) -> Any:
-    """An identity without how its files are spelled."""
-    value = StoredFile.of(value)
-    if isinstance(value, StoredFile):
-        return value.sha256
-    if isinstance(value, Mapping):
-        return {key: what_counts(x) for key, x in value.items()}
-    return [*map(what_counts, value)] if isinstance(value, list | tuple) else value
+    return _StoredFile(path, hashlib.sha256("\n".join(lines).encode()).hexdigest())._asdict()
 
 
 def _leaves(value: Any, place: str = "") -> dict[str, Any]:
     """The values in an identity by their place."""
-    value = StoredFile.of(value)
+    value = _StoredFile.of(value)
     inner: Iterable[tuple[Any, Any]]
     if isinstance(value, Mapping):
         inner = value.items()
-    elif isinstance(value, list | tuple) and not isinstance(value, StoredFile):
+    elif isinstance(value, list | tuple) and not isinstance(value, _StoredFile):
         inner = enumerate(value, start=1)
     else:
         return {place: value}
@@ -525,9 +515,9 @@ def differences(before: Any, now: Any, *, finished: bool = False) -> list[str]:
     found = []
     for place in sorted(one.keys() | other.keys()):
         then, here = one.get(place), other.get(place)
-        name, named = (x.spelled if isinstance(x, StoredFile) else x for x in (then, here))
-        content, held = (x.sha256 if isinstance(x, StoredFile) else x for x in (then, here))
-        both = isinstance(then, StoredFile) and isinstance(here, StoredFile)
+        name, named = (x.spelled if isinstance(x, _StoredFile) else x for x in (then, here))
+        content, held = (x.sha256 if isinstance(x, _StoredFile) else x for x in (then, here))
+        both = isinstance(then, _StoredFile) and isinstance(here, _StoredFile)
         if content == held or (name == named and not (finished and both)):
             continue
         line = f"{place}: {name!r} then, {named!r} now"
@@ -558,184 +548,3 @@ def refuse_another(before: Any, now: Any, where: Path, *, finished: bool = False
             if finished
             else "repeat the options of the first call, or start anew with --restart",
         )
-
-
-def _module(name: str) -> Any:
-    """A module that not every system has; None where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-fcntl, msvcrt = _module("fcntl"), _module("msvcrt")
-"""POSIX and Windows lock by one of them."""
-
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""The errors of file systems without locks."""
-
-
-def holder(verb: str) -> dict[str, Any]:
-    """The description of this process as the holder of a folder."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"verb": verb, "process": os.getpid(), "host": socket.gethostname(), "since": since}
-
-
-def in_use(who: Mapping[str, Any] | None, folder: Path) -> RecipeError:
-    """The error that another process works on a folder; names it if it is known."""
-    name = "another process"
-    if who is not None:
-        name = (
-            f"process {who['process']} on {who['host']} (secateur {who['verb']}, since "
-            f"{who['since']})"
-        )
-    return RecipeError(
-        f"{name} is working on this output",
-        where=str(folder),
-        remedy="wait until it ends, or choose another --output",
-    )
-
-
-class Lock:
-    """A lock on the folder itself, which needs no lock file; on Windows on a file beside it.
-
-    The system releases it when the process ends, however it ends. A killed process leaves the file
-    beside the folder, and the next one uses it.
-
-    Args:
-        folder: is created if it does not exist.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.descriptor: int | None = None
-
-    def take(self, *, create: bool = True) -> bool:
-        """Lock the folder; returns False if another process holds it.
-
-        Args:
-            create: make the folder if there is none; otherwise nobody holds it.
-        """
-        while self.descriptor is None:
-            if create:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            elif not self.folder.exists():
-                break
-            if fcntl is None:
-                return self.take_file()
-            with contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(self.folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    return False
-                except OSError as error:
-                    if error.errno not in WITHOUT_LOCKS:
-                        raise
-                    log.warning("%s is on a file system without locks: %s", self.folder, error)
-                if self.is_folder(descriptor):
-                    self.descriptor = descriptor
-                else:  # the last holder has just removed it
-                    os.close(descriptor)
-        return True
-
-    @property
-    def file(self) -> Path:
-        """The file that is locked where folders cannot be."""
-        return self.folder.with_name(self.folder.name + ".lock")
-
-    def take_file(self) -> bool:
-        """Lock the file beside the folder; returns False if another process holds it."""
-        if msvcrt is None:
-            log.warning("%s is on a system without locks", self.folder)
-            return True
-        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            os.close(descriptor)
-            return False
-        self.descriptor = descriptor
-        return True
-
-    @property
-    def is_taken(self) -> bool:
-        """Whether another process holds the folder now."""
-        if self.descriptor is not None:
-            return False
-        taken = not self.take(create=False)
-        self.release()
-        return taken
-
-    def is_folder(self, descriptor: int) -> bool:
-        """Whether an open folder is still the one of this name."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.folder))
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        """Release the lock."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-            if fcntl is None:
-                with contextlib.suppress(OSError):  # another process has just opened it
-                    self.file.unlink()
-
-
-class Ledger:
-    """Append-only record of a run.
-
-    Args:
-        file: of the ledger; None for a run only in memory.
-    """
-
-    def __init__(self, file: Path | None = None) -> None:
-        self.file = file
-        self.entries: list[dict[str, Any]] = []
-
-    @property
-    def layers(self) -> list[Layer]:
-        """The records of finished layers, in order of completion."""
-        lines = (entry for entry in self.entries if "layer" in entry)
-        return [Layer.model_validate(entry, extra="ignore") for entry in lines]
-
-    @property
-    def begun(self) -> bool:
-        """Whether an earlier run has started this ledger."""
-        return self.file is not None and self.file.exists()
-
-    def begin(self) -> None:
-        """Start a new ledger."""
-        self.entries = []
-        if self.file is not None:
-            self.file.write_bytes(b"")
-
-    def resume(self) -> int:
-        """Read an earlier run's ledger; returns how many layers are finished."""
-        assert self.file is not None
-        self.entries = []
-        whole = 0
-        for line in self.file.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            self.entries.append(json.loads(line))
-            whole += len(line)
-        os.truncate(self.file, whole)
-        return len(self.layers)
-
-    def finish_layer(self, layer: Layer) -> None:
-        """Record a finished layer."""
-        self.append(layer.to_json())
-
-    def append(self, entry: dict[str, Any]) -> None:
-        """Write one line so that it survives a power cut."""
-        self.entries.append(entry)
-        if self.file is None:
-            return
-        with self.file.open("ab") as stream:
-            stream.write(json.dumps(entry).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())

@@ -29,32 +29,19 @@ from secateur.progress import Labelled, Progress
 from secateur.recipes.keywords import plain
 from secateur.recipes.options import Recipe
 from secateur.recipes.prune import ChainRecipe, PruneRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe, nested
+from secateur.recipes.reading import build_recipe, nested
+from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.registry import did_you_mean
+from secateur.reporting import plan as plans
 from secateur.reporting.cards import made_again, shown_place
 from secateur.reporting.models import ChainResult
-from secateur.reporting.plan import (
-    ChainPlanResult,
-    ChainPlanStep,
-    CutPlanResult,
-    PlanResult,
-    TrainPlanResult,
-)
 from secateur.runs import records
 from secateur.runs.folder import NOTES, STATE, check_output, differences, refuse_another
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
-from secateur.steps.runner import (
-    RunContext,
-    Step,
-    carry_out,
-    model_digests,
-    recipe_identity,
-    source_of,
-    step_of,
-)
+from secateur.steps import runner
 from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import count, plan_cut
@@ -81,7 +68,7 @@ STEPS = ("structure", "prune", "train", "compress")
 
 
 @dataclass(frozen=True)
-class PlannedStep:
+class _PlannedStep:
     """One step of a chain.
 
     Attributes:
@@ -102,14 +89,16 @@ class PlannedStep:
     @cached_property
     def options(self) -> dict[str, Any]:
         """Everything that affects the step's model, apart from the model before it."""
-        return {self.verb: recipe_identity(self.recipe, {"trust_remote_code"})}
+        return {self.verb: runner.recipe_identity(self.recipe, {"trust_remote_code"})}
 
-    def run(self, outer: RunContext, recipe: Any, source: LocalCheckpoint, **call: Any) -> None:
+    def run(
+        self, outer: runner.RunContext, recipe: Any, source: LocalCheckpoint, **call: Any
+    ) -> None:
         """Carry out the step on a source, as a part of the run of the recipe."""
         shown = {name: getattr(recipe, name) for name in ("model", "output", "trust_remote_code")}
         with _named_step(self.number, self.verb):
-            carry_out(
-                step_of(self.verb),
+            runner.carry_out(
+                runner.step_of(self.verb),
                 self.recipe.model_copy(update=shown),
                 outer.progress,
                 at=outer.folder.work / self.name,
@@ -117,13 +106,13 @@ class PlannedStep:
                 **call,
             )
 
-    def planned(self, recipe: ChainRecipe, progress: Any) -> ChainPlanStep:
+    def planned(self, recipe: ChainRecipe, progress: Any) -> plans.ChainPlanStep:
         """The plan of the step on the model of the chain; and why, where there is none.
 
         Raises:
             SecateurError: the first step, which reads that model, would be refused.
         """
-        row, step = VERBS[self.verb], ChainPlanStep(self.verb)
+        row, step = VERBS[self.verb], plans.ChainPlanStep(self.verb)
         if not row.plan:
             return step
         shown = {"model": recipe.model, "output": None}
@@ -132,21 +121,21 @@ class PlannedStep:
         )
         try:
             with _named_step(self.number, self.verb):
-                plan = row.carry_out(own, {"dry_run": True}, Labelled(progress, self.verb))
+                plan = imported(row.plan)(own, Labelled(progress, self.verb), {})
         except SecateurError as error:
             if self.number == 1:
                 raise
             return replace(step, unknown=error.what)
-        if isinstance(plan, TrainPlanResult):
+        if isinstance(plan, plans.TrainPlanResult):
             return replace(step, peak_bytes=plan.memory["peak"])
-        after = plan.after if isinstance(plan, CutPlanResult) and self.number == 1 else None
-        pruning = plan.plan if isinstance(plan, CutPlanResult) else plan
+        after = plan.after if isinstance(plan, plans.CutPlanResult) and self.number == 1 else None
+        pruning = plan.plan if isinstance(plan, plans.CutPlanResult) else plan
         return replace(
             step,
             parameters=None if after is None else after.parameters,
             file_bytes=None if after is None else after.file_bytes,
             peak_bytes=None if pruning is None else pruning.peak_bytes,
-            seconds=plan.seconds if isinstance(plan, PlanResult) else None,
+            seconds=plan.seconds if isinstance(plan, plans.PlanResult) else None,
         )
 
 
@@ -160,7 +149,9 @@ def _named_step(number: int, verb: str) -> Iterator[None]:
         raise type(error)(error.what, where=where, remedy=error.remedy) from error
 
 
-def plan_chain(recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any]) -> ChainPlanResult:
+def plan_chain(
+    recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any]
+) -> plans.ChainPlanResult:
     """Check all steps, and show what each of them would leave and need.
 
     Args:
@@ -172,17 +163,17 @@ def plan_chain(recipe: ChainRecipe, progress: Progress, call: Mapping[str, Any])
         SecateurError: as the chain would.
     """
     steps, trust = checked_steps(recipe.steps, recipe.model), recipe.trust_remote_code
-    source = source_of(recipe, progress)
+    source = runner.source_of(recipe, progress)
     _check_cuts(steps, source.folder, trust)
     whole = accounting(build_skeleton(source.folder, trust_remote_code=trust), Cut()).before
-    rows = [ChainPlanStep("source", whole.parameters, whole.file_bytes)]
+    rows = [plans.ChainPlanStep("source", whole.parameters, whole.file_bytes)]
     rows += [step.planned(recipe, progress) for step in steps]
     known = sum(row.file_bytes or whole.file_bytes for row in rows[1:])
     check_output(recipe.output, "chain", known, (recipe.model, source.folder), call)
-    return ChainPlanResult(steps=tuple(rows))
+    return plans.ChainPlanResult(steps=tuple(rows))
 
 
-class ChainSteps(Step[Any, ChainResult]):
+class ChainSteps(runner.Step[Any, ChainResult]):
     """Carry out several verbs. Each reads the result of the previous one.
 
     All are checked before the first one runs. A stopped chain can resume with different steps if
@@ -191,20 +182,20 @@ class ChainSteps(Step[Any, ChainResult]):
 
     verb = "chain"
 
-    def __init__(self, recipe: Any, run: RunContext) -> None:
+    def __init__(self, recipe: Any, run: runner.RunContext) -> None:
         super().__init__(recipe, run)
-        self.steps: list[PlannedStep] = run.checked
+        self.steps: list[_PlannedStep] = run.checked
         _check_cuts(self.steps, run.source.folder, recipe.trust_remote_code)
 
     @classmethod
-    def check(cls, recipe: Any) -> list[PlannedStep]:
+    def check(cls, recipe: Any) -> list[_PlannedStep]:
         """Read and check all steps."""
         return checked_steps(recipe.steps, recipe.model)
 
     def identity(self) -> dict[str, Any]:
         """The model."""
         files = shard_files(self.run.source.folder)
-        return {"source_files": model_digests(files, self.run.progress)}
+        return {"source_files": runner.model_digests(files, self.run.progress)}
 
     def settled(self) -> dict[str, Any]:
         """The steps. They may change while the chain is stopped."""
@@ -288,20 +279,28 @@ class ChainSteps(Step[Any, ChainResult]):
 
 
 class PruneAndCompress(ChainSteps):
-    """Prunes, and compresses the result: `secateur prune --compress`."""
+    """Prunes, and compresses the result: the two steps of `secateur prune --compress`."""
 
     verb = "prune"
 
     @classmethod
-    def check(cls, recipe: PruneRecipe) -> list[PlannedStep]:
+    def check(cls, recipe: PruneRecipe) -> list[_PlannedStep]:
         """The two steps, checked."""
-        options = recipe.model_dump(mode="json", exclude=OF_BOTH, exclude_none=True)
+        of_both = {"model", "output", "compress", "trust_remote_code"}
+        options = recipe.model_dump(mode="json", exclude=of_both, exclude_none=True)
         packing = {"values": recipe.compress}
         return checked_steps([{"prune": options}, {"compress": packing}], recipe.model)
 
+    @classmethod
+    def result(cls, output: Path) -> Any:
+        """Read the result of a finished run from its notes."""
+        return runner.step_of("prune").result(output)
 
-OF_BOTH = {"model", "output", "compress", "trust_remote_code"}
-"""Keys of `prune --compress` that are not options of its first step."""
+    def work(self) -> Any:
+        """Run both steps."""
+        super().work()
+        made: Any = runner.step_of("prune")
+        return made.result(self.run.folder.model, self.run.place)
 
 
 def _describe(
@@ -320,7 +319,7 @@ def _describe(
     )
 
 
-def checked_steps(steps: Sequence[Any], model: str) -> list[PlannedStep]:
+def checked_steps(steps: Sequence[Any], model: str) -> list[_PlannedStep]:
     """Read and check all steps, without opening the model.
 
     Args:
@@ -341,7 +340,7 @@ def checked_steps(steps: Sequence[Any], model: str) -> list[PlannedStep]:
     return found
 
 
-def _checked(number: int, step: Any, model: str) -> PlannedStep:
+def _checked(number: int, step: Any, model: str) -> _PlannedStep:
     """One step."""
     where = f"step {number}"
     if not isinstance(step, Mapping) or len(step) != 1:
@@ -373,9 +372,9 @@ def _checked(number: int, step: Any, model: str) -> PlannedStep:
             raise RecipeError(
                 "compression is a step of its own", where="compress", remedy="add a compress step"
             )
-        step_of(verb).check(recipe)
+        runner.step_of(verb).check(recipe)
         _check_reads(recipe)
-    return PlannedStep(number, str(verb), recipe)
+    return _PlannedStep(number, str(verb), recipe)
 
 
 def _check_reads(recipe: Any) -> None:
@@ -399,7 +398,7 @@ def _check_reads(recipe: Any) -> None:
         )
 
 
-def _check_cuts(steps: Sequence[PlannedStep], source: Path, trust_remote_code: bool) -> None:
+def _check_cuts(steps: Sequence[_PlannedStep], source: Path, trust_remote_code: bool) -> None:
     """Check cuts on the configuration of the model, before any step runs.
 
     The first cut is checked whole, and of a later one the number of layers.

@@ -11,17 +11,8 @@ import torch
 from torch import nn
 
 from secateur.errors import RecipeError
+from secateur.evaluation import generation
 from secateur.evaluation.divergence import divergence, divergence_of_texts
-from secateur.evaluation.generation import (
-    KINDS,
-    NEW_TOKENS,
-    PROMPTS,
-    Sample,
-    check_generation,
-    continuation,
-    generation_protocol,
-    prompts_of_kinds,
-)
 from secateur.evaluation.perplexity import (
     COMPUTED,
     PerplexityResult,
@@ -40,7 +31,7 @@ from secateur.models.architecture import positions_of, refuse_foreign
 from secateur.models.hub import own_texts
 from secateur.models.tokenizer import tokenizer_for
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent, listener
+from secateur.progress import Progress, listener
 from secateur.recipes.deploy import Sampling
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.recipes.measure import EvaluateRecipe
@@ -48,24 +39,13 @@ from secateur.reporting.evaluate import EvaluateResult
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
-from secateur.runs.records.measured import (
-    FILE_NAME,
-    Comparison,
-    Divergence,
-    DivergenceRecord,
-    EvaluationRecord,
-    GenerationRecord,
-    PerplexityRecord,
-    SampleRecord,
-    TaskRecord,
-    read_evaluation,
-)
+from secateur.runs.records import measured
 
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
 
 
-NOT_COMPARED: dict[str, Any] = dict.fromkeys(Comparison.model_fields)
+NOT_COMPARED: dict[str, Any] = dict.fromkeys(measured.Comparison.model_fields)
 """What a score without a reference says about one."""
 
 BY_DENSE = "written by dense"
@@ -75,7 +55,7 @@ UNUSED = ("device", "trust_remote_code")
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class _LoadedModel:
     """A model in memory.
 
     Args:
@@ -91,7 +71,7 @@ class LoadedModel:
     @classmethod
     def of(
         cls, model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
-    ) -> LoadedModel:
+    ) -> _LoadedModel:
         """Load a model and its tokenizer, unless the caller passed a loaded one."""
         if not isinstance(model, nn.Module):
             return cls(str(model), *load_model(str(model), device, trust_remote_code))
@@ -105,7 +85,7 @@ def evaluate(
     *,
     dense: str | Path | nn.Module | None = None,
     tokenizer: Any = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = generation.PROMPTS,
     progress: Progress | None = None,
     **options: Any,
 ) -> EvaluateResult:
@@ -155,11 +135,6 @@ def _usual_text(recipe: EvaluateRecipe) -> str:
     return texts.judge if texts else DEFAULT_TEXT
 
 
-def run_worker(recipe: EvaluateRecipe, ranks: Ranks) -> None:
-    """Measure the share of a process that is not the first."""
-    run_evaluation(recipe, Silent(), ranks=ranks)
-
-
 def run_evaluation(
     recipe: EvaluateRecipe,
     progress: Progress,
@@ -167,7 +142,7 @@ def run_evaluation(
     model: nn.Module | None = None,
     dense: nn.Module | None = None,
     tokenizer: Any = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = generation.PROMPTS,
     ranks: Ranks = ALONE,
 ) -> EvaluateResult:
     """Carry out a recipe.
@@ -199,24 +174,24 @@ def run_evaluation(
     )
     kept, notes = None, Path(recipe.model) / NOTES
     if model is None and notes.is_dir():  # a run folder keeps its results
-        kept = notes / FILE_NAME
+        kept = notes / measured.FILE_NAME
         if kept.is_file():
-            read_evaluation(kept)  # refuse a file to which results cannot be added
+            measured.read_evaluation(kept)  # refuse a file to which results cannot be added
     # first, so that a missing task is an error before a model is loaded
     prepared = prepare_tasks(
         recipe.tasks, folder=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
     device, trust = recipe.device, recipe.trust_remote_code
-    own, reference = LoadedModel.of(model or recipe.model, tokenizer, device, trust), None
+    own, reference = _LoadedModel.of(model or recipe.model, tokenizer, device, trust), None
     if recipe.dense is not None:
-        reference = LoadedModel.of(dense or recipe.dense, tokenizer, device, trust)
+        reference = _LoadedModel.of(dense or recipe.dense, tokenizer, device, trust)
     measure = _Measurement(own, reference, progress, ranks)
     texts = [measure.text(text, recipe.sequence_length, recipe.windows) for text in names]
     generated = [measure.generation(prompts)] if recipe.generation else []
     moved = [divergence for _, divergence in texts if divergence]
     if recipe.kinds and reference is not None:
         moved += measure.kinds(reference)
-    record = EvaluationRecord(
+    record = measured.EvaluationRecord(
         model=own.name,
         perplexity=[perplexity for perplexity, _ in texts],
         divergence=moved,
@@ -243,8 +218,8 @@ def _name_of(model: str | Path | nn.Module) -> str:
 class _Measurement:
     """Measures a model, and compares it with the dense one if there is one."""
 
-    own: LoadedModel
-    dense: LoadedModel | None
+    own: _LoadedModel
+    dense: _LoadedModel | None
     progress: Progress
     ranks: Ranks
 
@@ -258,7 +233,7 @@ class _Measurement:
 
     def text(
         self, text: str | Path, sequence_length: int | None, first: int | None
-    ) -> tuple[PerplexityRecord, DivergenceRecord | None]:
+    ) -> tuple[measured.PerplexityRecord, measured.DivergenceRecord | None]:
         """Measure perplexity on a text; with a dense model also its perplexity and the divergence.
 
         Raises:
@@ -291,26 +266,26 @@ class _Measurement:
                 ranks=self.ranks,
             )
         both = protocol | {f"reference_{key}": dense_protocol[key] for key in COMPUTED}
-        record = DivergenceRecord(
+        record = measured.DivergenceRecord(
             text=str(text),
-            **found.model_dump(include=set(Divergence.model_fields)),
+            **found.model_dump(include=set(measured.Divergence.model_fields)),
             protocol=both,
             protocol_id=protocol_id("div", both),
             **self.shared,
         )
         return self._perplexity(text, found.model, found.reference, protocol), record
 
-    def kinds(self, dense: LoadedModel) -> list[DivergenceRecord]:
+    def kinds(self, dense: _LoadedModel) -> list[measured.DivergenceRecord]:
         """Compare both models on four kinds of text that the dense model writes."""
-        self.progress.start("kinds of text", sum(map(len, KINDS.values())))
+        self.progress.start("kinds of text", sum(map(len, generation.KINDS.values())))
         room = positions_of(dense.model.config) or 2048
-        tokens = min(NEW_TOKENS, room // 2)
+        tokens = min(generation.NEW_TOKENS, room // 2)
         found = []
-        for kind, prompts in prompts_of_kinds(dense.tokenizer).items():
+        for kind, prompts in generation.prompts_of_kinds(dense.tokenizer).items():
             texts = []
             for number, prompt in enumerate(prompts):
                 drawn, ids = Sampling(temperature=1.0, seed=number), prompt[tokens - room :]
-                made = continuation(dense.model, ids, tokens, drawn)
+                made = generation.continuation(dense.model, ids, tokens, drawn)
                 texts.append((torch.cat([ids, torch.tensor(made)]), len(ids)))
                 self.progress.step()
             both = {
@@ -322,7 +297,7 @@ class _Measurement:
                 **computed_by(self.own.model),
             }
             both |= {f"reference_{k}": v for k, v in computed_by(dense.model).items()}
-            record = DivergenceRecord(
+            record = measured.DivergenceRecord(
                 text=f"{kind} ({BY_DENSE})",
                 **divergence_of_texts(self.own.model, dense.model, texts).model_dump(),
                 protocol=both,
@@ -339,8 +314,8 @@ class _Measurement:
         result: PerplexityResult,
         reference: PerplexityResult | None,
         protocol: dict[str, Any],
-    ) -> PerplexityRecord:
-        return PerplexityRecord(
+    ) -> measured.PerplexityRecord:
+        return measured.PerplexityRecord(
             text=str(text),
             perplexity=result.perplexity,
             mean_loss=result.mean_loss,
@@ -352,7 +327,7 @@ class _Measurement:
             **self.shared,
         )
 
-    def tasks(self, prepared: Sequence[PreparedTask]) -> list[TaskRecord]:
+    def tasks(self, prepared: Sequence[PreparedTask]) -> list[measured.TaskRecord]:
         """Measure scores of tasks, with the scores of the dense model if there is one."""
         if not prepared:
             return []
@@ -365,25 +340,27 @@ class _Measurement:
                 for score, other in zip(own, dense, strict=True)
             ]
         return [
-            TaskRecord(**score.model_dump(exclude={"outcomes"}), **comparison, **self.shared)
+            measured.TaskRecord(
+                **score.model_dump(exclude={"outcomes"}), **comparison, **self.shared
+            )
             for score, comparison in zip(own, compared, strict=True)
         ]
 
-    def generation(self, prompts: Sequence[str]) -> GenerationRecord:
+    def generation(self, prompts: Sequence[str]) -> measured.GenerationRecord:
         """Generate texts with the model and with the dense model, side by side."""
 
-        def generate(loaded: LoadedModel) -> list[Sample]:
-            return check_generation(
+        def generate(loaded: _LoadedModel) -> list[generation.Sample]:
+            return generation.check_generation(
                 loaded.model, loaded.tokenizer, prompts=prompts, progress=self.progress
             )
 
         own = generate(self.own)
         dense = None if self.dense is None else generate(self.dense)
-        pairs: Sequence[Sample | None] = dense or [None] * len(own)
-        protocol = generation_protocol(prompts) | computed_by(self.own.model)
-        return GenerationRecord(
+        pairs: Sequence[generation.Sample | None] = dense or [None] * len(own)
+        protocol = generation.generation_protocol(prompts) | computed_by(self.own.model)
+        return measured.GenerationRecord(
             samples=[
-                SampleRecord(
+                measured.SampleRecord(
                     **asdict(one),
                     reference_text=other.text if other else None,
                     reference_repetition=other.repetition if other else None,

@@ -18,7 +18,7 @@ from secateur.models.configuration import read_configuration
 from secateur.models.opening import computed_dtype, refuse_quantized, write_dense
 from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.recipes.deploy import ImportRecipe
-from secateur.recipes.reading import dump_recipe
+from secateur.recipes.recipe_files import dump_recipe
 from secateur.reporting.cards import import_card
 from secateur.reporting.models import ImportResult
 from secateur.runs import records

@@ -9,6 +9,7 @@ from secateur.errors import RecipeError
 from secateur.progress import Progress
 
 if TYPE_CHECKING:
+    from secateur.recipes.measure import InspectRecipe
     from secateur.reporting.diagnose import InspectResult
 
 
@@ -45,6 +46,11 @@ def inspect(
     _check_layer(layer, audit.num_hidden_layers)
     silent = silent_experts(read_claims(folder).unseen)
     return InspectResult(model=str(model), audit=audit, layer=layer, silent=silent)
+
+
+def inspect_recipe(recipe: InspectRecipe, progress: Progress) -> InspectResult:
+    """Carry out a recipe."""
+    return inspect(**dict(recipe), progress=progress)
 
 
 def _check_layer(layer: int | None, layers: int) -> None:

@@ -32,7 +32,7 @@ from secateur.recipes.keywords import recipe_of, refuse_unused
 from secateur.recipes.methods_of import allocation_of, method_of, own_methods, windows_needed
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.training.distillation import DistillationData, Student, distill, pruned_layers
 
 UNUSED = (

@@ -7,7 +7,8 @@ from typing import Any
 
 from secateur.calibration.statistics import statistics
 from secateur.models.architecture import families
-from secateur.recipes.prune import presets
+from secateur.progress import Progress
+from secateur.recipes.prune import MethodsRecipe, presets
 from secateur.reporting.fields import Result, blocks_of
 from secateur.reporting.tables import Block
 from secateur.runtime.formats import formats
@@ -24,6 +25,11 @@ from secateur.training.methods import training_methods
 def methods() -> MethodsResult:
     """All presets, methods and their parts, with what each needs."""
     return MethodsResult(presets={name: dict(presets[name]) for name in presets})
+
+
+def list_methods(recipe: MethodsRecipe, progress: Progress) -> MethodsResult:
+    """Carry out a recipe, which has no options."""
+    return methods()
 
 
 class MethodsResult(Result):

@@ -1,12 +1,10 @@
 """`secateur prune`: prunes a checkpoint or a loaded model, and can pack the result.
 
-torchrun or Ray can start several processes that share the work. The first one does everything that
-one process does: it reads the recipe, checks it, opens the run folder, and writes the result. When
-all is ready, it sends a job. Until then the others have done nothing, so whatever the first one
-refuses is refused before any work. They open the same source, take the calibration windows from
-the work folder, and prune layer by layer together with the first process. They write only their own
-hidden states. When the layers are pruned they end, and the first one goes on alone: distillation
-takes one window a step, so there is nothing to share.
+Several processes can share the work. When all is ready, the first one sends the others what only it
+knows. They open the same source, take the calibration windows from the work folder, and prune layer
+by layer together with the first process. They write only their own hidden states. When the layers
+are pruned they end, and the first one goes on alone: distillation takes one window a step, so there
+is nothing to share.
 """
 
 from __future__ import annotations
@@ -14,13 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +26,7 @@ from secateur.calibration.run_windows import WINDOWS
 from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
+from secateur.engine.plan_time import estimate_seconds
 from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.run import allocated, prune_layers
@@ -36,38 +34,29 @@ from secateur.engine.prune.tasks import Settings, Tasks, settled_allocation, ski
 from secateur.engine.stream.targets import refuse_all_zero
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
-from secateur.parallel.ranks import ALONE, Ranks, refuse_another_model
+from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.recipes.methods_of import allocation_of, method_of, own_methods, with_method
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import dump_recipe
-from secateur.recipes.shared import Cluster, texts_of
+from secateur.recipes.recipe_files import dump_recipe
+from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.reporting.cards import prune_card
-from secateur.reporting.fields import Result
 from secateur.reporting.models import CompressResult, PruneResult
 from secateur.reporting.plan import PlanResult
+from secateur.runs import records
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, STATE, Ledger, RunFolder, file_digests
+from secateur.runs.folder import NOTES, STATE, RunFolder, check_output, file_digests
+from secateur.runs.ledger import Ledger
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import (
-    MANIFEST_VERSION,
-    Cost,
-    Manifest,
-    RunResult,
-    SkippedMatrix,
-    read_record,
-)
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import RunContext, Step, carry_out, identity_of, source_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from secateur.steps.checkpoint_files import COMPRESSION
+from secateur.steps.runner import RunContext, Step, identity_of, source_of
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +79,7 @@ def prune(
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Any,
-) -> PruneResult | PlanResult | Result:
+) -> PruneResult | PlanResult:
     """Prune a model: a checkpoint into a new folder, or a loaded module in place.
 
     Args:
@@ -128,110 +117,11 @@ def prune(
         )
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
-    if call.pop("dry_run", False):
-        return imported(VERBS["prune"].plan)(recipe, listener(progress), call)
-    if recipe.cluster.ray is not None:
-        return prune_on_ray(recipe, call)
-    return prune_recipe(recipe, listener(progress), **call)
-
-
-def prune_recipe(
-    recipe: PruneRecipe,
-    progress: Progress,
-    *,
-    resume: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    ranks: Ranks = ALONE,
-) -> PruneResult:
-    """Carry out a recipe, in two steps with `compress`.
-
-    Args:
-        recipe: recipe of the pruning.
-        progress: receives every step.
-        resume: resume a stopped run, or start if there is none.
-        restart: discard the files of a stopped run.
-        overwrite: replace an existing output folder.
-        ranks: the processes that share the work; this one is the first.
-    """
-    if ranks.count > 1:
-        refuse_compressing(recipe)
-    call: dict[str, Any] = {"resume": resume, "restart": restart, "overwrite": overwrite}
-    if recipe.compress is None:
-        return carry_out(Prune, recipe, progress, **call, ranks=ranks)
-    from secateur.steps.chain import PruneAndCompress
-
-    return _result_of(recipe, carry_out(PruneAndCompress, recipe, progress, **call).output)
-
-
-Showing = Callable[[], AbstractContextManager[Progress]]
-"""Makes what shows the progress, in the first process."""
-
-
-def _silently() -> AbstractContextManager[Progress]:
-    """Show no progress."""
-    return nullcontext(Silent())
-
-
-def prune_on_ray(
-    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = _silently
-) -> PruneResult:
-    """Carry out a recipe in processes that Ray starts.
-
-    Args:
-        recipe: the recipe. All machines see its files under the same names.
-        call: `resume`, `restart` and `overwrite`, as `carry_out` takes them.
-        showing: makes what shows the progress.
-
-    Raises:
-        SecateurError: as `carry_out`; and if Ray or its cluster is missing.
-    """
-    cluster = recipe.cluster
-    assert cluster.ray is not None
-    if cluster.processes != 1:
-        refuse_compressing(recipe)
-    on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
-    own = recipe.model_copy(update={"cluster": Cluster()})
-    from secateur.parallel.ray_launcher import launch
-
-    work = partial(prune_together, own, dict(call), showing)
-    launch(cluster.ray, cluster.processes, on_gpu, work)
-    return _result_of(recipe, Path(recipe.output or "").absolute())
-
-
-def prune_together(
-    recipe: PruneRecipe, call: Mapping[str, bool], showing: Showing = _silently
-) -> PruneResult | None:
-    """Carry out a recipe, alone or with the processes that were launched together with this one.
-
-    Args:
-        recipe: the recipe; all processes have the same.
-        call: as `prune_on_ray` takes it.
-        showing: makes what shows the progress, in the first process.
-
-    Returns:
-        The result; None in a process that is not the first.
-    """
-
-    def first(ranks: Ranks) -> PruneResult:
-        with showing() as progress:
-            return prune_recipe(recipe, progress, **call, ranks=ranks)
-
-    from secateur.parallel.processes import share  # one process needs no others
-
-    return share(recipe.device, first, partial(run_worker, recipe))
-
-
-def _result_of(recipe: PruneRecipe, output: Path) -> PruneResult:
-    """Read the result of a finished recipe."""
-    result = Prune.result(output)
-    if recipe.compress is None:
-        return result
-    from secateur.steps.checkpoint_files import COMPRESSION
-
-    packed = read_record(CompressResult, output / NOTES / COMPRESSION)
-    packed = packed.model_copy(update={"output": output})
-    return result.model_copy(update={"compression": packed})
+    # what Ray starts hears of no listener here
+    heard: Any = listener(progress) if recipe.cluster.ray is None else Silent()
+    showing: Any = partial(nullcontext, heard)
+    result: PruneResult | PlanResult = VERBS["prune"].run(recipe, call, showing)
+    return result
 
 
 class Prune(Step[PruneRecipe, PruneResult]):
@@ -251,7 +141,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         folder.worth_resuming = lambda: bool(self.ledger.entries)
 
     @classmethod
-    def check(cls, recipe: PruneRecipe) -> None:
+    def check(cls, recipe: PruneRecipe) -> Any:
         """Check the parts of the method, and refuse a cluster: only the verb itself starts one."""
         if recipe.cluster.ray is not None:
             raise RecipeError(
@@ -264,6 +154,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         own_methods(recipe)
         allocation_of(recipe, method)
         choose_device(recipe.device)
+        return None if recipe.compress is None else _and_compress().check(recipe)
 
     @classmethod
     def reads(cls, recipe: PruneRecipe) -> Iterable[str]:
@@ -271,8 +162,17 @@ class Prune(Step[PruneRecipe, PruneResult]):
         return [*texts_of(recipe.calibration.source), *filter(None, [recipe.distillation.teacher])]
 
     @classmethod
-    def open(cls, recipe: PruneRecipe, run: RunContext) -> Self:
+    def open(cls, recipe: PruneRecipe, run: RunContext) -> Step[PruneRecipe, PruneResult]:
         """Open everything that a recipe names, with the windows of a stopped run if any."""
+        if recipe.compress is not None:
+            if run.ranks.count > 1:
+                raise RecipeError(
+                    "several processes do not compress",
+                    where="--compress",
+                    remedy="leave it out, and run `secateur compress` on the result",
+                )
+            both: Step[PruneRecipe, PruneResult] = _and_compress()(recipe, run)
+            return both
         folder = run.folder
         kept = folder.notes if folder.finished else folder.work
         windows = kept / WINDOWS if folder.state else None
@@ -322,16 +222,17 @@ class Prune(Step[PruneRecipe, PruneResult]):
             assert target.output is not None
             target.output.create(progress)
             ledger.begin()
-        job_of_others = WorkerJob(
-            partial=str(folder.partial),
-            state=folder.state_text(),
-            windows=None if prepared.windows is None else str(folder.work / WINDOWS),
-            activations=self.activations,
-            done=finished,
-            entries=ledger.entries,
-            source=target.reader.tensor_digest,
-        )
-        ranks.once(partial(asdict, job_of_others))
+        # what the other processes cannot find out by themselves
+        of_others = {
+            "partial": str(folder.partial),
+            "state": folder.state_text(),
+            "windows": None if prepared.windows is None else str(folder.work / WINDOWS),
+            "activations": self.activations,
+            "done": finished,
+            "entries": ledger.entries,
+            "source": target.reader.tensor_digest,
+        }
+        ranks.once(lambda: of_others)
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)
             how = prepared.allocation, prepared.sparsity
@@ -378,14 +279,61 @@ class Prune(Step[PruneRecipe, PruneResult]):
         return {**losses, "teacher": teacher, "tokens": data.steps * data.windows.shape[1]}
 
     @classmethod
-    def result(cls, output: Path) -> PruneResult:
-        """Read the result of a finished run from its notes."""
+    def share(cls, recipe: PruneRecipe, ranks: Ranks) -> None:
+        """Prune the share of a process that is not the first.
+
+        Raises:
+            RecipeError: this process sees other files than the first one.
+        """
+        job = ranks.once(lambda: None)
+        if job is None:  # an earlier run has finished everything
+            return
+        place = Path(job["partial"])
+        try:
+            same = (place / STATE).read_text(encoding="utf-8") == job["state"]
+        except OSError:
+            same = False
+        if not same:
+            refuse_another_disk(ranks.rank, place)
+        stored = job["windows"] and Path(job["windows"])
+        prepared = prepare(recipe, source_of(recipe, Silent()), stored_windows=stored)
+        if prepared.target.reader.tensor_digest != job["source"]:
+            refuse_another_model(ranks.rank, prepared.source.folder)
+        ledger = Ledger()
+        ledger.entries = job["entries"]
+        target, progress = prepared.target, Silent()
+        settings = Settings.of(recipe, job["activations"], place / "work", ranks)
+        stream = settings.stream(target, prepared.tokens)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.calibration.seed)
+            how = prepared.allocation, prepared.sparsity
+            tasks = allocated(target, prepared.tasks(), stream, settings, *how, progress)
+            prune_layers(target, tasks, stream, settings, ledger, progress, job["done"])
+
+    @classmethod
+    def result(cls, output: Path, place: Path | None = None) -> PruneResult:
+        """Read the result of a finished run from its notes, with its compression if it has one.
+
+        Args:
+            output: the folder of the result.
+            place: the folder that the result names, if it is another one.
+        """
         ledger = Ledger(output / NOTES / LEDGER)
         ledger.resume()
-        manifest = read_record(Manifest, output / NOTES / MANIFEST)
+        manifest = records.read_record(records.Manifest, output / NOTES / MANIFEST)
+        packed, file = None, output / NOTES / COMPRESSION
+        if file.is_file():
+            packed = records.read_record(CompressResult, file).model_copy(
+                update={"output": place or output}
+            )
         sparsity, left = manifest.result.decoder_sparsity, list(manifest.left)
         return PruneResult(
-            sparsity=sparsity, layers=ledger.layers, manifest=manifest, output=output, left=left
+            sparsity=sparsity,
+            layers=ledger.layers,
+            manifest=manifest,
+            output=place or output,
+            left=left,
+            compression=packed,
         )
 
     def _manifest(
@@ -394,8 +342,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
         reached: dict[str, int | None],
         audit: Audit,
         losses: dict[str, Any] | None,
-        left: Sequence[SkippedMatrix],
-    ) -> Manifest:
+        left: Sequence[records.SkippedMatrix],
+    ) -> records.Manifest:
         """The record of a finished run."""
         method, recipe, windows = prepared.method, self.recipe, prepared.windows
         folder, layers = self.run.folder, self.ledger.layers
@@ -404,8 +352,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
             "resumed": folder.resumed,
             "processes": self.run.ranks.count,
         }
-        return Manifest(
-            manifest_version=MANIFEST_VERSION,
+        return records.Manifest(
+            manifest_version=records.MANIFEST_VERSION,
             source=prepared.source.record,
             formats=formats_of(prepared.source.folder, folder.model),
             family=audit.family,
@@ -431,8 +379,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
             calibration_digest=windows and windows.digest,
             environment=environment(prepared.target.device),
             plan={**self.plan.to_json(), "activations": self.activations},
-            cost=Cost.model_validate(cost),
-            result=RunResult(
+            cost=records.Cost.model_validate(cost),
+            result=records.RunResult(
                 decoder_sparsity=audit.sparsity,
                 model_sparsity=audit.model_sparsity,
                 parameters=audit.parameters,
@@ -484,7 +432,7 @@ def _describe_allocation(prepared: Prepared, work: Path) -> dict[str, Any]:
     return {**record, "lowest_sparsity": min(shares), "highest_sparsity": max(shares), **found}
 
 
-def _write_notes(manifest: Manifest, prepared: Prepared, run: RunContext) -> None:
+def _write_notes(manifest: records.Manifest, prepared: Prepared, run: RunContext) -> None:
     """Write recipe, manifest, windows and card into the result."""
     folder, recipe = run.folder, prepared.recipe
     if prepared.windows is not None:
@@ -495,77 +443,38 @@ def _write_notes(manifest: Manifest, prepared: Prepared, run: RunContext) -> Non
     write_text(folder.model / "README.md", prune_card(manifest, run.again(recipe), source, place))
 
 
-@dataclass(frozen=True)
-class WorkerJob:
-    """Everything that the other processes cannot find out by themselves.
-
-    Attributes:
-        partial: the folder of the run while it works, as the first process sees it.
-        state: the content of its `run.json`.
-        windows: file of the calibration windows; None if nothing needs them.
-        activations: `memory` or `disk`.
-        done: number of layers that an earlier run has finished.
-        entries: the ledger so far.
-        source: digest of the names, shapes and dtypes of the source's tensors.
-    """
-
-    partial: str
-    state: str
-    windows: str | None
-    activations: str
-    done: int
-    entries: list[dict[str, Any]]
-    source: str
+def _and_compress() -> Any:
+    """The step of a recipe that also compresses, which few do."""
+    return imported("secateur.steps.chain:PruneAndCompress")
 
 
-def run_worker(recipe: PruneRecipe, ranks: Ranks) -> None:
-    """Do the share of one process, which is not the first.
+def plan_recipe(recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]) -> PlanResult:
+    """Check a recipe, and show what it would need on this machine.
 
     Args:
-        recipe: the recipe; the first process has the same.
-        ranks: the processes.
+        recipe: recipe of the pruning.
+        progress: receives the download of the model.
+        call: the other options of the call.
 
     Raises:
-        RecipeError: this process sees other files than the first one.
+        SecateurError: as the run would.
     """
-    values = ranks.once(lambda: None)
-    if values is None:  # an earlier run has finished everything
-        return
-    job = WorkerJob(**values)
-    try:
-        same = (Path(job.partial) / STATE).read_text(encoding="utf-8") == job.state
-    except OSError:
-        same = False
-    if not same:
-        raise RecipeError(
-            f"process {ranks.rank} on {socket.gethostname()} does not see the folder of the run",
-            where=job.partial,
-            remedy="put --output on a file system that all machines share",
-        )
-    prepared = prepare(
-        recipe,
-        source_of(recipe, Silent()),
-        stored_windows=Path(job.windows) if job.windows else None,
-    )
-    if prepared.target.reader.tensor_digest != job.source:
-        refuse_another_model(ranks.rank, prepared.source.folder)
-    ledger = Ledger()
-    ledger.entries = list(job.entries)
-    target, progress = prepared.target, Silent()
-    settings = Settings.of(recipe, job.activations, Path(job.partial) / "work", ranks)
-    stream = settings.stream(target, prepared.tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.calibration.seed)
-        how = prepared.allocation, prepared.sparsity
-        tasks = allocated(target, prepared.tasks(), stream, settings, *how, progress)
-        prune_layers(target, tasks, stream, settings, ledger, progress, job.done)
-
-
-def refuse_compressing(recipe: PruneRecipe) -> None:
-    """Refuse what several processes cannot share."""
     if recipe.compress is not None:
-        raise RecipeError(
-            "several processes do not compress",
-            where="--compress",
-            remedy="leave it out, and run `secateur compress` on the result",
-        )
+        _and_compress().check(recipe)
+    plan = plan_pruning(recipe, progress, recipe.cluster.processes or 1)
+    read = recipe.model, *texts_of(recipe.calibration.source)
+    check_output(recipe.output, "prune", plan.plan.disk_bytes, read, call)
+    return plan
+
+
+def plan_pruning(recipe: PruneRecipe, progress: Progress, processes: int = 1) -> PlanResult:
+    """What a recipe would need on this machine: its first process, if it has several."""
+    prepared = prepare(recipe, source_of(recipe, progress), only_plan=True)
+    tasks = prepared.tasks()
+    ranks = Ranks(0, processes, processes)
+    plan, activations = choose_plan(prepared, tasks, recipe.memory, ranks)
+    settings = Settings.of(recipe, activations)
+    seconds = estimate_seconds(prepared, tasks, settings, plan.passed_tokens)
+    left = skipped_matrices(tasks, prepared.target.matrices())
+    plan = replace(plan, left=left, seconds=seconds)
+    return PlanResult(plan=plan, activations=activations, processes=processes)

@@ -13,25 +13,21 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress
 from secateur.recipes.options import Option, Recipe, options_of
-from secateur.recipes.reading import dump_recipe
+from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import parts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
 from secateur.runs.folder import RunFolder, content_of, file_digests
 from secateur.runs.output import check_free
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -74,20 +70,21 @@ class Step(ABC, Generic[R, T]):
     """A verb that makes a folder, at work on one recipe R. Its result is a T.
 
     A step is complete when it is constructed: `open` has read and checked everything.
+
+    One that several processes can do also has `share(recipe, ranks)`, a class method with the work
+    of a process that is not the first. It waits for what the first one sends with `ranks.once`;
+    None means that nothing is left to do.
     """
 
     verb: ClassVar[str]
     """The name on the command line."""
 
-    everywhere: ClassVar[bool] = False
-    """Whether every process carries it out; else the first one sends the others their share."""
-
     def __init__(self, recipe: R, run: RunContext) -> None:
         self.recipe, self.run = recipe, run
 
     @classmethod
-    def processes(cls, recipe: R) -> Ranks:
-        """The processes of a step that every process carries out."""
+    def caller(cls, recipe: R) -> Ranks:
+        """The processes that all call the Python function of the verb."""
         return ALONE
 
     @classmethod
@@ -100,7 +97,7 @@ class Step(ABC, Generic[R, T]):
         return ()
 
     @classmethod
-    def open(cls, recipe: R, run: RunContext) -> Self:
+    def open(cls, recipe: R, run: RunContext) -> Step[R, T]:
         """Open and check everything that a recipe names. Writes nothing."""
         return cls(recipe, run)
 
@@ -141,6 +138,7 @@ def carry_out(
     ranks: Ranks = ALONE,
     at: Path | None = None,
     source: LocalCheckpoint | None = None,
+    opening: Callable[[R, RunContext], Step[R, T]] | None = None,
 ) -> T:
     """Carry out the recipe of a verb, into a new folder.
 
@@ -154,6 +152,7 @@ def carry_out(
         ranks: the processes that share the work; this one is the first.
         at: the folder of a part of another run. Records and card name the output of the recipe.
         source: the model that it reads, if not the one that the recipe names.
+        opening: opens the step, if not `kind.open`.
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -165,13 +164,23 @@ def carry_out(
         at or values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
     folder.keep_apart(values.model, *kind.reads(recipe))
-    if kind.everywhere:
-        ranks = kind.processes(recipe)
-        progress = progress if ranks.first else Silent()
     source = source or source_of(recipe, progress)
     output = None if at is None else Path(os.path.abspath(values.output))
     run = RunContext(folder, source, progress, meter, ranks, checked, output)
-    return finish(kind.open(recipe, run))
+    step = (opening or kind.open)(recipe, run)
+    folder.keep_apart(source.folder)
+    if not folder.finished:
+        check_free(step.disk_bytes, folder.output, folder.partial)
+    with folder:
+        identity = step.identity()
+        if identity is not None:
+            folder.begin(identity, step.settled())
+        if folder.finished:
+            ranks.once(lambda: None)  # the other processes have nothing to do
+            return step.result(folder.output)
+        result = step.work()
+        folder.finish()
+    return result
 
 
 def recipe_identity(recipe: Recipe, without: Iterable[str]) -> dict[str, Any]:
@@ -242,34 +251,3 @@ def source_of(recipe: Any, progress: Progress) -> LocalCheckpoint:
         trust_remote_code=getattr(recipe, "trust_remote_code", False),
         progress=progress,
     )
-
-
-def finish(step: Step[R, T]) -> T:
-    """Do the work of an opened step, and give its folder the final name.
-
-    Other processes wait for what the first one sends with `ranks.once`: the work sends them their
-    share. Of a run that is finished already, they get nothing to do.
-    """
-    run = step.run
-    folder = run.folder
-    folder.keep_apart(run.source.folder)
-    if not folder.finished:
-        check_free(step.disk_bytes, folder.output, folder.partial)
-    ranks, everywhere = run.ranks, step.everywhere
-    if everywhere:
-        ranks.wait()  # all must read the folder before one of them locks it
-    with folder if ranks.first else nullcontext():
-        if everywhere:
-            ranks.wait()
-        identity = step.identity() if ranks.first else None
-        if identity is not None:
-            folder.begin(identity, step.settled())
-        if folder.finished:
-            ranks.once(lambda: None)
-            return step.result(folder.output)
-        result = step.work()
-        if ranks.first:
-            folder.finish()
-        if everywhere:
-            ranks.wait()
-    return result

@@ -27,39 +27,26 @@ from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
+from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import dump_recipe
+from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
-from secateur.runs.environment import Meter, choose_device, environment
-from secateur.runs.folder import NOTES, RunFolder, check_output
+from secateur.runs import records
+from secateur.runs.environment import choose_device, environment
+from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import (
-    MANIFEST_VERSION,
-    Cost,
-    Manifest,
-    RunResult,
-    StepEntry,
-    Structure,
-    read_record,
-)
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.steps.checkpoint_files import STEPS
-from secateur.steps.runner import RunContext, Step, finish, identity_of, source_of, step_of
+from secateur.steps.runner import RunContext, Step, carry_out, identity_of, source_of, step_of
+from secateur.structured import cut_plan
 from secateur.structured.accounting import verified
-from secateur.structured.cut_plan import (
-    CutPlan,
-    check_width,
-    counted_cut,
-    plan_cut,
-    trims_vocabulary,
-)
 from secateur.structured.cut_steps import REFIT, STEP, CutContext, CutStep, cut_step, refit_step
 
 if TYPE_CHECKING:
@@ -92,9 +79,9 @@ def plan_structure(
     source = source_of(recipe, progress)
     skeleton, plan = _open(recipe, source)
     steps = [*_steps_of(recipe, plan, skeleton)]
-    trimmed = trims_vocabulary(recipe)
+    trimmed = cut_plan.trims_vocabulary(recipe)
     steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
-    found = counted_cut(recipe, plan, skeleton)
+    found = cut_plan.counted_cut(recipe, plan, skeleton)
     unknown = _unknown_sizes(recipe, plan)
     memory = None
     if plan.narrows and recipe.learned is None:
@@ -109,32 +96,32 @@ def plan_structure(
     )
 
 
-def _unknown_sizes(recipe: StructureRecipe, plan: CutPlan) -> tuple[str, ...]:
+def _unknown_sizes(recipe: StructureRecipe, plan: cut_plan.CutPlan) -> tuple[str, ...]:
     """The options for which the size of the cut model is not known before it is made."""
     conditions = {
-        "--vocabulary": trims_vocabulary(recipe),
+        "--vocabulary": cut_plan.trims_vocabulary(recipe),
         "--decode-latency": recipe.decode_latency is not None,
     }
     return tuple(name for name, given in conditions.items() if given)
 
 
-def _disk_bytes(recipe: StructureRecipe, plan: CutPlan, skeleton: Any) -> int:
+def _disk_bytes(recipe: StructureRecipe, plan: cut_plan.CutPlan, skeleton: Any) -> int:
     """What the run writes: every step a model no smaller than the result, and the result."""
-    found = counted_cut(recipe, plan, skeleton)
+    found = cut_plan.counted_cut(recipe, plan, skeleton)
     if _unknown_sizes(recipe, plan):
         return found.before.file_bytes
     return found.after.file_bytes * (1 + len(_steps_of(recipe, plan, skeleton)))
 
 
-def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, CutPlan]:
+def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, cut_plan.CutPlan]:
     """Open the model and check the recipe: the skeleton, and the plan in units."""
     open_weights(source.folder)  # refuses what is not read
     if recipe.learned is not None:
         refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
-    plan = plan_cut(recipe, skeleton)
-    check_width(recipe, plan, skeleton)
-    if trims_vocabulary(recipe):
+    plan = cut_plan.plan_cut(recipe, skeleton)
+    cut_plan.check_width(recipe, plan, skeleton)
+    if cut_plan.trims_vocabulary(recipe):
         from secateur.structured.vocabulary import check_vocabulary
 
         check_vocabulary(recipe, source, skeleton)
@@ -151,7 +138,9 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         self.skeleton, self.plan = _open(recipe, run.source)
         steps = [*_steps_of(recipe, self.plan, self.skeleton)]
         alone = recipe.distillation.epochs or recipe.calibration.generated_windows
-        if run.ranks.count > 1 and (steps != ["experts"] or trims_vocabulary(recipe) or alone):
+        if run.ranks.count > 1 and (
+            steps != ["experts"] or cut_plan.trims_vocabulary(recipe) or alone
+        ):
             raise RecipeError(
                 f"there are {run.ranks.count} processes, and they share only the survey of "
                 "--experts",
@@ -192,13 +181,13 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         """Run all steps that no earlier run finished, and write the result."""
         recipe, folder, progress = self.recipe, self.run.folder, self.run.progress
         base, steps = self.run.source, []
-        if trims_vocabulary(recipe):
+        if cut_plan.trims_vocabulary(recipe):
             from secateur.structured.vocabulary import trimmed_source
 
             base, notes = trimmed_source(recipe, base, folder.work, progress)
             steps = [notes]
         trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
-        plan = plan_cut(recipe, trimmed) if steps else self.plan
+        plan = cut_plan.plan_cut(recipe, trimmed) if steps else self.plan
         windows, latency = self._windows(base, trimmed.config, plan), None
         if recipe.decode_latency is not None:
             from secateur.evaluation.step_time import find_latency
@@ -226,7 +215,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         (folder.model / STEP).unlink(missing_ok=True)
         losses = self._distill(base, windows) if recipe.distillation.epochs else None
         manifest = self._manifest(self._structure(steps, latency), losses, windows)
-        write_json(folder.notes / STEPS, [StepEntry(**step).to_json() for step in steps])
+        write_json(folder.notes / STEPS, [records.StepEntry(**step).to_json() for step in steps])
         if windows.record:
             shutil.copyfile(folder.work / WINDOWS, folder.notes / WINDOWS)
         self._write_notes(manifest)
@@ -234,27 +223,30 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         return StructureResult(output=self.run.place, manifest=manifest)
 
     @classmethod
+    def share(cls, recipe: StructureRecipe, ranks: Ranks) -> None:
+        """Survey experts with the first process."""
+        from secateur.structured.choices import share_survey
+
+        share_survey(recipe, ranks)
+
+    @classmethod
     def result(cls, output: Path) -> StructureResult:
         """Read the result of a finished run from its notes."""
-        manifest = read_record(Manifest, output / NOTES / MANIFEST)
+        manifest = records.read_record(records.Manifest, output / NOTES / MANIFEST)
         return StructureResult(output=output, manifest=manifest)
 
-    def _prune(
-        self, recipe: PruneRecipe, made: Path, change: Callable[[Prepared], Prepared]
-    ) -> None:
+    def _prune(self, recipe: PruneRecipe, change: Callable[[Prepared], Prepared]) -> None:
         """Prune into a folder, or resume."""
         from secateur.engine.prepared import prepare
 
-        folder, progress, meter = (
-            RunFolder(made, "prune", resume=True),
-            self.run.progress,
-            Meter.start(),
-        )
-        source = source_of(recipe, progress)
-        prepared = change(prepare(recipe, source, folder.model))
-        finish(step_of("prune")(prepared, RunContext(folder, source, progress, meter)))
+        kind: Any = step_of("prune")
 
-    def _windows(self, base: LocalCheckpoint, config: Any, plan: CutPlan) -> RunWindows:
+        def opening(recipe: PruneRecipe, run: RunContext) -> Any:
+            return kind(change(prepare(recipe, run.source, run.folder.model)), run)
+
+        carry_out(kind, recipe, self.run.progress, resume=True, opening=opening)
+
+    def _windows(self, base: LocalCheckpoint, config: Any, plan: cut_plan.CutPlan) -> RunWindows:
         """The windows of the run, or of a stopped one; none where nothing reads text."""
         recipe, work = self.recipe, self.run.folder.work
         if not (plan.cuts or recipe.decode_latency or recipe.distillation.epochs):
@@ -288,7 +280,9 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             dense, folder.model, None, data, size, folder.work, progress, trust_remote_code=trust
         )
 
-    def _structure(self, steps: list[dict[str, Any]], latency: dict[str, Any] | None) -> Structure:
+    def _structure(
+        self, steps: list[dict[str, Any]], latency: dict[str, Any] | None
+    ) -> records.Structure:
         """The record of what was cut, counted in the written model."""
         found = verified(
             self.skeleton,
@@ -299,7 +293,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         )
         if found.varied:
             log.warning(VARIED)
-        return Structure(
+        return records.Structure(
             steps=tuple(_summary(step) for step in steps),
             before=found.before,
             after=found.after,
@@ -310,12 +304,12 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         )
 
     def _manifest(
-        self, structure: Structure, losses: Mapping[str, float] | None, windows: RunWindows
-    ) -> Manifest:
+        self, structure: records.Structure, losses: Mapping[str, float] | None, windows: RunWindows
+    ) -> records.Manifest:
         """The record of a finished cut."""
         recipe, source, folder = self.recipe, self.run.source, self.run.folder
-        return Manifest(
-            manifest_version=MANIFEST_VERSION,
+        return records.Manifest(
+            manifest_version=records.MANIFEST_VERSION,
             source=source.record,
             method={
                 "name": "structure",
@@ -333,8 +327,8 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             distillation=losses,
             calibration=windows.record or None,
             environment=environment(self.device),
-            cost=Cost.model_validate({**self.run.meter.read(), "resumed": folder.resumed}),
-            result=RunResult(
+            cost=records.Cost.model_validate({**self.run.meter.read(), "resumed": folder.resumed}),
+            result=records.RunResult(
                 decoder_sparsity=0.0,
                 model_sparsity=0.0,
                 parameters=structure.after.parameters,
@@ -343,7 +337,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             formats=formats_of(source.folder, folder.model),
         )
 
-    def _write_notes(self, manifest: Manifest) -> None:
+    def _write_notes(self, manifest: records.Manifest) -> None:
         """Write the recipe, the manifest and the card."""
         folder, again = self.run.folder, self.run.again(self.recipe)
         write_text(folder.notes / "recipe.yaml", dump_recipe(self.recipe))
@@ -353,7 +347,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         write_text(folder.model / "README.md", card)
 
 
-def _steps_of(recipe: StructureRecipe, plan: CutPlan, model: Any) -> dict[str, CutStep]:
+def _steps_of(recipe: StructureRecipe, plan: cut_plan.CutPlan, model: Any) -> dict[str, CutStep]:
     """The steps that a plan needs, by name and in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
         from secateur.structured.learned import choose_learned

@@ -25,15 +25,7 @@ from secateur.reporting.sweep import SweepResult, curve_charts
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import Manifest, read_record
-from secateur.runs.records.measured import (
-    EvaluationRecord,
-    PointKey,
-    Sweep,
-    SweepDense,
-    SweepPoint,
-    read_evaluation,
-)
+from secateur.runs.records import Manifest, measured, read_record
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.scores import scores
@@ -55,14 +47,14 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
 
     def __init__(self, recipe: SweepRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.points: dict[PointKey, PruneRecipe] = run.checked
+        self.points: dict[measured.PointKey, PruneRecipe] = run.checked
         for point in self.points.values():  # refuses what the shapes do not allow
             prepare(point, run.source, only_plan=True).tasks()
 
     @classmethod
-    def check(cls, recipe: SweepRecipe) -> dict[PointKey, PruneRecipe]:
+    def check(cls, recipe: SweepRecipe) -> dict[measured.PointKey, PruneRecipe]:
         """The recipes of all points, checked."""
-        points = {key: recipe_of(recipe, key) for key in grid_of(recipe)}
+        points = {key: recipe_of(recipe, key) for key in _grid_of(recipe)}
         for point in points.values():
             Prune.check(point)
         return points
@@ -80,18 +72,18 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
     @classmethod
     def result(cls, output: Path) -> SweepResult:
         """Read the result of a finished sweep from its record."""
-        return SweepResult(sweep=read_record(Sweep, output / SWEEP), folder=output)
+        return SweepResult(sweep=read_record(measured.Sweep, output / SWEEP), folder=output)
 
     def work(self) -> SweepResult:
         """Measure every point that no earlier run has measured, and write the table."""
         run, recipe = self.run, self.recipe
         dense = self.judged(run.source.folder, "dense", Labelled(run.progress, "dense"))
         before = {one.text: one.mean_loss for one in dense.perplexity}
-        points, failures = list[SweepPoint](), list[dict[str, Any]]()
+        points, failures = list[measured.SweepPoint](), list[dict[str, Any]]()
         for number, key in enumerate(self.points, start=1):
-            place = f"{number}/{len(self.points)} {point_name(key)}"
+            place = f"{number}/{len(self.points)} {_point_name(key)}"
             try:
-                points.append(self.measured(key, before, Labelled(run.progress, place)))
+                points.append(self.measure_point(key, before, Labelled(run.progress, place)))
             except MemoryBudgetError:  # the next call may find more memory or disk
                 raise
             except SecateurError as error:
@@ -99,9 +91,9 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
                 failures.append({**named, "what": error.what, "where": error.where})
         manifests = [run.folder.model / point.notes / NOTES / "manifest.json" for point in points]
         used = (read_record(Manifest, file).calibration for file in manifests)
-        sweep = Sweep(
+        sweep = measured.Sweep(
             model=recipe.model,
-            dense=SweepDense(perplexity={x.text: x.perplexity for x in dense.perplexity}),
+            dense=measured.SweepDense(perplexity={x.text: x.perplexity for x in dense.perplexity}),
             environment=environment(choose_device(recipe.device)),
             conditions=recipe.model_dump(mode="json", exclude={"output"}),
             protocol={one.text: one.protocol for one in dense.perplexity},
@@ -117,11 +109,11 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
             save_plots(charts, folder / "sweep")
         return result
 
-    def judged(self, folder: Path, name: str, progress: Progress) -> EvaluationRecord:
+    def judged(self, folder: Path, name: str, progress: Progress) -> measured.EvaluationRecord:
         """The evaluation of a model, from the file of an earlier run or now."""
         file, recipe = self.run.folder.work / f"{name}.json", self.recipe
         if file.exists():
-            return read_evaluation(file)
+            return measured.read_evaluation(file)
         judging = EvaluateRecipe(
             model=str(folder),
             text=recipe.text,
@@ -134,17 +126,19 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
         record.save(file)
         return record
 
-    def measured(self, key: PointKey, dense: dict[str, float], progress: Progress) -> SweepPoint:
+    def measure_point(
+        self, key: measured.PointKey, dense: dict[str, float], progress: Progress
+    ) -> measured.SweepPoint:
         """Prune a point and evaluate it; from the notes of an earlier run or now."""
-        folder, name = self.run.folder, point_name(key)
+        folder, name = self.run.folder, _point_name(key)
         made, kept = folder.work / POINTS / name, folder.model / POINTS / name
         file = folder.work / f"{name}.point.json"
         if file.exists():
-            return read_record(SweepPoint, file)
+            return read_record(measured.SweepPoint, file)
         carry_out(Prune, self.points[key], progress, resume=True, at=made)
         manifest = read_record(Manifest, made / NOTES / "manifest.json")
         found = {one.text: one for one in self.judged(made, name, progress).perplexity}
-        point = SweepPoint(
+        point = measured.SweepPoint(
             **dict(zip(("method", "pattern", "sparsity"), key, strict=True)),
             perplexity={text: one.perplexity for text, one in found.items()},
             excess={text: one.mean_loss - dense[text] for text, one in found.items()},
@@ -160,7 +154,7 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
         return point
 
 
-def grid_of(recipe: SweepRecipe) -> list[PointKey]:
+def _grid_of(recipe: SweepRecipe) -> list[measured.PointKey]:
     """Method, pattern and sparsity of each point, in order.
 
     Raises:
@@ -181,7 +175,7 @@ def grid_of(recipe: SweepRecipe) -> list[PointKey]:
     return list(dict.fromkeys(grid))
 
 
-def point_name(key: PointKey) -> str:
+def _point_name(key: measured.PointKey) -> str:
     """The name of a point's folder: `wanda-50`, `wanda-2-4`, `wanda-16x1-50`."""
     method, pattern, sparsity = key
     implied = parse_pattern(pattern).sparsity
@@ -197,7 +191,7 @@ def _kind_of(name: str) -> str:
     return "effort" if name in presets else "score" if name in scores else "method"
 
 
-def recipe_of(recipe: SweepRecipe, key: PointKey) -> PruneRecipe:
+def recipe_of(recipe: SweepRecipe, key: measured.PointKey) -> PruneRecipe:
     """The recipe of a point.
 
     Raises:
@@ -208,7 +202,7 @@ def recipe_of(recipe: SweepRecipe, key: PointKey) -> PruneRecipe:
         PruneRecipe,
         {
             "model": recipe.model,
-            "output": f"{recipe.output}/{POINTS}/{point_name(key)}",
+            "output": f"{recipe.output}/{POINTS}/{_point_name(key)}",
             _kind_of(method): method,
             "pattern": pattern,
             "sparsity": sparsity if parse_pattern(pattern).sparsity is None else None,

@@ -11,6 +11,7 @@ The result is a copy of the source, into which the float32 weights are written o
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from secateur.diagnostics.audit import audit_checkpoint
 from secateur.errors import RecipeError
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole, refuse_quantized
-from secateur.progress import Progress
-from secateur.recipes.reading import dump_recipe
+from secateur.parallel.ranks import Ranks, refuse_another_disk
+from secateur.progress import Progress, Silent
+from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
 from secateur.reporting.cards import training_card
 from secateur.reporting.models import TrainResult
@@ -106,22 +108,21 @@ class Train(Step[TrainRecipe, TrainResult]):
     """
 
     verb = "train"
-    everywhere = True
 
     def __init__(self, recipe: TrainRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
-        assert isinstance(run.ranks, ProcessGroup)
         read_trainings(run.source.folder / NOTES)  # damage is found before the work
-        self.setup = TrainingSetup.read(recipe, run.source, run.ranks, run.progress)
+        group = ProcessGroup.of(run.ranks, choose_device(recipe.device))
+        self.setup = TrainingSetup.read(recipe, run.source, group, run.progress)
         work = run.folder.work
         run.folder.worth_resuming = lambda: any(
             file.name != "best.safetensors" for file in work.rglob("*.safetensors")
         )
 
     @classmethod
-    def processes(cls, recipe: TrainRecipe) -> ProcessGroup:
-        """Those that divide the model."""
+    def caller(cls, recipe: TrainRecipe) -> ProcessGroup:
+        """Those that accelerate or torchrun has started: the function works in all of them."""
         return ProcessGroup.launched(choose_device(recipe.device))
 
     @classmethod
@@ -163,48 +164,82 @@ class Train(Step[TrainRecipe, TrainResult]):
 
     def work(self) -> TrainResult:
         """Train, write the model, and read its zeros again."""
-        recipe, setup, folder = self.recipe, self.setup, self.run.folder
-        progress, source, ranks = self.run.progress, self.run.source, setup.processes
-        trust, work, text = recipe.trust_remote_code, folder.work, setup.text
+        setup, folder, ranks = self.setup, self.run.folder, self.setup.processes
         if setup.teacher is not None:
             folder.keep_apart(setup.teacher.folder)
-        # Weights are not rounded between the rounds of iterative pruning.
-        dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
-        model = load(source.folder, ranks, dtype=dtype, trust_remote_code=trust)
-        adapted = adapt(setup, model)
-        validation = None
-        if text.validation is not None:
-            windows = len(text.validation)
-            validation = Batches(text.validation, windows, answers=text.validation_answers)
-        make_loop = partial(
-            Loop,
-            adapted.model,
-            Batches(text.windows, recipe.batch, recipe.seed, answers=text.answers),
-            setup.objective(model, work, progress),
-            adapted.held,
-            hooks=adapted.hooks,
-            validation=validation,
-            progress=progress,
-            processes=ranks,
-        )
-        place, rounds = work, list[dict[str, Any]]()
-        if adapted.rounds is None:
-            outcome = make_loop(setup.plan, saved=work).run()
-        else:
-            outcome, rounds, place = adapted.rounds.train(make_loop, setup.plan, work / "rounds")
-        if ranks.first:
-            training = _record(setup, outcome, rounds, self.run.meter)
-            _write(self.run, setup, adapted.masks, training, place)
-        ranks.wait()
-        check_written(folder.model, adapted.masks, trust_remote_code=trust)
-        ranks.wait()
+        of_others = {"work": str(folder.work), "model": str(folder.model)}
+        ranks.once(lambda: of_others)
+        masks, outcome, rounds, place = _train(setup, folder.work, self.run.progress)
+        training = _record(setup, outcome, rounds, self.run.meter)
+        _write(self.run, setup, masks, training, place)
+        _check_together(setup, folder.model, masks)
         last = read_trainings(folder.notes)[-1]
         return TrainResult(output=self.run.place, manifest=last)
+
+    @classmethod
+    def share(cls, recipe: TrainRecipe, ranks: Ranks) -> TrainResult | None:
+        """Train with the first process, which alone writes. All return the result."""
+        job = ranks.once(lambda: None)
+        output = Path(os.path.abspath(recipe.output or ""))
+        if job is None:  # an earlier run has finished everything
+            return cls.result(output)
+        work, model, silent = Path(job["work"]), Path(job["model"]), Silent()
+        if not work.is_dir():
+            refuse_another_disk(ranks.rank, work)
+        group = ProcessGroup.of(ranks, choose_device(recipe.device))
+        setup = TrainingSetup.read(recipe, source_of(recipe, silent), group, silent)
+        masks, *_ = _train(setup, work, silent)
+        _check_together(setup, model, masks)
+        return TrainResult(output=output, manifest=read_trainings(model / NOTES)[-1])
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
         """Read the result of a finished training from its notes."""
         return TrainResult(output=output, manifest=read_trainings(output / NOTES)[-1])
+
+
+def _train(
+    setup: TrainingSetup, work: Path, progress: Progress
+) -> tuple[Masks, Outcome, list[dict[str, Any]], Path]:
+    """Train with all processes. Only the first one writes.
+
+    Returns:
+        The zeros of the result, how the training ended, its rounds, and the folder with the final
+        weights and the log.
+    """
+    recipe, text, ranks = setup.recipe, setup.text, setup.processes
+    # Weights are not rounded between the rounds of iterative pruning.
+    dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
+    model = load(
+        setup.source.folder, ranks, dtype=dtype, trust_remote_code=recipe.trust_remote_code
+    )
+    adapted = adapt(setup, model)
+    validation = None
+    if text.validation is not None:
+        windows = len(text.validation)
+        validation = Batches(text.validation, windows, answers=text.validation_answers)
+    make_loop = partial(
+        Loop,
+        adapted.model,
+        Batches(text.windows, recipe.batch, recipe.seed, answers=text.answers),
+        setup.objective(model, work, progress),
+        adapted.held,
+        hooks=adapted.hooks,
+        validation=validation,
+        progress=progress,
+        processes=ranks,
+    )
+    if adapted.rounds is None:
+        return adapted.masks, make_loop(setup.plan, saved=work).run(), [], work
+    rounds = adapted.rounds.train(make_loop, setup.plan, work / "rounds")
+    return adapted.masks, *rounds
+
+
+def _check_together(setup: TrainingSetup, model: Path, masks: Masks) -> None:
+    """Check the written zeros. Every process has a part of the masks."""
+    setup.processes.wait()
+    check_written(model, masks, trust_remote_code=setup.recipe.trust_remote_code)
+    setup.processes.wait()
 
 
 @dataclass(frozen=True)

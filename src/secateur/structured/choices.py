@@ -13,7 +13,6 @@ linear. The rows that produced these columns are then unused and are cut as well
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +26,9 @@ from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import DepthSettings, choose_depth
 from secateur.engine.stream.targets import CheckpointTarget, walk_layers
-from secateur.errors import RecipeError
 from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
-from secateur.parallel.ranks import Ranks, refuse_another_model
+from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
@@ -131,8 +129,8 @@ def _merge_experts(
     return made
 
 
-def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
-    """Do the share of one process, which is not the first.
+def share_survey(recipe: StructureRecipe, ranks: Ranks) -> None:
+    """Survey the share of a process that is not the first.
 
     Args:
         recipe: the recipe; the first process has the same.
@@ -144,12 +142,7 @@ def run_worker(recipe: StructureRecipe, ranks: Ranks) -> None:
     while (job := ranks.once(lambda: None)) is not None:
         file = Path(job["windows"])
         if not file.exists():
-            raise RecipeError(
-                f"process {ranks.rank} on {socket.gethostname()} does not see the calibration "
-                "windows of the run",
-                where=job["windows"],
-                remedy="put --output on a file system that all machines share",
-            )
+            refuse_another_disk(ranks.rank, file)
         trust = recipe.trust_remote_code
         source = sources.resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
         reader = opening.open_weights(source.folder)
@@ -302,7 +295,7 @@ def _prune_units(
     text = {"source": str(context.windows_file), "seed": context.recipe.calibration.seed}
     values = {"model": str(folder), "output": str(made), "calibration": text}
     recipe = build_recipe(PruneRecipe, _pruning_values(context.recipe, allocation) | values)
-    context.prune(recipe, made, over)
+    context.prune(recipe, over)
 
 
 def _costs_of(

@@ -35,7 +35,7 @@ from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.structure import StructureRecipe
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.runs.output import whole_folder, write_json
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import compose
@@ -66,8 +66,7 @@ class CutContext:
         device: the device for the work on layers.
         work: the folder that holds a folder for each step.
         progress: receives every step.
-        prune: carries out a pruning: its recipe, the folder of the result, and a change of what
-            is prepared.
+        prune: carries out a pruning: its recipe, and a change of what is prepared.
         ranks: the processes that share surveys; this one is the first.
     """
 
@@ -79,7 +78,7 @@ class CutContext:
     device: torch.device
     work: Path
     progress: Progress
-    prune: Callable[[PruneRecipe, Path, Callable[[Prepared], Prepared]], None]
+    prune: Callable[[PruneRecipe, Callable[[Prepared], Prepared]], None]
     ranks: Ranks = ALONE
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:

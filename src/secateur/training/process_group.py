@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secateur.errors import ArchitectureError
@@ -52,6 +52,7 @@ class ProcessGroup(Ranks):
     ) -> None:
         super().__init__(rank, count, here, plain)
         self.device = device
+        self.within: Ranks | None = None
 
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
@@ -67,6 +68,32 @@ class ProcessGroup(Ranks):
             return cls(device)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         return cls(state.device, state.process_index, state.num_processes, here, _plain_group())
+
+    @classmethod
+    def of(cls, ranks: Ranks, device: torch.device) -> ProcessGroup:
+        """Processes of a run that now divide a model; a group stays as it is.
+
+        Args:
+            ranks: the processes.
+            device: device of the recipe. Each of several processes has a GPU of its own.
+        """
+        if isinstance(ranks, ProcessGroup):
+            return ranks
+        if ranks.count > 1 and device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        group = cls(device, ranks.rank, ranks.count, ranks.here, ranks.plain)
+        group.within, group.in_once = ranks, ranks.in_once
+        return group
+
+    def enter(self, name: str, tensor: Tensor | None = None) -> None:
+        """Begin a call that all processes make."""
+        self.within.enter(name, tensor) if self.within else super().enter(name, tensor)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A context around an operation in which all processes take part."""
+        with self.within.together() if self.within else super().together():
+            yield
 
     def shard(
         self,

@@ -22,7 +22,7 @@ from secateur.engine.stream.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity
 from secateur.progress import Silent
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.methods import methods
 from secateur.structured.cut import Cut, sizes_of

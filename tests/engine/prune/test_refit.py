@@ -19,7 +19,7 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import describe
 from secateur.progress import Silent
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_model
 

@@ -18,7 +18,7 @@ from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.allocation.global_threshold import GlobalThreshold
 from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity

@@ -36,10 +36,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compressed(place: Path, output: Path, **options: Any) -> Any:
-    return secateur.compress(
-        place / "pruned", output=output, calibration=place / "windows.safetensors",
-        **{"values": "int4", "overrides": OWN, "group_size": 32} | options,
-    )  # fmt: skip
+    usual = {
+        "values": "int4", "overrides": OWN, "group_size": 32,
+        "calibration": place / "windows.safetensors",
+    }  # fmt: skip
+    return secateur.compress(place / "pruned", output=output, **usual | options)
 
 
 def loss(folder: Path) -> float:
@@ -99,20 +100,34 @@ def test_dense_linears_that_are_not_rounded_learn_too(place: Path, tmp_path: Pat
     assert after - dense < 0.6 * (before - dense)
 
 
+SHORT = {**HEALED, "distill_epochs": 2, "distill_learning_rate": None}
+
+
+@pytest.fixture(scope="module")
+def few(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A third of the windows, and what an uninterrupted run makes with them."""
+    folder = tmp_path_factory.mktemp("few")
+    ids = source_ids()[: 16 * LENGTH].view(16, LENGTH)
+    save_windows(ids, folder / "windows.safetensors")
+    compressed(place, folder / "whole", calibration=folder / "windows.safetensors", **SHORT)
+    return folder / "windows.safetensors", folder / "whole"
+
+
 @pytest.mark.parametrize(
     ("stage", "steps"),
-    [("distilling", 40), ("choosing the learning rate", 20), ("packing", 3)],
+    [("distilling", 20), ("choosing the learning rate", 5), ("packing", 3)],
 )
 def test_a_stopped_one_continues_with_the_same_bytes(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, steps: int
-) -> None:
+    place: Path, few: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stage: str, steps: int,
+) -> None:  # fmt: skip
     monkeypatch.setattr("secateur.training.distillation.SAVE_MINUTES", 0.0)
-    options = {**HEALED, "distill_epochs": 2, "distill_learning_rate": None}
-    compressed(place, tmp_path / "whole", **options)
+    windows, whole = few
+    options = {**SHORT, "calibration": windows}
     with pytest.raises(StoppedError):
         compressed(place, tmp_path / "out", progress=StopAt(stage, steps), **options)
     compressed(place, tmp_path / "out", resume=True, **options)
-    for file in (tmp_path / "whole").glob("*.safetensors"):
+    for file in whole.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 

@@ -25,7 +25,7 @@ from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.reporting.models import PruneResult
-from secateur.steps.plan_prune import plan_pruning
+from secateur.steps.prune import plan_pruning
 
 LENGTH = 16
 RUN = {"method": "wanda", "sparsity": 0.5, "windows": 4, "sequence_length": LENGTH,

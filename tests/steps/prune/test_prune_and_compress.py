@@ -71,7 +71,8 @@ def test_notes_and_card_are_about_the_whole_command(place: Path) -> None:
     assert manifest["source"]["name"] == "m"
     again = place / "both" / "secateur" / "recipe.yaml"
     from secateur.recipes.prune import PruneRecipe
-    from secateur.recipes.reading import build_recipe, read_recipe_file
+    from secateur.recipes.reading import build_recipe
+    from secateur.recipes.recipe_files import read_recipe_file
 
     build_recipe(PruneRecipe, read_recipe_file(again))
 

@@ -19,7 +19,8 @@ import secateur
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, read_recipe_file
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.recipe_files import read_recipe_file
 from secateur.sparsity.methods import Method
 from secateur.sparsity.solvers import Solution
 from secateur.steps.prune import Prune

@@ -45,7 +45,7 @@ from secateur.engine.stream.targets import Target, walk_layers
 from secateur.models.architecture import Architecture, Linear, linears_of
 from secateur.precision import full_float32
 from secateur.progress import Progress
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer
 from secateur.sparsity.hessian import dense_target
 

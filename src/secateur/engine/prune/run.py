@@ -29,7 +29,7 @@ from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import VerificationError
 from secateur.precision import full_float32
 from secateur.progress import Progress
-from secateur.runs.folder import Ledger
+from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer, LinearRecord
 from secateur.sparsity.allocation import Allocation
 

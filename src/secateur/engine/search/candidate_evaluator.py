@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.progress import Progress
-from secateur.runs.folder import Ledger, refuse_another
+from secateur.runs.folder import refuse_another
+from secateur.runs.ledger import Ledger
 from secateur.sparsity.evolution import Candidate
 
 WINDOW_TOKENS = 512

@@ -62,14 +62,14 @@ class Drift(Record, Generic[Measured]):
     contribution: Measured
 
 
-class LayerSparsity(Record):
+class _LayerSparsity(Record):
     """The zeros in the matrices of a layer."""
 
     layer: int
     sparsity: float
 
 
-class LayerState(Drift[float | None], LayerSparsity):
+class LayerState(Drift[float | None], _LayerSparsity):
     """The zeros of a layer and what they did to it, as far as it was measured."""
 
     could_bear: float | None
@@ -85,7 +85,7 @@ class MatrixState(Record):
     dead_columns: int
 
 
-class OfModel(Record):
+class _OfModel(Record):
     """What was measured on a model, beside its dense one.
 
     Attributes:
@@ -101,7 +101,7 @@ class OfModel(Record):
     environment: dict[str, Any]
 
 
-class DiagnosisRecord(OfModel):
+class DiagnosisRecord(_OfModel):
     """`diagnosis.json`."""
 
     schema_name: Literal["secateur.diagnosis/1"] = Field(alias="schema")
@@ -182,13 +182,13 @@ class Measurement(Record):
         return {}
 
 
-class TextMeasurement(Measurement):
+class _TextMeasurement(Measurement):
     """A measurement on one text."""
 
     text: str
 
 
-class PerplexityRecord(TextMeasurement):
+class PerplexityRecord(_TextMeasurement):
     """Perplexity on one text; `reference_perplexity` is the dense model's on the same windows."""
 
     perplexity: float
@@ -229,7 +229,7 @@ class Divergence(Record):
     tokens: int
 
 
-class DivergenceRecord(Divergence, TextMeasurement):
+class DivergenceRecord(Divergence, _TextMeasurement):
     """Distance from the reference on a text."""
 
 
@@ -473,7 +473,7 @@ class SweepDense(Record):
     perplexity: dict[str, float] = Field(default_factory=dict)
 
 
-class Sweep(OfModel):
+class Sweep(_OfModel):
     """`sweep.json`.
 
     Attributes:

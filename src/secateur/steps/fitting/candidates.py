@@ -18,7 +18,8 @@ from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.knapsack import Knapsack
 from secateur.progress import Labelled
 from secateur.recipes.prune import ChainRecipe
-from secateur.recipes.reading import build_recipe, dump_recipe
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.recipe_files import dump_recipe
 from secateur.reporting.fit import FitFinalist
 from secateur.reporting.models import CompressResult
 from secateur.runs.folder import NOTES, STATE
