@@ -8,9 +8,8 @@ lines of statements, so every room has its share.
 
 The default tests run once with a probe at each place, which notes the tests that come by, also in
 processes that they start. For each fault the tests run that came by, first one of each file, then
-all, then the whole files, until one fails. A line says which found it. Where no probe can be, in
-code for Triton, or no test came by, the tests of the room run. A second call with the same clone
-reads what the probes noted.
+all, then the whole files and the tests of the room, until one fails. A line says which found it.
+A second call with the same clone reads what the probes noted.
 
 The clone is made from the commit that is checked out here; nothing is changed in this tree.
 """
@@ -195,9 +194,10 @@ def found_by(clone: Path, fault: Fault, tests: list[str]) -> str:
     file.write_text(fault.source, encoding="utf-8")
     room = f"tests/{fault.module.path.split('/')[1].removesuffix('.py')}"
     of_files = {test.partition("::")[0]: test for test in tests}
-    coming = [[*of_files.values()], tests, [*of_files]]
+    rooms = [room] * (clone / room).is_dir()
+    coming = [[*of_files.values()], tests, list(dict.fromkeys([*of_files, *rooms]))]
     try:
-        for number, some in enumerate(coming if tests else [[room]] * (clone / room).is_dir()):
+        for number, some in enumerate(filter(None, coming)):
             try:
                 done = run_tests(clone, some, processes=2 if number else 0)
             except subprocess.TimeoutExpired:
