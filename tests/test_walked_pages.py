@@ -105,7 +105,6 @@ SMALLER = {
     "--tune-passes 6": "1",
     "iterative.rewind_step=50": "iterative.rewind_step=1",
     '"windows": 64, "sequence_length": 512': '"windows": 4, "sequence_length": 32',
-    "use, 6, ExpertChoice": "use, 3, ExpertChoice",
     "TrainingPlan(steps=200": "TrainingPlan(steps=2",
     "TrainingPlan(steps=500": "TrainingPlan(steps=2",
 }

@@ -33,7 +33,6 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from secateur.engine.search.experts import (
-    ExpertChoice,
     ExpertUse,
     expert_use,
     kept_experts,
@@ -81,11 +80,11 @@ def model_of(setup: str, seed: int, work: Path) -> Any:
 def candidate_cuts(model: Any, use: Use, keep: int) -> Iterator[tuple[str, Any]]:
     """The cut models, by what chose their experts."""
     for score in ("reap", "frequency"):
-        kept = kept_experts(use, keep, ExpertChoice(CHOSEN, score))
+        kept = kept_experts(use, keep, CHOSEN, score)
         yield score, cut_model(model, Cut(experts=kept))
     yield "merge", merged(model, use, kept)
     for draw in range(DRAWS):
-        kept = kept_experts(use, keep, ExpertChoice(CHOSEN, "random", seed=100 * draw))
+        kept = kept_experts(use, keep, CHOSEN, "random", seed=100 * draw)
         yield "random", cut_model(model, Cut(experts=kept))
 
 

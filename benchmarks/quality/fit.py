@@ -54,7 +54,7 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
-from secateur.steps.fitting.candidates import Workshop, best_of
+from secateur.steps.fitting.bench import FitBench, best_of
 
 MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting", "src/secateur/quantization")
 
@@ -244,17 +244,17 @@ class Bench:
         """
         begun, taken = time.perf_counter(), list[float]()
 
-        healed = Workshop.healed
+        healed = FitBench.healed
 
-        def heal(workshop: Workshop, candidates: Any) -> Any:
+        def heal(bench: FitBench, candidates: Any) -> Any:
             judged, best, most = time.perf_counter(), best_of(candidates), max(memory)
             if not self.known(label):
                 cost = {"seconds": judged - begun, "memory": most}
                 self.keep(label, best.packed, best.row.file_bytes, **cost)
             taken.append(time.perf_counter() - judged)
-            return healed(workshop, candidates)
+            return healed(bench, candidates)
 
-        with mock.patch.object(Workshop, "healed", heal):
+        with mock.patch.object(FitBench, "healed", heal):
             yield taken
 
     def by_folders(self) -> None:

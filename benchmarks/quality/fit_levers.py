@@ -24,12 +24,13 @@ from benchmarks.hardware import add, heading
 from benchmarks.stored import known_rows
 
 import secateur
-from secateur.engine.search.knapsack import Knapsack, fits
-from secateur.steps.fitting import candidates, storage_formats
-from secateur.steps.fitting.costs import Costs
-from secateur.steps.fitting.models import FitContext, ModelEvaluator
-from secateur.steps.fitting.storage_formats import FORMATS, PackedFolder, StorageFormat
-from secateur.steps.fitting.survey import Predictions, survey_model
+from secateur.engine.search.knapsack import fits
+from secateur.runtime.random_models import WeightFormat
+from secateur.steps import fit
+from secateur.steps.fitting import problem
+from secateur.steps.fitting.bench import FitBench
+from secateur.steps.fitting.problem import FitProblem
+from secateur.steps.fitting.survey import survey_model
 
 MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting")
 
@@ -46,8 +47,8 @@ class Without:
         one_format: whether all linears have the same.
     """
 
-    keeps: Callable[[StorageFormat], bool] = lambda stored: True
-    embeddings: Mapping[str, str] = field(default_factory=lambda: storage_formats.EMBEDDED)
+    keeps: Callable[[WeightFormat], bool] = lambda stored: True
+    embeddings: Mapping[str, str] = field(default_factory=lambda: problem.EMBEDDED)
     one_format: bool = False
 
 
@@ -61,34 +62,35 @@ LEVERS = {
 }
 
 
-def best_single(knapsack: Knapsack, costs: Costs, less: float) -> tuple[int, ...] | None:
+def best_single(own: FitProblem, less: float) -> tuple[int, ...] | None:
     """The best candidate whose linears have one format."""
-    count, linears = range(len(costs.formats)), len(costs.units) - 1
+    knapsack, count = own.knapsack, range(len(own.costs.formats))
+    linears = len(own.costs.units) - 1
     every = [(one,) * linears + (outer,) for one in count for outer in count]
-    fitting = [one for one in every if fits(knapsack.total(one), costs.aim)]
+    fitting = [one for one in every if fits(knapsack.total(one), own.costs.aim)]
     return min(fitting, key=knapsack.predicted, default=None)
 
 
 def row_of(args: argparse.Namespace, label: str) -> dict[str, Any]:
     """The row of a fit without a lever."""
     lever, known = LEVERS[label], args.work / "survey.json"
-    files = PackedFolder(tuple(stored for stored in FORMATS if lever.keeps(stored)))
+    formats = tuple(stored for stored in problem.FORMATS if lever.keeps(stored))
 
-    def survey(context: FitContext, evaluator: ModelEvaluator) -> Predictions:
-        own = context.work / known.name
+    def survey(bench: FitBench) -> FitProblem:
+        own = bench.work / known.name
         if known.exists():
             shutil.copy(known, own)
-        found = survey_model(context, evaluator)
+        found = survey_model(bench)
         if lever == Without():  # the others lack something
             shutil.copy(own, known)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(storage_formats.FILES, "cpu", files)
-        patch.setattr(storage_formats, "EMBEDDED", lever.embeddings)
-        patch.setattr(candidates, "survey_model", survey)
+        patch.setattr(problem.PackedFolder, "formats", formats)
+        patch.setattr(problem, "EMBEDDED", lever.embeddings)
+        patch.setattr(fit, "survey_model", survey)
         if lever.one_format:
-            patch.setattr(candidates, "chosen_mix", best_single)
+            patch.setattr(FitProblem, "mix", best_single)
         found = secateur.fit(
             args.model, output=args.work / label.replace(" ", "-").replace(",", ""), resume=True,
             max_size=round(args.size * MIB), calibration=args.calibration, windows=64,

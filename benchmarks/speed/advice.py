@@ -27,11 +27,11 @@ from transformers import AutoConfig
 
 from secateur.advisor.advice import weight_bytes
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
-from secateur.evaluation.random_models import FormatTimer, WeightFormat
 from secateur.evaluation.speed import Process
 from secateur.models.counting import counted
 from secateur.models.shape import memory_with
 from secateur.models.skeleton import build_skeleton
+from secateur.runtime.random_models import FormatTimer, WeightFormat
 
 MEASURES = ("src/secateur/advisor",)
 

@@ -15,14 +15,6 @@ import transformers
 
 from secateur.errors import ArchitectureError
 from secateur.evaluation import random_models, token_times
-from secateur.evaluation.random_models import (
-    LEAST_LAYERS,
-    STEPS,
-    WeightFormat,
-    another,
-    random_matrix,
-    random_model,
-)
 from secateur.evaluation.token_times import (
     BASE,
     TURNS,
@@ -34,6 +26,14 @@ from secateur.evaluation.token_times import (
 )
 from secateur.progress import Silent
 from secateur.runtime.kernels.library import kernel_info
+from secateur.runtime.random_models import (
+    LEAST_LAYERS,
+    STEPS,
+    WeightFormat,
+    another,
+    random_matrix,
+    random_model,
+)
 
 pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
 

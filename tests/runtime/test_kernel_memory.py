@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.evaluation.random_models import random_matrix
 from secateur.runtime.kernels.matrix import matrix_bytes
+from secateur.runtime.random_models import random_matrix
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (63, 100), (192, 576)])

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.evaluation.random_models import WeightFormat
 from secateur.evaluation.token_times import BASE, MatrixTimes
-from secateur.steps.fitting import costs, drafts
-from secateur.steps.fitting.drafts import TurnTimes
+from secateur.runtime.random_models import WeightFormat
+from secateur.steps import draft as drafts
+from secateur.steps.draft import Times
+from secateur.steps.fitting import problem
 
 PARENT = tuple(1.0 + 0.02 * n for n in range(8))
 """c(1), c(2), …"""
@@ -27,7 +28,7 @@ def matrix_times(
     every, whole = {BASE, *formats}, sum(map(math.prod, shapes))
     layers = {x: SECOND * whole * x.bits / 8 * (1.1 if x.sparsity else 1.0) for x in every}
     shares = {(s, x): math.prod(s) / whole for s in set(shapes) for x in every}
-    return MatrixTimes(layers, shares, SECOND * 96 * 64, "2026-11-29")
+    return MatrixTimes(layers, shares, SECOND * 96 * 64)
 
 
 def head_time(shape: tuple[int, int], stored: WeightFormat) -> float:
@@ -43,10 +44,10 @@ def use_fixed_times(draft: float = 0.3, replace: Callable[[Any, str, Any], None]
         replace: sets a name of a module; that of a `MonkeyPatch` undoes it.
     """
 
-    def calls(parent: Any, own: Any, prompt: Tensor) -> TurnTimes:
-        return TurnTimes(PARENT, draft)
+    def calls(parent: Any, own: Any, prompt: Tensor) -> Times:
+        return PARENT, draft
 
-    replace(costs, "time_matrices", matrix_times)
-    for module in (costs, drafts):
+    replace(problem, "time_matrices", matrix_times)
+    for module in (problem, drafts):
         replace(module, "time_head", head_time)
     replace(drafts, "time_calls", calls)

@@ -63,8 +63,8 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
                 where="--hardware",
                 remedy="name a folder with config.json, or other hardware",
             )
-        from secateur.evaluation.random_models import WeightFormat
         from secateur.evaluation.token_times import time_tokens
+        from secateur.runtime.random_models import WeightFormat
 
         formats = {
             way.stored: WeightFormat(way.values.name, way.zeros.sparsity)

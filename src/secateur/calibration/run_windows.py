@@ -29,6 +29,7 @@ from secateur.calibration.chats import template_digest
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import (
     EXTRA,
+    SOURCE,
     START,
     WindowPlan,
     check_fit,
@@ -38,6 +39,7 @@ from secateur.calibration.windows import (
     save_windows,
     shares,
     stored_extra,
+    stored_source,
     stored_start,
 )
 from secateur.errors import RecipeError
@@ -204,10 +206,11 @@ class WindowReader:
             )
         others = [max(1, count // SHARE)] * (len(files) - 1)  # windows of each part but the first
         first, *parts, more = windows.split([count - sum(others), *others, extra])
-        start = record.get(START, ())
-        save_windows(torch.cat([first, more]), files[0], start=start, extra=extra)
+        start, header = record.get(START, ()), {SOURCE: str(record["source"])}
+        whole = torch.cat([first, more])
+        save_windows(whole, files[0], start=start, extra=extra, metadata=header)
         for part, file in zip(parts, files[1:], strict=True):
-            save_windows(part, file, start=start)
+            save_windows(part, file, start=start, metadata=header)
 
 
 @dataclass(frozen=True)
@@ -437,6 +440,7 @@ def load_calibration(
         file = Path(source).expanduser()
         windows = load_windows(file, vocab_size=vocab_size, positions=positions)
         start, extra = stored_start(file), stored_extra(file)
+        record["source"] = stored_source(file) or source
     else:
         if tokenizer is None:
             raise RecipeError(

@@ -47,6 +47,9 @@ START = "start_tokens"
 EXTRA = "extra_windows"
 """The key of the number of extra windows in records and in the headers of window files."""
 
+SOURCE = "source"
+"""The key of the text in records and in the headers of window files."""
+
 
 @dataclass(frozen=True)
 class WindowPlan:
@@ -302,6 +305,15 @@ def stored_extra(path: Path) -> int:
         path: a file that `load_windows` has read.
     """
     return int(_header(path).get(EXTRA, 0))
+
+
+def stored_source(path: Path) -> str | None:
+    """The text that the windows of a file were cut from, from its header; None if it has none.
+
+    Args:
+        path: a file that `load_windows` has read.
+    """
+    return _header(path).get(SOURCE)
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ from secateur.diagnostics.findings import finding
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import RecipeError
+from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.progress import Progress
 from secateur.runs.records.measured import Drift, Finding
 
@@ -55,18 +55,16 @@ def check_same_model(pruned: CheckpointTarget, dense: CheckpointTarget) -> None:
     Raises:
         RecipeError: layers, hidden size or vocabulary differ.
     """
-    ours, theirs = (t.model.config.get_text_config() for t in (pruned, dense))
-    differences = []
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        a, b = getattr(ours, name, None), getattr(theirs, name, None)
-        if a != b:
-            differences.append(f"{name}: {a}, but {b} in the reference")
-    if differences:
-        raise RecipeError(
-            f"the reference is a different model ({'; '.join(differences)})",
-            where=str(dense.reader.folder),
-            remedy="name the dense model that was pruned with --dense",
-        )
+    sizes: dict[str, Callable[[CheckpointTarget], int]] = {
+        "layers": lambda target: len(target.layers),
+        "channels": lambda target: hidden_size(target.model),
+        "tokens": lambda target: vocabulary_of(target.model),
+    }
+    refuse_other_sizes(
+        sizes, pruned, dense, ("the model", "its reference"),
+        where=str(dense.reader.folder),
+        remedy="name the dense model that was pruned with --dense",
+    )  # fmt: skip
 
 
 @torch.no_grad()

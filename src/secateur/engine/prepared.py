@@ -15,7 +15,7 @@ from secateur.engine.prune.tasks import LinearTask, Selection, Settings, tasks_o
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
-from secateur.models.architecture import hidden_size, vocabulary_of
+from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
@@ -171,19 +171,15 @@ def teacher_of(
     refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
     reader = open_weights(found.folder)
     teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
-    sizes = {"tokens": vocabulary_of}
+    sizes: dict[str, Any] = {"tokens": vocabulary_of}
+    remedy = "name the model that it was made from"
     if how.hidden:
         sizes["channels"] = hidden_size
-    for what, size_of in sizes.items():
-        own, other = size_of(student.model), size_of(teacher.model)
-        if own != other:
-            raise RecipeError(
-                f"the student has {own} {what}, the teacher {other}",
-                where=f"--distill-teacher {how.teacher}",
-                remedy="name the model that it was made from"
-                if what == "tokens"
-                else "leave out --distill-hidden, which compares states of equal widths",
-            )
+        remedy += "; or leave out --distill-hidden, which compares states of equal widths"
+    refuse_other_sizes(
+        sizes, student.model, teacher.model, ("student", "teacher"),
+        where=f"--distill-teacher {how.teacher}", remedy=remedy,
+    )  # fmt: skip
     return teacher
 
 

@@ -98,12 +98,13 @@ def _of_tokens(logits: Tensor, p: Tensor, only: Tensor | None) -> Tensor:
         >>> _of_tokens(draft, parent, torch.tensor([2, 3])).tolist()
         [[0.7000000476837158], [0.0]]
     """
-    best = p.argmax(dim=-1)
+    best = p.argmax(dim=-1)  # over the whole vocabulary, whatever the head proposes
     if only is not None:
         only = only.to(logits.device)
         logits, p = logits[:, only], p[:, only]
     proposed = logits.argmax(dim=-1)
     proposed = proposed if only is None else only[proposed]
+    # q is normalised over the head's tokens, and p is not: it has the others too
     taken = torch.minimum(torch.softmax(logits, dim=-1), p).sum(dim=-1)
     return torch.stack([taken, (proposed == best).float()])
 
@@ -135,7 +136,7 @@ def _runs(rates: Tensor) -> tuple[float, ...]:
     product, found = rates, []
     for place in range(1, MOST_PROPOSED + 1):
         found.append(float(product.mean()) if product.numel() else 0.0)
-        product = product[:, :-1] * rates[:, place:]
+        product = product[:, :-1] * rates[:, place:]  # [windows, positions − place]
     return tuple(found)
 
 
@@ -161,7 +162,7 @@ def speculation(
         >>> best.k, round(best.accepted, 2), round(best.speedup, 3)
         (2, 1.44, 1.525)
     """
-    found, accepted = [Speculation(0, 0.0, 1.0)], 0.0
+    found, accepted = [Speculation(0, 0.0, 1.0)], 0.0  # k = 0: without a draft
     for k, (run, verify) in enumerate(zip(runs, parent_seconds[1:], strict=False), start=1):
         accepted += run
         seconds = k * draft_seconds + verify

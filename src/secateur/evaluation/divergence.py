@@ -28,21 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.evaluation.perplexity import (
-    LOGITS_BYTES,
-    PROBE_TOKENS,
-    Parts,
-    PerplexityResult,
-    body_and_head,
-    check_windows,
-    evaluating,
-    given,
-    last_states,
-    own_batches,
-    place_of,
-    summary,
-    windows_at_once,
-)
+from secateur.evaluation import perplexity
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.runs.records.measured import Divergence
@@ -57,8 +43,8 @@ class DivergenceResult(Divergence):
         reference: perplexity of the dense model.
     """
 
-    model: PerplexityResult
-    reference: PerplexityResult
+    model: perplexity.PerplexityResult
+    reference: perplexity.PerplexityResult
 
 
 def divergence(
@@ -92,13 +78,13 @@ def divergence(
         model, reference, windows, _token_numbers, start_tokens=start_tokens,
         batch_size=batch_size, progress=progress, ranks=ranks,
     )  # fmt: skip
-    rows, (count, length), first = found.double().mean(dim=2), windows.shape, given(start_tokens)
-    gathered = ranks.gather(rows.tolist())
+    (count, length), first = windows.shape, perplexity.given(start_tokens)
+    gathered = ranks.gather(found.double().mean(dim=2).tolist())
     seconds = time.perf_counter() - started
     kl, agreement, acceptance, own, dense = (
         [x for part in parts for x in part] for parts in zip(*gathered, strict=True)
     )
-    results = [summary(losses, length, first, seconds) for losses in (own, dense)]
+    results = [perplexity.summary(losses, length, first, seconds) for losses in (own, dense)]
     if not all(map(math.isfinite, kl)):
         raise NumericalError(
             "the divergence is not finite",
@@ -171,15 +157,20 @@ def side_by_side(
         The numbers wherever a token is predicted, float32 [k, windows of this process, positions].
     """
     count, length = windows.shape
-    check_windows(model, windows, start_tokens)
-    check_windows(reference, windows, start_tokens)
-    first, done, found = given(start_tokens), 0, list[Tensor]()
-    batch_size = batch_size or windows_at_once(count, length)
-    with torch.inference_mode(), evaluating(model), evaluating(reference):
-        probe = windows[:1, :PROBE_TOKENS]
-        both = [(one, body_and_head(one, probe.to(place_of(one)))) for one in (model, reference)]
-        for part in own_batches(count, batch_size, ranks):
-            found.append(_of_batch(both, windows[part], first, numbers))
+    perplexity.check_windows(model, windows, start_tokens)
+    perplexity.check_windows(reference, windows, start_tokens)
+    first, done, found = perplexity.given(start_tokens), 0, list[Tensor]()
+    batch_size = batch_size or perplexity.windows_at_once(count, length)
+    with torch.inference_mode(), perplexity.evaluating(model), perplexity.evaluating(reference):
+        probe = windows[:1, : perplexity.PROBE_TOKENS]
+        models = model, reference
+        places = [perplexity.place_of(one) for one in models]
+        both = [
+            perplexity.body_and_head(one, probe.to(place))
+            for one, place in zip(models, places, strict=True)
+        ]
+        for part in perplexity.own_batches(count, batch_size, ranks):
+            found.append(_of_batch(both, places, windows[part], first, numbers))
             done += part.stop - part.start
             if progress is not None:
                 progress(min(count, done * ranks.count), count)
@@ -187,18 +178,24 @@ def side_by_side(
 
 
 def _of_batch(
-    both: list[tuple[nn.Module, Parts | None]], ids: Tensor, first: int, numbers: Numbers
+    both: Sequence[perplexity.Parts],
+    places: Sequence[torch.device],
+    ids: Tensor,
+    first: int,
+    numbers: Numbers,
 ) -> Tensor:
     """Numbers of a batch; the `first` tokens of each window are not predicted."""
-    sides = [last_states(model, parts, ids.to(place_of(model)), first) for model, parts in both]
-    vocabularies = [parts.vocabulary for parts, _ in sides]
-    if len(set(vocabularies)) > 1:
+    parts, dense_parts = both
+    if parts.vocabulary != dense_parts.vocabulary:
         raise RecipeError(
-            f"vocabularies of {vocabularies[0]} and {vocabularies[1]} tokens cannot be compared",
+            f"vocabularies of {parts.vocabulary} and {dense_parts.vocabulary} tokens cannot be "
+            "compared",
             remedy="name the dense model that this one was made from",
         )
-    chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
-    (parts, states), (dense_parts, dense_states) = sides
+    states, dense_states = (
+        one.states(ids.to(place), first) for one, place in zip(both, places, strict=True)
+    )
+    chunk = max(1, perplexity.LOGITS_BYTES // (4 * parts.vocabulary))
     targets = ids[:, first:].reshape(-1).to(states.device)
     found = [
         numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
@@ -206,6 +203,7 @@ def _of_batch(
             states.split(chunk), dense_states.split(chunk), targets.split(chunk), strict=True
         )
     ]
+    # [k, windows, positions]
     return torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).cpu()
 
 
@@ -226,5 +224,5 @@ def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Ten
     index = targets[:, None]
     losses = [-log.gather(1, index)[:, 0] for log in (log_q, log_p)]
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    acceptance = torch.minimum(log_p, log_q).exp().sum(dim=-1).clamp(max=1)
+    acceptance = torch.minimum(log_p, log_q).exp().sum(dim=-1).clamp(max=1)  # a rounded sum
     return torch.stack([kl, agreement, acceptance, *losses])

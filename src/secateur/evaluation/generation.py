@@ -13,7 +13,6 @@ the difference from the dense model says something about pruning.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +24,7 @@ from secateur.evaluation.perplexity import evaluating, fingerprint
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 from secateur.recipes.deploy import Sampling
+from secateur.runs.records.measured import SampleRecord
 from secateur.runtime.decode import GREEDY, SteppedGeneration, continued
 
 
@@ -155,23 +155,6 @@ RUN = 4
 DEGENERATE = 0.5
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A text that a model generated.
-
-    Args:
-        prompt: the prompt.
-        text: the generated text.
-        repetition: share of its 4-grams that are repeats.
-        degenerate: whether more than half are repeats, or the text is empty.
-    """
-
-    prompt: str
-    text: str
-    repetition: float
-    degenerate: bool
-
-
 def check_generation(
     model: Any,
     tokenizer: Tokenizer,
@@ -179,7 +162,7 @@ def check_generation(
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = NEW_TOKENS,
     progress: Progress | None = None,
-) -> list[Sample]:
+) -> list[SampleRecord]:
     """Continue prompts greedily, and measure repetitions.
 
     Args:
@@ -195,7 +178,14 @@ def check_generation(
     for prompt in prompts:
         text = generate(model, tokenizer, prompt, new_tokens)
         share = repetition(tokenizer(text, add_special_tokens=False)["input_ids"])
-        samples.append(Sample(prompt, text, share, share > DEGENERATE or not text.strip()))
+        samples.append(
+            SampleRecord(
+                prompt=prompt,
+                text=text,
+                repetition=share,
+                degenerate=share > DEGENERATE or not text.strip(),
+            )
+        )
         progress.step()
     progress.finish()
     return samples

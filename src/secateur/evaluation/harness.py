@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.errors import NumericalError
-from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating, forward_logits
+from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating
 from secateur.runtime.kernels.linear import PackedLinear
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class HarnessModel(HFLM):
         """The log-likelihood of each continuation, and whether greedy decoding produces it."""
         read = [self.tokens_read(request) for request in requests]
         self.warn_of_cuts(requests)
+        # the longest first: what does not fit into memory fails at once
         order = sorted(range(len(requests)), key=lambda i: (-len(read[i]), read[i]))
         same = [list(numbers) for _, numbers in groupby(order, key=lambda i: read[i])]
         answers: list[Answer | None] = [None] * len(requests)
@@ -63,13 +64,12 @@ class HarnessModel(HFLM):
                 batch = same[: max(1, tokens // len(read[same[0][0]]))]
                 same = same[len(batch) :]
                 ids = _padded([read[numbers[0]] for numbers in batch]).to(self.device)
-                states = parts.body(ids) if parts else forward_logits(self.model, ids)
+                states = parts.body(ids)  # [rows, tokens, width]
                 for row, numbers in zip(states, batch, strict=True):
                     row = row[: len(read[numbers[0]])]
                     # requests with the same tokens may have continuations of different lengths
                     longest = max(len(requests[i][2]) for i in numbers)
-                    logits = parts.head(row[-longest:]) if parts else row[-longest:]
-                    log_p = functional.log_softmax(logits.float(), dim=-1)
+                    log_p = functional.log_softmax(parts.head(row[-longest:]).float(), dim=-1)
                     for i in numbers:
                         answers[i] = _answer(log_p, requests[i])
                 self.tell(sum(map(len, batch)))
@@ -97,7 +97,7 @@ def _padded(rows: list[tuple[int, ...]]) -> Tensor:
 def _answer(log_p: Tensor, request: Request) -> Answer:
     """The log-likelihood of a continuation, and whether greedy decoding produces it."""
     tokens = torch.tensor(request[2], device=log_p.device)
-    rows = log_p[-len(tokens) :]
+    rows = log_p[-len(tokens) :]  # of the continuation; others may have a longer one
     total = float(rows.gather(1, tokens[:, None]).sum())
     if total != total:
         raise NumericalError(

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,13 +176,15 @@ def perplexity(
         parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
         for rows in own_batches(count, batch_size, ranks):
             ids = windows[rows].to(device)
-            split, states = last_states(model, parts, ids, first)
+            states = parts.states(ids, first)
             targets = ids[:, first:].reshape(-1).to(states.device)
-            chunk = max(1, LOGITS_BYTES // (4 * split.vocabulary))
+            # float32 logits of so many tokens take at most 64 MiB
+            chunk = max(1, LOGITS_BYTES // (4 * parts.vocabulary))
             found = [
-                functional.cross_entropy(split.head(some).float(), target, reduction="none")
+                functional.cross_entropy(parts.head(some).float(), target, reduction="none")
                 for some, target in zip(states.split(chunk), targets.split(chunk), strict=True)
             ]
+            # a mean for each window, in float64
             losses += torch.cat(found).view(len(ids), -1).double().mean(dim=1).tolist()
             if progress is not None:
                 progress(min(count, len(losses) * ranks.count), count)
@@ -277,60 +279,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """The parts of a model: ids → last hidden state, hidden state → logits, vocabulary size."""
 
     body: Callable[[Tensor], Tensor]
     head: nn.Module
     vocabulary: int
 
+    def states(self, ids: Tensor, first: int) -> Tensor:
+        """The last hidden states that predict a token, [batch · (sequence − first), width]."""
+        # the state at a position predicts the next token, and the last one predicts none
+        return self.body(ids)[:, first - 1 : -1].flatten(0, 1)
 
-def body_and_head(model: nn.Module, probe: Tensor) -> Parts | None:
+
+def body_and_head(model: nn.Module, probe: Tensor) -> Parts:
     """Split the model into a body (ids → last hidden state) and an output head, if possible.
 
     Some families scale or cap their logits, or scale the hidden state. Body and head alone would
-    then give a wrong number without a warning. So both ways run on a few tokens and must agree.
+    then give a wrong number without a warning. So both ways run on a few tokens and must agree. If
+    they do not, the body is the whole model, and the head does nothing.
     """
-    body = getattr(model, "base_model", model)
+
+    def whole(ids: Tensor) -> Tensor:
+        result = model(ids)
+        return result if isinstance(result, Tensor) else result.logits
+
+    logits, body = whole(probe), getattr(model, "base_model", model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary = logits.shape[-1]
     if body is model or not isinstance(head, nn.Module):
-        return None
+        return Parts(whole, nn.Identity(), vocabulary)
     takes_cache = "use_cache" in inspect.signature(body.forward).parameters
     options = {"use_cache": False} if takes_cache else {}
 
     def hidden(ids: Tensor) -> Tensor:
         return body(input_ids=ids, **options).last_hidden_state
 
-    parts_logits, logits = head(hidden(probe)), forward_logits(model, probe)
+    parts_logits = head(hidden(probe))
     same = parts_logits.shape == logits.shape and torch.allclose(
         parts_logits.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True
     )
-    return Parts(hidden, head, logits.shape[-1]) if same else None
-
-
-def forward_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """The logits [batch, sequence, vocabulary] of a complete forward."""
-    result = model(ids)
-    return result if isinstance(result, Tensor) else result.logits
-
-
-def last_states(
-    model: nn.Module, parts: Parts | None, ids: Tensor, first: int
-) -> tuple[Parts, Tensor]:
-    """The last hidden states that predict a token, and the part that turns them into logits.
-
-    If the model cannot be split, the states are its logits.
-
-    Returns:
-        The parts, and states [batch · (sequence − first), width].
-    """
-    if parts is None:
-        states = forward_logits(model, ids)
-        parts = Parts(nn.Identity(), nn.Identity(), states.shape[-1])
-    else:
-        states = parts.body(ids)
-    return parts, states[:, first - 1 : -1].flatten(0, 1)
+    return Parts(hidden, head, vocabulary) if same else Parts(whole, nn.Identity(), vocabulary)
 
 
 COMPUTED = ("dtype", "activations")
@@ -418,26 +407,6 @@ def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, A
     return load_whole(source.folder, place, **code), tokenizer
 
 
-@dataclass(frozen=True)
-class LossIncrease:
-    """A rise of the loss of the next token, in nats per token.
-
-    Attributes:
-        mean: over windows.
-        standard_error: of the mean, from the differences of the windows; None for one window.
-        tokens: of the windows.
-    """
-
-    mean: float
-    standard_error: float | None
-    tokens: int
-
-    @property
-    def cautious(self) -> float:
-        """The mean and its standard error: a bound on this usually holds on other windows too."""
-        return self.mean + (self.standard_error or 0.0)
-
-
 class LossComparison:
     """Measures packed folders against the dense model, on some windows.
 
@@ -468,14 +437,19 @@ class LossComparison:
         found: list[float] = json.loads(kept.read_text(encoding="utf-8"))
         return found
 
-    def increase(self, folder: Path) -> LossIncrease:
-        """The rise of a packed folder."""
+    def increase(self, folder: Path) -> tuple[float, float | None]:
+        """The rise of the loss of a packed folder, in nats per token.
+
+        Returns:
+            Its mean over windows, and the standard error of the mean, from the differences of the
+            windows; None for one window.
+        """
         dense = self.dense()
         model = load(folder, trust_remote_code=self.trust_remote_code)
         with window_progress(self.progress, "judging the packed model", len(dense)) as report:
             found = perplexity(model, self.windows, start_tokens=self.start, progress=report)
         rises = [own - before for own, before in zip(found.losses, dense, strict=True)]
-        return LossIncrease(mean_of(rises), standard_error(rises), found.tokens)
+        return mean_of(rises), standard_error(rises)
 
 
 @torch.no_grad()

@@ -32,8 +32,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -45,7 +46,7 @@ from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.runs.environment import usable_processors
 from secateur.runs.records.measured import TimingEntry
-from secateur.runtime.decode import Decoder, given_cache
+from secateur.runtime.decode import Decoder, empty_cache
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
@@ -219,8 +220,8 @@ def _serve() -> None:
     prompt = torch.tensor(asked["prompt"])
     capacity = len(prompt) + asked["new_tokens"]
     try:
-        running = _load_backend(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
-        running.round(prompt, 2)
+        run = _load_backend(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
+        run(prompt, 2)
         give_back()  # an int8 backend has rounded larger weights, which are gone
     except Exception as error:  # any error is reported, so that the other backends continue
         answer({"failure": _failure_of(error)})
@@ -228,7 +229,7 @@ def _serve() -> None:
     answer({"resident_bytes": psutil.Process().memory_info().rss - before})
     for _ in sys.stdin:
         try:
-            answer(running.round(prompt, asked["new_tokens"]))
+            answer(run(prompt, asked["new_tokens"]))
         except Exception as error:
             answer({"failure": _failure_of(error)})
             return
@@ -247,16 +248,11 @@ def answer(record: dict[str, Any]) -> None:
     ANSWERS.flush()
 
 
-class How(NamedTuple):
-    """How a backend runs a model: expanded or packed, rounded to int8, in our loop or not."""
-
-    expand: bool
-    int8: Callable[[nn.Linear], nn.Module] | None = None
-    ours: bool = True
-
-
 Round = dict[str, float]
 """Seconds to the first token, and seconds per token after it."""
+
+Run = Callable[[Tensor, int], Round]
+"""Reads a prompt and generates so many tokens, always the most likely one."""
 
 
 def _timed(read: Callable[[], Any], step: Callable[[Any], Any], new_tokens: int) -> Round:
@@ -270,78 +266,64 @@ def _timed(read: Callable[[], Any], step: Callable[[Any], Any], new_tokens: int)
     return {"first_token": first - started, "each_token": each}
 
 
-class Backend(Protocol):
-    """A loaded model that can be timed."""
-
-    def round(self, prompt: Tensor, new_tokens: int) -> Round:
-        """Read a prompt and generate `new_tokens` tokens, always the most likely one."""
-        ...
-
-
-class Transformers:
+def _in_transformers(model: Any) -> Run:
     """A transformers model, called token by token with its own cache, without `generate`."""
+    cache: dict[str, Any] = {}
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def after(ids: Tensor, **options: Any) -> Tensor:
+        out = model(input_ids=ids.view(1, -1), use_cache=True, **options, **cache)
+        return out.logits[0, -1].argmax()
+
+    def read(prompt: Tensor) -> Tensor:
+        cache.update(empty_cache(model))
+        return after(prompt, logits_to_keep=1)
 
     @torch.inference_mode()
-    def round(self, prompt: Tensor, new_tokens: int) -> Round:
-        """As the contract says."""
-        from transformers import DynamicCache
+    def run(prompt: Tensor, new_tokens: int) -> Round:
+        return _timed(partial(read, prompt), after, new_tokens)
 
-        cache: dict[str, Any] = {}
-
-        def read() -> Tensor:
-            cache.update(given_cache(self.model, DynamicCache(config=self.model.config)))
-            return after(prompt, logits_to_keep=1)
-
-        def after(ids: Tensor, **options: Any) -> Tensor:
-            out = self.model(input_ids=ids.view(1, -1), use_cache=True, **options, **cache)
-            return out.logits[0, -1].argmax()
-
-        return _timed(read, after, new_tokens)
+    return run
 
 
-class OneCall:
+def _in_our_loop(model: Any, capacity: int) -> Run:
     """Our decode loop."""
+    if reason := why_not(model, capacity):
+        raise KernelError(reason, remedy="contenders in transformers run it")
+    decoder = Decoder(model, capacity)
 
-    def __init__(self, model: Any, capacity: int) -> None:
-        self.decoder = Decoder(model, capacity)
-
-    def round(self, prompt: Tensor, new_tokens: int) -> Round:
-        """As the contract says."""
-        decoder = self.decoder
+    def run(prompt: Tensor, new_tokens: int) -> Round:
         return _timed(
             lambda: int(decoder.prefill(prompt).argmax()),
             lambda token: int(decoder.step(token).argmax()),
             new_tokens,
         )
 
+    return run
 
-class LlamaCpp:
-    """A GGUF file in llama.cpp, through the package xllamacpp."""
 
-    def __init__(self, file: Path, capacity: int, threads: int) -> None:
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise KernelError(
-                "llama.cpp is not installed", remedy="pip install xllamacpp, or leave it out"
-            ) from error
-        options = xllamacpp.CommonParams()
-        options.model.path = str(file)
-        options.n_ctx, options.n_parallel = capacity, 1
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-        options.n_predict, options.warmup = -1, False
-        self.server = xllamacpp.Server(options)
+def _in_llama_cpp(file: Path, capacity: int, threads: int) -> Run:
+    """A GGUF file in llama.cpp, through the package xllamacpp; the times are llama.cpp's own."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise KernelError(
+            "llama.cpp is not installed", remedy="pip install xllamacpp, or leave it out"
+        ) from error
+    options = xllamacpp.CommonParams()
+    options.model.path = str(file)
+    options.n_ctx, options.n_parallel = capacity, 1
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    options.n_predict, options.warmup = -1, False
+    server = xllamacpp.Server(options)
 
-    def round(self, prompt: Tensor, new_tokens: int) -> Round:
-        """As the contract says; the times are llama.cpp's own."""
+    def run(prompt: Tensor, new_tokens: int) -> Round:
         asked = {"prompt": prompt.tolist(), "n_predict": new_tokens, "temperature": 0.0}
         asked |= {"ignore_eos": True, "cache_prompt": False}
-        times = self.server.handle_completions(asked)["timings"]
+        times = server.handle_completions(asked)["timings"]
         first, each = (times[f"{what}_ms"] / 1e3 for what in ("prompt", "predicted_per_token"))
         return {"first_token": first, "each_token": each}
+
+    return run
 
 
 class TorchInt8(nn.Module):
@@ -369,6 +351,14 @@ def _torch_int8(linear: nn.Linear) -> nn.Module:
     return TorchInt8(linear.weight.detach().float(), linear.bias)
 
 
+class How(NamedTuple):
+    """How a backend runs a model: expanded or packed, rounded to int8, in our loop or not."""
+
+    expand: bool
+    int8: Callable[[nn.Linear], nn.Module] | None = None
+    ours: bool = True
+
+
 BACKENDS: Mapping[str, How] = {
     "packed": How(expand=False),
     "packed in transformers": How(expand=False, ours=False),
@@ -381,21 +371,17 @@ USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
 """The most useful backends. The others take long and are never the fastest."""
 
 
-def _load_backend(name: str, folder: Path, capacity: int, threads: int) -> Backend:
+def _load_backend(name: str, folder: Path, capacity: int, threads: int) -> Run:
     """Load a backend. Any other name is the path of a GGUF file."""
     if name not in BACKENDS:
-        return LlamaCpp(Path(name), capacity, threads)
+        return _in_llama_cpp(Path(name), capacity, threads)
     how = BACKENDS[name]
     model = load(folder, dtype=torch.bfloat16 if how.expand else None, expand=how.expand)
     if how.int8 is not None:  # all linears, the output head among them
         linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         for path, linear in linears:
             model.set_submodule(path, how.int8(linear))
-    if not how.ours:
-        return Transformers(model)
-    if reason := why_not(model, capacity):
-        raise KernelError(reason, remedy="contenders in transformers run it")
-    return OneCall(model, capacity)
+    return _in_our_loop(model, capacity) if how.ours else _in_transformers(model)
 
 
 if __name__ == "__main__":

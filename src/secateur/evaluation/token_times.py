@@ -34,21 +34,15 @@ from typing import Any
 
 import torch
 
-from secateur.evaluation.random_models import (
-    LAYER_BYTES,
-    FormatTimer,
-    TokenTime,
-    WeightFormat,
-    another,
-    random_matrix,
-)
 from secateur.models.cache import cache_folder, writing_cache
 from secateur.progress import Progress
 from secateur.runs.environment import environment
 from secateur.runs.output import write_json
+from secateur.runtime import random_models
 from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.random_models import LAYER_BYTES, FormatTimer, TokenTime, WeightFormat
 from secateur.timing import alternate, seconds_of
 
 TURNS = 3
@@ -177,13 +171,11 @@ class MatrixTimes:
         layers: seconds of all decoder layers with every linear in one format.
         shares: of this time, the part of one linear, for each shape [out, in] and format.
         rest: seconds of a token outside the decoder layers.
-        measured: the earliest date of a time.
     """
 
     layers: Mapping[WeightFormat, float]
     shares: Mapping[tuple[Shape, WeightFormat], float]
     rest: float
-    measured: str
 
     @property
     def base(self) -> float:
@@ -250,7 +242,7 @@ def time_matrices(
         whole = sum(alone[shape] * count for shape, count in counts.items())
         shares |= {(shape, stored): alone[shape] / whole for shape in counts}
     progress.finish()
-    return MatrixTimes(layers, shares, rest, min(table.dates))
+    return MatrixTimes(layers, shares, rest)
 
 
 def looped(config: Any, stored: WeightFormat) -> Loop:
@@ -266,8 +258,9 @@ def looped(config: Any, stored: WeightFormat) -> Loop:
 
 def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
     """Seconds of one product with a matrix, one of so many different ones."""
-    first = random_matrix(*shape, stored.values, stored.sparsity)
-    matrices = [first, *(another(first) for _ in range(count - 1))]
+    first = random_models.random_matrix(*shape, stored.values, stored.sparsity)
+    # every product reads another matrix, so none finds its own in a cache
+    matrices = [first, *(random_models.another(first) for _ in range(count - 1))]
     x = torch.randn(1, shape[1]).to(torch.bfloat16)
 
     def seconds(matrix: KernelMatrix) -> float:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from scipy.special import stdtr
+
 from secateur.errors import RecipeError
 from secateur.runs.records.measured import Comparison
 
@@ -43,39 +45,6 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(variance / count)
 
 
-def central_share(t: float, degrees: int) -> float:
-    """The share of Student's t distribution within ±t.
-
-    With θ = atan(t / √ν) it is a finite sum, exact for whole ν:
-
-        ν even: sin θ · (1 + 1/2 cos² θ + (1·3)/(2·4) cos⁴ θ + …), ν / 2 terms
-        ν odd:  2/π · (θ + sin θ · (cos θ + 2/3 cos³ θ + (2·4)/(3·5) cos⁵ θ + …)), (ν − 1) / 2 terms
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-
-    Args:
-        t: at least 0; may be infinite.
-        degrees: ν, the degrees of freedom, at least 1.
-
-    Example:
-        >>> from secateur.evaluation.uncertainty import central_share
-        >>> round(central_share(2.262, 9), 4)
-        0.95
-        >>> round(central_share(1.96, 10_000), 3)
-        0.95
-    """
-    angle = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2
-    square = math.cos(angle) ** 2
-    term = math.cos(angle) if odd else 1.0
-    terms = []
-    for k in range(1, (degrees - odd) // 2 + 1):
-        terms.append(term)
-        term *= (2 * k - 1 + odd) / (2 * k + odd) * square
-    total = math.sin(angle) * math.fsum(terms)
-    return 2 / math.pi * (angle + total) if odd else total
-
-
 def compare(values: Sequence[float], reference: Sequence[float], chance: float) -> Comparison:
     """Compare a model with a reference, item by item.
 
@@ -102,7 +71,9 @@ def compare(values: Sequence[float], reference: Sequence[float], chance: float) 
     difference, error = mean_of(differences), standard_error(differences)
     significant = None if error is None else difference != 0
     if error:  # without an error, any difference is significant
-        significant = central_share(abs(difference) / error, len(differences) - 1) > CENTRAL
+        # the share of Student's t distribution below −|t| and above |t|
+        outside = 2 * stdtr(len(differences) - 1, -abs(difference) / error)
+        significant = bool(outside < 1 - CENTRAL)
     return Comparison(
         reference_value=mean_of(reference),
         difference=difference,

@@ -33,14 +33,14 @@ Names joined by `+` are segments one after the other: `queries+keys+keys` of a f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.expert_layout import PROJECTIONS, ExpertLayout, Experts, stored_in_table
 from secateur.registry import Registry
 
@@ -320,6 +320,38 @@ def vocabulary_of(model: Any) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     return len(weight) if isinstance(weight, torch.Tensor) else int(model.config.vocab_size)
+
+
+def refuse_other_sizes(
+    sizes: Mapping[str, Callable[[Any], Any]],
+    one: Any,
+    other: Any,
+    roles: tuple[str, str],
+    *,
+    where: str,
+    remedy: str,
+) -> None:
+    """Refuse a model that has other sizes than another one, which it is compared with.
+
+    Args:
+        sizes: functions of a model, by what they count.
+        one: a model.
+        other: the one that is refused.
+        roles: what the message calls the two.
+        where: the other one, for the message.
+        remedy: what to do.
+
+    Raises:
+        RecipeError: names every size that differs.
+    """
+    found = {what: (size_of(one), size_of(other)) for what, size_of in sizes.items()}
+    differing = [f"{a} and {b} {what}" for what, (a, b) in found.items() if a != b]
+    if differing:
+        raise RecipeError(
+            f"{roles[0]} and {roles[1]} are different models: {'; '.join(differing)}",
+            where=where,
+            remedy=remedy,
+        )
 
 
 def refuse_foreign(model: nn.Module) -> None:

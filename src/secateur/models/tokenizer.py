@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
 
 def refuse_other_words(
-    student: Path,
+    student: Path | Tokenizer,
     teacher: Path,
     *,
     roles: tuple[str, str] = ("student", "teacher"),
@@ -67,7 +67,7 @@ def refuse_other_words(
     """Refuse a teacher whose token ids mean other words than the student's.
 
     Args:
-        student: folder of the model that learns.
+        student: folder of the model that learns, or its tokenizer.
         teacher: folder of the model that it learns from.
         roles: what the message calls the two.
         trust_remote_code: whether code from both folders may run.
@@ -75,18 +75,19 @@ def refuse_other_words(
     Raises:
         RecipeError: the vocabularies differ.
     """
-    own, other = (
-        load_tokenizer(folder, trust_remote_code=trust_remote_code).get_vocab()
-        for folder in (student, teacher)
-    )
+    trust = trust_remote_code
+    if isinstance(student, Path):
+        student = load_tokenizer(student, trust_remote_code=trust)
+    own = student.get_vocab()
+    other = load_tokenizer(teacher, trust_remote_code=trust).get_vocab()
     if own != other:
         differing = sum(own.get(token) != number for token, number in other.items())
         raise RecipeError(
             f"{roles[0]} and {roles[1]} have different vocabularies: {len(own)} and {len(other)} "
             f"tokens, {differing} of the {roles[1]}'s have another number or none",
             where=str(teacher),
-            remedy=f"a {roles[1]} needs the tokenizer of the {roles[0]}: name the model that it "
-            "was made from",
+            remedy=f"a {roles[1]} needs the tokenizer of the {roles[0]}: name two models of which "
+            "one was made from the other",
         )
 
 

@@ -263,10 +263,13 @@ def continued(
             logits = steps.step(token)
 
 
-def given_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """The argument of a model's forward for the cache; transformers 5.24 renamed it."""
+def empty_cache(model: Any) -> dict[str, Any]:
+    """The argument of a model's forward for an empty cache; transformers 5.24 renamed it."""
+    from transformers import DynamicCache
+
     known = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}
+    name = "cache" if "cache" in known else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 class Token(NamedTuple):

@@ -30,9 +30,9 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
+from secateur.models.tokenizer import refuse_other_words
 from secateur.recipes.deploy import Sampling
 from secateur.runs.folder import NOTES
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
@@ -422,14 +422,8 @@ def open_drafter(
         CheckpointError: its frequent tokens cannot be read.
     """
     folder = resolve(draft, trust_remote_code=trust_remote_code).folder
-    own: Any = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise RecipeError(
-            f"the draft has another vocabulary: {len(own)} tokens, and the model has "
-            f"{len(tokenizer)}",
-            where=draft,
-            remedy="make a draft of this very model: secateur draft MODEL --output DRAFT",
-        )
+    roles = "model", "draft"
+    refuse_other_words(tokenizer, folder, roles=roles, trust_remote_code=trust_remote_code)
     model = load(folder, trust_remote_code=trust_remote_code)
     ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
     slots = len(parent.lengths)

@@ -69,14 +69,20 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
             remedy="give fewer tokens",
         )
     compressed = is_packed(folder)
-    if not compressed:
-        names = _without_packed(names, model, chosen=recipe.contenders is not None)
+    packed = [name for name in names if name in BACKENDS and not BACKENDS[name].expand]
+    if packed and not compressed:
+        if recipe.contenders is not None:
+            raise RecipeError(
+                f"{packed[0]!r} needs a compressed model",
+                where=model,
+                remedy=f"secateur compress {shlex.quote(model)} --output SMALL, then bench SMALL; "
+                "or leave it out",
+            )
+        names = [name for name in names if name not in packed]
     reader = open_checkpoint(folder)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, tokens_of(folder), (prompt_tokens,), generator=generator).tolist()
     speeds = take_turns(
         [(name, folder) for name in dict.fromkeys([*names, *recipe.gguf])],
-        prompt=prompt,
+        prompt=_random_prompt(folder, prompt_tokens),
         new_tokens=new_tokens,
         rounds=recipe.rounds,
         seconds=MOST_SECONDS,
@@ -98,6 +104,15 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     if (folder / NOTES).is_dir():
         write_record(folder / NOTES / "bench.json", result.to_json())
     return result
+
+
+def _random_prompt(folder: Path, count: int) -> list[int]:
+    """Token ids below 1000, which nearly every model has; always the same."""
+    config = read_configuration(folder)
+    ids = config.get("vocab_size", config.get("text_config", {}).get("vocab_size")) or 1000
+    generator = torch.Generator().manual_seed(0)
+    found: list[int] = torch.randint(0, min(1000, ids), (count,), generator=generator).tolist()
+    return found
 
 
 def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedBenchResult:
@@ -167,23 +182,3 @@ def drafted_speed(
         accepted=accepted,
         equal=None if temperature else equal,
     )
-
-
-def _without_packed(names: Sequence[str], model: str, *, chosen: bool) -> list[str]:
-    """Return the contenders of a model without packed weights."""
-    packed = [name for name in names if name.startswith("packed")]
-    if packed and chosen:
-        raise RecipeError(
-            f"{packed[0]!r} needs a compressed model",
-            where=model,
-            remedy=f"secateur compress {shlex.quote(model)} --output SMALL, then bench SMALL; "
-            "or leave it out",
-        )
-    return [name for name in names if name not in packed]
-
-
-def tokens_of(folder: Path) -> int:
-    """The number of token ids that a prompt is drawn from: 1000; nearly every model has them."""
-    config = read_configuration(folder)
-    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    return min(1000, size) if isinstance(size, int) else 1000

@@ -16,41 +16,68 @@ Pinsker, a divergence D means a refusal of at most
 The bound with the largest predicted speed-up is made as a real model, and measured. That sets s and
 the ratio of its seconds to those of the table, and the choice is made again, at most twice. The
 best draft is healed, and then the number of tokens of its head is chosen.
+
+The time of a call depends on the machine's other work more than two drafts differ. So the calls of
+the parent, with 1 to 8 tokens, and those of the draft take turns, and each has the lowest time of
+its turns: other work only lengthens a call. Times that cannot be are measured again. Both are the
+calls that speculative decoding makes (`SlotDecoder.step`), after a prompt.
+
+A head over frequent tokens multiplies only the rows of some tokens. The folder of the draft stays a
+model with the whole vocabulary; the ids of these tokens are in a file beside it. The time of such a
+head is that of the draft, less that of the whole head, and more that of so many rows, both timed
+alone.
+
+What was measured is kept in files, so a resumed run decides the same.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
-from secateur.engine.search.knapsack import Knapsack
+from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError
-from secateur.evaluation.acceptance import MOST_PROPOSED, speculation
+from secateur.evaluation.acceptance import MOST_PROPOSED, acceptance, speculation, too_fast
+from secateur.evaluation.generation import end_tokens
+from secateur.evaluation.perplexity import window_progress
+from secateur.evaluation.token_times import time_head
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
+from secateur.recipes.compress import FitRecipe
 from secateur.recipes.draft import DraftRecipe
 from secateur.recipes.shared import texts_of
-from secateur.reporting.draft import DraftPlanResult, DraftPoint, DraftResult
+from secateur.reporting import draft as reports
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
+from secateur.runs.records.measured import Acceptance
+from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.layer_forms import why_not
+from secateur.runtime.load import load
+from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.speculative import FREQUENT
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
-from secateur.steps.fitting.candidates import Workshop, pack_winner
-from secateur.steps.fitting.costs import Costs, costs_of, time_heads
-from secateur.steps.fitting.drafts import HEADS, DraftBench, MeasuredDraft
-from secateur.steps.fitting.models import FitContext, TimeBudget, open_model
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, embedded
+from secateur.steps.fitting import problem as fit_problem
+from secateur.steps.fitting.bench import BuiltCandidate, FitBench, open_model
+from secateur.steps.fitting.problem import EMBEDDINGS, Costs, FitProblem, embedded
+from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
+from secateur.timing import alternate, seconds_of
+from secateur.types import Windows
 
 DRAFT = "draft.json"
 
@@ -67,7 +94,9 @@ REFUSED = 0.7
 """s, until a draft is measured. Pinsker's inequality is a bound, so it is below 1."""
 
 
-def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> DraftPlanResult:
+def plan_draft(
+    recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]
+) -> reports.DraftPlanResult:
     """Check a recipe, and show what making the draft would try.
 
     Args:
@@ -85,7 +114,7 @@ def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any])
     check_output(recipe.output, "draft", 0, read, call)
     costs = Costs((), model.shapes)
     config = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code).config
-    return DraftPlanResult(
+    return reports.DraftPlanResult(
         linears=len(model.shapes),
         file_bytes=model.file_bytes,
         bounds={},
@@ -113,7 +142,7 @@ def refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
         )
 
 
-class Draft(Step[DraftRecipe, DraftResult]):
+class Draft(Step[DraftRecipe, reports.DraftResult]):
     """Find and make the draft of a model that makes it decode fastest.
 
     The text of the model stays exactly the same: a draft proposes tokens, and the model takes or
@@ -142,48 +171,44 @@ class Draft(Step[DraftRecipe, DraftResult]):
         return identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress)
 
     @classmethod
-    def result(cls, output: Path) -> DraftResult:
+    def result(cls, output: Path) -> reports.DraftResult:
         """Read the result of a finished run from its notes."""
-        return read_record(DraftResult, output / NOTES / DRAFT)
+        return read_record(reports.DraftResult, output / NOTES / DRAFT)
 
-    def work(self) -> DraftResult:
+    def work(self) -> reports.DraftResult:
         """Survey the parent, make drafts and measure them beside it, heal and judge the best."""
         run, folder, fitted = self.run, self.run.folder, self.recipe.fitted
-        costs = costs_of(fitted, self.model, run.progress)
-        costs = replace(costs, head=time_heads([*costs.outer.values()][-1]))
-        budget = TimeBudget(fitted.minutes, folder.work / "pace.json", run.meter.started)
-        context = FitContext.prepare(
-            fitted, run.source, self.model, costs, budget, folder.work, run.progress
-        )
-        workshop, bench = Workshop(context), DraftBench(context, self.parent)
-        found, points = make_drafts(workshop, bench, costs)
+        costs = fit_problem.costs_of(fitted, self.model, run.progress)
+        costs = replace(costs, head=fit_problem.time_heads([*costs.outer.values()][-1]))
+        bench = DraftBench(fitted, self.model, costs, run, self.parent)
+        found, points = make_drafts(bench, survey_model(bench))
         unhealed = max(found, key=lambda one: one.gain)
-        [built] = workshop.healed([unhealed.built])
+        [built] = bench.healed([unhealed.built])
         winner = unhealed
         if built.packed != unhealed.built.packed:
             healed = bench.measured(built)
             found.append(healed)
             winner = max(unhealed, healed, key=lambda one: one.gain)
-        packed = pack_winner(run, context, winner.built)
+        packed = bench.pack(winner.built)
         head, place = bench.heads[winner.best_head], winner.heads[winner.best_head]
         if head is not None:
             write_bytes(folder.notes / FREQUENT, save({"ids": head}))
         taken = bench.judged(winner, head)
         sampled, greedy = (
-            speculation(runs, winner.times.parent, place.seconds, least=1)
+            speculation(runs, winner.parent, place.seconds, least=1)
             for runs in (taken.runs, taken.greedy_runs)
         )
         formats = winner.built.formats
-        result = DraftResult(
+        result = reports.DraftResult(
             output=folder.output,
             parent=self.recipe.runs_as or self.recipe.model,
             seconds=time.perf_counter() - run.meter.started,
-            dropped=tuple(budget.dropped),
+            dropped=tuple(bench.time.dropped),
             kind_of={n: stored.name for n, stored in formats.items() if n != EMBEDDINGS},
             embeddings=embedded(formats[EMBEDDINGS]),
             head_tokens=place.tokens,
             vocabulary=bench.vocabulary,
-            parent_seconds=winner.times.parent,
+            parent_seconds=winner.parent,
             draft_seconds=place.seconds,
             unhealed=None if winner is unhealed else bench.judged(unhealed, head),
             acceptance=taken,
@@ -205,80 +230,77 @@ class Prediction:
     """Predicts what drafts bring, by what the survey and the drafts so far say.
 
     Attributes:
-        knapsack: the formats of every unit.
-        costs: size, and seconds by the table.
+        problem: size, seconds by the table, and divergence of every unit.
         parent: c(1), c(2), …
         refused: (1 − acceptance) / √(D / 2).
         slower: seconds of a draft over those by the table.
     """
 
-    knapsack: Knapsack
-    costs: Costs
+    problem: FitProblem
     parent: Sequence[float]
     refused: float = REFUSED
     slower: float = 1.0
 
     def table_seconds(self, candidate: Candidate) -> float:
         """Seconds of a token of a draft, by the table of times."""
-        return self.costs.rest[1] + self.knapsack.total(candidate)[1]
+        return self.problem.costs.rest[1] + self.problem.knapsack.total(candidate)[1]
 
-    def of(self, candidate: Candidate) -> DraftPoint:
+    def of(self, candidate: Candidate) -> reports.DraftPoint:
         """What is predicted for a draft."""
-        divergence = max(0.0, self.knapsack.predicted(candidate))
+        divergence = max(0.0, self.problem.knapsack.predicted(candidate))
         taken = 1 - min(1.0, self.refused * math.sqrt(divergence / 2))
         seconds = self.slower * self.table_seconds(candidate)
         runs = [taken**i for i in range(1, MOST_PROPOSED + 1)]
         expected = speculation(runs, self.parent, seconds, least=1)
-        return DraftPoint(seconds, divergence, taken, expected)
+        return reports.DraftPoint(seconds, divergence, taken, expected)
 
-    def choices(self) -> dict[Candidate, DraftPoint]:
+    def choices(self) -> dict[Candidate, reports.DraftPoint]:
         """The drafts of least divergence for several times of a token, fastest first."""
-        int8 = [stored.name for stored in self.costs.formats].index("int8")
-        low, high = self.knapsack.least[1], self.knapsack.total((int8,) * len(self.costs.units))[1]
+        costs, knapsack = self.problem.costs, self.problem.knapsack
+        int8 = [stored.name for stored in costs.formats].index("int8")
+        low, high = knapsack.least[1], knapsack.total((int8,) * len(costs.units))[1]
         bounds = [low + (high - low) * step / (BOUNDS - 1) for step in range(BOUNDS)]
-        found = [self.knapsack.best((math.inf, bound)) for bound in bounds]
+        found = [knapsack.best((math.inf, bound)) for bound in bounds]
         return {candidate: self.of(candidate) for candidate in found if candidate is not None}
 
-    def after(self, measured: MeasuredDraft, candidate: Candidate) -> Prediction:
-        """The same after a draft was made and measured."""
+    def after(
+        self, measured: MeasuredDraft, candidate: Candidate, problem: FitProblem
+    ) -> Prediction:
+        """The same after a draft was made and measured; `problem` is what its loss has made it."""
         head, divergence = measured.heads[measured.best_head], measured.built.row.last
         refused = self.refused
         if divergence > 0:
             refused = (1 - head.acceptance.mean) / math.sqrt(divergence / 2)
-        return replace(
-            self,
-            parent=measured.times.parent,
-            refused=refused,
-            slower=head.seconds / self.table_seconds(candidate),
-        )
+        slower = head.seconds / self.table_seconds(candidate)
+        return Prediction(problem, measured.parent, refused, slower)
 
 
 def make_drafts(
-    workshop: Workshop, bench: DraftBench, costs: Costs
-) -> tuple[list[MeasuredDraft], list[DraftPoint]]:
+    bench: DraftBench, problem: FitProblem
+) -> tuple[list[MeasuredDraft], list[reports.DraftPoint]]:
     """Make and measure the drafts that are predicted to bring most.
 
     Returns:
         Those that were made, and what is predicted for others after all measurements.
     """
-    time, made = workshop.context.time, dict[Candidate, MeasuredDraft]()
-    prediction = Prediction(workshop.predictions.knapsack(costs), costs, bench.alone.parent)
+    made = dict[Candidate, MeasuredDraft]()
+    alone, _ = bench.times(None)
+    prediction = Prediction(problem, alone)
     while True:
         choices = prediction.choices()
         best = max(choices, key=lambda one: choices[one].expected.speedup)
         known = max((prediction.of(one).expected.speedup for one in made), default=0.0)
         if choices[best].expected.speedup < BETTER * known or len(made) == MOST_MADE:
             break
-        if made and not time.allows("another draft", "making"):
+        if made and not bench.time.allows("another draft", "making"):
             break
-        name = f"draft {len(made) + 1}"
-        made[best] = bench.measured(workshop.made(name, prediction.knapsack, best, costs))
-        prediction = replace(prediction, knapsack=workshop.predictions.knapsack(costs))
-        prediction = prediction.after(made[best], best)
+        built, after = bench.made(f"draft {len(made) + 1}", prediction.problem, best)
+        made[best] = bench.measured(built)
+        prediction = prediction.after(made[best], best, after)
     return [*made.values()], [*choices.values()]
 
 
-def draft_section(result: DraftResult) -> str:
+def draft_section(result: reports.DraftResult) -> str:
     """The part of the model card that says whose draft it is."""
     taken, head = result.acceptance, ""
     if result.head_tokens < result.vocabulary:
@@ -290,3 +312,242 @@ def draft_section(result: DraftResult) -> str:
         f"{taken.mean:.0%} of the tokens at temperature 1 and {taken.agreement:.0%} in greedy "
         f"decoding.{head}\n"
     )
+
+
+HEADS = (32768, 16384, 8192, 4096)
+"""Numbers of tokens that a head over frequent tokens may have."""
+
+TURNS, PROMPT_TOKENS, DRAFT_CALLS = 25, 64, 4
+"""Turns of every call, tokens before it, and calls of the draft in one turn: in a round they follow
+each other too."""
+
+TRIALS = 4
+"""How often all turns are measured, at most, while a call with more tokens seems far too fast."""
+
+Times = tuple[tuple[float, ...], float]
+"""Seconds of calls that took turns: of the parent with 1, 2, … tokens; of the draft with one."""
+
+
+@torch.inference_mode()
+def time_calls(parent: Any, draft: Any, prompt: Tensor) -> Times:
+    """Time the calls of a parent and of its draft in turns.
+
+    Args:
+        parent: a model that our loop decodes.
+        draft: another one.
+        prompt: token ids that both have read before [tokens].
+    """
+    ids, before = prompt.tolist(), len(prompt)
+    decoders = [SlotDecoder(model, before + SlotDecoder.together) for model in (parent, draft)]
+    for decoder in decoders:
+        decoder.read(0, prompt)
+    verifying, proposing = decoders
+
+    def verify(count: int) -> float:
+        some = [Token(0, before + n, ids[n % before]) for n in range(count)]
+        seconds = seconds_of(lambda: verifying.step(some))
+        verifying.rewind(0, before)
+        return seconds
+
+    def propose() -> float:
+        seconds = [
+            seconds_of(partial(proposing.step, [Token(0, before + n, ids[n % before])]))
+            for n in range(DRAFT_CALLS)
+        ]
+        proposing.rewind(0, before)
+        return statistics.mean(seconds)
+
+    calls: list[Callable[[], float]] = [
+        *(partial(verify, n + 1) for n in range(SlotDecoder.together)),
+        propose,
+    ]
+    for call in calls:  # the first ones touch all memory
+        call()
+    found = [math.inf] * len(calls)
+    for _ in range(TRIALS):
+        again = alternate(calls, lambda call: call(), min, turns=TURNS)
+        found = [min(pair) for pair in zip(found, again, strict=True)]
+        if too_fast(found[:-1]) is None:
+            break
+    *parents, own = found
+    return tuple(parents), own
+
+
+@dataclass(frozen=True)
+class MeasuredDraft:
+    """A draft that was made, with everything that was measured to choose it.
+
+    Attributes:
+        built: the draft.
+        row: its numbers with the whole head.
+        heads: with each of the heads, the whole one first.
+        parent: seconds of the parent's calls in the turns of this draft.
+    """
+
+    built: BuiltCandidate
+    row: reports.DraftCandidate
+    heads: tuple[reports.DraftHead, ...]
+    parent: tuple[float, ...]
+
+    @property
+    def best_head(self) -> int:
+        """The number of the head with which it gains the most."""
+        return max(range(len(self.heads)), key=lambda n: self.heads[n].gain)
+
+    @property
+    def gain(self) -> float:
+        """What it gains with that head."""
+        return self.heads[self.best_head].gain
+
+
+class DraftBench(FitBench):
+    """Makes drafts, and measures them beside their parent.
+
+    Args:
+        recipe: of the fit that makes them.
+        model: the parent, and its matrices that can be packed.
+        costs: what a draft pays with.
+        run: the run that this is a part of.
+        folder: of the parent, as it runs.
+    """
+
+    def __init__(
+        self,
+        recipe: FitRecipe,
+        model: PackableCheckpoint,
+        costs: Costs,
+        run: RunContext,
+        folder: Path,
+    ) -> None:
+        super().__init__(recipe, model, costs, run)
+        self.folder = folder
+
+    @cached_property
+    def parent(self) -> Any:
+        """The parent, whole in memory."""
+        return self._loaded(self.folder)
+
+    def _loaded(self, folder: Path) -> Any:
+        return load(folder, trust_remote_code=self.recipe.trust_remote_code)
+
+    @cached_property
+    def heads(self) -> tuple[Tensor | None, ...]:
+        """The token ids of every head, largest first; None for the whole vocabulary."""
+        trust = self.recipe.trust_remote_code
+        tokenizer = load_tokenizer(self.source.folder, trust_remote_code=trust)
+        always = {*tokenizer.all_special_ids, *end_tokens(self.parent)}
+        read, most = load_windows(self.windows_file), self.vocabulary
+        sizes = [n for n in HEADS if n < most]
+        return (None, *(frequent_tokens(read, always, most, n) for n in sizes))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the parent."""
+        return int(self.parent.config.vocab_size)
+
+    def acceptances(
+        self, folder: Path, windows: Windows, start: int, name: str, heads: Sequence[Tensor | None]
+    ) -> list[Acceptance]:
+        """What the parent takes of a draft with each of some heads, from a file or measured.
+
+        Args:
+            folder: of the draft, packed.
+            windows: token ids [windows, length].
+            start: start tokens of a window.
+            name: of the windows.
+            heads: the token ids of each head.
+        """
+        file = self._file("acceptance", folder, name)
+        if not file.exists():
+            label, count = f"what the parent takes of {folder.parent.name}", len(windows)
+            with window_progress(self.progress, label, count) as report:
+                found = acceptance(
+                    self._loaded(folder), self.parent, windows, heads=heads, start_tokens=start,
+                    progress=report,
+                )  # fmt: skip
+            write_json(file, [one.to_json() for one in found])
+        return [
+            Acceptance.model_validate(one) for one in json.loads(file.read_text(encoding="utf-8"))
+        ]
+
+    def times(self, folder: Path | None) -> Times:
+        """The times of the parent and of a draft, from a file or measured.
+
+        Args:
+            folder: of the draft, packed; None for the parent as a draft of its own.
+        """
+        file = self._file("times", folder or self.work / "parent", "")
+        if not file.exists():
+            self.progress.start("timing parent and draft", 1)
+            draft = self.parent if folder is None else self._loaded(folder)
+            prompt = self.choosing.windows.flatten()[:PROMPT_TOKENS]
+            parents, own = time_calls(self.parent, draft, prompt)
+            write_json(file, {"parent": parents, "draft": own})
+            self.progress.finish()
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(known["parent"]), known["draft"]
+
+    def _file(self, what: str, folder: Path, name: str) -> Path:
+        """Where a measured value of a folder among the work of the run is kept."""
+        parts = folder.relative_to(self.work).parts
+        return self.work / f"{'-'.join(filter(None, (what, *parts, name)))}.json"
+
+    def judged(self, draft: MeasuredDraft, head: Tensor | None) -> Acceptance:
+        """What the parent takes of a draft on text that was used for nothing else."""
+        judging, folder = self.judging, draft.built.packed
+        [found] = self.acceptances(folder, judging.windows, judging.start, "judged", [head])
+        return found
+
+    def measured(self, built: BuiltCandidate) -> MeasuredDraft:
+        """A draft with each of the heads, on the windows that choose."""
+        choosing, values = self.choosing, embedded(built.formats[EMBEDDINGS])
+        found = self.acceptances(
+            built.packed, choosing.windows, choosing.start, "chosen", self.heads
+        )
+        parents, draft = self.times(built.packed)
+        hidden, stored = (
+            self.parent.config.hidden_size,
+            fit_problem.as_timed(WeightFormat(values, 0.0)),
+        )
+        rows = [self.vocabulary if ids is None else len(ids) for ids in self.heads]
+        each = [time_head((n, hidden), stored) for n in rows] if len(rows) > 1 else [0.0]
+        # never less than what the rest of the draft takes at least
+        seconds = [max(draft - each[0] + one, draft / 10) for one in each]
+        heads = []
+        for count, taken, own in zip(rows, found, seconds, strict=True):
+            both = [taken.runs, taken.greedy_runs]
+            gains = [speculation(runs, parents, own, least=1).speedup for runs in both]
+            heads.append(reports.DraftHead(count, taken, own, math.sqrt(math.prod(gains))))
+        whole, row = heads[0], built.row
+        numbers = reports.DraftCandidate(
+            row.name,
+            row.file_bytes,
+            row.last,
+            row.healed is not None,
+            whole.acceptance,
+            whole.seconds,
+            speculation(whole.acceptance.runs, parents, whole.seconds, least=1),
+            speculation(whole.acceptance.greedy_runs, parents, whole.seconds, least=1),
+        )
+        return MeasuredDraft(built, numbers, tuple(heads), parents)
+
+
+def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: int) -> Tensor:
+    """The tokens that a text uses most, ascending, int64 [count].
+
+    Args:
+        windows: the text.
+        always: tokens that are among them in any case.
+        vocabulary: number of all tokens. Tokens that are as frequent go by their number, which is
+            the order of frequency where a tokenizer has learned them by merging.
+        count: of the tokens, at most the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> from secateur.steps.draft import frequent_tokens
+        >>> frequent_tokens(torch.tensor([[5, 5, 3, 3, 4, 2]]), {7}, 8, 4)
+        tensor([2, 3, 5, 7])
+    """
+    uses = torch.bincount(windows.flatten(), minlength=vocabulary)
+    uses[[one for one in always if one < vocabulary]] = windows.numel() + 1
+    return uses.argsort(descending=True, stable=True)[:count].sort().values

@@ -349,24 +349,22 @@ class _Measurement:
     def generation(self, prompts: Sequence[str]) -> measured.GenerationRecord:
         """Generate texts with the model and with the dense model, side by side."""
 
-        def generate(loaded: _LoadedModel) -> list[generation.Sample]:
+        def generate(loaded: _LoadedModel) -> list[measured.SampleRecord]:
             return generation.check_generation(
                 loaded.model, loaded.tokenizer, prompts=prompts, progress=self.progress
             )
 
+        def beside(
+            one: measured.SampleRecord, other: measured.SampleRecord
+        ) -> measured.SampleRecord:
+            found = {"reference_text": other.text, "reference_repetition": other.repetition}
+            return one.model_copy(update=found)
+
         own = generate(self.own)
         dense = None if self.dense is None else generate(self.dense)
-        pairs: Sequence[generation.Sample | None] = dense or [None] * len(own)
         protocol = generation.generation_protocol(prompts) | computed_by(self.own.model)
         return measured.GenerationRecord(
-            samples=[
-                measured.SampleRecord(
-                    **asdict(one),
-                    reference_text=other.text if other else None,
-                    reference_repetition=other.repetition if other else None,
-                )
-                for one, other in zip(own, pairs, strict=True)
-            ],
+            samples=own if dense is None else [*map(beside, own, dense)],
             repetition=mean_of([one.repetition for one in own]),
             degenerate=sum(one.degenerate for one in own),
             reference_repetition=mean_of([one.repetition for one in dense]) if dense else None,

@@ -23,7 +23,6 @@ was measured is kept, so a resumed run decides the same.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -36,24 +35,29 @@ from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
-from secateur.reporting.fit import FitCorrection, FitCost, FitLoss, FitPoint, FitResult
+from secateur.reporting.fit import FitCorrection, FitCost, FitLoss, FitResult
 from secateur.reporting.plan import FitPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
-from secateur.sparsity.evolution import Candidate
-from secateur.steps.fitting.bounds import (
-    OPTION_OF,
+from secateur.steps.fitting.bench import (
     TIMING_ERROR,
-    as_option,
-    check_bounds,
-    check_feasible,
-    speedup_of,
+    BuiltCandidate,
+    FitBench,
+    best_of,
+    open_model,
 )
-from secateur.steps.fitting.candidates import BuiltCandidate, Workshop, best_of, pack_winner
-from secateur.steps.fitting.costs import MARGINS, SIZE, Costs, costs_of
-from secateur.steps.fitting.models import FitContext, TimeBudget, open_model
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, FILES, embedded
+from secateur.steps.fitting.problem import (
+    EMBEDDINGS,
+    FILES,
+    OPTION_OF,
+    FitProblem,
+    as_option,
+    check_feasible,
+    costs_of,
+    embedded,
+)
+from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 
 FIT = "fit.json"
@@ -138,65 +142,37 @@ class Fit(Step[FitRecipe, FitResult]):
             RecipeError: no model can keep the bounds.
             VerificationError: no model that was made keeps them.
         """
-        run, folder = self.run, self.run.folder
+        run, folder, bound = self.run, self.run.folder, self.recipe.max_loss_increase
         costs = costs_of(self.recipe, self.model, run.progress)
         check_feasible(self.recipe, costs, self.model.file_bytes)
-        time_budget = TimeBudget(self.recipe.minutes, folder.work / "pace.json", run.meter.started)
-        context = FitContext.prepare(
-            self.recipe, run.source, self.model, costs, time_budget, folder.work, run.progress
-        )
-        workshop = Workshop(context)
-        candidates, costs = _candidates(workshop, costs)
-        candidates = workshop.healed(candidates)
-        candidates, corrections = _correct_speed(workshop, candidates, costs)
-        winner = best_of(candidates, self.recipe.max_loss_increase)
-        packed = pack_winner(run, context, winner)
+        bench = FitBench(self.recipe, self.model, costs, run)
+        made, problem = _within_bounds(bench, survey_model(bench))
+        made, problem, corrections = _fast_enough(bench, problem, bench.healed(made))
+        winner = best_of(made, bound)
+        packed = bench.pack(winner)
         size = costs.files.finish(folder.model, run.progress)
-        rise = context.judging.increase(folder.model)
-        loss = FitLoss(winner.row.file_bytes, rise.mean, rise.standard_error)
+        loss = FitLoss(winner.row.file_bytes, *bench.judging.increase(folder.model))
         result = FitResult(
             output=folder.output,
             kind_of={n: stored.name for n, stored in winner.formats.items() if n != EMBEDDINGS},
             embeddings=embedded(winner.formats[EMBEDDINGS]),
             winner=winner.row,
-            finalists=tuple(one.row for one in candidates),
-            frontier=tuple(_frontier(workshop, costs)),
+            finalists=tuple(one.row for one in made),
+            frontier=problem.frontier,
             loss=loss,
             costs=tuple(
                 FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
-                for kind in context.costs.kinds
+                for kind in costs.kinds
             ),
-            checks=check_bounds(context, folder.model, size, loss),
+            checks=tuple(bench.checks(size, loss)),
             corrections=tuple(corrections),
-            dropped=tuple(context.time.dropped),
+            dropped=tuple(bench.time.dropped),
             packed=packed,
             seconds=time.perf_counter() - run.meter.started,
         )
         write_json(folder.notes / FIT, result.to_json())
         save_plots([result.chart()], folder.notes / "frontier")
         return result
-
-
-POINTS = 12
-"""Sizes of the predicted frontier, from the smallest to the largest, each larger by one factor."""
-
-
-def _frontier(workshop: Workshop, costs: Costs) -> list[FitPoint]:
-    """What is predicted for some sizes: of all formats, and of rounding alone."""
-    knapsack, found = workshop.predictions.knapsack(costs), list[FitPoint]()
-    bare = [n for n, stored in enumerate(costs.formats) if not stored.sparsity]
-    least, most = knapsack.least[0], knapsack.most[0]
-    free = [math.inf] * (len(costs.kinds) - 1)
-    for name, allowed in (("all formats", None), ("only rounded", bare)):
-        seen = set[Candidate]()
-        for step in range(POINTS):
-            budget = least * (most / least) ** (step / (POINTS - 1))
-            candidate = knapsack.best((budget, *free), allowed)
-            if candidate is not None and candidate not in seen:
-                seen.add(candidate)
-                size = round(costs.rest[0] + budget)
-                found.append(FitPoint(name, size, knapsack.predicted(candidate)))
-    return found
 
 
 @dataclass(frozen=True)
@@ -239,53 +215,6 @@ class SizeBracket:
         return self.low > self.high * (1 - STEP)
 
 
-def _candidates(workshop: Workshop, costs: Costs) -> tuple[list[BuiltCandidate], Costs]:
-    """The candidates within the bounds, and the costs of the best size.
-
-    With a bound on the loss there are several sizes. The first one is where the survey predicts the
-    bound. A mix is made for it and measured on the windows that choose. If the rise of the loss and
-    its standard error exceed the bound, the size is too small. Predictions are scaled to what was
-    measured, and give the next size.
-
-    Raises:
-        VerificationError: no model that was made keeps the bounds.
-    """
-    context, bound = workshop.context, workshop.context.recipe.max_loss_increase
-    made = dict[Path, BuiltCandidate]()
-    if bound is None:
-        built = workshop.mix(MIX, costs)
-        made |= {built.packed: built} if built else {}
-    else:
-        knapsack, rest = workshop.predictions.knapsack(costs), costs.rest[0]
-        most = min(rest + knapsack.most[0], costs.kinds[0].limit)
-        bracket, aim = SizeBracket(rest + knapsack.least[0], most), bound
-        for number in range(SIZES):
-            size = bracket.next(rest + _smallest(workshop, costs, aim))
-            built = workshop.mix(f"{MIX}, size {number + 1}", costs.limited(0, size))
-            rise, found = math.inf, size  # no mix, or one that was made: sizes up to it are known
-            if built is not None:
-                rise = built.rise
-                if built.packed not in made:
-                    found, made[built.packed] = built.row.file_bytes, built
-                aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
-            bracket = bracket.after(found, keeps=rise <= bound)
-            near = CLOSE * bound < rise <= bound and not bracket.wide
-            if near or bracket.closed or len(made) == MADE:
-                break
-            if not context.time.allows("another size", "making"):
-                break
-    if not made:
-        raise VerificationError(
-            "no model that was made keeps the bounds",
-            where=str(context.recipe.output),
-            remedy="give a little more of each bound",
-        )
-    candidates = [*made.values()]
-    if bound is not None:
-        costs = costs.limited(0, best_of(candidates, bound).row.file_bytes)
-    return candidates, costs
-
-
 CLOSE, CLOSER = 0.8, 0.95
 """A loss of so much of its bound is near enough; the next size aims at so much of it."""
 
@@ -298,48 +227,88 @@ MADE, SIZES = 5, 12
 a model that was made before."""
 
 
-def _smallest(workshop: Workshop, costs: Costs, bound: float) -> float:
-    """The smallest size of all units with a predicted divergence within a bound."""
-    knapsack = workshop.predictions.knapsack(costs)
-    candidate = knapsack.cheapest(0, (*costs.aim, bound))
-    size = costs.aim[0] if candidate is None else knapsack.total(candidate)[0]
-    return min(size, knapsack.most[0]) / (1 - MARGINS[SIZE])
+def _within_bounds(bench: FitBench, problem: FitProblem) -> tuple[list[BuiltCandidate], FitProblem]:
+    """The candidates within the bounds, and the problem of the best size, after what they lost.
+
+    Raises:
+        VerificationError: no model that was made keeps the bounds.
+    """
+    bound = bench.recipe.max_loss_increase
+    if bound is None:
+        built, problem = bench.mix(MIX, problem)
+        made = [] if built is None else [built]
+    else:
+        made, problem = _within_loss(bench, problem, bound)
+    if not made:
+        raise VerificationError(
+            "no model that was made keeps the bounds",
+            where=str(bench.recipe.output),
+            remedy="give a little more of each bound",
+        )
+    if bound is not None:
+        problem = problem.limited(best_of(made, bound).row.file_bytes)
+    return made, problem
 
 
-def _correct_speed(
-    workshop: Workshop, candidates: list[BuiltCandidate], costs: Costs
-) -> tuple[list[BuiltCandidate], list[FitCorrection]]:
-    """Choose again while the best candidate decodes more slowly than its bound."""
-    context, wanted = workshop.context, workshop.context.recipe.decode_speedup
-    bound = context.recipe.max_loss_increase
-    corrections: list[FitCorrection] = []
-    speed = _measured_speedup(context, best_of(candidates, bound), 0)
-    error = 1 + TIMING_ERROR
+def _within_loss(
+    bench: FitBench, problem: FitProblem, bound: float
+) -> tuple[list[BuiltCandidate], FitProblem]:
+    """Models of several sizes, on both sides of the smallest one within a loss.
+
+    The first size is where the survey predicts the bound. A mix is made for it and measured on the
+    windows that choose. If the rise of the loss and its standard error exceed the bound, the size
+    is too small. Predictions are scaled to what was measured, and give the next size.
+    """
+    knapsack, rest = problem.knapsack, problem.costs.rest[0]
+    most = min(rest + knapsack.most[0], problem.costs.kinds[0].limit)
+    bracket, aim = SizeBracket(rest + knapsack.least[0], most), bound
+    made = dict[Path, BuiltCandidate]()
+    for number in range(SIZES):
+        size = bracket.next(problem.smallest(aim))
+        built, tried = bench.mix(f"{MIX}, size {number + 1}", problem.limited(size))
+        problem = replace(problem, scale=tried.scale)
+        rise, found = math.inf, size  # no mix, or one that was made: sizes up to it are known
+        if built is not None:
+            rise = built.rise
+            if built.packed not in made:
+                found, made[built.packed] = built.row.file_bytes, built
+            aim *= min(max(CLOSER * bound / max(rise, 1e-9), 1 / 8), 8.0)
+        bracket = bracket.after(found, keeps=rise <= bound)
+        near = CLOSE * bound < rise <= bound and not bracket.wide
+        if near or bracket.closed or len(made) == MADE:
+            break
+        if not bench.time.allows("another size", "making"):
+            break
+    return [*made.values()], problem
+
+
+def _fast_enough(
+    bench: FitBench, problem: FitProblem, made: list[BuiltCandidate]
+) -> tuple[list[BuiltCandidate], FitProblem, list[FitCorrection]]:
+    """Choose again while the best candidate decodes more slowly than its bound.
+
+    Returns:
+        The candidates of the last choice that has made the best one faster, the problem after all
+        that were made, and what each choice has brought.
+    """
+    bound, wanted = bench.recipe.max_loss_increase, bench.recipe.decode_speedup
+    corrections, error = list[FitCorrection](), 1 + TIMING_ERROR
+    best = best_of(made, bound)
+    speed = bench.speedup(best.packed, 0)
     while wanted and speed is not None and speed * error < wanted and len(corrections) < MOST:
-        best = best_of(candidates, bound)
-        predicted = costs.predicted_speedup(best.formats)
+        predicted = problem.costs.predicted_speedup(best.formats)
         # seconds that make up for what the table promises too much
-        tighter = costs.tightened(context.costs.kinds[-1].limit * (speed / predicted))
+        tighter = problem.tightened(bench.costs.kinds[-1].limit * (speed / predicted))
         if tighter is None:
             break
-        built = workshop.mix(f"{MIX}, again", tighter)
+        aimed = tighter.costs.speedup
+        built, problem = bench.mix(f"{MIX}, again", tighter)
         if built is None:
             break
-        again = workshop.healed([built])
-        reached = _measured_speedup(context, best_of(again, bound), len(corrections) + 1)
-        corrections.append(FitCorrection(predicted, speed, tighter.speedup, reached))
+        again = bench.healed([built])
+        reached = bench.speedup(again[0].packed, len(corrections) + 1)
+        corrections.append(FitCorrection(predicted, speed, aimed, reached))
         if reached is None or reached <= speed * error:  # it has lost more, and for nothing
             break
-        candidates, costs, speed = again, tighter, reached
-    return candidates, corrections
-
-
-def _measured_speedup(context: FitContext, candidate: BuiltCandidate, number: int) -> float | None:
-    """The speed-up of a packed candidate, from the file of an earlier run or timed now."""
-    if context.recipe.decode_speedup is None:
-        return None
-    file = context.work / f"speedup-{number}.json"
-    if not file.exists():
-        write_json(file, {"speedup": speedup_of(context, candidate.packed)})
-    found: float | None = json.loads(file.read_text(encoding="utf-8"))["speedup"]
-    return found
+        made, best, speed = again, again[0], reached
+    return made, problem, corrections

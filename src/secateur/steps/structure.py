@@ -190,7 +190,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         plan = cut_plan.plan_cut(recipe, trimmed) if steps else self.plan
         windows, latency = self._windows(base, trimmed.config, plan), None
         if recipe.decode_latency is not None:
-            from secateur.evaluation.step_time import find_latency
+            from secateur.structured.latency import find_latency
 
             latency = find_latency(recipe, plan, trimmed, self.device, folder.work, progress)
             plan = replace(plan, joint=latency["joint"])

@@ -24,7 +24,7 @@ from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
-from secateur.engine.search.depth import DepthSettings, choose_depth
+from secateur.engine.search.depth import EVOLUTION, choose_depth
 from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
@@ -46,14 +46,16 @@ from secateur.structured.surgery import cut_from_zeros
 def choose_layers(context: CutContext, folder: Path) -> Found:
     """Choose the decoder layers to remove."""
     by, layers = context.recipe.depth.by, range(context.plan.sizes.layers)
-    depth = DepthSettings(
+    dropped = choose_depth(
+        context.target(folder),
+        context.windows,
         context.plan.drop_layers,
+        context.scratch("depth"),
+        context.progress,
         method=by,
-        seed=context.recipe.calibration.seed,
+        evolution=replace(EVOLUTION, seed=context.recipe.calibration.seed),
         fast_matmuls=context.recipe.fast_matmuls,
     )
-    work = context.scratch("depth")
-    dropped = choose_depth(context.target(folder), context.windows, depth, work, context.progress)
     notes = {"by": by, "units": "layers", "fitness": dropped.fitness, "scores": dropped.scores}
     return Cut(layers=tuple(i for i in layers if i not in dropped.layers)), notes, folder
 
@@ -85,14 +87,15 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
     use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
     assert experts is not None
-    how = survey.ExpertChoice(
+    kept = survey.kept_experts(
+        use,
+        context.plan.keep_experts,
         experts.per_token(config) or 1,
         "frequency" if recipe.experts_by == "merge" else recipe.experts_by,
-        experts.divided(config),
-        recipe.experts_scope,
-        recipe.calibration.seed,
+        groups=experts.divided(config),
+        scope=recipe.experts_scope,
+        seed=recipe.calibration.seed,
     )
-    kept = survey.kept_experts(use, context.plan.keep_experts, how)
     if recipe.experts_by == "merge":
         folder = _merge_experts(context, folder, kept, use)
     notes = {

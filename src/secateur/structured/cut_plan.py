@@ -104,7 +104,7 @@ def _fewer(kept: Kept, total: int, what: str) -> int | None:
 
 
 def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
-    """The plan of a recipe for a model. A target in time is met later (`evaluation/step_time.py`).
+    """The plan of a recipe for a model. A target in time is met later (`structured/latency.py`).
 
     Args:
         recipe: the user's recipe.

@@ -17,7 +17,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Settings
-from secateur.engine.search.depth import DepthSettings, choose_depth
+from secateur.engine.search.depth import choose_depth
 from secateur.engine.stream.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity
@@ -178,7 +178,7 @@ def test_refit(cut: Cut) -> None:
 @pytest.mark.parametrize("method", ["influence", "angular", "greedy", "search"])
 def test_depth(method: str, tmp_path: Path) -> None:
     target = ModelTarget(tiny_model("llama").to("cuda"))
-    choose_depth(target, WINDOWS, DepthSettings(count=1, method=method), tmp_path, Silent())
+    choose_depth(target, WINDOWS, 1, tmp_path, Silent(), method=method)
 
 
 def test_perplexity_and_divergence() -> None:

@@ -13,7 +13,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of, with_sparsities
-from secateur.engine.search.allocation import Survey, allocate, grains_of
+from secateur.engine.search.allocation import allocate
+from secateur.engine.search.survey import Survey, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader

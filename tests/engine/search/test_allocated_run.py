@@ -16,16 +16,11 @@ from oracles import allocation as oracle
 from oracles.mixtures import inputs_of
 from secateur.calibration.windows import save_windows
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
-from secateur.engine.search.allocation import (
-    LevelVariants,
-    Survey,
-    allocate,
-    grains_of,
-    pruned_alone,
-    search_levels,
-)
+from secateur.engine.search.allocation import LevelVariants, allocate, search_levels
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
-from secateur.engine.search.depth import DepthSettings, choose_depth
+from secateur.engine.search.depth import choose_depth
+from secateur.engine.search.sensitivity import pruned_alone
+from secateur.engine.search.survey import Survey, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
@@ -172,7 +167,7 @@ def tournament_of(survey: Survey, rungs, files: list[Path]) -> FitnessCache:
     outer = EmbeddingAndHead(survey.target, tiny_windows())
     fixed = {n for n, task in survey.tasks.items() if task.sparsity > 0 and n not in rungs}
     variants = LevelVariants(outer, list(rungs), fixed, files)
-    evaluator = CandidateEvaluator(outer, variants, Silent())
+    evaluator = CandidateEvaluator(outer, Silent(), variants.opened)
     return FitnessCache(evaluator, variants.versions, variants.names, 1, None)
 
 
@@ -369,8 +364,9 @@ def surveyed(work: Path, fast: bool) -> list[float]:
             found += search_levels(survey, SMALL, grains, files)[1].values()
         else:
             found += map(float, pruned_alone(survey, part, grains).values())
-    depth = DepthSettings(count=1, method="greedy", fast_matmuls=fast)
-    dropped = choose_depth(target, tiny_windows(), depth, None, Silent())
+    dropped = choose_depth(
+        target, tiny_windows(), 1, None, Silent(), method="greedy", fast_matmuls=fast
+    )
     return [*found, dropped.fitness]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from torch import nn
 from zoo import CONFIGS, tiny_model, tiny_windows
 
 from oracles import depth as oracle
-from secateur.engine.search.candidate_evaluator import LEFT_OUT, CandidateEvaluator, Unchanged
+from secateur.engine.search.candidate_evaluator import DENSE, LEFT_OUT, CandidateEvaluator
 from secateur.engine.search.depth import (
-    DepthSettings,
+    EVOLUTION,
     Removal,
     angular_distances,
     choose_depth,
@@ -34,7 +36,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Silent
 
 WINDOWS = tiny_windows()  # 6 of 20 tokens
-QUICK = {"method": "search", "stages": ((2, 40), (1, 120)), "generations": 3, "offspring": 3}
+QUICK = {"stages": ((2, 40), (1, 120)), "generations": 3, "offspring": 3}
 
 
 pytestmark = pytest.mark.usefixtures("exact_matmuls")
@@ -56,10 +58,14 @@ def deep_model(family: str, layers: int) -> nn.Module:
 
 
 def choose(
-    model: nn.Module, how: DepthSettings, work: Path | None = None, progress=None
-) -> Removal:
+    model: nn.Module, count: int, method: str = "influence", work: Path | None = None,
+    progress=None, **evolution: Any,
+) -> Removal:  # fmt: skip
     target = model if isinstance(model, CheckpointTarget) else ModelTarget(model)
-    return choose_depth(target, WINDOWS, how, work, progress or Silent())
+    how = replace(EVOLUTION, **evolution)
+    return choose_depth(
+        target, WINDOWS, count, work, progress or Silent(), method=method, evolution=how
+    )
 
 
 @pytest.mark.parametrize("family", few_families(CONFIGS))
@@ -67,14 +73,14 @@ def test_a_candidate_is_worth_what_the_model_without_it_is(family: str) -> None:
     model = tiny_model(family)
     before = copy.deepcopy(model)
     path = describe(model).layers_path
-    dense, gone = Unchanged.dense, LEFT_OUT
+    dense, gone = DENSE, LEFT_OUT
     candidates = {
         (dense, dense, dense): before,
         (dense, gone, dense): oracle.without_layers(before, path, [1]),
         (gone, dense, gone): oracle.without_layers(before, path, [0, 2]),
     }
     outer = EmbeddingAndHead(ModelTarget(model), WINDOWS)
-    judge = CandidateEvaluator(outer, Unchanged(outer), Silent())
+    judge = CandidateEvaluator(outer, Silent())
     for rows in ([0, 1, 2, 3, 4, 5], [4, 5, 0]):
         found = judge.fitness(list(candidates), rows)
         for value, other in zip(found, candidates.values(), strict=True):
@@ -106,11 +112,11 @@ def test_influence_and_angular_distance(family: str) -> None:
 
 def test_methods_of_one_pass_drop_what_scores_lowest() -> None:
     model = deep_model("llama", 6)
-    found = choose(model, DepthSettings(2))
+    found = choose(model, 2)
     two = sorted(found.scores, key=lambda name: found.scores[name])[:2]
     assert found.layers == tuple(sorted(map(int, two)))
     assert found.fitness is None
-    found = choose(model, DepthSettings(3, "angular"))
+    found = choose(model, 3, "angular")
     first = min(range(4), key=lambda i: found.scores[str(i)])
     assert found.layers == (first, first + 1, first + 2)
 
@@ -126,7 +132,7 @@ def test_greedy_of_one_stage_is_greedy_by_brute_force(family: str) -> None:
             other = oracle.without_layers(model, path, [*dropped, layer])
             worth[layer] = oracle.divergence(model, other, WINDOWS)
         dropped.append(min(worth, key=lambda layer: worth[layer]))
-        found = choose(model, DepthSettings(len(dropped), "greedy", stages=((1, 120),)))
+        found = choose(model, len(dropped), "greedy", stages=((1, 120),))
         assert found.layers == tuple(sorted(dropped))
         assert found.fitness == pytest.approx(worth[dropped[-1]], rel=1e-3)
 
@@ -139,7 +145,7 @@ def test_a_long_search_finds_the_best_of_all_sets() -> None:
         )
         for dropped in combinations(range(6), 3)
     }
-    found = choose(model, DepthSettings(3, "search", ((1, 120),), generations=12, offspring=4))
+    found = choose(model, 3, "search", stages=((1, 120),), generations=12, offspring=4)
     assert found.layers == min(worth, key=lambda dropped: worth[dropped])
     assert found.fitness == pytest.approx(worth[found.layers], rel=1e-3)
 
@@ -186,57 +192,56 @@ class Counter(Silent):
 
 def test_what_was_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     model = deep_model("llama", 4)
-    how = DepthSettings(2, **QUICK)
     counter = Counter()
-    expected = choose(model, how, None, counter)
+    expected = choose(model, 2, "search", None, counter, **QUICK)
     left = [counter.steps]
     for place in range(1, counter.steps, counter.steps // 4):
         work = tmp_path / str(place)
         work.mkdir()
         with pytest.raises(Stop):
-            choose(model, how, work, Killer(place))
+            choose(model, 2, "search", work, Killer(place), **QUICK)
         file = work / "depth.jsonl"
         with file.open("a") as stream:
             stream.write('{"windows": [0, 1], "drop')  # torn by the kill
         again = Counter()
-        assert choose(model, how, work, again) == expected
+        assert choose(model, 2, "search", work, again, **QUICK) == expected
         left.append(again.steps)
         silent = Counter()
-        assert choose(model, how, work, silent) == expected
+        assert choose(model, 2, "search", work, silent, **QUICK) == expected
         assert silent.steps <= again.steps
     assert left == sorted(left, reverse=True)  # the later the kill, the less is measured again
     assert left[1] > silent.steps
     # a longer search goes on from what is there
-    longer = choose(model, DepthSettings(2, **{**QUICK, "generations": 6}), work)
+    longer = choose(model, 2, "search", work, **{**QUICK, "generations": 6})
     assert longer.fitness <= expected.fitness
 
 
 def test_checkpoint_and_loaded_model_find_the_same(tmp_path: Path) -> None:
     model = deep_model("llama", 4)
     model.save_pretrained(tmp_path / "source")
-    how = DepthSettings(2, **QUICK)
     target = CheckpointTarget(CheckpointReader(tmp_path / "source"), None, torch.device("cpu"))
     counter = Counter(target)
-    assert choose(target, how, None, counter) == choose(model, how)
+    found = choose(target, 2, "search", None, counter, **QUICK)
+    assert found == choose(model, 2, "search", **QUICK)
     assert counter.most <= 1  # layers that have weights at once
 
 
 def test_little_memory_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep_model("llama", 4)
-    ways = DepthSettings(2, **QUICK), DepthSettings(2, "angular")
-    expected = [choose(model, how).layers for how in ways]
+    ways: list[dict[str, Any]] = [{"method": "search", **QUICK}, {"method": "angular"}]
+    expected = [choose(model, 2, **how).layers for how in ways]
     monkeypatch.setattr(stream_ends, "STATES_BYTES", 1)
-    assert [choose(model, how).layers for how in ways] == expected
+    assert [choose(model, 2, **how).layers for how in ways] == expected
 
 
 def test_a_work_folder_of_another_model_is_refused(tmp_path: Path) -> None:
-    choose(tiny_model("llama"), DepthSettings(1), tmp_path)
+    choose(tiny_model("llama"), 1, work=tmp_path)
     with pytest.raises(RecipeError, match="embedded"):
-        choose(tiny_model("llama", seed=1), DepthSettings(1, "search"), tmp_path)
+        choose(tiny_model("llama", seed=1), 1, "search", tmp_path)
 
 
 def test_a_model_that_overflows_is_reported() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(math.inf)
     with pytest.raises(NumericalError):
-        choose(model, DepthSettings(1, **QUICK))
+        choose(model, 1, "search", **QUICK)

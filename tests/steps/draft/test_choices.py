@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fixed_times import PARENT, head_time, matrix_times
 
 from secateur.engine.search.knapsack import Knapsack
 from secateur.progress import Silent
+from secateur.runtime.random_models import WeightFormat
 from secateur.steps.draft import BOUNDS, Prediction
-from secateur.steps.fitting.costs import SECONDS, SIZE, TIMED, CostKind, Costs, weight_format
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, FORMATS, StorageFormat
+from secateur.steps.fitting.problem import (
+    EMBEDDINGS,
+    FORMATS,
+    SECONDS,
+    SIZE,
+    TIMED,
+    CostKind,
+    Costs,
+    as_timed,
+)
 
 SHAPES = {"a": (64, 64), "b": (128, 64), "c": (64, 128)}
 
 
 def costs() -> Costs:
     """Three linears and a head, timed by their bytes."""
-    times = matrix_times(None, [*SHAPES.values()], [*map(weight_format, TIMED)], Silent())
+    times = matrix_times(None, [*SHAPES.values()], [*map(as_timed, TIMED)], Silent())
     kinds = CostKind(SIZE, 0.0, math.inf), CostKind(SECONDS, times.rest, times.base)
     outer = (96, 64)
-    seconds = {x: head_time(outer, weight_format(StorageFormat(x, 0.0))) for x in ("int8", "int4")}
+    seconds = {x: head_time(outer, as_timed(WeightFormat(x, 0.0))) for x in ("int8", "int4")}
     head = {x: seconds["int4" if x == "int3" else x] - seconds["int8"] for x in (*seconds, "int3")}
     return Costs(kinds, SHAPES, {"embedding": outer}, times, head=head)
 
@@ -30,7 +41,7 @@ def costs() -> Costs:
 def test_the_head_counts_in_seconds() -> None:
     found = costs()
     int8, int4, int3 = (
-        found.of(EMBEDDINGS, StorageFormat(x, 0.0)) for x in ("int8", "int4", "int3")
+        found.of(EMBEDDINGS, WeightFormat(x, 0.0)) for x in ("int8", "int4", "int3")
     )
     assert int8[1] == 0.0
     assert int4[1] == int3[1] == pytest.approx(-1e-6 * 96 * 64 / 2)
@@ -58,7 +69,8 @@ def test_the_best_choice_against_all_combinations(refused: float, slower: float)
     knapsack = Knapsack(cost, rise)
     scale = 1 / whole.table.base  # dense int8 takes a second, as one call of the parent
     parent = [each * 1.5 for each in PARENT]
-    prediction = Prediction(knapsack, whole, parent, refused, slower * scale)
+    problem: Any = SimpleNamespace(costs=whole, knapsack=knapsack)
+    prediction = Prediction(problem, parent, refused, slower * scale)
     found = prediction.choices()
 
     def promise(divergence: float, seconds: float) -> float:

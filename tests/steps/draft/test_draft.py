@@ -24,8 +24,8 @@ from secateur.reporting.draft import DraftResult
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.speculative import FREQUENT
-from secateur.steps.fitting import drafts
-from secateur.steps.fitting.models import ModelEvaluator
+from secateur.steps import draft as drafts
+from secateur.steps.fitting.bench import FitBench
 
 pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
 
@@ -155,12 +155,12 @@ def test_a_healed_draft_is_made_again_by_its_recipe(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fixed_times(replace=monkeypatch.setattr)
-    real = ModelEvaluator.packed
+    real = FitBench.divergence
 
-    def packed(self: ModelEvaluator, folder: Path) -> float:
+    def divergence(self: FitBench, folder: Path) -> float:
         return real(self, folder) + (0.0 if folder.name == "healed" else 1.0)
 
-    monkeypatch.setattr(ModelEvaluator, "packed", packed)
+    monkeypatch.setattr(FitBench, "divergence", divergence)
     measured = drafts.DraftBench.acceptances
 
     def acceptances(self: drafts.DraftBench, folder: Path, *rest: Any) -> Any:
@@ -242,9 +242,9 @@ def test_a_parent_that_our_loop_does_not_decode(tmp_path: Path) -> None:
 def test_real_times(place: Path) -> None:
     prompt = tiny_windows(1, 20)[0]
     models = secateur.load(place / "dense"), secateur.load(place / "made")
-    found = drafts.time_calls(*models, prompt)
-    assert len(found.parent) == SlotDecoder.together == 8
-    assert all(seconds > 0 for seconds in (*found.parent, found.draft))
+    parents, own = drafts.time_calls(*models, prompt)
+    assert len(parents) == SlotDecoder.together == 8
+    assert all(seconds > 0 for seconds in (*parents, own))
     decoder = SlotDecoder(models[1], 24)
     decoder.read(0, prompt)
     assert decoder.step([Token(0, 20, 5)]).shape == (1, 96)

@@ -14,8 +14,8 @@ from reporting.examples import write_draft
 from secateur.evaluation.acceptance import too_fast
 from secateur.reporting.draft import DraftResult
 from secateur.runs.records import read_record
-from secateur.steps.fitting import drafts
-from secateur.steps.fitting.drafts import TRIALS, TURNS, time_calls
+from secateur.steps import draft as drafts
+from secateur.steps.draft import TRIALS, TURNS, time_calls
 from secateur.timing import seconds_of
 
 
@@ -63,21 +63,21 @@ def timed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_other_work_in_most_turns_changes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = timed(clock := Clock(busy=TURNS - 2), monkeypatch)
-    assert found.parent == pytest.approx(PARENT)
-    assert found.draft == pytest.approx(0.25)
+    parents, draft = timed(clock := Clock(busy=TURNS - 2), monkeypatch)
+    assert parents == pytest.approx(PARENT)
+    assert draft == pytest.approx(0.25)
     assert clock.calls == TURNS + 1  # one warms up
 
 
 def test_times_that_cannot_be_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = timed(clock := Clock(busy=2 * TURNS), monkeypatch)
-    assert found.parent == pytest.approx(PARENT)
+    parents, _ = timed(clock := Clock(busy=2 * TURNS), monkeypatch)
+    assert parents == pytest.approx(PARENT)
     assert clock.calls == 2 * TURNS + 1
 
 
 def test_it_ends_where_the_machine_stays_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = timed(clock := Clock(busy=10**6), monkeypatch)
-    assert too_fast(found.parent) == (2, 3)
+    parents, _ = timed(clock := Clock(busy=10**6), monkeypatch)
+    assert too_fast(parents) == (2, 3)
     assert clock.calls == TRIALS * TURNS + 1
 
 

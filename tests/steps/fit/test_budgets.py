@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,18 +24,20 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.fit import FitCheck, FitResult
 from secateur.runtime.kernels.library import kernel_info
-from secateur.steps.fitting import bounds
-from secateur.steps.fitting import costs as costs_module
-from secateur.steps.fitting.bounds import check_feasible
-from secateur.steps.fitting.costs import (
+from secateur.runtime.random_models import WeightFormat
+from secateur.steps.fitting import problem as problem_module
+from secateur.steps.fitting.bench import FitBench, check_running
+from secateur.steps.fitting.problem import (
+    EMBEDDINGS,
+    FORMATS,
     MEMORY,
     SECONDS,
     SIZE,
     CostKind,
     Costs,
-    weight_format,
+    as_timed,
+    check_feasible,
 )
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, FORMATS, StorageFormat
 
 OPTIONS = {"effort": "fast"}
 SHAPES = {"a": (1024, 1024), "b": (2048, 1024), "c": (1024, 2048)}
@@ -46,13 +47,13 @@ needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there a
 
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
     """A nanosecond for a byte, and three times as long where there is a bitmask."""
-    formats = {weight_format(kind) for kind in FORMATS} | {BASE}
+    formats = {as_timed(kind) for kind in FORMATS} | {BASE}
     whole = sum(map(math.prod, shapes.values()))
     layers = {
         stored: 1e-9 * whole * stored.bits / 8 * (3 if stored.sparsity else 1) for stored in formats
     }
     shares = {(s, stored): math.prod(s) / whole for s in set(shapes.values()) for stored in formats}
-    return MatrixTimes(layers, shares, 1e-5, "2026-11-27")
+    return MatrixTimes(layers, shares, 1e-5)
 
 
 def costs_within(size: float, memory: float, speedup: float) -> Costs:
@@ -84,7 +85,7 @@ def test_the_least_of_one_cost_within_the_others(
     found = costs.least(place)
     assert (found is None) == (not fitting)
     if found is not None:
-        margin = 1 - costs_module.MARGINS[costs.kinds[place].name]
+        margin = 1 - problem_module.MARGINS[costs.kinds[place].name]
         linears = (found - costs.kinds[place].rest) * margin
         assert linears >= min(fitting) - 1e-12
         # the greedy answer may miss the best one by a step of one linear
@@ -95,11 +96,11 @@ def test_the_least_of_one_cost_within_the_others(
 
 def test_seconds_and_memory_are_those_of_a_format() -> None:
     costs = costs_within(math.inf, math.inf, 1.0)
-    int4, int3 = (StorageFormat(values, 0.0) for values in ("int4", "int3"))
+    int4, int3 = (WeightFormat(values, 0.0) for values in ("int4", "int3"))
     # int3 is smaller in the files, and int4 in memory and in the kernels
     assert costs.of("a", int3)[0] < costs.of("a", int4)[0]
     assert costs.of("a", int3)[1:] == costs.of("a", int4)[1:]
-    assert costs.of("b", StorageFormat("int8", 0.0))[2] == pytest.approx(1e-9 * 2048 * 1024)
+    assert costs.of("b", WeightFormat("int8", 0.0))[2] == pytest.approx(1e-9 * 2048 * 1024)
 
 
 def test_embeddings_have_values_and_no_zeros() -> None:
@@ -192,14 +193,14 @@ def fitted_at(
     """A fit for a speedup of 1.3 that first measures 1.2."""
     speedups: list[float] = [1.2, then, then]
 
-    def race(context: Any, made: Path) -> list[Speed]:
+    def race(bench: FitBench, made: Path) -> list[Speed]:
         assert (made / "config.json").exists()
         found = speedups.pop(0) if len(speedups) > 1 else speedups[0]
         return [Speed("packed", (1.0, 1.0), (1.0,), 10 * 2**20),
                 Speed("dense int8", (found, found), (1.0,), 20 * 2**20)]  # fmt: skip
 
-    monkeypatch.setattr(costs_module, "time_linears", lambda c, s, p: imaginary_times(s))
-    monkeypatch.setattr(bounds, "race", race)
+    monkeypatch.setattr(problem_module, "time_linears", lambda c, s, p: imaginary_times(s))
+    monkeypatch.setattr(FitBench, "race", race)
     options |= {**OPTIONS, "calibration": place / "windows.safetensors", "decode_speedup": 1.3}
     found = secateur.fit(place / "dense", output=output, **options)
     check = next(one for one in found.checks if one.option == "decode_speedup")
@@ -228,7 +229,7 @@ def imaginary_speedup(folder: Path, kinds: Mapping[str, str]) -> float:
     shapes: dict[str, Any] = {name: tuple(stored[f"{name}.weight"].shape) for name in kinds}
     times = imaginary_times(shapes)
     by_name = {kind.name: kind for kind in FORMATS}
-    taken = sum(times.seconds(shapes[n], weight_format(by_name[kind])) for n, kind in kinds.items())
+    taken = sum(times.seconds(shapes[n], as_timed(by_name[kind])) for n, kind in kinds.items())
     return times.base / (times.rest + taken)
 
 
@@ -262,14 +263,11 @@ def test_a_speedup_is_searched_and_measured_again(
 @pytest.mark.parametrize(
     ("speedup", "kept"), [(1.3, True), (1.24, True), (1.23, False), (0.0, False)]
 )
-def test_a_speedup_may_be_off_by_the_error_of_measuring(
-    monkeypatch: pytest.MonkeyPatch, speedup: float, kept: bool
-) -> None:
+def test_a_speedup_may_be_off_by_the_error_of_measuring(speedup: float, kept: bool) -> None:
     ours = Speed("packed", (1.0,), (1.0,)) if speedup else Speed("packed", failure="no kernels")
     dense = Speed("dense int8", (speedup or 1.0,), (1.0,))
-    monkeypatch.setattr(bounds, "race", lambda context, made: [ours, dense])
-    context = SimpleNamespace(recipe=recipe_of(decode_speedup=1.3))
-    (check,) = bounds.check_running(context, Path())  # type: ignore[arg-type]
+    recipe = recipe_of(decode_speedup=1.3)
+    (check,) = check_running(recipe, Path(), lambda made: [ours, dense])
     assert check.kept == kept
     if not speedup:
         assert check.said.endswith("no kernels")
@@ -287,14 +285,13 @@ def test_a_speedup_may_be_off_by_the_error_of_measuring(
     ],
 )
 def test_the_cache_beyond_the_measured_text_grows_by_kind_of_layer(
-    family: str, grown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, grown: int, tmp_path: Path
 ) -> None:
     """On 91843e48 every layer grew, so bounds that hold were called broken."""
     save_tiny(tmp_path, family)
     ours = Speed("packed", (1.0,), (1.0,), 10 * 2**20)
-    monkeypatch.setattr(bounds, "race", lambda context, made: [ours])
-    context = SimpleNamespace(recipe=recipe_of(max_inference_memory="1GB", context_length=2048))
-    (check,) = bounds.check_running(context, tmp_path)  # type: ignore[arg-type]
+    recipe = recipe_of(max_inference_memory="1GB", context_length=2048)
+    (check,) = check_running(recipe, tmp_path, lambda made: [ours])
     assert check.measured == 10 * 2**20 + grown
 
 

@@ -10,9 +10,9 @@ import secateur
 from runtime.packed_models import pruned_folder
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
+from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.fitting.costs import EMBEDDINGS, costs_of
-from secateur.steps.fitting.storage_formats import StorageFormat
+from secateur.steps.fitting.problem import EMBEDDINGS, costs_of
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -32,7 +32,7 @@ def test_headers_are_counted(
     opened = PackableCheckpoint.open(model)
     recipe = FitRecipe(model=str(model), output=str(tmp_path / "fit"), max_size="1GiB")
     costs = costs_of(recipe, opened, Silent())
-    stored, counted = StorageFormat(values, 0.0), costs.rest[0]
+    stored, counted = WeightFormat(values, 0.0), costs.rest[0]
     for name in costs.units:
         kept = None if name == EMBEDDINGS else 1 - opened.zero_fractions.get(name, 0.0)
         counted += costs.of(name, stored, kept)[0]

@@ -21,10 +21,9 @@ from secateur.recipes.options import bytes_of
 from secateur.runtime.install import open_checkpoint
 from secateur.runtime.packed import PackedCheckpoint
 from secateur.sparsity.solvers.obs import OBS
-from secateur.steps.fitting import candidates
-from secateur.steps.fitting.candidates import Workshop
-from secateur.steps.fitting.models import ModelEvaluator
-from secateur.steps.fitting.storage_formats import FORMATS
+from secateur.steps.fitting import bench
+from secateur.steps.fitting.bench import FitBench
+from secateur.steps.fitting.problem import FORMATS
 
 OPTIONS = {"effort": "fast"}
 
@@ -105,7 +104,7 @@ def test_the_winner_is_the_best_that_was_made(place: Path) -> None:
 def test_zeros_are_chosen_only_where_they_promise_enough(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: float, zeros: bool
 ) -> None:
-    monkeypatch.setattr(candidates, "TRIES", (least,))
+    monkeypatch.setattr(bench, "TRIES", (least,))
     found = secateur.fit(
         place / "shallow", output=tmp_path / "small", max_size="24KiB",
         calibration=place / "windows.safetensors", **OPTIONS,
@@ -131,20 +130,20 @@ def test_the_recipe_makes_the_same_model_again(place: Path) -> None:
 def test_a_healed_winner_is_made_again_by_its_recipe(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ModelEvaluator.packed
+    real = FitBench.divergence
 
-    def packed(self: ModelEvaluator, folder: Path) -> float:
+    def divergence(self: FitBench, folder: Path) -> float:
         return real(self, folder) + (0.0 if folder.name == "healed" else 1.0)
 
-    healed = Workshop.healed
+    healed = FitBench.healed
 
     def heal(*args: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(OBS, "solve")  # what was rounded is not rounded again
             return healed(*args)
 
-    monkeypatch.setattr(ModelEvaluator, "packed", packed)
-    monkeypatch.setattr(Workshop, "healed", heal)
+    monkeypatch.setattr(FitBench, "divergence", divergence)
+    monkeypatch.setattr(FitBench, "healed", heal)
     found = secateur.fit(
         place / "shallow", output=tmp_path / "small", max_size="29KiB", effort="fast",
         heal_tokens=240, calibration=str(write_text(tmp_path)), windows=12, sequence_length=24,

@@ -15,8 +15,9 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
 from secateur.runtime.install import open_checkpoint
+from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.fitting.storage_formats import GGUF_FILE, StorageFormat
+from secateur.steps.fitting.problem import GGUF_FILE
 
 Q = gguf.GGMLQuantizationType
 TYPE_OF = {"bfloat16": Q.BF16, "int8": Q.Q8_0, "int4": Q.Q4_0}
@@ -34,7 +35,7 @@ def bytes_with(place: Path, values: str, embeddings: str) -> int:
     for name, matrix in model.matrices.items():
         rows, columns = model.reader.entries[name].shape
         own = values if matrix.prunable else embeddings
-        total += GGUF_FILE.matrix(name, (rows, columns), StorageFormat(own, 0.0))
+        total += GGUF_FILE.matrix(name, (rows, columns), WeightFormat(own, 0.0))
     return total
 
 

@@ -14,12 +14,11 @@ from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.engine.search.allocation import LayerView
+from secateur.engine.search.survey import LayerView
 from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.install import open_checkpoint
-from secateur.steps.fitting.costs import SIZE, CostKind, Costs
-from secateur.steps.fitting.storage_formats import StorageFormat
-from secateur.steps.fitting.survey import Predictions, UnitLosses
+from secateur.runtime.random_models import WeightFormat
+from secateur.steps.fitting.problem import SIZE, CostKind, Costs, FitProblem, UnitLosses
 
 HALF, MORE = 0.5, 0.7
 
@@ -84,7 +83,7 @@ def test_the_smallest_model_within_a_loss_is_smaller_for_a_pruned_source(
 def test_a_format_costs_the_zeros_that_are_there() -> None:
     shape, kind = (512, 512), CostKind(SIZE, 0.0, 1e9)
     costs = Costs((kind,), {"a": shape, "b": shape}, zeros={"a": HALF})
-    of = {share: StorageFormat("int8", share) for share in (0.0, 0.3, HALF, MORE)}
+    of = {share: WeightFormat("int8", share) for share in (0.0, 0.3, HALF, MORE)}
     assert costs.of("a", of[0.0]) == costs.of("a", of[0.3]) == costs.of("b", of[HALF])
     assert costs.of("a", of[MORE]) == costs.of("b", of[MORE])
     assert costs.of("b", of[0.0])[0] > costs.of("b", of[HALF])[0] > costs.of("b", of[MORE])[0]
@@ -100,7 +99,7 @@ def test_no_format_is_chosen_that_prunes_nothing_further() -> None:
         coarser={"a": {"int8": 0.001, "int4": 0.25, "int3": 1.0, "int2": 4.0}},
     )  # fmt: skip
     costs = Costs((CostKind(SIZE, 0.0, 1e9),), {"a": (512, 512)}, zeros={"a": HALF})
-    knapsack = Predictions(losses).knapsack(costs)
+    knapsack = FitProblem(costs, losses).knapsack
     for bits in (9.1, 5.1, 3.2, 2.7, 2.3):
         chosen = knapsack.best((512 * 512 * bits / 8,))
         assert chosen is not None

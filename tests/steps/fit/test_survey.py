@@ -17,10 +17,10 @@ from zoo import tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.models.checkpoint import CheckpointReader
+from secateur.reporting.fit import FitFinalist
+from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.storage_plan import MixedReader
-from secateur.steps.fitting.costs import SIZE, CostKind, Costs
-from secateur.steps.fitting.storage_formats import EMBEDDINGS, StorageFormat
-from secateur.steps.fitting.survey import Predictions, UnitLosses
+from secateur.steps.fitting.problem import EMBEDDINGS, SIZE, CostKind, Costs, FitProblem, UnitLosses
 
 LOSSES = UnitLosses(
     rounded={"a": 0.02, "b": 0.1},
@@ -34,19 +34,17 @@ LOSSES = UnitLosses(
 @pytest.mark.parametrize(
     ("name", "stored", "expected"),
     [
-        ("a", StorageFormat("bfloat16", 0.0), 0.0),
-        ("a", StorageFormat("int3", 0.0), 0.02),
-        ("b", StorageFormat("int2", 0.0), 0.4),
-        ("a", StorageFormat("bfloat16", 0.5), 0.03),
-        ("a", StorageFormat("bfloat16", 0.7), 0.03 * exp(1.8)),
-        ("a", StorageFormat("int4", 0.5), 0.03 + 0.75 * 0.005),
-        (EMBEDDINGS, StorageFormat("int3", 0.5), 0.2),
-        (EMBEDDINGS, StorageFormat("bfloat16", 0.0), 0.0),
+        ("a", WeightFormat("bfloat16", 0.0), 0.0),
+        ("a", WeightFormat("int3", 0.0), 0.02),
+        ("b", WeightFormat("int2", 0.0), 0.4),
+        ("a", WeightFormat("bfloat16", 0.5), 0.03),
+        ("a", WeightFormat("bfloat16", 0.7), 0.03 * exp(1.8)),
+        ("a", WeightFormat("int4", 0.5), 0.03 + 0.75 * 0.005),
+        (EMBEDDINGS, WeightFormat("int3", 0.5), 0.2),
+        (EMBEDDINGS, WeightFormat("bfloat16", 0.0), 0.0),
     ],
 )
-def test_what_a_unit_is_predicted_to_lose(
-    name: str, stored: StorageFormat, expected: float
-) -> None:
+def test_what_a_unit_is_predicted_to_lose(name: str, stored: WeightFormat, expected: float) -> None:
     assert LOSSES.rise(name, stored, stored.sparsity) == pytest.approx(expected)
 
 
@@ -55,10 +53,11 @@ def test_predictions_are_scaled_by_what_was_made() -> None:
         (CostKind(SIZE, 0.0, 1e9),), {"a": (64, 64), "b": (64, 64)}, {"embedding": (64, 64)}
     )
     candidate = (2, 3, 1)  # int4, int3, and embeddings in int8
-    predicted = Predictions(LOSSES).knapsack(costs).predicted(candidate)
+    problem = FitProblem(costs, LOSSES)
+    predicted = problem.knapsack.predicted(candidate)
     assert predicted == pytest.approx(0.005 + 0.1)
-    scaled = Predictions(LOSSES).scaled(0.7 * predicted, predicted)
-    assert scaled.knapsack(costs).predicted(candidate) == pytest.approx(0.7 * predicted)
+    scaled = problem.after(FitFinalist("it", 1, predicted, 0.7 * predicted))
+    assert scaled.knapsack.predicted(candidate) == pytest.approx(0.7 * predicted)
 
 
 @torch.no_grad()
@@ -85,7 +84,7 @@ def test_the_embeddings_are_measured_in_the_model(tmp_path: Path) -> None:
     save_windows(windows, tmp_path / "windows.safetensors")
     work = tmp_path / "small.partial" / "work"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.steps.fit._candidates", stopped)
+        patch.setattr("secateur.steps.fit._within_bounds", stopped)
         with pytest.raises(KeyboardInterrupt):
             secateur.fit(
                 tmp_path / "dense", output=tmp_path / "small", max_size="40KiB", effort="fast",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.steps.fitting.models import TimeBudget
+from secateur.steps.fitting.bench import TimeBudget
 
 
 class Clock:

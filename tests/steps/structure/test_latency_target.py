@@ -17,13 +17,13 @@ from zoo import tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.evaluation.step_time import Timed
 from secateur.progress import Progress, Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.models import StructureResult
 from secateur.steps.runner import carry_out
 from secateur.steps.structure import CutStructure
+from secateur.structured.latency import Timed
 
 
 def parameters(model: Any) -> int:
@@ -79,7 +79,7 @@ def cut(
     values |= {"calibration": str(windows)} | options
     recipe = build_recipe(StructureRecipe, nested(StructureRecipe, values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.evaluation.step_time.time_steps", timer)
+        patch.setattr("secateur.structured.latency.time_steps", timer)
         return carry_out(CutStructure, recipe, progress or Silent(), resume=resume)
 
 

@@ -66,7 +66,8 @@ def allocated(
         GradientPass(stream.outer, before, settings.work, progress, settings.ranks).execute()
     if allocation.reach == 0:
         return tasks
-    from secateur.engine.search.allocation import Survey, allocate
+    from secateur.engine.search.allocation import allocate
+    from secateur.engine.search.survey import Survey
 
     return allocate(Survey(target, tasks, stream, settings, progress), allocation, sparsity)
 

@@ -13,15 +13,13 @@ a stopped search quickly repeats them from the file and continues where it stopp
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 from zlib import crc32
 
 import torch
-from jaxtyping import Float32
 from torch import Tensor, nn
 
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -39,28 +37,18 @@ Version = Hashable
 Versions = tuple[Version, ...]
 """The versions of all decoder layers in a candidate. Equal beginnings share hidden states."""
 
+DENSE: Version = "dense"
+"""The version of a layer in the dense model."""
+
 LEFT_OUT: Version = 0
 """The version of a layer that a candidate drops."""
 
+ForwardOf = Callable[[Version], Callable[[Tensor], Tensor]]
+"""For each version of a layer, its forward of hidden states."""
 
-class Variants(Protocol):
-    """The versions of decoder layers for one kind of candidates."""
-
-    @property
-    def dense(self) -> Version:
-        """The version of a layer in the dense model."""
-        ...
-
-    def opened(
-        self, number: int, layer: nn.Module
-    ) -> AbstractContextManager[Callable[[Version], Callable[[Tensor], Tensor]]]:
-        """A context that gives, for each version of a layer, its forward of hidden states.
-
-        Args:
-            number: number of the layer.
-            layer: the layer with its dense weights. It gets them back afterwards.
-        """
-        ...
+Opened = Callable[[int, nn.Module], AbstractContextManager[ForwardOf]]
+"""A context that gives the forwards of a layer, by its number. The layer has its dense weights, and
+gets them back afterwards."""
 
 
 class CandidateEvaluator:
@@ -68,19 +56,20 @@ class CandidateEvaluator:
 
     Args:
         outer: embedding and head of the model, with the windows for the measurement.
-        variants: the versions of its layers.
         progress: receives the layers, in steps of size 0.
+        opened: gives the versions of a layer; None where all are the dense one.
         reference: of the dense model, on the same windows, if `outer` are those of another model.
     """
 
     def __init__(
         self,
         outer: EmbeddingAndHead,
-        variants: Variants,
         progress: Progress,
+        opened: Opened | None = None,
         reference: CandidateEvaluator | None = None,
     ) -> None:
-        self.outer, self.variants, self.progress = outer, variants, progress
+        self.outer, self.progress = outer, progress
+        self.opened = opened or self._unchanged
         self.reference = reference or self
         self.dense: list[Tensor] = []
 
@@ -94,11 +83,12 @@ class CandidateEvaluator:
         """
         self.reference.pass_dense()
         sums = dict.fromkeys(candidates, 0.0)
-        for part in self.outer.parts(rows, 2 * len(sums)):
+        for part in self.outer.parts(rows, 2 * len(sums)):  # states before and after a layer
             hidden = self.last_hidden(list(sums), part)
             with self.outside():
                 for place, row in enumerate(part):
                     measure = self.measure(row)
+                    # one dense distribution at a time, against all candidates
                     for candidate, states in hidden.items():
                         sums[candidate] += measure(self.logits(row, states[place]))
         return [sums[candidate] / len(rows) for candidate in candidates]
@@ -107,7 +97,7 @@ class CandidateEvaluator:
         """Pass the dense model through the layers, unless it has been."""
         if self.dense:
             return
-        dense = (self.variants.dense,) * len(self.outer.target.layers)
+        dense = (DENSE,) * len(self.outer.target.layers)
         for part in self.outer.parts(range(len(self.outer.windows)), 2):
             self.dense += self.last_hidden([dense], part)[dense]
 
@@ -123,8 +113,11 @@ class CandidateEvaluator:
     def measure(self, row: int) -> Callable[[Tensor], float]:
         """A function from a candidate's logits for one window to its mean over tokens."""
         reference = self.reference
-        dense = DenseLogits.of(reference.logits(row, reference.dense[row]))
-        return lambda logits: dense.divergence(logits) / len(logits)
+        divergence = divergence_from(reference.logits(row, reference.dense[row]))
+        return lambda logits: divergence(logits) / len(logits)
+
+    def _unchanged(self, number: int, layer: nn.Module) -> AbstractContextManager[ForwardOf]:
+        return nullcontext(lambda version: partial(self.outer.run, number, layer))
 
     def logits(self, row: int, hidden: Tensor) -> Tensor:
         """The logits of the last layer's output for one window."""
@@ -138,14 +131,12 @@ class CandidateEvaluator:
         target = self.outer.target
         states: dict[Versions, list[Tensor]] = {(): self.outer.embedded(rows)}
         for number in range(len(target.layers)):
+            # candidates that are equal up to here share one state
             reached = list(dict.fromkeys(c[: number + 1] for c in candidates))
             following = {v: states[v[:-1]] for v in reached if v[-1] == LEFT_OUT}
             if len(following) < len(reached):
                 # A layer that no candidate keeps is not read.
-                with (
-                    target.layer(number) as layer,
-                    self.variants.opened(number, layer) as forward_of,
-                ):
+                with target.layer(number) as layer, self.opened(number, layer) as forward_of:
                     for versions in reached:
                         if versions not in following:
                             forward = forward_of(versions[-1])
@@ -224,7 +215,7 @@ class FitnessCache:
         """
         total, length = self.evaluator.outer.windows.shape
         count = min(max(1, tokens // length), total)
-        first = 0 if count == total else draw * count
+        first = 0 if count == total else draw * count  # the last stage is the same in every draw
         rows = tuple((first + i) % total for i in range(count))
         new = [c for c in dict.fromkeys(candidates) if (c, rows) not in self.values]
         if new:
@@ -239,7 +230,7 @@ def cut_windows(windows: Tensor, tokens: int) -> Tensor:
     length = min(windows.shape[1], WINDOW_TOKENS, tokens)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     count = min(max(1, tokens // length), len(pieces))
-    return pieces[torch.arange(count) * len(pieces) // count]
+    return pieces[torch.arange(count) * len(pieces) // count]  # evenly, the first one included
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -251,56 +242,33 @@ def _checksum(tensor: Tensor) -> str:
 _ROWS = 64
 
 
-@dataclass(frozen=True)
-class DenseLogits:
-    """The dense model's prediction for one window, as the reference of all candidates.
+def divergence_from(logits: Tensor) -> Callable[[Tensor], float]:
+    """What measures candidates against a dense model's logits for one window.
 
-    Attributes:
-        probabilities: p of the next token.
-        negative_entropy: Σ p · log p of each token.
+        Σ over tokens of KL(p ‖ softmax(z)) = Σ p · log p + logsumexp(z) − p · z, in nats
+
+    In this form a candidate costs one pass of exponentials. It handles a few rows at a time, which
+    stay in the cache. That is five times as fast as two log-softmaxes.
+
+    Args:
+        logits: of the dense model [tokens, vocabulary].
+
+    Returns:
+        A function from the logits z of a candidate to its divergence.
     """
+    logits = logits.float()
+    # log_softmax adds up rough sums: Σ p = 1 + 1e-5, which takes 2e-4 nats off a divergence
+    log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
+    probabilities = log_probabilities.exp()
+    negative_entropy = log_probabilities.mul_(probabilities).sum(-1)  # [tokens]
 
-    probabilities: Float32[Tensor, "tokens vocabulary"]
-    negative_entropy: Float32[Tensor, " tokens"]
-
-    @classmethod
-    def of(cls, logits: Tensor) -> DenseLogits:
-        """Make the reference from logits [tokens, vocabulary]."""
-        logits = logits.float()
-        # log_softmax adds up rough sums: Σ p = 1 + 1e-5, which takes 2e-4 nats off a divergence
-        log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
-        probabilities = log_probabilities.exp()
-        return cls(probabilities, log_probabilities.mul_(probabilities).sum(-1))
-
-    def divergence(self, logits: Tensor) -> float:
-        """Σ over tokens of KL(p ‖ softmax(z)) = Σ p · log p + logsumexp(z) − p · z, in nats.
-
-        In this form a candidate costs one pass of exponentials. It handles a few rows at a time,
-        which stay in the cache. That is five times as fast as two log-softmaxes.
-        """
+    def divergence(candidate: Tensor) -> float:
         total = 0.0
-        parts = (self.probabilities, self.negative_entropy, logits)
-        for p, negative_entropy, z in zip(*(x.split(_ROWS) for x in parts), strict=True):
+        parts = (probabilities, negative_entropy, candidate)
+        for p, entropy, z in zip(*(x.split(_ROWS) for x in parts), strict=True):
             z = z.float()
-            each = negative_entropy + z.logsumexp(-1) - (p * z).sum(-1)
+            each = entropy + z.logsumexp(-1) - (p * z).sum(-1)
             total += float(each.sum(dtype=torch.float64))
         return total
 
-
-@dataclass(frozen=True)
-class Unchanged:
-    """The decoder layers of a model as they are.
-
-    Attributes:
-        outer: embedding and head of the model.
-    """
-
-    outer: EmbeddingAndHead
-    dense: ClassVar[Version] = "dense"
-
-    @contextmanager
-    def opened(
-        self, number: int, layer: nn.Module
-    ) -> Iterator[Callable[[Version], Callable[[Tensor], Tensor]]]:
-        """See `Variants`."""
-        yield lambda version: partial(self.outer.run, number, layer)
+    return divergence

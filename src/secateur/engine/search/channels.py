@@ -27,7 +27,6 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, located
-from secateur.models.architecture import Architecture
 from secateur.progress import Progress
 
 
@@ -49,17 +48,30 @@ def hidden_scores(
         NumericalError: an input of a layer is infinite or not a number.
     """
     layers, architecture = target.layers, target.architecture
+    if architecture.couplings is None:
+        raise ArchitectureError(
+            f"the family {architecture.family!r} does not declare which linears read the residual "
+            "stream, so its channels cannot be scored",
+            remedy="leave the hidden size as it is, or declare the family's couplings: see "
+            "CONTRIBUTING.md, 'Add a model family'",
+        )
+    declared = architecture.couplings.layer
     calibration = CalibrationStream(
         target, windows, settings.micro_batch_tokens, settings.in_memory, settings.work,
         on_gpu=settings.on_gpu,
     ).open()  # fmt: skip
     scores = torch.zeros(hidden)
-    all_readers = [_readers_of(layer, architecture) for layer in layers]
+    # a reader's input axis is the residual stream. Experts do not count: each reads only some of
+    # the tokens that the router reads.
+    readers = [
+        [name for name, _ in layer.named_modules() if declared.get(name, ())[1:] == ("hidden",)]
+        for layer in layers
+    ]
     progress.start("hidden channels", len(calibration.batches()) * len(layers))
     for index, layer in calibration.walk():
         step = partial(progress.step, note=f"layer {index}")
         inputs = calibration.layer_inputs(index, step=step)
-        modules = [layer.get_submodule(name) for name in all_readers[index]]
+        modules = [layer.get_submodule(name) for name in readers[index]]
         reads = StreamReads(modules, hidden, target.device)
         try:
             for batch in inputs.batches:
@@ -73,22 +85,6 @@ def hidden_scores(
     return scores
 
 
-def _readers_of(layer: nn.Module, architecture: Architecture) -> list[str]:
-    """The modules of a decoder layer that read the residual stream.
-
-    Experts do not count: each reads only some of the tokens that the router reads.
-    """
-    if architecture.couplings is None:
-        raise ArchitectureError(
-            f"the family {architecture.family!r} does not declare which linears read the residual "
-            "stream, so its channels cannot be scored",
-            remedy="leave the hidden size as it is, or declare the family's couplings: see "
-            "CONTRIBUTING.md, 'Add a model family'",
-        )
-    declared = architecture.couplings.layer
-    return [n for n, _ in layer.named_modules() if declared.get(n, ())[1:] == ("hidden",)]
-
-
 class StreamReads:
     """Hooks on the readers of a layer that gather the norm of each read.
 
@@ -100,6 +96,7 @@ class StreamReads:
 
     def __init__(self, readers: list[nn.Module], hidden: int, device: torch.device) -> None:
         self.hidden = hidden
+        # at most as many reads as readers
         self.totals = [statistics["column_norm"]((hidden, hidden), device) for _ in readers]
         self.seen: list[Tensor] = []
         self.handles = [reader.register_forward_pre_hook(self.before) for reader in readers]

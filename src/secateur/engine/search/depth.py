@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from secateur.engine.search.candidate_evaluator import (
+    DENSE,
     LEFT_OUT,
     CandidateEvaluator,
     FitnessCache,
-    Unchanged,
     Versions,
     cut_windows,
 )
@@ -34,50 +34,10 @@ from secateur.errors import NumericalError
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution, Fitness, Stages, ordered
 
-_TRIES = 8
-
-
-@dataclass(frozen=True)
-class DepthSettings:
-    """How many layers to drop, and how to choose them.
-
-    Methods:
-        influence: the layers of least block influence (ShortGPT).
-        angular: the consecutive layers of least angular distance (Gromov et al.).
-        greedy: one layer at a time; each step drops the layer whose removal harms the whole model
-            least, as SLEB (Song et al. 2024, arXiv:2402.09025).
-        search: an evolutionary search from the better of influence and greedy. It exchanges dropped
-            layers for kept ones (EvoPress, Sieberling et al. 2024, arXiv:2410.14649).
-
-    Deviations: greedy removal and search select in stages, with fewer candidates on more tokens,
-    by the divergence from the dense model; SLEB uses the loss. The search begins with the result of
-    greedy removal, draws layers to drop by the ranking from greedy removal, and measures no
-    candidate twice.
-
-    Args:
-        count: number of layers to drop.
-        method: influence, angular, greedy or search.
-        stages: (survivors, tokens) of each stage of a selection; the last keeps 1.
-        generations: number of generations of the search.
-        offspring: number of mutants in a generation.
-        seed: seed of the mutations.
-        fast_matmuls: measure in bfloat16 if the processor is faster at it.
-    """
-
-    count: int
-    method: str = "influence"
-    stages: Stages = ((4, 1024), (1, 8192))
-    generations: int = 12
-    offspring: int = 16
-    seed: int = 0
-    fast_matmuls: bool = True
-
-    @property
-    def evolution(self) -> Evolution:
-        """The search over candidates; greedy removal has the same stages."""
-        return Evolution(
-            self.generations, self.offspring, self.stages, self.seed, _TRIES, revisits=False
-        )
+EVOLUTION = Evolution(
+    generations=12, offspring=16, stages=((4, 1024), (1, 8192)), seed=0, tries=8, revisits=False
+)
+"""The search over sets of layers. Greedy removal selects in the same stages."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +76,7 @@ def mutate(candidate: Candidate, random: Random, order: Sequence[int]) -> Candid
         if not eligible:
             return candidate
         weights = [1 / (place + 1) for place in range(len(eligible))]
-        dropped ^= {back, *random.choices(eligible, weights)}
+        dropped ^= {back, *random.choices(eligible, weights)}  # one returns, one leaves
     return tuple(sorted(dropped))
 
 
@@ -132,13 +92,13 @@ def greedy(layers: int, count: int, stages: Stages, fitness: Fitness) -> Iterato
         fitness: measures candidates.
     """
     dropped: Candidate = ()
-    for step in range(count):
+    for step in range(count):  # a step has windows of its own, the same for all candidates
         rest = [i for i in range(layers) if i not in dropped]
         tried: list[int] = []
         fitnesses: list[float] = []
         for keep, tokens in stages:
             if tried and len(rest) <= keep and tokens < stages[-1][1]:
-                continue
+                continue  # this stage would drop none
             values = list(fitness([tuple(sorted((*dropped, i))) for i in rest], tokens, step))
             ranked = ordered(values)
             tried = tried or [rest[j] for j in ranked]
@@ -148,23 +108,50 @@ def greedy(layers: int, count: int, stages: Stages, fitness: Fitness) -> Iterato
 
 
 def choose_depth(
-    target: Target, windows: Tensor, how: DepthSettings, work: Path | None, progress: Progress
+    target: Target,
+    windows: Tensor,
+    count: int,
+    work: Path | None,
+    progress: Progress,
+    *,
+    method: str = "influence",
+    evolution: Evolution = EVOLUTION,
+    fast_matmuls: bool = True,
 ) -> Removal:
     """Choose the layers to drop.
+
+    Methods:
+        influence: the layers of least block influence (ShortGPT).
+        angular: the consecutive layers of least angular distance (Gromov et al.).
+        greedy: one layer at a time; each step drops the layer whose removal harms the whole model
+            least, as SLEB (Song et al. 2024, arXiv:2402.09025).
+        search: an evolutionary search from the better of influence and greedy. It exchanges dropped
+            layers for kept ones (EvoPress, Sieberling et al. 2024, arXiv:2410.14649).
+
+    Deviations: greedy removal and search select in stages, with fewer candidates on more tokens,
+    by the divergence from the dense model; SLEB uses the loss. The search begins with the result of
+    greedy removal, draws layers to drop by the ranking from greedy removal, and measures no
+    candidate twice.
 
     Args:
         target: the dense model; it does not change.
         windows: calibration tokens [samples, sequence_length].
-        how: how many, and by which method.
+        count: number of layers to drop.
         work: folder for `depth.jsonl`, from which a stopped choice resumes; None to keep measured
             values in memory only.
         progress: receives every step.
+        method: influence, angular, greedy or search.
+        evolution: the search, and the stages of greedy removal.
+        fast_matmuls: measure in bfloat16 if the processor is faster at it.
 
     Raises:
         RecipeError: `work` belongs to another choice.
         NumericalError: the divergence of every candidate is not a number.
     """
-    found: Removal = getattr(DepthChoice(target, windows, how, work, progress), how.method)()
+    outer = EmbeddingAndHead(target, windows, fast=fast_matmuls)
+    file = work / "depth.jsonl" if work else None
+    choice = _DepthChoice(outer, count, evolution, file, progress, fast=fast_matmuls)
+    found: Removal = getattr(choice, method)()
     if found.fitness is not None and math.isnan(found.fitness):
         raise NumericalError(
             "the divergence of every candidate is not a number",
@@ -173,52 +160,50 @@ def choose_depth(
     return found
 
 
-class DepthChoice:
-    """One choice of depth. It measures the values that its method needs.
+class _DepthChoice:
+    """One choice of depth. It measures the values that its method needs, and keeps them in a file.
 
     Args:
-        target: the dense model.
-        windows: calibration tokens.
-        how: how many layers, and by which method.
-        work: folder for the measured values.
+        outer: embedding and head of the dense model, with all windows.
+        count: number of layers to drop.
+        evolution: the search, and the stages of greedy removal.
+        file: of measured values; None for memory.
         progress: receives every step.
+        fast: whether products may be in bfloat16.
     """
 
     def __init__(
         self,
-        target: Target,
-        windows: Tensor,
-        how: DepthSettings,
-        work: Path | None,
+        outer: EmbeddingAndHead,
+        count: int,
+        evolution: Evolution,
+        file: Path | None,
         progress: Progress,
+        *,
+        fast: bool,
     ) -> None:
-        self.how, self.progress, self.layers = how, progress, len(target.layers)
-        self.outer = EmbeddingAndHead(target, windows, fast=how.fast_matmuls)
-        tokens = how.evolution.full_tokens
-        measured = EmbeddingAndHead(target, cut_windows(windows, tokens), fast=how.fast_matmuls)
-        self.fitness = FitnessCache(
-            CandidateEvaluator(measured, Unchanged(measured), progress),
-            self.versions,
-            [str(layer) for layer in range(self.layers)],
-            tokens,
-            work / "depth.jsonl" if work else None,
-            self.outer,
-        )
+        self.outer, self.count, self.evolution, self.progress = outer, count, evolution, progress
+        target, tokens = outer.target, evolution.full_tokens
+        self.layers = len(target.layers)
+        measured = EmbeddingAndHead(target, cut_windows(outer.windows, tokens), fast=fast)
+        units = [str(layer) for layer in range(self.layers)]
+        evaluator = CandidateEvaluator(measured, progress)
+        self.fitness = FitnessCache(evaluator, self.versions, units, tokens, file, outer)
 
     def versions(self, candidate: Candidate) -> Versions:
         """A version for each layer: dense, or dropped."""
-        return tuple(LEFT_OUT if i in candidate else Unchanged.dense for i in range(self.layers))
+        return tuple(LEFT_OUT if i in candidate else DENSE for i in range(self.layers))
 
     def influence(self) -> Removal:
         """The layers of least influence."""
         measure = partial(influences, self.outer, self.progress)
         found: list[float] = self.fitness.noted("influence", measure)
-        layers = tuple(sorted(ordered(found)[: self.how.count]))
+        layers = tuple(sorted(ordered(found)[: self.count]))
         return Removal(layers, scores={str(layer): score for layer, score in enumerate(found)})
 
     def angular(self) -> Removal:
         """The consecutive layers of least angular distance."""
-        length = self.how.count
+        length = self.count
         distances = angular_distances(self.outer, length, self.progress)
         first = ordered(distances)[0]
         scores = {str(layer): distance for layer, distance in enumerate(distances)}
@@ -226,8 +211,8 @@ class DepthChoice:
 
     def greedy(self) -> Removal:
         """The result of greedy removal."""
-        self.progress.start("depth: greedy", self.how.count)
-        for removal in greedy(self.layers, self.how.count, self.how.stages, self.fitness):
+        self.progress.start("depth: greedy", self.count)
+        for removal in greedy(self.layers, self.count, self.evolution.stages, self.fitness):
             self.progress.step()
             found = removal
         self.progress.finish()
@@ -237,9 +222,9 @@ class DepthChoice:
         """The best result of a search from the better of influence and greedy removal."""
         influence, removed = self.influence(), self.greedy()
         starts = [removed.layers, influence.layers]
-        self.progress.start("depth: search", self.how.generations + 1)
+        self.progress.start("depth: search", self.evolution.generations + 1)
         mutated = partial(mutate, order=removed.order)
-        for leader in self.how.evolution.climb(starts, mutated, self.fitness):
+        for leader in self.evolution.climb(starts, mutated, self.fitness):
             self.progress.step()
             best = leader
         self.progress.finish()
@@ -287,13 +272,13 @@ def angular_distances(outer: EmbeddingAndHead, length: int, progress: Progress) 
     sums = [0.0] * (count - length + 1)
     progress.start("depth: angular distance", len(outer.windows) * count)
     for part in outer.parts(range(len(outer.windows)), length + 2):
-        inputs = deque([outer.embedded(part)], maxlen=length)
+        inputs = deque([outer.embedded(part)], maxlen=length)  # of the last `length` layers
         for number, layer in walk_layers(outer.target):
             states = []
             for before in inputs[-1]:
                 states.append(outer.run(number, layer, before))
                 progress.step(note=f"layer {number}")
-            if len(inputs) == length:
+            if len(inputs) == length:  # `states` enter the layer after the run
                 for before, after in zip(inputs[0], states, strict=True):
                     cosine = _cosines(outer.states(before), outer.states(after))
                     angles = cosine.clamp(-1, 1).arccos() / math.pi

@@ -94,7 +94,7 @@ class _UseHooks:
         """The hook of one expert."""
 
         def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            weights = self.experts.weights(self.given, expert)
+            weights = self.experts.weights(self.given, expert)  # g_j(t) of its tokens
             added = weights.double() * out.double().norm(dim=-1)
             self.tokens[expert] += len(out)
             self.outputs[expert] += float(added.sum())
@@ -152,11 +152,21 @@ def expert_use(
     return found
 
 
-@dataclass(frozen=True)
-class ExpertChoice:
-    """How to choose the experts to keep.
+def kept_experts(
+    use: Mapping[int, ExpertUse],
+    keep: int,
+    top_k: int,
+    score: str = "reap",
+    *,
+    groups: int = 1,
+    scope: str = "layer",
+    seed: int = 0,
+) -> dict[int, tuple[int, ...]]:
+    """Return the experts with the highest scores. Ties go to the first expert.
 
-    Attributes:
+    Args:
+        use: the result of `expert_use`.
+        keep: number of experts to keep in each layer; with the scope `global` on average.
         top_k: number of experts that the router chooses for each token; no layer keeps fewer.
         score: reap, frequency or random.
         groups: number of groups into which the router divides the experts, in their order. Each
@@ -164,24 +174,6 @@ class ExpertChoice:
         scope: `layer`, where each layer keeps the same number; or `global`, where scores compete
             in the whole model, as multiples of the mean of their layer.
         seed: of the score `random`.
-    """
-
-    top_k: int
-    score: str = "reap"
-    groups: int = 1
-    scope: str = "layer"
-    seed: int = 0
-
-
-def kept_experts(
-    use: Mapping[int, ExpertUse], keep: int, how: ExpertChoice
-) -> dict[int, tuple[int, ...]]:
-    """Return the experts with the highest scores. Ties go to the first expert.
-
-    Args:
-        use: the result of `expert_use`.
-        keep: number of experts to keep in each layer; with the scope `global` on average.
-        how: the rule.
 
     Returns:
         Ascending numbers of experts by layer, as in `Cut.experts`.
@@ -191,40 +183,40 @@ def kept_experts(
             uneven groups.
     """
     fewest = min(len(layer.tokens) for layer in use.values())
-    if not how.top_k <= keep <= fewest:
+    if not top_k <= keep <= fewest:
         raise RecipeError(
-            f"{keep} experts cannot be kept: the router sends each token to {how.top_k}, and a "
+            f"{keep} experts cannot be kept: the router sends each token to {top_k}, and a "
             f"layer has {fewest}",
-            remedy=f"keep from {how.top_k} to {fewest}",
+            remedy=f"keep from {top_k} to {fewest}",
         )
-    if keep % how.groups:
+    if keep % groups:
         raise RecipeError(
-            f"{keep} experts cannot be kept: the router chooses between {how.groups} groups of "
+            f"{keep} experts cannot be kept: the router chooses between {groups} groups of "
             "them, which stay equally large",
-            remedy=f"keep a multiple of {how.groups}",
+            remedy=f"keep a multiple of {groups}",
         )
-    scores = {layer: own.score(how.score, how.seed + layer) for layer, own in use.items()}
+    scores = {layer: own.score(score, seed + layer) for layer, own in use.items()}
     counts = dict.fromkeys(scores, keep)
-    if how.scope == "global":
-        counts = _global_counts(scores, keep, how)
-    return {layer: _best(score, counts[layer], how.groups) for layer, score in scores.items()}
+    if scope == "global":
+        if groups > 1:
+            raise RecipeError(
+                f"the router chooses between {groups} groups of experts, which stay equally large, "
+                "so layers cannot keep different numbers",
+                remedy="use --experts-scope layer",
+            )
+        counts = _global_counts(scores, keep, top_k)
+    return {layer: _best(own, counts[layer], groups) for layer, own in scores.items()}
 
 
-def _global_counts(scores: Mapping[int, Tensor], keep: int, how: ExpertChoice) -> dict[int, int]:
+def _global_counts(scores: Mapping[int, Tensor], keep: int, top_k: int) -> dict[int, int]:
     """How many experts each layer keeps if all compete."""
-    if how.groups > 1:
-        raise RecipeError(
-            f"the router chooses between {how.groups} groups of experts, which stay equally large, "
-            "so layers cannot keep different numbers",
-            remedy="use --experts-scope layer",
-        )
     ranked = []
     for layer, score in scores.items():
+        # a layer's best top_k stay; the others compete as multiples of the layer's mean
         order = score.sort(descending=True).values / score.mean().clamp_min(1e-300)
-        ranked += [(-float(value), layer) for value in order[how.top_k :]]
-    free = keep * len(scores) - how.top_k * len(scores)
-    counts = dict.fromkeys(scores, how.top_k)
-    for _, layer in sorted(ranked)[:free]:
+        ranked += [(-float(value), layer) for value in order[top_k:]]
+    counts = dict.fromkeys(scores, top_k)
+    for _, layer in sorted(ranked)[: (keep - top_k) * len(scores)]:
         counts[layer] += 1
     return counts
 
@@ -233,6 +225,7 @@ def _best(score: Tensor, keep: int, groups: int) -> tuple[int, ...]:
     """The indices of the highest scores, as many of each group, ascending."""
     size = len(score) // groups
     order = [torch.argsort(own, descending=True, stable=True) for own in score.split(size)]
+    # numbers within a group become numbers of the layer
     first = [own[: keep // groups] + size * group for group, own in enumerate(order)]
     return tuple(sorted(torch.cat(first).tolist()))
 
@@ -251,7 +244,7 @@ def most_similar(router: Tensor, kept: Sequence[int]) -> list[int]:
         [0, 0, 2]
     """
     rows = nn.functional.normalize(router.float(), dim=-1)
-    near = (rows @ rows[list(kept)].T).argmax(-1).tolist()
+    near = (rows @ rows[list(kept)].T).argmax(-1).tolist()  # cosines [experts, kept]
     return [e if e in kept else kept[near[e]] for e in range(len(rows))]
 
 
@@ -278,7 +271,7 @@ def merge_experts(
     for k in kept:
         members = [e for e in range(len(home)) if home[e] == k]
         share = tokens[members].double()
-        if len(members) == 1 or not share.any():
+        if len(members) == 1 or not share.any():  # alone, or no token reached any of them
             continue
         share = share / share.sum()
         for name, parameter in experts[k].named_parameters():

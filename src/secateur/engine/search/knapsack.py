@@ -136,10 +136,12 @@ def _chosen(goal: Floats, costs: Floats, budgets: Sequence[float]) -> Levels | N
     if not budgets:
         return goal.argmin(axis=1)
     least = costs.min(axis=2, keepdims=True)
+    # what the budgets leave above the cheapest levels; a rounded sum may exceed one a little
     left = np.asarray(budgets) * (1 + SLACK / 2) - least.sum(axis=(1, 2))
     if (left < 0).any():
         return None
     goal, costs = goal - goal.min(axis=1, keepdims=True), costs - least
+    # each kind of cost, and the goal, gets a range of 1, so prices of all kinds are alike
     ranges = costs.max(axis=2).sum(axis=1)
     ranges[ranges == 0] = 1.0
     goal = goal / (goal.max(axis=1).sum() or 1.0)
@@ -147,8 +149,8 @@ def _chosen(goal: Floats, costs: Floats, budgets: Sequence[float]) -> Levels | N
     # where nothing fits that the goal likes, prices of the costs alone find more
     for wanted, kept in ((goal, KEPT), (0 * goal, KEPT), (goal, 8 * KEPT)):
         bound, prices = _prices(wanted, costs, left)
-        if bound > 1:
-            return None  # the goal has a range of 1
+        if bound > 1:  # no sum of the goal is that large, so nothing fits
+            return None
         found = _combined(wanted, costs, left, prices, kept)
         if found is not None:
             return found
@@ -163,10 +165,11 @@ def _prices(goal: Floats, costs: Floats, left: Floats) -> tuple[float, Floats]:
     for _ in range(TRIALS):
         levels = (goal + np.tensordot(prices, costs, 1)).argmin(axis=1)
         slope = costs[:, units, levels].sum(axis=1) - left
+        # bound ≤ goal + slope · prices, for all prices
         planes.append(np.array([*-slope, 1.0, goal[units, levels].sum()]))
         found = max(found, (float(planes[-1][-1] + slope @ prices), prices), key=lambda one: one[0])
         *rows, heights = np.array(planes).T
-        limits = [(0, MOST)] * kinds + [(None, None)]
+        limits = [(0, MOST)] * kinds + [(None, None)]  # of the prices, and of the bound
         highest = linprog([0.0] * kinds + [-1.0], np.array(rows).T, heights, bounds=limits)
         before, prices = prices, highest.x[:-1]
         if -highest.fun - found[0] <= CLOSE * abs(found[0]) or np.array_equal(prices, before):
@@ -189,20 +192,22 @@ def _combined(
     priced = goal + np.tensordot(prices, costs, 1)
     chosen, dearer = priced.argmin(axis=1), priced - priced.min(axis=1, keepdims=True)
     second = np.sort(dearer, axis=1)[:, :2].max(axis=1)
+    # units whose second level costs least are combined; the others keep their first one
     core, rest = np.split(second.argsort(kind="stable"), [CORE])
     spent = costs[:, rest, chosen[rest]].sum(axis=1)[None]  # [combinations, kinds]
     extra, steps = np.zeros(1), list[Levels]()
     for place, unit in enumerate(core):
-        to_come = costs[:, core[place + 1 :]].min(axis=2).sum(axis=1)
+        to_come = costs[:, core[place + 1 :]].min(axis=2).sum(axis=1)  # at least, of each kind
         spent = (spent[:, None] + costs[:, unit].T).reshape(-1, len(left))
         extra = (extra[:, None] + dearer[unit]).ravel()
         fitting = np.flatnonzero((spent + to_come <= left).all(axis=1))
         if len(fitting) > most:
             fitting = fitting[extra[fitting].argpartition(most)[:most]]
-        steps.append(fitting)
+        steps.append(fitting)  # combination · levels + level
         spent, extra = spent[fitting], extra[fitting]
     if not len(extra):
         return None
+    # without the prices this is the goal itself
     combination = int((extra - spent @ prices).argmin())
     for unit, fitting in zip(core[::-1], steps[::-1], strict=True):
         combination, chosen[unit] = divmod(int(fitting[combination]), goal.shape[1])

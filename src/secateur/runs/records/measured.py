@@ -340,13 +340,22 @@ class TaskRecord(Comparison, Score, Measurement):
 
 
 class SampleRecord(Record):
-    """A prompt, and the continuations by the model and the reference."""
+    """A prompt, and the continuations by the model and the reference.
+
+    Attributes:
+        prompt: the prompt.
+        text: that the model generated.
+        reference_text: that the reference generated, if there is one.
+        repetition: share of the 4-grams of the text that are repeats.
+        reference_repetition: of the reference's text.
+        degenerate: whether more than half are repeats, or the text is empty.
+    """
 
     prompt: str
     text: str
-    reference_text: str | None
+    reference_text: str | None = None
     repetition: float = Field(ge=0, le=1)
-    reference_repetition: float | None
+    reference_repetition: float | None = None
     degenerate: bool
 
 

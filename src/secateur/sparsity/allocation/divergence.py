@@ -26,7 +26,7 @@ class ByDivergence(AllocationDefaults):
 
         D_i ≈ mean over tokens of KL( softmax(dense logits) ‖ softmax(logits with linear i pruned) )
 
-    to second order (`engine.search.allocation.ChangedAlone`), and n_i weights in linear i,
+    to second order (`engine.search.sensitivity.ChangedAlone`), and n_i weights in linear i,
 
         s_i = c − ln(D_i / n_i) / growth        |s_i − s| ≤ reach
 

@@ -1,8 +1,9 @@
-"""Time one token in transformers at batch 1, and find the largest cut that meets a target in time.
+"""Finds the largest cut with which a token takes at most a part of its time: `--decode-latency`.
 
-Sizes are timed, not calculated, because time depends on the processor, its memory, and the dtype.
-There are three passes. In each pass, a few sizes take turns with the uncut model. The next pass
-searches between the largest size that met the target and the next larger size.
+A token is timed in transformers at batch 1. Sizes are timed, not calculated, because time depends
+on the processor, its memory, and the dtype. There are three passes. In each pass, a few sizes take
+turns with the uncut model. The next pass searches between the largest size that met the target and
+the next larger size.
 
 The layers that are timed are spread evenly (`random_models` says how those of the whole model
 follow). The weights are random, with the right shapes and dtype.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +33,13 @@ from torch import Tensor, nn
 
 from secateur.engine.stream.calls import StandIn, replaced_layers
 from secateur.errors import RecipeError
-from secateur.evaluation.random_models import LAYER_BYTES, RandomModel, TokenTime
 from secateur.models.architecture import describe
 from secateur.models.skeleton import assign, parameters_of, quiet_transformers
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import write_json
-from secateur.runtime.decode import given_cache
+from secateur.runtime.decode import empty_cache
+from secateur.runtime.random_models import LAYER_BYTES, RandomModel, TokenTime
 from secateur.structured.cut import Cut, sizes_of
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.design import design
@@ -131,7 +133,7 @@ def fill(models: Sequence[Any], device: torch.device) -> None:
         flat = torch.empty(p.numel(), dtype=p.dtype, device=device)
         shared[name] = flat.fill_(1) if p.ndim == 1 else flat.normal_(0, 0.02)
     for model in models:
-        for name, p in parameters_of(model).items():
+        for name, p in parameters_of(model).items():  # views of one memory
             assign(model, name, shared[name][: p.numel()].view(p.shape))
         model.tie_weights()
         for module in model.modules():
@@ -142,6 +144,7 @@ def fill(models: Sequence[Any], device: torch.device) -> None:
 def context_tokens(config: Any) -> int:
     """The number of tokens before the timed ones. One without layers may follow the last turn."""
     positions = getattr(config, "max_position_embeddings", None) or CONTEXT_TOKENS * 16
+    # every step adds a token
     return max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1) - 1))
 
 
@@ -164,11 +167,9 @@ class Running(RandomModel):
         context: int,
         clock: Callable[[], float],
     ) -> None:
-        from transformers import DynamicCache
-
         self.model, self.there = model, describe(model).layers(model)
         super().__init__(layers, len(self.there), clock)
-        self.cache = given_cache(model, DynamicCache(config=model.config))
+        self.cache = empty_cache(model)
         prompt = torch.arange(context, device=device)[None] % model.config.vocab_size
         self.token = prompt[:, :1]
         model(input_ids=prompt, use_cache=True, logits_to_keep=1, **self.cache)
@@ -218,65 +219,53 @@ class Size:
         return self.milliseconds / self.milliseconds_uncut
 
 
-@dataclass(frozen=True)
-class SizeSearch:
-    """The inputs for making and timing sizes.
+TimeSizes = Callable[[Sequence[float], Collection[Size]], tuple[list[Size], int]]
+"""Times fractions to keep, but for the sizes that are known (`_time_sizes`)."""
 
-    Attributes:
+
+def _time_sizes(
+    plan: CutPlan,
+    models: tuple[Any, Any],
+    multiple: int,
+    timer: Callable[[Sequence[Any]], Timed],
+    fractions: Sequence[float],
+    known: Collection[Size],
+) -> tuple[list[Size], int]:
+    """Time sizes, largest first, and each number of units once.
+
+    Args:
         plan: the plan of the other cuts.
-        uncut: skeleton of the uncut model.
-        narrowable: the model after the other cuts.
+        models: skeletons of the uncut model, and of the model after the other cuts.
         multiple: the number of kept neurons is a multiple of this.
-        device: where a token is timed.
-        progress: receives every turn of a model.
+        timer: times models in turns.
+        fractions: fractions of heads and neurons to keep. Sizes that whole units cannot make are
+            skipped.
+        known: sizes that are already timed; skipped too.
+
+    Returns:
+        The sizes, and how many tokens were in the cache.
     """
-
-    plan: CutPlan
-    uncut: Any
-    narrowable: Any
-    multiple: int
-    device: torch.device
-    progress: Progress
-
-    def timed(
-        self, fractions: Sequence[float], known: Collection[Size] = ()
-    ) -> tuple[list[Size], int]:
-        """Time sizes, largest first, and each number of units once.
-
-        Args:
-            fractions: fractions of heads and neurons to keep. Sizes that whole units cannot make
-                are skipped.
-            known: sizes that are already timed; skipped too.
-
-        Returns:
-            The sizes, and how many tokens were in the cache.
-        """
-        before = {(size.groups, size.neurons) for size in known}
-        made: dict[tuple[int, int], tuple[float, Any]] = {}
-        for kept in fractions:
-            plan = replace(self.plan, joint=1 - kept)
-            try:
-                cut = uniform_cut(plan, self.narrowable, self.multiple)
-            except RecipeError:  # the size is too small for whole units
-                continue
-            skeleton = design(self.narrowable, cut).skeleton
-            sizes = sizes_of(skeleton)
-            narrowed = self.plan.narrowed(sizes.layers)
-            units = (
-                max(sizes.groups[i] for i in narrowed),
-                max(sizes.neurons[i] for i in narrowed),
-            )
-            if units not in before:
-                made.setdefault(units, (kept, skeleton))
-        if not made:
-            return [], 0
-        skeletons = [skeleton for _, skeleton in made.values()]
-        times = time_steps([self.uncut, *skeletons], self.device, self.progress)
-        (uncut, *seconds), context = times
-        return [
-            Size(kept, *units, 1e3 * each, 1e3 * uncut)
-            for (units, (kept, _)), each in zip(made.items(), seconds, strict=True)
-        ], context
+    whole, narrowable = models
+    before = {(size.groups, size.neurons) for size in known}
+    made: dict[tuple[int, int], tuple[float, Any]] = {}
+    for kept in fractions:
+        try:
+            cut = uniform_cut(replace(plan, joint=1 - kept), narrowable, multiple)
+        except RecipeError:  # the size is too small for whole units
+            continue
+        skeleton = design(narrowable, cut).skeleton
+        sizes = sizes_of(skeleton)
+        narrowed = plan.narrowed(sizes.layers)
+        units = max(sizes.groups[i] for i in narrowed), max(sizes.neurons[i] for i in narrowed)
+        if units not in before:
+            made.setdefault(units, (kept, skeleton))
+    if not made:
+        return [], 0
+    (uncut, *seconds), context = timer([whole, *(skeleton for _, skeleton in made.values())])
+    return [
+        Size(kept, *units, 1e3 * each, 1e3 * uncut)
+        for (units, (kept, _)), each in zip(made.items(), seconds, strict=True)
+    ], context
 
 
 def find_latency(
@@ -308,15 +297,11 @@ def find_latency(
         measured: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return measured
     assert recipe.decode_latency is not None
-    search = SizeSearch(
-        plan,
-        design(model, Cut()).skeleton,
-        design(model, representative(plan)).skeleton,
-        recipe.multiple,
-        device,
-        progress,
-    )
-    best, sizes, context = _largest(search, recipe.decode_latency)
+    models = design(model, Cut()).skeleton, design(model, representative(plan)).skeleton
+    timer = partial(time_steps, device=device, progress=progress)
+    timed = partial(_time_sizes, plan, models, recipe.multiple, timer)
+    first = (1.0, *FIRST) if plan.cuts else FIRST
+    best, sizes, context = _largest(timed, first, recipe.decode_latency)
     found: dict[str, Any] = {
         "target": recipe.decode_latency,
         "joint": 1 - best.kept,
@@ -333,9 +318,11 @@ def find_latency(
     return found
 
 
-def _largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
+def _largest(
+    time_sizes: TimeSizes, first: Sequence[float], target: float
+) -> tuple[Size, list[Size], int]:
     """The largest size within the target, all timed sizes, and the length of the context."""
-    sizes, context = search.timed((1.0, *FIRST) if search.plan.cuts else FIRST)
+    sizes, context = time_sizes(first, ())
     within = [size for size in sizes if size.left <= target]
     if not within:
         raise _beyond_reach(target, sizes)
@@ -349,7 +336,7 @@ def _largest(search: SizeSearch, target: float) -> tuple[Size, list[Size], int]:
     timed, above = list(sizes), next((s.kept for s in reversed(sizes) if s.kept > best.kept), 1.0)
     for _ in range(PASSES - 1):
         step = (above - best.kept) / (BETWEEN + 1)
-        sizes, _ = search.timed([above - step * (i + 1) for i in range(BETWEEN)], timed)
+        sizes, _ = time_sizes([above - step * (i + 1) for i in range(BETWEEN)], timed)
         timed += sizes
         best = max((s for s in timed if s.left <= target), key=lambda size: size.kept)
         above = min((s.kept for s in timed if s.kept > best.kept), default=1.0)

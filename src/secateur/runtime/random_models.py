@@ -52,10 +52,11 @@ measured."""
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the linears are stored.
+    """How linears are stored.
 
     Attributes:
-        values: bf16, int8 or int4. With integers the embedding and the head are int8.
+        values: such as bf16 or int4. Where models are timed, they are bf16, int8 or int4, and with
+            integers the embedding and the head are int8.
         sparsity: the fraction of zeros, stored with a bitmask; 0 for dense matrices.
     """
 
@@ -63,8 +64,13 @@ class WeightFormat:
     sparsity: float
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.sparsity:.0%} zeros, {self.values}" if self.sparsity else self.values
+
+    @property
     def bits(self) -> float:
-        """Bits of a weight, without scales."""
+        """Bits of a weight of a timed model, without scales."""
         size = {"bf16": 16, "int8": 8, "int4": 4}[self.values]
         return size * (1 - self.sparsity) + (1 if self.sparsity else 0)
 
@@ -167,7 +173,7 @@ class FormatTimer(RandomModel):
     def turn(self, tokens: int = STEPS, most: int = MOST_STEPS) -> TokenTime:
         """Read a prompt and decode some tokens."""
         prompt = seconds_of(lambda: self.decoder.prefill(self.ids), self.now)
-        each = prompt * self.layers / self.count / PROMPT_TOKENS
+        each = prompt * self.layers / self.count / PROMPT_TOKENS  # of all layers, one token
         return super().turn(tokens, most)._replace(prompt=each)
 
 
@@ -247,7 +253,7 @@ def random_matrix(
     if values == "int4":
         codes = torch.randint(-7, 8, (rows, columns), dtype=torch.int8)
         code = torch.randint(0, 256, (rows, -(-columns // group)), dtype=torch.uint8)
-        exponent = torch.full((rows,), EXPONENT, dtype=torch.int8)
+        exponent = torch.full((rows,), EXPONENT, dtype=torch.int8)  # scale = code · 2^exponent
         return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
     scale = torch.rand(rows) * 2.0**EXPONENT if values == "int8" else None
     if mask is None:
@@ -260,6 +266,7 @@ def random_matrix(
 @functools.cache
 def _random_mask(rows: int, columns: int, kept: int) -> Tensor:
     """With the same number of ones in each row; the masks of some rows repeat."""
+    # a random order of the columns of each row, of which `kept` come first
     some = torch.rand(min(rows, DIFFERENT_ROWS), columns).argsort(1) < kept
     return some.repeat(-(-rows // len(some)), 1)[:rows]
 
@@ -276,5 +283,5 @@ def another(matrix: KernelMatrix) -> KernelMatrix:
     found = copy.copy(matrix)
     found.values = matrix.values.clone()
     found.mask = None if matrix.mask is None else matrix.mask.clone()
-    found.describe(matrix.c.type)
+    found.describe(matrix.c.type)  # the C description points to the new memory
     return found

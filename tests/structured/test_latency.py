@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from zoo import CONFIGS, PLAIN_MIXTURES, config_of
 
-from secateur.evaluation.step_time import fill, time_steps
 from secateur.models.skeleton import parameters_of, skeleton_of
 from secateur.progress import Silent
 from secateur.structured.cut import Cut
 from secateur.structured.design import design
+from secateur.structured.latency import fill, time_steps
 
 CPU = torch.device("cpu")
 

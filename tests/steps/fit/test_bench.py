@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +12,21 @@ from transformers import AutoModelForCausalLM
 from zoo import tiny_windows
 
 import secateur
-from secateur.engine.search.candidate_evaluator import DenseLogits
+from secateur.calibration.windows import save_windows
+from secateur.engine.search.candidate_evaluator import divergence_from
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import dense_losses
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
-from secateur.steps.fitting.models import ModelEvaluator
+from secateur.recipes.reading import build_recipe
+from secateur.runs.environment import Meter
+from secateur.runs.folder import RunFolder
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.steps.fitting.bench import FitBench
+from secateur.steps.fitting.problem import costs_of
+from secateur.steps.runner import RunContext
 
 
 @torch.no_grad()
@@ -35,7 +41,7 @@ def test_a_divergence_has_no_floor_with_a_large_vocabulary(noise: float) -> None
     dense = 3 * torch.randn(64, 49152, generator=draw) + 5
     other = dense + noise * torch.randn(dense.shape, generator=draw)
     p, q = (x.double().log_softmax(-1) for x in (dense, other))
-    found = DenseLogits.of(dense).divergence(other) / len(dense)
+    found = divergence_from(dense)(other) / len(dense)
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=5e-6)
 
 
@@ -59,18 +65,23 @@ def test_a_packed_model_is_measured_as_it_runs(tmp_path: Path) -> None:
     """KL from the dense model to the packed one in the kernels, activations rounded."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     save_tiny(tmp_path / "dense", **sizes)
-    windows, reader = tiny_windows(4, 16), CheckpointReader(tmp_path / "dense")
-    recipe = FitRecipe(model=str(tmp_path / "dense"), output="x", max_size="1MiB")
-    context = SimpleNamespace(
-        target=CheckpointTarget(reader, None, torch.device("cpu")), work=tmp_path / "work",
-        source=resolve(str(tmp_path / "dense")), recipe=recipe, progress=Silent(),
+    windows, folder = tiny_windows(24, 16), tmp_path / "dense"
+    save_windows(windows, tmp_path / "windows.safetensors")
+    text = {"calibration": {"source": str(tmp_path / "windows.safetensors")}}
+    recipe = build_recipe(
+        FitRecipe, {"model": str(folder), "output": "x", "max_size": "1MiB", **text}
+    )
+    model, run = PackableCheckpoint.open(folder), RunFolder(tmp_path / "out", "fit")
+    work = run.work
+    work.mkdir(parents=True)
+    bench = FitBench(
+        recipe, model, costs_of(recipe, model, Silent()),
+        RunContext(run, resolve(str(folder)), Silent(), Meter.start()),
     )  # fmt: skip
-    context.work.mkdir()
-    measure = ModelEvaluator(context, windows, "some")  # type: ignore[arg-type]
-    folder, packed = tmp_path / "dense", context.work / "packed"
-    secateur.compress(folder, output=packed, values="int4", embeddings="int8")
-    found = measure.packed(packed)
-    assert (context.work / "measured-some.jsonl").exists()
+    secateur.compress(folder, output=work / "packed", values="int4", embeddings="int8")
+    packed, windows = work / "packed", windows[16:20]  # that choose
+    found = bench.divergence(packed)
+    assert (work / "measured-chosen.jsonl").exists()
     dense = logits_of(folder, windows)
     other = secateur.load(packed)(windows).logits.double()
     each = kl_div(other.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")

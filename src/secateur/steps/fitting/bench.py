@@ -1,0 +1,579 @@
+"""Makes the candidates of a fit as real models, and measures them as they run.
+
+`secateur prune` prunes, and `secateur compress` rounds, heals and packs. Both go through the layers
+in order, so every linear is fitted to the inputs that it has in the model that is made. The same
+options, as steps of a chain, are the recipe of the winner. Windows that choose made no model, and
+windows that judge chose none.
+
+The survey, the first model and the judgement are always made. Between them, what does not fit into
+the time any more is dropped: further candidates, healing. A phase is expected to take as long as
+the same one took. What was measured is kept in files, so a resumed run decides the same.
+
+Speed and memory come from processes of their own, as in `secateur bench`: the packed winner and the
+source as dense int8 take turns. The memory is that of a process with a short text, and the KV cache
+of the rest of the context is added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from secateur.calibration.documents import check_text
+from secateur.calibration.run_windows import WindowReader
+from secateur.engine.search.candidate_evaluator import (
+    DENSE,
+    CandidateEvaluator,
+    FitnessCache,
+    cut_windows,
+)
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.evaluation.perplexity import LossComparison
+from secateur.evaluation.speed import Speed, take_turns
+from secateur.models.counting import counted
+from secateur.models.opening import refuse_quantized
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint
+from secateur.progress import Labelled, Progress
+from secateur.recipes.compress import CompressRecipe, FitRecipe
+from secateur.recipes.options import Recipe, bytes_of
+from secateur.recipes.prune import ChainRecipe, PruneRecipe
+from secateur.recipes.reading import build_recipe
+from secateur.recipes.recipe_files import dump_recipe
+from secateur.recipes.shared import texts_of
+from secateur.reporting.cards import made_again, shown_place
+from secateur.reporting.fit import FitCheck, FitFinalist, FitLoss
+from secateur.reporting.models import CompressResult
+from secateur.runs.environment import choose_device
+from secateur.runs.folder import NOTES, STATE
+from secateur.runs.output import write_json, write_text
+from secateur.runtime.formats import BITS, GRID_BITS
+from secateur.runtime.load import load
+from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.sparsity.evolution import Candidate
+from secateur.steps.compress import Compress
+from secateur.steps.fitting.problem import EMBEDDINGS, GROUP, Costs, FitProblem, Formats, embedded
+from secateur.steps.runner import RunContext, Step, carry_out, step_of
+
+RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
+
+LESS = 0.95
+"""A mix has zeros only if it is predicted to lose less than so much of what the best one without
+zeros loses: predictions err by more than a smaller gain."""
+
+TRIES = (LESS, LESS, math.inf, math.inf)
+"""A mix is chosen again if it became larger than predicted; at last, zeros need no gain."""
+
+HEALABLE = 1.3
+"""With a bound on the loss, smaller candidates that exceed it by at most so much are healed too."""
+
+HEALING: Mapping[str, Any] = {"epochs": 1, "hidden": 3.0}
+"""How a rounded model learns: the predictions and the last hidden states of the dense one. The text
+itself it does not learn, so that a dense model which knows the text too little stays the aim."""
+
+TIMING_ERROR = 0.05
+"""How far a speed-up may be off when it is measured again; a bound is kept up to here."""
+
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS, MOST_SECONDS = 32, 16, 15, 90.0
+
+
+def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint:
+    """The dense model of a recipe whose texts are there, and its matrices that can be packed."""
+    for text in texts_of(recipe.calibration.source):
+        check_text(text)
+    refuse_quantized(source.folder)
+    return PackableCheckpoint.open(source.folder, trust_remote_code=recipe.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class BuiltCandidate:
+    """A model that was made.
+
+    Attributes:
+        sparse: the model before rounding; the source where nothing was pruned.
+        packed: the model, packed: what is measured.
+        formats: how every unit is stored.
+        row: its numbers, for the result.
+    """
+
+    sparse: Path
+    packed: Path
+    formats: Formats
+    row: FitFinalist
+
+    @property
+    def rise(self) -> float:
+        """Of the loss, cautiously, where the recipe bounds it."""
+        assert self.row.rise is not None
+        return self.row.rise
+
+
+def best_of(candidates: Sequence[BuiltCandidate], bound: float | None = None) -> BuiltCandidate:
+    """The candidate that diverges least from the dense model.
+
+    Args:
+        candidates: that were made.
+        bound: on the rise of the loss. With one it is the smallest candidate within the bound, or
+            the one whose loss rises least where none is.
+    """
+    if bound is None:
+        return min(candidates, key=lambda one: one.row.last)
+    within = [one for one in candidates if one.rise <= bound]
+    smallest = min(within, key=lambda one: one.row.file_bytes, default=None)
+    return smallest or min(candidates, key=lambda one: one.rise)
+
+
+class FitBench:
+    """A dense model, with what makes candidates of it and measures them.
+
+    Args:
+        recipe: of the fit.
+        model: the dense model, and its matrices that can be packed.
+        costs: what it pays with, within the bounds of the recipe.
+        run: the run that this is a part of.
+
+    Attributes:
+        target: the layers of the dense model, one at a time.
+        work: folder for models, windows and measured values.
+        time: the time that is left.
+        windows_file: the windows that make models, and those that heal them.
+        choosing: measures packed folders on the windows that choose.
+        judging: measures them on windows that judge the result.
+
+    Raises:
+        RecipeError: there are fewer windows than purposes.
+    """
+
+    def __init__(
+        self, recipe: FitRecipe, model: PackableCheckpoint, costs: Costs, run: RunContext
+    ) -> None:
+        self.recipe, self.model, self.costs, self.run = recipe, model, costs, run
+        self.source, self.progress, self.work = run.source, run.progress, run.folder.work
+        self.time = TimeBudget(recipe.minutes, self.work / "pace.json", run.meter.started)
+        device, trust = choose_device(recipe.device), recipe.trust_remote_code
+        self.target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        files = [self.work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
+        config = self.target.model.config
+        WindowReader.of_folder(self.source.folder, config, trust_remote_code=trust).save_parts(
+            str(recipe.calibration.source),
+            recipe.calibration,
+            files,
+            "make models, choose among them and judge",
+            self.progress,
+            recipe.tokens_to_heal,
+        )
+        self.windows_file = files[0]
+        self.choosing, self.judging = (
+            LossComparison(self.target, file, self.progress, trust_remote_code=trust)
+            for file in files[1:]
+        )
+        self.windows = cut_windows(self.choosing.windows, self.choosing.windows.numel())
+        self.dense = self._evaluator(self.target, None)
+        file = self.work / "measured-chosen.jsonl"
+        self.values = FitnessCache(self.dense, lambda _: (), (), self.windows.numel(), file)
+
+    # -- candidates --------------------------------------------------------------------------------
+
+    def mix(self, name: str, problem: FitProblem) -> tuple[BuiltCandidate | None, FitProblem]:
+        """Make the best mix within the bounds; None if there is none that keeps them.
+
+        Returns:
+            The candidate, and the problem after all that were made.
+        """
+        most = limit = problem.costs.kinds[0].limit
+        seen = set[Candidate]()
+        for less in TRIES:
+            own = problem.limited(limit)
+            candidate = own.mix(less)
+            if candidate is None or candidate in seen:
+                continue
+            seen.add(candidate)
+            made, own = self.made(name, own, candidate)
+            problem = replace(problem, scale=own.scale)
+            if made.row.file_bytes <= most:
+                return made, problem
+            limit -= made.row.file_bytes - most
+        return None, problem
+
+    def made(
+        self, name: str, problem: FitProblem, candidate: Candidate
+    ) -> tuple[BuiltCandidate, FitProblem]:
+        """Make a candidate, unless an earlier run has, and measure it.
+
+        Args:
+            name: for people.
+            problem: that it is an answer to.
+            candidate: the formats of all units.
+
+        Returns:
+            The candidate, and the problem with what it has lost.
+        """
+        formats, predicted = problem.formats(candidate), problem.knapsack.predicted(candidate)
+        place, label = self._place(formats), Labelled(self.progress, f"a model, {name}")
+        with self.time.phase("making"):
+            sparse = self._pruned(formats, place, label)
+            packed = self._compressed(sparse, formats, place / "packed", label)
+            divergence = self.divergence(packed)
+        size = self.costs.files.finish(packed, self.progress)
+        row = FitFinalist(name, size, predicted, divergence, rise=self.rise(packed))
+        return BuiltCandidate(sparse, packed, formats, row), problem.after(row)
+
+    def healed(self, candidates: Sequence[BuiltCandidate]) -> list[BuiltCandidate]:
+        """The candidates, and those that may win after they have learned from the dense model.
+
+        One that is worse then, or too large, because fewer weights round to zero, stays as it was.
+        """
+        bound, found = self.recipe.max_loss_increase, list[BuiltCandidate]()
+        best = best_of(candidates, bound)
+        for one in candidates:
+            may_win = one is best or (
+                bound is not None
+                and one.row.file_bytes < best.row.file_bytes
+                and one.rise <= HEALABLE * bound
+            )
+            heals = self.recipe.tokens_to_heal and may_win
+            if heals and self.time.allows("healing", "healing"):
+                one = self._healed(one)
+            found.append(one)
+        return found
+
+    def _healed(self, candidate: BuiltCandidate) -> BuiltCandidate:
+        formats, row = candidate.formats, candidate.row
+        label = Labelled(self.progress, f"healing the model, {row.name}")
+        output = self._place(formats) / "healed"
+        with self.time.phase("healing"):
+            packed = self._compressed(candidate.sparse, formats, output, label, heals=True)
+            divergence = self.divergence(packed)
+        size = self.costs.files.finish(packed, self.progress)
+        if divergence >= row.divergence or size > self.costs.kinds[0].limit:
+            return candidate
+        rise = self.rise(packed)
+        row = replace(row, file_bytes=size, healed=divergence, rise=rise)
+        return replace(candidate, packed=packed, row=row)
+
+    def _place(self, formats: Formats) -> Path:
+        """The folder of a model, by its formats."""
+        lines = "\n".join(f"{linear} {stored.name}" for linear, stored in sorted(formats.items()))
+        return self.work / "mixes" / f"{crc32(lines.encode()):08x}"
+
+    def _pruned(self, formats: Formats, place: Path, progress: Progress) -> Path:
+        """The model before rounding: a pruned one, or the source where nothing is pruned."""
+        place.mkdir(parents=True, exist_ok=True)
+        options = _prune_options(self.recipe, formats, str(self.windows_file))
+        if options is None:
+            return self.source.folder
+        recipe = build_recipe(PruneRecipe, {**options, **self._named})
+        label = Labelled(progress, "pruning")
+        return self._part(step_of("prune"), recipe, self.source, place / "pruned", label)
+
+    def _compressed(
+        self,
+        sparse: Path,
+        formats: Formats,
+        output: Path,
+        progress: Progress,
+        *,
+        heals: bool = False,
+    ) -> Path:
+        """A model rounded and packed; if it heals, it learns from the dense one before."""
+        options = _compress_options(self.recipe, formats, str(self.windows_file), heals=heals)
+        recipe = build_recipe(CompressRecipe, {**options, **self._named})
+        source = replace(self.source, folder=sparse)
+        return self._part(_CompressBeside, recipe, source, output, Labelled(progress, "rounding"))
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        """What records and cards of candidates name: the model and the output of the fit."""
+        own = self.recipe
+        return {
+            "model": own.model,
+            "output": str(own.output),
+            "trust_remote_code": own.trust_remote_code,
+        }
+
+    def _part(
+        self,
+        kind: type[Step[Any, Any]],
+        recipe: Recipe,
+        source: LocalCheckpoint,
+        at: Path,
+        progress: Progress,
+    ) -> Path:
+        """Carry out a step as a part of this run, unless an earlier run has."""
+        if not at.exists():
+            carry_out(kind, recipe, progress, resume=True, at=at, source=source)
+        return at
+
+    def pack(self, winner: BuiltCandidate) -> CompressResult:
+        """Put the packed winner into the folder of the run, with the recipe that makes it again."""
+        recipe, folder = self.recipe, self.run.folder
+        text, heals = f"{recipe.output}/{NOTES}/{WINDOWS}", winner.row.healed is not None
+        shutil.copytree(winner.packed, folder.fresh_model(), dirs_exist_ok=True)
+        (folder.notes / STATE).unlink(missing_ok=True)
+        shutil.copyfile(self.windows_file, folder.notes / WINDOWS)
+        prune = _prune_options(recipe, winner.formats, text)
+        steps = [] if prune is None else [{"prune": prune}]
+        compress = _compress_options(recipe, winner.formats, text, heals=heals)
+        steps.append({"compress": compress})
+        chain = {**self._named, "output": f"{recipe.output}-again", "steps": steps}
+        again = dump_recipe(build_recipe(ChainRecipe, chain))
+        write_text(folder.notes / RECIPE, again)
+        card, place = folder.model / "README.md", shown_place(recipe.output)
+        section = made_again("chain", again, f"{place}-again")
+        write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}\n")
+        packed: CompressResult = step_of("compress").result(folder.model)
+        return packed.model_copy(update={"output": folder.output})
+
+    # -- measurements ------------------------------------------------------------------------------
+
+    def divergence_of(self, target: CheckpointTarget, name: str) -> float:
+        """The divergence of an opened model, which is kept by its name: mean KL(dense ‖ model) of
+        the next-token probabilities, nats per token, on the windows that choose.
+        """
+        evaluator = self._evaluator(target, self.dense)
+        candidates, rows = [(DENSE,) * len(target.layers)], range(len(self.windows))
+        return self._once(name, lambda: evaluator.fitness(candidates, rows)[0])
+
+    def divergence(self, folder: Path) -> float:
+        """The same of a packed model, as it runs in the kernels."""
+        return self._once(self._name_of(folder), lambda: self._running(folder))
+
+    def rise(self, folder: Path) -> float | None:
+        """The cautious rise of the loss of a packed model; None where the recipe bounds none.
+
+        A bound on the mean and its standard error usually holds on other windows too.
+        """
+        if self.recipe.max_loss_increase is None:
+            return None
+
+        def cautious() -> float:
+            mean, error = self.choosing.increase(folder)
+            return mean + (error or 0.0)
+
+        return self._once(f"the loss of {self._name_of(folder)}", cautious)
+
+    @torch.no_grad()
+    def _running(self, folder: Path) -> float:
+        model = load(folder, trust_remote_code=self.recipe.trust_remote_code)
+        self.dense.pass_dense()
+        total = 0.0
+        with self.dense.outside():
+            for row, ids in enumerate(self.windows):
+                logits = model(input_ids=ids[None]).logits[0]
+                total += self.dense.measure(row)(logits.to(self.target.device))
+        return total / len(self.windows)
+
+    def _once(self, name: str, measure: Callable[[], float]) -> float:
+        """A value of a model, from the file or else measured."""
+        self.progress.start(f"measuring {name}", 1)
+        found: float = self.values.noted(name, measure)
+        self.progress.finish()
+        return found
+
+    def _name_of(self, folder: Path) -> str:
+        """A name for a folder among the work of the run, and for the dense model."""
+        inside = folder.is_relative_to(self.work)
+        return "-".join(folder.relative_to(self.work).parts) if inside else "dense"
+
+    def _evaluator(
+        self, target: CheckpointTarget, dense: CandidateEvaluator | None
+    ) -> CandidateEvaluator:
+        """Passes one model, as it is, through its layers."""
+        outer = EmbeddingAndHead(target, self.windows, fast=False)
+        return CandidateEvaluator(outer, self.progress, reference=dense)
+
+    def speedup(self, folder: Path, number: int) -> float | None:
+        """How many times as fast as dense int8 a packed model decodes, from a file or timed now.
+
+        Args:
+            folder: of the model.
+            number: of the measurement.
+
+        Returns:
+            None if the recipe has no bound on it, or it cannot be timed.
+        """
+        if self.recipe.decode_speedup is None:
+            return None
+        file = self.work / f"speedup-{number}.json"
+        if not file.exists():
+            ours, dense = self.race(folder)
+            failed = ours.failure or dense.failure
+            ratio = None if failed else ours.tokens_per_second / dense.tokens_per_second
+            write_json(file, {"speedup": ratio})
+        found: float | None = json.loads(file.read_text(encoding="utf-8"))["speedup"]
+        return found
+
+    def race(self, folder: Path) -> list[Speed]:
+        """A packed model, and for a speed-up the source as dense int8, timed in turns.
+
+        A model that our loop does not decode runs in transformers.
+        """
+        bounded = self.recipe.decode_speedup is not None
+        dense = [("dense int8", self.source.folder)] if bounded else []
+        for backend in ("packed", "packed in transformers"):
+            found = take_turns(
+                [(backend, folder), *dense],
+                prompt=self.judging.windows.flatten()[:PROMPT_TOKENS].tolist(),
+                new_tokens=NEW_TOKENS,
+                rounds=ROUNDS,
+                seconds=MOST_SECONDS,
+                progress=self.progress,
+            )
+            if not found[0].failure:
+                break
+        return found
+
+    def checks(self, file_bytes: int, loss: FitLoss) -> Iterator[FitCheck]:
+        """Compare every bound with what is measured on the packed winner in the run's folder.
+
+        Args:
+            file_bytes: of its weight files.
+            loss: its loss on text that did not choose, as it runs.
+        """
+        recipe = self.recipe
+        if recipe.max_size is not None:
+            most = bytes_of(recipe.max_size)
+            yield FitCheck("max_size", most, file_bytes, file_bytes <= most)
+        if recipe.max_loss_increase is not None:
+            bound, rise, error = recipe.max_loss_increase, loss.loss_increase, loss.standard_error
+            yield FitCheck("max_loss_increase", bound, rise, rise <= bound, standard_error=error)
+        if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
+            yield from check_running(recipe, self.run.folder.model, self.race)
+
+
+def check_running(
+    recipe: FitRecipe, folder: Path, race: Callable[[Path], Sequence[Speed]]
+) -> Iterator[FitCheck]:
+    """The bounds on speed and memory of a packed model, by a race as of `FitBench.race`."""
+    ours, *others = race(folder)
+    failure = next((one.failure for one in (ours, *others) if one.failure), None)
+    if recipe.decode_speedup is not None:
+        wanted, speedup = recipe.decode_speedup, 0.0
+        if failure is None:
+            speedup = ours.tokens_per_second / others[0].tokens_per_second
+        kept = speedup >= wanted * (1 - TIMING_ERROR)
+        yield FitCheck("decode_speedup", wanted, speedup, kept, failure)
+    if recipe.max_inference_memory is not None:
+        most, held = bytes_of(recipe.max_inference_memory), 0
+        if failure is None:
+            shape = counted("", build_skeleton(folder, trust_remote_code=recipe.trust_remote_code))
+            # the process that was measured had a short text
+            grown = shape.held_bytes(recipe.context_length, "cpu")
+            grown -= shape.held_bytes(PROMPT_TOKENS + NEW_TOKENS, "cpu")
+            held = ours.resident_bytes + max(0, round(grown))
+        kept = failure is None and held <= most
+        yield FitCheck("max_inference_memory", most, held, kept, failure)
+
+
+class _CompressBeside(Compress):
+    """Keeps the rounded checkpoint in the folder of its result. The healing run finds it there."""
+
+    @property
+    def place(self) -> Path:
+        """The folder of all that is made with the same formats."""
+        return self.run.folder.output.parent
+
+
+def _prune_options(recipe: FitRecipe, formats: Formats, text: str) -> dict[str, Any] | None:
+    """The options of `prune` that give every linear its sparsity; None if there are no zeros."""
+    wanted = {name: stored.sparsity for name, stored in formats.items() if name != EMBEDDINGS}
+    if not any(wanted.values()):
+        return None
+    same = len(set(wanted.values())) == 1
+    return {
+        "effort": "fast" if recipe.effort == "fast" else "balanced",  # healing comes later
+        "allocation": "uniform",  # the knapsack has chosen
+        "sparsity": max(wanted.values()) if same else 0.0,
+        "overrides": {} if same else {name: share for name, share in wanted.items() if share},
+        "calibration": {"source": text},
+        **shared_options(recipe),
+    }
+
+
+def _compress_options(
+    recipe: FitRecipe, formats: Formats, text: str, *, heals: bool
+) -> dict[str, Any]:
+    """The options of `compress` that give every unit its values."""
+    wanted = {name: stored.values for name, stored in formats.items() if name != EMBEDDINGS}
+    common = Counter(wanted.values()).most_common(1)[0][0]
+    embeddings = embedded(formats[EMBEDDINGS])
+    options: dict[str, Any] = {
+        "values": common,
+        "overrides": {name: values for name, values in wanted.items() if values != common},
+        "embeddings": embeddings,
+    }
+    if GRID_BITS.keys() & {embeddings, *wanted.values()}:
+        options["group_size"] = GROUP
+    if BITS.keys() & set(wanted.values()) or embeddings in GRID_BITS or heals:
+        options |= {"calibration": {"source": text}, **shared_options(recipe)}
+    if heals:
+        learning = {**HEALING, "tokens": recipe.tokens_to_heal, "teacher": recipe.model}
+        options["distillation"] = learning
+    return options
+
+
+def shared_options(recipe: FitRecipe) -> dict[str, Any]:
+    """The options that all runs take over."""
+    memory = recipe.memory.model_dump(exclude_unset=True)
+    return {"device": recipe.device, **({"memory": memory} if memory else {})}
+
+
+class TimeBudget:
+    """Measures phases, and says whether there is time for another.
+
+    Args:
+        minutes: for the whole fit; None for no limit.
+        file: of the times of phases.
+        begun: when the fit began, by the clock.
+        clock: returns seconds.
+
+    Attributes:
+        dropped: what was left out for lack of time, for people.
+    """
+
+    def __init__(
+        self,
+        minutes: float | None,
+        file: Path,
+        begun: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.end = math.inf if minutes is None else begun + minutes * 60.0
+        self.file, self.clock = file, clock
+        self.took: dict[str, float] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        )
+        self.dropped: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a phase; of several with one name, the longest counts."""
+        began = self.clock()
+        yield
+        taken = self.clock() - began
+        if taken > self.took.get(name, 0.0):
+            self.took[name] = taken
+            write_json(self.file, self.took)
+
+    def allows(self, what: str, phase: str) -> bool:
+        """Whether there is time for something that takes as long as a phase took; if not, note it.
+
+        A phase that was never measured takes no time.
+        """
+        if self.clock() + self.took.get(phase, 0.0) <= self.end:
+            return True
+        if what not in self.dropped:
+            self.dropped.append(what)
+        return False

@@ -1,0 +1,628 @@
+"""What a fit solves: a format for every unit of a model, within the bounds of a recipe.
+
+| target    | files                                                             |
+|-----------|-------------------------------------------------------------------|
+| cpu       | a packed folder: all formats, zeros by a bitmask                  |
+| llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0         |
+
+Embedding and head are int8, int4 or int3. A GGUF file stores zeros like other weights, so formats
+with zeros are not offered for it. No type of its keeps the numbers of int3 and int2.
+
+Each kind of cost is a rest, which the model has whatever happens to its matrices, and a cost of
+each linear, and of embedding and head, in each format:
+
+| kind    | rest                              | a linear                         | embeddings  |
+|---------|-----------------------------------|----------------------------------|-------------|
+| size    | headers, norms                    | bytes of the target's files      | the same    |
+| memory  | norms, KV cache, working memory   | bytes that the kernels read      | the same    |
+| seconds | attention, norms, embedding, head | from the table of timed matrices | in the rest |
+
+A size is always counted; memory and seconds are where they have a bound. A linear of a pruned model
+keeps its zeros in every format; a format with more of them prunes it further.
+
+Costs of units add up exactly. So do predictions of what they lose: errors of different linears are
+independent to second order. But linears of a whole model make up for each other, so it loses less,
+or more where much is lost. So predictions are multiplied by what the models that were made have
+lost, over what was predicted (`FitProblem.after`).
+
+A bound that no model can keep is refused before any work, and the error names the nearest one that
+can be kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.engine.search.knapsack import Cost, Knapsack
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.evaluation.token_times import MatrixTimes, time_head, time_matrices
+from secateur.models import checkpoint
+from secateur.models.counting import counted
+from secateur.models.shape import memory_with
+from secateur.models.skeleton import build_skeleton
+from secateur.progress import Progress
+from secateur.recipes.compress import FitRecipe
+from secateur.recipes.options import bytes_of
+from secateur.reporting.fit import FitFinalist, FitPoint
+from secateur.runtime.formats import GRID_BITS, Layout, PartSpec, formats
+from secateur.runtime.kernels.matrix import matrix_bytes
+from secateur.runtime.packed import header_bytes
+from secateur.runtime.random_models import WeightFormat
+from secateur.runtime.storage_plan import DENSE, PackableCheckpoint
+from secateur.sparsity.allocation.divergence import ByDivergence
+from secateur.sparsity.evolution import Candidate
+
+GROUP = 64
+"""Values that share a scale."""
+
+VALUES = ("bfloat16", "int8", "int4", "int3", "int2")
+SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+FORMATS = tuple(WeightFormat(values, share) for share in SPARSITIES for values in VALUES)
+"""All formats of a linear; the first is the model itself."""
+
+Formats = Mapping[str, WeightFormat]
+"""How every linear is stored, and the embeddings, by their names."""
+
+EMBEDDINGS = "embeddings"
+"""What embedding and head are called among the linears."""
+
+EMBEDDED: Mapping[str, str] = {"int4": "int4", "int3": "int3", "int2": "int3"}
+"""The values of embedding and head by those of a format; int8 for all others."""
+
+SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
+
+SHORT = {"bfloat16": "bf16", "int3": "int4", "int2": "int4"}
+"""What values are called where they are timed; int3 and int2 are int4 in memory."""
+
+MARGINS = {SIZE: 0.005, MEMORY: 0.01, SECONDS: 0.04}
+"""Of a budget, kept free. A model that is made has a few zeros more or fewer; time is predicted
+from a table."""
+
+FEWEST_ZEROS = 1 / 16
+"""Of a linear, as a fraction; a bitmask takes more than fewer ones save in any format."""
+
+LEAST_STEP = 0.01
+"""By which a bound on seconds is tightened at least, as a fraction."""
+
+TIMED = [stored for stored in FORMATS if stored.sparsity in (0.0, 0.5, 0.7)]
+"""The formats that are timed; the times of other sparsities lie between theirs."""
+
+
+def embedded(stored: WeightFormat) -> str:
+    """The values of embedding and head in a format. They have no zeros."""
+    return EMBEDDED.get(stored.values, "int8")
+
+
+def group_of(stored: WeightFormat) -> int | None:
+    """Values that share a scale; None without a grid."""
+    return GROUP if stored.values in GRID_BITS else None
+
+
+def as_timed(stored: WeightFormat) -> WeightFormat:
+    """How the linears of a format are timed."""
+    return WeightFormat(SHORT.get(stored.values, stored.values), stored.sparsity)
+
+
+@functools.cache
+def _stored_bytes(name: str, layout: Layout, nonzeros: int) -> int:
+    """Bytes of a matrix in a packed folder, with what the header says of it, at most."""
+    packed = layout.integers or layout.format != DENSE
+    parts = formats[layout.format].parts(layout, nonzeros)
+    described = header_bytes(
+        {f"{name}.{suffix}": spec for suffix, spec in parts.items()},
+        {name: layout} if packed else {},
+    )
+    commas = 2  # after other layouts and checksums
+    stored = sum(spec.nbytes for spec in parts.values())
+    return stored + described - header_bytes({}, {}) + commas
+
+
+class PackedFolder:
+    """The files of a target: a packed folder.
+
+    Attributes:
+        formats: that it stores; the first is the model itself.
+    """
+
+    formats: tuple[WeightFormat, ...] = FORMATS
+
+    def rest(self, model: PackableCheckpoint) -> int:
+        """Bytes of everything that is no linear and no embedding, at most: norms in bfloat16, and
+        what the headers say of them.
+
+        Raises:
+            ArchitectureError: the target does not know this model.
+        """
+        files, names = dict[Path, dict[str, PartSpec]](), model.reader.files
+        for name, entry in model.reader.entries.items():
+            others = files.setdefault(entry.file, {})
+            if name not in model.matrices:
+                narrow = entry.dtype if entry.dtype.itemsize < 2 else torch.bfloat16
+                others[name] = PartSpec(narrow, entry.shape)
+        count = len(names)
+        shards = [checkpoint.shard_name("secateur", number + 1, count) for number in range(count)]
+        data = sum(spec.nbytes for others in files.values() for spec in others.values())
+        return data + sum(header_bytes(others, {}, shards) for others in files.values())
+
+    def matrix(
+        self, name: str, shape: tuple[int, int], stored: WeightFormat, kept: float | None = None
+    ) -> int:
+        """Bytes of a matrix, at most: the smaller one of bitmask and dense.
+
+        Args:
+            name: of the matrix, without `.weight`.
+            shape: [out, in].
+            stored: how it is stored.
+            kept: the fraction of nonzeros; None for all that are not pruned. A kept weight that
+                rounds to zero is stored as a zero.
+        """
+        kept = 1 - stored.sparsity if kept is None else kept
+        nonzeros = round(shape[0] * shape[1] * kept)
+        names = (DENSE, "bitmask") if stored.sparsity else (DENSE,)
+        layouts = [Layout(form, stored.values, shape, group=group_of(stored)) for form in names]
+        return min(_stored_bytes(name, layout, nonzeros) for layout in layouts)
+
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Write what the target needs besides the packed folder; the bytes of its weight files."""
+        return sum(file.stat().st_size for file in checkpoint.shard_files(folder))
+
+
+class GGUFFolder(PackedFolder):
+    """A packed folder and a GGUF file in it, which is what counts."""
+
+    formats = FORMATS[:3]
+
+    def rest(self, model: PackableCheckpoint) -> int:
+        """Norms in float32, the vocabulary, headers; exact."""
+        from secateur.exporting.gguf.writing import bytes_as_stored
+
+        bare = self.formats[0]
+        whole = bytes_as_stored(model.reader, dict.fromkeys(model.matrices, bare.values))
+        shapes = [model.reader.entries[name].shape for name in model.matrices]
+        return whole - sum(self.matrix("", (out, into), bare) for out, into in shapes)
+
+    def matrix(
+        self, name: str, shape: tuple[int, int], stored: WeightFormat, kept: float | None = None
+    ) -> int:
+        """Rows of blocks."""
+        from secateur.exporting.gguf.writing import bytes_of_matrix
+
+        return bytes_of_matrix(shape, stored.values)
+
+    def finish(self, folder: Path, progress: Progress) -> int:
+        """Export every matrix in the type nearest to how it is stored: `model-stored.gguf`."""
+        from secateur.exporting import ExportSource
+        from secateur.exporting.gguf import GGUF
+        from secateur.models.configuration import read_configuration
+        from secateur.runtime.install import open_checkpoint
+
+        config, reader = read_configuration(folder), open_checkpoint(folder)
+        source = ExportSource("model", folder, config, reader)
+        return GGUF().write(source, "stored", folder, progress).file_bytes
+
+
+PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
+
+FILES: dict[str, PackedFolder] = {"cpu": PACKED_FOLDER, "llama.cpp": GGUF_FILE}
+"""The files of the targets that a fit can serve."""
+
+
+@dataclass(frozen=True)
+class CostKind:
+    """One kind of cost.
+
+    Attributes:
+        name: size, memory or seconds.
+        rest: of everything that is no linear.
+        limit: the most that the whole model may cost; infinite for no bound.
+    """
+
+    name: str
+    rest: float
+    limit: float
+
+    @property
+    def aim(self) -> float:
+        """What is left for the linears, without its margin."""
+        return (self.limit - self.rest) * (1 - MARGINS[self.name])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The kinds of cost of a model.
+
+    Attributes:
+        kinds: size, then memory and seconds if they are bounded.
+        shapes: [out, in] of every linear, by its name.
+        outer: [out, in] of embedding and head, by their names; one if they are tied.
+        times: of the linears, if seconds are bounded.
+        files: of the target.
+        head: seconds of the output head beyond those in int8, by its values; where there are none,
+            it takes the same in all.
+        zeros: the fraction of zeros that linears have already, by their names.
+    """
+
+    kinds: tuple[CostKind, ...]
+    shapes: Mapping[str, tuple[int, int]]
+    outer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    times: MatrixTimes | None = None
+    files: PackedFolder = PACKED_FOLDER
+    head: Mapping[str, float] = field(default_factory=dict)
+    zeros: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def units(self) -> list[str]:
+        """What has a format of its own: the linears, then the embeddings."""
+        return [*self.shapes, EMBEDDINGS]
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The formats of every unit; the first is the model itself."""
+        return self.files.formats
+
+    @property
+    def aim(self) -> Cost:
+        """What the search may spend on the units."""
+        return tuple(kind.aim for kind in self.kinds)
+
+    @property
+    def rest(self) -> Cost:
+        """What everything else costs."""
+        return tuple(kind.rest for kind in self.kinds)
+
+    @property
+    def table(self) -> MatrixTimes:
+        """The timed matrices; only with a bound on seconds."""
+        assert self.times is not None
+        return self.times
+
+    @property
+    def speedup(self) -> float:
+        """The bound on seconds, as a speed-up over dense int8."""
+        return self.table.base / self.kinds[-1].limit
+
+    def predicted_speedup(self, stored: Formats) -> float:
+        """The speed-up over dense int8 that the table of times predicts."""
+        taken = sum(self.of(name, own)[-1] for name, own in stored.items())
+        return self.table.base / (self.table.rest + taken)
+
+    def limited(self, place: int, limit: float) -> Costs:
+        """The same with another limit of one kind."""
+        kinds = [*self.kinds]
+        kinds[place] = replace(kinds[place], limit=limit)
+        return replace(self, kinds=tuple(kinds))
+
+    def of(self, name: str, stored: WeightFormat, kept: float | None = None) -> Cost:
+        """The cost of a unit in a format; `kept` is the fraction of nonzeros, if it is known."""
+        if name == EMBEDDINGS:
+            stored = WeightFormat(embedded(stored), 0.0)
+            each = [self._of_matrix(one, shape, stored) for one, shape in self.outer.items()]
+            if not each:
+                return (0.0,) * len(self.kinds)
+            whole = [sum(kind) for kind in zip(*each, strict=True)]
+            if self.head:
+                whole[-1] += self.head[stored.values]
+            return tuple(whole)
+        stored = replace(stored, sparsity=max(stored.sparsity, self.zeros.get(name, 0.0)))
+        return self._of_matrix(name, self.shapes[name], stored, kept, timed=True)
+
+    def pruned(self, name: str, stored: WeightFormat) -> float:
+        """The fraction of the nonzero weights of a linear that a format prunes."""
+        own = self.zeros.get(name, 0.0)
+        return (stored.sparsity - own) / (1 - own) if stored.sparsity > own else 0.0
+
+    def _of_matrix(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        stored: WeightFormat,
+        kept: float | None = None,
+        *,
+        timed: bool = False,
+    ) -> Cost:
+        """The cost of a matrix. Embedding and head are timed with the rest."""
+        found = list[float]()
+        for kind in self.kinds:
+            if kind.name == SIZE:
+                found.append(float(self.files.matrix(name, shape, stored, kept)))
+            elif kind.name == MEMORY:
+                group = group_of(stored)
+                found.append(float(matrix_bytes(shape, stored.values, stored.sparsity, group)))
+            else:
+                found.append(self.table.seconds(shape, as_timed(stored)) if timed else 0.0)
+        return tuple(found)
+
+    def least(self, place: int, *, alone: bool = False) -> float | None:
+        """The smallest cost of one kind that a whole model can have, within the other bounds.
+
+        Args:
+            place: of the kind.
+            alone: without the other bounds.
+
+        Returns:
+            None if no model keeps the other bounds.
+        """
+        every = tuple(tuple(self.of(unit, x) for x in self.formats) for unit in self.units)
+        others = (math.inf if alone or n == place else most for n, most in enumerate(self.aim))
+        knapsack = Knapsack(every, ((0.0,) * len(self.formats),) * len(every))
+        candidate = knapsack.cheapest(place, (*others, math.inf))
+        if candidate is None:
+            return None
+        kind = self.kinds[place]
+        return kind.rest + knapsack.total(candidate)[place] / (1 - MARGINS[kind.name])
+
+
+def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -> Costs:
+    """The kinds of cost that a recipe bounds, for a model or a cut of it.
+
+    Args:
+        recipe: the recipe.
+        model: dense, or pruned.
+        progress: receives the matrices that are timed.
+
+    Raises:
+        ArchitectureError: the speed is bounded, and our loop cannot decode the model.
+    """
+    files, reader = FILES[recipe.target], model.reader
+    kinds, times = [CostKind(SIZE, files.rest(model), _limit(recipe.max_size))], None
+    if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
+        skeleton = build_skeleton(reader.folder, trust_remote_code=recipe.trust_remote_code)
+    if recipe.max_inference_memory is not None:
+        others = [e for name, e in reader.entries.items() if name not in model.matrices]
+        rest = sum(2 * entry.size_bytes // entry.dtype.itemsize for entry in others)  # bfloat16
+        held = memory_with(rest, counted("", skeleton), "cpu", 1, recipe.context_length)
+        kinds.append(CostKind(MEMORY, held.total, _limit(recipe.max_inference_memory)))
+    if recipe.decode_speedup is not None:
+        times = time_linears(skeleton.config, model.shapes, progress)
+        kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
+    outer = {
+        name.removesuffix(".weight"): (rows, columns)
+        for name, matrix in model.matrices.items()
+        if not matrix.prunable
+        for rows, columns in [reader.entries[name].shape]
+    }
+    shares = model.zero_fractions.items()
+    # a linear without any weight left is counted as dense
+    zeros = {name: share for name, share in shares if FEWEST_ZEROS <= share < 1}
+    return Costs(tuple(kinds), model.shapes, outer, times, files, zeros=zeros)
+
+
+def _limit(size: int | str | None) -> float:
+    """A bound in bytes; infinite for none."""
+    return math.inf if size is None else float(bytes_of(size))
+
+
+def time_linears(
+    config: Any, shapes: Mapping[str, tuple[int, int]], progress: Progress
+) -> MatrixTimes:
+    """The times of all linears on all levels, from the table of this machine.
+
+    Raises:
+        ArchitectureError: our loop cannot decode the model.
+    """
+    try:
+        return time_matrices(config, list(shapes.values()), [*map(as_timed, TIMED)], progress)
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
+        ) from error
+
+
+def time_heads(shape: tuple[int, int]) -> dict[str, float]:
+    """Seconds of an output head [out, in] beyond those in int8, by its values, from the table."""
+    values = dict.fromkeys(map(embedded, FORMATS))
+    seconds = {one: time_head(shape, as_timed(WeightFormat(one, 0.0))) for one in values}
+    return {one: each - seconds["int8"] for one, each in seconds.items()}
+
+
+HALF = 0.5
+
+KEPT = 0.5
+"""What zeros take off the cost of rounding, by their fraction."""
+
+POINTS = 12
+"""Sizes of the predicted frontier, from the smallest to the largest, each larger by one factor."""
+
+
+@dataclass(frozen=True)
+class UnitLosses:
+    """What the survey has measured (`fitting.survey`).
+
+    Attributes:
+        rounded: the divergence of each linear rounded to `survey.PROBE`, nats per token.
+        pruned: of each linear with half of its nonzero weights.
+        coarser: the squared error of each linear rounded to the nearest, over that of `PROBE`, by
+            values.
+        kept: the fraction of nonzeros of each linear, by the names of formats with zeros.
+        embeddings: the divergence with embedding and head in these values.
+    """
+
+    rounded: dict[str, float]
+    pruned: dict[str, float]
+    coarser: dict[str, dict[str, float]]
+    kept: dict[str, dict[str, float]]
+    embeddings: dict[str, float]
+
+    def rise(self, name: str, stored: WeightFormat, share: float) -> float:
+        """What a unit adds to the divergence in a format that prunes a share of its weights."""
+        if name == EMBEDDINGS:
+            return self.embeddings[embedded(stored)]
+        rounding = self.rounded[name] * self.coarser[name].get(stored.values, 0.0)
+        # a linear with half of its weights was measured; the logarithm grows evenly with the share
+        pruning = (
+            self.pruned[name] * math.exp(ByDivergence.growth * (share - HALF)) if share else 0.0
+        )
+        return rounding * (1 - KEPT * share) + pruning
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """The choice of a format for every unit, by what each costs and is predicted to lose.
+
+    Attributes:
+        costs: of the units, and the bounds.
+        losses: what was measured of single units.
+        scale: by which they are multiplied.
+    """
+
+    costs: Costs
+    losses: UnitLosses
+    scale: float = 1.0
+
+    @functools.cached_property
+    def knapsack(self) -> Knapsack:
+        """The same as numbers alone."""
+        costs, cost, rise = self.costs, [], []
+        for name in costs.units:
+            kept = self.losses.kept.get(name, {})
+            cost.append(tuple(costs.of(name, x, kept.get(x.name)) for x in costs.formats))
+            rises = (self.losses.rise(name, x, costs.pruned(name, x)) for x in costs.formats)
+            rise.append(tuple(self.scale * each for each in rises))
+        return Knapsack(tuple(cost), tuple(rise))
+
+    @property
+    def without_zeros(self) -> list[int]:
+        """The numbers of the formats without zeros."""
+        return [n for n, stored in enumerate(self.costs.formats) if not stored.sparsity]
+
+    def formats(self, candidate: Candidate) -> Formats:
+        """The format of every unit, by its name."""
+        chosen = zip(self.costs.units, candidate, strict=True)
+        return {name: self.costs.formats[number] for name, number in chosen}
+
+    def mix(self, less: float) -> Candidate | None:
+        """The best formats within the bounds; None if none fits.
+
+        Args:
+            less: the mix has zeros only if it is predicted to lose less than so much of what the
+                best one without zeros loses.
+        """
+        aim = self.costs.aim
+        rounded, mixed = self.knapsack.best(aim, self.without_zeros), self.knapsack.best(aim)
+        if rounded is None or mixed is None:
+            return mixed
+        pays = self.knapsack.predicted(mixed) < less * self.knapsack.predicted(rounded)
+        return mixed if pays else rounded
+
+    def smallest(self, bound: float) -> float:
+        """The smallest size of the whole model with a predicted divergence within a bound."""
+        aim = self.costs.aim
+        candidate = self.knapsack.cheapest(0, (*aim, bound))
+        size = aim[0] if candidate is None else self.knapsack.total(candidate)[0]
+        return self.costs.rest[0] + min(size, self.knapsack.most[0]) / (1 - MARGINS[SIZE])
+
+    @property
+    def frontier(self) -> tuple[FitPoint, ...]:
+        """What is predicted for some sizes: of all formats, and of rounding alone."""
+        knapsack, found = self.knapsack, list[FitPoint]()
+        least, most = knapsack.least[0], knapsack.most[0]
+        free = [math.inf] * (len(self.costs.kinds) - 1)
+        for name, allowed in (("all formats", None), ("only rounded", self.without_zeros)):
+            seen = set[Candidate]()
+            for step in range(POINTS):
+                budget = least * (most / least) ** (step / (POINTS - 1))
+                candidate = knapsack.best((budget, *free), allowed)
+                if candidate is not None and candidate not in seen:
+                    seen.add(candidate)
+                    size = round(self.costs.rest[0] + budget)
+                    found.append(FitPoint(name, size, knapsack.predicted(candidate)))
+        return tuple(found)
+
+    def limited(self, limit: float) -> FitProblem:
+        """The same with another limit on the size."""
+        return replace(self, costs=self.costs.limited(0, limit))
+
+    def tightened(self, seconds: float) -> FitProblem | None:
+        """The same with a lower bound on seconds; None if it is as low as it can be."""
+        costs, last = self.costs, len(self.costs.kinds) - 1
+        now, least = costs.kinds[last].limit, costs.least(last)
+        if least is None or least > now * (1 - LEAST_STEP):
+            return None
+        return replace(self, costs=costs.limited(last, max(min(now, seconds), least)))
+
+    def after(self, made: FitFinalist) -> FitProblem:
+        """The same after a model was made, and lost more or less than predicted."""
+        if made.predicted <= 0 or made.divergence <= 0:
+            return self
+        return replace(self, scale=self.scale * made.divergence / made.predicted)
+
+
+OPTION_OF: Mapping[str, str] = {
+    SIZE: "max_size",
+    MEMORY: "max_inference_memory",
+    SECONDS: "decode_speedup",
+}
+"""The option that bounds each kind of cost."""
+
+_NEAREST: Mapping[str, str] = {
+    SIZE: "the smallest possible size is",
+    MEMORY: "the smallest possible memory is",
+    SECONDS: "the largest speed-up by the table of timed matrices is",
+}
+
+
+def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
+    """Refuse a bound that no model can keep, and bounds that cannot be kept together.
+
+    Args:
+        recipe: gives the bounds.
+        costs: of the model.
+        source: bytes of the model's weight files.
+
+    Raises:
+        RecipeError: names the nearest bound that is possible.
+    """
+    bounded = [n for n, kind in enumerate(costs.kinds) if math.isfinite(kind.limit)]
+    for alone in (True, False):
+        for place in bounded:
+            least = costs.least(place, alone=alone)
+            if least is None or least > costs.kinds[place].limit:
+                raise _impossible(recipe, costs, place, least, alone=alone)
+    if bounded == [0] and recipe.max_loss_increase is None and costs.kinds[0].limit >= source:
+        nearest = as_option(costs, SIZE, costs.least(0) or 0.0)
+        raise RecipeError(
+            f"the model has {source / 2**20:.1f}MiB, so it fits into {recipe.max_size} as it is",
+            where="--max-size",
+            remedy=f"leave it, or give a size from {nearest} on",
+        )
+
+
+def _impossible(
+    recipe: FitRecipe, costs: Costs, place: int, least: float | None, *, alone: bool
+) -> RecipeError:
+    """The error for a bound that cannot be kept; `least` is the smallest cost that can."""
+    name = costs.kinds[place].name
+    bounds = [OPTION_OF[kind.name] for kind in costs.kinds if math.isfinite(kind.limit)]
+    others = " and ".join(option for option in bounds if option != OPTION_OF[name])
+    if least is None:
+        return RecipeError(
+            f"no model keeps {others} together", where=OPTION_OF[name], remedy="leave one out"
+        )
+    given = getattr(recipe, OPTION_OF[name])
+    fault = {
+        SIZE: f"no model fits into {given}",
+        MEMORY: f"no model runs in {given} with {recipe.context_length} tokens of context",
+        SECONDS: f"no model decodes {given} times as fast as dense int8 on this machine",
+    }[name]
+    nearest = f"{_NEAREST[name]} {as_option(costs, name, least)}"
+    return RecipeError(
+        fault + ("" if alone else f" with this {others}"),
+        where=OPTION_OF[name],
+        remedy=f"{nearest}; or cut the model first with `secateur structure`",
+    )
+
+
+def as_option(costs: Costs, name: str, value: float) -> str:
+    """A cost in the form of the option that bounds it, rounded to the side that can be kept."""
+    if name == SECONDS:
+        return f"{math.floor(100 * costs.table.base / value) / 100:g}"
+    unit, size = ("KiB", 2**10) if value < 2**20 else ("MiB", 2**20)
+    return f"{math.ceil(10 * value / size) / 10:.1f}{unit}"
