@@ -10,7 +10,7 @@ from torch import nn
 from zoo import tiny_model, tiny_windows
 
 from secateur.errors import NumericalError
-from secateur.evaluation import divergence as room
+from secateur.evaluation import perplexity as room
 from secateur.evaluation.acceptance import acceptance, speculation
 from secateur.runs.records.measured import Speculation
 

@@ -10,7 +10,7 @@ from torch import nn
 from zoo import tiny_model, tiny_windows
 
 from secateur.errors import NumericalError, RecipeError
-from secateur.evaluation import divergence as room
+from secateur.evaluation import perplexity as room
 from secateur.evaluation.divergence import divergence, divergence_of_texts
 from secateur.evaluation.perplexity import perplexity
 

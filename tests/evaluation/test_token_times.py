@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from secateur.errors import ArchitectureError
-from secateur.evaluation import random_models, token_times
+from secateur.evaluation import token_times
 from secateur.evaluation.token_times import (
     BASE,
     TURNS,
@@ -25,6 +25,7 @@ from secateur.evaluation.token_times import (
     time_tokens,
 )
 from secateur.progress import Silent
+from secateur.runtime import random_models
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.random_models import (
     LEAST_LAYERS,

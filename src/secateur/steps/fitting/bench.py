@@ -330,7 +330,7 @@ class FitBench:
         chain = {**self._named, "output": f"{recipe.output}-again", "steps": steps}
         again = dump_recipe(build_recipe(ChainRecipe, chain))
         write_text(folder.notes / RECIPE, again)
-        card, place = folder.model / "README.md", shown_place(recipe.output)
+        card, place = folder.model / "README.md", shown_place(str(recipe.output))
         section = made_again("chain", again, f"{place}-again")
         write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}\n")
         packed: CompressResult = step_of("compress").result(folder.model)
