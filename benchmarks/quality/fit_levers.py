@@ -25,7 +25,7 @@ from benchmarks.stored import known_rows
 
 import secateur
 from secateur.engine.search.knapsack import fits
-from secateur.runtime.random_models import WeightFormat
+from secateur.runtime.formats import WeightFormat
 from secateur.steps import fit
 from secateur.steps.fitting import problem
 from secateur.steps.fitting.bench import FitBench

@@ -31,7 +31,8 @@ from secateur.evaluation.speed import Process
 from secateur.models.counting import counted
 from secateur.models.shape import memory_with
 from secateur.models.skeleton import build_skeleton
-from secateur.runtime.random_models import FormatTimer, WeightFormat
+from secateur.runtime.formats import WeightFormat
+from secateur.runtime.random_models import FormatTimer
 
 MEASURES = ("src/secateur/advisor",)
 

@@ -26,15 +26,9 @@ from secateur.evaluation.token_times import (
 )
 from secateur.progress import Silent
 from secateur.runtime import random_models
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.kernels.library import kernel_info
-from secateur.runtime.random_models import (
-    LEAST_LAYERS,
-    STEPS,
-    WeightFormat,
-    another,
-    random_matrix,
-    random_model,
-)
+from secateur.runtime.random_models import STEPS, another, random_matrix
 
 pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
 
@@ -62,7 +56,7 @@ def ticking(prompt: float, token: float, outside: float) -> Callable[[], float]:
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_a_random_model_has_the_sizes_and_the_zeros(values: str, sparsity: float) -> None:
-    model = random_model(config(), WeightFormat(values, sparsity))
+    model = random_models.random_model(config(), WeightFormat(values, sparsity))
     assert len(model.model.layers) == 6
     down = model.model.layers[3].mlp.down_proj.matrix
     assert (down.rows, down.columns) == (64, 128)
@@ -100,7 +94,7 @@ def test_layers_that_are_lost_in_the_noise_do_not_take_no_time(tmp_path: Path) -
     clock, stored = ticking(prompt=1.0, token=1.0, outside=1.0), WeightFormat("int8", 0.0)
     for name in ("one", "again"):
         times, _ = time_tokens(config(), [stored], Silent(), file=tmp_path / name, clock=clock)
-        assert times[stored].layers == pytest.approx(LEAST_LAYERS)
+        assert times[stored].layers == pytest.approx(random_models.LEAST_LAYERS)
 
 
 def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:

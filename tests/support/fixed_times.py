@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.evaluation.token_times import BASE, MatrixTimes
-from secateur.runtime.random_models import WeightFormat
+from secateur.runtime.formats import WeightFormat
 from secateur.steps import draft as drafts
 from secateur.steps.draft import Times
 from secateur.steps.fitting import problem

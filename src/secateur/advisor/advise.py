@@ -64,7 +64,7 @@ def advise_recipe(recipe: AdviseRecipe, progress: Progress) -> AdviseResult:
                 remedy="name a folder with config.json, or other hardware",
             )
         from secateur.evaluation.token_times import time_tokens
-        from secateur.runtime.random_models import WeightFormat
+        from secateur.runtime.formats import WeightFormat
 
         formats = {
             way.stored: WeightFormat(way.values.name, way.zeros.sparsity)

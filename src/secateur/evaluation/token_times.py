@@ -39,10 +39,11 @@ from secateur.progress import Progress
 from secateur.runs.environment import environment
 from secateur.runs.output import write_json
 from secateur.runtime import random_models
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
-from secateur.runtime.random_models import LAYER_BYTES, FormatTimer, TokenTime, WeightFormat
+from secateur.runtime.random_models import LAYER_BYTES, FormatTimer, TokenTime
 from secateur.timing import alternate, seconds_of
 
 TURNS = 3

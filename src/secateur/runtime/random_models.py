@@ -17,7 +17,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from secateur.errors import ArchitectureError
 from secateur.models.skeleton import assign, quiet_transformers, without_weights
 from secateur.quantization.groups import Scales
 from secateur.runtime.decode import Decoder
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.install import settle
 from secateur.runtime.kernels.linear import PackedEmbedding, PackedLinear
@@ -48,31 +48,6 @@ more than `STEPS`."""
 LEAST_LAYERS = 0.01
 """What decoder layers take at least, as a fraction of `TokenTime.outside`. Less cannot be
 measured."""
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How linears are stored.
-
-    Attributes:
-        values: such as bf16 or int4. Where models are timed, they are bf16, int8 or int4, and with
-            integers the embedding and the head are int8.
-        sparsity: the fraction of zeros, stored with a bitmask; 0 for dense matrices.
-    """
-
-    values: str
-    sparsity: float
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.sparsity:.0%} zeros, {self.values}" if self.sparsity else self.values
-
-    @property
-    def bits(self) -> float:
-        """Bits of a weight of a timed model, without scales."""
-        size = {"bf16": 16, "int8": 8, "int4": 4}[self.values]
-        return size * (1 - self.sparsity) + (1 if self.sparsity else 0)
 
 
 class TokenTime(NamedTuple):

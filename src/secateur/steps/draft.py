@@ -65,9 +65,9 @@ from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runs.records.measured import Acceptance
 from secateur.runtime.decode import SlotDecoder, Token
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
-from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.speculative import FREQUENT
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate

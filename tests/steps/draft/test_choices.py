@@ -12,7 +12,7 @@ from fixed_times import PARENT, head_time, matrix_times
 
 from secateur.engine.search.knapsack import Knapsack
 from secateur.progress import Silent
-from secateur.runtime.random_models import WeightFormat
+from secateur.runtime.formats import WeightFormat
 from secateur.steps.draft import BOUNDS, Prediction
 from secateur.steps.fitting.problem import (
     EMBEDDINGS,

@@ -23,8 +23,8 @@ from secateur.evaluation.token_times import BASE, MatrixTimes
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.fit import FitCheck, FitResult
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.kernels.library import kernel_info
-from secateur.runtime.random_models import WeightFormat
 from secateur.steps.fitting import problem as problem_module
 from secateur.steps.fitting.bench import FitBench, check_running
 from secateur.steps.fitting.problem import (

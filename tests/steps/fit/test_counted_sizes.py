@@ -10,7 +10,7 @@ import secateur
 from runtime.packed_models import pruned_folder
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
-from secateur.runtime.random_models import WeightFormat
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting.problem import EMBEDDINGS, costs_of
 

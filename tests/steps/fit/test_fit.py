@@ -167,12 +167,6 @@ def write_text(folder: Path) -> Path:
     return folder / "text.safetensors"
 
 
-def test_the_packed_model_loads_and_generates(place: Path) -> None:
-    model = secateur.load(place / "small")
-    logits = model(torch.tensor([[5, 6, 7]])).logits
-    assert torch.isfinite(logits).all()
-
-
 def test_the_smallest_model_within_a_loss(place: Path) -> None:
     found = secateur.fit(
         place / "shallow", output=place / "within", max_loss_increase=0.01,

@@ -14,8 +14,8 @@ from zoo import tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting.problem import GGUF_FILE
 

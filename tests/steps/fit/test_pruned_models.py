@@ -16,8 +16,8 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.search.survey import LayerView
 from secateur.models.checkpoint import CheckpointReader
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.install import open_checkpoint
-from secateur.runtime.random_models import WeightFormat
 from secateur.steps.fitting.problem import SIZE, CostKind, Costs, FitProblem, UnitLosses
 
 HALF, MORE = 0.5, 0.7

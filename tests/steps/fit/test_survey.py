@@ -18,7 +18,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.models.checkpoint import CheckpointReader
 from secateur.reporting.fit import FitFinalist
-from secateur.runtime.random_models import WeightFormat
+from secateur.runtime.formats import WeightFormat
 from secateur.runtime.storage_plan import MixedReader
 from secateur.steps.fitting.problem import EMBEDDINGS, SIZE, CostKind, Costs, FitProblem, UnitLosses
 

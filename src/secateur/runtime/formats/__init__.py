@@ -30,6 +30,7 @@ __all__ = [
     "Format",
     "Layout",
     "PartSpec",
+    "WeightFormat",
     "bitmask_parts",
     "check_specs",
     "encode_values",
@@ -154,6 +155,31 @@ class Layout:
         required = {"format": self.format, "values": self.values, "shape": shape}
         optional = {"pattern": pattern, "transposed": self.transposed or None, "group": group}
         return required | {key: value for key, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How linears are stored.
+
+    Attributes:
+        values: such as bf16 or int4. Where models are timed, they are bf16, int8 or int4, and with
+            integers the embedding and the head are int8.
+        sparsity: the fraction of zeros, stored with a bitmask; 0 for dense matrices.
+    """
+
+    values: str
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.sparsity:.0%} zeros, {self.values}" if self.sparsity else self.values
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight of a timed model, without scales."""
+        size = {"bf16": 16, "int8": 8, "int4": 4}[self.values]
+        return size * (1 - self.sparsity) + (1 if self.sparsity else 0)
 
 
 def _refused(layout: Layout, why: str) -> CheckpointError:

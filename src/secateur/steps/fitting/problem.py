@@ -51,10 +51,9 @@ from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitFinalist, FitPoint
-from secateur.runtime.formats import GRID_BITS, Layout, PartSpec, formats
+from secateur.runtime.formats import GRID_BITS, Layout, PartSpec, WeightFormat, formats
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.runtime.packed import header_bytes
-from secateur.runtime.random_models import WeightFormat
 from secateur.runtime.storage_plan import DENSE, PackableCheckpoint
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.evolution import Candidate
