@@ -171,7 +171,7 @@ def teacher_of(
     refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
     reader = open_weights(found.folder)
     teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
-    sizes: dict[str, Any] = {"tokens": vocabulary_of}
+    sizes = {"tokens": vocabulary_of}
     remedy = "name the model that it was made from"
     if how.hidden:
         sizes["channels"] = hidden_size
