@@ -16,7 +16,6 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import generation
 from secateur.evaluation.generation import check_generation, repetition
 from secateur.runs.records.measured import EvaluationRecord, read_evaluation
-from secateur.steps import evaluate as steps_evaluate
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_everything_at_once(dense, pruned, text, data, tmp_path, command) -> Non
 
 
 def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, command) -> None:
-    monkeypatch.setattr(steps_evaluate, "NEW_TOKENS", 6)
+    monkeypatch.setattr(generation, "NEW_TOKENS", 6)
     done = command("evaluate", pruned, "--dense", dense, "--kinds")
     assert done.code == 0, done.err
     record = read_evaluation(pruned / "secateur" / "evaluation.json")
