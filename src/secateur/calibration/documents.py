@@ -229,6 +229,7 @@ def _file_documents(path: Path, field: str) -> Iterator[Document]:
         with cast("IO[str]", opener(path, "rt", encoding="utf-8-sig")) as lines:
             if suffix in TEXT_SUFFIXES:
                 text = lines.read()
+                # ASCII in UTF-16 is valid UTF-8, half of it NUL
                 if 100 * (nul := text.count("\0")) > len(text):
                     raise SourceError(
                         f"{path.name} is no UTF-8 text: {nul} of {len(text)} characters are NUL",

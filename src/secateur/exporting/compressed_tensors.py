@@ -102,6 +102,7 @@ class Scheme:
             codes, scales = GroupGrid(self.bits, self.group).quantize(weight)
             scale = scales.values
         grouped = codes.view(len(codes), groups, -1)  # [out, groups, weights of a group]
+        # not every kernel takes a negative scale; the lowest integer alone has no positive twin
         turned = (scale < 0) & (grouped.amin(2) > -(2 ** (self.bits - 1)))
         codes = torch.where(turned[:, :, None], -grouped, grouped).view_as(codes)
         # the scale of a group of zeros may be 0, which engines divide by

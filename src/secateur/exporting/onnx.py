@@ -97,6 +97,7 @@ def _counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
     for node, part in matrices:
         where = f"model.layers.{part[1]}.{'self_attn' if part[2] == 'attn' else 'mlp'}"
         names = [f"{where}.{name}.weight" for name in FUSED.get(part[3], (part[3],))]
+        # a fused projection has the rows of queries, keys and values, in this order
         weight = torch.cat([source.reader.read(name) for name in names])
         made.count_matrix(weight, _weight_of(node))
         bits = node.attributes.get("bits")

@@ -143,6 +143,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)
+    # float16 ends at 65504
     lost = int((torch.isinf(stored) & torch.isfinite(tensor)).sum())
     if lost:
         raise NumericalError(

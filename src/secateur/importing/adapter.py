@@ -51,6 +51,7 @@ class MergedReader(CheckpointReader):
         skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
         try:
             with warnings.catch_warnings(), quiet_transformers():
+                # peft only warns of keys that the adapter lacks
                 warnings.filterwarnings("error", message=".*missing adapter keys.*")
                 warnings.filterwarnings("ignore")
                 adapted = peft.PeftModel.from_pretrained(model, str(adapter))

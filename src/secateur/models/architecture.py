@@ -429,6 +429,7 @@ def describe(model: Any) -> Architecture:
             layers = inside + layers.removeprefix(base)
             couplings = couplings and couplings.inside(inside, base)
         if experts is not None:
+            # opened experts are linears of their own
             groups += experts.groups(experts.opened_in(model.get_submodule(layers)))
         writers, normed = family.writers, family.normed_writers
         return Architecture(name, layers, groups, writers, experts, couplings, normed)
@@ -481,6 +482,7 @@ def _candidate_layers(model: Any) -> Iterator[tuple[str, int]]:
     for path, module in decoder.named_modules(prefix=start):
         if isinstance(module, nn.ModuleList) and len(module):
             weights = {
+                # by identity: one module may have two names
                 id(linear.module): linear.module.weight.numel()  # type: ignore[operator]
                 for child in module
                 for linear in linears_of(child, path).values()
@@ -511,6 +513,7 @@ def head_alone(model: Any) -> nn.Linear | None:
     handle = head.register_forward_hook(lambda *call: given.append(call[2]))
     try:
         with torch.no_grad():
+            # a scale or a cap changes the logits of any token, so a few are enough
             ids = torch.arange(_PROBE_TOKENS, device=head.weight.device) % head.out_features
             logits = model(input_ids=ids[None], use_cache=False).logits
     finally:

@@ -169,6 +169,7 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         config = read_configuration(folder)
         parts = {"": config, **{f"{name}.": config.get(name) for name in TEXT_PARTS}}
+        # a KeyError of transformers has the value that one of its tables lacks
         named = [
             f"{prefix}{key}"
             for prefix, part in parts.items()

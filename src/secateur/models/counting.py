@@ -185,6 +185,7 @@ def counted(name: str, model: Any) -> ModelShape:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     tied = bool(getattr(config, "tie_word_embeddings", False)) or embedding is head
+    # a tied head is the embedding, and counts once
     outer = embedding.numel() + (0 if embedding is head else head.numel())
     return ModelShape(
         name=name,

@@ -85,6 +85,7 @@ class ExpertLayout:
         """Whether tensors of these names and shapes have this form."""
         if set(shapes) != set(self.tensors) or len(shapes["down_proj"]) != 3:
             return False
+        # this tensor shows both sizes, and all others follow from them
         count, *sides = shapes["down_proj"]
         hidden, neurons = reversed(sides) if self.transposed else sides
         expected: dict[str, tuple[int, ...]] = {}
@@ -285,6 +286,7 @@ class Experts:
                     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)",
                 )
             for leaf, stored in tensors.items():
+                # a checkpoint may have another prefix than the model
                 place = stored.removesuffix(f".{leaf}") if stored.endswith(f".{leaf}") else owner
                 entry = reader.entries[stored]
                 meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
@@ -329,6 +331,7 @@ def stored_in_table(model: Any) -> tuple[str, str, str]:
     found = dict(zip(PROJECTIONS, PROJECTIONS, strict=True))
     parts = {**ExpertLayout().tensors, **ExpertLayout(gated=False).tensors}
     for converter in _converters(model):
+        # gate, up and down of all experts, from as many patterns as the fused tensor holds
         sources = [pattern for pattern in converter.source_patterns if "*" in pattern]
         made = parts.get(converter.target_patterns[0].rpartition(".")[2], ())
         if len(converter.target_patterns) == 1 and len(made) == len(sources):

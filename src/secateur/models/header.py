@@ -111,6 +111,7 @@ def read_header(file: Path) -> Header:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        # before so many bytes are read
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise damaged(
                 f"not a whole safetensors file: {size} bytes, header length {length}", file

@@ -99,6 +99,7 @@ def hub_or_cache() -> Iterator[str | None]:
     import datasets
     from huggingface_hub import constants
 
+    # each package has read the variable when it was imported
     switches: list[Any] = [constants, datasets.config]
     before = [module.HF_HUB_OFFLINE for module in switches]
     for module in switches:

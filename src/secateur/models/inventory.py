@@ -88,6 +88,7 @@ def stored_linears(
         for index, layer in enumerate(architecture.layers(model))
         for linear in linears_of(layer, architecture.layer_name(index)).values()
     }
+    # a layer that shares its weights is stored under the name of the other
     absent = linears.keys() - set(names) - _shared_parameters(model, architecture).keys()
     if absent:
         raise CheckpointError(

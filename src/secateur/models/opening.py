@@ -298,11 +298,13 @@ class _StoredCopy(checkpoint.PatchedCopy):
         parts = {role: self.stored_now(part) for role, part in assembly.parts.items()}
         values = tensor.detach().to("cpu", assembly.dtype)
         if owner != name:
+            # one of several tensors that a made one is shown as: the others keep their values
             whole = assembly.make(parts).to(assembly.dtype).contiguous()
             at_rest.view_in(whole, entry).copy_(values)
             values = whole
         assert assembly.back is not None
         for role, part in assembly.back(values, parts).items():
+            # a part that did not change is not written
             if not torch.equal(_bytes_of(part), _bytes_of(parts[role])):
                 self.raw.write(assembly.parts[role], part)
 

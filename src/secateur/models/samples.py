@@ -148,6 +148,7 @@ def split_passages(passages: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _group_by_shared_text(passages: Sequence[str]) -> list[int]:
     """A group number for each passage; passages that share text or subject have the same one."""
+    # union-find: passages with a mark in common get one root
     parent = list(range(len(passages)))
 
     def root(i: int) -> int:

@@ -100,6 +100,7 @@ class LayerCache:
         The sum is T² / 2, and beyond a window of W tokens W² / 2 + (T − W) · W.
         """
         seen = self.seen(tokens)
+        # a triangle of the first tokens, then a band as wide as the window
         pairs = seen * seen / 2 + (tokens - seen) * seen
         return 2 * pairs * self.width + tokens * self.state_bytes
 

@@ -146,6 +146,7 @@ def start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
         bare = encoded(tokenizer, [probe], add_special_tokens=False)[0]
         if bare:
             whole = encoded(tokenizer, [probe])[0]
+            # where the tokens of the text begin among all
             for place in range(len(whole) - len(bare) + 1):
                 if whole[place : place + len(bare)] == bare:
                     return tuple(whole[:place])

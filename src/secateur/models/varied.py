@@ -122,6 +122,7 @@ def _resize(model: Any, config: Any, differences: Mapping[str, Any]) -> None:
         _reshape(model, path, tuple(shape))
     for path, values in differences.get("attributes", {}).items():
         module = model.get_submodule(path)
+        # all modules share the configuration, so a module that reads a size there gets its own
         read = {n.removeprefix("config."): v for n, v in values.items() if n.startswith("config.")}
         if read:
             module.config = OwnConfig(config, read)

@@ -162,6 +162,7 @@ def _contents_of(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     listed += [file for file in notes if file.name not in PRIVATE]
     files = {file.relative_to(folder).as_posix(): file for file in sorted(set(listed))}
     for name, file in files.items():
+        # such a link could publish any file of this machine
         if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(
                 f"{name} is a link out of the folder, to {file.resolve()}",

@@ -215,6 +215,7 @@ class Scheduler:
         with self.lock:
             if self.closed:
                 raise QueueFullError("the server is stopping")
+            # the next step gives free slots away, so as many jobs do not wait
             waiting = len(self.queue) - len(self.free)
             if waiting >= self.queue_limit:
                 raise QueueFullError(f"{waiting} requests are waiting already")
@@ -492,6 +493,7 @@ class PrefixCache:
             key = number, tuple(ids[begin : begin + BLOCK_TOKENS])
             block = self.blocks.get(key)
             yield begin, key, block
+            # `add` may have put an unknown block in its place meanwhile
             if (block := self.blocks.get(key)) is None:
                 return
             number = block.number

@@ -97,6 +97,7 @@ class Worker:
                 if self.stopping:
                     return
                 self.woken.wait()
+                # cleared before the queue is looked at again, so no job is missed
                 self.woken.clear()
                 continue
             try:

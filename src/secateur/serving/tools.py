@@ -64,6 +64,7 @@ PROBE_TEXT = re.compile(
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
     """How the chat template of a model writes calls; None: it does not, or in a way of its own."""
+    # what the template writes for this call shows its way
     called = {"id": "call00000", "type": "function", "function": PROBE}
     answer = {"role": "assistant", "content": "", "tool_calls": [called]}
     messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}, answer]
@@ -75,6 +76,7 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
     if found is None:
         return None
     begin, end = found["begin"] or "", found["end"] or ""
+    # the text of an answer has no special tokens, so marks must not be such
     ids = tokenizer(begin, add_special_tokens=False)["input_ids"]
     seen = str(tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
     if begin.strip() not in seen:  # the marks are special tokens, which no text shows
@@ -127,6 +129,7 @@ class CallReader:
             calls += inner
             self.held = self.held[last:]
         if first < 0:
+            # what may be the beginning of a mark waits for the next piece
             possible = re.search(rf"\s*(?:{_beginnings(begin)})?\Z", self.held)
             assert possible is not None
             first = possible.start()

@@ -219,6 +219,7 @@ class GGUFFile:
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[self.model.arch])
+        # llama.cpp swallows spaces behind special tokens only in models of this name
         strips = self.vocabulary.strips and "phi-3" not in self.source.name.lower()
         writer.add_name(f"phi-3 {self.source.name}" if strips else self.source.name)
         writer.add_file_type(FILE_TYPES[self.kind])

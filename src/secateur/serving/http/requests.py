@@ -56,6 +56,7 @@ def _a_list_of(kind: type, value: Any) -> bool:
 
 def _read(value: Any) -> Any:
     """JSON in a text, which is read; other values as they are."""
+    # some clients send no arguments as an empty text
     return from_json(value or "{}", allow_inf_nan=False) if isinstance(value, str) else value
 
 

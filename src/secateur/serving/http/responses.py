@@ -59,6 +59,7 @@ class Writer(ABC):
     def usage(self, answer: Answer, ends: Sequence[End]) -> dict[str, Any]:
         """How many tokens were read and written. Choices of one prompt count it once."""
         read, new = answer.prompt_tokens, sum(end.tokens for end in ends)
+        # choices of one prompt found the same tokens known
         cached = {"cached_tokens": sum(end.cached for end in ends[:: answer.each])}
         sizes = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
         return {**sizes, "prompt_tokens_details": cached}
