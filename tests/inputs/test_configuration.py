@@ -86,7 +86,7 @@ DAMAGES: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
     ({}, {"model__layers__9__mlp__up_proj__weight": torch.ones(3, 3)},
      "1 of 4 stored layers are not in the configuration, which has 3"),
     ({}, {"model__layers__1__mlp__up_proj__weight": torch.ones(48, 32, dtype=torch.int32)},
-     "model.layers.1.mlp.up_proj.weight: integers (int32) are stored"),
+     "model.layers.1.mlp.up_proj.weight: torch.int32"),
     ({"vocab_size": 90}, {}, "is stored, config.json asks for (90, 32)"),
 ]  # fmt: skip
 WORDS = {
