@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -130,6 +133,13 @@ def test_impossible_methods(arguments, said):
 def test_impossible_patterns(text, scope, said):
     with pytest.raises(PatternError, match=said):
         compose("wanda", text, scope=scope)
+
+
+def test_a_method_of_functions_is_a_value() -> None:
+    method = compose("ria", "2:4", refine="swaps", a=1, swaps=3)
+    assert repr(method.score) == "ria(a=1.0)"
+    assert pickle.loads(pickle.dumps(method)) == copy.deepcopy(method) == method
+    assert method != compose("ria", "2:4", refine="swaps", swaps=3)
 
 
 def test_a_refinement_betters_the_mask_and_keeps_the_solver_from_choosing() -> None:

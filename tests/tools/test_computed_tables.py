@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import save_tiny
 from transformers import AutoConfig
 
 import computed_tables
+import part_pages
 import secateur
 from secateur.advisor.advice import weight_bytes
 from secateur.advisor.options import STRUCTURES, VALUES, ZEROS, CompressionWay
@@ -18,10 +20,11 @@ from secateur.models.checkpoint import read_headers, shard_files
 from secateur.models.shape import PlainDecoder
 
 
-def test_the_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If not: `python tools/computed_tables.py`."""
-    monkeypatch.setattr("sys.argv", ["computed_tables.py", "--check"])
-    computed_tables.main()
+@pytest.mark.parametrize("script", [computed_tables, part_pages])
+def test_the_pages_are_up_to_date(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If not: `python tools/computed_tables.py` or `part_pages.py`."""
+    monkeypatch.setattr("sys.argv", [script.__name__, "--check"])
+    script.main()
 
 
 @pytest.mark.parametrize("values", ["bfloat16", "int8", "int4", "int2"])
