@@ -11,7 +11,7 @@ file is found without editing any list.
 
 A part that is one function (`from_function`) has the function's keyword-only parameters. A part
 with state or several methods is a frozen dataclass, and its fields are the parameters. Both say in
-annotations which values are allowed, and `Part` checks them:
+annotations which values are allowed, and `CheckedPart` checks them:
 
     steps: Count = 10
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -210,7 +210,7 @@ def _made_again(function: Any, parameters: Mapping[str, Any]) -> Any:
     return function.part(**parameters)
 
 
-class Part:
+class CheckedPart:
     """What all parts share that are dataclasses: their annotations say which values they allow."""
 
     def __post_init__(self) -> None:

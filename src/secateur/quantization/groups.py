@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.quantization.int8 import not_finite
-from secateur.registry import Part, one_of
+from secateur.registry import CheckedPart, one_of
 from secateur.types import Weight
 
 BITS = (2, 3, 4)
@@ -107,7 +107,7 @@ def _steps_of(scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GroupGrid(Part):
+class GroupGrid(CheckedPart):
     """The grid of `bits` bits with a scale for each `group` consecutive weights of a row.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from secateur.errors import RecipeError
-from secateur.registry import Count, Part
+from secateur.registry import CheckedPart, Count
 
 Candidate = tuple[int, ...]
 
@@ -47,7 +47,7 @@ class Leader(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evolution(Part):
+class Evolution(CheckedPart):
     """An evolutionary search.
 
     Each generation makes mutants of the best candidate. Stages of selection keep fewer of them on

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from secateur.registry import Part, Registry
+from secateur.registry import CheckedPart, Registry
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.types import Statistics
 
@@ -125,7 +125,7 @@ class Allocation(Protocol):
         ...
 
 
-class AllocationDefaults(Part):
+class AllocationDefaults(CheckedPart):
     """What most allocations share: they read the scores of nothing, keep a few numbers, and pass
     calibration through the dense model once.
     """

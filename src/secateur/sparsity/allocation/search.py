@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.registry import Count, Part
+from secateur.registry import CheckedPart, Count
 from secateur.sparsity.allocation import Allocation, DenseLayer, Kept, allocations
 from secateur.sparsity.allocation.budget import Granularity
 from secateur.sparsity.allocation.layer_sensitivity import ranks
@@ -118,7 +118,7 @@ class LevelSearch(Allocation, Protocol):
 
 @allocations.register("search")
 @dataclass(frozen=True)
-class Search(Part):
+class Search(CheckedPart):
     """Evolutionary search over levels of sparsity, measured on the whole model.
 
     The run's own method solves every linear of the dense model at each of its levels. The search

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
-from secateur.registry import Part, Registry
+from secateur.registry import CheckedPart, Registry
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Statistics, Weight
 
@@ -61,4 +61,4 @@ def refinement(
         working_bytes: from the shape of a weight [out, in], the most memory that it takes.
     """
     declared = {"requires": frozenset(requires), "working_bytes": staticmethod(working_bytes)}
-    return lambda function: refinements.from_function(function, Part, "refine", **declared)
+    return lambda function: refinements.from_function(function, CheckedPart, "refine", **declared)

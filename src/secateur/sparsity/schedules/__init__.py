@@ -14,7 +14,7 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 from pydantic import Field
 
 from secateur.errors import RecipeError
-from secateur.registry import Part, Registry
+from secateur.registry import CheckedPart, Registry
 
 __all__ = ["Schedule", "levels", "schedule", "schedules"]
 
@@ -45,7 +45,7 @@ schedules: Registry[type[Schedule]] = Registry("schedule", __name__)
 
 
 @dataclass(frozen=True)
-class _Span(Part):
+class _Span(CheckedPart):
     """The parameters of every schedule."""
 
     last: Sparsity

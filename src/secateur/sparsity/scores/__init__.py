@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
-from secateur.registry import Part, Registry
+from secateur.registry import CheckedPart, Registry
 from secateur.types import Score, Statistics, Weight, float32_bytes
 
 __all__ = ["ScoreFunction", "score", "scores"]
@@ -64,7 +64,7 @@ def score(
     """
     return lambda function: scores.from_function(
         function,
-        Part,
+        CheckedPart,
         requires=frozenset(requires),
         whole_units=whole_units,
         working_bytes=staticmethod(working_bytes),

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.quantization.groups import BITS, GROUPS, Group, GroupGrid
-from secateur.registry import NonNegative, Part, Registry, one_of
+from secateur.registry import CheckedPart, NonNegative, Registry, one_of
 from secateur.sparsity.column_sweep import group_grid
 from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import Pattern
@@ -109,7 +109,7 @@ class ChoosingSolver(Solver, Protocol):
         ...
 
 
-class SolverDefaults(Part):
+class SolverDefaults(CheckedPart):
     """What most solvers share: they choose no mask and shift no bias. They round where a parameter
     `bits` says so, and groups are as wide as a parameter `group`.
     """
