@@ -25,9 +25,8 @@ from reporting.examples import (
 )
 from secateur.calibration.windows import save_windows
 from secateur.errors import CheckpointError, RecipeError, SourceError
-from secateur.report_page.figures import own_charts, shared_charts
 from secateur.report_page.records import ReportedRun, read_run
-from secateur.report_page.report import comparison, report
+from secateur.report_page.report import comparison, own_charts, report, shared_charts
 from secateur.reporting.charts import BarChart, HeatMap, LineChart, page_svg
 
 REFERENCES = ("href", "src", "srcset", "data", "xlink:href")

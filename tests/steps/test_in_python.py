@@ -125,7 +125,7 @@ from secateur.reporting.fields import Result
 from secateur.reporting.tables import Table, next_steps
 class Shown(Result):
     def blocks(self):
-        return [Table.facts("t", [("a", "1")]), *next_steps({"here": "."}, {"look": "ls"})]
+        return [Table.of("t", ["", ""], [("a", "1")]), *next_steps({"here": "."}, {"look": "ls"})]
     __repr__ = Result.__repr__
 Shown()
 """,

@@ -1,6 +1,6 @@
 """The report: one page about runs, sweeps and fits, for people.
 
-`records.py` reads the folders, `figures.py` makes the charts, and `report.py` writes the page. The
+`records.py` reads the folders, and `report.py` makes the charts and writes the page. The
 core works without this package.
 """
 

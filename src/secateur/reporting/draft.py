@@ -7,9 +7,9 @@ from typing import Any
 
 from secateur.evaluation.acceptance import too_fast
 from secateur.reporting.fit import FittedResult
-from secateur.reporting.next_steps import after_a_draft
+from secateur.reporting.next_steps import PROMPT, command, conversion
 from secateur.reporting.plan import FitPlanResult
-from secateur.reporting.tables import Block
+from secateur.reporting.tables import Block, next_steps
 from secateur.runs.records.measured import Acceptance, Speculation
 
 LEAST_SPEEDUP = 1.05
@@ -167,7 +167,18 @@ class DraftResult(FittedResult):
 
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
-        return after_a_draft(self.output, self.parent, pays=not self.broken)
+        notes, beside = self.output / "secateur", ("--draft", self.output)
+        measuring = command("bench", self.parent, *beside)
+        writing = command("generate", self.parent, *beside, "--prompt", PROMPT)
+        places = {
+            "the draft": self.output,
+            "every candidate": notes / "draft.json",
+            "the recipe": notes / "recipe.yaml",
+        }
+        if self.broken:
+            return next_steps(places, {"measure how fast the model writes with it": measuring})
+        used = {"let the model write faster": writing, "measure by how much": measuring}
+        return next_steps(places, {**used, "give the draft to llama.cpp": conversion(self.output)})
 
 
 class DraftPlanResult(FitPlanResult):

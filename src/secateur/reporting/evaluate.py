@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, ClassVar
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.reporting.fields import Result, blocks_of, filled
+from secateur.reporting.fields import Result, blocks_of, filled, part
 from secateur.reporting.tables import Block
 from secateur.runs.records import Record
 from secateur.runs.records.measured import Bench, EvaluationRecord, PerplexityRecord, TaskRecord
@@ -56,17 +56,13 @@ class EvaluateResult(Result):
     record: EvaluationRecord
 
     joined = "record"
-    model: ClassVar[Any] = property(attrgetter("record.model"), doc="The name of the model.")
-    texts: ClassVar[Any] = property(
-        attrgetter("record.perplexity"), doc="The perplexity on each text."
+    model: ClassVar[Any] = part("record.model", "The name of the model.")
+    texts: ClassVar[Any] = part("record.perplexity", "The perplexity on each text.")
+    divergence: ClassVar[Any] = part(
+        "record.divergence", "The distance from the dense model on each text."
     )
-    divergence: ClassVar[Any] = property(
-        attrgetter("record.divergence"), doc="The distance from the dense model on each text."
-    )
-    tasks: ClassVar[Any] = property(attrgetter("record.tasks"), doc="The scores of the tasks.")
-    generation: ClassVar[Any] = property(
-        attrgetter("record.generation"), doc="The texts that the model wrote."
-    )
+    tasks: ClassVar[Any] = part("record.tasks", "The scores of the tasks.")
+    generation: ClassVar[Any] = part("record.generation", "The texts that the model wrote.")
 
     @property
     def only(self) -> PerplexityRecord:
@@ -82,20 +78,12 @@ class EvaluateResult(Result):
             )
         return self.record.perplexity[0]
 
-    perplexity: ClassVar[Any] = property(
-        attrgetter("only.perplexity"), doc="exp(mean loss) on the only text."
-    )
-    mean_loss: ClassVar[Any] = property(
-        attrgetter("only.mean_loss"), doc="Nats per token on the only text."
-    )
-    standard_error: ClassVar[Any] = property(
-        attrgetter("only.standard_error"), doc="Of the mean loss."
-    )
-    protocol: ClassVar[Any] = property(
-        attrgetter("only.protocol"), doc="What the perplexity depends on."
-    )
-    protocol_id: ClassVar[Any] = property(
-        attrgetter("only.protocol_id"), doc="Perplexities with the same id can be compared."
+    perplexity: ClassVar[Any] = part("only.perplexity", "exp(mean loss) on the only text.")
+    mean_loss: ClassVar[Any] = part("only.mean_loss", "Nats per token on the only text.")
+    standard_error: ClassVar[Any] = part("only.standard_error", "Of the mean loss.")
+    protocol: ClassVar[Any] = part("only.protocol", "What the perplexity depends on.")
+    protocol_id: ClassVar[Any] = part(
+        "only.protocol_id", "Perplexities with the same id can be compared."
     )
 
     def tables(self) -> list[Block]:

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from inspect import cleandoc
+from operator import attrgetter
 from pathlib import Path
 from string import Formatter
 from typing import Any, ClassVar, NamedTuple
@@ -221,6 +222,11 @@ def blocks_of(view: str, record: Any, /, **more: Any) -> list[Block]:
         **more: fields that the record does not have.
     """
     return [block for part in _views()[view] for block in part.blocks(record, more)]
+
+
+def part(path: str, doc: str) -> Any:
+    """A property of a result: a part of its record, such as `record.model`."""
+    return property(attrgetter(path), doc=doc)
 
 
 class Result(Record):

@@ -10,8 +10,8 @@ from pathlib import Path
 from secateur.reporting.charts import LineChart, Series
 from secateur.reporting.fields import Result
 from secateur.reporting.models import CompressResult
-from secateur.reporting.next_steps import after_a_fit
-from secateur.reporting.tables import Block, plus_minus, signed
+from secateur.reporting.next_steps import command, conversion, evaluation
+from secateur.reporting.tables import Block, next_steps, plus_minus, signed
 
 
 @dataclass(frozen=True)
@@ -261,4 +261,20 @@ class FitResult(FittedResult):
 
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
-        return after_a_fit(self.output)
+        folder, notes = self.output, self.output / "secateur"
+        return next_steps(
+            {
+                "the packed model": folder,
+                "every candidate": notes / "fit.json",
+                "the plot": notes / "frontier.png",
+                "the recipe": notes / "recipe.yaml",
+            },
+            {
+                "talk to it": command("chat", folder),
+                "serve it": command("serve", folder),
+                **evaluation(folder),
+                "publish it, under your name on the hub": command("push", folder, "OWNER/NAME"),
+                "give it to llama.cpp": conversion(folder),
+                "make it again": command("chain", notes / "recipe.yaml"),
+            },
+        )

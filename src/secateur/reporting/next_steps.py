@@ -18,14 +18,14 @@ from secateur.models.hub import kind_of_name
 from secateur.models.samples import TEXTS
 from secateur.recipes.shared import texts_of
 from secateur.reporting.tables import Block, next_steps
-from secateur.runs.records.measured import Sweep
-from secateur.sparsity.methods import methods
-from secateur.sparsity.patterns import parse_pattern
 
 HELD_OUT = TEXTS[-1]
 """A text for evaluation that needs no hub."""
 OWN_WINDOWS = 40
 """The most windows of a user's own text; the file may be large."""
+
+PROMPT = "The capital of France is"
+"""The beginning of a text that people judge at once."""
 
 
 def command(*words: object) -> str:
@@ -103,7 +103,7 @@ def _text_words(folder: Path, dense: str | None) -> list[str]:
     return ["--text", HELD_OUT]
 
 
-def _evaluation(folder: Path) -> dict[str, str]:
+def evaluation(folder: Path) -> dict[str, str]:
     """The command that evaluates a model, beside its dense model if that is known."""
     dense = dense_model(folder)
     words = _text_words(folder, dense)
@@ -115,8 +115,12 @@ def _evaluation(folder: Path) -> dict[str, str]:
 
 def generation(folder: Path) -> dict[str, str]:
     """The command that lets a model write."""
-    prompt = "The capital of France is"
-    return {"let it write": command("generate", folder, "--prompt", prompt)}
+    return {"let it write": command("generate", folder, "--prompt", PROMPT)}
+
+
+def conversion(folder: Path) -> str:
+    """The command that gives a model to llama.cpp."""
+    return command("export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf"))
 
 
 def after_a_dense_folder(folder: Path, zeros: float) -> list[Block]:
@@ -133,7 +137,7 @@ def after_a_dense_folder(folder: Path, zeros: float) -> list[Block]:
         packing = {}
     return next_steps(
         {"the model": folder, "its card": folder / "README.md"},
-        {**_evaluation(folder), **packing, **generation(folder)},
+        {**evaluation(folder), **packing, **generation(folder)},
     )
 
 
@@ -146,83 +150,5 @@ def after_a_packed_folder(folder: Path) -> list[Block]:
     timing = {"measure speed and memory": command("bench", folder)}
     return next_steps(
         {"the packed model": folder, "its card": folder / "README.md"},
-        {**generation(folder), **timing, **_evaluation(folder)},
+        {**generation(folder), **timing, **evaluation(folder)},
     )
-
-
-def after_a_fit(folder: Path) -> list[Block]:
-    """The next steps after a fit.
-
-    Args:
-        folder: folder of the packed winner.
-    """
-    notes, converted = folder / "secateur", free_place(f"{folder}-gguf")
-    return next_steps(
-        {
-            "the packed model": folder,
-            "every candidate": notes / "fit.json",
-            "the plot": notes / "frontier.png",
-            "the recipe": notes / "recipe.yaml",
-        },
-        {
-            "talk to it": command("chat", folder),
-            "serve it": command("serve", folder),
-            **_evaluation(folder),
-            "publish it, under your name on the hub": command("push", folder, "OWNER/NAME"),
-            "give it to llama.cpp": command(
-                "export", folder, "--to", "gguf", "--output", converted
-            ),
-            "make it again": command("chain", notes / "recipe.yaml"),
-        },
-    )
-
-
-def after_a_draft(folder: Path, parent: str, *, pays: bool) -> list[Block]:
-    """The next steps with a draft.
-
-    Args:
-        folder: folder of the draft.
-        parent: the model that it proposes to.
-        pays: whether the draft is expected to make the parent faster; if not, it is only measured.
-    """
-    notes, beside = folder / "secateur", ("--draft", folder)
-    measuring, prompt = command("bench", parent, *beside), "The capital of France is"
-    used = {
-        "let the model write faster": command("generate", parent, *beside, "--prompt", prompt),
-        "measure by how much": measuring,
-        "give the draft to llama.cpp": command(
-            "export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf")
-        ),
-    }
-    return next_steps(
-        {
-            "the draft": folder,
-            "every candidate": notes / "draft.json",
-            "the recipe": notes / "recipe.yaml",
-        },
-        used if pays else {"measure how fast the model writes with it": measuring},
-    )
-
-
-def after_a_sweep(folder: Path, sweep: Sweep) -> list[Block]:
-    """The next steps after a sweep: make its best model with about half of the weights.
-
-    Args:
-        folder: folder of the sweep.
-        sweep: its measurements.
-    """
-    files = {"the curves": folder / "sweep.png", "the table": folder / "sweep.md"}
-    places = {what: file for what, file in files.items() if file.exists()}
-    if not sweep.points:
-        return next_steps(places, {})
-    # the least excess loss among the points whose zeros are closest to one half
-    best = min(sweep.points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))
-    chosen = ["--method" if best.method in methods else "--effort", best.method]
-    chosen += ["--pattern", best.pattern] if best.pattern != "unstructured" else []
-    if parse_pattern(best.pattern).sparsity is None:
-        chosen += ["--sparsity", f"{best.sparsity:g}"]
-    if sweep.calibration is not None:
-        chosen += ["--calibration", str(folder / "windows.safetensors")]
-    output = free_place(f"{folder}-{Path(best.notes).name}")
-    what = f"make the model with {best.zeros:.0%} zeros that lost least"
-    return next_steps(places, {what: command("prune", sweep.model, *chosen, "--output", output)})

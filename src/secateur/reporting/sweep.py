@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
 from secateur.reporting.charts import LineChart, Series
-from secateur.reporting.fields import Result, blocks_of, filled
-from secateur.reporting.next_steps import after_a_sweep
-from secateur.reporting.tables import Block, Line, Table, bare_name, binary_size, markdown
+from secateur.reporting.fields import Result, blocks_of, filled, part
+from secateur.reporting.next_steps import command, free_place
+from secateur.reporting.tables import (
+    Block,
+    Line,
+    Table,
+    bare_name,
+    binary_size,
+    markdown,
+    next_steps,
+)
 from secateur.runs.records.measured import Sweep
+from secateur.sparsity.methods import methods
+from secateur.sparsity.patterns import parse_pattern
 
 
 class SweepResult(Result):
@@ -28,15 +37,9 @@ class SweepResult(Result):
     sweep: Sweep
     folder: Path
 
-    dense: ClassVar[Any] = property(
-        attrgetter("sweep.dense.perplexity"), doc="Of the dense model, by text."
-    )
-    points: ClassVar[Any] = property(
-        attrgetter("sweep.points"), doc="The pruned models, in the order of the plan."
-    )
-    failures: ClassVar[Any] = property(
-        attrgetter("sweep.failures"), doc="The points that failed, and why."
-    )
+    dense: ClassVar[Any] = part("sweep.dense.perplexity", "Of the dense model, by text.")
+    points: ClassVar[Any] = part("sweep.points", "The pruned models, in the order of the plan.")
+    failures: ClassVar[Any] = part("sweep.failures", "The points that failed, and why.")
 
     @property
     def texts(self) -> list[str]:
@@ -69,8 +72,24 @@ class SweepResult(Result):
 
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
-        files = Line(f"sweep.json, .md, .png and .svg are in {self.folder}")
-        return [files, *after_a_sweep(self.folder, self.sweep)]
+        folder, points = self.folder, self.points
+        said = Line(f"sweep.json, .md, .png and .svg are in {folder}")
+        files = {"the curves": folder / "sweep.png", "the table": folder / "sweep.md"}
+        places = {what: file for what, file in files.items() if file.exists()}
+        if not points:
+            return [said, *next_steps(places, {})]
+        # the least excess loss among the points whose zeros are closest to one half
+        best = min(points, key=lambda p: (round(abs(p.zeros - 0.5), 2), sum(p.excess.values())))
+        chosen = ["--method" if best.method in methods else "--effort", best.method]
+        chosen += ["--pattern", best.pattern] if best.pattern != "unstructured" else []
+        if parse_pattern(best.pattern).sparsity is None:
+            chosen += ["--sparsity", f"{best.sparsity:g}"]
+        if self.sweep.calibration is not None:
+            chosen += ["--calibration", str(folder / "windows.safetensors")]
+        output = free_place(f"{folder}-{Path(best.notes).name}")
+        what = f"make the model with {best.zeros:.0%} zeros that lost least"
+        making = command("prune", self.sweep.model, *chosen, "--output", output)
+        return [said, *next_steps(places, {what: making})]
 
     def markdown(self) -> str:
         """The table with its conditions, in Markdown."""

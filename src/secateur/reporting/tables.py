@@ -56,11 +56,6 @@ class Table:
         known = tuple(tuple(map(str, row)) for row in rows if None not in row)
         return cls(title, tuple(columns), known, numbers, tuple(styles))
 
-    @classmethod
-    def facts(cls, title: str, rows: Iterable[tuple[str, str | None]]) -> Table:
-        """A table of names and values, without a head; a row without a value is left out."""
-        return cls.of(title, ("", ""), rows, numbers=2)
-
     def renderable(self) -> Any:
         """The table as an object of rich."""
         from rich.table import Table as RichTable
