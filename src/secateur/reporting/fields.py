@@ -80,7 +80,7 @@ class _Fields(Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             found, key = super().get_field(field_name, args, kwargs)
-        except (KeyError, TypeError):  # a key that is not there, or an entry of None
+        except (LookupError, TypeError):  # an entry that is not there, or one of None
             found, key = None, ""
         except AttributeError as error:
             if error.obj is not None:  # the record has no such field
