@@ -234,7 +234,7 @@ class _Packed:
 
 DRAWN_AT_ONCE = 2**20
 """Logits whose probabilities are computed together, so that they stay in the cache."""
-SUMMED = 256
+_SUMMED = 256
 """Tokens of the vocabulary whose probabilities are summed before one of them is looked for."""
 
 
@@ -252,7 +252,7 @@ def drawn(logits: Tensor) -> Tensor:
 
 def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
     shares = torch.softmax(logits, dim=1, dtype=torch.float32)
-    shares = shares.unflatten(1, (-1, math.gcd(logits.shape[1], SUMMED)))  # [rows, blocks, tokens]
+    shares = shares.unflatten(1, (-1, math.gcd(logits.shape[1], _SUMMED)))  # [rows, blocks, tokens]
     blocks = shares.sum(2)
     sums = blocks.cumsum(1)  # the last one is 1 up to rounding, so the draw is scaled by it
     sought = uniform * sums[:, -1:]
@@ -298,7 +298,7 @@ def writing_bytes(
 
 SEQUENCE = 32
 """So many tokens in a row two texts do not share by chance."""
-MULTIPLIER = 6_364_136_223_846_793_005
+_MULTIPLIER = 6_364_136_223_846_793_005
 
 
 def shared_share(
@@ -333,5 +333,5 @@ def _hashes(windows: Windows, length: int) -> Tensor:
     found = torch.zeros(len(windows), count, dtype=torch.int64)
     for place in range(length):
         # a polynomial in the tokens; + 1, so that token 0 counts too
-        found.mul_(MULTIPLIER).add_(windows[:, place : place + count] + 1)
+        found.mul_(_MULTIPLIER).add_(windows[:, place : place + count] + 1)
     return found.flatten()

@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 WINDOWS, RECORD = "windows.safetensors", "calibration.json"
 """The files of the windows of a run, and of their source."""
 
-WRITTEN = "written.safetensors"
+_WRITTEN = "written.safetensors"
 """The file of the windows that the model has generated so far."""
 
 TEMPLATE = "chat_template"
@@ -65,7 +65,7 @@ TEMPLATE = "chat_template"
 READY = ".safetensors"
 """The suffix of a file of ready windows, which needs no tokenizer."""
 
-SHARE = 6
+_SHARE = 6
 """A part that chooses or measures gets one window in so many."""
 
 MOST_HELD_OUT = 8
@@ -204,7 +204,7 @@ class WindowReader:
                 f"{found} cannot {purposes}",
                 remedy=f"use --windows {len(files)} or more, better 64",
             )
-        others = [max(1, count // SHARE)] * (len(files) - 1)  # windows of each part but the first
+        others = [max(1, count // _SHARE)] * (len(files) - 1)  # windows of each part but the first
         first, *parts, more = windows.split([count - sum(others), *others, extra])
         start, header = record.get(START, ()), {SOURCE: str(record["source"])}
         whole = torch.cat([first, more])
@@ -304,9 +304,9 @@ class RunWindows:
             length = self.calibration.shape[1]
             start = start_tokens_of(folder, trust_remote_code=trust)
             model = opened_for_writing(folder, device, length, trust_remote_code=trust)
-            windows = self._continued_by(model, start, seed, progress, work / WRITTEN)
+            windows = self._continued_by(model, start, seed, progress, work / _WRITTEN)
         windows.save(work)
-        (work / WRITTEN).unlink(missing_ok=True)
+        (work / _WRITTEN).unlink(missing_ok=True)
         return windows
 
     def generate(

@@ -39,8 +39,8 @@ from secateur.runs.output import write_bytes
 from secateur.types import Windows
 
 PIECE_CHARACTERS = 65_536
-PIECES_AT_ONCE = 32
-MAX_MISSES = 20_000
+_PIECES_AT_ONCE = 32
+_MAX_MISSES = 20_000
 START = "start_tokens"
 """The key of the start tokens in records and in the headers of window files."""
 
@@ -143,15 +143,15 @@ def pack_with_answers(
     Returns:
         Windows and a mask of their shape; None without conversations.
     """
-    cutter = WindowCutter.of(tokenizer, plan.sequence_length)
+    cutter = _WindowCutter.of(tokenizer, plan.sequence_length)
     answers = answers and holds_chats(documents)
     rng = random.Random(plan.seed)
     # a piece has several windows: about four characters make a token
     pieces = cut_pieces(documents, max(PIECE_CHARACTERS, 16 * plan.sequence_length))
     rng.shuffle(pieces)
     stream = _Stream(cutter, answers)
-    for first in range(0, len(pieces), PIECES_AT_ONCE):
-        some = pieces[first : first + PIECES_AT_ONCE]
+    for first in range(0, len(pieces), _PIECES_AT_ONCE):
+        some = pieces[first : first + _PIECES_AT_ONCE]
         stream.add(
             [
                 document[a:b] if isinstance(document := documents[i], str) else document
@@ -168,7 +168,7 @@ def pack_with_answers(
 class _Stream:
     """The tokens of documents, one after the other, and which of them are answers if asked."""
 
-    def __init__(self, cutter: WindowCutter, answers: bool) -> None:
+    def __init__(self, cutter: _WindowCutter, answers: bool) -> None:
         self.cutter, self.answers = cutter, answers
         self.ids: list[int] = []
         self.marks: list[bool] = []
@@ -221,14 +221,14 @@ def cut_pieces(documents: Sequence[Document], limit: int) -> list[tuple[int, int
 
 def _crop_windows(documents: Sequence[Document], tokenizer: Tokenizer, plan: WindowPlan) -> Windows:
     """One window from a random place of each of some random long documents, and the extra ones."""
-    cutter = WindowCutter.of(tokenizer, plan.sequence_length)
+    cutter = _WindowCutter.of(tokenizer, plan.sequence_length)
     rng = random.Random(plan.seed)
     length = cutter.text_length
     too_short: set[int] = set()
     read: set[int] = set()
     windows: list[Windows] = []
     misses = 0
-    while documents and len(windows) < plan.windows and misses < MAX_MISSES:
+    while documents and len(windows) < plan.windows and misses < _MAX_MISSES:
         number = rng.randint(0, len(documents) - 1)
         ids = [] if number in too_short else cutter.read([documents[number]])[0]
         if len(ids) <= length:
@@ -379,7 +379,7 @@ def save_windows(
 
 
 @dataclass(frozen=True)
-class WindowCutter:
+class _WindowCutter:
     """Cuts windows of one length from the text of one tokenizer.
 
     Attributes:
@@ -393,7 +393,7 @@ class WindowCutter:
     sequence_length: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, sequence_length: int) -> WindowCutter:
+    def of(cls, tokenizer: Tokenizer, sequence_length: int) -> _WindowCutter:
         """A cutter for a tokenizer; encoding a text shows the start tokens.
 
         Raises:
@@ -485,7 +485,7 @@ def evaluation_with_answers(
             f"sequence_length {sequence_length}, windows {max_windows}: nothing to predict",
             remedy="give a sequence_length of 2 or more and at least one window",
         )
-    cutter = WindowCutter.of(tokenizer, sequence_length)
+    cutter = _WindowCutter.of(tokenizer, sequence_length)
     if isinstance(text, str):
         stream = _Stream(cutter, answers=False)
         stream.ids = cutter.read([text])[0]

@@ -33,10 +33,10 @@ from secateur.runs.environment import resident_bytes
 
 SHORTER = "lower --micro-batch-tokens or --sequence-length"
 ON_DISK = "use --activations disk, or lower --windows"
-PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
-FREE_SHARE = 0.8
+_PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
+_FREE_SHARE = 0.8
 """The default fraction of free memory that a run may use."""
-NAMED_NEEDS, NAMED_SHARE = 3, 0.05
+_NAMED_NEEDS, _NAMED_SHARE = 3, 0.05
 """An error names so many needs of a phase: each at least this part of it."""
 
 
@@ -173,12 +173,12 @@ class Budget:
                 needs = sorted(
                     (x for x in plan.needs if phase in x.phases), key=lambda need: -need.bytes
                 )
-                large = [x for x in needs if x.bytes > NAMED_SHARE * size][:NAMED_NEEDS]
+                large = [x for x in needs if x.bytes > _NAMED_SHARE * size][:_NAMED_NEEDS]
                 parts = ", ".join(f"{need.text} {need.bytes / 2**30:.2f}" for need in large)
                 what += f"; {phase.name} takes {size / 2**30:.2f} GiB, most of it: {parts}"
                 avoidable = [x for x in needs if x.remedy]
                 if size - sum(x.bytes for x in avoidable) <= limit:  # else no remedy is enough
-                    remedies |= dict.fromkeys([x.remedy for x in avoidable][:NAMED_NEEDS])
+                    remedies |= dict.fromkeys([x.remedy for x in avoidable][:_NAMED_NEEDS])
         less = "; ".join(remedies)
         return MemoryBudgetError(what, remedy=f"{less}{less and '; or '}raise --max-memory")
 
@@ -199,23 +199,23 @@ def memory_budget(most: int | None, device: torch.device, sharing: int = 1) -> B
         sharing: number of processes that share the host. Each has a GPU of its own.
     """
     free = psutil.virtual_memory().available / sharing
-    process = FREE_SHARE * (free + resident_bytes())  # what it holds already counts as its own
+    process = _FREE_SHARE * (free + resident_bytes())  # what it holds already counts as its own
     if device.type != "cuda":
         return Budget(most or process, None)
-    return Budget(most or FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
+    return Budget(most or _FREE_SHARE * torch.cuda.mem_get_info(device)[0], process)
 
 
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
+_AnyPlan = TypeVar("_AnyPlan", bound=Plan)
 
 
 def fitting_plan(
-    planned: Callable[[str], AnyPlan],
+    planned: Callable[[str], _AnyPlan],
     device: torch.device,
     *,
     max_memory: int | None,
     activations: str,
     sharing: int = 1,
-) -> tuple[AnyPlan, str]:
+) -> tuple[_AnyPlan, str]:
     """Return the first plan that fits in memory, and the storage of its hidden states.
 
     Args:
@@ -243,12 +243,12 @@ def fitting_plan(
         shortage = budget.shortage(plan)
         if shortage is None:
             return plan, place
-        tried.append(f"with activations {PLACES[place]}: {shortage}")
+        tried.append(f"with activations {_PLACES[place]}: {shortage}")
     needed = f"the run needs more memory than there is; {'; '.join(tried)}"
     raise budget.refusal(plan, needed)
 
 
-SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")
+_SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")
 """How torch's allocators put it where they raise a plain RuntimeError."""
 
 
@@ -256,7 +256,7 @@ def is_shortage(error: BaseException) -> bool:
     """Whether an exception says that memory of the processor or of a GPU has ended."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(x in str(error).lower() for x in SAYINGS)
+    return isinstance(error, RuntimeError) and any(x in str(error).lower() for x in _SAYINGS)
 
 
 @contextmanager

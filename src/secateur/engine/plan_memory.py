@@ -34,17 +34,17 @@ from secateur.types import float32_bytes
 
 log = logging.getLogger(__name__)
 
-SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
-SMALLER = "use --dtype bfloat16 (of a GGUF file)"
-TUNE_LESS = "use --tune-passes 0"
+_SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
+_SMALLER = "use --dtype bfloat16 (of a GGUF file)"
+_TUNE_LESS = "use --tune-passes 0"
 
-SWEEP_WINDOWS = 16
+_SWEEP_WINDOWS = 16
 """Number of windows in a sweep of a distillation, where the whole models do not fit."""
 
-PREDICTION_BYTES = 388
+_PREDICTION_BYTES = 388
 """Bytes of a stored prediction: 64 tokens with their log probabilities, and that of the rest."""
 
-HIDDEN_COPIES = 4 * 4
+_HIDDEN_COPIES = 4 * 4
 """Bytes for each value of a hidden state in the loss of hidden states: those of the teacher, their
 difference, its square, the gradient."""
 
@@ -87,12 +87,12 @@ class PrunePlan(plan.Plan):
             figures[f"{name}_bytes"] = memory[name]
             if name == "solve":
                 figures |= {x: getattr(self, x) for x in ("solve_shape", "fallback_bytes")}
-        for name in FIGURES:
+        for name in _FIGURES:
             figures[name] = getattr(self, name)
         return figures | ({"left": [one.to_json() for one in self.left]} if self.left else {})
 
 
-FIGURES = (
+_FIGURES = (
     "disk_bytes", "flops", "passed_tokens", "num_hidden_layers", "prunable_weights",
     "calibration_tokens", "on_gpu", "stays_on_gpu", "seconds", "sweep_windows",
 )  # fmt: skip
@@ -116,7 +116,7 @@ class Learning(NamedTuple):
     sweep_windows: int = 0
 
 
-NO_LEARNING = Learning()
+_NO_LEARNING = Learning()
 
 
 def plan_run(
@@ -127,7 +127,7 @@ def plan_run(
     allocation: Allocation,
     output_bytes: int = 0,
     unwritten: int = 0,
-    learning: Learning = NO_LEARNING,
+    learning: Learning = _NO_LEARNING,
 ) -> PrunePlan:
     """Plan a run over a checkpoint whose layers are still empty.
 
@@ -179,7 +179,7 @@ def plan_run(
         plan.Need(
             "writing", writing, (plan.GENERATING,), "the whole model", "use --generated-windows 0"
         ),
-        plan.Need("tuning", tuning, (plan.TUNING,), "gradients and forward of a layer", TUNE_LESS),
+        plan.Need("tuning", tuning, (plan.TUNING,), "gradients and forward of a layer", _TUNE_LESS),
         *learning_needs(learnt.memory_bytes, models[:loaded], sweeps=bool(learning.sweep_windows)),
     ]
     return PrunePlan(
@@ -224,13 +224,13 @@ def pruning_needs(
     shape = "solving a {} x {} linear".format(*solving.shape)
     return [
         # the host of a GPU holds the layer on its way
-        plan.Need("layer", layer, (*layers, plan.SENDING), "a decoder layer", SMALLER),
+        plan.Need("layer", layer, (*layers, plan.SENDING), "a decoder layer", _SMALLER),
         plan.Need("activation", stored, away or layers, "hidden states", plan.ON_DISK),
         plan.Need(
             "forward", forwards[0], (plan.PRUNING,), "the forward of a micro-batch", plan.SHORTER
         ),
         plan.Need("waiting", forwards[1], away or (plan.PRUNING,), "halted forwards", plan.ON_DISK),
-        plan.Need("solve", solving.most, (plan.PRUNING,), shape, SOLVE_LESS),
+        plan.Need("solve", solving.most, (plan.PRUNING,), shape, _SOLVE_LESS),
     ]
 
 
@@ -281,11 +281,11 @@ def choose_sweeps(
     log.warning(
         "distilling with one decoder layer in memory, in sweeps of %d windows: with both whole "
         "models the peak is %.2f GiB, the budget %.2f GiB",
-        SWEEP_WINDOWS,
+        _SWEEP_WINDOWS,
         whole.peak_bytes / 2**30,
         budget.computing / 2**30,
     )
-    return SWEEP_WINDOWS
+    return _SWEEP_WINDOWS
 
 
 def _plan_distillation(
@@ -311,7 +311,7 @@ def _plan_distillation(
         return plan.PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep
     at_once = min(sweep_windows * (0 if windows is None else windows.shape[1]), tokens)  # tokens
-    disk += disk // layers + (2 * of_token + PREDICTION_BYTES) * tokens
+    disk += disk // layers + (2 * of_token + _PREDICTION_BYTES) * tokens
     disk += (layers + 3) * of_token * at_once
     # The teacher passes once, and every layer runs again for its backward.
     return plan.PartNeeds(memory, disk, round((taught + 4 * epochs) * tokens))
@@ -395,7 +395,7 @@ def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     )
     models = 4 * plan.weights_of(target.model) + plan.model_bytes(teacher)
     learning = (3 * 4 + 1) * plan.weights_of(target.layers)  # gradient, two moments; a byte of mask
-    forward += HIDDEN_COPIES * hidden.numel()
+    forward += _HIDDEN_COPIES * hidden.numel()
     return models + learning + forward + logits_bytes(target, window)
 
 
@@ -412,7 +412,7 @@ def _sweep_bytes(target: Target, teacher: Target, window: Tensor) -> int:
         plan.rehearse_training(target.layers[i], hidden, call, written_out=written_out)
         for i, call, _ in plan.layers_by_kind(target, calls)
     )
-    outer = 4 * outside + logits_bytes(target, window) + HIDDEN_COPIES * hidden.numel()
+    outer = 4 * outside + logits_bytes(target, window) + _HIDDEN_COPIES * hidden.numel()
     return max((4 * 4 + 1) * weights + forward, outer)
 
 
@@ -439,13 +439,13 @@ def _on_grid_bytes(tasks: Tasks) -> int:
     return sum(float32_bytes(x.shape) * 5 // 4 for x in tasks.values() if x.rounded)
 
 
-CHOICE = "distillation.json"
+_CHOICE = "distillation.json"
 """The file with the number of windows in a sweep."""
 
 
 def stored_choice(work: Path) -> int | None:
     """The number of windows in a sweep that an earlier run has chosen; None if there is none."""
-    file = work / CHOICE
+    file = work / _CHOICE
     if not file.exists():
         return None
     return int(json.loads(file.read_text(encoding="utf-8"))["sweep_windows"])
@@ -453,4 +453,4 @@ def stored_choice(work: Path) -> int | None:
 
 def store_choice(work: Path, sweep_windows: int) -> None:
     """Store the number of windows in a sweep, so that a resumed run keeps it."""
-    write_json(work / CHOICE, {"sweep_windows": sweep_windows})
+    write_json(work / _CHOICE, {"sweep_windows": sweep_windows})

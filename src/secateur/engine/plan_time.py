@@ -3,7 +3,7 @@
     seconds = FILE_SECONDS · bytes + forward · tokens + Σ (gather · tokens + prepare + solve)
 
 One micro-batch passes through the first decoder layer of each kind, with real weights. A method
-works on one random matrix of each shape, at most `WIDEST` rows and columns of it. After its first
+works on one random matrix of each shape, at most `_WIDEST` rows and columns of it. After its first
 layer, the bar of a run knows the time that is left.
 """
 
@@ -24,7 +24,7 @@ from secateur.models.architecture import Linear
 from secateur.timing import seconds_of
 from secateur.types import STORED
 
-WIDEST = 1024
+_WIDEST = 1024
 """Maximum rows or columns of timed matrices."""
 FILE_SECONDS = 1e-8
 """Seconds to copy, digest and audit a stored byte; measured on one machine with a local disk."""
@@ -82,7 +82,7 @@ def piece_seconds(
 
     Preparing grows with in³, and solving with in² · out.
     """
-    method, shape = task.method, (min(task.shape[0], WIDEST), min(task.shape[1], WIDEST))
+    method, shape = task.method, (min(task.shape[0], _WIDEST), min(task.shape[1], _WIDEST))
     try:
         method.check(shape, task.sparsity)
     except PatternError:

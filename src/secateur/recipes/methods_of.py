@@ -12,7 +12,7 @@ from secateur.sparsity.allocation import Allocation, allocations
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.methods import methods as named
 
-PARAMETERS = "method_parameters"
+_PARAMETERS = "method_parameters"
 
 
 def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:
@@ -123,7 +123,7 @@ def with_method(method: str | Method | None, options: Mapping[str, Any]) -> dict
     if not isinstance(method, Method):
         return {**options, "method": method}
     keys = keys_of(method)
-    own = {"score", "solver", "refine", "pattern", "scope", PARAMETERS}
+    own = {"score", "solver", "refine", "pattern", "scope", _PARAMETERS}
     for name in sorted(own & {key for key, value in options.items() if value is not None}):
         if options[name] != keys.get(name):
             raise RecipeError(
@@ -169,4 +169,4 @@ def keys_of(method: Method) -> dict[str, Any]:
             remedy="register its parts under their names, and give one value to a parameter that "
             "several parts have; see CONTRIBUTING.md",
         )
-    return {**keys, PARAMETERS: parameters}
+    return {**keys, _PARAMETERS: parameters}

@@ -19,7 +19,7 @@ from secateur.runs.records import Layer
 
 log = logging.getLogger(__name__)
 
-MORE = "calibrate on more text (--windows), of more kinds"
+_MORE = "calibrate on more text (--windows), of more kinds"
 
 
 def is_reached(tokens: int | None, own: Mapping[str, Tensor]) -> bool:
@@ -43,7 +43,7 @@ def refuse_unreached(unreached: Sequence[str]) -> None:
             f"no calibration token is routed to {len(unreached)} expert matrices of this layer, "
             "so an allocation knows nothing of them",
             where=unreached[0],
-            remedy=f"{MORE}, leave the allocation out, or leave them out (--exclude)",
+            remedy=f"{_MORE}, leave the allocation out, or leave them out (--exclude)",
         )
 
 
@@ -86,7 +86,7 @@ def warn_of_experts(found: Mapping[str, Any]) -> None:
             "no calibration token was routed to %d expert matrices (%s, …); they stay dense; %s",
             len(unseen),
             unseen[0],
-            MORE,
+            _MORE,
         )
     if found["few"]:
         log.warning(
@@ -94,7 +94,7 @@ def warn_of_experts(found: Mapping[str, Any]) -> None:
             found["few"],
             found["linears"],
             found["fewest_tokens"],
-            MORE,
+            _MORE,
         )
 
 

@@ -28,7 +28,7 @@ from secateur.models.experts import OpenExperts
 _QUIET = 0.1  # the gain of a channel that takes no part, as a share of the mean gain
 
 
-def dense_copy(
+def _dense_copy(
     layer: nn.Module, groups: LinearGroups, of_expert: Callable[[str], bool]
 ) -> tuple[nn.Module, LinearGroups]:
     """Copy a layer that is still dense, with its groups.
@@ -52,7 +52,7 @@ def dense_copy(
     return twin, own
 
 
-def before_norm(
+def _before_norm(
     norm: nn.Module, output: Tensor, bias: Tensor | float, error: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The target of a linear behind which a norm stands, and what multiplies its inputs.
@@ -85,7 +85,7 @@ def before_norm(
     return inverse * output + torch.where(heard, error / gain, 0.0), inverse
 
 
-class ExpertTargets:
+class _ExpertTargets:
     """What the experts of a layer should write, so that their sum corrects the residual stream.
 
         e = (h − ĥ) + Σ_k p_k f_k(x) − Σ_k p̂_k f_k(x̂)
@@ -207,7 +207,7 @@ class DenseTwin:
         plain, normed = layer.architecture.writers, dict(layer.architecture.normed_writers)
         found = [name for name in (*plain, *normed) if name in linears]
         self.writers = {linears[name].name for name in found}
-        twin, own = dense_copy(layer.module, layer.groups, self.of_expert)
+        twin, own = _dense_copy(layer.module, layer.groups, self.of_expert)
         added = [normed.get(name, name) for name in found]
         last = [[model.get_submodule(name) for name in added] for model in (twin, layer.module)]
         self.norms = {
@@ -217,13 +217,13 @@ class DenseTwin:
         self.changing = HaltedLayer(
             layer.inputs(), layer.module, layer.groups, last[1], stores=layer.passes_on
         )
-        self.experts: ExpertTargets | None = None
+        self.experts: _ExpertTargets | None = None
         declared = layer.architecture.experts
         path = declared.module if declared else ""
         module = dict(layer.module.named_modules()).get(path)
         # Their sum is added to the stream, unless they multiply inputs by the router's weights.
         if found and not self.norms and type(module) is OpenExperts:
-            self.experts = ExpertTargets(path, self.changing, self.dense)
+            self.experts = _ExpertTargets(path, self.changing, self.dense)
         self.gathered = Gathered(layer, self._cross_of)
 
     def arrivals(self) -> Arrivals:
@@ -280,5 +280,5 @@ class DenseTwin:
             return x, out + error
         bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0
         out, error = out.float(), error.float()
-        target, scale = before_norm(self.norms[linear.name], out, bias, error)
+        target, scale = _before_norm(self.norms[linear.name], out, bias, error)
         return _flat(x).float() * scale, target

@@ -115,15 +115,15 @@ class LayerTuning:
             shadow, norm = self.shadows.pop(linear.name, (None, linear.weight.new_ones(1)))
             task = self.tasks[linear.name]
             pattern, grid = task.method.pattern, task.method.solver.grid
-            tuned.append(TunedWeight(linear, shadow, norm, pattern, task.sparsity, bool(grid)))
+            tuned.append(_TunedWeight(linear, shadow, norm, pattern, task.sparsity, bool(grid)))
             if task.rounded:
                 rounded.append(RoundedWeight(linear, grid))
         stream, index = self.inputs.calibration, self.inputs.index
         count, at_once = len(stream.windows), stream.windows_at_once
-        reconstruct(
+        _reconstruct(
             self.layer,
             tuned,
-            draw_steps(count, at_once, self.passes, seed=index),
+            _draw_steps(count, at_once, self.passes, seed=index),
             self._examples,
             on_step=self.inputs.step,
             rounded=rounded,
@@ -158,7 +158,7 @@ class LayerTuning:
         return sum(self.ranks.gather(total)) / len(self.inputs.calibration.windows)
 
 
-class TunedWeight:
+class _TunedWeight:
     """A pruned matrix during tuning.
 
     Args:
@@ -214,9 +214,9 @@ class TunedWeight:
         self.parameter.data = self.full * self.mask
 
 
-def reconstruct(
+def _reconstruct(
     layer: nn.Module,
-    pruned: Sequence[TunedWeight],
+    pruned: Sequence[_TunedWeight],
     steps: Sequence[Sequence[int]],
     examples: Callable[[Sequence[int]], Sequence[tuple[Tensor, Tensor, LayerCall]]],
     on_step: Callable[[], None],
@@ -272,7 +272,7 @@ def reconstruct(
         on_grid.settle()
 
 
-def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
+def _draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
     """Return the windows of every step. Each pass reads all windows once, in its own order.
 
     Args:
@@ -330,7 +330,7 @@ def to_float32(module: nn.Module) -> None:
             p.data = p.data.float().contiguous()
 
 
-class StraightThrough(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     """Rounds in the forward; in the backward it is the identity within the grid, and 0 beyond."""
 
     @staticmethod
@@ -394,7 +394,7 @@ class RoundedWeight:
 
         def enter(module: nn.Module, args: object) -> None:
             held.append(module.get_parameter("weight"))
-            found["weight"] = StraightThrough.apply(held[0], self)
+            found["weight"] = _StraightThrough.apply(held[0], self)
 
         def leave(module: nn.Module, args: object, output: object) -> None:
             found["weight"] = held.pop()

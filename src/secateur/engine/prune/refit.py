@@ -49,7 +49,7 @@ from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer
 from secateur.sparsity.hessian import dense_target
 
-Pair = tuple[Linear, Linear]
+_Pair = tuple[Linear, Linear]
 """A linear of the cut model, and the same linear of the uncut model."""
 
 
@@ -152,7 +152,7 @@ class Refit:
         with self._stream_after(dense, index, gap) as later:
             target = self.cut.target
             with self.dense.target.layer(index) as twin, target.layer(place) as layer:
-                one = LayerRefit(self, dense, cut, place, layer, twin, later)
+                one = _LayerRefit(self, dense, cut, place, layer, twin, later)
                 one.execute()
                 target.commit(place, [f"{x.name}.weight" for x in one.linears])
             if place + 1 < len(self.layers):
@@ -193,7 +193,7 @@ class Refit:
         stream.forget(index + 1 + gap)
 
 
-class LayerRefit:
+class _LayerRefit:
     """The refit of one layer.
 
     Args:
@@ -221,7 +221,7 @@ class LayerRefit:
         index, architecture = refit.layers[place], refit.cut.target.architecture
         own = linears_of(layer, architecture.layer_name(place))
         other = linears_of(twin, architecture.layer_name(index))
-        pairs: list[list[Pair]] = [
+        pairs: list[list[_Pair]] = [
             [(own[n], other[n]) for n in group if n in own and n in other]
             for group in architecture.groups or ()
             if not architecture.of_expert(group[0])

@@ -34,12 +34,12 @@ from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.methods import Method
 from secateur.types import float32_bytes
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-LEFT_OUT = "left out by the recipe"
+_LEFT_OUT = "left out by the recipe"
 UNSEEN = "calibration cannot see its inputs"
-UNREACHED = "no calibration token was routed to it"
-NOT_ALLOCATED = "the allocation takes nothing from it"
+_UNREACHED = "no calibration token was routed to it"
+_NOT_ALLOCATED = "the allocation takes nothing from it"
 
 COLLAPSED = 0.8
 """A linear has collapsed if it lost more than this share of its output's energy."""
@@ -86,8 +86,8 @@ def tasks_of(
     sparsity: float,
     layouts: Sequence[LayerLayout] = (),
     *,
-    methods: Mapping[str, Method] = NOTHING,
-    costs: Mapping[str, int] = NOTHING,
+    methods: Mapping[str, Method] = _NOTHING,
+    costs: Mapping[str, int] = _NOTHING,
 ) -> dict[str, LinearTask]:
     """The task of every linear of a model.
 
@@ -118,7 +118,7 @@ def tasks_of(
     found = {}
     for name, shape in shapes.items():
         own, asked = last_match(methods, name) or method, selection.asked(name, sparsity)
-        left = UNSEEN if name in unseen else LEFT_OUT if asked == 0 else None
+        left = UNSEEN if name in unseen else _LEFT_OUT if asked == 0 else None
         task = LinearTask(
             name,
             shape,
@@ -153,7 +153,7 @@ def _check(task: LinearTask) -> None:
 def with_sparsities(tasks: Tasks, sparsity_of: Mapping[str, float]) -> dict[str, LinearTask]:
     """Return the tasks with the sparsities of an allocation."""
     given = {
-        name: replace(tasks[name], sparsity=share, left=None if share > 0 else NOT_ALLOCATED)
+        name: replace(tasks[name], sparsity=share, left=None if share > 0 else _NOT_ALLOCATED)
         for name, share in sparsity_of.items()
     }
     return {**tasks, **given}
@@ -166,7 +166,7 @@ def settled_allocation(work: Path) -> Path:
 
 def left_dense(tasks: Tasks, names: Collection[str]) -> dict[str, LinearTask]:
     """Return the tasks, with linears that calibration did not reach left unchanged."""
-    return {**tasks, **{n: replace(tasks[n], sparsity=0.0, left=UNREACHED) for n in names}}
+    return {**tasks, **{n: replace(tasks[n], sparsity=0.0, left=_UNREACHED) for n in names}}
 
 
 def gathering(tasks: Tasks, *, asymmetric: bool = False) -> Gathering:
@@ -180,7 +180,7 @@ def gathering(tasks: Tasks, *, asymmetric: bool = False) -> Gathering:
     return Gathering.of(fitting.union(*(task.method.requires for task in tasks.values())))
 
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def refuse_idle_globs(globs: Iterable[str], names: Sequence[str], kind: str = "l
     )
 
 
-def last_match(values: Mapping[str, Value], name: str) -> Value | None:
+def last_match(values: Mapping[str, _Value], name: str) -> _Value | None:
     """The value of the last glob that matches a name, if any does."""
     own = [value for glob, value in values.items() if matches(name, glob)]
     return own[-1] if own else None

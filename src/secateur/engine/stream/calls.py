@@ -27,11 +27,11 @@ from secateur.engine.stream.packing import PackedHiddenStates, States
 from secateur.errors import ArchitectureError
 
 
-class AfterLastLayer(BaseException):
+class _AfterLastLayer(BaseException):
     """The private signal that ends a recording. No model catches it: it is not an Exception."""
 
 
-class OtherShapeError(Exception):
+class _OtherShapeError(Exception):
     """The private signal that a model changed the output of a stand-in."""
 
 
@@ -161,7 +161,7 @@ class StandIn(nn.Module):
         return self.answer(args[0] if args else kwargs["hidden_states"])
 
 
-class Recorded(NamedTuple):
+class _Recorded(NamedTuple):
     """What a decoder layer was called with."""
 
     hidden: Tensor
@@ -180,7 +180,7 @@ class _Recorder(StandIn):
     """
 
     def __init__(
-        self, layers: nn.ModuleList, index: int, in_tuple: bool, seen: dict[int, Recorded]
+        self, layers: nn.ModuleList, index: int, in_tuple: bool, seen: dict[int, _Recorded]
     ) -> None:
         super().__init__(layers[index], in_tuple)
         self.index, self.last, self.seen = index, index + 1 == len(layers), seen
@@ -192,10 +192,10 @@ class _Recorder(StandIn):
         call = LayerCall(tuple(args[1:]), kwargs, self.in_tuple)
         shapes = {tuple(x.shape) for x in (hidden, *(one.hidden for one in self.seen.values()))}
         if len(shapes) > 1:
-            raise OtherShapeError(f"hidden states of shapes {sorted(shapes)}")
-        self.seen[self.index] = Recorded(hidden, call)
+            raise _OtherShapeError(f"hidden states of shapes {sorted(shapes)}")
+        self.seen[self.index] = _Recorded(hidden, call)
         if self.last:
-            raise AfterLastLayer
+            raise _AfterLastLayer
         return self.answer(hidden)
 
 
@@ -212,20 +212,20 @@ def replaced_layers(layers: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterat
             layers[index] = original
 
 
-def _record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[Recorded]:
+def _record(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> list[_Recorded]:
     """Record one forward of the model up to its last decoder layer.
 
     Some models expect a tensor from a layer and some a tuple. Both are tried.
     """
     faults: list[Exception] = []
     for in_tuple in (False, True):
-        seen: dict[int, Recorded] = {}
+        seen: dict[int, _Recorded] = {}
         recorders = [_Recorder(layers, i, in_tuple, seen) for i in range(len(layers))]
         # A tensor first: a model that unpacks it as a tuple hands on another shape or fails.
         with torch.no_grad(), replaced_layers(layers, list(recorders)):
             try:
                 model(input_ids=input_ids, use_cache=False)
-            except AfterLastLayer:
+            except _AfterLastLayer:
                 if len(seen) == len(layers):
                     return [seen[index] for index in range(len(layers))]
             except Exception as fault:

@@ -49,7 +49,7 @@ STATES_BYTES = 1 << 30
 """Maximum size of the hidden states of one part in `EmbeddingAndHead.parts`."""
 
 
-class Injector(StandIn):
+class _Injector(StandIn):
     """Replaces a decoder layer and returns the given hidden states for any input.
 
     Args:
@@ -248,7 +248,9 @@ class EmbeddingAndHead:
         """
         layers, calls = self.target.layers, self.calls()
         injectors: list[nn.Module] = [
-            Injector(layer, call, None if hidden is None else call.unpacked(self._split(hidden)[0]))
+            _Injector(
+                layer, call, None if hidden is None else call.unpacked(self._split(hidden)[0])
+            )
             for layer, call in zip(layers, calls, strict=True)
         ]
         with replaced_layers(layers, injectors):
@@ -326,8 +328,8 @@ class TokenValues:
         self.values = self.layer = None
 
 
-HOST = torch.device("cpu")
-RANGE = re.compile(r"\.(\d+)-(\d+)\.bin")
+_HOST = torch.device("cpu")
+_RANGE = re.compile(r"\.(\d+)-(\d+)\.bin")
 """The windows in the name of a file: the first one, and the one after the last."""
 
 
@@ -351,7 +353,7 @@ class Activations:
         in_memory: bool,
         own: slice | None = None,
         *,
-        home: torch.device = HOST,
+        home: torch.device = _HOST,
     ) -> None:
         self.shape, self.dtype, self.in_memory = shape, dtype, in_memory
         self.folder, self.on_disk = folder or Path(), folder is not None
@@ -372,7 +374,7 @@ class Activations:
             return {}
         found = {}
         for file in sorted(self.folder.glob(f"inputs-{layer:04d}.*.bin")):
-            named = RANGE.search(file.name)
+            named = _RANGE.search(file.name)
             if named is not None:
                 found[file] = range(int(named[1]), int(named[2]))
         return found
