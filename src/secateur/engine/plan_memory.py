@@ -304,9 +304,8 @@ def _plan_distillation(
         if sweep_windows:
             of_models, on_grid = _sweep_bytes, on_grid // layers
         memory = of_models(target, teacher, windows[:1]) + on_grid
-    taught = plan.working_weights(teacher) / plan.working_weights(
-        target
-    )  # a forward, in the student's
+    # a forward of the teacher, in those of the student
+    taught = plan.working_weights(teacher) / plan.working_weights(target)
     if not sweep_windows:
         return plan.PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))
     # the hidden states of the dense model, its predictions, the states and gradients of a sweep

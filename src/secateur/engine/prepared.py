@@ -12,20 +12,19 @@ from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan_run
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, tasks_of
+from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
-from secateur.engine.stream.targets import CheckpointTarget
+from secateur.engine.stream.targets import CheckpointTarget, teacher_of
 from secateur.errors import RecipeError
-from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
-from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import refuse_other_words
+from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
 from secateur.recipes.methods_of import allocation_of, method_of, own_methods, windows_needed
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.shared import Distill, Memory
+from secateur.recipes.shared import Memory
 from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
@@ -62,6 +61,10 @@ class Prepared:
     def tokens(self) -> Tensor | None:
         """The calibration tokens [windows, sequence_length]; None without text."""
         return None if self.windows is None else self.windows.calibration
+
+    def stream(self, settings: Settings) -> CalibrationStream | None:
+        """The calibration stream; None without text."""
+        return None if self.tokens is None else settings.stream(self.target, self.tokens)
 
     @property
     def layouts(self) -> Sequence[LayerLayout]:
@@ -150,39 +153,6 @@ def prepare(
     )
 
 
-def teacher_of(
-    how: Distill, student: CheckpointTarget, progress: Progress, trust_remote_code: bool
-) -> CheckpointTarget | None:
-    """Open the teacher that the options of a distillation name; None if they name none.
-
-    Args:
-        how: the options.
-        student: the model that learns, or the one that it is made from.
-        progress: receives the download.
-        trust_remote_code: whether code from its folder may run.
-
-    Raises:
-        RecipeError: it has another vocabulary, or hidden states of another width are to be learnt.
-    """
-    if how.teacher is None or not how.epochs:
-        return None
-    trust = trust_remote_code
-    found = resolve(how.teacher, trust_remote_code=trust, progress=progress)
-    refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
-    reader = open_weights(found.folder)
-    teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
-    sizes = {"tokens": vocabulary_of}
-    remedy = "name the model that it was made from"
-    if how.hidden:
-        sizes["channels"] = hidden_size
-        remedy += "; or leave out --distill-hidden, which compares states of equal widths"
-    refuse_other_sizes(
-        sizes, student.model, teacher.model, ("student", "teacher"),
-        where=f"--distill-teacher {how.teacher}", remedy=remedy,
-    )  # fmt: skip
-    return teacher
-
-
 def choose_plan(
     prepared: Prepared,
     tasks: Mapping[str, LinearTask],
@@ -231,16 +201,16 @@ def choose_plan(
         batches = micro_batches(len(every), at_once, ranks.count)
         own = every[: rows_of(0, batches, ranks.count)[-1].stop]
 
-    distillation, device = prepared.recipe.distillation, prepared.target.device
+    target, distillation = prepared.target, prepared.recipe.distillation
     if sweep_windows is None and own is not None:
         sweep_windows = choose_sweeps(
-            distillation, prepared.target, own, tasks, memory.max_bytes, prepared.teacher
+            distillation, target, own, tasks, memory.max_bytes, prepared.teacher
         )
 
     def fitting(activations: str, epochs: int, sharing: int) -> tuple[PrunePlan, str]:
         return fitting_plan(
             lambda place: planned(own, place, epochs),
-            device,
+            target.device,
             max_memory=memory.max_bytes,
             activations=activations,
             sharing=sharing,
@@ -251,6 +221,6 @@ def choose_plan(
         _, activations = fitting(activations, 0, ranks.here)
     plan, activations = fitting(activations, distillation.epochs, 1)
     if own is not every:
-        disk = planned(every, activations, distillation.epochs).disk_bytes
-        plan = replace(plan, disk_bytes=disk)
+        whole = planned(every, activations, distillation.epochs)
+        plan = replace(plan, disk_bytes=whole.disk_bytes)
     return plan, activations

@@ -26,10 +26,9 @@ from torch import Tensor
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import EXTRA
-from secateur.engine.prepared import teacher_of
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget
+from secateur.engine.stream.targets import CheckpointTarget, teacher_of
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.configuration import read_configuration

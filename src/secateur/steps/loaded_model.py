@@ -98,7 +98,7 @@ def prune_module(
                 target, selection, method, sparsity, found, methods=own_methods(recipe)
             )
             teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None
-            stream = settings.stream(target, tokens)
+            stream = None if tokens is None else settings.stream(target, tokens)
             shared = allocated(target, tasks, stream, settings, allocation, sparsity, progress)
             done = prune_layers(target, shared, stream, settings, ledger, progress)
             if teacher is not None:

@@ -214,7 +214,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
             prepared = replace(prepared, windows=windows)
         store_choice(folder.work, self.plan.sweep_windows)
         settings = Settings.of(recipe, self.activations, folder.work, ranks)
-        stream = settings.stream(target, prepared.tokens)
+        stream = prepared.stream(settings)
         finished = 0
         if ledger.begun:
             finished = ledger.resume()
@@ -303,7 +303,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         ledger.entries = job["entries"]
         target, progress = prepared.target, Silent()
         settings = Settings.of(recipe, job["activations"], place / "work", ranks)
-        stream = settings.stream(target, prepared.tokens)
+        stream = prepared.stream(settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)
             how = prepared.allocation, prepared.sparsity

@@ -262,7 +262,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""
-        from secateur.engine.prepared import teacher_of
+        from secateur.engine.stream.targets import teacher_of
         from secateur.training.distillation import DistillationData
         from secateur.training.distilled_checkpoint import distill_checkpoint
 

@@ -38,7 +38,7 @@ from secateur.allocator import reused_pages
 from secateur.calibration.statistics import Gathering
 from secateur.engine.prune.statistics import CrossGram, GroupStatistics
 from secateur.engine.prune.tasks import Settings
-from secateur.engine.stream.calibration_stream import CalibrationStream, LayerInputs, OpenStream
+from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group
 from secateur.engine.stream.hidden_states import Activations
 from secateur.engine.stream.targets import Target, walk_layers
@@ -91,13 +91,12 @@ class Refit:
         self.settings, self.ledger, self.progress = settings, ledger, progress
         self.layers = layers
         self.channels = None if channels is None else torch.tensor(channels, device=dense.device)
-        tokens, in_memory, on_gpu = settings.micro_batch_tokens, settings.in_memory, settings.on_gpu
         places = [settings.work and settings.work / name for name in ("uncut", "cut")]
         for place in places:
             if place:
                 place.mkdir(exist_ok=True)
-        self.dense = CalibrationStream(dense, windows, tokens, in_memory, places[0], on_gpu=on_gpu)
-        self.cut = CalibrationStream(cut, windows, tokens, in_memory, places[1], on_gpu=on_gpu)
+        self.dense = replace(settings, work=places[0]).stream(dense, windows)
+        self.cut = replace(settings, work=places[1]).stream(cut, windows)
 
     @torch.no_grad()
     @full_float32()

@@ -368,10 +368,8 @@ class Settings:
         """Whether the dense model's hidden states pass as well."""
         return self.tunes or self.asymmetric
 
-    def stream(self, target: Target, windows: Tensor | None) -> CalibrationStream | None:
-        """The calibration stream of a model; None without windows."""
-        if windows is None:
-            return None
+    def stream(self, target: Target, windows: Tensor) -> CalibrationStream:
+        """The stream of calibration windows [samples, sequence_length] through a model."""
         return CalibrationStream(
             target,
             windows,

@@ -84,7 +84,7 @@ def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
     opened = prepare(recipe, bench.source)
     rounding, _ = method_of(build_recipe(PruneRecipe, {**probe, **ROUNDING}))
     tasks, settings = opened.tasks(), Settings.of(recipe, "disk", bench.work / "survey")
-    stream = settings.stream(opened.target, opened.tokens)
+    stream = opened.stream(settings)
     survey = Survey(opened.target, tasks, stream, settings, bench.progress)
     part = ByDivergence(judged_tokens=TOKENS)
     grains = grains_of(tasks, part)
