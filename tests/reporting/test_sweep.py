@@ -169,14 +169,14 @@ def test_nonsense_is_refused_before_any_work(recipe: SweepRecipe, tmp_path: Path
 
 def failing(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """Let points with a pattern fail at work."""
-    measure = SweepPoints.measured
+    measure = SweepPoints.measure_point
 
     def measured(run: SweepPoints, key: Any, *rest: Any) -> Any:
         if key[1] == pattern:
             raise PatternError("it failed")
         return measure(run, key, *rest)
 
-    monkeypatch.setattr(SweepPoints, "measured", measured)
+    monkeypatch.setattr(SweepPoints, "measure_point", measured)
 
 
 def test_a_point_that_fails_does_not_stop_the_others(

@@ -262,7 +262,7 @@ def naming_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 COMMAND = re.compile(r"(`?\bsecateur [a-z]+ [^`,;\n]*`?)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)( (?=\d))?")
 
 
 def _with_keywords(text: str) -> str:
@@ -270,11 +270,12 @@ def _with_keywords(text: str) -> str:
 
     Example:
         >>> from secateur.recipes.keywords import _with_keywords
-        >>> _with_keywords("run `secateur decompress DIR --output OUT`, or add --dry-run")
-        'run `secateur decompress DIR --output OUT`, or add dry_run'
+        >>> _with_keywords("run `secateur decompress DIR --output OUT`, or use --tune-passes 1")
+        'run `secateur decompress DIR --output OUT`, or use tune_passes=1'
     """
     parts = COMMAND.split(text.replace("--set ", ""))
-    return "".join(
-        part if n % 2 else FLAG.sub(lambda flag: flag[1].replace("-", "_"), part)
-        for n, part in enumerate(parts)
-    )
+    return "".join(part if n % 2 else FLAG.sub(_keyword, part) for n, part in enumerate(parts))
+
+
+def _keyword(flag: re.Match[str]) -> str:
+    return flag[1].replace("-", "_") + ("=" if flag[2] else "")
