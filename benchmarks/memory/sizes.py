@@ -21,8 +21,8 @@ import torch
 from benchmarks.hardware import keep, markdown
 
 import secateur
+from secateur.runtime.archive import to_archive
 from secateur.runtime.formats import Layout, formats
-from secateur.runtime.packed import to_archive
 
 MEASURES = ("src/secateur/runtime/formats",)
 

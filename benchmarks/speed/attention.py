@@ -26,7 +26,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.precision import exact_matmuls, fast_dtype, fast_matmuls
 from secateur.timing import alternate, seconds_of
 from secateur.training.batches import Batch
-from secateur.training.objectives import NextToken
+from secateur.training.objectives import next_token
 
 MEASURES = ("src/secateur/models/attention.py",)
 
@@ -64,7 +64,7 @@ def gradients() -> dict[str, float]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers" in name)
     ids = load_tokenizer(folder)(read_text("boolq-held-out").text)["input_ids"][:512]
-    objective, found = NextToken.of(model), {}
+    objective, found = next_token(model), {}
     matmuls = {"exact": exact_matmuls, **dict.fromkeys(KERNELS, fast_matmuls)}
     for name, precision in matmuls.items():
         with precision(CPU), KERNELS.get(name, nullcontext)(), torch.enable_grad():

@@ -17,7 +17,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MADV_HUGEPAGE = 14
@@ -59,6 +59,7 @@ def reused_pages(largest: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Ite
     except NOT_GLIBC:
         yield
         return
+    # setting either also stops glibc from moving the thresholds by itself
     mallopt(M_MMAP_THRESHOLD, largest)
     mallopt(M_TRIM_THRESHOLD, kept)
     try:
@@ -67,6 +68,11 @@ def reused_pages(largest: int = KEPT_BLOCK_BYTES, kept: int = KEPT_BYTES) -> Ite
         mallopt(M_MMAP_THRESHOLD, DEFAULT_BYTES)
         mallopt(M_TRIM_THRESHOLD, DEFAULT_BYTES)
         trim(0)
+
+
+def reused_training_pages() -> AbstractContextManager[None]:
+    """`reused_pages` for the steps of a training."""
+    return reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES)
 
 
 def ask_for_large_pages(address: int, nbytes: int) -> None:

@@ -53,6 +53,7 @@ class ProgressBar:
         from tqdm import tqdm  # plain, not its widgets: they need a package of their own
 
         self.finish()
+        # without a total, tqdm shows the time and no bar
         self.bar = tqdm(total=steps if steps > 1 else None, desc=label)
 
     def step(self, count: int = 1, note: str = "") -> None:

@@ -56,6 +56,7 @@ def alternate(
     for turn in range(turns):
         if end is not None and turn >= LEAST_TURNS and time.perf_counter() > end:
             break
+        # the things take turns, so that a slow minute of the machine hits all of them
         for own, thing in zip(found, things, strict=True):
             own.append(clock(thing))
     return [statistic(own) for own in found]

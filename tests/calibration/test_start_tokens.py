@@ -259,9 +259,9 @@ def test_training_windows_begin_with_it(gemma: Path, text: Path, tmp_path: Path)
         sequence_length=33, windows=12, batch=2, steps=1,
     )  # fmt: skip
     config = transformers.AutoConfig.from_pretrained(gemma)
-    found = read_training_text(recipe, gemma, config)
-    assert found.record["start_tokens"] == [BOS]
-    for windows in (found.windows, found.validation):
+    read, watched, record = read_training_text(recipe, gemma, config)
+    assert record["start_tokens"] == [BOS]
+    for windows in (read.windows, watched.windows):
         assert ((windows == BOS).sum(1) == 1).all()
         assert (windows[:, 0] == BOS).all()
 

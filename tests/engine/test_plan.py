@@ -35,7 +35,7 @@ from secateur.models.opening import load_whole
 from secateur.precision import fast_dtype, fast_matmuls
 from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import SlotDecoder, given_cache
-from secateur.training.batches import Batch, TrainingText
+from secateur.training.batches import Batch
 from secateur.training.divergences import last_hidden
 from secateur.training.memory import check_memory, plan_needs
 from secateur.training.objectives import Distil, ModelTeacher
@@ -144,10 +144,10 @@ def test_a_training_is_held_against_the_memory_of_its_device(
     machine: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secateur.training.memory.resident_bytes", lambda: GIB)
-    folder, text = tiny_llama(tmp_path), TrainingText(tiny_windows(4, 20), None, {})
+    folder, windows = tiny_llama(tmp_path), tiny_windows(4, 20)
     target, recipe = CheckpointTarget(CheckpointReader(folder), None, CPU), TrainRecipe(model="m")
     here, there = (
-        plan_needs(recipe, target, None, text, TrainingPlan(steps=1), ProcessGroup(device))
+        plan_needs(recipe, target, None, windows, TrainingPlan(steps=1), ProcessGroup(device))
         for device in (CPU, CUDA)
     )
     assert here.peak_bytes == here.host_peak_bytes == sum(here.sizes.values())

@@ -16,8 +16,8 @@ from secateur.errors import NumericalError
 from secateur.precision import exact_matmuls, full_float32
 from secateur.sparsity.solvers.obs import OBS
 from secateur.training.batches import Batches
-from secateur.training.loop import Loop
-from secateur.training.objectives import NextToken
+from secateur.training.loop import Loop, TrainingTask
+from secateur.training.objectives import next_token
 from secateur.training.training_plan import TrainingPlan
 
 
@@ -118,6 +118,6 @@ def test_training_multiplies_without_tf32(rough: tuple[Any, ...], tmp_path: Path
     model, hook = tiny_model("llama"), Watching()
     plan = TrainingPlan(steps=2, fast_matmuls=False)
     windows = Batches(tiny_windows(4), 2, seed=0)
-    Loop(model, windows, NextToken.of(model), None, plan, hooks=(hook,)).run()
+    Loop(TrainingTask(model, windows, next_token(model), hooks=(hook,)), plan).run()
     assert hook.exact == [True, True]
     assert state() == rough

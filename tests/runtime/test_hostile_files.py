@@ -201,7 +201,7 @@ def test_a_thousand_hostile_bit_streams(
     tmp_path: Path, archive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """int4 and int3: what is not refused is read as by the reader written from the page."""
-    monkeypatch.setattr("secateur.runtime.packed.SMALLEST_BYTES", 40)
+    monkeypatch.setattr("secateur.runtime.archive.SMALLEST_BYTES", 40)
     whole, folder = tmp_path / "whole", tmp_path / "mutated"
     expected = packed_folder(whole, archive=archive, layouts=SMALL_GRIDS)
     refused = forged = 0

@@ -17,7 +17,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib
-from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, choose, gain_over_dense
+from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, choose, speedup_over_dense
 from secateur.runtime.kernels.matrix import KernelMatrix, matrix_bytes, to_large_pages, turned_fours
 
 pytestmark = pytest.mark.skipif(
@@ -291,7 +291,7 @@ def test_the_choice_is_measured_once_for_each_kind():
     matrices = [example(64, 64, torch.bfloat16, 0.5, seed)[0] for seed in range(2)]
     first = choose(matrices, torch.float32)
     assert first.kernel_up_to >= 1
-    assert first.gain > 0
+    assert first.speedup_over_dense > 0
     assert choose(matrices[1:], torch.float32) is first
 
 
@@ -302,8 +302,8 @@ def test_integers_are_compared_with_integers(of):
         matrix, _ = example_of_codes(64, 256, 64, 0.5)
     else:
         matrix, _ = example(64, 256, torch.int8, 0.5)
-    assert 0 < gain_over_dense([matrix], torch.bfloat16, 2**20) < 1000
-    assert gain_over_dense([matrix.dense(torch.bfloat16)], torch.bfloat16, 0) == math.inf
+    assert 0 < speedup_over_dense([matrix], torch.bfloat16, 2**20) < 1000
+    assert speedup_over_dense([matrix.dense(torch.bfloat16)], torch.bfloat16, 0) == math.inf
 
 
 @pytest.mark.parametrize("rows", [8, 7])

@@ -196,7 +196,7 @@ def test_no_stopwatch_changes_a_number(monkeypatch, values):
     matrix, x, found, chosen = of_values(values), torch.randn(21, 300), [], set()
     for times in ([1.0, 2.0], [2.0, 1.0]):
         monkeypatch.setattr(dispatch, "_least_seconds", lambda *_, times=times: times)
-        monkeypatch.setattr(dispatch, "gain_over_dense", lambda *_: 1.0)
+        monkeypatch.setattr(dispatch, "speedup_over_dense", lambda *_: 1.0)
         up_to = dispatch.measure([matrix], torch.float32, 0).kernel_up_to
         linear = PackedLinear(matrix, kernel_up_to=up_to)
         found += [linear(x), torch.cat([linear(one[None]) for one in x])]

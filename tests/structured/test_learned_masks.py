@@ -153,7 +153,8 @@ def read(order, first, last):
     """The windows of some steps, as the training loop reads them."""
     batches, found = Batches(TOGETHER, order.size, 0, order.numbers), []
     for step in range(first, last):
-        found.append(batches.micro(step, order.size, torch.device("cpu"))[0].ids)
+        numbers, device = batches.numbers(step), torch.device("cpu")
+        found.append(batches.parts(numbers, order.size, device)[0].ids)
         order.on_step(step + 1, 1000, None, None)
     return found
 

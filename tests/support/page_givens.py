@@ -26,7 +26,7 @@ from secateur.training.batches import Batches
 from secateur.training.gradual import GradualPruning
 from secateur.training.lora import attach
 from secateur.training.masks import open_masks
-from secateur.training.objectives import NextToken
+from secateur.training.objectives import next_token
 from secateur.training.training_plan import TrainingPlan
 
 TEXTS = ("TEXT.txt", "text.jsonl", "code.jsonl", "math.jsonl", "wiki.txt")
@@ -157,7 +157,7 @@ def names(source: str) -> dict[str, Any]:
         "windows": windows,
         "batches": Batches(windows, 2, seed=0),
         "held_out": windows[:2],
-        "objective": NextToken.of(model),
+        "objective": next_token(model),
         "plan": TrainingPlan(steps=2),
         "how": GradualOptions(every=1, end=0.75),
         "schedules": schedules,

@@ -10,8 +10,9 @@ from torch import Tensor
 from zoo import CONFIGS
 
 from secateur.training.batches import Batches
-from secateur.training.loop import Loop, Outcome
-from secateur.training.masks import open_masks
+from secateur.training.loop import Loop, Outcome, TrainingTask
+from secateur.training.masks import Masks, open_masks
+from secateur.training.training_plan import TrainingPlan
 
 SEQUENCES = torch.arange(40 * 12).view(40, 12).mul(7).remainder(23) + 4
 """Windows with something to learn: every token follows from the one before it."""
@@ -52,6 +53,9 @@ def watched(windows: Tensor) -> Batches:
     return Batches(windows, len(windows))
 
 
-def train(*parts: Any, **options: Any) -> Outcome:
+def train(
+    model: Any, read: Batches, objective: Any, masks: Masks, plan: TrainingPlan, **options: Any
+) -> Outcome:
     """Run a loop."""
-    return Loop(*parts, **options).run()
+    of_task = {n: options.pop(n) for n in ("validation", "hooks", "trained") if n in options}
+    return Loop(TrainingTask(model, read, objective, masks, **of_task), plan, **options).run()

@@ -11,10 +11,10 @@ from secateur.sparsity.schedules import schedules
 from secateur.structured.learned import LearnedMasks
 from secateur.training.batches import Batches
 from secateur.training.gradual import Criterion, GradualPruning
-from secateur.training.loop import Loop
+from secateur.training.loop import Loop, TrainingTask
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks, open_masks
-from secateur.training.objectives import NextToken
+from secateur.training.objectives import next_token
 from secateur.training.training_plan import TrainingPlan
 
 WINDOWS = tiny_windows(samples=6)
@@ -35,9 +35,9 @@ def test_gradual_pruning_ends_with_its_masks_held():
     masks = Masks(open_masks(model))
     how = GradualOptions(every=2, regrowth=0.2)
     hook = GradualPruning(masks.kept, schedules["cubic"](0.7), Criterion(windows=WINDOWS), how)
-    objective = NextToken.of(model)
-    loop = Loop(model, BATCHES, objective, masks, plan(), validation=watched(WINDOWS), hooks=[hook])
-    outcome = loop.run()
+    objective = next_token(model)
+    task = TrainingTask(model, BATCHES, objective, masks, watched(WINDOWS), [hook])
+    outcome = Loop(task, plan()).run()
     masks.check(model)
     assert zeros(masks.kept) == sum(round(0.7 * m.numel()) for m in masks.kept.values())
     assert outcome.best_step is not None
@@ -52,8 +52,9 @@ def test_adapters_are_trained_alone():
     adapted = attach(model)
     inner = adapted.get_base_model()
     frozen = {n: p.detach().clone() for n, p in inner.named_parameters() if ".lora_" not in n}
-    objective = NextToken.of(inner)
-    outcome = Loop(inner, BATCHES, objective, None, plan(rates=ADAPTERS_ALONE)).run()
+    objective = next_token(inner)
+    task = TrainingTask(inner, BATCHES, objective)
+    outcome = Loop(task, plan(rates=ADAPTERS_ALONE)).run()
     assert outcome.log[-1]["loss"] < outcome.log[0]["loss"]
     assert all(torch.equal(inner.get_parameter(n), p) for n, p in frozen.items())
     with torch.no_grad():
@@ -66,8 +67,8 @@ def test_adapters_are_trained_alone():
 def test_gates_are_learned_beside_the_weights():
     model = tiny_model("llama")
     masks = LearnedMasks(model, {"neurons": 24})
-    objective = masks.objective(NextToken.of(model))
+    objective = masks.objective(next_token(model))
     torch.manual_seed(0)
-    outcome = Loop(model, BATCHES, objective, None, plan(), hooks=[masks]).run()
+    outcome = Loop(TrainingTask(model, BATCHES, objective, hooks=[masks]), plan()).run()
     assert outcome.step == 12
     assert all(len(units) == 24 for units in masks.settle().neurons.values())

@@ -19,7 +19,7 @@ from secateur.errors import NumericalError, RecipeError, SourceError, Verificati
 from secateur.training.batches import Batch
 from secateur.training.loop import Outcome
 from secateur.training.masks import FIXED_AT_ZERO, Masks, stored_masks
-from secateur.training.objectives import NextToken
+from secateur.training.objectives import next_token
 from secateur.training.training_plan import TrainingPlan, optimizers
 
 TOLERANCE = 2e-5
@@ -28,7 +28,7 @@ TOLERANCE = 2e-5
 def run(model: Any, how: TrainingPlan, size: int = 4, **options: Any) -> Outcome:
     """Plain training with the zeros of the model held."""
     masks = options.pop("masks", None) or Masks.of(model)
-    objective = options.pop("objective", None) or NextToken.of(model)
+    objective = options.pop("objective", None) or next_token(model)
     return train(model, batches(size), objective, masks, how, **options)
 
 
@@ -170,7 +170,7 @@ def test_the_best_weights_are_kept() -> None:
     assert losses[done.best_step] == min(losses.values())
     assert len([s for s in losses if s > done.best_step]) > 2
     with torch.no_grad():
-        after = NextToken.of(model)(model, Batch(scrambled, ())).item()
+        after = next_token(model)(model, Batch(scrambled, ())).item()
     assert after == pytest.approx(min(losses.values()), abs=1e-5)
 
 
@@ -187,7 +187,7 @@ class Failing:
     """A loss that goes wrong at some step."""
 
     def __init__(self, model: Any, step: int, factor: float) -> None:
-        self.plain, self.step, self.factor, self.calls = NextToken.of(model), step, factor, 0
+        self.plain, self.step, self.factor, self.calls = next_token(model), step, factor, 0
 
     def __call__(self, model: Any, batch: Batch) -> torch.Tensor:
         self.calls += 1
@@ -207,7 +207,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_best_weights(
     assert (tmp_path / "state.safetensors").exists()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     with torch.no_grad():
-        assert NextToken.of(model)(model, Batch(SEQUENCES, ())).item() < math.log(96)
+        assert next_token(model)(model, Batch(SEQUENCES, ())).item() < math.log(96)
 
 
 def test_a_diverging_loss_ends_the_run_and_what_was_saved_is_from_before(tmp_path: Path) -> None:

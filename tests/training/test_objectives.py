@@ -20,8 +20,8 @@ from secateur.training.divergences import KINDS, hidden_loss, layer_pairs
 from secateur.training.objectives import (
     Distil,
     ModelTeacher,
-    NextToken,
     WrittenTeacher,
+    next_token,
     write_teacher,
 )
 
@@ -79,7 +79,7 @@ def test_the_next_token_loss_is_that_of_the_whole_logits(family: str) -> None:
     model = model_of(family)
     assert (head_alone(model) is None) == (family == "gemma2")
     assert_same(
-        NextToken.of(model)(model, BATCH), next_token_loss(logits_of(model), IDS), model, 1e-4
+        next_token(model)(model, BATCH), next_token_loss(logits_of(model), IDS), model, 1e-4
     )
 
 
@@ -89,7 +89,7 @@ def test_a_bias_of_the_head_learns_too() -> None:
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features))
     expected = next_token_loss(logits_of(model), IDS)
-    assert_same(NextToken.of(model)(model, BATCH), expected, model, 1e-4)  # of the bias too
+    assert_same(next_token(model)(model, BATCH), expected, model, 1e-4)  # of the bias too
     assert head.bias in set(model.parameters())
 
 
@@ -120,7 +120,7 @@ def test_a_share_of_the_plain_loss(kind: str, temperature: float) -> None:
     student, teacher = model_of(), ModelTeacher(model_of(seed=1))
     how = {"kind": kind, "temperature": temperature}
     alone = Distil.between(student, teacher, **how)(student, BATCH)
-    plain = NextToken.of(student)(student, BATCH)
+    plain = next_token(student)(student, BATCH)
     both = Distil.between(student, teacher, next_token=0.25, **how)(student, BATCH)
     assert_same(both, (0.75 * alone + 0.25 * plain).double(), student, 1e-4)
 
@@ -196,7 +196,7 @@ def test_each_epoch_reads_everything_once() -> None:
     read = [n for step in range(7) for n in batches.numbers(step)]
     assert sorted(read[:7]) == sorted(read[7:]) == list(range(7))
     assert read[:7] != read[7:]
-    halves = [batches.micro(3, 1, torch.device("cpu"), rank, 2) for rank in (0, 1)]
+    halves = [batches.parts(batches.numbers(3), 1, CPU, rank, 2) for rank in (0, 1)]
     assert tuple(p.numbers[0] for half in halves for p in half) == batches.numbers(3)
 
 
@@ -213,16 +213,16 @@ def test_only_answers_count(family: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for name, size in itertools.product(("next", *KINDS), (1, 2)):
         logits = logits_of(model)[:, :-1][before]
         if name == "next":
-            objective: Any = NextToken.of(model)
+            objective: Any = next_token(model)
             log_q = logits.double().log_softmax(-1)
             expected = -log_q.gather(1, IDS[:, 1:][before][:, None]).mean()
         else:
             objective = Distil.between(model, ModelTeacher(teacher), kind=name)
             wanted = logits_of(teacher)[:, :-1][before].detach()
             expected = divergence(logits, wanted, name, 1.0)
-        parts = step.in_order(size, CPU)
+        parts = step.parts(range(2), size, CPU)
         ours = sum(objective(model, part) * len(part.ids) / 2 for part in parts)
         assert_same(ours, expected, model, 2e-4)
-    micro = step.micro(0, 1, CPU)
+    micro = step.parts(step.numbers(0), 1, CPU)
     assert sorted(part.numbers for part in micro) == [(0,), (1,)]
     assert {part.count for part in micro} == {3.5}

@@ -8,17 +8,18 @@ import zlib
 import pytest
 import torch
 from safetensors.torch import save_file
-from zoo import tiny_model
+from zoo import tiny_model, tiny_windows
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.recipes.train import IterativeOptions
 from secateur.sparsity.schedules import levels, schedules
+from secateur.training.batches import Batches
 from secateur.training.gradual import Criterion, Rounds
-from secateur.training.loop import Outcome
+from secateur.training.loop import Outcome, TrainingTask
 from secateur.training.masks import open_masks
 from secateur.training.training_plan import TrainingPlan
 
-PLAN = TrainingPlan(steps=50)
+PLAN, WINDOWS = TrainingPlan(steps=50), tiny_windows(2)
 
 
 class Disturbance:
@@ -28,8 +29,8 @@ class Disturbance:
         self.model, self.kept, self.held = model, kept, held
         self.names, self.found = [], []
 
-    def __call__(self, plan, saved=None, hooks=(), label=""):
-        self.plan, self.saved, self.hooks = plan, saved, hooks
+    def __call__(self, task, plan, saved=None, label=""):
+        self.plan, self.saved, self.hooks = plan, saved, task.hooks
         return self
 
     def validation_loss(self):
@@ -50,21 +51,18 @@ class Disturbance:
         return Outcome(step=last, tokens=10, validations=[(last, 4.0)], best_loss=4.0)
 
 
-def rounds_of(model, sparsity=0.8, **how):
-    return Rounds(
-        model,
-        open_masks(model),
-        schedules["geometric"](sparsity),
-        Criterion(),
-        IterativeOptions(**how),
-    )
+def rounds_of(model, folder, sparsity=0.8, **how):
+    task, options = TrainingTask(model, Batches(WINDOWS, 2), None), IterativeOptions(**how)
+    schedule = schedules["geometric"](sparsity)
+    return Rounds(open_masks(model), schedule, Criterion(), options, folder, task)
 
 
 def in_rounds(folder, family="llama", **how):
-    rounds = rounds_of(tiny_model(family), rounds=how.pop("rounds", 3), **how)
-    loops = Disturbance(rounds.model, rounds.kept)
-    outcome, records, place = rounds.train(loops, PLAN, folder)
-    assert place == folder / loops.names[-1]
+    rounds = rounds_of(tiny_model(family), folder, rounds=how.pop("rounds", 3), **how)
+    loops = Disturbance(rounds.task.model, rounds.kept)
+    outcome = rounds.train(loops, PLAN)
+    records = outcome.rounds
+    assert outcome.folder == folder / loops.names[-1]
     assert [x["training"] for x in records][-len(loops.names) :] == loops.names
     assert outcome.step == sum(x["steps"] for x in records)
     assert outcome.tokens == 10 * len(records)
@@ -89,11 +87,11 @@ def test_weights_go_back_and_masks_come_from_trained_weights(family, step, tmp_p
     assert loops.names == ["dense", "round-1", "round-2", "round-3"]
     assert [x["sparsity"] for x in records[1:]] == list(levels(schedules["geometric"](0.8), 3))
     for number, found in enumerate(loops.found[1:]):
-        twin = copy.deepcopy(rounds.model)
+        twin = copy.deepcopy(rounds.task.model)
         for name, parameter in twin.named_parameters():
             parameter.data.copy_(loops.found[number][name])
         again = Disturbance(twin, masks)
-        again(PLAN, tmp_path / loops.names[number]).run()
+        again(rounds.task, PLAN, tmp_path / loops.names[number]).run()
         weights = dict(twin.named_parameters())
         level = records[number + 1]["sparsity"]
         masks = {n: smallest(weights[n].detach(), masks[n], level) for n in masks}
@@ -121,16 +119,16 @@ def test_weights_go_on(rewind, tmp_path):
         ({"rewind": "weights", "rewind_step": 4}, [(4, 0, 10)] * 3),
     ],
 )
-def test_the_steps_of_each_round(how, spans):
-    rounds = rounds_of(tiny_model("llama"), rounds=3, **how)
+def test_the_steps_of_each_round(how, spans, tmp_path):
+    rounds = rounds_of(tiny_model("llama"), tmp_path, rounds=3, **how)
     parts = [rounds.part(number, TrainingPlan(steps=10)) for number in (1, 2, 3)]
     assert [(x.first_step, x.last_step, x.steps) for x in parts] == spans
 
 
 @pytest.mark.parametrize("plan", [{"steps": 4}, {"minutes": 1.0}])
-def test_refuses_to_go_back_behind_the_end(plan):
+def test_refuses_to_go_back_behind_the_end(plan, tmp_path):
     with pytest.raises(RecipeError, match="rewind_step"):
-        rounds_of(tiny_model("llama"), rewind_step=4).part(1, TrainingPlan(**plan))
+        rounds_of(tiny_model("llama"), tmp_path, rewind_step=4).part(1, TrainingPlan(**plan))
 
 
 class Stopped(KeyboardInterrupt):
@@ -155,15 +153,15 @@ def test_a_second_call_resumes(stop, rewind, tmp_path, monkeypatch):
     monkeypatch.setattr(Disturbance, "run", plain)
     again, loops, _ = in_rounds(tmp_path / "stopped", rewind=rewind)
     assert loops.names == [f"round-{n}" for n in range(stop, 4)]
-    for name, parameter in whole.model.named_parameters():
-        assert torch.equal(parameter, again.model.get_parameter(name))
+    for name, parameter in whole.task.model.named_parameters():
+        assert torch.equal(parameter, again.task.model.get_parameter(name))
     assert all(torch.equal(whole.kept[name], again.kept[name]) for name in whole.kept)
     left = sorted(x.relative_to(tmp_path).as_posix() for x in tmp_path.glob("stopped/*/*.safe*"))
     assert left == [f"stopped/round-3/{x}.safetensors" for x in ("final", "masks")]
 
 
 def test_a_training_that_fills_zeros_is_found(tmp_path):
-    rounds = rounds_of(tiny_model("llama"), rounds=2)
+    rounds = rounds_of(tiny_model("llama"), tmp_path, rounds=2)
     with pytest.raises(VerificationError) as raised:
-        rounds.train(Disturbance(rounds.model, rounds.kept, held=False), PLAN, tmp_path)
+        rounds.train(Disturbance(rounds.task.model, rounds.kept, held=False), PLAN)
     assert next(iter(rounds.kept)) in str(raised.value)

@@ -14,9 +14,9 @@ from secateur.progress import Silent
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import GradualPruning
-from secateur.training.loop import Loop, Outcome
+from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks, open_masks
-from secateur.training.objectives import NextToken
+from secateur.training.objectives import next_token
 from secateur.training.training_plan import TrainingPlan
 
 
@@ -43,15 +43,12 @@ def loop_of(
     model = pruned_model()
     masks = Masks(open_masks(model)) if gradual else Masks.of(model)
     cubic, how = schedules["cubic"](0.8), GradualOptions(every=2, end=0.8)
+    hooks = [GradualPruning(masks.kept, cubic, options=how)] if gradual else []
+    watching = watched(SEQUENCES[:4])
     return Loop(
-        model,
-        batches(),
-        NextToken.of(model),
-        masks,
+        TrainingTask(model, batches(), next_token(model), masks, watching, hooks),
         TrainingPlan(steps=8, optimizer=optimizer, save_minutes=0, validations=4, **EXACT),
-        validation=watched(SEQUENCES[:4]),
         saved=saved,
-        hooks=[GradualPruning(masks.kept, cubic, options=how)] if gradual else [],
         progress=stop,
     )
 

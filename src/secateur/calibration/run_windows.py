@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur.allocator import reused_training_pages
 from secateur.calibration.chats import template_digest
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import (
@@ -343,7 +343,7 @@ class RunWindows:
                 save_windows(windows, file, start=start)
 
         # its blocks of many sizes would fragment the memory for all later work
-        with quiet_transformers(), reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
+        with quiet_transformers(), reused_training_pages():
             more = continuation.continue_windows(
                 model,
                 own,

@@ -93,8 +93,8 @@ class Scheme:
         """
         groups = 1 if self.group is None else weight.shape[1] // self.group
         stored = source.reader.integers(name) if isinstance(source.reader, DenseView) else None
-        if stored is not None and stored.bits <= self.bits and stored.scale.shape[1] == groups:
-            codes, scale = stored.codes, stored.scale
+        if stored is not None and stored[0] <= self.bits and stored[2].shape[1] == groups:
+            _, codes, scale = stored
         elif self.group is None:
             codes, row_scale = quantize_rows(weight)
             scale = row_scale[:, None]

@@ -87,13 +87,15 @@ class KeyValueCache:
         head: int,
     ) -> None:
         self.dtype, self.windows = dtype, windows
-        self.width = -(-head // 16) * 16
+        self.width = -(-head // 16) * 16  # lanes of a register of float32
+        # a tile of int8 is followed by a float32 scale for each of its positions
         self.code_bytes = TILE * self.width * dtype.itemsize
         tile_bytes = self.code_bytes + (UNIT * TILE if dtype == torch.int8 else 0)
         self.tiles: dict[int, Tensor] = {}
         """By window: [keys and values, layers, slots, groups, tiles, bytes]."""
         for window in dict.fromkeys(windows):
             count = held_positions(capacity, window) // TILE
+            # all layers of a window in one tensor; C gets the address of each layer
             shape = (2, list(windows).count(window), slots, groups, count, tile_bytes)
             self.tiles[window] = unused_zeros(shape)
 
@@ -110,6 +112,7 @@ class KeyValueCache:
 
     def oldest(self, window: int, reached: int) -> int:
         """The first position that layers with a window hold after so many were written."""
+        # a ring of n tiles holds the n newest ones, of which the newest may be half full
         return TILE * max(0, (reached - 1) // TILE + 1 - self.tiles[window].shape[4])
 
     def goes_on(self, reached: int, length: int) -> bool:
@@ -127,6 +130,7 @@ class KeyValueCache:
         for window in self.tiles:
             tile, place, n = self._places(window, begin, end)
             keys, values, scales = self._views(window, slot)
+            # keys stand position by position; of values, n positions share a unit
             both = keys[:, :, tile, place], values[:, :, tile, place // n, place % n]
             rows = torch.stack([x.flatten(-2) for x in both])
             found.append(torch.cat([rows, scales[:, :, :, tile, place]], -1))
@@ -219,6 +223,7 @@ class Decoder:
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts have in common from their beginning on."""
+    # by halves: comparing slices of lists runs in C, a loop over tokens would not
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -332,6 +337,7 @@ class SlotDecoder:
         self.model: Any = model
         self.capacity, self.lengths = capacity, [0] * slots
         self._reached = [0] * slots  # what a slot had before it went back
+        # what an embedding gives: packed ones have no parameter to ask
         self.dtype = model.get_input_embeddings()(torch.tensor([0])).dtype
         self.cache = KeyValueCache(
             cache_dtype(cache, self.dtype),
@@ -430,6 +436,7 @@ class SlotDecoder:
                     f"{lengths[token.slot]} of {self.capacity} tokens"
                 )
             lengths[token.slot] += 1
+        # C answers the first tokens of a call; a stable sort keeps the order within a slot
         ordered = sorted(tokens, key=lambda token: not token.answered)
         answers = sum(token.answered for token in tokens)
         hidden = self._embedded(torch.tensor([token.id for token in ordered]))
@@ -462,6 +469,7 @@ class SlotDecoder:
             raise ShapeError(f"{count} tokens for {len(self.lengths)} slots of {self.capacity}")
         self.check(ids.tolist())
         hidden = self._embedded(ids)
+        # slot n is the n-th token, behind all that the slot has
         places = (CToken * count)(*enumerate(self.lengths[:count]))
         logits = torch.empty(count if answered else 0, self.c.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), places, count
@@ -492,6 +500,7 @@ class SlotDecoder:
             raise ShapeError(f"slot {slot} has {self.lengths[slot]} tokens, not {length}")
         if self.kept(slot, length) < length:
             raise ShapeError(f"slot {slot} no longer has the keys that token {length} sees")
+        # an empty slot is written from the beginning again, so nothing of it is lost
         self._reached[slot] = self.reached(slot) if length else 0
         self.lengths[slot] = length
 
@@ -576,6 +585,7 @@ class SteppedGeneration:
 
         caller = greenlet.getcurrent().parent
 
+        # `generate` takes the most likely token: the one that the caller has drawn gets all
         def hand_over(ids: Tensor, scores: Tensor) -> Tensor:
             token = caller.switch(scores[0].float().cpu())
             only = torch.full_like(scores, -torch.inf)

@@ -71,6 +71,7 @@ class Grammar:
         if more:
             matcher = matcher.deep_copy()
             matcher.consume_tokens([*more])
+        # a bit for each token, padded to words of 32; `count` may also be more, then bits are 0
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, count=len(logits), bitorder="little").astype(bool)
         dead = matcher.is_error() or not allowed.any()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,10 @@ from secateur.quantization.groups import Scales
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
 from secateur.runtime.formats.kept import decode_values
+from secateur.runtime.kernels import linear as inference
 from secateur.runtime.kernels.dispatch import choose, kind_of
 from secateur.runtime.kernels.library import kernel_info
-from secateur.runtime.kernels.linear import (
-    InferenceLinear,
-    IntegerLinear,
-    PackedEmbedding,
-    PackedLinear,
-    ReadEmbedding,
-    ReadLinear,
-    product_of,
-)
+from secateur.runtime.kernels.linear import InferenceLinear, PackedEmbedding, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix, to_large_pages
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 
@@ -61,6 +53,7 @@ def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
             codes = decode_values(parts["weight"], layout, layout.shape[1])
             return KernelMatrix.of_codes(codes, scales, layout.grid.group)
         mask, values = formats[layout.format].kept(parts, layout)
+        # back in their places [out, in]; the kernels' own order of columns is made from that
         codes = torch.zeros(layout.shape, dtype=torch.int8)
         codes.numpy()[mask.numpy()] = values.numpy()
         return KernelMatrix.of_codes(codes, scales, layout.grid.group, mask)
@@ -77,12 +70,12 @@ def matrix_of(parts: Mapping[str, Tensor], layout: Layout) -> KernelMatrix:
 
 def integers_of(
     parts: Mapping[str, Tensor], layout: Layout, bias: Tensor | None = None
-) -> IntegerLinear:
+) -> inference.IntegerLinear:
     """A linear in torch, of checked parts of a matrix of integers."""
-    stored = stored_integers(parts, layout)
+    _, codes, scale = _stored_integers(parts, layout)
     if layout.grid is None:
-        return IntegerLinear(stored.codes, stored.scale[:, 0], None, bias)
-    return IntegerLinear(stored.codes, stored.scale, layout.grid.group, bias)
+        return inference.IntegerLinear(codes, scale[:, 0], None, bias)
+    return inference.IntegerLinear(codes, scale, layout.grid.group, bias)
 
 
 def install(
@@ -134,16 +127,19 @@ def install(
         if path == embedding_at:
             rows = _rows_of(parts, layout, dtype, kernels)
             if replaced:
-                kind = ReadEmbedding if model.config.model_type in READ_ROWS else PackedEmbedding
+                kind = (
+                    inference.ReadEmbedding
+                    if model.config.model_type in READ_ROWS
+                    else PackedEmbedding
+                )
                 module = kind(rows, dtype, _factor_of(old))
             if tied and (replaced or layout.integers):
-                alike = rows.integers or not layout.integers
-                head_module = (
-                    PackedLinear(rows) if alike else _linear_of(parts, layout, dtype, kernels)
-                )
+                head_module = PackedLinear(rows)
+                if layout.integers and not rows.integers:  # the rows had to be expanded
+                    head_module = _linear_of(parts, layout, dtype, kernels)
         elif path.endswith(READ):
             if replaced:
-                module = ReadLinear(KernelMatrix(view.read(stored).to(dtype)), old.bias)
+                module = inference.ReadLinear(KernelMatrix(view.read(stored).to(dtype)), old.bias)
         elif replaced or layout.integers:
             _check_replaceable(old, path)
             module = _linear_of(parts, layout, dtype, kernels, old.bias)
@@ -268,7 +264,7 @@ def _linear_of(
 ) -> InferenceLinear:
     """A linear of checked parts, multiplied by the format's product, our kernels or torch."""
     if kernels:
-        product = product_of(layout, torch.device("cpu"))
+        product = inference.product_of(layout, torch.device("cpu"))
         if product is not None:
             return product.linear(parts, layout, bias, torch.device("cpu"))
         return PackedLinear(matrix_of(parts, layout), bias)
@@ -353,6 +349,7 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         for module in linears:
             module.kernel_up_to = None
         return
+    # the kernels know no float16 activations; `PackedLinear.product` gives them float32
     activations = torch.float32 if dtype == torch.float16 else dtype
     kinds: dict[tuple[object, ...], list[PackedLinear]] = defaultdict(list)
     for module in linears:
@@ -361,38 +358,28 @@ def settle(model: Any, dtype: torch.dtype) -> None:
     for modules in kinds.values():
         others = total - sum(m.matrix.nbytes for m in modules)
         choice = choose([m.matrix for m in modules], activations, others)
-        if choice.gain < WORTH_IT and modules[0].matrix.packed:
+        if choice.speedup_over_dense < WORTH_IT and modules[0].matrix.packed:
             for module in modules:
                 module.matrix = module.matrix.dense(dtype)
+            # another kind now, with its own best number of tokens
             choice = choose([m.matrix for m in modules], activations, others)
         for module in modules:
             module.kernel_up_to = choice.kernel_up_to
     to_large_pages(_matrices_in(model))
 
 
-@dataclass(frozen=True)
-class StoredIntegers:
-    """A matrix of integers with scales.
-
-    Attributes:
-        bits: of an integer.
-        codes: the integers, int8 [out, in].
-        scale: float32 [out, groups].
-    """
-
-    bits: int
-    codes: Tensor
-    scale: Tensor
+Integers = tuple[int, Tensor, Tensor]
+"""A matrix of integers with scales: the bits of one, int8 [out, in], float32 [out, groups]."""
 
 
-def stored_integers(parts: Mapping[str, Tensor], layout: Layout) -> StoredIntegers:
+def _stored_integers(parts: Mapping[str, Tensor], layout: Layout) -> Integers:
     """The integers of checked parts of a matrix."""
     mask, values = formats[layout.format].kept(parts, layout)
     codes = torch.zeros(layout.shape, dtype=torch.int8).masked_scatter_(mask, values)
     if layout.grid is None:
-        return StoredIntegers(8, codes, parts["weight_scale"][:, None])
+        return 8, codes, parts["weight_scale"][:, None]
     scales = Scales(parts["weight_exponent"], parts["weight_scale"])
-    return StoredIntegers(layout.grid.bits, codes, scales.values)
+    return layout.grid.bits, codes, scales.values
 
 
 class DenseView(CheckpointReader):
@@ -442,10 +429,11 @@ class DenseView(CheckpointReader):
         if layout is None or owner == name:
             return self.packed.read(name)
         weight = formats[layout.format].unpack(self.packed.parts(owner), layout)
+        # integers come in float32, and the dense checkpoint has a narrower dtype
         weight = weight.to(self.entries[name].dtype)
         return weight.t().contiguous() if layout.transposed else weight
 
-    def integers(self, name: str) -> StoredIntegers | None:
+    def integers(self, name: str) -> Integers | None:
         """A matrix as it is stored, if it is stored as integers; None for any other tensor.
 
         The dense matrix in the dtype of the computation may have fewer bits than scale times
@@ -458,7 +446,7 @@ class DenseView(CheckpointReader):
         layout = self.packed.layouts.get(owner)
         if layout is None or owner == name or not layout.integers:
             return None
-        return stored_integers(self.packed.parts(owner), layout)
+        return _stored_integers(self.packed.parts(owner), layout)
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors one after the other, read, since packed ones cannot be mapped."""

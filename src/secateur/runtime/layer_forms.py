@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import family_of
 from secateur.models.experts import OpenExperts, opened_form
-from secateur.runtime.kernels.library import (
-    TYPES,
-    CDecoder,
-    CFeedForward,
-    CLayer,
-    CNorm,
-    address,
-    kernel_info,
-)
+from secateur.runtime.kernels import library
+from secateur.runtime.kernels.library import TYPES, CFeedForward, CNorm, address
 from secateur.runtime.kernels.linear import InferenceLinear, IntegerLinear, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
 
@@ -157,8 +150,8 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
         capacity: tokens of prompt and text together.
     """
     config = model.config
-    if kernel_info().tier == "none":
-        return kernel_info().reason
+    if library.kernel_info().tier == "none":
+        return library.kernel_info().reason
     if config.model_type not in FORMS:
         return f"its type is {config.model_type} (docs/families.md says which are decoded)"
     form = FORMS[config.model_type]
@@ -179,8 +172,8 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
         return f"it has layers of the kind {min(odd)}"
-    if activation_of(config) not in ACTIVATIONS and not form.clamped:
-        return f"its activation is {activation_of(config)}"
+    if _activation_of(config) not in ACTIVATIONS and not form.clamped:
+        return f"its activation is {_activation_of(config)}"
     if (getattr(config, "n_group", None) or 1) > 1:
         return "its experts are chosen by groups"
     if config.model_type == "phi" and config.qk_layernorm:
@@ -222,7 +215,7 @@ def longest(config: Any) -> int | None:
     return int(rotary["original_max_position_embeddings"])
 
 
-def activation_of(config: Any) -> str:
+def _activation_of(config: Any) -> str:
     """The name of the activation of the feed-forwards."""
     names = ("hidden_activation", "hidden_act", "activation_function")
     return next((getattr(config, name) for name in names if getattr(config, name, None)), "silu")
@@ -262,7 +255,7 @@ class KernelModel:
         cache_dtype: torch.dtype,
         caches: Callable[[int], tuple[int, int, int]],
         answers: Int64[Tensor, " answers"] | None = None,
-    ) -> CDecoder:
+    ) -> library.CDecoder:
         """The whole model.
 
         Args:
@@ -274,13 +267,14 @@ class KernelModel:
         attention = layers[0].self_attn
         final = getattr(self.model.model, "norm", None) or self.model.model.final_layernorm
         angles = self.angles(attention)
-        described = (CLayer * len(layers))(
+        # C holds addresses only: `alive` keeps what they point to
+        described = (library.CLayer * len(layers))(
             *(self.layer(layer, i, angles, caches(i)) for i, layer in enumerate(layers))
         )
         head = self.matrix(self.model.get_output_embeddings())
         head = head if answers is None else head.of_rows(answers)
         self.alive += [described, head]
-        return CDecoder(
+        return library.CDecoder(
             layers=len(layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -289,14 +283,14 @@ class KernelModel:
             vocabulary=head.rows,
             cache_type=TYPES[cache_dtype],
             exact=int(self.exact),
-            epsilon=epsilon_of(final),
+            epsilon=float(getattr(final, "variance_epsilon", None) or final.eps),
             layer=described,
             final_norm=self.norm(final),
             head_matrix=head.c,
-            centered=int(is_layer_norm(final)),
+            centered=int(_is_layer_norm(final)),
             parallel=int(self.form.parallel or getattr(layers[0], "use_parallel_residual", False)),
             residual=getattr(config, "residual_multiplier", 1.0),
-            activation=CLAMPED if self.form.clamped else ACTIVATIONS[activation_of(config)],
+            activation=CLAMPED if self.form.clamped else ACTIVATIONS[_activation_of(config)],
             alpha=getattr(config, "swiglu_alpha", 0.0),
             limit=getattr(config, "swiglu_limit", 0.0),
             **self.routing(layers),
@@ -311,7 +305,7 @@ class KernelModel:
 
     def layer(
         self, layer: Any, index: int, angles: Mapping[str, Any], caches: tuple[int, int, int]
-    ) -> CLayer:
+    ) -> library.CLayer:
         """One decoder layer."""
         attention, config = layer.self_attn, self.model.config
         names = self.form.norms
@@ -321,7 +315,7 @@ class KernelModel:
         kinds = getattr(config, "layer_types", None)
         here = angles.get(kinds[index] if kinds else "", angles.get(""))
         cosine, sine = here if here and self.form.rotated(attention) else (None, None)
-        return CLayer(
+        return library.CLayer(
             **self.projections(attention),
             **{
                 to: self.norm(getattr(layer, name) if name else None)
@@ -388,6 +382,7 @@ class KernelModel:
             names for names in _FEED_FORWARDS if all(hasattr(ffn, x) for x in names if x)
         )
         up, down = getattr(ffn, up_name), getattr(ffn, down_name)
+        # gate and up may be the halves of one matrix; `first` is the first row of up
         whole, rows, first = self.matrix(up), up.out_features, 0
         found: dict[str, Any] = {"down": self.matrix(down).c, "down_bias": self.floats(down.bias)}
         if gate_name == up_name:
@@ -418,7 +413,7 @@ class KernelModel:
         norm = getattr(attention, self.form.qk_norms[0], None)
         if norm is None:
             return 0
-        if hasattr(norm, "norms") or is_layer_norm(norm):
+        if hasattr(norm, "norms") or _is_layer_norm(norm):
             return 2
         return int(norm.weight.numel() != attention.head_dim)
 
@@ -426,7 +421,7 @@ class KernelModel:
         """The weights of a norm of queries or keys."""
         if norm is None:
             return None
-        if hasattr(norm, "norms"):  # one for each head
+        if hasattr(norm, "norms"):  # one for each head: [heads, head]
             return self.floats(torch.stack([x.weight for x in norm.norms]))
         return self.floats(norm.weight.detach().float() + self.offset(norm))
 
@@ -439,6 +434,7 @@ class KernelModel:
 
     def offset(self, norm: Any) -> float:
         """What a norm adds to its stored weight."""
+        # Nemotron's LayerNorm1P; Gemma's norms are the family's `norm_offset`
         return 1.0 if type(norm).__name__.endswith("1P") else self.norm_offset
 
     def angles(self, attention: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -454,6 +450,7 @@ class KernelModel:
             given = (torch.zeros(1, 1, 1), positions, *([kind] if by_kind else []))
             with torch.inference_mode():
                 angles = [x[0].float() for x in rotary(*given)]
+            # transformers gives the angles of a half twice: side by side, or each next to itself
             half = angles[0].shape[-1] // (1 if self.form.half_angles else 2)
             twice = torch.equal(angles[0][:, ::2], angles[0][:, 1::2])
             pair = [(x[:, ::2] if twice and x.shape[-1] > half else x[:, :half]) for x in angles]
@@ -493,13 +490,7 @@ def _correction(ffn: Any, router: Any) -> Tensor | None:
     return next((x for x in found if x is not None), None)
 
 
-def is_layer_norm(norm: Any) -> bool:
+def _is_layer_norm(norm: Any) -> bool:
     """Whether a norm subtracts the mean."""
     name = type(norm).__name__
     return isinstance(norm, nn.LayerNorm) or ("LayerNorm" in name and "RMS" not in name)
-
-
-def epsilon_of(norm: Any) -> float:
-    """The epsilon of a norm."""
-    names = ("variance_epsilon", "eps")
-    return float(next(getattr(norm, name) for name in names if hasattr(norm, name)))

@@ -13,33 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
 from secateur.errors import KernelError, RecipeError, install_extra
+from secateur.models import skeleton
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
-from secateur.models.skeleton import (
-    assign,
-    build_skeleton,
-    fill_buffers,
-    quiet_transformers,
-    refuse_missing,
-    stored_names,
-)
 from secateur.quantization.groups import Scales
-from secateur.runtime.formats import formats
-from secateur.runtime.install import (
-    DenseView,
-    install,
-    integers_of,
-    path_of,
-    replace,
-    tie_head,
-    tied_head,
-)
+from secateur.runtime import install
+from secateur.runtime.formats import Layout, formats
+from secateur.runtime.kernels import linear as inference
 from secateur.runtime.kernels.dispatch import KernelChoice
-from secateur.runtime.kernels.linear import InferenceLinear, PackedEmbedding, product_of
+from secateur.runtime.kernels.linear import InferenceLinear, PackedEmbedding
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 from secateur.runtime.sampling import generation_config
 
@@ -95,7 +81,8 @@ def load(
         return load_whole(folder, device, dtype=dtype, trust_remote_code=trust_remote_code)
     packed = PackedCheckpoint(folder)
     dtype = dtype or computed_dtype(folder)
-    model = build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    # on meta: every parameter is filled once, from the files
+    model = skeleton.build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     on_gpu = device.type == "cuda" and kernels and not expand
     if on_gpu and find_spec("triton") is None:
         raise KernelError(
@@ -105,7 +92,7 @@ def load(
         if on_gpu:
             install_on_gpu(model, packed, dtype, device)
         else:
-            install(model, packed, dtype, expand=expand, kernels=kernels)
+            install.install(model, packed, dtype, expand=expand, kernels=kernels)
             if device.type != "cpu":
                 model.to(device)
     model.config.dtype = dtype
@@ -114,7 +101,7 @@ def load(
         refuse_saving(model)  # transformers would lose weights, or names of experts
     else:
         del model.config.quantization_config
-    with quiet_transformers():
+    with skeleton.quiet_transformers():
         settings = generation_config(folder)
     if settings is not None:
         model.generation_config = settings
@@ -140,50 +127,57 @@ def install_on_gpu(
     """
     from secateur.runtime.kernels.gpu.linear import GpuLinear, measured
 
-    view = DenseView(packed, dtype)
-    names = stored_names(model, view)
-    head = tied_head(model, names)
+    # Everything is put together on the CPU. One move at the end then keeps tied weights tied.
+    view = install.DenseView(packed, dtype)
+    names = skeleton.stored_names(model, view)
+    head = install.tied_head(model, names)
     head_module = None
-    embedding_at = path_of(model, model.get_input_embeddings())
-    refuse_missing((n for n, _ in model.named_parameters() if n != head), names, packed.folder)
+    embedding_at = install.path_of(model, model.get_input_embeddings())
+    skeleton.refuse_missing(
+        (n for n, _ in model.named_parameters() if n != head), names, packed.folder
+    )
     choices: dict[tuple[object, ...], KernelChoice] = {}
     found: list[str] = []
-    for parameter, stored in names.items():
-        path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
-        layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
-        module = model.get_submodule(path)
-        product = None if layout is None else product_of(layout, device)
-        if layout is not None and product is not None and isinstance(module, nn.Linear):
-            parts = packed.parts(owner)
-            replace(model, path, product.linear(parts, layout, module.bias, device))
-            found.append(path)
-            continue
-        if layout is not None and layout.format != "dense" and isinstance(module, nn.Linear):
-            matrix = gpu_matrix(packed, owner, device)
+
+    def linear_of(owner: str, layout: Layout, bias: Tensor | None) -> InferenceLinear | None:
+        """The fastest linear of a packed matrix; None if that is a dense one."""
+        product = inference.product_of(layout, device)
+        if product is not None:
+            return product.linear(packed.parts(owner), layout, bias, device)
+        if layout.format != "dense":
+            matrix = _gpu_matrix(packed, owner, device)
+            # the matrices of a kind take the same time, so one of them is measured
             share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
             kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
             if kind not in choices:
                 choices[kind] = measured(matrix, dtype)
-            if choices[kind].gain >= 1:
+            if choices[kind].speedup_over_dense >= 1:
                 up_to = choices[kind].kernel_up_to
-                linear = GpuLinear(matrix, module.bias, up_to, rounds_inputs=layout.integers)
-                replace(model, path, linear)
-                found.append(path)
+                return GpuLinear(matrix, bias, up_to, rounds_inputs=layout.integers)
+        # integers stay integers also where they are dense, so that no number changes
+        return install.integers_of(packed.parts(owner), layout, bias) if layout.integers else None
+
+    for parameter, stored in names.items():
+        path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
+        layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
+        module = model.get_submodule(path)
+        if layout is not None and isinstance(module, nn.Linear):
+            linear = linear_of(owner, layout, module.bias)
+            if linear is not None:
+                install.replace(model, path, linear)
+                found += [] if isinstance(linear, inference.IntegerLinear) else [path]
                 continue
-        if layout is not None and layout.integers and isinstance(module, nn.Linear):
-            replace(model, path, integers_of(packed.parts(owner), layout, module.bias))
-            continue
         if layout is not None and layout.integers and path == embedding_at and head:
-            head_module = integers_of(packed.parts(owner), layout)
-        assign(model, parameter, view.read(stored).to(dtype))
-    fill_buffers(model, view)
+            head_module = install.integers_of(packed.parts(owner), layout)
+        skeleton.assign(model, parameter, view.read(stored).to(dtype))
+    skeleton.fill_buffers(model, view)
     if head:
-        tie_head(model, embedding_at, head, head_module)
+        install.tie_head(model, embedding_at, head, head_module)
     model.to(device)
     return found
 
 
-def gpu_matrix(packed: PackedCheckpoint, owner: str, device: torch.device) -> Any:
+def _gpu_matrix(packed: PackedCheckpoint, owner: str, device: torch.device) -> Any:
     """A stored matrix [out, in] in the form of the GPU's kernels."""
     from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 

@@ -9,11 +9,7 @@ layout of every packed matrix, how activations are rounded, the checksum of ever
 the decoding of archived ones. A digest covers all of this with names, dtypes and shapes, so that a
 changed header is detected like changed data.
 
-An archive stores every larger tensor as byte planes, compressed with zstandard. A plane has the
-first bytes of all elements, the next the second bytes, and so on. Exponents of weights are much
-alike and mantissas are not, so they compress better apart. Numbers of 3, 5, 6 or 7 bits are first
-widened, because zstandard counts bytes: in a bit stream most bytes hold pieces of several numbers.
-Archives are lossless, and meant for storage and transfer; loading unpacks them.
+The larger tensors of an archive are compressed further (`archive.py`).
 """
 
 from __future__ import annotations
@@ -23,186 +19,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
-import zstandard
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import (
-    PACKED_INDEX_NAME,
-    QUANT_METHOD,
-    ShardWriter,
-    as_bytes,
-    dtype_name,
-    header_text,
-    not_finite,
-    read_all,
-    shard_files,
-)
-from secateur.models.header import (
-    DTYPES,
-    MAX_DIMENSIONS,
-    MAX_SIDE,
-    Header,
-    TensorEntry,
-    parse_json,
-    read_header,
-)
+from secateur.models import checkpoint
+from secateur.models.checkpoint import PACKED_INDEX_NAME, QUANT_METHOD, as_bytes
+from secateur.models.header import Header, TensorEntry, parse_json, read_header
 from secateur.quantization.activations import GROUP
+from secateur.runtime.archive import Archived, from_archive, pays_to_archive, to_archive
 from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
-from secateur.runtime.formats.bits import pack_numbers, padding_bits, row_bytes, unpack_numbers
-
-SMALLEST_BYTES = 1024
-"""Tensors up to this size are not compressed."""
-
-LEVEL = 9
-"""The level of zstandard: 1 to 2 % smaller than level 3 on packed weights, equally fast to read."""
-
-LEVEL_OF_NUMBERS = 1
-"""The level for widened numbers. They repeat by chance only, and higher levels write each short
-repetition at more bits than it saves: level 9 is 5 % larger."""
-
-MOST_EXPANSION = 1024
-"""A frame that grows by more is refused, so a small file cannot use up all memory."""
-
-ALWAYS_BELIEVED_BYTES = 16 * 2**20
-
-WIDENED = {"zstd-3": 3, "zstd-5": 5, "zstd-6": 6, "zstd-7": 7}
-"""The codecs for bit streams whose numbers straddle bytes, and the bits of these numbers."""
-
-
-@dataclass(frozen=True)
-class Archived:
-    """The tensor that stored bytes decode to, as the description of a file has it.
-
-    Attributes:
-        dtype: its name in safetensors.
-        shape: of the tensor.
-        codec: `zstd`: a frame of the byte planes; `none`: the byte planes uncompressed;
-            `zstd-3` and the others of `WIDENED`: a frame of numbers of so many bits, widened.
-    """
-
-    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
-    shape: Annotated[
-        tuple[Annotated[StrictInt, Field(ge=0, le=MAX_SIDE)], ...], Field(max_length=MAX_DIMENSIONS)
-    ]
-    codec: Literal["zstd", "none", "zstd-3", "zstd-5", "zstd-6", "zstd-7"]
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    @classmethod
-    def of(cls, spec: PartSpec, codec: str) -> Archived:
-        """A tensor of this dtype and shape."""
-        return cls(dtype_name(spec.dtype), spec.shape, codec)  # type: ignore[arg-type]
-
-    @property
-    def spec(self) -> PartSpec:
-        """Dtype and shape of the tensor."""
-        return PartSpec(DTYPES[self.dtype], self.shape)
-
-    def to_json(self) -> dict[str, Any]:
-        """For the metadata of a file."""
-        return {"dtype": self.dtype, "shape": list(self.shape), "codec": self.codec}
-
-    def check(self, stored: PartSpec) -> None:
-        """Refuse bytes that cannot decode to this tensor.
-
-        Raises:
-            CheckpointError: the decoded size is larger than `MOST_EXPANSION` allows, or the codec
-                is for other tensors.
-        """
-        size = self.spec.nbytes
-        if stored.dtype != torch.uint8 or len(stored.shape) != 1:
-            raise CheckpointError("an archived tensor is stored as a row of bytes")
-        if self.codec in WIDENED and self.spec.dtype != torch.uint8:
-            raise CheckpointError(f"{self.codec} is for bytes, not for {self.dtype}")
-        most = max(ALWAYS_BELIEVED_BYTES, MOST_EXPANSION * stored.nbytes)
-        if not SMALLEST_BYTES < size <= most:
-            raise CheckpointError(f"{stored.nbytes} bytes are said to hold {size}")
-
-
-def to_archive(tensor: Tensor, width: int = 8) -> tuple[Tensor, Archived]:
-    """A tensor as a row of bytes, and its description for decoding.
-
-    Args:
-        tensor: of any dtype and shape.
-        width: the bits of its numbers, if it is uint8 and its rows are bit streams.
-    """
-    spec = PartSpec(tensor.dtype, tuple(tensor.shape))
-    planes = tensor.contiguous().view(-1).view(torch.uint8)
-    planes = planes.reshape(-1, spec.dtype.itemsize).t().contiguous()
-    codec = f"zstd-{width}"
-    if codec in WIDENED:
-        numbers = unpack_numbers(tensor, width, _widened_count(spec, width))
-        level, content = LEVEL_OF_NUMBERS, pack_numbers(numbers, _widened_bits(width))
-    else:
-        level, content, codec = LEVEL, planes, "zstd"
-    frame = zstandard.ZstdCompressor(level=level).compress(as_bytes(content))
-    if spec.nbytes > max(ALWAYS_BELIEVED_BYTES, MOST_EXPANSION * len(frame)):
-        return planes.view(-1), Archived.of(spec, "none")
-    return torch.frombuffer(bytearray(frame), dtype=torch.uint8), Archived.of(spec, codec)
-
-
-def from_archive(stored: Tensor, archived: Archived) -> Tensor:
-    """The tensor that was encoded.
-
-    Never allocates more than the described size: a frame states its content size, and a frame that
-    contradicts its metadata is refused before it is opened.
-
-    Raises:
-        CheckpointError: this is no frame, it has another size, or numbers need more bits.
-    """
-    spec = archived.spec
-    if archived.codec in WIDENED:
-        return _narrowed(stored, spec, WIDENED[archived.codec])
-    planes = stored if archived.codec == "none" else _opened(stored, spec.nbytes)
-    if planes.numel() != spec.nbytes:
-        raise CheckpointError(f"{planes.numel()} bytes where {spec.nbytes} are needed")
-    elements = planes.reshape(spec.dtype.itemsize, -1).t().contiguous()
-    return elements.view(-1).view(spec.dtype).reshape(spec.shape)
-
-
-def _opened(stored: Tensor, size: int) -> Tensor:
-    """The content of a frame, which has this size."""
-    frame = as_bytes(stored)
-    try:
-        holds = zstandard.frame_content_size(frame)
-        if holds != size:
-            raise CheckpointError(f"a frame of {holds} bytes where {size} are needed")
-        content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CheckpointError(f"the frame cannot be read: {error}") from None
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def _narrowed(stored: Tensor, spec: PartSpec, width: int) -> Tensor:
-    """The bit streams whose widened numbers are in a frame."""
-    *rows, length = spec.shape
-    count, wide = _widened_count(spec, width), _widened_bits(width)
-    row = row_bytes(count * wide)
-    content = _opened(stored, prod(rows) * row).reshape(*rows, row)
-    numbers = unpack_numbers(content, wide, count)
-    packed = pack_numbers(numbers, width)
-    beyond = int((numbers >= 2**width).sum()) + int(packed[..., length:].count_nonzero())
-    beyond += padding_bits(content.view(-1, row), count * wide)
-    if beyond:
-        raise CheckpointError(f"{beyond} widened numbers do not fit the bytes of their stream")
-    return packed[..., :length].contiguous()
-
-
-def _widened_bits(width: int) -> int:
-    """The bits of a widened number: 4 or 8, so that bytes hold whole numbers."""
-    return 4 if width < 4 else 8
-
-
-def _widened_count(spec: PartSpec, width: int) -> int:
-    """The numbers that the bytes of a row hold, the last one perhaps in part."""
-    return -(-8 * spec.shape[-1] // width)
 
 
 def quantization_config(archive: bool, layouts: Iterable[Layout]) -> dict[str, Any]:
@@ -271,7 +101,7 @@ class PackedCheckpoint:
         self.folder = Path(folder)
         stated = _stated_in_config(self.folder)
         self.archive = stated.archive
-        self.files = shard_files(self.folder)
+        self.files = checkpoint.shard_files(self.folder)
         self.layouts: dict[str, Layout] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.specs: dict[str, PartSpec] = {}
@@ -299,7 +129,7 @@ class PackedCheckpoint:
                 remedy="copy or download the index again",
             )
 
-    def _open(self, file: Path, stated: Stated) -> None:
+    def _open(self, file: Path, stated: _Stated) -> None:
         """Check one file and add its tensors."""
         header = read_header(file)
         description = _read_description(header)
@@ -310,6 +140,7 @@ class PackedCheckpoint:
                 f"the folder has {', '.join(names)[:200]}",
                 remedy="copy or download the missing files",
             )
+        # Of two files that disagree one is from another checkpoint, whatever its checksums say.
         own = (description.archive, description.activations)
         if own != (stated.archive, stated.activations):
             raise CheckpointError("this file and config.json disagree on archive or activations")
@@ -326,6 +157,7 @@ class PackedCheckpoint:
         self.specs |= specs
         self._archived |= description.archived
         self._checksums |= description.checksums
+        # the order of the headers, with each matrix once, where its first part is
         suffixes = part_suffixes()
         owners = {f"{matrix}.{s}": matrix for matrix in description.layouts for s in suffixes}
         self.order += dict.fromkeys(owners.get(name, name) for name in header)
@@ -355,11 +187,12 @@ class PackedCheckpoint:
             CheckpointError: damaged.
         """
         entry = self.entries[name]
+        # Read, not mapped: a file that changes after its checksum was computed changes nothing.
         stored = torch.empty(entry.shape, dtype=entry.dtype)
         with _at(f"{entry.file}: {name}"):
             with entry.file.open("rb", buffering=0) as stream:
                 stream.seek(entry.offset)
-                read_all(stream, stored)
+                checkpoint.read_all(stream, stored)
             found = checksum(as_bytes(stored))
             if found != self._checksums[name]:
                 raise CheckpointError(
@@ -369,7 +202,7 @@ class PackedCheckpoint:
             if name not in self._archived:
                 return stored
             values = from_archive(stored, self._archived[name])
-            if bad := not_finite(values):
+            if bad := checkpoint.not_finite(values):
                 raise CheckpointError(f"{bad} of {values.numel()} values are NaN or infinite")
             return values
 
@@ -387,14 +220,14 @@ class PackedCheckpoint:
                 yield name, self.read(name)
 
 
-class Stated(BaseModel):
+class _Stated(BaseModel):
     """What `config.json` says: whether this is an archive, and how activations are rounded."""
 
     archive: StrictBool
     activations: dict[str, Any] | None
 
 
-def _stated_in_config(folder: Path) -> Stated:
+def _stated_in_config(folder: Path) -> _Stated:
     record = _read_quantization_config(folder)
     where = str(folder / "config.json")
     if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
@@ -405,7 +238,7 @@ def _stated_in_config(folder: Path) -> Stated:
         )
     with _at(where):
         _check_version(record.get("version"))
-        stated = _validated(Stated, record)
+        stated = _validated(_Stated, record)
         _check_activations(stated.activations)
     return stated
 
@@ -473,14 +306,17 @@ def _write_file(
     squeezed = {
         name: Archived.of(spec, "zstd")
         for name, spec in planned.tensors.items()
-        if archive and spec.nbytes > SMALLEST_BYTES
+        if archive and pays_to_archive(spec)
     }
     plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
     description = _description_of(planned, names, activations, squeezed if archive else None)
+    # The header stands before the data, and sizes of frames are known only after it. So room is
+    # left for the longest header: with frames of 2^50 bytes, and checksums of eight digits.
     nothing = dict.fromkeys(squeezed, PartSpec(torch.uint8, (2**50,)))
     longest = _describe_file(description, planned.tensors | nothing)
     stored_specs = dict(planned.tensors)
-    with ShardWriter(path, plain, list(squeezed), longest) as writer:
+    with checkpoint.ShardWriter(path, plain, list(squeezed), longest) as writer:
+        # `tensors` goes on with the next file, so only as many are taken as this file has
         for _ in planned.tensors:
             name, tensor = next(tensors)
             stored = tensor.contiguous()
@@ -502,7 +338,7 @@ ACTIVATIONS = {"values": "int8", "group": GROUP}
 NEWER = "install a newer secateur"
 
 
-class Description(BaseModel):
+class _Description(BaseModel):
     """The content of one file of a compressed checkpoint.
 
     Attributes:
@@ -555,9 +391,9 @@ def _description_of(
     files: Sequence[str],
     activations: Mapping[str, Any] | None,
     archived: dict[str, Archived] | None = None,
-) -> Description:
+) -> _Description:
     """The description of a file that is not written yet; `archived` is None without an archive."""
-    return Description(
+    return _Description(
         archive=archived is not None,
         activations=activations,
         files=[*files],
@@ -572,7 +408,7 @@ def checksum(stored: memoryview) -> str:
     return f"{zlib.crc32(stored):08x}"
 
 
-def _describe_file(description: Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
+def _describe_file(description: _Description, stored: Mapping[str, PartSpec]) -> dict[str, str]:
     """The metadata of a file."""
     record = {
         **dict(description),
@@ -599,19 +435,21 @@ def header_bytes(
     """
     description = _description_of(PlannedFile("", dict(tensors), dict(layouts)), files, ACTIVATIONS)
     placed = {name: (spec.dtype, spec.shape, LATE) for name, spec in tensors.items()}
-    return 8 + len(header_text(placed, _describe_file(description, tensors))) + 7  # to a multiple
+    text = checkpoint.header_text(placed, _describe_file(description, tensors))
+    return 8 + len(text) + 7  # its length before it, and filled up to a multiple of 8
 
 
 def _digest(record: Mapping[str, Any], stored: Mapping[str, PartSpec]) -> str:
     """The CRC-32 of the description without its digest, and of names, dtypes and shapes."""
-    tensors = {name: [dtype_name(x.dtype), list(x.shape)] for name, x in stored.items()}
+    tensors = {name: [checkpoint.dtype_name(x.dtype), list(x.shape)] for name, x in stored.items()}
+    # sorted keys and no spaces: the digest must not depend on how JSON was written
     covered = {**record, "tensors": tensors}
     covered.pop("digest", None)
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
     return checksum(memoryview(text.encode()))
 
 
-def _read_description(header: Header) -> Description:
+def _read_description(header: Header) -> _Description:
     """Read and check the description of a file."""
     if METADATA_KEY not in header.metadata:
         raise CheckpointError(
@@ -623,13 +461,14 @@ def _read_description(header: Header) -> Description:
     except ValueError as error:
         raise CheckpointError(f"the description is not JSON: {error}") from None
     _check_version(record.get("version") if isinstance(record, dict) else None)
+    # before the types are checked: of a damaged header they would name a field, not the damage
     stored = {name: PartSpec(e.dtype, e.shape) for name, e in header.items()}
     if record.get("digest") != _digest(record, stored):
         raise CheckpointError(
             "the description of the file does not match its digest",
             remedy="the header was changed or damaged: copy or download the file again",
         )
-    description = _validated(Description, record)
+    description = _validated(_Description, record)
     _check_activations(description.activations)
     odd = description.checksums.keys() ^ stored.keys() | description.archived.keys() - stored.keys()
     if odd:

@@ -98,9 +98,11 @@ class PackedQuantizer(HfQuantizer):
         packed = PackedCheckpoint(folder)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
+        # packed experts are stored one by one, and are linears of their own
         open_experts(model)
         with torch.device("cpu"):  # transformers creates everything on meta here
             paths = install(model, packed, self.dtype, matrices_only=True)
+        # Or transformers would warn of every packed part that it finds and does not load.
         owners = "|".join(re.escape(name) for name in {*packed.layouts, *paths})
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         parts = "|".join(map(re.escape, part_suffixes()))

@@ -50,6 +50,7 @@ class Waiting(importlib.abc.MetaPathFinder):
         """The spec of the awaited module, with a loader that then imports ours."""
         if name != self.table:
             return None
+        # first, or the search below would ask this finder again
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:

@@ -104,6 +104,7 @@ class Draws:
             more: tokens that may follow the text.
         """
         s, r = self.sampling, self.repetition_penalty
+        # each penalty changes a copy: a draft's and the parent's rows are read again
         if r != 1:
             seen = [*self.seen, *more]
             found, logits = logits[seen], logits.copy()
@@ -143,6 +144,7 @@ class Draws:
             return chances, None
         ordered, tokens = self.likeliest(chances)
         if self.top_k is not None:
+            # top-p counts shares of what top-k has left, as in transformers
             ordered = ordered / ordered.sum()
         # the probability of all tokens before this one: the first is always kept
         kept = ordered.cumsum() - ordered < self.top_p
@@ -166,6 +168,7 @@ class Draws:
 
     def place(self, shares: Numbers) -> int:
         """A place by its share of the sum."""
+        # float32 sums of 250,000 shares would lose the smallest ones
         sums = shares.cumsum(dtype=np.float64)
         found = np.searchsorted(sums, self.point() * sums[-1], side="right")
         return min(int(found), len(shares) - 1)
@@ -183,6 +186,7 @@ class Draws:
         if k is None:
             found = np.flatnonzero(chances >= FIRST_LOOK * chances.max())
             tokens = found[np.argsort(-chances[found], kind="stable")]
+            # they are enough if top-p ends among them, or if min-p keeps no smaller one
             if float(chances[tokens].sum()) > self.top_p or self.min_p >= FIRST_LOOK:
                 return chances[tokens], tokens
         tokens = np.argsort(-chances, kind="stable")
@@ -323,6 +327,7 @@ class TextStream:
 
     def new_text(self, *, whole: bool) -> str:
         """The text of the tokens that came last; with `whole`, once its characters are whole."""
+        # Decoded with the tokens before them, and without them: the difference is their text.
         known = self.decoded(self.tokens[self.from_token : self.to_token])
         more = self.decoded(self.tokens[self.from_token :])
         if whole and more.endswith(HALF):
@@ -339,6 +344,7 @@ class TextStream:
 
     def take(self, new: str) -> None:
         """Append text, and end at a stop text."""
+        # a stop text may begin in what is there, but not before its own length
         begin = max(0, len(self.text) - self.longest_stop)
         self.text += new
         places = [place for s in self.stop if (place := self.text.find(s, begin)) >= 0]

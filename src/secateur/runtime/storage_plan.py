@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +24,8 @@ from secateur.progress import Progress
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.registry import did_you_mean
-from secateur.runtime.formats import (
-    BITS,
-    GRID_BITS,
-    VALUES,
-    Layout,
-    PartSpec,
-    formats,
-    stored_bytes,
-)
+from secateur.runtime import formats as packing
+from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, PartSpec, formats
 from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
 
@@ -61,14 +53,12 @@ class LayoutChoice:
         layout: its layout.
         nonzeros: weights that are not zero.
         negative_zeros: zeros stored as −0.0.
-        nbytes: the bytes of its parts.
         offered: whether an allowed format other than `dense` could store the matrix.
     """
 
     layout: Layout
     nonzeros: int
     negative_zeros: int
-    nbytes: int
     offered: bool = False
 
 
@@ -98,44 +88,6 @@ def check_names(
         )
 
 
-def _group_of(values: str, group: int | None) -> int | None:
-    """The group size of a layout with these values: None where there are no groups."""
-    return (group or DEFAULT_GROUP) if values in GRID_BITS else None
-
-
-def choose_layout(
-    weight: Tensor, *, format: str, values: str, transposed: bool = False, group: int | None = None
-) -> LayoutChoice:
-    """The smallest layout for a matrix among the allowed ones; dense is always allowed.
-
-    Args:
-        weight: [out, in], as in the source.
-        format: `auto`, or a name in `formats`: that format or dense.
-        values: a name in `VALUES`.
-        transposed: whether the source stores [in, out].
-        group: the weights of a row that share a scale, for int4, int3 and int2.
-    """
-    out, columns = weight.shape
-    dense = Layout(
-        DENSE, values, (out, columns), transposed=transposed, group=_group_of(values, group)
-    )
-    stored = (weight if dense.integers else weight.to(dense.dtype)).contiguous()
-    nonzero = stored != 0
-    nonzeros = int(torch.count_nonzero(nonzero))
-    negative_zeros = int(torch.count_nonzero(kept_mask(stored))) - nonzeros
-    layouts = [dense]
-    offered = [
-        layout
-        for name in formats
-        if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
-        for layout in formats[name].candidates(nonzero, dense)
-    ]
-    layouts += offered
-    sizes = [stored_bytes(layout, nonzeros) for layout in layouts]
-    best = min(range(len(layouts)), key=sizes.__getitem__)
-    return LayoutChoice(layouts[best], nonzeros, negative_zeros, sizes[best], bool(offered))
-
-
 AT_ONCE = 2**20
 """Weights whose rounding is measured at the same time."""
 
@@ -160,7 +112,14 @@ class PackableMatrix:
     def choose_layout(
         self, stored: Tensor, name: str, *, format: str, values: str, group: int | None = None
     ) -> LayoutChoice:
-        """The smallest layout of the tensor `stored` of this name.
+        """The smallest layout among the allowed ones; dense is always allowed.
+
+        Args:
+            stored: the tensor, as in the source.
+            name: of the tensor.
+            format: `auto`, or a name in `formats`: that format or dense.
+            values: a name in `VALUES`, or `keep`.
+            group: the weights of a row that share a scale, for int4, int3 and int2.
 
         Raises:
             CheckpointError: a plain checkpoint does not have its dtype.
@@ -171,9 +130,28 @@ class PackableMatrix:
                 where=name,
                 remedy="name the checkpoint in float32, bfloat16 or float16, before quantization",
             )
-        weight, turned = stored.t() if self.transposed else stored, self.transposed
-        own = WITHOUT_LOSS[stored.dtype] if values == KEEP else values
-        return choose_layout(weight, format=format, values=own, transposed=turned, group=group)
+        weight = stored.t() if self.transposed else stored  # [out, in]
+        dense = Layout(
+            DENSE,
+            WITHOUT_LOSS[stored.dtype] if values == KEEP else values,
+            (weight.shape[0], weight.shape[1]),
+            transposed=self.transposed,
+            group=(group or DEFAULT_GROUP) if values in GRID_BITS else None,
+        )
+        # the values as they are stored: a cast to float16 makes zeros of the smallest
+        cast = (weight if dense.integers else weight.to(dense.dtype)).contiguous()
+        nonzero = cast != 0
+        nonzeros = int(torch.count_nonzero(nonzero))
+        negative_zeros = int(torch.count_nonzero(kept_mask(cast))) - nonzeros
+        offered = [
+            layout
+            for name in formats
+            if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
+            for layout in formats[name].candidates(nonzero, dense)
+        ]
+        # of equal sizes the first, which is dense: fewest steps to a weight
+        best = min([dense, *offered], key=lambda layout: packing.stored_bytes(layout, nonzeros))
+        return LayoutChoice(best, nonzeros, negative_zeros, bool(offered))
 
 
 @dataclass(frozen=True)
@@ -309,21 +287,6 @@ class MixedReader(CheckpointReader):
                 yield from self.others[name].mapped([name])
 
 
-@dataclass(frozen=True)
-class ChosenValues:
-    """What is packed.
-
-    Attributes:
-        model: the tensors.
-        values_of: the values of single matrices, by stored name; the others have the recipe's.
-        rounding: the record of a calibrated rounding; empty if there was none.
-    """
-
-    model: PackableCheckpoint
-    values_of: Mapping[str, str]
-    rounding: dict[str, Any]
-
-
 @dataclass
 class StoragePlan:
     """How every tensor of the source is stored in the result.
@@ -353,6 +316,7 @@ class StoragePlan:
         """Add a linear: W, as the source holds it, and Ŵ, both [out, in]."""
         rows = max(1, AT_ONCE // weight.shape[1])
         for exact, rounded in zip(weight.split(rows), stored.split(rows), strict=True):
+            # in float64, and a few rows at a time: a head in float64 would be gigabytes
             self.lost += float((exact.double() - rounded.double()).square().sum())
             self.norm += float(exact.double().square().sum())
 
@@ -388,6 +352,7 @@ class StoragePlan:
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the result, in the order of the files, and count what is lost."""
         reader, matrices = model.reader, model.matrices
+        # the order of the files, because each is written from beginning to end
         in_order = [n for file in reader.files for n, x in reader.entries.items() if x.file == file]
         for name in in_order:
             tensor, layout = reader.read(name), self.layout(name)
@@ -422,11 +387,17 @@ class StoragePlan:
         )
 
 
-def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) -> StoragePlan:
+def make_plan(
+    model: PackableCheckpoint,
+    values_of: Mapping[str, str],
+    recipe: CompressRecipe,
+    progress: Progress,
+) -> StoragePlan:
     """Read every matrix and choose its layout.
 
     Args:
-        chosen: the tensors, and values of single matrices.
+        model: the tensors.
+        values_of: the values of single matrices, by stored name; the others have the recipe's.
         recipe: gives format, values and group size.
         progress: receives every matrix.
 
@@ -434,14 +405,14 @@ def make_plan(chosen: ChosenValues, recipe: CompressRecipe, progress: Progress) 
         CheckpointError: a matrix has a dtype that cannot be packed.
         RecipeError: the requested format can hold no matrix.
     """
-    reader, matrices, format = chosen.model.reader, chosen.model.matrices, recipe.format
-    values = chosen.model.settled_values(recipe.values)
-    embeddings = chosen.model.settled_embeddings(recipe.embeddings, values)
+    reader, matrices, format = model.reader, model.matrices, recipe.format
+    values = model.settled_values(recipe.values)
+    embeddings = model.settled_embeddings(recipe.embeddings, values)
     choices: dict[str, LayoutChoice] = {}
     progress.start("counting", len(matrices))
     for name, matrix in matrices.items():
         stored = reader.read(name)
-        own = chosen.values_of.get(name, values) if matrix.prunable else embeddings
+        own = values_of.get(name, values) if matrix.prunable else embeddings
         if own == KEEP and not matrix.prunable:
             own = _as_kept(stored.dtype, values)
         choices[name] = matrix.choose_layout(
@@ -490,6 +461,7 @@ def _computed_dtype(
     if values != KEEP:
         return _dtype_beside(values)
     weights: dict[torch.dtype, int] = {}
+    # kept values: the dtype of most of the weights, embeddings not counted
     for name, choice in choices.items():
         dtype = choice.layout.dtype
         if matrices[name].prunable and dtype.is_floating_point:

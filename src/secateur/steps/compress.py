@@ -13,28 +13,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from secateur.calibration.run_windows import WindowReader
-from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import EXTRA
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
-from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.rounded_head import head_gram, round_head
 from secateur.engine.stream.targets import CheckpointTarget, teacher_of
 from secateur.errors import RecipeError
-from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.checkpoint import PatchedCopy
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import refuse_quantized
-from secateur.precision import fast_matmuls
-from secateur.progress import Progress
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
@@ -47,25 +40,12 @@ from secateur.runs.folder import NOTES
 from secateur.runs.output import check_free, whole_folder, write_json, write_text
 from secateur.runs.records import FormatTotals, Manifest, read_record
 from secateur.runs.records.run import BFLOAT16_BYTES
+from secateur.runtime import storage_plan
 from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, stored_bytes
-from secateur.runtime.install import path_of
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
-from secateur.runtime.storage_plan import (
-    DEFAULT_GROUP,
-    DENSE,
-    ChosenValues,
-    MixedReader,
-    PackableCheckpoint,
-    StoragePlan,
-    check_names,
-    make_plan,
-)
-from secateur.sparsity.solvers.obs import OBS
+from secateur.runtime.storage_plan import DEFAULT_GROUP, DENSE, PackableCheckpoint, StoragePlan
 from secateur.steps.checkpoint_files import COMPRESSION, carry_over
 from secateur.steps.runner import RunContext, Step, carry_out, identity_of, step_of
-
-Packed = tuple[StoragePlan, PackedCheckpoint]
-"""A checkpoint that was packed, and its plan."""
 
 
 class Compress(Step[CompressRecipe, CompressResult]):
@@ -105,7 +85,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         """
         others = {recipe.embeddings, *recipe.overrides.values()}
         grouped = bool(GRID_BITS.keys() & others)
-        check_names(recipe.format, recipe.values, recipe.group_size, grouped=grouped)
+        storage_plan.check_names(recipe.format, recipe.values, recipe.group_size, grouped=grouped)
         for glob, values in recipe.overrides.items():
             if values not in VALUES:
                 raise RecipeError(
@@ -151,16 +131,17 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
     def work(self) -> CompressResult:
         """Round the weights if there is text for it, and pack them."""
-        recipe, model, run = self.recipe, self.model, self.run
+        recipe, model = self.recipe, self.model
         values_of, rounding = dict[str, str](), dict[str, Any]()
         if recipe.calibration.source is not None:
             model, rounding = self.rounded()
         if recipe.overrides:
-            names = model.linears
-            own = own_values(recipe, names)
+            names, own = model.linears, _own_values(recipe, model.linears)
+            # the others have the values of the recipe, `auto` among them
             values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
-        chosen = ChosenValues(model, values_of, rounding)
-        return _report(run, recipe, chosen, _pack(run, recipe, chosen))
+        plan = storage_plan.make_plan(model, values_of, recipe, self.run.progress)
+        packed = self._pack(model, plan, is_rounded=bool(rounding))
+        return self._report(model, plan, packed, rounding)
 
     @property
     def place(self) -> Path:
@@ -169,25 +150,82 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
     def rounded(self) -> tuple[PackableCheckpoint, dict[str, Any]]:
         """The model with linears and head on their grids, healed if it heals, and the record."""
-        recipe, model, place, progress = self.recipe, self.model, self.place, self.run.progress
-        record = dict[str, Any]()
+        recipe, model, work = self.recipe, self.model, self.run.folder.work
+        own, record = _own_values(recipe, model.linears), dict[str, Any]()
         if _rounds_linears(recipe):
-            folder = round_checkpoint(recipe, model, place / "rounded", progress)
-            model, record = self.opened(folder), rounding_record(folder)
+            bits_of = {name: BITS[values] for name, values in own.items() if values in BITS}
+            options = {"solver": "obs", "asymmetric": True, "fast_matmuls": True}
+            folder = self.place / "rounded"
+            self._hold_zeros(model, bits_of, options, folder)
+            model, record = self.opened(folder), _rounding_record(folder)
         if recipe.embeddings in GRID_BITS:
             model, head = self.with_head(model)
             record = {**head, **record}
-        if recipe.distillation.epochs:
+        learning = recipe.distillation
+        if learning.epochs:
             if recipe.embeddings in GRID_BITS:  # linears learn with this head
-                ready = self.run.folder.work / "with-head"
-                model = self.opened(_write_embeddings(recipe, model, ready, progress))
-            folder = heal_checkpoint(
-                recipe, self.model, model, self.run.folder.work / "healed", progress
-            )
+                model = self.opened(self._with_embeddings(model, work / "with-head"))
+            if learning.teacher is None:
+                source = str(self.model.reader.folder)
+                learning = learning.model_copy(update={"teacher": source})
+            # Linears whose values are no integers have 0 bits: they learn too, with their zeros.
+            bits_of = {name: BITS.get(values, 0) for name, values in own.items()}
+            options = {
+                "solver": "zero", "distillation": learning.model_dump(exclude_unset=True),
+            }  # fmt: skip
+            folder = work / "healed"
+            self._hold_zeros(model, bits_of, options, folder)
             learnt = read_record(Manifest, folder / NOTES / "manifest.json")
             record |= {"calibration": learnt.calibration, "distillation": learnt.distillation}
             model = self.opened(folder)
         return model, record
+
+    def _hold_zeros(
+        self,
+        model: PackableCheckpoint,
+        bits_of: Mapping[str, int],
+        options: Mapping[str, Any],
+        output: Path,
+    ) -> None:
+        """Prune what is zero already, and put linears on grids of so many bits, unless a run has.
+
+        Args:
+            model: with which the run begins.
+            bits_of: bits of the linears that the run changes; 0 leaves a linear off every grid.
+            options: of the run: its solver, or its distillation.
+            output: folder of the run; a stopped one resumes.
+        """
+        if output.exists():
+            return
+        recipe, sparsity_of = self.recipe, self.model.zero_fractions
+        group = recipe.group_size or DEFAULT_GROUP
+        how = {
+            name: {"bits": bits, **({"group": group} if 0 < bits < 8 else {})}
+            for name, bits in bits_of.items()
+            if sparsity_of[name] < 1  # of nothing but zeros, nothing is rounded
+        }
+        # the method of most linears; the others are its overrides
+        common = max(how.values(), key=[*how.values()].count)
+        run = build_recipe(
+            PruneRecipe,
+            {
+                **options,
+                "model": str(model.reader.folder),
+                "output": str(output),
+                "score": "kept",
+                "method_parameters": common,
+                "method_overrides": {name: one for name, one in how.items() if one != common},
+                "scope": "layer",
+                "sparsity": 0.0,
+                "include": tuple(how),
+                "overrides": {name: sparsity_of[name] for name in how},
+                "calibration": recipe.calibration.model_dump(exclude_unset=True),
+                "memory": recipe.memory.model_dump(exclude_unset=True),
+                "device": recipe.device,
+                "trust_remote_code": recipe.trust_remote_code,
+            },
+        )
+        carry_out(step_of("prune"), run, self.run.progress, resume=True)
 
     def with_head(self, model: PackableCheckpoint) -> tuple[PackableCheckpoint, dict[str, Any]]:
         """A model with the output head on its grid, and the record of the rounding."""
@@ -195,97 +233,122 @@ class Compress(Step[CompressRecipe, CompressResult]):
         target, folder = self.target(model), model.reader.folder
         reader = WindowReader.of_folder(folder, target.model.config, trust_remote_code=trust)
         windows, found = reader.read(str(recipe.calibration.source), recipe.calibration)
+        # the extra windows are for the distillation alone
         windows = windows[: len(windows) - found.get(EXTRA, 0)]
         gram_of = partial(head_gram, target, windows, run.progress)
-        head = round_head(recipe, target, gram_of, self.place / HEAD, run.progress)
-        mixed = replace(model, reader=MixedReader.of(model.reader, head))
+        head = round_head(recipe, target, gram_of, self.place / "head", run.progress)
+        mixed = replace(model, reader=storage_plan.MixedReader.of(model.reader, head))
         return mixed, {"calibration": found, "head": "calibrated"}
+
+    def _with_embeddings(self, model: PackableCheckpoint, folder: Path) -> Path:
+        """Write a checkpoint whose embedding and head are on their grid already.
+
+        Args:
+            model: its head is on the grid. An embedding of its own is rounded to the nearest value.
+            folder: for the checkpoint; one that exists is kept.
+        """
+        if folder.exists():
+            return folder
+        recipe, reader = self.recipe, model.reader
+        grid = GroupGrid(GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP)
+        with whole_folder(folder) as unfinished:
+            copy = PatchedCopy(reader, unfinished)
+            copy.create(self.run.progress)
+            for name, matrix in model.matrices.items():
+                if not matrix.prunable:
+                    copy.write(name, grid.dequantize(*grid.quantize(reader.read(name))))
+            copy.sync()
+        return folder
+
+    def _pack(
+        self, model: PackableCheckpoint, plan: StoragePlan, *, is_rounded: bool
+    ) -> PackedCheckpoint:
+        """Write the compressed checkpoint into the folder of the run, and verify it."""
+        run, recipe, reader = self.run, self.recipe, model.reader
+        made, source, progress = run.folder.fresh_model(), run.source, run.progress
+        files = plan.files(reader)
+        check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
+        progress.start("packing", len(reader.entries))
+        tensors = plan.packed_tensors(model, progress)
+        write_packed(made, files, tensors, archive=recipe.archive)
+        progress.finish()
+        # only now: the plan has counted what packing lost
+        kept = not is_rounded and plan.keeps_weights(reader)
+        layouts = [layout for file in files for layout in file.layouts.values()]
+        config = read_configuration(source.folder)
+        config.pop("torch_dtype", None)  # the older name of `dtype`, which transformers reads too
+        config["dtype"] = str(plan.computed).removeprefix("torch.")
+        config["quantization_config"] = quantization_config(recipe.archive, layouts)
+        carry_over(source.folder, made, config, same_weights=kept)
+        packed = PackedCheckpoint(made)
+        progress.start("verifying", len(packed.specs))
+        for name, _ in packed.tensors():
+            progress.step(note=name)
+        progress.finish()
+        return packed
+
+    def _report(
+        self,
+        model: PackableCheckpoint,
+        plan: StoragePlan,
+        packed: PackedCheckpoint,
+        rounding: dict[str, Any],
+    ) -> CompressResult:
+        """Add up the contents of the files, and write the record and the card."""
+        run, reader, matrices = self.run, model.reader, model.matrices
+        folder, source = run.folder, run.source
+        linears, embeddings, embedding_values = FormatTotals(), FormatTotals(), ""
+        dense = dict.fromkeys(("as here", "int8", "int4"), 0)
+        by_format: dict[str, FormatTotals] = {}
+        negative_zeros = 0
+        for name, choice in plan.choices.items():
+            layout, owner = plan.layout(name), name.removesuffix(".weight")
+            parts = [name] if layout is None else [f"{owner}.{s}" for s in packed.parts_of(owner)]
+            size = sum(packed.entries[part].size_bytes for part in parts)
+            counted = (choice.layout.weights, choice.nonzeros, size)
+            if not matrices[name].prunable:
+                embeddings = embeddings.plus(*counted)
+                embedding_values = stored_as(choice.layout.to_json()).removeprefix(f"{DENSE} ")
+                continue
+            linears = linears.plus(*counted)
+            for values in dense:
+                dense[values] += _dense_bytes(choice.layout, values)
+            kind = stored_as(choice.layout.to_json())
+            by_format[kind] = by_format.get(kind, FormatTotals()).plus(*counted)
+            if layout is not None:
+                negative_zeros += choice.negative_zeros
+        size = sum(file.stat().st_size for file in packed.files)
+        parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
+        dense_bytes = {values: size - linears.bytes + count for values, count in dense.items()}
+        report = CompressResult(
+            output=run.place,
+            archive=packed.archive,
+            source_bytes=sum(file.stat().st_size for file in reader.files),
+            bfloat16_bytes=BFLOAT16_BYTES * parameters,
+            file_bytes=size,
+            ratio=size / (BFLOAT16_BYTES * parameters),
+            sparsity=1 - linears.nonzeros / linears.weights,
+            negative_zeros=negative_zeros,
+            linears=linears,
+            formats=by_format,
+            embeddings=embeddings,
+            embedding_values=embedding_values,
+            rounding=rounding,
+            value_error=plan.value_error,
+            dense_file_bytes={} if packed.archive else dense_bytes,
+            seconds=time.perf_counter() - run.meter.started,
+            source=source.name,
+        )
+        write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
+        place = self.recipe.output or folder.output
+        card = compression_card(report, source.record, source.folder, place)
+        write_text(folder.model / "README.md", card)
+        return report
 
     @classmethod
     def result(cls, output: Path) -> CompressResult:
         """Read the result of a finished run from its notes."""
         return read_record(CompressResult, output / NOTES / COMPRESSION)
-
-
-def _pack(run: RunContext, recipe: CompressRecipe, chosen: ChosenValues) -> Packed:
-    """Write the compressed checkpoint into the folder of a run, and verify it."""
-    made, source, progress = run.folder.fresh_model(), run.source, run.progress
-    reader = chosen.model.reader
-    plan = make_plan(chosen, recipe, progress)
-    files = plan.files(reader)
-    check_free(sum(spec.nbytes for file in files for spec in file.tensors.values()), made)
-    progress.start("packing", len(reader.entries))
-    tensors = plan.packed_tensors(chosen.model, progress)
-    write_packed(made, files, tensors, archive=recipe.archive)
-    progress.finish()
-    kept = not chosen.rounding and plan.keeps_weights(reader)
-    layouts = [layout for file in files for layout in file.layouts.values()]
-    config = read_configuration(source.folder)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(plan.computed).removeprefix("torch.")
-    config["quantization_config"] = quantization_config(recipe.archive, layouts)
-    carry_over(source.folder, made, config, same_weights=kept)
-    packed = PackedCheckpoint(made)
-    progress.start("verifying", len(packed.specs))
-    for name, _ in packed.tensors():
-        progress.step(note=name)
-    progress.finish()
-    return plan, packed
-
-
-def _report(
-    run: RunContext, recipe: CompressRecipe, chosen: ChosenValues, made: Packed
-) -> CompressResult:
-    """Add up the contents of the files, and write the record of the compression and the card."""
-    folder, source, (plan, packed) = run.folder, run.source, made
-    reader, matrices = chosen.model.reader, chosen.model.matrices
-    linears, embeddings, embedding_values = FormatTotals(), FormatTotals(), ""
-    dense = dict.fromkeys(("as here", "int8", "int4"), 0)
-    by_format: dict[str, FormatTotals] = {}
-    negative_zeros = 0
-    for name, choice in plan.choices.items():
-        layout, owner = plan.layout(name), name.removesuffix(".weight")
-        parts = [name] if layout is None else [f"{owner}.{s}" for s in packed.parts_of(owner)]
-        size = sum(packed.entries[part].size_bytes for part in parts)
-        counted = (choice.layout.weights, choice.nonzeros, size)
-        if not matrices[name].prunable:
-            embeddings = embeddings.plus(*counted)
-            embedding_values = stored_as(choice.layout.to_json()).removeprefix(f"{DENSE} ")
-            continue
-        linears = linears.plus(*counted)
-        for values in dense:
-            dense[values] += _dense_bytes(choice.layout, values)
-        kind = stored_as(choice.layout.to_json())
-        by_format[kind] = by_format.get(kind, FormatTotals()).plus(*counted)
-        if layout is not None:
-            negative_zeros += choice.negative_zeros
-    size = sum(file.stat().st_size for file in packed.files)
-    parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
-    dense_bytes = {values: size - linears.bytes + count for values, count in dense.items()}
-    report = CompressResult(
-        output=run.place,
-        archive=packed.archive,
-        source_bytes=sum(file.stat().st_size for file in reader.files),
-        bfloat16_bytes=BFLOAT16_BYTES * parameters,
-        file_bytes=size,
-        ratio=size / (BFLOAT16_BYTES * parameters),
-        sparsity=1 - linears.nonzeros / linears.weights,
-        negative_zeros=negative_zeros,
-        linears=linears,
-        formats=by_format,
-        embeddings=embeddings,
-        embedding_values=embedding_values,
-        rounding=chosen.rounding,
-        value_error=plan.value_error,
-        dense_file_bytes={} if packed.archive else dense_bytes,
-        seconds=time.perf_counter() - run.meter.started,
-        source=source.name,
-    )
-    write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
-    place = recipe.output or folder.output
-    card = compression_card(report, source.record, source.folder, place)
-    write_text(folder.model / "README.md", card)
-    return report
 
 
 def _dense_bytes(layout: Layout, values: str) -> int:
@@ -296,218 +359,11 @@ def _dense_bytes(layout: Layout, values: str) -> int:
     return stored_bytes(dense, layout.weights)
 
 
-def round_checkpoint(
-    recipe: CompressRecipe, model: PackableCheckpoint, output: Path, progress: Progress
-) -> Path:
-    """Round linears to grids and keep the zeros of the source. Resume or reuse an earlier run.
-
-    Args:
-        recipe: gives the values of every linear, the text and the device.
-        model: the source.
-        output: folder of the run.
-        progress: receives every step.
-
-    Returns:
-        The folder of the run.
-    """
-    values = own_values(recipe, model.linears)
-    bits_of = {name: BITS[own] for name, own in values.items() if own in BITS}
-    options = {
-        "model": str(model.reader.folder),
-        "solver": "obs",
-        "asymmetric": True,
-        "fast_matmuls": True,
-    }
-    return _hold_zeros(recipe, model, bits_of, options, output, progress)
-
-
-def heal_checkpoint(
-    recipe: CompressRecipe,
-    model: PackableCheckpoint,
-    rounded: PackableCheckpoint,
-    output: Path,
-    progress: Progress,
-) -> Path:
-    """Let a rounded checkpoint learn the predictions of a teacher. Resume or reuse an earlier run.
-
-    Its zeros and grids are held. Linears whose values are no integers learn too, with their zeros.
-
-    Args:
-        recipe: gives the values of every linear, the distillation, the text and the device.
-        model: the source, which has the zeros; also the teacher if the recipe names none.
-        rounded: the same with linears on grids.
-        output: folder of the run.
-        progress: receives every step.
-
-    Returns:
-        The folder of the run.
-    """
-    learning = recipe.distillation
-    if learning.teacher is None:
-        learning = learning.model_copy(update={"teacher": str(model.reader.folder)})
-    values = own_values(recipe, model.linears)
-    bits_of = {name: BITS.get(own, 0) for name, own in values.items()}
-    options = {
-        "model": str(rounded.reader.folder),
-        "solver": "zero",
-        "distillation": learning.model_dump(exclude_unset=True),
-    }
-    return _hold_zeros(recipe, model, bits_of, options, output, progress)
-
-
-def _hold_zeros(
-    recipe: CompressRecipe,
-    model: PackableCheckpoint,
-    bits_of: Mapping[str, int],
-    options: Mapping[str, Any],
-    output: Path,
-    progress: Progress,
-) -> Path:
-    """Prune what is zero already, and put linears on grids of so many bits, unless a run has."""
-    if output.exists():
-        return output
-    sparsity_of = model.zero_fractions
-    group = recipe.group_size or DEFAULT_GROUP
-    how = {
-        name: {"bits": bits, **({"group": group} if 0 < bits < 8 else {})}
-        for name, bits in bits_of.items()
-        if sparsity_of[name] < 1  # of nothing but zeros, nothing is rounded
-    }
-    common = max(how.values(), key=[*how.values()].count)
-    run = build_recipe(
-        PruneRecipe,
-        {
-            **options,
-            "output": str(output),
-            "score": "kept",
-            "method_parameters": common,
-            "method_overrides": {name: one for name, one in how.items() if one != common},
-            "scope": "layer",
-            "sparsity": 0.0,
-            "include": tuple(how),
-            "overrides": {name: sparsity_of[name] for name in how},
-            "calibration": recipe.calibration.model_dump(exclude_unset=True),
-            "memory": recipe.memory.model_dump(exclude_unset=True),
-            "device": recipe.device,
-            "trust_remote_code": recipe.trust_remote_code,
-        },
-    )
-    carry_out(step_of("prune"), run, progress, resume=True)
-    return output
-
-
-HEAD = "head"
-"""The folder with the output head on its grid, in that of the run."""
-
-LOOKED_UP = 0.1
-"""How much a squared error of a row counts, as a fraction of the mean square of an input of the
-head, where the row is also looked up."""
-
-
-@torch.no_grad()
-def round_head(
-    recipe: CompressRecipe,
-    target: CheckpointTarget,
-    gram_of: Callable[[], Tensor],
-    folder: Path,
-    progress: Progress,
-) -> dict[str, CheckpointReader]:
-    """Round the output head so that the errors of its weights compensate each other on a text.
-
-    Where it is tied, its matrix is also the embedding, and then errors of the weights count
-    themselves too: with the gram G of the head's inputs, tr((W − Ŵ)(G + λI)(W − Ŵ)ᵀ) is small.
-    Resume or reuse an earlier run.
-
-    Args:
-        recipe: gives values and group.
-        target: the model.
-        gram_of: returns G, as `head_gram` does.
-        folder: for the rounded matrix.
-        progress: receives every part of the head.
-
-    Returns:
-        What reads the rounded matrix, by its stored name.
-    """
-    tied = f"{path_of(target.model, head_of(target))}.weight" not in target.stored
-    matrix = target.model.get_input_embeddings() if tied else head_of(target)
-    name = target.stored[f"{path_of(target.model, matrix)}.weight"]
-    if not folder.exists():
-        gram = gram_of()
-        if tied:
-            gram = gram + LOOKED_UP * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-        bits, group = GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP
-        solver = OBS(bits=bits, group=group)
-        weight, prepared = target.reader.read(name), solver.prepare({"gram": gram})
-        rounded = torch.empty_like(weight, dtype=torch.bfloat16)  # exact for any grid
-        parts = weight.split(max(1, SOLVED_AT_ONCE // weight.shape[1]))
-        progress.start("rounding the head", len(parts))
-        for part, out in zip(parts, rounded.split(len(parts[0])), strict=True):
-            everything = torch.ones_like(part, dtype=torch.bool, device=gram.device)
-            own = part.to(gram.device)
-            out.copy_(solver.solve(own, prepared, everything).weight)
-            progress.step()
-        progress.finish()
-        with whole_folder(folder) as unfinished:
-            save_file({name: rounded}, unfinished / "model.safetensors")
-    return {name: CheckpointReader(folder)}
-
-
-def _write_embeddings(
-    recipe: CompressRecipe, model: PackableCheckpoint, folder: Path, progress: Progress
-) -> Path:
-    """Write a checkpoint whose embedding and head are on their grid already.
-
-    Args:
-        recipe: gives values and group.
-        model: its head is on the grid. An embedding of its own is rounded to the nearest value.
-        folder: for the checkpoint; one that exists is kept.
-        progress: receives the copying.
-    """
-    if folder.exists():
-        return folder
-    reader = model.reader
-    grid = GroupGrid(GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP)
-    with whole_folder(folder) as unfinished:
-        copy = PatchedCopy(reader, unfinished)
-        copy.create(progress)
-        for name, matrix in model.matrices.items():
-            if not matrix.prunable:
-                copy.write(name, grid.dequantize(*grid.quantize(reader.read(name))))
-        copy.sync()
-    return folder
-
-
-SOLVED_AT_ONCE = 2**22
-"""Weights of the head that are solved at the same time; the solver has nine copies in float32."""
-
-
-def head_of(target: CheckpointTarget) -> Any:
-    """The output head of a model."""
-    return target.model.get_output_embeddings()
-
-
-def head_gram(target: CheckpointTarget, windows: Tensor, progress: Progress) -> Tensor:
-    """G = XᵀX of the inputs X of the output head on windows of text, float32 [hidden, hidden]."""
-    outer, head = EmbeddingAndHead(target, windows), head_of(target)
-    gram = Gram((head.out_features, head.in_features), target.device)
-    progress.start("reading what enters the head", len(windows))
-    for rows in outer.parts(range(len(windows)), 2):
-        hidden = outer.through_layers(rows)
-        with outer.outside(), fast_matmuls(target.device):
-            hook = head.register_forward_pre_hook(lambda _, x: gram.update(x[0].flatten(0, -2)))
-            for row, states in zip(rows, hidden, strict=True):
-                outer.head(row, states)
-            hook.remove()
-        progress.step(len(rows))
-    progress.finish()
-    return gram.value()
-
-
 def _rounds_linears(recipe: CompressRecipe) -> bool:
     return bool(BITS.keys() & {recipe.values, *recipe.overrides.values()})
 
 
-def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
+def _own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
     """The values of every linear, by its name.
 
     Raises:
@@ -518,7 +374,7 @@ def own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]
     return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
 
 
-def rounding_record(rounded: Path) -> dict[str, Any]:
+def _rounding_record(rounded: Path) -> dict[str, Any]:
     """The record of the rounding for the notes of the result."""
     notes = rounded / "secateur"
     manifest = read_record(Manifest, notes / "manifest.json")

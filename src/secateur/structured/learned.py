@@ -50,11 +50,11 @@ from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import representative, uniform_cut
 from secateur.structured.cut_steps import CutContext, Found
 from secateur.structured.design import design
-from secateur.training.batches import Batch, Batches, TrainingText
-from secateur.training.loop import Loop, mean_loss
+from secateur.training.batches import Batch, Batches
+from secateur.training.loop import Loop, TrainingTask, mean_loss
 from secateur.training.masks import Masks
 from secateur.training.memory import TRAINING, check_memory, plan_needs
-from secateur.training.objectives import NextToken, Objective
+from secateur.training.objectives import Objective, next_token
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Hook, open_tensors, write_trained
 from secateur.training.training_plan import TrainingPlan
@@ -331,12 +331,12 @@ def choose_learned(context: CutContext, folder: Path) -> Found:
     _check_fits(context, folder, batches, plan)
     model = load_whole(folder, context.device, trust_remote_code=trust)
     gates = LearnedMasks(model, _targets_of(context), seed, how.mask_learning_rate)
-    next_token, hooks, notes = NextToken.of(model), list[Hook]([gates]), dict[str, Any]()
+    loss, hooks, notes = next_token(model), list[Hook]([gates]), dict[str, Any]()
 
     def losses(model: Any) -> dict[str, float]:
         return {
             name: mean_loss(
-                model, next_token, Batches(ids[:held_out], held_out),
+                model, loss, Batches(ids[:held_out], held_out),
                 plan.at_once(ids.shape[1]), partial(fast_matmuls, context.device),
             )
             for name, ids in domains.items()
@@ -346,17 +346,8 @@ def choose_learned(context: CutContext, folder: Path) -> Found:
         loading = DomainLoading(windows, losses(model), losses, size=how.batch, seed=seed)
         batches = replace(batches, chosen=loading.numbers)
         hooks.append(loading)
-    loop = Loop(
-        model,
-        batches,
-        gates.objective(next_token),
-        Masks.of(model),
-        plan,
-        saved=work,
-        hooks=hooks,
-        progress=context.progress,
-        label="learning masks",
-    )
+    task = TrainingTask(model, batches, gates.objective(loss), Masks.of(model), hooks=hooks)
+    loop = Loop(task, plan, saved=work, progress=context.progress, label="learning masks")
     outcome, cut = loop.run(), gates.settle()
     if how.domains:
         shares = dict(zip(loading.names, loading.weights.tolist(), strict=True))
@@ -423,8 +414,7 @@ def _check_fits(context: CutContext, folder: Path, batches: Batches, plan: Train
     target, windows = context.target(folder), batches.windows
     trust = context.recipe.trust_remote_code
     recipe = TrainRecipe(model=str(folder), batch=batches.size, trust_remote_code=trust)
-    text, processes = TrainingText(windows, None, {}), ProcessGroup(context.device)
-    needed = plan_needs(recipe, target, None, text, plan, processes)
+    needed = plan_needs(recipe, target, None, windows, plan, ProcessGroup(context.device))
     # Tokens of one forward; activations of so many are alive in the backward.
     tokens = min(plan.at_once(windows.shape[1]), batches.size) * windows.shape[1]
     sizes = sizes_of(target.model)

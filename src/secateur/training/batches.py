@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration import windows as window_rules
 from secateur.calibration.continuation import SEQUENCE, shared_share
 from secateur.calibration.documents import read_text
 from secateur.calibration.run_windows import WindowReader
-from secateur.calibration.windows import (
-    WindowPlan,
-    begins_with,
-    evaluation_with_answers,
-    without_start,
-)
 from secateur.errors import RecipeError, SourceError
 from secateur.models.architecture import positions_of
 from secateur.models.tokenizer import load_tokenizer, start_tokens_of
@@ -93,42 +88,35 @@ class Batches:
             return self.chosen(step)
         count = len(self.windows)
         places = range(step * self.size, (step + 1) * self.size)
+        # A step touches two epochs at most, unless it is larger than one; each order is drawn once.
         orders = {p // count: self.order(p // count) for p in (places[0], places[-1])}
         return tuple((orders.get(p // count) or self.order(p // count))[p % count] for p in places)
 
     def order(self, epoch: int) -> list[int]:
         """Return the order of the windows in an epoch."""
-        return _shuffled(len(self.windows), self.seed * 1_000_003 + epoch)
+        # a large prime, so that the seeds of neighbouring trainings do not share epochs
+        drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(len(self.windows), generator=drawn).tolist()
+        return order
 
-    def micro(
-        self, step: int, size: int, device: torch.device, rank: int = 0, ranks: int = 1
+    def parts(
+        self, numbers: Sequence[int], size: int, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> list[Batch]:
-        """Yield the windows of a step in parts; the loop runs one part at a time.
+        """Return the windows of a step in parts; the loop runs one part at a time.
 
         Args:
-            step: counted from 0.
+            numbers: the windows of the step.
             size: maximum number of windows in a part.
             device: where the ids go.
             rank: rank of this process.
             ranks: how many processes share the step.
         """
-        numbers = self.numbers(step)
-        return self._parts(numbers[rank::ranks], size, device, numbers)
-
-    def in_order(self, size: int, device: torch.device) -> list[Batch]:
-        """Return all windows in their own order, in parts of one step."""
-        numbers = tuple(range(len(self.windows)))
-        return self._parts(numbers, size, device, numbers)
-
-    def _parts(
-        self, mine: tuple[int, ...], size: int, device: torch.device, whole: tuple[int, ...]
-    ) -> list[Batch]:
-        """Return some windows of a whole step in parts."""
+        mine = tuple(numbers[rank::ranks])
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
         if self.answers is None:
             return [Batch(self.windows[list(part)].to(device), part) for part in parts]
         # every part divides by its share of the step's answers, so the parts add up to their mean
-        each = max(1, int(self.answers[list(whole), 1:].sum())) / len(whole)
+        each = max(1, int(self.answers[list(numbers), 1:].sum())) / len(numbers)
         return [
             Batch(
                 self.windows[list(part)].to(device),
@@ -140,42 +128,19 @@ class Batches:
         ]
 
 
-def _shuffled(count: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
-
-
-def windows_digest(windows: Tensor) -> str:
-    """The digest by which a file recognises its windows."""
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """The windows of a training.
-
-    Attributes:
-        windows: token ids [samples, sequence_length].
-        validation: validation windows, likewise; None for none.
-        record: the source of both, as JSON values.
-        answers: which tokens of the windows the loss counts; None if all.
-        validation_answers: the same of the validation windows.
-    """
-
-    windows: Windows
-    validation: Windows | None
-    record: dict[str, Any]
-    answers: Tensor | None = None
-    validation_answers: Tensor | None = None
-
-
-def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> TrainingText:
+def read_training_text(
+    recipe: TrainRecipe, folder: Path, config: Any
+) -> tuple[Batches, Batches | None, dict[str, Any]]:
     """Return the windows of a recipe.
 
     Args:
         recipe: names the texts.
         folder: folder of the model, for its tokenizer.
         config: configuration of the model, for its context and vocabulary.
+
+    Returns:
+        The training windows, the validation windows (None for none), and the source of both as
+        JSON values.
 
     Raises:
         SourceError: a text is not available, or is too short for one step.
@@ -189,7 +154,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
     if recipe.validation_windows and recipe.validation_text is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
         text = read_text(recipe.validation_text)
-        validation, judged = evaluation_with_answers(
+        validation, judged = window_rules.evaluation_with_answers(
             text.text,
             tokenizer,
             windows.shape[1],
@@ -198,7 +163,7 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
         )
         watched = text.dataset
     elif recipe.validation_windows:
-        held = min(recipe.validation_windows, len(windows) // HELD_OUT_AT_MOST)
+        held = min(recipe.validation_windows, len(windows) // HELD_OUT_AT_MOST)  # the first ones
         validation = windows[:held] if held else None
         windows, watched = windows[held:], f"{held} windows held out of the text"
         if answers is not None:
@@ -216,29 +181,29 @@ def read_training_text(recipe: TrainRecipe, folder: Path, config: Any) -> Traini
             where=", ".join(recipe.text),
             remedy="name other conversations, or train on whole ones (--whole-conversations)",
         )
-    shared = None
+    shared, watching = None, None
     if validation is not None:
-        shared = shared_share(without_start(windows, start), without_start(validation, start))
+        watching = Batches(validation, len(validation), answers=judged)
+        # start tokens are in every window, so they would count as text that both share
+        shared = shared_share(
+            *(window_rules.without_start(x, start) for x in (windows, validation))
+        )
         if recipe.validation_text is not None:
             _check_shared(shared, watched, REFUSED if judged is None else 1 - REFUSED)
-    return TrainingText(
-        windows,
-        validation,
-        {
-            "source": ", ".join(recipe.text),
-            "windows": len(windows),
-            "sequence_length": windows.shape[1],
-            **({"start_tokens": list(start)} if start and begins_with(windows, start) else {}),
-            "tokens": windows.numel(),
-            "sha256": windows_digest(windows),
-            "validation": watched,
-            "validation_windows": 0 if validation is None else len(validation),
-            "validation_shared": shared,
-            **({} if answers is None else {"answer_tokens": int(answers.sum())}),
-        },
-        answers,
-        judged,
-    )
+    begins = start and window_rules.begins_with(windows, start)
+    record = {
+        "source": ", ".join(recipe.text),
+        "windows": len(windows),
+        "sequence_length": windows.shape[1],
+        **({"start_tokens": list(start)} if begins else {}),
+        "tokens": windows.numel(),
+        "sha256": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        "validation": watched,
+        "validation_windows": 0 if validation is None else len(validation),
+        "validation_shared": shared,
+        **({} if answers is None else {"answer_tokens": int(answers.sum())}),
+    }
+    return Batches(windows, recipe.batch, recipe.seed, answers=answers), watching, record
 
 
 def _check_shared(shared: float, watched: str, limit: float) -> None:
@@ -264,7 +229,7 @@ def _windows_of(
     mix with conversations, all tokens of a text count as answers.
     """
     reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
-    plan = WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
+    plan = window_rules.WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
     read = [
         reader.read_up_to(text, plan, recipe.field, answers=recipe.answers_only is not False)
         for text in recipe.text
@@ -287,5 +252,6 @@ def _windows_of(
     answers = None
     if any(marks is not None for _, marks in read):
         marked = [torch.ones_like(w, dtype=torch.bool) if m is None else m for w, m in read]
+        # in the order of the windows: one of each text, then the next of each
         answers = torch.stack([marks[:each] for marks in marked], 1).flatten(0, 1)
     return torch.stack([windows[:each] for windows in found], 1).flatten(0, 1), answers

@@ -63,6 +63,7 @@ class SecateurCallback(TrainerCallback):
                 "the model has no zeros to hold",
                 remedy="train a pruned model, or name a pruned folder: SecateurCallback('PRUNED')",
             )
+        # a trainer that resumes has loaded weights and moments already
         self.masks.apply(model, _inner_optimizer(given.get("optimizer")))
         for parameter, mask in self.masks.of_parameters(model):
             if parameter.requires_grad and not is_shared(parameter):

@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,11 +52,11 @@ from secateur.recipes.shared import Distill, trial_steps
 from secateur.runs.output import write_json
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training.batches import Batch, Batches
-from secateur.training.loop import Loop
+from secateur.training.loop import Loop, TrainingTask
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.process_group import ProcessGroup
-from secateur.training.saved import Hook, Saved
+from secateur.training.saved import Saved
 from secateur.training.training_plan import TrainingPlan, default_rate
 from secateur.types import Windows
 
@@ -124,12 +123,15 @@ class DistillationData:
         """The window of each step of a trial: none of the last ones."""
         return replace(self.batches, windows=self.windows[: -self.held_out])
 
-    def batches_after(self, begun: Beginning) -> Batches:
-        """The window of each step after a trial. Both together read what the training reads."""
-        if not begun.losses:
+    def batches_after(self, tried: int) -> Batches:
+        """The window of each step after a trial of so many steps.
+
+        Both together read every window as often as a training without a trial.
+        """
+        if not tried:
             return self.batches
         trial = self.batches_of_trials
-        read = Counter(trial.numbers(step)[0] for step in range(len(begun.losses)))
+        read = Counter(trial.numbers(step)[0] for step in range(tried))
         left = []
         for step in range(self.steps):
             (number,) = self.batches.numbers(step)
@@ -141,19 +143,7 @@ class DistillationData:
 
 
 Losses = list[float]
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """The learning rate of a training, and what is done of it.
-
-    Args:
-        rate: the highest learning rate.
-        losses: the loss of each step of the best trial; none if there was no trial.
-    """
-
-    rate: float
-    losses: Losses = field(default_factory=list)
+"""The loss of each step."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +174,12 @@ class Student:
             tasks: the task of each linear.
             layers: numbers of the layers that learn.
         """
+        # with the dot: layer 1 is no prefix of layer 10
         starts = tuple(f"{target.architecture.layer_name(index)}." for index in layers)
         own = {name: task for name, task in tasks.items() if name.startswith(starts)}
         trained = [name for index in layers for name in trainable_names(target, index)]
         grids = {name: task.method.solver.grid for name, task in own.items() if task.rounded}
+        # A kept weight on a grid may be rounded to 0; its −0 tells it from a pruned one.
         kept = {}
         for name in (name for name, task in own.items() if task.sparsity > 0):
             weight = model.get_parameter(f"{name}.weight").detach()
@@ -228,184 +220,145 @@ def distill(
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
+    device = next(student.model.parameters()).device
     objective = Distil.between(
         student.model, ModelTeacher(teacher), next_token=data.options.next_token
     )
     if data.options.hidden:
         own, other = (len(describe(x).layers(x)) - 1 for x in (student.model, teacher))
         objective = replace(objective, hidden=data.options.hidden, pairs=((own, other),))
+
+    def kept(name: str) -> Saved:  # in memory if nothing is saved
+        return Saved(None if saved is None else saved / name, ProcessGroup(device))
+
+    def train(read: Batches, steps: int, rate: float, label: str, on_end: bool = False) -> Losses:
+        hooks = [student.rounded] if on_end and student.rounded.weights else []
+        task = TrainingTask(
+            student.model, read, objective, student.masks, hooks=hooks, trained=student.trained
+        )
+        loop = Loop(
+            task,
+            distillation_plan(steps, rate),
+            saved=saved if on_end else None,
+            progress=progress,
+            label=label,
+            # one process trains, also where several have pruned
+            processes=ProcessGroup(device),
+        )
+        return [line["loss"] for line in loop.run().log]
+
     with (
         quiet_transformers(),
         student.rounded.in_forwards(),
         in_float32(student.model, student.trained),
     ):
-        return _Distillation(student, objective, data, progress, saved).run()
-
-
-@dataclass(frozen=True)
-class _Distillation:
-    """The trials and the training of a student, in memory; arguments as of `distill`."""
-
-    student: Student
-    objective: Distil
-    data: DistillationData
-    progress: Progress
-    saved: Path | None
-
-    def run(self) -> dict[str, float]:
-        """Choose the rate, and train on from the best trial; returns what `distill` does."""
-        data, student = self.data, self.student
-        parameters, winner = student.parameters(), self.kept(WINNER)
-        begun = Beginning(data.highest_rate(student.width))
+        winner, parameters = kept(WINNER), student.parameters()
+        rate, losses = data.highest_rate(student.width), Losses()
         if data.held_out:
-            start, read = self.kept("start"), data.batches_of_trials
+            start, read = kept("start"), data.batches_of_trials
             start.keep_best(parameters)
-            begun = RateTrials(
-                lambda rate, steps: self.train(read, steps, rate, CHOOSING, None, []),
-                self.held_out_loss,
+            rate, losses = choose_rate(
+                rate,
+                data,
+                lambda rate, steps: train(read, steps, rate, CHOOSING),
+                partial(_held_out_loss, student.model, objective, data),
                 partial(winner.keep_best, parameters),
                 partial(start.restore_best, parameters),
-                data,
-                None if self.saved is None else self.saved / TRIED,
-            ).choose(begun.rate)
-            if start.folder is not None:
-                shutil.rmtree(start.folder)
+                None if saved is None else saved / TRIED,
+            )
+            start.remove()
         winner.restore_best(parameters)  # a saved state of the training replaces it
-        left = data.steps - len(begun.losses)
-        batches = data.batches_after(begun)
-        hooks = [student.rounded] if student.rounded.weights else []
-        rest = self.train(batches, left, begun.rate, "distilling", self.saved, hooks)
-        if winner.folder is not None:
-            shutil.rmtree(winner.folder)
-        return {**summary([*begun.losses, *rest]), "learning_rate": begun.rate}
-
-    def train(
-        self,
-        read: Batches,
-        steps: int,
-        rate: float,
-        label: str,
-        saved: Path | None,
-        hooks: Sequence[Hook],
-    ) -> Losses:
-        """Train for some steps; returns the loss of each."""
-        loop = Loop(
-            self.student.model,
-            read,
-            self.objective,
-            self.student.masks,
-            distillation_plan(steps, rate),
-            saved=saved,
-            hooks=hooks,
-            progress=self.progress,
-            trained=self.student.trained,
-            label=label,
-            processes=ProcessGroup(self.device),
-        )
-        return [line["loss"] for line in loop.run().log]
-
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """The mean loss over the windows that no trial reads."""
-        windows, model, device = self.data.windows, self.student.model, self.device
-        held_out = range(len(windows) - self.data.held_out, len(windows))
-        with fast_matmuls(device):  # its copies of weights last as long as the context
-            losses = [
-                self.objective(model, Batch(windows[[i]].to(device), (i,))).item() for i in held_out
-            ]
-        return sum(losses) / len(losses)
-
-    def kept(self, name: str) -> Saved:
-        """The place of kept weights; in memory if nothing is saved."""
-        folder = None if self.saved is None else self.saved / name
-        return Saved(folder, ProcessGroup(self.device))
-
-    @property
-    def device(self) -> torch.device:
-        """The device of both models. One process trains, also where several have pruned."""
-        return next(self.student.model.parameters()).device
+        batches, left = data.batches_after(len(losses)), data.steps - len(losses)
+        rest = train(batches, left, rate, "distilling", on_end=True)
+        winner.remove()
+    return {**summary([*losses, *rest]), "learning_rate": rate}
 
 
-@dataclass(frozen=True)
-class RateTrials:
-    """The trials of one training.
+@torch.no_grad()
+def _held_out_loss(model: Any, objective: Distil, data: DistillationData) -> float:
+    """The mean loss over the windows that no trial reads."""
+    device, windows = next(model.parameters()).device, data.windows
+    with fast_matmuls(device):  # its copies of weights last as long as the context
+        losses = [
+            objective(model, Batch(windows[[i]].to(device), (i,))).item()
+            for i in range(len(windows) - data.held_out, len(windows))
+        ]
+    return sum(losses) / len(losses)
+
+
+def choose_rate(
+    highest: float,
+    data: DistillationData,
+    train: Callable[[float, int], Losses],
+    evaluate: Callable[[], float],
+    keep: Callable[[], None],
+    reset: Callable[[], None],
+    tried: Path | None = None,
+) -> tuple[float, Losses]:
+    """Return the rate of a training, and the losses of the best trial; weights are reset.
 
     Args:
+        highest: the highest choice, unless higher ones are tried too.
+        data: what the training learns from.
         train: trains at a rate, for some steps. Returns the loss of each step.
         evaluate: returns the loss on the windows that are held out.
         keep: keeps the weights, those of the best trial so far.
         reset: puts the weights back with which the training begins.
-        data: what the training learns from.
         tried: keeps the losses of finished trials for a resumed run; None to store nothing.
+
+    Example:
+        >>> import torch
+        >>> from secateur.recipes.shared import Distill
+        >>> from secateur.training.distillation import DistillationData, choose_rate
+        >>> data = DistillationData(torch.zeros(512, 8), Distill(epochs=1), seed=0)
+        >>> tried = []
+        >>> train = lambda rate, steps: tried.append(rate) or [0.5]
+        >>> loss = lambda: abs(tried[-1] - 0.005)
+        >>> choose_rate(1.0, data, train, loss, lambda: None, lambda: None)
+        (0.0625, [0.5])
+        >>> tried
+        [0.125, 0.03125, 0.0078125, 0.001953125]
     """
 
-    train: Callable[[float, int], Losses]
-    evaluate: Callable[[], float]
-    keep: Callable[[], None]
-    reset: Callable[[], None]
-    data: DistillationData
-    tried: Path | None = None
-
-    def choose(self, highest: float) -> Beginning:
-        """Return the rate of the training, and the losses of the best trial; weights are reset.
-
-        Args:
-            highest: the highest choice, unless higher ones are tried too.
-
-        Example:
-            >>> import torch
-            >>> from secateur.recipes.shared import Distill
-            >>> from secateur.training.distillation import DistillationData, RateTrials
-            >>> data = DistillationData(torch.zeros(512, 8), Distill(epochs=1), seed=0)
-            >>> tried = []
-            >>> train = lambda rate, steps: tried.append(rate) or [0.5]
-            >>> loss = lambda: abs(tried[-1] - 0.005)
-            >>> RateTrials(train, loss, lambda: None, lambda: None, data).choose(1.0)
-            Beginning(rate=0.0625, losses=[0.5])
-            >>> tried
-            [0.125, 0.03125, 0.0078125, 0.001953125]
-        """
-        on_grid, steps = self.data.on_grid, self.data.steps
-        longer = 1.0 if on_grid else steps / trial_steps(steps)
-        rate, found = highest, self._trial(highest / longer, math.inf)
-        factors = [1 / 2 if on_grid else 1 / 4]
-        if on_grid and math.isfinite(found.loss):
-            factors.insert(0, 2.0)
-        for by in factors:
-            while LOWEST * highest <= rate * by <= MOST_ON_GRID * highest:
-                other = self._trial(rate * by / longer, found.loss)
-                if other.loss >= found.loss and math.isfinite(found.loss):
-                    break
-                rate, found = rate * by, other
-            if rate > highest:  # lower ones are worse
-                break
-        return Beginning(rate, found.losses)
-
-    def _trial(self, rate: float, best: float) -> _Trial:
+    def trial(rate: float, best: float) -> tuple[float, Losses]:
         """Do a trial, unless it is done. Its loss is infinite if the training is lost."""
         done: dict[str, Any] = {}
-        if self.tried is not None and self.tried.exists():
-            done = json.loads(self.tried.read_text(encoding="utf-8"))
+        if tried is not None and tried.exists():
+            done = json.loads(tried.read_text(encoding="utf-8"))
         if str(rate) not in done:
-            trial = _Trial(math.inf, [])
+            result: tuple[float, Losses] = (math.inf, [])
             try:
-                losses = self.train(rate, trial_steps(self.data.steps))
-                trial = _Trial(self.evaluate(), losses)
-                if trial.loss < best:
-                    self.keep()
+                losses = train(rate, trial_steps(data.steps))
+                result = evaluate(), losses
+                if result[0] < best:
+                    keep()
             except NumericalError:
                 pass
             finally:
-                self.reset()
-            done[str(rate)] = trial
-            if self.tried is not None:
-                write_json(self.tried, done)
-        return _Trial(*done[str(rate)])
+                reset()
+            done[str(rate)] = result
+            if tried is not None:
+                write_json(tried, done)
+        loss, losses = done[str(rate)]
+        return loss, losses
 
-
-class _Trial(NamedTuple):
-    loss: float
-    losses: Losses
+    on_grid, steps = data.on_grid, data.steps
+    # A trial of T steps has T/S of the rate of the training of S steps, except on grids.
+    longer = 1.0 if on_grid else steps / trial_steps(steps)
+    rate, (loss, losses) = highest, trial(highest / longer, math.inf)
+    factors = [1 / 2 if on_grid else 1 / 4]
+    if on_grid and math.isfinite(loss):
+        factors.insert(0, 2.0)
+    for by in factors:
+        while LOWEST * highest <= rate * by <= MOST_ON_GRID * highest:
+            other, of_other = trial(rate * by / longer, loss)
+            # while every trial was lost, lower rates are tried whatever they give
+            if other >= loss and math.isfinite(loss):
+                break
+            rate, loss, losses = rate * by, other, of_other
+        if rate > highest:  # lower ones are worse
+            break
+    return rate, losses
 
 
 def distillation_plan(steps: int, rate: float) -> TrainingPlan:

@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
+from secateur import allocator
 from secateur.engine.prune.reconstruction import in_float32
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.calls import LayerCall
@@ -53,31 +53,10 @@ from secateur.models.opening import load_whole, open_weights
 from secateur.precision import fast_dtype, fast_matmuls
 from secateur.progress import Progress
 from secateur.runs.output import write_json
+from secateur.training import distillation, objectives
 from secateur.training.batches import Batch, Batches
-from secateur.training.distillation import (
-    CHOOSING,
-    TRIED,
-    WINNER,
-    Beginning,
-    DistillationData,
-    RateTrials,
-    Student,
-    distill,
-    distillation_plan,
-    pruned_layers,
-    summary,
-    trainable_names,
-)
+from secateur.training.distillation import DistillationData, Student
 from secateur.training.divergences import hidden_loss
-from secateur.training.objectives import (
-    TOP_K,
-    Distil,
-    ModelTeacher,
-    Objective,
-    TeacherOutput,
-    WrittenTeacher,
-    write_teacher,
-)
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Saved, open_tensors
 
@@ -128,14 +107,14 @@ def distill_checkpoint(
     )
     layers = list(range(len(made.layers)))
     if tasks is not None and data.options.teacher is None:
-        layers = pruned_layers(made, tasks)
+        layers = distillation.pruned_layers(made, tasks)
     if not data.options.epochs or not layers:
         return None
 
     def student_of(module: nn.Module, numbers: Sequence[int]) -> Student:
         if tasks is not None:
             return Student.of(module, made, tasks, numbers)
-        names = [name for number in numbers for name in trainable_names(made, number)]
+        names = [n for number in numbers for n in distillation.trainable_names(made, number)]
         return Student(module, frozenset(names), hidden_size(made.model))
 
     def learn_whole() -> dict[str, float]:
@@ -150,7 +129,7 @@ def distill_checkpoint(
             named = [(n, p) for n, p in model.named_parameters() if id(p) not in fixed]
             trained = frozenset(n for n, p in named if p.is_floating_point() and p.numel())
             student = replace(student, trained=trained)
-        return distill(teacher, student, data, progress, saved)
+        return distillation.distill(teacher, student, data, progress, saved)
 
     file, copy, size = saved / LEARNED, PatchedCopy(reader, folder), sweep_windows
     if not file.exists() and size:
@@ -200,7 +179,7 @@ def _distill_in_sweeps(
         dense: the model to learn from.
         made: the checkpoint of the smaller model in float32; it is only read.
         layers: numbers of the layers that learn.
-        student_of: see `StreamedStudent`.
+        student_of: see `_StreamedStudent`.
         data: the windows, and how often they are read.
         sweep_windows: number of windows that the layers pass at a time; at most an eighth of the
             steps are taken, a 16th if trials choose the rate.
@@ -220,44 +199,47 @@ def _distill_in_sweeps(
         taught = _predict(dense, data, work, progress)
     outer = EmbeddingAndHead(made, windows)
     with outer.outside(), outer.returning(None):
-        teacher = WrittenTeacher(work / PREDICTIONS)
-        loss = Distil.between(made.model, teacher, next_token=options.next_token)
-    student = StreamedStudent(layers, student_of, outer, loss, work, options.hidden, taught)
+        teacher = objectives.WrittenTeacher(work / PREDICTIONS)
+        loss = objectives.Distil.between(made.model, teacher, next_token=options.next_token)
+    student = _StreamedStudent(layers, student_of, outer, loss, work, options.hidden, taught)
+
+    winner = work / distillation.WINNER
 
     def trainer(
         batches: Batches, steps: int, rate: float, name: str, label: str
     ) -> LayerwiseTrainer:
-        folder = work / name
+        folder, best = work / name, winner if name == TRAINING else None
         folder.mkdir(exist_ok=True)
-        best = work / WINNER if label != CHOOSING else None
         return LayerwiseTrainer(student, batches, steps, rate, size, folder, best, progress, label)
 
-    begun = Beginning(data.highest_rate(hidden_size(made.model)))
+    rate, losses = data.highest_rate(hidden_size(made.model)), list[float]()
     if data.held_out:
         trial: list[LayerwiseTrainer] = []
 
         def train(rate: float, steps: int) -> list[float]:
             read, name = data.batches_of_trials, f"trial-{rate:.3g}"
-            trial[:] = [trainer(read, steps, rate, name, CHOOSING)]
+            trial[:] = [trainer(read, steps, rate, name, distillation.CHOOSING)]
             return trial[0].run()
 
         def keep() -> None:
-            shutil.rmtree(work / WINNER, ignore_errors=True)
-            trial[0].folder.rename(work / WINNER)
+            shutil.rmtree(winner, ignore_errors=True)
+            trial[0].folder.rename(winner)
 
-        begun = RateTrials(
+        rate, losses = distillation.choose_rate(
+            rate,
+            data,
             train,
             lambda: trial[0].evaluate(range(len(windows) - data.held_out, len(windows))),
             keep,
+            # the checkpoint is only read, so a trial leaves nothing else behind
             lambda: shutil.rmtree(trial[0].folder, ignore_errors=True),
-            data,
-            work / TRIED,
-        ).choose(begun.rate)
-    batches, left = data.batches_after(begun), data.steps - len(begun.losses)
-    rest = trainer(batches, left, begun.rate, TRAINING, "distilling").run()
-    shutil.rmtree(work / WINNER, ignore_errors=True)
-    own = {"learning_rate": begun.rate, "sweep_windows": float(size)}
-    return summary([*begun.losses, *rest]) | own
+            work / distillation.TRIED,
+        )
+    batches, left = data.batches_after(len(losses)), data.steps - len(losses)
+    rest = trainer(batches, left, rate, TRAINING, "distilling").run()
+    shutil.rmtree(winner, ignore_errors=True)
+    own = {"learning_rate": rate, "sweep_windows": float(size)}
+    return distillation.summary([*losses, *rest]) | own
 
 
 def _predict(dense: Target, data: DistillationData, work: Path, progress: Progress) -> Activations:
@@ -288,11 +270,11 @@ def _predict(dense: Target, data: DistillationData, work: Path, progress: Progre
     progress.start("dense predictions", len(windows))
     with outer.outside():
         teacher = _StreamedTeacher(outer, walk.states)
-        write_teacher(
+        objectives.write_teacher(
             teacher,
             windows,
             work / PREDICTIONS,
-            k=min(TOP_K, teacher.vocabulary - 1),
+            k=min(objectives.TOP_K, teacher.vocabulary - 1),
             device=dense.device,
             on_window=progress.step,
         )
@@ -302,7 +284,7 @@ def _predict(dense: Target, data: DistillationData, work: Path, progress: Progre
     return walk.states
 
 
-class _StreamedTeacher(ModelTeacher):
+class _StreamedTeacher(objectives.ModelTeacher):
     """A teacher whose last hidden states are stored. Use it only within `outer.outside()`.
 
     Args:
@@ -315,7 +297,9 @@ class _StreamedTeacher(ModelTeacher):
         with outer.returning(None):  # to find the head, the model runs without its layers
             super().__init__(outer.target.model)
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+    def __call__(
+        self, batch: Batch, temperature: float, layers: Sequence[int]
+    ) -> objectives.Taught:
         """See `Teacher`."""
         (number,) = batch.numbers
         hidden = self.states.read(slice(number, number + 1)).to(batch.ids.device)
@@ -324,7 +308,7 @@ class _StreamedTeacher(ModelTeacher):
 
 
 @dataclass(frozen=True)
-class StreamedStudent:
+class _StreamedStudent:
     """The checkpoint of a smaller model that learns, layer by layer.
 
     Args:
@@ -341,7 +325,7 @@ class StreamedStudent:
     learning: Sequence[int]
     student_of: Callable[[nn.Module, Sequence[int]], Student]
     outer: EmbeddingAndHead
-    loss: Objective
+    loss: objectives.Objective
     folder: Path
     hidden: float = 0.0
     taught: Activations | None = None
@@ -374,7 +358,6 @@ class StreamedStudent:
         return loss + self.hidden * hidden_loss(own, other, ((0, 0),))
 
 
-@dataclass
 class LayerwiseTrainer:
     """One layer-wise training. A killed one continues with the layer in which it stopped.
 
@@ -392,20 +375,25 @@ class LayerwiseTrainer:
         label: the title of the progress bar.
     """
 
-    student: StreamedStudent
-    batches: Batches
-    steps: int
-    rate: float
-    size: int
-    folder: Path
-    begins: Path | None
-    progress: Progress
-    label: str
-
-    def __post_init__(self) -> None:
-        self.plan = distillation_plan(self.steps, self.rate)
-        self.target, self.learning = self.student.outer.target, set(self.student.learning)
+    def __init__(
+        self,
+        student: _StreamedStudent,
+        batches: Batches,
+        steps: int,
+        rate: float,
+        size: int,
+        folder: Path,
+        begins: Path | None,
+        progress: Progress,
+        label: str,
+    ) -> None:
+        self.student, self.batches, self.steps, self.rate = student, batches, steps, rate
+        self.size, self.folder, self.begins = size, folder, begins
+        self.progress, self.label = progress, label
+        self.plan = distillation.distillation_plan(steps, rate)
+        self.target, self.learning = student.outer.target, set(student.learning)
         self.device, self.count = self.target.device, len(self.target.layers)
+        # n layers with norms of clip / √n have the norm `clip` together
         self.clip = self.plan.clip / math.sqrt(len(self.learning))
 
     def run(self) -> list[float]:
@@ -419,10 +407,11 @@ class LayerwiseTrainer:
         """
         steps, file = self.steps, self.folder / LOSSES
         done: list[float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        # in a sweep every layer is passed twice: forward and backward
         finished, of_batch = -(-len(done) // self.size), 2 * self.count
         self.progress.start(self.label, -(-steps // self.size) * of_batch)
         self.progress.step(finished * of_batch)
-        with reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES):
+        with allocator.reused_training_pages():
             while len(done) < steps:
                 folder = self.folder / f"sweep-{len(done):06d}"
                 done += self._train_batch(len(done), min(self.size, steps - len(done)), folder)
@@ -493,6 +482,7 @@ class LayerwiseTrainer:
             module = _module_of(self.target.architecture, number, layer)
             student = self.student.student_of(module, [number])
             with in_float32(student.model, student.trained), student.rounded.in_forwards():
+                # the weights of the best trial, then those of this training's steps, if there are
                 for folder in (self.begins, self.folder):
                     if folder is not None and folder.exists():
                         saved = _layer_state(folder, number, self.device)
@@ -507,6 +497,7 @@ class LayerwiseTrainer:
 
     def _backward(self, walk: LayerwisePass, done: int, note: str) -> None:
         """Pass the gradients down, and let every layer learn after every window."""
+        # below the first layer that learns no gradient is needed
         first, last_step = min(self.learning), done + len(walk.windows)
 
         @contextmanager
@@ -537,6 +528,7 @@ class LayerwiseTrainer:
                 masks.check(model, optimizer)
                 saved.save_state(parameters, optimizer, (), {"step": last_step})
 
+        # A killed backward continues below the lowest layer whose file knows the last step.
         def is_finished(number: int) -> bool:
             if number not in self.learning:
                 return walk.gradients.has(number)

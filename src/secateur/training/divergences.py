@@ -77,6 +77,7 @@ def next_token_rows(targets: Tensor, count: float) -> Rows:
         places = tokens.clamp(min=0)[:, None]
         log_q = logits.log_softmax(-1)
         loss = -(log_q.gather(1, places)[:, 0] * there).sum()
+        # ∂L/∂z = q − 1 at the next token; rows without one become 0 by the product below
         gradient = log_q.exp_()
         gradient.scatter_add_(1, places, gradient.new_full(places.shape, -1.0))
         gradient.mul_((there / count)[:, None])
@@ -107,6 +108,7 @@ def divergence_rows(
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         log_q = logits.div_(temperature).log_softmax(-1).clamp_(min=LEAST)
         log_p = expected(rows, log_q).clamp_(min=LEAST)
+        # From here on everything is written over what is no longer read: a row is one vocabulary.
         apart = log_q - log_p
         p, q = log_p.exp_(), log_q.exp_()
         if counted is not None:  # a token that does not count: the same distribution, apart by 0
@@ -116,11 +118,13 @@ def divergence_rows(
             loss = -torch.dot(p.flatten(), apart.flatten())
             gradient = q.sub_(p)
         elif kind == "total_variation":
+            # s = ½ sign(q − p), and log is monotone, so the sign is that of log q − log p
             signs = apart.sign_().div_(2)
             loss = torch.dot(signs.flatten(), (q - p).flatten())
             each = signs.mul_(q)
             gradient = each.addcmul_(q, each.sum(-1, keepdim=True), value=-1.0)
         else:
+            # q (log q − log p); its sum over the vocabulary is KL(q ‖ p) of the token
             each = apart.mul_(q)
             sums = each.sum(-1, keepdim=True)
             loss, gradient = sums.sum(), each.addcmul_(q, sums, value=-1.0)
@@ -153,6 +157,7 @@ def forward_and_next_token_rows(
         log_p = expected(rows, log_q).clamp_(min=LEAST)
         apart = log_q - log_p
         p = log_p.exp_()
+        # gradient: taught · (q − p) + there · (q − 1 at the next token), with q computed once
         loss = plain - taught * torch.dot(p.flatten(), apart.flatten())
         gradient = log_q.exp_().mul_((taught + there)[:, None]).sub_(p, alpha=taught)
         return loss, gradient.scatter_add_(1, places, -there[:, None])
@@ -227,6 +232,7 @@ class _OfHead(torch.autograd.Function):
         kind = hidden.device.type
         fast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if fast else hidden.dtype
+        # cast once, because autocast would cast the whole head again for every block of tokens
         inputs, matrix = hidden.to(dtype), weight.to(dtype)
         to_hidden = torch.empty_like(hidden) if of_hidden else None
         to_weight = None
@@ -235,6 +241,7 @@ class _OfHead(torch.autograd.Function):
         size = max(1, LOGITS_BYTES // (len(weight) * matrix.itemsize))
         for start in range(0, len(hidden), size):
             some = inputs[start : start + size]
+            # Z = H Wᵀ [tokens, vocabulary], overwritten by ∂L/∂Z in `_in_chunks`
             gradient = some @ matrix.t()
             if bias is not None:
                 gradient += bias.to(dtype)
@@ -242,6 +249,7 @@ class _OfHead(torch.autograd.Function):
             if to_hidden is not None:
                 to_hidden[start : start + size] = gradient @ matrix
             if of_weight:
+                # the first product is the accumulator, so no zeros as large as the head are made
                 product = gradient.t() @ some
                 to_weight = (
                     product.to(weight.dtype) if to_weight is None else to_weight.add_(product)
@@ -285,6 +293,7 @@ def _in_chunks(logits: Tensor, start: int, rows: Rows) -> Tensor:
     for first in range(0, len(logits), size):
         chunk = logits[first : first + size]
         place = slice(start + first, start + first + len(chunk))
+        # a copy in any case: `rows` overwrites it, and float32 logits would be `chunk` itself
         part, gradient = rows(place, chunk.to(torch.float32, copy=True))
         loss += part
         chunk.copy_(gradient)
@@ -314,6 +323,7 @@ def layer_pairs(student: int, teacher: int, kept: Sequence[int] | None = None) -
             remedy="name the larger model as the teacher",
         )
     if kept is None:
+        # the last layers of both are always a pair: i = student − 1 gives teacher − 1
         return tuple((i, -(-(i + 1) * teacher // student) - 1) for i in range(student))
     return tuple(enumerate([*(k - 1 for k in kept[1:]), teacher - 1]))
 

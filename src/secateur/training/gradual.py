@@ -17,13 +17,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from secateur.calibration.statistics import Gathering, watched
 from secateur.errors import NumericalError, RecipeError
@@ -32,12 +31,10 @@ from secateur.precision import full_float32
 from secateur.recipes.train import GradualOptions, IterativeOptions
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation.global_threshold import global_threshold
-from secateur.sparsity.patterns import Pattern
-from secateur.sparsity.patterns.n_of_m import NOfM
-from secateur.sparsity.patterns.unstructured import Unstructured
+from secateur.sparsity.patterns import Pattern, n_of_m, unstructured
 from secateur.sparsity.schedules import Schedule, levels
 from secateur.sparsity.scores import ScoreFunction, scores
-from secateur.training.loop import Loop, Outcome
+from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks, moments, prunable, stored_masks
 from secateur.training.saved import open_tensors, write_whole
 from secateur.training.training_plan import TrainingPlan
@@ -59,7 +56,7 @@ class Criterion:
     """
 
     score: ScoreFunction = field(default_factory=lambda: scores["magnitude"]())
-    pattern: Pattern = field(default_factory=Unstructured)
+    pattern: Pattern = field(default_factory=unstructured.Unstructured)
     windows: Windows | None = None
 
     def masks(
@@ -81,7 +78,7 @@ class Criterion:
         pattern = stage(self.pattern, sparsity)
         if pattern is None:
             return dict(kept)
-        if exchanged and isinstance(pattern, NOfM):
+        if exchanged and isinstance(pattern, n_of_m.NOfM):
             raise RecipeError(
                 f"weights cannot be exchanged under the pattern {pattern.name}",
                 remedy="regrow weights with unstructured sparsity or blocks",
@@ -89,6 +86,7 @@ class Criterion:
         linears = {f"{x.name}.weight": x for x in prunable(model) if f"{x.name}.weight" in kept}
         requires = self.score.requires | ({"gradient"} if exchanged else set())
         gathered = gather(model, list(linears.values()), requires, self.windows)
+        # scores and patterns see [out, in]; GPT-2 stores [in, out]
         rows = {n: kept[n].t() if x.transposed else kept[n] for n, x in linears.items()}
         scores = {n: self.score(x.weight, gathered[x.name]) for n, x in linears.items()}
         shares = _shares(pattern, scores, rows, sparsity)
@@ -124,6 +122,7 @@ def exchange(
         sparsity: sparsity of the result.
         fraction: fraction of the kept weights, at least 0 and below 1.
     """
+    # the sparsity after `fraction` of the kept share 1 − sparsity is dropped too
     survivors = pattern.mask(score, sparsity + fraction * (1 - sparsity), allowed=kept)
     rows, columns = score.shape
     missing = rows * columns - pattern.pruned((rows, columns), sparsity) - int(survivors.sum())
@@ -139,10 +138,11 @@ def stage(pattern: Pattern, sparsity: float) -> Pattern | None:
     For N:M this is N':M with the nearest N' >= N, or None if N' = M. Other patterns allow any
     sparsity and return themselves.
     """
-    if not isinstance(pattern, NOfM):
+    if not isinstance(pattern, n_of_m.NOfM):
         return pattern
+    # the nearest N', halves upwards: a stage is never sparser than the schedule by half a weight
     kept = max(pattern.kept, math.floor((1 - sparsity) * pattern.group + 0.5))
-    return None if kept >= pattern.group else NOfM(kept, pattern.group)
+    return None if kept >= pattern.group else n_of_m.NOfM(kept, pattern.group)
 
 
 def _shares(
@@ -152,6 +152,7 @@ def _shares(
     if pattern.scope != "global" or pattern.sparsity is not None:
         return dict.fromkeys(scores, sparsity if pattern.sparsity is None else pattern.sparsity)
     units = {n: pattern.units(s.masked_fill(~kept[n], 0.0)) for n, s in scores.items()}
+    # units that are pruned already: at least these stay pruned, so they bound each linear below
     gone = {n: int((pattern.units(k.float()) == 0).sum()) for n, k in kept.items()}
     sizes = {n: u.numel() for n, u in units.items()}
     counts = global_threshold(
@@ -200,12 +201,14 @@ def gather(
                 logits = model(input_ids=ids[None].to(device), use_cache=False).logits
                 if not backward:
                     continue
-                loss = cross_entropy(logits[0, :-1].float(), ids.to(device)[1:])
+                loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids.to(device)[1:])
                 if not torch.isfinite(loss):
                     raise NumericalError(
                         f"the loss of window {number} is {loss.item()}",
                         remedy="lower the learning rate, or use float32 or bfloat16",
                     )
+                # The statistics watch the gradients. `grad` sums none on the parameters, where the
+                # next step of the training would add to it.
                 torch.autograd.grad(loss, [x.module.get_parameter("weight") for x in linears])
     for name, values in gathered.items():
         values |= {key: statistic.value() for key, statistic in running[name].items()}
@@ -271,6 +274,7 @@ class GradualPruning:
         """Return the finished share of the pruning at a step; None if no renewal is due."""
         last = max(round(self.options.end * steps), 1)
         first = min(round(self.options.begin * steps), last - 1)
+        # the last renewal happens whatever `every` is, so the sparsity ends exact
         if not first < step <= last or (step != last and (step - first) % self.options.every):
             return None
         return (step - first) / (last - first)
@@ -300,30 +304,8 @@ class GradualPruning:
 # -- rounds ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KeepEarly:
-    """A hook that writes the weights to a file after a step of the training.
-
-    Args:
-        step: the step to write after, from 1.
-        file: the file of the weights.
-    """
-
-    step: int
-    file: Path
-
-    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
-        """Called after the optimizer's step, 1 to `steps`."""
-        if step == self.step:
-            write_whole(self.file, dict(model.named_parameters()))
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Nothing: the file is the state."""
-        return {}
-
-
 MakeLoop = Callable[..., Loop]
-"""`Loop` without its `plan` and `saved`: (plan, **options) → a loop."""
+"""`Loop`, or what takes its place: (task, plan, saved=, label=) → a loop."""
 
 REPORT, EARLY = "report.json", "early.safetensors"
 MASKS, FINAL = "masks.safetensors", "final.safetensors"
@@ -344,21 +326,33 @@ class Rounds:
 
     Deviation from all of them: any score and any pattern can choose the weights. Each training has
     a folder, `dense` or `round-N`, with its masks, its final weights, and a report when it is
-    finished. A killed run resumes in the unfinished one.
+    finished. A killed run resumes in the unfinished one. As a hook of the dense training, this
+    object writes the early weights.
 
     Args:
-        model: the model, with weights in float32.
         kept: the masks that each loop holds, True = kept, by parameter; changed in place.
         schedule: the sparsity after each round.
         criterion: chooses the weights.
         how: rounds and rewinding.
+        folder: of the trainings.
+        task: what each training learns, with weights in float32.
     """
 
-    model: Any
     kept: Mapping[str, Tensor]
     schedule: Schedule
     criterion: Criterion
     how: IterativeOptions
+    folder: Path
+    task: TrainingTask
+
+    def on_step(self, step: int, steps: int, model: Any, optimizer: Any) -> None:
+        """Write the weights of the step to which the rounds go back."""
+        if step == self.how.rewind_step:
+            write_whole(self.folder / EARLY, dict(model.named_parameters()))
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: the file is the state."""
+        return {}
 
     def part(self, number: int, plan: TrainingPlan) -> TrainingPlan:
         """The plan of a round, counted from 1.
@@ -374,73 +368,78 @@ class Rounds:
             )
         if self.how.rewind != "none":
             return plan.model_copy(update={"first_step": self.how.rewind_step})
+        # one schedule over all rounds, of which this is the part of one round
         whole = {"steps": self.how.rounds * plan.steps, "last_step": number * plan.steps}
         return plan.model_copy(update={**whole, "first_step": (number - 1) * plan.steps})
 
-    def train(
-        self, make_loop: MakeLoop, plan: TrainingPlan, folder: Path
-    ) -> tuple[Outcome, list[dict[str, Any]], Path]:
+    def train(self, make_loop: MakeLoop, plan: TrainingPlan) -> Outcome:
         """Prune and train in rounds. A call after a kill resumes.
 
         Returns:
-            The outcome of all trainings together, the record of each, and the folder of the last.
+            The outcome of all trainings together, with the record of each.
 
         Raises:
             VerificationError: a training did not hold the masks.
         """
-        numbers = range(1, self.how.rounds + 1)
+        numbers, folder, model = range(1, self.how.rounds + 1), self.folder, self.task.model
         trainings: list[tuple[str, TrainingPlan, float | None]] = [
             (f"round-{n}", self.part(n, plan), sparsity)
             for n, sparsity in zip(numbers, levels(self.schedule, self.how.rounds), strict=True)
         ]
-        keep, last, records = KeepEarly(self.how.rewind_step, folder / EARLY), None, []
+        last = None
         folder.mkdir(parents=True, exist_ok=True)
         if self.how.rewind == "weights":
             trainings.insert(0, ("dense", plan, None))
-            if not keep.step and not keep.file.exists():
-                keep.on_step(0, 0, self.model, None)
-        whole, before = Outcome(), make_loop(plan).validation_loss()
+            # step 0 is before the first step, so no hook sees it
+            if not self.how.rewind_step and not (folder / EARLY).exists():
+                self.on_step(0, 0, model, None)
+        whole = Outcome(folder=folder / trainings[-1][0])
+        before = make_loop(self.task, plan).validation_loss()
         if before is not None:
             whole.validations.append((0, before))
         for name, part, sparsity in trainings:
             place = folder / name
             if not (place / REPORT).exists():
                 self._begin(place, last, sparsity)
-                hooks = (keep,) if sparsity is None and keep.step else ()
-                outcome = make_loop(part, saved=place, hooks=hooks, label=f"training {name}").run()
+                dense = sparsity is None and self.how.rewind_step
+                task = replace(self.task, hooks=(self,)) if dense else self.task
+                outcome = make_loop(task, part, saved=place, label=f"training {name}").run()
                 masks = Masks(self.kept)
-                masks.check(self.model)
+                masks.check(model)
                 share = masks.sparsity if sparsity is None else sparsity
                 write_json(place / REPORT, {"sparsity": share, "facts": outcome.facts()})
+                # The report is written: now only its final weights and masks are still needed.
                 for file in folder.glob("*/*.safetensors"):
                     if file.parent != place or file.name not in (MASKS, FINAL):
                         file.unlink()
             report = json.loads((place / REPORT).read_text(encoding="utf-8"))
-            records.append(_added(whole, name, report, part.first_step))
+            whole.rounds.append(_added(whole, name, report, part.first_step))
             last = place
-        return whole, records, folder / trainings[-1][0]
+        return whole
 
     def _begin(self, place: Path, last: Path | None, sparsity: float | None) -> None:
         """Set the weights and the masks with which a training begins."""
         place.mkdir(exist_ok=True)
+        # A resumed run has not trained the rounds before this one, so all comes from files.
         if last is not None:
             self._put(last / FINAL)
             if (last / MASKS).exists():
-                renew(self.model, self.kept, dict(stored_masks(last / MASKS)))
+                renew(self.task.model, self.kept, dict(stored_masks(last / MASKS)))
         if sparsity is None:
             return
+        # scored on the trained weights, then the weights go back to the early ones
         if not (place / MASKS).exists():
-            write_whole(place / MASKS, self.criterion.masks(self.model, self.kept, sparsity))
+            write_whole(place / MASKS, self.criterion.masks(self.task.model, self.kept, sparsity))
         if self.how.rewind == "weights":
             self._put(place.parent / EARLY)
-        renew(self.model, self.kept, dict(stored_masks(place / MASKS)))
+        renew(self.task.model, self.kept, dict(stored_masks(place / MASKS)))
 
     @torch.no_grad()
     def _put(self, file: Path) -> None:
         """Overwrite the parameters of the model with the values in a file."""
         with open_tensors(file) as stored:
             for name in stored:
-                self.model.get_parameter(name).copy_(stored[name])
+                self.task.model.get_parameter(name).copy_(stored[name])
 
 
 def _added(whole: Outcome, name: str, report: Mapping[str, Any], first_step: int) -> dict[str, Any]:

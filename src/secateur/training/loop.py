@@ -1,6 +1,6 @@
 """The training loop: batch, loss, gradients, masks, step. It validates, saves and resumes.
 
-It ends a training that diverges (`DivergenceWatch`).
+It ends a training that diverges (`_DivergenceWatch`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from typing import Any
 
 import torch
 
-from secateur.allocator import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
-from secateur.engine.prune.reconstruction import in_float32, to_float32
+from secateur import allocator, precision
+from secateur.engine.prune import reconstruction
 from secateur.errors import NumericalError, RecipeError
-from secateur.models.architecture import hidden_size
-from secateur.models.attention import WrittenOut
-from secateur.models.skeleton import quiet_transformers
-from secateur.precision import exact_matmuls, fast_matmuls, full_float32
+from secateur.models import architecture, attention, skeleton
 from secateur.progress import Progress, Silent
 from secateur.training.batches import Batches
 from secateur.training.masks import Masks
-from secateur.training.objectives import NextToken, Objective
+from secateur.training.objectives import Objective, next_token
 from secateur.training.process_group import ProcessGroup, checkpointed
 from secateur.training.saved import Hook, Saved
 from secateur.training.training_plan import TrainingPlan
@@ -35,22 +32,39 @@ TICKS = 1000
 """Units of the progress bar when the clock sets the length of a training."""
 
 
-class Loop:
-    """One training. It can stop and resume.
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is learned: a model, its windows, the loss, and the zeros that stay.
 
     Args:
         model: a causal language model in eval mode, without dropout.
         batches: the windows of each step.
         objective: the loss.
-        masks: the masks that the loop holds at every step; None for a dense model.
-        plan: length, learning rate, optimizer.
+        masks: the masks that the loop holds at every step.
         validation: windows whose next-token loss the loop measures. The model then ends with the
             weights of the lowest loss. None: no validation.
-        saved: folder for the state that a resumed training needs; None saves nothing.
         hooks: work after every step.
+        trained: names of the trained parameters; None for all with a learning rate above 0.
+    """
+
+    model: Any
+    batches: Batches
+    objective: Objective
+    masks: Masks = field(default_factory=lambda: Masks({}))
+    validation: Batches | None = None
+    hooks: Sequence[Hook] = ()
+    trained: frozenset[str] | None = None
+
+
+class Loop:
+    """One training. It can stop and resume.
+
+    Args:
+        task: what is learned.
+        plan: length, learning rate, optimizer.
+        saved: folder for the state that a resumed training needs; None saves nothing.
         progress: receives every step.
         processes: the processes that train together; None makes them.
-        trained: names of the trained parameters; None for all with a learning rate above 0.
         label: the title of the progress bar.
 
     Raises:
@@ -59,35 +73,29 @@ class Loop:
 
     def __init__(
         self,
-        model: Any,
-        batches: Batches,
-        objective: Objective,
-        masks: Masks | None,
+        task: TrainingTask,
         plan: TrainingPlan,
         *,
-        validation: Batches | None = None,
         saved: Path | None = None,
-        hooks: Sequence[Hook] = (),
         progress: Progress | None = None,
         processes: ProcessGroup | None = None,
-        trained: frozenset[str] | None = None,
         label: str = "training",
     ) -> None:
-        self.model, self.batches, self.objective, self.plan = model, batches, objective, plan
-        self.masks, self.hooks = masks or Masks({}), hooks
-        self.trained, self.label = trained, label
+        self.task, self.plan, self.label = task, plan, label
+        self.model, self.masks, self.hooks = task.model, task.masks, task.hooks
         self.progress = progress or Silent()
-        self.device = next(model.parameters()).device
+        self.device = next(task.model.parameters()).device
         self.processes = processes or ProcessGroup.launched(self.device)
         self.check()
         self.last_step = plan.last_step or plan.steps
-        self.validation, self.next_token = validation, NextToken.of(model)
-        self.tokens_of_step = batches.size * batches.windows.shape[1]
-        self.peak = plan.learning_rate or plan.peak(hidden_size(model), self.tokens_of_step)
+        self.next_token = next_token(task.model)
+        self.length = task.batches.windows.shape[1]
+        self.tokens_of_step = task.batches.size * self.length
+        self.peak = plan.peak(architecture.hidden_size(task.model), self.tokens_of_step)
         self.saved = Saved(saved, self.processes)
-        self.outcome = Outcome(step=plan.first_step)
+        self.outcome = Outcome(step=plan.first_step, folder=saved)
         self.last_step_seconds = self.last_validation_seconds = 0.0
-        self.watch = DivergenceWatch(plan.diverged)
+        self.watch = _DivergenceWatch(plan.diverged)
 
     def check(self) -> None:
         """Refuse a training that cannot run.
@@ -101,10 +109,10 @@ class Loop:
                 "hooks need a number of steps, and a single process",
                 remedy="train by steps instead of minutes, in one process",
             )
-        if self.batches.size % self.processes.count:
+        size = self.task.batches.size
+        if size % self.processes.count:
             raise RecipeError(
-                f"{self.processes.count} processes cannot share the {self.batches.size} windows "
-                "of a step",
+                f"{self.processes.count} processes cannot share the {size} windows of a step",
                 remedy="make the batch a multiple of the number of processes",
             )
 
@@ -122,20 +130,22 @@ class Loop:
                 earlier saved state remains.
             VerificationError: a pruned weight is not zero.
         """
+        named, among = self.model.named_parameters(), self.task.trained
         trained = {
             n
-            for n, p in self.model.named_parameters()
-            if p.is_floating_point() and self.plan.factor(n)
-            if self.trained is None or n in self.trained
+            for n, p in named
+            if p.is_floating_point() and self.plan.factor(n) and (among is None or n in among)
         }
         if not trained:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
-            stack.enter_context(quiet_transformers())
-            stack.enter_context(full_float32())  # autocast does not cover backwards
-            stack.enter_context(reused_pages(TRAINING_BLOCK_BYTES, TRAINING_BYTES))
-            self.processes.shard(self.model, to_float32)
-            stack.enter_context(in_float32(self.model, trained))
+            stack.enter_context(skeleton.quiet_transformers())
+            stack.enter_context(precision.full_float32())  # autocast does not cover backwards
+            stack.enter_context(allocator.reused_training_pages())
+            # Sharding comes first: each unit becomes float32 just before it is divided, so no
+            # process ever holds all weights in float32.
+            self.processes.shard(self.model, reconstruction.to_float32)
+            stack.enter_context(reconstruction.in_float32(self.model, trained))
             if self.plan.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
             self.begin()
@@ -148,6 +158,7 @@ class Loop:
         self.masks = self.masks.held_in(self.model)
         self.masks.apply(self.model)
         self.model.eval()
+        # by name, because FSDP2 has put new parameters in the place of those that were given
         named = self.model.named_parameters()
         self.parameters = {n: p for n, p in named if p.requires_grad}
         self.optimizer = self.plan.make_optimizer(self.parameters.items())
@@ -156,6 +167,7 @@ class Loop:
         if facts is not None:
             self.outcome.take(facts)
         self.outcome.log = self.saved.log.lines
+        # all processes count from the same beginning, or `over` could differ between them
         self.started = time.perf_counter() - self.processes.once(lambda: self.outcome.seconds)
         self.saved_at = time.perf_counter()
 
@@ -182,7 +194,7 @@ class Loop:
         if not self.outcome.validations or self.outcome.validations[-1][0] != self.outcome.step:
             self.validate()
         self.save()  # a run killed after this point does not train again
-        if self.validation is not None:
+        if self.task.validation is not None:
             self.saved.restore_best(self.parameters)
         self.masks.check(self.model)
         self.outcome.seconds = time.perf_counter() - self.started
@@ -193,6 +205,7 @@ class Loop:
         if not self.plan.minutes:
             self.outcome.stopped = "steps" if self.outcome.step >= self.last_step else ""
         else:
+            # stop where one more step, and the validation at the end, would pass the limit
             ahead = self.last_step_seconds + self.last_validation_seconds
             left = 60 * self.plan.minutes - self.clock() - ahead
             self.outcome.stopped = "minutes" if self.processes.once(lambda: left) <= 0 else ""
@@ -219,6 +232,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         loss = self.backward()
+        # before the clipping, so that gradients of pruned weights do not count in the norm
         self.masks.hold_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -240,28 +254,24 @@ class Loop:
 
     def backward(self) -> float:
         """Add up the gradients of all parts of a step. Return the mean loss of all processes."""
-        size = self.plan.at_once(self.batches.windows.shape[1])
-        processes = self.processes
-        parts = self.batches.micro(
-            self.outcome.step, size, self.device, processes.rank, processes.count
-        )
+        batches, processes = self.task.batches, self.processes
+        size, ranks = self.plan.at_once(self.length), (processes.rank, processes.count)
+        written_out = self.plan.writes_out(self.device, self.length)
         total = 0.0
-        for part in parts:
-            share = len(part.numbers) * processes.count / self.batches.size
-            with self.matmuls(), self.attention(), torch.enable_grad():
-                loss = self.objective(self.model, part) * share
+        for part in batches.parts(batches.numbers(self.outcome.step), size, self.device, *ranks):
+            # FSDP averages gradients over the processes; so a part counts `count` times its share
+            share = len(part.numbers) * processes.count / batches.size
+            attending = attention.WrittenOut() if written_out else nullcontext()
+            with self.matmuls(), attending, torch.enable_grad():
+                loss = self.task.objective(self.model, part) * share
             total += loss.item()
             loss.backward()
         return self.refuse(sum(processes.gather(total)) / processes.count, "the loss")
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """Return the context that sets the precision of products."""
-        return (fast_matmuls if self.plan.fast_matmuls else exact_matmuls)(self.device)
-
-    def attention(self) -> AbstractContextManager[Any]:
-        """Return the context that selects the attention for a part of a step."""
-        quick = self.plan.writes_out(self.device, self.batches.windows.shape[1])
-        return WrittenOut() if quick else nullcontext()
+        fast = self.plan.fast_matmuls
+        return (precision.fast_matmuls if fast else precision.exact_matmuls)(self.device)
 
     # -- monitoring ------------------------------------------------------------------------------
 
@@ -292,10 +302,11 @@ class Loop:
 
     def validation_loss(self) -> float | None:
         """The next-token loss of the validation windows; None without them."""
-        if self.validation is None:
+        windows = self.task.validation
+        if windows is None:
             return None
-        size = self.plan.at_once(self.validation.windows.shape[1])
-        return mean_loss(self.model, self.next_token, self.validation, size, self.matmuls)
+        size = self.plan.at_once(windows.windows.shape[1])
+        return mean_loss(self.model, self.next_token, windows, size, self.matmuls)
 
     def validate(self) -> None:
         """Measure the loss of the validation windows, if there are any; keep the best weights."""
@@ -306,6 +317,7 @@ class Loop:
         self.processes.reshard(self.model)
         loss = self.refuse(self.processes.once(lambda: mean), "the validation loss")
         outcome.validations.append((outcome.step, loss))
+        # Losses at another sparsity cannot be compared: when masks change, the best begins anew.
         kept = self.masks.count if self.hooks else -1
         if loss < outcome.best_loss or kept != outcome.best_kept:
             outcome.best_loss, outcome.best_step, outcome.best_kept = loss, outcome.step, kept
@@ -314,7 +326,7 @@ class Loop:
 
     def validations_due(self) -> int:
         """The number of validations due so far."""
-        if self.validation is None:
+        if self.task.validation is None:
             return 0
         return int(self.done()[0] * self.plan.validations + 1e-9)
 
@@ -344,8 +356,9 @@ class Loop:
             place = min(TICKS, int(TICKS * self.clock() / (60 * self.plan.minutes)))
         else:
             place = outcome.step - self.plan.first_step
-        note = f"loss {loss:.3f}" if loss else ""
+        note = f"loss {loss:.3f}" if loss else ""  # 0 before the first step
         if outcome.validations:
+            # exp(710) is beyond float64
             note += f", validation {math.exp(min(outcome.validations[-1][1], 700)):.2f}"
         if self.last_step_seconds:
             rate = self.tokens_of_step / self.last_step_seconds
@@ -371,6 +384,8 @@ class Outcome:
         learning_rate: the highest learning rate of a step.
         stopped: the reason for the end: `steps` or `minutes`.
         log: one line for every step: step, loss, learning_rate, gradient_norm.
+        folder: where the final weights and the log are; None if nothing is saved.
+        rounds: what each training in rounds did (`gradual.Rounds`).
     """
 
     step: int = 0
@@ -383,10 +398,12 @@ class Outcome:
     learning_rate: float = 0.0
     stopped: str = ""
     log: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """Everything except the log, as JSON values."""
-        facts = {k: v for k, v in vars(self).items() if k != "log"}
+        """What a resumed training must know, as JSON values; the log has a file of its own."""
+        facts = {k: v for k, v in vars(self).items() if k not in ("log", "folder", "rounds")}
         best = self.best_loss if math.isfinite(self.best_loss) else None
         return {**facts, "best_loss": best}
 
@@ -403,7 +420,7 @@ WATCHED = 10
 SUSPECT, NOISE = 1.5, 0.1
 
 
-class DivergenceWatch:
+class _DivergenceWatch:
     """Finds a training that diverges.
 
     Let m be the median of the last 10 losses. A training diverges when
@@ -427,6 +444,7 @@ class DivergenceWatch:
         Args:
             log: one line for each step, with `loss`.
         """
+        # A resumed training reads its whole log again, so it knows the lowest median of all runs.
         for end in range(max(WATCHED, self.watched + 1), len(log) + 1):
             self.latest = statistics.median(line["loss"] for line in log[end - WATCHED : end])
             self.lowest, self.watched = min(self.lowest, self.latest), end
@@ -465,7 +483,9 @@ def mean_loss(
         matmuls: returns a context that sets the precision of products.
     """
     total = 0.0
-    for batch in read.in_order(at_once, next(model.parameters()).device):
+    device = next(model.parameters()).device
+    for batch in read.parts(range(len(read.windows)), at_once, device):
+        # the cache of weights in bfloat16 lasts as long as the context: one micro-batch
         with matmuls():
             total += objective(model, batch).item() * len(batch.ids)
     return total / len(read.windows)

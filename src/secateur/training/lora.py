@@ -96,14 +96,15 @@ def attach(model: Any, options: LoraOptions | None = None, seed: int = 0) -> Pef
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({type(linear.module): masked_adapter() for linear in chosen})
+    config._register_custom_module({type(linear.module): _masked_adapter() for linear in chosen})
+    # peft draws A from the generator of the process, whose state must stay as it was
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
 
 
 @cache
-def masked_adapter() -> Any:
+def _masked_adapter() -> Any:
     """The layer behind `attach`. peft, its base, is optional and takes seconds to import."""
     from peft.tuners.lora import Linear as Adapter
 
@@ -131,6 +132,7 @@ def masked_adapter() -> Any:
         def get_delta_weight(self, adapter: str) -> Tensor:
             """Return the product to add to the weight: zero where the weight is pruned."""
             delta = super().get_delta_weight(adapter)
+            # by selection: a NaN of the product would survive a multiplication by 0
             return torch.where(self.kept, delta, torch.zeros_like(delta))
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,6 +142,7 @@ def masked_adapter() -> Any:
                 return base
             added = base
             for name in self.active_adapters:
+                # B A is formed [out, in]: x Aᵀ Bᵀ would be cheaper, but has no place for the mask
                 delta = self.get_delta_weight(name)
                 rows = delta.t() if self.fan_in_fan_out else delta
                 inputs = self.lora_dropout[name](x.to(rows.dtype))
@@ -173,8 +176,9 @@ def merge(adapted: PeftModel) -> Any:
     trained = {
         f"{name}.weight": adapter.kept
         for name, adapter in base.named_modules()
-        if isinstance(adapter, masked_adapter())
+        if isinstance(adapter, _masked_adapter())
     }
+    # peft wraps a linear as `x.base_layer`; merging gives it the name `x` again
     found = {
         ".".join(x for x in name.split(".") if x not in ("base_layer", "original_module")): mask
         for name, mask in Masks.of(base).kept.items()
@@ -183,6 +187,7 @@ def merge(adapted: PeftModel) -> Any:
     merged = adapted.merge_and_unload()
     parameters = dict(merged.named_parameters())
     kept = Masks({name: mask for name, mask in found.items() if name in parameters})
+    # adapters from elsewhere fill zeros; those from `attach` must not need this: they are checked
     Masks({name: mask for name, mask in kept.kept.items() if name not in trained}).apply(merged)
     if filled := kept.filled(merged):
         raise VerificationError(

@@ -66,6 +66,7 @@ class Masks:
         """
         masks = {}
         for name, weight in matrices(model).items():
+            # NaN is not 0 either; a loss that is not finite finds it
             kept = local(weight.detach()) != 0
             if not kept.all():
                 masks[name] = as_part(kept, weight) if is_shared(weight) else kept
@@ -127,7 +128,7 @@ class Masks:
         """Set the pruned weights of a model to 0, and their moments if there is an optimizer."""
         for parameter, mask in self.of_parameters(model):
             for held in (local(parameter), *moments(optimizer, parameter)):
-                held.mul_(mask)
+                held.mul_(mask)  # bool, so a kept value times 1 is the same bits
 
     @torch.no_grad()
     def hold_gradients(self, model: nn.Module) -> None:
@@ -138,6 +139,7 @@ class Masks:
 
     def hold(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Set pruned weights and their moments to 0, after the optimizer's step."""
+        # the very classes: a subclass may move weights in another way
         if type(optimizer) not in FIXED_AT_ZERO:
             self.apply(model, optimizer)
 
@@ -266,6 +268,7 @@ def local(tensor: Tensor) -> Tensor:
 def rows_of(parameter: Any) -> slice:
     """The rows of a sharded parameter that this process has."""
     mesh, count = parameter.device_mesh, parameter.shape[0]
+    # as torch.chunk: all parts are equal but the last ones, which may be shorter or empty
     size = -(-count // mesh.size())
     start = min(mesh.get_local_rank() * size, count)
     return slice(start, min(start + size, count))
@@ -275,6 +278,7 @@ def as_part(rows: Tensor, parameter: Any) -> Tensor:
     """Return this process's rows of a tensor, divided like the parameter."""
     from torch.distributed.tensor import DTensor
 
+    # Shape and stride of the whole are given, because torch would guess them from equal parts.
     return DTensor.from_local(
         rows,
         parameter.device_mesh,
@@ -376,6 +380,7 @@ def _refuse_lost(
         lost = local(weight) == 0
         kept = local(masks.kept.get(name, torch.ones_like(lost)))
         counts += [int((~kept).sum()), int((lost & kept).sum())]
+    # one sum for all matrices: pruned, lost, pruned, lost, …
     counts = sums(counts)
     if not sum(counts[::2]):
         raise RecipeError(

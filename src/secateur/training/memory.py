@@ -23,15 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import LOGITS_BYTES
-from secateur.engine.plan import (
-    Need,
-    Phase,
-    Plan,
-    calls_of,
-    memory_budget,
-    rehearse_training,
-    weights_of,
-)
+from secateur.engine import plan as memory_plan
+from secateur.engine.plan import Need, Phase, Plan, weights_of
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
@@ -40,9 +33,8 @@ from secateur.models.sources import LocalCheckpoint
 from secateur.precision import fast_dtype
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
-from secateur.training.batches import TrainingText
+from secateur.training import masks
 from secateur.training.lora import chosen_linears
-from secateur.training.masks import matrices, moments, prunable
 from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
 
@@ -58,9 +50,11 @@ def plan_needs(
     recipe: TrainRecipe,
     target: CheckpointTarget,
     teacher: LocalCheckpoint | None,
-    text: TrainingText,
+    windows: Tensor,
     plan: TrainingPlan,
     processes: ProcessGroup,
+    *,
+    validates: bool = False,
 ) -> Plan:
     """Plan the memory of a training in one process, and the disk.
 
@@ -68,9 +62,10 @@ def plan_needs(
         recipe: recipe of the training.
         target: the student, with its layers on the meta device.
         teacher: checkpoint of a teacher that is loaded; None for none.
-        text: the training text.
+        windows: the training windows.
         plan: length and optimizer.
         processes: the processes.
+        validates: whether there are validation windows, so that the best weights are kept.
     """
     model, ranks = target.model, processes.count
     adapted = () if recipe.lora is None else chosen_linears(model, recipe.lora)
@@ -80,16 +75,19 @@ def plan_needs(
     if recipe.lora is not None:
         trained = sum(recipe.lora.rank * sum(linear.shape) for linear in adapted)
         weights += trained
-    together = min(plan.at_once(text.windows.shape[1]), recipe.batch // ranks or 1)
-    micro = text.windows[:together]
+    together = min(plan.at_once(windows.shape[1]), recipe.batch // ranks or 1)
+    micro = windows[:together]
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     outside = max(weights_of(module) for module in ends if module is not None)
+    # two layers and the gradients of one, or embeddings or head with their gradients
     gathered = max(3 * max(map(weights_of, target.layers)), 2 * outside) if ranks > 1 else 0
+    # a block of logits, and the gradient of the last hidden states, float32
     logits = LOGITS_BYTES + 4 * micro.numel() * hidden_size(model)
     forward = _forward_bytes(target, micro, plan, processes.device)
     taught = 0 if teacher is None else _teacher_bytes(teacher, processes, recipe.trust_remote_code)
     products = sum(4 * math.prod(linear.shape) for linear in adapted)
-    masks = sum(math.prod(p.shape) for p in matrices(model).values()) // ranks
+    masked = sum(math.prod(p.shape) for p in masks.matrices(model).values()) // ranks  # bool
+    # gradients and moments, float32
     state = 4 * trained * (1 + _moments_of(plan))
     on_gpu, here = processes.device.type == "cuda", (TRAINING,)
     host = (READING, READING_TEACHER) if on_gpu else here
@@ -103,9 +101,13 @@ def plan_needs(
         Need("forward", forward, here, "forward", LESS_FORWARD),
         Need("logits", (1 + (teacher is not None)) * logits, here, "logits"),
         Need("teacher", taught, (*here, READING_TEACHER), "teacher", less_teacher),
-        Need("masks", masks, here, "masks"),
+        Need("masks", masked, here, "masks"),
     )
-    return Plan(needs, on_gpu, disk_bytes=_disk_bytes(recipe, target, text, trained, state))
+    return Plan(
+        needs,
+        on_gpu,
+        disk_bytes=_disk_bytes(recipe, target, windows.numel(), trained, state, validates),
+    )
 
 
 def _forward_bytes(
@@ -115,20 +117,23 @@ def _forward_bytes(
 
     With checkpointing, each layer keeps its input, and one layer at a time keeps everything inside.
     """
-    hidden, calls = calls_of(target, windows)
+    hidden, calls = memory_plan.calls_of(target, windows)
     layers = len(target.layers)
     written_out = plan.writes_out(device, windows.shape[1])
-    one = rehearse_training(target.layers[0], hidden, calls[0], written_out=written_out)
+    # layers are alike enough: one is rehearsed on meta, where a forward costs no memory
+    first = target.layers[0]
+    one = memory_plan.rehearse_training(first, hidden, calls[0], written_out=written_out)
     return one + layers * 4 * hidden.numel() if plan.gradient_checkpointing else layers * one
 
 
 def _moments_of(plan: TrainingPlan) -> int:
     """The number of weight-sized tensors in the optimizer's state, measured with one weight."""
+    # a matrix, because Adafactor keeps moments of the size of a weight for vectors only
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     optimizer = plan.make_optimizer([("weight", weight)])
     optimizer.step()
-    return len(list(moments(optimizer, weight)))
+    return len(list(masks.moments(optimizer, weight)))
 
 
 def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
@@ -143,24 +148,32 @@ def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: boo
     if processes.count > 1:
         layers = describe(model).layers(model)
         within = weights_of(layers)
+        # a layer that runs and the next one, gathered; of the others only this process's part
         weights += 2 * max(map(weights_of, layers)) - (within - within // processes.count)
     return dtype.itemsize * weights
 
 
 def _disk_bytes(
-    recipe: TrainRecipe, target: CheckpointTarget, text: TrainingText, trained: int, state: int
+    recipe: TrainRecipe,
+    target: CheckpointTarget,
+    tokens: int,
+    trained: int,
+    state: int,
+    validates: bool,
 ) -> int:
     """The maximum disk use of a training. Each new file is written next to the old one."""
-    final, masks = 4 * trained, sum(x.weight.numel() for x in prunable(target.model))
-    best = final * (text.validation is not None)
+    final = 4 * trained
+    masked = sum(x.weight.numel() for x in masks.prunable(target.model))
+    best = final * validates
     rounds = predictions = 0
     if recipe.gradual is not None:
-        state += masks
+        state += masked
     if recipe.iterative is not None:
         # The final weights of the last round, and the masks of both; the early weights.
-        rounds = final * (2 if recipe.iterative.rewind == "weights" else 1) + 2 * masks
+        rounds = final * (2 if recipe.iterative.rewind == "weights" else 1) + 2 * masked
     if recipe.top_k:
-        predictions = text.windows.numel() * (6 * recipe.top_k + 4)
+        # float16 and int32 for each of the k tokens, float32 for the rest
+        predictions = tokens * (6 * recipe.top_k + 4)
     written = max(state, best, final + target.reader.total_bytes)
     return state + best + predictions + rounds + written
 
@@ -177,7 +190,7 @@ def check_memory(needed: Plan, max_memory: int | None, device: torch.device) -> 
         MemoryBudgetError: the training needs more than there is; the message gives both numbers and
             remedies.
     """
-    budget = memory_budget(max_memory, device)
+    budget = memory_plan.memory_budget(max_memory, device)
     shortage = budget.shortage(needed)
     if shortage is not None:
         raise budget.refusal(needed, f"training needs {shortage}")

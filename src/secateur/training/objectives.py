@@ -23,36 +23,18 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import describe, head_alone, vocabulary_of
 from secateur.models.checkpoint import ShardWriter
 from secateur.precision import fast_matmuls
+from secateur.training import divergences
 from secateur.training.batches import Batch
-from secateur.training.divergences import (
-    Rows,
-    divergence_rows,
-    forward_and_next_token_rows,
-    hidden_loss,
-    last_hidden,
-    layer_pairs,
-    loss_of,
-    next_token_rows,
-    outputs_of,
-    through_head,
-)
+from secateur.training.divergences import Rows, loss_of, outputs_of
 
 Expected = Callable[[slice, Tensor], Tensor]
+"""Rows and log q of the student → log p of the teacher, float32 [tokens, vocabulary]."""
+
+Taught = tuple[Expected, dict[int, Tensor]]
+"""The predictions of a teacher for a batch, and outputs of its decoder layers by number."""
+
 TOP_K = 64
 """Default number of most likely tokens to store from a teacher."""
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """The predictions of a teacher for a batch.
-
-    Attributes:
-        expected: rows and log q of the student → log p, float32 [tokens, vocabulary].
-        hidden: outputs of its decoder layers, by number, if the objective needs them.
-    """
-
-    expected: Expected
-    hidden: dict[int, Tensor]
 
 
 class Teacher(Protocol):
@@ -60,7 +42,7 @@ class Teacher(Protocol):
 
     vocabulary: int
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Taught:
         """Return the predictions for a batch, and the outputs of some decoder layers."""
         ...
 
@@ -77,25 +59,27 @@ class ModelTeacher:
         self.head = head_alone(model)
         self.vocabulary = vocabulary_of(model)
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Taught:
         """See `Teacher`."""
         with torch.no_grad(), fast_matmuls(batch.ids.device):
             blocks = describe(self.model).layers(self.model) if layers else ()
             with outputs_of({n: blocks[n] for n in layers}) as hidden:
-                states = last_hidden(self.model, self.head, batch.ids)
+                states = divergences.last_hidden(self.model, self.head, batch.ids)
         size = max(1, LOGITS_BYTES // (4 * self.vocabulary))
         block, logits = slice(0, 0), states
 
         def expected(rows: slice, log_q: Tensor) -> Tensor:
-            nonlocal block, logits  # many logits at once, kept for later rows
+            # The student asks for a few rows at a time, in order. One product of the head for many
+            # rows is faster, so its logits are kept until the rows leave the block.
+            nonlocal block, logits
             if not block.start <= rows.start <= rows.stop <= block.stop:
                 block, logits = slice(rows.start, max(rows.start + size, rows.stop)), states[:0]
                 with fast_matmuls(states.device):
-                    logits = through_head(self.head, states[block])
+                    logits = divergences.through_head(self.head, states[block])
             own = logits[rows.start - block.start : rows.stop - block.start]
             return (own / temperature).log_softmax(-1)
 
-        return TeacherOutput(expected, hidden)
+        return expected, hidden
 
 
 class WrittenTeacher:
@@ -112,18 +96,20 @@ class WrittenTeacher:
         self.stored = safe_open(file, framework="pt")
         self.vocabulary = int(self.stored.metadata()["vocabulary"])
 
-    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> TeacherOutput:
+    def __call__(self, batch: Batch, temperature: float, layers: Sequence[int]) -> Taught:
         """See `Teacher`. The temperature is that of the file, and there are no hidden states."""
         device = batch.ids.device
         known, rest, tokens = (self.read(part, batch.numbers).to(device) for part in PARTS)
+        # float16 lost a little: the softmax makes the k + 1 outcomes sum to 1 again
         joint = torch.cat([known, rest[:, None]], -1).log_softmax(-1)
 
         def expected(rows: slice, log_q: Tensor) -> Tensor:
             places, log_p = tokens[rows].long(), joint[rows]
+            # log of the student's probability of all tokens that the file does not name
             left = log_q.scatter(1, places, -torch.inf).logsumexp(-1, keepdim=True)
             return (log_q + (log_p[:, -1:] - left)).scatter_(1, places, log_p[:, :-1])
 
-        return TeacherOutput(expected, {})
+        return expected, {}
 
     def read(self, part: str, numbers: Sequence[int]) -> Tensor:
         """Return one stored tensor for some windows, in float32 or int64."""
@@ -174,7 +160,7 @@ def write_teacher(
     unfinished = file.with_suffix(".unfinished")
     with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as writer:
         for n, window in enumerate(windows):
-            expected = teacher(Batch(window[None].to(device), (n,)), temperature, ()).expected
+            expected, _ = teacher(Batch(window[None].to(device), (n,)), temperature, ())
             for part, value in zip(PARTS, _most_likely(expected, length, k), strict=True):
                 if writer is not None:
                     writer.write(f"{n}/{part}", value.to(known[f"{n}/{part}"][0]).cpu())
@@ -188,6 +174,7 @@ def write_teacher(
 def _most_likely(expected: Expected, length: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p of the k most likely tokens at every position, log of the rest, and the ids."""
     found = []
+    # 64 tokens at a time: a copy of all their log probabilities is [64, vocabulary], float32
     for start in range(0, length, 64):
         log_p = expected(slice(start, min(start + 64, length)), torch.empty(0))
         most = log_p.topk(k, dim=-1)
@@ -201,24 +188,13 @@ Objective = Callable[[Any, Batch], Tensor]
 """A model and a batch → the differentiable loss, float32: the mean over the tokens of the batch."""
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """loss = mean_t −log q_t(the token after t), in nats: the usual loss of language models.
+def next_token(model: Any) -> Objective:
+    """The usual loss of language models, in nats: mean_t −log q_t(the token after t).
 
-    Args:
-        head: the model's output head, if its output is exactly the logits; see `divergences.py`.
+    All processes that share the model must call this together.
     """
-
-    head: nn.Linear | None
-
-    @classmethod
-    def of(cls, model: Any) -> NextToken:
-        """Make the objective for a model. All processes that share it must call this together."""
-        return cls(head_alone(model))
-
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
-        """See `Objective`."""
-        return loss_of(model, self.head, batch.ids, _next_tokens(batch))
+    head = head_alone(model)
+    return lambda model, batch: loss_of(model, head, batch.ids, _next_tokens(batch))
 
 
 @dataclass(frozen=True)
@@ -234,7 +210,7 @@ class Distil:
     arXiv:2407.14679, where the forward divergence alone was best; SquareHead, arXiv:2310.06927.
 
     Args:
-        head: the student's output head; see `NextToken`.
+        head: the student's output head, if its output is exactly the logits; else None.
         teacher: the model to learn from.
         kind: one of `KINDS`.
         temperature: T.
@@ -285,20 +261,21 @@ class Distil:
         pairs: tuple[tuple[int, int], ...] = ()
         if hidden:
             layers = len(describe(student).layers(student))
-            pairs = layer_pairs(layers, teacher_depth, teacher_layers)
+            pairs = divergences.layer_pairs(layers, teacher_depth, teacher_layers)
         return cls(head_alone(student), teacher, hidden=hidden, pairs=pairs, **options)
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         """See `Objective`."""
-        taught = self.teacher(batch, self.temperature, [j for _, j in self.pairs])
+        expected, taught = self.teacher(batch, self.temperature, [j for _, j in self.pairs])
         counted = None if batch.answers is None else batch.targets >= 0
         count = batch.ids.numel() if batch.count is None else batch.count
-        rows = divergence_rows(self.kind, self.temperature, count, taught.expected, counted)
+        rows = divergences.divergence_rows(self.kind, self.temperature, count, expected, counted)
+        # Both terms of this usual loss come from one softmax; every other mix takes two passes.
         all_count = batch.count is None and counted is None
         if self.next_token and all_count and self.kind == "forward" and self.temperature == 1:
             counts = batch.ids.numel(), batch.ids.numel() - len(batch.ids)
-            rows = forward_and_next_token_rows(
-                taught.expected, batch.targets, counts, self.next_token
+            rows = divergences.forward_and_next_token_rows(
+                expected, batch.targets, counts, self.next_token
             )
         elif self.next_token:
             rows = _blend(rows, _next_tokens(batch), self.next_token)
@@ -306,20 +283,21 @@ class Distil:
         with outputs_of({i: layers[i] for i, _ in self.pairs}) as hidden:
             loss = loss_of(model, self.head, batch.ids, rows)
         if self.pairs:
-            loss = loss + self.hidden * hidden_loss(hidden, taught.hidden, self.pairs)
+            loss = loss + self.hidden * divergences.hidden_loss(hidden, taught, self.pairs)
         return loss
 
 
 def _next_tokens(batch: Batch) -> Rows:
     """Return the next-token loss of a batch. The last token of a window has no next token."""
     count = batch.ids.numel() - len(batch.ids) if batch.count is None else batch.count
-    return next_token_rows(batch.targets, count)
+    return divergences.next_token_rows(batch.targets, count)
 
 
 def _blend(one: Rows, other: Rows, share: float) -> Rows:
     """Return (1 − share) · the first loss + share · the second."""
 
     def of(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        # both overwrite the logits they get, so the first one to run gets a copy
         loss, gradient = other(rows, logits.clone())
         first, slope = one(rows, logits)
         return first.lerp(loss, share), slope.lerp_(gradient, share)

@@ -125,6 +125,7 @@ class ProcessGroup(Ranks):
         if isinstance(model, FSDPModule):
             self.reshard(model)
             return
+        # innermost units first, so the last unit, the model, holds what is in no other
         mesh, chosen = init_device_mesh(self.device.type, (self.count,)), _units(model, apart)
         _refuse_shared(chosen)
         for unit in chosen:
@@ -188,6 +189,7 @@ def checkpointed(model: Any) -> Iterator[None]:
         return checkpoint(forward, *args, use_reentrant=False, **options)
 
     layers: list[nn.Module] = list(describe(model).layers(model))
+    # The forward alone is replaced, so hooks of the call (FSDP2's gathering) run as before.
     for layer in layers:
         layer.forward = partial(run, layer.forward)
     try:
@@ -229,6 +231,7 @@ def load(
     names = {group[0]: group for group in aliases(model)}
 
     def fill(unit: nn.Module) -> None:
+        # a parameter of an earlier unit is no longer on meta, so each is read once
         own = {id(p) for p in unit.parameters() if p.is_meta}
         for name, group in names.items():
             if id(model.get_parameter(name)) not in own:

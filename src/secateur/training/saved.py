@@ -11,6 +11,7 @@ different number of processes can resume. From the final weights the checkpoint 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -54,6 +55,7 @@ class Log:
         if steps and self.file.exists():
             written = self.file.read_text(encoding="utf-8").splitlines()
             self.lines = [json.loads(line) for line in written[:steps]]
+        # what was logged after the last save is trained again, and written again
         unfinished = self.file.with_suffix(".unfinished")
         self.written(unfinished, "w", self.lines)
         unfinished.replace(self.file)
@@ -111,6 +113,7 @@ class Saved:
         for name, parameter in parameters.items():
             tensors[f"weights/{name}"] = parameter
             for key, value in optimizer.state.get(parameter, {}).items():
+                # step counts are tensors or numbers, by the optimizer; numbers go to the header
                 if isinstance(value, Tensor):
                     tensors[f"moments/{name}/{key}"] = value
                 elif value is not None:
@@ -132,6 +135,7 @@ class Saved:
             names, fused = set(stored.keys()), bool(optimizer.defaults.get("fused"))
             for name, parameter in parameters.items():
                 _put(stored, f"weights/{name}", parameter)
+                # an optimizer makes its state in its first step, so here it is set from outside
                 start = f"moments/{name}/"
                 state = {
                     key.removeprefix(start): _read_part(stored, key, parameter, fused)
@@ -178,6 +182,11 @@ class Saved:
         with torch.no_grad():
             for name, value in (self.in_memory or {}).items():
                 parameters[name].copy_(value)
+
+    def remove(self) -> None:
+        """Remove the folder with all files, if there is one."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
 
     def write(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
@@ -256,6 +265,7 @@ def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False
     """
     stored = _stored_model(folder, trust_remote_code)
     for name, mask in masks.kept.items():
+        # each process has read the rows that it holds, and compares them with its part of the mask
         rows = rows_of(mask) if is_shared(mask) else slice(None)
         filled = int(stored.read(name)[rows][~local(mask).cpu()].count_nonzero())
         if filled:
@@ -295,6 +305,7 @@ def write_whole(
     known = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     try:
         with ShardWriter(unfinished, known, [], metadata) if writes else nullcontext() as to:
+            # A sharded tensor is gathered by all processes, also those that write nothing.
             for name, tensor in tensors.items():
                 value = whole(tensor)
                 if to is not None:
@@ -327,6 +338,7 @@ def _read_part(stored: Any, key: str, parameter: Tensor, fused: bool = True) -> 
     optimizer is fused, because torch needs it there.
     """
     device, file = local(parameter).device, stored.get_slice(key)
+    # not of the shape of a weight: a step count, or the rows and columns of Adafactor
     if tuple(file.get_shape()) != tuple(parameter.shape):
         value: Tensor = stored.get_tensor(key)
         return value.to(device if value.ndim or fused else "cpu", copy=True)

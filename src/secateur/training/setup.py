@@ -1,79 +1,71 @@
-"""Opens a training: model, texts, plan, teacher and loss, and checks everything of its recipe."""
+"""Prepares a training: first everything that needs no weights, then what is learned.
+
+`TrainingSetup` reads the texts and checks plan, teacher, memory and disk. `TrainingSetup.train`
+receives the model, puts masks, adapters or pruning on it, makes the loss, and runs the loop.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.engine.plan import Plan
+from torch import Tensor
+
 from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
-from secateur.models.architecture import describe
+from secateur.models import architecture, skeleton, tokenizer
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.tokenizer import refuse_other_words
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.train import TrainRecipe
+from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
-from secateur.training.batches import TrainingText, read_training_text
-from secateur.training.lora import ADAPTERS_ALONE
+from secateur.sparsity import patterns, schedules, scores
+from secateur.training import lora, masks, objectives
+from secateur.training.batches import read_training_text
+from secateur.training.gradual import Criterion, GradualPruning, Rounds
+from secateur.training.loop import Loop, Outcome, TrainingTask
+from secateur.training.masks import Masks
 from secateur.training.memory import check_memory, plan_needs
-from secateur.training.objectives import (
-    Distil,
-    ModelTeacher,
-    NextToken,
-    Objective,
-    Teacher,
-    WrittenTeacher,
-    write_teacher,
-)
 from secateur.training.process_group import ProcessGroup, load
+from secateur.training.saved import Hook
 from secateur.training.training_plan import TrainingPlan
 
 
-@dataclass(frozen=True)
 class TrainingSetup:
     """A training of which everything is known that needs no weights.
 
-    Attributes:
+    Args:
         recipe: the recipe.
         source: the checkpoint of the model.
-        target: the model, with its layers on the meta device.
-        text: training windows and validation windows.
         processes: the processes.
+        progress: receives the reading of the text.
+
+    Attributes:
+        target: the model, with its layers on the meta device.
+        batches: training windows.
+        validation: validation windows; None without any.
+        text: the source of both, for the records.
         plan: length, learning rate and optimizer.
         teacher: the checkpoint of the teacher; None without one.
         needs: memory, and what it writes at most.
+
+    Raises:
+        RecipeError: options contradict each other, or the teacher means other words.
+        MemoryBudgetError: the training would not fit.
     """
 
-    recipe: TrainRecipe
-    source: LocalCheckpoint
-    target: CheckpointTarget
-    text: TrainingText
-    processes: ProcessGroup
-    plan: TrainingPlan
-    teacher: LocalCheckpoint | None
-    needs: Plan
-
-    @classmethod
-    def read(
-        cls,
+    def __init__(
+        self,
         recipe: TrainRecipe,
         source: LocalCheckpoint,
         processes: ProcessGroup,
         progress: Progress,
-    ) -> TrainingSetup:
-        """Open the model, read the texts, and check everything that needs no weights.
-
-        Raises:
-            RecipeError: options contradict each other, or the teacher means other words.
-            MemoryBudgetError: the training would not fit.
-        """
+    ) -> None:
+        self.recipe, self.source, self.processes = recipe, source, processes
         trust, ways = recipe.trust_remote_code, ("gradual", "iterative", "lora")
         given = [name for name in ways if getattr(recipe, name) is not None]
         if given and processes.count > 1:
@@ -82,19 +74,116 @@ class TrainingSetup:
                 remedy="start the command without torchrun or accelerate launch",
             )
         reader = CheckpointReader(source.folder)
-        target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
+        self.target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
         progress.start("reading training text", 1)
-        text = read_training_text(recipe, source.folder, target.model.config)
+        config = self.target.model.config
+        self.batches, self.validation, self.text = read_training_text(recipe, source.folder, config)
         progress.finish()
-        plan, teacher = _plan_of(recipe, target.model, len(text.windows)), None
+        windows = self.batches.windows
+        self.plan = _plan_of(recipe, self.target.model, len(windows))
+        self.teacher = None
         if recipe.teacher is not None:
-            teacher = resolve(recipe.teacher, trust_remote_code=trust)
-            refuse_other_words(source.folder, teacher.folder, trust_remote_code=trust)
-        needs = plan_needs(recipe, target, teacher, text, plan, processes)
-        check_memory(needs, recipe.memory.max_bytes, processes.device)
-        return cls(recipe, source, target, text, processes, plan, teacher, needs)
+            self.teacher = resolve(recipe.teacher, trust_remote_code=trust)
+            tokenizer.refuse_other_words(
+                source.folder, self.teacher.folder, trust_remote_code=trust
+            )
+        self.needs = plan_needs(
+            recipe,
+            self.target,
+            self.teacher,
+            windows,
+            self.plan,
+            processes,
+            validates=self.validation is not None,
+        )
+        check_memory(self.needs, recipe.memory.max_bytes, processes.device)
 
-    def objective(self, model: Any, work: Path, progress: Progress) -> Objective:
+    def train(self, model: Any, work: Path, progress: Progress) -> tuple[Outcome, Masks]:
+        """Train a model in place. A call after a kill resumes.
+
+        Args:
+            model: the model with its initial weights; it may be sharded.
+            work: folder of what a resumed training needs.
+            progress: receives every step.
+
+        Returns:
+            The outcome, and the zeros of the result.
+
+        Raises:
+            RecipeError: the masks do not fit, or adapters or gradual pruning cannot run.
+            SourceError: the file of masks holds none.
+            NumericalError: the training diverged.
+        """
+        recipe = self.recipe
+        zeros, hooks = self._masks_of(model), list[Hook]()
+        held, rounds_of = zeros, None
+        if recipe.lora is not None:
+            zeros = zeros.held_in(model)
+            zeros.apply(model)
+            # peft's adapters hold the zeros in their products, so the loop holds none
+            model = lora.attach(model, recipe.lora, recipe.seed).get_base_model()
+            held = Masks({})
+        elif how := recipe.gradual or recipe.iterative:
+            zeros.held_in(model).apply(model)
+            opened = masks.open_masks(model)
+            # Zeros elsewhere (experts that are stored in one tensor) stay unchanged. The pruning
+            # changes the tensors of `opened` in place, and the loop holds the same tensors.
+            held = zeros = Masks({**Masks.of(model).kept, **opened})
+            pruning = opened, *self._pruning(how, Masks(opened).sparsity)
+            if isinstance(how, IterativeOptions):
+                rounds_of = partial(Rounds, *pruning, how, work / "rounds")
+            else:
+                hooks.append(GradualPruning(*pruning, how))
+        objective = self.objective(model, work, progress)
+        task = TrainingTask(model, self.batches, objective, held, self.validation, hooks)
+        make_loop = partial(Loop, progress=progress, processes=self.processes)
+        if rounds_of is None:
+            return make_loop(task, self.plan, saved=work).run(), zeros
+        return rounds_of(task).train(make_loop, self.plan), zeros
+
+    def _masks_of(self, model: Any) -> Masks:
+        """Return the masks of the recipe for a model, or those of its own zeros."""
+        recipe = self.recipe
+        if recipe.mask is None:
+            return Masks.of(model)
+        return masks.masks_in(
+            Path(recipe.mask),
+            model,
+            trust_remote_code=recipe.trust_remote_code,
+            regrows=bool(recipe.gradual or recipe.iterative),  # pruning keeps the zeros itself
+            sums=self.processes.sums,
+        )
+
+    def _pruning(
+        self, how: GradualOptions | IterativeOptions, sparsity: float
+    ) -> tuple[schedules.Schedule, Criterion]:
+        """Return the schedule from a sparsity on, and the rule that chooses weights."""
+        kind = "iterative" if isinstance(how, IterativeOptions) else "gradual"
+        pattern = patterns.parse_pattern(how.pattern, how.scope)
+        last = how.sparsity if pattern.sparsity is None else pattern.sparsity
+        if last is None:
+            raise RecipeError(
+                f"{kind} pruning needs a sparsity to end at",
+                remedy=f"--{kind} 0.8, or --{kind} 2:4",
+            )
+        if how.sparsity not in (None, last):
+            raise RecipeError(
+                f"the pattern {how.pattern} has the sparsity {last:g}, not {how.sparsity:g}",
+                remedy="leave the sparsity out",
+            )
+        if sparsity > last:
+            raise RecipeError(
+                f"{sparsity:.1%} of the weights are zero already, more than {last:.1%}, the "
+                "sparsity at the end",
+                remedy="give a higher sparsity, or begin with a denser model",
+            )
+        # rounds prune the same fraction of the remaining weights each time
+        name = "geometric" if isinstance(how, IterativeOptions) else how.schedule
+        schedule: Any = schedules.schedules[name]
+        windows: Tensor = self.batches.windows[: how.windows]
+        return schedule(last, sparsity), Criterion(scores.scores[how.score](), pattern, windows)
+
+    def objective(self, model: Any, work: Path, progress: Progress) -> objectives.Objective:
         """Return the loss. With a teacher this loads the teacher, or the file of its predictions.
 
         Args:
@@ -105,9 +194,9 @@ class TrainingSetup:
         Raises:
             RecipeError: the teacher has another vocabulary.
         """
-        recipe, processes, windows = self.recipe, self.processes, self.text.windows
+        recipe, processes, windows = self.recipe, self.processes, self.batches.windows
         if self.teacher is None:
-            return NextToken.of(model)
+            return objectives.next_token(model)
         file, depth = work / "teacher.safetensors", 0
         if not (recipe.top_k and file.exists()):
             loaded = load(
@@ -117,12 +206,12 @@ class TrainingSetup:
                 apart=False,  # the loss applies its head after its forward
                 trust_remote_code=recipe.trust_remote_code,
             )
-            teacher: Teacher = ModelTeacher(loaded)
-            depth = len(describe(loaded).layers(loaded))
+            teacher: objectives.Teacher = objectives.ModelTeacher(loaded)
+            depth = len(architecture.describe(loaded).layers(loaded))
         if recipe.top_k and not file.exists():
             progress.start("teacher", len(windows))
-            with quiet_transformers():
-                write_teacher(
+            with skeleton.quiet_transformers():
+                objectives.write_teacher(
                     teacher,
                     windows,
                     file,
@@ -134,9 +223,9 @@ class TrainingSetup:
                 )
             progress.finish()
             processes.wait()
-        if recipe.top_k:
-            teacher = WrittenTeacher(file)
-        return Distil.between(
+        if recipe.top_k:  # the model that wrote the file is freed here, before the student trains
+            teacher = objectives.WrittenTeacher(file)
+        return objectives.Distil.between(
             model,
             teacher,
             teacher_depth=depth,
@@ -159,6 +248,7 @@ class TrainingSetup:
             return None
         if teacher != read_record(Manifest, manifest).source.name:
             return None
+        # a model may be cut several times; the first cut counts in the layers of the named source
         depth = [x.cut for x in read_list(StepEntry, steps) if x.step == "depth" and x.cut]
         return tuple(depth[0]["layers"]) if depth else None
 
@@ -180,7 +270,7 @@ def _plan_of(recipe: TrainRecipe, model: Any, windows: int) -> TrainingPlan:
         steps = max(1, round(recipe.epochs * windows / recipe.batch))
     same = TrainingPlan.model_fields.keys() & TrainRecipe.model_fields.keys()
     options = {name: getattr(recipe, name) for name in same} | {
-        "rates": recipe.rates if recipe.lora is None else ADAPTERS_ALONE,
+        "rates": recipe.rates if recipe.lora is None else lora.ADAPTERS_ALONE,
         "steps": steps,
         "minutes": recipe.minutes or 0.0,
         "micro_batch": recipe.micro_batch_windows,

@@ -108,6 +108,7 @@ class TrainingPlan(OptimizerOptions):
             step_share: share of the run that the step takes.
             peak: the highest learning rate.
         """
+        # counted with this step, so the first one has a rate above 0
         warm = min(1.0, (done + step_share) / self.warm_up) if self.warm_up else 1.0
         return peak * warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
@@ -135,7 +136,9 @@ class TrainingPlan(OptimizerOptions):
         for name, parameter in parameters:
             groups.setdefault(self.factor(name), []).append(parameter)
         kind = optimizers()[self.optimizer.lower()]
+        # the loop sets the rate before every step
         options = {"lr": 0.0, **DEFAULTS.get(kind.__name__, {}), **self.optimizer_options}
+        # the fused kernels take no tensors that are divided among processes
         sharded = any(hasattr(p, "to_local") for group in groups.values() for p in group)
         if "fused" in inspect.signature(kind).parameters and not sharded:
             options.setdefault("fused", True)

@@ -19,14 +19,14 @@ from secateur.structured.learned import HardConcrete, LearnedMasks
 from secateur.training.batches import Batches
 from secateur.training.divergences import KINDS
 from secateur.training.gradual import Criterion, GradualPruning, Rounds
-from secateur.training.loop import Loop, Outcome
+from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
 from secateur.training.masks import Masks, open_masks, stored_masks
 from secateur.training.objectives import (
     Distil,
     ModelTeacher,
-    NextToken,
     WrittenTeacher,
+    next_token,
     write_teacher,
 )
 from secateur.training.saved import write_whole
@@ -47,12 +47,12 @@ def pruned(family: str = "llama") -> Any:
     return model.to("cuda")
 
 
-def learn(model: Any, objective: Any, masks: Masks | None, folder: Path, **options: Any) -> None:
-    plan = TrainingPlan(**STEPS, **options.pop("plan", {}))
-    Loop(
-        model, Batches(WINDOWS, 4, seed=0), objective, masks, plan, saved=folder,
-        validation=Batches(WINDOWS[:3], 3), **options,
-    ).run()  # fmt: skip
+def learn(
+    model: Any, objective: Any, masks: Masks | None, folder: Path, hooks: Any = (), **plan: Any
+) -> None:
+    read, watched = Batches(WINDOWS, 4, seed=0), Batches(WINDOWS[:3], 3)
+    task = TrainingTask(model, read, objective, masks or Masks({}), watched, hooks)
+    Loop(task, TrainingPlan(**STEPS, **plan), saved=folder).run()
     assert all(isinstance(p, OnCuda) for p in model.parameters())
 
 
@@ -62,7 +62,7 @@ def test_masks_from_a_file(name: str, tmp_path: Path) -> None:
     Masks.of(model).save(tmp_path / "masks.safetensors")
     masks = Masks(dict(stored_masks(tmp_path / "masks.safetensors")))
     (tmp_path / "work").mkdir()
-    learn(model, NextToken.of(model), masks, tmp_path / "work", plan={"optimizer": name})
+    learn(model, next_token(model), masks, tmp_path / "work", optimizer=name)
     masks.check(model)
     masks.check(model.cpu())
 
@@ -75,13 +75,13 @@ def test_masks_from_a_file(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_ways_to_train(family: str, plan: dict[str, Any], tmp_path: Path) -> None:
     model = pruned(family)
-    learn(model, NextToken.of(model), Masks.of(model), tmp_path, plan=plan)
+    learn(model, next_token(model), Masks.of(model), tmp_path, **plan)
 
 
 def test_adapters(tmp_path: Path) -> None:
     adapted = attach(pruned(), LoraOptions(rank=2))
     base = adapted.get_base_model()
-    learn(base, NextToken.of(base), None, tmp_path, plan={"rates": ADAPTERS_ALONE})
+    learn(base, next_token(base), None, tmp_path, rates=ADAPTERS_ALONE)
     merge(adapted)
 
 
@@ -96,7 +96,7 @@ def test_gradual(name: str, kind: str, tmp_path: Path) -> None:
     masks = Masks(open_masks(model))
     schedule, criterion = schedules[name](pattern.sparsity or 0.5), Criterion(pattern=pattern)
     hook = GradualPruning(masks.kept, schedule, criterion, GradualOptions(every=1))
-    learn(model, NextToken.of(model), masks, tmp_path, hooks=(hook,))
+    learn(model, next_token(model), masks, tmp_path, hooks=(hook,))
 
 
 @pytest.mark.parametrize("name", [n for n in scores if n != "kept"])
@@ -132,7 +132,7 @@ def test_gates(both: Any, waited: list[str]) -> None:
 def test_learned_masks(tmp_path: Path) -> None:
     model = pruned()
     masks = LearnedMasks(model, {"groups": 1, "neurons": 20, "layers": 2, "hidden": 24})
-    objective = masks.objective(NextToken.of(model))
+    objective = masks.objective(next_token(model))
     learn(model, objective, None, tmp_path, hooks=(masks,))
     masks.settle()
     model(input_ids=WINDOWS.to("cuda"))

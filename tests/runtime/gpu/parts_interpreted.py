@@ -117,7 +117,7 @@ def test_the_way_that_is_measured_faster_is_taken(kernel_wins: bool) -> None:
         return [2.0, kernel * len(tried), 5.0]  # expanding wins from the sixth on
 
     found = measured(matrix, torch.float32, clock)
-    assert found.gain == pytest.approx(2.0 if kernel_wins else 2 / 3)
+    assert found.speedup_over_dense == pytest.approx(2.0 if kernel_wins else 2 / 3)
     assert found.kernel_up_to == (16 if kernel_wins else 1)
     assert tried == [1, 2, 4, 8, 16]
 

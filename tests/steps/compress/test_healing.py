@@ -10,6 +10,7 @@ import torch
 from stopped_stage import StopAt, StoppedError
 from tiny import save_tiny, tiny_tokenizer
 from trained import LENGTH, held_out_loss, save_trained, source_ids
+from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
@@ -25,11 +26,11 @@ OWN = {"*.down_proj": "int8", "*.layers.1.*": "int3", "*.o_proj": "bfloat16"}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model, the same with zeros, and windows of its text."""
     place = tmp_path_factory.mktemp("healing")
-    save_trained(place / "parent", steps=300)
+    save_trained(place / "parent", steps=80)
     ids = source_ids()[: 48 * LENGTH].view(48, LENGTH)
     save_windows(ids, place / "windows.safetensors", extra=24)
     secateur.prune(
-        place / "parent", output=place / "pruned", method="magnitude", sparsity=0.6,
+        place / "parent", output=place / "pruned", method="magnitude", sparsity=0.8,
         overrides={"*.0.mlp.*": 0.25, "*.v_proj": 0.0},
     )  # fmt: skip
     return place
@@ -100,34 +101,32 @@ def test_dense_linears_that_are_not_rounded_learn_too(place: Path, tmp_path: Pat
     assert after - dense < 0.6 * (before - dense)
 
 
-SHORT = {**HEALED, "distill_epochs": 2, "distill_learning_rate": None}
+TRIED = {**HEALED, "distill_epochs": 2, "distill_learning_rate": None}
 
 
 @pytest.fixture(scope="module")
-def few(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A third of the windows, and what an uninterrupted run makes with them."""
-    folder = tmp_path_factory.mktemp("few")
-    ids = source_ids()[: 16 * LENGTH].view(16, LENGTH)
-    save_windows(ids, folder / "windows.safetensors")
-    compressed(place, folder / "whole", calibration=folder / "windows.safetensors", **SHORT)
-    return folder / "windows.safetensors", folder / "whole"
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pruned model, few windows, and the model that heals without a stop."""
+    place = tmp_path_factory.mktemp("stopped")
+    save_tiny(place / "parent", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
+    save_windows(tiny_windows(16, 32), place / "windows.safetensors", extra=8)
+    secateur.prune(place / "parent", output=place / "pruned", method="magnitude", sparsity=0.6)
+    compressed(place, place / "whole", **TRIED)
+    return place
 
 
 @pytest.mark.parametrize(
     ("stage", "steps"),
-    [("distilling", 20), ("choosing the learning rate", 5), ("packing", 3)],
+    [("distilling", 14), ("choosing the learning rate", 6), ("packing", 3)],
 )
 def test_a_stopped_one_continues_with_the_same_bytes(
-    place: Path, few: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    stage: str, steps: int,
-) -> None:  # fmt: skip
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, steps: int
+) -> None:
     monkeypatch.setattr("secateur.training.distillation.SAVE_MINUTES", 0.0)
-    windows, whole = few
-    options = {**SHORT, "calibration": windows}
     with pytest.raises(StoppedError):
-        compressed(place, tmp_path / "out", progress=StopAt(stage, steps), **options)
-    compressed(place, tmp_path / "out", resume=True, **options)
-    for file in whole.glob("*.safetensors"):
+        compressed(small, tmp_path / "out", progress=StopAt(stage, steps), **TRIED)
+    compressed(small, tmp_path / "out", resume=True, **TRIED)
+    for file in (small / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 

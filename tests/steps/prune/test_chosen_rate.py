@@ -17,13 +17,8 @@ from secateur.calibration.windows import save_windows
 from secateur.errors import NumericalError
 from secateur.progress import Silent
 from secateur.recipes.shared import Distill, trial_steps
-from secateur.training.distillation import (
-    Beginning,
-    DistillationData,
-    RateTrials,
-    distillation_plan,
-)
-from secateur.training.loop import Loop
+from secateur.training.distillation import DistillationData, choose_rate, distillation_plan
+from secateur.training.loop import Loop, TrainingTask
 from secateur.training.masks import Masks
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.training_plan import default_rate
@@ -48,22 +43,22 @@ def choose(losses: dict[float, float], steps: int = 1, *, on_grid: bool = False)
         calls.append(losses[rate])
         return [losses[rate]] * short
 
-    trials = RateTrials(
+    rate, found = choose_rate(
+        1.0,
+        data_of(steps, on_grid),
         train,
         lambda: calls[-1],
         lambda: calls.append("keep"),
         lambda: calls.append("reset"),
-        data_of(steps, on_grid),
     )
-    found = trials.choose(1.0)
     tried = [x for x in calls if isinstance(x, float)]
     best, expected = math.inf, []
     for loss in tried:
         expected += [loss, "keep", "reset"] if loss < best else [loss, "reset"]
         best = min(best, loss)
     assert calls == expected
-    assert found.losses == [best] * trial_steps(steps)
-    return found.rate
+    assert found == [best] * trial_steps(steps)
+    return rate
 
 
 def test_on_a_grid_a_trial_has_the_rate_of_the_training_and_higher_ones_are_tried() -> None:
@@ -99,8 +94,8 @@ def test_a_lost_trial_is_no_choice() -> None:
 
     for on_grid, rate in ((False, 0.25 / 4), (True, 0.25 / 2)):
         data = data_of(1, on_grid)
-        trials = RateTrials(train, lambda: 1.0, lambda: None, lambda: None, data)
-        assert trials.choose(1.0).rate == rate
+        found, _ = choose_rate(1.0, data, train, lambda: 1.0, lambda: None, lambda: None)
+        assert found == rate
 
 
 def test_sizes() -> None:
@@ -122,7 +117,7 @@ def test_the_best_trial_is_the_beginning_of_the_training() -> None:
     assert set(steps["choosing the learning rate"]) == {4}  # an eighth of 32 steps
     assert steps["distilling"] == [28]
     data, same = DistillationData(windows, Distill(epochs=4), seed=0), []
-    trial, rest = data.batches_of_trials, data.batches_after(Beginning(0.0, [0.0] * 4))
+    trial, rest = data.batches_of_trials, data.batches_after(4)
     for rate in (HIGHEST, HIGHEST / 4, HIGHEST / 16, HIGHEST / 64):
         again = tiny_model("llama")
         secateur.prune(again, **options)
@@ -130,7 +125,7 @@ def test_the_best_trial_is_the_beginning_of_the_training() -> None:
         objective, masks = Distil.between(again, ModelTeacher(dense)), Masks.of(again)
         for batches, count, peak in ((trial, 4, rate / 8), (rest, 28, rate)):
             plan = distillation_plan(count, peak)
-            Loop(again, batches, objective, masks, plan, trained=names).run()
+            Loop(TrainingTask(again, batches, objective, masks, trained=names), plan).run()
         pairs = zip(chosen.parameters(), again.parameters(), strict=True)
         same.append(all(torch.equal(one, two) for one, two in pairs))
     assert same.count(True) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +45,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_of(place: Path, *texts: str, **options: Any) -> Any:
     names = [str(place / text) for text in texts]
     recipe = TrainRecipe(model="m", text=names, sequence_length=64, **options)
-    return read_training_text(recipe, place / "pruned", read_config(place))
+    read, watched, record = read_training_text(recipe, place / "pruned", read_config(place))
+    return SimpleNamespace(
+        windows=read.windows, answers=read.answers, record=record,
+        validation=watched and watched.windows, validation_answers=watched and watched.answers,
+    )  # fmt: skip
 
 
 def read_config(place: Path) -> Any:

@@ -67,6 +67,7 @@ class PackedQuantization(QuantizationConfig):
         scheme = four_bits(packed, torch.bfloat16, ends)
         if scheme is not None:
             plain = {n.removesuffix(".weight") for n in packed.order if n.endswith(".weight")}
+            # `lm_head` also where the head is tied, so not stored: vLLM has a module for it
             ignored = tuple(sorted({*plain, *ends, "lm_head"}))
             self.inner = CompressedTensorsConfig.from_config(scheme.to_json(ignored))
 
@@ -76,11 +77,22 @@ class PackedQuantization(QuantizationConfig):
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """How a layer is multiplied."""
+        """How a layer is multiplied; vLLM asks for every layer while it builds the model."""
+        # while it builds, the default dtype of torch is that of the computation
         if self.inner is not None and torch.get_default_dtype() in FOUR_BIT_DTYPES:
-            self.inner.packed_modules_mapping = self.packed_modules_mapping
-            return self.inner.get_quant_method(layer, prefix)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+            return self._in_four_bits(layer, prefix)
+        return _dense(layer)
+
+    def _in_four_bits(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """As compressed-tensors multiplies it; a layer that it ignores is dense there too."""
+        # q, k and v are one module in vLLM, and only this mapping tells how it is made of three
+        self.inner.packed_modules_mapping = self.packed_modules_mapping
+        return self.inner.get_quant_method(layer, prefix)
+
+
+def _dense(layer: torch.nn.Module) -> UnquantizedLinearMethod | None:
+    """A dense product for linears; None leaves embeddings and norms to vLLM."""
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
 class FolderLoader(DefaultModelLoader):

@@ -45,7 +45,8 @@ def tensors_of(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
         owner = name.removesuffix(".weight")
         stored = view.integers(name) if scheme is not None and owner not in dense else None
         if scheme is not None and stored is not None:
-            yield from scheme.tensors(owner, stored.codes, stored.scale.to(dtype))
+            _, codes, scale = stored
+            yield from scheme.tensors(owner, codes, scale.to(dtype))
         else:
             yield name, view.read(name)
 
@@ -72,6 +73,7 @@ def four_bits(packed: PackedCheckpoint, dtype: torch.dtype, dense: Container[str
     if dtype not in FOUR_BIT_DTYPES or len(groups) != 1 or 0 in groups:
         return None
     group = groups.pop()
+    # vLLM's kernels on CPUs take no other sides, and a half group would need a scale of its own
     whole = all(
         layout.shape[1] % group == 0 and not any(side % CPU_MULTIPLE for side in layout.shape)
         for layout in layouts

@@ -35,7 +35,7 @@ class VariedSizes(LlamaConfig):
         """
         _refuse_others(config_dict)
         own = {**config_dict, "architectures": [ARCHITECTURE]}
-        own.pop("auto_map", None)
+        own.pop("auto_map", None)  # or vLLM would ask to trust the code of the folder
         return super().from_dict(own, **kwargs)
 
     @property
@@ -60,6 +60,7 @@ class VariedSizes(LlamaConfig):
             ffn = rows(f"{layer}.mlp.gate_proj", self.intermediate_size)
             heads = 0 if f"{layer}.self_attn" in absent else heads
             ffn = 0 if f"{layer}.mlp" in absent else ffn
+            # the names of Nemotron's `block_configs`, which vLLM's class reads
             attention = SimpleNamespace(
                 no_op=heads == 0,
                 heads=heads,

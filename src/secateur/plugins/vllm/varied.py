@@ -19,6 +19,7 @@ class VariedLayer(DeciLMDecoderLayer):
     def __init__(self, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         own = copy.copy(config)
         heads = config.block_configs[layer_idx].attention.heads
+        # vLLM's layer reads the number of query heads from the configuration of the whole model
         own.num_attention_heads = heads or config.num_attention_heads
         super().__init__(own, layer_idx, *args, **kwargs)
 
@@ -29,6 +30,7 @@ class VariedLayer(DeciLMDecoderLayer):
         if residual is None and self._is_no_op_attention:
             if self._is_no_op_ffn:
                 return hidden_states, None
+            # vLLM's code has no branch for a first layer without attention: no residual stream yet
             normed = self.post_attention_layernorm(hidden_states)
             return self.mlp(normed), hidden_states
         found: tuple[Tensor, Tensor] = super().forward(positions, hidden_states, residual)

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import (
-    Layout,
-    PartSpec,
-    encode_values,
-    formats,
-    length_of,
-    value_spec,
-    why_no_pattern,
-)
-from secateur.runtime.formats.bits import (
-    count_bits,
-    pack_bits,
-    padding_bits,
-    row_bytes,
-    unpack_bits,
-)
-from secateur.runtime.formats.kept import (
-    as_stored,
-    check_parts,
-    check_values,
-    decode_values,
-    expand,
-    fewest_values,
-    scale_specs,
-    select,
-)
+from secateur.runtime import formats as packing
+from secateur.runtime.formats import Layout, PartSpec, bits, formats
+from secateur.runtime.formats import kept as shared
 from secateur.types import Mask, Weight
 
 
-@dataclass(frozen=True)
 class Bitmask:
     """Parts: `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz] in row-major order.
 
@@ -74,53 +50,54 @@ class Bitmask:
 
     def why_not(self, layout: Layout) -> str | None:
         """It has no pattern."""
-        return why_no_pattern(layout)
+        return packing.why_no_pattern(layout)
 
     def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """The number of values in `compressed`, the smallest possible for a bit stream."""
-        return fewest_values(length_of(found.get("compressed")), layout)
+        return shared.fewest_values(packing.length_of(found.get("compressed")), layout)
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
         out, columns = layout.shape
         return {
-            "bitmask": PartSpec(torch.uint8, (out, row_bytes(columns))),
-            "compressed": value_spec(layout, nonzeros),
-            **scale_specs(layout),
+            "bitmask": PartSpec(torch.uint8, (out, bits.row_bytes(columns))),
+            "compressed": packing.value_spec(layout, nonzeros),
+            **shared.scale_specs(layout),
         }
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """Mask and kept values of a matrix [out, in]."""
-        mask, stored, scales = as_stored(weight, layout)
-        values = encode_values(select(stored, mask), layout)
-        return {"bitmask": pack_bits(mask), "compressed": values, **scales}
+        mask, stored, scales = shared.as_stored(weight, layout)
+        values = packing.encode_values(shared.select(stored, mask), layout)
+        return {"bitmask": bits.pack_bits(mask), "compressed": values, **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in] and values [nnz]."""
-        count = count_bits(parts["bitmask"])
-        values = decode_values(parts["compressed"], layout, count)
-        return unpack_bits(parts["bitmask"], layout.shape[1]), values
+        count = bits.count_bits(parts["bitmask"])
+        values = shared.decode_values(parts["compressed"], layout, count)
+        return bits.unpack_bits(parts["bitmask"], layout.shape[1]), values
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        return expand(*self.kept(parts, layout), parts, layout)
+        return shared.expand(*self.kept(parts, layout), parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
         """Refuse also a mask with another number of bits than there are values, or past a row."""
-        check_parts(parts, layout)
+        shared.check_parts(parts, layout)
         mask, values = parts["bitmask"], parts["compressed"]
-        if beyond := padding_bits(mask, layout.shape[1]):
+        if beyond := bits.padding_bits(mask, layout.shape[1]):
             raise CheckpointError(
                 f"{beyond} bits of the mask are set past the {layout.shape[1]} weights of a row"
             )
-        count = count_bits(mask)
-        (needed,) = value_spec(layout, count).shape
+        count = bits.count_bits(mask)
+        # of a bit stream only the bytes are known, so the bits of the mask are the count
+        (needed,) = packing.value_spec(layout, count).shape
         if needed != values.numel():
             raise CheckpointError(
                 f"the mask keeps {count} weights, but there are {values.numel()} "
                 + ("values" if layout.grid is None else f"bytes of values, not {needed}")
             )
-        check_values(values, layout, count)
+        shared.check_values(values, layout, count)
 
 
 formats.register(Bitmask.name)(Bitmask())

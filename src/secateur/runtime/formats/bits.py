@@ -42,12 +42,14 @@ def pack_numbers(numbers: Tensor, width: int) -> Tensor:
         >>> pack_numbers(torch.tensor([7, -2, 1], dtype=torch.int8), 4)  # 0xe7 0x01
         tensor([231,   1], dtype=torch.uint8)
     """
+    # 8 numbers of any width fill `width` whole bytes, so blocks of 8 are packed all at once
     *rows, count = numbers.shape
-    blocks = row_bytes(count)  # of 8 numbers in `width` bytes
+    blocks = row_bytes(count)
     found = numbers.numpy()
     wide = np.zeros((*rows, blocks * 8), found.dtype)
     wide[..., :count] = found
     if wide.dtype.itemsize == 1:
+        # unsigned, or a shift to the right would copy the sign into the bits
         wide = wide.view(np.uint8)
     wide = wide.reshape(*rows, blocks, 8) & (2**width - 1)
     packed = np.zeros((*rows, blocks, width), np.uint8)
@@ -76,6 +78,7 @@ def unpack_numbers(packed: Tensor, width: int, count: int) -> Tensor:
     stored[..., :length] = packed.numpy()
     stored = stored.reshape(*rows, blocks, width)
     numbers = np.zeros((*rows, blocks, 8), np.uint8 if width <= 8 else np.int32)
+    # a number that straddles bytes is put together from two or more of them
     for place in range(8):
         for byte, shift in _bytes_of(place, width):
             part = stored[..., byte].astype(numbers.dtype, copy=False)
@@ -86,6 +89,7 @@ def unpack_numbers(packed: Tensor, width: int, count: int) -> Tensor:
 
 def _bytes_of(place: int, width: int) -> list[tuple[int, int]]:
     """The bytes that hold the number at `place` of 8 numbers, and where each begins in it."""
+    # a positive shift: the byte begins that many bits into the number
     first, last = place * width, (place + 1) * width - 1
     return [(byte, 8 * byte - first) for byte in range(first // 8, last // 8 + 1)]
 

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.runtime.formats import (
-    Layout,
-    PartSpec,
-    encode_values,
-    formats,
-    value_spec,
-    why_no_pattern,
-)
-from secateur.runtime.formats.kept import (
-    as_stored,
-    check_parts,
-    check_values,
-    decode_values,
-    dequantized,
-    kept_mask,
-    scale_specs,
-    select,
-)
+from secateur.runtime import formats as packing
+from secateur.runtime.formats import Layout, PartSpec, formats
+from secateur.runtime.formats import kept as shared
 from secateur.types import Mask, Weight
 
 
-@dataclass(frozen=True)
 class Dense:
     """Parts: `weight` [out, in], and the scales of integers.
 
@@ -52,7 +36,7 @@ class Dense:
 
     def why_not(self, layout: Layout) -> str | None:
         """It has no pattern."""
-        return why_no_pattern(layout)
+        return packing.why_no_pattern(layout)
 
     def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """0: the shape fixes all sizes."""
@@ -60,28 +44,28 @@ class Dense:
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""
-        return {"weight": value_spec(layout, *layout.shape), **scale_specs(layout)}
+        return {"weight": packing.value_spec(layout, *layout.shape), **shared.scale_specs(layout)}
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
         """The matrix itself, cast or quantized."""
-        _, stored, scales = as_stored(weight, layout)
-        return {"weight": encode_values(stored, layout), **scales}
+        _, stored, scales = shared.as_stored(weight, layout)
+        return {"weight": packing.encode_values(stored, layout), **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """The weights with a bit of 1."""
-        values = decode_values(parts["weight"], layout, layout.shape[1])
-        mask = kept_mask(values)
-        return mask, select(values, mask)
+        values = shared.decode_values(parts["weight"], layout, layout.shape[1])
+        mask = shared.kept_mask(values)
+        return mask, shared.select(values, mask)
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        values = decode_values(parts["weight"], layout, layout.shape[1])
-        return dequantized(values, parts, layout)
+        values = shared.decode_values(parts["weight"], layout, layout.shape[1])
+        return shared.dequantized(values, parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
         """Refuse parts, scales and values that do not fit the layout."""
-        check_parts(parts, layout)
-        check_values(parts["weight"], layout, layout.shape[1])
+        shared.check_parts(parts, layout)
+        shared.check_values(parts["weight"], layout, layout.shape[1])
 
 
 formats.register(Dense.name)(Dense())

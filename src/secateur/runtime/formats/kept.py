@@ -42,6 +42,7 @@ def as_stored(weight: Weight, layout: Layout) -> tuple[Mask, Tensor, dict[str, T
         return kept_mask(weight), quantized, parts
     stored = weight.to(layout.dtype)
     if stored.dtype != weight.dtype:
+        # beyond the largest number of float16, a cast gives infinity
         lost = torch.isinf(stored) & torch.isfinite(weight)
         if lost.any():
             raise NumericalError(
@@ -65,6 +66,7 @@ def decode_values(stored: Tensor, layout: Layout, count: int) -> Tensor:
     if layout.grid is None:
         return stored
     numbers = unpack_numbers(stored, layout.grid.bits, count).view(torch.int8)
+    # two's complement of few bits → int8: flip the sign bit, then subtract it
     sign = 2 ** (layout.grid.bits - 1)
     return numbers.bitwise_xor_(sign).sub_(sign)
 
@@ -100,6 +102,7 @@ def fewest_values(length: int, layout: Layout) -> int:
     """The smallest number of values in a part of this length."""
     if layout.grid is None or length == 0:
         return length
+    # a stream of `length` bytes is not full with one byte less: more than 8 (length − 1) bits
     return 8 * (length - 1) // layout.grid.bits + 1
 
 

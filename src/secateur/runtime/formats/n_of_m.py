@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from math import comb
 from typing import ClassVar
@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, encode_values, formats, value_spec
-from secateur.runtime.formats.bits import pack_numbers, padding_bits, row_bytes, unpack_numbers
-from secateur.runtime.formats.kept import (
-    as_stored,
-    check_parts,
-    check_values,
-    decode_values,
-    expand,
-    scale_specs,
-    select,
-)
+from secateur.runtime.formats import Layout, PartSpec, bits, encode_values, formats, value_spec
+from secateur.runtime.formats import kept as shared
 from secateur.types import Mask, Weight
 
 LARGEST_GROUP = 32
@@ -35,7 +26,7 @@ LARGEST_TABLE = 16
 """The largest M for which all sets are listed in a table."""
 
 
-def code_bits(kept: int, group: int) -> int:
+def _code_bits(kept: int, group: int) -> int:
     """The bits of a code: ceil(log2 C(M, N))."""
     return (comb(group, kept) - 1).bit_length()
 
@@ -70,9 +61,10 @@ def _ranks(mask: Mask, kept: int) -> Tensor:
     table = _binomials(kept, mask.shape[1])
     rank = torch.zeros(len(mask), dtype=torch.int32)
     seen = torch.zeros(len(mask), dtype=torch.int32)
+    # One position of all groups at a time: a loop of M steps over vectors of all groups.
     for position in range(mask.shape[1]):
         here = mask[:, position]
-        seen += here
+        seen += here  # this is the seen-th kept weight, i in C(p_i, i)
         rank += torch.where(here, table[position][seen], 0)
     return rank
 
@@ -83,6 +75,7 @@ def _sets_of(rank: Tensor, kept: int, group: int) -> Mask:
     left = torch.full_like(rank, kept)
     rank = rank.clone()
     mask = torch.empty(len(rank), group, dtype=torch.bool)
+    # greedily from the last position: p_N is the largest j with C(j, N) <= rank, and so on
     for position in reversed(range(group)):
         below = table[position][left]
         # C(j, 0) = 1 says "no more to place" here, not "rank 1 is too large"
@@ -96,10 +89,11 @@ def _sets_of(rank: Tensor, kept: int, group: int) -> Mask:
 @cache
 def _tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
     """Tables of rank by set and set by rank; a set is a whole number with bit j for position j."""
-    bits = torch.arange(2**group, dtype=torch.int32)[:, None] >> torch.arange(group) & 1
-    sets = torch.nonzero(bits.sum(dim=1) == kept).view(-1)
+    # every subset of a group, as a row of M bits: [2^M, M]
+    members = torch.arange(2**group, dtype=torch.int32)[:, None] >> torch.arange(group) & 1
+    sets = torch.nonzero(members.sum(dim=1) == kept).view(-1)
     rank_of = torch.zeros(2**group, dtype=torch.int32)
-    rank_of[sets] = _ranks(bits[sets].bool(), kept)
+    rank_of[sets] = _ranks(members[sets].bool(), kept)
     set_of = torch.empty(len(sets), dtype=torch.int32)
     set_of[rank_of[sets].long()] = sets.int()
     return rank_of, set_of
@@ -129,6 +123,7 @@ def _groups_of_codes(rank: Tensor, kept: int, group: int) -> Mask:
 
 def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     """Also keep the first zeros of a group, until exactly N are kept."""
+    # sums by columns: torch's sum over a short last dimension of bytes is many times slower
     groups = mask.view(torch.uint8).reshape(-1, group)
     counts = groups[:, 0].clone()
     for position in range(1, group):
@@ -150,7 +145,6 @@ def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     return filled.reshape(mask.shape)
 
 
-@dataclass(frozen=True)
 class NOfM:
     """Parts: `codes` uint8 [out, ceil(in/M · bits / 8)], `compressed` [out · in/M · N].
 
@@ -177,7 +171,8 @@ class NOfM:
         """One for each pattern that holds every weight that is not zero."""
         found = []
         counts = nonzero.contiguous().view(torch.uint8)
-        for group in GROUPS:  # each of two groups of the one before
+        # Counts of groups of 2 give those of groups of 4, and so on: each adds two neighbours.
+        for group in GROUPS:
             if counts.shape[1] % 2:
                 break
             counts = counts[:, 0::2] + counts[:, 1::2]
@@ -207,11 +202,11 @@ class NOfM:
         """Dtype and shape of the parts, whatever the number of zeros."""
         kept, group = layout.kept_of_group
         out, columns = layout.shape
-        groups, width = columns // group, code_bits(kept, group)
+        groups, width = columns // group, _code_bits(kept, group)
         return {
-            "codes": PartSpec(torch.uint8, (out, row_bytes(groups * width)), width),
+            "codes": PartSpec(torch.uint8, (out, bits.row_bytes(groups * width)), width),
             "compressed": value_spec(layout, out * groups * kept),
-            **scale_specs(layout),
+            **shared.scale_specs(layout),
         }
 
     def pack(self, weight: Weight, layout: Layout) -> dict[str, Tensor]:
@@ -221,39 +216,40 @@ class NOfM:
             CheckpointError: a group keeps more than N.
         """
         kept, group = layout.kept_of_group
-        mask, stored, scales = as_stored(weight, layout)
+        mask, stored, scales = shared.as_stored(weight, layout)
         mask = _fill_groups(mask, kept, group)
         rank = _codes_of_groups(mask.reshape(-1, group), kept)
-        codes = pack_numbers(rank.view(layout.shape[0], -1), code_bits(kept, group))
-        values = encode_values(select(stored, mask), layout)
+        codes = bits.pack_numbers(rank.view(layout.shape[0], -1), _code_bits(kept, group))
+        values = encode_values(shared.select(stored, mask), layout)
         return {"codes": codes, "compressed": values, **scales}
 
     def kept(self, parts: Mapping[str, Tensor], layout: Layout) -> tuple[Mask, Tensor]:
         """Mask [out, in], N in each group, and values."""
         kept, group = layout.kept_of_group
         mask = _groups_of_codes(self.codes(parts, layout), kept, group)
-        values = decode_values(parts["compressed"], layout, layout.weights // group * kept)
+        values = shared.decode_values(parts["compressed"], layout, layout.weights // group * kept)
         return mask.reshape(layout.shape), values
 
     def codes(self, parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
         """The code of every group, int32 [out · in/M]."""
         kept, group = layout.kept_of_group
         groups = layout.shape[1] // group
-        return unpack_numbers(parts["codes"], code_bits(kept, group), groups).int().view(-1)
+        return bits.unpack_numbers(parts["codes"], _code_bits(kept, group), groups).int().view(-1)
 
     def unpack(self, parts: Mapping[str, Tensor], layout: Layout) -> Weight:
         """The matrix [out, in]."""
-        return expand(*self.kept(parts, layout), parts, layout)
+        return shared.expand(*self.kept(parts, layout), parts, layout)
 
     def check(self, parts: Mapping[str, Tensor], layout: Layout) -> None:
         """Also refuse codes without a set, and bits past the end of a row."""
-        check_parts(parts, layout)
+        shared.check_parts(parts, layout)
         kept, group = layout.kept_of_group
-        check_values(parts["compressed"], layout, layout.weights // group * kept)
-        width = code_bits(kept, group)
-        if beyond := padding_bits(parts["codes"], layout.shape[1] // group * width):
+        shared.check_values(parts["compressed"], layout, layout.weights // group * kept)
+        width = _code_bits(kept, group)
+        if beyond := bits.padding_bits(parts["codes"], layout.shape[1] // group * width):
             raise CheckpointError(f"{beyond} bits are set past the last code of a row")
         sets = comb(group, kept)
+        # 6 sets of 2:4 have codes of 3 bits, so 6 and 7 fit the bits and mean nothing
         if wrong := int((self.codes(parts, layout) >= sets).sum()):
             raise CheckpointError(
                 f"{wrong} codes are {sets} or more, and {layout.pattern} has only {sets} sets"

@@ -8,8 +8,8 @@
 Both ways of a matrix have the same numbers, to the order of sums: activations that meet integers
 are rounded in both, others in none. The kernel reads less, the other way computes faster, so it
 wins for many tokens. If for one token the kernel is slower than on dense matrices, the matrices
-should be dense; `gain` measures this. Decoding reads all weights of a model for every token, so
-before every measurement as much other memory is read as the other matrices take.
+should be dense; `speedup_over_dense` measures this. Decoding reads all weights of a model for every
+token, so before every measurement as much other memory is read as the other matrices take.
 """
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ class KernelChoice:
 
     Args:
         kernel_up_to: the most tokens for which the kernel is not the slower way.
-        gain: for one token, seconds on dense matrices divided by seconds of the kernel on these. On
-            a CPU, dense is the faster of torch and our kernel, and integers are compared with the
-            same integers; it is infinite for dense matrices.
+        speedup_over_dense: for one token, seconds on dense matrices divided by seconds of the
+            kernel on these. On a CPU, dense is the faster of torch and our kernel, and integers are
+            compared with the same integers; it is infinite for dense matrices.
     """
 
     kernel_up_to: int
-    gain: float
+    speedup_over_dense: float
 
 
 _measured: dict[tuple[object, ...], KernelChoice] = {}
+"""By kind: the linears of a model are of a few kinds, and a second load measures nothing."""
 
 
 def kind_of(matrix: KernelMatrix, dtype: torch.dtype) -> tuple[object, ...]:
     """The properties that decide how fast a matrix is to multiply."""
     info, shape = kernel_info(), (matrix.rows, matrix.columns)
+    # in tenths: matrices of a layer differ by a few weights, and take the same time
     density = round(10 * matrix.nonzeros / (matrix.rows * matrix.columns))
     stored = (matrix.dtype, matrix.group, matrix.packed, density)
     return (shape, stored, dtype, info.tier, info.threads)
@@ -76,21 +78,20 @@ def choose(
 
 def measure(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> KernelChoice:
     """Time all ways on random activations."""
-    gain = gain_over_dense(matrices, dtype, others)
     up_to = 1
     for tokens in TRIED_TOKENS:
         x = torch.randn(tokens, matrices[0].columns).to(dtype)
+        # Two matrices are enough: for several tokens the arithmetic takes the time, not the memory.
         by_eights, at_once = _least_seconds(
-            [lambda m=m, x=x: by_kernel(m, x) for m in matrices[:2]],
-            [lambda m=m, x=x: by_blocks(m, x) for m in matrices[:2]],
+            [[partial(way, matrix, x) for matrix in matrices[:2]] for way in (by_kernel, by_blocks)]
         )
         if by_eights > at_once:
             break
         up_to = tokens
-    return KernelChoice(up_to, gain)
+    return KernelChoice(up_to, speedup_over_dense(matrices, dtype, others))
 
 
-def gain_over_dense(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> float:
+def speedup_over_dense(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others: int) -> float:
     """How much faster the kernel is on packed matrices than the fastest dense way, for one token.
 
     Two or three ways take turns: the kernel on the packed matrices, the kernel on the same ones
@@ -104,25 +105,30 @@ def gain_over_dense(matrices: Sequence[KernelMatrix], dtype: torch.dtype, others
     """
     if not matrices[0].packed:
         return math.inf
+    # as many matrices as fill the cache once; of large ones that is one
     packed = matrices[: -(-CACHE_BYTES // matrices[0].nbytes)]
     dense = [matrix.dense(dtype) for matrix in packed]
     x = torch.randn(1, packed[0].columns).to(dtype)
+    kernel_on_packed = [partial(by_kernel, matrix, x) for matrix in packed]
+    kernel_on_dense = [partial(by_kernel, matrix, x) for matrix in dense]
+    ways = [kernel_on_packed, kernel_on_dense]
+    # torch has no product that rounds activations, so integers are left to the kernel
     weights = [matrix.weight for matrix in dense if matrix.weight is not None]
-    ways = [[partial(by_kernel, matrix, x) for matrix in those] for those in (packed, dense)]
     if weights:
         ways.append([partial(functional.linear, x, weight) for weight in weights])
+    # The sum reads as many bytes as lie between two uses of these matrices in a token.
     other_memory = torch.zeros(min(others, CACHE_BYTES) // 8, dtype=torch.int64)
-    of_packed, *of_dense = _least_seconds(*ways, before=other_memory.sum)
+    of_packed, *of_dense = _least_seconds(ways, before=other_memory.sum)
     return min(of_dense) / of_packed
 
 
 def _least_seconds(
-    *kernels: Sequence[Callable[[], Tensor]], before: Callable[[], object] = lambda: None
+    ways: Sequence[Sequence[Callable[[], Tensor]]], before: Callable[[], object] = lambda: None
 ) -> list[float]:
     """For each way the lowest mean time of its calls; the ways take turns.
 
     Args:
-        kernels: the calls of each way.
+        ways: the calls of each way.
         before: runs before every measurement, which does not count it.
     """
 
@@ -134,7 +140,8 @@ def _least_seconds(
         before()
         return seconds_of(all_of_them) / len(calls)
 
-    return alternate(kernels, mean_seconds, min, turns=1 + REPEATS)
+    # the first turn warms up: it faults pages in and starts threads, so it is hardly the lowest
+    return alternate(ways, mean_seconds, min, turns=1 + REPEATS)
 
 
 def by_kernel(matrix: KernelMatrix, x: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ def library() -> ctypes.CDLL | None:
     named = os.environ.get(LIBRARY_VARIABLE)
     if named == "none":
         return None
+    # the name has a suffix of Python's version, though the library does not use Python
     found = sorted(Path(__file__).parent.glob("_native*"))
     built = [Path(named)] if named else [file for file in found if file.suffix in SUFFIXES]
     if not built:
@@ -158,6 +159,7 @@ def library() -> ctypes.CDLL | None:
             where=str(built[0]),
             remedy=f"install again, or set {LIBRARY_VARIABLE}=none to run without kernels",
         ) from error
+    # structs are described twice, here and in secateur.h: one that is older would read beyond them
     if version != ABI:
         raise KernelError(
             f"the kernels have version {version}, but this is version {ABI}",

@@ -108,7 +108,7 @@ def product_of(layout: Layout, device: torch.device) -> Product | None:
     return product if product.why_not(layout, device) is None else None
 
 
-class NumberedModule(nn.Module):
+class _NumberedModule(nn.Module):
     """A module whose computation is an operator of `torch.ops.secateur`.
 
     The operator takes a tensor and the number of a module. torch.compile does not trace into it,
@@ -126,7 +126,7 @@ class NumberedModule(nn.Module):
         _modules[self.number] = self
 
 
-class OperatorLinear(NumberedModule, InferenceLinear):
+class OperatorLinear(_NumberedModule, InferenceLinear):
     """A linear whose product is the operator `torch.ops.secateur.linear`."""
 
     def __init__(
@@ -145,6 +145,7 @@ class OperatorLinear(NumberedModule, InferenceLinear):
         raise NotImplementedError
 
 
+# An operator of torch takes tensors and numbers only, so a module is passed as its number.
 _numbers = itertools.count(1)
 _modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Modules by number, because the operator accepts only tensors and numbers."""
@@ -259,6 +260,7 @@ class IntegerLinear(InferenceLinear):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> IntegerLinear:
         """Move the integers along; a cast of the model leaves them."""
         super()._apply(fn, recurse)
+        # what `fn` does to an empty tensor tells where it moves things, whatever it casts them to
         device = fn(torch.empty(0, device=self.codes.device)).device
         self.codes, self.scales = self.codes.to(device), self.scales.to(device)
         return self
@@ -266,6 +268,7 @@ class IntegerLinear(InferenceLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """The product for activations [tokens, in], of their dtype."""
         integers, steps = integers_of(x, shares_of(self.group))
+        # some rows of W at a time: their codes become float32
         rows = max(1, AT_ONCE // max(len(integers), self.in_features))
         parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
         return torch.cat([self.rows(integers, steps, *part) for part in parts], -1).to(x.dtype)
@@ -279,22 +282,26 @@ class IntegerLinear(InferenceLinear):
             codes: of the rows.
             scales: of the rows.
         """
+        # Columns whose products have one scale: a group of activations, or of weights if smaller.
         width = min(self.group or GROUP, GROUP)
         sums = torch.zeros(len(x), len(codes), device=x.device)
         if self.group is None:
+            # int8 kernels read activations in a spread order, and sums must have the same order
             filled = functional.pad(codes, (0, -self.in_features % GROUP))
             codes = filled[:, spread_order(self.in_features).to(x.device)]
         for begin in range(0, self.in_features, width):
             part = codes[:, begin : begin + width].float()
+            # at most 64 · 127 · 127, so the sum of products is exact in float32
             dots = x[:, begin : begin + part.shape[1]] @ part.T
             scale = steps[:, begin // GROUP, None]
             if self.group is not None:
                 scale = scale * scales[:, begin // self.group]
+            # as a fused multiply-add of the kernels: one rounding for product and sum
             sums = (sums.double() + dots.double() * scale.double()).float()
         return sums if self.group is not None else sums * scales
 
 
-class PackedEmbedding(NumberedModule):
+class PackedEmbedding(_NumberedModule):
     """An embedding that is stored as integers; a tied head shares the matrix.
 
     Only the rows that are looked up become numbers of `dtype`.
@@ -326,6 +333,7 @@ class PackedEmbedding(NumberedModule):
                 ids.long().flatten(), self.number, self.embedding_dim
             )
             return found.view(*ids.shape, -1)
+        # the dense layout without its padding: a view, so a lookup copies only its rows
         width = self.matrix.words * 64
         table = self.matrix.values[: self.matrix.rows * width].view(self.matrix.rows, width)
         rows = table[ids][..., : self.matrix.columns]

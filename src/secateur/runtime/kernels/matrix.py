@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,15 +41,8 @@ from secateur.allocator import LARGE_PAGE, ask_for_large_pages, trim
 from secateur.errors import KernelError, ShapeError
 from secateur.quantization.groups import GroupGrid, Scales
 from secateur.runtime.formats import GRID_BITS, VALUES
-from secateur.runtime.kernels.library import (
-    INT4,
-    MAX_BATCH,
-    TYPES,
-    CMatrix,
-    address,
-    kernel_info,
-    library,
-)
+from secateur.runtime.kernels import library
+from secateur.runtime.kernels.library import TYPES, CMatrix, address
 from secateur.types import Mask
 
 WORD = 64
@@ -98,7 +90,9 @@ class KernelMatrix:
         elif bitmask is None:
             self.values = _padded(values, self.rows, self.words * WORD)
         else:
-            self.mask = mask_words(bitmask, self.words)
+            self.mask = torch.zeros(self.rows, self.words * WORD // 8, dtype=torch.uint8)
+            self.mask[:, : bitmask.shape[1]] = bitmask
+            # a table of the bits of a byte: torch has no count of bits
             counts = _BITS_SET[self.mask.int()].view(self.rows, -1).sum(1, dtype=torch.int64)
             self.offsets = torch.zeros(self.rows + 1, dtype=torch.int64)
             torch.cumsum(counts, 0, out=self.offsets[1:])
@@ -125,20 +119,21 @@ class KernelMatrix:
         self = cls.__new__(cls)
         self.dtype, self.rows, self.columns = torch.bfloat16, rows, columns
         self.scale, self.group = None, group
+        self.mask = self.offsets = None
+        self.nonzeros, self.of_four = rows * columns if kept is None else int(kept.sum()), 0
         if kept is None:
-            held = PackedCodes.dense(codes, group)
+            self.values = _dense_codes(codes, group)
         elif _two_of_four_is_smaller(kept):
-            held = PackedCodes.two_of_four(codes, kept, group)
+            self.values, self.of_four = _two_of_four_codes(codes, kept, group), 2
         else:
-            held = PackedCodes.bitmask(codes, kept, group)
-        self.values, self.mask, self.offsets = held.values, held.mask, held.offsets
-        self.nonzeros, self.of_four = held.nonzeros, held.of_four
+            self.values, self.mask, self.offsets = _bitmask_codes(codes, kept, group)
+        # a pair of rows always has two codes and exponents, and kernels load 16 codes at once
         even = rows + rows % 2
         code = torch.zeros(even * groups + SCALES_AHEAD_BYTES, dtype=torch.uint8)
         code = code[: rows * groups].view(rows, groups)  # what is beyond stays in memory
         exponent = torch.zeros(even, dtype=torch.int8)[:rows]
         self.scales = Scales(exponent.copy_(scales.exponent), code.copy_(scales.code))
-        self.describe(INT4)
+        self.describe(library.INT4)
         return self
 
     def describe(self, number: int) -> None:
@@ -181,14 +176,15 @@ class KernelMatrix:
         assert not (paired and begin % 2)
         c.rows = end - begin
         first = begin // 2 if paired else begin
+        # the values of a mask are not moved: offsets count from the first row of the matrix
         if self.mask is None:
             c.values = self.values.data_ptr() + first * c.stride * self.values.element_size()
         else:
             assert self.offsets is not None
             c.mask = self.mask.data_ptr() + first * self.words * WORD // 8
-            c.offsets = self.offsets.data_ptr() + 8 * first
+            c.offsets = self.offsets.data_ptr() + 8 * first  # int64
         if self.scale is not None:
-            c.scale = self.scale.data_ptr() + 4 * begin
+            c.scale = self.scale.data_ptr() + 4 * begin  # float32
         if self.scales is not None:
             c.scales = self.scales.code.data_ptr() + begin * self.scales.code.shape[1]
             c.exponents = self.scales.exponent.data_ptr() + begin
@@ -223,7 +219,7 @@ class KernelMatrix:
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product x · Wᵀ for at most 8 rows of x, by the kernels; see `product`."""
-        return self.product(kernels().sct_linear, x, MAX_BATCH)
+        return self.product(kernels().sct_linear, x, library.MAX_BATCH)
 
     def product(self, call: Callable[..., int], x: Tensor, most: int | None = None) -> Tensor:
         """The product x · Wᵀ, computed by C.
@@ -251,7 +247,7 @@ class KernelMatrix:
         y = torch.empty(len(x), self.rows, dtype=x.dtype)
         given = ctypes.byref(self.c), TYPES[x.dtype], x.data_ptr(), self.columns
         if call(*given, y.data_ptr(), self.rows, len(x)) != 0:
-            raise no_kernel()
+            raise _no_kernel()
         return y
 
     def tile(self, begin: int, end: int) -> Tensor:
@@ -267,7 +263,7 @@ class KernelMatrix:
             raise ShapeError(f"rows {begin} to {end} of a matrix of {self.rows}")
         out = self.room(end - begin)
         if kernels().sct_expand(ctypes.byref(self.c), begin, end, out.data_ptr()) != 0:
-            raise no_kernel()
+            raise _no_kernel()
         return out[:, : self.columns]
 
     def gathered(self, rows: Tensor) -> Tensor:
@@ -284,7 +280,7 @@ class KernelMatrix:
         rows, out = rows.contiguous(), self.room(len(rows))
         given = ctypes.byref(self.c), rows.data_ptr(), len(rows), out.data_ptr()
         if kernels().sct_gather(*given) != 0:
-            raise no_kernel()
+            raise _no_kernel()
         return out[:, : self.columns].contiguous()
 
     def of_rows(self, rows: Tensor) -> KernelMatrix:
@@ -336,6 +332,7 @@ def to_large_pages(matrices: Iterable[KernelMatrix]) -> None:
     A token reads all of them, and with pages of 4 KiB a part of its time goes into finding pages.
     """
     waiting: list[KernelMatrix] = []
+    # a tied head has the matrix of the embedding, which must move once
     for matrix in {id(m): m for m in matrices}.values():
         waiting.append(matrix)
         if sum(m.nbytes for m in waiting) >= MOVED_BYTES:
@@ -346,7 +343,9 @@ def to_large_pages(matrices: Iterable[KernelMatrix]) -> None:
 
 def _move_together(matrices: list[KernelMatrix]) -> None:
     """Move some matrices, and return their old memory."""
+    # each of at most six parts is filled up to a line of the cache; the start to a large page
     total = sum(m.nbytes + 6 * WORD for m in matrices) + LARGE_PAGE + READ_AHEAD_BYTES
+    # empty: large pages must be asked for before the first byte is written
     memory = torch.empty(total, dtype=torch.uint8)
     at = -memory.data_ptr() % LARGE_PAGE
     ask_for_large_pages(memory.data_ptr() + at, total - at)
@@ -368,13 +367,13 @@ def kernels() -> ctypes.CDLL:
     Raises:
         KernelError: it is not.
     """
-    loaded = library()
+    loaded = library.library()
     if loaded is None:
-        raise no_kernel()
+        raise _no_kernel()
     return loaded
 
 
-def no_kernel() -> KernelError:
+def _no_kernel() -> KernelError:
     """What to raise when a kernel says no."""
     return KernelError(
         "no kernel for this processor, or memory ran out",
@@ -384,18 +383,11 @@ def no_kernel() -> KernelError:
 
 def _padded(values: Tensor, rows: int, width: int) -> Tensor:
     """Values [rows, ≤ width] in rows of `width`, zeros between, and room to read past the end."""
+    # torch's memory ends with the tensor: a load of 64 bytes at the last value would leave it
     ahead = READ_AHEAD_BYTES // values.element_size()
     flat = torch.zeros(rows * width + ahead, dtype=values.dtype)
     flat[: rows * width].view(rows, width)[:, : values.shape[1]] = values
     return flat
-
-
-def mask_words(bitmask: Tensor, words: int) -> Tensor:
-    """Bits [out, ⌈columns / 8⌉] in rows of whole words."""
-    rows, width = bitmask.shape
-    out = torch.zeros(rows, words * WORD // 8, dtype=torch.uint8)
-    out[:, :width] = bitmask
-    return out
 
 
 LANES = 16
@@ -403,94 +395,83 @@ AT_ONCE = 2**22
 """Weights that are bytes at the same time."""
 
 
-@dataclass(frozen=True)
-class PackedCodes:
-    """The codes of a matrix for the kernels.
+def _dense_codes(codes: Tensor, group: int) -> Tensor:
+    """All codes of a matrix, int8 [out, in] from −8 to 7, as uint8 [pairs · words · 64].
+
+    Zeros that kernels may read follow the bytes, here as in the other layouts.
 
     Args:
-        values: uint8; dense [pairs · words · 64], else a byte for each bit of the mask; then zeros
-            that kernels may read.
-        mask: uint8 [pairs · words · 8], of what either row keeps; None if dense.
-        offsets: where the bytes of each pair begin, int64 [pairs + 1]; None without a mask.
-        nonzeros: how many weights are kept.
-        of_four: how many of each four columns are stored, with their places in `values`; else 0.
+        codes: int8 [out, in].
+        group: weights that share a scale.
     """
+    pairs, width = -(-len(codes) // 2), _words_of(codes.shape[1]) * WORD
+    values = torch.zeros(pairs * width + READ_AHEAD_BYTES, dtype=torch.uint8)
+    for first, turned in _turned_rows(codes, group):
+        both = _joined(turned).view(-1)
+        values[first // 2 * width :][: both.numel()] = both
+    return values
 
-    values: Tensor
-    mask: Tensor | None
-    offsets: Tensor | None
-    nonzeros: int
-    of_four: int = 0
 
-    @staticmethod
-    def dense(codes: Tensor, group: int) -> PackedCodes:
-        """All codes of a matrix, int8 [out, in].
+def _bitmask_codes(codes: Tensor, kept: Mask, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept codes of a matrix.
 
-        Args:
-            codes: −8 to 7.
-            group: weights that share a scale.
-        """
-        rows, columns = codes.shape
-        pairs, width = -(-rows // 2), _words_of(columns) * WORD
-        values = torch.zeros(pairs * width + READ_AHEAD_BYTES, dtype=torch.uint8)
-        for first, turned in _turned_rows(codes, group):
-            both = _joined(turned).view(-1)
-            values[first // 2 * width :][: both.numel()] = both
-        return PackedCodes(values, None, None, rows * columns)
+    Args:
+        codes: −8 to 7, int8 [out, in].
+        kept: which of them to store, bool [out, in].
+        group: weights that share a scale.
 
-    @staticmethod
-    def bitmask(codes: Tensor, kept: Mask, group: int) -> PackedCodes:
-        """The kept codes of a matrix.
+    Returns:
+        A byte for each bit of the mask; the mask of what either row of a pair keeps, uint8
+        [pairs · words · 8]; where the bytes of each pair begin, int64 [pairs + 1].
+    """
+    pairs = -(-len(codes) // 2)
+    # The rows of a pair share a byte, so a column has one where either keeps it.
+    either = kept[0::2].clone()
+    either[: len(codes) // 2] |= kept[1::2]
+    offsets = torch.zeros(pairs + 1, dtype=torch.int64)
+    torch.cumsum(either.sum(1), 0, out=offsets[1:])
+    del either  # as large as half of the codes
+    values = torch.zeros(int(offsets[-1]) + READ_AHEAD_BYTES, dtype=torch.uint8)
+    mask = torch.zeros(pairs, _words_of(codes.shape[1]) * WORD // 8, dtype=torch.uint8)
+    for pair, turned, here in _turned_pairs(codes, kept, group):
+        joined = _joined(turned * here).numpy()
+        there = (here[0::2] | here[1::2]).numpy().view(np.bool_)
+        bits = np.packbits(there, axis=1, bitorder="little")
+        mask[pair : pair + len(bits)] = torch.from_numpy(bits)
+        # numpy selects by a mask without an index of eight bytes for each byte
+        begin, end = int(offsets[pair]), int(offsets[pair + len(bits)])
+        values.numpy()[begin:end] = joined[there]
+    return values, mask.view(-1), offsets
 
-        Args:
-            codes: −8 to 7, int8 [out, in].
-            kept: which of them to store, bool [out, in].
-            group: weights that share a scale.
-        """
-        pairs = -(-len(codes) // 2)
-        either = kept[0::2].clone()
-        either[: len(codes) // 2] |= kept[1::2]
-        offsets = torch.zeros(pairs + 1, dtype=torch.int64)
-        torch.cumsum(either.sum(1), 0, out=offsets[1:])
-        del either
-        values = torch.zeros(int(offsets[-1]) + READ_AHEAD_BYTES, dtype=torch.uint8)
-        mask = torch.zeros(pairs, _words_of(codes.shape[1]) * WORD // 8, dtype=torch.uint8)
-        for pair, turned, here in _turned_pairs(codes, kept, group):
-            joined = _joined(turned * here).numpy()
-            there = (here[0::2] | here[1::2]).numpy().view(np.bool_)
-            bits = np.packbits(there, axis=1, bitorder="little")
-            mask[pair : pair + len(bits)] = torch.from_numpy(bits)
-            begin, end = int(offsets[pair]), int(offsets[pair + len(bits)])
-            values.numpy()[begin:end] = joined[there]
-        return PackedCodes(values, mask.view(-1), offsets, int(kept.sum()))
 
-    @staticmethod
-    def two_of_four(codes: Tensor, kept: Mask, group: int) -> PackedCodes:
-        """The kept codes of a matrix that keeps at most two of each four columns.
+def _two_of_four_codes(codes: Tensor, kept: Mask, group: int) -> Tensor:
+    """The kept codes of a matrix that keeps at most two of each four columns, with their places.
 
-        Args:
-            codes: −8 to 7, int8 [out, in].
-            kept: which of them to store, bool [out, in].
-            group: weights that share a scale.
-        """
-        pairs, words = -(-len(codes) // 2), _words_of(codes.shape[1])
-        stride = _two_of_four_bytes(words)
-        values = torch.zeros(pairs * stride + READ_AHEAD_BYTES, dtype=torch.uint8)
-        rows_of_bytes = values[: pairs * stride].view(pairs, stride)
-        for pair, turned, here in _turned_pairs(codes, kept, group):
-            count = len(turned) // 2
-            keeps = (here.view(-1, 4) * torch.tensor([1, 2, 4, 8], dtype=torch.int8)).sum(1)
-            places = _TWO_PLACES[keeps]
-            found = (turned * here).view(-1, 4).gather(1, places)
-            weights = _joined(found.view(2 * count, -1)).view(count, words, LANES, 2)
-            near = (places[:, 0] | places[:, 1] << 2).view(count, 2, words, LANES).to(torch.uint8)
-            parts, done = [], 0
-            for each in (4, 2, 1):  # of the last words there are two, one, or two and one
-                some = slice(done, done + (words - done) // each * each)
-                done = some.stop
-                parts.append(_with_places(weights[:, some], near[:, :, some], each))
-            rows_of_bytes[pair : pair + count] = torch.cat(parts, 1)
-        return PackedCodes(values, None, None, int(kept.sum()), 2)
+    Args:
+        codes: −8 to 7, int8 [out, in].
+        kept: which of them to store, bool [out, in].
+        group: weights that share a scale.
+    """
+    pairs, words = -(-len(codes) // 2), _words_of(codes.shape[1])
+    stride = _two_of_four_bytes(words)
+    values = torch.zeros(pairs * stride + READ_AHEAD_BYTES, dtype=torch.uint8)
+    rows_of_bytes = values[: pairs * stride].view(pairs, stride)
+    for pair, turned, here in _turned_pairs(codes, kept, group):
+        count = len(turned) // 2
+        # the mask of each four columns as a number 0 to 15, and by it the places of two of them
+        keeps = (here.view(-1, 4) * torch.tensor([1, 2, 4, 8], dtype=torch.int8)).sum(1)
+        places = _TWO_PLACES[keeps]
+        found = (turned * here).view(-1, 4).gather(1, places)
+        weights = _joined(found.view(2 * count, -1)).view(count, words, LANES, 2)
+        # two places of two bits: four bits for each four columns of a row
+        near = (places[:, 0] | places[:, 1] << 2).view(count, 2, words, LANES).to(torch.uint8)
+        parts, done = [], 0
+        for each in (4, 2, 1):  # of the last words there are two, one, or two and one
+            some = slice(done, done + (words - done) // each * each)
+            done = some.stop
+            parts.append(_with_places(weights[:, some], near[:, :, some], each))
+        rows_of_bytes[pair : pair + count] = torch.cat(parts, 1)
+    return values
 
 
 _TWO_PLACES = torch.tensor(
@@ -522,14 +503,18 @@ def _with_places(weights: Tensor, near: Tensor, each: int) -> Tensor:
 
 def _two_of_four_bytes(words: int) -> int:
     """Bytes of a pair of rows that stores two of each four columns."""
+    # Weights take 32 bytes a word. Places take 16: 8 bytes for each word and row.
+    # A lone word takes 32, because no second word shares the bytes of its places.
     return words // 4 * 192 + (words // 2 % 2) * 96 + words % 2 * 64
 
 
 def _two_of_four_is_smaller(kept: Mask) -> bool:
     """Whether storing two of four is possible, smaller than a bitmask, and faster on this tier."""
-    if kernel_info().tier not in ("amx", "avx512bf16", "avx512"):
+    # only these tiers have a kernel for it that is as fast as that of the bitmask
+    if library.kernel_info().tier not in ("amx", "avx512bf16", "avx512"):
         return False
     rows, columns = kept.shape
+    # four strided sums of bytes; the last group of four may be short
     counts = torch.zeros(rows, -(-columns // 4), dtype=torch.uint8)
     for place in range(4):
         column = kept[:, place::4]
@@ -542,7 +527,7 @@ def _two_of_four_is_smaller(kept: Mask) -> bool:
 
 
 def _joined(codes: Tensor) -> Tensor:
-    """The bytes of pairs of rows."""
+    """The bytes of pairs of rows: the even row in the lower four bits."""
     return ((codes[0::2] & 15) | (codes[1::2] << 4)).view(torch.uint8)
 
 
@@ -553,8 +538,11 @@ def _words_of(columns: int) -> int:
 
 def turned_fours(words: int, group: int) -> Tensor:
     """Which four columns, counted in fours, come in each place of a row; int64 [words · 16]."""
+    # A block of k words is 16 runs of k fours. Word j takes the j-th four of every run. So each of
+    # the 16 lanes of a register stays in one run, and a run is never longer than a group.
     found, at, block = [], 0, min(LANES, group // 4)
     while at < words:
+        # the last words make blocks of smaller powers of two
         while block > words - at:
             block //= 2
         natural = torch.arange(block * LANES).view(LANES, block) + at * LANES
@@ -568,11 +556,13 @@ def _turned_rows(matrix: Tensor, group: int) -> Iterator[tuple[int, Tensor]]:
     rows, columns = matrix.shape
     words = _words_of(columns)
     order = turned_fours(words, group)
+    # in pairs of rows, so that a step never ends between two that share bytes
     step = 2 * max(1, AT_ONCE // (2 * words * WORD))
     for first in range(0, rows, step):
         part = matrix[first : first + step]
         filled = torch.zeros(len(part) + len(part) % 2, words * WORD, dtype=torch.int8)
         filled[: len(part), :columns] = part
+        # four neighbouring bytes move together, so they are picked as one int32
         turned = filled.view(torch.int32).index_select(1, order)
         yield first, turned.view(torch.int8)
 
@@ -602,6 +592,7 @@ def matrix_bytes(
     words = _words_of(columns)
     paired = values in GRID_BITS
     bits = 4 if paired else VALUES[values].itemsize * 8
+    # a byte of a pair is empty where both rows are
     empty = sparsity**2 if paired else sparsity
     nonzeros = rows * (columns - round(empty * columns)) if sparsity else rows * words * WORD
     total = nonzeros * bits // 8

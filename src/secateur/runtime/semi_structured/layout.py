@@ -161,6 +161,7 @@ def split(weight: Tensor) -> Tensor:
     """
     if not is_n_of_m(weight, 6, 8):
         raise PatternError("a block of 8 weights keeps more than 6, or is not whole")
+    # [out, blocks, 8]; `left` is what no window has taken yet
     blocks = weight.view(len(weight), -1, 8)
     left, parts = blocks != 0, []
     for first in WINDOWS:
@@ -168,5 +169,5 @@ def split(weight: Tensor) -> Tensor:
         taken = left[..., window] & (left[..., window].cumsum(-1) <= 2)
         left[..., window] &= ~taken
         parts.append(torch.where(taken, blocks[..., window], 0))
-    wide = torch.stack(parts, 2).flatten(1)
+    wide = torch.stack(parts, 2).flatten(1)  # [out, blocks, window, 4]
     return pad(wide, (0, lifted_columns(weight.shape[1]) - wide.shape[1]))

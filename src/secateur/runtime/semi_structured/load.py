@@ -20,13 +20,8 @@ from secateur.errors import CheckpointError, KernelError
 from secateur.models.header import TensorEntry, read_header
 from secateur.models.skeleton import build_skeleton, refuse_missing
 from secateur.runtime.kernels.linear import InferenceLinear
-from secateur.runtime.semi_structured.layout import (
-    FILE_NAME,
-    VALUES,
-    StoredParts,
-    lifted,
-    part_specs,
-)
+from secateur.runtime.semi_structured import layout
+from secateur.runtime.semi_structured.layout import FILE_NAME, StoredParts
 
 PARTS = ("packed", "meta", "columns")
 CAPABILITY = (8, 0)
@@ -66,6 +61,7 @@ def load_semi_structured(
     dtypes = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
     model = build_skeleton(folder, dtype=next(dtypes, torch.bfloat16), alone=True)
     sparse = sorted(n.removesuffix(".meta") for n in entries if n.endswith(".meta"))
+    # their files are read part by part, when each linear is made
     held = {f"{name}.{part}" for name in sparse for part in PARTS}
     owners: dict[str, Any] = dict(model.named_modules())
     with safe_open(file, framework="pt", device=str(device)) as opened:
@@ -80,7 +76,8 @@ def load_semi_structured(
     model.tie_weights()
     missing = [name for name, x in model.named_parameters() if x.device.type == "meta"]
     refuse_missing(missing, {}, folder)
-    for module in model.modules():  # all parameters are on the device already
+    # Parameters were read onto the device; only the buffers of the skeleton are not there yet.
+    for module in model.modules():
         held = module._buffers
         held.update({n: b.to(device) for n, b in held.items() if b is not None})
     if sparse and not expand:
@@ -111,12 +108,16 @@ def _read_parts(
     """The parts of a linear."""
     found = {p: entries[f"{name}.{p}"] for p in PARTS if f"{name}.{p}" in entries}
     specs = {f"{name}.{p}": (entry.dtype, entry.shape) for p, entry in found.items()}
-    fits = isinstance(linear, nn.Linear) and "packed" in found and found["packed"].dtype in VALUES
+    fits = (
+        isinstance(linear, nn.Linear)
+        and "packed" in found
+        and found["packed"].dtype in layout.VALUES
+    )
     if fits:
         split = "columns" in found
         lifted = found["columns"].shape[0] if split else linear.in_features
         dtype = found["packed"].dtype
-        fits = specs == part_specs(name, linear.out_features, lifted, dtype, split=split)
+        fits = specs == layout.part_specs(name, linear.out_features, lifted, dtype, split=split)
     if fits:
         tensors = {p: opened.get_tensor(f"{name}.{p}") for p in found}
         parts = StoredParts(linear.in_features, **tensors)
@@ -165,7 +166,7 @@ class SparseLinear(InferenceLinear):
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
         if len(x) > self.few:
-            return functional.linear(lifted(x, self.parts.columns), self.wide, self.bias)
+            return functional.linear(layout.lifted(x, self.parts.columns), self.wide, self.bias)
         from secateur.runtime.kernels.gpu.two_of_four_kernel import multiply_two_of_four
 
         y = multiply_two_of_four(x, self.parts.packed, self.parts.meta, self.parts.columns)

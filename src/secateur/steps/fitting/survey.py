@@ -25,6 +25,7 @@ from torch import Tensor
 from secateur.calibration.windows import load_windows, stored_extra
 from secateur.engine.prepared import prepare
 from secateur.engine.prune.tasks import Settings
+from secateur.engine.rounded_head import head_gram, round_head
 from secateur.engine.search.sensitivity import ChangedAlone, Ways, pooled
 from secateur.engine.search.survey import LayerView, Survey, grains_of
 from secateur.engine.stream.targets import CheckpointTarget
@@ -38,7 +39,6 @@ from secateur.runs.output import write_json
 from secateur.runtime.formats import GRID_BITS
 from secateur.runtime.storage_plan import MixedReader
 from secateur.sparsity.allocation.divergence import ByDivergence
-from secateur.steps.compress import head_gram, round_head
 from secateur.steps.fitting.bench import FitBench, shared_options
 from secateur.steps.fitting.problem import GROUP, HALF, FitProblem, UnitLosses, embedded
 from secateur.types import Weight

@@ -46,7 +46,7 @@ SCT_INLINE int64_t start_of(const sct_matrix *m, int64_t row, int packed) {
 
 /* The next eight values of two bytes, and how far to go on. */
 SCT_INLINE __m128i eight_two_bytes(const uint16_t **v, uint8_t kept, int packed) {
-    __m128i raw = _mm_loadu_si128((const __m128i *)*v);
+    __m128i raw = _mm_loadu_si128((const __m128i *)*v); /* eight values, of which some are used */
     if (!packed) {
         *v += 8;
         return raw;
@@ -72,6 +72,8 @@ SCT_INLINE __m256 eight_floats(const float **v, uint8_t kept, int packed) {
         return raw;
     }
     *v += __builtin_popcount(kept);
+    /* Lanes of 32 bits have no shuffle with zeros. 0x80 widens to a negative number: the permutation
+     * takes its lowest bits, and its sign, spread over the lane, clears what came there. */
     __m256i places = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)one_byte[kept]));
     __m256 there = _mm256_permutevar8x32_ps(raw, places);
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(places, 31)), there);
@@ -205,6 +207,7 @@ SCT_INLINE void bytes(const sct_matrix *m, const sct_input *in, int64_t begin, i
 #pragma GCC unroll 8
                 for (int b = 0; b < B; b++) {
                     const void *at = in->bytes + b * in->padded + half * 32;
+                    /* at most 2 · 127 · 127 = 32,258: the sum of two products does not saturate */
                     const __m256i x = _mm256_sign_epi8(_mm256_load_si256(at), e);
                     const __m256i products = _mm256_maddubs_epi16(size, x);
                     dots[b] = _mm256_add_epi32(dots[b], _mm256_madd_epi16(products, ones));

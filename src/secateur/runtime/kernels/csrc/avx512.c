@@ -53,6 +53,8 @@ SCT_INLINE void pairs(const sct_matrix *m, const sct_input *in, int64_t begin, i
             v = two_bytes(v, packed ? mask_of(m, row)[w] : 0, packed, e);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
+                /* A bfloat16 is the upper half of a float32: of 32 values, the even ones are moved
+                 * there and the odd ones are there already. x lies in the same order. */
                 __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(e[h], 16));
                 __m512 second = _mm512_castsi512_ps(_mm512_and_si512(e[h], upper));
 #pragma GCC unroll 8
@@ -109,7 +111,7 @@ SCT_INLINE void floats(const sct_matrix *m, const sct_input *in, int64_t begin, 
     for (int64_t row = begin; row < end; row++) {
         const float *v = (const float *)m->values + start_of(m, row, packed);
         const uint64_t *mask = packed ? mask_of(m, row) : NULL;
-        __m512 sum[2][SCT_MAX_BATCH];
+        __m512 sum[2][SCT_MAX_BATCH]; /* two, so that a product seldom waits for the one before */
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[0][b] = sum[1][b] = _mm512_setzero_ps();
         for (int64_t w = 0; w < m->words; w++) {
@@ -168,6 +170,7 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_ps();
     }
+    /* A block of k words has one scale for each lane: its sum stays integers, and is scaled once. */
     for (int64_t w = 0, block = 0, k = in->most; w < m->words; w += k, block++) {
         __m512i dots[2][SCT_MAX_BATCH];
         k = sct_next_block(k, m->words - w);
@@ -177,7 +180,7 @@ SCT_INLINE void bytes_at(const sct_matrix *m, const sct_input *in, int64_t row, 
             const __m512i excess = _mm512_load_si512(in->excess + (b * in->blocks + block) * 16);
             for (int r = 0; r < R; r++) dots[r][b] = excess;
         }
-        int64_t j = w;
+        int64_t j = w; /* by fours, so that the loop itself costs little */
         for (; j + 4 <= w + k; j += 4) {
             BYTES_STEP(j);
             BYTES_STEP(j + 1);
@@ -209,6 +212,7 @@ SCT_INLINE void store_integers(uint16_t *to, __m512i e) {
                           : part == 2 ? _mm512_extracti32x4_epi32(e, 2)
                                       : _mm512_extracti32x4_epi32(e, 3);
         __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
+        /* the upper half of a float32 is the bfloat16; the lower one of such integers is 0 */
         __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(numbers), 16);
         _mm256_storeu_si256((__m256i *)(to + part * 16), _mm512_cvtepi32_epi16(upper));
     }

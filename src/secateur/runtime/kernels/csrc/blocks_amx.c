@@ -37,6 +37,8 @@ static void begin(int64_t group) {
 
 static void end(void) { _tile_release(); }
 
+/* The sums of 16 rows and a panel of 16 tokens: dots, times the scale of the token, and of the row
+ * where its type has groups. */
 SCT_INLINE void add_up(const int32_t *dots, const sct_places *at, int row, int i, float *sums,
                        int64_t pitch) {
     const __m512 scale = _mm512_load_ps(at->panel_scales[i]);
@@ -60,6 +62,8 @@ SCT_INLINE void unit_of(const sct_places *at, float *sums, int64_t pitch, const 
         _tile_zero(1);
         _tile_zero(3);
     }
+    /* Codes are [rows][64 columns], a panel is [columns / 4][16 tokens][4 columns]: as AMX wants its
+     * two sides. */
     for (int64_t k = 0; k < at->columns; k += 64) {
         _tile_loadd(4, codes + k, SCT_SCALED);
         _tile_loadd(6, at->panel[0] + 16 * k, 64);

@@ -43,6 +43,7 @@ SCT_INLINE void unit_of(const sct_float_places *at, float *sums, int64_t pitch, 
     }
     for (int64_t k = 0; k < 64 * at->words; k += 32) {
         if (k % 64 == 0) sct_look_ahead(at->ahead);
+        /* a word is [rows][64 columns], and a tile takes half of its columns */
         const uint16_t *values = at->values + k / 64 * UNIT_ROWS * 64 + k % 64;
         _tile_loadd(4, values, 128);
         _tile_loadd(6, at->panel[0] + 16 * k, 64);
@@ -55,6 +56,7 @@ SCT_INLINE void unit_of(const sct_float_places *at, float *sums, int64_t pitch, 
             _tile_dpbf16ps(3, 5, 7);
         }
     }
+    /* all columns are done, so the sums are stored and not added */
     _tile_stored(0, sums, 4 * pitch);
     _tile_stored(2, after, 4 * pitch);
     if (P == 2) {

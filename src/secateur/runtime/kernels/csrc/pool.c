@@ -178,6 +178,7 @@ void sct_parallel(sct_work *asked, void *asked_context) {
         ring();
     }
     work(context, 0, count);
+    /* awake: the caller goes on at once, with the next product of a token */
     for (int rounds = 0; count > 1 && atomic_load(&unfinished);) spin(&rounds);
     unlock(&callers);
 }
@@ -186,7 +187,7 @@ void sct_barrier(int threads) {
     if (threads == 1) return;
     unsigned now = atomic_load(&barrier_round);
     if (atomic_fetch_add(&arrived, 1) == threads - 1) {
-        atomic_store(&arrived, 0);
+        atomic_store(&arrived, 0); /* before the round: whoever it lets go may arrive again */
         atomic_fetch_add(&barrier_round, 1);
         return;
     }

@@ -164,6 +164,7 @@ static void pass_expert(sct_piece *p, int64_t e, sct_floats from) {
         count++;
     }
     if (!count) return;
+    /* expanding a tile of W costs as much as some products; few tokens do not earn it back */
     p->few = count <= SCT_MAX_BATCH;
     feed_forward(p, p->layer->expert + e, gathered, rows_at(p->given, p->d->hidden), count);
     p->few = 0;
@@ -197,8 +198,10 @@ static void read_layer(sct_piece *p, const sct_layer *layer) {
     sct_floats x = normed(p, &layer->attention_in);
     p->layer = layer;
     multiply(p, &layer->q, x, sct_each(&p->at, p->at.q), p->tokens, NULL);
+    /* k and v read the activations that q has rounded already */
     multiply(p, &layer->k, x, sct_each(&p->at, p->at.k), p->tokens, &layer->q);
     multiply(p, &layer->v, x, sct_each(&p->at, p->at.v), p->tokens, &layer->k);
+    /* before attention is added: both read the same x */
     if (parallel && layer->ffn_in.weight) x = normed(p, &layer->ffn_in);
     sct_parallel(attend, p);
     multiply(p, &layer->o, sct_each(&p->at, p->at.mixed), sum, p->tokens, NULL);

@@ -21,6 +21,7 @@ TOKENS = 16
 @triton.jit
 def count_of(byte):
     """How many of the eight bits are 1."""
+    # counts of 2 bits in pairs, of 4 in nibbles, then of both nibbles: no table, no loop
     pairs = byte - ((byte >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return (fours + (fours >> 4)) & 0x0F
@@ -31,6 +32,7 @@ def value_at(values, place, kept, CODES: tl.constexpr):
     """Stored values where they are kept, else 0. Of two codes in a byte, the low one is first."""
     if CODES:
         byte = tl.load(values + (place >> 1), mask=kept, other=0).to(tl.int32)
+        # the nibble, then its sign: 8 to 15 mean −8 to −1
         code = (byte >> ((place & 1) * 4).to(tl.int32)) & 15
         return (code - ((code & 8) << 1)).to(tl.float32)
     return tl.load(values + place, mask=kept, other=0).to(tl.float32)
@@ -39,6 +41,7 @@ def value_at(values, place, kept, CODES: tl.constexpr):
 @triton.jit
 def scale_of(code, exponent):
     """± 2^(e + c div 16) · (1 + (c mod 16) / 16), put together from the bits of a float32."""
+    # exponent with bias 127 at bit 23, the 4 bits of the fraction at its top, the sign at bit 31
     bits = ((exponent + ((code >> 4) & 7) + 127) << 23) | ((code & 15) << 19) | ((code & 128) << 24)
     return bits.to(tl.float32, bitcast=True)
 
@@ -57,17 +60,19 @@ def group_scales(code, exponent, row, byte, here, groups, GROUP: tl.constexpr):
 def tile_of(mask, starts, row, here, tile, tiles, LANES: tl.constexpr):
     """The bytes of a tile's mask, int32 [ROWS, LANES], and where their values begin."""
     byte = tile * LANES + tl.arange(0, LANES)
+    # int64, so that no matrix is too large
     places = row[:, None].to(tl.int64) * (tiles * LANES) + byte[None, :]
     bits = tl.load(mask + places, mask=here[:, None], other=0).to(tl.int32)
     count = count_of(bits)
     first = tl.load(starts + row * tiles + tile, mask=here, other=0)
+    # an exclusive sum over the lanes: the values of all lanes before this one
     return byte, bits, first[:, None] + (tl.cumsum(count, 1) - count)
 
 
 @triton.jit
 def with_products(sums, x, weight, column, columns, tokens, WIDE: tl.constexpr):
     """Sums [ROWS, 16] with the products of weights [ROWS, LANES] and their column of each token."""
-    token = tl.arange(0, 16)
+    token = tl.arange(0, 16)  # tl.dot needs 16 columns; those of no token are zeros
     inside = (column < columns)[:, None] & (token < tokens)[None, :]
     inputs = tl.load(x + token[None, :] * columns + column[:, None], mask=inside, other=0)
     if WIDE:
@@ -132,6 +137,7 @@ def bitmask_product(
         scale = tl.full((ROWS, LANES), 1.0, tl.float32)
         if GROUP:
             scale = group_scales(code, exponent, row, byte, here, groups, GROUP)
+        # a lane's eight weights one after the other, so `place` moves on by those that are kept
         part = tl.zeros((ROWS, LANES), tl.float32)
         for bit in tl.static_range(8):
             kept = (bits >> bit) & 1
@@ -144,7 +150,7 @@ def bitmask_product(
                 inputs = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
                 part += weight * inputs[None, :]
             place += kept
-        lone += part * scale
+        lone += part * scale  # eight columns lie in one group, so one scale for all of them
     if MANY:
         places = (split * tokens + token[None, :]) * rows + row[:, None]
         tl.store(y + places, all_tokens, mask=here[:, None] & (token < tokens)[None, :])

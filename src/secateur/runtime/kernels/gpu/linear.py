@@ -84,6 +84,7 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
         }
 
     seconds = race(TRIED, calls, clock)
+    # up to the first number of tokens at which expanding wins; beyond it, it wins the more
     wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
     return KernelChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
 

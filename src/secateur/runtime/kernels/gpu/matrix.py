@@ -84,6 +84,7 @@ class GpuMatrix:
         tiles = -(-columns // COLUMNS)
         bits = mask.new_zeros(rows, tiles * COLUMNS)
         bits[:, :columns] = mask
+        # running through the rows, as the values do: a tile begins where the one before it ends
         ends = bits.view(rows * tiles, COLUMNS).sum(1).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(rows, tiles)
         if scales is not None:
@@ -150,8 +151,10 @@ class GpuMatrix:
             CODES=self.scales is not None,
             GROUP=self.group,
             MANY=tokens > 1,
+            # Triton's interpreter, on the CPU, multiplies no bfloat16
             WIDE=x.device.type == "cpu" or x.dtype == torch.float32,
         )
+        # the splits of a row are added by torch: no atomics, so the same bits every time
         y = parts.sum(0)
         return (y if self.scale is None else y * self.scale).to(x.dtype)
 

@@ -21,6 +21,7 @@ ROWS, QUADS = 32, 16
 @triton.jit
 def meta_place(row, column, rows):
     """Where CUTLASS stores the places of 4 quads: of a row, and a column of [rows, quads / 4]."""
+    # within 32 rows, row 8a + b goes to 4b + a
     moved = row // 32 * 32 + (row % 8) * 4 + (row % 32) // 8
     shift = (column & 1) - (moved & 1)  # 2 × 2 blocks are transposed
     moved += shift
@@ -75,10 +76,12 @@ def two_of_four_product(
         quad = (tile * QUADS + tl.arange(0, QUADS))[None, :]
         inside = quad < quads
         bits = tl.load(meta + meta_place(row, quad >> 2, rows), mask=inside, other=0).to(tl.int32)
+        # int16 with the places of 4 quads: 4 bits each, two places of 2 bits
         bits = bits >> ((quad & 3) * 4)
         for kept in tl.static_range(2):
             weight = tl.load(own + (2 * quad + kept), mask=inside, other=0).to(tl.float32)
             column = 4 * quad + ((bits >> (2 * kept)) & 3)
+            # a wide column is a copy of a column of the weight
             if SPLIT:
                 column = tl.load(columns + column, mask=inside, other=0)
             inputs = tl.load(start + column[None, :, :], mask=known & inside[None, :, :], other=0)

@@ -1,0 +1,104 @@
+"""Rounds the output head to a grid of integers so that its errors compensate each other on a text.
+
+A pruning run rounds the layers, with the inputs that the rounded model has. The head comes after
+all of them, and may also be the embedding, so it is rounded alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.calibration.statistics.gram import Gram
+from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.stream.targets import CheckpointTarget
+from secateur.models.checkpoint import CheckpointReader
+from secateur.precision import fast_matmuls
+from secateur.progress import Progress
+from secateur.recipes.compress import CompressRecipe
+from secateur.runs.output import whole_folder
+from secateur.runtime.formats import GRID_BITS
+from secateur.runtime.install import path_of
+from secateur.runtime.storage_plan import DEFAULT_GROUP
+from secateur.sparsity.solvers.obs import OBS
+
+LOOKED_UP = 0.1
+"""How much a squared error of a row counts, as a fraction of the mean square of an input of the
+head, where the row is also looked up."""
+
+SOLVED_AT_ONCE = 2**22
+"""Weights of the head that are solved at the same time; the solver has nine copies in float32."""
+
+
+@torch.no_grad()
+def round_head(
+    recipe: CompressRecipe,
+    target: CheckpointTarget,
+    gram_of: Callable[[], Tensor],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, CheckpointReader]:
+    """Round the output head so that the errors of its weights compensate each other on a text.
+
+    Where it is tied, its matrix is also the embedding, and then errors of the weights count
+    themselves too: with the gram G of the head's inputs, tr((W − Ŵ)(G + λI)(W − Ŵ)ᵀ) is small.
+    Resume or reuse an earlier run.
+
+    Args:
+        recipe: gives values and group.
+        target: the model.
+        gram_of: returns G, as `head_gram` does.
+        folder: for the rounded matrix.
+        progress: receives every part of the head.
+
+    Returns:
+        What reads the rounded matrix, by its stored name.
+    """
+    output_head: Any = target.model.get_output_embeddings()
+    tied = f"{path_of(target.model, output_head)}.weight" not in target.stored
+    matrix = target.model.get_input_embeddings() if tied else output_head
+    name = target.stored[f"{path_of(target.model, matrix)}.weight"]
+    if not folder.exists():
+        gram = gram_of()
+        if tied:
+            # G + λI, with λ in the unit of G's diagonal
+            gram = gram + LOOKED_UP * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        bits, group = GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP
+        solver = OBS(bits=bits, group=group)
+        weight, prepared = target.reader.read(name), solver.prepare({"gram": gram})
+        rounded = torch.empty_like(weight, dtype=torch.bfloat16)  # exact for any grid
+        # rows are independent once the gram is factored
+        parts = weight.split(max(1, SOLVED_AT_ONCE // weight.shape[1]))
+        progress.start("rounding the head", len(parts))
+        for part, out in zip(parts, rounded.split(len(parts[0])), strict=True):
+            everything = torch.ones_like(part, dtype=torch.bool, device=gram.device)
+            own = part.to(gram.device)
+            out.copy_(solver.solve(own, prepared, everything).weight)
+            progress.step()
+        progress.finish()
+        with whole_folder(folder) as unfinished:
+            save_file({name: rounded}, unfinished / "model.safetensors")
+    return {name: CheckpointReader(folder)}
+
+
+def head_gram(target: CheckpointTarget, windows: Tensor, progress: Progress) -> Tensor:
+    """G = XᵀX of the inputs X of the output head on windows of text, float32 [hidden, hidden]."""
+    outer, head = EmbeddingAndHead(target, windows), target.model.get_output_embeddings()
+    gram = Gram((head.out_features, head.in_features), target.device)
+    progress.start("reading what enters the head", len(windows))
+    for rows in outer.parts(range(len(windows)), 2):
+        hidden = outer.through_layers(rows)
+        # the hook sees what enters the head: hidden states after the last norm
+        with outer.outside(), fast_matmuls(target.device):
+            hook = head.register_forward_pre_hook(lambda _, x: gram.update(x[0].flatten(0, -2)))
+            for row, states in zip(rows, hidden, strict=True):
+                outer.head(row, states)
+            hook.remove()
+        progress.step(len(rows))
+    progress.finish()
+    return gram.value()
