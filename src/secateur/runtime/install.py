@@ -108,8 +108,7 @@ def install(
     """
     view = DenseView(packed, dtype)
     kernels = kernels and kernel_info().tier != "none"
-    replaced = kernels or matrices_only
-    found: list[str] = []
+    replaced, found = kernels or matrices_only, list[str]()
     head_module: InferenceLinear | None = None
     embedding_at = path_of(model, model.get_input_embeddings())
     names = stored_names(model, view)

@@ -185,9 +185,8 @@ def read_training_text(
     if validation is not None:
         watching = Batches(validation, len(validation), answers=judged)
         # start tokens are in every window, so they would count as text that both share
-        shared = shared_share(
-            *(window_rules.without_start(x, start) for x in (windows, validation))
-        )
+        own, other = (window_rules.without_start(x, start) for x in (windows, validation))
+        shared = shared_share(own, other)
         if recipe.validation_text is not None:
             _check_shared(shared, watched, REFUSED if judged is None else 1 - REFUSED)
     begins = start and window_rules.begins_with(windows, start)
