@@ -18,7 +18,7 @@ from oracles import packed_reader
 from runtime.packed_examples import LAYOUTS, Forgery, matrix, packed_folder
 from secateur.errors import CheckpointError
 from secateur.quantization.int8 import dequantize_rows, quantize_rows
-from secateur.runtime import packed as archives
+from secateur.runtime import archive as archives
 from secateur.runtime.formats import PartSpec, formats
 from secateur.runtime.formats.bits import pack_numbers, unpack_numbers
 from secateur.runtime.install import DenseView, open_checkpoint
