@@ -218,7 +218,7 @@ def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Ten
         >>> [round(float(number), 3) for number in numbers]
         [0.12, 1.0, 0.769, 0.313, 0.693]
     """
-    log_q = functional.log_softmax(logits, dim=-1)
+    log_q = functional.log_softmax(logits, dim=-1)  # [tokens, vocabulary], float32
     log_p = functional.log_softmax(dense_logits, dim=-1)
     agreement = (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).float()
     index = targets[:, None]

@@ -216,7 +216,7 @@ def _serve() -> None:
     torch.set_num_threads(asked["threads"])
     if (kernels := library()) is not None:
         kernels.sct_set_threads(asked["threads"])
-    before = psutil.Process().memory_info().rss
+    before = psutil.Process().memory_info().rss  # with all libraries, without a model
     prompt = torch.tensor(asked["prompt"])
     capacity = len(prompt) + asked["new_tokens"]
     try:
@@ -224,14 +224,14 @@ def _serve() -> None:
         run(prompt, 2)
         give_back()  # an int8 backend has rounded larger weights, which are gone
     except Exception as error:  # any error is reported, so that the other backends continue
-        answer({"failure": _failure_of(error)})
+        _answer({"failure": _failure_of(error)})
         return
-    answer({"resident_bytes": psutil.Process().memory_info().rss - before})
+    _answer({"resident_bytes": psutil.Process().memory_info().rss - before})
     for _ in sys.stdin:
         try:
-            answer(run(prompt, asked["new_tokens"]))
+            _answer(run(prompt, asked["new_tokens"]))
         except Exception as error:
-            answer({"failure": _failure_of(error)})
+            _answer({"failure": _failure_of(error)})
             return
 
 
@@ -242,7 +242,7 @@ def _failure_of(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def answer(record: dict[str, Any]) -> None:
+def _answer(record: dict[str, Any]) -> None:
     """Write one line as the answer."""
     ANSWERS.write(json.dumps(record) + "\n")
     ANSWERS.flush()
@@ -276,7 +276,7 @@ def _in_transformers(model: Any) -> Run:
 
     def read(prompt: Tensor) -> Tensor:
         cache.update(empty_cache(model))
-        return after(prompt, logits_to_keep=1)
+        return after(prompt, logits_to_keep=1)  # no logits of the other tokens
 
     @torch.inference_mode()
     def run(prompt: Tensor, new_tokens: int) -> Round:
@@ -326,7 +326,7 @@ def _in_llama_cpp(file: Path, capacity: int, threads: int) -> Run:
     return run
 
 
-class TorchInt8(nn.Module):
+class _TorchInt8(nn.Module):
     """torch's weight-only int8 product: its fastest one for few tokens on a CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -337,6 +337,7 @@ class TorchInt8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The product for [..., in]."""
         flat = x.reshape(-1, x.shape[-1])
+        # [tokens, in] times [out, in], one scale for each row
         y = torch._weight_int8pack_mm(flat, self.integers, self.scale)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
@@ -348,10 +349,10 @@ def _our_int8(linear: nn.Linear) -> nn.Module:
 
 
 def _torch_int8(linear: nn.Linear) -> nn.Module:
-    return TorchInt8(linear.weight.detach().float(), linear.bias)
+    return _TorchInt8(linear.weight.detach().float(), linear.bias)
 
 
-class How(NamedTuple):
+class _How(NamedTuple):
     """How a backend runs a model: expanded or packed, rounded to int8, in our loop or not."""
 
     expand: bool
@@ -359,13 +360,13 @@ class How(NamedTuple):
     ours: bool = True
 
 
-BACKENDS: Mapping[str, How] = {
-    "packed": How(expand=False),
-    "packed in transformers": How(expand=False, ours=False),
-    "dense bf16": How(expand=True),
-    "dense int8": How(expand=True, int8=_our_int8),
-    "torch bf16": How(expand=True, ours=False),
-    "torch int8": How(expand=True, int8=_torch_int8, ours=False),
+BACKENDS: Mapping[str, _How] = {
+    "packed": _How(expand=False),
+    "packed in transformers": _How(expand=False, ours=False),
+    "dense bf16": _How(expand=True),
+    "dense int8": _How(expand=True, int8=_our_int8),
+    "torch bf16": _How(expand=True, ours=False),
+    "torch int8": _How(expand=True, int8=_torch_int8, ours=False),
 }
 USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
 """The most useful backends. The others take long and are never the fastest."""

@@ -176,13 +176,14 @@ def _scored(one: PreparedTask, protocol: Mapping[str, Any]) -> Iterator[TaskScor
     by_item = defaultdict[int, list[Any]](list)
     for request in task.instances:
         by_item[request.doc_id].append(request)
-    (kept,) = task.instances[0].filtered_resps
+    (kept,) = task.instances[0].filtered_resps  # the name of the task's one filter
     for number, document in task.doc_iterator(rank=0, limit=one.limit, world_size=1):
         requests = sorted(by_item[number], key=lambda request: request.idx)
         found = task.process_results(document, [r.filtered_resps[kept] for r in requests])
         for metric in METRICS:
             if metric in found:
                 outcomes[metric].append(float(found[metric]))
+        # items may have different numbers of choices; a text cannot be guessed
         guesses.append(1 / len(requests) if task.OUTPUT_TYPE == "multiple_choice" else 0.0)
     for metric, values in outcomes.items():
         yield TaskScore(

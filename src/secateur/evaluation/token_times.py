@@ -64,7 +64,7 @@ MOST_HEADS = 16
 """Different matrices that an output head is timed on, at most."""
 
 
-class TimeTable:
+class _TimeTable:
     """Times that were measured once, in a file of the cache.
 
     The file has the times of several machines: of a processor, its threads, the tier of the kernels
@@ -146,7 +146,7 @@ def time_tokens(
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
     """
-    table = TimeTable(file)
+    table = _TimeTable(file)
     found: dict[WeightFormat, TokenTime] = {}
 
     def measure() -> list[float]:
@@ -219,7 +219,7 @@ def time_matrices(
     Raises:
         ArchitectureError: our loop cannot decode such a model; says why.
     """
-    table, counts = TimeTable(file), Counter(shapes)
+    table, counts = _TimeTable(file), Counter(shapes)
     every = list(dict.fromkeys([BASE, *formats]))
     progress.start("timing matrices", len(every) * (1 + len(counts)))
 
@@ -235,12 +235,14 @@ def time_matrices(
         name = f"{_entry(config, stored)}: outside, layers, base"
         outside, own, base = known(name, loop or looped, config, stored)
         rest = outside if stored == BASE else rest
+        # the ratio to `BASE` in the same turns, times the one time of `BASE`: the machine may have
+        # been faster or slower in these turns
         layers[stored] = own * layers.get(BASE, base) / base
         alone = {}
         for shape in counts:
             count = how_many(counts, shape, stored)
             alone[shape] = known(_entry(shape, stored), timer or timed, shape, stored, count)
-        whole = sum(alone[shape] * count for shape, count in counts.items())
+        whole = sum(alone[shape] * count for shape, count in counts.items())  # of all linears
         shares |= {(shape, stored): alone[shape] / whole for shape in counts}
     progress.finish()
     return MatrixTimes(layers, shares, rest)
@@ -267,6 +269,7 @@ def timed(shape: Shape, stored: WeightFormat, count: int) -> float:
     def seconds(matrix: KernelMatrix) -> float:
         return seconds_of(lambda: by_kernel(matrix, x))
 
+    # the lowest of each matrix, and their mean: some lie better in memory than others
     least: list[float] = alternate(matrices, seconds, min, turns=PASSES)
     return statistics.mean(least)
 
@@ -285,7 +288,7 @@ def time_head(shape: Shape, stored: WeightFormat, *, file: Path | None = None) -
         MOST_HEADS, max(LEAST_MATRICES, round(8 * LAYER_BYTES / stored.bits / rows / columns))
     )
     name = f"{_entry(shape, stored)}, a head"
-    seconds: float = TimeTable(file).seconds(name, lambda: timed(shape, stored, count))
+    seconds: float = _TimeTable(file).seconds(name, lambda: timed(shape, stored, count))
     return seconds
 
 

@@ -101,6 +101,7 @@ class RandomModel(ABC):
             between = statistics.median(whole) - outside
             if between > LEAST_LAYERS * outside:
                 break
+        # layers that are here stand for all of the model's
         layers = max(between, LEAST_LAYERS * outside) * self.layers / self.count
         return TokenTime(outside, layers, 0.0)
 
@@ -178,6 +179,7 @@ def random_model(config: Any, stored: WeightFormat) -> Any:
     embedding = model.get_input_embeddings()
     packed = random_matrix(embedding.num_embeddings, embedding.embedding_dim, outer)
     model.model.embed_tokens = PackedEmbedding(packed, torch.bfloat16)
+    # tied, both read the same memory, as in the model itself
     model.lm_head = PackedLinear(packed if config.tie_word_embeddings else another(packed))
     assign(model.model.norm, "weight", torch.ones(config.hidden_size, dtype=torch.bfloat16))
     return model
@@ -232,9 +234,9 @@ def random_matrix(
         return KernelMatrix.of_codes(codes, Scales(exponent, code), group, mask)
     scale = torch.rand(rows) * 2.0**EXPONENT if values == "int8" else None
     if mask is None:
-        return KernelMatrix(numbers(rows * columns, values).view(rows, columns), scale=scale)
+        return KernelMatrix(_numbers(rows * columns, values).view(rows, columns), scale=scale)
     return KernelMatrix(
-        numbers(rows * kept, values), bitmask=pack_bits(mask), columns=columns, scale=scale
+        _numbers(rows * kept, values), bitmask=pack_bits(mask), columns=columns, scale=scale
     )
 
 
@@ -246,7 +248,7 @@ def _random_mask(rows: int, columns: int, kept: int) -> Tensor:
     return some.repeat(-(-rows // len(some)), 1)[:rows]
 
 
-def numbers(count: int, values: str) -> Tensor:
+def _numbers(count: int, values: str) -> Tensor:
     """Random values."""
     if values == "int8":
         return torch.randint(-127, 128, (count,), dtype=torch.int8)

@@ -47,7 +47,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     For a run folder, the result is also written to `secateur/bench.json`, unless there is a draft.
     """
     if recipe.draft is not None:
-        return bench_draft(recipe, recipe.draft, progress)
+        return _bench_draft(recipe, recipe.draft, progress)
     model, prompt_tokens = recipe.model, recipe.prompt_tokens
     new_tokens = recipe.new_tokens or NEW_TOKENS
     names: Sequence[str] = recipe.contenders or USUAL_BACKENDS
@@ -115,7 +115,7 @@ def _random_prompt(folder: Path, count: int) -> list[int]:
     return found
 
 
-def bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedBenchResult:
+def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> DraftedBenchResult:
     """Time a model with a draft and without, on the prompts of `KINDS`.
 
     Each text is written without the draft, and then with it. The first token, which the model's

@@ -109,7 +109,7 @@ def plan_draft(
     """
     source = source_of(recipe, progress)
     model = open_model(recipe.fitted, source)
-    refuse_parent(recipe, source)
+    _refuse_parent(recipe, source)
     read = [recipe.model, str(source.folder), *Draft.reads(recipe)]
     check_output(recipe.output, "draft", 0, read, call)
     costs = Costs((), model.shapes)
@@ -125,7 +125,7 @@ def plan_draft(
     )
 
 
-def refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
+def _refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
     """Refuse a parent that our loop does not decode.
 
     Raises:
@@ -156,7 +156,7 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
     def __init__(self, recipe: DraftRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.model: PackableCheckpoint = open_model(recipe.fitted, run.source)
-        refuse_parent(recipe, run.source)
+        _refuse_parent(recipe, run.source)
         trust = recipe.trust_remote_code
         runs_as = recipe.runs_as or str(run.source.folder)
         self.parent = resolve(runs_as, trust_remote_code=trust, progress=run.progress).folder
@@ -181,7 +181,7 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         costs = fit_problem.costs_of(fitted, self.model, run.progress)
         costs = replace(costs, head=fit_problem.time_heads([*costs.outer.values()][-1]))
         bench = DraftBench(fitted, self.model, costs, run, self.parent)
-        found, points = make_drafts(bench, survey_model(bench))
+        found, points = _make_drafts(bench, survey_model(bench))
         unhealed = max(found, key=lambda one: one.gain)
         [built] = bench.healed([unhealed.built])
         winner = unhealed
@@ -221,7 +221,7 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         )
         write_json(folder.notes / DRAFT, result.to_json())
         card = folder.model / "README.md"
-        write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{draft_section(result)}")
+        write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{_draft_section(result)}")
         return result
 
 
@@ -248,8 +248,9 @@ class Prediction:
     def of(self, candidate: Candidate) -> reports.DraftPoint:
         """What is predicted for a draft."""
         divergence = max(0.0, self.problem.knapsack.predicted(candidate))
-        taken = 1 - min(1.0, self.refused * math.sqrt(divergence / 2))
+        taken = 1 - min(1.0, self.refused * math.sqrt(divergence / 2))  # Pinsker
         seconds = self.slower * self.table_seconds(candidate)
+        # as if tokens were taken independently
         runs = [taken**i for i in range(1, MOST_PROPOSED + 1)]
         expected = speculation(runs, self.parent, seconds, least=1)
         return reports.DraftPoint(seconds, divergence, taken, expected)
@@ -264,7 +265,7 @@ class Prediction:
         return {candidate: self.of(candidate) for candidate in found if candidate is not None}
 
     def after(
-        self, measured: MeasuredDraft, candidate: Candidate, problem: FitProblem
+        self, measured: _MeasuredDraft, candidate: Candidate, problem: FitProblem
     ) -> Prediction:
         """The same after a draft was made and measured; `problem` is what its loss has made it."""
         head, divergence = measured.heads[measured.best_head], measured.built.row.last
@@ -275,15 +276,15 @@ class Prediction:
         return Prediction(problem, measured.parent, refused, slower)
 
 
-def make_drafts(
+def _make_drafts(
     bench: DraftBench, problem: FitProblem
-) -> tuple[list[MeasuredDraft], list[reports.DraftPoint]]:
+) -> tuple[list[_MeasuredDraft], list[reports.DraftPoint]]:
     """Make and measure the drafts that are predicted to bring most.
 
     Returns:
         Those that were made, and what is predicted for others after all measurements.
     """
-    made = dict[Candidate, MeasuredDraft]()
+    made = dict[Candidate, _MeasuredDraft]()
     alone, _ = bench.times(None)
     prediction = Prediction(problem, alone)
     while True:
@@ -300,7 +301,7 @@ def make_drafts(
     return [*made.values()], [*choices.values()]
 
 
-def draft_section(result: reports.DraftResult) -> str:
+def _draft_section(result: reports.DraftResult) -> str:
     """The part of the model card that says whose draft it is."""
     taken, head = result.acceptance, ""
     if result.head_tokens < result.vocabulary:
@@ -374,7 +375,7 @@ def time_calls(parent: Any, draft: Any, prompt: Tensor) -> Times:
 
 
 @dataclass(frozen=True)
-class MeasuredDraft:
+class _MeasuredDraft:
     """A draft that was made, with everything that was measured to choose it.
 
     Attributes:
@@ -492,13 +493,13 @@ class DraftBench(FitBench):
         parts = folder.relative_to(self.work).parts
         return self.work / f"{'-'.join(filter(None, (what, *parts, name)))}.json"
 
-    def judged(self, draft: MeasuredDraft, head: Tensor | None) -> Acceptance:
+    def judged(self, draft: _MeasuredDraft, head: Tensor | None) -> Acceptance:
         """What the parent takes of a draft on text that was used for nothing else."""
         judging, folder = self.judging, draft.built.packed
         [found] = self.acceptances(folder, judging.windows, judging.start, "judged", [head])
         return found
 
-    def measured(self, built: BuiltCandidate) -> MeasuredDraft:
+    def measured(self, built: BuiltCandidate) -> _MeasuredDraft:
         """A draft with each of the heads, on the windows that choose."""
         choosing, values = self.choosing, embedded(built.formats[EMBEDDINGS])
         found = self.acceptances(
@@ -529,7 +530,7 @@ class DraftBench(FitBench):
             speculation(whole.acceptance.runs, parents, whole.seconds, least=1),
             speculation(whole.acceptance.greedy_runs, parents, whole.seconds, least=1),
         )
-        return MeasuredDraft(built, numbers, tuple(heads), parents)
+        return _MeasuredDraft(built, numbers, tuple(heads), parents)
 
 
 def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: int) -> Tensor:

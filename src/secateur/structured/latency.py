@@ -90,20 +90,23 @@ def time_steps(
     layers = max(2, layer_bytes // largest)
     shortened = [_first_of(model, layers) for model in models]
     fill(shortened, device)
-    context = context_tokens(models[0].config)
+    positions = getattr(models[0].config, "max_position_embeddings", None) or CONTEXT_TOKENS * 16
+    # every step adds a token, and one without layers may follow the last turn
+    context = max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1) - 1))
     with quiet_transformers():
         running = [
-            Running(short, len(describe(model).layers(model)), device, context, clock)
+            _Running(short, len(describe(model).layers(model)), device, context, clock)
             for short, model in zip(shortened, models, strict=True)
         ]
         progress.start("timing sizes", TURNS * len(running))
 
-        def turn(one: Running) -> TokenTime:
+        def turn(one: _Running) -> TokenTime:
             progress.step()
             return one.turn(STEPS, STEPS)
 
         times = alternate(running, turn, list, turns=TURNS)
         progress.finish()
+    # the medians of each part of a token: outside, layers; there is no prompt
     seconds = [sum(map(statistics.median, zip(*turns, strict=True))) for turns in times]
     return Timed(tuple(seconds), context)
 
@@ -131,7 +134,7 @@ def fill(models: Sequence[Any], device: torch.device) -> None:
     shared = {}
     for name, p in largest.items():
         flat = torch.empty(p.numel(), dtype=p.dtype, device=device)
-        shared[name] = flat.fill_(1) if p.ndim == 1 else flat.normal_(0, 0.02)
+        shared[name] = flat.fill_(1) if p.ndim == 1 else flat.normal_(0, 0.02)  # norms are ones
     for model in models:
         for name, p in parameters_of(model).items():  # views of one memory
             assign(model, name, shared[name][: p.numel()].view(p.shape))
@@ -141,14 +144,7 @@ def fill(models: Sequence[Any], device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
-def context_tokens(config: Any) -> int:
-    """The number of tokens before the timed ones. One without layers may follow the last turn."""
-    positions = getattr(config, "max_position_embeddings", None) or CONTEXT_TOKENS * 16
-    # every step adds a token
-    return max(1, min(CONTEXT_TOKENS, positions - TURNS * (STEPS + 1) - 1))
-
-
-class Running(RandomModel):
+class _Running(RandomModel):
     """A shortened model with a context in its KV cache. Each step adds a token to the cache.
 
     Args:

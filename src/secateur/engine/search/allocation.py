@@ -63,7 +63,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
                 slopes = sensitivity.pruned_alone(survey, allocation, grains)
                 ideal = allocation.allocate(slopes.items, grains, sparsity)
             else:
-                ideal = allocation.allocate(partial(stored, files), grains, sparsity)
+                ideal = allocation.allocate(partial(_stored, files), grains, sparsity)
             shares = settle(ideal, grains).items()
             sparsity_of = {
                 name: uniform_if_equal(survey.tasks[name], share) for name, share in shares
@@ -78,7 +78,7 @@ def allocate(survey: Survey, allocation: Allocation, sparsity: float) -> Tasks:
     return with_sparsities(survey.tasks, found["sparsity_of"])
 
 
-def stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def _stored(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """The allocation's stored values of all layers, with one tensor in memory at a time."""
     for path in files:
         with safe_open(path, "pt") as file:
@@ -161,7 +161,7 @@ def search_levels(
         best = leader
         survey.progress.step()
     survey.progress.finish()
-    (uniform,) = fitness([(0,) * len(rungs)], tokens, 0)
+    (uniform,) = fitness([(0,) * len(rungs)], tokens, 0)  # measured before, so it is in the file
     levels = zip(rungs.items(), best.candidate, strict=True)
     sparsity_of = {name: ladder.sparsity(level) for (name, ladder), level in levels}
     return sparsity_of, {"divergence": best.fitness, "uniform_divergence": uniform}
@@ -218,6 +218,7 @@ class LevelVariants:
                     if level is not None:
                         weight = stored.get_tensor(f"{linear.name}/{level}")
                         weight = weight.to(self.outer.target.device)
+                        # as the module has it: [in, out] for Conv1D
                         weights[f"{name}.weight"] = weight.t() if linear.transposed else weight
 
                 def replaced(*args: Any, **kwargs: Any) -> Any:

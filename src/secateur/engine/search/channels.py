@@ -72,7 +72,7 @@ def hidden_scores(
         step = partial(progress.step, note=f"layer {index}")
         inputs = calibration.layer_inputs(index, step=step)
         modules = [layer.get_submodule(name) for name in readers[index]]
-        reads = StreamReads(modules, hidden, target.device)
+        reads = _StreamReads(modules, hidden, target.device)
         try:
             for batch in inputs.batches:
                 reads.begin()
@@ -85,7 +85,7 @@ def hidden_scores(
     return scores
 
 
-class StreamReads:
+class _StreamReads:
     """Hooks on the readers of a layer that gather the norm of each read.
 
     Args:

@@ -198,7 +198,7 @@ class _DepthChoice:
         """The layers of least influence."""
         measure = partial(influences, self.outer, self.progress)
         found: list[float] = self.fitness.noted("influence", measure)
-        layers = tuple(sorted(ordered(found)[: self.count]))
+        layers = tuple(sorted(ordered(found)[: self.count]))  # the least influence first
         return Removal(layers, scores={str(layer): score for layer, score in enumerate(found)})
 
     def angular(self) -> Removal:
@@ -271,6 +271,7 @@ def angular_distances(outer: EmbeddingAndHead, length: int, progress: Progress) 
     count = len(outer.target.layers)
     sums = [0.0] * (count - length + 1)
     progress.start("depth: angular distance", len(outer.windows) * count)
+    # the inputs of `length` layers are in memory, and the states before and after one
     for part in outer.parts(range(len(outer.windows)), length + 2):
         inputs = deque([outer.embedded(part)], maxlen=length)  # of the last `length` layers
         for number, layer in walk_layers(outer.target):

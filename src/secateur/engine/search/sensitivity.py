@@ -132,6 +132,7 @@ class ChangedAlone:
             with _products(linears.values(), changes) as sums:
                 yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
         found = {
+            # ½ mean_t (g_t · δ_t)²
             name: {way: 0.5 * float(total) / tokens for way, total in ways.items()}
             for name, ways in sums.items()
         }

@@ -112,6 +112,7 @@ class Survey:
         start = ranks.once(lambda: next((i for i, x in enumerate(files) if not x.exists()), count))
         if start == count:
             return files
+        # without statistics of inputs no token passes, and layers are only read
         opened = self.calibration.open(start) if names and self.calibration else None
         if opened is not None:
             start, walk, steps = opened.start, opened.walk(), len(opened.batches())
@@ -130,7 +131,7 @@ class Survey:
                 ]
                 groups = opened.stream.layouts[index].groups
                 shared = self.gathered(groups, linears, names, forwards)
-                for statistics in dict.fromkeys(shared.values()):
+                for statistics in dict.fromkeys(shared.values()):  # once for each input
                     statistics.merge(ranks)
             view_of = partial(LayerView, self, index, linears, shared, grains)
             ranks.once(partial(_observe, allocation, view_of, files[index]))
@@ -240,6 +241,7 @@ class LayerView:
 
 def _quick(method: Method) -> Method:
     """SparseGPT with a method's pattern, if the method's own solver also reads the gram."""
+    # other solvers that read it take many times as long, and levels are only compared
     is_quick = method.solver_name == "obs" or "gram" not in method.solver.requires
     if is_quick or method.pattern.whole_units:  # SparseGPT chooses single weights
         return method

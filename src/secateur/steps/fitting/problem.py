@@ -174,7 +174,7 @@ class PackedFolder:
         return sum(file.stat().st_size for file in checkpoint.shard_files(folder))
 
 
-class GGUFFolder(PackedFolder):
+class _GGUFFolder(PackedFolder):
     """A packed folder and a GGUF file in it, which is what counts."""
 
     formats = FORMATS[:3]
@@ -208,7 +208,7 @@ class GGUFFolder(PackedFolder):
         return GGUF().write(source, "stored", folder, progress).file_bytes
 
 
-PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
+PACKED_FOLDER, GGUF_FILE = PackedFolder(), _GGUFFolder()
 
 FILES: dict[str, PackedFolder] = {"cpu": PACKED_FOLDER, "llama.cpp": GGUF_FILE}
 """The files of the targets that a fit can serve."""
