@@ -45,10 +45,9 @@ from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.reading import build_recipe, nested
 from secateur.recipes.structure import StructureRecipe
-from secateur.structured.accounting import Accounting
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import plan_cut, representative, uniform_cut
-from secateur.structured.design import design
+from secateur.structured.design import Accounting, design
 from secateur.structured.surgery import cut_checkpoint
 
 MEASURES = ("src/secateur/structured", "src/secateur/runtime")

@@ -11,8 +11,8 @@ import torch
 from zoo import class_of, tiny_windows
 
 from secateur.models.skeleton import quiet_transformers
-from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes
+from secateur.structured.design import Accounting, accounting
 from secateur.structured.surgery import VariedSizesWarning, cut_checkpoint, cut_model
 
 CUTS: dict[str, Callable[[Sizes], Cut]] = {

@@ -25,8 +25,8 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, quiet_transformers, stored_names
 from secateur.steps.inspect import inspect
-from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.design import Accounting, accounting
 from secateur.structured.surgery import (
     VariedSizesWarning,
     cut_checkpoint,

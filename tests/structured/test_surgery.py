@@ -17,8 +17,8 @@ from zoo import CONFIGS, tiny_model, tiny_windows
 from oracles.masking import switch_off
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
-from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.design import accounting
 from secateur.structured.surgery import VariedSizesWarning, cut_model
 
 DECLARED = [family for family in CONFIGS if family != "generic"]

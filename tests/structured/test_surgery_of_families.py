@@ -37,8 +37,8 @@ from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.models.skeleton import build_skeleton, quiet_transformers
-from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, Sizes, sizes_of
+from secateur.structured.design import accounting
 from secateur.structured.surgery import cut_checkpoint, cut_model
 
 # --- families with a declaration and nothing unusual in their code

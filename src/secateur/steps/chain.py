@@ -42,9 +42,9 @@ from secateur.runs.folder import NOTES, STATE, check_output, differences, refuse
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.steps import runner
-from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut
 from secateur.structured.cut_plan import count, plan_cut
+from secateur.structured.design import accounting
 
 CHAIN, RECIPE = "chain.json", "recipe.yaml"
 BEGUN = "begun.json"

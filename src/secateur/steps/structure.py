@@ -46,8 +46,8 @@ from secateur.sparsity.solvers import solvers
 from secateur.steps.checkpoint_files import STEPS
 from secateur.steps.runner import RunContext, Step, carry_out, identity_of, source_of, step_of
 from secateur.structured import cut_plan
-from secateur.structured.accounting import verified
 from secateur.structured.cut_steps import REFIT, STEP, CutContext, CutStep, cut_step, refit_step
+from secateur.structured.design import verified
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared

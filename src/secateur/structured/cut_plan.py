@@ -10,9 +10,8 @@ from secateur.models.architecture import describe
 from secateur.recipes.options import bytes_of
 from secateur.recipes.structure import TARGETS, Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
-from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of, unit_width
-from secateur.structured.design import design
+from secateur.structured.design import Accounting, accounting, design
 
 UNITS = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""

@@ -8,22 +8,30 @@ A configuration says in many ways what each layer is: a list with an entry for e
 of indices, a number of layers at the start or at the end. When layers are removed, the entries are
 changed, and the layers of the built model are compared with those they come from: a class may also
 compute what a layer is from its index, and then no configuration keeps it.
+
+A design also counts what the cut removes (`accounting`): parameters by kind, cache and bytes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, VerificationError
+from secateur.models import skeleton as skeletons
 from secateur.models.architecture import Couplings, describe, setting, text_config
-from secateur.models.skeleton import quiet_transformers, skeleton_of, text_part
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.counting import layer_caches
+from secateur.models.opening import form_of
+from secateur.runs.records import Counts
 from secateur.structured import cut as units
 from secateur.structured.edits import (
     Blueprint,
@@ -91,7 +99,7 @@ def design(model: Any, cut: units.Cut) -> Design:
     """
     experts = describe(model).experts
     if experts is not None and experts.opened_in(describe(model).layers(model)):
-        model = skeleton_of(type(model), model.config, model.dtype)  # with fused experts
+        model = skeletons.skeleton_of(type(model), model.config, model.dtype)  # with fused experts
     architecture, sizes = describe(model), units.sizes_of(model)
     if cut.kinds:
         units.couplings_of(architecture, cut.kinds)
@@ -134,7 +142,7 @@ def _built_plain(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
             known = changes.get("per_layer_config")
             forms.insert(0, forms[0] | _own_sizes(blueprint, couplings, sizes, known))
     config_class, model_class, entries = _base_classes(model)
-    part = text_part(model.config)  # which describes the decoder
+    part = skeletons.text_part(model.config)  # which describes the decoder
     for form in forms:
         try:
             whole = {**entries, **(form if part is None else {part: {**entries[part], **form}})}
@@ -288,10 +296,10 @@ def _size_changes(
 
 def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
     """A skeleton of a class, from the entries of its configuration."""
-    with quiet_transformers():
+    with skeletons.quiet_transformers():
         config = config_class.from_dict(dict(entries))
     config._attn_implementation = like.config._attn_implementation
-    return skeleton_of(model_class, config, like.dtype)
+    return skeletons.skeleton_of(model_class, config, like.dtype)
 
 
 def _fits(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> bool:
@@ -378,7 +386,7 @@ def _for_scaled_embedding(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Ma
 def _built_varied(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
     """The skeleton of a varied model."""
     model = blueprint.uncut
-    if text_part(model.config) is not None:
+    if skeletons.text_part(model.config) is not None:
         raise ArchitectureError(
             f"no class of transformers has these sizes, and {type(model).__name__} has a decoder "
             "inside, for which Secateur writes no class of its own",
@@ -480,3 +488,141 @@ def _read(base: Any, module: nn.Module, attribute: str) -> Any:
     if attribute.startswith("config."):
         return getattr(base.config, attribute.removeprefix("config."))
     return getattr(module, attribute)
+
+
+# -- what a cut removes ---------------------------------------------------------------------------
+
+_UNCUT_BYTES = 2
+"""Bytes cached for each token in place of a removed attention sub-block."""
+
+_KINDS = ("attention", "ffn", "experts", "norms", "embeddings", "other")
+"""The kinds of parameters; each parameter has one."""
+
+
+class Accounting(NamedTuple):
+    """Before and after a cut.
+
+    Attributes:
+        before: the uncut model.
+        after: the cut one.
+        varied: whether the result needs its own code to load.
+    """
+
+    before: Counts
+    after: Counts
+    varied: bool
+
+    @property
+    def removed(self) -> float:
+        """The removed fraction of all parameters."""
+        return 1 - self.after.parameters / self.before.parameters
+
+    @property
+    def decoder_removed(self) -> float:
+        """The removed fraction of the parameters of the decoder layers."""
+        return 1 - self.after.decoder / self.before.decoder
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts by kind, without their sum."""
+        before, after = (x.model_dump(exclude={"parameters"}) for x in (self.before, self.after))
+        return {"before": before, "after": after, "varied": self.varied}
+
+
+def accounting(model: Any, cut: units.Cut) -> Accounting:
+    """Count what a cut would remove, without making a tensor.
+
+    Args:
+        model: loaded or a skeleton.
+        cut: what is kept.
+
+    Raises:
+        RecipeError: the cut is impossible.
+    """
+    return account(design(model, cut))
+
+
+def account(made: Design) -> Accounting:
+    """Count what a design removes."""
+    there = skeletons.parameters_of(made.uncut)
+    before = {name: p.itemsize for name, p in there.items()}
+    after = {n: before[edit.source] for n, edit in made.edits.items() if edit.source in there}
+    return Accounting(
+        _counts(made.uncut, made, before), _counts(made.skeleton, made, after), made.varied
+    )
+
+
+def _counts(model: Any, made: Design, itemsizes: Mapping[str, int]) -> Counts:
+    """Count a model, whose weights are stored in numbers of these sizes."""
+    from secateur.models.varied import NoAttention
+
+    prefix = made.architecture.layers_path + "."
+    found: Counter[str] = Counter()
+    for name, parameter in skeletons.parameters_of(model).items():
+        values = parameter.numel()
+        inner = name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else None
+        module = model.get_submodule(name.rpartition(".")[0])
+        found[_kind_of(inner, module, parameter, made.architecture.couplings)] += values
+        found["decoder"] += values * (inner is not None)
+        found["file_bytes"] += values * itemsizes[name]
+    # A stand-in for attention caches one number of each token, so that the cache has its length.
+    removed = sum(isinstance(module, NoAttention) for module in model.modules())
+    values = sum(cache.values for cache in layer_caches(model))
+    cache = values * model.dtype.itemsize + removed * _UNCUT_BYTES
+    return Counts(
+        **{name: found[name] for name in (*_KINDS, "decoder", "file_bytes")},
+        kv_cache_bytes_per_token=cache,
+        parameters=sum(found[kind] for kind in _KINDS),
+    )
+
+
+def _kind_of(
+    inner: str | None, module: nn.Module, parameter: Tensor, couplings: Couplings | None
+) -> str:
+    """The kind of a parameter."""
+    if "Norm" in type(module).__name__:
+        return "norms"
+    if inner is None:
+        return "embeddings" if parameter.ndim == 2 or couplings is None else "other"
+    if couplings is None:
+        return "other"
+    axes = couplings.layer.get(inner) or couplings.layer.get(inner.rpartition(".")[0], ())
+    if "state" in axes:
+        return "other"
+    if inner.startswith(f"{couplings.attention}."):
+        return "attention"
+    if "experts" in axes:
+        return "experts"
+    return "ffn" if inner.startswith(tuple(f"{x}." for x in couplings.ffn)) else "other"
+
+
+def verified(
+    skeleton: Any, source: Path, made: Path, promised: Mapping[str, Any], *, trust_remote_code: bool
+) -> Accounting:
+    """Count the parameters of a written model, and compare them with the notes of the last step.
+
+    Args:
+        skeleton: the uncut model.
+        source: its folder.
+        made: folder of the cut model.
+        promised: the notes of the last step.
+        trust_remote_code: whether code from the folder may run.
+
+    Raises:
+        VerificationError: the numbers differ.
+    """
+    written = skeletons.build_skeleton(made, trust_remote_code=trust_remote_code)
+    before, after = (
+        accounting(skeleton, units.Cut()).before,
+        accounting(written, units.Cut()).before,
+    )
+    if form_of(source) is not None:  # in a form at rest, weights take fewer bytes than in memory
+        before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
+        after = after.model_copy(update={"file_bytes": CheckpointReader(made).total_bytes})
+    decoder = promised["after"]["decoder"]
+    if after.decoder != decoder:
+        raise VerificationError(
+            f"the decoder has {after.decoder:,} parameters, the cut promised {decoder:,}",
+            where=str(made),
+            remedy="this is a fault in secateur; please report it",
+        )
+    return Accounting(before, after, promised["varied"])

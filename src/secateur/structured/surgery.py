@@ -32,9 +32,8 @@ from secateur.models import at_rest, checkpoint, inventory, opening, skeleton
 from secateur.models.architecture import Linear, describe
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing
-from secateur.structured.accounting import Accounting, account
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
-from secateur.structured.design import Design, design
+from secateur.structured.design import Accounting, Design, account, design
 from secateur.structured.edits import Edit
 
 _PATTERN = "re:"

@@ -32,9 +32,9 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import cannot_write, whole_folder
-from secateur.structured.accounting import Accounting, accounting
 from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import read_notes, write_notes
+from secateur.structured.design import Accounting, accounting
 from secateur.structured.edits import Edit
 from secateur.structured.surgery import write_tensors
 from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of

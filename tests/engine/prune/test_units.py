@@ -26,8 +26,8 @@ from secateur.sparsity.allocation.layer_sensitivity import LayerSensitivity
 from secateur.sparsity.allocation.owl import OWL
 from secateur.sparsity.allocation.search import Search
 from secateur.sparsity.methods import compose
-from secateur.structured.accounting import accounting
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width
+from secateur.structured.design import accounting
 from secateur.structured.surgery import VariedSizesWarning, cut_from_zeros, cut_model
 
 SEARCH = Search(levels=4, step=0.25, generations=3, offspring=4, stages=((2, 40), (1, 80)))
