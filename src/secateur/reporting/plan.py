@@ -115,7 +115,7 @@ class TrainPlanResult(Result):
     steps: int | None
     minutes: float | None
     tokens: int | None
-    memory: dict[str, int]
+    memory: dict[str, bool | int]
     disk_bytes: int
 
     def tables(self) -> list[Block]:
