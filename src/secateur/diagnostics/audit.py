@@ -100,17 +100,16 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         """All counts."""
         return {
-            "family": self.family,
-            "num_hidden_layers": self.num_hidden_layers,
-            "parameters": self.parameters,
-            "file_bytes": self.file_bytes,
-            "dtypes": self.dtypes,
-            "compressed": self.compressed,
+            **{name: getattr(self, name) for name in FIGURES},
             "decoder_sparsity": self.sparsity,
             "model_sparsity": self.model_sparsity,
             "left": [left.to_json() for left in self.left],
             "linears": [{**asdict(x), "sparsity": x.sparsity} for x in self.linears],
         }
+
+
+FIGURES = ("family", "num_hidden_layers", "parameters", "file_bytes", "dtypes", "compressed")
+"""The fields that stand in JSON as they are."""
 
 
 def audit_checkpoint(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.reporting.fields import Result, blocks_of, filled, part
+from secateur.reporting.fields import Result, blocks_of, filled, of_record
 from secateur.reporting.tables import Block
 from secateur.runs.records import Record
 from secateur.runs.records.measured import Bench, EvaluationRecord, PerplexityRecord, TaskRecord
@@ -56,13 +56,13 @@ class EvaluateResult(Result):
     record: EvaluationRecord
 
     joined = "record"
-    model: ClassVar[Any] = part("record.model", "The name of the model.")
-    texts: ClassVar[Any] = part("record.perplexity", "The perplexity on each text.")
-    divergence: ClassVar[Any] = part(
+    model: ClassVar[Any] = of_record("record.model", "The name of the model.")
+    texts: ClassVar[Any] = of_record("record.perplexity", "The perplexity on each text.")
+    divergence: ClassVar[Any] = of_record(
         "record.divergence", "The distance from the dense model on each text."
     )
-    tasks: ClassVar[Any] = part("record.tasks", "The scores of the tasks.")
-    generation: ClassVar[Any] = part("record.generation", "The texts that the model wrote.")
+    tasks: ClassVar[Any] = of_record("record.tasks", "The scores of the tasks.")
+    generation: ClassVar[Any] = of_record("record.generation", "The texts that the model wrote.")
 
     @property
     def only(self) -> PerplexityRecord:
@@ -78,11 +78,11 @@ class EvaluateResult(Result):
             )
         return self.record.perplexity[0]
 
-    perplexity: ClassVar[Any] = part("only.perplexity", "exp(mean loss) on the only text.")
-    mean_loss: ClassVar[Any] = part("only.mean_loss", "Nats per token on the only text.")
-    standard_error: ClassVar[Any] = part("only.standard_error", "Of the mean loss.")
-    protocol: ClassVar[Any] = part("only.protocol", "What the perplexity depends on.")
-    protocol_id: ClassVar[Any] = part(
+    perplexity: ClassVar[Any] = of_record("only.perplexity", "exp(mean loss) on the only text.")
+    mean_loss: ClassVar[Any] = of_record("only.mean_loss", "Nats per token on the only text.")
+    standard_error: ClassVar[Any] = of_record("only.standard_error", "Of the mean loss.")
+    protocol: ClassVar[Any] = of_record("only.protocol", "What the perplexity depends on.")
+    protocol_id: ClassVar[Any] = of_record(
         "only.protocol_id", "Perplexities with the same id can be compared."
     )
 

@@ -80,10 +80,9 @@ class _Fields(Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             found, key = super().get_field(field_name, args, kwargs)
-        except (LookupError, TypeError):  # an entry that is not there, or one of None
-            found, key = None, ""
-        except AttributeError as error:
-            if error.obj is not None:  # the record has no such field
+        except (LookupError, TypeError, AttributeError) as error:
+            # an entry that is not there, or a part of None; a record has all of its fields
+            if getattr(error, "obj", None) is not None:
                 raise
             found, key = None, ""
         if found is None or (isinstance(found, str | list | tuple | dict) and not found):
@@ -118,12 +117,10 @@ def filled(text: str, record: Any, /, **more: Any) -> str | None:
         found = _Fields().vformat(head, (record,), more)
     except _UnknownFieldError:
         return None
-    if part:
-        tail = filled(rest, record, **more)
-        if tail is None:
-            return None
-        found += (filled(part, record, **more) or "") + tail
-    return found
+    if not part:
+        return found
+    tail = filled(rest, record, **more)
+    return None if tail is None else found + (filled(part, record, **more) or "") + tail
 
 
 class _Part(NamedTuple):
@@ -224,7 +221,7 @@ def blocks_of(view: str, record: Any, /, **more: Any) -> list[Block]:
     return [block for part in _views()[view] for block in part.blocks(record, more)]
 
 
-def part(path: str, doc: str) -> Any:
+def of_record(path: str, doc: str) -> Any:
     """A property of a result: a part of its record, such as `record.model`."""
     return property(attrgetter(path), doc=doc)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from secateur.evaluation.perplexity import judged_part, protocol_id
 from secateur.reporting.charts import LineChart, Series
-from secateur.reporting.fields import Result, blocks_of, filled, part
+from secateur.reporting.fields import Result, blocks_of, filled, of_record
 from secateur.reporting.next_steps import command, free_place
 from secateur.reporting.tables import (
     Block,
@@ -37,9 +37,9 @@ class SweepResult(Result):
     sweep: Sweep
     folder: Path
 
-    dense: ClassVar[Any] = part("sweep.dense.perplexity", "Of the dense model, by text.")
-    points: ClassVar[Any] = part("sweep.points", "The pruned models, in the order of the plan.")
-    failures: ClassVar[Any] = part("sweep.failures", "The points that failed, and why.")
+    dense: ClassVar[Any] = of_record("sweep.dense.perplexity", "Of the dense model, by text.")
+    points: ClassVar[Any] = of_record("sweep.points", "The pruned models, as planned.")
+    failures: ClassVar[Any] = of_record("sweep.failures", "The points that failed, and why.")
 
     @property
     def texts(self) -> list[str]:
