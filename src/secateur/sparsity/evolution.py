@@ -129,10 +129,10 @@ class Evolution(CheckedPart):
             random = Random(f"{self.seed} {generation}")  # no state from the generation before
             if self.revisits:
                 seen = {best.candidate}
-            mutants = self.mutants(best.candidate, seen, mutate, random)
+            mutants = self._mutants(best.candidate, seen, mutate, random)
             candidate, value = best.candidate, best.fitness
             if mutants:
-                survivor, lowest = self.select(mutants, fitness, generation)
+                survivor, lowest = self._select(mutants, fitness, generation)
                 if lowest < value:
                     candidate, value = survivor, lowest
             elif not self.revisits:
@@ -140,7 +140,7 @@ class Evolution(CheckedPart):
             best = Leader(generation + 1, candidate, value)
             yield best
 
-    def mutants(
+    def _mutants(
         self, parent: Candidate, seen: set[Candidate], mutate: Mutation, random: Random
     ) -> list[Candidate]:
         """Mutants that are not in `seen`, which takes them; fewer if not enough are found."""
@@ -154,7 +154,7 @@ class Evolution(CheckedPart):
                 break
         return found
 
-    def select(
+    def _select(
         self, candidates: Sequence[Candidate], fitness: Fitness, draw: int
     ) -> tuple[Candidate, float]:
         """The survivor of all stages, and its fitness on the tokens of the last one."""

@@ -109,13 +109,13 @@ class Cut:
         Raises:
             RecipeError: names every fault.
         """
-        if faults := list(self.faults(sizes)):
+        if faults := list(self._faults(sizes)):
             raise RecipeError(
                 "the cut is impossible:\n    " + "\n    ".join(faults),
                 remedy="indices count from 0 and are of the uncut model, each once, ascending",
             )
 
-    def faults(self, sizes: Sizes) -> Iterator[str]:
+    def _faults(self, sizes: Sizes) -> Iterator[str]:
         """Sentences that describe every fault."""
         yield from _faults_of("decoder layers", self.layers, sizes.layers)
         yield from _faults_of("hidden channels", self.hidden, sizes.hidden)
@@ -126,9 +126,9 @@ class Cut:
                     yield f"{what} of layer {layer}: there are {sizes.layers} layers"
                 elif name in ("experts", "queries") or kept:
                     yield from _faults_of(f"{what} of layer {layer}", kept, counts[layer])
-        yield from self.uneven(sizes)
+        yield from self._uneven(sizes)
 
-    def uneven(self, sizes: Sizes) -> Iterator[str]:
+    def _uneven(self, sizes: Sizes) -> Iterator[str]:
         """Sentences about the kept query heads."""
         if not self.queries:
             return

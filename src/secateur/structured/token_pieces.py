@@ -21,28 +21,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Set
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.tokenizer import BYTE_TOKENS, byte_letters
-
-
-class Pieces(Protocol):
-    """The tokens that a tokenizer makes from text, without those that were added to it."""
-
-    ids: Mapping[str, int]
-
-    def always(self) -> set[str]:
-        """The tokens that have to stay, so that every text can be encoded."""
-        ...
-
-    def parts_of(self, token: str) -> set[str]:
-        """A token and all those that are made on the way to it."""
-        ...
-
-    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
-        """The model of `tokenizer.json` with only these tokens, under their new ids."""
-        ...
 
 
 def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
@@ -201,6 +183,10 @@ class _ScoredPieces:
             "vocab": [[piece, scores[piece]] for piece in order],
             "unk_id": None if name is None else order.index(name),
         }
+
+
+Pieces = _MergedPieces | _ScoredPieces
+"""The tokens that a tokenizer makes from text, without those that were added to it."""
 
 
 def kept_tokens(

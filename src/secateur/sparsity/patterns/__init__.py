@@ -201,30 +201,20 @@ def unit_scores(units: Callable[[Score], Tensor], score: Score, allowed: Mask | 
         # Weights that may not be kept add nothing; units without others are found by counting.
         found = units(score.masked_fill(~allowed, 0.0))
         found = found.masked_fill(units(allowed.to(score.dtype)) == 0, -math.inf)
-    _check_score(found)
+    if torch.isnan(found.sum()):  # one pass; NaN anywhere is NaN in the sum, and so is ∞ − ∞
+        missing = int(torch.isnan(found).sum())
+        if missing:
+            raise NumericalError(
+                f"{missing} of {found.numel()} scores are not a number",
+                remedy="look for NaN or infinite weights, or an overflow in the calibration "
+                "inputs; loading the model in bfloat16 or float32 avoids overflow",
+            )
     return found
 
 
 def within(mask: Mask, allowed: Mask | None) -> Mask:
     """The weights of a mask that may be kept."""
     return mask if allowed is None else mask & allowed
-
-
-def _check_score(score: Score) -> None:
-    """Refuse scores that cannot be ordered.
-
-    Raises:
-        NumericalError: a score is NaN.
-    """
-    if not torch.isnan(score.sum()):  # one pass; NaN anywhere is NaN in the sum
-        return
-    missing = torch.isnan(score)  # or ∞ − ∞
-    if missing.any():
-        raise NumericalError(
-            f"{int(missing.sum())} of {score.numel()} scores are not a number",
-            remedy="look for NaN or infinite weights, or an overflow in the calibration inputs; "
-            "loading the model in bfloat16 or float32 avoids overflow",
-        )
 
 
 def misplaced(pattern: Pattern, weight: Weight, sparsity: float) -> int:

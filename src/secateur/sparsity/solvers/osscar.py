@@ -75,7 +75,7 @@ class OSSCAR(LeastSquares):
             NumericalError: a weight is infinite or not a number, or H is not positive definite.
         """
         pattern.check((weight.shape[0], weight.shape[1]), sparsity)
-        mask = self.remaining(weight, prepared, cast(WholeUnits, pattern), sparsity)
+        mask = self._remaining(weight, prepared, cast(WholeUnits, pattern), sparsity)
         return self.solve(weight, prepared, mask)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
@@ -86,7 +86,7 @@ class OSSCAR(LeastSquares):
             + systems_bytes(1, shape[1])  # all rows share one
         )
 
-    def remaining(
+    def _remaining(
         self, weight: Weight, prepared: PreparedHessian, pattern: WholeUnits, sparsity: float
     ) -> Mask:
         """The mask of the units that remain after enough were removed."""
