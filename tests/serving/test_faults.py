@@ -481,6 +481,7 @@ def test_strangers_are_warned_about(model: Path) -> None:
         ({}, False),
     ):
         serving = prepare(ServeRecipe(model=str(model), port=0, **options))
+        assert serving.listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         serving.listening.close()
         assert any("WARNING" in line for line in serving.lines) == warned
 

@@ -134,22 +134,10 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in module.named_parameters(recurse=False)}
 
 
-@dataclass(frozen=True)
-class StoredPart:
-    """A tensor of a checkpoint that holds a part of a parameter of fused experts.
-
-    Attributes:
-        name: as the model would call it.
-        axes: the axes of the parameter that it has, in its order.
-        shape: of it.
-        expert: the number of the expert that it belongs to, before and after a cut; None where it
-            holds those of all.
-    """
-
-    name: str
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-    expert: tuple[int, int] | None = None
+StoredPart = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, int] | None]
+"""A tensor of a checkpoint that holds a part of a parameter of fused experts: its name as the model
+would call it, the axes of the parameter that it has, its shape, and the number of its expert before
+and after a cut; None where it holds those of all."""
 
 
 @dataclass(frozen=True)
@@ -316,14 +304,14 @@ class Experts:
         if len(halves) > 1 and halves[0] in stored:
             for half in halves:
                 rows = shape[1] // len(halves)
-                yield StoredPart(half, tuple(range(len(shape))), (shape[0], rows, *shape[2:]))
+                yield half, tuple(range(len(shape))), (shape[0], rows, *shape[2:]), None
             return
         matrix = (2, 1) if self.layout.transposed else (1, 2)
         axes = (1,) if leaf.endswith("_bias") else matrix
         apart = self.layout.apart(leaf, torch.empty(tuple(shape), device="meta"))
         for new, old in enumerate(range(shape[0]) if kept is None else kept):
             for part, view in apart[new].items():
-                yield StoredPart(f"{owner}.{old}.{part}", axes, tuple(view.shape), (old, new))
+                yield f"{owner}.{old}.{part}", axes, tuple(view.shape), (old, new)
 
 
 def stored_in_table(model: Any) -> tuple[str, str, str]:

@@ -273,9 +273,9 @@ def _stored_parts(
     experts, kept = made.architecture.experts, edit.kept[0]
     numbers = None if kept is None else kept.tolist()
     parts = list(experts.parts(edit.source, edit.shape, numbers, stored)) if experts else []
-    for part in parts:
-        axes = tuple(edit.kept[axis] for axis in part.axes)
-        yield part.expert, replace(edit, source=part.name, kept=axes, shape=part.shape)
+    for name, axes, shape, expert in parts:
+        kept_of_axes = tuple(edit.kept[axis] for axis in axes)
+        yield expert, replace(edit, source=name, kept=kept_of_axes, shape=shape)
     if not parts:
         yield None, edit
 
