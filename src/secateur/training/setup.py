@@ -229,7 +229,7 @@ class TrainingSetup:
             model,
             teacher,
             teacher_depth=depth,
-            teacher_layers=self._teacher_layers(self.teacher.name),
+            teacher_layers=self._teacher_layers(self.teacher.record.name),
             hidden=recipe.hidden_weight,
             kind=recipe.kind,
             temperature=recipe.temperature,
