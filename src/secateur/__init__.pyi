@@ -22,6 +22,7 @@ from secateur.reporting.evaluate import (
     EvaluateResult,
     GenerateResult,
 )
+from secateur.reporting.fields import Result
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
     ChainResult,
@@ -42,7 +43,6 @@ from secateur.reporting.plan import (
     TrainPlanResult,
 )
 from secateur.reporting.sweep import SweepResult
-from secateur.reporting.tables import Result
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
 from secateur.runtime.semi_structured.load import load_semi_structured as load_semi_structured
