@@ -114,7 +114,7 @@ def test_bad_input(secateur, pair: Pair, tmp_path: Path) -> None:
         ((tmp_path / "none",), 2, "none"),
         ((tmp_path / "empty",), 1, "config.json"),
         ((pair.pruned, "--dense", tmp_path / "none"), 2, "none"),
-        ((pair.pruned, "--dense", other), 2, "hidden_size: 32"),
+        ((pair.pruned, "--dense", other), 2, "32 and 16 channels"),
         ((*both, "--windows", 0), 2, "--windows 0"),
         ((*both, "--text", "nowhere"), 2, "'nowhere'"),
         ((*both, "--sequence-length", 65), 2, "--sequence-length 64"),
