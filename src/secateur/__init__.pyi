@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from secateur.advisor.advise import AdviseResult
+from secateur.advisor.advice import AdviseResult
 from secateur.errors import SecateurError as SecateurError
 from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
@@ -737,7 +737,7 @@ def prune(
     *,
     dry_run: Literal[True],
     **options: Any,
-) -> PlanResult | Result: ...
+) -> PlanResult: ...
 @overload
 def prune(
     model: str | Path | nn.Module,
@@ -1115,7 +1115,8 @@ def sweep(
     Args:
         model: Hub id, folder, GGUF file or named sample.
         progress: receives every step.
-        methods: Methods or presets (fast, balanced, thorough, best), separated by commas. [none]
+        methods: Methods, scores or presets (fast, balanced, thorough, best), separated by commas.
+            [none]
         sparsities: Fractions of zeros, separated by commas, such as 0.3,0.5,0.7. [none]
         patterns: Patterns to try as well, separated by commas, such as 2:4,4:8. [none]
         text: Text to evaluate on; may be repeated. [wikitext2, or the text that a sample brings]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.advisor.advice import AdviceQuestion, Measured, weight_bytes
-from secateur.advisor.advise import AdviseResult
+from secateur.advisor.advice import AdviceQuestion, AdviseResult, Measured, weight_bytes
 from secateur.advisor.facts import Estimate, read_facts
 from secateur.advisor.options import CompressionWay
 from secateur.errors import RecipeError

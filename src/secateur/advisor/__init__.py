@@ -1,7 +1,7 @@
 """Advice without running anything: what would fit, how fast, at what cost, with which loss.
 
 `facts.py` reads hardware, prices and published results. `options.py` lists the ways to make a model
-smaller. `advice.py` has the formulas, compares the ways and decides, and `advise.py` is the verb.
+smaller. `advice.py` has the formulas, compares the ways, decides, and is the verb.
 The core works without this package.
 """
 
@@ -13,7 +13,7 @@ VERB = {
     "summary": "Say whether to prune, quantize, distil or leave a model: size, speed and cost. "
     "Reads no weights.",
     "recipe": "secateur.recipes.measure:AdviseRecipe",
-    "step": "secateur.advisor.advise:advise_recipe",
+    "step": "secateur.advisor.advice:advise_recipe",
     "more": "Every number says whether it was measured here, published, or estimated. The "
     "exit code is 3 if no way is certain to keep the bounds.",
     "after": "diagnose",
