@@ -33,10 +33,10 @@ from secateur.runs.environment import Meter, choose_device, environment
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
-from secateur.sparsity import patterns, schedules, scores
+from secateur.sparsity.patterns import parse_pattern
 from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
-from secateur.training import lora, saved
+from secateur.training import gradual, lora, saved
 from secateur.training.loop import Outcome
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup, load
@@ -125,12 +125,9 @@ class Train(Step[TrainRecipe, TrainResult]):
         )
         plan.make_optimizer([("weight", torch.nn.Parameter(torch.ones(2, 2)))])
         choose_device(recipe.device)
-        if recipe.gradual is not None:
-            schedules.schedules[recipe.gradual.schedule]
         how = recipe.gradual or recipe.iterative
         if how is not None:
-            scores.scores[how.score]
-            patterns.parse_pattern(how.pattern, how.scope)
+            gradual.check_parts(how)
 
     @classmethod
     def reads(cls, recipe: TrainRecipe) -> tuple[str | None, ...]:
@@ -258,7 +255,7 @@ def _objective_text(recipe: TrainRecipe) -> str:
         text += f", adapters of rank {recipe.lora.rank}"
     how = recipe.gradual or recipe.iterative
     if how is not None:
-        share = patterns.parse_pattern(how.pattern, how.scope).sparsity or how.sparsity or 0.0
+        share = parse_pattern(how.pattern, how.scope).sparsity or how.sparsity or 0.0
         text += f", pruned{' gradually' * (recipe.gradual is not None)} to {share:.0%}"
     if isinstance(how, IterativeOptions):
         text += f" in {how.rounds} rounds, rewinding {how.rewind}"

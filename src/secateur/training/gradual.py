@@ -31,8 +31,8 @@ from secateur.precision import full_float32
 from secateur.recipes.train import GradualOptions, IterativeOptions
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation.global_threshold import global_threshold
-from secateur.sparsity.patterns import Pattern, n_of_m, unstructured
-from secateur.sparsity.schedules import Schedule, levels
+from secateur.sparsity.patterns import Pattern, n_of_m, parse_pattern, unstructured
+from secateur.sparsity.schedules import Schedule, levels, schedules
 from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks, moments, prunable, stored_masks
@@ -213,6 +213,56 @@ def gather(
     for name, values in gathered.items():
         values |= {key: statistic.value() for key, statistic in running[name].items()}
     return dict(gathered)
+
+
+def check_parts(how: GradualOptions | IterativeOptions) -> None:
+    """Refuse parts that do not exist, before a model is read.
+
+    Raises:
+        RecipeError: names the part.
+    """
+    if isinstance(how, GradualOptions):
+        schedules[how.schedule]
+    scores[how.score]
+    parse_pattern(how.pattern, how.scope)
+
+
+def pruning_of(
+    how: GradualOptions | IterativeOptions, sparsity: float, windows: Windows
+) -> tuple[Schedule, Criterion]:
+    """Return the schedule from a sparsity on, and the rule that chooses weights.
+
+    Args:
+        how: of the recipe.
+        sparsity: of the model with which the training begins.
+        windows: the training windows, of which the scores see some.
+
+    Raises:
+        RecipeError: there is no sparsity to end at, or it contradicts the pattern or the model.
+    """
+    kind = "iterative" if isinstance(how, IterativeOptions) else "gradual"
+    pattern = parse_pattern(how.pattern, how.scope)
+    last = how.sparsity if pattern.sparsity is None else pattern.sparsity
+    if last is None:
+        raise RecipeError(
+            f"{kind} pruning needs a sparsity to end at",
+            remedy=f"--{kind} 0.8, or --{kind} 2:4",
+        )
+    if how.sparsity not in (None, last):
+        raise RecipeError(
+            f"the pattern {how.pattern} has the sparsity {last:g}, not {how.sparsity:g}",
+            remedy="leave the sparsity out",
+        )
+    if sparsity > last:
+        raise RecipeError(
+            f"{sparsity:.1%} of the weights are zero already, more than {last:.1%}, the "
+            "sparsity at the end",
+            remedy="give a higher sparsity, or begin with a denser model",
+        )
+    # rounds prune the same fraction of the remaining weights each time
+    name = "geometric" if isinstance(how, IterativeOptions) else how.schedule
+    schedule: Any = schedules[name]
+    return schedule(last, sparsity), Criterion(scores[how.score](), pattern, windows[: how.windows])
 
 
 @torch.no_grad()

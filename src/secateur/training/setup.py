@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
@@ -20,13 +18,11 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.precision import fast_dtype
 from secateur.progress import Progress
-from secateur.recipes.train import GradualOptions, IterativeOptions, TrainRecipe
+from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
-from secateur.sparsity import patterns, schedules, scores
-from secateur.training import lora, masks, objectives
+from secateur.training import gradual, lora, masks, objectives
 from secateur.training.batches import read_training_text
-from secateur.training.gradual import Criterion, GradualPruning, Rounds
 from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks
 from secateur.training.memory import check_memory, plan_needs
@@ -129,11 +125,12 @@ class TrainingSetup:
             # Zeros elsewhere (experts that are stored in one tensor) stay unchanged. The pruning
             # changes the tensors of `opened` in place, and the loop holds the same tensors.
             held = zeros = Masks({**Masks.of(model).kept, **opened})
-            pruning = opened, *self._pruning(how, Masks(opened).sparsity)
+            windows = self.batches.windows
+            pruning = opened, *gradual.pruning_of(how, Masks(opened).sparsity, windows)
             if isinstance(how, IterativeOptions):
-                rounds_of = partial(Rounds, *pruning, how, work / "rounds")
+                rounds_of = partial(gradual.Rounds, *pruning, how, work / "rounds")
             else:
-                hooks.append(GradualPruning(*pruning, how))
+                hooks.append(gradual.GradualPruning(*pruning, how))
         objective = self.objective(model, work, progress)
         task = TrainingTask(model, self.batches, objective, held, self.validation, hooks)
         make_loop = partial(Loop, progress=progress, processes=self.processes)
@@ -153,35 +150,6 @@ class TrainingSetup:
             regrows=bool(recipe.gradual or recipe.iterative),  # pruning keeps the zeros itself
             sums=self.processes.sums,
         )
-
-    def _pruning(
-        self, how: GradualOptions | IterativeOptions, sparsity: float
-    ) -> tuple[schedules.Schedule, Criterion]:
-        """Return the schedule from a sparsity on, and the rule that chooses weights."""
-        kind = "iterative" if isinstance(how, IterativeOptions) else "gradual"
-        pattern = patterns.parse_pattern(how.pattern, how.scope)
-        last = how.sparsity if pattern.sparsity is None else pattern.sparsity
-        if last is None:
-            raise RecipeError(
-                f"{kind} pruning needs a sparsity to end at",
-                remedy=f"--{kind} 0.8, or --{kind} 2:4",
-            )
-        if how.sparsity not in (None, last):
-            raise RecipeError(
-                f"the pattern {how.pattern} has the sparsity {last:g}, not {how.sparsity:g}",
-                remedy="leave the sparsity out",
-            )
-        if sparsity > last:
-            raise RecipeError(
-                f"{sparsity:.1%} of the weights are zero already, more than {last:.1%}, the "
-                "sparsity at the end",
-                remedy="give a higher sparsity, or begin with a denser model",
-            )
-        # rounds prune the same fraction of the remaining weights each time
-        name = "geometric" if isinstance(how, IterativeOptions) else how.schedule
-        schedule: Any = schedules.schedules[name]
-        windows: Tensor = self.batches.windows[: how.windows]
-        return schedule(last, sparsity), Criterion(scores.scores[how.score](), pattern, windows)
 
     def objective(self, model: Any, work: Path, progress: Progress) -> objectives.Objective:
         """Return the loss. With a teacher this loads the teacher, or the file of its predictions.
