@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -227,41 +229,57 @@ def test_a_narrow_terminal_hides_no_cell(secateur, model: Path, monkeypatch, col
     assert list(filter(None, map("".join, counts)))[1:] == ["7", "7,680", "0.0%"]
 
 
+Forked = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """Carries out a command in a process of its own: its exit code, and its stderr."""
+    log = tmp_path_factory.mktemp("forked") / "stderr.txt"
+    command = [sys.executable, str(Path(__file__).with_name("forking.py"))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+
+        def run(*words: object, closed: Sequence[str] = (), **streams: str) -> tuple[int, str]:
+            log.unlink(missing_ok=True)
+            asked = {"words": [*map(str, words)], "closed": closed, "stderr": str(log), **streams}
+            print(json.dumps(asked), file=server.stdin, flush=True)
+            return int(server.stdout.readline()), log.read_text()
+
+        yield run
+        server.stdin.close()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
 @pytest.mark.parametrize(
     ("verb", "form"),
     slow_but([("prune", [])], product(["inspect", "prune"], [[], ["--json"]])),
 )
 def test_a_full_stdout_is_named_and_the_model_is_whole(
-    verb: str, form: list[str], model: Path, tmp_path: Path
+    verb: str, form: list[str], model: Path, tmp_path: Path, forked: Forked
 ) -> None:
-    out = ["--sparsity", "0.5", "--method", "magnitude", "--output", str(tmp_path / "out")]
-    words = [verb, str(model), *form, *(out if verb == "prune" else [])]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", "from secateur.cli import main; main()", *words],
-            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode == 1
-    assert "stdout" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "--output" not in done.stderr
+    out = ["--sparsity", "0.5", "--method", "magnitude", "--output", tmp_path / "out"]
+    code, err = forked(verb, model, *form, *(out if verb == "prune" else []), stdout="/dev/full")
+    assert code == 1
+    assert "stdout" in err
+    assert "Traceback" not in err
+    assert "--output" not in err
     if verb == "prune":
-        assert str(tmp_path / "out") in done.stderr
+        assert str(tmp_path / "out") in err
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "closed", slow_but({"<&- >&- 2>&-"}, ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-)
-def test_streams_may_be_closed(closed: str, model: Path, tmp_path: Path) -> None:
-    script = f'"$@" {closed}'
-    command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", str(model)]
-    options = ["--sparsity", "0.5", "--method", "magnitude", "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        ["sh", "-c", script, "sh", *command, *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+STREAMS = ["stdin", "stdout", "stderr"]
+
+
+@pytest.mark.parametrize("closed", slow_but([STREAMS], [*([name] for name in STREAMS), STREAMS]))
+def test_streams_may_be_closed(
+    closed: list[str], model: Path, tmp_path: Path, forked: Forked
+) -> None:
+    options = ["--sparsity", "0.5", "--method", "magnitude", "--output", tmp_path / "out"]
+    code, err = forked("prune", model, *options, closed=closed, stdout=os.devnull)
+    assert code == 0, err
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
