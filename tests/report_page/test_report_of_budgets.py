@@ -29,6 +29,7 @@ def test_a_fit_is_shown(tmp_path: Path) -> None:
         "--max-size 70.0 MiB 67.0 MiB",
         "3 50% zeros, int4",
         "predicted: all formats",
+        "secateur push small OWNER/NAME",  # a command keeps all of its words
     ):
         assert text in page.text, text
     assert "frontier-small" in page.charts
@@ -63,13 +64,6 @@ def test_a_broken_bound_is_said(tmp_path: Path) -> None:
     result = read_record(FitResult, folder / "secateur" / "fit.json")
     assert len(result.broken) == 1
     assert result.broken[0] in page_of(tmp_path, folder).text
-
-
-def test_the_plots_of_a_fit(tmp_path: Path) -> None:
-    written = report([write_fit(tmp_path / "small")], tmp_path / "r.html", plots=True)
-    assert {file.name for file in written.plots} == {
-        f"{name}.{kind}" for name in ("size", "frontier-small") for kind in ("png", "svg")
-    }
 
 
 def test_a_damaged_fit_is_refused(tmp_path: Path) -> None:

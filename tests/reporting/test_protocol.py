@@ -9,18 +9,11 @@ import pytest
 
 from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
-from secateur.report_page.report import ReportResult
 from secateur.reporting.evaluate import BenchResult, EvaluateResult, GenerateResult
 from secateur.reporting.fields import Result
-from secateur.reporting.models import (
-    ChainResult,
-    CompressResult,
-    DecompressResult,
-    PruneResult,
-    TrainResult,
-)
+from secateur.reporting.models import PruneResult, TrainResult
 from secateur.reporting.tables import PLAIN_WIDTH
-from secateur.runs.records import ChainStep, Cost, FormatTotals, SkippedMatrix, Source, Training
+from secateur.runs.records import Cost, SkippedMatrix, Source, Training
 from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord
 
 PROTOCOL = {
@@ -53,13 +46,6 @@ def written(prompt: str, text: str) -> GenerateResult:
     )  # fmt: skip
 
 
-def step(name: str, zeros: int) -> ChainStep:
-    """A line of a chain's account."""
-    return ChainStep(
-        step=name, parameters=100, zeros=zeros, file_bytes=2**21, seconds=3.0, kept=100 - zeros
-    )
-
-
 TRAINING = Training(
     source=Source(name="m", kind="folder", revision=None, file_bytes=1), objective="next token",
     text={}, learning_rate=0.1, optimizer="AdamW", processes=1, recipe={}, environment={},
@@ -74,36 +60,11 @@ TRAINING = Training(
     },
 )  # fmt: skip
 
-PACKED = CompressResult(
-    output=Path("out"), archive=False, source_bytes=2**22, bfloat16_bytes=2**21, file_bytes=2**20,
-    ratio=0.5, sparsity=0.5, negative_zeros=0,
-    linears=FormatTotals().plus(2**20, 2**19, 2**20, matrices=2), formats={},
-    embeddings=FormatTotals(), rounding={}, value_error=0.0, dense_file_bytes={}, seconds=0.0,
-)  # fmt: skip
 SKIPPED = SkippedMatrix(names="lm_head", reason="the head", tensors=1, weights=1000)
 
 RESULTS = {
-    "prune": (
-        PruneResult(sparsity=0.5, layers=[], left=[SKIPPED]),
-        "lm_head: the",
-    ),
-    "train": (
-        TrainResult(output=Path("out"), manifest=TRAINING),
-        "30.000 → 20.000",
-    ),
-    "compress": (
-        PACKED,
-        "50.00%",
-    ),
-    "decompress": (
-        DecompressResult(
-            output=Path("out"), source_bytes=1, file_bytes=2**21, matrices=7, seconds=0.5
-        ),
-        "matrices unpacked",
-    ),
-    "chain": (
-        ChainResult(links=(step("source", 0), step("prune", 50)), output=Path("out")), "50.0%",
-    ),
+    "prune": (PruneResult(sparsity=0.5, layers=[], left=[SKIPPED]), "lm_head: the"),
+    "train": (TrainResult(output=Path("out"), manifest=TRAINING), "30.000 → 20.000"),
     "evaluate": (evaluated("one.txt"), "23.5000"),
     "generate": (written("Once", " upon"), "Once upon"),
     "bench": (
@@ -114,7 +75,6 @@ RESULTS = {
         ),
         "5.0 to 10.0",
     ),
-    "report": (ReportResult(page=Path("report.html")), "report: report.html"),
 }  # fmt: skip
 
 

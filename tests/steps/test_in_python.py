@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateur
 from secateur.errors import RecipeError
 from secateur.progress import ProgressBar, Silent, listener
-from secateur.reporting.fields import Result
 from secateur.reporting.tables import Line, Table, html
 
 TEXTS = ["def add(a, b): return a + b\n" * 30, "for word in words: print(word)\n" * 30]
@@ -45,17 +44,6 @@ def test_a_result_shows_its_tables_as_the_last_line_of_a_cell(folder: Path) -> N
     assert "50.0" in repr(result)
     assert len(repr(result)) < 2_000
     assert "<table>" in result._repr_html_()
-
-
-def test_no_result_shows_its_fields() -> None:
-    secateur.methods()  # imports a part of the results; the others follow
-    import secateur.reporting as package
-
-    for file in Path(package.__path__[0]).glob("*.py"):
-        __import__(f"{package.__name__}.{file.stem}")
-    kinds = Result.__subclasses__()
-    assert len(kinds) > 15
-    assert [kind.__name__ for kind in kinds if kind.__repr__ is not Result.__repr__] == []
 
 
 def test_html_keeps_text_apart_from_markup() -> None:
