@@ -168,7 +168,7 @@ def test_the_systems_of_least_squares_take_what_is_declared(
     peaks = []
     for systems in least_squares._systems(mask):
         live = LiveTensors(
-            (pull, prepared.gram, prepared.diagonal, *vars(systems).values()), find_peak=True
+            (pull, prepared.gram, prepared.diagonal, *systems), find_peak=True
         )
         with live:
             systems.solve(pull, prepared)
