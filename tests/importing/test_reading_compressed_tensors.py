@@ -124,25 +124,33 @@ def test_words_without_unused_bits(tmp_path: Path) -> None:
         assert torch.equal(read(tmp_path, parts, config).read("layer.weight").double(), expected)
 
 
-@pytest.mark.parametrize("group", [16, 32])
-def test_four_bit_floats_are_those_of_the_library(group: int, tmp_path: Path) -> None:
+SHORT_FLOATS = {
+    "nvfp4-pack-quantized": (4, "tensor_group", 16),
+    "mxfp4-pack-quantized": (4, "group", 32),
+    "mxfp8-quantized": (8, "group", 32),
+}
+
+
+@pytest.mark.parametrize("format", SHORT_FLOATS)
+def test_short_floats_are_those_of_the_library(format: str, tmp_path: Path) -> None:
     room = importlib.import_module("compressed_tensors.compressors")
     schemes = importlib.import_module("compressed_tensors.quantization")
-    random = torch.Generator().manual_seed(0)
-    nvidia, strategy = group == 16, "tensor_group" if group == 16 else "group"
-    parts = {"weight_packed": torch.randint(0, 256, (8, 64), generator=random, dtype=torch.uint8)}
-    if nvidia:
-        scale = torch.rand(8, 128 // group, generator=random) + 0.5
-        parts["weight_scale"] = scale.to(torch.float8_e4m3fn)
-        parts["weight_global_scale"] = torch.tensor([4.0])
+    random, (bits, strategy, group) = torch.Generator().manual_seed(0), SHORT_FLOATS[format]
+    shape, nvidia = (8, 128 // group), format.startswith("nv")
+    exponents = torch.randint(110, 130, shape, generator=random, dtype=torch.uint8)
+    tenths = (torch.rand(shape, generator=random) + 0.5).to(torch.float8_e4m3fn)
+    parts = {"weight_scale": tenths if nvidia else exponents}
+    if bits == 4:
+        pairs = torch.randint(0, 256, (8, 64), generator=random, dtype=torch.uint8)
+        parts["weight_packed"] = pairs
     else:
-        shape = (8, 128 // group)
-        parts["weight_scale"] = torch.randint(110, 130, shape, generator=random, dtype=torch.uint8)
-    weights = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": group}
+        parts["weight"] = torch.randn(8, 128, generator=random).to(torch.float8_e4m3fn)
+    if nvidia:
+        parts["weight_global_scale"] = torch.tensor([4.0])
+    weights = {"num_bits": bits, "type": "float", "strategy": strategy, "group_size": group}
     scheme = schemes.QuantizationScheme(targets=["Linear"], weights=weights)
-    format = f"{'nvfp4' if nvidia else 'mxfp4'}-pack-quantized"
-    reader = room.BaseCompressor.get_value_from_registry(format)
-    expected = reader.decompress(parts, scheme)["weight"]
+    library = room.BaseCompressor.get_value_from_registry(format)
+    expected = library.decompress(parts, scheme)["weight"]
     config = {"quant_method": "compressed-tensors", "format": format}
     assert torch.equal(read(tmp_path, parts, config).read("layer.weight"), expected.bfloat16())
 

@@ -10,13 +10,14 @@ bitmask      uint8 [rows, ⌈columns / 8⌉]; bit i of byte j is column 8 j + i
 shape        of the dense tensor
 row_offsets  sparse-bitmask only: the index of the first value of each row
 
-**Integers and float8 with scales: pack-, int-, float- and naive-quantized.**
+**Integers and float8 with scales: pack-, int-, float-, naive- and mxfp8-quantized.**
 
 weight             int8 or float8 [out, in]                                  or
 weight_packed      int32 [out, ⌈in / F⌉], F = ⌊32 / bits⌋ integers in each word, the lowest first,
                    plus 2^(bits − 1); later releases leave no bits unused: [out, ⌈in · bits / 32⌉].
                    weight_shape has the two sizes
-weight_scale       one; [out, 1]; [out or 1, groups of columns]; [blocks of rows, of columns]
+weight_scale       one; [out, 1]; [out or 1, groups of columns]; [blocks of rows, of columns]; of
+                   mxfp8 bytes e for 2^(e − 127)
 weight_zero_point  in the shape of the scale, or packed along its rows; none: 0
 weight_g_idx       [in], the group of each column; none, or −1: in order
 
@@ -320,22 +321,18 @@ def _unpacked_rows(words: Tensor, bits: int, count: int, *, crossing: bool) -> T
 def _from_float4(parts: at_rest.Parts) -> Tensor:
     """The matrix of 4-bit floating point, float64."""
     codes = at_rest.unpacked(parts["weight_packed"], 4).flatten(-2).to(torch.int32)
-    scale, whole = parts["weight_scale"], parts.get("weight_global_scale", torch.ones(1))
-    if whole.numel() != 1 or not whole.is_floating_point():
-        said = f"the scale of the matrix is {whole.dtype} {list(whole.shape)}"
-        raise at_rest.damaged(said, "weight_global_scale")
-    if scale.dtype == torch.uint8:
-        scale = at_rest.powers_of_two(scale)
-    elif scale.is_floating_point():
-        scale = scale.to(torch.float64) / whole.to(torch.float64).reshape(())
-    return _scaled(torch.tensor(at_rest.E2M1, dtype=torch.float64)[codes], {"weight_scale": scale})
+    return _scaled(torch.tensor(at_rest.E2M1, dtype=torch.float64)[codes], parts)
 
 
 def _scaled(stored: Tensor, parts: at_rest.Parts) -> Tensor:
     """(q − zero_point) · scale, float64."""
-    scale = parts["weight_scale"]
-    if not scale.dtype.is_floating_point:
-        raise at_rest.damaged(f"the scales are {scale.dtype}", "weight_scale")
+    scale, whole = parts["weight_scale"], parts.get("weight_global_scale", torch.ones(1))
+    if scale.dtype == torch.uint8:  # of the formats whose names begin with mx
+        scale = at_rest.powers_of_two(scale)
+    if not (scale.is_floating_point() and whole.is_floating_point()) or whole.numel() != 1:
+        said = f"the scales are {scale.dtype}, that of the matrix {whole.dtype} {list(whole.shape)}"
+        raise at_rest.damaged(said, "weight_scale")
+    scale = scale.to(torch.float64) / whole.to(torch.float64).reshape(())
     spread = partial(_spread_out, shape=tuple(stored.shape), order=parts.get("weight_g_idx"))
     value = stored.to(torch.float64)
     zero = parts.get("weight_zero_point")
@@ -344,7 +341,7 @@ def _scaled(stored: Tensor, parts: at_rest.Parts) -> Tensor:
             what = f"zero points {list(zero.shape)} beside scales {list(scale.shape)}"
             raise at_rest.damaged(what, "weight_zero_point")
         value = value - spread(zero.to(torch.float64).reshape(scale.shape))
-    return value * spread(scale.to(torch.float64))
+    return value * spread(scale)
 
 
 def _spread_out(scale: Tensor, shape: tuple[int, ...], order: Tensor | None) -> Tensor:
