@@ -165,7 +165,7 @@ class Fit(Step[FitRecipe, FitResult]):
                 for kind in costs.kinds
             ),
             checks=tuple(bench.checks(size, loss)),
-            corrections=tuple(corrections),
+            corrections=corrections,
             dropped=tuple(bench.time.dropped),
             packed=packed,
             seconds=time.perf_counter() - run.meter.started,
@@ -282,33 +282,33 @@ def _within_loss(
     return [*made.values()], problem
 
 
-def _fast_enough(
-    bench: FitBench, problem: FitProblem, made: list[BuiltCandidate]
-) -> tuple[list[BuiltCandidate], FitProblem, list[FitCorrection]]:
-    """Choose again while the best candidate decodes more slowly than its bound.
+Corrected = tuple[list[BuiltCandidate], FitProblem, tuple[FitCorrection, ...]]
+"""The candidates of the last choice that has made the best one faster, the problem after all that
+were made, and what each choice has brought."""
 
-    Returns:
-        The candidates of the last choice that has made the best one faster, the problem after all
-        that were made, and what each choice has brought.
-    """
-    bound, wanted = bench.recipe.max_loss_increase, bench.recipe.decode_speedup
-    corrections, error = list[FitCorrection](), 1 + TIMING_ERROR
-    best = best_of(made, bound)
-    speed = bench.speedup(best.packed, 0)
-    while wanted and speed is not None and speed * error < wanted and len(corrections) < MOST:
-        predicted = problem.costs.predicted_speedup(best.formats)
-        # seconds that make up for what the table promises too much
-        tighter = problem.tightened(bench.costs.kinds[-1].limit * (speed / predicted))
-        if tighter is None:
-            break
-        aimed = tighter.costs.speedup
-        built, problem = bench.mix(f"{MIX}, again", tighter)
-        if built is None:
-            break
-        again = bench.healed([built])
-        reached = bench.speedup(again[0].packed, len(corrections) + 1)
-        corrections.append(FitCorrection(predicted, speed, aimed, reached))
-        if reached is None or reached <= speed * error:  # it has lost more, and for nothing
-            break
-        made, best, speed = again, again[0], reached
-    return made, problem, corrections
+
+def _fast_enough(
+    bench: FitBench,
+    problem: FitProblem,
+    made: list[BuiltCandidate],
+    corrections: tuple[FitCorrection, ...] = (),
+) -> Corrected:
+    """Choose again, and again, where the best candidate decodes more slowly than its bound."""
+    best, wanted = best_of(made, bench.recipe.max_loss_increase), bench.recipe.decode_speedup
+    speed, error = bench.speedup(best.packed, len(corrections)), 1 + TIMING_ERROR
+    if not wanted or speed is None or speed * error >= wanted or len(corrections) == MOST:
+        return made, problem, corrections
+    predicted = problem.costs.predicted_speedup(best.formats)
+    # seconds that make up for what the table promises too much
+    tighter = problem.tightened(bench.costs.kinds[-1].limit * (speed / predicted))
+    if tighter is None:
+        return made, problem, corrections
+    built, after = bench.mix(f"{MIX}, again", tighter)
+    if built is None:
+        return made, after, corrections
+    again = bench.healed([built])
+    reached = bench.speedup(again[0].packed, len(corrections) + 1)
+    correction = FitCorrection(predicted, speed, tighter.costs.speedup, reached)
+    if reached is None or reached <= speed * error:  # it has lost more, and for nothing
+        return made, after, (*corrections, correction)
+    return _fast_enough(bench, after, again, (*corrections, correction))
