@@ -14,18 +14,7 @@ from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, folder, targets
 from secateur.models.checkpoint import ShardWriter
 from secateur.progress import Progress, each_step
-from secateur.runtime.semi_structured.layout import (
-    COLUMNS,
-    FILE_NAME,
-    ROWS,
-    Specs,
-    StoredParts,
-    is_n_of_m,
-    lifted_columns,
-    part_specs,
-    split,
-    window_columns,
-)
+from secateur.runtime.semi_structured import layout
 
 TYPES = MappingProxyType({"bf16": torch.bfloat16, "f16": torch.float16})
 PATTERNS = ("2:4", "6:8")
@@ -50,7 +39,7 @@ class SemiStructured:
         changes = {"dtype": str(dtype).removeprefix("torch.")}
         folder.copy_the_rest(source, changes, output, folder.size_of(known))
         made, rounded = Exported(), 0
-        with ShardWriter(output / FILE_NAME, known, [], {"format": "pt"}) as writer:
+        with ShardWriter(output / layout.FILE_NAME, known, [], {"format": "pt"}) as writer:
             for name in each_step(progress, "writing", source.reader.entries):
                 tensor, own = source.reader.read(name), linears.names[name]
                 value = _cast(tensor, dtype, name)
@@ -65,14 +54,14 @@ class SemiStructured:
                 if name in linears.shapes:
                     rounded += not made.count_matrix(tensor, value)
             writer.close({"format": "pt"})
-        made.file_bytes = (output / FILE_NAME).stat().st_size
+        made.file_bytes = (output / layout.FILE_NAME).stat().st_size
         if rounded:
             made.notes.append(f"{rounded} of {len(linears.shapes)} matrices were rounded to {type}")
         odd = [name for name in linears.shapes if name not in stored]
         if odd:
             made.notes.append(
                 f"{len(odd)} matrices stay dense, because torch multiplies 2:4 only in multiples "
-                f"of {ROWS} × {COLUMNS}: {folder.first_of(odd)}"
+                f"of {layout.ROWS} × {layout.COLUMNS}: {folder.first_of(odd)}"
             )
         made.notes.append("its speed on a GPU was never measured here")
         return made
@@ -85,7 +74,7 @@ def _stored_as(
     found: dict[str, str] = {}
     for name in each_step(progress, "checking the pattern", linears.shapes):
         weight = source.reader.read(name)
-        fits = (p for p in PATTERNS if is_n_of_m(weight, *map(int, p.split(":"))))
+        fits = (p for p in PATTERNS if layout.is_n_of_m(weight, *map(int, p.split(":"))))
         found[name] = next(fits, "")
     odd = [name for name, pattern in found.items() if not pattern]
     if odd:
@@ -99,8 +88,8 @@ def _stored_as(
         name: pattern
         for name, pattern in found.items()
         if not (
-            linears.shapes[name][0] % ROWS
-            or _wide_columns(pattern, linears.shapes[name][1]) % COLUMNS
+            linears.shapes[name][0] % layout.ROWS
+            or _wide_columns(pattern, linears.shapes[name][1]) % layout.COLUMNS
         )
     }
 
@@ -110,16 +99,16 @@ def _known_specs(
     linears: folder.DecoderLinears,
     stored: Mapping[str, str],
     dtype: torch.dtype,
-) -> Specs:
+) -> layout.Specs:
     """Dtype and shape of everything in the file."""
-    known: Specs = {}
+    known: layout.Specs = {}
     for name, entry in source.reader.entries.items():
         own = linears.names[name]
         if name in stored:
             (out, columns), pattern = linears.shapes[name], stored[name]
             wide = _wide_columns(pattern, columns)
-            owner, split = own.removesuffix(".weight"), pattern == "6:8"
-            known |= part_specs(owner, out, wide, dtype, split=split)
+            owner, lifted = own.removesuffix(".weight"), pattern == "6:8"
+            known |= layout.part_specs(owner, out, wide, dtype, split=lifted)
         else:
             known[own] = (dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)
     return known
@@ -127,15 +116,15 @@ def _known_specs(
 
 def _wide_columns(pattern: str, in_features: int) -> int:
     """Columns of the 2:4 matrix of a pattern."""
-    return lifted_columns(in_features) if pattern == "6:8" else in_features
+    return layout.lifted_columns(in_features) if pattern == "6:8" else in_features
 
 
-def _encoded(weight: Tensor, pattern: str) -> StoredParts:
+def _encoded(weight: Tensor, pattern: str) -> layout.StoredParts:
     """The parts of a weight."""
     columns = weight.shape[1]
     if pattern == "2:4":
-        return StoredParts.of(weight, columns)
-    return StoredParts.of(split(weight), columns, window_columns(columns))
+        return layout.StoredParts.of(weight, columns)
+    return layout.StoredParts.of(layout.split(weight), columns, layout.window_columns(columns))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

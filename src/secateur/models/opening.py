@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError, install_extra
-from secateur.models import at_rest, checkpoint
+from secateur.models import at_rest, checkpoint, skeleton
 from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
-from secateur.models.skeleton import (
-    auto_class,
-    build_skeleton,
-    quiet_transformers,
-    refuse_missing,
-    stored_names,
-)
 from secateur.progress import Progress, Silent
 from secateur.runs.output import writing
 
@@ -154,12 +147,12 @@ def load_whole(
         )
     loaded: Any
     report: dict[str, Any]
-    with quiet_transformers(), transformers_errors(folder):
+    with skeleton.quiet_transformers(), transformers_errors(folder):
         if form_of(folder) in EXPANDED:
             loaded, report = _load_expanded(folder, dtype, trust_remote_code)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            loaded, report = auto_class(config).from_pretrained(
+            loaded, report = skeleton.auto_class(config).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
@@ -167,9 +160,9 @@ def load_whole(
                 ignore_mismatched_sizes=form_of(folder) is None,
             )
             if form_of(folder) is None:
-                stored_names(loaded, checkpoint.CheckpointReader(folder), split=False)
+                skeleton.stored_names(loaded, checkpoint.CheckpointReader(folder), split=False)
     # transformers draws missing ones at random, and says so only in its log
-    refuse_missing(sorted(report["missing_keys"]), {}, folder)
+    skeleton.refuse_missing(sorted(report["missing_keys"]), {}, folder)
     loaded = loaded.to(device).eval()
     if getattr(loaded, "hf_quantizer", None) is not None:
         # compressed-tensors expands weights when the whole model is called first; we call its parts
@@ -185,13 +178,13 @@ def _load_expanded(
     from transformers import GenerationConfig
 
     reader = open_weights(folder)
-    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
-    for part in (skeleton.config, getattr(skeleton.config, "text_config", None)):
+    built = skeleton.build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+    for part in (built.config, getattr(built.config, "text_config", None)):
         if part is not None and hasattr(part, "quantization_config"):
             del part.quantization_config
-    loaded, report = type(skeleton).from_pretrained(
+    loaded, report = type(built).from_pretrained(
         None,
-        config=skeleton.config,
+        config=built.config,
         state_dict={name: reader.read(name) for name in reader.entries},
         dtype=dtype or computed_dtype(folder),
         output_loading_info=True,

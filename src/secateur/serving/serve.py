@@ -21,13 +21,7 @@ from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import sampling_in
 from secateur.runtime.speculative import open_drafter
-from secateur.serving.scheduler import (
-    MOST_PIECE,
-    Engine,
-    PrefixCache,
-    Scheduler,
-    TransformersEngine,
-)
+from secateur.serving import scheduler
 from secateur.serving.service import Service, Worker
 
 if TYPE_CHECKING:
@@ -127,19 +121,19 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     drafter = None
     if recipe.draft is not None and isinstance(engine, SlotDecoder):
         drafter = open_drafter(recipe.draft, engine, tokenizer, trust_remote_code=code)
-    scheduler = Scheduler(
+    order = scheduler.Scheduler(
         engine,
         queue_limit=recipe.queue,
-        prefixes=PrefixCache(bytes_of(recipe.prefix_cache) if engine.together > 1 else 0),
+        prefixes=scheduler.PrefixCache(bytes_of(recipe.prefix_cache) if engine.together > 1 else 0),
         drafter=drafter,
         gap_seconds=GAP_SECONDS,
-        most_piece=MOST_PIECE if engine.together > 1 else capacity,
+        most_piece=scheduler.MOST_PIECE if engine.together > 1 else capacity,
     )
     eos = tokenizer.eos_token_id
     service = Service(
         name=recipe.name or Path(recipe.model.partition("@")[0]).resolve().name,
         tokenizer=tokenizer,
-        worker=Worker(scheduler),
+        worker=Worker(order),
         capacity=capacity,
         vocabulary=min(len(tokenizer), model.config.get_text_config().vocab_size),
         ends=end_tokens(model) | ({eos} if eos is not None else set()),
@@ -167,13 +161,13 @@ def _capacity_of(model: Any, context: int | None) -> int:
     return context or min(positions, POSITIONS)
 
 
-def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[Engine, str]:
+def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[scheduler.Engine, str]:
     """What computes, and a line about it."""
     reason, slots = why_not(model, capacity), recipe.slots
     if reason is not None:
         refuse_options(reason, kv_cache=recipe.kv_cache, draft=recipe.draft)
         line = f"one request at a time, through transformers, because {reason}"
-        return TransformersEngine(model, capacity), line
+        return scheduler.TransformersEngine(model, capacity), line
     decoder = SlotDecoder(model, capacity, slots, cache=recipe.kv_cache)
     most = decoder.cache.nbytes / 2**20
     return decoder, (
