@@ -22,7 +22,6 @@ from secateur.reporting.evaluate import (
     EvaluateResult,
     GenerateResult,
 )
-from secateur.reporting.fields import Result
 from secateur.reporting.fit import FitResult
 from secateur.reporting.models import (
     ChainResult,

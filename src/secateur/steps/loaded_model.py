@@ -77,12 +77,8 @@ def prune_module(
     model.eval()
     try:
         if windows is not None and windows.ungenerated:
-            windows = windows.generate(
-                model,
-                () if tokenizer is None else start_tokens(tokenizer),
-                recipe.calibration.seed,
-                progress,
-            )
+            start = () if tokenizer is None else start_tokens(tokenizer)
+            windows = windows.generate(model, start, recipe.calibration.seed, progress)
         tokens = None if windows is None else windows.calibration
         with ExitStack() as stack, opened_experts(model), quiet_transformers():
             work = None
@@ -94,26 +90,26 @@ def prune_module(
             refuse_unknown(target)
             selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
             found = () if tokens is None else layouts(target, tokens.shape[1])
-            tasks = tasks_of(
-                target, selection, method, sparsity, found, methods=own_methods(recipe)
-            )
+            own = own_methods(recipe)
+            tasks = tasks_of(target, selection, method, sparsity, found, methods=own)
             teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None
             stream = None if tokens is None else settings.stream(target, tokens)
             shared = allocated(target, tasks, stream, settings, allocation, sparsity, progress)
             done = prune_layers(target, shared, stream, settings, ledger, progress)
-            if teacher is not None:
-                assert windows is not None
+            if teacher is not None and windows is not None:
                 student = Student.of(model, target, done, pruned_layers(target, done))
                 grid = any(weight.grid for weight in student.rounded.weights)
                 data = DistillationData(windows.all, how, recipe.calibration.seed, on_grid=grid)
                 distill(teacher, student, data, progress)
             reach(ledger.layers, (name for name, task in done.items() if task.changes))
             matrices = target.matrices()
-            left = skipped_matrices(done, matrices)
-            sparsity = _decoder_sparsity(model, matrices)
+            return PruneResult(
+                sparsity=_decoder_sparsity(model, matrices),
+                layers=ledger.layers,
+                left=skipped_matrices(done, matrices),
+            )
     finally:
         model.train(was_training)
-    return PruneResult(sparsity=sparsity, layers=ledger.layers, left=left)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
