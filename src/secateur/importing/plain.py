@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.errors import CheckpointError
@@ -23,7 +22,6 @@ UNFINISHED = {
 """The ends of names of tensors that another tool has not finished, and what to do."""
 
 
-@dataclass(frozen=True)
 class PlainFolder:
     """A folder that transformers loads as it is. Nothing changes but the records beside it."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,7 +27,6 @@ def pairs_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-@dataclass(frozen=True)
 class TorchPrune:
     """W = W_orig ⊙ mask, the state dict of torch.nn.utils.prune."""
 
