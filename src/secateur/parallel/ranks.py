@@ -67,6 +67,7 @@ class Ranks:
         self.enter(f"share from {owner}", tensor)
         if self.count > 1:
             with self.together(), _in_one_piece(tensor) as whole:
+                # as bytes: a transport may not know bfloat16, and NaNs keep their bits
                 dist.broadcast(whole.reshape(-1).view(torch.uint8), owner)
 
     def gather(self, value: T) -> list[T]:
@@ -74,12 +75,13 @@ class Ranks:
         self.enter("gather")
         if self.count == 1:
             return [value]
-        own = _as_bytes(value)
+        own = _as_bytes(value)  # uint8[bytes]
         size = torch.tensor([len(own)])
         with self.together():
             sizes = [torch.zeros_like(size) for _ in range(self.count)]
             dist.all_gather(sizes, size, self.plain)
             longest = int(max(sizes))
+            # `all_gather` takes equal shapes only: the shorter texts end in zeros
             texts = [own.new_zeros(longest) for _ in sizes]
             dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]), self.plain)
         return [_as_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
@@ -237,7 +239,7 @@ def owners(costs: Sequence[float], ranks: int) -> list[int]:
         [0, 1, 1, 1]
     """
     busy, found = [0.0] * ranks, [0] * len(costs)
-    for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):  # ties by place
         found[piece] = min(range(ranks), key=lambda rank: (busy[rank], rank))
         busy[found[piece]] += costs[piece]
     return found

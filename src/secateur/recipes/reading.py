@@ -73,6 +73,7 @@ def build_call(
     for assignment in assignments:
         _set_value(kind, merged, assignment)
     _refuse_other_bytes({**merged, **call}, where)
+    # the preset last: it fills what the recipe, the flags and --set leave open
     preset = filled_in(merged, kind.presets) if kind.presets else merged
     whole = _with_own_texts(kind, preset)
     made: list[Section] = []
@@ -207,6 +208,7 @@ def nested(kind: type[Section], options: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.name: option for option in options_of(kind)}
     values: dict[str, Any] = {}
     paths = {name: known[name].path if name in known else (name,) for name in options}
+    # whole sections before the options in them, which replace single values
     for name, path in sorted(paths.items(), key=lambda item: len(item[1])):
         value = options[name]
         if isinstance(value, Mapping) and _section_named(kind, name):

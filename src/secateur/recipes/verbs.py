@@ -121,7 +121,7 @@ class Verb:
                 f"`{words}` works in one process yet, and there are {launched.count}",
                 remedy="start it without torchrun",
             )
-        if self.streams:
+        if self.streams:  # it prints while it works, so there is no progress to show
             return step(recipe, **options)
         if dry_run:
             with showing() as progress:
@@ -149,6 +149,7 @@ class Verb:
 
         cluster = recipe.cluster
         on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
+        # in the processes nothing is left to start, and the result names no cluster
         own = recipe.model_copy(update={"cluster": type(cluster)()})
         launch(
             cluster.ray,

@@ -138,6 +138,7 @@ class RunFolder:
             stopped = self.stopped()
             if self.lock.is_taken:
                 raise self.in_use(stopped)
+            # without an identity nothing was done that could be resumed
             begun = stopped if stopped is not None and stopped.identity is not None else None
             result = self.result(begun) if self.wants_resume and not self.restart else None
             self.finished = result is not None
@@ -246,6 +247,7 @@ class RunFolder:
             if not self.lock.take():
                 raise self.in_use(self.stopped())
             self.restore_old_output()
+            # again, now that nobody else can change the folder
             self.state = self.check_state()
             self.resumed = self.state is not None
             if self.state is None:
@@ -326,6 +328,7 @@ class RunFolder:
         files.check_replaceable(self.output, self.overwrite, result=self.model)
         if self.identity is not None:
             files.write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
+        # before the rename: it keeps the inode, so the next call sees whether it happened
         found = self.model.stat()
         self.write_state(replace(self.state, finished=(found.st_dev, found.st_ino)))
         try:
@@ -377,6 +380,7 @@ class RunFolder:
 
         It needs no space, because the disk may be full.
         """
+        # first the state: a kill from here on leaves a folder that is ours and resumes nothing
         if not self.finished and (self.partial / STATE).exists():
             (self.partial / STATE).replace(self.empty_mark)
         for entry in self.partial.iterdir():

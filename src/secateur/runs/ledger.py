@@ -48,7 +48,7 @@ class Ledger:
         self.entries = []
         whole = 0
         for line in self.file.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # cut off by a kill
                 break
             self.entries.append(json.loads(line))
             whole += len(line)

@@ -255,7 +255,7 @@ def write_bytes(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    unfinished.replace(file)
+    unfinished.replace(file)  # the name never belongs to a part of the file
 
 
 def write_text(file: Path, text: str) -> None:

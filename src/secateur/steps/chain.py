@@ -234,7 +234,7 @@ class ChainSteps(runner.Step[Any, ChainResult]):
                 write_json(record, described.to_json())
             links.append(read_record(records.ChainStep, record))
             source = replace(source, folder=made)
-        if made.exists():
+        if made.exists():  # not after a kill between this rename and the last one
             shutil.rmtree(folder.model)
             made.rename(folder.model)
         self.write_notes()

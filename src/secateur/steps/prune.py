@@ -233,13 +233,14 @@ class Prune(Step[PruneRecipe, PruneResult]):
             "source": target.reader.tensor_digest,
         }
         ranks.once(lambda: of_others)
+        # a resumed run draws what the stopped one would have drawn
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)
             how = prepared.allocation, prepared.sparsity
             tasks = allocated(target, self.tasks, stream, settings, *how, progress)
             done = prune_layers(target, tasks, stream, settings, ledger, progress, finished)
             losses = self._distill(prepared, done)
-        left = skipped_matrices(done, target.matrices())
+        left = skipped_matrices(done, target.matrices())  # with those that no token reached
         # before the audit, which sees the zeros alone
         reached = reach(ledger.layers, (name for name, task in done.items() if task.changes))
         audit = _audit(recipe, done, folder, progress)

@@ -157,12 +157,13 @@ def carry_out(
     Raises:
         SecateurError: what, where, and what to do.
     """
-    meter = Meter.start()
+    meter = Meter.start()  # before any work, so that the cost has all of it
     values: Any = recipe
     checked = kind.check(recipe)
     folder = RunFolder(
         at or values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
+    # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     source = source or source_of(recipe, progress)
     output = None if at is None else Path(os.path.abspath(values.output))
@@ -179,7 +180,7 @@ def carry_out(
             ranks.once(lambda: None)  # the other processes have nothing to do
             return step.result(folder.output)
         result = step.work()
-        folder.finish()
+        folder.finish()  # inside: an error in the rename keeps the work
     return result
 
 

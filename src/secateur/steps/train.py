@@ -156,12 +156,12 @@ class Train(Step[TrainRecipe, TrainResult]):
         setup, folder, ranks = self.setup, self.run.folder, self.setup.processes
         if setup.teacher is not None:
             folder.keep_apart(setup.teacher.folder)
+        # the others build the same setup from the recipe
         of_others = {"work": str(folder.work), "model": str(folder.model)}
         ranks.once(lambda: of_others)
         outcome, masks = _train(setup, folder.work, self.run.progress)
         _write(self.run, setup, masks, outcome)
-        _check_together(setup, folder.model, masks)
-        last = _read_trainings(folder.notes)[-1]
+        last = _checked_together(setup, folder.model, masks)
         return TrainResult(output=self.run.place, manifest=last)
 
     @classmethod
@@ -177,8 +177,7 @@ class Train(Step[TrainRecipe, TrainResult]):
         group = ProcessGroup.of(ranks, choose_device(recipe.device))
         setup = TrainingSetup(recipe, source_of(recipe, silent), group, silent)
         _, masks = _train(setup, work, silent)
-        _check_together(setup, model, masks)
-        return TrainResult(output=output, manifest=_read_trainings(model / NOTES)[-1])
+        return TrainResult(output=output, manifest=_checked_together(setup, model, masks))
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
@@ -197,11 +196,13 @@ def _train(setup: TrainingSetup, work: Path, progress: Progress) -> tuple[Outcom
     return setup.train(model, work, progress)
 
 
-def _check_together(setup: TrainingSetup, model: Path, masks: Masks) -> None:
-    """Check the written zeros. Every process has a part of the masks."""
-    setup.processes.wait()
+def _checked_together(setup: TrainingSetup, model: Path, masks: Masks) -> Training:
+    """Check the written zeros, and read the record. Every process has a part of the masks."""
+    setup.processes.wait()  # the first one may still write
     saved.check_written(model, masks, trust_remote_code=setup.recipe.trust_remote_code)
-    setup.processes.wait()
+    last = _read_trainings(model / NOTES)[-1]
+    setup.processes.wait()  # before the first one gives the folder another name
+    return last
 
 
 def _read_trainings(notes: Path) -> list[Training]:

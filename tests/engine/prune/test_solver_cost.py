@@ -167,9 +167,7 @@ def test_the_systems_of_least_squares_take_what_is_declared(
     pull, declared = torch.randn(shape), systems_bytes(*shape)
     peaks = []
     for systems in least_squares._systems(mask):
-        live = LiveTensors(
-            (pull, prepared.gram, prepared.diagonal, *systems), find_peak=True
-        )
+        live = LiveTensors((pull, prepared.gram, prepared.diagonal, *systems), find_peak=True)
         with live:
             systems.solve(pull, prepared)
         peaks.append(live.peak_bytes)
