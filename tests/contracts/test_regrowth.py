@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from zoo import tiny_windows
 
 from contracts.pattern_examples import ALL, fitting_shape, parsed, sparsities
 from secateur.recipes.train import GradualOptions, IterativeOptions
 from secateur.sparsity.patterns.n_of_m import NOfM
 from secateur.sparsity.schedules import schedules
+from secateur.training.batches import Batches
 from secateur.training.gradual import Criterion, GradualPruning, Rounds, exchange
-from secateur.training.loop import Outcome
+from secateur.training.loop import Outcome, TrainingTask
 from secateur.training.masks import open_masks
 from secateur.training.training_plan import TrainingPlan
 
@@ -126,7 +128,7 @@ def test_pruning_in_rounds(text, scope, tmp_path):
     class Loops:
         """Stand in for loops: they move the kept weights, and save them."""
 
-        def __call__(self, plan, saved=None, **options):
+        def __call__(self, task, plan, saved=None, label=""):
             self.saved = saved
             return self
 
@@ -140,11 +142,10 @@ def test_pruning_in_rounds(text, scope, tmp_path):
             save_file(dict(model.named_parameters()), self.saved / "final.safetensors")
             return Outcome(step=2)
 
-    criterion = Criterion(pattern=pattern)
-    rounds = Rounds(
-        model, masks, schedules["geometric"](goal), criterion, IterativeOptions(rounds=3)
-    )
-    rounds.train(Loops(), TrainingPlan(steps=2), tmp_path)
+    criterion, how = Criterion(pattern=pattern), IterativeOptions(rounds=3)
+    task = TrainingTask(model, Batches(tiny_windows(2), 2), None)
+    rounds = Rounds(masks, schedules["geometric"](goal), criterion, how, tmp_path, task)
+    rounds.train(Loops(), TrainingPlan(steps=2))
     assert len(history) == 3
     assert all(came_back(before, after) == 0 for before, after in pairwise(history))
     if scope != "global":

@@ -166,7 +166,7 @@ def test_rounds(rewind: str, tmp_path: Path) -> None:
     class Loops:
         """They save what is there."""
 
-        def __call__(self, plan: Any, saved: Any = None, **options: Any) -> Any:
+        def __call__(self, task: Any, plan: Any, saved: Any = None, label: str = "") -> Any:
             self.saved = saved
             return self
 
@@ -177,6 +177,7 @@ def test_rounds(rewind: str, tmp_path: Path) -> None:
             return Outcome(step=2)
 
     how = IterativeOptions(rounds=2, rewind=rewind)
-    rounds = Rounds(model, kept, schedules["geometric"](0.8), Criterion(), how)
-    rounds.train(Loops(), TrainingPlan(steps=2), tmp_path)
+    task = TrainingTask(model, Batches(WINDOWS, 2), None)
+    rounds = Rounds(kept, schedules["geometric"](0.8), Criterion(), how, tmp_path, task)
+    rounds.train(Loops(), TrainingPlan(steps=2))
     assert all(isinstance(p, OnCuda) for p in model.parameters())
