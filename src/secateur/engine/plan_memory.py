@@ -21,8 +21,8 @@ from secateur.calibration.statistics import held_bytes
 from secateur.engine import plan
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
-from secateur.engine.stream.targets import Target
+from secateur.engine.stream.layouts import LayerLayout, layouts
+from secateur.engine.stream.targets import Target, refuse_unknown
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
 from secateur.precision import fast_dtype

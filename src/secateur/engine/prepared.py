@@ -13,8 +13,8 @@ from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan_run
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, tasks_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.layouts import LayerLayout, layouts, refuse_unknown
-from secateur.engine.stream.targets import CheckpointTarget, teacher_of
+from secateur.engine.stream.layouts import LayerLayout, layouts
+from secateur.engine.stream.targets import CheckpointTarget, refuse_unknown, teacher_of
 from secateur.errors import RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files

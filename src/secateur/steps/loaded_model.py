@@ -19,8 +19,8 @@ from secateur.engine.prune.checks import check_finite
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.run import allocated, prune_layers
 from secateur.engine.prune.tasks import Selection, Settings, skipped_matrices, tasks_of
-from secateur.engine.stream.layouts import layouts, refuse_unknown
-from secateur.engine.stream.targets import ModelTarget, refuse_all_zero
+from secateur.engine.stream.layouts import layouts
+from secateur.engine.stream.targets import ModelTarget, refuse_all_zero, refuse_unknown
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts

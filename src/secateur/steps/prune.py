@@ -213,8 +213,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
             )
             prepared = replace(prepared, windows=windows)
         store_choice(folder.work, self.plan.sweep_windows)
-        settings = Settings.of(recipe, self.activations, folder.work, ranks)
-        stream = prepared.stream(settings)
         finished = 0
         if ledger.begun:
             finished = ledger.resume()
@@ -233,6 +231,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
             "source": target.reader.tensor_digest,
         }
         ranks.once(lambda: of_others)
+        settings = Settings.of(recipe, self.activations, folder.work, ranks)
+        stream = prepared.stream(settings)
         # a resumed run draws what the stopped one would have drawn
         with torch.random.fork_rng(devices=[]), explained(self.plan):
             torch.manual_seed(recipe.calibration.seed)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.layouts import LayerLayout, refuse_unknown
-from secateur.engine.stream.targets import Target
+from secateur.engine.stream.layouts import LayerLayout
+from secateur.engine.stream.targets import Target, refuse_unknown
 from secateur.errors import PatternError, RecipeError, located
 from secateur.models.architecture import linears_of
 from secateur.models.inventory import StoredMatrix, summary, weights_of

@@ -20,8 +20,6 @@ from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, in
 from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, SecateurError
 from secateur.models.architecture import Groups, Linear, linears_of
-from secateur.models.experts import refuse_fused
-from secateur.models.inventory import refuse_shared
 
 TOKENS = 64
 """The length of the window for finding linears that share an input."""
@@ -65,16 +63,6 @@ def kind_of(layer: nn.Module, call: LayerCall | None = None) -> Hashable:
     plain = [(k, v) for k, v in call.kwargs.items() if isinstance(v, (bool, int, str, type(None)))]
     shapes = tuple(tuple(t.shape) for t in call.tensors())
     return made_of, shapes, tuple(sorted(plain, key=str))
-
-
-def refuse_unknown(target: Target) -> None:
-    """Refuse layers whose parameters have an unknown layout.
-
-    Raises:
-        ArchitectureError: naming the module.
-    """
-    refuse_fused(target.layers)
-    refuse_shared(target.model, target.architecture)
 
 
 def layouts(target: Target, length: int) -> list[LayerLayout]:

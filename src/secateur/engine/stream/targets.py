@@ -27,6 +27,7 @@ from secateur.models.architecture import (
     vocabulary_of,
 )
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+from secateur.models.experts import refuse_fused
 from secateur.models.opening import open_weights
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import refuse_other_words
@@ -285,6 +286,16 @@ def teacher_of(
         where=f"--distill-teacher {how.teacher}", remedy=remedy,
     )  # fmt: skip
     return teacher
+
+
+def refuse_unknown(target: Target) -> None:
+    """Refuse layers whose parameters have an unknown layout.
+
+    Raises:
+        ArchitectureError: naming the module.
+    """
+    refuse_fused(target.layers)
+    inventory.refuse_shared(target.model, target.architecture)
 
 
 def refuse_all_zero(target: Target) -> None:
