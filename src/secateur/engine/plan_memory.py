@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.allocator import LOGITS_BYTES
 from secateur.calibration.statistics import held_bytes
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _SOLVE_LESS = "prune without a gram (--method wanda), or leave the largest linears out (--exclude)"
 _SMALLER = "use --dtype bfloat16 (of a GGUF file)"
+_WRITE_LESS = "use --generated-windows 0"
 _TUNE_LESS = "use --tune-passes 0"
 
 _SWEEP_WINDOWS = 16
@@ -144,12 +145,7 @@ def plan_run(
     refuse_unknown(target)
     length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
     layers, found = target.layers, layouts(target, length) if length else []
-    on_gpu, inside = target.device.type == "cuda", [linears_of(layer, "") for layer in layers]
-    # for each layer, the shapes of the linears that share an input
-    groups = [
-        [[own[name].shape for name in group] for group in layout.groups]
-        for own, layout in zip(inside, found, strict=False)
-    ]
+    on_gpu, groups = target.device.type == "cuda", _group_shapes(layers, found)
     prunable = sum(task.shape[0] * task.shape[1] for task in tasks.values())
     stored, forwards, tuning = _forward_bytes(target, found, windows, tasks, settings)
     of_token = 4 * stored // target.dtype.itemsize // max(tokens, 1)  # bytes in float32
@@ -176,9 +172,7 @@ def plan_run(
             stays_on_gpu=settings.on_gpu,
             tunes=settings.tunes,
         ),
-        plan.Need(
-            "writing", writing, (plan.GENERATING,), "the whole model", "use --generated-windows 0"
-        ),
+        plan.Need("writing", writing, (plan.GENERATING,), "the whole model", _WRITE_LESS),
         plan.Need("tuning", tuning, (plan.TUNING,), "gradients and forward of a layer", _TUNE_LESS),
         *learning_needs(learnt.memory_bytes, models[:loaded], sweeps=bool(learning.sweep_windows)),
     ]
@@ -382,6 +376,16 @@ def _forward_bytes(
 
         tuning = tuning_bytes(target, windows[: settings.windows_at_once(windows)])
     return stored, (forward, held), tuning
+
+
+def _group_shapes(
+    layers: nn.ModuleList, found: Sequence[LayerLayout]
+) -> list[list[list[tuple[int, int]]]]:
+    """For each layer, the shapes of the linears that share an input."""
+    pairs = zip([linears_of(layer, "") for layer in layers], found, strict=False)
+    return [
+        [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
+    ]
 
 
 def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:

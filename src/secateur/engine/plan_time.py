@@ -13,10 +13,9 @@ import time
 
 import torch
 
-from secateur.calibration.statistics import Gathering, held_bytes
+from secateur.calibration.statistics import Gathering, GroupStatistics, held_bytes
 from secateur.engine.plan import calls_of, layers_by_kind
 from secateur.engine.prepared import Prepared
-from secateur.engine.prune.statistics import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
 from secateur.engine.stream.calls import call_layer
 from secateur.errors import NumericalError, PatternError

@@ -11,10 +11,22 @@ from torch import Tensor
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan_run
-from secateur.engine.prune.tasks import LinearTask, Selection, Settings, tasks_of
+from secateur.engine.prune.tasks import (
+    LinearTask,
+    Selection,
+    Settings,
+    Tasks,
+    gathering,
+    tasks_of,
+)
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.layouts import LayerLayout, layouts
-from secateur.engine.stream.targets import CheckpointTarget, refuse_unknown, teacher_of
+from secateur.engine.stream.targets import (
+    CheckpointTarget,
+    Target,
+    refuse_unknown,
+    teacher_of,
+)
 from secateur.errors import RecipeError
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
@@ -224,3 +236,39 @@ def choose_plan(
         whole = planned(every, activations, distillation.epochs)
         plan = replace(plan, disk_bytes=whole.disk_bytes)
     return plan, activations
+
+
+def allocated(
+    target: Target,
+    tasks: Tasks,
+    stream: CalibrationStream | None,
+    settings: Settings,
+    allocation: Allocation,
+    sparsity: float,
+    progress: Progress,
+) -> Tasks:
+    """What precedes the layers: gradients if a method needs them, and the sparsity of each linear.
+
+    Args:
+        target: the model.
+        tasks: the tasks of the linears.
+        stream: the calibration stream; None without calibration.
+        settings: how the work is done.
+        allocation: sets the sparsity of each linear.
+        sparsity: target sparsity of the whole model.
+        progress: receives every step.
+
+    Returns:
+        The tasks with the sparsities of the allocation.
+    """
+    before = gathering(tasks).backward
+    if before and stream is not None and settings.work is not None:
+        from secateur.engine.stream.gradients import GradientPass
+
+        GradientPass(stream.outer, before, settings.work, progress, settings.ranks).execute()
+    if allocation.reach == 0:
+        return tasks
+    from secateur.engine.search.allocation import allocate
+    from secateur.engine.search.survey import Survey
+
+    return allocate(Survey(target, tasks, stream, settings, progress), allocation, sparsity)

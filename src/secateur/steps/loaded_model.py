@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from secateur.calibration.run_windows import READY, RunWindows, WindowReader
 from secateur.calibration.statistics import Gathering
 from secateur.calibration.windows import check_fit
+from secateur.engine.prepared import allocated
 from secateur.engine.prune.checks import check_finite
 from secateur.engine.prune.coverage import reach
-from secateur.engine.prune.run import allocated, prune_layers
+from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Selection, Settings, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts
 from secateur.engine.stream.targets import ModelTarget, refuse_all_zero, refuse_unknown
@@ -62,8 +63,8 @@ def prune_module(
     if isinstance(calibration, Tensor):
         refuse_unused(PruneRecipe, options, OF_TEXT, "the calibration is a tensor of windows")
     _refuse_wrapped(model)
-    named = None if isinstance(calibration, Tensor) else calibration
-    recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", "calibration": named}, options)
+    named = {"calibration": None if isinstance(calibration, Tensor) else calibration}
+    recipe, _ = recipe_of(PruneRecipe, {"model": "loaded", **named}, options)
     method, sparsity = method_of(recipe)
     allocation = allocation_of(recipe, method)
     check_finite(model.named_parameters())
@@ -88,8 +89,8 @@ def prune_module(
             refuse_all_zero(target)
             settings = Settings.of(recipe, "memory", work)
             refuse_unknown(target)
-            selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
             found = () if tokens is None else layouts(target, tokens.shape[1])
+            selection = Selection(recipe.include, recipe.exclude, recipe.overrides)
             own = own_methods(recipe)
             tasks = tasks_of(target, selection, method, sparsity, found, methods=own)
             teacher = copy.deepcopy(model) if how.epochs and pruned_layers(target, tasks) else None

@@ -27,9 +27,9 @@ from secateur.diagnostics.audit import Audit, audit_checkpoint, verify
 from secateur.engine.plan import explained
 from secateur.engine.plan_memory import store_choice, stored_choice
 from secateur.engine.plan_time import estimate_seconds
-from secateur.engine.prepared import Prepared, choose_plan, prepare
+from secateur.engine.prepared import Prepared, allocated, choose_plan, prepare
 from secateur.engine.prune.coverage import coverage, reach
-from secateur.engine.prune.run import allocated, prune_layers
+from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Settings, Tasks, settled_allocation, skipped_matrices
 from secateur.engine.stream.targets import refuse_all_zero
 from secateur.errors import RecipeError

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from contracts.pattern_examples import ALL, EXAMPLES, fitting_shape, parsed
-from secateur.calibration.statistics import statistics
-from secateur.engine.prune.statistics import CrossGram
+from secateur.calibration.statistics import CrossGram, statistics
 from secateur.errors import PatternError
 from secateur.sparsity.hessian import dense_target, inverse_factor, relative_output_error
 from secateur.sparsity.methods import compose, methods

@@ -2,7 +2,7 @@
 
 A linear has collapsed when it has lost four fifths of the energy of its output, a relative error
 of 0.9. Solvers that repair weights measure that error. For solvers that only set weights to zero,
-the norms of the inputs give an estimate that assumes uncorrelated inputs (`lost_energy`).
+the norms of the inputs give an estimate that assumes uncorrelated inputs (`layer.lost_energy`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from secateur.models.checkpoint import not_finite
 from secateur.runs.records import LinearRecord
 from secateur.sparsity.patterns import misplaced
 from secateur.sparsity.solvers import Solution
-from secateur.types import Mask, Statistics, Weight
 
 _OWN_FAULT = "this is a fault in secateur or in a plug-in; please report it"
 
@@ -84,22 +83,6 @@ def check_zeros(layer: nn.Module, linears: Iterable[Linear], tasks: Tasks) -> No
                 where=f"{linear.name}.weight",
                 remedy=f"{_OWN_FAULT}, and leave the matrix out: --exclude '{linear.name}'",
             )
-
-
-def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
-    """The share of its output's energy that a linear loses; None without statistics of the inputs.
-
-    lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
-    """
-    if "column_norm" in statistics:
-        power = statistics["column_norm"].square()
-    elif "gram" in statistics:
-        power = statistics["gram"].diagonal()
-    else:
-        return None
-    energy = weight.detach().float().square() * power
-    total = float(energy.sum())
-    return float(energy.masked_fill(mask, 0.0).sum()) / total if total > 0 else None
 
 
 def collapsed(records: Sequence[LinearRecord], tasks: Tasks) -> dict[str, float]:

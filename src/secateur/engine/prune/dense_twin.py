@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.statistics import CrossGram
 from secateur.engine.prune.layer import Arrivals, Gathered, OpenLayer
-from secateur.engine.prune.statistics import CrossGram
 from secateur.engine.stream.halted_forwards import HaltedLayer, LinearGroups, by_group
 from secateur.models.architecture import Linear
 from secateur.models.experts import OpenExperts

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from secateur.engine.prune.checks import counted_zeros, lost_energy
+from secateur.calibration.statistics import CrossGram, GroupStatistics
+from secateur.engine.prune.checks import counted_zeros
 from secateur.engine.prune.coverage import is_reached
-from secateur.engine.prune.statistics import CrossGram, GroupStatistics
 from secateur.engine.prune.tasks import Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
@@ -34,7 +34,7 @@ from secateur.parallel.ranks import ALONE, Ranks, owners
 from secateur.precision import exact_matmuls
 from secateur.progress import Progress
 from secateur.runs.records import LinearRecord
-from secateur.types import STORED
+from secateur.types import STORED, Mask, Statistics, Weight
 
 if TYPE_CHECKING:
     from secateur.engine.prune.reconstruction import LayerTuning
@@ -232,6 +232,22 @@ def prune_group(
             )
         )
     return records
+
+
+def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
+    """The share of its output's energy that a linear loses; None without statistics of the inputs.
+
+    lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
+    """
+    if "column_norm" in statistics:
+        power = statistics["column_norm"].square()
+    elif "gram" in statistics:
+        power = statistics["gram"].diagonal()
+    else:
+        return None
+    energy = weight.detach().float().square() * power
+    total = float(energy.sum())
+    return float(energy.masked_fill(mask, 0.0).sum()) / total if total > 0 else None
 
 
 def _exchanged(

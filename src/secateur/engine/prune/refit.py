@@ -35,8 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocator import reused_pages
-from secateur.calibration.statistics import Gathering
-from secateur.engine.prune.statistics import CrossGram, GroupStatistics
+from secateur.calibration.statistics import CrossGram, Gathering, GroupStatistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group

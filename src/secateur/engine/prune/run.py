@@ -31,45 +31,8 @@ from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer, LinearRecord
-from secateur.sparsity.allocation import Allocation
 
 log = logging.getLogger(__name__)
-
-
-def allocated(
-    target: Target,
-    tasks: Tasks,
-    stream: CalibrationStream | None,
-    settings: Settings,
-    allocation: Allocation,
-    sparsity: float,
-    progress: Progress,
-) -> Tasks:
-    """What precedes the layers: gradients if a method needs them, and the sparsity of each linear.
-
-    Args:
-        target: the model.
-        tasks: the tasks of the linears.
-        stream: the calibration stream; None without calibration.
-        settings: how the work is done.
-        allocation: sets the sparsity of each linear.
-        sparsity: target sparsity of the whole model.
-        progress: receives every step.
-
-    Returns:
-        The tasks with the sparsities of the allocation.
-    """
-    before = gathering(tasks).backward
-    if before and stream is not None and settings.work is not None:
-        from secateur.engine.stream.gradients import GradientPass
-
-        GradientPass(stream.outer, before, settings.work, progress, settings.ranks).execute()
-    if allocation.reach == 0:
-        return tasks
-    from secateur.engine.search.allocation import allocate
-    from secateur.engine.search.survey import Survey
-
-    return allocate(Survey(target, tasks, stream, settings, progress), allocation, sparsity)
 
 
 @torch.no_grad()

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import ForwardSource, Gathering
+from secateur.calibration.statistics import ForwardSource, Gathering, GroupStatistics
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
-from secateur.engine.prune.statistics import GroupStatistics
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.gradients import stored_gradients
