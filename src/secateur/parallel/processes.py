@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,6 @@ from secateur.parallel.ranks import ALONE, REPORT, Ranks
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-
-T = TypeVar("T")
 
 JOINING = timedelta(minutes=5)
 """How long the processes wait for each other at the start."""
@@ -75,21 +73,6 @@ def joined(device: str = "auto") -> Ranks:
     if on_gpu:
         _take_gpu(launched, torch.cuda.device_count(), device)
     return Processes(launched, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-
-
-def share(device: str, first: Callable[[Ranks], T], others: Callable[[Ranks], object]) -> T | None:
-    """Share some work among the processes that were launched together with this one.
-
-    Args:
-        device: the device of the recipe.
-        first: what the first process does. Its result is that of the work; the others have None.
-        others: what each other process does.
-    """
-    with joined(device) as ranks:
-        if ranks.first:
-            return first(ranks)
-        others(ranks)
-        return None
 
 
 def _take_gpu(launched: Launched, gpus: int, device: str) -> None:
