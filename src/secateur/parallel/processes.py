@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from secateur.parallel.ranks import ALONE, REPORT, Ranks
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+T = TypeVar("T")
 
 JOINING = timedelta(minutes=5)
 """How long the processes wait for each other at the start."""
