@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipe_path import climbs, first_weight, opened_modules, picture, stays
+from recipe_path import at_formula, climbs, first_weight, opened_modules, picture, stays
 
 ARROWS = {"cli": {"engine"}, "engine": {"maths"}, "maths": set(), "report": {"maths"}}
 OPENED = [
@@ -102,3 +102,19 @@ def test_how_far_the_first_weight_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert first_weight(lambda: top.climb(weight, DENSE, PRUNED), package) == (3, 2)
     with pytest.raises(RuntimeError, match="pruned matrix"):
         first_weight(lambda: top.climb(weight, DENSE, DENSE), package)
+
+
+def test_how_far_a_formula_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "summit"
+    for room in (package, package / "foot", package / "top"):
+        room.mkdir()
+        (room / "__init__.py").write_text("")
+    (package / "top" / "sums.py").write_text("def add():\n    return 1\n")
+    (package / "foot" / "way.py").write_text(
+        "from summit.top import sums\ndef walk():\n    return sums.add() + sums.add()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    way = importlib.import_module("summit.foot.way")
+    assert at_formula(way.walk, package, "top/sums.py") == (2, 2, 1)  # frames, files, moves
+    with pytest.raises(RuntimeError, match=r"sums\.py"):
+        at_formula(lambda: None, package, "top/sums.py")
