@@ -26,9 +26,11 @@ from torch import Tensor
 
 from secateur.recipes.train import IterativeOptions
 from secateur.sparsity.schedules import schedules
+from secateur.training.batches import Batches
 from secateur.training.gradual import Criterion, Rounds, renew
-from secateur.training.loop import Outcome
+from secateur.training.loop import Outcome, TrainingTask
 from secateur.training.masks import open_masks
+from secateur.training.objectives import next_token
 from secateur.training.saved import write_whole
 from secateur.training.training_plan import TrainingPlan
 
@@ -57,9 +59,9 @@ class Loops:
     def __init__(self, model: Any, text: Tensor, seed: int, kept: Masks) -> None:
         self.model, self.text, self.seed, self.kept = model, text, seed, kept
 
-    def __call__(self, plan: Any, saved: Any = None, hooks: Any = (), **options: Any) -> Any:
+    def __call__(self, task: Any, plan: Any, saved: Any = None, **options: Any) -> Any:
         """The next training."""
-        self.plan, self.saved, self.hooks = plan, saved, hooks
+        self.plan, self.saved, self.hooks = plan, saved, task.hooks
         return self
 
     def validation_loss(self) -> None:
@@ -106,8 +108,10 @@ class Tickets:
         schedule = schedules["geometric"](self.sparsity)
         loops = Loops(model, self.text, self.seed, masks)
         with tempfile.TemporaryDirectory() as folder:
-            together = Rounds(model, masks, schedule, Criterion(), how)
-            together.train(loops, TrainingPlan(steps=STEPS), Path(folder))
+            # the loops read their own text, so the task holds the model alone
+            task = TrainingTask(model, Batches(self.text[None], 1), next_token(model))
+            together = Rounds(masks, schedule, Criterion(), how, Path(folder), task)
+            together.train(loops, TrainingPlan(steps=STEPS))
         return model, masks
 
     def anew(self, masks: Masks) -> Any:
