@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from secateur import timing
 from secateur.evaluation import speed
@@ -65,3 +66,12 @@ def test_no_round_begins_when_time_is_over(monkeypatch: pytest.MonkeyPatch) -> N
         [("packed", Path("quick"))], prompt=[1, 2], new_tokens=2, rounds=50, seconds=1e-9
     )
     assert len(found.each_token) == 2  # two are made in any case
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_of_torch_is_the_linear_with_rounded_weights(bias: bool) -> None:
+    linear = torch.nn.Linear(32, 16, bias=bias)
+    x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours = speed._torch_int8(linear)(x).float()
+        assert torch.allclose(ours, linear(x.float()), atol=0.05)

@@ -15,6 +15,7 @@ import secateur
 from secateur.errors import CheckpointError, RecipeError, SourceError
 from secateur.recipes.deploy import GenerateRecipe
 from secateur.recipes.reading import build_recipe
+from secateur.reporting.evaluate import GenerateResult
 from secateur.runtime.decode import SlotDecoder
 from secateur.steps.generate import ONE_CALL, Conversation
 from serving.conftest import byte_level
@@ -253,3 +254,14 @@ def test_a_json_schema_that_cannot_be_read(tmp_path: Path) -> None:
             secateur.generate(model, "x", json_schema=tmp_path / "s.json")
     with pytest.raises(RecipeError, match=r"nowhere\.json"):
         secateur.generate(model, "x", json_schema="nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chat", "silent"), [(0, True, True), (0, False, False), (3, True, False)]
+)
+def test_a_model_that_answers_nothing_is_named(tokens: int, chat: bool, silent: bool) -> None:
+    result = GenerateResult(
+        model="m", prompt="Hi", text="", tokens=tokens, load_seconds=1.0, first_token_seconds=None,
+        tokens_per_second=None, loop="transformers", chat=chat,
+    )  # fmt: skip
+    assert ("--no-chat" in result.account) == silent

@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny import save_tiny
 from trained import source_text
 
 import secateur
+from secateur.models.sources import resolve
+from secateur.training import memory
 
 COUNTING = Path(__file__).with_name("resident_run.py")
 
@@ -92,3 +96,16 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
         moved += int((weight != stored[name]).sum())
         assert not two[name][stored[name] == 0].any() or stored[name].ndim < 2
     assert moved > 1000
+
+
+def test_a_process_holds_its_part_of_a_teacher_and_two_whole_layers(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "teacher", num_hidden_layers=6)
+    teacher = resolve(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    count = sum(p.numel() for p in model.parameters())  # tied ones once
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    alone, shared = (
+        memory._teacher_bytes(teacher, SimpleNamespace(count=n, device=torch.device("cpu")), False)
+        for n in (1, 3)
+    )
+    assert shared * count == alone * (count - 6 * layer + 2 * layer + 2 * layer)
