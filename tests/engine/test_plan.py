@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 from tiny import tiny_llama
-from transformers import DynamicCache
 from zoo import tiny_model, tiny_windows
 
 from secateur.calibration.continuation import (
@@ -34,7 +33,7 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
 from secateur.precision import fast_dtype, fast_matmuls
 from secateur.recipes.train import TrainRecipe
-from secateur.runtime.decode import SlotDecoder, given_cache
+from secateur.runtime.decode import SlotDecoder, empty_cache
 from secateur.training.batches import Batch
 from secateur.training.divergences import last_hidden
 from secateur.training.memory import check_memory, plan_needs
@@ -166,9 +165,10 @@ def test_a_training_is_held_against_the_memory_of_its_device(
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "mamba", "qwen3_next"])
 def test_the_cache_of_a_text_that_the_model_writes_is_counted(family: str) -> None:
     model: Any = tiny_model(family).to(torch.bfloat16)
-    windows, cache = tiny_windows(2, 20), DynamicCache(config=model.config)
+    windows, given = tiny_windows(2, 20), empty_cache(model)
     with torch.no_grad():
-        model(input_ids=windows, use_cache=True, **given_cache(model, cache))
+        model(input_ids=windows, use_cache=True, **given)
+    [cache] = given.values()
     held = sum(x.nbytes for layer in cache.layers for x in flat(vars(layer).values()) if x.ndim > 1)
     weights, logits = 2 * sum(p.numel() for p in model.parameters()), 2 * 96 * (2 + 8)
     planned = writing_bytes(model, CUDA, 20, torch.bfloat16, 2)

@@ -101,7 +101,7 @@ def decoder_linears(source: ExportSource) -> DecoderLinears:
 
 
 HERE = "run the model here: `secateur compress` makes it smaller, `secateur serve` serves it"
-ELSEWHERE = f"try --to compressed-tensors (vLLM, SGLang, transformers), or {HERE}"
+ELSEWHERE = f"try --to 'compressed-tensors' (vLLM, SGLang, transformers), or {HERE}"
 
 
 def first_of(names: Sequence[str]) -> str:

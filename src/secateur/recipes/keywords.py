@@ -262,7 +262,7 @@ def naming_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 COMMAND = re.compile(r"(`?\bsecateur [a-z]+ [^`,;\n]*`?)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)( (?=\d))?")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)( (?=[\d']))?")
 
 
 def _with_keywords(text: str) -> str:

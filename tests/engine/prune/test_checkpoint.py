@@ -153,5 +153,5 @@ def test_headers_that_contradict_themselves(tmp_path: Path, header: object, why:
 def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name: object) -> None:
     index = {"weight_map": {"a": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="index of shards"):
         CheckpointReader(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ def test_zeros_that_only_the_mask_has_are_refused(monkeypatch: pytest.MonkeyPatc
     solve = Method.solve
 
     def lying(self: Method, weight: Any, *rest: Any) -> Any:
-        return replace(solve(self, weight, *rest), weight=weight.clone())
+        return solve(self, weight, *rest)._replace(weight=weight.clone())
 
     monkeypatch.setattr(Method, "solve", lying)
     with pytest.raises(VerificationError, match="the weight 0") as error:
@@ -32,7 +31,7 @@ def test_a_mask_with_too_few_zeros_is_refused(monkeypatch: pytest.MonkeyPatch) -
         found = solve(self, weight, *rest)
         mask = found.mask.clone()
         mask[0] = True
-        return replace(found, mask=mask)
+        return found._replace(mask=mask)
 
     monkeypatch.setattr(Method, "solve", lazy)
     with pytest.raises(VerificationError, match="should have"):

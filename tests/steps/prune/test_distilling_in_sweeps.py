@@ -49,7 +49,7 @@ def few_sweeps() -> Iterator[None]:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 on every machine, and a teacher that stores nearly all tokens."""
     monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
-    monkeypatch.setattr(distilled_checkpoint, "TOP_K", 95)
+    monkeypatch.setattr("secateur.training.objectives.TOP_K", 95)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from zoo import tiny_windows
 
 import secateur
 from secateur.calibration.windows import save_windows
-from secateur.training import distilled_checkpoint
 
 OPTIONS: dict[str, Any] = {
     "keep_layers": 4, "ffn": 0.5, "effort": "fast", "distill_epochs": 3,
@@ -57,7 +56,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
     """Where no gradient is clipped, and but for the last norm, which learns only in memory."""
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, most: Tensor([0.0]))
     monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
-    monkeypatch.setattr(distilled_checkpoint, "TOP_K", 95)
+    monkeypatch.setattr("secateur.training.objectives.TOP_K", 95)
     before = secateur.structure(
         source, output=tmp_path / "plain", **options | {"distill_epochs": 0}
     )
