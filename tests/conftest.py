@@ -45,4 +45,4 @@ def secateur(
 @pytest.fixture
 def exact_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracles are compared digit by digit, on machines with fast bfloat16 too."""
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)

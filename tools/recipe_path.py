@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from house_map import PACKAGE, Arrows, module_imports, reachable, room_arrows, room_of
 
-GROUND = frozenset({"errors", "types", "registry", "progress", "precision", "allocator"})
+GROUND = frozenset({"errors", "types", "registry", "progress", "machine"})
 FORMULA = "sparsity/scores/wanda.py"
 COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>"})
 """Frames that Python 3.12 no longer has."""

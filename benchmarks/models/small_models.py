@@ -46,8 +46,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 
 from secateur.calibration.documents import read_documents
+from secateur.machine import fast_matmuls
 from secateur.models.skeleton import quiet_transformers
-from secateur.precision import fast_matmuls
 
 LENGTH, BATCH, POSITIONS = 256, 8, 512
 SAVE_EVERY = 50

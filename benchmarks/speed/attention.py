@@ -19,11 +19,11 @@ from benchmarks.hardware import heading, keep, markdown
 from torch.nn.functional import scaled_dot_product_attention
 
 from secateur.calibration.documents import read_text
+from secateur.machine import exact_matmuls, fast_dtype, fast_matmuls
 from secateur.models.attention import WrittenOut
 from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.precision import exact_matmuls, fast_dtype, fast_matmuls
 from secateur.timing import alternate, seconds_of
 from secateur.training.batches import Batch
 from secateur.training.objectives import next_token

@@ -27,12 +27,12 @@ from secateur.calibration.continuation import (
     writer_of,
 )
 from secateur.calibration.windows import WindowPlan, make_windows
+from secateur.machine import fast_dtype
 from secateur.models.opening import load_whole
 from secateur.models.samples import sample_text
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
-from secateur.precision import fast_dtype
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.kernels.matrix import kernels
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
+from math import prod
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -56,6 +57,11 @@ def one_of(*allowed: int) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def float32_bytes(shape: tuple[int, ...], copies: int = 1) -> int:
+    """Bytes of float32 tensors of this shape, for what a part declares of its memory."""
+    return 4 * copies * prod(shape)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -13,7 +13,6 @@ The test suite checks these annotations at run time in the `sparsity` and `calib
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
@@ -49,8 +48,3 @@ without gathering `stored` [out, in], the weight as it was read."""
 
 STORED = "stored"
 """A score may require this too: the weight as it is stored, before any fit. Nobody gathers it."""
-
-
-def float32_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a float32 tensor of this shape."""
-    return 4 * prod(shape)

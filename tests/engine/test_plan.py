@@ -29,9 +29,9 @@ from secateur.engine.prune.tasks import SolveMemory
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.machine import fast_dtype, fast_matmuls
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
-from secateur.precision import fast_dtype, fast_matmuls
 from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import SlotDecoder, empty_cache
 from secateur.training.batches import Batch
@@ -212,7 +212,7 @@ def test_logits_are_counted_in_blocks(
         monkeypatch.setattr(f"secateur.{module}.LOGITS_BYTES", 2**21)
     monkeypatch.setattr("secateur.training.divergences.CHUNK_BYTES", 2**14)
     if exact:
-        monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+        monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     folder = tiny_llama(tmp_path, vocab_size=4096)
     target = CheckpointTarget(CheckpointReader(folder), None, CPU)
     model = load_whole(folder, CPU, trust_remote_code=False).float()

@@ -13,7 +13,7 @@ from zoo import tiny_model, tiny_windows
 import secateur
 from secateur.calibration.statistics.gram import Gram
 from secateur.errors import NumericalError
-from secateur.precision import exact_matmuls, full_float32
+from secateur.machine import exact_matmuls, full_float32
 from secateur.sparsity.solvers.obs import OBS
 from secateur.training.batches import Batches
 from secateur.training.loop import Loop, TrainingTask

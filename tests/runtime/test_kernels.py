@@ -12,8 +12,8 @@ import torch
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
 from runtime.kernel_examples import TIERS, example, example_of_codes, using
-from secateur.allocator import LARGE_PAGE
 from secateur.errors import KernelError, ShapeError
+from secateur.machine import LARGE_PAGE
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime.formats.bits import pack_bits
 from secateur.runtime.kernels import library as lib

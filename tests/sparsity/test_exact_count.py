@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from oracles import patterns as oracles
 from secateur.errors import PatternError
 from secateur.sparsity import exact_count
-from secateur.sparsity.exact_count import keep_largest, pruned_count
+from secateur.sparsity.exact_count import keep_largest
+from secateur.sparsity.patterns import pruned_count
 
 
 @given(total=st.integers(0, 10**11), sparsity=st.floats(0, 1, exclude_max=True))

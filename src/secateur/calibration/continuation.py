@@ -37,11 +37,11 @@ from transformers import DynamicCache
 
 from secateur.calibration.windows import without_start
 from secateur.errors import SourceError
+from secateur.machine import fast_dtype
 from secateur.models.architecture import text_config
 from secateur.models.counting import layer_caches
 from secateur.models.opening import load_whole, open_weights
 from secateur.models.skeleton import build_skeleton, parameters_of
-from secateur.precision import fast_dtype
 from secateur.quantization.int8 import AT_ONCE as ROUNDED_AT_ONCE
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.install import install_rounded, rounded_matrices

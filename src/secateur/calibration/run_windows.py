@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.allocator import reused_training_pages
 from secateur.calibration.chats import template_digest
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import (
@@ -43,6 +42,7 @@ from secateur.calibration.windows import (
     stored_start,
 )
 from secateur.errors import RecipeError
+from secateur.machine import reused_training_pages
 from secateur.models.architecture import positions_of, text_config
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, start_tokens, start_tokens_of

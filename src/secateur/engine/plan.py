@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, layer_calls
+from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.engine.stream.layouts import kind_of, on_meta
 from secateur.engine.stream.targets import Target
@@ -306,14 +306,6 @@ def working_weights(target: Target) -> int:
                 share = min(1.0, chosen / counts[0])
             total += share * linear.shape[0] * linear.shape[1]
     return round(total)
-
-
-def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
-    ids = windows.to(target.device)
-    with target.outside():
-        calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
-        return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls
 
 
 def layers_by_kind(target: Target, calls: list[LayerCall]) -> list[tuple[int, LayerCall, int]]:

@@ -16,21 +16,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from secateur.allocator import LOGITS_BYTES
 from secateur.calibration.statistics import held_bytes
 from secateur.engine import plan
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.layouts import LayerLayout, layouts
+from secateur.engine.stream.layouts import LayerLayout, calls_of, layouts
 from secateur.engine.stream.targets import Target, refuse_unknown
+from secateur.machine import LOGITS_BYTES, fast_dtype
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
-from secateur.precision import fast_dtype
 from secateur.recipes.shared import Distill
+from secateur.registry import float32_bytes
 from secateur.runs.output import write_json
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.allocation import Allocation
-from secateur.types import float32_bytes
 
 log = logging.getLogger(__name__)
 
@@ -354,7 +353,7 @@ def _forward_bytes(
     gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
     halting = gathered and settings.sequential == "group" and settings.in_memory
     waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
-    hidden, calls = plan.calls_of(target, windows[: settings.windows_at_once(windows)])
+    hidden, calls = calls_of(target, windows[: settings.windows_at_once(windows)])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
     values = max(call.values().nbytes if call.varying else 0 for call in calls)
@@ -390,7 +389,7 @@ def _group_shapes(
 
 def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     """Two whole models, one in float32 with gradients, moments and masks; one window's forward."""
-    hidden, calls = plan.calls_of(target, window)
+    hidden, calls = calls_of(target, window)
     written_out = writes_out(target.device, window.shape[1])
     forward = sum(
         count * plan.rehearse_training(target.layers[i], hidden, call, written_out=written_out)
@@ -407,7 +406,7 @@ def _sweep_bytes(target: Target, teacher: Target, window: Tensor) -> int:
     through it; or everything outside the layers in float32 with one window's logits. The teacher's
     layers have no gradients, so only what is outside of them counts.
     """
-    hidden, calls = plan.calls_of(target, window)
+    hidden, calls = calls_of(target, window)
     weights = max(map(plan.weights_of, target.layers))
     outside = max(plan.weights_of(x.model) - plan.weights_of(x.layers) for x in (target, teacher))
     written_out = writes_out(target.device, window.shape[1])

@@ -40,8 +40,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.allocator import give_back
 from secateur.errors import KernelError, SecateurError
+from secateur.machine import give_back
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.runs.environment import usable_processors

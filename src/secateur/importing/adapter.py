@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
-from secateur.models.checkpoint import CheckpointReader, refuse_not_finite
-from secateur.models.header import read_header
+from secateur.models.checkpoint import CheckpointReader, read_header, refuse_not_finite
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import StoredModel, build_skeleton, quiet_transformers
 from secateur.training.lora import merge, need_peft

@@ -9,8 +9,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError
 from secateur.importing.torch_prune import as_mask
 from secateur.models.at_rest import damaged
-from secateur.models.checkpoint import CheckpointReader, read_entry
-from secateur.models.header import TensorEntry, read_header
+from secateur.models.checkpoint import CheckpointReader, TensorEntry, read_entry, read_header
 from secateur.models.hub import CONVERT, PICKLES
 
 ENDINGS = ("", ".weight", "_mask", ".weight_mask", ".mask")

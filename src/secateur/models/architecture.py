@@ -33,14 +33,14 @@ Names joined by `+` are segments one after the other: `queries+keys+keys` of a f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.expert_layout import PROJECTIONS, ExpertLayout, Experts, stored_in_table
 from secateur.registry import Registry
 
@@ -293,6 +293,64 @@ def mixes_states(layer: nn.Module, name: str) -> bool:
     there would cut a whole state off.
     """
     return any("altup" in type(m).__name__.lower() for _, _, m in _path_to(layer, name))
+
+
+def stored_linears(
+    model: Any, architecture: Architecture, names: Iterable[str]
+) -> dict[str, tuple[int, Linear]]:
+    """The linears of the decoder layers with their layer's number, by the names of their weights.
+
+    A layer that shares its weights with another need not be stored.
+    """
+    linears = {
+        f"{linear.name}.weight": (index, linear)
+        for index, layer in enumerate(architecture.layers(model))
+        for linear in linears_of(layer, architecture.layer_name(index)).values()
+    }
+    # a layer that shares its weights is stored under the name of the other
+    absent = linears.keys() - set(names) - _shared_parameters(model, architecture).keys()
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of {len(linears)} matrices of the decoder layers are not stored",
+            where=min(absent),
+            remedy="the checkpoint is incomplete (download it again), or it stores them in another "
+            "form than the modules of transformers have",
+        )
+    return linears
+
+
+def _shared_parameters(model: Any, architecture: Architecture) -> dict[str, str]:
+    """Parameters of decoder layers that are shared: name → name of the first one.
+
+    In a loaded model the parameters are the same objects. In a skeleton they are separate until
+    they are tied, so its class names them.
+    """
+    prefix = architecture.layers_path + "."
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and name.startswith(prefix):
+            found[name] = other
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found.update({name: other for name, other in tied.items() if name.startswith(prefix)})
+    return found
+
+
+def refuse_shared(model: Any, architecture: Architecture) -> None:
+    """Refuse decoder layers that share weights with each other.
+
+    Pruning one layer would prune all of them, but the score would use the inputs of only one.
+    """
+    shared = _shared_parameters(model, architecture)
+    if shared:
+        name, other = next(iter(shared.items()))
+        raise ArchitectureError(
+            f"{len(shared)} parameters of decoder layers are shared with other layers; the first "
+            f"is that of {other}",
+            where=name,
+            remedy="pruning layers that share weights is not supported",
+        )
 
 
 def family_of(model: Any) -> Family | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from secateur.precision import fast_dtype
+from secateur.machine import fast_dtype
 
 
 class _OtherAttention(TorchFunctionMode, ABC):

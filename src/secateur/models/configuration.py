@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError, first_line
-from secateur.models.checkpoint import read_header, read_headers, shard_files
-from secateur.models.header import Header, damaged, parse_json
+from secateur.models.checkpoint import (
+    Header,
+    damaged,
+    parse_json,
+    read_header,
+    read_headers,
+    shard_files,
+)
 
 TEXT_PARTS = ("text_config", "decoder", "generator")
 """Where transformers looks for the part of a configuration that describes the decoder."""

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import CheckpointReader
-from secateur.models.header import TensorEntry, damaged
+from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The linears of an opened expert."""

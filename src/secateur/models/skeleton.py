@@ -29,10 +29,9 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchitectureError, CheckpointError, first_line
 from secateur.models.architecture import experts_of, setting, text_config
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged
 from secateur.models.configuration import check_sizes, transformers_errors
 from secateur.models.experts import open_experts
-from secateur.models.header import TensorEntry, damaged
 
 LARGE = 2**24
 """Values of a tensor that is large."""

@@ -23,9 +23,8 @@ from typing import Any
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
 from secateur.models import hub
 from secateur.models.cache import cache_folder, work_beside
-from secateur.models.checkpoint import refuse_not_finite, shard_files
+from secateur.models.checkpoint import damaged, refuse_not_finite, shard_files
 from secateur.models.configuration import check_folder
-from secateur.models.header import damaged
 from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean

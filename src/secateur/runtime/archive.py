@@ -18,8 +18,7 @@ from pydantic import ConfigDict, Field, StrictInt
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import as_bytes, dtype_name
-from secateur.models.header import DTYPES, MAX_DIMENSIONS, MAX_SIDE
+from secateur.models.checkpoint import DTYPES, MAX_DIMENSIONS, MAX_SIDE, as_bytes, dtype_name
 from secateur.runtime.formats import PartSpec, bits
 
 SMALLEST_BYTES = 1024

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
 from secateur.models.architecture import linears_of
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.checkpoint import CheckpointReader, TensorEntry
 from secateur.models.experts import OpenExperts, opened_experts
-from secateur.models.header import TensorEntry
 from secateur.models.opening import computed_dtype, open_weights
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
 from secateur.quantization.groups import Scales

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.allocator import reused_pages
 from secateur.errors import KernelError, RecipeError, install_extra
+from secateur.machine import reused_pages
 from secateur.models import skeleton
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole

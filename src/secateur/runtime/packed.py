@@ -28,8 +28,15 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.models import checkpoint
-from secateur.models.checkpoint import PACKED_INDEX_NAME, QUANT_METHOD, as_bytes
-from secateur.models.header import Header, TensorEntry, parse_json, read_header
+from secateur.models.checkpoint import (
+    PACKED_INDEX_NAME,
+    QUANT_METHOD,
+    Header,
+    TensorEntry,
+    as_bytes,
+    parse_json,
+    read_header,
+)
 from secateur.quantization.activations import GROUP
 from secateur.runtime.archive import Archived, from_archive, pays_to_archive, to_archive
 from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes

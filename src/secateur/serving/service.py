@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from secateur.allocator import trim
+from secateur.machine import trim
 from secateur.models.tokenizer import Tokenizer, text_bound
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.grammar import Grammar, Grammars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import numpy as np
@@ -22,26 +21,6 @@ _SAMPLED_WIDTH = 2**16
 _SAMPLE = 2**13
 # Of 32 bits: the lowest of each pass, and how many values its bits have.
 _PASSES = ((21, 2**11), (10, 2**11), (0, 2**10))
-
-
-def pruned_count(total: int, sparsity: float) -> int:
-    """The number of zeros that comes nearest to `sparsity` of `total`, halves rounded up.
-
-    The sparsity is read as the decimal number a person would write for it, so that 0.7 of 45 is
-    31.5 and rounds to 32, although the double nearest to 0.7 lies below it. For every whole
-    0 <= k <= total, `pruned_count(total, k / total) == k`.
-
-    Args:
-        total: how many weights or blocks there are.
-        sparsity: the fraction of zeros.
-
-    Example:
-        >>> from secateur.sparsity.exact_count import pruned_count
-        >>> pruned_count(45, 0.7)
-        32
-    """
-    exact = Decimal(repr(float(sparsity))) * total  # repr: the shortest decimal, as it was written
-    return int(exact.to_integral_value(rounding=ROUND_HALF_UP))
 
 
 def keep_largest(score: Float32[Tensor, "groups n"], pruned: int) -> Bool[Tensor, "groups n"]:

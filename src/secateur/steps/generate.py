@@ -16,8 +16,8 @@ from torch import Tensor
 
 from secateur.errors import RecipeError, first_line
 from secateur.evaluation.generation import end_tokens
+from secateur.models.checkpoint import parse_json
 from secateur.models.configuration import read_configuration
-from secateur.models.header import parse_json
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ChatRecipe, GenerateRecipe

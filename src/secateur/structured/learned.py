@@ -41,9 +41,9 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.engine.plan import Need
 from secateur.errors import NumericalError, RecipeError, SourceError
+from secateur.machine import fast_matmuls
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.opening import load_whole
-from secateur.precision import fast_matmuls
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.output import whole_folder
 from secateur.structured.cut import Cut, consumers, sizes_of, unit_width

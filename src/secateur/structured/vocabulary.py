@@ -25,7 +25,7 @@ from torch import nn
 from secateur.calibration.chats import Document
 from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
-from secateur.models import at_rest, checkpoint, configuration, header, opening, sources
+from secateur.models import at_rest, checkpoint, configuration, opening, sources
 from secateur.models.skeleton import build_skeleton, model_names
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
@@ -190,7 +190,7 @@ def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> f
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             named: list[int] = []
-            _each_id(header.parse_json((folder / name).read_bytes()), named.append)
+            _each_id(checkpoint.parse_json((folder / name).read_bytes()), named.append)
             found |= {number for number in named if number < rows}
     highest = max([*pieces.ids.values(), *found])
     if highest >= rows:
@@ -372,7 +372,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
             remedy="write one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
     try:
-        found = header.parse_json(file.read_bytes())
+        found = checkpoint.parse_json(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"it is not JSON: {error}", where=str(file)) from None
     if not isinstance(found, dict):
@@ -396,7 +396,7 @@ def _texts_that_name_tokens(folder: Path) -> str:
     found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))]
     for name in (_TOKENIZER_CONFIG, "chat_template.json"):
         if (folder / name).is_file():
-            content = header.parse_json((folder / name).read_bytes())
+            content = checkpoint.parse_json((folder / name).read_bytes())
             found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
     return "\0".join(found)
 

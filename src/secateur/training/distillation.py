@@ -44,9 +44,9 @@ from secateur.engine.prune.reconstruction import RoundedWeight, RoundedWeights, 
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError
+from secateur.machine import fast_matmuls
 from secateur.models.architecture import Linear, describe, hidden_size
 from secateur.models.skeleton import quiet_transformers
-from secateur.precision import fast_matmuls
 from secateur.progress import Progress
 from secateur.recipes.shared import Distill, trial_steps
 from secateur.runs.output import write_json

@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur import allocator
 from secateur.engine.prune.reconstruction import in_float32
 from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.calls import LayerCall
@@ -45,12 +44,12 @@ from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import NumericalError
+from secateur.machine import fast_dtype, fast_matmuls, reused_training_pages
 from secateur.models.architecture import Architecture, hidden_size
 from secateur.models.attention import WrittenOut
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.experts import open_experts
 from secateur.models.opening import load_whole, open_weights
-from secateur.precision import fast_dtype, fast_matmuls
 from secateur.progress import Progress
 from secateur.runs.output import write_json
 from secateur.training import distillation, objectives
@@ -411,7 +410,7 @@ class LayerwiseTrainer:
         finished, of_batch = -(-len(done) // self.size), 2 * self.count
         self.progress.start(self.label, -(-steps // self.size) * of_batch)
         self.progress.step(finished * of_batch)
-        with allocator.reused_training_pages():
+        with reused_training_pages():
             while len(done) < steps:
                 folder = self.folder / f"sweep-{len(done):06d}"
                 done += self._train_batch(len(done), min(self.size, steps - len(done)), folder)

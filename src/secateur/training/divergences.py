@@ -43,8 +43,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError
+from secateur.machine import LOGITS_BYTES
 
 KINDS = ("forward", "reverse", "total_variation")
 LEAST = -1e4

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import Gathering, watched
 from secateur.errors import NumericalError, RecipeError
+from secateur.machine import full_float32
 from secateur.models.architecture import Linear
-from secateur.precision import full_float32
 from secateur.recipes.train import GradualOptions, IterativeOptions
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation.global_threshold import global_threshold

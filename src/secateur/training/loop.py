@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from secateur import allocator, precision
+from secateur import machine
 from secateur.engine.prune import reconstruction
 from secateur.errors import NumericalError, RecipeError
 from secateur.models import architecture, attention, skeleton
@@ -140,8 +140,8 @@ class Loop:
             raise RecipeError("no parameter is trained", remedy="see the rates")
         with ExitStack() as stack:
             stack.enter_context(skeleton.quiet_transformers())
-            stack.enter_context(precision.full_float32())  # autocast does not cover backwards
-            stack.enter_context(allocator.reused_training_pages())
+            stack.enter_context(machine.full_float32())  # autocast does not cover backwards
+            stack.enter_context(machine.reused_training_pages())
             # Sharding comes first: each unit becomes float32 just before it is divided, so no
             # process ever holds all weights in float32.
             self.processes.shard(self.model, reconstruction.to_float32)
@@ -271,7 +271,7 @@ class Loop:
     def matmuls(self) -> AbstractContextManager[Any]:
         """Return the context that sets the precision of products."""
         fast = self.plan.fast_matmuls
-        return (precision.fast_matmuls if fast else precision.exact_matmuls)(self.device)
+        return (machine.fast_matmuls if fast else machine.exact_matmuls)(self.device)
 
     # -- monitoring ------------------------------------------------------------------------------
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RecipeError, SourceError, VerificationError
 from secateur.models.architecture import Linear, describe, linears_of
-from secateur.models.checkpoint import CheckpointReader
-from secateur.models.header import read_header
+from secateur.models.checkpoint import CheckpointReader, read_header
 from secateur.models.skeleton import StoredModel, build_skeleton
 
 FIXED_AT_ZERO = (

@@ -22,15 +22,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from secateur.allocator import LOGITS_BYTES
 from secateur.engine import plan as memory_plan
 from secateur.engine.plan import Need, Phase, Plan, weights_of
+from secateur.engine.stream.layouts import calls_of
 from secateur.engine.stream.targets import CheckpointTarget
+from secateur.machine import LOGITS_BYTES, fast_dtype
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, parameters_of
 from secateur.models.sources import LocalCheckpoint
-from secateur.precision import fast_dtype
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.training import masks
@@ -117,7 +117,7 @@ def _forward_bytes(
 
     With checkpointing, each layer keeps its input, and one layer at a time keeps everything inside.
     """
-    hidden, calls = memory_plan.calls_of(target, windows)
+    hidden, calls = calls_of(target, windows)
     layers = len(target.layers)
     written_out = plan.writes_out(device, windows.shape[1])
     # layers are alike enough: one is rehearsed on meta, where a forward costs no memory

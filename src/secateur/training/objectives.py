@@ -18,11 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from secateur.allocator import LOGITS_BYTES
 from secateur.errors import RecipeError
+from secateur.machine import LOGITS_BYTES, fast_matmuls
 from secateur.models.architecture import describe, head_alone, vocabulary_of
 from secateur.models.checkpoint import ShardWriter
-from secateur.precision import fast_matmuls
 from secateur.training import divergences
 from secateur.training.batches import Batch
 from secateur.training.divergences import Rows, loss_of, outputs_of

@@ -84,7 +84,7 @@ def test_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = {"method": "wanda", "reconstruction": {"passes": 1}}
     model = tiny_model("llama").to("cuda")
     secateur.prune(model, calibration=WINDOWS, sparsity=0.5, **tuned)  # in bfloat16
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     pruned_on_both(**tuned)
 
 

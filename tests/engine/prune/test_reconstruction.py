@@ -236,7 +236,7 @@ def test_fast_matmuls_touch_the_forwards_and_not_the_statistics(
     family: str, sequential: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 outputs, float32 sums; wherever the test runs, as if it were the faster."""
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: True)
     inside: list[bool] = []
 
     def update(self: Gram, x: torch.Tensor) -> None:

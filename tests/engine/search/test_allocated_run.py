@@ -372,7 +372,7 @@ def surveyed(work: Path, fast: bool) -> list[float]:
 
 def test_exact_matmuls_reach_the_surveys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = surveyed(tmp_path / "slow processor", fast=True)
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: True)
     assert surveyed(tmp_path / "exact", fast=False) == exact
     rough = surveyed(tmp_path / "fast", fast=True)
     assert rough == pytest.approx(exact, rel=0.2)

@@ -19,9 +19,8 @@ import secateur
 from secateur.engine.prune import layer as pruning
 from secateur.engine.search.depth import influences
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.calls import call_layer
+from secateur.engine.stream.calls import PackedHiddenStates, call_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.packing import PackedHiddenStates
 from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers

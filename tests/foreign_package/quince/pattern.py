@@ -7,8 +7,8 @@ from torch import Tensor
 
 from quince import MIB
 from secateur.errors import PatternError, ShapeError
-from secateur.sparsity.exact_count import keep_largest, pruned_count
-from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
+from secateur.sparsity.exact_count import keep_largest
+from secateur.sparsity.patterns import check_sparsity, patterns, pruned_count, unit_scores, within
 from secateur.types import Mask, Score
 
 

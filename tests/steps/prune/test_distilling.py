@@ -122,7 +122,7 @@ def test_a_share_of_the_next_token_makes_the_text_likelier() -> None:
 
 
 def test_the_outputs_of_the_last_layer_are_learned_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     student, teacher, windows = tiny_model("llama"), tiny_model("llama"), tiny_windows(1)
     with torch.no_grad():
         next(describe(teacher).layers(teacher)[0].parameters()).mul_(1.5)

@@ -23,8 +23,8 @@ from zoo import tiny_model, tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.errors import MemoryBudgetError, RecipeError
+from secateur.machine import fast_dtype
 from secateur.models.skeleton import quiet_transformers
-from secateur.precision import fast_dtype
 from secateur.reporting.plan import PlanResult
 from secateur.sparsity.column_sweep import kept_weights
 from secateur.training import distilled_checkpoint
@@ -48,7 +48,7 @@ def few_sweeps() -> Iterator[None]:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in float32 on every machine, and a teacher that stores nearly all tokens."""
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     monkeypatch.setattr("secateur.training.objectives.TOP_K", 95)
 
 

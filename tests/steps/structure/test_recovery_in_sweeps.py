@@ -55,7 +55,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
 ) -> None:
     """Where no gradient is clipped, and but for the last norm, which learns only in memory."""
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda parameters, most: Tensor([0.0]))
-    monkeypatch.setattr("secateur.precision._fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     monkeypatch.setattr("secateur.training.objectives.TOP_K", 95)
     before = secateur.structure(
         source, output=tmp_path / "plain", **options | {"distill_epochs": 0}

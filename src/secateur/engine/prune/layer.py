@@ -29,9 +29,9 @@ from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
 from secateur.engine.stream.targets import Target
 from secateur.errors import located
+from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
 from secateur.parallel.ranks import ALONE, Ranks, owners
-from secateur.precision import exact_matmuls
 from secateur.progress import Progress
 from secateur.runs.records import LinearRecord
 from secateur.types import STORED, Mask, Statistics, Weight

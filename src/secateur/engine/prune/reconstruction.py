@@ -32,14 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.plan import calls_of, layers_by_kind, rehearse_training, weights_of
+from secateur.engine.plan import layers_by_kind, rehearse_training, weights_of
 from secateur.engine.prune.tasks import Settings, Tasks
 from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.layouts import calls_of
 from secateur.engine.stream.targets import Target
+from secateur.machine import fast_matmuls
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.precision import fast_matmuls
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import nearest_rows
 from secateur.sparsity.column_sweep import kept_weights, mark_kept

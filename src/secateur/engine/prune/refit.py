@@ -34,15 +34,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secateur.allocator import reused_pages
 from secateur.calibration.statistics import CrossGram, Gathering, GroupStatistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group
 from secateur.engine.stream.hidden_states import Activations
 from secateur.engine.stream.targets import Target, walk_layers
+from secateur.machine import full_float32, reused_pages
 from secateur.models.architecture import Architecture, Linear, linears_of
-from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer

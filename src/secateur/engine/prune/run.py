@@ -18,7 +18,6 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from secateur.allocator import reused_pages
 from secateur.engine.prune.checks import check_zeros, collapsed
 from secateur.engine.prune.coverage import coverage, warn_of_experts
 from secateur.engine.prune.layer import OpenLayer, arrivals_of, prune_layer
@@ -27,7 +26,7 @@ from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStr
 from secateur.engine.stream.layouts import kind_of
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import VerificationError
-from secateur.precision import full_float32
+from secateur.machine import full_float32, reused_pages
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer, LinearRecord

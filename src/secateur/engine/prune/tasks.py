@@ -25,14 +25,14 @@ from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.layouts import LayerLayout
 from secateur.engine.stream.targets import Target, refuse_unknown
 from secateur.errors import PatternError, RecipeError, located
+from secateur.machine import fast_matmuls
 from secateur.models.architecture import linears_of
 from secateur.models.inventory import StoredMatrix, summary, weights_of
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.precision import fast_matmuls
 from secateur.recipes.prune import PruneRecipe
+from secateur.registry import float32_bytes
 from secateur.runs.records import SkippedMatrix
 from secateur.sparsity.methods import Method
-from secateur.types import float32_bytes
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 

@@ -24,14 +24,14 @@ from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
 from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import located
+from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
-from secateur.precision import exact_matmuls
 from secateur.progress import Progress
 from secateur.runs.output import write_tensors
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity
-from secateur.sparsity.exact_count import pruned_count
 from secateur.sparsity.methods import Method
+from secateur.sparsity.patterns import pruned_count
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.types import STORED

@@ -22,9 +22,9 @@ from secateur.calibration.statistics import watched
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
 from secateur.errors import NumericalError
+from secateur.machine import full_float32
 from secateur.models.architecture import Linear, linears_of
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
-from secateur.precision import full_float32
 from secateur.progress import Progress
 from secateur.runs.output import write_tensors
 

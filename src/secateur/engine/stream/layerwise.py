@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
-from secateur.precision import full_float32
+from secateur.machine import full_float32
 
 OpenLayer = Callable[[int], AbstractContextManager[tuple[nn.Module, Callable[[int], None]]]]
 """The number of a layer → a context with the layer, and a function that is called after each window

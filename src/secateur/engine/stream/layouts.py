@@ -79,7 +79,10 @@ def layouts(target: Target, length: int) -> list[LayerLayout]:
     declared = [declared_layout(target, layer) for layer in target.layers]
     if all(layout is not None for layout in declared):
         return [layout for layout in declared if layout is not None]
-    hidden, calls = _sample(target, min(length, TOKENS))
+    vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
+    # different tokens, so that two inputs of the layer are not equal by chance
+    ids = torch.arange(min(length, TOKENS))[None] % vocabulary
+    hidden, calls = calls_of(target, ids)
     found: dict[Hashable, LayerLayout] = {}
     result = []
     for index, (layer, known) in enumerate(zip(target.layers, declared, strict=True)):
@@ -102,11 +105,9 @@ def declared_layout(target: Target, layer: nn.Module) -> LayerLayout | None:
     return LayerLayout(tuple(tuple(group) for group in groups if group))
 
 
-def _sample(target: Target, length: int) -> tuple[Tensor, list[LayerCall]]:
-    """An input of the first layer, [1, length, hidden], and how each layer is called."""
-    vocabulary = int(target.model.get_input_embeddings().weight.shape[0])
-    # different tokens, so that two inputs of the layer are not equal by chance
-    ids = torch.arange(length, device=target.device)[None] % vocabulary
+def calls_of(target: Target, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """The first layer's inputs for one micro-batch, and how each layer is called for it."""
+    ids = windows.to(target.device)
     with target.outside():
         calls = layer_calls(target.model, target.layers, [ids, ids.flip(1)])
         return calls[0].packed(first_inputs(target.model, target.layers, ids)), calls

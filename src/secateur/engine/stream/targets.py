@@ -24,6 +24,8 @@ from secateur.models.architecture import (
     hidden_size,
     linears_of,
     refuse_other_sizes,
+    refuse_shared,
+    stored_linears,
     vocabulary_of,
 )
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
@@ -130,7 +132,7 @@ class CheckpointTarget:
         self.dtype = self.model.dtype
         self.stored = skeleton.stored_names(self.model, reader)
         # refuses missing tensors
-        inventory.stored_linears(self.model, self.architecture, self.stored)
+        stored_linears(self.model, self.architecture, self.stored)
         skeleton.fill_buffers(self.model, reader)
 
     @property
@@ -295,7 +297,7 @@ def refuse_unknown(target: Target) -> None:
         ArchitectureError: naming the module.
     """
     refuse_fused(target.layers)
-    inventory.refuse_shared(target.model, target.architecture)
+    refuse_shared(target.model, target.architecture)
 
 
 def refuse_all_zero(target: Target) -> None:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.models.checkpoint import CheckpointReader, read_entry
-from secateur.models.header import TensorEntry, damaged
+from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged, read_entry
 from secateur.registry import Registry
 
 __all__ = [
@@ -224,15 +223,20 @@ class NamedForm(ABC):
     """A form that `quant_method` of the configuration names; a subclass makes its matrices.
 
     Attributes:
+        aliases: what `quant_method` may call it besides its name.
+        keys: keys of the configuration that only this form has.
         of_activations: the last part of the names of tensors that are no part of the dense model.
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    keys: ClassVar[tuple[str, ...]] = ()
     of_activations: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, source: SourceFolder) -> bool:
         """Whether the configuration names this form."""
-        return described_by(source.config).get("quant_method") == self.name
+        named = described_by(source.config).get("quant_method")
+        return named in (self.name, *self.aliases) or any(key in source.config for key in self.keys)
 
     def open(self, source: SourceFolder) -> AssembledReader:
         """Return a reader that makes each matrix when it is read."""

@@ -46,7 +46,6 @@ from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models import at_rest
 from secateur.models.checkpoint import CheckpointReader
 
-METHODS = ("compressed-tensors", "sparseml")
 OF_ACTIVATIONS = (
     "input_scale", "input_zero_point", "input_g_idx", "input_global_scale", "output_scale",
     "output_zero_point",
@@ -72,13 +71,9 @@ class CompressedTensorsFolder(at_rest.NamedForm):
     """The formats of compressed-tensors, but for marlin-24 and floats of 6 bits."""
 
     name: ClassVar[str] = "compressed-tensors"
+    aliases: ClassVar[tuple[str, ...]] = ("sparseml",)
+    keys: ClassVar[tuple[str, ...]] = at_rest.DESCRIPTIONS[1:]
     of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
-
-    def recognises(self, source: at_rest.SourceFolder) -> bool:
-        """Whether the configuration names compressed-tensors."""
-        return at_rest.described_by(source.config).get("quant_method") in METHODS or (
-            "compression_config" in source.config or "sparsity_config" in source.config
-        )
 
     def assemblies(
         self, source: at_rest.SourceFolder, described: at_rest.Described

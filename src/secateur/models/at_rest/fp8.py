@@ -23,7 +23,7 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError
 from secateur.models import at_rest
-from secateur.models.header import TensorEntry
+from secateur.models.checkpoint import TensorEntry
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from secateur.models import at_rest
-from secateur.models.header import TensorEntry
+from secateur.models.checkpoint import TensorEntry
 
 GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"

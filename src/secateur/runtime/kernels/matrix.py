@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.allocator import LARGE_PAGE, ask_for_large_pages, trim
 from secateur.errors import KernelError, ShapeError
+from secateur.machine import LARGE_PAGE, ask_for_large_pages, trim
 from secateur.quantization.groups import GroupGrid, Scales
 from secateur.runtime.formats import GRID_BITS, VALUES
 from secateur.runtime.kernels import library

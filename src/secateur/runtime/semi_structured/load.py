@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import CheckpointError, KernelError
-from secateur.models.header import TensorEntry, read_header
+from secateur.models.checkpoint import TensorEntry, read_header
 from secateur.models.skeleton import build_skeleton, refuse_missing
 from secateur.runtime.kernels.linear import InferenceLinear
 from secateur.runtime.semi_structured import layout

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "misplaced",
     "parse_pattern",
     "patterns",
+    "pruned_count",
     "recognised",
     "unit_scores",
     "within",
@@ -164,6 +166,26 @@ def parse_pattern(text: str, scope: str | None = None) -> Pattern:
         f"no pattern is written {text!r}",
         remedy="use " + "; or ".join(patterns[name].written for name in patterns),
     )
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """The number of zeros that comes nearest to `sparsity` of `total`, halves rounded up.
+
+    The sparsity is read as the decimal number a person would write for it, so that 0.7 of 45 is
+    31.5 and rounds to 32, although the double nearest to 0.7 lies below it. For every whole
+    0 <= k <= total, `pruned_count(total, k / total) == k`.
+
+    Args:
+        total: how many weights or blocks there are.
+        sparsity: the fraction of zeros.
+
+    Example:
+        >>> from secateur.sparsity.patterns import pruned_count
+        >>> pruned_count(45, 0.7)
+        32
+    """
+    exact = Decimal(repr(float(sparsity))) * total  # repr: the shortest decimal, as it was written
+    return int(exact.to_integral_value(rounding=ROUND_HALF_UP))
 
 
 def check_sparsity(sparsity: float, scope: str) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.errors import PatternError, ShapeError
+from secateur.registry import float32_bytes
 from secateur.sparsity.exact_count import keep_largest
 from secateur.sparsity.patterns import check_sparsity, patterns, unit_scores, within
-from secateur.types import Mask, Score, float32_bytes
+from secateur.types import Mask, Score
 
 
 @patterns.register("n:m")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.errors import PatternError, ShapeError
-from secateur.sparsity.exact_count import keep_largest, pruned_count
-from secateur.sparsity.patterns import patterns, unit_scores, within
-from secateur.types import Mask, Score, UnitScores, float32_bytes
+from secateur.registry import float32_bytes
+from secateur.sparsity.exact_count import keep_largest
+from secateur.sparsity.patterns import patterns, pruned_count, unit_scores, within
+from secateur.types import Mask, Score, UnitScores
 
 
 @patterns.register("whole-columns")

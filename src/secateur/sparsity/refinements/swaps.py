@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError
-from secateur.registry import Count
+from secateur.registry import Count, float32_bytes
 from secateur.sparsity.hessian import check_gram, check_weight
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.refinements import refinement
-from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
+from secateur.types import Gram, Mask, Statistics, Weight
 
 # Rows swapped together: enough to make the product with the gram efficient, as long as the pairs
 # within N:M groups stay below so many entries.

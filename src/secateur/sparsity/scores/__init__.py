@@ -7,10 +7,11 @@ float32 score [out, in]. Its keyword-only parameters can be set in a recipe.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
-from secateur.registry import CheckedPart, Registry
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.registry import CheckedPart, Registry, float32_bytes
+from secateur.types import Score, Statistics, Weight
 
 __all__ = ["ScoreFunction", "score", "scores"]
 
@@ -39,16 +40,15 @@ class ScoreFunction(Protocol):
 scores: Registry[type[ScoreFunction]] = Registry("score", __name__)
 
 
-def two_copies(shape: tuple[int, int]) -> int:
-    """Bytes of two float32 copies of a weight [out, in]: what most scores take."""
-    return 2 * float32_bytes(shape)
+_TWO_COPIES = partial(float32_bytes, copies=2)
+"""What most scores take."""
 
 
 def score(
     *,
     requires: Collection[str] = (),
     whole_units: bool = False,
-    working_bytes: Callable[[tuple[int, int]], int] = two_copies,
+    working_bytes: Callable[[tuple[int, int]], int] = _TWO_COPIES,
 ) -> Callable[[Function], Function]:
     """Register a function as a score, under its own name.
 

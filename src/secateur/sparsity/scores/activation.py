@@ -1,7 +1,8 @@
 """Activation: units with the least energy are removed first."""
 
+from secateur.registry import float32_bytes
 from secateur.sparsity.scores import score
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.types import Score, Statistics, Weight
 
 
 @score(requires={"column_norm"}, working_bytes=float32_bytes)

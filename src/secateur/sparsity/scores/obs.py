@@ -1,14 +1,14 @@
 """Optimal Brain Surgeon: the output error without a weight, if the others compensate."""
 
-from secateur.registry import NonNegative
+from secateur.registry import NonNegative, float32_bytes
 from secateur.sparsity.hessian import FACTOR_SQUARES, inverse_factor
-from secateur.sparsity.scores import score, two_copies
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.sparsity.scores import score
+from secateur.types import Score, Statistics, Weight
 
 
 def _working_bytes(shape: tuple[int, int]) -> int:
     """Two copies of the weight, and the matrices of the factorisation."""
-    return two_copies(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
+    return 2 * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
 
 
 @score(requires={"gram"}, working_bytes=_working_bytes)

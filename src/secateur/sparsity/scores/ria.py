@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from secateur.registry import NonNegative
+from secateur.registry import NonNegative, float32_bytes
 from secateur.sparsity.scores import score
-from secateur.types import Score, Statistics, Weight, float32_bytes
+from secateur.types import Score, Statistics, Weight
 
 
 def _one_if_zero(sums: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError
-from secateur.registry import Count, NonNegative, Positive
+from secateur.registry import Count, NonNegative, Positive, float32_bytes
 from secateur.sparsity.hessian import cholesky, live_weight, scaled_hessian
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
-from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
+from secateur.types import Gram, Mask, Statistics, Weight
 
 
 class _PreparedProximal(NamedTuple):

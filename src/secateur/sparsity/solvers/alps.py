@@ -11,13 +11,13 @@ from jaxtyping import Bool, Float32
 from pydantic import Field
 from torch import Tensor
 
-from secateur.registry import Count, NonNegative, Positive
+from secateur.registry import Count, NonNegative, Positive, float32_bytes
 from secateur.sparsity.column_sweep import round_on_mask, sweep_grid
 from secateur.sparsity.hessian import fit_on_mask, inverse_factor, live_weight, scaled_hessian
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
-from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
+from secateur.types import Gram, Mask, Statistics, Weight
 
 # The support is compared, and ρ has grown by `growth`, once in this many iterations.
 _STAGE = 3

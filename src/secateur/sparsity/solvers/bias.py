@@ -8,8 +8,9 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor
 
+from secateur.registry import float32_bytes
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
-from secateur.types import Mask, Statistics, Weight, float32_bytes
+from secateur.types import Mask, Statistics, Weight
 
 
 @solvers.register("bias")

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from secateur.registry import NonNegative
+from secateur.registry import NonNegative, float32_bytes
 from secateur.sparsity.hessian import cholesky, damped_diagonal, factorised, live_weight
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
-from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
+from secateur.types import Gram, Mask, Statistics, Weight
 
 # Entries of the systems that are gathered and factorised together: 64 MiB in float32.
 _CHUNK_ENTRIES = 2**24

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from secateur.errors import PatternError
 from secateur.quantization.sweep_grids import GroupColumns
-from secateur.registry import Count
+from secateur.registry import Count, float32_bytes
 from secateur.sparsity import hessian
 from secateur.sparsity.column_sweep import Choice, round_on_mask, sweep, sweep_grid
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
-from secateur.types import Gram, Mask, Statistics, Weight, float32_bytes
+from secateur.types import Gram, Mask, Statistics, Weight
 
 
 class _PreparedGram(NamedTuple):

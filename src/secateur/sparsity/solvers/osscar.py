@@ -8,12 +8,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from secateur.registry import Count
+from secateur.registry import Count, float32_bytes
 from secateur.sparsity.hessian import FACTOR_SQUARES, inverse_factor, live_weight
 from secateur.sparsity.patterns import Pattern, WholeUnits
 from secateur.sparsity.solvers import Solution, solvers
 from secateur.sparsity.solvers.least_squares import LeastSquares, PreparedHessian, systems_bytes
-from secateur.types import Mask, Weight, float32_bytes
+from secateur.types import Mask, Weight
 
 
 @solvers.register("osscar")

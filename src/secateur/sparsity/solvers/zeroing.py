@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from secateur.quantization.groups import Group
 from secateur.quantization.int8 import nearest_rows
+from secateur.registry import float32_bytes
 from secateur.sparsity.column_sweep import mark_kept
 from secateur.sparsity.solvers import Bits, Solution, SolverDefaults, solvers
-from secateur.types import Mask, Statistics, Weight, float32_bytes
+from secateur.types import Mask, Statistics, Weight
 
 
 @solvers.register("zero")
