@@ -11,7 +11,7 @@ import pytest
 MEASURED = """
 import os
 import torch
-from secateur.machine import TRAINING_BLOCK_BYTES, TRAINING_BYTES, give_back, reused_pages
+from secateur.machine import TRAINING_BLOCK_BYTES, TRAINING_BYTES, reused_pages
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -36,6 +36,7 @@ for count, sizes in (50, ()), (300, (TRAINING_BLOCK_BYTES, TRAINING_BYTES)):
 
 HELD = """
 import os
+from secateur.machine import give_back
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -39,7 +39,7 @@ def make_app() -> App:
         app.command(
             f"secateur.cli.commands:{verb.name}",
             name=verb.name,
-            help=verb.about,
+            help=f"{verb.summary}\n\n{verb.more}".rstrip(),
             group=headings[verb.stage],
             sort_key=place,
         )

@@ -8,12 +8,13 @@ recipe, and its work is the step of the verb.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from inspect import Parameter as Argument
 from inspect import Signature
@@ -23,12 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_origin
 from cyclopts import Group, Parameter, Token
 
 from secateur.errors import RecipeError, SecateurError
+from secateur.progress import Progress, Silent
 from secateur.recipes.options import GROUPS, Flag, Heading, Option, options_of, run_options_of
 from secateur.recipes.reading import recipe_from_flags, takes_several
 from secateur.recipes.verbs import VERBS, imported
 
 if TYPE_CHECKING:
-    from secateur.progress import Progress
     from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
     from secateur.reporting.fields import Result
     from secateur.steps.generate import Conversation
@@ -40,7 +41,7 @@ def __getattr__(name: str) -> Callable[..., None]:
     return make_command(name)
 
 
-def _show_progress() -> AbstractContextManager[Progress]:
+def _show_progress() -> contextlib.AbstractContextManager[Progress]:
     from secateur.cli.progress import show_progress  # needs rich
 
     return show_progress()
@@ -84,12 +85,15 @@ def make_command(verb: str) -> Callable[..., None]:
             needed = any(o.path == ("output",) and o.default == "required" for o in of_recipe)
             if needed and recipe.output is None:
                 raise RecipeError("no output folder", remedy="add --output DIR")
-        from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
+        model = str(getattr(recipe, "model", ""))
+        if not Path(model).exists():
+            from secateur.models.hub import refuse_out_of_reach  # after everything that is quick
 
-        refuse_out_of_reach(str(getattr(recipe, "model", "")))
+            refuse_out_of_reach(model)
         call |= {"as_json": as_json} if VERBS[verb].streams else {}
-        with redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
-            result = VERBS[verb].run(recipe, call, _show_progress, command=True)
+        with contextlib.redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
+            showing = partial(contextlib.nullcontext, Silent()) if quiet else _show_progress
+            result = VERBS[verb].run(recipe, call, showing, command=True)
         if result is not None:
             print_result(result, as_json=as_json, made=getattr(recipe, "output", None))
             if result.exit_code:
@@ -97,7 +101,7 @@ def make_command(verb: str) -> Callable[..., None]:
 
     function: Any = run_command
     function.__signature__ = signature
-    function.__doc__ = VERBS[verb].about
+    function.__doc__ = f"{VERBS[verb].summary}\n\n{VERBS[verb].more}".rstrip()
     function.__name__ = verb
     return run_command
 
@@ -167,7 +171,7 @@ def print_result(result: Result, *, as_json: bool, made: str | None = None) -> N
             result.show()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _printing(made: str | None = None) -> Iterator[None]:
     """Write to stdout; see `print_result`.
 
@@ -238,7 +242,7 @@ def carry_out_chat(recipe: ChatRecipe, *, as_json: bool) -> None:
     conversation = _open(recipe)
     typed = sys.stdin.isatty()
     if typed:
-        with suppress(ImportError):  # `input` can then edit and recall lines
+        with contextlib.suppress(ImportError):  # `input` can then edit and recall lines
             import_module("readline")
         kind = "" if conversation.chat else "no chat template: each line is a text to continue. "
         print(f"{recipe.model}: {kind}{CHAT_HELP}", file=sys.stderr)

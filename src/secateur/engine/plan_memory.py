@@ -350,9 +350,6 @@ def _forward_bytes(
     """Bytes of all hidden states; of a running forward and all that halt; and of tuning a layer."""
     if windows is None:
         return 0, (0, 0), 0
-    gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
-    halting = gathered and settings.sequential == "group" and settings.in_memory
-    waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
     hidden, calls = calls_of(target, windows[: settings.windows_at_once(windows)])
     batch_tokens = hidden.shape[0] * hidden.shape[1]
     own = hidden.numel() * hidden.dtype.itemsize
@@ -363,6 +360,9 @@ def _forward_bytes(
         for i, call, _ in plan.layers_by_kind(target, calls)
     ]
     forward, halted = map(max, zip(*rehearsals, strict=True))
+    gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
+    halting = gathered and settings.sequential == "group" and settings.in_memory
+    waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
     # A halted forward's own input is a view of the stored hidden states.
     held = waiting * (halted - own) * (windows.numel() // batch_tokens)
     if waiting > 1:  # the terms that the writers of both models added to the residual stream

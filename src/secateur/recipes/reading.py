@@ -152,12 +152,14 @@ def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[s
         values: the values of the recipe.
     """
     model = values.get("model")
-    texts = own_texts(model) if isinstance(model, str) else None
     for option in (option for option in options_of(kind) if option.flag.own_text):
         given: Any = values
         for key in option.path:  # a single value may stand for the section
             given = given.get(key) if isinstance(given, Mapping) else given
-        if given == AUTO_TEXT or (given is None and texts and option.default != "none"):
+        if given not in (None, AUTO_TEXT):
+            continue
+        texts = own_texts(model) if isinstance(model, str) else None
+        if given == AUTO_TEXT or (texts and option.default != "none"):
             text = getattr(texts, str(option.flag.own_text)) if texts else DEFAULT_TEXT
             values = _with_value(values, option.path, text)
     return values

@@ -110,7 +110,8 @@ class Verb:
             SecateurError: what, where, and what to do.
         """
         options = dict(call)
-        launched = Launched.read(os.environ) if command else Launched()
+        together = command and "WORLD_SIZE" in os.environ
+        launched = Launched.read(os.environ) if together else Launched()
         if launched.count > 1:  # torch would print the stack of every connection that closes
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         step, dry_run = imported(self.step), options.pop("dry_run", False)
@@ -158,11 +159,6 @@ class Verb:
             partial(self.run, own, dict(call), showing, command=True),
         )
         return imported(self.step).result(Path(recipe.output).absolute())
-
-    @property
-    def about(self) -> str:
-        """The summary and the further sentences."""
-        return f"{self.summary}\n\n{self.more}" if self.more else self.summary
 
 
 def _share_of(step: Any) -> Callable[[Any, Ranks], Any] | None:

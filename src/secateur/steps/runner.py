@@ -1,7 +1,8 @@
 """Runs a step: every verb that makes a folder has this life.
 
+folder   the output can be written
 check    what needs no model is refused
-folder   the output can be written, and holds nothing that the step reads
+apart    the output holds nothing that the step reads
 source   is found, or fetched
 open     everything that the recipe names is opened and checked; nothing is written
 begin    the folder is locked; a stopped or finished run there must be the same one
@@ -159,10 +160,10 @@ def carry_out(
     """
     meter = Meter.start()  # before any work, so that the cost has all of it
     values: Any = recipe
-    checked = kind.check(recipe)
     folder = RunFolder(
         at or values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
+    checked = kind.check(recipe)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     source = source or source_of(recipe, progress)

@@ -56,7 +56,7 @@ class LinearTask:
         sparsity: the fraction of its weights that become zero; 0 leaves it unchanged.
         cost: cost of one of its units in an allocation's budget; None: the number of its weights.
         fixed: whether its sparsity is fixed, so no allocation changes it.
-        rounded: whether the method changes it without pruning any weight.
+        selected: whether the recipe selects it; a method that rounds changes it at sparsity 0 too.
         left: the reason why it stays unchanged, if its sparsity is 0.
     """
 
@@ -66,13 +66,18 @@ class LinearTask:
     sparsity: float
     cost: int | None = None
     fixed: bool = False
-    rounded: bool = False
+    selected: bool = False
     left: str | None = None
 
     @property
     def changes(self) -> bool:
         """Whether the run changes the linear."""
-        return self.rounded or self.sparsity > 0
+        return self.sparsity > 0 or self.rounded
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the method rounds its weights."""
+        return self.selected and self.method.solver.rounds
 
 
 Tasks = Mapping[str, LinearTask]
@@ -126,7 +131,7 @@ def tasks_of(
             0.0 if left else asked,
             cost=costs.get(name),
             fixed=selection.override(name) is not None,
-            rounded=own.solver.rounds and selection.selects(name),
+            selected=selection.selects(name),
             left=left,
         )
         _check(task)
