@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from inspect import Parameter as Argument
 from inspect import Signature
@@ -45,6 +44,10 @@ def _show_progress() -> contextlib.AbstractContextManager[Progress]:
     from secateur.cli.progress import show_progress  # needs rich
 
     return show_progress()
+
+
+def _show_nothing() -> contextlib.AbstractContextManager[Progress]:
+    return contextlib.nullcontext(Silent())
 
 
 HEADINGS = {name: Group(name, sort_key=place) for place, name in enumerate(GROUPS)}
@@ -92,7 +95,7 @@ def make_command(verb: str) -> Callable[..., None]:
             refuse_out_of_reach(model)
         call |= {"as_json": as_json} if VERBS[verb].streams else {}
         with contextlib.redirect_stderr(OnlyErrors(sys.stderr) if quiet else sys.stderr):
-            showing = partial(contextlib.nullcontext, Silent()) if quiet else _show_progress
+            showing = _show_nothing if quiet else _show_progress
             result = VERBS[verb].run(recipe, call, showing, command=True)
         if result is not None:
             print_result(result, as_json=as_json, made=getattr(recipe, "output", None))

@@ -35,7 +35,9 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Open all experts of a model whose form is known, in place."""
     from transformers.initialization import no_init_weights
 
-    family, replaced = family_of(model), {}
+    family, replaced = family_of(model), dict[str, nn.Module]()
+    if family is not None and family.experts is None:
+        return replaced
     declared = family.experts if family else None
     for path, module in list(model.named_modules()):
         form = _form_of(path, module, declared)
