@@ -11,7 +11,7 @@ from secateur.recipes.keywords import recipe_of
 from secateur.recipes.methods_of import method_of
 from secateur.recipes.options import all_options, options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, idle_lines, recipe_from_flags
+from secateur.recipes.reading import build_call, build_recipe, idle_lines, recipe_from_flags
 from secateur.recipes.verbs import VERBS, imported
 
 KINDS = {verb.name: imported(verb.recipe) for verb in VERBS.values()}
@@ -80,7 +80,7 @@ def test_what_switches_another_option_off_may_leave_its_details() -> None:
     assert build_recipe(PruneRecipe, in_file).distillation.tokens == 4096
     flag = {("distillation", "tokens"): "--distill-tokens"}
     with pytest.raises(RecipeError, match=r"--distill-tokens: .*--distill-epochs"):
-        build_recipe(PruneRecipe, in_file, spelled=flag)
+        build_call(PruneRecipe, in_file, {}, spelled=flag)
 
 
 def test_a_written_recipe_with_all_its_defaults_can_be_read() -> None:

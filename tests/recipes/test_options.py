@@ -16,7 +16,7 @@ from secateur.recipes.keywords import public_function, recipe_of
 from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.options import GROUPS, options_of, run_options_of
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.reading import build_recipe, nested, read_flag, recipe_from_flags
+from secateur.recipes.reading import build_call, build_recipe, nested, read_flag, recipe_from_flags
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
@@ -260,7 +260,7 @@ def test_errors_in_python_name_keywords(tmp_path) -> None:
 
 def test_a_fault_in_yaml_names_the_key() -> None:
     with pytest.raises(RecipeError) as error:
-        build_recipe(PruneRecipe, {"model": "m", "calibration": {"windows": 0}}, where="r.yaml")
+        build_call(PruneRecipe, {"model": "m", "calibration": {"windows": 0}}, {}, where="r.yaml")
     assert error.value.what.startswith("calibration.windows=0: ")
     assert error.value.where == "r.yaml"
 

@@ -12,7 +12,6 @@ Answers are what the assistant writes, or the completion.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,13 +177,6 @@ def _words(message: Mapping[str, Any]) -> str:
     """The text of a message; its content may be in parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def template_digest(documents: Sequence[Document], tokenizer: Tokenizer) -> str | None:
-    """The SHA-256 of the chat template that writes documents, in sixteen digits; None for texts."""
-    if not (len(documents) and isinstance(documents[0], Chat)):
-        return None
-    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:16]
 
 
 def _marked(

@@ -119,24 +119,22 @@ def read_documents(
     return _local_documents(source, field)
 
 
-def read_text(
-    source: str, *, field: str = FIELD, split: str | None = None, config: str | None = None
-) -> JoinedText:
-    """A source as one text, for evaluation; the arguments are those of `read_documents`.
+def read_text(source: str) -> JoinedText:
+    """A source as one text, for evaluation; see `read_documents`.
 
     A single text file is not changed. Documents are joined by two newlines.
 
     Raises:
         SourceError: as `read_documents`.
     """
-    dataset = _hub_dataset(source, config)
+    dataset = _hub_dataset(source)
     documents: Sequence[Document]
     if dataset is None:
-        documents = _local_documents(source, field)
+        documents = _local_documents(source, FIELD)
         name, unit = source, "documents"
     else:
-        split = split or dataset.judge[0]
-        documents = _hub_documents(dataset, split, field)
+        split = dataset.judge[0]
+        documents = _hub_documents(dataset, split, FIELD)
         name = f"{dataset.repo} {dataset.config or ''} {split}".replace("  ", " ")
         unit = "rows"
     if chats.holds_chats(documents):
@@ -153,7 +151,7 @@ def check_text(source: str) -> None:
         SourceError: there is no such text.
     """
     known = source in TEXTS or Path(source).expanduser().exists()
-    if not known and _hub_dataset(source, None) is None:
+    if not known and _hub_dataset(source) is None:
         raise _no_text(source)
 
 
@@ -282,7 +280,7 @@ def _line_document(line: str, where: str, field: str) -> Document:
     return chats.whole_characters(cast(str, row[field]), where)
 
 
-def _hub_dataset(source: str, config: str | None) -> _HubDataset | None:
+def _hub_dataset(source: str, config: str | None = None) -> _HubDataset | None:
     """The hub data set that a source names, or None if it is a file, a folder or a sample."""
     if Path(source).expanduser().exists():
         return None

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.chats import template_digest
+from secateur.calibration.chats import Chat
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import (
     EXTRA,
@@ -135,13 +135,8 @@ class WindowReader:
         if only_plan and not ready:
             blank = torch.zeros((plan.all_windows, plan.sequence_length), dtype=torch.int64)
             return blank, {EXTRA: extra}
-        return load_calibration(
-            text,
-            None if ready else self.tokenizer(),
-            plan,
-            field=options.field,
-            **self._limits,
-        )
+        tokenizer = None if ready else self.tokenizer()
+        return load_calibration(text, tokenizer, plan, field=options.field, **self._limits)
 
     def read_up_to(
         self, text: str, plan: WindowPlan, field: str, *, answers: bool = False
@@ -425,20 +420,15 @@ def load_calibration(
             the model's context.
     """
     parts = parts_of(source)
+    limits: dict[str, Any] = {"vocab_size": vocab_size, "positions": positions}
     if len(parts) > 1:
-        load = partial(
-            load_calibration,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            positions=positions,
-            field=field,
-        )
+        load = partial(load_calibration, tokenizer=tokenizer, field=field, **limits)
         return _mixed(parts, plan, load)
     record: dict[str, Any] = {"source": source}
     source = parts[0][0]
     if source.endswith(".safetensors"):
         file = Path(source).expanduser()
-        windows = load_windows(file, vocab_size=vocab_size, positions=positions)
+        windows = load_windows(file, **limits)
         start, extra = stored_start(file), stored_extra(file)
         record["source"] = stored_source(file) or source
     else:
@@ -451,11 +441,12 @@ def load_calibration(
             )
         documents = read_documents(source, field=field)
         windows = make_windows(documents, tokenizer, plan)
-        check_fit(windows, source, vocab_size=vocab_size, positions=positions)
+        check_fit(windows, source, **limits)
         start, extra = start_tokens(tokenizer), max(0, len(windows) - plan.windows)
         record |= {"documents": len(documents), "seed": plan.seed, "packing": plan.packing}
-        template = template_digest(documents, tokenizer)
-        record |= {TEMPLATE: template} if template else {}
+        if len(documents) and isinstance(documents[0], Chat):
+            template = tokenizer.get_chat_template().encode()
+            record[TEMPLATE] = hashlib.sha256(template).hexdigest()[:16]
     record |= {START: list(start)} if start else {}
     record |= {EXTRA: extra} if extra else {}
     own = windows[: len(windows) - extra]

@@ -275,7 +275,15 @@ def check_units(
             if unmade > limit * len(dead) or int(dead.sum()) > MANY_UNREAD * len(dead):
                 severity = "warning"
     if neurons:
-        found.append(_neurons_finding(neurons, severity))
+        worst, others = max(neurons, key=lambda name: len(neurons[name])), ""
+        if len(neurons) > 1:
+            per_layer = [f"{name} {len(dead)}" for name, dead in neurons.items()]
+            others = f"; in all {sum(map(len, neurons.values()))}: {listed(per_layer)}"
+        evidence = (
+            f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; a row producing them is "
+            f"zero, or no weight reads them{others}"
+        )
+        found.append(finding("dead-neuron", worst, evidence, severity=severity))
     return found + _dead_lines(weights, row_keeps_share, dense)
 
 
@@ -286,20 +294,6 @@ def _new(now: Tensor, before: Tensor) -> Tensor:
 
 def _numbers(flags: Tensor) -> list[int]:
     return [number for number, flag in enumerate(flags.tolist()) if flag]
-
-
-def _neurons_finding(neurons: dict[str, list[int]], severity: Severity) -> Finding:
-    """The finding for the dead neurons of all layers, the worst layer named."""
-    worst = max(neurons, key=lambda name: len(neurons[name]))
-    others = ""
-    if len(neurons) > 1:
-        per_layer = [f"{name} {len(dead)}" for name, dead in neurons.items()]
-        others = f"; in all {sum(map(len, neurons.values()))}: {listed(per_layer)}"
-    evidence = (
-        f"neuron {listed(neurons[worst])}: {len(neurons[worst])} dead; a row producing them is "
-        f"zero, or no weight reads them{others}"
-    )
-    return finding("dead-neuron", worst, evidence, severity=severity)
 
 
 def _dead_lines(weights: Weights, row_keeps_share: bool, dense: Weights | None) -> list[Finding]:

@@ -274,8 +274,8 @@ def _with_keywords(text: str) -> str:
         'run `secateur decompress DIR --output OUT`, or use tune_passes=1'
     """
     parts = COMMAND.split(text.replace("--set ", ""))
-    return "".join(part if n % 2 else FLAG.sub(_keyword, part) for n, part in enumerate(parts))
 
+    def keyword(flag: re.Match[str]) -> str:
+        return flag[1].replace("-", "_") + ("=" if flag[2] else "")
 
-def _keyword(flag: re.Match[str]) -> str:
-    return flag[1].replace("-", "_") + ("=" if flag[2] else "")
+    return "".join(part if n % 2 else FLAG.sub(keyword, part) for n, part in enumerate(parts))

@@ -209,7 +209,9 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """All values that it or its items may have; empty if there are others."""
-        return _choices_of(self.type)
+        several = get_origin(self.type) is tuple
+        kind = without_none(get_args(self.type)[0]) if several else self.type
+        return get_args(kind) if get_origin(kind) is Literal else ()
 
     @property
     def is_word(self) -> bool:
@@ -308,13 +310,6 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     """The section class of a field, or None."""
     kind = without_none(field.annotation)
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
-def _choices_of(kind: Any) -> tuple[str, ...]:
-    """The words of a `Literal`, or of a tuple of them; empty for other types."""
-    if get_origin(kind) is tuple:
-        kind = without_none(get_args(kind)[0])
-    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def without_none(annotation: Any) -> Any:

@@ -10,6 +10,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
@@ -35,26 +36,13 @@ from secateur.recipes.shared import DEFAULT_TEXT
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
-def build_recipe(
-    kind: type[AnyRecipe],
-    values: Mapping[str, Any],
-    assignments: Sequence[str] = (),
-    where: str | None = None,
-    spelled: Spelled = MappingProxyType({}),
-) -> AnyRecipe:
-    """Build a recipe from nested values and `--set` assignments, and fill in its preset.
-
-    Args:
-        kind: the class of the recipe.
-        values: values by their YAML keys.
-        assignments: each KEY=VALUE; applied in turn.
-        where: the file that the values come from, for errors.
-        spelled: how the user named the options that are not from YAML, for errors.
+def build_recipe(kind: type[AnyRecipe], values: Mapping[str, Any]) -> AnyRecipe:
+    """Build a recipe from nested values by their YAML keys, and fill in its preset.
 
     Raises:
         RecipeError: listing every fault, with similar names for unknown keys.
     """
-    return build_call(kind, values, {}, assignments, where, spelled)[0]
+    return build_call(kind, values, {})[0]
 
 
 def build_call(
@@ -67,7 +55,16 @@ def build_call(
 ) -> tuple[AnyRecipe, dict[str, Any]]:
     """Build a recipe, and check the options of one call, which are no keys of it.
 
-    Args, errors: as in `build_recipe`; `call` has the options of the call by name.
+    Args:
+        kind: the class of the recipe.
+        values: values by their YAML keys.
+        call: the options of the call by name.
+        assignments: each KEY=VALUE; applied in turn.
+        where: the file that the values come from, for errors.
+        spelled: how the user named the options that are not from YAML, for errors.
+
+    Raises:
+        RecipeError: as `build_recipe`.
     """
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for assignment in assignments:
@@ -128,10 +125,12 @@ def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]])
             return given
         effort = "balanced"
     preset = known.get(effort, {}) if isinstance(effort, str) else {}
+    # an N:M pattern has one sparsity, and one threshold over the model decides by itself
+    decided = ":" in str(given.get("pattern", "")) or given.get("scope") == "global"
     for key, value in preset.items():
         if composed and key in _COMPOSITION | {"method_parameters"}:
             continue
-        if key == "allocation" and not _allocates(given):
+        if key == "allocation" and decided:
             continue
         if isinstance(value, Mapping) and isinstance(given.get(key, {}), Mapping):
             given[key] = {**value, **given.get(key, {})}
@@ -144,7 +143,7 @@ AUTO_TEXT = "auto"
 """The text that the model brings, or else the usual one."""
 
 
-def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the texts that a sample brings, where a recipe names none.
 
     Args:
@@ -152,6 +151,7 @@ def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[s
         values: the values of the recipe.
     """
     model = values.get("model")
+    values = deepcopy(dict(values))
     for option in (option for option in options_of(kind) if option.flag.own_text):
         given: Any = values
         for key in option.path:  # a single value may stand for the section
@@ -161,22 +161,8 @@ def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> Mapping[s
         texts = own_texts(model) if isinstance(model, str) else None
         if given == AUTO_TEXT or (texts and option.default != "none"):
             text = getattr(texts, str(option.flag.own_text)) if texts else DEFAULT_TEXT
-            values = _with_value(values, option.path, text)
+            _put(kind, values, option.path, text)
     return values
-
-
-def _with_value(values: Mapping[str, Any], path: Sequence[str], value: Any) -> Mapping[str, Any]:
-    """The same values with another one at a path."""
-    key, *rest = path
-    return {**values, key: _with_value(values.get(key) or {}, rest, value) if rest else value}
-
-
-def _allocates(values: Mapping[str, Any]) -> bool:
-    """Whether a recipe leaves open how much sparsity each linear layer gets.
-
-    An N:M pattern has one sparsity, and one threshold over the model decides by itself.
-    """
-    return ":" not in str(values.get("pattern", "")) and values.get("scope") != "global"
 
 
 def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:

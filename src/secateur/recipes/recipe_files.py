@@ -119,15 +119,7 @@ def read_yaml(text: str, where: str | None = None) -> Any:
     """
     try:
         return yaml.load(text, Loader)
-    except (  # PyYAML raises other errors than its own if a value does not fit its tag
-        yaml.YAMLError,
-        AttributeError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # a value that does not fit its tag can raise any exception
         raise RecipeError(
             f"the recipe is not YAML: {str(error)[:500]}",
             where=where,

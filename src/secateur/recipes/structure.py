@@ -7,22 +7,13 @@ from itertools import combinations, product
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from secateur.recipes import shared
 from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Size, Texts
 from secateur.recipes.prune import Effort, Fitting
 
-
-def _number_or_fraction(value: Any) -> Any:
-    """The same value, unless it is a float outside 0 to 1, or no number."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not whole and not (isinstance(value, float) and 0 <= value <= 1):
-        raise ValueError("must be a whole number, or a fraction between 0 and 1")
-    return value
-
-
-Kept = Annotated[int | float, BeforeValidator(_number_or_fraction)]
+Kept = int | Annotated[float, Field(ge=0, le=1)]
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
 
 TARGETS = ("keep_parameters", "max_size", "decode_latency")

@@ -25,9 +25,7 @@ def _commands(folder: Path, zeros: float | None = None) -> list[Block]:
     """Commands to try next, on a dense folder with this share of zeros or on a packed one."""
     from secateur.reporting import next_steps  # only a result that is shown names them
 
-    if zeros is None:
-        return next_steps.after_a_packed_folder(folder)
-    return next_steps.after_a_dense_folder(folder, zeros)
+    return next_steps.after(folder, zeros)
 
 
 def _text_of(calibration: Mapping[str, Any] | None, model: str) -> str | None:

@@ -123,32 +123,22 @@ def conversion(folder: Path) -> str:
     return command("export", folder, "--to", "gguf", "--output", free_place(f"{folder}-gguf"))
 
 
-def after_a_dense_folder(folder: Path, zeros: float) -> list[Block]:
-    """The next steps for a model that stores its zeros: pruned, cut, trained or imported.
+def after(folder: Path, zeros: float | None) -> list[Block]:
+    """The next steps for a model that a verb has made.
 
     Args:
         folder: folder of the model.
-        zeros: fraction of zeros in its matrices.
+        zeros: fraction of zeros in the matrices of a model that stores its zeros (pruned, cut,
+            trained or imported); None for a packed one.
     """
-    small = free_place(f"{folder}-int8")
-    what = "store it without its zeros" if zeros else "store its weights in 8 bits"
-    packing = {what: command("compress", folder, "--values", "int8", "--output", small)}
-    if not _read(folder / "config.json").keys().isdisjoint(DESCRIPTIONS):  # in fewer bits already
-        packing = {}
-    return next_steps(
-        {"the model": folder, "its card": folder / "README.md"},
-        {**evaluation(folder), **packing, **generation(folder)},
-    )
-
-
-def after_a_packed_folder(folder: Path) -> list[Block]:
-    """The next steps for a packed model.
-
-    Args:
-        folder: folder of the model.
-    """
-    timing = {"measure speed and memory": command("bench", folder)}
-    return next_steps(
-        {"the packed model": folder, "its card": folder / "README.md"},
-        {**generation(folder), **timing, **evaluation(folder)},
-    )
+    kind, writing, measuring = "the model", generation(folder), evaluation(folder)
+    commands = measuring | writing
+    if zeros is None:
+        timing = {"measure speed and memory": command("bench", folder)}
+        kind, commands = "the packed model", writing | timing | measuring
+    elif _read(folder / "config.json").keys().isdisjoint(DESCRIPTIONS):  # not in fewer bits already
+        small = free_place(f"{folder}-int8")
+        what = "store it without its zeros" if zeros else "store its weights in 8 bits"
+        packing = {what: command("compress", folder, "--values", "int8", "--output", small)}
+        commands = measuring | packing | writing
+    return next_steps({kind: folder, "its card": folder / "README.md"}, commands)

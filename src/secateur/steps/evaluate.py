@@ -129,12 +129,6 @@ def evaluate(
     )
 
 
-def _usual_text(recipe: EvaluateRecipe) -> str:
-    """The text that the model or its dense model brings, or else the default."""
-    texts = own_texts(recipe.model) or own_texts(recipe.dense or "")
-    return texts.judge if texts else DEFAULT_TEXT
-
-
 def run_evaluation(
     recipe: EvaluateRecipe,
     progress: Progress,
@@ -169,9 +163,10 @@ def run_evaluation(
         )
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
-    names = recipe.text or (
-        () if recipe.tasks or recipe.generation or recipe.kinds else (_usual_text(recipe),)
-    )
+    names = recipe.text
+    if not (names or recipe.tasks or recipe.generation or recipe.kinds):
+        texts_of_sample = own_texts(recipe.model) or own_texts(recipe.dense or "")
+        names = (texts_of_sample.judge if texts_of_sample else DEFAULT_TEXT,)
     kept, notes = None, Path(recipe.model) / NOTES
     if model is None and notes.is_dir():  # a run folder keeps its results
         kept = notes / measured.FILE_NAME

@@ -43,7 +43,13 @@ def inspect(
     trust = trust_remote_code
     folder = resolve(str(model), trust_remote_code=trust, values=False, progress=progress).folder
     audit = audit_checkpoint(folder, trust_remote_code=trust, progress=progress)
-    _check_layer(layer, audit.num_hidden_layers)
+    layers = audit.num_hidden_layers
+    if layer is not None and not 0 <= layer < layers:
+        raise RecipeError(
+            f"there is no decoder layer {layer}: the model has {layers}",
+            where="--layer",
+            remedy=f"use a number from 0 to {layers - 1}, or leave --layer out for all",
+        )
     silent = silent_experts(read_claims(folder).unseen)
     return InspectResult(model=str(model), audit=audit, layer=layer, silent=silent)
 
@@ -51,13 +57,3 @@ def inspect(
 def inspect_recipe(recipe: InspectRecipe, progress: Progress) -> InspectResult:
     """Carry out a recipe."""
     return inspect(**dict(recipe), progress=progress)
-
-
-def _check_layer(layer: int | None, layers: int) -> None:
-    """Refuse a layer that the model does not have."""
-    if layer is not None and not 0 <= layer < layers:
-        raise RecipeError(
-            f"there is no decoder layer {layer}: the model has {layers}",
-            where="--layer",
-            remedy=f"use a number from 0 to {layers - 1}, or leave --layer out for all",
-        )

@@ -113,19 +113,13 @@ class Batches:
         """
         mine = tuple(numbers[rank::ranks])
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        ids = [self.windows[list(part)].to(device) for part in parts]
         if self.answers is None:
-            return [Batch(self.windows[list(part)].to(device), part) for part in parts]
+            return [*map(Batch, ids, parts)]
+        answers = [self.answers[list(part)].to(device) for part in parts]
         # every part divides by its share of the step's answers, so the parts add up to their mean
         each = max(1, int(self.answers[list(numbers), 1:].sum())) / len(numbers)
-        return [
-            Batch(
-                self.windows[list(part)].to(device),
-                part,
-                self.answers[list(part)].to(device),
-                each * len(part),
-            )
-            for part in parts
-        ]
+        return [*map(Batch, ids, parts, answers, (each * len(part) for part in parts))]
 
 
 def read_training_text(

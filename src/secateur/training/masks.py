@@ -315,13 +315,14 @@ BY_CHANCE = 0.001
 """The share of zeros that a matrix may have by chance in a dense model."""
 
 
+@torch.no_grad()
 def masks_in(
     place: Path,
     model: Any,
     *,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
     regrows: bool = False,
-    sums: Callable[[Sequence[float]], list[float]] = list,
+    sums: Callable[[Sequence[float]], list[float]],
 ) -> Masks:
     """Return the masks of a file or of a pruned folder, for a model that is about to be trained.
 
@@ -339,41 +340,6 @@ def masks_in(
     """
     found = _zeros_of_folder(place, model, trust_remote_code) if place.is_dir() else None
     masks = Masks.given(model, found or stored_masks(place), full=False)
-    _refuse_lost(masks, model, sums, place, regrows)
-    return masks
-
-
-def _zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield the nonzero masks of the matrices of a checkpoint, one at a time.
-
-    Raises:
-        RecipeError: its matrices differ from the model's.
-    """
-    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
-    stored = StoredModel(skeleton, CheckpointReader(folder))
-    there, own = (set(matrices(x)) for x in (skeleton, model))
-    if there != own:
-        odd = min(there ^ own)
-        holder = "the folder of masks" if odd in there else "the model"
-        raise RecipeError(
-            f"only {holder} has a matrix {odd}; {len(there & own)} of {len(own)} matrices of "
-            "the model are in both",
-            where=str(folder),
-            remedy="name a pruned folder of this model; a cut model needs masks of its own",
-        )
-    for name in matrices(skeleton):
-        yield name, stored.read(name) != 0
-
-
-@torch.no_grad()
-def _refuse_lost(
-    masks: Masks,
-    model: Any,
-    sums: Callable[[Sequence[float]], list[float]],
-    place: Path,
-    regrows: bool,
-) -> None:
-    """Refuse masks without zeros, or that keep more than `BY_CHANCE` of zeros in a matrix."""
     weights, counts = matrices(model), list[float]()
     for name, weight in weights.items():
         lost = local(weight) == 0
@@ -401,3 +367,26 @@ def _refuse_lost(
             where=str(place),
             remedy="leave --mask out to hold the zeros of the model",
         )
+    return masks
+
+
+def _zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield the nonzero masks of the matrices of a checkpoint, one at a time.
+
+    Raises:
+        RecipeError: its matrices differ from the model's.
+    """
+    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
+    stored = StoredModel(skeleton, CheckpointReader(folder))
+    there, own = (set(matrices(x)) for x in (skeleton, model))
+    if there != own:
+        odd = min(there ^ own)
+        holder = "the folder of masks" if odd in there else "the model"
+        raise RecipeError(
+            f"only {holder} has a matrix {odd}; {len(there & own)} of {len(own)} matrices of "
+            "the model are in both",
+            where=str(folder),
+            remedy="name a pruned folder of this model; a cut model needs masks of its own",
+        )
+    for name in matrices(skeleton):
+        yield name, stored.read(name) != 0
