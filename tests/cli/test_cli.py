@@ -132,21 +132,30 @@ WRONG = [
 ]
 
 
-def test_a_wrong_command_is_answered_before_torch_is_imported() -> None:
-    """It took 4 seconds of processor time: `import torch, transformers` came before the message."""
+HELPED = [f"{verb} --help" for verb in ("prune", "structure", "train", "evaluate", "compress")]
+HEAVY = {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "heavy"),
+    [(["--help"], 0, HEAVY | {"pydantic", "yaml"}), (HELPED, 0, HEAVY), (WRONG, 2, HEAVY)],
+)
+def test_help_and_a_wrong_command_are_answered_before_torch_is_imported(
+    lines: list[str], code: int, heavy: set[str]
+) -> None:
     script = (
         "import sys\n"
         "from secateur.cli import main\n"
-        f"for words in {WRONG!r}:\n"
+        f"for words in {lines!r}:\n"
         "    sys.argv = ['secateur', *words.split()]\n"
         "    try: main()\n"
-        "    except SystemExit as ended: assert ended.code == 2, words\n"
-        "    heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        f"    except SystemExit as ended: assert ended.code == {code}, words\n"
+        f"    heavy = {heavy!r} & set(sys.modules)\n"
         "    assert not heavy, (words, heavy)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == len(WRONG)
+    assert done.stderr.count("error: ") == len(lines) * bool(code)
 
 
 def test_quiet_shows_neither_progress_nor_log(
@@ -182,18 +191,6 @@ def test_the_shell_completes_verbs_choices_and_files(tmp_path: Path, monkeypatch
         with pytest.raises(SystemExit):
             main()
     assert "compressed-tensors" in candidates.getvalue()
-
-
-def test_help_imports_nothing_heavy() -> None:
-    script = (
-        "import sys; sys.argv = ['secateur', '--help']\n"
-        "from secateur.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -25,11 +25,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("t.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
     ("t.jsonl.gz", LINE.encode(), "cannot be read as UTF-8 text: Not a gzipped file"),
     ("t.jsonl.gz", ZIPPED[:-9], "cannot be read"),
-    (
-        "t.jsonl.gz",
-        ZIPPED[:20] + b"\xff" * 40,
-        "cannot be read",
-    ),
+    ("t.jsonl.gz", ZIPPED[:20] + b"\xff" * 40, "cannot be read"),
     ("t.txt.gz", b"", "contains no text"),
     ("t.jsonl", b"9" * 5000, "no JSON"),
     ("t.parquet", b"words", r"t\.parquet cannot be read: Parquet file size is 5 bytes"),

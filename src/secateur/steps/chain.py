@@ -252,8 +252,11 @@ class ChainSteps(runner.Step[Any, ChainResult]):
             [verb] = options
             made = folder.work / f"{number:02d}-{verb}"
             if made.exists() or made.with_suffix(".json").exists():
-                with _named_step(number, verb):
+                try:
                     refuse_another(options, now, folder.partial)
+                except RecipeError as error:
+                    where = f"step {number}, {verb}"
+                    raise RecipeError(error.what, where=where, remedy=error.remedy) from None
         return begun
 
     def write_notes(self) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.runs.folder import NOTES, STATE
-from secateur.runs.output import cannot_write
 from secateur.runs.records.measured import FILE_NAME as EVALUATION
 from secateur.runs.records.measured import read_evaluation
 
@@ -48,7 +47,7 @@ def carry_over(
     inherited = None
     if same_weights and (notes / EVALUATION).is_file():
         inherited = read_evaluation(notes / EVALUATION).inherited()
-    try:
+    with writing(target):
         note_links(copied_files(source))
         for file in copied_files(source):
             if file.name not in ("config.json", *INDEX_NAMES):
@@ -64,8 +63,6 @@ def carry_over(
         (target / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
         )
-    except OSError as error:
-        raise cannot_write(error, target) from error
     if inherited is not None:
         (target / NOTES).mkdir(exist_ok=True)
         inherited.save(target / NOTES / EVALUATION)

@@ -246,10 +246,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         audit = _audit(recipe, done, folder, progress)
         manifest = self._manifest(prepared, reached, audit, losses, left)
         _write_notes(manifest, prepared, self.run)
-        return PruneResult(
-            sparsity=audit.sparsity, layers=ledger.layers, manifest=manifest,
-            output=self.run.place, left=left,
-        )  # fmt: skip
+        return self.result(folder.model, self.run.place)
 
     def _distill(self, prepared: Prepared, done: Tasks) -> dict[str, Any] | None:
         """Let the pruned model learn from the dense one; None if it does not."""

@@ -25,7 +25,7 @@ from secateur.errors import MemoryBudgetError, VerificationError
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy, ShardWriter
 from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.progress import Progress
-from secateur.runs.output import cannot_write
+from secateur.runs.output import writing
 from secateur.training.masks import Masks, as_part, is_shared, local, rows_of, whole
 from secateur.training.process_group import ProcessGroup
 
@@ -72,11 +72,8 @@ class Log:
 
     def written(self, file: Path, mode: str, lines: list[dict[str, Any]]) -> None:
         """Write lines, or raise an error if the disk is full."""
-        try:
-            with file.open(mode, encoding="utf-8", newline="\n") as stream:
-                stream.write("".join(json.dumps(x) + "\n" for x in lines))
-        except OSError as error:
-            raise cannot_write(error, file) from error
+        with writing(file), file.open(mode, encoding="utf-8", newline="\n") as stream:
+            stream.write("".join(json.dumps(x) + "\n" for x in lines))
 
 
 class Saved:
