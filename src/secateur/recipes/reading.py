@@ -151,9 +151,9 @@ def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> dict[str,
         values: the values of the recipe.
     """
     model = values.get("model")
-    values = deepcopy(dict(values))
+    filled = deepcopy(dict(values))
     for option in (option for option in options_of(kind) if option.flag.own_text):
-        given: Any = values
+        given: Any = filled
         for key in option.path:  # a single value may stand for the section
             given = given.get(key) if isinstance(given, Mapping) else given
         if given not in (None, AUTO_TEXT):
@@ -161,8 +161,8 @@ def _with_own_texts(kind: type[Section], values: Mapping[str, Any]) -> dict[str,
         texts = own_texts(model) if isinstance(model, str) else None
         if given == AUTO_TEXT or (texts and option.default != "none"):
             text = getattr(texts, str(option.flag.own_text)) if texts else DEFAULT_TEXT
-            _put(kind, values, option.path, text)
-    return values
+            _put(kind, filled, option.path, text)
+    return filled
 
 
 def _set_value(kind: type[Section], values: dict[str, Any], assignment: str) -> None:
