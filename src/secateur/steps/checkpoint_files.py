@@ -10,6 +10,7 @@ from typing import Any
 
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
 from secateur.runs.folder import NOTES, STATE
+from secateur.runs.output import writing
 from secateur.runs.records.measured import FILE_NAME as EVALUATION
 from secateur.runs.records.measured import read_evaluation
 
