@@ -40,6 +40,7 @@ from secateur.calibration.windows import (
     stored_extra,
     stored_source,
     stored_start,
+    window_length,
 )
 from secateur.errors import RecipeError
 from secateur.machine import reused_training_pages
@@ -102,14 +103,7 @@ class WindowReader:
         Raises:
             RecipeError: the requested windows are longer than the model's context.
         """
-        longest = positions_of(self.config) or 2048
-        length = options.sequence_length or min(2048, longest)
-        if length > longest:
-            raise RecipeError(
-                f"sequence length {length} exceeds the model's {longest} positions",
-                where="--sequence-length",
-                remedy=f"use --sequence-length {longest} or less",
-            )
+        length = window_length(options.sequence_length, 2048, positions_of(self.config))
         return WindowPlan(options.windows, length, options.seed, options.packing)
 
     def read(

@@ -51,6 +51,23 @@ SOURCE = "source"
 """The key of the text in records and in the headers of window files."""
 
 
+def window_length(asked: int | None, usual: int, positions: int | None) -> int:
+    """How many tokens a window has: as asked, or the usual number if a model has the positions.
+
+    Raises:
+        RecipeError: the model has fewer positions.
+    """
+    longest = positions or usual
+    length = asked or min(usual, longest)
+    if length > longest:
+        raise RecipeError(
+            f"sequence length {length} exceeds the model's {longest} positions",
+            where="--sequence-length",
+            remedy=f"use --sequence-length {longest} or less",
+        )
+    return length
+
+
 @dataclass(frozen=True)
 class WindowPlan:
     """How many windows are cut from a text, how long, and how.

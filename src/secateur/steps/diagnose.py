@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.documents import read_text
-from secateur.calibration.windows import evaluation_windows, load_windows, stored_start
+from secateur.calibration.windows import (
+    evaluation_windows,
+    load_windows,
+    stored_start,
+    window_length,
+)
 from secateur.diagnostics.claimed_sparsity import check_sparsity
 from secateur.diagnostics.drift import (
     LayerDrift,
@@ -28,7 +33,6 @@ from secateur.diagnostics.weights import (
     look_at_weights,
 )
 from secateur.engine.stream.targets import CheckpointTarget
-from secateur.errors import RecipeError
 from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, start_tokens
@@ -72,8 +76,17 @@ def run_diagnosis(recipe: DiagnoseRecipe, progress: Progress) -> DiagnoseResult:
         drift = layer_drifts(own, dense, tokens, progress)
         bears = could_bear(layer_sparsity(weights), drift)
         findings += check_layers(drift, own.architecture.layer_name, bears)
-    if weights.sparsity > PRUNED:
-        findings += _skipped_checks(claims, dense)
+    # the checks of a pruned model that were impossible
+    if weights.sparsity > PRUNED and not claims.linears:
+        evidence = (
+            "there are no records of a pruning run, so zeros were counted but not compared with "
+            "a claim"
+        )
+        findings.append(finding("no-records", "secateur/layers.jsonl", evidence))
+    if weights.sparsity > PRUNED and dense is None:
+        evidence = "whether layers have collapsed or drifted was not looked at"
+        remedy = f"name the dense model: --dense {claims.source or 'REF'}"
+        findings.append(finding("no-reference", "the layers", evidence, remedy=remedy))
     found = DiagnoseResult.of(
         weights,
         claims,
@@ -110,13 +123,7 @@ def _token_windows(
         file = Path(text).expanduser()
         stored = load_windows(file, vocab_size=config.vocab_size, positions=positions_of(config))
         return stored[:windows], stored_start(file)
-    longest = positions_of(config) or STANDARD_LENGTH
-    length = recipe.sequence_length or min(STANDARD_LENGTH, longest)
-    if length > longest:
-        raise RecipeError(
-            f"sequence length {length} exceeds the model's {longest} positions",
-            remedy=f"use --sequence-length {longest} or less",
-        )
+    length = window_length(recipe.sequence_length, STANDARD_LENGTH, positions_of(config))
     tokenizer = load_tokenizer(target.reader.folder, trust_remote_code=recipe.trust_remote_code)
     tokens = evaluation_windows(read_text(text).text, tokenizer, length, max_windows=windows)
     return tokens, start_tokens(tokenizer)
@@ -140,19 +147,3 @@ def _check_weights(
     rounded = any(layout.values == "int8" for layout in layouts)
     findings = [*check_values(weights), *check_sparsity(weights, claims, rounded=rounded)]
     return weights, findings + check_units(weights, claims, size, name, before)
-
-
-def _skipped_checks(claims: Claims, dense: CheckpointTarget | None) -> list[Finding]:
-    """Notes about the checks of a pruned model that were impossible."""
-    found = []
-    if not claims.linears:
-        evidence = (
-            "there are no records of a pruning run, so zeros were counted but not compared with "
-            "a claim"
-        )
-        found.append(finding("no-records", "secateur/layers.jsonl", evidence))
-    if dense is None:
-        evidence = "whether layers have collapsed or drifted was not looked at"
-        remedy = f"name the dense model: --dense {claims.source or 'REF'}"
-        found.append(finding("no-reference", "the layers", evidence, remedy=remedy))
-    return found

@@ -184,13 +184,6 @@ def _point_name(key: measured.PointKey) -> str:
     return "-".join([method, *kind, *share])
 
 
-def _kind_of(name: str) -> str:
-    """The key of a recipe that takes this name: of a method, of a preset, or of a score alone."""
-    if name in methods:
-        return "method"
-    return "effort" if name in presets else "score" if name in scores else "method"
-
-
 def recipe_of(recipe: SweepRecipe, key: measured.PointKey) -> PruneRecipe:
     """The recipe of a point.
 
@@ -198,12 +191,14 @@ def recipe_of(recipe: SweepRecipe, key: measured.PointKey) -> PruneRecipe:
         SecateurError: the recipe is invalid.
     """
     method, pattern, sparsity = key
+    known = {"method": methods, "effort": presets, "score": scores}
+    kind = next((kind for kind, names in known.items() if method in names), "method")
     return build_recipe(
         PruneRecipe,
         {
             "model": recipe.model,
             "output": f"{recipe.output}/{POINTS}/{_point_name(key)}",
-            _kind_of(method): method,
+            kind: method,
             "pattern": pattern,
             "sparsity": sparsity if parse_pattern(pattern).sparsity is None else None,
             "calibration": recipe.calibration.model_dump(),
