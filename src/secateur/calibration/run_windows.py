@@ -38,8 +38,8 @@ from secateur.calibration.windows import (
     save_windows,
     shares,
     stored_extra,
-    stored_source,
     stored_start,
+    window_header,
     window_length,
 )
 from secateur.errors import RecipeError
@@ -302,8 +302,6 @@ class RunWindows:
         self, model: Any, start: Sequence[int], seed: int, progress: Progress
     ) -> RunWindows:
         """Add the windows that a loaded dense model must still generate, after the start tokens."""
-        if not self.ungenerated:
-            return self
         from secateur.calibration.continuation import ready_to_write
 
         with ready_to_write(model, self.calibration.shape[1]):
@@ -354,11 +352,8 @@ class RunWindows:
         The record of their source is written first, so existing windows are complete.
         """
         write_json(folder / RECORD, self.record)
-        self.save_tokens(folder / WINDOWS)
-
-    def save_tokens(self, file: Path) -> None:
-        """Write all windows to a file that later recipes can name as their text."""
-        save_windows(self.all, file, start=self.record.get(START, ()), extra=len(self.extra))
+        start, extra = self.record.get(START, ()), len(self.extra)
+        save_windows(self.all, folder / WINDOWS, start=start, extra=extra)
 
     @property
     def all(self) -> Tensor:
@@ -424,7 +419,7 @@ def load_calibration(
         file = Path(source).expanduser()
         windows = load_windows(file, **limits)
         start, extra = stored_start(file), stored_extra(file)
-        record["source"] = stored_source(file) or source
+        record["source"] = window_header(file).get(SOURCE) or source
     else:
         if tokenizer is None:
             raise RecipeError(

@@ -312,7 +312,7 @@ def stored_start(path: Path) -> tuple[int, ...]:
     Args:
         path: a file that `load_windows` has read.
     """
-    return tuple(json.loads(_header(path).get(START, "[]")))
+    return tuple(json.loads(window_header(path).get(START, "[]")))
 
 
 def stored_extra(path: Path) -> int:
@@ -321,19 +321,11 @@ def stored_extra(path: Path) -> int:
     Args:
         path: a file that `load_windows` has read.
     """
-    return int(_header(path).get(EXTRA, 0))
+    return int(window_header(path).get(EXTRA, 0))
 
 
-def stored_source(path: Path) -> str | None:
-    """The text that the windows of a file were cut from, from its header; None if it has none.
-
-    Args:
-        path: a file that `load_windows` has read.
-    """
-    return _header(path).get(SOURCE)
-
-
-def _header(path: Path) -> dict[str, str]:
+def window_header(path: Path) -> dict[str, str]:
+    """The start tokens, extra windows and source of a window file, as far as it names them."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

@@ -22,7 +22,7 @@ from secateur.models.inventory import inventory, stored_shapes, summary, weights
 from secateur.models.opening import form_of, open_weights
 from secateur.models.skeleton import build_skeleton, model_names, stored_names
 from secateur.progress import Progress, Silent
-from secateur.runs.records import SkippedMatrix
+from secateur.runs.records import RunResult, SkippedMatrix
 from secateur.sparsity.patterns import Pattern, misplaced, recognised
 
 if TYPE_CHECKING:
@@ -91,6 +91,16 @@ class Audit:
     def model_sparsity(self) -> float:
         """Fraction of zeros among all parameters."""
         return self.zeros / self.parameters if self.parameters else 0.0
+
+    @property
+    def result(self) -> RunResult:
+        """What the manifest of the model says of it."""
+        return RunResult(
+            decoder_sparsity=self.sparsity,
+            model_sparsity=self.model_sparsity,
+            parameters=self.parameters,
+            file_bytes=self.file_bytes,
+        )
 
     @property
     def misplaced(self) -> list[LinearCount]:

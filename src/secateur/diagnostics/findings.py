@@ -141,7 +141,12 @@ def read_claims(model: Path) -> Claims:
     pattern, selection = None, None
     if manifest is None or manifest.method.get("name") != "structure":  # a cut claims no zeros
         pattern, selection = read("recipe.yaml", lambda x: _of_recipe(x, manifest), (None, None))
-    layers: dict[int, Layer] = read("layers.jsonl", _layers_of, {})
+
+    def lines_of(text: str) -> list[Layer]:
+        return [parsed(Layer, x, "layers.jsonl") for x in text.splitlines() if x.strip()]
+
+    # the last line of each layer; a repeated layer has two
+    layers: dict[int, Layer] = {x.layer: x for x in read("layers.jsonl", lines_of, ())}
     return Claims(
         folder,
         {linear.name: linear for layer in layers.values() for linear in layer.linears},
@@ -152,12 +157,6 @@ def read_claims(model: Path) -> Claims:
         manifest and manifest.source.name,
         tuple(faults),
     )
-
-
-def _layers_of(text: str) -> dict[int, Layer]:
-    """The last line of each layer; a repeated layer has two."""
-    lines = (parsed(Layer, line, "layers.jsonl") for line in text.splitlines() if line.strip())
-    return {layer.layer: layer for layer in lines}
 
 
 def _of_recipe(text: str, manifest: Manifest | None) -> tuple[Pattern, Selection]:

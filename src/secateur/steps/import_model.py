@@ -165,11 +165,6 @@ def _manifest_of(record: records.Import, audit: Audit, meter: Meter) -> records.
         allocation={"name": UNKNOWN},
         environment=record.environment,
         cost=records.Cost.model_validate({**meter.read(), "resumed": False}),
-        result=records.RunResult(
-            decoder_sparsity=audit.sparsity,
-            model_sparsity=audit.model_sparsity,
-            parameters=audit.parameters,
-            file_bytes=audit.file_bytes,
-        ),
+        result=audit.result,
         left=tuple(audit.left),
     )

@@ -378,12 +378,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
             environment=environment(prepared.target.device),
             plan={**self.plan.to_json(), "activations": self.activations},
             cost=records.Cost.model_validate(cost),
-            result=records.RunResult(
-                decoder_sparsity=audit.sparsity,
-                model_sparsity=audit.model_sparsity,
-                parameters=audit.parameters,
-                file_bytes=audit.file_bytes,
-            ),
+            result=audit.result,
             distillation=losses,
             experts=coverage(layers, prepared.target.architecture),
             reach=reached,
