@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import gzip
-import json
 
 import datasets
 import pytest
+from test_conversations import write
 
 from secateur.calibration.documents import read_documents, read_text
 from secateur.errors import SourceError
@@ -12,13 +12,8 @@ from secateur.models import hub as models_hub
 from secateur.models.samples import TEXTS, split_passages
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def test_json_lines(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", [{"text": "één"}, {"text": "two\nlines", "x": 1}])
+    source = write(tmp_path / "a.jsonl", [{"text": "één"}, {"text": "two\nlines", "x": 1}])
     assert read_documents(source) == ["één", "two\nlines"]
     text = read_text(source)
     assert text.text == "één\n\ntwo\nlines"
@@ -45,7 +40,7 @@ def test_a_folder_in_the_order_of_its_paths(tmp_path):
     (tmp_path / "sub" / "c.md").write_text("third", encoding="utf-8")
     (tmp_path / "b.txt").write_text("second", encoding="utf-8")
     (tmp_path / "picture.png").write_bytes(b"\xff\xfe")
-    write_lines(tmp_path / "a.jsonl", [{"text": "first"}])
+    write(tmp_path / "a.jsonl", [{"text": "first"}])
     assert read_documents(str(tmp_path)) == ["first", "second", "third"]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_windows import WORDS, documents
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model, tiny_windows
 
@@ -33,7 +34,6 @@ from secateur.recipes.train import TrainRecipe
 from secateur.training.batches import read_training_text
 
 BOS, EOS = 1, 2
-WORDS = [f"w{i}" for i in range(40)]
 PACKINGS = ("concatenate", "random-crop")
 
 
@@ -47,11 +47,6 @@ def framed(template: str, vocab: list[str] | None = None) -> Any:
         single=template, special_tokens=[(t, i) for t, i in ids.items() if t in template]
     )
     return tokenizer
-
-
-def documents(count: int = 30, words: int = 25, seed: int = 3) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
 
 
 def digest(windows: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from slow import slow_but
-from tiny import tiny_tokenizer
+from tiny import saved, tiny_tokenizer
 from torch import Tensor, nn
 from zoo import MIXTURES, WITH_EXPERTS, class_of, config_of, tiny_model, tiny_windows
 
@@ -47,12 +47,6 @@ def logits(model: nn.Module, **options: Any) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(IDS, **options).logits
     return out
-
-
-def saved(model: Any, folder: Path) -> Path:
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    return folder
 
 
 def loaded(family: str, folder: Path) -> Any:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from slow import slow_but
-from tiny import save_tiny
+from tiny import save_tiny, tensors_of
 from together import (
     Started,
     cut_alone,
@@ -23,7 +22,6 @@ from together import (
     train_as_command,
     train_in_python,
 )
-from torch import Tensor
 from trained import source_text
 
 from secateur.recipes.prune import presets
@@ -92,27 +90,22 @@ def alone(place: Path) -> Alone:
     return made
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder."""
-    return load_file(folder / "model.safetensors")
-
-
 def moved_zeros(one: Path, other: Path) -> int:
     """The number of weights that are zero in only one of two models."""
-    ours, theirs = weights(one), weights(other)
+    ours, theirs = tensors_of(one), tensors_of(other)
     assert ours.keys() == theirs.keys()
     return sum(int(((ours[n] == 0) != (theirs[n] == 0)).sum()) for n in ours)
 
 
 def moved_weights(one: Path, other: Path) -> int:
     """The number of weights that differ in two models."""
-    ours, theirs = weights(one), weights(other)
+    ours, theirs = tensors_of(one), tensors_of(other)
     return sum(int((ours[n] != theirs[n]).sum()) for n in ours)
 
 
 def apart(one: Path, other: Path) -> float:
     """The largest difference of a weight in two models."""
-    ours, theirs = weights(one), weights(other)
+    ours, theirs = tensors_of(one), tensors_of(other)
     return max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
 
 
@@ -206,7 +199,7 @@ def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> N
     run_together(3, cut_together, tmp_path, recipes)
     for name, by in criteria.items():
         cut_alone(experts_recipe(place, tmp_path / "one" / name, experts_by=by))
-        one, three = (weights(tmp_path / count / name) for count in ("one", "three"))
+        one, three = (tensors_of(tmp_path / count / name) for count in ("one", "three"))
         assert one.keys() == three.keys()
         assert all(one[tensor].equal(three[tensor]) for tensor in one), name
     assert not list((tmp_path / "three").glob("*.partial"))

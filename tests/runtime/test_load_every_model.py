@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from slow import slow_but
-from torch import nn
+from tiny import saved
 from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 
 import secateur
 from families_page import OUTSIDE
 from secateur.errors import SecateurError
-from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
@@ -44,12 +43,6 @@ def half_zero(name: str) -> Any:
         if DECODER.match(path):
             weight[torch.rand(weight.shape) < 0.5] = 0
     return model
-
-
-def saved(model: nn.Module, folder: Path) -> Path:
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", slow_but(FEW, ZOO))

@@ -13,6 +13,7 @@ from cuts import cut_on_disk, logits
 from safetensors.torch import load_file, save_file
 from same_logits import assert_same_logits
 from slow import slow_but
+from tiny import saved
 from zoo import WITH_EXPERTS, tiny_model, tiny_windows
 
 import secateur
@@ -33,12 +34,6 @@ def kept_of(model: Any) -> dict[int, tuple[int, ...]]:
     """Some experts of every layer that has any, as many of each group."""
     counts = enumerate(sizes_of(model).experts)
     return {i: (0, 2, 3, 5) if n == 6 else (0, 2, 4) for i, n in counts if n}
-
-
-def saved(model: Any, folder: Path) -> Path:
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))

@@ -75,14 +75,24 @@ def save_tiny(
     for name, value in overrides.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    model = class_of(config).from_config(config, dtype=dtype)
-    with quiet_transformers():
-        model.save_pretrained(folder)
+    saved(class_of(config).from_config(config, dtype=dtype), folder)
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     if shards > 1:
         split_shards(folder, shards)
     return folder
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """Write a model, without the notes of transformers."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of one file."""
+    return load_file(folder / "model.safetensors")
 
 
 def tiny_llama(folder: Path, **overrides: Any) -> Path:

@@ -13,8 +13,9 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from slow import slow_but
+from tiny import tensors_of
 from torch import Tensor, nn
 from zoo import tiny_windows
 
@@ -74,10 +75,6 @@ def saved(name: str, folder: Path) -> Path:
     return folder
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def check(before: dict[str, Tensor], after: dict[str, Tensor], manifest: Manifest) -> None:
     """Hold what a manifest claims against the stored tensors."""
     zeros = weights = 0
@@ -122,7 +119,7 @@ def test_claims_are_true_or_the_model_is_refused(name: str, tmp_path: Path, wind
             continue
         left = planned(source, options) if method == "wanda" else None
         report = secateur.prune(source, output=out, **options)
-        check(stored(source), stored(out), report.manifest)
+        check(tensors_of(source), tensors_of(out), report.manifest)
         assert left in (None, report.manifest.to_json()["left"])
         audit = inspect(str(out)).audit
         assert audit.sparsity == report.sparsity == report.manifest.result.decoder_sparsity
@@ -155,7 +152,7 @@ def half_pruned(name: str, folder: Path) -> tuple[Path, float]:
 def test_dense_experts_are_not_called_sparse_or_healthy(tmp_path: Path) -> None:
     """As tools leave them that do not see the experts that transformers fuses."""
     folder, true = half_pruned("deepseek_v3", tmp_path / "source")
-    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in stored(folder)
+    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in tensors_of(folder)
     assert 0.1 < true < 0.4
     audit = inspect(str(folder)).audit
     assert audit.sparsity == pytest.approx(true, abs=1e-12)
@@ -175,13 +172,13 @@ def test_shared_layers_are_counted_once(tmp_path: Path) -> None:
     assert len(set(names)) == len(names)
     assert any("layers.1.shared_transformer" in n for n in names)
     assert not any("layers.3.shared_transformer" in n for n in names)
-    assert audit.parameters == sum(t.numel() for t in stored(source).values())
+    assert audit.parameters == sum(t.numel() for t in tensors_of(source).values())
     assert secateur.diagnose(source, progress=Silent()).weights.sparsity == 0
 
 
 def test_an_incomplete_checkpoint_says_which_matrix_is_missing(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "source")
-    tensors = stored(source)
+    tensors = tensors_of(source)
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 of 21 matrices of the decoder layers are not"):
@@ -192,7 +189,7 @@ def test_tensors_of_no_module_are_named(tmp_path: Path) -> None:
     """Layers that predict further tokens, for example: stored, and not built by transformers."""
     source = saved("qwen3_5_text", tmp_path / "source")
     extra = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 8)}
-    save_file(stored(source) | extra, source / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors_of(source) | extra, source / "model.safetensors", metadata={"format": "pt"})
     left = {one.names: (one.reason, one.weights) for one in inspect(str(source)).audit.left}
     assert left["mtp"][1] == 32
 
@@ -211,7 +208,9 @@ def test_left_out_matrices_are_reported_everywhere(
         printed = " ".join(capsys.readouterr().out.split())
         assert "vision_tower: not in the decoder's layers" in printed.replace("│ │ │ ", ""), verb
     card = (tmp_path / "out" / "README.md").read_text()
-    tower = [t for n, t in stored(source).items() if n.startswith("vision_tower.") and t.ndim > 1]
+    tower = [
+        t for n, t in tensors_of(source).items() if n.startswith("vision_tower.") and t.ndim > 1
+    ]
     weights = sum(t.numel() for t in tower)
     assert f"vision_tower: not in the decoder's layers, {weights:,} weights" in card
     page = tmp_path / "report.html"

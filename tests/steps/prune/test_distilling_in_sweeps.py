@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from slow import slow
 from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
+from tiny import save_tiny, tensors_of
 from torch import Tensor, nn
 from zoo import tiny_model, tiny_windows
 
@@ -57,10 +56,6 @@ def file(tmp_path: Path) -> Path:
     file = tmp_path / "windows.safetensors"
     save_windows(tiny_windows(6, 24), file)
     return file
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def load(folder: Path) -> Any:
@@ -152,8 +147,8 @@ def test_sweeps_learn_as_a_slow_loop_does(
     report = secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=size)
     dense, student = load(folder), load(tmp_path / "plain")
     losses = slow_sweeps(student, dense, tiny_windows(6, 24), share, size, hidden)
-    expected, before = dict(student.named_parameters()), weights_of(tmp_path / "plain")
-    after = weights_of(tmp_path / "out")
+    expected, before = dict(student.named_parameters()), tensors_of(tmp_path / "plain")
+    after = tensors_of(tmp_path / "out")
     apart, moved = 0.0, 0.0
     for name, value in before.items():
         own = float((expected[name].detach() - value).square().sum())
@@ -190,7 +185,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
         out = tmp_path / f"out-{size}"
         report = secateur.prune(folder, output=out, **options, distill_sweep_windows=size)
         records.append(report.manifest.distillation)
-        found.append(weights_of(out))
+        found.append(tensors_of(out))
     whole, swept = records
     for key in ("loss_before", "loss_after"):  # the teacher's log p is stored in float16
         assert swept[key] == pytest.approx(whole[key], rel=0.1, abs=1e-5), key
@@ -230,7 +225,7 @@ def test_a_layer_that_stays_dense_is_not_trained(tmp_path: Path, file: Path) -> 
         folder, output=tmp_path / "out", **OPTIONS, calibration=str(file),
         distill_sweep_windows=4, include=("model.layers.2.*", "model.layers.5.*"),
     )  # fmt: skip
-    before, after = weights_of(folder), weights_of(tmp_path / "out")
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
     changed = {n.split(".")[2] for n in before if not torch.equal(before[n], after[n])}
     assert changed == {"2", "5"}
 
@@ -266,7 +261,7 @@ def test_stopped_in_a_sweep_and_gone_on_with_gives_the_same(
     with pytest.raises(StoppedError):
         secateur.prune(place / "model", progress=StopAt(stage, steps), **options)
     again = secateur.prune(place / "model", resume=True, **options)
-    one, two = weights_of(place / "whole"), weights_of(tmp_path / "again")
+    one, two = tensors_of(place / "whole"), tensors_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert whole.manifest.distillation == again.manifest.distillation
 
@@ -288,7 +283,7 @@ def test_a_rate_is_chosen_by_trials_that_go_on_after_a_stop(tmp_path: Path, step
     choices = [pytest.approx(highest / 4**n, rel=1e-12) for n in range(4)]
     assert record["learning_rate"] in choices
     assert record == again.manifest.distillation
-    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
+    one, two = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -412,7 +407,7 @@ def test_a_sweep_needs_the_memory_of_a_layer_or_the_head(
             folder, output=tmp_path / "out", **OPTIONS, calibration=str(file),
             progress=StopAt("distilling", 25 if size else 3), distill_sweep_windows=size,
         )  # fmt: skip
-    of_layer = sum(x.numel() for n, x in weights_of(folder).items() if ".layers.0." in n)
+    of_layer = sum(x.numel() for n, x in tensors_of(folder).items() if ".layers.0." in n)
     assert (most[0] <= 1.5 * 17 * of_layer) == bool(size)
     assert most[0] > 16 * of_layer
 
@@ -433,7 +428,7 @@ def test_rounded_weights_learn_on_their_grid_in_sweeps(tmp_path: Path, file: Pat
     secateur.prune(folder, output=tmp_path / "plain", **{**options, "distill_epochs": 0})
     secateur.prune(folder, output=tmp_path / "out", **options, distill_sweep_windows=4)
     grid, moved, back = GroupGrid(4, 32), 0, 0
-    before, after = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
+    before, after = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     for name in before:
         if name.endswith("proj.weight"):
             codes, scales = grid.quantize(before[name])

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from slow import slow
 from stopped_stage import StopAt, StoppedError
-from tiny import save_tiny
+from tiny import save_tiny, tensors_of
 from torch import Tensor
 from zoo import tiny_windows
 
@@ -42,10 +41,6 @@ def source(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model", num_hidden_layers=6)
 
 
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def moved(one: dict[str, Tensor], other: dict[str, Tensor], part: str) -> float:
     return sum(float((one[n] - other[n]).square().sum()) for n in one if part in n)
 
@@ -61,7 +56,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
         source, output=tmp_path / "plain", **options | {"distill_epochs": 0}
     )
     assert before.manifest.distillation is None
-    plain, found = weights_of(tmp_path / "plain"), []
+    plain, found = tensors_of(tmp_path / "plain"), []
     for size in (0, 1):
         out = tmp_path / f"out-{size}"
         report = secateur.structure(
@@ -70,7 +65,7 @@ def test_sweeps_over_one_window_are_the_usual_steps(
         record = report.manifest.distillation
         assert record["loss_after"] < record["loss_before"]
         assert record.get("sweep_windows", 0) == size
-        found.append(weights_of(out))
+        found.append(tensors_of(out))
     assert moved(found[0], plain, ".layers.") > 1
     assert moved(found[0], found[1], ".layers.") < 0.05**2 * moved(found[0], plain, ".layers.")
     assert moved(found[1], plain, "model.norm") == 0
@@ -92,7 +87,7 @@ def test_sweeps_take_over_where_both_models_do_not_fit_and_resume(
     assert "sweeps of 16" in caplog.text
     monkeypatch.setattr("secateur.engine.plan_memory.distilling_bytes", lambda *x: 0)
     again = secateur.structure(source, output=tmp_path / "out", **options, resume=True)
-    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    one, two = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert whole.manifest.distillation == again.manifest.distillation
 
