@@ -63,10 +63,6 @@ def whole(
     return swept(recipe, out), out
 
 
-class Killed(BaseException):
-    """As a kill would end it."""
-
-
 class KilledAt:
     """Ends the work at a stage of a point, after some steps of it."""
 
@@ -80,7 +76,7 @@ class KilledAt:
         if self.here:
             self.left -= 1
             if self.left < 0:
-                raise Killed
+                raise KeyboardInterrupt
 
     def finish(self) -> None:
         self.here = False
@@ -131,7 +127,7 @@ def test_killed_it_goes_on_to_the_same_table(
     stage: str,
     steps: int,
 ) -> None:
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         swept(recipe, tmp_path / "killed", KilledAt(stage, steps))
     seen = KilledAt("magnitude")
     swept(recipe, tmp_path / "killed", seen, resume=True)

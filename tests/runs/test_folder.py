@@ -213,10 +213,6 @@ def test_an_output_that_cannot_be_made_is_refused(name: str, why: str, tmp_path:
 # -- two at once, and kills ------------------------------------------------------------------------
 
 
-class KilledError(BaseException):
-    """A kill, as a test can catch it."""
-
-
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_killed_anywhere_while_it_gets_its_name(
@@ -238,7 +234,7 @@ def test_killed_anywhere_while_it_gets_its_name(
                 nonlocal left
                 left -= 1
                 if left < 0:
-                    raise KilledError
+                    raise KeyboardInterrupt
                 return real(*args, **options)  # type: ignore[operator]
 
             return call
@@ -253,7 +249,7 @@ def test_killed_anywhere_while_it_gets_its_name(
                 patched.setattr(output_files, "rename", counting(output_files.rename))
                 folder.finish()
             break
-        except KilledError:
+        except KeyboardInterrupt:
             folder.lock.release()
         if swaps and overwrite:
             assert (out / "weights").read_text() in ("old", "new")

@@ -30,10 +30,6 @@ RESUMABLE = [name for name in VERBS if CASES[name].resumes]
 MODES = ({}, {"resume": True}, {"restart": True}, {"overwrite": True})
 
 
-class Stopped(BaseException):
-    """As Ctrl-C would end a run."""
-
-
 class At:
     """A progress that does something at one of its steps, once, and counts them all."""
 
@@ -54,7 +50,7 @@ class At:
 
 def stop() -> None:
     """End a run."""
-    raise Stopped
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +288,7 @@ of_changes = pytest.mark.parametrize(
 
 def stopped(name: str, sources: Path, output: Path, steps: int, **options: Any) -> None:
     """A run that is stopped after half of its steps."""
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         CASES[name].call(sources, output, At(max(1, steps // 2), stop), **options)
 
 
@@ -414,7 +410,7 @@ def test_the_same_files_may_be_spelled_in_another_way(
     monkeypatch.chdir(here)
     try:
         case.call(Path(), tmp_path / "out", At(stop_at, stop), Path("m/model"))
-    except Stopped:
+    except KeyboardInterrupt:
         assert stop_at == 5
     monkeypatch.chdir(tmp_path)
     moved = here.rename(tmp_path / "there")

@@ -131,10 +131,6 @@ def test_refuses_to_go_back_behind_the_end(plan, tmp_path):
         rounds_of(tiny_model("llama"), tmp_path, rewind_step=4).part(1, TrainingPlan(**plan))
 
 
-class Stopped(KeyboardInterrupt):
-    """Somebody pressed a key."""
-
-
 @pytest.mark.parametrize("rewind", ["rate", "weights"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_second_call_resumes(stop, rewind, tmp_path, monkeypatch):
@@ -144,11 +140,11 @@ def test_a_second_call_resumes(stop, rewind, tmp_path, monkeypatch):
     def stopping(loops):
         done = plain(loops)
         if loops.saved.name == f"round-{stop}":
-            raise Stopped
+            raise KeyboardInterrupt
         return done
 
     monkeypatch.setattr(Disturbance, "run", stopping)
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         in_rounds(tmp_path / "stopped", rewind=rewind)
     monkeypatch.setattr(Disturbance, "run", plain)
     again, loops, _ = in_rounds(tmp_path / "stopped", rewind=rewind)

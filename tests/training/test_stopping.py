@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from learning import EXACT, SEQUENCES, batches, pruned_model, watched, weights
+from stopped_stage import StopAt, StoppedError
 
-from secateur.progress import Silent
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
 from secateur.training.gradual import GradualPruning
@@ -20,24 +20,8 @@ from secateur.training.objectives import next_token
 from secateur.training.training_plan import TrainingPlan
 
 
-class StoppedError(Exception):
-    """Somebody pressed a key."""
-
-
-class StopAt(Silent):
-    """Stops when a step has been reported, before it is saved."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step + 1
-
-    def step(self, count: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
-
-
 def loop_of(
-    saved: Path | None, stop: Silent | None = None, optimizer: str = "AdamW", gradual: bool = False
+    saved: Path | None, stop: StopAt | None = None, optimizer: str = "AdamW", gradual: bool = False
 ) -> Loop:
     """The training of these tests, from its beginning."""
     model = pruned_model()
@@ -84,7 +68,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
 ) -> None:
     _, whole, done = straight(optimizer)
     with pytest.raises(StoppedError):
-        loop_of(tmp_path / "stopped", StopAt(stop), optimizer).run()
+        loop_of(tmp_path / "stopped", StopAt("training", stop), optimizer).run()
     again = loop_of(tmp_path / "stopped", optimizer=optimizer)
     same(whole, again, done, again.run())
 
@@ -93,7 +77,7 @@ def test_masks_that_change_are_gone_on_with(tmp_path: Path) -> None:
     whole = loop_of(tmp_path / "straight", gradual=True)
     done = whole.run()
     with pytest.raises(StoppedError):
-        loop_of(tmp_path / "stopped", StopAt(3), gradual=True).run()
+        loop_of(tmp_path / "stopped", StopAt("training", 3), gradual=True).run()
     again = loop_of(tmp_path / "stopped", gradual=True)
     same(whole, again, done, again.run())
     assert whole.masks is not None
@@ -102,5 +86,5 @@ def test_masks_that_change_are_gone_on_with(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_not_done_again(straight) -> None:
     folder, whole, done = straight("AdamW")
-    again = loop_of(folder, StopAt(1))
+    again = loop_of(folder, StopAt("training", 9))  # one step after all eight
     same(whole, again, done, again.run())

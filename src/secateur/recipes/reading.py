@@ -83,7 +83,14 @@ def build_call(
             faults += _fault_lines(section, error, spelled)
     if faults:
         raise RecipeError.of(faults, where=where)
-    _refuse_contradictions(made, {**merged, **call}, where, spelled)
+    all_given = {**merged, **call}
+    idle = [line for section in made for line in idle_lines(section, all_given, spelled)]
+    wrong = [*((line, NEEDED) for line in idle), *_conflicts_in(made, all_given, spelled)]
+    if len(wrong) == 1:
+        raise RecipeError(wrong[0][0], where=where, remedy=wrong[0][1])
+    if wrong:
+        lines = [what if remedy == NEEDED else f"{what}; {remedy}" for what, remedy in wrong]
+        raise RecipeError.of(lines, where=where, remedy=NEEDED if idle else None)
     recipe: Any = made[0]
     return recipe, {name: getattr(made[1], name) for name in call}
 
@@ -336,21 +343,6 @@ def _fault_lines(kind: type[Section], error: ValidationError, spelled: Spelled) 
 
 NEEDED = "leave out what changes nothing, or give what it needs"
 """The remedy for options that change nothing."""
-
-
-def _refuse_contradictions(
-    made: Sequence[Section], given: Mapping[str, Any], where: str | None, spelled: Spelled
-) -> None:
-    """Refuse options that change nothing, and options that do not go together; list all."""
-    idle = [line for section in made for line in idle_lines(section, given, spelled)]
-    faults = [(line, NEEDED) for line in idle] + list(_conflicts_in(made, given, spelled))
-    if not faults:
-        return
-    [(what, remedy), *more] = faults
-    if not more:
-        raise RecipeError(what, where=where, remedy=remedy)
-    lines = [what if remedy == NEEDED else f"{what}; {remedy}" for what, remedy in faults]
-    raise RecipeError.of(lines, where=where, remedy=NEEDED if idle else None)
 
 
 def idle_lines(section: Section, given: Mapping[str, Any], spelled: Spelled) -> list[str]:

@@ -133,13 +133,6 @@ def import_card(record: Import, source_folder: Path, output: str | Path) -> str:
     )
 
 
-def source_part(card: str) -> str:
-    """The card of the dense model, taken from the card of a compressed one."""
-    front, body = split_card(card)
-    _, found, dense = body.partition(MARK + "\n")
-    return front + dense if found else card
-
-
 def with_measurements(card: str, sections: Mapping[str, Sequence[Block]]) -> str:
     """A card with sections, by heading, of what was measured; it may have them already."""
     found = [f"## {name}\n\n{markdown(blocks)}" for name, blocks in sections.items() if blocks]

@@ -80,15 +80,6 @@ def _peak_resident_bytes() -> int:
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
-def _reset_peak() -> bool:
-    """Reset the peak where the system can (Linux); returns whether it did."""
-    try:
-        CLEAR_REFS.write_text("5", encoding="utf-8", newline="\n")
-    except OSError:
-        return False
-    return True
-
-
 @dataclass
 class Meter:
     """Measures a run from `start` to `read`."""
@@ -101,7 +92,11 @@ class Meter:
         """Start measuring now."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return cls(peak_is_of_run=_reset_peak())
+        try:  # Linux forgets the peak of all that came before
+            CLEAR_REFS.write_text("5", encoding="utf-8", newline="\n")
+        except OSError:
+            return cls()
+        return cls(peak_is_of_run=True)
 
     def read(self) -> dict[str, float | int | bool]:
         """Seconds, peak resident bytes, and peak CUDA bytes where there is a GPU."""

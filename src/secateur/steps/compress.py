@@ -157,7 +157,17 @@ class Compress(Step[CompressRecipe, CompressResult]):
             options = {"solver": "obs", "asymmetric": True, "fast_matmuls": True}
             folder = self.place / "rounded"
             self._hold_zeros(model, bits_of, options, folder)
-            model, record = self.opened(folder), _rounding_record(folder)
+            model, notes = self.opened(folder), folder / NOTES
+            manifest = read_record(Manifest, notes / "manifest.json")
+            lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+            errors = [linear["error"] for line in lines for linear in json.loads(line)["linears"]]
+            record = {
+                "solver": manifest.method["solver"],
+                "asymmetric": manifest.method["asymmetric"],
+                "calibration": manifest.calibration,
+                "mean_error": sum(errors) / len(errors) if errors else 0.0,
+                "seconds": manifest.cost.seconds,
+            }
         if recipe.embeddings in GRID_BITS:
             model, head = self.with_head(model)
             record = {**head, **record}
@@ -372,18 +382,3 @@ def _own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str
     names = list(linears)
     refuse_idle_globs(recipe.overrides, names)
     return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
-
-
-def _rounding_record(rounded: Path) -> dict[str, Any]:
-    """The record of the rounding for the notes of the result."""
-    notes = rounded / "secateur"
-    manifest = read_record(Manifest, notes / "manifest.json")
-    lines = (notes / "layers.jsonl").read_text(encoding="utf-8").splitlines()
-    errors = [linear["error"] for line in lines for linear in json.loads(line)["linears"]]
-    return {
-        "solver": manifest.method["solver"],
-        "asymmetric": manifest.method["asymmetric"],
-        "calibration": manifest.calibration,
-        "mean_error": sum(errors) / len(errors) if errors else 0.0,
-        "seconds": manifest.cost.seconds,
-    }

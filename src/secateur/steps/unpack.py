@@ -14,7 +14,7 @@ from secateur.models.experts import OpenExperts
 from secateur.models.opening import write_dense
 from secateur.models.skeleton import build_skeleton, model_names, skeleton_of
 from secateur.recipes.compress import DecompressRecipe
-from secateur.reporting.cards import source_part
+from secateur.reporting import cards
 from secateur.reporting.models import DecompressResult
 from secateur.runs.output import write_text
 from secateur.runtime.install import DenseView
@@ -59,7 +59,10 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
             folder.notes.rmdir()
         card = source / "README.md"
         if card.is_file():
-            text = source_part(card.read_text(encoding="utf-8"))
+            text = card.read_text(encoding="utf-8")
+            front, body = cards.split_card(text)
+            _, packed, dense = body.partition(f"{cards.MARK}\n")
+            text = front + dense if packed else text
             if text.strip():
                 write_text(made / "README.md", text)
         return DecompressResult(

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from secateur.errors import RecipeError, VerificationError
-from secateur.training.lora import base_masks
 from secateur.training.masks import Masks, first_names, is_shared, local, masks_in
 
 
@@ -78,7 +77,10 @@ class SecateurCallback(TrainerCallback):
                 remedy="put the adapters on the pruned model, and leave masks out",
             )
         if is_adapted:
-            return base_masks(model)
+            # without the zeros of the adapters: peft freezes the matrices of the model alone
+            frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+            kept = Masks.of(model).kept
+            return Masks({name: mask for name, mask in kept.items() if name in frozen})
         if self.source is None:
             return Masks.of(model)
         return masks_in(

@@ -199,18 +199,6 @@ def merge(adapted: PeftModel) -> Any:
     return merged
 
 
-def base_masks(base: nn.Module) -> Masks:
-    """Return the zeros of the matrices of a model that holds adapters, without the adapters' own.
-
-    peft freezes the matrices of the model and trains the adapters' parameters.
-
-    Args:
-        base: the model within peft's wrapper, `adapted.get_base_model()`.
-    """
-    frozen = {name for name, p in base.named_parameters() if not p.requires_grad}
-    return Masks({name: kept for name, kept in Masks.of(base).kept.items() if name in frozen})
-
-
 def need_peft() -> Any:
     """Import peft, which is optional.
 

@@ -161,10 +161,6 @@ def test_mutants_drop_as_many_layers_and_not_always_the_same() -> None:
     assert mutate((0, 1), random, (0, 1)) == (0, 1)  # nothing else can be dropped
 
 
-class Stop(BaseException):
-    """A kill."""
-
-
 class Killer(Silent):
     """Stops the work at one of its steps."""
 
@@ -174,7 +170,7 @@ class Killer(Silent):
     def step(self, count: int = 1, note: str = "") -> None:
         self.left -= 1
         if self.left < 0:
-            raise Stop
+            raise KeyboardInterrupt
 
 
 class Counter(Silent):
@@ -198,7 +194,7 @@ def test_what_was_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     for place in range(1, counter.steps, counter.steps // 4):
         work = tmp_path / str(place)
         work.mkdir()
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             choose(model, 2, "search", work, Killer(place), **QUICK)
         file = work / "depth.jsonl"
         with file.open("a") as stream:

@@ -99,10 +99,6 @@ def test_domains_are_loaded_by_their_losses(places: Path, tmp_path: Path) -> Non
     assert sum(step["proportions"].values()) == pytest.approx(1)
 
 
-class Killed(KeyboardInterrupt):
-    """Somebody pressed a key."""
-
-
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_stopped_run_resumes_to_the_same_bits(
     at: int, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,10 +110,10 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     def step(self: loop.Loop) -> None:
         plain(self)
         if self.outcome.step == at:
-            raise Killed
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.Loop, "step", step)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         cut(places, tmp_path / "out", how)
     monkeypatch.setattr(loop.Loop, "step", plain)
     resumed = cut(places, tmp_path / "out", how, resume=True)

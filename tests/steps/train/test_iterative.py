@@ -110,10 +110,6 @@ def test_the_rate_falls_once_over_all_rounds_where_nothing_goes_back(
     assert first == second
 
 
-class Killed(KeyboardInterrupt):
-    """Somebody pressed a key."""
-
-
 TICKET = {"sparsity": 0.8, "rounds": 2, "rewind": "weights", "rewind_step": 1, "score": "wanda"}
 STOPPED: dict[str, Any] = {"iterative": TICKET, "steps": 3}
 
@@ -130,7 +126,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 ) -> None:
     """Stopped in the training before the rounds, in the first and in the second."""
     kill_at_file(monkeypatch, at)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         train(places, tmp_path / "out", "dense", **STOPPED)
     monkeypatch.undo()
     steps, plain = [], loop.Loop.step
@@ -156,7 +152,7 @@ def kill_at_file(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         if "rounds" in str(target):
             left[0] -= 1
             if not left[0]:
-                raise Killed
+                raise KeyboardInterrupt
         return made
 
     monkeypatch.setattr(Path, "replace", replace)
