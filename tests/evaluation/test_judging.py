@@ -92,12 +92,6 @@ def test_kinds_of_text_that_the_dense_model_writes(dense, pruned, monkeypatch, c
     assert [one.protocol["token_ids"] for one in same] == texts
 
 
-def test_kinds_need_a_dense_model(pruned, command) -> None:
-    done = command("evaluate", pruned, "--kinds")
-    assert done.code == 2
-    assert "--dense" in done.err
-
-
 def test_loaded_models(text: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     with pytest.raises(RecipeError, match="tokenizer="):

@@ -7,13 +7,20 @@ from itertools import combinations, product
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from secateur.recipes import shared
 from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Size, Texts
 from secateur.recipes.prune import Effort, Fitting
 
-Kept = int | Annotated[float, Field(ge=0, le=1)]
+def _number_or_fraction(value: int | float) -> int | float:
+    """The same value, unless it is a float outside 0 to 1."""
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise ValueError("must be a whole number, or a fraction between 0 and 1")
+    return value
+
+
+Kept = Annotated[int | float, AfterValidator(_number_or_fraction)]
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
 
 TARGETS = ("keep_parameters", "max_size", "decode_latency")
