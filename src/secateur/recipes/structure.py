@@ -13,6 +13,7 @@ from secateur.recipes import shared
 from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Size, Texts
 from secateur.recipes.prune import Effort, Fitting
 
+
 def _number_or_fraction(value: int | float) -> int | float:
     """The same value, unless it is a float outside 0 to 1."""
     if isinstance(value, float) and not 0 <= value <= 1:
