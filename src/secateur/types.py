@@ -14,8 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The numbers of plain weights, as configurations and users name them."""
 
 Weight = Float[Tensor, "out in"]
 """A weight matrix [out, in] of any floating dtype (Conv1D weights are transposed to this form)."""

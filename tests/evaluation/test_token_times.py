@@ -118,20 +118,10 @@ def test_a_kept_time_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_a_model_that_our_loop_cannot_decode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureError, match="llama"):
-        time_tokens(
-            transformers.GPT2Config(),
-            [WeightFormat("bf16", 0.0)],
-            Silent(),
-            file=tmp_path / "t.json",
-        )
-    with pytest.raises(ArchitectureError, match="gelu"):
-        time_tokens(
-            config(hidden_act="gelu"),
-            [WeightFormat("bf16", 0.0)],
-            Silent(),
-            file=tmp_path / "t.json",
-        )
+    stored, file = [WeightFormat("bf16", 0.0)], tmp_path / "t.json"
+    for model, said in ((transformers.GPT2Config(), "llama"), (config(hidden_act="gelu"), "gelu")):
+        with pytest.raises(ArchitectureError, match=said):
+            time_tokens(model, stored, Silent(), file=file)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
@@ -254,21 +244,15 @@ def test_times_of_another_machine_are_kept_and_not_used(
 @pytest.mark.parametrize("stored", [BASE, SPARSE, INT4, WeightFormat("bf16", 0.7)])
 def test_as_many_matrices_are_timed_as_a_model_has_bytes(stored: WeightFormat) -> None:
     counts = {(64, 64): 4, (128, 64): 4, (64, 128): 2}
+    sizes = {s: random_matrix(*s, stored.values, stored.sparsity).nbytes for s in counts}
     for shape in counts:
-        made = (
-            how_many(counts, shape, stored)
-            * random_matrix(*shape, stored.values, stored.sparsity).nbytes
-        )
-        whole = sum(
-            n * random_matrix(*s, stored.values, stored.sparsity).nbytes for s, n in counts.items()
-        )
+        made = how_many(counts, shape, stored) * sizes[shape]
+        whole = sum(n * sizes[s] for s, n in counts.items())
         assert made == pytest.approx(whole, rel=0.35)  # small ones have scales and offsets too
 
 
 def test_real_kernels_and_loops_are_timed(tmp_path: Path) -> None:
-    times = time_matrices(
-        config(2, num_key_value_heads=4), SHAPES, [INT4], Silent(), file=tmp_path / "t.json"
-    )
+    times = times_of(tmp_path / "t.json", [INT4], None, None)
     assert all(seconds > 0 for seconds in times.layers.values())
     assert all(0 < share < 1 for share in times.shares.values())
     assert 0 < times.rest < times.base

@@ -73,5 +73,5 @@ def test_int8_of_torch_is_the_linear_with_rounded_weights(bias: bool) -> None:
     linear = torch.nn.Linear(32, 16, bias=bias)
     x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
     with torch.no_grad():
-        ours = speed._torch_int8(linear)(x).float()
+        ours = speed._TorchInt8(linear)(x).float()
         assert torch.allclose(ours, linear(x.float()), atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def some_tokens(count: int = 35, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+def both(model: Any, count: int = 35) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and those of transformers, from the last of a prompt of five tokens on."""
+    tokens = some_tokens(count)
+    return decoded(Decoder(model, count), tokens, 5), reference(model, tokens)[4:]
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the rounding of activations, which differs a little between the two ways."""
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
 def model_of(folder: Path, shape: str, dtype: torch.dtype, **stored: Any) -> Any:
     family, sizes = SHAPES[shape]
     return secateur.load(packed_model(folder, family, **stored, **sizes), dtype=dtype)
@@ -75,10 +87,7 @@ def model_of(folder: Path, shape: str, dtype: torch.dtype, **stored: Any) -> Any
 
 @pytest.mark.parametrize("shape", [*SHAPES])
 def test_float32_logits_are_those_of_transformers(tmp_path: Path, shape: str) -> None:
-    model = model_of(tmp_path, shape, torch.float32)
-    tokens = some_tokens()
-    expected = reference(model, tokens)[4:]
-    found = decoded(Decoder(model, 35), tokens, 5)
+    found, expected = both(model_of(tmp_path, shape, torch.float32))
     assert found.shape == (31, 96)
     largest = float(expected.abs().max())
     assert largest > 0.01
@@ -100,10 +109,8 @@ def test_bfloat16_logits_are_as_near_as_those_of_transformers(
         exact = model_of(tmp_path, shape, torch.float32, values="bfloat16")
         model = secateur.load(tmp_path / "packed")
         assert model.dtype == torch.bfloat16
-        tokens = some_tokens()
-        wanted = reference(exact, tokens)[4:]
-        theirs = reference(model, tokens)[4:]
-        ours = decoded(Decoder(model, 35), tokens, 5)
+        wanted = reference(exact, some_tokens())[4:]
+        ours, theirs = both(model)
     finally:
         lib.use_tier(best)
     usual = float((theirs[1:] - wanted[1:]).norm())
@@ -111,28 +118,20 @@ def test_bfloat16_logits_are_as_near_as_those_of_transformers(
     assert float((ours[1:] - wanted[1:]).norm()) < 1.5 * usual
 
 
-@pytest.mark.parametrize("shape", ["llama, tied, biases", "wide"])
-@pytest.mark.parametrize("embeddings", ["auto", "int8"])
-def test_int8_logits(tmp_path: Path, shape: str, embeddings: str) -> None:
-    """To the rounding of activations, which differs a little between the two ways."""
-    model = model_of(tmp_path, shape, torch.float32, values="int8", embeddings=embeddings)
-    tokens = some_tokens()
-    expected = reference(model, tokens)[4:]
-    found = decoded(Decoder(model, 35), tokens, 5)
-    assert float((found - expected).norm() / expected.norm()) < 0.05
-
-
-@pytest.mark.parametrize("shape", ["llama, tied, biases", "odd widths", "wide"])
-@pytest.mark.parametrize("stored", ["int4", "int3", "int2"])
-def test_int4_logits(tmp_path: Path, shape: str, stored: str) -> None:
-    """To the rounding of activations, as int8."""
-    stores = {"values": stored, "group_size": 32, "embeddings": "int4"}
-    model = model_of(tmp_path, shape, torch.float32, **stores)
-    assert {x.matrix.group for x in model.modules() if isinstance(x, PackedLinear)} == {32}
-    tokens = some_tokens()
-    expected = reference(model, tokens)[4:]
-    found = decoded(Decoder(model, 35), tokens, 5)
-    assert float((found - expected).norm() / expected.norm()) < 0.05
+@pytest.mark.parametrize(
+    ("values", "embeddings", "shape"),
+    [
+        *product(["int8"], ["auto", "int8"], ["llama, tied, biases", "wide"]),
+        *product(["int4", "int3", "int2"], ["int4"], ["llama, tied, biases", "odd widths", "wide"]),
+    ],
+)
+def test_logits_of_integers(tmp_path: Path, values: str, embeddings: str, shape: str) -> None:
+    group = {} if values == "int8" else {"group_size": 32}
+    stored = {"values": values, "embeddings": embeddings, **group}
+    model = model_of(tmp_path, shape, torch.float32, **stored)
+    groups = {x.matrix.group for x in model.modules() if isinstance(x, PackedLinear)}
+    assert groups == {group.get("group_size")}
+    assert_near(*both(model))
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -213,20 +212,13 @@ def test_matrices_of_all_kinds_in_one_layer(tmp_path: Path) -> None:
         for path, module in model.named_modules():
             if path.endswith(name):
                 module.matrix = other[path].matrix
-    tokens = some_tokens()
-    expected = reference(model, tokens)[4:]
-    found = decoded(Decoder(model, 35), tokens, 5)
-    assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert_near(*both(model))
 
 
 def test_dense_and_float16_models(tmp_path: Path) -> None:
-    sizes = {"head_dim": 16}
-    folder = pruned_folder(tmp_path / "dense", **sizes)
+    folder = pruned_folder(tmp_path / "dense", head_dim=16)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 3e-2)):
-        model = secateur.load(folder, dtype=dtype)
-        tokens = some_tokens(12)
-        expected = reference(model, tokens)[4:]
-        found = decoded(Decoder(model, 12), tokens, 5)
+        found, expected = both(secateur.load(folder, dtype=dtype), 12)
         atol = tolerance * float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
 

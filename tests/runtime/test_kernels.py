@@ -35,23 +35,26 @@ def tier(request: pytest.FixtureRequest) -> str:
         yield request.param
 
 
+def check_products(matrix, dense, shares):
+    """Of up to eight tokens, by the matrix in float64; `shares`: how activations are rounded."""
+    for batch in range(1, lib.MAX_BATCH + 1):
+        x = torch.randn(batch, dense.shape[1], generator=torch.Generator().manual_seed(batch))
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
+            given = x.to(dtype)
+            seen = rounded_to_bytes(given.float(), shares) if shares else given.double()
+            got = matrix.multiply(given)
+            assert got.dtype == dtype
+            # relative to what is summed up, for sums may cancel
+            size = seen.abs() @ dense.abs().T + 1e-60
+            wanted = bitmask_product(seen, dense)
+            assert float(((got.double() - wanted).abs() / size).max()) < tolerance
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparsity", [None, 0.0, 0.5, 0.95])
 def test_products_are_those_of_float64(tier, shape, values, sparsity):
-    matrix, dense = example(*shape, values, sparsity)
-    for batch in range(1, lib.MAX_BATCH + 1):
-        x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
-        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
-            given = x.to(dtype)
-            whole = values == torch.int8
-            seen = rounded_to_bytes(given.float(), "spread") if whole else given.double()
-            wanted = bitmask_product(seen, dense)
-            got = matrix.multiply(given)
-            assert got.dtype == dtype
-            # relative to what is summed up, for sums may cancel
-            size = seen.abs() @ dense.abs().T + 1e-30
-            assert float(((got.double() - wanted).abs() / size).max()) < tolerance
+    check_products(*example(*shape, values, sparsity), "spread" if values == torch.int8 else "")
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (6, 2500), (5, 700), (4, 576)])
@@ -60,14 +63,7 @@ def test_products_are_those_of_float64(tier, shape, values, sparsity):
 def test_products_of_4_bits_are_those_of_float64(tier, shape, group, sparsity):
     matrix, dense = example_of_codes(*shape, group, sparsity)
     assert torch.equal(matrix.tile(0, shape[0]).double(), dense)
-    for batch in range(1, lib.MAX_BATCH + 1):
-        x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
-        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
-            given = x.to(dtype)
-            seen = rounded_to_bytes(given.float(), "consecutive")
-            size = seen.abs() @ dense.abs().T + 1e-60
-            got = matrix.multiply(given).double()
-            assert float(((got - bitmask_product(seen, dense)).abs() / size).max()) < tolerance
+    check_products(matrix, dense, "consecutive")
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.5])

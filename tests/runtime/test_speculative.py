@@ -90,14 +90,10 @@ def test_greedy_text_is_the_same(tmp_path: Path, family: str, dtype: torch.dtype
     assert 0 < drafter.accepted < drafter.proposed
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"repetition_penalty": 1.3},
-        {"presence_penalty": 0.4, "frequency_penalty": 0.7},
-    ],
-    ids=str,
-)
+PENALTIES = [{"repetition_penalty": 1.3}, {"presence_penalty": 0.4, "frequency_penalty": 0.7}]
+
+
+@pytest.mark.parametrize("options", PENALTIES, ids=str)
 def test_penalties_count_proposed_tokens(tmp_path: Path, options: dict[str, float]) -> None:
     parent, draft = parent_and_draft(tmp_path)
     sampling, ids = Sampling(temperature=0.0, **options), torch.tensor([5, 17, 80])
@@ -110,10 +106,8 @@ def test_penalties_count_proposed_tokens(tmp_path: Path, options: dict[str, floa
 def test_a_draft_that_is_the_parent_is_always_right(tmp_path: Path) -> None:
     parent, _ = parent_and_draft(tmp_path)
     for sampling in (GREEDY, Sampling(temperature=1.0)):
-        drafter = drafter_of(parent)
-        found = [
-            *speculated(Decoder(parent, ROOM), drafter, torch.tensor([5]), 33, sampling=sampling)
-        ]
+        drafter, decoder = drafter_of(parent), Decoder(parent, ROOM)
+        found = [*speculated(decoder, drafter, torch.tensor([5]), 33, sampling=sampling)]
         assert len(found) == 33
         assert drafter.accepted == drafter.proposed == 28  # 1 token, then 4 times 7 and 1
 
@@ -126,9 +120,8 @@ def test_stop_tokens_and_limits(tmp_path: Path) -> None:
         found = speculated(Decoder(parent, ROOM), drafter_of(draft), ids, number, sampling=GREEDY)
         assert [*found] == expected[:number]
     stop = expected[11]
-    found = speculated(
-        Decoder(parent, ROOM), drafter_of(draft), ids, 30, sampling=GREEDY, stop={stop}
-    )
+    decoder, drafter = Decoder(parent, ROOM), drafter_of(draft)
+    found = speculated(decoder, drafter, ids, 30, sampling=GREEDY, stop={stop})
     assert [*found] == expected[: expected.index(stop)]
 
 
@@ -212,12 +205,8 @@ def test_texts_of_two_tokens_have_the_parents_distribution(tmp_path: Path) -> No
     assert 0 < drafter.accepted < drafter.proposed
     common = [text for text in counts[0] if counts[0][text] >= 20]
     left = [8_000 - sum(found[text] for text in common) for found in counts]
-    table = torch.tensor(
-        [
-            [found[text] for text in common] + [rest]
-            for found, rest in zip(counts, left, strict=True)
-        ]
-    ).double()
+    rows = ([found[text] for text in common] for found in counts)
+    table = torch.tensor([[*row, rest] for row, rest in zip(rows, left, strict=True)]).double()
     table = table[:, table.sum(0) > 0]
     expected = table.sum(0, keepdim=True) / 2
     statistic = float(((table - expected) ** 2 / expected).sum())
@@ -375,13 +364,8 @@ def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
     notes = folder / "secateur"
     notes.mkdir(exist_ok=True)
     file = notes / "frequent_tokens.safetensors"
-    for ids in (
-        torch.tensor([3, 2]),
-        torch.tensor([96_000]),
-        torch.tensor([1.0]),
-        torch.tensor([]),
-    ):
-        save_file({"ids": ids}, file)
+    for ids in ([3, 2], [96_000], [1.0], []):
+        save_file({"ids": torch.tensor(ids)}, file)
         with pytest.raises(CheckpointError, match="frequent tokens"):
             frequent_tokens(folder, 96)
     file.write_bytes(b"no such file")

@@ -50,6 +50,18 @@ def called(function: Any) -> dict[str, Any]:
     return {"messages": [*USER, call]}
 
 
+def said(**message: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", **message}]}
+
+
+def formed(**form: Any) -> dict[str, Any]:
+    return {"messages": USER, "response_format": form}
+
+
+def structured(**structure: Any) -> dict[str, Any]:
+    return {"prompt": "x", "structured_outputs": structure}
+
+
 def function(**options: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "a", **options}}
 
@@ -72,13 +84,10 @@ BAD: dict[str, tuple[str, Any, str | None]] = {
     "no object": (CHAT, {"messages": [1]}, "messages[0]"),
     "no role": (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
     "role": (CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
-    "no content": (CHAT, {"messages": [{"role": "user"}]}, "messages[0]"),
-    "odd content": (CHAT, {"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
-    "picture": (
-        CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "messages[0].content[0].type",
-    ),
-    "template": (CHAT, {"messages": [{"role": "user", "content": "refuse"}]}, "messages"),
+    "no content": (CHAT, said(), "messages[0]"),
+    "odd content": (CHAT, said(content=7), "messages[0].content"),
+    "picture": (CHAT, said(content=[{"type": "image_url"}]), "messages[0].content[0].type"),
+    "template": (CHAT, said(content="refuse"), "messages"),
     "text as a number": (CHAT, {"messages": USER, "temperature": "1"}, "temperature"),
     "temperature": (CHAT, {"messages": USER, "temperature": -1}, "temperature"),
     "whole": (TEXT, {"prompt": "x", "n": 1.5}, "n"),
@@ -104,44 +113,22 @@ BAD: dict[str, tuple[str, Any, str | None]] = {
     "choice": (CHAT, tools(TOOL, tool_choice="any"), "tool_choice"),
     "chosen": (CHAT, tools(TOOL, tool_choice={"function": {"name": "g"}}), "tool_choice"),
     "no template for tools": (CHAT, tools(TOOL), "tools"),
-    "format": (
-        CHAT, {"messages": USER, "response_format": {"type": "xml"}}, "response_format.type"
-    ),
-    "no schema": (
-        CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format"
-    ),
-    "odd schema": (
-        CHAT, {"messages": USER, "response_format": {"type": "json_object", "schema": [1]}},
-        "response_format.schema",
-    ),
-    "two formats": (
-        TEXT, {"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["a"]}},
-        "structured_outputs",
-    ),
-    "no choices": (
-        TEXT, {"prompt": "x", "structured_outputs": {"choice": []}}, "structured_outputs.choice"
-    ),
-    "structure": (
-        TEXT, {"prompt": "x", "structured_outputs": {"grammar": "start: a"}},
-        "structured_outputs.grammar",
-    ),
+    "format": (CHAT, formed(type="xml"), "response_format.type"),
+    "no schema": (CHAT, formed(type="json_schema"), "response_format"),
+    "odd schema": (CHAT, formed(type="json_object", schema=[1]), "response_format.schema"),
+    "two formats": (TEXT, structured(regex="a", choice=["a"]), "structured_outputs"),
+    "no choices": (TEXT, structured(choice=[]), "structured_outputs.choice"),
+    "structure": (TEXT, structured(grammar="start: a"), "structured_outputs.grammar"),
     "structure of older clients": (TEXT, {"prompt": "x", "guided_regex": "a"}, "guided_regex"),
-    "endless structure": (
-        TEXT, {"prompt": "x", "structured_outputs": {"regex": "a"}, "ignore_eos": True},
-        "ignore_eos",
-    ),
-    "NaN in a schema": (
-        TEXT, {"prompt": "x", "structured_outputs": {"json": '{"const": NaN}'}},
-        "structured_outputs.json",
-    ),
+    "endless structure": (TEXT, {**structured(regex="a"), "ignore_eos": True}, "ignore_eos"),
+    "NaN in a schema": (TEXT, structured(json='{"const": NaN}'), "structured_outputs.json"),
     "arguments": (CHAT, called({"name": "f", "arguments": "{"}), f"{CALLS}.arguments"),
     "half a pair in arguments": (
         CHAT, called({"name": "f", "arguments": '{"a": "\\ud800"}'}), f"{CALLS}.arguments"
     ),
     "call": (CHAT, called({"name": "f"}), f"{CALLS}.arguments"),
     "caller": (
-        CHAT, {"messages": [{"role": "user", "tool_calls": [{"function": {
-            "name": "f", "arguments": {}}}]}]}, "messages[0]",
+        CHAT, said(tool_calls=[{"function": {"name": "f", "arguments": {}}}]), "messages[0]"
     ),
     "no prompt": (TEXT, {"prompt": ""}, None),
     "no token": (TEXT, {"prompt": []}, None),

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NumericalError
-from secateur.evaluation.divergence import side_by_side
+from secateur.evaluation.perplexity import numbers_of
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.runs.records.measured import Acceptance, Speculation
 from secateur.types import Windows
@@ -78,8 +78,8 @@ def acceptance(
         p = torch.softmax(parents, dim=-1)
         return torch.cat([_of_tokens(logits, p, only) for only in heads])
 
-    found = side_by_side(
-        draft, parent, windows, of_heads, start_tokens=start_tokens, batch_size=batch_size,
+    found = numbers_of(
+        [draft, parent], windows, of_heads, start_tokens=start_tokens, batch_size=batch_size,
         progress=progress,
     )  # fmt: skip
     # [heads, rate or agreement, windows, positions]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.errors import NumericalError, RecipeError
+from secateur.errors import NumericalError
 from secateur.evaluation import perplexity
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
@@ -74,8 +74,8 @@ def divergence(
         SourceError: a token id is not in a vocabulary.
     """
     started = time.perf_counter()
-    found = side_by_side(
-        model, reference, windows, _token_numbers, start_tokens=start_tokens,
+    found = perplexity.numbers_of(
+        [model, reference], windows, _token_numbers, start_tokens=start_tokens,
         batch_size=batch_size, progress=progress, ranks=ranks,
     )  # fmt: skip
     (count, length), first = windows.shape, perplexity.given(start_tokens)
@@ -133,78 +133,6 @@ def divergence_of_texts(
             f"{name.removesuffix('_agreement')}_standard_error": standard_error(each),
         }
     return Divergence.model_validate({**values, "tokens": sum(one.tokens for one in found)})
-
-
-Numbers = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Numbers of a few tokens [k, tokens] by the logits [tokens, vocabulary] of a model and its
-reference, both float32, and the tokens that follow."""
-
-
-def side_by_side(
-    model: nn.Module,
-    reference: nn.Module,
-    windows: Windows,
-    numbers: Numbers,
-    *,
-    start_tokens: int = 0,
-    batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """Read windows with two models at once; arguments as of `divergence`.
-
-    Returns:
-        The numbers wherever a token is predicted, float32 [k, windows of this process, positions].
-    """
-    count, length = windows.shape
-    perplexity.check_windows(model, windows, start_tokens)
-    perplexity.check_windows(reference, windows, start_tokens)
-    first, done, found = perplexity.given(start_tokens), 0, list[Tensor]()
-    batch_size = batch_size or perplexity.windows_at_once(count, length)
-    with torch.inference_mode(), perplexity.evaluating(model), perplexity.evaluating(reference):
-        probe = windows[:1, : perplexity.PROBE_TOKENS]
-        models = model, reference
-        places = [perplexity.place_of(one) for one in models]
-        both = [
-            perplexity.body_and_head(one, probe.to(place))
-            for one, place in zip(models, places, strict=True)
-        ]
-        for part in perplexity.own_batches(count, batch_size, ranks):
-            found.append(_of_batch(both, places, windows[part], first, numbers))
-            done += part.stop - part.start
-            if progress is not None:
-                progress(min(count, done * ranks.count), count)
-    return torch.cat(found, dim=1)
-
-
-def _of_batch(
-    both: Sequence[perplexity.Parts],
-    places: Sequence[torch.device],
-    ids: Tensor,
-    first: int,
-    numbers: Numbers,
-) -> Tensor:
-    """Numbers of a batch; the `first` tokens of each window are not predicted."""
-    parts, dense_parts = both
-    if parts.vocabulary != dense_parts.vocabulary:
-        raise RecipeError(
-            f"vocabularies of {parts.vocabulary} and {dense_parts.vocabulary} tokens cannot be "
-            "compared",
-            remedy="name the dense model that this one was made from",
-        )
-    states, dense_states = (
-        one.states(ids.to(place), first) for one, place in zip(both, places, strict=True)
-    )
-    chunk = max(1, perplexity.LOGITS_BYTES // (4 * parts.vocabulary))
-    targets = ids[:, first:].reshape(-1).to(states.device)
-    found = [
-        numbers(parts.head(own).float(), dense_parts.head(dense).float().to(own.device), t)
-        for own, dense, t in zip(
-            states.split(chunk), dense_states.split(chunk), targets.split(chunk), strict=True
-        )
-    ]
-    # [k, windows, positions]
-    return torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).cpu()
 
 
 def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:

@@ -205,14 +205,12 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def generation_protocol(
-    prompts: Sequence[str] = PROMPTS, new_tokens: int = NEW_TOKENS
-) -> dict[str, Any]:
+def generation_protocol(prompts: Sequence[str] = PROMPTS) -> dict[str, Any]:
     """Everything that the texts depend on besides the model, as JSON values."""
     return {
         "prompts": len(prompts),
         "prompt_texts": fingerprint(prompts),
-        "new_tokens": new_tokens,
+        "new_tokens": NEW_TOKENS,
         "decoding": "greedy",
         "run_tokens": RUN,
         "degenerate_above": DEGENERATE,

@@ -36,7 +36,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,56 +155,98 @@ def perplexity(
             an object with `logits`; it runs on the device of its weights.
         windows: token ids [windows, sequence_length].
         start_tokens: number of start tokens in each window; none of them is predicted.
-        batch_size: windows in one forward; `windows_at_once` by default.
+        batch_size: windows in one forward; by default about 2048 tokens.
         progress: called after each forward with the number of windows done and in total.
         ranks: the processes that share the windows; all get the result.
 
     Raises:
         ArchitectureError: the model is an encoder, or part of an encoder-decoder.
         NumericalError: the loss of a window is not a number, or infinite.
-        RecipeError: windows are shorter than 2, or longer than the model's context.
+        RecipeError: windows are shorter than 2, longer than the model's context, or fewer than the
+            processes.
         SourceError: a token id is not in the model's vocabulary.
     """
-    count, length = windows.shape
-    check_windows(model, windows, start_tokens)
     refuse_non_decoders(model, model)
-    device, first = place_of(model), given(start_tokens)
-    batch_size = batch_size or windows_at_once(count, length)
-    losses: list[float] = []
     started = time.perf_counter()
-    with torch.inference_mode(), evaluating(model):
-        parts = body_and_head(model, windows[:1, :PROBE_TOKENS].to(device))
-        for rows in own_batches(count, batch_size, ranks):
-            ids = windows[rows].to(device)
-            states = parts.states(ids, first)
-            targets = ids[:, first:].reshape(-1).to(states.device)
-            # float32 logits of so many tokens take at most 64 MiB
-            chunk = max(1, LOGITS_BYTES // (4 * parts.vocabulary))
-            found = [
-                functional.cross_entropy(parts.head(some).float(), target, reduction="none")
-                for some, target in zip(states.split(chunk), targets.split(chunk), strict=True)
-            ]
-            # a mean for each window, in float64
-            losses += torch.cat(found).view(len(ids), -1).double().mean(dim=1).tolist()
-            if progress is not None:
-                progress(min(count, len(losses) * ranks.count), count)
-    losses = [loss for part in ranks.gather(losses) for loss in part]
-    return summary(losses, length, first, time.perf_counter() - started)
+    found = numbers_of(
+        [model], windows, _losses, start_tokens=start_tokens, batch_size=batch_size,
+        progress=progress, ranks=ranks,
+    )  # fmt: skip
+    # a mean for each window, in float64
+    own: list[float] = found[0].double().mean(dim=1).tolist()
+    losses = [loss for part in ranks.gather(own) for loss in part]
+    seconds = time.perf_counter() - started
+    return summary(losses, windows.shape[1], given(start_tokens), seconds)
 
 
-def windows_at_once(count: int, length: int) -> int:
-    """Windows in one forward: about 2048 tokens, and so few that progress is seen to move."""
-    return max(1, min(TOKENS_PER_FORWARD // length, count // REPORTS))
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The losses of a few tokens, float32 [1, tokens]."""
+    return functional.cross_entropy(logits, targets, reduction="none")[None]
 
 
-def own_batches(windows: int, batch_size: int, ranks: Ranks) -> list[slice]:
-    """The batches of windows that this process measures; small enough that every process has some.
+Numbers = Callable[..., Tensor]
+"""Numbers of a few tokens [k, tokens] by the logits [tokens, vocabulary] of every model, float32,
+and the tokens that follow."""
 
-    Raises:
-        RecipeError: there are fewer windows than processes.
+
+def numbers_of(
+    models: Sequence[nn.Module],
+    windows: Windows,
+    numbers: Numbers,
+    *,
+    start_tokens: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Read windows with one or several models at once; arguments and errors as of `perplexity`.
+
+    Returns:
+        The numbers wherever a token is predicted, float32 [k, windows of this process, positions].
     """
-    batch_size = min(batch_size, max(1, windows // ranks.count))
-    return rows_of(ranks.rank, micro_batches(windows, batch_size, ranks.count), ranks.count)
+    for model in models:
+        check_windows(model, windows, start_tokens)
+    (count, length), done, found = windows.shape, 0, list[Tensor]()
+    # by default so few windows that progress is seen to move; every process has some
+    batch_size = batch_size or max(1, min(TOKENS_PER_FORWARD // length, count // REPORTS))
+    batches = micro_batches(count, min(batch_size, max(1, count // ranks.count)), ranks.count)
+    with torch.inference_mode(), ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        probe, places = windows[:1, :PROBE_TOKENS], [place_of(model) for model in models]
+        every = [body_and_head(m, probe.to(x)) for m, x in zip(models, places, strict=True)]
+        for rows in rows_of(ranks.rank, batches, ranks.count):
+            found.append(_of_batch(every, places, windows[rows], given(start_tokens), numbers))
+            done += rows.stop - rows.start
+            if progress is not None:
+                progress(min(count, done * ranks.count), count)
+    return torch.cat(found, dim=1)
+
+
+def _of_batch(
+    every: Sequence[Parts],
+    places: Sequence[torch.device],
+    ids: Tensor,
+    first: int,
+    numbers: Numbers,
+) -> Tensor:
+    """Numbers of a batch; the `first` tokens of each window are not predicted."""
+    vocabularies = [parts.vocabulary for parts in every]
+    if len({*vocabularies}) > 1:
+        raise RecipeError(
+            f"vocabularies of {' and '.join(map(str, vocabularies))} tokens cannot be compared",
+            remedy="name the dense model that this one was made from",
+        )
+    states = [x.states(ids.to(place), first) for x, place in zip(every, places, strict=True)]
+    targets = ids[:, first:].reshape(-1).to(states[0].device)
+    # float32 logits of so many tokens take at most 64 MiB
+    chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
+    found = []
+    for following, *some in zip(*(x.split(chunk) for x in (targets, *states)), strict=True):
+        logits = (x.head(own).float() for x, own in zip(every, some, strict=True))
+        found.append(numbers(*(one.to(following.device) for one in logits), following))
+    # [k, windows, positions]
+    return torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).cpu()
 
 
 def summary(losses: Sequence[float], length: int, first: int, seconds: float) -> PerplexityResult:

@@ -223,16 +223,11 @@ def _serve() -> None:
         run = _load_backend(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
         run(prompt, 2)
         give_back()  # an int8 backend has rounded larger weights, which are gone
+        _answer({"resident_bytes": psutil.Process().memory_info().rss - before})
+        for _ in sys.stdin:
+            _answer(run(prompt, asked["new_tokens"]))
     except Exception as error:  # any error is reported, so that the other backends continue
         _answer({"failure": _failure_of(error)})
-        return
-    _answer({"resident_bytes": psutil.Process().memory_info().rss - before})
-    for _ in sys.stdin:
-        try:
-            _answer(run(prompt, asked["new_tokens"]))
-        except Exception as error:
-            _answer({"failure": _failure_of(error)})
-            return
 
 
 def _failure_of(error: Exception) -> str:
@@ -329,10 +324,10 @@ def _in_llama_cpp(file: Path, capacity: int, threads: int) -> Run:
 class _TorchInt8(nn.Module):
     """torch's weight-only int8 product: its fastest one for few tokens on a CPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.integers, scale = quantize_rows(weight)
-        self.scale, self.bias = scale.to(torch.bfloat16), bias
+        self.integers, scale = quantize_rows(linear.weight.detach().float())
+        self.scale, self.bias = scale.to(torch.bfloat16), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The product for [..., in]."""
@@ -346,10 +341,6 @@ class _TorchInt8(nn.Module):
 def _our_int8(linear: nn.Linear) -> nn.Module:
     integers, scale = quantize_rows(linear.weight.detach().float())
     return PackedLinear(KernelMatrix(integers, scale=scale), linear.bias)
-
-
-def _torch_int8(linear: nn.Linear) -> nn.Module:
-    return _TorchInt8(linear.weight.detach().float(), linear.bias)
 
 
 class _How(NamedTuple):
@@ -366,7 +357,7 @@ BACKENDS: Mapping[str, _How] = {
     "dense bf16": _How(expand=True),
     "dense int8": _How(expand=True, int8=_our_int8),
     "torch bf16": _How(expand=True, ours=False),
-    "torch int8": _How(expand=True, int8=_torch_int8, ours=False),
+    "torch int8": _How(expand=True, int8=_TorchInt8, ours=False),
 }
 USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
 """The most useful backends. The others take long and are never the fastest."""

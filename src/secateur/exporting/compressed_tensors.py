@@ -16,7 +16,7 @@ the source. The layout is that of https://github.com/vllm-project/compressed-ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,16 +26,13 @@ from torch import Tensor
 
 from secateur.errors import ShapeError
 from secateur.exporting import Exported, ExportSource, folder, targets
-from secateur.models.checkpoint import PLAIN, ShardWriter, shard_name, write_index
+from secateur.models.checkpoint import Specs, TensorEntry, shard_name, size_of, write_shards
 from secateur.models.opening import computed_dtype
 from secateur.models.varied import MODEL_TYPE
 from secateur.progress import Progress, each_step
 from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.install import DenseView
-
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of tensors, by name."""
 
 SAMPLE = 64
 """Rows of a matrix, at least, that show whether it is on a grid."""
@@ -152,48 +149,41 @@ class CompressedTensors:
             scheme = Scheme(4, computed_dtype(source.folder), group)
         else:
             scheme = Scheme(8, torch.float32, activations=8 if type == "w8a8" else None)
-        whole = _planned(source, linears, scheme, source.reader.entries)
+        files = source.reader.by_file().values()
+        shards = {
+            shard_name("model", number, len(files)): _planned(linears, scheme, own)
+            for number, own in enumerate(files, 1)
+        }
         changes = {"quantization_config": scheme.to_json(linears.others)}
-        folder.copy_the_rest(source, changes, output, folder.size_of(whole))
-        files, made, exact = source.reader.files, Exported(), 0
-        weight_map: dict[str, str] = {}
-        progress.start("writing", len(source.reader.entries))
-        for number, file in enumerate(files, 1):
-            shard = output / shard_name("model", number, len(files))
-            names = [n for n, entry in source.reader.entries.items() if entry.file == file]
-            known = _planned(source, linears, scheme, names)
-            weight_map |= dict.fromkeys(known, shard.name)
-            with ShardWriter(shard, known, [], PLAIN) as writer:
-                for name in names:
-                    tensor = source.reader.read(name)
-                    if name in linears.shapes:
-                        codes, scale = scheme.rounded(source, name, tensor)
-                        for part, stored in scheme.tensors(
-                            name.removesuffix(".weight"), codes, scale
-                        ):
-                            writer.write(part, stored)
-                        made.count_tensor(f"int{scheme.bits}")
-                        exact += made.count_matrix(tensor, scheme.weight(codes, scale))
-                    else:
-                        writer.write(name, tensor)
-                        made.count_tensor(str(tensor.dtype).removeprefix("torch."))
-                    progress.step(note=name)
-                writer.close(PLAIN)
-            made.file_bytes += shard.stat().st_size
-        progress.finish()
-        if len(files) > 1:
-            write_index(output, weight_map, made.file_bytes)
+        folder.copy_the_rest(source, changes, output, sum(map(size_of, shards.values())))
+        made, exact = Exported(), 0
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            nonlocal exact
+            in_order = [name for own in files for name in own]
+            for name in each_step(progress, "writing", in_order):
+                tensor = source.reader.read(name)
+                if name not in linears.shapes:
+                    made.count_tensor(str(tensor.dtype).removeprefix("torch."))
+                    yield name, tensor
+                    continue
+                codes, scale = scheme.rounded(source, name, tensor)
+                made.count_tensor(f"int{scheme.bits}")
+                exact += made.count_matrix(tensor, scheme.weight(codes, scale))
+                yield from scheme.tensors(name.removesuffix(".weight"), codes, scale)
+
+        write_shards(output, shards, tensors())
+        made.file_bytes = sum((output / file).stat().st_size for file in shards)
         made.notes += _notes_on(source, linears, scheme, len(linears.shapes) - exact)
         return made
 
 
 def _planned(
-    source: ExportSource, linears: folder.DecoderLinears, scheme: Scheme, names: Iterable[str]
+    linears: folder.DecoderLinears, scheme: Scheme, entries: Mapping[str, TensorEntry]
 ) -> Specs:
     """Dtype and shape of what becomes of some tensors of the source."""
-    known: Specs = {}
-    for name in names:
-        entry = source.reader.entries[name]
+    known: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, entry in entries.items():
         if name in linears.shapes:
             known |= scheme.specs(name.removesuffix(".weight"), *linears.shapes[name])
         else:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from secateur.errors import ExportError
 from secateur.exporting import ExportSource
 from secateur.models.architecture import describe
-from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
+from secateur.models.checkpoint import INDEX_NAMES, copy_others
 from secateur.models.inventory import inventory, stored_shapes
 from secateur.models.skeleton import build_skeleton, model_names
-from secateur.runs.output import check_free, writing
-
-
-def size_of(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """The bytes of tensors of these dtypes and shapes."""
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs.values())
+from secateur.runs.output import check_free, write_json, writing
 
 
 def copy_the_rest(
@@ -42,14 +33,10 @@ def copy_the_rest(
         MemoryBudgetError: the disk is too small, or full.
     """
     check_free(weight_bytes, output)
-    files = [f for f in copied_files(source.folder) if f.name not in ("config.json", *INDEX_NAMES)]
-    note_links(files)
     kept = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    text = json.dumps({**kept, **changes}, indent=2, ensure_ascii=False) + "\n"
     with writing(output):
-        for file in files:
-            shutil.copyfile(file, output / file.name)
-        (output / "config.json").write_text(text, encoding="utf-8", newline="\n")
+        copy_others(source.folder, output, ("config.json", *INDEX_NAMES))
+        write_json(output / "config.json", {**kept, **changes})
 
 
 @dataclass(frozen=True)

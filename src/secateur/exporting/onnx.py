@@ -26,7 +26,7 @@ from secateur.errors import ArchitectureError, ExportError, RecipeError, install
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.folder import copy_the_rest
 from secateur.models.opening import write_dense
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 
 SYMMETRIC = ("--extra_options", "is_symmetric=true", "block_size=32")
 OPTIONS = MappingProxyType({"fp32": (), "int8": SYMMETRIC, "int4": SYMMETRIC})
@@ -91,10 +91,9 @@ def _counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
     import onnx_ir
 
     made, graph = Exported(), onnx_ir.load(file).graph
-    found = [(node, MATRIX.fullmatch(node.name or "")) for node in graph]
-    matrices = [(node, part) for node, part in found if part]
-    progress.start("checking", len(matrices))
-    for node, part in matrices:
+    found = ((node, MATRIX.fullmatch(node.name or "")) for node in graph)
+    matrices = {part[0]: (node, part) for node, part in found if part}
+    for node, part in (matrices[name] for name in each_step(progress, "checking", matrices)):
         where = f"model.layers.{part[1]}.{'self_attn' if part[2] == 'attn' else 'mlp'}"
         names = [f"{where}.{name}.weight" for name in FUSED.get(part[3], (part[3],))]
         # a fused projection has the rows of queries, keys and values, in this order
@@ -102,8 +101,6 @@ def _counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
         made.count_matrix(weight, _weight_of(node))
         bits = node.attributes.get("bits")
         made.count_tensor("float32" if bits is None else f"int{bits.value}")
-        progress.step(note=node.name)
-    progress.finish()
     return made
 
 

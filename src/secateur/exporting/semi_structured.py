@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import NumericalError, PatternError
 from secateur.exporting import Exported, ExportSource, folder, targets
-from secateur.models.checkpoint import ShardWriter
+from secateur.models.checkpoint import PLAIN, ShardWriter, size_of
 from secateur.progress import Progress, each_step
 from secateur.runtime.semi_structured import layout
 
@@ -37,9 +37,9 @@ class SemiStructured:
         stored = _stored_as(source, linears, progress)
         known = _known_specs(source, linears, stored, dtype)
         changes = {"dtype": str(dtype).removeprefix("torch.")}
-        folder.copy_the_rest(source, changes, output, folder.size_of(known))
+        folder.copy_the_rest(source, changes, output, size_of(known))
         made, rounded = Exported(), 0
-        with ShardWriter(output / layout.FILE_NAME, known, [], {"format": "pt"}) as writer:
+        with ShardWriter(output / layout.FILE_NAME, known, [], PLAIN) as writer:
             for name in each_step(progress, "writing", source.reader.entries):
                 tensor, own = source.reader.read(name), linears.names[name]
                 value = _cast(tensor, dtype, name)
@@ -53,7 +53,7 @@ class SemiStructured:
                 made.count_tensor(stored.get(name, type))
                 if name in linears.shapes:
                     rounded += not made.count_matrix(tensor, value)
-            writer.close({"format": "pt"})
+            writer.close(PLAIN)
         made.file_bytes = (output / layout.FILE_NAME).stat().st_size
         if rounded:
             made.notes.append(f"{rounded} of {len(linears.shapes)} matrices were rounded to {type}")

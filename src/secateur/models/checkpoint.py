@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ PLAIN = {"format": "pt"}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST = 2**50
 """A number with more digits than any offset or length has."""
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors, by name."""
 Described = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
 """Dtype, shape and offset in the data, for each tensor."""
 BLOCK_VALUES = 2**21
@@ -324,6 +327,13 @@ class CheckpointReader:
         entries = sorted((n, str(e.dtype), tuple(e.shape)) for n, e in self.entries.items())
         return hashlib.sha256(repr(entries).encode()).hexdigest()
 
+    def by_file(self) -> dict[Path, dict[str, TensorEntry]]:
+        """The tensors of each file, in the order of the files."""
+        found: dict[Path, dict[str, TensorEntry]] = {file: {} for file in self.files}
+        for name, entry in self.entries.items():
+            found[entry.file][name] = entry
+        return found
+
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         return read_entry(self.entries[name])
@@ -442,6 +452,21 @@ def note_links(files: Iterable[Path]) -> None:
             log.warning("%s is a link to %s: its content is copied into the result", file, target)
 
 
+def copy_others(source: Path, folder: Path, left_out: Iterable[str]) -> None:
+    """Copy the files of a model other than its weights, but for some; replace those that are there.
+
+    Args:
+        source: of the model.
+        folder: receives the copies.
+        left_out: names of files.
+    """
+    files = [file for file in copied_files(source) if file.name not in {*left_out}]
+    note_links(files)
+    for file in files:
+        (folder / file.name).unlink(missing_ok=True)
+        shutil.copyfile(file, folder / file.name)
+
+
 class PatchedCopy:
     """A copy of a checkpoint whose tensors can be overwritten in place."""
 
@@ -517,7 +542,7 @@ class ShardWriter:
     def __init__(
         self,
         file: Path,
-        known: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        known: Specs,
         appended: list[str],
         longest_metadata: Mapping[str, str],
     ) -> None:
@@ -568,10 +593,42 @@ class ShardWriter:
             os.fsync(self.stream.fileno())
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+def write_index(file: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
     """Write the index of several files: the file of each tensor."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8", newline="\n")
+    tensors = dict(sorted(weight_map.items()))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": tensors}
+    file.write_text(json.dumps(index, indent=2), encoding="utf-8", newline="\n")
+
+
+def write_shards(
+    folder: Path, shards: Mapping[str, Specs], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write files of plain tensors, and their index where the file is not one that needs none.
+
+    Args:
+        folder: exists.
+        shards: dtype and shape of the tensors of each file.
+        tensors: each of them once, in the order of the files.
+
+    Raises:
+        MemoryBudgetError: the disk is full.
+    """
+    remaining = iter(tensors)
+    for file, known in shards.items():
+        with ShardWriter(folder / file, known, [], PLAIN) as writer:
+            for name, tensor in islice(remaining, len(known)):
+                writer.write(name, tensor)
+            writer.close(PLAIN)
+    for name, _ in remaining:  # lets a generator end
+        raise ValueError(f"{name} belongs to no file")
+    if [*shards] != [SINGLE_NAME]:
+        files = {name: file for file, known in shards.items() for name in known}
+        write_index(folder / INDEX_NAME, files, sum(map(size_of, shards.values())))
+
+
+def size_of(specs: Specs) -> int:
+    """The bytes of tensors of these dtypes and shapes."""
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in specs.values())
 
 
 def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:

@@ -26,30 +26,25 @@ def layer_caches(model: Any) -> list[LayerCache]:
     transformers says of which kind each layer is; the shapes of its linears say how much it keeps,
     so cut models are counted too. A kind of layer that is unknown counts as full attention.
     """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
     layers = describe(model).layers(model)
     config = text_config(model.config)
     kinds = getattr(config, "layer_types", None) or [""] * len(layers)
     found: list[LayerCache] = []
     stored: dict[str, LayerCache] = {}
     """The last layer of each kind that keeps keys and values: later ones may read them."""
-    holders = _holders_of(model.config, len(layers))
+    try:
+        holders: list[Any] = DynamicCache(config=model.config).layers
+    except KeyError:  # a kind of layer that transformers does not know
+        holders = []
+    holders = holders + [DynamicLayer() for _ in range(len(layers) - len(holders))]
     for layer, kind, holder in zip(layers, kinds, holders, strict=False):
         cache = _cache_of(layer, config, holder, stored.get(kind))
         if cache.values:
             stored[kind] = cache
         found.append(cache)
     return found
-
-
-def _holders_of(config: Any, layers: int) -> list[Any]:
-    """The objects in which transformers would keep the caches of so many layers."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    try:
-        found: list[Any] = DynamicCache(config=config).layers
-    except KeyError:  # a kind of layer that it does not know
-        found = []
-    return found + [DynamicLayer() for _ in range(layers - len(found))]
 
 
 def _cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | None) -> LayerCache:
@@ -75,22 +70,17 @@ def _cache_of(layer: nn.Module, config: Any, holder: Any, source: LayerCache | N
     window = getattr(holder, "sliding_window", None)
     rank = int(getattr(attention, "kv_lora_rank", None) or 0)
     if rank:
-        return _latent_cache(attention, rank, config, window)
+        # latent attention: heads share a latent vector and a rotary key
+        rotary, size = int(attention.qk_rope_head_dim), int(attention.v_head_dim)
+        heads, kept = _outputs_of(attention, config) // size, rank + rotary
+        width = heads * (int(attention.qk_nope_head_dim) + rotary + size)
+        return LayerCache(kept, kept, window, 0, width, heads * (2 * rank + rotary), latent=True)
     keys, values = _keys_and_values(attention, config)
     # outputs are heads · size of a value, so this is heads · (size of a key + size of a value)
     width = _outputs_of(attention, config) * (keys + values) // max(1, values)
     # sparse attention of DeepSeek keeps a key more, with which its indexer chooses tokens
     kept = keys + values + (int(config.index_head_dim) if hasattr(holder, "indexer_keys") else 0)
     return LayerCache(kept, kept, window, state, width, width)
-
-
-def _latent_cache(attention: Any, rank: int, config: Any, window: int | None) -> LayerCache:
-    """The cache of latent attention, whose heads share a latent vector and a rotary key."""
-    rotary, size = int(attention.qk_rope_head_dim), int(attention.v_head_dim)
-    heads = _outputs_of(attention, config) // size
-    kept = rank + rotary
-    width = heads * (int(attention.qk_nope_head_dim) + rotary + size)
-    return LayerCache(kept, kept, window, 0, width, heads * (2 * rank + rotary), latent=True)
 
 
 def _keys_and_values(attention: Any, config: Any) -> tuple[int, int]:
@@ -137,21 +127,13 @@ def _shapes_of(attention: Any) -> dict[str, tuple[int, int]]:
 
 
 def state_bytes(layer: nn.Module) -> int:
-    """Bytes of the recurrent states of a layer, and of the inputs that its convolutions keep."""
-    convolutions = (m.weight for m in layer.modules() if isinstance(m, nn.Conv1d))
-    inputs = sum(int(weight.shape[0] * weight.shape[-1]) for weight in convolutions)
-    return STATE_BYTES * _states_of(layer) + INPUT_BYTES * inputs
-
-
-def _states_of(layer: nn.Module) -> int:
-    """The number of values in the recurrent states of a layer.
+    """Bytes of the recurrent states of a layer, and of the inputs that its convolutions keep.
 
     Mamba (arXiv:2312.00752) and Mamba-2: channels · state size. Gated DeltaNet (arXiv:2412.06464):
     heads · key · value. RG-LRU (arXiv:2402.19427): one value for each channel. Any other linear
     attention: heads · head². A layer with a convolution alone has none.
     """
-    found = 0
-    others = 0
+    found = others = inputs = 0
     for module in layer.modules():
         own: Any = module
         if hasattr(module, "ssm_state_size"):
@@ -163,7 +145,9 @@ def _states_of(layer: nn.Module) -> int:
         elif hasattr(module, "head_dim"):
             heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", 0)
             others = int(heads * own.head_dim**2)
-    return found or others
+        if isinstance(module, nn.Conv1d):
+            inputs += int(own.weight.shape[0] * own.weight.shape[-1])
+    return STATE_BYTES * (found or others) + INPUT_BYTES * inputs
 
 
 def counted(name: str, model: Any) -> ModelShape:

@@ -9,7 +9,7 @@ weight of a linear that can be pruned, or it has a reason why not.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -105,7 +105,10 @@ def inventory(
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     within = re.compile(re.escape(architecture.layers_path) + r"\.(\d+)\.")
     count = len(architecture.layers(model))
-    path = _stored_path(architecture, names, linears)
+    path = architecture.layers_path
+    ends = ((stored, n.removeprefix(path)) for stored, n in names.items() if n in linears)
+    # stored names may have another prefix
+    path = next((stored.removesuffix(x) for stored, x in ends if stored.endswith(x)), path)
     found = []
     for stored, shape in shapes.items():
         if len(shape) < 2:
@@ -172,18 +175,6 @@ def _reason_of(model: Any, architecture: Architecture, name: str, *, inside: boo
     if parameter.ndim > 2:
         return UNKNOWN
     return "gate with one output" if isinstance(module, nn.Linear) else f"parameter of {sort}"
-
-
-def _stored_path(
-    architecture: Architecture, names: Mapping[str, str], linears: Collection[str]
-) -> str:
-    """The path of the decoder layers in stored names, which may have another prefix."""
-    path = architecture.layers_path
-    for stored, name in names.items():
-        within = name.removeprefix(path)
-        if name in linears and stored.endswith(within):
-            return stored.removesuffix(within)
-    return path
 
 
 def part_outside(name: str, layers_path: str) -> str:

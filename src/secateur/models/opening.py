@@ -6,8 +6,6 @@ receives new weights.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -21,10 +19,9 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError, install_extra
 from secateur.models import at_rest, checkpoint, skeleton
 from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
-from secateur.progress import Progress, Silent
-from secateur.runs.output import writing
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from secateur.progress import Progress, Silent, each_step
+from secateur.runs.output import write_json, writing
+from secateur.types import FLOATS
 
 DENSE = "name the checkpoint in float32, bfloat16 or float16 it was made from"
 LOADED = (
@@ -112,8 +109,8 @@ def computed_dtype(folder: Path) -> torch.dtype:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         named = str(part.get("dtype", part.get("torch_dtype")))
-        if named in DTYPES:
-            return DTYPES[named]
+        if named in FLOATS:
+            return FLOATS[named]
     return torch.bfloat16
 
 
@@ -223,15 +220,9 @@ class _ExpandedCopy(checkpoint.PatchedCopy):
     def create(self, progress: Progress | None = None) -> None:
         """Write all tensors dense, and copy the other files. Replaces files of the same names."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        others = [f for f in checkpoint.copied_files(self.source.folder) if f.name not in LEFT_OUT]
-        checkpoint.note_links(others)
         with writing(self.folder):
-            for file in others:
-                target = self.folder / file.name
-                target.unlink(missing_ok=True)
-                shutil.copyfile(file, target)
-            config = json.dumps(self.source.config, indent=2, ensure_ascii=False) + "\n"
-            (self.folder / "config.json").write_text(config, encoding="utf-8", newline="\n")
+            checkpoint.copy_others(self.source.folder, self.folder, LEFT_OUT)
+            write_json(self.folder / "config.json", self.source.config)
         write_dense(self.source.unsplit(), self.folder, progress or Silent())
         self._dirty |= {self.folder / "config.json", *self.folder.glob("*.safetensors")}
 
@@ -318,18 +309,12 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 def write_dense(view: checkpoint.CheckpointReader, folder: Path, progress: Progress) -> None:
     """Write every tensor that a reader shows, and an index if there are several files."""
-    progress.start("writing tensors", len(view.entries))
-    weight_map: dict[str, str] = {}
-    for number, file in enumerate(view.files, start=1):
-        dense = checkpoint.shard_name("model", number, len(view.files))
-        mine = {name: e for name, e in view.entries.items() if e.file == file}
-        known = {name: (entry.dtype, entry.shape) for name, entry in mine.items()}
-        with checkpoint.ShardWriter(folder / dense, known, [], checkpoint.PLAIN) as writer:
-            for name in mine:
-                writer.write(name, view.read(name))
-                progress.step(note=name)
-            writer.close(checkpoint.PLAIN)
-        weight_map |= dict.fromkeys(mine, dense)
-    progress.finish()
-    if len(view.files) > 1:
-        checkpoint.write_index(folder, dict(sorted(weight_map.items())), view.total_bytes)
+    files = view.by_file().values()
+    shards = {
+        checkpoint.shard_name("model", number, len(files)): {
+            name: (entry.dtype, entry.shape) for name, entry in mine.items()
+        }
+        for number, mine in enumerate(files, start=1)
+    }
+    names = each_step(progress, "writing tensors", [name for mine in files for name in mine])
+    checkpoint.write_shards(folder, shards, ((name, view.read(name)) for name in names))

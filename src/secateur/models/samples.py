@@ -161,16 +161,13 @@ def _group_by_shared_text(passages: Sequence[str]) -> list[int]:
     for i, text in enumerate(passages):
         words = re.findall(r"\w+", text.lower())
         runs = [" ".join(words[k : k + SHARED_WORDS]) for k in range(len(words) - SHARED_WORDS + 1)]
-        for mark in [*runs, _subject(text)]:
+        # its beginning, up to the first verb, bracket or comma: mostly the title
+        begin = re.match(r"(.{1,80}?)(?: \(|,| (?:is|are|was|were|has|have|had) )", text)
+        subject = (begin[1] if begin else text[:40]).lower()
+        subject = "subject: " + re.sub(r"^(the|a|an|in|on|of) ", "", subject).strip()
+        for mark in [*runs, subject]:
             parent[root(i)] = root(first_seen.setdefault(mark, i))
     return [root(i) for i in range(len(passages))]
-
-
-def _subject(passage: str) -> str:
-    """The beginning of a passage, up to its first verb, bracket or comma: mostly its title."""
-    opening = re.match(r"(.{1,80}?)(?: \(|,| (?:is|are|was|were|has|have|had) )", passage)
-    words = (opening.group(1) if opening else passage[:40]).lower()
-    return "subject: " + re.sub(r"^(the|a|an|in|on|of) ", "", words).strip()
 
 
 def _download_wheel(package: str, version: str, folder: Path) -> Path:

@@ -451,15 +451,10 @@ class StoredModel:
             names = tuple(stored for stored, _ in parts)
             patterns = tuple(pattern for _, pattern in parts if pattern is not None)
             if not patterns:
-                yield self._plain(name, names[-1])
+                _refuse_shape(names[-1], self.reader.entries[names[-1]], self.shapes[name])
+                yield _Group(names[-1:], (), (name,))
             else:
                 yield self._tried(_Group(names, patterns, (name,), by_pattern[patterns[0]]))
-
-    def _plain(self, name: str, stored: str) -> _Group:
-        """A group of one tensor that is one parameter."""
-        entry = self.reader.entries[stored]
-        _refuse_shape(stored, entry, self.shapes[name])
-        return _Group((stored,), (), (name,))
 
     def _tried(self, group: _Group) -> _Group:
         """A conversion, with the names of all its results; refused if it cannot be undone."""

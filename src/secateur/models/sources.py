@@ -29,9 +29,7 @@ from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 from secateur.runs.records import Source
-
-GGUF_DTYPES = ("float32", "bfloat16", "float16")
-
+from secateur.types import FLOATS
 
 log = logging.getLogger(__name__)
 LICENSE = "general.license"
@@ -92,8 +90,8 @@ def _found_model(
     progress: Progress,
 ) -> LocalCheckpoint:
     """Find a model and check its files, but not its weights; see `resolve`."""
-    if dtype is not None and dtype not in GGUF_DTYPES:
-        raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*GGUF_DTYPES]))
+    if dtype is not None and dtype not in FLOATS:
+        raise RecipeError(f"unknown dtype {dtype!r}", remedy=did_you_mean(dtype, [*FLOATS]))
     if not isinstance(model, str | os.PathLike):
         raise SourceError(
             f"the model is a {type(model).__name__}, not a name",

@@ -28,23 +28,6 @@ from secateur.runs.records import Import, read_record
 from secateur.runs.records.measured import EvaluationRecord
 
 
-def _check_repository(repo: str) -> None:
-    """Refuse a name that no repository can have.
-
-    Raises:
-        RecipeError: says what the hub allows.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise RecipeError(
-            f"{repo!r} is not the name of a repository: {error}", remedy="write OWNER/NAME"
-        ) from None
-
-
 def _upload(
     repo: str,
     files: Mapping[str, Path],
@@ -230,8 +213,10 @@ def _refuse_secrets(files: Mapping[str, Path]) -> None:
         )
 
 
-def _push_card(card: str, repo: str, run: ReportedRun, base_model: str | None = None) -> str:
-    """The text of README.md for the hub.
+def _push_card(
+    card: str, repo: str, run: ReportedRun, base_model: str | None
+) -> tuple[str, list[str]]:
+    """The text of README.md for the hub, and what its head lacks.
 
     Licence, language and base model are those of the folder's card. Results are added as sections,
     and in the form that the hub reads (`model-index`); each names its protocol.
@@ -253,7 +238,12 @@ def _push_card(card: str, repo: str, run: ReportedRun, base_model: str | None = 
     if results:
         data["model-index"] = [{"name": Path(repo).name, "results": results}]
     header = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n{with_measurements(body, run.measured())}"
+    notes = {
+        "license": "the card names no licence: add it to README.md",
+        "base_model": "the card names no base model: add --base-model OWNER/NAME",
+    }
+    missing = [note for key, note in notes.items() if not data.get(key)]
+    return f"---\n{header}---\n{with_measurements(body, run.measured())}", missing
 
 
 def _hub_results(found: EvaluationRecord) -> list[dict[str, Any]]:
@@ -274,17 +264,6 @@ def _hub_results(found: EvaluationRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _missing_in(card: str) -> list[str]:
-    """What the head of a card lacks, and how to add it."""
-    front, _ = split_card(card)
-    data = yaml.safe_load(front.strip("-\n")) or {} if front else {}
-    notes = {
-        "license": "the card names no licence: add it to README.md",
-        "base_model": "the card names no base model: add --base-model OWNER/NAME",
-    }
-    return [note for key, note in notes.items() if not data.get(key)]
-
-
 def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     """Publish a model folder on the hub, with a card that has its results and their protocols.
 
@@ -295,8 +274,16 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
         recipe: the recipe.
         progress: receives every tensor.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     for repo in filter(None, (recipe.repo, recipe.base_model)):
-        _check_repository(repo)
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise RecipeError(
+                f"{repo!r} is not the name of a repository: {error}", remedy="write OWNER/NAME"
+            ) from None
     folder, code = Path(recipe.model).expanduser(), recipe.trust_remote_code
     files, left = _contents_of(folder)
     _refuse_secrets(files)
@@ -305,8 +292,8 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
     _refuse_lost_zeros(folder, audit)
     run = read_run(folder, folder.name)
     written = files[CARD].read_text(encoding="utf-8")
-    card = without_folders(_push_card(written, recipe.repo, run, recipe.base_model))
-    notes = _missing_in(card)
+    card, notes = _push_card(written, recipe.repo, run, recipe.base_model)
+    card = without_folders(card)
     notes_files = {n: file for n, file in files.items() if n.startswith(f"{NOTES}/")}
     bare = {n: (text, without_folders(text)) for n, text in _texts_of(notes_files)}
     texts = {**{n: short for n, (text, short) in bare.items() if text != short}, CARD: card}

@@ -91,11 +91,6 @@ class Archived:
             raise CheckpointError(f"{stored.nbytes} bytes are said to hold {size}")
 
 
-def pays_to_archive(spec: PartSpec) -> bool:
-    """Whether an archive compresses a tensor of this size."""
-    return spec.nbytes > SMALLEST_BYTES
-
-
 def to_archive(tensor: Tensor, width: int = 8) -> tuple[Tensor, Archived]:
     """A tensor as a row of bytes, and its description for decoding.
 

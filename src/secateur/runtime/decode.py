@@ -542,7 +542,6 @@ class SteppedGeneration:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.length = 0
         self.running: greenlet | None = None
 
     def prefill(self, ids: Int64[Tensor, " tokens"]) -> Float[Tensor, " vocabulary"]:
@@ -555,14 +554,12 @@ class SteppedGeneration:
             raise ShapeError("a prompt of 0 tokens")
         self.close()
         self.running = greenlet(self.generate)
-        self.length = len(ids)
         return self.resume(ids[None].to(self.model.device))
 
     def step(self, token: int) -> Float[Tensor, " vocabulary"]:
         """Process one token; returns the logits of the next, float32 on the CPU."""
         if self.running is None:
             raise ShapeError("there is no prompt")
-        self.length += 1
         return self.resume(token)
 
     def close(self) -> None:
@@ -570,7 +567,7 @@ class SteppedGeneration:
         if self.running is not None and not self.running.dead:
             with torch.inference_mode():
                 self.running.throw(GreenletExit)
-        self.running, self.length = None, 0
+        self.running = None
 
     def resume(self, given: Any) -> Float[Tensor, " vocabulary"]:
         """Let `generate` go on until it has logits."""

@@ -72,9 +72,8 @@ def integers_of(
 ) -> inference.IntegerLinear:
     """A linear in torch, of checked parts of a matrix of integers."""
     _, codes, scale = _stored_integers(parts, layout)
-    if layout.grid is None:
-        return inference.IntegerLinear(codes, scale[:, 0], None, bias)
-    return inference.IntegerLinear(codes, scale, layout.grid.group, bias)
+    scale = scale[:, 0] if layout.group is None else scale
+    return inference.IntegerLinear(codes, scale, layout.group, bias)
 
 
 def install(
@@ -109,10 +108,7 @@ def install(
     kernels = kernels and kernel_info().tier != "none"
     replaced, found = kernels or matrices_only, list[str]()
     head_module: InferenceLinear | None = None
-    embedding_at = path_of(model, model.get_input_embeddings())
-    names = stored_names(model, view)
-    tied = tied_head(model, names)
-    refuse_missing((n for n, _ in model.named_parameters() if n != tied), names, packed.folder)
+    names, embedding_at, tied = places_of(model, view)
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
@@ -125,11 +121,8 @@ def install(
         if path == embedding_at:
             rows = _rows_of(parts, layout, dtype, kernels)
             if replaced:
-                kind = (
-                    inference.ReadEmbedding
-                    if model.config.model_type in READ_ROWS
-                    else PackedEmbedding
-                )
+                read = model.config.model_type in READ_ROWS
+                kind = inference.ReadEmbedding if read else PackedEmbedding
                 module = kind(rows, dtype, _factor_of(old))
             if tied and (replaced or layout.integers):
                 head_module = PackedLinear(rows)
@@ -151,7 +144,11 @@ def install(
     if tied:
         tie_head(model, embedding_at, tied, head_module)
     settle(model, dtype)
-    _keep_dtype(model, dtype)
+    if not any(p.is_floating_point() for p in model.parameters()):
+        # transformers reads the dtype off a parameter, and OLMo's norms have none
+        empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        model.register_parameter("no_weights", empty)
     for module in model.modules():
         if isinstance(module, OpenExperts):
             module.call_idle = False
@@ -171,12 +168,9 @@ def install_rounded(model: Any, reader: CheckpointReader) -> None:
         CheckpointError: the checkpoint does not fit the configuration.
         NumericalError: a weight is NaN or infinite.
     """
-    names, linears = stored_names(model, reader), _decoded_linears(model)
-    embedding, tied = model.get_input_embeddings(), tied_head(model, names)
-    embedding_at = path_of(model, embedding)
-    parameters = [name for name, _ in model.named_parameters() if name != tied]
-    refuse_missing(parameters, names, reader.folder)
-    for parameter in parameters:
+    names, embedding_at, tied = places_of(model, reader)
+    linears, embedding = _decoded_linears(model), model.get_input_embeddings()
+    for parameter in [name for name, _ in model.named_parameters() if name != tied]:
         path, _, part = parameter.rpartition(".")
         value = reader.read(names[parameter])
         if part == "weight" and path == embedding_at:
@@ -235,16 +229,22 @@ def _matrices_in(model: Any) -> Iterator[KernelMatrix]:
     return (module.matrix for module in model.modules() if isinstance(module, packed))
 
 
-def tied_head(model: Any, names: Mapping[str, str]) -> str:
-    """The parameter of a head that shares the embedding's weight and is not stored; else empty.
+def places_of(model: Any, reader: CheckpointReader) -> tuple[dict[str, str], str, str]:
+    """Where a checkpoint stores the parameters of a skeleton.
 
-    Args:
-        model: a transformers model or its skeleton.
-        names: from `stored_names`.
+    Returns:
+        `stored_names`; the path of the embedding; and the parameter of a head that shares the
+        embedding's weight and is not stored, else empty.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the configuration.
     """
+    names = stored_names(model, reader)
     head = f"{path_of(model, model.get_output_embeddings())}.weight"
     tied = head != ".weight" and head not in names and model.config.tie_word_embeddings
-    return head if tied else ""
+    needed = (name for name, _ in model.named_parameters() if not tied or name != head)
+    refuse_missing(needed, names, reader.folder)
+    return names, path_of(model, model.get_input_embeddings()), head if tied else ""
 
 
 def _factor_of(embedding: nn.Module) -> float | None:
@@ -309,7 +309,7 @@ def tie_head(model: Any, embedding_at: str, tied: str, module: InferenceLinear |
     Args:
         model: the model.
         embedding_at: the path of its embedding.
-        tied: from `tied_head`, not empty.
+        tied: from `places_of`, not empty.
         module: the head; None to share the weight.
     """
     head_at = tied.removesuffix(".weight")
@@ -323,17 +323,6 @@ def tie_head(model: Any, embedding_at: str, tied: str, module: InferenceLinear |
     model.config.tie_word_embeddings = False
     model._tied_weights_keys = None
     model.all_tied_weights_keys = {}
-
-
-def _keep_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Give a model without parameters an empty one, because transformers reads its dtype off them.
-
-    OLMo's norms have no weights, so a packed OLMo may have no parameter at all.
-    """
-    if not any(p.is_floating_point() for p in model.parameters()):
-        empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]
-        model.register_parameter("no_weights", empty)
 
 
 def settle(model: Any, dtype: torch.dtype) -> None:

@@ -24,14 +24,9 @@ from secateur.runtime.kernels.library import TYPES, CFeedForward, CNorm, address
 from secateur.runtime.kernels.linear import InferenceLinear, IntegerLinear, PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
 
-PRE = ("input_layernorm", "", "post_attention_layernorm", "")
-POST = ("", "post_attention_layernorm", "", "post_feedforward_layernorm")
-BOTH = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
+PRE = ("input", "", "post_attention", "")
+POST = ("", "post_attention", "", "post_feedforward")
+BOTH = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class LayerForm:
 
     Attributes:
         norms: the norms before attention, of its output, before the feed-forward, of its output;
-            empty where there is none.
+            empty where there is none. `_layernorm` follows each name.
         parallel: attention and feed-forward read the same hidden states.
         interleaved: rotary positions rotate columns 2i and 2i + 1, not i and i + half.
         half_angles: the model's angles are those of half a head.
@@ -69,7 +64,7 @@ class LayerForm:
 
 
 LLAMA = LayerForm()
-PARALLEL = LayerForm(norms=("input_layernorm", "", "", ""), parallel=True)
+PARALLEL = LayerForm(norms=("input", "", "", ""), parallel=True)
 COHERE = replace(PARALLEL, interleaved=True)
 HUNYUAN = LayerForm(qk_norms=("query_layernorm", "key_layernorm"), norm_rotated=True)
 INTERLEAVED = LayerForm(interleaved=True)
@@ -82,15 +77,7 @@ _LIKE_LLAMA = (
 FORMS: Mapping[str, LayerForm] = {
     **dict.fromkeys(_LIKE_LLAMA.split(), LLAMA),
     **dict.fromkeys(("glm", "helium", "ernie4_5"), INTERLEAVED),
-    "glm4": replace(
-        INTERLEAVED,
-        norms=(
-            "input_layernorm",
-            "post_self_attn_layernorm",
-            "post_attention_layernorm",
-            "post_mlp_layernorm",
-        ),
-    ),
+    "glm4": replace(INTERLEAVED, norms=("input", "post_self_attn", "post_attention", "post_mlp")),
     "stablelm": LayerForm(qk_norms=("q_layernorm", "k_layernorm")),
     "phi": PARALLEL,
     "cohere": COHERE,
@@ -98,9 +85,7 @@ FORMS: Mapping[str, LayerForm] = {
     "cohere2": replace(COHERE, rotated=lambda attention: attention.sliding_window is not None),
     "gemma2": LayerForm(norms=BOTH, softcap=True),
     "gemma3_text": LayerForm(norms=BOTH),
-    "vaultgemma": LayerForm(
-        norms=("input_layernorm", "", "pre_feedforward_layernorm", ""), softcap=True
-    ),
+    "vaultgemma": LayerForm(norms=("input", "", "pre_feedforward", ""), softcap=True),
     "olmo2": LayerForm(norms=POST),
     "olmo3": LayerForm(norms=POST),
     "exaone4": LayerForm(
@@ -318,7 +303,7 @@ class KernelModel:
         return library.CLayer(
             **self.projections(attention),
             **{
-                to: self.norm(getattr(layer, name) if name else None)
+                to: self.norm(getattr(layer, f"{name}_layernorm") if name else None)
                 for to, name in zip(norms, names, strict=True)
             },
             **{

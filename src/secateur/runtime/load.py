@@ -126,16 +126,12 @@ def install_on_gpu(
         CheckpointError: a file is damaged, or does not fit the configuration.
     """
     from secateur.runtime.kernels.gpu.linear import GpuLinear, measured
+    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
 
     # Everything is put together on the CPU. One move at the end then keeps tied weights tied.
     view = install.DenseView(packed, dtype)
-    names = skeleton.stored_names(model, view)
-    head = install.tied_head(model, names)
+    names, embedding_at, head = install.places_of(model, view)
     head_module = None
-    embedding_at = install.path_of(model, model.get_input_embeddings())
-    skeleton.refuse_missing(
-        (n for n, _ in model.named_parameters() if n != head), names, packed.folder
-    )
     choices: dict[tuple[object, ...], KernelChoice] = {}
     found: list[str] = []
 
@@ -145,7 +141,14 @@ def install_on_gpu(
         if product is not None:
             return product.linear(packed.parts(owner), layout, bias, device)
         if layout.format != "dense":
-            matrix = _gpu_matrix(packed, owner, device)
+            parts = packed.parts(owner)
+            mask, values = formats[layout.format].kept(parts, layout)
+            scale, scales = parts.get("weight_scale"), None
+            if layout.grid is not None:
+                scale, scales = None, Scales(parts["weight_exponent"], parts["weight_scale"])
+            matrix = GpuMatrix.of(
+                mask, values, scale=scale, scales=scales, group=layout.group or 0, device=device
+            )
             # the matrices of a kind take the same time, so one of them is measured
             share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
             kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
@@ -175,15 +178,3 @@ def install_on_gpu(
         install.tie_head(model, embedding_at, head, head_module)
     model.to(device)
     return found
-
-
-def _gpu_matrix(packed: PackedCheckpoint, owner: str, device: torch.device) -> Any:
-    """A stored matrix [out, in] in the form of the GPU's kernels."""
-    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
-
-    layout, parts = packed.layouts[owner], packed.parts(owner)
-    mask, values = formats[layout.format].kept(parts, layout)
-    if layout.grid is None:
-        return GpuMatrix.of(mask, values, scale=parts.get("weight_scale"), device=device)
-    scales = Scales(parts["weight_exponent"], parts["weight_scale"])
-    return GpuMatrix.of(mask, values, scales=scales, group=layout.grid.group, device=device)

@@ -38,7 +38,7 @@ from secateur.models.checkpoint import (
     read_header,
 )
 from secateur.quantization.activations import GROUP
-from secateur.runtime.archive import Archived, from_archive, pays_to_archive, to_archive
+from secateur.runtime.archive import SMALLEST_BYTES, Archived, from_archive, to_archive
 from secateur.runtime.formats import Layout, PartSpec, check_specs, formats, part_suffixes
 
 
@@ -106,7 +106,17 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        stated = _stated_in_config(self.folder)
+        record, config = _read_quantization_config(self.folder), self.folder / "config.json"
+        if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                "this is not the configuration of a compressed checkpoint",
+                where=str(config),
+                remedy="make one with `secateur compress DIR --output OUT`",
+            )
+        with _at(str(config)):
+            _check_version(record.get("version"))
+            stated = _validated(_Stated, record)
+            _check_activations(stated.activations)
         self.archive = stated.archive
         self.files = checkpoint.shard_files(self.folder)
         self.layouts: dict[str, Layout] = {}
@@ -234,22 +244,6 @@ class _Stated(BaseModel):
     activations: dict[str, Any] | None
 
 
-def _stated_in_config(folder: Path) -> _Stated:
-    record = _read_quantization_config(folder)
-    where = str(folder / "config.json")
-    if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(
-            "this is not the configuration of a compressed checkpoint",
-            where=where,
-            remedy="make one with `secateur compress DIR --output OUT`",
-        )
-    with _at(where):
-        _check_version(record.get("version"))
-        stated = _validated(_Stated, record)
-        _check_activations(stated.activations)
-    return stated
-
-
 def _parts_among(specs: Mapping[str, PartSpec], name: str) -> dict[str, PartSpec]:
     """The tensors that are parts of a matrix, by suffix."""
     return {s: specs[f"{name}.{s}"] for s in part_suffixes() if f"{name}.{s}" in specs}
@@ -295,10 +289,7 @@ def write_packed(
         _write_file(folder / file.name, file, names, remaining, archive, rounded)
     weight_map = {name: file.name for file in files for name in file.tensors}
     size = sum((folder / file.name).stat().st_size for file in files)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / PACKED_INDEX_NAME).write_text(
-        json.dumps(index, indent=2), encoding="utf-8", newline="\n"
-    )
+    checkpoint.write_index(folder / PACKED_INDEX_NAME, weight_map, size)
 
 
 def _write_file(
@@ -313,7 +304,7 @@ def _write_file(
     squeezed = {
         name: Archived.of(spec, "zstd")
         for name, spec in planned.tensors.items()
-        if archive and pays_to_archive(spec)
+        if archive and spec.nbytes > SMALLEST_BYTES
     }
     plain = {n: (x.dtype, x.shape) for n, x in planned.tensors.items() if n not in squeezed}
     description = _description_of(planned, names, activations, squeezed if archive else None)
@@ -345,7 +336,7 @@ ACTIVATIONS = {"values": "int8", "group": GROUP}
 NEWER = "install a newer secateur"
 
 
-class _Description(BaseModel):
+class _Description(_Stated):
     """The content of one file of a compressed checkpoint.
 
     Attributes:
@@ -361,8 +352,6 @@ class _Description(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: int = VERSION
-    archive: StrictBool
-    activations: dict[str, Any] | None
     files: list[str]
     layouts: dict[str, Layout]
     checksums: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]]

@@ -20,7 +20,7 @@ from secateur.models.architecture import describe, linears_of
 from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.shape import LARGE_ENDS
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.registry import did_you_mean
@@ -28,6 +28,7 @@ from secateur.runtime import formats as packing
 from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, PartSpec, formats
 from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
+from secateur.types import FLOATS
 
 AUTO = "auto"
 DENSE = "dense"
@@ -36,12 +37,7 @@ KEEP = "keep"
 """Values in the dtype of the source, so that no number changes."""
 DEFAULT_GROUP = 64
 """How many weights of a row share a scale in int4, int3 and int2."""
-WITHOUT_LOSS = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float32",
-}
+WITHOUT_LOSS = {dtype: name for name, dtype in FLOATS.items()} | {torch.float64: "float32"}
 """The stored dtypes with `keep`: unchanged, except float64, in which no runtime computes."""
 
 
@@ -409,12 +405,14 @@ def make_plan(
     values = model.settled_values(recipe.values)
     embeddings = model.settled_embeddings(recipe.embeddings, values)
     choices: dict[str, LayoutChoice] = {}
-    progress.start("counting", len(matrices))
-    for name, matrix in matrices.items():
-        stored = reader.read(name)
+    for name in each_step(progress, "counting", matrices):
+        matrix, stored = matrices[name], reader.read(name)
         own = values_of.get(name, values) if matrix.prunable else embeddings
-        if own == KEEP and not matrix.prunable:
-            own = _as_kept(stored.dtype, values)
+        if own == KEEP != values and not matrix.prunable:
+            # an embedding that is not rounded to integers is no wider than the model
+            beside = _dtype_beside(values)
+            wider = stored.dtype.itemsize > beside.itemsize
+            own = str(beside).removeprefix("torch.") if wider else KEEP
         choices[name] = matrix.choose_layout(
             stored,
             name,
@@ -422,8 +420,6 @@ def make_plan(
             values=own,
             group=recipe.group_size,
         )
-        progress.step(note=name)
-    progress.finish()
     offered = [choice.offered for name, choice in choices.items() if matrices[name].prunable]
     if format not in (AUTO, DENSE) and not any(offered):
         raise RecipeError(
@@ -445,13 +441,6 @@ def make_plan(
 def _dtype_beside(values: str) -> torch.dtype:
     """The dtype of a model with such linears: that of the values, or bfloat16 for integers."""
     return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
-
-
-def _as_kept(dtype: torch.dtype, values: str) -> str:
-    """The values of an embedding that is not rounded to integers: it is no wider than the model."""
-    if values == KEEP or dtype.itemsize <= _dtype_beside(values).itemsize:
-        return KEEP
-    return str(_dtype_beside(values)).removeprefix("torch.")
 
 
 def _computed_dtype(

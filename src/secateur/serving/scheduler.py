@@ -431,8 +431,7 @@ class Scheduler:
         with self.lock:
             waiting, self.queue = [*self.queue], deque()
         running, self.running = self.running, []
-        for job in running:
-            self.free.append(job.slot)
+        self.free += [job.slot for job in running]
         for job in (*running, *waiting):
             self.ended["error"] += 1
             job.end("error")

@@ -116,7 +116,15 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     folder = resolve(recipe.model, trust_remote_code=code).folder
     tokenizer = load_tokenizer(folder, trust_remote_code=code)
     defaults, model = sampling_in(folder), load(folder, trust_remote_code=code)
-    capacity = _capacity_of(model, recipe.context_length)
+    context = recipe.context_length
+    positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
+    if context is not None and context > positions:
+        raise RecipeError(
+            f"--context-length {context}, and the model has {positions} positions",
+            where="--context-length",
+            remedy=f"give at most {positions}",
+        )
+    capacity = context or min(positions, POSITIONS)
     engine, line = _engine_of(model, capacity, recipe)
     drafter = None
     if recipe.draft is not None and isinstance(engine, SlotDecoder):
@@ -147,18 +155,6 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     if not getattr(tokenizer, "chat_template", None):
         lines.append("the model has no chat template, so only /v1/completions answers")
     return service, lines
-
-
-def _capacity_of(model: Any, context: int | None) -> int:
-    """How many tokens a prompt and its answer may have together."""
-    positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
-    if context is not None and context > positions:
-        raise RecipeError(
-            f"--context-length {context}, and the model has {positions} positions",
-            where="--context-length",
-            remedy=f"give at most {positions}",
-        )
-    return context or min(positions, POSITIONS)
 
 
 def _engine_of(model: Any, capacity: int, recipe: ServeRecipe) -> tuple[scheduler.Engine, str]:

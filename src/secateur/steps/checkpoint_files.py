@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.models.checkpoint import INDEX_NAMES, copied_files, note_links
+from secateur.models.checkpoint import INDEX_NAMES, copy_others
 from secateur.runs.folder import NOTES, STATE
-from secateur.runs.output import writing
+from secateur.runs.output import write_json, writing
 from secateur.runs.records.measured import FILE_NAME as EVALUATION
 from secateur.runs.records.measured import read_evaluation
 
@@ -49,10 +48,7 @@ def carry_over(
     if same_weights and (notes / EVALUATION).is_file():
         inherited = read_evaluation(notes / EVALUATION).inherited()
     with writing(target):
-        note_links(copied_files(source))
-        for file in copied_files(source):
-            if file.name not in ("config.json", *INDEX_NAMES):
-                shutil.copyfile(file, target / file.name)
+        copy_others(source, target, ("config.json", *INDEX_NAMES))
         if notes.is_dir() and any(file.name not in MEASURED for file in notes.iterdir()):
             shutil.copytree(
                 notes,
@@ -61,9 +57,7 @@ def carry_over(
                 ignore=lambda folder, _: MEASURED if Path(folder) == notes else (),
                 dirs_exist_ok=True,
             )
-        (target / "config.json").write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-        )
+        write_json(target / "config.json", config)
     if inherited is not None:
         (target / NOTES).mkdir(exist_ok=True)
         inherited.save(target / NOTES / EVALUATION)

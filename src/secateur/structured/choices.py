@@ -164,18 +164,9 @@ LEVEL = 0.05
 
 def _pruning_values(recipe: StructureRecipe, allocation: str) -> dict[str, Any]:
     """The recipe of the pruning run that chooses units, without model, output and text."""
-    return {
-        "score": _score_of(recipe),
-        "solver": recipe.solver,
-        "method_parameters": recipe.method_parameters,
-        "sparsity": 0.0,
-        "allocation": allocation,
-        "asymmetric": recipe.asymmetric,
-        "fast_matmuls": recipe.fast_matmuls,
-        "memory": recipe.memory.model_dump(),
-        "device": recipe.device,
-        "trust_remote_code": recipe.trust_remote_code,
-    }
+    same = {"solver", "method_parameters", "asymmetric", "fast_matmuls", "memory", "device"}
+    given = recipe.model_dump(include={*same, "trust_remote_code"})
+    return given | {"score": _score_of(recipe), "sparsity": 0.0, "allocation": allocation}
 
 
 def _score_of(recipe: StructureRecipe) -> str | None:

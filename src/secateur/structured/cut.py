@@ -91,13 +91,10 @@ class Cut:
 
     def to_json(self) -> dict[str, Any]:
         """The cut as JSON: keys are text, tuples are lists."""
-        record: dict[str, Any] = {}
-        for name in ("layers", "hidden"):
-            if getattr(self, name) is not None:
-                record[name] = list(getattr(self, name))
-        for name in UNITS:
-            if getattr(self, name):
-                record[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
+        of_model = {name: getattr(self, name) for name in ("layers", "hidden")}
+        record: dict[str, Any] = {name: list(x) for name, x in of_model.items() if x is not None}
+        for name in (name for name in UNITS if getattr(self, name)):
+            record[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
         return record
 
     def check(self, sizes: Sizes) -> None:
@@ -192,8 +189,11 @@ def sizes_of(model: Any) -> Sizes:
         setting(config, "head_dim") or config.hidden_size // heads,
     )
     width = per_group * head_dim  # input columns of the output projection for one KV group
+    # The norm at the end has only the stream; an embedding may have another width.
+    there = dict(model.named_parameters())
+    norms = (there.get(f"{n}.weight") for n, x in couplings.outside.items() if x == ("hidden",))
     return Sizes(
-        hidden=_hidden_of(model, couplings),
+        hidden=next((len(x) for x in norms if x is not None), model.config.hidden_size),
         head_dim=head_dim,
         heads_per_group=per_group,
         groups=tuple(_columns(x, couplings.consumer("queries")) // width for x in layers),
@@ -286,17 +286,6 @@ def _experts_of(layer: nn.Module, couplings: Couplings) -> int:
     return 0
 
 
-def _hidden_of(model: Any, couplings: Couplings) -> int:
-    """Channels of the residual stream: rows of the linears that write to it."""
-    there = dict(model.named_parameters())
-    # The norm at the end has only the stream; an embedding may have another width.
-    for name, axes in couplings.outside.items():
-        if axes == ("hidden",) and f"{name}.weight" in there:
-            return int(there[f"{name}.weight"].shape[0])
-    hidden: int = model.config.hidden_size
-    return hidden
-
-
 def find(layer: nn.Module, name: str) -> nn.Module | None:
     """A module by its name, or None."""
     try:
@@ -313,7 +302,8 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
         ArchitectureError: the index of a layer has a meaning in this model.
     """
     config = text_config(model.config)
-    experts = describe(model).experts
+    architecture = describe(model)
+    experts = architecture.experts
     needed = (experts.per_token(config) if experts else None) or 0
     for layer, kept in cut.experts.items():
         if len(kept) < needed:
@@ -322,7 +312,16 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
                 remedy=f"keep {needed} experts or more in each layer",
             )
         _refuse_uneven_groups(config, kept, sizes, layer)
-    _refuse_uneven_heads(model, cut)
+    if (cut.groups or cut.queries) and architecture.couplings is not None:
+        attention = [find(x, architecture.couplings.attention) for x in architecture.layers(model)]
+        named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
+        found = sorted({int(number) for number in named if number})
+        if len(found) > 1:
+            raise ArchitectureError(
+                f"heads cannot be cut, because layers have {' or '.join(map(str, found))} "
+                "query heads in a KV group",
+                remedy="cut FFN neurons, experts or layers",
+            )
     sparse = setting(config, "activation_sparsity_pattern") or ()
     for layer, kept in cut.neurons.items():
         if kept and layer < len(sparse) and sparse[layer] > 0:
@@ -335,22 +334,6 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
         raise ArchitectureError(
             "attention is scaled by the index of its layer, so layers cannot be cut",
             remedy="cut heads, neurons or hidden channels",
-        )
-
-
-def _refuse_uneven_heads(model: Any, cut: Cut) -> None:
-    """Refuse to cut heads where layers have different numbers of query heads in a KV group."""
-    architecture = describe(model)
-    if not (cut.groups or cut.queries) or architecture.couplings is None:
-        return
-    attention = [find(x, architecture.couplings.attention) for x in architecture.layers(model)]
-    named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
-    found = sorted({int(number) for number in named if number})
-    if len(found) > 1:
-        raise ArchitectureError(
-            f"heads cannot be cut, because layers have {' or '.join(map(str, found))} "
-            "query heads in a KV group",
-            remedy="cut FFN neurons, experts or layers",
         )
 
 

@@ -234,17 +234,13 @@ def _edit(blueprint: Blueprint, name: str, inner: str, declared: Axes, layer: La
         # Removed channels were zero in the norm: √(D/D'). Removed heads were not.
         scale = sqrt(parameter.shape[0] / len(kept[0])) if axes[0] == "hidden" else 1.0
         offset = couplings_of(blueprint.architecture).norm_offset
-    if axes[0] in ("queries", "keys") and stream is not None and _is_normed(blueprint, owner):
+    attention, _, linear = owner.rpartition(".")
+    norms = (find(blueprint.uncut, f"{attention}.{norm}") for norm in _READ_BY.get(linear, ()))
+    normed = any(norm is not None and _is_rms_norm(norm) for norm in norms)
+    if axes[0] in ("queries", "keys") and stream is not None and normed:
         # ε has grown by D/D' in all norms, so what these norms read grows by its root.
         scale *= sqrt(sizes.hidden / len(stream))
     return Edit(name, kept, shape, scale, offset)
-
-
-def _is_normed(blueprint: Blueprint, name: str) -> bool:
-    """Whether an RMSNorm reads what a linear of attention computes."""
-    attention, _, linear = name.rpartition(".")
-    norms = (find(blueprint.uncut, f"{attention}.{norm}") for norm in _READ_BY.get(linear, ()))
-    return any(norm is not None and _is_rms_norm(norm) for norm in norms)
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

@@ -320,8 +320,19 @@ def _largest(
     """The largest size within the target, all timed sizes, and the length of the context."""
     sizes, context = time_sizes(first, ())
     within = [size for size in sizes if size.left <= target]
+    if not sizes:
+        raise RecipeError(
+            "heads and neurons cannot be cut to any size between a tenth and all of them",
+            remedy="choose a smaller --multiple, or drop layers: --keep-layers",
+        )
     if not within:
-        raise _beyond_reach(target, sizes)
+        least = sizes[-1]
+        raise RecipeError(
+            f"a token is to take {target:.0%} of its time; with {least.groups} KV groups and "
+            f"{least.neurons} neurons a layer, the smallest size measured, it takes "
+            f"{least.left:.1%} ({least.milliseconds:.2f} of {least.milliseconds_uncut:.2f} ms)",
+            remedy="ask for more than that, or drop layers too: --keep-layers",
+        )
     best = within[0]
     if best.kept == 1:
         raise RecipeError(
@@ -337,19 +348,3 @@ def _largest(
         best = max((s for s in timed if s.left <= target), key=lambda size: size.kept)
         above = min((s.kept for s in timed if s.kept > best.kept), default=1.0)
     return best, sorted(timed, key=lambda size: -size.kept), context
-
-
-def _beyond_reach(target: float, sizes: Sequence[Size]) -> RecipeError:
-    """The error that no size meets the target. It names the smallest measured size."""
-    if not sizes:
-        return RecipeError(
-            "heads and neurons cannot be cut to any size between a tenth and all of them",
-            remedy="choose a smaller --multiple, or drop layers: --keep-layers",
-        )
-    least = sizes[-1]
-    return RecipeError(
-        f"a token is to take {target:.0%} of its time; with {least.groups} KV groups and "
-        f"{least.neurons} neurons a layer, the smallest size measured, it takes {least.left:.1%} "
-        f"({least.milliseconds:.2f} of {least.milliseconds_uncut:.2f} ms)",
-        remedy="ask for more than that, or drop layers too: --keep-layers",
-    )

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import at_rest, checkpoint, inventory, opening, skeleton
 from secateur.models.architecture import Linear, describe
-from secateur.progress import Progress, Silent
-from secateur.runs.output import writing
+from secateur.progress import Progress, Silent, each_step
+from secateur.runs.output import write_json, writing
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Accounting, Design, account, design
 from secateur.structured.edits import Edit
@@ -131,9 +131,7 @@ def cut_checkpoint(
         else:
             config = _renumbered_description(made, config, reader)
             reader, edits = reader.stored, kept
-        file.write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-        )
+        write_json(file, config)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
 
@@ -175,10 +173,8 @@ def _write_other_files(folder: Path, output: Path, made: Design) -> None:
     from secateur.models import varied
 
     with writing(output):
-        checkpoint.note_links(checkpoint.copied_files(folder))
-        for file in checkpoint.copied_files(folder):
-            if file.name not in ("config.json", checkpoint.INDEX_NAME, varied.FILE_NAME):
-                shutil.copyfile(file, output / file.name)
+        written = ("config.json", checkpoint.INDEX_NAME, varied.FILE_NAME)
+        checkpoint.copy_others(folder, output, written)
         if made.varied:
             shutil.copyfile(varied.__file__, output / varied.FILE_NAME)
         with skeleton.quiet_transformers():
@@ -189,26 +185,14 @@ def write_tensors(
     reader: checkpoint.CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress
 ) -> None:
     """Write every remaining tensor, and an index unless there is one file."""
-    progress.start("cutting", len(edits))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file in reader.files:  # file by file, so that one is open to read and one to write
-        mine = {n: e for n, e in edits.items() if reader.entries[e.source].file == file}
-        if not mine:
-            continue
-        # The header of a file comes first, so all shapes must be known before any tensor.
-        known = {n: (reader.entries[e.source].dtype, e.shape) for n, e in mine.items()}
-        with checkpoint.ShardWriter(output / file.name, known, [], checkpoint.PLAIN) as writer:
-            for name, edit in mine.items():
-                tensor = edit(reader.read(edit.source)).contiguous()
-                writer.write(name, tensor)
-                total += tensor.nbytes
-                progress.step(note=name)
-            writer.close(checkpoint.PLAIN)
-        weight_map |= dict.fromkeys(mine, file.name)
-    if len(reader.files) > 1:
-        checkpoint.write_index(output, weight_map, total)
-    progress.finish()
+    shards: dict[str, dict[str, Any]] = {file.name: {} for file in reader.files}
+    for name, edit in edits.items():
+        entry = reader.entries[edit.source]
+        shards[entry.file.name][name] = (entry.dtype, edit.shape)
+    shards = {file: known for file, known in shards.items() if known}
+    names = each_step(progress, "cutting", [name for known in shards.values() for name in known])
+    tensors = ((name, edits[name](reader.read(edits[name].source)).contiguous()) for name in names)
+    checkpoint.write_shards(output, shards, tensors)
 
 
 def _stored_edits(

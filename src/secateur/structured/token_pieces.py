@@ -46,7 +46,14 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
         kind = "BPE" if "merges" in model else "Unigram" if "unk_id" in model else "unknown"
     try:
         if kind == "BPE":
-            _refuse_affixes(model, where)
+            for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+                if model.get(name):  # it marks the inside or the end of words in its tokens
+                    raise ArchitectureError(
+                        f"tokens of a BPE tokenizer with {name} {model[name]!r} cannot be removed "
+                        "yet",
+                        where=where,
+                        remedy="leave the vocabulary as it is",
+                    )
             parts = json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")])
             return _MergedPieces(model, '"ByteLevel"' in parts)
         if kind == "Unigram":
@@ -59,17 +66,6 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
         remedy="byte-level BPE, BPE with byte fallback and Unigram are known; leave the vocabulary "
         "as it is",
     )
-
-
-def _refuse_affixes(model: Mapping[str, Any], where: str) -> None:
-    """Refuse BPE that marks the inside or the end of words in its tokens."""
-    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise ArchitectureError(
-                f"tokens of a BPE tokenizer with {name} {model[name]!r} cannot be removed yet",
-                where=where,
-                remedy="leave the vocabulary as it is",
-            )
 
 
 def _damaged_tokenizer(what: str, where: str) -> CheckpointError:

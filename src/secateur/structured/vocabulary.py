@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,12 +25,12 @@ from secateur.calibration.chats import Document
 from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models import at_rest, checkpoint, configuration, opening, sources
-from secateur.models.skeleton import build_skeleton, model_names
+from secateur.models.skeleton import build_skeleton, model_names, refuse_missing
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
-from secateur.progress import Progress, Silent
+from secateur.progress import Progress
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
-from secateur.runs.output import cannot_write, whole_folder
+from secateur.runs.output import whole_folder, write_json, writing
 from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import read_notes, write_notes
 from secateur.structured.design import Accounting, accounting
@@ -120,31 +119,21 @@ def _trim_vocabulary(
     size: int | None,
     *,
     where: str,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write a checkpoint without the tokens that a text does not need.
 
-    Args:
-        folder: the checkpoint.
-        output: of the new one; it exists.
-        documents: of the text.
-        size: how many tokens stay; None for all that the text has.
-        where: the text, for messages.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: receives every batch of documents and every tensor.
+    At most `size` tokens stay, or all that the text has. `where` names the text in messages.
 
     Returns:
         Numbers of tokens, of documents that keep their tokens, and of parameters.
-
-    Raises:
-        RecipeError: fewer tokens than have to stay, or none is removed.
-        VerificationError: a text is cut into other tokens than before.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     pieces = pieces_of(read_tokenizer(folder), str(folder))
-    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code)
-    rows = _token_tables(skeleton).rows
+    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+    tables = _token_tables(skeleton)
+    rows = tables.rows
     progress.start("counting tokens", -(-len(documents) // BATCH))
     counts: Counter[int] = Counter()
     for ids in _encoded(tokenizer, documents, progress):
@@ -158,9 +147,15 @@ def _trim_vocabulary(
             where=where,
             remedy="give --vocabulary-size, or a text that needs fewer",
         )
-    _trim_checkpoint(
-        folder, output, pieces, kept, trust_remote_code=trust_remote_code, progress=progress
-    )
+    opened = opening.open_weights(folder)
+    # in whatever form they are stored, all other tensors keep their bytes
+    reader = opened.stored if isinstance(opened, at_rest.AssembledReader) else opened
+    edits = _row_edits(skeleton, tables, reader, torch.tensor(kept))
+    if isinstance(opened, at_rest.AssembledReader):
+        _refuse_packed_tables(opened, edits, tables.names)
+    with writing(output):
+        _write_files(folder, output, pieces, kept, tables)
+    write_tensors(reader, edits, output, progress)
     same = _check_tokens(folder, output, documents, kept, trust_remote_code, progress)
     before = accounting(skeleton, Cut()).before
     made = build_skeleton(output, trust_remote_code=trust_remote_code)
@@ -241,46 +236,6 @@ def _check_tokens(
     return same
 
 
-def _trim_checkpoint(
-    folder: Path,
-    output: Path,
-    pieces: Pieces,
-    kept: tuple[int, ...],
-    *,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Write a checkpoint with a smaller vocabulary, with one tensor in memory.
-
-    All other tensors keep their bytes, in whatever form they are stored.
-
-    Args:
-        folder: the checkpoint.
-        output: of the new one; it exists.
-        pieces: of the tokenizer.
-        kept: the ids that stay, ascending.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        progress: advances with every tensor.
-
-    Raises:
-        ArchitectureError: a table of the model cannot be cut.
-        CheckpointError: the embedding is not stored.
-        MemoryBudgetError: the disk is full.
-    """
-    model = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
-    tables = _token_tables(model)
-    opened = opening.open_weights(folder)
-    reader = opened.stored if isinstance(opened, at_rest.AssembledReader) else opened
-    edits = _row_edits(model, tables, reader, torch.tensor(kept))
-    if isinstance(opened, at_rest.AssembledReader):
-        _refuse_packed_tables(opened, edits, tables.names)
-    try:
-        _write_files(folder, output, pieces, kept, tables)
-    except OSError as error:
-        raise cannot_write(error, output) from error
-    write_tensors(reader, edits, output, progress or Silent())
-
-
 def _row_edits(
     model: Any, tables: _TokenTables, reader: checkpoint.CheckpointReader, index: torch.Tensor
 ) -> dict[str, Edit]:
@@ -302,11 +257,7 @@ def _row_edits(
             edit = Edit(stored, (index, *edit.kept[1:]), (len(index), *entry.shape[1:]))
         edits[stored] = edit
     if not found:
-        raise CheckpointError(
-            f"the checkpoint does not contain {tables.names[0]}",
-            where=str(reader.folder),
-            remedy="the file is incomplete, or of another model than config.json says",
-        )
+        refuse_missing(tables.names[:1], {}, reader.folder)
     return edits
 
 
@@ -348,13 +299,9 @@ def _write_files(
         written[_TOKENIZER_CONFIG]["added_tokens_decoder"] = {
             str(new[int(number)]): token for number, token in tokens.items() if int(number) in new
         }
-    checkpoint.note_links(checkpoint.copied_files(folder))
-    for file in checkpoint.copied_files(folder):
-        if file.name not in (*written, *_LEFT_OUT, checkpoint.INDEX_NAME):
-            shutil.copyfile(file, output / file.name)
+    checkpoint.copy_others(folder, output, (*written, *_LEFT_OUT, checkpoint.INDEX_NAME))
     for name, content in written.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (output / name).write_text(text, encoding="utf-8", newline="\n")
+        write_json(output / name, content)
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:

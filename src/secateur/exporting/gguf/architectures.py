@@ -97,8 +97,8 @@ class LlamaCppModel(DecoderSizes):
         long = _rope_of(self.config)["rope_type"] == "longrope"
         return _original_context(self) if long else None
 
-    def add_fields(self, writer: gguf.GGUFWriter) -> None:
-        """Write the sizes and constants that llama.cpp reads."""
+    def fields(self) -> dict[str, Any]:
+        """The sizes and constants that llama.cpp reads, as in `LlamaCppVocabulary.fields`."""
         per_layer = self.arch == self.family.varied
         fields = {
             "block_count": self.layers,
@@ -116,9 +116,7 @@ class LlamaCppModel(DecoderSizes):
             "head_count_kv": self.kv_heads,
             "feed_forward_length": [width or LEAST_FFN for width in self.ffn],
         }
-        fields |= {name: list(of) if per_layer else of[0] for name, of in sizes.items()}
-        for name, value in fields.items():
-            getattr(writer, f"add_{name}")(value)
+        return fields | {name: list(of) if per_layer else of[0] for name, of in sizes.items()}
 
     def tensors(self, source: ExportSource) -> Iterator[Planned]:
         """Every tensor of the file that the source stores.

@@ -7,8 +7,6 @@ A mix gives most matrices the type in its name, and some that matter more a larg
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +16,7 @@ import gguf
 from secateur.errors import RecipeError, VerificationError, install_extra
 from secateur.exporting import Exported
 from secateur.exporting.gguf.writing import ENDS, dequantized
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 
 F = gguf.LlamaFileType
 MIXES = MappingProxyType(
@@ -47,20 +45,6 @@ def load_llama_cpp() -> tuple[Any, Any]:
     return get_ffi(), get_lib()
 
 
-@contextmanager
-def silence(ffi: Any, library: Any) -> Iterator[None]:
-    """Drop llama.cpp's log, two lines for every tensor, inside the context."""
-    before = ffi.new("ggml_log_callback *"), ffi.new("void **")
-    library.llama_log_get(*before)
-    kind = "void(enum ggml_log_level, const char *, void *)"
-    drop = ffi.callback(kind, lambda level, text, data: None)
-    library.llama_log_set(drop, ffi.NULL)
-    try:
-        yield
-    finally:
-        library.llama_log_set(before[0][0], before[1][0])
-
-
 def quantized(exact: Path, file: Path, type: str, progress: Progress) -> Exported:
     """Quantize a float32 file, and count the zeros that are still zero.
 
@@ -80,25 +64,29 @@ def quantized(exact: Path, file: Path, type: str, progress: Progress) -> Exporte
     options = library.llama_model_quantize_default_params()
     options.nthread, options.ftype = 0, int(MIXES[type])  # 0: as many threads as processors
     paths = str(exact).encode(), str(file).encode()
-    with silence(ffi, library):
+    before = ffi.new("ggml_log_callback *"), ffi.new("void **")
+    library.llama_log_get(*before)
+    kind = "void(enum ggml_log_level, const char *, void *)"
+    drop = ffi.callback(kind, lambda level, text, data: None)
+    library.llama_log_set(drop, ffi.NULL)  # or it logs two lines for every tensor
+    try:
         wanted = ffi.new("llama_model_quantize_params *", options)
         status = library.llama_model_quantize(*paths, wanted)
+    finally:
+        library.llama_log_set(before[0][0], before[1][0])
     if status != 0:
         raise VerificationError(
             f"llama.cpp could not quantize the file to {type} (status {status})",
             where=str(file),
             remedy="export to q8_0, q5_0 or q4_0, which need no quantizer",
         )
-    before, after = (
+    read, after = (
         {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (exact, file)
     )
     types = Counter(tensor.tensor_type.name for tensor in after.values())
     made = Exported(types=dict(types), file_bytes=file.stat().st_size, may_lose_zeros=True)
-    progress.start("checking", len(after))
-    for name, tensor in after.items():
-        if len(tensor.shape) > 1 and name not in ENDS:
-            weight = dequantized(before[name].data, before[name].tensor_type)
-            made.count_matrix(weight, dequantized(tensor.data, tensor.tensor_type))
-        progress.step(note=name)
-    progress.finish()
+    for name in each_step(progress, "checking", after):
+        if len(after[name].shape) > 1 and name not in ENDS:
+            pair = (dequantized(one.data, one.tensor_type) for one in (read[name], after[name]))
+            made.count_matrix(*pair)
     return made

@@ -43,11 +43,6 @@ class LlamaCppVocabulary:
     strips: bool = False
     notes: list[str] = field(default_factory=list)
 
-    def add_fields(self, writer: gguf.GGUFWriter) -> None:
-        """Write the tokenizer."""
-        for name, value in self.fields.items():
-            getattr(writer, f"add_{name}")(value)
-
 
 def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
     """The tokenizer and the chat template of a folder.

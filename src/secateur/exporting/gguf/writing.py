@@ -224,8 +224,8 @@ class GGUFFile:
         writer.add_name(f"phi-3 {self.source.name}" if strips else self.source.name)
         writer.add_file_type(FILE_TYPES[self.kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        self.model.add_fields(writer)
-        self.vocabulary.add_fields(writer)
+        for name, value in {**self.model.fields(), **self.vocabulary.fields}.items():
+            getattr(writer, f"add_{name}")(value)
         for one in plan:
             kind = self.type_of(one)
             raw = None if kind in NUMPY else kind

@@ -13,6 +13,11 @@ def over(axes: str, names: str) -> dict[str, tuple[str, ...]]:
     return dict.fromkeys(names.split(), tuple(axes.split()))
 
 
+def ffn(inputs: str, down: str) -> dict[str, tuple[str, ...]]:
+    """The axes of the linears of a feed-forward."""
+    return {**over("neurons hidden", inputs), **over("hidden neurons", down)}
+
+
 def ends(embedding: str, norm: str) -> dict[str, tuple[str, ...]]:
     """The axes of embedding, last norm and head."""
     return {**over("- hidden", embedding), **over("hidden", norm), "lm_head": ("-", "hidden")}

@@ -2,7 +2,7 @@
 
 from secateur.models import architecture
 from secateur.models.expert_layout import ExpertLayout, Experts
-from secateur.models.families import ends, grouped, llama_like, mixtures, over
+from secateur.models.families import ends, ffn, grouped, llama_like, mixtures, over
 
 
 def _mamba_axes(module: str) -> architecture.Axes:
@@ -48,8 +48,7 @@ LFM2_COUPLINGS = architecture.Couplings(
         **over("hidden queries", "self_attn.out_proj"),
         **over("-", "self_attn.q_layernorm self_attn.k_layernorm"),
         **over("hidden", "operator_norm"),
-        **over("neurons hidden", "feed_forward.w1 feed_forward.w3"),
-        **over("hidden neurons", "feed_forward.w2"),
+        **ffn("feed_forward.w1 feed_forward.w3", "feed_forward.w2"),
         **over("hidden", "ffn_norm"),
     },
     outside=ends("model.embed_tokens", "model.embedding_norm"),
@@ -165,8 +164,7 @@ TABLE = {
                 **_mamba_axes("mixer"),
                 **over("state hidden", "mixer.q_proj mixer.k_proj mixer.v_proj"),
                 **over("hidden state", "mixer.o_proj"),
-                **over("neurons hidden", "mixer.up_proj"),
-                **over("hidden neurons", "mixer.down_proj"),
+                **ffn("mixer.up_proj", "mixer.down_proj"),
                 **over("hidden", "norm"),
                 **NEMOTRON_EXPERTS.axes(stream="-"),
             },

@@ -4,7 +4,7 @@ The axes that most other tables are made of are declared here too.
 """
 
 from secateur.models import architecture
-from secateur.models.families import ends, grouped, over
+from secateur.models.families import ends, ffn, grouped, over
 
 QUERIES_KEYS_VALUES = {
     **over("queries hidden", "self_attn.q_proj"),
@@ -21,10 +21,12 @@ WIDE_NORMS: architecture.Axes = {"self_attn.q_norm": ("queries",), "self_attn.k_
 HUNYUAN_NORMS = over("-", "self_attn.query_layernorm self_attn.key_layernorm")
 SINKS = over("heads", "self_attn.sinks")
 
-DOWN = over("hidden neurons", "mlp.down_proj")
-GATED_FFN: architecture.Axes = {**over("neurons hidden", "mlp.gate_proj mlp.up_proj"), **DOWN}
-FUSED_GATED_FFN: architecture.Axes = {**over("neurons+neurons hidden", "mlp.gate_up_proj"), **DOWN}
-PLAIN_FFN: architecture.Axes = {**over("neurons hidden", "mlp.up_proj"), **DOWN}
+GATED_FFN: architecture.Axes = ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj")
+PLAIN_FFN: architecture.Axes = ffn("mlp.up_proj", "mlp.down_proj")
+FUSED_GATED_FFN: architecture.Axes = {
+    **over("neurons+neurons hidden", "mlp.gate_up_proj"),
+    **over("hidden neurons", "mlp.down_proj"),
+}
 PLAIN_FFN_GROUPS = grouped("mlp.up_proj", "mlp.down_proj")
 FUSED_FFN_GROUPS = grouped("mlp.gate_up_proj", "mlp.down_proj")
 
@@ -167,9 +169,7 @@ TABLE = {
         "starcoder2",
         groups=architecture.SPLIT_ATTENTION_GROUPS + grouped("mlp.c_fc", "mlp.c_proj"),
         writers=("self_attn.o_proj", "mlp.c_proj"),
-        couplings=SPLIT.plus(
-            over("neurons hidden", "mlp.c_fc") | over("hidden neurons", "mlp.c_proj")
-        ),
+        couplings=SPLIT.plus(ffn("mlp.c_fc", "mlp.c_proj")),
     ),
     # GLM-4 (2024): gate and up in one matrix.
     "glm": GLM,

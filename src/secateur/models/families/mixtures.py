@@ -4,21 +4,21 @@ from typing import Any
 
 from secateur.models import architecture
 from secateur.models.expert_layout import ExpertLayout, Experts
-from secateur.models.families import grouped, llama_like, over
+from secateur.models.families import ffn, grouped, llama_like, over
 
 
-def _ffn(name: str, neurons: str = "-") -> tuple[architecture.Groups, architecture.Axes]:
-    """The groups and axes of a feed-forward with a gate: by default an expert for every token."""
+def _expert(name: str) -> tuple[architecture.Groups, architecture.Axes]:
+    """The groups and axes of an expert for every token, which has a gate."""
     inputs, down = f"{name}.gate_proj {name}.up_proj", f"{name}.down_proj"
-    axes = {**over(f"{neurons} hidden", inputs), **over(f"hidden {neurons}", down)}
-    return grouped(inputs, down), axes
+    return grouped(inputs, down), {**over("- hidden", inputs), **over("hidden -", down)}
 
 
-SHARED_EXPERT_GROUPS, SHARED_EXPERT = _ffn("mlp.shared_expert")
-SHARED_EXPERTS_GROUPS, SHARED_EXPERTS = _ffn("mlp.shared_experts")
-SHARED_MLP_GROUPS, SHARED_MLP = _ffn("mlp.shared_mlp")
-LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _ffn("feed_forward.shared_expert")
-FEED_FORWARD_GROUPS, FEED_FORWARD = _ffn("feed_forward", "neurons")
+SHARED_EXPERT_GROUPS, SHARED_EXPERT = _expert("mlp.shared_expert")
+SHARED_EXPERTS_GROUPS, SHARED_EXPERTS = _expert("mlp.shared_experts")
+SHARED_MLP_GROUPS, SHARED_MLP = _expert("mlp.shared_mlp")
+LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _expert("feed_forward.shared_expert")
+_GATE_AND_UP, _DOWN = "feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj"
+FEED_FORWARD_GROUPS, FEED_FORWARD = grouped(_GATE_AND_UP, _DOWN), ffn(_GATE_AND_UP, _DOWN)
 GATED_SHARED_EXPERT = {**SHARED_EXPERT, "mlp.shared_expert_gate": ("-", "hidden")}
 
 LATENT_ATTENTION: architecture.Axes = {

@@ -2,12 +2,9 @@
 
 from secateur.models import architecture
 from secateur.models.expert_layout import Experts
-from secateur.models.families import ends, grouped, llama_like, over
+from secateur.models.families import ends, ffn, grouped, llama_like, over
 
-WIDE_FFN: architecture.Axes = {
-    **over("neurons hidden", "mlp.dense_h_to_4h"),
-    **over("hidden neurons", "mlp.dense_4h_to_h"),
-}
+WIDE_FFN: architecture.Axes = ffn("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 UNCUT_ATTENTION: architecture.Axes = {
     **over("- hidden", "self_attention.query_key_value"),
     **over("hidden -", "self_attention.dense"),
@@ -20,17 +17,14 @@ NEOX = architecture.Family(
     layers="gpt_neox.layers",
     groups=grouped("attention.query_key_value", "attention.dense", *WIDE_FFN),
     writers=("attention.dense", "mlp.dense_4h_to_h"),
-    couplings=architecture.Couplings(
-        layer={
-            **llama_like.TWO_NORMS,
+    couplings=llama_like.PRE_NORM.plus(
+        {
             **over("triples hidden", "attention.query_key_value"),
             **over("hidden queries", "attention.dense"),
             **WIDE_FFN,
         },
         outside=ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm"),
         attention="attention",
-        attention_norms=("input_layernorm",),
-        ffn_norms=("post_attention_layernorm",),
     ),
 )
 FALCON = architecture.Family(
@@ -87,8 +81,7 @@ TABLE = {
                 **over("hidden", "ln_1 ln_2"),
                 **over("queries+keys+keys hidden", "attn.c_attn"),
                 **over("hidden queries", "attn.c_proj"),
-                **over("neurons hidden", "mlp.c_fc"),
-                **over("hidden neurons", "mlp.c_proj"),
+                **ffn("mlp.c_fc", "mlp.c_proj"),
             },
             outside=ends("transformer.wte transformer.wpe", "transformer.ln_f"),
             attention="attn",
@@ -105,16 +98,14 @@ TABLE = {
     # Queries, keys and values of each head together; positions by ALiBi.
     "bloom": FALCON.like(
         "bloom",
-        couplings=architecture.Couplings(
-            layer={**llama_like.TWO_NORMS, **UNCUT_ATTENTION, **WIDE_FFN},
+        couplings=llama_like.PRE_NORM.plus(
+            {**UNCUT_ATTENTION, **WIDE_FFN},
             outside=ends(
                 "transformer.word_embeddings",
                 "transformer.word_embeddings_layernorm transformer.ln_f",
             ),
             attention="self_attention",
             neurons_key="",
-            attention_norms=("input_layernorm",),
-            ffn_norms=("post_attention_layernorm",),
             fixed={
                 "groups": "ALiBi gives every head a slope by its number",
                 "hidden": AS_MANY_HEADS,
@@ -149,8 +140,7 @@ TABLE = {
             layer={
                 **llama_like.QUERIES_KEYS_VALUES,
                 **over("hidden queries", "self_attn.out_proj"),
-                **over("neurons hidden", "fc1"),
-                **over("hidden neurons", "fc2"),
+                **ffn("fc1", "fc2"),
                 **over("hidden", "self_attn_layer_norm final_layer_norm"),
             },
             # Without project_in the embedding is as wide as the residual stream.
@@ -174,8 +164,7 @@ TABLE = {
             layer={
                 **llama_like.QUERIES_KEYS_VALUES,
                 **over("hidden queries", "self_attn.dense"),
-                **over("neurons hidden", "mlp.fc1"),
-                **over("hidden neurons", "mlp.fc2"),
+                **ffn("mlp.fc1", "mlp.fc2"),
                 **over("hidden", "input_layernorm"),
             },
             outside=ends("model.embed_tokens", "model.final_layernorm"),
@@ -195,8 +184,7 @@ TABLE = {
                 **over("queries hidden", "attn.q_proj"),
                 **over("keys hidden", "attn.k_proj attn.v_proj"),
                 **over("hidden queries", "attn.out_proj"),
-                **over("neurons hidden", "mlp.fc_in"),
-                **over("hidden neurons", "mlp.fc_out"),
+                **ffn("mlp.fc_in", "mlp.fc_out"),
             },
             outside=ends("transformer.wte", "transformer.ln_f"),
             attention="attn",

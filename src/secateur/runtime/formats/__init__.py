@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -21,7 +21,7 @@ from secateur.errors import CheckpointError
 from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.registry import Registry
 from secateur.runtime.formats.bits import pack_bits, pack_numbers, row_bytes
-from secateur.types import Mask, Weight
+from secateur.types import FLOATS, Mask, Weight
 
 __all__ = [
     "BITS",
@@ -42,22 +42,14 @@ __all__ = [
     "why_no_pattern",
 ]
 
-VALUES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-    "int4": torch.int8,
-    "int3": torch.int8,
-    "int2": torch.int8,
-}
-"""How kept weights can be stored, and the dtype in which `Format.kept` returns them."""
-
 GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3, "int2": 2}
 """The bits of values that are stored as a bit stream, on a grid with a scale for each group."""
 
 BITS: Mapping[str, int] = {"int8": 8, **GRID_BITS}
 """The bits of values that are integers with scales."""
+
+VALUES: Mapping[str, torch.dtype] = {**FLOATS, **dict.fromkeys(BITS, torch.int8)}
+"""How kept weights can be stored, and the dtype in which `Format.kept` returns them."""
 
 Side = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 
@@ -193,14 +185,14 @@ def _refused(layout: Layout, why: str) -> CheckpointError:
 
 
 class Format(Protocol):
-    """The contract of a format."""
+    """The contract of a format. What has a default is that of a format without a pattern."""
 
     name: ClassVar[str]
 
     suffixes: ClassVar[tuple[str, ...]]
     """The suffixes that parts may have; a packed matrix has exactly those of its layout."""
 
-    automatic: ClassVar[bool]
+    automatic: ClassVar[bool] = True
     """Whether `auto` tries it. A format with few readers should be chosen by name."""
 
     def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
@@ -210,11 +202,11 @@ class Format(Protocol):
             nonzero: the weights that are not zero, bool [out, in].
             dense: the matrix without a format that drops zeros: shape, values, group.
         """
-        ...
+        return [replace(dense, format=self.name)]
 
     def why_not(self, layout: Layout) -> str | None:
         """What is wrong with the pattern and shape of a layout of this format; None if nothing."""
-        ...
+        return why_no_pattern(layout)
 
     def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """How many weights these parts keep, where the layout does not fix it; 0 where it does.
@@ -225,7 +217,7 @@ class Format(Protocol):
             found: dtypes and shapes as a file claims them, by suffix; some may be missing.
             layout: of the matrix.
         """
-        ...
+        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of every part, by suffix.

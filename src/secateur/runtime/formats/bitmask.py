@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from secateur.runtime.formats import kept as shared
 from secateur.types import Mask, Weight
 
 
-class Bitmask:
+class Bitmask(packing.Format):
     """Parts: `bitmask` uint8 [out, ceil(in / 8)], `compressed` [nnz] in row-major order.
 
     Bit j of a row (bit j mod 8 of byte j / 8, lowest first) is 1 where weight j is kept; bits
@@ -42,15 +41,6 @@ class Bitmask:
         "weight_scale",
         "weight_exponent",
     )
-    automatic: ClassVar[bool] = True
-
-    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
-        """One: it can hold any matrix."""
-        return [replace(dense, format=self.name)]
-
-    def why_not(self, layout: Layout) -> str | None:
-        """It has no pattern."""
-        return packing.why_no_pattern(layout)
 
     def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
         """The number of values in `compressed`, the smallest possible for a bit stream."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from secateur.runtime.formats import kept as shared
 from secateur.types import Mask, Weight
 
 
-class Dense:
+class Dense(packing.Format):
     """Parts: `weight` [out, in], and the scales of integers.
 
     int4, int3 and int2 have a bit stream for each row: `weight` uint8 [out, ceil(in · bits / 8)].
@@ -28,19 +27,6 @@ class Dense:
 
     name: ClassVar[str] = "dense"
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_exponent")
-    automatic: ClassVar[bool] = True
-
-    def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
-        """One: it can hold any matrix."""
-        return [replace(dense, format=self.name)]
-
-    def why_not(self, layout: Layout) -> str | None:
-        """It has no pattern."""
-        return packing.why_no_pattern(layout)
-
-    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
-        """0: the shape fixes all sizes."""
-        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts."""

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.runtime.formats import Layout, PartSpec, bits, encode_values, formats, value_spec
+from secateur.runtime.formats import (
+    Format,
+    Layout,
+    PartSpec,
+    bits,
+    encode_values,
+    formats,
+    value_spec,
+)
 from secateur.runtime.formats import kept as shared
 from secateur.types import Mask, Weight
 
@@ -145,7 +153,7 @@ def _fill_groups(mask: Mask, kept: int, group: int) -> Mask:
     return filled.reshape(mask.shape)
 
 
-class NOfM:
+class NOfM(Format):
     """Parts: `codes` uint8 [out, ceil(in/M · bits / 8)], `compressed` [out · in/M · N].
 
     A code is the rank of the group's set (see `_ranks`) in bits = ceil(log2 C(M, N)) bits. The
@@ -165,7 +173,6 @@ class NOfM:
 
     name: ClassVar[str] = "n-of-m"
     suffixes: ClassVar[tuple[str, ...]] = ("codes", "compressed", "weight_scale", "weight_exponent")
-    automatic: ClassVar[bool] = True
 
     def candidates(self, nonzero: Mask, dense: Layout) -> list[Layout]:
         """One for each pattern that holds every weight that is not zero."""
@@ -193,10 +200,6 @@ class NOfM:
             f"{columns} inputs are not whole groups of {layout.pattern} "
             f"with 1 <= N < M <= {LARGEST_GROUP}"
         )
-
-    def nonzeros(self, found: Mapping[str, PartSpec], layout: Layout) -> int:
-        """0: the pattern fixes all sizes."""
-        return 0
 
     def parts(self, layout: Layout, nonzeros: int) -> dict[str, PartSpec]:
         """Dtype and shape of the parts, whatever the number of zeros."""

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,18 +42,10 @@ class CMatrix(ctypes.Structure):
     """`sct_matrix`: a weight [rows, columns]."""
 
     _fields_ = (
-        ("rows", _I64),
-        ("columns", _I64),
-        ("words", _I64),
-        ("stride", _I64),
-        ("type", _I64),
-        ("values", _POINTER),
-        ("mask", _POINTER),
-        ("offsets", _POINTER),
-        ("scale", _POINTER),
+        *((name, _I64) for name in ("rows", "columns", "words", "stride", "type")),
+        *((name, _POINTER) for name in ("values", "mask", "offsets", "scale")),
         ("group", _I64),
-        ("scales", _POINTER),
-        ("exponents", _POINTER),
+        *((name, _POINTER) for name in ("scales", "exponents")),
         ("of_four", _I64),
     )
 
@@ -172,37 +165,26 @@ def library() -> ctypes.CDLL | None:
 
 def _declare(loaded: ctypes.CDLL) -> None:
     """The signatures of csrc/secateur.h."""
-    matrix = ctypes.POINTER(CMatrix)
+    matrix, decoder, tokens = map(ctypes.POINTER, (CMatrix, CDecoder, CToken))
     product = [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64]
-    signatures = {
-        "sct_tier": (ctypes.c_char_p, []),
-        "sct_use_tier": (ctypes.c_int, [ctypes.c_char_p]),
-        "sct_threads": (ctypes.c_int, []),
-        "sct_set_threads": (ctypes.c_int, [ctypes.c_int]),
-        "sct_linear": (ctypes.c_int, product),
-        "sct_prompt": (ctypes.c_int, product),
-        "sct_expand": (ctypes.c_int, [matrix, _I64, _I64, _POINTER]),
-        "sct_gather": (ctypes.c_int, [matrix, _POINTER, _I64, _POINTER]),
-        "sct_read": (
-            ctypes.c_int,
-            [ctypes.POINTER(CDecoder), _POINTER, _I64, _I64, _I64, _I64, _POINTER],
-        ),
-        "sct_attention_alone": (
-            ctypes.c_int,
-            [ctypes.POINTER(CDecoder), ctypes.POINTER(CToken), _I64, _I64, _I64, _POINTER],
-        ),
-        "sct_decode": (
-            ctypes.c_int,
-            [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _I64, _POINTER],
-        ),
-        "sct_advance": (
-            ctypes.c_int,
-            [ctypes.POINTER(CDecoder), _POINTER, ctypes.POINTER(CToken), _I64, _POINTER],
-        ),
+    signatures: dict[str, list[Any]] = {
+        "sct_tier": [],
+        "sct_use_tier": [ctypes.c_char_p],
+        "sct_threads": [],
+        "sct_set_threads": [ctypes.c_int],
+        "sct_linear": product,
+        "sct_prompt": product,
+        "sct_expand": [matrix, _I64, _I64, _POINTER],
+        "sct_gather": [matrix, _POINTER, _I64, _POINTER],
+        "sct_read": [decoder, _POINTER, _I64, _I64, _I64, _I64, _POINTER],
+        "sct_attention_alone": [decoder, tokens, _I64, _I64, _I64, _POINTER],
+        "sct_decode": [decoder, _POINTER, tokens, _I64, _I64, _POINTER],
+        "sct_advance": [decoder, _POINTER, tokens, _I64, _POINTER],
     }
-    for name, (result, arguments) in signatures.items():
+    for name, arguments in signatures.items():
         function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype, function.argtypes = ctypes.c_int, arguments
+    loaded.sct_tier.restype = ctypes.c_char_p  # all others return a number
 
 
 def kernel_info() -> KernelInfo:

@@ -129,10 +129,8 @@ class _NumberedModule(nn.Module):
 class OperatorLinear(_NumberedModule, InferenceLinear):
     """A linear whose product is the operator `torch.ops.secateur.linear`."""
 
-    def __init__(
-        self, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(shape, bias, dtype)
+    def __init__(self, shape: tuple[int, int], bias: Tensor | None) -> None:
+        super().__init__(shape, bias)
         self.take_number()
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ def _schema(value: Any) -> Any:
     return schema
 
 
+Schema = Annotated[Any, pydantic.BeforeValidator(_schema)]
+NotEmpty = Annotated[str, pydantic.Field(min_length=1)]
+
+
 class Body(pydantic.BaseModel):
     """A JSON object of a request: no value is converted."""
 
@@ -157,16 +161,14 @@ ANY_OBJECT = {"type": "object"}
 class NamedSchema(Body):
     """The schema of a format."""
 
-    value: Annotated[Any, pydantic.BeforeValidator(_schema)] = pydantic.Field(alias="schema")
+    value: Schema = pydantic.Field(alias="schema")
 
 
 class ResponseFormat(Body):
     """OpenAI's way to ask for JSON; llama.cpp's has a schema beside `json_object`."""
 
     type: Literal["text", "json_object", "json_schema"]
-    any_object: Annotated[Any, pydantic.BeforeValidator(_schema)] = pydantic.Field(
-        ANY_OBJECT, alias="schema"
-    )
+    any_object: Schema = pydantic.Field(ANY_OBJECT, alias="schema")
     json_schema: NamedSchema | None = None
 
     @pydantic.model_validator(mode="after")
@@ -188,13 +190,9 @@ class StructuredOutputs(Body):
     """vLLM's way to ask for JSON, a regular expression or one of several texts."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
-    schema_of_json: Annotated[Any, pydantic.BeforeValidator(_schema)] = pydantic.Field(
-        None, alias="json"
-    )
-    regex: str | None = pydantic.Field(None, min_length=1)
-    choice: list[Annotated[str, pydantic.Field(min_length=1)]] | None = pydantic.Field(
-        None, min_length=1
-    )
+    schema_of_json: Schema = pydantic.Field(None, alias="json")
+    regex: NotEmpty | None = None
+    choice: list[NotEmpty] | None = pydantic.Field(None, min_length=1)
     json_object: bool | None = None
 
     @property
