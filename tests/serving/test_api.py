@@ -172,13 +172,11 @@ def test_a_prompt_with_its_log_probabilities(client: openai.OpenAI, model: Path)
         assert listed.token_logprobs[0] is None
         assert listed.top_logprobs[0] is None
         expected = logs[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        torch.testing.assert_close(
-            torch.tensor(listed.token_logprobs[1:-1]), expected, rtol=0, atol=1e-4
-        )
+        found = torch.tensor(listed.token_logprobs[1:-1])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         for row, top in zip(logs, listed.top_logprobs[1:], strict=True):
-            torch.testing.assert_close(
-                torch.tensor([*top.values()]), row.topk(2).values, rtol=0, atol=1e-4
-            )
+            found = torch.tensor([*top.values()])
+            torch.testing.assert_close(found, row.topk(2).values, rtol=0, atol=1e-4)
         assert listed.token_logprobs[-1] == max(listed.top_logprobs[-1].values())
     only = complete(client, prompt=text, max_tokens=0, logprobs=2, echo=True)
     assert only.choices[0].text == text
@@ -249,13 +247,8 @@ def secateur_ids(client: openai.OpenAI, text: str) -> list[int]:
 
 
 def test_messages_in_parts_and_the_newer_names(client: openai.OpenAI) -> None:
-    parts: Any = [
-        {"role": "developer", "content": "be"},
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "def "}, {"type": "text", "text": "f(x"}],
-        },
-    ]
+    texts = [{"type": "text", "text": text} for text in ("def ", "f(x")]
+    parts: Any = [{"role": "developer", "content": "be"}, {"role": "user", "content": texts}]
     answer = chat(client, messages=parts, max_tokens=None, max_completion_tokens=24)
     assert answer.choices[0].message.content == chat(client).choices[0].message.content
     assert chat(client, user="me", n=1, logit_bias={}, response_format={"type": "text"}).choices
@@ -280,10 +273,8 @@ def test_sixteen_clients_get_what_each_would_get_alone(server: Running, model: P
     before = server.scheduler.counts["decode_calls"]
     with ThreadPoolExecutor(16) as pool:
         found = [*pool.map(ask, bodies)]
-    assert (
-        server.scheduler.counts["decode_calls"] - before
-        < sum(b["max_tokens"] for b in bodies) * 0.9
-    )
+    calls = server.scheduler.counts["decode_calls"] - before
+    assert calls < sum(b["max_tokens"] for b in bodies) * 0.9
     assert found == [ask(body) for body in bodies]
     assert found[3] == secateur.generate(model, prompts[3], chat=False, max_new_tokens=23).text
 

@@ -241,6 +241,14 @@ def request_of(ids: Sequence[int], new: int = 5, **options: Any) -> Request:
     return Request(ids, new, Sampling(), **options)
 
 
+def submitted(scheduler: Scheduler, *requests: Request) -> list[Client]:
+    """Clients of requests that come one after the other."""
+    clients = [Client(request) for request in requests]
+    for client in clients:
+        scheduler.submit(client.job)
+    return clients
+
+
 def served(scheduler: Scheduler, *requests: Request) -> list[Client]:
     """Clients of requests that come together, when they have got what they would get alone."""
     clients = [Client(request) for request in requests]
@@ -306,9 +314,7 @@ def test_no_gap_is_longer_than_wanted(costs: dict[str, float], prompts: list[int
 def test_pieces_use_the_time_there_is() -> None:
     engine = Pretended(slots=3, capacity=4000, call=0.01, fixed=0.02, each=0.001)
     scheduler = Scheduler(engine, gap_seconds=0.1, clock=lambda: engine.now)
-    scheduler.submit(Client(request_of([1], 500)).job)
-    for number in range(2):
-        scheduler.submit(Client(request_of([number] * 1000)).job)
+    submitted(scheduler, request_of([1], 500), *(request_of([n] * 1000) for n in range(2)))
     while len(scheduler.running) != 1 or scheduler.queue:
         scheduler.step()
     assert engine.pieces[:2] == [16, 32]  # no more than twice what was measured
@@ -335,9 +341,8 @@ def test_a_machine_that_is_too_slow_goes_on_in_the_smallest_pieces() -> None:
 def test_sixteen_clients_take_turns(slots: int) -> None:
     engine = Pretended(slots=slots)
     scheduler = Scheduler(engine, most_piece=20)
-    clients = [Client(request_of([n] * (3 + 8 * (n % 4)), 40)) for n in range(16)]
-    for client in clients:
-        scheduler.submit(client.job)
+    requests = (request_of([n] * (3 + 8 * (n % 4)), 40) for n in range(16))
+    clients = submitted(scheduler, *requests)
     began: list[int] = []
     waited = dict.fromkeys(range(16), 0)
     while not scheduler.idle:
@@ -409,18 +414,13 @@ def test_equal_prompts_that_come_together_are_read_once() -> None:
     scheduler = Scheduler(engine, prefixes=PrefixCache(1 << 20), most_piece=100)
     clients = served(scheduler, *(request_of([5] * 640 + [n]) for n in range(4)))
     assert sum(engine.pieces) < 1000
-    assert (
-        scheduler.counts["prompt_tokens_cached"]
-        == sum(client.job.cached for client in clients)
-        > 1500
-    )
+    cached = sum(client.job.cached for client in clients)
+    assert scheduler.counts["prompt_tokens_cached"] == cached > 1500
 
 
 def test_a_long_known_beginning_is_copied_in_pieces_too() -> None:
-    engine = Pretended(slots=2, capacity=4000, call=0.01, each=0.0001, copy=0.02)
-    scheduler = Scheduler(
-        engine, prefixes=PrefixCache(1 << 20), gap_seconds=0.1, clock=lambda: engine.now
-    )
+    engine, known = Pretended(2, 4000, call=0.01, each=0.0001, copy=0.02), PrefixCache(1 << 20)
+    scheduler = Scheduler(engine, prefixes=known, gap_seconds=0.1, clock=lambda: engine.now)
     long = [7] * (20 * BLOCK_TOKENS + 5)
     served(scheduler, request_of(long, 1))
     writing, again = Client(request_of([1], 50)), Client(request_of(long))
@@ -449,9 +449,8 @@ def test_a_known_beginning_is_not_read_again() -> None:
 @pytest.mark.parametrize("limit", [0, 3])
 def test_the_queue_is_bounded_and_in_order(limit: int) -> None:
     scheduler = Scheduler(Pretended(slots=1), queue_limit=limit)
-    clients = [Client(request_of([n])) for n in range(1 + limit)]  # one takes the free slot
-    for client in clients:
-        scheduler.submit(client.job)
+    # one takes the free slot
+    clients = submitted(scheduler, *(request_of([n]) for n in range(1 + limit)))
     with pytest.raises(QueueFullError, match=f"{limit} requests"):
         scheduler.submit(Client(request_of([9])).job)
     ended: list[int] = []
@@ -473,11 +472,9 @@ def test_time_runs_out_in_the_queue_and_in_a_slot() -> None:
     now = 0.0
     engine = Pretended(slots=1)
     scheduler = Scheduler(engine, clock=lambda: now)
-    running = Client(request_of([1], 50, deadline=10.0))
-    waiting = Client(request_of([2], 50, deadline=5.0))
-    last = Client(request_of([3], 2, deadline=100.0))
-    for client in (running, waiting, last):
-        scheduler.submit(client.job)
+    times = ((50, 10.0), (50, 5.0), (2, 100.0))
+    requests = (request_of([n], new, deadline=t) for n, (new, t) in enumerate(times, 1))
+    running, waiting, last = submitted(scheduler, *requests)
     scheduler.step()
     now = 6.0
     scheduler.step()
@@ -509,9 +506,7 @@ def test_closing_refuses_what_waits_and_lets_run_what_runs() -> None:
 def test_an_error_of_the_engine_ends_what_runs_and_no_more() -> None:
     engine = Pretended(slots=2)
     scheduler = Scheduler(engine)
-    broken = [Client(request_of([n], 9)) for n in range(3)]
-    for client in broken:
-        scheduler.submit(client.job)
+    broken = submitted(scheduler, *(request_of([n], 9) for n in range(3)))
     scheduler.step()
     scheduler.fail()
     assert [client.reasons for client in broken] == [["error"]] * 3
@@ -584,11 +579,8 @@ def test_pieces_change_no_bit(tmp_path: Path, stored: dict[str, Any], kv_cache: 
     alone = Scheduler(SlotDecoder(model, 400, 1, cache=kv_cache))
     expected = [logits_of(alone, ids)[0] for ids in prompts]
     for piece, cache in ((16, 0), (23, 1 << 22), (512, 1 << 22)):
-        scheduler = Scheduler(
-            SlotDecoder(model, 400, 5, cache=kv_cache),
-            prefixes=PrefixCache(cache),
-            most_piece=piece,
-        )
+        decoder, prefixes = SlotDecoder(model, 400, 5, cache=kv_cache), PrefixCache(cache)
+        scheduler = Scheduler(decoder, prefixes=prefixes, most_piece=piece)
         for _ in range(2):
             found = logits_of(scheduler, *prompts)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -610,9 +602,7 @@ def test_windows_change_no_bit(tmp_path: Path, drafted: bool, kv_cache: str | No
     wanted = [*zip(prompts, (900, 5, 9, 700, 5), strict=True)]
 
     def tokens_of(scheduler: Scheduler) -> list[list[int]]:
-        clients = [Client(request_of(ids, new)) for ids, new in wanted]
-        for client in clients:
-            scheduler.submit(client.job)
+        clients = submitted(scheduler, *(request_of(ids, new) for ids, new in wanted))
         run(scheduler, 100_000)
         return [client.tokens for client in clients]
 
@@ -651,17 +641,14 @@ def test_many_draws_have_the_models_distribution() -> None:
     drafter = eager(4, 0)
     drafter.decoder, drafter.vocabulary = engine(guesses), states
     scheduler = Scheduler(engine(table), drafter=drafter)
-    clients = [
-        Client(Request([n % states], 5_000, Sampling(temperature=1.0, seed=n))) for n in range(20)
-    ]
-    scheduler.submit(*(client.job for client in clients))
+    draws = (Sampling(temperature=1.0, seed=n) for n in range(20))
+    requests = (Request([n % states], 5_000, drawn) for n, drawn in enumerate(draws))
+    clients = submitted(scheduler, *requests)
     run(scheduler, 100_000)
     counts = torch.zeros(states, states, dtype=torch.float64)
     for client in clients:
-        text = torch.tensor([*client.request.ids, *client.tokens])
-        counts.index_put_(
-            (text[:-1], text[1:]), torch.ones(len(text) - 1).double(), accumulate=True
-        )
+        for pair in itertools.pairwise([*client.request.ids, *client.tokens]):
+            counts[pair] += 1
     assert counts.sum() == 100_000
     assert 0.3 < drafter.accepted / drafter.proposed < 0.9
     expected = counts.sum(1, keepdim=True) * table.double().softmax(1)
