@@ -13,6 +13,7 @@ import psutil
 import pytest
 from slow import slow
 from tiny import save_tiny
+from with_kernels import needs_kernels
 
 import secateur as library
 from runtime.kernel_examples import TIERS
@@ -22,9 +23,6 @@ from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, Speed
 from secateur.reporting.evaluate import BenchResult
 from secateur.runtime.kernels.library import kernel_info
 
-needs_kernels = pytest.mark.skipif(
-    kernel_info().tier == "none", reason=f"no kernels here: {kernel_info().reason}"
-)
 SHORT = ("--prompt-tokens", 4, "--new-tokens", 3, "--rounds", 1)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from with_kernels import needs_kernels
 
 from secateur.errors import ArchitectureError
 from secateur.evaluation import token_times
@@ -30,7 +31,7 @@ from secateur.runtime.formats import WeightFormat
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.random_models import STEPS, another, random_matrix
 
-pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
+pytestmark = needs_kernels
 
 
 def config(layers: int = 6, **more: object) -> transformers.LlamaConfig:

@@ -10,14 +10,12 @@ import pytest
 import torch
 from trained import save_trained, source_ids
 from transformers import AutoModelForCausalLM
+from with_kernels import needs_kernels
 
 import secateur
 from secateur.models.skeleton import quiet_transformers
-from secateur.runtime.kernels import library as lib
 
-pytestmark = pytest.mark.skipif(
-    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-)
+pytestmark = needs_kernels
 TOKENS = 48
 PROMPTS = [source_ids(held_out=True)[begin : begin + 24][None] for begin in (0, 700, 9000)]
 

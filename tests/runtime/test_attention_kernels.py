@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from with_kernels import needs_kernels
 
 from oracles.attention import Attention
 from runtime.attention_examples import CACHES, CAPACITY, a_text, oracle_of, rounding
@@ -17,9 +18,7 @@ from secateur.runtime.decode import KeyValueCache
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.library import TYPES, CDecoder, CLayer, CToken
 
-pytestmark = pytest.mark.skipif(
-    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-)
+pytestmark = needs_kernels
 
 NORMS = ("head", "whole", "layer")
 SLOTS = 3

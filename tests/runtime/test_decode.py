@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from slow import slow
+from with_kernels import needs_kernels
 
 import secateur
 from runtime.kernel_examples import TIERS, using
@@ -21,12 +22,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.layer_forms import why_not
 
-pytestmark = [
-    pytest.mark.skipif(
-        lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-    ),
-    pytest.mark.usefixtures("settled"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("settled")]
 __all__ = ["settled"]
 
 PROMPT = torch.tensor([5, 17, 80, 33, 4])

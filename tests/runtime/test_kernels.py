@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from with_kernels import needs_kernels
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
 from runtime.kernel_examples import TIERS, example, example_of_codes, using
@@ -20,9 +21,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import by_blocks, by_kernel, choose, speedup_over_dense
 from secateur.runtime.kernels.matrix import KernelMatrix, matrix_bytes, to_large_pages, turned_fours
 
-pytestmark = pytest.mark.skipif(
-    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-)
+pytestmark = needs_kernels
 
 SHAPES = ((1, 1), (5, 7), (64, 64), (33, 130), (7, 577), (40, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from same_logits import assert_same_logits
 from slow import FEW_FAMILIES, every_pair, few_families, slow_but
 from torch import nn
+from with_kernels import needs_kernels
 from zoo import CONFIGS
 
 import secateur
@@ -24,17 +25,11 @@ from runtime.packed_models import IDS, packed_model, python, settled
 from secateur.errors import CheckpointError, KernelError, ShapeError
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.formats import Layout, formats
-from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.dispatch import KernelChoice
 from secateur.runtime.kernels.linear import PackedEmbedding, PackedLinear
 from secateur.runtime.packed import PackedCheckpoint, activations_for
 
-pytestmark = [
-    pytest.mark.skipif(
-        lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-    ),
-    pytest.mark.usefixtures("settled"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("settled")]
 __all__ = ["settled"]
 
 STORED: dict[str, dict[str, Any]] = {

@@ -11,13 +11,13 @@ import pytest
 import torch
 from slow import slow_but
 from tiny import saved
+from with_kernels import needs_kernels
 from zoo import NOT_LOADED, NOT_RUN, ZOO, class_of, config_of, matrices, tiny_model, tiny_windows
 
 import secateur
 from families_page import OUTSIDE
 from secateur.errors import SecateurError
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
-from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.layer_forms import FORMS, why_not
 
@@ -103,7 +103,7 @@ def with_wide_heads(name: str) -> Any:
     return model
 
 
-@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+@needs_kernels
 @pytest.mark.parametrize("name", TYPES)
 def test_one_call_computes_what_the_model_computes(name: str, tmp_path: Path) -> None:
     """A token in float32; a prompt in int8, on tokens that leave sliding windows."""
@@ -139,7 +139,7 @@ LONG_ROPE: dict[str, Any] = {
 }
 
 
-@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+@needs_kernels
 def test_positions_that_change_at_a_length() -> None:
     """Up to that length one call decodes Phi-4-mini; a longer text needs transformers."""
     config = config_of("phi3")
@@ -157,7 +157,7 @@ def test_positions_that_change_at_a_length() -> None:
     assert float((steps - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
-@pytest.mark.skipif(lib.kernel_info().tier == "none", reason="no kernels here")
+@needs_kernels
 def test_gate_and_up_of_odd_sizes_in_one_matrix(tmp_path: Path) -> None:
     """After a cut of neurons: rows of 4 bits come in pairs, so those go through transformers."""
     config = config_of("phi3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from with_kernels import needs_kernels
 
 from oracles.kernels import bitmask_product, rounded_to_bytes
 from runtime.kernel_examples import TIERS, example, example_of_codes, using
@@ -17,9 +18,7 @@ from secateur.runtime.kernels.dispatch import by_blocks, by_kernel
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix
 
-pytestmark = pytest.mark.skipif(
-    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-)
+pytestmark = needs_kernels
 
 TOKENS = (1, 9, 17, 63, 130)
 SHAPES = ((1, 1), (5, 7), (64, 64), (33, 130), (70, 577), (97, 1000))

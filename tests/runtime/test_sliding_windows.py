@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor
+from with_kernels import needs_kernels
 from zoo import CONFIGS, DENSE, MIXTURES, tiny_model
 
 import secateur
@@ -28,12 +29,7 @@ from secateur.runtime.kernels import library as lib
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.speculative import Drafter, speculated
 
-pytestmark = [
-    pytest.mark.skipif(
-        lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-    ),
-    pytest.mark.usefixtures("settled"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("settled")]
 __all__ = ["settled"]
 
 ROOM = 1500

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from with_kernels import needs_kernels
 
 import secateur
 from runtime.kernel_examples import TIERS
@@ -15,12 +16,7 @@ from secateur.errors import KernelError, ShapeError
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.kernels import library as lib
 
-pytestmark = [
-    pytest.mark.skipif(
-        lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-    ),
-    pytest.mark.usefixtures("settled"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("settled")]
 __all__ = ["settled"]
 
 LENGTH = 12

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import chisquare
+from with_kernels import needs_kernels
 
 import secateur
 from runtime.packed_models import packed_model, settled
@@ -18,7 +19,6 @@ from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
-from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import (
     TRIALS,
@@ -34,12 +34,7 @@ from secateur.runtime.speculative import (
     verified,
 )
 
-pytestmark = [
-    pytest.mark.skipif(
-        lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-    ),
-    pytest.mark.usefixtures("settled"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("settled")]
 __all__ = ["settled"]
 
 ROOM = 80

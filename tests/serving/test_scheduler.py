@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
+from with_kernels import needs_kernels
 
 import secateur
 from runtime.packed_models import packed_model, settled
 from secateur.recipes.deploy import Sampling
 from secateur.runtime import decode as caches
 from secateur.runtime.decode import SlotDecoder, Token
-from secateur.runtime.kernels import library as lib
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import Drafter
 from secateur.serving.scheduler import (
@@ -511,11 +511,6 @@ def test_an_error_of_the_engine_ends_what_runs_and_no_more() -> None:
     scheduler.fail()
     assert [client.reasons for client in broken] == [["error"]] * 3
     served(scheduler, request_of([4, 5]))
-
-
-needs_kernels = pytest.mark.skipif(
-    lib.kernel_info().tier == "none", reason=f"no kernels here: {lib.kernel_info().reason}"
-)
 
 
 def random_prompts(known: int, *lengths: int) -> list[list[int]]:

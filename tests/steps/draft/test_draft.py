@@ -14,6 +14,7 @@ from commands import runner
 from fixed_times import PARENT, use_fixed_times
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
+from with_kernels import needs_kernels
 from zoo import tiny_windows
 
 import secateur
@@ -22,12 +23,11 @@ from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import acceptance
 from secateur.reporting.draft import DraftResult
 from secateur.runtime.decode import SlotDecoder, Token
-from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.speculative import FREQUENT
 from secateur.steps import draft as drafts
 from secateur.steps.fitting.bench import FitBench
 
-pytestmark = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
+pytestmark = needs_kernels
 
 TOKENS = 24
 """What the model mostly writes."""

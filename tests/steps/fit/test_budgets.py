@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tiny import save_tiny
+from with_kernels import needs_kernels
 from zoo import tiny_windows
 
 import secateur
@@ -24,7 +25,6 @@ from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.fit import FitCheck, FitResult
 from secateur.runtime.formats import WeightFormat
-from secateur.runtime.kernels.library import kernel_info
 from secateur.steps.fitting import problem as problem_module
 from secateur.steps.fitting.bench import FitBench, check_running
 from secateur.steps.fitting.problem import (
@@ -41,8 +41,6 @@ from secateur.steps.fitting.problem import (
 
 OPTIONS = {"effort": "fast"}
 SHAPES = {"a": (1024, 1024), "b": (2048, 1024), "c": (1024, 2048)}
-
-needs_kernels = pytest.mark.skipif(kernel_info().tier == "none", reason="there are no kernels here")
 
 
 def imaginary_times(shapes: Mapping[str, tuple[int, int]]) -> MatrixTimes:
