@@ -6,10 +6,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from commands import Outcome, runner
+from tiny import save_tiny
+from zoo import tiny_windows
 
+from secateur.calibration.windows import save_windows
 from secateur.runs import environment
 from secateur.sparsity.allocation.search import Search
 
@@ -40,6 +44,23 @@ def secateur(
 ) -> Callable[..., Outcome]:
     """Run a command in this process."""
     return runner(monkeypatch, capsys)
+
+
+run = command = secateur
+"""The same, where a file has the library under that name."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny Llama in float32 with its tokenizer."""
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    """Calibration windows in a file."""
+    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
+    return tmp_path / "windows.safetensors"
 
 
 @pytest.fixture

@@ -15,26 +15,10 @@ from pathlib import Path
 import pytest
 from commands import Outcome
 from slow import slow_but
-from tiny import save_tiny
-from zoo import tiny_windows
 
-from secateur.calibration.windows import save_windows
 from secateur.cli import main
 from secateur.cli.app import make_app
 from secateur.recipes.verbs import STAGES, VERBS
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A tiny Llama with its tokenizer."""
-    return save_tiny(tmp_path / "model")
-
-
-@pytest.fixture
-def windows(tmp_path: Path) -> Path:
-    """Calibration windows in a file."""
-    save_windows(tiny_windows(), tmp_path / "w.safetensors")
-    return tmp_path / "w.safetensors"
 
 
 def test_prune_eval_inspect_in_json(secateur, model: Path, windows: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import runner
 from task_rows import write_task
 from tiny import save_tiny, tiny_tokenizer
 from zoo import tiny_model
@@ -23,12 +22,6 @@ def data(tmp_path: Path) -> Path:
     for name in ("hellaswag", "boolq"):
         write_task(tmp_path / "data", name, 8)
     return tmp_path / "data"
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in this process."""
-    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from commands import Outcome, runner
-from tiny import save_tiny
-from zoo import tiny_windows
-
-from secateur.calibration.windows import save_windows
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command."""
-    return runner(monkeypatch, capsys)
+from commands import Outcome
 
 
 @pytest.fixture
@@ -36,16 +25,3 @@ def refused(run: Callable[..., Outcome]) -> Callable[..., str]:
 
     refused.codes = codes  # type: ignore[attr-defined]
     return refused
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A tiny model in float32."""
-    return save_tiny(tmp_path / "model")
-
-
-@pytest.fixture
-def windows(tmp_path: Path) -> Path:
-    """Calibration windows for it."""
-    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    return tmp_path / "windows.safetensors"

@@ -11,18 +11,10 @@ import torch
 from zoo import tiny_model, tiny_windows
 
 import secateur
-from secateur.calibration.windows import save_windows
 from secateur.engine.prune.layer import lost_energy
 from secateur.errors import VerificationError
 
 TOO_MUCH = {"method": "sparsegpt", "sparsity": 0.98}
-
-
-@pytest.fixture
-def windows(tmp_path: Path) -> Path:
-    """Calibration windows in a file."""
-    save_windows(tiny_windows(), tmp_path / "w.safetensors")
-    return tmp_path / "w.safetensors"
 
 
 @pytest.fixture
