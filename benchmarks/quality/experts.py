@@ -38,8 +38,8 @@ from secateur.engine.search.experts import (
     kept_experts,
     merge_experts,
 )
-from secateur.engine.stream.targets import ModelTarget
 from secateur.models.experts import opened_experts
+from secateur.models.targets import ModelTarget
 from secateur.progress import Silent
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import VariedSizesWarning, cut_model

@@ -27,11 +27,11 @@ from secateur.engine.plan_memory import (
 )
 from secateur.engine.prune.tasks import SolveMemory
 from secateur.engine.stream.halted_forwards import LiveTensors
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.machine import fast_dtype, fast_matmuls
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
+from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import SlotDecoder, empty_cache
 from secateur.training.batches import Batch

@@ -33,10 +33,10 @@ from zoo import (
 
 from oracles.masking import narrow_stream, narrow_weights, switch_off
 from secateur.engine.stream.layouts import declared_layout, layouts
-from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.models.skeleton import build_skeleton, quiet_transformers
+from secateur.models.targets import ModelTarget
 from secateur.structured.cut import Cut, Sizes, sizes_of
 from secateur.structured.design import accounting
 from secateur.structured.surgery import cut_checkpoint, cut_model

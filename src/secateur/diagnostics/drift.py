@@ -25,8 +25,8 @@ from torch.nn import functional
 from secateur.diagnostics.findings import finding
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
+from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.runs.records.measured import Drift, Finding
 

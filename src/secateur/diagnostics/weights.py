@@ -24,9 +24,9 @@ from torch import Tensor
 
 from secateur.diagnostics.audit import LinearCount, count, zero_share
 from secateur.diagnostics.findings import Claims, finding, listed
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import setting
 from secateur.models.checkpoint import not_finite
+from secateur.models.targets import CheckpointTarget
 from secateur.runs.records.measured import Finding, Severity
 
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.engine.stream.layouts import kind_of, on_meta
-from secateur.engine.stream.targets import Target
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import parameters_of
+from secateur.models.targets import Target
 from secateur.runs.environment import resident_bytes
 
 SHORTER = "lower --micro-batch-tokens or --sequence-length"

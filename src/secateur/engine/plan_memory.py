@@ -21,10 +21,10 @@ from secateur.engine import plan
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layouts import LayerLayout, calls_of, layouts
-from secateur.engine.stream.targets import Target, refuse_unknown
 from secateur.machine import LOGITS_BYTES, fast_dtype
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
+from secateur.models.targets import Target, refuse_unknown
 from secateur.recipes.shared import Distill
 from secateur.registry import float32_bytes
 from secateur.runs.output import write_json

@@ -21,22 +21,23 @@ from secateur.engine.prune.tasks import (
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.layouts import LayerLayout, layouts
-from secateur.engine.stream.targets import (
-    CheckpointTarget,
-    Target,
-    refuse_unknown,
-    teacher_of,
-)
 from secateur.errors import RecipeError
+from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
-from secateur.models.sources import LocalCheckpoint
+from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.targets import (
+    CheckpointTarget,
+    Target,
+    refuse_unknown,
+)
+from secateur.models.tokenizer import refuse_other_words
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
 from secateur.recipes.methods_of import allocation_of, method_of, own_methods, windows_needed
 from secateur.recipes.prune import PruneRecipe
-from secateur.recipes.shared import Memory
+from secateur.recipes.shared import Distill, Memory
 from secateur.runs.environment import choose_device
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.methods import Method
@@ -163,6 +164,39 @@ def prepare(
         methods,
         teacher=teacher_of(recipe.distillation, target, progress, recipe.trust_remote_code),
     )
+
+
+def teacher_of(
+    how: Distill, student: CheckpointTarget, progress: Progress, trust_remote_code: bool
+) -> CheckpointTarget | None:
+    """Open the teacher that the options of a distillation name; None if they name none.
+
+    Args:
+        how: the options.
+        student: the model that learns, or the one that it is made from.
+        progress: receives the download.
+        trust_remote_code: whether code from its folder may run.
+
+    Raises:
+        RecipeError: it has another vocabulary, or hidden states of another width are to be learnt.
+    """
+    if how.teacher is None or not how.epochs:
+        return None
+    trust = trust_remote_code
+    found = resolve(how.teacher, trust_remote_code=trust, progress=progress)
+    refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
+    reader = open_weights(found.folder)
+    teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
+    sizes = {"tokens": vocabulary_of}
+    remedy = "name the model that it was made from"
+    if how.hidden:
+        sizes["channels"] = hidden_size
+        remedy += "; or leave out --distill-hidden, which compares states of equal widths"
+    refuse_other_sizes(
+        sizes, student.model, teacher.model, ("student", "teacher"),
+        where=f"--distill-teacher {how.teacher}", remedy=remedy,
+    )  # fmt: skip
+    return teacher
 
 
 def choose_plan(

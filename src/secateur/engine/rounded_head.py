@@ -16,9 +16,9 @@ from torch import Tensor
 
 from secateur.calibration.statistics.gram import Gram
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.machine import fast_matmuls
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.runs.output import whole_folder

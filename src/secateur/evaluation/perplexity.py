@@ -48,12 +48,12 @@ from torch.nn import functional
 from secateur.calibration.documents import read_text
 from secateur.calibration.windows import evaluation_windows, load_windows, stored_start
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.models.architecture import positions_of, refuse_non_decoders
 from secateur.models.opening import load_whole
 from secateur.models.sources import resolve
+from secateur.models.targets import CheckpointTarget
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress

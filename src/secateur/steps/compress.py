@@ -21,13 +21,14 @@ from typing import Any
 
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import EXTRA
+from secateur.engine.prepared import teacher_of
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.rounded_head import head_gram, round_head
-from secateur.engine.stream.targets import CheckpointTarget, teacher_of
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import refuse_quantized
+from secateur.models.targets import CheckpointTarget
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe

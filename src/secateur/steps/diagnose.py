@@ -32,9 +32,9 @@ from secateur.diagnostics.weights import (
     layer_sparsity,
     look_at_weights,
 )
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.architecture import positions_of
 from secateur.models.sources import resolve
+from secateur.models.targets import CheckpointTarget
 from secateur.models.tokenizer import load_tokenizer, start_tokens
 from secateur.progress import Progress
 from secateur.recipes.measure import DiagnoseRecipe

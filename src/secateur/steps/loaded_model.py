@@ -21,12 +21,12 @@ from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Selection, Settings, skipped_matrices, tasks_of
 from secateur.engine.stream.layouts import layouts
-from secateur.engine.stream.targets import ModelTarget, refuse_all_zero, refuse_unknown
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts
 from secateur.models.inventory import StoredMatrix
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.targets import ModelTarget, refuse_all_zero, refuse_unknown
 from secateur.models.tokenizer import start_tokens, tokenizer_for
 from secateur.progress import Progress
 from secateur.recipes.keywords import recipe_of, refuse_unused

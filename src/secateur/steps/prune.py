@@ -31,9 +31,9 @@ from secateur.engine.prepared import Prepared, allocated, choose_plan, prepare
 from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Settings, Tasks, settled_allocation, skipped_matrices
-from secateur.engine.stream.targets import refuse_all_zero
 from secateur.errors import RecipeError
 from secateur.models.opening import formats_of
+from secateur.models.targets import refuse_all_zero
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Progress, Silent, listener
 from secateur.recipes.keywords import recipe_of, takes_options_of

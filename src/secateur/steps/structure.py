@@ -20,13 +20,13 @@ import torch
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
+from secateur.models.targets import CheckpointTarget
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe
@@ -262,7 +262,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""
-        from secateur.engine.stream.targets import teacher_of
+        from secateur.engine.prepared import teacher_of
         from secateur.training.distillation import DistillationData
         from secateur.training.distilled_checkpoint import distill_checkpoint
 

@@ -25,9 +25,9 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import EVOLUTION, choose_depth
-from secateur.engine.stream.targets import CheckpointTarget, walk_layers
 from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
+from secateur.models.targets import CheckpointTarget, walk_layers
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe

@@ -28,9 +28,9 @@ from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import copy_of, open_weights
+from secateur.models.targets import CheckpointTarget
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.prune import PruneRecipe

@@ -42,11 +42,11 @@ from torch import nn
 from secateur.calibration.run_windows import MOST_HELD_OUT
 from secateur.engine.prune.reconstruction import RoundedWeight, RoundedWeights, in_float32
 from secateur.engine.prune.tasks import Tasks
-from secateur.engine.stream.targets import Target
 from secateur.errors import NumericalError
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import Linear, describe, hidden_size
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.targets import Target
 from secateur.progress import Progress
 from secateur.recipes.shared import Distill, trial_steps
 from secateur.runs.output import write_json

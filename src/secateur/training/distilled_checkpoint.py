@@ -42,7 +42,6 @@ from secateur.engine.prune.tasks import Tasks
 from secateur.engine.stream.calls import LayerCall
 from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass
-from secateur.engine.stream.targets import CheckpointTarget, Target
 from secateur.errors import NumericalError
 from secateur.machine import fast_dtype, fast_matmuls, reused_training_pages
 from secateur.models.architecture import Architecture, hidden_size
@@ -50,6 +49,7 @@ from secateur.models.attention import WrittenOut
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.experts import open_experts
 from secateur.models.opening import load_whole, open_weights
+from secateur.models.targets import CheckpointTarget, Target
 from secateur.progress import Progress
 from secateur.runs.output import write_json
 from secateur.training import distillation, objectives

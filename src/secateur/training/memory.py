@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from secateur.engine import plan as memory_plan
 from secateur.engine.plan import Need, Phase, Plan, weights_of
 from secateur.engine.stream.layouts import calls_of
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.machine import LOGITS_BYTES, fast_dtype
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, parameters_of
 from secateur.models.sources import LocalCheckpoint
+from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.training import masks

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.engine.prune.tasks import refuse_idle_globs
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.errors import RecipeError
 from secateur.machine import fast_dtype
 from secateur.models import architecture, skeleton, tokenizer
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.folder import NOTES

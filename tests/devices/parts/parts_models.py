@@ -18,9 +18,9 @@ from secateur.calibration.windows import save_windows
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.search.depth import choose_depth
-from secateur.engine.stream.targets import ModelTarget
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import perplexity
+from secateur.models.targets import ModelTarget
 from secateur.progress import Silent
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations

@@ -19,11 +19,11 @@ from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, rea
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.search.experts import expert_use, kept_experts
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
-from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
+from secateur.models.targets import CheckpointTarget, ModelTarget
 from secateur.progress import Silent
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))

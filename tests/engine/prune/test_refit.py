@@ -16,8 +16,8 @@ from oracles import uncut
 from oracles.depth import divergence
 from secateur.engine.prune.refit import Refit, can_refit
 from secateur.engine.prune.tasks import Settings
-from secateur.engine.stream.targets import ModelTarget
 from secateur.models.architecture import describe
+from secateur.models.targets import ModelTarget
 from secateur.progress import Silent
 from secateur.runs.ledger import Ledger
 from secateur.structured.cut import Cut

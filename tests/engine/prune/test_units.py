@@ -16,8 +16,8 @@ from secateur.engine.prune.tasks import Selection, Settings, tasks_of, with_spar
 from secateur.engine.search.allocation import allocate
 from secateur.engine.search.survey import Survey, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.targets import ModelTarget
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.targets import ModelTarget
 from secateur.progress import Silent
 from secateur.runs.ledger import Ledger
 from secateur.sparsity.allocation import allocations

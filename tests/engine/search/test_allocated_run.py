@@ -23,10 +23,10 @@ from secateur.engine.search.sensitivity import pruned_alone
 from secateur.engine.search.survey import Survey, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.experts import opened_experts
+from secateur.models.targets import CheckpointTarget, ModelTarget
 from secateur.progress import Silent
 from secateur.recipes import methods_of
 from secateur.sparsity.allocation import AllocationDefaults, allocations

@@ -11,10 +11,10 @@ from zoo import CONFIGS, PLAIN_MIXTURES, tiny_model, tiny_windows
 from oracles.hidden import channel_scores
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.search.channels import hidden_scores
-from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import ArchitectureError, NumericalError
 from secateur.models.architecture import describe
 from secateur.models.experts import opened_experts
+from secateur.models.targets import ModelTarget
 from secateur.progress import Silent
 
 WINDOWS = tiny_windows()

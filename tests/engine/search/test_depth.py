@@ -29,10 +29,10 @@ from secateur.engine.search.depth import (
 )
 from secateur.engine.stream import hidden_states as stream_ends
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import NumericalError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.targets import CheckpointTarget, ModelTarget
 from secateur.progress import Silent
 
 WINDOWS = tiny_windows()  # 6 of 20 tokens

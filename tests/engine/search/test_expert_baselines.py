@@ -19,10 +19,10 @@ from secateur.engine.search.experts import (
     merge_experts,
     most_similar,
 )
-from secateur.engine.stream.targets import ModelTarget
 from secateur.errors import RecipeError
 from secateur.models.experts import opened_experts
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.targets import ModelTarget
 from secateur.progress import Silent
 from secateur.structured.cut import sizes_of
 

@@ -21,11 +21,11 @@ from oracles.hybrids import wanda
 from secateur.engine.prune.layer import OpenLayer
 from secateur.engine.prune.tasks import UNSEEN
 from secateur.engine.stream.layouts import layouts
-from secateur.engine.stream.targets import CheckpointTarget, ModelTarget
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.targets import CheckpointTarget, ModelTarget
 
 HYBRIDS = {
     "qwen3_5_text": "model.layers",

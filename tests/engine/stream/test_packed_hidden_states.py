@@ -21,9 +21,9 @@ from secateur.engine.search.depth import influences
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import PackedHiddenStates, call_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import ModelTarget, walk_layers
 from secateur.errors import ArchitectureError
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.targets import ModelTarget, walk_layers
 from secateur.progress import Silent
 
 NAMES = ("gemma4_text small", "gemma4_text shared", "gemma3n_text", "gemma3n_text shared")

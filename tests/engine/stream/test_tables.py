@@ -10,9 +10,9 @@ import torch
 from zoo import class_of, config_of, tiny_model, tiny_windows
 
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.targets import CheckpointTarget, per_layer_table
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import quiet_transformers
+from secateur.models.targets import CheckpointTarget, per_layer_table
 
 NAMES = ("gemma3n_text shared", "gemma4_text small")
 WINDOWS = tiny_windows(3, 8)

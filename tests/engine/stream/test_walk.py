@@ -11,8 +11,8 @@ from zoo import CONFIGS, tiny_model, tiny_windows
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import call_layer
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget, ModelTarget, walk_layers
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.targets import CheckpointTarget, ModelTarget, walk_layers
 
 WINDOWS = tiny_windows()
 

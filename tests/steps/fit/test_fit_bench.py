@@ -14,10 +14,10 @@ from zoo import tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.search.candidate_evaluator import divergence_from
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import dense_losses
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
+from secateur.models.targets import CheckpointTarget
 from secateur.progress import Silent
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.reading import build_recipe

@@ -27,10 +27,10 @@ from secateur.engine.prune.coverage import is_reached
 from secateur.engine.prune.tasks import Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
-from secateur.engine.stream.targets import Target
 from secateur.errors import located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks, owners
 from secateur.progress import Progress
 from secateur.runs.records import LinearRecord

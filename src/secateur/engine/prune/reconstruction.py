@@ -37,9 +37,9 @@ from secateur.engine.prune.tasks import Settings, Tasks
 from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import LayerCall, call_layer
 from secateur.engine.stream.layouts import calls_of
-from secateur.engine.stream.targets import Target
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import Linear
+from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import nearest_rows

@@ -39,9 +39,9 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import HaltedLayer, by_group
 from secateur.engine.stream.hidden_states import Activations
-from secateur.engine.stream.targets import Target, walk_layers
 from secateur.machine import full_float32, reused_pages
 from secateur.models.architecture import Architecture, Linear, linears_of
+from secateur.models.targets import Target, walk_layers
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
 from secateur.runs.records import Layer

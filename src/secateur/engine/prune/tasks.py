@@ -23,11 +23,11 @@ from torch import Tensor
 from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.layouts import LayerLayout
-from secateur.engine.stream.targets import Target, refuse_unknown
 from secateur.errors import PatternError, RecipeError, located
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import linears_of
 from secateur.models.inventory import StoredMatrix, summary, weights_of
+from secateur.models.targets import Target, refuse_unknown
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.recipes.prune import PruneRecipe
 from secateur.registry import float32_bytes

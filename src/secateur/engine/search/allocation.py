@@ -26,9 +26,9 @@ from secateur.engine.prune.tasks import Tasks, gathered_bytes, settled_allocatio
 from secateur.engine.search import candidate_evaluator, sensitivity
 from secateur.engine.search.survey import Survey, grains_of, uniform_if_equal
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import Target
 from secateur.machine import full_float32
 from secateur.models.architecture import linears_of, text_config
+from secateur.models.targets import Target
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity, settle

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from secateur.calibration.statistics import statistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, located
+from secateur.models.targets import Target
 from secateur.progress import Progress
 
 

@@ -29,8 +29,8 @@ from secateur.engine.search.candidate_evaluator import (
     cut_windows,
 )
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import NumericalError
+from secateur.models.targets import Target, walk_layers
 from secateur.progress import Progress
 from secateur.sparsity.evolution import Candidate, Evolution, Fitness, Stages, ordered
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.experts import OpenExperts
+from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 

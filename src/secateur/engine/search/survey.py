@@ -22,10 +22,10 @@ from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import by_layer
-from secateur.engine.stream.targets import Target, walk_layers
 from secateur.errors import located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.targets import Target, walk_layers
 from secateur.progress import Progress
 from secateur.runs.output import write_tensors
 from secateur.sparsity.allocation import Allocation

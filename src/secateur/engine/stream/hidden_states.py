@@ -40,9 +40,9 @@ from secateur.engine.stream.calls import (
     token_values,
     token_values_of_all,
 )
-from secateur.engine.stream.targets import Target
 from secateur.machine import exact_matmuls, fast_matmuls
 from secateur.models.checkpoint import read_all, write_all
+from secateur.models.targets import Target
 from secateur.runs.output import cannot_write
 
 STATES_BYTES = 1 << 30

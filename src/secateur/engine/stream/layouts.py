@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.stream.calls import LayerCall, call_layer, first_inputs, in_short, layer_calls
-from secateur.engine.stream.targets import Target
 from secateur.errors import ArchitectureError, SecateurError
 from secateur.models.architecture import Groups, Linear, linears_of
+from secateur.models.targets import Target
 
 TOKENS = 64
 """The length of the window for finding linears that share an input."""

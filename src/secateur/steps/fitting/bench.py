@@ -39,13 +39,13 @@ from secateur.engine.search.candidate_evaluator import (
     cut_windows,
 )
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.targets import CheckpointTarget
 from secateur.evaluation.perplexity import LossComparison
 from secateur.evaluation.speed import Speed, take_turns
 from secateur.models.counting import counted
 from secateur.models.opening import refuse_quantized
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
+from secateur.models.targets import CheckpointTarget
 from secateur.progress import Labelled, Progress
 from secateur.recipes.compress import CompressRecipe, FitRecipe
 from secateur.recipes.options import Recipe, bytes_of

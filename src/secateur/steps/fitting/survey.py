@@ -28,7 +28,7 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.rounded_head import head_gram, round_head
 from secateur.engine.search.sensitivity import ChangedAlone, Ways, pooled
 from secateur.engine.search.survey import LayerView, Survey, grains_of
-from secateur.engine.stream.targets import CheckpointTarget
+from secateur.models.targets import CheckpointTarget
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.recipes.compress import CompressRecipe

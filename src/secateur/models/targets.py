@@ -21,20 +21,12 @@ from secateur.models import inventory, skeleton
 from secateur.models.architecture import (
     Architecture,
     describe,
-    hidden_size,
     linears_of,
-    refuse_other_sizes,
     refuse_shared,
     stored_linears,
-    vocabulary_of,
 )
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
 from secateur.models.experts import refuse_fused
-from secateur.models.opening import open_weights
-from secateur.models.sources import resolve
-from secateur.models.tokenizer import refuse_other_words
-from secateur.progress import Progress
-from secateur.recipes.shared import Distill
 
 
 class Target(Protocol):
@@ -255,39 +247,6 @@ def walk_layers(
     for number in range(len(target.layers)) if numbers is None else numbers:
         with target.layer(number) as layer:
             yield number, layer
-
-
-def teacher_of(
-    how: Distill, student: CheckpointTarget, progress: Progress, trust_remote_code: bool
-) -> CheckpointTarget | None:
-    """Open the teacher that the options of a distillation name; None if they name none.
-
-    Args:
-        how: the options.
-        student: the model that learns, or the one that it is made from.
-        progress: receives the download.
-        trust_remote_code: whether code from its folder may run.
-
-    Raises:
-        RecipeError: it has another vocabulary, or hidden states of another width are to be learnt.
-    """
-    if how.teacher is None or not how.epochs:
-        return None
-    trust = trust_remote_code
-    found = resolve(how.teacher, trust_remote_code=trust, progress=progress)
-    refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
-    reader = open_weights(found.folder)
-    teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
-    sizes = {"tokens": vocabulary_of}
-    remedy = "name the model that it was made from"
-    if how.hidden:
-        sizes["channels"] = hidden_size
-        remedy += "; or leave out --distill-hidden, which compares states of equal widths"
-    refuse_other_sizes(
-        sizes, student.model, teacher.model, ("student", "teacher"),
-        where=f"--distill-teacher {how.teacher}", remedy=remedy,
-    )  # fmt: skip
-    return teacher
 
 
 def refuse_unknown(target: Target) -> None:
