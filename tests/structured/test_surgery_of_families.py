@@ -32,7 +32,7 @@ from zoo import (
 )
 
 from oracles.masking import narrow_stream, narrow_weights, switch_off
-from secateur.engine.stream.layouts import declared_layout, layouts
+from secateur.engine.stream.calls import declared_layout, layouts
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.models.skeleton import build_skeleton, quiet_transformers

@@ -20,9 +20,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.calls import LayerCall, call_layer, kind_of, on_meta
 from secateur.engine.stream.halted_forwards import LiveTensors
-from secateur.engine.stream.layouts import kind_of, on_meta
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.architecture import Groups, linears_of, text_config
 from secateur.models.attention import AttentionOfPlan, WrittenOut

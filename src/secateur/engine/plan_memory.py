@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from secateur.calibration.statistics import held_bytes
 from secateur.engine import plan
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
+from secateur.engine.stream.calls import LayerLayout, calls_of, layouts
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.layouts import LayerLayout, calls_of, layouts
 from secateur.machine import LOGITS_BYTES, fast_dtype
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out

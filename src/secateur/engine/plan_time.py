@@ -17,8 +17,7 @@ from secateur.calibration.statistics import Gathering, GroupStatistics, held_byt
 from secateur.engine.plan import layers_by_kind
 from secateur.engine.prepared import Prepared
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.layouts import calls_of
+from secateur.engine.stream.calls import call_layer, calls_of
 from secateur.errors import NumericalError, PatternError
 from secateur.models.architecture import Linear
 from secateur.timing import seconds_of

@@ -20,7 +20,7 @@ from secateur.engine.prune.tasks import (
     tasks_of,
 )
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.layouts import LayerLayout, layouts
+from secateur.engine.stream.calls import LayerLayout, layouts
 from secateur.errors import RecipeError
 from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.at_rest import AssembledReader

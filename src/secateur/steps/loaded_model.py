@@ -20,7 +20,7 @@ from secateur.engine.prune.checks import check_finite
 from secateur.engine.prune.coverage import reach
 from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Selection, Settings, skipped_matrices, tasks_of
-from secateur.engine.stream.layouts import layouts
+from secateur.engine.stream.calls import layouts
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import positions_of, refuse_foreign, text_config
 from secateur.models.experts import opened_experts

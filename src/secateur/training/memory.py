@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from secateur.engine import plan as memory_plan
 from secateur.engine.plan import Need, Phase, Plan, weights_of
-from secateur.engine.stream.layouts import calls_of
+from secateur.engine.stream.calls import calls_of
 from secateur.machine import LOGITS_BYTES, fast_dtype
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader

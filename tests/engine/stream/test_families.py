@@ -10,7 +10,7 @@ from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
 from oracles.mixtures import inputs_of
-from secateur.engine.stream.layouts import find_groups
+from secateur.engine.stream.calls import find_groups
 from secateur.models.architecture import describe, linears_of
 
 

@@ -20,7 +20,7 @@ import secateur
 from oracles.hybrids import wanda
 from secateur.engine.prune.layer import OpenLayer
 from secateur.engine.prune.tasks import UNSEEN
-from secateur.engine.stream.layouts import layouts
+from secateur.engine.stream.calls import layouts
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader

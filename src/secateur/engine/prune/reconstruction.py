@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from secateur.engine.plan import layers_by_kind, rehearse_training, weights_of
 from secateur.engine.prune.tasks import Settings, Tasks
 from secateur.engine.stream.calibration_stream import LayerInputs
-from secateur.engine.stream.calls import LayerCall, call_layer
-from secateur.engine.stream.layouts import calls_of
+from secateur.engine.stream.calls import LayerCall, call_layer, calls_of
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import Linear
 from secateur.models.targets import Target

@@ -23,7 +23,7 @@ from secateur.engine.prune.coverage import coverage, warn_of_experts
 from secateur.engine.prune.layer import OpenLayer, arrivals_of, prune_layer
 from secateur.engine.prune.tasks import Settings, Tasks, gathering, left_dense
 from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStream
-from secateur.engine.stream.layouts import kind_of
+from secateur.engine.stream.calls import kind_of
 from secateur.errors import VerificationError
 from secateur.machine import full_float32, reused_pages
 from secateur.models.targets import Target, walk_layers

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.calibration.statistics import Gathering, held_bytes
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.layouts import LayerLayout
+from secateur.engine.stream.calls import LayerLayout
 from secateur.errors import PatternError, RecipeError, located
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import linears_of

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.calls import LayerCall, LayerLayout, call_layer, layouts
 from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
-from secateur.engine.stream.layouts import LayerLayout, layouts
 from secateur.models.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 

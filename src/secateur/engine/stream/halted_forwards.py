@@ -37,8 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.engine.stream.calibration_stream import LayerInputs
-from secateur.engine.stream.calls import call_layer
-from secateur.engine.stream.layouts import input_mark
+from secateur.engine.stream.calls import call_layer, input_mark
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import read_all, write_all
