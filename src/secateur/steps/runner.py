@@ -1,8 +1,7 @@
 """Runs a step: every verb that makes a folder has this life.
 
-folder   the output can be written
+folder   the output can be written, and holds nothing that the step reads
 check    what needs no model is refused
-apart    the output holds nothing that the step reads
 source   is found, or fetched
 open     everything that the recipe names is opened and checked; nothing is written
 begin    the folder is locked; a stopped or finished run there must be the same one
@@ -163,9 +162,9 @@ def carry_out(
     folder = RunFolder(
         at or values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
     )
-    checked = kind.check(recipe)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
+    checked = kind.check(recipe)
     source = source or source_of(recipe, progress)
     output = None if at is None else Path(os.path.abspath(values.output))
     run = RunContext(folder, source, progress, meter, ranks, checked, output)

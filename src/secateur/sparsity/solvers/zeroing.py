@@ -51,10 +51,10 @@ class Zeroing(SolverDefaults):
             pruned = self.grid.dequantize(*self.grid.quantize(pruned))
             # The grid has one zero; a kept weight that rounded to it must stay kept.
             mark_kept(pruned, mask)
-        elif self.rounds:
+        elif self.bits:
             pruned = nearest_rows(pruned)
         return Solution(weight=pruned, mask=mask, error=None)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Copies of the weight in float32: three, and two more of what is rounded."""
-        return (5 if self.rounds else 3) * float32_bytes(shape)
+        return (5 if self.bits else 3) * float32_bytes(shape)
