@@ -191,9 +191,10 @@ def sizes_of(model: Any) -> Sizes:
     width = per_group * head_dim  # input columns of the output projection for one KV group
     # The norm at the end has only the stream; an embedding may have another width.
     there = dict(model.named_parameters())
-    norms = (there.get(f"{n}.weight") for n, x in couplings.outside.items() if x == ("hidden",))
+    norms = [f"{name}.weight" for name, x in couplings.outside.items() if x == ("hidden",)]
+    norm = next((there[name] for name in norms if name in there), None)
     return Sizes(
-        hidden=next((len(x) for x in norms if x is not None), model.config.hidden_size),
+        hidden=config.hidden_size if norm is None else len(norm),
         head_dim=head_dim,
         heads_per_group=per_group,
         groups=tuple(_columns(x, couplings.consumer("queries")) // width for x in layers),
