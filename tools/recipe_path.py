@@ -3,7 +3,7 @@
     python tools/recipe_path.py              the way in this working tree
     python tools/recipe_path.py FOLDER       the way in another working tree
 
-A tiny checkpoint is pruned with SparseGPT, from folder to folder, and a profile notes when a
+The command line prunes a tiny checkpoint with Wanda, in one process, and a profile notes when a
 function of each module runs for the first time. A reader who follows the run opens the modules in
 this order, and reads each of them once.
 
@@ -13,14 +13,12 @@ this order, and reads each of them once.
 
 The rooms in `GROUND` do not count: every room uses them.
 
-The last two lines say how far away things are: the first change of a weight in that run, and
-Wanda's formula from the command line, in one process. Files are those opened until then, all rooms
-included; frames are the functions of the package that call each other at that moment.
+The last line says how far Wanda's formula is from the command line. Files are those opened until
+then, all rooms included; frames are the functions of the package that call each other there.
 """
 
 from __future__ import annotations
 
-import gc
 import io
 import sys
 import tempfile
@@ -67,55 +65,6 @@ def opened_modules(
         sys.setprofile(None)
     below = [Path(file).relative_to(package.parent).with_suffix("") for file in files]
     return [".".join(path.parts).removesuffix(".__init__") for path in below]
-
-
-class FirstWeight(NamedTuple):
-    """How far into a run its first weight changes."""
-
-    files: int
-    deep: int
-
-
-def first_weight(work: Callable[[], object], package: Path) -> FirstWeight:
-    """The modules of the folder `package` that a run opens until it changes its first weight.
-
-    A weight has changed when `copy_` has written to the memory of a parameter, and half of the
-    matrix is zero. So no function of the package is named here, and all of them may move.
-
-    Raises:
-        RuntimeError: no weight changes.
-    """
-    start, files = f"{package}/", set[str]()
-    found: list[FirstWeight] = []
-
-    def note(frame: FrameType, event: str, function: Any) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(start):
-            files.add(file)
-        elif event == "c_return" and _pruned(function):
-            found.append(FirstWeight(len(files), _depth(frame, start)))
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    if not found:
-        raise RuntimeError("no `copy_` has written a pruned matrix to a parameter")
-    return found[0]
-
-
-def _pruned(function: Any) -> bool:
-    """Whether a C function that has returned is a `copy_` that wrote a pruned matrix."""
-    from torch.nn import Parameter
-
-    if function.__name__ != "copy_":
-        return False
-    written = function.__self__
-    if written.ndim != 2 or 2 * int((written == 0).sum()) < written.numel():
-        return False
-    parameters = (x for x in gc.get_objects() if issubclass(type(x), Parameter))
-    return any(x.data_ptr() == written.data_ptr() for x in parameters)
 
 
 def _depth(frame: FrameType | None, start: str) -> int:
@@ -185,20 +134,15 @@ def picture(opened: Sequence[str], arrows: Arrows) -> str:
 
 
 @contextmanager
-def tiny_run(tree: Path, *, commanded: bool = False) -> Iterator[Callable[[], object]]:
-    """A function that prunes a tiny checkpoint with the code of a working tree.
+def tiny_run(tree: Path) -> Iterator[Callable[[], object]]:
+    """A function that runs `secateur prune` on a tiny checkpoint with the code of a working tree.
 
     It has run once before, so imports do not show in a profile.
-
-    Args:
-        tree: the working tree.
-        commanded: prune with Wanda from the command line; else with SparseGPT in Python.
     """
     sys.path[:0] = [str(tree / "src"), str(tree / "tests/support")]
     from tiny import save_tiny
     from zoo import tiny_windows
 
-    import secateur
     from secateur.calibration.windows import save_windows
     from secateur.cli import main
 
@@ -208,15 +152,6 @@ def tiny_run(tree: Path, *, commanded: bool = False) -> Iterator[Callable[[], ob
         text = folder / "windows.safetensors"
         save_windows(tiny_windows(4, 20), text)
 
-        def prune() -> object:
-            return secateur.prune(
-                folder / "model",
-                output=folder / f"pruned-{next(outputs)}",
-                method="sparsegpt",
-                sparsity=0.5,
-                calibration=text,
-            )
-
         def command() -> None:
             words = "--method", "wanda", "--sparsity", "0.5", "--calibration", f"{text}", "--quiet"
             output = folder / f"pruned-{next(outputs)}"
@@ -224,9 +159,8 @@ def tiny_run(tree: Path, *, commanded: bool = False) -> Iterator[Callable[[], ob
             with redirect_stdout(io.StringIO()), suppress(SystemExit):
                 main()
 
-        run = command if commanded else prune
-        run()
-        yield run
+        command()
+        yield command
 
 
 def main() -> None:
@@ -234,15 +168,12 @@ def main() -> None:
     tree = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve()
     arrows = room_arrows(module_imports(tree / "src"))
     package = tree / "src" / PACKAGE
-    with tiny_run(tree) as prune:
-        opened, first = opened_modules(prune, package), first_weight(prune, package)
-    with tiny_run(tree, commanded=True) as command:
-        formula = at_formula(command, package)
+    with tiny_run(tree) as command:
+        opened, formula = opened_modules(command, package), at_formula(command, package)
     print(picture(opened, arrows))
-    print(f"first weight: after {first.files} files, {first.deep} functions deep")
     print(
-        f"Wanda's formula from the command line: {formula.frames} frames, {formula.files} files, "
-        f"{formula.moves} moves"
+        f"Wanda's formula: {formula.frames} frames, {formula.files} files, {formula.moves} moves "
+        "from the command line"
     )
 
 

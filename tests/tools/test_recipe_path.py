@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from recipe_path import at_formula, climbs, first_weight, opened_modules, picture, stays
+from recipe_path import at_formula, climbs, opened_modules, picture, stays
 
 ARROWS = {"cli": {"engine"}, "engine": {"maths"}, "maths": set(), "report": {"maths"}}
 OPENED = [
@@ -74,34 +72,6 @@ def test_modules_are_opened_by_their_first_call(
     profile = sys.getprofile()
     assert opened_modules(work, package) == ["footpath.far", "footpath.near", "footpath"]
     assert sys.getprofile() is profile
-
-
-LINEAR = nn.Linear(4, 4)
-DENSE, PRUNED = torch.ones(4, 4), torch.ones(4, 4).triu(1)
-
-
-def test_how_far_the_first_weight_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "ladder"
-    package.mkdir()
-    (package / "__init__.py").write_text("def foot(weight, value):\n    weight.copy_(value)\n")
-    (package / "top.py").write_text(
-        "import ladder\nfrom ladder import rung, spare\n"
-        "def climb(weight, dense, pruned):\n"
-        "    ladder.foot(dense.clone(), pruned)\n"  # no parameter
-        "    ladder.foot(weight, dense)\n"  # no zeros
-        "    rung.step()\n"
-        "    [ladder.foot(weight, pruned) for _ in range(2)]\n"
-        "    spare.later()\n"
-        "    ladder.foot(weight, pruned)\n"
-    )
-    (package / "rung.py").write_text("def step(): ...\n")
-    (package / "spare.py").write_text("def later(): ...\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    top = importlib.import_module("ladder.top")
-    weight = LINEAR.weight.detach()  # shares the memory of the parameter
-    assert first_weight(lambda: top.climb(weight, DENSE, PRUNED), package) == (3, 2)
-    with pytest.raises(RuntimeError, match="pruned matrix"):
-        first_weight(lambda: top.climb(weight, DENSE, DENSE), package)
 
 
 def test_how_far_a_formula_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
