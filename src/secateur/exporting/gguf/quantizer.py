@@ -7,6 +7,8 @@ A mix gives most matrices the type in its name, and some that matter more a larg
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +47,20 @@ def load_llama_cpp() -> tuple[Any, Any]:
     return get_ffi(), get_lib()
 
 
+@contextmanager
+def silence(ffi: Any, library: Any) -> Iterator[None]:
+    """Drop llama.cpp's log, two lines for every tensor, inside the context."""
+    before = ffi.new("ggml_log_callback *"), ffi.new("void **")
+    library.llama_log_get(*before)
+    kind = "void(enum ggml_log_level, const char *, void *)"
+    drop = ffi.callback(kind, lambda level, text, data: None)
+    library.llama_log_set(drop, ffi.NULL)
+    try:
+        yield
+    finally:
+        library.llama_log_set(before[0][0], before[1][0])
+
+
 def quantized(exact: Path, file: Path, type: str, progress: Progress) -> Exported:
     """Quantize a float32 file, and count the zeros that are still zero.
 
@@ -64,16 +80,9 @@ def quantized(exact: Path, file: Path, type: str, progress: Progress) -> Exporte
     options = library.llama_model_quantize_default_params()
     options.nthread, options.ftype = 0, int(MIXES[type])  # 0: as many threads as processors
     paths = str(exact).encode(), str(file).encode()
-    before = ffi.new("ggml_log_callback *"), ffi.new("void **")
-    library.llama_log_get(*before)
-    kind = "void(enum ggml_log_level, const char *, void *)"
-    drop = ffi.callback(kind, lambda level, text, data: None)
-    library.llama_log_set(drop, ffi.NULL)  # or it logs two lines for every tensor
-    try:
+    with silence(ffi, library):
         wanted = ffi.new("llama_model_quantize_params *", options)
         status = library.llama_model_quantize(*paths, wanted)
-    finally:
-        library.llama_log_set(before[0][0], before[1][0])
     if status != 0:
         raise VerificationError(
             f"llama.cpp could not quantize the file to {type} (status {status})",

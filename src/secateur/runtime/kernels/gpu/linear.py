@@ -5,7 +5,7 @@ A race measures which of several ways to multiply is the fastest, for how many t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from statistics import median
 
@@ -75,18 +75,15 @@ def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) 
     """
     dense = matrix.dense(dtype)
 
-    def timed(tokens: int) -> dict[str, float]:
+    def calls(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, matrix.shape[1], device=dense.device).to(dtype)
-        ways: dict[str, Call] = {
+        return {
             "dense": lambda: functional.linear(x, dense),
             "kernel": lambda: matrix.multiply(x),
             "expanded": lambda: functional.linear(x, matrix.dense(dtype)),
         }
-        for way in ways.values():
-            way()  # compiles what it needs
-        return dict(zip(ways, (clock or _gpu_seconds)([*ways.values()]), strict=True))
 
-    seconds = {tokens: timed(tokens) for tokens in TRIED}
+    seconds = race(TRIED, calls, clock)
     # up to the first number of tokens at which expanding wins; beyond it, it wins the more
     wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
     return KernelChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
@@ -99,6 +96,27 @@ FILLS = 4
 Call = Callable[[], object]
 Clock = Callable[[Sequence[Call]], list[float]]
 """Gives the seconds of some calls."""
+
+
+def race(
+    tried: Sequence[int],
+    calls: Callable[[int], Mapping[str, Call]],
+    clock: Clock | None = None,
+) -> dict[int, dict[str, float]]:
+    """Seconds of every call, for each number of tokens.
+
+    Args:
+        tried: numbers of tokens.
+        calls: the calls for a number of tokens, by name.
+        clock: None for the current GPU.
+    """
+    found = {}
+    for tokens in tried:
+        able = calls(tokens)
+        for call in able.values():
+            call()  # compiles what it needs
+        found[tokens] = dict(zip(able, (clock or _gpu_seconds)([*able.values()]), strict=True))
+    return found
 
 
 def _gpu_seconds(calls: Sequence[Call]) -> list[float]:
