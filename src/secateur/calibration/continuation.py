@@ -26,14 +26,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import DynamicCache
 
 from secateur.calibration.windows import without_start
 from secateur.errors import SourceError
@@ -43,7 +41,7 @@ from secateur.models.counting import layer_caches
 from secateur.models.opening import load_whole, open_weights
 from secateur.models.skeleton import build_skeleton, parameters_of
 from secateur.quantization.int8 import AT_ONCE as ROUNDED_AT_ONCE
-from secateur.runtime.decode import SlotDecoder
+from secateur.runtime.decode import SlotDecoder, empty_cache
 from secateur.runtime.install import install_rounded, rounded_matrices
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import MOVED_BYTES
@@ -195,19 +193,17 @@ class _Whole:
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         self.model = model
-        # transformers 5.24 renamed the argument, and the field of the output
-        known = signature(model.forward).parameters
-        self.name = "cache" if "cache" in known else "past_key_values"
 
     def begin(self) -> None:
         """Forget all windows."""
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = empty_cache(self.model)
 
     def after(self, ids: Tensor, asked: bool) -> Tensor:
         """The logits [windows, vocabulary] after one more token of each window."""
         seen = ids[:, None].to(self.model.device)
-        output = self.model(input_ids=seen, use_cache=True, **{self.name: self.cache})
-        if getattr(output, self.name, None) is not self.cache:
+        output = self.model(input_ids=seen, use_cache=True, **self.cache)
+        [(name, cache)] = self.cache.items()  # the field of the output has the argument's name
+        if getattr(output, name, None) is not cache:
             raise SourceError(
                 f"{type(self.model).__name__} cannot continue from given keys and values",
                 remedy="leave the generated windows out (--generated-windows 0)",
