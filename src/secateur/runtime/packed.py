@@ -240,6 +240,7 @@ class PackedCheckpoint:
 class _Stated(BaseModel):
     """What `config.json` says: whether this is an archive, and how activations are rounded."""
 
+    version: int
     archive: StrictBool
     activations: dict[str, Any] | None
 
