@@ -20,7 +20,7 @@ WikiText-2's validation part and of C4 that nobody calibrated on. All are calibr
   `--fit LABEL=FOLDER` is a folder that it has made. With `--for llama.cpp` also its GGUF file.
   `memory` is the most that the process had resident until then, mapped files of weights included.
 
-For the models of `bench_models.py`, use the C4 pieces of their folder: they have read the rest.
+For the models of `small_models.py`, use the C4 pieces of their folder: they have read the rest.
 Every finished row is kept at once; a row that is there is not made again. The source of SmolLM2 is
 a 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32.
 """

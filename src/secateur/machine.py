@@ -140,7 +140,7 @@ def reused_training_pages() -> AbstractContextManager[None]:
 
 
 def ask_for_large_pages(address: int, nbytes: int) -> None:
-    """Ask for large pages in memory that was not touched yet; only Linux is asked."""
+    """Ask for large pages in memory that nothing has touched; on Linux only."""
     if sys.platform == "linux":
         with suppress(*NOT_GLIBC):
             madvise = ctypes.CDLL(None).madvise

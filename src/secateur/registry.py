@@ -48,7 +48,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def one_of(*allowed: int) -> AfterValidator:
-    """What an annotation says of a parameter that is one of a few numbers."""
+    """Annotates a parameter that is one of a few numbers."""
     *most, last = map(str, allowed)
 
     def check(value: int) -> int:
@@ -230,7 +230,7 @@ class CheckedPart:
 
 
 def parameters_of(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that are parameters of a part; whole numbers become floats where meant.
+    """The values that a part has parameters for; a whole number becomes a float where one is meant.
 
     Raises:
         RecipeError: a parameter has another type than its annotation, or is out of range.

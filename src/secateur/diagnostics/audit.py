@@ -94,7 +94,7 @@ class Audit:
 
     @property
     def result(self) -> RunResult:
-        """What the manifest of the model says of it."""
+        """The counts that the manifest of the model keeps."""
         return RunResult(
             decoder_sparsity=self.sparsity,
             model_sparsity=self.model_sparsity,

@@ -297,7 +297,7 @@ def _plan_distillation(
         if sweep_windows:
             of_models, on_grid = _sweep_bytes, on_grid // layers
         memory = of_models(target, teacher, windows[:1]) + on_grid
-    # a forward of the teacher, in those of the student
+    # a forward of the teacher costs as much as so many of the student
     taught = plan.working_weights(teacher) / plan.working_weights(target)
     if not sweep_windows:
         return plan.PartNeeds(memory, disk, round((3 + taught) * epochs * tokens))

@@ -136,7 +136,7 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
 StoredPart = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, int] | None]
 """A tensor of a checkpoint that holds a part of a parameter of fused experts: its name as the model
 would call it, the axes of the parameter that it has, its shape, and the number of its expert before
-and after a cut; None where it holds those of all."""
+and after a cut; None for a tensor of all experts."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Verb:
         if launched.count > 1 and (dry_run or share is None):
             words = f"secateur {self.name}{' --dry-run' * dry_run}"
             raise RecipeError(
-                f"`{words}` works in one process yet, and there are {launched.count}",
+                f"`{words}` works in one process only, and there are {launched.count}",
                 remedy="start it without torchrun",
             )
         if self.streams:  # it prints while it works, so there is no progress to show

@@ -27,7 +27,7 @@ from secateur.sparsity.allocation.budget import Granularity
 _ROWS = 64  # tokens whose probabilities are in memory at once
 
 ALONE = "alone"
-"""The folder of `ChangedAlone` in that of the survey."""
+"""The folder of `ChangedAlone`, within the folder of the survey."""
 
 Ways = Mapping[str, Mapping[str, Tensor]]
 """Ŵ − W of linears, by their full names and by the ways in which they are changed."""

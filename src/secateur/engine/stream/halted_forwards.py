@@ -331,7 +331,7 @@ class LiveTensors(TorchDispatchMode):
         """The storages that are still alive."""
         alive = {key: ref for key, ref in self.current.items() if not ref.expired()}
         self.current = alive
-        # None if the storage was freed since `expired` was asked
+        # None if the storage was freed after `expired` looked
         storages = [torch.UntypedStorage._new_with_weak_ptr(r.cdata) for r in alive.values()]
         return [s for s in storages if s is not None]
 

@@ -185,7 +185,7 @@ def _refused(layout: Layout, why: str) -> CheckpointError:
 
 
 class Format(Protocol):
-    """The contract of a format. What has a default is that of a format without a pattern."""
+    """The contract of a format. The defaults suit a format without a pattern."""
 
     name: ClassVar[str]
 

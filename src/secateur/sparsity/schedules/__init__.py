@@ -2,7 +2,7 @@
 
 A schedule is a function of the share of steps that are done, from 0 to 1, of the `first` and the
 `last` sparsity. Gradual pruning calls it every few steps, rounds of pruning and retraining call it
-once a round. Those of the literature are below.
+once a round. The published ones are below.
 """
 
 from __future__ import annotations

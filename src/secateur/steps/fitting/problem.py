@@ -74,7 +74,7 @@ EMBEDDINGS = "embeddings"
 """What embedding and head are called among the linears."""
 
 EMBEDDED: Mapping[str, str] = {"int4": "int4", "int3": "int3", "int2": "int3"}
-"""The values of embedding and head by those of a format; int8 for all others."""
+"""The values that embedding and head take beside each format's; int8 beside all others."""
 
 SIZE, MEMORY, SECONDS = "size", "memory", "seconds"
 
