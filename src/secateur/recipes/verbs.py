@@ -1,7 +1,8 @@
 """The verbs: name, summary, recipe and function. Imports nothing slow, so that `--help` is instant.
 
-The core has most verbs. Packages of `APART` have one each, and nothing of the core imports them:
-without the package there is no such verb. A verb of somebody else's package is an entry point:
+The core has the verbs of `verbs.ini`. Packages of `APART` have one each, and nothing of the core
+imports them: without the package there is no such verb. A verb of somebody else's package is an
+entry point:
 
     [project.entry-points."secateur.verbs"]
     shear = "package:VERB"          # fields of `Verb`
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from configparser import ConfigParser
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,16 +34,14 @@ if TYPE_CHECKING:
 Showing = Callable[[], AbstractContextManager[Progress]]
 """Makes what shows the progress, in the process that shows it."""
 
-MAKE, RUN, MEASURE, PUBLISH = STAGES = (
-    "Make a smaller model",
-    "Run a model",
-    "Measure a model",
-    "Publish a model",
-)
+STAGES = ("Make a smaller model", "Run a model", "Measure a model", "Publish a model")
 """The headings of `secateur --help`."""
 
 APART = ("secateur.serving", "secateur.advisor", "secateur.report_page", "secateur.publishing")
 """Packages that may be missing. Each has the fields of its verb in `VERB`."""
+
+FLAGS = {"streams", "only_command"}
+"""Fields that are true where `verbs.ini` names them."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,8 @@ class Verb:
             SecateurError: what, where, and what to do.
         """
         options = dict(call)
-        together = command and "WORLD_SIZE" in os.environ
-        launched = Launched.read(os.environ) if together else Launched()
-        if launched.count > 1:  # torch would print the stack of every connection that closes
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         step, dry_run = imported(self.step), options.pop("dry_run", False)
-        share, ranks = _share_of(step), None
-        if launched.count > 1 and (dry_run or share is None):
-            words = f"secateur {self.name}{' --dry-run' * dry_run}"
-            raise RecipeError(
-                f"`{words}` works in one process only, and there are {launched.count}",
-                remedy="start it without torchrun",
-            )
+        launched = self._launched(step, dry_run) if command else Launched()
         if self.streams:  # it prints while it works, so there is no progress to show
             return step(recipe, **options)
         if dry_run:
@@ -130,7 +120,8 @@ class Verb:
         cluster = getattr(recipe, "cluster", None)
         if cluster is not None and cluster.ray is not None:
             return self._run_on_ray(recipe, call, showing)
-        work = step
+        work, share = step, _share_of(step)
+        ranks: Ranks | None = None
         if hasattr(step, "caller"):  # a class for the runner
             work = partial(imported("secateur.steps.runner:carry_out"), step)
             ranks = None if command else step.caller(recipe)
@@ -142,6 +133,26 @@ class Verb:
                 return None if command else made
             with showing() as progress:
                 return work(recipe, progress, **options, **({"ranks": ranks} if ranks else {}))
+
+    def _launched(self, step: Any, dry_run: bool) -> Launched:
+        """The processes that were launched for a command.
+
+        Raises:
+            RecipeError: there are several, and the verb works in one.
+        """
+        if "WORLD_SIZE" not in os.environ:
+            return Launched()
+        launched = Launched.read(os.environ)
+        if launched.count > 1:
+            # torch would print the stack of every connection that closes
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            if dry_run or _share_of(step) is None:
+                raise RecipeError(
+                    f"`secateur {self.name}{' --dry-run' * dry_run}` works in one process only, "
+                    f"and there are {launched.count}",
+                    remedy="start it without torchrun",
+                )
+        return launched
 
     def _run_on_ray(self, recipe: Any, call: Mapping[str, Any], showing: Showing) -> Any:
         """Carry out a recipe in processes that Ray starts. All machines see its files."""
@@ -189,9 +200,14 @@ def imported(place: str) -> Any:
         ) from error
 
 
-def _with_apart(*core: Verb) -> list[Verb]:
+def _listed() -> list[Verb]:
     """The verbs of the core and of the packages that are there, in the order of `--help`."""
-    found = list(core)
+    table = ConfigParser(interpolation=None)
+    table.read(Path(__file__).with_name("verbs.ini"), "utf-8")
+    found = []
+    for name in table.sections():
+        fields: Any = {key: " ".join(text.split()) for key, text in table[name].items()}
+        found.append(Verb(name, **fields | dict.fromkeys(FLAGS & fields.keys(), True)))
     for package in APART:
         try:
             verb = Verb(**importlib.import_module(package).VERB)
@@ -203,171 +219,7 @@ def _with_apart(*core: Verb) -> list[Verb]:
     return found
 
 
-VERBS: dict[str, Verb] = {
-    verb.name: verb
-    for verb in _with_apart(
-        Verb(
-            "prune",
-            MAKE,
-            "Prune a model into a new folder that plain transformers loads.",
-            "secateur.recipes.prune:PruneRecipe",
-            step="secateur.steps.prune:Prune",
-            plan="secateur.steps.prune:plan_recipe",
-            function="secateur.steps.prune:prune",
-        ),
-        Verb(
-            "structure",
-            MAKE,
-            "Cut layers, heads, neurons, channels or experts: a smaller and faster model in every "
-            "engine.",
-            "secateur.recipes.structure:StructureRecipe",
-            step="secateur.steps.structure:CutStructure",
-            plan="secateur.steps.structure:plan_structure",
-        ),
-        Verb(
-            "train",
-            MAKE,
-            "Train a pruned or cut model, on text or with a larger model as its teacher. Zeros "
-            "stay zero.",
-            "secateur.recipes.train:TrainRecipe",
-            step="secateur.steps.train:Train",
-            plan="secateur.steps.train:plan_training",
-        ),
-        Verb(
-            "compress",
-            MAKE,
-            "Store a pruned model without its zeros.",
-            "secateur.recipes.compress:CompressRecipe",
-            step="secateur.steps.compress:Compress",
-        ),
-        Verb(
-            "fit",
-            MAKE,
-            "Find and make the best compressed model within a size, memory, speed or loss.",
-            "secateur.recipes.compress:FitRecipe",
-            step="secateur.steps.fit:Fit",
-            plan="secateur.steps.fit:plan_fit",
-            more="The exit code is 3 if the made model breaks a bound.",
-        ),
-        Verb(
-            "draft",
-            MAKE,
-            "Find and make a draft of a model: it decodes faster with it, and its text stays the "
-            "same.",
-            "secateur.recipes.draft:DraftRecipe",
-            step="secateur.steps.draft:Draft",
-            plan="secateur.steps.draft:plan_draft",
-            more="The exit code is 3 if no draft pays on this machine.",
-        ),
-        Verb(
-            "chain",
-            MAKE,
-            "Cut, prune, train and compress in one run, with one account of what is left.",
-            "secateur.recipes.prune:ChainRecipe",
-            step="secateur.steps.chain:ChainSteps",
-            plan="secateur.steps.chain:plan_chain",
-        ),
-        Verb(
-            "import",
-            MAKE,
-            "Make an ordinary folder from what another tool wrote: compressed-tensors, masks, "
-            "adapters.",
-            "secateur.recipes.deploy:ImportRecipe",
-            step="secateur.steps.import_model:ImportModel",
-            more="The kind of source is recognised. In Python: secateur.import_model.",
-        ),
-        Verb(
-            "decompress",
-            MAKE,
-            "Write a compressed model as plain dense safetensors again.",
-            "secateur.recipes.compress:DecompressRecipe",
-            step="secateur.steps.unpack:Decompress",
-        ),
-        Verb(
-            "methods",
-            MAKE,
-            "List presets, methods and their parts.",
-            "secateur.recipes.prune:MethodsRecipe",
-            step="secateur.steps.methods:list_methods",
-            function="secateur.steps.methods:methods",
-        ),
-        Verb(
-            "demo",
-            MAKE,
-            "Prune SmolLM2-135M, pack, time and judge it beside the dense model; write a report.",
-            "secateur.recipes.prune:DemoRecipe",
-            step="secateur.steps.demo:run_demo",
-            only_command=True,
-        ),
-        Verb(
-            "generate",
-            RUN,
-            "Continue a prompt, or answer one message, on the CPU. Packed layers stay packed.",
-            "secateur.recipes.deploy:GenerateRecipe",
-            function="secateur.steps.generate:generate",
-            step="secateur.cli.commands:carry_out_generate",
-            streams=True,
-        ),
-        Verb(
-            "chat",
-            RUN,
-            "Talk to a model in the terminal.",
-            "secateur.recipes.deploy:ChatRecipe",
-            step="secateur.cli.commands:carry_out_chat",
-            more="/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an "
-            "answer. Without a terminal every line of stdin is a message.",
-            streams=True,
-        ),
-        Verb(
-            "evaluate",
-            MEASURE,
-            "Measure a model: perplexity, divergence from the dense model, tasks and texts.",
-            "secateur.recipes.measure:EvaluateRecipe",
-            step="secateur.steps.evaluate:run_evaluation",
-            function="secateur.steps.evaluate:evaluate",
-            more="Every number comes with the id of its protocol. Numbers with different ids "
-            "cannot be compared. A run folder keeps the results in secateur/evaluation.json, "
-            "beside those of other protocols.",
-        ),
-        Verb(
-            "bench",
-            MEASURE,
-            "Measure speed and memory at batch 1 on the CPU; ways to run are interleaved.",
-            "secateur.recipes.measure:BenchRecipe",
-            step="secateur.steps.bench:bench_recipe",
-        ),
-        Verb(
-            "inspect",
-            MEASURE,
-            "Show family, sizes, linear layers and the sparsity that is really stored.",
-            "secateur.recipes.measure:InspectRecipe",
-            function="secateur.steps.inspect:inspect",
-            step="secateur.steps.inspect:inspect_recipe",
-        ),
-        Verb(
-            "diagnose",
-            MEASURE,
-            "Check zeros, values, units and layers.",
-            "secateur.recipes.measure:DiagnoseRecipe",
-            step="secateur.steps.diagnose:run_diagnosis",
-            more="The exit code is 3 if something is proven wrong.",
-        ),
-        Verb(
-            "sweep",
-            MEASURE,
-            "Prune at many sparsities, evaluate each model and draw the curves.",
-            "secateur.recipes.measure:SweepRecipe",
-            step="secateur.steps.sweep:SweepPoints",
-        ),
-        Verb(
-            "export",
-            PUBLISH,
-            "Write a model for another engine: llama.cpp, vLLM, ONNX Runtime, OpenVINO, torch.",
-            "secateur.recipes.deploy:ExportRecipe",
-            step="secateur.steps.export:Export",
-        ),
-    )
-}
+VERBS = {verb.name: verb for verb in _listed()}
 """All verbs, in the order of `secateur --help`."""
 
 
