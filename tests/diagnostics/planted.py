@@ -16,7 +16,7 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.models.skeleton import quiet_transformers
 from secateur.reporting.diagnose import DiagnoseResult
-from secateur.runs.records.measured import Finding
+from secateur.runs.measured import Finding
 
 
 class Pair:

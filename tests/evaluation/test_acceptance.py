@@ -12,7 +12,7 @@ from zoo import tiny_model, tiny_windows
 from secateur.errors import NumericalError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.acceptance import acceptance, speculation
-from secateur.runs.records.measured import Speculation
+from secateur.runs.measured import Speculation
 
 
 def pair(family: str) -> tuple[nn.Module, nn.Module]:

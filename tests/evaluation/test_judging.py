@@ -14,7 +14,7 @@ import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import generation
 from secateur.evaluation.generation import check_generation, repetition
-from secateur.runs.records.measured import EvaluationRecord, read_evaluation
+from secateur.runs.measured import EvaluationRecord, read_evaluation
 
 
 @pytest.fixture

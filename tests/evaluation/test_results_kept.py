@@ -12,7 +12,7 @@ from task_rows import write_task
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.runs.records.measured import EvaluationRecord, read_evaluation
+from secateur.runs.measured import EvaluationRecord, read_evaluation
 
 
 @pytest.fixture

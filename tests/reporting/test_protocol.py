@@ -13,8 +13,8 @@ from secateur.reporting.evaluate import BenchResult, EvaluateResult, GenerateRes
 from secateur.reporting.fields import Result
 from secateur.reporting.models import PruneResult, TrainResult
 from secateur.reporting.tables import PLAIN_WIDTH
+from secateur.runs.measured import EvaluationRecord, PerplexityRecord
 from secateur.runs.records import Cost, SkippedMatrix, Source, Training
-from secateur.runs.records.measured import EvaluationRecord, PerplexityRecord
 
 PROTOCOL = {
     "cpu": "P", "threads": 2, "kernels": "avx2", "prompt_tokens": 4, "new_tokens": 8, "rounds": 2,

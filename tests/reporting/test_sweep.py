@@ -17,8 +17,8 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.measure import SweepRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.reporting.sweep import SweepResult
+from secateur.runs.measured import Sweep
 from secateur.runs.records import read_record
-from secateur.runs.records.measured import Sweep
 from secateur.steps.runner import carry_out
 from secateur.steps.sweep import SweepPoints
 

@@ -12,7 +12,7 @@ import torch
 from tiny import save_tiny
 
 import secateur
-from secateur.runs.records.measured import read_evaluation
+from secateur.runs.measured import read_evaluation
 
 MEASURED = {"evaluation.json", "diagnosis.json", "bench.json"}
 

@@ -13,17 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    model_validator,
-)
 
 from secateur.errors import RecipeError
 from secateur.models.shape import PlainDecoder
@@ -48,16 +39,17 @@ def _rising(given: tuple[float, ...]) -> tuple[float, ...]:
 
 
 Range = Annotated[
-    tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat], AfterValidator(_rising)
+    tuple[pydantic.NonNegativeFloat, pydantic.NonNegativeFloat, pydantic.NonNegativeFloat],
+    pydantic.AfterValidator(_rising),
 ]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Fractions = Annotated[tuple[Fraction, Fraction, Fraction], AfterValidator(_rising)]
+Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+Fractions = Annotated[tuple[Fraction, Fraction, Fraction], pydantic.AfterValidator(_rising)]
 
 
-class Entry(BaseModel):
+class Entry(pydantic.BaseModel):
     """The base of all entries: no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 class Hardware(Entry):
@@ -78,9 +70,9 @@ class Hardware(Entry):
 
     name: str
     kind: Literal["cuda", "llama.cpp", "cpu"]
-    memory_gib: PositiveFloat | None = None
-    bandwidth_gb_s: PositiveFloat | None = None
-    tflops: dict[str, PositiveFloat] = {}
+    memory_gib: pydantic.PositiveFloat | None = None
+    bandwidth_gb_s: pydantic.PositiveFloat | None = None
+    tflops: dict[str, pydantic.PositiveFloat] = {}
     semi_structured: bool = False
     usd_per_hour: Range | None = None
     price_source: str = "given by the user"
@@ -129,7 +121,7 @@ class Facts(Entry):
     pruning_seconds_of_7b: dict[str, float]
     shapes: dict[str, PlainDecoder]
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def check(self) -> Facts:
         """Every device but this machine, which is timed, has a data sheet."""
         for name, one in self.hardware.items():
@@ -198,7 +190,7 @@ def read_facts(override: Path | None = None) -> Facts:
         raise RecipeError("the facts are no table of names", where=place, remedy=remedy)
     try:
         return Facts.model_validate(_merged(_own_facts(), given))
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         first = error.errors()[0]
         entry = ".".join(map(str, first["loc"])) or "facts"
         said = f"{entry}: {first['msg'].removeprefix('Value error, ')}"

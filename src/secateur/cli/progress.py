@@ -15,15 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from secateur.progress import Progress as Listener
 from secateur.reporting.tables import duration
@@ -70,17 +63,17 @@ class TerminalBar:
     """A moving bar with elapsed time and time left, for terminals."""
 
     def __init__(self) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description:<14}"),
+            rich_progress.BarColumn(),
+            rich_progress.TextColumn("{task.percentage:>3.0f}%"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("left"),
+            rich_progress.TimeRemainingColumn(),
+            rich_progress.TextColumn("{task.fields[note]}"),
             console=Console(file=sys.stderr),  # some stages put something else in its place
         )
-        self.task: TaskID | None = None
+        self.task: rich_progress.TaskID | None = None
 
     def __enter__(self) -> TerminalBar:
         self.bar.start()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from secateur.diagnostics.findings import Claims, finding, listed
 from secateur.diagnostics.weights import LinearHealth, Weights
 from secateur.engine.prune.tasks import COLLAPSED
-from secateur.runs.records.measured import Finding
+from secateur.runs.measured import Finding
 
 DENSE = 0.01
 """A linear with fewer zeros than this is dense; pretrained ones have almost none."""

@@ -28,7 +28,7 @@ from secateur.engine.stream.calls import call_layer
 from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
-from secateur.runs.records.measured import Drift, Finding
+from secateur.runs.measured import Drift, Finding
 
 TOKENS_AT_ONCE = 1024
 

@@ -15,8 +15,8 @@ import yaml
 
 from secateur.engine.prune.tasks import Selection
 from secateur.errors import SecateurError
+from secateur.runs.measured import Finding, Severity
 from secateur.runs.records import Layer, LinearRecord, Manifest, parsed
-from secateur.runs.records.measured import Finding, Severity
 from secateur.sparsity.patterns import Pattern, parse_pattern
 
 DAMAGED = (

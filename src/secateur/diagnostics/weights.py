@@ -27,7 +27,7 @@ from secateur.diagnostics.findings import Claims, finding, listed
 from secateur.models.architecture import setting
 from secateur.models.checkpoint import not_finite
 from secateur.models.targets import CheckpointTarget
-from secateur.runs.records.measured import Finding, Severity
+from secateur.runs.measured import Finding, Severity
 
 
 @dataclass(frozen=True)

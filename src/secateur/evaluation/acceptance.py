@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from secateur.errors import NumericalError
 from secateur.evaluation.perplexity import numbers_of
 from secateur.evaluation.uncertainty import mean_of, standard_error
-from secateur.runs.records.measured import Acceptance, Speculation
+from secateur.runs.measured import Acceptance, Speculation
 from secateur.types import Windows
 
 MOST_PROPOSED = 7

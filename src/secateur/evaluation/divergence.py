@@ -31,7 +31,7 @@ from secateur.errors import NumericalError
 from secateur.evaluation import perplexity
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.runs.records.measured import Divergence
+from secateur.runs.measured import Divergence
 from secateur.types import Windows
 
 

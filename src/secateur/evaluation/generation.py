@@ -24,7 +24,7 @@ from secateur.evaluation.perplexity import evaluating, fingerprint
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
 from secateur.recipes.deploy import Sampling
-from secateur.runs.records.measured import SampleRecord
+from secateur.runs.measured import SampleRecord
 from secateur.runtime.decode import GREEDY, SteppedGeneration, continued
 
 

@@ -45,7 +45,7 @@ from secateur.machine import give_back
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.runs.environment import usable_processors
-from secateur.runs.records.measured import TimingEntry
+from secateur.runs.measured import TimingEntry
 from secateur.runtime.decode import Decoder, empty_cache
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear

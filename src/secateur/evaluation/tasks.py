@@ -24,7 +24,7 @@ from secateur.models.hub import hub_or_cache
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.tokenizer import Tokenizer
 from secateur.progress import Progress, Silent
-from secateur.runs.records.measured import Score
+from secateur.runs.measured import Score
 
 FEWSHOT_SEED = 1234
 METRICS = ("acc", "acc_norm")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from scipy.special import stdtr
 
 from secateur.errors import RecipeError
-from secateur.runs.records.measured import Comparison
+from secateur.runs.measured import Comparison
 
 CENTRAL = 0.95
 FROM_CHANCE = 2.0

@@ -24,8 +24,8 @@ from secateur.report_page.records import ReportedRun, read_run
 from secateur.reporting.cards import OURS, split_card, with_measurements, without_folders
 from secateur.reporting.models import PushResult
 from secateur.runs.folder import NOTES, STATE
+from secateur.runs.measured import EvaluationRecord
 from secateur.runs.records import Import, read_record
-from secateur.runs.records.measured import EvaluationRecord
 
 
 def _upload(

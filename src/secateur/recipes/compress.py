@@ -1,4 +1,4 @@
-"""The recipes of `compress`, `decompress` and `fit`: the verbs that pack."""
+"""The recipes of `compress`, `decompress`, `fit` and `draft`: the verbs that pack."""
 
 from __future__ import annotations
 
@@ -171,3 +171,31 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
     def tokens_to_heal(self) -> int:
         """Tokens on which the best models learn."""
         return TOKENS_TO_HEAL[self.effort] if self.heal_tokens is None else self.heal_tokens
+
+
+class _WhatToDraft(Section):
+    """The model that a draft is made of, and the one that it proposes to."""
+
+    group = Heading.WHAT
+
+    model: Annotated[str, Flag(value="MODEL")]
+    """Folder, hub id, GGUF file or named sample: the parent. The draft is made from its weights."""
+    runs_as: Annotated[str | None, Flag(value="FOLDER", default="MODEL")] = None
+    """Folder of the same model as it runs, if it is packed: the draft is measured and timed beside
+    it."""
+
+
+class DraftRecipe(shared.Device, HowToSearch, _WhatToDraft, shared.OutputFolder, Recipe):
+    """One draft."""
+
+    run = shared.Planning
+
+    calibration: FitText = FitText()
+    memory: shared.Memory = shared.Memory()
+
+    @property
+    def fitted(self) -> FitRecipe:
+        """How models are made on the way: as by a fit whose seconds are counted."""
+        shared = FitRecipe.model_fields.keys() & DraftRecipe.model_fields.keys()
+        given = {name: getattr(self, name) for name in shared}
+        return FitRecipe(**given, decode_speedup=1.0)

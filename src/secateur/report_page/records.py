@@ -20,10 +20,8 @@ from secateur.reporting.fields import Result
 from secateur.reporting.fit import FitResult
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import COMMAND, Block, Line, bare_name
-from secateur.runs import records
-from secateur.runs.records import measured
-from secateur.runs.records.base import AnyRecord, parsed, read_list, read_record
-from secateur.runs.records.run import BFLOAT16_BYTES
+from secateur.runs import measured, records
+from secateur.runs.records import AnyRecord, parsed, read_list, read_record
 
 Sections = dict[str, list[Block]]
 """Tables and lines by their headings."""
@@ -79,10 +77,10 @@ class ReportedRun:
     def dense_bytes(self) -> int | None:
         """The size of the model in dense bfloat16, before any cut."""
         if self.manifest is not None and self.manifest.structure is not None:
-            return BFLOAT16_BYTES * self.manifest.structure.before.parameters
+            return records.BFLOAT16_BYTES * self.manifest.structure.before.parameters
         if self.compression is not None:
             return self.compression.bfloat16_bytes
-        return BFLOAT16_BYTES * self.manifest.result.parameters if self.manifest else None
+        return records.BFLOAT16_BYTES * self.manifest.result.parameters if self.manifest else None
 
     def measured(self) -> Sections:
         """What was measured, without folders of this machine; no section without a measurement."""

@@ -23,17 +23,8 @@ from secateur.evaluation.perplexity import judged_part
 from secateur.progress import Progress
 from secateur.recipes.measure import ReportRecipe
 from secateur.report_page.records import ReportedRun, read_places
+from secateur.reporting import charts
 from secateur.reporting.cards import with_measurements
-from secateur.reporting.charts import (
-    Bar,
-    BarChart,
-    Chart,
-    HeatMap,
-    LineChart,
-    Series,
-    page_svg,
-    save_plots,
-)
 from secateur.reporting.evaluate import fastest_other
 from secateur.reporting.fields import Result, filled
 from secateur.reporting.sweep import CurvePoint, curve_charts
@@ -74,21 +65,21 @@ def report(
             f"a model card is about one run; {len(found)} are named",
             remedy="name one run folder, or leave --card out",
         )
-    charts = _write_page(places, page)
+    drawn = _write_page(places, page)
     written: list[Path] = []
     if plots:
         folder = page.with_name(f"{page.stem}-plots")
         folder.mkdir(parents=True, exist_ok=True)
-        for chart in charts:
+        for chart in drawn:
             name = "".join(c if c.isalnum() or c in "-_." else "-" for c in chart.key)
-            written += save_plots([chart], folder / name)
+            written += charts.save_plots([chart], folder / name)
     if card is None:
         return ReportResult(page=page, plots=written)
     [run], card = found, Path(card)
-    drawn = zip(charts, (file for file in written if file.suffix == ".svg"), strict=False)
+    shown = zip(drawn, (file for file in written if file.suffix == ".svg"), strict=False)
     pictures = [
         Line(f"![{chart.title}](<{Path(os.path.relpath(file, card.parent)).as_posix()}>)")
-        for chart, file in drawn
+        for chart, file in shown
     ]
     text = with_measurements(run.card, {**run.measured(), "Charts": pictures})
     card.write_text(text, encoding="utf-8", newline="\n")
@@ -100,7 +91,7 @@ def report_recipe(recipe: ReportRecipe, progress: Progress) -> ReportResult:
     return report(**dict(recipe))
 
 
-def _write_page(places: Sequence[ReportedRun], page: Path) -> list[Chart]:
+def _write_page(places: Sequence[ReportedRun], page: Path) -> list[charts.Chart]:
     """Write the page about some places; returns its charts."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -122,7 +113,7 @@ def _write_page(places: Sequence[ReportedRun], page: Path) -> list[Chart]:
         shared=shared,
         own=own,
         html=lambda blocks: Markup(html(blocks)),
-        svg=lambda chart: Markup(page_svg(chart)),
+        svg=lambda chart: Markup(charts.page_svg(chart)),
         style=Markup((TEMPLATES / "page.css").read_text("utf-8")),
         version=version(DISTRIBUTION),
         date=datetime.date.today().isoformat(),
@@ -207,7 +198,7 @@ ALIKE = 0.005
 """Sparsities that differ by at most this count as equal."""
 
 
-def shared_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
+def shared_charts(runs: Sequence[ReportedRun]) -> Iterator[charts.Chart]:
     """The charts with more than one model: perplexity, drift and size."""
     sweeps = [(run.name, run.sweep) for run in runs if run.sweep]
     points = [
@@ -220,7 +211,7 @@ def shared_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     yield from _sizes(runs)
 
 
-def own_charts(run: ReportedRun) -> Iterator[Chart]:
+def own_charts(run: ReportedRun) -> Iterator[charts.Chart]:
     """The charts of one run: its frontier, its matrices, its speed and memory."""
     if run.fit is not None:
         yield replace(run.fit.chart(), key=f"frontier-{run.name}")
@@ -229,19 +220,19 @@ def own_charts(run: ReportedRun) -> Iterator[Chart]:
     if len(timed) < 2:
         return
     speeds = (
-        Bar(x.contender, x.tokens_per_second or 0, f"{x.tokens_per_second:.1f}",
+        charts.Bar(x.contender, x.tokens_per_second or 0, f"{x.tokens_per_second:.1f}",
             x.contender.startswith("packed"), x.tokens_per_second_least, x.tokens_per_second_most)
         for x in timed
     )  # fmt: skip
     memory = (
-        Bar(x.contender, x.resident_bytes, binary_size(x.resident_bytes),
+        charts.Bar(x.contender, x.resident_bytes, binary_size(x.resident_bytes),
             x.contender.startswith("packed"))
         for x in timed if x.resident_bytes
     )  # fmt: skip
     note = "Longer is better; lines from least to most."
-    yield BarChart(f"speed-{run.name}", "Tokens per second", tuple(speeds), note)
+    yield charts.BarChart(f"speed-{run.name}", "Tokens per second", tuple(speeds), note)
     note = "Shorter is better. Of the process with the model, over that of the libraries alone."
-    yield BarChart(f"memory-{run.name}", "Memory", tuple(memory), note)
+    yield charts.BarChart(f"memory-{run.name}", "Memory", tuple(memory), note)
 
 
 def _points_of(run: ReportedRun) -> Iterator[CurvePoint]:
@@ -263,19 +254,19 @@ def _points_of(run: ReportedRun) -> Iterator[CurvePoint]:
         )
 
 
-def _heat_maps(run: ReportedRun) -> Iterator[HeatMap]:
+def _heat_maps(run: ReportedRun) -> Iterator[charts.HeatMap]:
     """The sparsity of each matrix, unless all are equal, and the error of its output."""
     zeros = _cells(run, lambda x: x.zeros / math.prod(x.shape) if math.prod(x.shape) else None)
     found = [value for row in zeros.values() for value in row if value is not None]
     columns = tuple(layer.layer for layer in run.layers)
     if found and max(found) - min(found) > ALIKE:
-        yield HeatMap(
+        yield charts.HeatMap(
             f"sparsity-{run.name}", "Fraction of zeros in each matrix",
             _short_names(zeros), columns, tuple(zeros.values()),
         )  # fmt: skip
     errors = _cells(run, lambda x: x.error if x.error and math.isfinite(x.error) else None)
     if any(value for row in errors.values() for value in row):
-        yield HeatMap(
+        yield charts.HeatMap(
             f"error-{run.name}", "Error of each matrix",
             _short_names(errors), columns, tuple(errors.values()), log=True,
             note="Relative squared error of its output on the calibration data.",
@@ -302,18 +293,18 @@ def _short_names(cells: Cells) -> tuple[str, ...]:
     return tuple(x if last.count(x) == 1 else name for x, name in zip(last, cells, strict=True))
 
 
-def _drift(runs: Sequence[ReportedRun]) -> Iterator[LineChart]:
+def _drift(runs: Sequence[ReportedRun]) -> Iterator[charts.LineChart]:
     """The distance of the hidden states from the dense model's after each layer."""
     # a layer that was not compared has no error
     series = [
-        Series(run.name, tuple(
+        charts.Series(run.name, tuple(
             (state.layer, state.relative_error)
             for state in run.diagnosis.layers if state.relative_error is not None
         ))
         for run in runs if run.diagnosis
     ]  # fmt: skip
     if any(len(one.points) > 1 for one in series):
-        yield LineChart(
+        yield charts.LineChart(
             key="drift",
             title="Distance from the dense model, layer by layer",
             x_label="layer",
@@ -323,7 +314,7 @@ def _drift(runs: Sequence[ReportedRun]) -> Iterator[LineChart]:
         )
 
 
-def _sizes(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
+def _sizes(runs: Sequence[ReportedRun]) -> Iterator[charts.BarChart]:
     """The size of the weight files beside the uncut dense model in bfloat16, int8 and int4."""
     dense: dict[str, int] = {}
     for run in runs:
@@ -331,9 +322,9 @@ def _sizes(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
         found = {"bfloat16": run.dense_bytes, "int8": sizes.get("int8"), "int4": sizes.get("int4")}
         dense |= {f"dense {x}, {binary_size(n)}": n for x, n in found.items() if n}
     # runs of one model share its dense bars; two models of other sizes have their own
-    bars = [Bar(name.partition(",")[0], n, binary_size(n)) for name, n in dense.items()]
+    bars = [charts.Bar(name.partition(",")[0], n, binary_size(n)) for name, n in dense.items()]
     own = {run.name: run.file_bytes for run in runs}
-    bars += [Bar(name, n, binary_size(n), ours=True) for name, n in own.items() if n]
+    bars += [charts.Bar(name, n, binary_size(n), ours=True) for name, n in own.items() if n]
     if bars:
         note = "Shorter is better. Dense int8 and int4 store the zeros."
-        yield BarChart("size", "Size of the weight files", tuple(bars), note)
+        yield charts.BarChart("size", "Size of the weight files", tuple(bars), note)

@@ -16,7 +16,7 @@ from secateur.diagnostics.weights import Weights, layer_sparsity
 from secateur.reporting.fields import Result, blocks_of
 from secateur.reporting.models import by_layer, not_pruned, stored_as
 from secateur.reporting.tables import Block, Table, binary_size, layer_of
-from secateur.runs.records import measured
+from secateur.runs import measured
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 

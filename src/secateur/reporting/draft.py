@@ -10,7 +10,7 @@ from secateur.reporting.fit import FittedResult
 from secateur.reporting.next_steps import PROMPT, command, conversion
 from secateur.reporting.plan import FitPlanResult
 from secateur.reporting.tables import Block, next_steps
-from secateur.runs.records.measured import Acceptance, Speculation
+from secateur.runs.measured import Acceptance, Speculation
 
 LEAST_SPEEDUP = 1.05
 """A draft pays from here on: less is the error of timing, and not worth a second model."""

@@ -11,8 +11,8 @@ from secateur.errors import RecipeError
 from secateur.evaluation.speed import Speed
 from secateur.reporting.fields import Result, blocks_of, filled, of_record
 from secateur.reporting.tables import Block
+from secateur.runs.measured import Bench, EvaluationRecord, PerplexityRecord, TaskRecord
 from secateur.runs.records import Record
-from secateur.runs.records.measured import Bench, EvaluationRecord, PerplexityRecord, TaskRecord
 
 
 def evaluation(found: EvaluationRecord) -> list[Block]:

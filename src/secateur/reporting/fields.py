@@ -36,7 +36,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from secateur.reporting import tables
 from secateur.reporting.tables import Block, Line, Table
-from secateur.runs.records.base import Record
+from secateur.runs.records import Record
 
 FORMATS = {
     "size": tables.binary_size,

@@ -18,7 +18,7 @@ from secateur.models.hub import own_texts
 from secateur.reporting.fields import Result, blocks_of, filled
 from secateur.reporting.tables import Block, Table, binary_size, layer_of
 from secateur.runs import records
-from secateur.runs.records.run import BFLOAT16_BYTES
+from secateur.runs.records import BFLOAT16_BYTES
 
 
 def _commands(folder: Path, zeros: float | None = None) -> list[Block]:

@@ -21,7 +21,7 @@ from secateur.reporting.tables import (
     markdown,
     next_steps,
 )
-from secateur.runs.records.measured import Sweep
+from secateur.runs.measured import Sweep
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 

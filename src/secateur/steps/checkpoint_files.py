@@ -9,9 +9,9 @@ from typing import Any
 
 from secateur.models.checkpoint import INDEX_NAMES, copy_others
 from secateur.runs.folder import NOTES, STATE
+from secateur.runs.measured import FILE_NAME as EVALUATION
+from secateur.runs.measured import read_evaluation
 from secateur.runs.output import write_json, writing
-from secateur.runs.records.measured import FILE_NAME as EVALUATION
-from secateur.runs.records.measured import read_evaluation
 
 COMPRESSION = "compression.json"
 """The record of a compression."""

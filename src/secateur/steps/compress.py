@@ -39,8 +39,7 @@ from secateur.reporting.models import CompressResult, stored_as
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES
 from secateur.runs.output import check_free, whole_folder, write_json, write_text
-from secateur.runs.records import FormatTotals, Manifest, read_record
-from secateur.runs.records.run import BFLOAT16_BYTES
+from secateur.runs.records import BFLOAT16_BYTES, FormatTotals, Manifest, read_record
 from secateur.runtime import storage_plan
 from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, stored_bytes
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed

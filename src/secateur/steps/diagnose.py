@@ -40,8 +40,8 @@ from secateur.progress import Progress
 from secateur.recipes.measure import DiagnoseRecipe
 from secateur.reporting.diagnose import DiagnoseResult
 from secateur.runs.environment import choose_device, environment
+from secateur.runs.measured import Finding
 from secateur.runs.output import write_record
-from secateur.runs.records.measured import Finding
 from secateur.runtime.install import DenseView, open_checkpoint
 
 PRUNED = 0.01

@@ -56,14 +56,13 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
-from secateur.recipes.compress import FitRecipe
-from secateur.recipes.draft import DraftRecipe
+from secateur.recipes.compress import DraftRecipe, FitRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting import draft as reports
 from secateur.runs.folder import NOTES, check_output
+from secateur.runs.measured import Acceptance
 from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
-from secateur.runs.records.measured import Acceptance
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.formats import WeightFormat
 from secateur.runtime.layer_forms import why_not

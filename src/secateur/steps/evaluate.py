@@ -36,10 +36,10 @@ from secateur.recipes.deploy import Sampling
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.recipes.measure import EvaluateRecipe
 from secateur.reporting.evaluate import EvaluateResult
+from secateur.runs import measured
 from secateur.runs.environment import environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
-from secateur.runs.records import measured
 
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""

@@ -40,22 +40,13 @@ from secateur.reporting.plan import FitPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
+from secateur.steps.fitting import problem as problems
 from secateur.steps.fitting.bench import (
     TIMING_ERROR,
     BuiltCandidate,
     FitBench,
     best_of,
     open_model,
-)
-from secateur.steps.fitting.problem import (
-    EMBEDDINGS,
-    FILES,
-    OPTION_OF,
-    FitProblem,
-    as_option,
-    check_feasible,
-    costs_of,
-    embedded,
 )
 from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
@@ -82,16 +73,16 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     """
     source = source_of(recipe, progress)
     model = open_model(recipe, source)
-    costs = costs_of(recipe, model, progress)
-    check_feasible(recipe, costs, model.file_bytes)
+    costs = problems.costs_of(recipe, model, progress)
+    problems.check_feasible(recipe, costs, model.file_bytes)
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "fit", 0, read, call)
     bounds = {}
     for place, kind in enumerate(costs.kinds):
         least = costs.least(place, alone=True)
         if math.isfinite(kind.limit) and least is not None:
-            name = OPTION_OF[kind.name]
-            bounds[name] = f"{getattr(recipe, name)}", as_option(costs, kind.name, least)
+            name = problems.OPTION_OF[kind.name]
+            bounds[name] = f"{getattr(recipe, name)}", problems.as_option(costs, kind.name, least)
     if recipe.max_loss_increase is not None:
         bounds["max_loss_increase"] = f"{recipe.max_loss_increase}", ""
     return FitPlanResult(
@@ -127,7 +118,7 @@ class Fit(Step[FitRecipe, FitResult]):
         """Everything that affects the result."""
         return {
             **identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress),
-            "formats": [stored.name for stored in FILES[self.recipe.target].formats],
+            "formats": [stored.name for stored in problems.FILES[self.recipe.target].formats],
         }
 
     @classmethod
@@ -143,8 +134,8 @@ class Fit(Step[FitRecipe, FitResult]):
             VerificationError: no model that was made keeps them.
         """
         run, folder, bound = self.run, self.run.folder, self.recipe.max_loss_increase
-        costs = costs_of(self.recipe, self.model, run.progress)
-        check_feasible(self.recipe, costs, self.model.file_bytes)
+        costs = problems.costs_of(self.recipe, self.model, run.progress)
+        problems.check_feasible(self.recipe, costs, self.model.file_bytes)
         bench = FitBench(self.recipe, self.model, costs, run)
         made, problem = _within_bounds(bench, survey_model(bench))
         made, problem, corrections = _fast_enough(bench, problem, bench.healed(made))
@@ -154,8 +145,10 @@ class Fit(Step[FitRecipe, FitResult]):
         loss = FitLoss(winner.row.file_bytes, *bench.judging.increase(folder.model))
         result = FitResult(
             output=folder.output,
-            kind_of={n: stored.name for n, stored in winner.formats.items() if n != EMBEDDINGS},
-            embeddings=embedded(winner.formats[EMBEDDINGS]),
+            kind_of={
+                n: stored.name for n, stored in winner.formats.items() if n != problems.EMBEDDINGS
+            },
+            embeddings=problems.embedded(winner.formats[problems.EMBEDDINGS]),
             winner=winner.row,
             finalists=tuple(one.row for one in made),
             frontier=problem.frontier,
@@ -227,7 +220,9 @@ MADE, SIZES = 5, 12
 a model that was made before."""
 
 
-def _within_bounds(bench: FitBench, problem: FitProblem) -> tuple[list[BuiltCandidate], FitProblem]:
+def _within_bounds(
+    bench: FitBench, problem: problems.FitProblem
+) -> tuple[list[BuiltCandidate], problems.FitProblem]:
     """The candidates within the bounds, and the problem of the best size, after what they lost.
 
     Raises:
@@ -251,8 +246,8 @@ def _within_bounds(bench: FitBench, problem: FitProblem) -> tuple[list[BuiltCand
 
 
 def _within_loss(
-    bench: FitBench, problem: FitProblem, bound: float
-) -> tuple[list[BuiltCandidate], FitProblem]:
+    bench: FitBench, problem: problems.FitProblem, bound: float
+) -> tuple[list[BuiltCandidate], problems.FitProblem]:
     """Models of several sizes, on both sides of the smallest one within a loss.
 
     The first size is where the survey predicts the bound. A mix is made for it and measured on the
@@ -282,14 +277,14 @@ def _within_loss(
     return [*made.values()], problem
 
 
-Corrected = tuple[list[BuiltCandidate], FitProblem, tuple[FitCorrection, ...]]
+Corrected = tuple[list[BuiltCandidate], problems.FitProblem, tuple[FitCorrection, ...]]
 """The candidates of the last choice that has made the best one faster, the problem after all that
 were made, and what each choice has brought."""
 
 
 def _fast_enough(
     bench: FitBench,
-    problem: FitProblem,
+    problem: problems.FitProblem,
     made: list[BuiltCandidate],
     corrections: tuple[FitCorrection, ...] = (),
 ) -> Corrected:

@@ -22,10 +22,11 @@ from secateur.recipes.reading import build_recipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts
+from secateur.runs import measured
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import write_json, write_text
-from secateur.runs.records import Manifest, measured, read_record
+from secateur.runs.records import Manifest, read_record
 from secateur.sparsity.methods import methods
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.scores import scores

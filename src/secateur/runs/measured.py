@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from secateur.runs.output import write_json, write_record, writing
-from secateur.runs.records.base import PartialRecord, Record, read_record
+from secateur.runs.records import PartialRecord, Record, read_record
 
 Severity = Literal["error", "warning", "note"]
 """An error means that the model is not what it claims to be, or does not work."""
