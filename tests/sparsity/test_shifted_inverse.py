@@ -53,6 +53,16 @@ def test_inverses_are_made_once_and_when_needed() -> None:
     assert len(made) == len(shifted.shifts) == 4
 
 
+def test_matrices_of_a_size_share_the_least_squares_solutions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, other = (ShiftedInverse(scaled_gram(41, tokens), 0.1, 1.5) for tokens in (90, 95))
+    first.at(0.3)
+    monkeypatch.delattr(torch.linalg, "lstsq")
+    assert ShiftedInverse(scaled_gram(41, 99), 0.1, 1.5).shifts == other.shifts == first.shifts
+    other.at(0.3)
+
+
 def ruled_gram(inputs: int, tokens: int, share: float) -> torch.Tensor:
     """XᵀX with unit diagonal, whose largest eigenvalue is about `share` of the trace."""
     draw = torch.Generator().manual_seed(inputs)

@@ -350,5 +350,10 @@ def dense_target(
     hessian.diagonal().copy_(damped)
     target = moments + anchor * shift
     # W* H = target; H is symmetric, so H W*ᵀ = targetᵀ.
-    solved: Tensor = torch.linalg.solve(hessian, target.t())
+    lower = cholesky(hessian)
+    if lower is None:  # the least damping, of inputs that are nearly dependent
+        solved: Tensor = torch.linalg.solve(hessian, target.t())
+    else:
+        del hessian  # before the solution takes its memory
+        solved = torch.cholesky_solve(target.t(), lower)
     return solved.t().contiguous()

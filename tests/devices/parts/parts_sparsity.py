@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from contracts.pattern_examples import ALL, EXAMPLES, fitting_shape, parsed
 from secateur.calibration.statistics import CrossGram, statistics
 from secateur.errors import PatternError
+from secateur.sparsity import shifted_inverse
 from secateur.sparsity.hessian import dense_target, inverse_factor, relative_output_error
 from secateur.sparsity.methods import compose, methods
 from secateur.sparsity.refinements import refinements
@@ -128,6 +131,17 @@ def test_rounding_to_int8(example, both):
         return solver.solve(weight, solver.prepare(known), kept).weight
 
     both(rounded, case.weight, case.statistics, mask, rtol=0.05, atol=0.02)
+
+
+def test_large_inverses_begin_with_cholesky(monkeypatch, both):
+    x = torch.randn(90, 40)
+    x /= x.norm(dim=0)
+    monkeypatch.setattr(shifted_inverse, "_NO_HALVES", 40)
+    both(lambda matrix: shifted_inverse.inverse(matrix, 0.1), x.t() @ x)
+    halves = Mock(return_value=None)
+    monkeypatch.setattr(shifted_inverse, "_by_halves", halves)
+    shifted_inverse.inverse((x.t() @ x).to("cuda"), 0.1)
+    assert not halves.called
 
 
 def test_target_of_the_dense_model(example, both):

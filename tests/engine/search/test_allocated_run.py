@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.engine.search.allocation import LevelVariants, allocate, search_levels
 from secateur.engine.search.candidate_evaluator import CandidateEvaluator, FitnessCache
 from secateur.engine.search.depth import choose_depth
-from secateur.engine.search.sensitivity import pruned_alone
+from secateur.engine.search.sensitivity import drawn, pruned_alone
 from secateur.engine.search.survey import Survey, grains_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -284,7 +285,13 @@ def check_alone(model, work: Path) -> None:
         hooks = [module.register_forward_hook(after) for module in modules.values()]
         log_p = model(input_ids=window[None]).logits[0].log_softmax(-1)
         draw = torch.Generator().manual_seed(place)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
+        draws = torch.rand(len(log_p), generator=draw, dtype=torch.float64).tolist()
+        labels = torch.tensor(
+            [
+                [next(i for i, up_to in enumerate(accumulate(row)) if up_to > number)]
+                for row, number in zip(log_p.detach().exp().tolist(), draws, strict=True)
+            ]
+        )
         (-log_p.gather(1, labels).sum()).backward()
         for hook in hooks:
             hook.remove()
@@ -302,6 +309,14 @@ def check_alone(model, work: Path) -> None:
         expected = 0.5 * sum(sums[name] for name in unit) / windows.numel() / total
         for name in unit:
             assert float(found[name]) == pytest.approx(expected, rel=1e-3), name
+
+
+def test_a_token_is_drawn_as_often_as_it_is_probable() -> None:
+    p = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    draws = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
+    labels = drawn(p.expand(len(draws), -1), draws).flatten()
+    assert torch.bincount(labels, minlength=6).tolist() == [0, 200, 0, 500, 300, 0]
+    assert drawn(p[None], torch.zeros(1, 1, dtype=torch.float64)).tolist() == [[1]]
 
 
 def test_the_second_order_is_the_divergence_where_tokens_do_not_mix(tmp_path: Path) -> None:

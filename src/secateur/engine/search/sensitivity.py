@@ -111,12 +111,17 @@ class ChangedAlone:
     def loss(self, place: int, hidden: Tensor) -> Tensor:
         """A number with the gradient of Σ_s −log p(y_s) of a window: p − (1 at y_s) at logits s."""
         logits = self.outer.head(place, hidden)
-        draw = torch.Generator().manual_seed(place)  # of the CPU: all devices draw the same
+        # One number for each token, of the CPU: all devices draw the same.
+        random = torch.Generator().manual_seed(place)
+        draws = torch.rand(len(logits), 1, generator=random, dtype=torch.float64)
+        draws = draws.to(logits.device)
         gradient = torch.empty_like(logits)
         with torch.no_grad():
-            for rows, own in zip(gradient.split(_ROWS), logits.split(_ROWS), strict=True):
+            for rows, own, draw in zip(
+                gradient.split(_ROWS), logits.split(_ROWS), draws.split(_ROWS), strict=True
+            ):
                 p = own.float().softmax(-1)  # [tokens, vocabulary]
-                labels = torch.multinomial(p.cpu(), 1, generator=draw).to(p.device)
+                labels = drawn(p, draw)
                 # ∂(−log p(y)) / ∂logits = p − 1 at the drawn token
                 rows.copy_(p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0)))
         self.survey.progress.step(note="predictions")
@@ -150,6 +155,19 @@ class ChangedAlone:
         for name in view.unreached:
             del view.weights[name]
         return self.ways(view)
+
+
+def drawn(p: Tensor, draw: Tensor) -> Tensor:
+    """The token of each row at which the probabilities up to it exceed a number.
+
+    Args:
+        p: probabilities [tokens, vocabulary].
+        draw: numbers from 0 to 1, float64 [tokens, 1].
+    """
+    up_to = p.cumsum(-1, dtype=torch.float64)
+    # Right of all that are not larger: never at a token whose probability is 0.
+    found = torch.searchsorted(up_to, draw * up_to[:, -1:], right=True)
+    return found.clamp_max_(p.shape[-1] - 1)
 
 
 @contextmanager
