@@ -90,7 +90,7 @@ def measured(parent: str, drafts: list[str]) -> None:
                 drafter = (
                     NGrams(vocabulary)
                     if label == NGRAM
-                    else open_drafter(where, decoder.slots, tokenizer)
+                    else open_drafter(resolve(where).folder, decoder.slots, tokenizer)
                 )
                 found = drafted_speed(decoder, drafter, kind, texts, NEW_TOKENS, temperature)
                 row = {"part": "measured", "parent": name, "draft": label, **asdict(found)}

@@ -202,7 +202,7 @@ class Prompts:
     """Token lists that begin differently."""
 
     def __init__(self, folder: Path) -> None:
-        tokenizer = load_tokenizer(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         self.ids = list(tokenizer(" ".join(PROMPTS))["input_ids"])
         self.numbers = itertools.count()
 

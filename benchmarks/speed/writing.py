@@ -91,7 +91,7 @@ def main() -> None:
     source = resolve(args.model).folder
     cpu = torch.device("cpu")
     whole = load_whole(source, cpu, dtype=fast_dtype(cpu))
-    packed = opened_for_writing(source, cpu, args.length, trust_remote_code=False)
+    packed = opened_for_writing(source, cpu, args.length)
     plan = WindowPlan(windows=args.windows, sequence_length=args.length)
     windows = make_windows(sample_text("boolq-calibration"), load_tokenizer(source), plan)
     writers = {

@@ -167,7 +167,7 @@ def test_kernels_see_every_token_before(family: str, monkeypatch: pytest.MonkeyP
 def test_a_folder_is_rounded_without_the_whole_model(tied: bool, tmp_path: Path) -> None:
     """It generates what the loaded model generates, but for its embedding in int8."""
     folder = save_tiny(tmp_path / "m", "gemma2" if tied else "mistral")
-    model = opened_for_writing(folder, CPU, LENGTH, trust_remote_code=False)
+    model = opened_for_writing(folder, CPU, LENGTH)
     assert writer_of(model) == "kernels, int8"
     windows = tiny_windows(length=LENGTH)
     own = continue_windows(model, windows, 9, seed=0)
@@ -182,7 +182,7 @@ def test_a_folder_is_rounded_without_the_whole_model(tied: bool, tmp_path: Path)
 
 def test_other_families_are_left_to_transformers(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", "gpt2")
-    model = opened_for_writing(folder, CPU, LENGTH, trust_remote_code=False)
+    model = opened_for_writing(folder, CPU, LENGTH)
     assert writer_of(model) == "transformers"
 
 

@@ -181,7 +181,7 @@ def test_windows_by_the_kernels_take_a_model_of_int8(tmp_path: Path) -> None:
     target = CheckpointTarget(CheckpointReader(folder), None, CPU)
     if not kernels_write(target.model, target.device, 40):
         pytest.skip("no kernels for many slots here")
-    model = opened_for_writing(folder, CPU, 40, trust_remote_code=False)
+    model = opened_for_writing(folder, CPU, 40)
     decoder = SlotDecoder(model, 40, 5, cache="bf16")
     matrices = {id(x): x for m in model.modules() if (x := getattr(m, "matrix", None))}
     stored = sum(matrix.rows * matrix.columns for matrix in matrices.values())
@@ -215,8 +215,8 @@ def test_logits_are_counted_in_blocks(
         monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     folder = tiny_llama(tmp_path, vocab_size=4096)
     target = CheckpointTarget(CheckpointReader(folder), None, CPU)
-    model = load_whole(folder, CPU, trust_remote_code=False).float()
-    teacher = load_whole(folder, CPU, dtype=fast_dtype(CPU), trust_remote_code=False)
+    model = load_whole(folder, CPU).float()
+    teacher = load_whole(folder, CPU, dtype=fast_dtype(CPU))
     model.get_output_embeddings().requires_grad_(False)  # the layers learn
     objective = Distil.between(model, ModelTeacher(teacher), next_token=0.5)
     weights, planned, measured = [*model.parameters(), *teacher.parameters()], [], []

@@ -348,14 +348,14 @@ def test_a_draft_is_used_where_it_pays(
 def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
     folder = packed_model(tmp_path / "parent", values="int4")
     parent, tokenizer = SlotDecoder(secateur.load(folder), ROOM), load_tokenizer(folder)
-    assert open_drafter(str(folder), parent, tokenizer).ids is None
+    assert open_drafter(folder, parent, tokenizer).ids is None
     other: Any = load_tokenizer(folder)
     other.add_tokens(["new"])
     with pytest.raises(RecipeError, match="vocabularies"):
-        open_drafter(str(folder), parent, other)
+        open_drafter(folder, parent, other)
     strange = packed_model(tmp_path / "strange", "gpt2", values="int8")
     with pytest.raises(ArchitectureError, match="gpt2"):
-        open_drafter(str(strange), parent, tokenizer)
+        open_drafter(strange, parent, tokenizer)
     notes = folder / "secateur"
     notes.mkdir(exist_ok=True)
     file = notes / "frequent_tokens.safetensors"
@@ -367,6 +367,6 @@ def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="frequent tokens"):
         frequent_tokens(folder, 96)
     save_file({"ids": torch.tensor([1, 5, 80])}, file)
-    drafter = open_drafter(str(folder), parent, tokenizer)
+    drafter = open_drafter(folder, parent, tokenizer)
     assert drafter.ids is not None
     assert drafter.ids.tolist() == [1, 5, 80]

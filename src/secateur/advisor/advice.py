@@ -50,6 +50,7 @@ from secateur.advisor.facts import (
 )
 from secateur.advisor.options import CompressionWay, options_for
 from secateur.errors import RecipeError, SourceError
+from secateur.models.configuration import trusted_folder
 from secateur.models.hub import download_model, hub_name, kind_of_name
 from secateur.models.shape import ModelShape, ServingMemory, memory_with
 from secateur.progress import Progress
@@ -431,7 +432,7 @@ def _shape_of(
     else:
         resolve = imported("secateur.models.sources:resolve")
         folder = resolve(name, values=False, progress=progress).folder
-    model = build_skeleton(folder, trust_remote_code=trusted, alone=True)
+    model = build_skeleton(trusted_folder(folder, trusted), alone=True)
     return counted(name, model), model.config
 
 

@@ -55,21 +55,17 @@ AT_ONCE = 64
 """Windows that are generated together."""
 
 
-def opened_for_writing(
-    folder: Path, device: torch.device, length: int, *, trust_remote_code: bool
-) -> Any:
+def opened_for_writing(folder: Path, device: torch.device, length: int) -> Any:
     """The dense model of a folder as it generates windows fastest.
 
     Args:
         folder: the checkpoint.
         device: where it generates.
         length: tokens of a window.
-        trust_remote_code: whether code from the folder may run.
     """
-    trust = trust_remote_code
-    skeleton = build_skeleton(folder, dtype=torch.bfloat16, trust_remote_code=trust)
+    skeleton = build_skeleton(folder, dtype=torch.bfloat16)
     if not kernels_write(skeleton, device, length):
-        return load_whole(folder, device, dtype=fast_dtype(device), trust_remote_code=trust)
+        return load_whole(folder, device, dtype=fast_dtype(device))
     install_rounded(skeleton, open_weights(folder))
     return skeleton
 

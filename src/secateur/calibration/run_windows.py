@@ -87,9 +87,9 @@ class WindowReader:
     tokenizer: Callable[[], Tokenizer]
 
     @classmethod
-    def of_folder(cls, folder: Path, config: Any, *, trust_remote_code: bool) -> WindowReader:
+    def of_folder(cls, folder: Path, config: Any) -> WindowReader:
         """A reader for the model of a folder with this configuration."""
-        return cls(config, partial(load_tokenizer, folder, trust_remote_code=trust_remote_code))
+        return cls(config, partial(load_tokenizer, folder))
 
     @property
     def _limits(self) -> dict[str, Any]:
@@ -265,14 +265,7 @@ class RunWindows:
         return cls(windows[:own], windows[own:], *values, **more)
 
     def complete(
-        self,
-        work: Path,
-        folder: Path,
-        device: torch.device,
-        seed: int,
-        progress: Progress,
-        *,
-        trust_remote_code: bool,
+        self, work: Path, folder: Path, device: torch.device, seed: int, progress: Progress
     ) -> RunWindows:
         """Add the windows that the dense model of a folder generates, and store all.
 
@@ -282,17 +275,16 @@ class RunWindows:
             device: where it generates.
             seed: of the new windows.
             progress: receives the step.
-            trust_remote_code: whether code from the folder of the model may run.
         """
         if self.stored:
             return self
-        windows, trust = self, trust_remote_code
+        windows = self
         if self.ungenerated:
             from secateur.calibration.continuation import opened_for_writing
 
             length = self.calibration.shape[1]
-            start = start_tokens_of(folder, trust_remote_code=trust)
-            model = opened_for_writing(folder, device, length, trust_remote_code=trust)
+            start = start_tokens_of(folder)
+            model = opened_for_writing(folder, device, length)
             windows = self._continued_by(model, start, seed, progress, work / _WRITTEN)
         windows.save(work)
         (work / _WRITTEN).unlink(missing_ok=True)

@@ -128,7 +128,6 @@ def audit_checkpoint(
     sparsity_of: Mapping[str, float] | None = None,
     *,
     find_patterns: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
     """Count the zeros of every stored tensor, one tensor in memory at a time.
@@ -140,13 +139,12 @@ def audit_checkpoint(
         pattern_of: the pattern that the zeros of a linear must contain; None to count only.
         sparsity_of: the sparsity of each linear by name, for the pattern.
         find_patterns: whether to find the pattern that the zeros of each matrix follow.
-        trust_remote_code: whether code that comes with the checkpoint may run.
         progress: receives a step for every tensor.
     """
     progress = progress or Silent()
     view = _view_of(folder)
     reader = open_weights(folder) if view is None else view
-    model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+    model = build_skeleton(folder)
     architecture = describe(model)
     names = model_names(model, reader)
     stored_names(model, reader)  # refuses shapes that do not match the configuration

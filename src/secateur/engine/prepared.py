@@ -25,6 +25,7 @@ from secateur.errors import RecipeError
 from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
+from secateur.models.configuration import TrustedFolder
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.targets import (
@@ -136,7 +137,6 @@ def prepare(
         reader,
         copy_of(reader, output, keep_format=recipe.keep_format) if output else None,
         device,
-        trust_remote_code=recipe.trust_remote_code,
     )
     refuse_unknown(target)
     windows = None
@@ -145,9 +145,7 @@ def prepare(
             windows = RunWindows.load(stored_windows, target.model.config)
         else:
             progress.start("reading calibration text", 1)
-            cutter = WindowReader.of_folder(
-                source.folder, target.model.config, trust_remote_code=recipe.trust_remote_code
-            )
+            cutter = WindowReader.of_folder(source.folder, target.model.config)
             windows = RunWindows.cut(
                 cutter, recipe.calibration, recipe.distillation, only_plan=only_plan
             )
@@ -162,31 +160,31 @@ def prepare(
         sparsity,
         windows,
         methods,
-        teacher=teacher_of(recipe.distillation, target, progress, recipe.trust_remote_code),
+        teacher=teacher_of(recipe.distillation, target, progress),
     )
 
 
 def teacher_of(
-    how: Distill, student: CheckpointTarget, progress: Progress, trust_remote_code: bool
+    how: Distill, student: CheckpointTarget, progress: Progress
 ) -> CheckpointTarget | None:
     """Open the teacher that the options of a distillation name; None if they name none.
 
     Args:
         how: the options.
-        student: the model that learns, or the one that it is made from.
+        student: the model that learns, or the one that it is made from. If its code may run, so may
+            the teacher's.
         progress: receives the download.
-        trust_remote_code: whether code from its folder may run.
 
     Raises:
         RecipeError: it has another vocabulary, or hidden states of another width are to be learnt.
     """
     if how.teacher is None or not how.epochs:
         return None
-    trust = trust_remote_code
+    trust = isinstance(student.reader.folder, TrustedFolder)
     found = resolve(how.teacher, trust_remote_code=trust, progress=progress)
-    refuse_other_words(student.reader.folder, found.folder, trust_remote_code=trust)
+    refuse_other_words(student.reader.folder, found.folder)
     reader = open_weights(found.folder)
-    teacher = CheckpointTarget(reader, None, student.device, trust_remote_code=trust)
+    teacher = CheckpointTarget(reader, None, student.device)
     sizes = {"tokens": vocabulary_of}
     remedy = "name the model that it was made from"
     if how.hidden:

@@ -441,12 +441,11 @@ def window_progress(
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load a model with its tokenizer. On the CPU, kernels multiply a compressed one."""
     source = resolve(model, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.folder)
     place = choose_device(device)
-    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if is_packed(source.folder):
-        return load(source.folder, kernels=place.type == "cpu", device=place, **code), tokenizer
-    return load_whole(source.folder, place, **code), tokenizer
+        return load(source.folder, kernels=place.type == "cpu", device=place), tokenizer
+    return load_whole(source.folder, place), tokenizer
 
 
 class LossComparison:
@@ -456,19 +455,10 @@ class LossComparison:
         target: the dense model.
         file: the windows (`calibration.save_windows`); the dense losses are kept next to it.
         progress: receives every window.
-        trust_remote_code: whether code from the folder of the model may run.
     """
 
-    def __init__(
-        self,
-        target: CheckpointTarget,
-        file: Path,
-        progress: Progress,
-        *,
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, target: CheckpointTarget, file: Path, progress: Progress) -> None:
         self.target, self.file, self.progress = target, file, progress
-        self.trust_remote_code = trust_remote_code
         self.windows, self.start = load_windows(file), len(stored_start(file))
 
     def dense(self) -> list[float]:
@@ -487,7 +477,7 @@ class LossComparison:
             windows; None for one window.
         """
         dense = self.dense()
-        model = load(folder, trust_remote_code=self.trust_remote_code)
+        model = load(folder)
         with window_progress(self.progress, "judging the packed model", len(dense)) as report:
             found = perplexity(model, self.windows, start_tokens=self.start, progress=report)
         rises = [own - before for own, before in zip(found.losses, dense, strict=True)]

@@ -25,7 +25,6 @@ class MergedReader(CheckpointReader):
     Args:
         folder: the pruned model.
         adapter: the folder of the adapter, as peft saves it.
-        trust_remote_code: whether code that comes with the model may run.
 
     Attributes:
         kind: what peft calls this kind of adapter.
@@ -37,17 +36,15 @@ class MergedReader(CheckpointReader):
         RecipeError: peft is not installed.
     """
 
-    def __init__(self, folder: Path, adapter: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, adapter: Path) -> None:
         stored = CheckpointReader(folder)
         self.folder, self.files, self.entries = folder, stored.files, stored.entries
         self.stored = stored
         _check_adapter(adapter)
         refuse_not_finite([adapter / WEIGHTS])
         peft = need_peft()
-        model = load_whole(
-            folder, torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-        skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+        model = load_whole(folder, torch.device("cpu"), dtype=torch.float32)
+        skeleton = build_skeleton(folder, opened=False)
         try:
             with warnings.catch_warnings(), quiet_transformers():
                 # peft only warns of keys that the adapter lacks

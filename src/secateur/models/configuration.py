@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError, first_line
 from secateur.models.checkpoint import (
@@ -36,6 +36,27 @@ MAX_POSITIONS = 2**31
 
 MOST_LAYERS, MOST_SIDE = 1024, 2**22
 """The most that a configuration without weights may say: several times the largest known model."""
+
+
+if TYPE_CHECKING:
+    _Path = Path
+else:
+    _Path = type(Path())  # before Python 3.12 only the path of a system has subclasses
+
+
+class TrustedFolder(_Path):
+    """A folder whose own Python code may run, because the user has said so.
+
+    Whoever opens a model decides once, and all that load something from it look at the folder. A
+    folder within it or beside it is trusted too; a path that is made anew of its name is not.
+    """
+
+
+def trusted_folder(folder: str | Path, trust_remote_code: bool) -> Path:
+    """A folder whose code may run if the caller says so, or if it is trusted already."""
+    if trust_remote_code:
+        return TrustedFolder(folder)
+    return folder if isinstance(folder, Path) else Path(folder)
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:

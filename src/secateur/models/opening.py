@@ -18,7 +18,12 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError, install_extra
 from secateur.models import at_rest, checkpoint, skeleton
-from secateur.models.configuration import check_sizes, read_configuration, transformers_errors
+from secateur.models.configuration import (
+    TrustedFolder,
+    check_sizes,
+    read_configuration,
+    transformers_errors,
+)
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
 from secateur.types import FLOATS
@@ -119,15 +124,13 @@ def load_whole(
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
 ) -> Any:
     """Load a checkpoint folder with plain transformers, in eval mode.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint. Its own model code runs if it is a `TrustedFolder`.
         device: where the model goes.
         dtype: of its parameters; None keeps the stored one.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         CheckpointError: the configuration does not fit the weights, or some are missing.
@@ -146,13 +149,14 @@ def load_whole(
     report: dict[str, Any]
     with skeleton.quiet_transformers(), transformers_errors(folder):
         if form_of(folder) in EXPANDED:
-            loaded, report = _load_expanded(folder, dtype, trust_remote_code)
+            loaded, report = _load_expanded(folder, dtype)
         else:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            trust = isinstance(folder, TrustedFolder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             loaded, report = skeleton.auto_class(config).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust,
                 output_loading_info=True,
                 ignore_mismatched_sizes=form_of(folder) is None,
             )
@@ -168,14 +172,12 @@ def load_whole(
     return loaded
 
 
-def _load_expanded(
-    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
-) -> tuple[Any, dict[str, Any]]:
+def _load_expanded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """A model whose weights are stored in fewer bits, with what our reader makes of them."""
     from transformers import GenerationConfig
 
     reader = open_weights(folder)
-    built = skeleton.build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+    built = skeleton.build_skeleton(folder, opened=False)
     for part in (built.config, getattr(built.config, "text_config", None)):
         if part is not None and hasattr(part, "quantization_config"):
             del part.quantization_config

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import ArchitectureError, CheckpointError, first_line
 from secateur.models.architecture import experts_of, setting, text_config
 from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged
-from secateur.models.configuration import check_sizes, transformers_errors
+from secateur.models.configuration import TrustedFolder, check_sizes, transformers_errors
 from secateur.models.experts import open_experts
 
 LARGE = 2**24
@@ -94,16 +94,14 @@ def build_skeleton(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
     opened: bool = True,
     alone: bool = False,
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint. Its own model code runs if it is a `TrustedFolder`.
         dtype: of the computation; None for the one in `config.json`.
-        trust_remote_code: whether model code that comes with the checkpoint may run.
         opened: make each expert of declared families a module of three linears; False keeps the
             experts as transformers stores them.
         alone: whether the folder may hold a configuration alone, without weights.
@@ -111,16 +109,17 @@ def build_skeleton(
     Raises:
         CheckpointError: the configuration does not fit the headers of the weights.
         ArchitectureError: transformers has no causal language model of this type, or the checkpoint
-            needs code of its own and `trust_remote_code` is False.
+            needs code of its own and the folder is not trusted.
     """
     from transformers import AutoConfig
 
     check_sizes(folder, alone=alone)
+    trust = isinstance(folder, TrustedFolder)
     with quiet_transformers(), transformers_errors(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         with without_weights():
             model = auto_class(config).from_config(
-                config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code
+                config, dtype=dtype or config.dtype, trust_remote_code=trust
             )
     if opened:
         open_experts(model)

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceE
 from secateur.models import hub
 from secateur.models.cache import cache_folder, work_beside
 from secateur.models.checkpoint import damaged, refuse_not_finite, shard_files
-from secateur.models.configuration import check_folder
+from secateur.models.configuration import check_folder, trusted_folder
 from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
@@ -42,7 +42,8 @@ class LocalCheckpoint:
     """A checkpoint on this machine, checked and complete.
 
     Args:
-        folder: contains `config.json`, the safetensors and the tokenizer's files.
+        folder: contains `config.json`, the safetensors and the tokenizer's files. It knows whether
+            their code may run (`TrustedFolder`).
         record: what the user wrote, where that came from (folder, hub, gguf or sample), the commit
             on the hub or the release of the sample, and the size of the named weight files.
     """
@@ -66,7 +67,8 @@ def resolve(
             tried in this order.
         dtype: `float32` (the default: exact), `bfloat16` or `float16`, for the expanded blocks of a
             GGUF file. Safetensors keep their dtype.
-        trust_remote_code: also fetch the Python files of a hub model.
+        trust_remote_code: also fetch the Python files of a hub model. The folder is then a
+            `TrustedFolder`, and loading from it runs them.
         values: read all weights once, and refuse NaN and infinite ones. False is for callers that
             report such weights, or read none.
         progress: receives the steps of a download or a conversion.
@@ -80,7 +82,7 @@ def resolve(
     found = _found_model(model, dtype, trust_remote_code, progress or Silent())
     if values:
         refuse_not_finite(shard_files(found.folder))
-    return found
+    return replace(found, folder=trusted_folder(found.folder, trust_remote_code))
 
 
 def _found_model(

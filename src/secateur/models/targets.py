@@ -104,7 +104,6 @@ class CheckpointTarget:
         output: the copy that receives the new weights; None to only read.
         device: where layers get their weights.
         dtype: dtype of the computation; None for the dtype in `config.json`.
-        trust_remote_code: whether code from the checkpoint may run.
     """
 
     def __init__(
@@ -114,12 +113,9 @@ class CheckpointTarget:
         device: torch.device,
         *,
         dtype: torch.dtype | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
         self.reader, self.output, self.device = reader, output, device
-        self.model = skeleton.build_skeleton(
-            reader.folder, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        self.model = skeleton.build_skeleton(reader.folder, dtype=dtype)
         self.architecture = describe(self.model)
         self.dtype = self.model.dtype
         self.stored = skeleton.stored_names(self.model, reader)

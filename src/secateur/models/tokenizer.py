@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from secateur.errors import CheckpointError, RecipeError, first_line
+from secateur.models.configuration import TrustedFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -30,8 +31,8 @@ PROBES = ("a", "A", "1", ".")
 """Texts that show the start tokens; several, because a vocabulary may lack letters."""
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Load the tokenizer of a checkpoint folder."""
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint folder. Its own code runs if the folder is trusted."""
     if not _has_tokenizer(folder):
         raise CheckpointError(
             "the folder has no tokenizer",
@@ -43,17 +44,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
     from secateur.models.skeleton import quiet_transformers
 
+    trust = isinstance(folder, TrustedFolder)
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
+                folder, trust_remote_code=trust, local_files_only=True
             )
         except Exception as error:  # each tokenizer class fails in its own way on bad files
             raise CheckpointError(
                 f"the tokenizer cannot be loaded: {first_line(error)}",
                 where=str(folder),
                 remedy="copy the tokenizer's files of the original model again"
-                + ("" if trust_remote_code else "; if it needs its own code, trust_remote_code"),
+                + ("" if trust else "; if it needs its own code, trust_remote_code"),
             ) from error
 
 
@@ -62,7 +64,6 @@ def refuse_other_words(
     teacher: Path,
     *,
     roles: tuple[str, str] = ("student", "teacher"),
-    trust_remote_code: bool = False,
 ) -> None:
     """Refuse a teacher whose token ids mean other words than the student's.
 
@@ -70,16 +71,14 @@ def refuse_other_words(
         student: folder of the model that learns, or its tokenizer.
         teacher: folder of the model that it learns from.
         roles: what the message calls the two.
-        trust_remote_code: whether code from both folders may run.
 
     Raises:
         RecipeError: the vocabularies differ.
     """
-    trust = trust_remote_code
     if isinstance(student, Path):
-        student = load_tokenizer(student, trust_remote_code=trust)
+        student = load_tokenizer(student)
     own = student.get_vocab()
-    other = load_tokenizer(teacher, trust_remote_code=trust).get_vocab()
+    other = load_tokenizer(teacher).get_vocab()
     if own != other:
         differing = sum(own.get(token) != number for token, number in other.items())
         raise RecipeError(
@@ -158,11 +157,11 @@ def start_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     )
 
 
-def start_tokens_of(folder: Path, *, trust_remote_code: bool = False) -> tuple[int, ...]:
+def start_tokens_of(folder: Path) -> tuple[int, ...]:
     """The start tokens of a checkpoint folder's tokenizer; none where it has no tokenizer."""
     if not _has_tokenizer(folder):
         return ()
-    return start_tokens(load_tokenizer(folder, trust_remote_code=trust_remote_code))
+    return start_tokens(load_tokenizer(folder))
 
 
 class Written(Protocol):

@@ -16,7 +16,7 @@ from secateur.diagnostics.audit import Audit, audit_checkpoint
 from secateur.diagnostics.findings import read_claims
 from secateur.errors import CheckpointError, RecipeError, SourceError, VerificationError
 from secateur.models.checkpoint import INDEX_NAMES, copied_files, refuse_not_finite, shard_files
-from secateur.models.configuration import check_folder
+from secateur.models.configuration import check_folder, trusted_folder
 from secateur.models.hub import why_unreachable
 from secateur.progress import Progress
 from secateur.recipes.deploy import PushRecipe
@@ -284,11 +284,11 @@ def push_recipe(recipe: PushRecipe, progress: Progress) -> PushResult:
             raise RecipeError(
                 f"{repo!r} is not the name of a repository: {error}", remedy="write OWNER/NAME"
             ) from None
-    folder, code = Path(recipe.model).expanduser(), recipe.trust_remote_code
+    folder = trusted_folder(Path(recipe.model).expanduser(), recipe.trust_remote_code)
     files, left = _contents_of(folder)
     _refuse_secrets(files)
     refuse_not_finite(shard_files(folder))
-    audit = audit_checkpoint(folder, trust_remote_code=code, progress=progress)
+    audit = audit_checkpoint(folder, progress=progress)
     _refuse_lost_zeros(folder, audit)
     run = read_run(folder, folder.name)
     written = files[CARD].read_text(encoding="utf-8")

@@ -93,7 +93,9 @@ class RunFolder:
     ) -> None:
         if output is None or not str(output):
             raise RecipeError("no output folder", remedy="add --output DIR")
-        self.output = Path(os.path.abspath(output))
+        # a folder whose code may run stays one
+        place = type(output) if isinstance(output, Path) else Path
+        self.output = place(os.path.abspath(output))
         files.check_writable(self.output)
         self.verb, self.overwrite, self.restart = verb, overwrite, restart
         self.wants_resume = resume

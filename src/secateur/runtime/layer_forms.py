@@ -172,7 +172,7 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     return None
 
 
-def refuse_options(reason: str | None, **options: str | None) -> None:
+def refuse_options(reason: str | None, **options: object) -> None:
     """Refuse options of our own decoding for a model that it does not decode.
 
     Args:

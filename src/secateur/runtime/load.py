@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateur.errors import KernelError, RecipeError, install_extra
 from secateur.machine import reused_pages
 from secateur.models import skeleton
+from secateur.models.configuration import trusted_folder
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
 from secateur.quantization.groups import Scales
@@ -70,7 +71,7 @@ def load(
     from secateur.runtime.quantizer import refuse_saving
 
     try:
-        folder, device = Path(folder), torch.device(device)
+        folder, device = trusted_folder(folder, trust_remote_code), torch.device(device)
     except RuntimeError as error:
         raise RecipeError(
             f"there is no device {device!r}", remedy="give 'cpu', 'cuda' or 'cuda:N'"
@@ -78,11 +79,11 @@ def load(
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise RecipeError(f"dtype is {dtype!r}", remedy="give a dtype, such as torch.bfloat16")
     if not is_packed(folder):
-        return load_whole(folder, device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load_whole(folder, device, dtype=dtype)
     packed = PackedCheckpoint(folder)
     dtype = dtype or computed_dtype(folder)
     # on meta: every parameter is filled once, from the files
-    model = skeleton.build_skeleton(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = skeleton.build_skeleton(folder, dtype=dtype)
     on_gpu = device.type == "cuda" and kernels and not expand
     if on_gpu and find_spec("triton") is None:
         raise KernelError(

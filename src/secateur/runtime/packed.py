@@ -105,7 +105,7 @@ class PackedCheckpoint:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = folder if isinstance(folder, Path) else Path(folder)
         record, config = _read_quantization_config(self.folder), self.folder / "config.json"
         if not isinstance(record, dict) or record.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(

@@ -31,7 +31,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.models.sources import resolve
 from secateur.models.tokenizer import refuse_other_words
 from secateur.recipes.deploy import Sampling
 from secateur.runs.folder import NOTES
@@ -411,30 +410,21 @@ def speculated(
         drafter.called([guesses], seconds, len(tokens))
 
 
-def open_drafter(
-    draft: str,
-    parent: SlotDecoder,
-    tokenizer: Any,
-    *,
-    trust_remote_code: bool = False,
-) -> Drafter:
+def open_drafter(folder: Path, parent: SlotDecoder, tokenizer: Any) -> Drafter:
     """Load a draft for a parent.
 
     Args:
-        draft: folder (compressed or not), hub id or named sample.
+        folder: the draft, compressed or not.
         parent: decodes the parent; the draft gets as many slots of the same length.
         tokenizer: of the parent.
-        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
         RecipeError: the draft has another vocabulary.
         ArchitectureError: our loop cannot decode it.
         CheckpointError: its frequent tokens cannot be read.
     """
-    folder = resolve(draft, trust_remote_code=trust_remote_code).folder
-    roles = "model", "draft"
-    refuse_other_words(tokenizer, folder, roles=roles, trust_remote_code=trust_remote_code)
-    model = load(folder, trust_remote_code=trust_remote_code)
+    refuse_other_words(tokenizer, folder, roles=("model", "draft"))
+    model = load(folder)
     ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
     slots = len(parent.lengths)
     return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)

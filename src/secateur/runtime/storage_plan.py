@@ -163,14 +163,14 @@ class PackableCheckpoint:
     matrices: Mapping[str, PackableMatrix]
 
     @classmethod
-    def open(cls, folder: Path, *, trust_remote_code: bool = False) -> PackableCheckpoint:
+    def open(cls, folder: Path) -> PackableCheckpoint:
         """Find the linears of a folder, its embedding and its head.
 
         Raises:
             ArchitectureError: the checkpoint has no such matrix.
         """
         reader = CheckpointReader(folder)
-        model = build_skeleton(folder, trust_remote_code=trust_remote_code)
+        model = build_skeleton(folder)
         stored = stored_names(model, reader)
         architecture = describe(model)
         layers = enumerate(architecture.layers(model))

@@ -112,10 +112,10 @@ def prepare(recipe: ServeRecipe) -> Serving:
 
 def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     """The model of a recipe, and what a person should know of it."""
-    code = recipe.trust_remote_code
-    folder = resolve(recipe.model, trust_remote_code=code).folder
-    tokenizer = load_tokenizer(folder, trust_remote_code=code)
-    defaults, model = sampling_in(folder), load(folder, trust_remote_code=code)
+    trust = recipe.trust_remote_code
+    folder = resolve(recipe.model, trust_remote_code=trust).folder
+    tokenizer = load_tokenizer(folder)
+    defaults, model = sampling_in(folder), load(folder)
     context = recipe.context_length
     positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
     if context is not None and context > positions:
@@ -128,7 +128,8 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     engine, line = _engine_of(model, capacity, recipe)
     drafter = None
     if recipe.draft is not None and isinstance(engine, SlotDecoder):
-        drafter = open_drafter(recipe.draft, engine, tokenizer, trust_remote_code=code)
+        draft = resolve(recipe.draft, trust_remote_code=trust).folder
+        drafter = open_drafter(draft, engine, tokenizer)
     order = scheduler.Scheduler(
         engine,
         queue_limit=recipe.queue,

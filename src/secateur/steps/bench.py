@@ -131,7 +131,7 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     model, room = load(folder), new_tokens + max(len(x) for own in prompts.values() for x in own)
     refuse_options(why_not(model, room), draft=draft)
     decoder = Decoder(model, room)
-    drafter = open_drafter(draft, decoder.slots, tokenizer)
+    drafter = open_drafter(resolve(draft).folder, decoder.slots, tokenizer)
     speeds = []
     progress.start("measuring", 2 * len(prompts))
     for temperature in (0.0, 1.0):

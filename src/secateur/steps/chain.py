@@ -162,10 +162,10 @@ def plan_chain(
     Raises:
         SecateurError: as the chain would.
     """
-    steps, trust = checked_steps(recipe.steps, recipe.model), recipe.trust_remote_code
+    steps = checked_steps(recipe.steps, recipe.model)
     source = runner.source_of(recipe, progress)
-    _check_cuts(steps, source.folder, trust)
-    whole = accounting(build_skeleton(source.folder, trust_remote_code=trust), Cut()).before
+    _check_cuts(steps, source.folder)
+    whole = accounting(build_skeleton(source.folder), Cut()).before
     rows = [plans.ChainPlanStep("source", whole.parameters, whole.file_bytes)]
     rows += [step.planned(recipe, progress) for step in steps]
     known = sum(row.file_bytes or whole.file_bytes for row in rows[1:])
@@ -185,7 +185,7 @@ class ChainSteps(runner.Step[Any, ChainResult]):
     def __init__(self, recipe: Any, run: runner.RunContext) -> None:
         super().__init__(recipe, run)
         self.steps: list[_PlannedStep] = run.checked
-        _check_cuts(self.steps, run.source.folder, recipe.trust_remote_code)
+        _check_cuts(self.steps, run.source.folder)
 
     @classmethod
     def check(cls, recipe: Any) -> list[_PlannedStep]:
@@ -214,8 +214,8 @@ class ChainSteps(runner.Step[Any, ChainResult]):
         complete.
         """
         folder, progress, begun = self.run.folder, self.run.progress, self.begun_steps()
-        trust, source = self.recipe.trust_remote_code, self.run.source
-        links = [_describe("source", source.folder, 0.0, trust, progress)]
+        source = self.run.source
+        links = [_describe("source", source.folder, 0.0, progress)]
         for step in self.steps:
             made = folder.work / step.name
             record = made.with_suffix(".json")
@@ -230,7 +230,7 @@ class ChainSteps(runner.Step[Any, ChainResult]):
                     outer = replace(self.run, progress=labelled)
                     step.run(outer, self.recipe, source, resume=not another, restart=another)
                 seconds = time.perf_counter() - started
-                described = _describe(step.verb, made, seconds, trust, labelled)
+                described = _describe(step.verb, made, seconds, labelled)
                 write_json(record, described.to_json())
             links.append(read_record(records.ChainStep, record))
             source = replace(source, folder=made)
@@ -303,11 +303,9 @@ class PruneAndCompress(ChainSteps):
         return made.result(self.run.folder.model, self.run.place)
 
 
-def _describe(
-    step: str, folder: Path, seconds: float, trust_remote_code: bool, progress: Progress
-) -> records.ChainStep:
+def _describe(step: str, folder: Path, seconds: float, progress: Progress) -> records.ChainStep:
     """Describe the contents of a folder."""
-    audit = audit_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
+    audit = audit_checkpoint(folder, progress=progress)
     zeros = sum(linear.zeros for linear in audit.linears)
     return records.ChainStep(
         step=step,
@@ -398,7 +396,7 @@ def _check_reads(recipe: Any) -> None:
         )
 
 
-def _check_cuts(steps: Sequence[_PlannedStep], source: Path, trust_remote_code: bool) -> None:
+def _check_cuts(steps: Sequence[_PlannedStep], source: Path) -> None:
     """Check cuts on the configuration of the model, before any step runs.
 
     The first cut is checked whole, and of a later one the number of layers.
@@ -409,7 +407,7 @@ def _check_cuts(steps: Sequence[_PlannedStep], source: Path, trust_remote_code: 
             continue
         with _named_step(step.number, step.verb):
             if layers is None:
-                skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+                skeleton = build_skeleton(source)
                 aim = plan_cut(step.recipe, skeleton)
                 layers = aim.sizes.layers - aim.drop_layers
             elif step.recipe.keep_layers is not None:

@@ -61,20 +61,17 @@ class Compress(Step[CompressRecipe, CompressResult]):
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
         self.model = self.opened(run.source.folder)
-        learning, trust = recipe.distillation, recipe.trust_remote_code
+        learning = recipe.distillation
         if learning.epochs:  # it is refused before any work
-            target = self.target(self.model)
-            teacher_of(learning, target, run.progress, trust)
+            teacher_of(learning, self.target(self.model), run.progress)
 
     def target(self, model: PackableCheckpoint) -> CheckpointTarget:
         """The layers of a model."""
-        device, trust = choose_device(self.recipe.device), self.recipe.trust_remote_code
-        return CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        return CheckpointTarget(model.reader, None, choose_device(self.recipe.device))
 
     def opened(self, folder: Path) -> PackableCheckpoint:
         """A folder, and what of it is packed."""
-        trust = self.recipe.trust_remote_code
-        return PackableCheckpoint.open(folder, trust_remote_code=trust)
+        return PackableCheckpoint.open(folder)
 
     @classmethod
     def check(cls, recipe: CompressRecipe) -> None:
@@ -239,9 +236,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
     def with_head(self, model: PackableCheckpoint) -> tuple[PackableCheckpoint, dict[str, Any]]:
         """A model with the output head on its grid, and the record of the rounding."""
-        recipe, run, trust = self.recipe, self.run, self.recipe.trust_remote_code
+        recipe, run = self.recipe, self.run
         target, folder = self.target(model), model.reader.folder
-        reader = WindowReader.of_folder(folder, target.model.config, trust_remote_code=trust)
+        reader = WindowReader.of_folder(folder, target.model.config)
         windows, found = reader.read(str(recipe.calibration.source), recipe.calibration)
         # the extra windows are for the distillation alone
         windows = windows[: len(windows) - found.get(EXTRA, 0)]

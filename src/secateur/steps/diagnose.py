@@ -108,9 +108,9 @@ def _open_in_float32(model: str, recipe: DiagnoseRecipe) -> CheckpointTarget:
 
     float32 shows the effect of pruning without the rounding of bfloat16.
     """
-    trust, device = recipe.trust_remote_code, choose_device(recipe.device)
-    reader = open_checkpoint(resolve(model, trust_remote_code=trust, values=False).folder)
-    return CheckpointTarget(reader, None, device, dtype=torch.float32, trust_remote_code=trust)
+    source = resolve(model, trust_remote_code=recipe.trust_remote_code, values=False)
+    reader, device = open_checkpoint(source.folder), choose_device(recipe.device)
+    return CheckpointTarget(reader, None, device, dtype=torch.float32)
 
 
 def _token_windows(
@@ -124,7 +124,7 @@ def _token_windows(
         stored = load_windows(file, vocab_size=config.vocab_size, positions=positions_of(config))
         return stored[:windows], stored_start(file)
     length = window_length(recipe.sequence_length, STANDARD_LENGTH, positions_of(config))
-    tokenizer = load_tokenizer(target.reader.folder, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(target.reader.folder)
     tokens = evaluation_windows(read_text(text).text, tokenizer, length, max_windows=windows)
     return tokens, start_tokens(tokenizer)
 

@@ -112,7 +112,7 @@ def plan_draft(
     read = [recipe.model, str(source.folder), *Draft.reads(recipe)]
     check_output(recipe.output, "draft", 0, read, call)
     costs = Costs((), model.shapes)
-    config = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code).config
+    config = build_skeleton(source.folder).config
     return reports.DraftPlanResult(
         linears=len(model.shapes),
         file_bytes=model.file_bytes,
@@ -130,8 +130,7 @@ def _refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
     Raises:
         ArchitectureError: says why.
     """
-    trust = recipe.trust_remote_code
-    reason = why_not(build_skeleton(source.folder, trust_remote_code=trust))
+    reason = why_not(build_skeleton(source.folder))
     if reason is not None:
         raise ArchitectureError(
             f"a draft of this model would not be used: {reason}",
@@ -428,13 +427,12 @@ class DraftBench(FitBench):
         return self._loaded(self.folder)
 
     def _loaded(self, folder: Path) -> Any:
-        return load(folder, trust_remote_code=self.recipe.trust_remote_code)
+        return load(folder)
 
     @cached_property
     def heads(self) -> tuple[Tensor | None, ...]:
         """The token ids of every head, largest first; None for the whole vocabulary."""
-        trust = self.recipe.trust_remote_code
-        tokenizer = load_tokenizer(self.source.folder, trust_remote_code=trust)
+        tokenizer = load_tokenizer(self.source.folder)
         always = {*tokenizer.all_special_ids, *end_tokens(self.parent)}
         read, most = load_windows(self.windows_file), self.vocabulary
         sizes = [n for n in HEADS if n < most]

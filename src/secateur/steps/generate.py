@@ -102,15 +102,14 @@ class Conversation:
         self.schema = None if json_schema is None else json_text(_schema_of(json_schema))
         self.name, self.max_new_tokens, self.stop = model, recipe.max_new_tokens, recipe.stop
         self.folder = resolve(model, trust_remote_code=trust).folder
-        self.trust_remote_code = trust
         self.positions = positions_in(self.folder)
-        self.tokenizer: Any = load_tokenizer(self.folder, trust_remote_code=trust)
+        self.tokenizer: Any = load_tokenizer(self.folder)
         self.model: Any = None
         self.load_seconds = 0.0
         self.decoder: Decoder | None = None
         self.drafter: Drafter | None = None
         self.kv_cache = recipe.kv_cache
-        self.draft = draft and str(resolve(draft, trust_remote_code=trust).folder)
+        self.draft = None if draft is None else resolve(draft, trust_remote_code=trust).folder
         defaults, given = sampling_in(self.folder), recipe.drawing()
         self.sampling = sampling_with(defaults, given)
         if not self.sampling.temperature:  # 0, or not given
@@ -190,7 +189,7 @@ class Conversation:
         """Load the weights if they are not loaded yet."""
         if self.model is None:
             started = time.perf_counter()
-            self.model = load(self.folder, trust_remote_code=self.trust_remote_code)
+            self.model = load(self.folder)
             self.load_seconds = time.perf_counter() - started
             self.positions = getattr(self.model.config, POSITIONS, None)
 
@@ -266,12 +265,7 @@ class Conversation:
             room = max(tokens, min(ROOM_TOKENS, most, self.positions or tokens))
             self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
             if self.draft is not None:
-                self.drafter = open_drafter(
-                    self.draft,
-                    self.decoder.slots,
-                    self.tokenizer,
-                    trust_remote_code=self.trust_remote_code,
-                )
+                self.drafter = open_drafter(self.draft, self.decoder.slots, self.tokenizer)
         return self.decoder, ONE_CALL
 
 

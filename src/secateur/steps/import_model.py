@@ -65,8 +65,7 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
                     "an adapter needs a model in plain safetensors",
                     remedy="import the model first, then import the result with --adapter",
                 )
-            trust = recipe.trust_remote_code
-            self.reader = MergedReader(folder, Path(recipe.adapter), trust_remote_code=trust)
+            self.reader = MergedReader(folder, Path(recipe.adapter))
         elif recipe.masks is not None:
             self.reader = MaskedReader(self.plain, Path(recipe.masks))
 
@@ -83,15 +82,12 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
     def work(self) -> ImportResult:
         """Write the dense model, count its zeros, and record where they came from."""
         recipe, source, folder = self.recipe, self.run.source, self.run.folder
-        made, trust = folder.fresh_model(), recipe.trust_remote_code
+        made = folder.fresh_model()
         write_dense(self.reader, made, self.run.progress)
         carry_over(source.folder, made, self.plain.config, same_weights=False)
-        StoredModel(  # refuses missing tensors and other shapes
-            build_skeleton(made, trust_remote_code=trust, opened=False), CheckpointReader(made)
-        )
-        audit = audit_checkpoint(
-            made, find_patterns=True, trust_remote_code=trust, progress=self.run.progress
-        )
+        # refuses missing tensors and other shapes
+        StoredModel(build_skeleton(made, opened=False), CheckpointReader(made))
+        audit = audit_checkpoint(made, find_patterns=True, progress=self.run.progress)
         record = self.record(audit)
         write_json(folder.notes / IMPORT, record.to_json())
         if not (folder.notes / MANIFEST).is_file():  # else the model was pruned by secateur

@@ -40,9 +40,11 @@ def inspect(
     from secateur.models.sources import resolve
     from secateur.reporting.diagnose import InspectResult
 
-    trust = trust_remote_code
-    folder = resolve(str(model), trust_remote_code=trust, values=False, progress=progress).folder
-    audit = audit_checkpoint(folder, trust_remote_code=trust, progress=progress)
+    source = resolve(
+        str(model), trust_remote_code=trust_remote_code, values=False, progress=progress
+    )
+    folder = source.folder
+    audit = audit_checkpoint(folder, progress=progress)
     layers = audit.num_hidden_layers
     if layer is not None and not 0 <= layer < layers:
         raise RecipeError(

@@ -209,7 +209,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
                 target.device,
                 recipe.calibration.seed,
                 progress,
-                trust_remote_code=recipe.trust_remote_code,
             )
             prepared = replace(prepared, windows=windows)
         store_choice(folder.work, self.plan.sweep_windows)
@@ -269,7 +268,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
             self.plan.sweep_windows,
             run.folder.work,
             run.progress,
-            trust_remote_code=self.recipe.trust_remote_code,
         )
         if losses is None:
             return None
@@ -393,7 +391,6 @@ def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progr
         folder.model,
         lambda name: tasks[name].method.pattern,
         {name: task.sparsity for name, task in tasks.items()},
-        trust_remote_code=recipe.trust_remote_code,
         progress=progress,
     )
     verify(audit)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from secateur.models.configuration import TrustedFolder
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
@@ -159,9 +160,10 @@ def carry_out(
     """
     meter = Meter.start()  # before any work, so that the cost has all of it
     values: Any = recipe
-    folder = RunFolder(
-        at or values.output, kind.verb, resume=resume, restart=restart, overwrite=overwrite
-    )
+    place = at or values.output
+    if place and getattr(recipe, "trust_remote_code", False):
+        place = TrustedFolder(place)  # the code of the source is copied to the results
+    folder = RunFolder(place, kind.verb, resume=resume, restart=restart, overwrite=overwrite)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     checked = kind.check(recipe)

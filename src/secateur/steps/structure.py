@@ -118,7 +118,7 @@ def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, cut_pl
     open_weights(source.folder)  # refuses what is not read
     if recipe.learned is not None:
         refuse_quantized(source.folder)
-    skeleton = build_skeleton(source.folder, trust_remote_code=recipe.trust_remote_code)
+    skeleton = build_skeleton(source.folder)
     plan = cut_plan.plan_cut(recipe, skeleton)
     cut_plan.check_width(recipe, plan, skeleton)
     if cut_plan.trims_vocabulary(recipe):
@@ -186,7 +186,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
 
             base, notes = trimmed_source(recipe, base, folder.work, progress)
             steps = [notes]
-        trimmed = build_skeleton(base.folder, trust_remote_code=recipe.trust_remote_code)
+        trimmed = build_skeleton(base.folder)
         plan = cut_plan.plan_cut(recipe, trimmed) if steps else self.plan
         windows, latency = self._windows(base, trimmed.config, plan), None
         if recipe.decode_latency is not None:
@@ -252,12 +252,12 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         if not (plan.cuts or recipe.decode_latency or recipe.distillation.epochs):
             none = torch.empty((0, 0), dtype=torch.int64)
             return RunWindows(none, none, {})
-        file, trust, options = work / WINDOWS, recipe.trust_remote_code, recipe.calibration
+        file, options = work / WINDOWS, recipe.calibration
         if file.exists():
             return RunWindows.load(file, config)
-        reader = WindowReader.of_folder(base.folder, config, trust_remote_code=trust)
+        reader = WindowReader.of_folder(base.folder, config)
         return RunWindows.cut(reader, options, recipe.distillation).complete(
-            work, base.folder, self.device, options.seed, self.run.progress, trust_remote_code=trust
+            work, base.folder, self.device, options.seed, self.run.progress
         )
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
@@ -266,19 +266,17 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         from secateur.training.distillation import DistillationData
         from secateur.training.distilled_checkpoint import distill_checkpoint
 
-        recipe, folder, trust = self.recipe, self.run.folder, self.recipe.trust_remote_code
+        recipe, folder = self.recipe, self.run.folder
         how, reader = recipe.distillation, open_weights(base.folder)
         progress = self.run.progress
-        dense = CheckpointTarget(reader, None, self.device, trust_remote_code=trust)
-        dense = teacher_of(how, dense, progress, trust) or dense
+        dense = CheckpointTarget(reader, None, self.device)
+        dense = teacher_of(how, dense, progress) or dense
         size = stored_choice(folder.work)
         if size is None:  # planned with two models of the uncut size
             size = choose_sweeps(how, dense, windows.all, {}, recipe.memory.max_bytes)
             store_choice(folder.work, size)
         data = DistillationData(windows.all, how, recipe.calibration.seed)
-        return distill_checkpoint(
-            dense, folder.model, None, data, size, folder.work, progress, trust_remote_code=trust
-        )
+        return distill_checkpoint(dense, folder.model, None, data, size, folder.work, progress)
 
     def _structure(
         self, steps: list[dict[str, Any]], latency: dict[str, Any] | None
@@ -289,7 +287,6 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
             self.run.source.folder,
             self.run.folder.model,
             steps[-1],
-            trust_remote_code=self.recipe.trust_remote_code,
         )
         if found.varied:
             log.warning(VARIED)

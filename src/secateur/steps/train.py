@@ -191,15 +191,14 @@ def _train(setup: TrainingSetup, work: Path, progress: Progress) -> tuple[Outcom
     # Weights are not rounded between the rounds of iterative pruning. Several processes divide
     # the model while they load it, so it is in float32 from the beginning.
     dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
-    trust = recipe.trust_remote_code
-    model = load(setup.source.folder, ranks, dtype=dtype, trust_remote_code=trust)
+    model = load(setup.source.folder, ranks, dtype=dtype)
     return setup.train(model, work, progress)
 
 
 def _checked_together(setup: TrainingSetup, model: Path, masks: Masks) -> Training:
     """Check the written zeros, and read the record. Every process has a part of the masks."""
     setup.processes.wait()  # the first one may still write
-    saved.check_written(model, masks, trust_remote_code=setup.recipe.trust_remote_code)
+    saved.check_written(model, masks)
     last = _read_trainings(model / NOTES)[-1]
     setup.processes.wait()  # before the first one gives the folder another name
     return last
@@ -268,18 +267,18 @@ def _write(run: RunContext, setup: TrainingSetup, masks: Masks, outcome: Outcome
     recipe, source, folder, place = setup.recipe, setup.source.folder, run.folder, outcome.folder
     assert place is not None
     training = _record(setup, outcome, run.meter)
-    made, trust = folder.fresh_model(), recipe.trust_remote_code
+    made = folder.fresh_model()
     with saved.open_tensors(place / "final.safetensors") as values:
         if recipe.lora is not None:  # the whole model is in memory, as in the training
-            model = load_whole(source, torch.device("cpu"), trust_remote_code=trust)
+            model = load_whole(source, torch.device("cpu"))
             masks.apply(model)  # an adapter takes the zeros of the weight as its mask
             adapted = lora.attach(model, recipe.lora)
             for name, value in values.items():
                 adapted.get_base_model().get_parameter(name).data.copy_(value)
             values = dict(lora.merge(adapted).named_parameters())
-        saved.write_trained(source, values, made, run.progress, trust_remote_code=trust)
+        saved.write_trained(source, values, made, run.progress)
     carry_over(source, made, read_configuration(source), same_weights=False)
-    audit = audit_checkpoint(made, trust_remote_code=trust, progress=run.progress)
+    audit = audit_checkpoint(made, progress=run.progress)
     result = {**training.result, "decoder_sparsity": audit.sparsity}
     training = training.model_copy(update={"result": result})
     # `carry_over` has copied the notes of the source, so earlier trainings are in the list

@@ -146,14 +146,13 @@ def share_survey(recipe: StructureRecipe, ranks: Ranks) -> None:
         file = Path(job["windows"])
         if not file.exists():
             refuse_another_disk(ranks.rank, file)
-        trust = recipe.trust_remote_code
-        source = sources.resolve(recipe.model, dtype=recipe.dtype, trust_remote_code=trust)
+        source = sources.resolve(
+            recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+        )
         reader = opening.open_weights(source.folder)
         if reader.tensor_digest != job["source"]:
             refuse_another_model(ranks.rank, source.folder)
-        target = CheckpointTarget(
-            reader, None, choose_device(recipe.device), trust_remote_code=trust
-        )
+        target = CheckpointTarget(reader, None, choose_device(recipe.device))
         tokens = recipe.memory.micro_batch_tokens
         survey.expert_use(target, load_windows(file), tokens, Silent(), ranks)
 
@@ -226,15 +225,15 @@ def choose_width(context: CutContext, folder: Path) -> Found:
     the choice. Some dead units stay, so that all layers have one size.
     """
     recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
-    allocation, trust = recipe.allocation or "uniform", recipe.trust_remote_code
+    allocation = recipe.allocation or "uniform"
     _prune_units(
         context, folder, made, allocation, lambda prepared: over_width(prepared, recipe, plan)
     )
-    cut = cut_from_zeros(checkpoint.CheckpointReader(made), trust_remote_code=trust)
+    cut = cut_from_zeros(checkpoint.CheckpointReader(made))
     how = {"score": _score_of(recipe), "solver": recipe.solver, "allocation": allocation}
     if allocation != "uniform":
         return cut, how, made
-    sizes = sizes_of(skeleton.build_skeleton(made, trust_remote_code=trust))
+    sizes = sizes_of(skeleton.build_skeleton(made))
 
     def evened(kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]) -> dict[int, Any]:
         most = max(map(len, kept.values()), default=0)
@@ -261,11 +260,8 @@ def choose_queries(context: CutContext, folder: Path) -> Found:
         return _over_units(prepared, {reader: 1 - heads / each}, {reader: pattern}, {}, ())
 
     _prune_units(context, folder, made, "uniform", over_heads)
-    trust = recipe.trust_remote_code
-    cut = cut_from_zeros(
-        checkpoint.CheckpointReader(made), kinds=("queries",), trust_remote_code=trust
-    )
-    sizes = sizes_of(skeleton.build_skeleton(made, trust_remote_code=trust))
+    cut = cut_from_zeros(checkpoint.CheckpointReader(made), kinds=("queries",))
+    sizes = sizes_of(skeleton.build_skeleton(made))
     found: dict[int, tuple[int, ...]] = {}
     for layer, kept in cut.queries.items():
         starts = range(0, sizes.queries[layer], sizes.heads_per_group)
@@ -338,7 +334,8 @@ def plan_width_run(recipe: StructureRecipe, plan: CutPlan, folder: Path) -> Prun
         "calibration": recipe.calibration.model_dump(),
     }
     pruning = build_recipe(PruneRecipe, values)
-    trust = recipe.trust_remote_code
-    source = sources.resolve(pruning.model, dtype=pruning.dtype, trust_remote_code=trust)
+    source = sources.resolve(
+        pruning.model, dtype=pruning.dtype, trust_remote_code=recipe.trust_remote_code
+    )
     prepared = over_width(prepare(pruning, source, only_plan=True), recipe, plan)
     return choose_plan(prepared, prepared.tasks(), recipe.memory)[0]

@@ -83,9 +83,7 @@ class CutContext:
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:
         """Open a model folder to read, or with a copy that receives new weights."""
-        trust = self.recipe.trust_remote_code
-        reader = open_weights(folder)
-        return CheckpointTarget(reader, output, self.device, trust_remote_code=trust)
+        return CheckpointTarget(open_weights(folder), output, self.device)
 
     def scratch(self, name: str) -> Path:
         """The folder for the intermediate files of a step."""
@@ -137,7 +135,6 @@ def cut_step(
                 kept,
                 cut,
                 partial,
-                trust_remote_code=context.recipe.trust_remote_code,
                 progress=context.progress,
             )
             write_notes(partial, {"step": name, "cut": cut.to_json(), **how, **found.to_json()})

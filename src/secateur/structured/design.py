@@ -595,9 +595,7 @@ def _kind_of(
     return "ffn" if inner.startswith(tuple(f"{x}." for x in couplings.ffn)) else "other"
 
 
-def verified(
-    skeleton: Any, source: Path, made: Path, promised: Mapping[str, Any], *, trust_remote_code: bool
-) -> Accounting:
+def verified(skeleton: Any, source: Path, made: Path, promised: Mapping[str, Any]) -> Accounting:
     """Count the parameters of a written model, and compare them with the notes of the last step.
 
     Args:
@@ -605,12 +603,11 @@ def verified(
         source: its folder.
         made: folder of the cut model.
         promised: the notes of the last step.
-        trust_remote_code: whether code from the folder may run.
 
     Raises:
         VerificationError: the numbers differ.
     """
-    written = skeletons.build_skeleton(made, trust_remote_code=trust_remote_code)
+    written = skeletons.build_skeleton(made)
     before, after = (
         accounting(skeleton, units.Cut()).before,
         accounting(written, units.Cut()).before,

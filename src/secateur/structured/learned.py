@@ -313,7 +313,7 @@ class DomainLoading:
 
 def choose_learned(context: CutContext, folder: Path) -> Found:
     """Learn which units to keep. Return the cut, its notes, and the folder of the weights."""
-    how, trust = context.recipe.learned, context.recipe.trust_remote_code
+    how = context.recipe.learned
     assert how is not None
     work, seed = context.scratch("learned"), context.recipe.calibration.seed
     # the loss rises while the gates close, so a rising loss does not end the training
@@ -329,7 +329,7 @@ def choose_learned(context: CutContext, folder: Path) -> Found:
     windows = {name: ids[held_out:] for name, ids in domains.items()}
     batches = Batches(torch.cat(list(windows.values())), how.batch, seed)
     _check_fits(context, folder, batches, plan)
-    model = load_whole(folder, context.device, trust_remote_code=trust)
+    model = load_whole(folder, context.device)
     gates = LearnedMasks(model, _targets_of(context), seed, how.mask_learning_rate)
     loss, hooks, notes = next_token(model), list[Hook]([gates]), dict[str, Any]()
 
@@ -357,7 +357,7 @@ def choose_learned(context: CutContext, folder: Path) -> Found:
     made = context.work / "learned-weights"
     shutil.rmtree(made, ignore_errors=True)
     with whole_folder(made) as partial_folder, open_tensors(work / "final.safetensors") as trained:
-        write_trained(folder, trained, partial_folder, trust_remote_code=trust)
+        write_trained(folder, trained, partial_folder)
     return cut, notes, made
 
 
@@ -388,8 +388,8 @@ def _domains_of(context: CutContext, work: Path) -> dict[str, Windows]:
     """The windows of calibration and of other domains. A resumed run reads its own files."""
     recipe, windows = context.recipe, context.windows
     config = context.target(context.source).model.config
-    trust, length = recipe.trust_remote_code, int(windows.shape[1])
-    reader = WindowReader.of_folder(context.source, config, trust_remote_code=trust)
+    length = int(windows.shape[1])
+    reader = WindowReader.of_folder(context.source, config)
     found: dict[str, Tensor] = {recipe.calibration.source: windows}
     assert recipe.learned is not None
     for number, text in enumerate(recipe.learned.domains):
@@ -412,8 +412,7 @@ def _domains_of(context: CutContext, work: Path) -> dict[str, Windows]:
 def _check_fits(context: CutContext, folder: Path, batches: Batches, plan: TrainingPlan) -> None:
     """Refuse a training that does not fit in memory."""
     target, windows = context.target(folder), batches.windows
-    trust = context.recipe.trust_remote_code
-    recipe = TrainRecipe(model=str(folder), batch=batches.size, trust_remote_code=trust)
+    recipe = TrainRecipe(model=str(folder), batch=batches.size)
     needed = plan_needs(recipe, target, None, windows, plan, ProcessGroup(context.device))
     # Tokens of one forward; activations of so many are alive in the backward.
     tokens = min(plan.at_once(windows.shape[1]), batches.size) * windows.shape[1]

@@ -85,7 +85,6 @@ def cut_checkpoint(
     cut: Cut,
     output_folder: Path,
     *,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Accounting:
     """Write the cut model of a checkpoint, with one tensor in memory.
@@ -97,7 +96,6 @@ def cut_checkpoint(
         folder: the checkpoint.
         cut: what is kept.
         output_folder: of the new checkpoint.
-        trust_remote_code: whether code that comes with the checkpoint may run.
         progress: advances with every tensor.
 
     Raises:
@@ -112,7 +110,7 @@ def cut_checkpoint(
             remedy="choose another --output",
         )
     reader = opening.open_weights(folder)
-    model = skeleton.build_skeleton(folder, trust_remote_code=trust_remote_code)
+    model = skeleton.build_skeleton(folder)
     made = design(model, cut)
     stored = skeleton.stored_names(model, reader, split=False)
     edits = _stored_edits(made, stored, reader)
@@ -379,9 +377,7 @@ def _with_new_number(name: str, found: re.Match[str] | None, kept: list[int]) ->
     return f"{name[: found.start(1)]}{kept.index(int(found[1]))}{name[found.end(1) :]}"
 
 
-def cut_from_zeros(
-    pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons"), trust_remote_code: bool = False
-) -> Cut:
+def cut_from_zeros(pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons")) -> Cut:
     """The cut that keeps the units of a pruned model whose consumer columns are not all zero.
 
     A sub-block without such units is removed. But if the bias of its consumer is not zero, its
@@ -390,7 +386,6 @@ def cut_from_zeros(
     Args:
         pruned: a `CheckpointReader`, or a loaded model.
         kinds: of units: `groups` or `queries`, and `neurons`.
-        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
         ArchitectureError: the family declares no couplings.
@@ -398,7 +393,7 @@ def cut_from_zeros(
     model, reader = pruned, None
     if isinstance(pruned, checkpoint.CheckpointReader):
         reader = pruned
-        model = skeleton.build_skeleton(reader.folder, trust_remote_code=trust_remote_code)
+        model = skeleton.build_skeleton(reader.folder)
     architecture, sizes = describe(model), sizes_of(model)
     couplings = couplings_of(architecture)
     stored = {} if reader is None else skeleton.stored_names(model, reader)

@@ -119,7 +119,6 @@ def _trim_vocabulary(
     size: int | None,
     *,
     where: str,
-    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write a checkpoint without the tokens that a text does not need.
@@ -129,9 +128,9 @@ def _trim_vocabulary(
     Returns:
         Numbers of tokens, of documents that keep their tokens, and of parameters.
     """
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder)
     pieces = pieces_of(read_tokenizer(folder), str(folder))
-    skeleton = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+    skeleton = build_skeleton(folder, opened=False)
     tables = _token_tables(skeleton)
     rows = tables.rows
     progress.start("counting tokens", -(-len(documents) // BATCH))
@@ -156,9 +155,9 @@ def _trim_vocabulary(
     with writing(output):
         _write_files(folder, output, pieces, kept, tables)
     write_tensors(reader, edits, output, progress)
-    same = _check_tokens(folder, output, documents, kept, trust_remote_code, progress)
+    same = _check_tokens(folder, output, documents, kept, progress)
     before = accounting(skeleton, Cut()).before
-    made = build_skeleton(output, trust_remote_code=trust_remote_code)
+    made = build_skeleton(output)
     varied = hasattr(skeleton.config, "secateur_cut")
     return {
         "tokens_before": rows,
@@ -212,11 +211,10 @@ def _check_tokens(
     partial: Path,
     documents: Sequence[Document],
     kept: tuple[int, ...],
-    trust: bool,
     progress: Progress,
 ) -> int:
     """Encode every document with both tokenizers. Return how many keep all their tokens."""
-    old, new = (load_tokenizer(x, trust_remote_code=trust) for x in (folder, partial))
+    old, new = (load_tokenizer(x) for x in (folder, partial))
     number = {before: after for after, before in enumerate(kept)}  # new ids by old ones
     progress.start("checking tokens", 2 * -(-len(documents) // BATCH))
     same = 0
@@ -474,7 +472,6 @@ def trimmed_source(
                 documents,
                 recipe.vocabulary_size,
                 where=text,
-                trust_remote_code=recipe.trust_remote_code,
                 progress=progress,
             )
             by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"

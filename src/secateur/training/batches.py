@@ -142,11 +142,11 @@ def read_training_text(
             than the model's context.
     """
     length = recipe.sequence_length or min(LENGTH, positions_of(config) or LENGTH)
-    start = start_tokens_of(folder, trust_remote_code=recipe.trust_remote_code)
+    start = start_tokens_of(folder)
     windows, answers = _windows_of(recipe, folder, length, config)
     validation, watched, judged = None, "none", None
     if recipe.validation_windows and recipe.validation_text is not None:
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = load_tokenizer(folder)
         text = read_text(recipe.validation_text)
         validation, judged = window_rules.evaluation_with_answers(
             text.text,
@@ -221,7 +221,7 @@ def _windows_of(
     Several texts contribute equally: each gives as many windows as the shortest, alternating. In a
     mix with conversations, all tokens of a text count as answers.
     """
-    reader = WindowReader.of_folder(folder, config, trust_remote_code=recipe.trust_remote_code)
+    reader = WindowReader.of_folder(folder, config)
     plan = window_rules.WindowPlan(-(-recipe.windows // len(recipe.text)), length, recipe.seed)
     read = [
         reader.read_up_to(text, plan, recipe.field, answers=recipe.answers_only is not False)

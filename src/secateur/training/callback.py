@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from secateur.errors import RecipeError, VerificationError
+from secateur.models.configuration import trusted_folder
 from secateur.training.masks import Masks, first_names, is_shared, local, masks_in
 
 
@@ -41,8 +42,7 @@ class SecateurCallback(TrainerCallback):
     """
 
     def __init__(self, masks: str | Path | None = None, *, trust_remote_code: bool = False) -> None:
-        self.source = None if masks is None else Path(masks)
-        self.trust_remote_code = trust_remote_code
+        self.source = None if masks is None else trusted_folder(masks, trust_remote_code)
         self.masks = Masks({})
         self.hooks: list[Any] = []
 
@@ -86,7 +86,6 @@ class SecateurCallback(TrainerCallback):
         return masks_in(
             self.source,
             model,
-            trust_remote_code=self.trust_remote_code,
             sums=partial(_sum_over_processes, model=model),
         )
 

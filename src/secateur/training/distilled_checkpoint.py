@@ -77,8 +77,6 @@ def distill_checkpoint(
     sweep_windows: int,
     work: Path,
     progress: Progress,
-    *,
-    trust_remote_code: bool,
 ) -> dict[str, float] | None:
     """Let a smaller checkpoint learn from the dense one, and overwrite its weights.
 
@@ -95,15 +93,12 @@ def distill_checkpoint(
         sweep_windows: number of windows in a sweep with one layer in memory; 0 for both models.
         work: folder of the work; a stopped run resumes.
         progress: receives every step.
-        trust_remote_code: whether code from both folders may run.
 
     Returns:
         The losses, as `distill` returns them; None if nothing learns.
     """
-    reader, saved, trust = open_weights(folder), work / FOLDER, trust_remote_code
-    made = CheckpointTarget(
-        reader, None, dense.device, dtype=torch.float32, trust_remote_code=trust
-    )
+    reader, saved = open_weights(folder), work / FOLDER
+    made = CheckpointTarget(reader, None, dense.device, dtype=torch.float32)
     layers = list(range(len(made.layers)))
     if tasks is not None and data.options.teacher is None:
         layers = distillation.pruned_layers(made, tasks)
@@ -118,8 +113,8 @@ def distill_checkpoint(
 
     def learn_whole() -> dict[str, float]:
         device, fast = dense.device, fast_dtype(dense.device)
-        teacher = load_whole(dense.reader.folder, device, dtype=fast, trust_remote_code=trust)
-        model = load_whole(folder, device, trust_remote_code=trust)
+        teacher = load_whole(dense.reader.folder, device, dtype=fast)
+        model = load_whole(folder, device)
         open_experts(model)  # its parameters get the names in the skeleton
         student = student_of(model, layers)
         if tasks is None:

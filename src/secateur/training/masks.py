@@ -320,7 +320,6 @@ def masks_in(
     place: Path,
     model: Any,
     *,
-    trust_remote_code: bool,
     regrows: bool = False,
     sums: Callable[[Sequence[float]], list[float]],
 ) -> Masks:
@@ -329,7 +328,6 @@ def masks_in(
     Args:
         place: a file of masks, or the folder of a pruned model.
         model: the model with its initial weights; it may be sharded.
-        trust_remote_code: whether code that comes with the folder may run.
         regrows: whether zeros that the masks do not hold may become nonzero.
         sums: adds up each number over all processes that share the model.
 
@@ -338,7 +336,7 @@ def masks_in(
             none.
         SourceError: the file holds no masks.
     """
-    found = _zeros_of_folder(place, model, trust_remote_code) if place.is_dir() else None
+    found = _zeros_of_folder(place, model) if place.is_dir() else None
     masks = Masks.given(model, found or stored_masks(place), full=False)
     weights, counts = matrices(model), list[float]()
     for name, weight in weights.items():
@@ -370,13 +368,13 @@ def masks_in(
     return masks
 
 
-def _zeros_of_folder(folder: Path, model: Any, trust: bool) -> Iterator[tuple[str, Tensor]]:
+def _zeros_of_folder(folder: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the nonzero masks of the matrices of a checkpoint, one at a time.
 
     Raises:
         RecipeError: its matrices differ from the model's.
     """
-    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
+    skeleton = build_skeleton(folder, opened=False)
     stored = StoredModel(skeleton, CheckpointReader(folder))
     there, own = (set(matrices(x)) for x in (skeleton, model))
     if there != own:

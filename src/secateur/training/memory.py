@@ -84,7 +84,7 @@ def plan_needs(
     # a block of logits, and the gradient of the last hidden states, float32
     logits = LOGITS_BYTES + 4 * micro.numel() * hidden_size(model)
     forward = _forward_bytes(target, micro, plan, processes.device)
-    taught = 0 if teacher is None else _teacher_bytes(teacher, processes, recipe.trust_remote_code)
+    taught = 0 if teacher is None else _teacher_bytes(teacher, processes)
     products = sum(4 * math.prod(linear.shape) for linear in adapted)
     masked = sum(math.prod(p.shape) for p in masks.matrices(model).values()) // ranks  # bool
     # gradients and moments, float32
@@ -136,13 +136,13 @@ def _moments_of(plan: TrainingPlan) -> int:
     return len(list(masks.moments(optimizer, weight)))
 
 
-def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup, trust: bool) -> int:
+def _teacher_bytes(teacher: LocalCheckpoint, processes: ProcessGroup) -> int:
     """The size of a teacher's weights in one process.
 
     Each of several processes has a part of the decoder layers, one whole layer, and everything
     outside the layers.
     """
-    model = build_skeleton(teacher.folder, trust_remote_code=trust)
+    model = build_skeleton(teacher.folder)
     dtype, stored = fast_dtype(processes.device) or model.dtype, CheckpointReader(teacher.folder)
     weights = sum(math.prod(entry.shape) for entry in stored.entries.values())
     if processes.count > 1:

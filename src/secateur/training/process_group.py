@@ -205,7 +205,6 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     apart: bool = True,
-    trust_remote_code: bool = False,
 ) -> Any:
     """Load a transformers model in eval mode, and divide it if there are several processes.
 
@@ -217,16 +216,13 @@ def load(
         processes: the processes.
         dtype: dtype of the parameters; None keeps the stored one.
         apart: see `ProcessGroup.shard`.
-        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         CheckpointError: a parameter is not stored.
     """
     if processes.count == 1:
-        return load_whole(
-            folder, processes.device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    model = build_skeleton(folder, trust_remote_code=trust_remote_code, opened=False)
+        return load_whole(folder, processes.device, dtype=dtype)
+    model = build_skeleton(folder, opened=False)
     stored = StoredModel(model, CheckpointReader(folder))
     names = {group[0]: group for group in aliases(model)}
 

@@ -231,8 +231,6 @@ def write_trained(
     trained: Mapping[str, Tensor],
     made: Path,
     progress: Progress | None = None,
-    *,
-    trust_remote_code: bool,
 ) -> None:
     """Write a copy of a checkpoint with new values of trained parameters, one tensor at a time.
 
@@ -244,9 +242,8 @@ def write_trained(
         trained: the new values, by the names in the transformers model.
         made: the folder of the copy.
         progress: receives the copied files.
-        trust_remote_code: whether code from the checkpoint may run.
     """
-    stored = _stored_model(source, trust_remote_code)
+    stored = _stored_model(source)
     copy = PatchedCopy(stored.reader, made)
     copy.create(progress)
     for name, tensor in stored.written(trained):
@@ -254,13 +251,13 @@ def write_trained(
     copy.sync()
 
 
-def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False) -> None:
+def check_written(folder: Path, masks: Masks) -> None:
     """Read a trained checkpoint again, one parameter at a time. Each process checks its part.
 
     Raises:
         VerificationError: a pruned weight is not zero.
     """
-    stored = _stored_model(folder, trust_remote_code)
+    stored = _stored_model(folder)
     for name, mask in masks.kept.items():
         # each process has read the rows that it holds, and compares them with its part of the mask
         rows = rows_of(mask) if is_shared(mask) else slice(None)
@@ -274,10 +271,9 @@ def check_written(folder: Path, masks: Masks, *, trust_remote_code: bool = False
             )
 
 
-def _stored_model(folder: Path, trust: bool) -> StoredModel:
+def _stored_model(folder: Path) -> StoredModel:
     """The parameters of a checkpoint in the names of the transformers model."""
-    skeleton = build_skeleton(folder, trust_remote_code=trust, opened=False)
-    return StoredModel(skeleton, CheckpointReader(folder))
+    return StoredModel(build_skeleton(folder, opened=False), CheckpointReader(folder))
 
 
 def write_whole(

@@ -15,6 +15,7 @@ from secateur.errors import RecipeError
 from secateur.machine import fast_dtype
 from secateur.models import architecture, skeleton, tokenizer
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import trusted_folder
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
@@ -62,7 +63,7 @@ class TrainingSetup:
         progress: Progress,
     ) -> None:
         self.recipe, self.source, self.processes = recipe, source, processes
-        trust, ways = recipe.trust_remote_code, ("gradual", "iterative", "lora")
+        ways = "gradual", "iterative", "lora"
         given = [name for name in ways if getattr(recipe, name) is not None]
         if given and processes.count > 1:
             raise RecipeError(
@@ -70,7 +71,7 @@ class TrainingSetup:
                 remedy="start the command without torchrun or accelerate launch",
             )
         reader = CheckpointReader(source.folder)
-        self.target = CheckpointTarget(reader, None, processes.device, trust_remote_code=trust)
+        self.target = CheckpointTarget(reader, None, processes.device)
         progress.start("reading training text", 1)
         config = self.target.model.config
         self.batches, self.validation, self.text = read_training_text(recipe, source.folder, config)
@@ -79,10 +80,8 @@ class TrainingSetup:
         self.plan = _plan_of(recipe, self.target.model, len(windows))
         self.teacher = None
         if recipe.teacher is not None:
-            self.teacher = resolve(recipe.teacher, trust_remote_code=trust)
-            tokenizer.refuse_other_words(
-                source.folder, self.teacher.folder, trust_remote_code=trust
-            )
+            self.teacher = resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
+            tokenizer.refuse_other_words(source.folder, self.teacher.folder)
         self.needs = plan_needs(
             recipe,
             self.target,
@@ -144,9 +143,8 @@ class TrainingSetup:
         if recipe.mask is None:
             return Masks.of(model)
         return masks.masks_in(
-            Path(recipe.mask),
+            trusted_folder(recipe.mask, recipe.trust_remote_code),
             model,
-            trust_remote_code=recipe.trust_remote_code,
             regrows=bool(recipe.gradual or recipe.iterative),  # pruning keeps the zeros itself
             sums=self.processes.sums,
         )
@@ -172,7 +170,6 @@ class TrainingSetup:
                 processes,
                 dtype=fast_dtype(processes.device),
                 apart=False,  # the loss applies its head after its forward
-                trust_remote_code=recipe.trust_remote_code,
             )
             teacher: objectives.Teacher = objectives.ModelTeacher(loaded)
             depth = len(architecture.describe(loaded).layers(loaded))

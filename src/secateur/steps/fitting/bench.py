@@ -94,7 +94,7 @@ def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint
     for text in texts_of(recipe.calibration.source):
         check_text(text)
     refuse_quantized(source.folder)
-    return PackableCheckpoint.open(source.folder, trust_remote_code=recipe.trust_remote_code)
+    return PackableCheckpoint.open(source.folder)
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,10 @@ class FitBench:
         self.recipe, self.model, self.costs, self.run = recipe, model, costs, run
         self.source, self.progress, self.work = run.source, run.progress, run.folder.work
         self.time = TimeBudget(recipe.minutes, self.work / "pace.json", run.meter.started)
-        device, trust = choose_device(recipe.device), recipe.trust_remote_code
-        self.target = CheckpointTarget(model.reader, None, device, trust_remote_code=trust)
+        self.target = CheckpointTarget(model.reader, None, choose_device(recipe.device))
         files = [self.work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
         config = self.target.model.config
-        WindowReader.of_folder(self.source.folder, config, trust_remote_code=trust).save_parts(
+        WindowReader.of_folder(self.source.folder, config).save_parts(
             str(recipe.calibration.source),
             recipe.calibration,
             files,
@@ -176,8 +175,7 @@ class FitBench:
         )
         self.windows_file = files[0]
         self.choosing, self.judging = (
-            LossComparison(self.target, file, self.progress, trust_remote_code=trust)
-            for file in files[1:]
+            LossComparison(self.target, file, self.progress) for file in files[1:]
         )
         self.windows = cut_windows(self.choosing.windows, self.choosing.windows.numel())
         self.dense = self._evaluator(self.target, None)
@@ -366,7 +364,7 @@ class FitBench:
 
     @torch.no_grad()
     def _running(self, folder: Path) -> float:
-        model = load(folder, trust_remote_code=self.recipe.trust_remote_code)
+        model = load(folder)
         self.dense.pass_dense()
         total = 0.0
         with self.dense.outside():
@@ -468,7 +466,7 @@ def check_running(
     if recipe.max_inference_memory is not None:
         most, held = bytes_of(recipe.max_inference_memory), 0
         if failure is None:
-            shape = counted("", build_skeleton(folder, trust_remote_code=recipe.trust_remote_code))
+            shape = counted("", build_skeleton(folder))
             # the process that was measured had a short text
             grown = shape.held_bytes(recipe.context_length, "cpu")
             grown -= shape.held_bytes(PROMPT_TOKENS + NEW_TOKENS, "cpu")

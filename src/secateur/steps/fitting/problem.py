@@ -373,7 +373,7 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
     files, reader = FILES[recipe.target], model.reader
     kinds, times = [CostKind(SIZE, files.rest(model), _limit(recipe.max_size))], None
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
-        skeleton = build_skeleton(reader.folder, trust_remote_code=recipe.trust_remote_code)
+        skeleton = build_skeleton(reader.folder)
     if recipe.max_inference_memory is not None:
         others = [e for name, e in reader.entries.items() if name not in model.matrices]
         rest = sum(2 * entry.size_bytes // entry.dtype.itemsize for entry in others)  # bfloat16

@@ -182,7 +182,6 @@ def _of_embeddings(bench: FitBench) -> dict[str, float]:
         folder = bench.work / f"head-{values}"
         readers = round_head(recipe, target, gram_of, folder, bench.progress)
         reader = MixedReader.of(bench.model.reader, readers)
-        trust = bench.recipe.trust_remote_code
-        rounded = CheckpointTarget(reader, None, target.device, trust_remote_code=trust)
+        rounded = CheckpointTarget(reader, None, target.device)
         found[values] = max(bench.divergence_of(rounded, f"embeddings {values}"), 0.0)
     return found
