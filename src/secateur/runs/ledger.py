@@ -1,7 +1,7 @@
 """The ledger of a run has one line for each finished layer, so that a killed run can resume.
 
-A line is written only after the layer's weights and the next layer's inputs are on disk. A line
-that a kill has cut off is dropped, and its layer is repeated.
+A line is written only after the layer's weights are on disk, and the next layer's inputs if they
+are stored. A line that a kill has cut off is dropped, and its layer is repeated.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ class Ledger:
             whole += len(line)
         os.truncate(self.file, whole)
         return len(self.layers)
+
+    def back_to(self, count: int) -> None:
+        """Drop all lines but those of the first `count` layers."""
+        if len(self.entries) == count:
+            return
+        kept, self.entries = self.entries[:count], []
+        self.begin()
+        for entry in kept:
+            self.append(entry)
 
     def finish_layer(self, layer: Layer) -> None:
         """Record a finished layer."""

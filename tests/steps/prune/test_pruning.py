@@ -16,11 +16,14 @@ from weight_files import digest
 from zoo import CONFIGS, matrices, tiny_model, tiny_windows, weight_of
 
 import secateur
+from secateur.calibration.windows import save_windows
 from secateur.errors import RecipeError, VerificationError
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.recipe_files import read_recipe_file
+from secateur.runs.ledger import Ledger
+from secateur.runs.records import Layer
 from secateur.sparsity.methods import Method
 from secateur.sparsity.solvers import Solution
 from secateur.steps.prune import Prune
@@ -145,6 +148,39 @@ def test_asymmetric_fitting_goes_on_wherever_it_stopped(
         left[0] = 0
         secateur.prune(tmp_path / "source", output=out, resume=True, **common)
         assert digest(out) == digest(tmp_path / "whole"), stops[number]
+
+
+@pytest.mark.parametrize(("stopped", "again"), [(2, 0), (5, 4)])
+def test_layers_that_are_cheaper_to_repeat_than_to_store_are_repeated(
+    stopped: int, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states four times as large as a layer are stored for every fourth layer."""
+    tiny_model("llama", num_hidden_layers=6).save_pretrained(tmp_path / "source")
+    save_windows(tiny_windows(200), tmp_path / "windows.safetensors")
+    common: dict[str, Any] = {"method": "wanda", "sparsity": 0.5}
+    common["calibration"] = tmp_path / "windows.safetensors"
+    finish, finished, stop = Ledger.finish_layer, list[int](), [-1]
+
+    def finishing(self: Ledger, layer: Layer) -> None:
+        if layer.layer == stop[0]:
+            raise StoppedError
+        finish(self, layer)
+        finished.append(layer.layer)
+
+    monkeypatch.setattr(Ledger, "finish_layer", finishing)
+    secateur.prune(tmp_path / "source", output=tmp_path / "whole", **common)
+    stop[0], out = stopped, tmp_path / "out"
+    with pytest.raises(StoppedError):
+        secateur.prune(tmp_path / "source", output=out, **common)
+    stored = (tmp_path / "out.partial" / "work").glob("inputs-*")
+    assert [file.name[:11] for file in stored] == [f"inputs-{again:04d}"]
+    stop[0] = -1
+    finished.clear()
+    secateur.prune(tmp_path / "source", output=out, resume=True, **common)
+    assert finished == [*range(again, 6)]
+    lines = (out / "secateur" / "layers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["layer"] for line in lines] == [*range(6)]
+    assert digest(out) == digest(tmp_path / "whole")
 
 
 def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: Path) -> None:

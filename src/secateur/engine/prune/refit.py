@@ -160,8 +160,8 @@ class Refit:
                 cut.advance(place + 1)
         seconds = time.perf_counter() - started
         self.ledger.finish_layer(Layer(layer=place, seconds=seconds, linears=()))
-        dense.forget(index)
-        cut.forget(place)
+        dense.forget_before(index + 1 + gap)
+        cut.forget_before(place + 1)
 
     @contextmanager
     def _stream_after(

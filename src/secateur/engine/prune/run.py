@@ -62,10 +62,9 @@ def prune_layers(
     count, opened = len(target.layers), None
     forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
     if stream is not None and forwards and done < count:
-        opened = stream.open(done, dense=settings.dense_needed)
+        opened = stream.open(done, dense=settings.dense_needed, rarely=True)
         done = opened.start
-        if done == 0:  # also if the hidden states of a stopped run are lost
-            ledger.begin()
+        ledger.back_to(done)
     for entry in ledger.layers:
         tasks = left_dense(tasks, entry.unseen)
     kinds = set[Hashable]()
@@ -162,7 +161,7 @@ def finish_layer(
     ledger.finish_layer(Layer(layer=index, seconds=seconds, linears=records, **given))
     settings.ranks.wait()  # the ledger of the first process has its line
     if opened is not None:
-        opened.forget(index)
+        opened.forget_before(index + 1)
     # The last layer's forwards end early, because nothing reads their outputs.
     layer.progress.step(_steps(settings, opened) - layer.steps_taken, note=f"layer {index}")
     what = ", ".join(f"{name} lost {share:.1%} of its output" for name, share in lost.items())

@@ -20,6 +20,9 @@ from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.models.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 
+_STORED_EVERY = 4
+"""The most layers that a stopped run repeats."""
+
 
 def _nothing() -> None:
     """Report nothing."""
@@ -97,22 +100,25 @@ class CalibrationStream:
         """How a layer is called for a micro-batch."""
         return self.outer.call(index, range(batch.start, batch.stop))
 
-    def open(self, start: int = 0, *, dense: bool = False) -> OpenStream:
-        """Make the inputs of layer `start` ready, or else those of layer 0.
+    def open(self, start: int = 0, *, dense: bool = False, rarely: bool = False) -> OpenStream:
+        """Make the inputs of layer `start` ready, or those of the last one before it that a stopped
+        run has stored, or else those of layer 0.
 
         Args:
-            start: the layer to resume from, if an earlier run stored its inputs.
+            start: the layer to resume from.
             dense: whether the dense model's hidden states pass as well.
+            rarely: whether hidden states in memory that are larger than a layer are stored for
+                every few layers only. Storing them would take longer than to repeat these.
         """
         batches = self.batches()
         for size in {batch.stop - batch.start for batch in batches}:
             self.outer.calls(size)  # recorded before any layer has its weights
         if self.ranks.count > 1:
             self.outer.calls()  # tuning takes the windows of a process one by one
-        every = self._states(dense)
-        stored = start > 0 and all(states.has(start) for states in every)
-        # One process without its states makes all of them begin again.
-        start = start if all(self.ranks.gather(stored)) else 0
+        every = self._states(dense, rarely)
+        stored = [n for n in range(1, start + 1) if all(states.has(n) for states in every)]
+        # A layer is resumed only if all processes have its inputs.
+        start = max(set.intersection(*map(set, self.ranks.gather(stored))), default=0)
 
         def forget_stopped() -> None:
             for states in every:
@@ -130,16 +136,22 @@ class CalibrationStream:
             states.advance(0)
         return OpenStream(self, 0, every)
 
-    def _states(self, dense: bool) -> list[Activations]:
+    def _states(self, dense: bool, rarely: bool) -> list[Activations]:
         """Empty hidden states, in memory or on disk."""
         (hidden,) = self.outer.embed([slice(0, 1)])  # shows width and dtype as they travel
         shape = (*self.windows.shape, hidden.shape[-1])
+        every = 1
+        if rarely:
+            layer_bytes = sum(x.nbytes for x in self.target.layers[0].parameters())
+            every = min(max(hidden.nbytes * len(self.windows) // layer_bytes, 1), _STORED_EVERY)
         folders = [self.work, *([self.work and self.work / "dense"] if dense else [])]
         for folder in folders[1:]:
             if folder:
                 folder.mkdir(exist_ok=True)
         return [
-            Activations(shape, hidden.dtype, folder, self.in_memory, self.own, home=self.home)
+            Activations(
+                shape, hidden.dtype, folder, self.in_memory, self.own, home=self.home, every=every
+            )
             for folder in folders
         ]
 
@@ -187,7 +199,7 @@ class OpenStream:
             if number + 1 < count:
                 self.advance(number + 1)
             self.stream.ranks.wait()  # all have stored the next inputs before one forgets these
-            self.forget(number)
+            self.forget_before(number + 1)
 
     def layer_inputs(
         self,
@@ -219,10 +231,11 @@ class OpenStream:
         """Make the stored outputs the inputs of `layer` in the pruned model."""
         self.hidden.advance(layer)
 
-    def forget(self, layer: int) -> None:
-        """Delete the inputs of a finished layer."""
+    def forget_before(self, layer: int) -> None:
+        """Delete the inputs of earlier layers, if no stopped run would continue there."""
         for states in self.every:
-            states.forget(layer)
+            if layer % states.every == 0 or layer == len(self.stream.target.layers):
+                states.forget_all_but(layer)
 
 
 @dataclass(frozen=True)

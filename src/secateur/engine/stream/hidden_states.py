@@ -343,6 +343,8 @@ class Activations:
         in_memory: whether they are in memory (as well).
         own: the windows of this process; None for all. All other ranges of windows are within it.
         home: in whose memory they are: the host's or a GPU's.
+        every: with those in memory, only the inputs of each `every`-th layer are also written to
+            files. A stopped run continues at such a layer.
     """
 
     def __init__(
@@ -354,8 +356,10 @@ class Activations:
         own: slice | None = None,
         *,
         home: torch.device = _HOST,
+        every: int = 1,
     ) -> None:
         self.shape, self.dtype, self.in_memory = shape, dtype, in_memory
+        self.every = every if in_memory else 1
         self.folder, self.on_disk = folder or Path(), folder is not None
         self.row_bytes = shape[1] * shape[2] * dtype.itemsize
         self.own = own or slice(0, shape[0])
@@ -430,7 +434,8 @@ class Activations:
     def advance(self, layer: int) -> None:
         """Make the newly stored outputs the inputs of `layer`, and sync them to disk."""
         self.layer = layer
-        if not self.on_disk or self.own.start == self.own.stop:  # a process without windows
+        # a process may have no windows
+        if not self.on_disk or self.own.start == self.own.stop or layer % self.every:
             return
         file = self.unfinished()
         try:
