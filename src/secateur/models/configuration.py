@@ -16,14 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ArchitectureError, CheckpointError, SecateurError, first_line
-from secateur.models.checkpoint import (
-    Header,
-    damaged,
-    parse_json,
-    read_header,
-    read_headers,
-    shard_files,
-)
+from secateur.models import checkpoint
 
 TEXT_PARTS = ("text_config", "decoder", "generator")
 """Where transformers looks for the part of a configuration that describes the decoder."""
@@ -71,10 +64,10 @@ def read_configuration(folder: Path) -> dict[str, Any]:
             remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
         raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)
     try:
-        config = parse_json(file.read_text(encoding="utf-8"))
+        config = checkpoint.parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fault = "cannot be read" if isinstance(error, OSError) else "is not JSON"
-        raise damaged(f"the configuration {fault}: {error}", file) from None
+        raise checkpoint.damaged(f"the configuration {fault}: {error}", file) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             "this is not the configuration of a model: it has no 'model_type'",
@@ -100,11 +93,11 @@ def check_sizes(folder: Path, *, alone: bool = False) -> None:
     file = folder / "config.json"
     if alone:
         if not any(part.keys() & {_keys_of(part)[LAYERS], LAYERS} for part in described):
-            raise damaged(f"the configuration does not say {LAYERS}", file)
+            raise checkpoint.damaged(f"the configuration does not say {LAYERS}", file)
         layers, side = MOST_LAYERS, MOST_SIDE
         deeper, wider = (f"no known model has nearly {most}" for most in (layers, side))
     else:
-        layers, side = _sizes_in(read_headers(shard_files(folder)))
+        layers, side = _sizes_in(checkpoint.read_headers(checkpoint.shard_files(folder)))
         deeper, wider = (
             f"the weights have {layers} layers",
             f"no stored tensor is larger than {side}",
@@ -115,7 +108,7 @@ def check_sizes(folder: Path, *, alone: bool = False) -> None:
         _check_part(part, limits, file)
 
 
-def _sizes_in(headers: list[Header]) -> tuple[int, int]:
+def _sizes_in(headers: list[checkpoint.Header]) -> tuple[int, int]:
     """The highest count of numbered modules in one list, and the longest side of a tensor."""
     numbered: dict[str, set[str]] = defaultdict(set)
     for header in headers:
@@ -127,7 +120,7 @@ def _sizes_in(headers: list[Header]) -> tuple[int, int]:
     return layers, max([layers, *sides])
 
 
-def _shapes_in(header: Header) -> Iterator[tuple[int, ...]]:
+def _shapes_in(header: checkpoint.Header) -> Iterator[tuple[int, ...]]:
     """The shapes of the tensors of a file, and of the matrices packed in it."""
     yield from (entry.shape for entry in header.values())
     try:
@@ -147,7 +140,9 @@ def _check_part(part: Mapping[str, Any], limits: Mapping[str, tuple[int, str]], 
             continue
         found[name] = value
         if type(value) is not int or value < 1:
-            raise damaged(f"{key} is {str(value)[:40]!r}, not a whole number from 1", file)
+            raise checkpoint.damaged(
+                f"{key} is {str(value)[:40]!r}, not a whole number from 1", file
+            )
         if value > most:
             raise CheckpointError(
                 f"{key} is {value}, and {why}",
@@ -159,11 +154,13 @@ def _check_part(part: Mapping[str, Any], limits: Mapping[str, tuple[int, str]], 
         return
     if heads % (groups := found.get("num_key_value_heads", 1)):
         said = f"{heads} attention heads cannot share {groups} heads of keys and values evenly"
-        raise damaged(said, file)
+        raise checkpoint.damaged(said, file)
     hidden = found.get("hidden_size", heads)
     free = "head_dim" in part or getattr(_config_class(part), "head_dim", None) is not None
     if hidden % heads and not free:
-        raise damaged(f"hidden size {hidden} does not divide into {heads} attention heads", file)
+        raise checkpoint.damaged(
+            f"hidden size {hidden} does not divide into {heads} attention heads", file
+        )
 
 
 def _keys_of(part: Mapping[str, Any]) -> dict[str, str]:
@@ -205,7 +202,7 @@ def transformers_errors(folder: Path) -> Iterator[None]:
         ]
         if named:
             said = f"{named[0]} is {first_line(error)[:100]}, which transformers does not know"
-            raise damaged(said, folder / "config.json") from error
+            raise checkpoint.damaged(said, folder / "config.json") from error
         trusting = "; for code that comes with a checkpoint you trust, pass --trust-remote-code"
         raise ArchitectureError(
             f"transformers cannot build this model: {first_line(error)[:300]}",
@@ -222,7 +219,7 @@ def check_folder(folder: Path) -> None:
     describe every byte of its file.
     """
     read_configuration(folder)
-    for shard in shard_files(folder):
+    for shard in checkpoint.shard_files(folder):
         with shard.open("rb") as stream:
             if stream.read(32).startswith(b"version https://git-lfs"):
                 raise CheckpointError(
@@ -230,4 +227,4 @@ def check_folder(folder: Path) -> None:
                     where=str(shard),
                     remedy="run 'git lfs pull' in the folder",
                 )
-        read_header(shard)
+        checkpoint.read_header(shard)

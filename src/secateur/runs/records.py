@@ -23,14 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+import pydantic
 
 from secateur.errors import CheckpointError
 
@@ -38,10 +31,10 @@ MANIFEST_VERSION = 1
 BFLOAT16_BYTES = 2
 
 
-class Record(BaseModel):
+class Record(pydantic.BaseModel):
     """A file, or a part of one. A misspelled key is an error when a record is made."""
 
-    model_config = ConfigDict(
+    model_config = pydantic.ConfigDict(
         frozen=True,
         protected_namespaces=(),
         extra="forbid",
@@ -57,7 +50,7 @@ class Record(BaseModel):
 class PartialRecord(Record):
     """A record of which only the given keys are written, in the order in which they were given."""
 
-    @model_validator(mode="wrap")
+    @pydantic.model_validator(mode="wrap")
     @classmethod
     def _keep_order(cls, values: Any, make: Any) -> Any:
         record = make(values)
@@ -67,7 +60,7 @@ class PartialRecord(Record):
             object.__setattr__(record, "__dict__", {**given, **fields})
         return record
 
-    @model_serializer(mode="wrap")
+    @pydantic.model_serializer(mode="wrap")
     def _given_keys(self, write: Any) -> dict[str, Any]:
         given = self.model_fields_set
         return {name: value for name, value in write(self).items() if name in given}
@@ -115,7 +108,7 @@ def parsed(record: type[AnyRecord], text: str, where: str) -> AnyRecord:
     """
     try:
         return record.model_validate(json.loads(text), extra="ignore")  # of newer releases
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in fault['loc']) or 'all of it'}: {fault['msg']}"
             for fault in error.errors()[:3]
@@ -234,13 +227,13 @@ class Manifest(PartialRecord):
     calibration: dict[str, Any] | None = None
     calibration_digest: str | None = None
     environment: dict[str, Any]
-    plan: dict[str, Any] = Field(default_factory=dict)
+    plan: dict[str, Any] = pydantic.Field(default_factory=dict)
     cost: Cost
     result: RunResult
     structure: Structure | None = None
     distillation: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
-    reach: dict[str, Any] = Field(default_factory=dict)
+    reach: dict[str, Any] = pydantic.Field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     left: tuple[SkippedMatrix, ...] = ()
 
@@ -292,8 +285,8 @@ class Layer(PartialRecord):
     layer: int
     seconds: float
     linears: tuple[LinearRecord, ...]
-    reconstruction: dict[str, float] = Field(default_factory=dict)
-    collapsed: dict[str, float] = Field(default_factory=dict)
+    reconstruction: dict[str, float] = pydantic.Field(default_factory=dict)
+    collapsed: dict[str, float] = pydantic.Field(default_factory=dict)
     unseen: tuple[str, ...] = ()
 
 
@@ -513,7 +506,7 @@ class Import(Record):
         matrices: every matrix of the decoder layers.
     """
 
-    schema_name: Literal["secateur.import/1"] = Field(alias="schema")
+    schema_name: Literal["secateur.import/1"] = pydantic.Field(alias="schema")
     source: Source
     kind: str
     masks: dict[str, str] | None
