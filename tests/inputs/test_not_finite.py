@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from zoo import tiny_windows
 import secateur
 from runtime.packed_models import packed_model
 from secateur.errors import CheckpointError, NumericalError
+from secateur.models import checkpoint
 from secateur.models.checkpoint import BLOCK_VALUES, not_finite, refuse_not_finite
 from secateur.models.sources import resolve
+from secateur.parallel.ranks import Ranks
 from secateur.runtime.packed import PackedCheckpoint
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -168,6 +171,45 @@ def test_large_files_are_read_in_small_blocks(tmp_path: Path, monkeypatch) -> No
     with pytest.raises(NumericalError, match=rf"3 of {count} weights"):
         refuse_not_finite([tmp_path / "x.safetensors"])
     assert max(asked) == BLOCK_VALUES
+
+
+class Gathering(Ranks):
+    """The place of a process on one machine; what all others have gathered is given."""
+
+    def __init__(self, place: int, here: int, others: list[list[str]]) -> None:
+        super().__init__(place, here, here, place)
+        self.others, self.own = others, None
+
+    def gather(self, value):
+        self.own = value
+        return [*self.others, value]
+
+
+@pytest.mark.parametrize("bad", [None, 0, 1, 2, 3])
+def test_processes_of_a_machine_read_each_block_once(tmp_path: Path, monkeypatch, bad) -> None:
+    count, read = 3 * BLOCK_VALUES + 17, []
+    tensor = torch.zeros(count, dtype=torch.bfloat16)
+    if bad is not None:
+        tensor[bad * BLOCK_VALUES + 16] = math.inf
+    file = tmp_path / "x.safetensors"
+    save_file({"b": tensor}, file)
+    fill = checkpoint.read_all
+
+    def reading(stream, values) -> None:
+        read.append(len(values))
+        fill(stream, values)
+
+    monkeypatch.setattr(checkpoint, "read_all", reading)
+    found: list[list[str]] = []
+    for place in range(3):
+        ranks = Gathering(place, 3, found)
+        heard = bad is not None and place >= bad % 3  # by this process, or from one before it
+        with pytest.raises(NumericalError, match="1 of") if heard else nullcontext():
+            refuse_not_finite([file], ranks)
+        found.append(ranks.own)
+    assert found == [[file.name] if bad is not None and n == bad % 3 else [] for n in range(3)]
+    if bad is None:
+        assert sorted(read) == [17, *[BLOCK_VALUES] * 3]
 
 
 def test_a_file_is_read_once_while_it_stays(model: Path, monkeypatch) -> None:

@@ -81,24 +81,48 @@ def test_ray_gets_how_many_processes_and_over_what_they_talk(
 ) -> None:
     fake, done = FakeRay(gpus=16), list[int]()
     installed(monkeypatch, fake)
-    launch("auto", None, True, partial(done.append, 1))
+    launch("auto", None, "auto", partial(done.append, 1))
     assert done == [1]
     assert fake.calls["init"] == {"address": "auto"}
     assert fake.calls["scaling"] == {"num_workers": 16, "use_gpu": True}
     assert "cuda:nccl" in fake.calls["torch"]["backend"]
     assert fake.calls["shutdown"]
-    launch("auto", None, False, partial(done.append, 2))
+    launch("auto", None, "cpu", partial(done.append, 2))
     assert fake.calls["scaling"] == {"num_workers": 3, "use_gpu": False}
     assert fake.calls["torch"]["backend"] == "gloo"
-    launch("local", 5, False, partial(done.append, 3))
+    launch("local", 5, "cpu", partial(done.append, 3))
     assert fake.calls["scaling"]["num_workers"] == 5
     assert fake.calls["init"]["num_cpus"] >= 6
 
 
-def test_a_cluster_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, FakeRay(gpus=0))
-    with pytest.raises(RecipeError, match="no GPU"):
-        launch("auto", None, True, print)
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device"),
+    [(0, None, "cuda"), (0, 2, "cuda"), (2, 3, "cuda"), (2, 3, "auto")],
+)
+def test_a_cluster_with_too_few_gpus_is_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int | None, device: str
+) -> None:
+    installed(monkeypatch, FakeRay(gpus))
+    with pytest.raises(RecipeError) as caught:
+        launch("auto", processes, device, pytest.fail)
+    assert f" {gpus} GPUs" in caught.value.what
+    assert "--device cpu" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "on_gpu"), [(4, "auto", True), (0, "auto", False), (4, "cpu", False)]
+)
+def test_the_cluster_says_whether_there_are_gpus_and_not_this_machine(
+    place: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, device: str, on_gpu: bool
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    fake = FakeRay(gpus)
+    installed(monkeypatch, fake)
+    secateur.prune(
+        place / "dense", output=place / "out", method="magnitude", sparsity=0.5, ray="auto",
+        device=device,
+    )  # fmt: skip
+    assert fake.calls["scaling"] == {"num_workers": gpus if on_gpu else 3, "use_gpu": on_gpu}
 
 
 def test_the_first_real_error_is_reported() -> None:

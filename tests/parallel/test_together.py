@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from slow import slow_but
 from tiny import save_tiny, tensors_of
 from together import (
     Started,
+    as_command,
     cut_alone,
     cut_together,
     fail_in_a_layer,
     prune_alone,
     prune_together,
     run_together,
-    train_as_command,
     train_in_python,
 )
 from trained import source_text
@@ -203,11 +204,6 @@ def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> N
         assert one.keys() == three.keys()
         assert all(one[tensor].equal(three[tensor]) for tensor in one), name
     assert not list((tmp_path / "three").glob("*.partial"))
-    more = experts_recipe(place, tmp_path / "x", keep_layers=1)
-    started = Started(2, cut_together, tmp_path, [more])
-    assert started.join(60) == [2, 2]
-    assert "--experts" in started.output(0)
-    assert not (tmp_path / "x.partial").exists()
 
 
 def errors(printed: str) -> list[str]:
@@ -243,36 +239,34 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
     assert apart(tmp_path / "model", alone(WANDA)) == 0
 
 
-def refused(place: Path, tmp_path: Path, case: Mapping[str, Any], processes: int) -> str:
-    """What the first process says to a recipe that several cannot carry out."""
-    started = Started(
-        processes, prune_together, tmp_path, [recipe(place, tmp_path / "x", case)], {}
-    )
-    assert started.join(60) == [2] * processes
-    assert not (tmp_path / "x.partial").exists()
-    return started.output(0)
-
-
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("verb", "more", "said"),
     [
-        pytest.param(
-            {"method": "wanda", "compress": "int8"},
-            "--compress",
-            marks=pytest.mark.slow,
-        ),
-        ({"method": "wanda", "calibration": {"windows": 1}}, "only 1 calibration windows"),
+        ("prune", {"method": "wanda", "compress": "int8"}, "--compress"),
+        ("prune", {"method": "wanda", "calibration": {"windows": 1}}, "1 calibration windows"),
+        ("structure", {"experts": 2, "keep_layers": 1}, "--keep-layers"),
+        ("structure", {"experts": 2, "distillation": {"epochs": 1}}, "--distill-epochs"),
+        ("compress", {}, "secateur compress"),
+        ("fit", {"max_size": "1MiB"}, "secateur fit"),
     ],
 )
 def test_what_several_cannot_do_is_refused_before_any_work(
-    place: Path, tmp_path: Path, case: dict[str, Any], said: str
+    place: Path, tmp_path: Path, verb: str, more: dict[str, Any], said: str
 ) -> None:
-    text = recipe(place, tmp_path, {})["calibration"]
-    case = {**case, "calibration": {**text, **case.get("calibration", {})}}
-    assert said in refused(place, tmp_path, case, 2)
+    values = recipe(place, tmp_path / "x", {})
+    if "calibration" in more:
+        more = {**more, "calibration": values["calibration"] | more["calibration"]}
+    else:  # known before the model is looked for
+        values["model"] = "./nowhere"
+    if verb != "prune":
+        values = {name: values[name] for name in ("model", "output")}
+    started = Started(2, as_command, tmp_path, verb, {**values, **more})
+    assert started.join(60) == [2, 2]
+    assert said in started.output(0)
+    assert not (tmp_path / "x.partial").exists()
 
 
-@pytest.mark.parametrize("train", [train_in_python, train_as_command])
+@pytest.mark.parametrize("train", [train_in_python, partial(as_command, "train")])
 def test_a_training_waits_for_what_the_first_process_writes(
     place: Path, tmp_path: Path, train: Callable[..., None]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from secateur.errors import NumericalError
-from secateur.parallel.processes import LEFT, SILENCE_SECONDS, Fault, Watchdog
+from secateur.parallel.processes import LEFT, SILENCE_SECONDS, START_SECONDS, Fault, Watchdog
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def test_the_first_fault_counts_and_all_hear_it() -> None:
 
 def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:
     store, now = dist.TCPStore("localhost", 0, is_master=True), [0.0]
-    watchdog = Watchdog(store, 0, 3, clock=lambda: now[0])
+    watchdog = Watchdog(store, 0, 3, clock=lambda: now[0], start_seconds=0)
     for rank in (1, 2):
         store.set(f"host/{rank}", f"machine{rank}")
         store.set(f"beat/{rank}", "1 0 ")
@@ -61,6 +61,25 @@ def test_a_silent_process_is_named_and_one_that_left_is_not() -> None:
     assert watchdog.fault is not None
     assert (watchdog.fault.rank, watchdog.fault.host) == (2, "machine2")
     assert "16 s" in watchdog.fault.what
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_process_may_be_silent_at_the_start_until_a_connection_closes(closed: bool) -> None:
+    store, now = dist.TCPStore("localhost", 0, is_master=True), [0.0]
+    watchdog = Watchdog(store, 0, 2, clock=lambda: now[0])
+    store.set("host/1", "machine1")
+    store.set("beat/1", "1 0 ")
+    watchdog.look_at_others()
+    now[0] = START_SECONDS - 1
+    if closed:
+        assert watchdog.wait(0) is None
+        now[0] += 0.5
+    watchdog.look_at_others()
+    assert (watchdog.fault is not None) == closed
+    now[0] = START_SECONDS + 1
+    watchdog.look_at_others()
+    assert watchdog.fault is not None
+    assert watchdog.fault.rank == 1
 
 
 def test_another_call_than_the_others_make_is_named() -> None:

@@ -29,7 +29,7 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.recipes.train import TrainRecipe
-from secateur.recipes.verbs import VERBS
+from secateur.recipes.verbs import VERBS, imported
 from secateur.steps import train
 from secateur.steps.evaluate import run_evaluation
 from secateur.steps.prune import Prune
@@ -125,6 +125,13 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
             do_share(Prune, build_recipe(PruneRecipe, values), ranks, call)
 
 
+def as_command(verb: str, values: Mapping[str, Any]) -> None:
+    """What each process of a command does. Only the first one has the result."""
+    recipe = build_recipe(imported(VERBS[verb].recipe), values)
+    result = VERBS[verb].run(recipe, {}, partial(nullcontext, Silent()), command=True)
+    assert (result is None) == (os.environ["RANK"] != "0")
+
+
 def do_share(kind: Any, recipe: Any, ranks: Ranks, call: Mapping[str, bool] = NOTHING) -> None:
     """Carry out a step, or the share of a process that is not the first."""
     if ranks.first:
@@ -191,13 +198,6 @@ def sum_statistics(place: str) -> None:
             {"rank": rank, "text": "é" * rank} for rank in range(ranks.count)
         ]
         assert ranks.once(lambda: None) is None
-
-
-def train_as_command(values: Mapping[str, Any]) -> None:
-    """What each process of a command does: its share of a training."""
-    recipe = build_recipe(TrainRecipe, values)
-    result = VERBS["train"].run(recipe, {}, partial(nullcontext, Silent()), command=True)
-    assert (result is None) == (os.environ["RANK"] != "0")
 
 
 def train_in_python(values: Mapping[str, Any]) -> None:

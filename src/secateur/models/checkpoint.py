@@ -24,7 +24,9 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
@@ -37,7 +39,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
+from secateur.runs.environment import usable_processors
 from secateur.runs.output import writing
 
 log = logging.getLogger(__name__)
@@ -86,7 +90,9 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Described = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
 """Dtype, shape and offset in the data, for each tensor."""
 BLOCK_VALUES = 2**21
-"""So many values are in memory while a file is checked for NaN."""
+"""So many values does a thread have in memory while a file is checked for NaN."""
+READERS = 4
+"""Threads that check a file; a disk or the memory is busy with as many."""
 NOT_FINITE = {
     torch.float8_e4m3fn: (0x7F, 0x7F),
     torch.float8_e5m2: (0x7F, 0x7C),
@@ -641,42 +647,71 @@ def header_text(placed: Described, metadata: Mapping[str, str]) -> bytes:
     return json.dumps(header, separators=(",", ":")).encode()
 
 
-def refuse_not_finite(files: Iterable[Path]) -> None:
+def refuse_not_finite(files: Iterable[Path], ranks: Ranks = ALONE) -> None:
     """Refuse weights that are NaN or infinite. Each file is read once, in small blocks.
 
-    A process checks a file once, as long as nobody changes it.
+    The processes of a machine divide the blocks. A process reads a file once, as long as nobody
+    changes it.
+
+    Args:
+        files: safetensors files.
+        ranks: the processes that share the reading.
+
+    Raises:
+        NumericalError: naming the first tensor that has such values.
     """
+    files = [file.absolute() for file in files]
+    own = [file.name for file in files if _not_finite_in(file, ranks.place, ranks.here)]
+    found = {name for names in ranks.gather(own) for name in names}
     for file in files:
-        found = file.stat()
-        _check_values(file.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+        bad = _not_finite_in(file, 0, 1) if file.name in found else {}  # all of its blocks
+        if bad:
+            name, (odd, count) = next(iter(bad.items()))
+            more = f"; so are values of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+            raise NumericalError(
+                f"{odd} of {count} weights are NaN or infinite{more}",
+                where=f"{name} in {file}",
+                remedy="the checkpoint is damaged: download or make it again; "
+                "`secateur diagnose` lists all such tensors",
+            )
+
+
+def _not_finite_in(file: Path, place: int, here: int) -> Mapping[str, tuple[int, int]]:
+    """How many values of a file are NaN or infinite, of how many, by tensor.
+
+    Args:
+        file: a safetensors file.
+        place: number of the process on its machine, which reads every block of number
+            `place` modulo `here`.
+        here: number of processes on the machine.
+    """
+    found = file.stat()
+    return _blocks_read(file, found.st_ino, found.st_size, found.st_mtime_ns, place, here)
 
 
 @lru_cache(maxsize=1024)
-def _check_values(file: Path, inode: int, size: int, changed: int) -> None:
-    """Refuse a file with NaN or infinite values; the other arguments say which file it is."""
-    bad: dict[str, tuple[int, int]] = {}
-    with file.open("rb", buffering=0) as stream:
-        for name, entry in read_header(file).items():
-            if not entry.dtype.is_floating_point:
-                continue
-            count, odd = prod(entry.shape), 0
-            block = torch.empty(min(count, BLOCK_VALUES), dtype=entry.dtype)
-            stream.seek(entry.offset)
-            for start in range(0, count, BLOCK_VALUES):
-                block = block[: count - start]
-                read_all(stream, block)
-                odd += not_finite(block)
-            if odd:
-                bad[name] = odd, count
-    if bad:
-        name, (odd, count) = next(iter(bad.items()))
-        more = f"; so are values of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise NumericalError(
-            f"{odd} of {count} weights are NaN or infinite{more}",
-            where=f"{name} in {file}",
-            remedy="the checkpoint is damaged: download or make it again; "
-            "`secateur diagnose` lists all such tensors",
-        )
+def _blocks_read(
+    file: Path, inode: int, size: int, changed: int, place: int, here: int
+) -> Mapping[str, tuple[int, int]]:
+    """Read the blocks of a process; `inode`, `size` and `changed` say which file it is."""
+    entries = {n: e for n, e in read_header(file).items() if e.dtype.is_floating_point}
+    every = [(n, i) for n, e in entries.items() for i in range(0, prod(e.shape), BLOCK_VALUES)]
+    own = every[place::here]
+
+    def read(block: tuple[str, int]) -> int:
+        name, start = block
+        entry = entries[name]
+        values = torch.empty(min(prod(entry.shape) - start, BLOCK_VALUES), dtype=entry.dtype)
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset + start * entry.dtype.itemsize)
+            read_all(stream, values)
+        return not_finite(values)
+
+    bad = Counter[str]()
+    with ThreadPoolExecutor(max(1, min(READERS, usable_processors() // here))) as readers:
+        for (name, _), odd in zip(own, readers.map(read, own), strict=True):
+            bad[name] += odd
+    return {name: (odd, prod(entries[name].shape)) for name, odd in bad.items() if odd}
 
 
 def not_finite(tensor: Tensor) -> int:

@@ -6,9 +6,11 @@ The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `joined` reads 
 Processes that wait for each other cannot hear of an error: the sum that they wait for never comes.
 So every process has a thread that counts up a number of its own in the store that all share. The
 first process looks at the numbers of all others, and they look at its number. A number that stands
-still for `SILENCE_SECONDS` is a fault. So is an error that a process reports itself. So is another
-call than the others make: beside the number stands the last call that all processes must make, with
-its number. The first fault counts, and all read it.
+still for `SILENCE_SECONDS` is a fault, but not in the first `START_SECONDS` while all connections
+stand: a library that loads from a slow disk may stop all threads of a process. An error that a
+process reports itself is a fault. So is another call than the others make: beside the number stands
+the last call that all processes must make, with its number. The first fault counts, and all read
+it.
 
 A process that hears of a fault has `GRACE_SECONDS` to end by itself: the sum that it waits for
 fails when the connection to the failed process closes. Otherwise the thread ends it. A run may be
@@ -103,7 +105,7 @@ class Processes(Ranks):
     """
 
     def __init__(self, launched: Launched, backend: str) -> None:
-        super().__init__(launched.rank, launched.count, launched.here)
+        super().__init__(launched.rank, launched.count, launched.here, launched.place)
         if not dist.is_initialized():  # Ray has already made the group
             _meet(launched, backend)
         # Kept, because its server may be in this process and must outlive the group.
@@ -220,6 +222,8 @@ def _in_main_thread() -> bool:
 
 BEAT_SECONDS = 0.5
 SILENCE_SECONDS = 15.0
+START_SECONDS = 120.0
+"""How long libraries and GPUs may take to start."""
 GRACE_SECONDS = 8.0
 LEFT = "left"
 """In place of the number of a process that has finished its work."""
@@ -236,6 +240,7 @@ class Watchdog:
         count: number of processes.
         end: ends this process; called if it does not end by itself.
         silence_seconds: how long a number may stand still.
+        start_seconds: how long it may do so at the start.
         grace_seconds: how long this process may take to end by itself.
         clock: returns the time in seconds.
     """
@@ -247,12 +252,13 @@ class Watchdog:
         count: int,
         end: Callable[[int], object] = os._exit,
         silence_seconds: float = SILENCE_SECONDS,
+        start_seconds: float = START_SECONDS,
         grace_seconds: float = GRACE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store, self.rank, self.count, self.end = store, rank, count, end
         self.silence_seconds, self.grace_seconds = silence_seconds, grace_seconds
-        self.clock = clock
+        self.clock, self.started = clock, clock() + start_seconds
         others = range(1, count) if rank == 0 else [0]
         self.seen = {other: (b"", clock()) for other in others}
         self.calls, self.last = {0: ""}, 0  # the last calls by their numbers
@@ -297,7 +303,11 @@ class Watchdog:
         return self.hear(Fault.read(first.decode()) if first else own)
 
     def wait(self, seconds: float) -> Fault | None:
-        """Wait for a fault. Return it, or None if there is none by then."""
+        """Wait for a fault. Return it, or None if there is none by then.
+
+        A connection has closed, so silence is a fault now, at the start too.
+        """
+        self.started = self.clock()
         self.known.wait(seconds)
         return self.fault
 
@@ -344,7 +354,7 @@ class Watchdog:
             if found != number:
                 self.seen[other] = found, now
                 self.compare(other, found.decode())
-            elif now - since > self.silence_seconds:
+            elif now - since > self.silence_seconds and now > self.started:
                 what = f"it was killed, or it hangs (no sign of life for {now - since:.0f} s)"
                 self.accuse(other, what, "run again with --resume")
 

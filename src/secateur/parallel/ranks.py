@@ -40,14 +40,21 @@ class Ranks:
         rank: the number of this process, from 0.
         count: the number of processes.
         here: the number of processes on this machine, which share its memory.
+        place: the number of this process on its machine.
         plain: the group for plain data, with gloo: who waits for a sum in gloo waits in the
             program, while NCCL only lets the GPU wait. None if the group of all has gloo.
     """
 
     def __init__(
-        self, rank: int = 0, count: int = 1, here: int = 1, plain: dist.ProcessGroup | None = None
+        self,
+        rank: int = 0,
+        count: int = 1,
+        here: int = 1,
+        place: int = 0,
+        plain: dist.ProcessGroup | None = None,
     ) -> None:
-        self.rank, self.count, self.here, self.plain = rank, count, here, plain
+        self.rank, self.count, self.here, self.place = rank, count, here, place
+        self.plain = plain
         self.in_once = set[int]()  # the threads that do the work of a `once`
 
     @property
@@ -106,6 +113,12 @@ class Ranks:
             text = text if self.first else text.new_zeros(int(size))
             dist.broadcast(text, 0, self.plain)
         return cast("T", _as_value(text))
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process, then in the others, which find what that one made."""
+        done = [work()] if self.first else []
+        self.wait()
+        return done[0] if done else work()
 
     def wait(self) -> None:
         """Wait until all processes reach this call."""

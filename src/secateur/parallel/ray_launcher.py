@@ -20,13 +20,14 @@ LOCAL = "local"
 """In place of an address: processes on this machine, without a cluster."""
 
 
-def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[], object]) -> None:
+def launch(address: str, processes: int | None, device: str, work: Callable[[], object]) -> None:
     """Do some work in several processes of a cluster, and wait for its end.
 
     Args:
         address: the cluster's address as `ray.init` takes it, or `local`.
         processes: their number; None for all GPUs of the cluster, or all its machines without GPUs.
-        on_gpu: whether each process needs a GPU.
+        device: of the recipe. With `auto`, each process has a GPU if the cluster has any; this
+            machine may have none.
         work: what each process does. It finds its place by `joined`. A function that Ray can
             import in the processes, or a partial of one.
 
@@ -37,7 +38,15 @@ def launch(address: str, processes: int | None, on_gpu: bool, work: Callable[[],
     """
     ray = _imported()
     with _connected(ray, address, processes), tempfile.TemporaryDirectory() as place:
-        count = processes or _natural_count(ray, on_gpu)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        on_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
+        machines = sum(1 for node in ray.nodes() if node["Alive"])
+        count = processes or (gpus if on_gpu else machines)
+        if on_gpu and not 0 < count <= gpus:
+            raise RecipeError(
+                f"the cluster has {gpus} GPUs for {count or 'no'} processes",
+                remedy="use --device cpu" + f", or --processes {gpus}" * (gpus > 0),
+            )
         trainer = ray.train.torch.TorchTrainer(
             _in_folder,
             train_loop_config={"folder": os.getcwd(), "work": work},
@@ -87,16 +96,6 @@ def _connected(ray: Any, address: str, processes: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _natural_count(ray: Any, on_gpu: bool) -> int:
-    """The number of processes that a cluster suggests: its GPUs, or its machines."""
-    if not on_gpu:
-        return sum(1 for node in ray.nodes() if node["Alive"])
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if gpus == 0:
-        raise RecipeError("the cluster has no GPU", remedy="use --device cpu")
-    return gpus
 
 
 def _in_folder(options: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ class Verb:
         """
         options = dict(call)
         step, dry_run = imported(self.step), options.pop("dry_run", False)
-        launched = self._launched(step, dry_run) if command else Launched()
+        launched = self._launched(step, recipe, dry_run) if command else Launched()
         if self.streams:  # it prints while it works, so there is no progress to show
             return step(recipe, **options)
         if dry_run:
@@ -134,11 +134,11 @@ class Verb:
             with showing() as progress:
                 return work(recipe, progress, **options, **({"ranks": ranks} if ranks else {}))
 
-    def _launched(self, step: Any, dry_run: bool) -> Launched:
+    def _launched(self, step: Any, recipe: Any, dry_run: bool) -> Launched:
         """The processes that were launched for a command.
 
         Raises:
-            RecipeError: there are several, and the verb works in one.
+            RecipeError: there are several, and the verb works in one, or an option of the recipe.
         """
         if "WORLD_SIZE" not in os.environ:
             return Launched()
@@ -146,27 +146,28 @@ class Verb:
         if launched.count > 1:
             # torch would print the stack of every connection that closes
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            if dry_run or _share_of(step) is None:
+            option = step.alone(recipe) if hasattr(step, "alone") else ""
+            option = "--dry-run" if dry_run else option
+            if option or _share_of(step) is None:
+                words = f"secateur {self.name} {option}".rstrip()
                 raise RecipeError(
-                    f"`secateur {self.name}{' --dry-run' * dry_run}` works in one process only, "
-                    f"and there are {launched.count}",
-                    remedy="start it without torchrun",
+                    f"`{words}` works in one process only, and there are {launched.count}",
+                    remedy="start it without torchrun"
+                    + ", or leave this option to a second run" * (option not in ("", "--dry-run")),
                 )
         return launched
 
     def _run_on_ray(self, recipe: Any, call: Mapping[str, Any], showing: Showing) -> Any:
         """Carry out a recipe in processes that Ray starts. All machines see its files."""
         from secateur.parallel.ray_launcher import launch
-        from secateur.runs.environment import choose_device
 
         cluster = recipe.cluster
-        on_gpu = recipe.device != "cpu" and choose_device(recipe.device).type == "cuda"
         # in the processes nothing is left to start, and the result names no cluster
         own = recipe.model_copy(update={"cluster": type(cluster)()})
         launch(
             cluster.ray,
             cluster.processes,
-            on_gpu,
+            recipe.device,
             partial(self.run, own, dict(call), showing, command=True),
         )
         return imported(self.step).result(Path(recipe.output).absolute())

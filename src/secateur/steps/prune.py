@@ -141,6 +141,11 @@ class Prune(Step[PruneRecipe, PruneResult]):
         folder.worth_resuming = lambda: bool(self.ledger.entries)
 
     @classmethod
+    def alone(cls, recipe: PruneRecipe) -> str:
+        """Several processes do not compress."""
+        return "" if recipe.compress is None else "--compress"
+
+    @classmethod
     def check(cls, recipe: PruneRecipe) -> Any:
         """Check the parts of the method, and refuse a cluster: only the verb itself starts one."""
         if recipe.cluster.ray is not None:
@@ -165,12 +170,6 @@ class Prune(Step[PruneRecipe, PruneResult]):
     def open(cls, recipe: PruneRecipe, run: RunContext) -> Step[PruneRecipe, PruneResult]:
         """Open everything that a recipe names, with the windows of a stopped run if any."""
         if recipe.compress is not None:
-            if run.ranks.count > 1:
-                raise RecipeError(
-                    "several processes do not compress",
-                    where="--compress",
-                    remedy="leave it out, and run `secateur compress` on the result",
-                )
             both: Step[PruneRecipe, PruneResult] = _and_compress()(recipe, run)
             return both
         folder = run.folder
@@ -281,6 +280,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         Raises:
             RecipeError: this process sees other files than the first one.
         """
+        source = source_of(recipe, Silent(), ranks)
         job = ranks.once(lambda: None)
         if job is None:  # an earlier run has finished everything
             return
@@ -292,7 +292,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         if not same:
             refuse_another_disk(ranks.rank, place)
         stored = job["windows"] and Path(job["windows"])
-        prepared = prepare(recipe, source_of(recipe, Silent()), stored_windows=stored)
+        prepared = prepare(recipe, source, stored_windows=stored)
         if prepared.target.reader.tensor_digest != job["source"]:
             refuse_another_model(ranks.rank, prepared.source.folder)
         ledger = Ledger()

@@ -15,9 +15,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.models.configuration import TrustedFolder
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
@@ -73,8 +75,9 @@ class Step(ABC, Generic[R, T]):
     A step is complete when it is constructed: `open` has read and checked everything.
 
     One that several processes can do also has `share(recipe, ranks)`, a class method with the work
-    of a process that is not the first. It waits for what the first one sends with `ranks.once`;
-    None means that nothing is left to do.
+    of a process that is not the first. It finds the source with the first one (`source_of`), and
+    waits for what that one sends with `ranks.once`; None means that nothing is left to do. Where
+    one process alone can do a recipe, `alone` names the option that makes it so.
     """
 
     verb: ClassVar[str]
@@ -87,6 +90,11 @@ class Step(ABC, Generic[R, T]):
     def caller(cls, recipe: R) -> Ranks:
         """The processes that all call the Python function of the verb."""
         return ALONE
+
+    @classmethod
+    def alone(cls, recipe: R) -> str:
+        """The first option of a recipe with which several processes cannot do it, if any."""
+        return ""
 
     @classmethod
     def check(cls, recipe: R) -> Any:
@@ -167,7 +175,7 @@ def carry_out(
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     checked = kind.check(recipe)
-    source = source or source_of(recipe, progress)
+    source = source or source_of(recipe, progress, ranks)
     output = None if at is None else Path(os.path.abspath(values.output))
     run = RunContext(folder, source, progress, meter, ranks, checked, output)
     step = (opening or kind.open)(recipe, run)
@@ -246,11 +254,24 @@ def step_of(verb: str) -> type[Step[Any, Any]]:
     return found
 
 
-def source_of(recipe: Any, progress: Progress) -> LocalCheckpoint:
-    """Find or fetch the model that a recipe names; a GGUF file is converted."""
-    return resolve(
+def source_of(recipe: Any, progress: Progress, ranks: Ranks = ALONE) -> LocalCheckpoint:
+    """Find or fetch the model that a recipe names, and read its weights once, for NaN.
+
+    A GGUF file is converted. The first process does that, and all read the weights together.
+
+    Args:
+        recipe: the recipe.
+        progress: receives the steps.
+        ranks: the processes that all call this.
+    """
+    find = partial(
+        resolve,
         recipe.model,
         dtype=getattr(recipe, "dtype", None),
         trust_remote_code=getattr(recipe, "trust_remote_code", False),
+        values=False,
         progress=progress,
     )
+    found = ranks.in_turn(find)
+    refuse_not_finite(shard_files(found.folder), ranks)
+    return found

@@ -20,7 +20,6 @@ import torch
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
-from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
@@ -28,11 +27,11 @@ from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.models.targets import CheckpointTarget
 from secateur.parallel.ranks import Ranks
-from secateur.progress import Progress
+from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
-from secateur.recipes.structure import StructureRecipe
+from secateur.recipes.structure import CUTS, StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
@@ -136,19 +135,16 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.skeleton, self.plan = _open(recipe, run.source)
-        steps = [*_steps_of(recipe, self.plan, self.skeleton)]
-        alone = recipe.distillation.epochs or recipe.calibration.generated_windows
-        if run.ranks.count > 1 and (
-            steps != ["experts"] or cut_plan.trims_vocabulary(recipe) or alone
-        ):
-            raise RecipeError(
-                f"there are {run.ranks.count} processes, and they share only the survey of "
-                "--experts",
-                remedy="start without torchrun, or cut the experts first and the rest in a second "
-                "run",
-            )
         self.device, work = choose_device(recipe.device), run.folder.work
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
+
+    @classmethod
+    def alone(cls, recipe: StructureRecipe) -> str:
+        """Several processes share only the survey of experts."""
+        given = {name: getattr(recipe, name) for name in CUTS if name != "experts"}
+        given["distill_epochs"] = recipe.distillation.epochs
+        given["generated_windows"] = recipe.calibration.generated_windows
+        return next((f"--{n.replace('_', '-')}" for n, value in given.items() if value), "")
 
     @classmethod
     def check(cls, recipe: StructureRecipe) -> None:
@@ -227,7 +223,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         """Survey experts with the first process."""
         from secateur.structured.choices import share_survey
 
-        share_survey(recipe, ranks)
+        share_survey(recipe, source_of(recipe, Silent(), ranks), ranks)
 
     @classmethod
     def result(cls, output: Path) -> StructureResult:

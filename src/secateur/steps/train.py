@@ -167,6 +167,7 @@ class Train(Step[TrainRecipe, TrainResult]):
     @classmethod
     def share(cls, recipe: TrainRecipe, ranks: Ranks) -> TrainResult | None:
         """Train with the first process, which alone writes. All return the result."""
+        source = source_of(recipe, Silent(), ranks)
         job = ranks.once(lambda: None)
         output = Path(os.path.abspath(recipe.output or ""))
         if job is None:  # an earlier run has finished everything
@@ -175,7 +176,7 @@ class Train(Step[TrainRecipe, TrainResult]):
         if not work.is_dir():
             refuse_another_disk(ranks.rank, work)
         group = ProcessGroup.of(ranks, choose_device(recipe.device))
-        setup = TrainingSetup(recipe, source_of(recipe, silent), group, silent)
+        setup = TrainingSetup(recipe, source, group, silent)
         _, masks = _train(setup, work, silent)
         return TrainResult(output=output, manifest=_checked_together(setup, model, masks))
 

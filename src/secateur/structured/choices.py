@@ -27,6 +27,7 @@ from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import EVOLUTION, choose_depth
 from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
+from secateur.models.sources import LocalCheckpoint
 from secateur.models.targets import CheckpointTarget, walk_layers
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Silent
@@ -132,11 +133,12 @@ def _merge_experts(
     return made
 
 
-def share_survey(recipe: StructureRecipe, ranks: Ranks) -> None:
+def share_survey(recipe: StructureRecipe, source: LocalCheckpoint, ranks: Ranks) -> None:
     """Survey the share of a process that is not the first.
 
     Args:
         recipe: the recipe; the first process has the same.
+        source: the model that it names.
         ranks: the processes.
 
     Raises:
@@ -146,9 +148,6 @@ def share_survey(recipe: StructureRecipe, ranks: Ranks) -> None:
         file = Path(job["windows"])
         if not file.exists():
             refuse_another_disk(ranks.rank, file)
-        source = sources.resolve(
-            recipe.model, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
-        )
         reader = opening.open_weights(source.folder)
         if reader.tensor_digest != job["source"]:
             refuse_another_model(ranks.rank, source.folder)

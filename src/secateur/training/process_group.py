@@ -39,6 +39,7 @@ class ProcessGroup(Ranks):
         rank: the number of this process.
         count: the number of processes.
         here: the number of processes on this machine.
+        place: the number of this process on its machine.
         plain: the group for plain data; see `Ranks`.
     """
 
@@ -48,9 +49,10 @@ class ProcessGroup(Ranks):
         rank: int = 0,
         count: int = 1,
         here: int = 1,
+        place: int = 0,
         plain: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(rank, count, here, plain)
+        super().__init__(rank, count, here, place, plain)
         self.device = device
         self.within: Ranks | None = None
 
@@ -67,7 +69,9 @@ class ProcessGroup(Ranks):
         if state.num_processes == 1:
             return cls(device)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        return cls(state.device, state.process_index, state.num_processes, here, _plain_group())
+        place = state.local_process_index
+        numbers = state.process_index, state.num_processes, here, place
+        return cls(state.device, *numbers, _plain_group())
 
     @classmethod
     def of(cls, ranks: Ranks, device: torch.device) -> ProcessGroup:
@@ -81,7 +85,7 @@ class ProcessGroup(Ranks):
             return ranks
         if ranks.count > 1 and device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-        group = cls(device, ranks.rank, ranks.count, ranks.here, ranks.plain)
+        group = cls(device, ranks.rank, ranks.count, ranks.here, ranks.place, ranks.plain)
         group.within, group.in_once = ranks, ranks.in_once
         return group
 
