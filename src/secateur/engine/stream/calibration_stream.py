@@ -235,7 +235,8 @@ class OpenStream:
         """Delete the inputs of earlier layers, if no stopped run would continue there."""
         for states in self.every:
             if layer % states.every == 0 or layer == len(self.stream.target.layers):
-                states.forget_all_but(layer)
+                for earlier in range(layer):  # another process may have stored later ones by now
+                    states.forget(earlier)
 
 
 @dataclass(frozen=True)

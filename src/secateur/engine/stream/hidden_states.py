@@ -459,7 +459,7 @@ class Activations:
         kept = self.files(layer)
         for file in self.folder.glob("inputs-*.bin"):
             if file not in kept:
-                file.unlink()
+                file.unlink(missing_ok=True)  # another process may be first
 
     def unfinished(self) -> Path:
         """The temporary file of the outputs, until all are written."""
