@@ -19,12 +19,14 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from secateur.engine.stream.calls import LayerCall, call_layer, kind_of, on_meta
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.architecture import Groups, linears_of, text_config
-from secateur.models.attention import AttentionOfPlan, WrittenOut
+from secateur.models.attention import WrittenOut
 from secateur.models.experts import OpenExperts
 from secateur.models.skeleton import parameters_of
 from secateur.models.targets import Target
@@ -312,6 +314,17 @@ def layers_by_kind(target: Target, calls: list[LayerCall]) -> list[tuple[int, La
     of = [kind_of(*pair) for pair in zip(target.layers, calls, strict=True)]
     # in the order in which the kinds first appear
     return [(of.index(kind), calls[of.index(kind)], count) for kind, count in Counter(of).items()]
+
+
+class AttentionOfPlan(TorchFunctionMode):
+    """Attention for the plan. Like fused kernels, it makes no [sequence, sequence] matrix."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An empty output of the right shape; every other function runs."""
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, _, value = args[:3]
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) -> tuple[int, int]:

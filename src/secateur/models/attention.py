@@ -1,11 +1,7 @@
-"""Replacements of a model's attention function within a context; no family is changed.
-
-One is for the memory plan, one for fast training.
-"""
+"""Attention written out for fast training, in place of a model's attention function."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,50 +11,24 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.machine import fast_dtype
 
-
-class _OtherAttention(TorchFunctionMode, ABC):
-    """Within this context `attend` replaces torch's attention for the calls that it `takes`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass every other function on."""
-        named = kwargs or {}
-        if func is scaled_dot_product_attention and self.takes(named):
-            return self.attend(*args, **named)
-        return func(*args, **named)
-
-    def takes(self, options: dict[str, Any]) -> bool:
-        """Whether a call with these options is replaced."""
-        return True
-
-    @abstractmethod
-    def attend(self, *args: Any, **options: Any) -> Tensor:
-        """The output; arguments as of `scaled_dot_product_attention`."""
-
-
 LONGEST = 512
 """The longest window, in tokens, whose scores are stored in full."""
 
 
-class AttentionOfPlan(_OtherAttention):
-    """Attention for the plan. Like fused kernels, it makes no [sequence, sequence] matrix."""
-
-    def attend(self, *args: Any, **options: Any) -> Tensor:
-        """An empty output of the right shape."""
-        query, _, value = args[:3]
-        return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-class WrittenOut(_OtherAttention):
-    """Attention by two products and a softmax, all in bfloat16.
+class WrittenOut(TorchFunctionMode):
+    """Within this context, attention is two products and a softmax, all in bfloat16.
 
     torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
     is faster on short windows (`benchmarks/speed/attention.py`). The costs: probabilities
     are kept for the backward, and scores are rounded to 8 bits before the softmax.
     """
 
-    def takes(self, options: dict[str, Any]) -> bool:
-        """Attention without dropout."""
-        return not options.get("dropout_p")
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace torch's attention without dropout, and pass every other function on."""
+        named = kwargs or {}
+        if func is scaled_dot_product_attention and not named.get("dropout_p"):
+            return self.attend(*args, **named)
+        return func(*args, **named)
 
     def attend(
         self,

@@ -21,6 +21,9 @@ from secateur.models import checkpoint
 TEXT_PARTS = ("text_config", "decoder", "generator")
 """Where transformers looks for the part of a configuration that describes the decoder."""
 
+DESCRIPTIONS = ("quantization_config", "compression_config", "sparsity_config")
+"""The keys that say how weights are stored."""
+
 LAYERS = "num_hidden_layers"
 WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes for which some stored tensor must have a side at least as long."""
@@ -178,6 +181,25 @@ def _config_class(part: Mapping[str, Any]) -> Any:
 
     kind = part.get("base_model_type", part.get("model_type"))
     return CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+
+
+def with_text(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """A configuration, and the one of the text model within it, if there is one."""
+    text = config.get("text_config")
+    return (config, text) if isinstance(text, Mapping) else (config,)
+
+
+def described_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the form of the weights in a configuration; empty without one.
+
+    Models that see and read have it beside the text model's configuration, or within it.
+    """
+    for part in with_text(config):
+        for key in DESCRIPTIONS[:2]:
+            found = part.get(key)
+            if isinstance(found, Mapping) and found:
+                return dict(found)
+    return {}
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from secateur.models.architecture import (
     Linear,
     is_router,
     mixes_states,
+    of_unknown_experts,
     stored_linears,
 )
-from secateur.models.experts import of_unknown_experts
 from secateur.runs.records import SkippedMatrix
 
 EXPERTS = "experts in a layout that is not known"

@@ -19,10 +19,13 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError, install_extra
 from secateur.models import at_rest, checkpoint, skeleton
 from secateur.models.configuration import (
+    DESCRIPTIONS,
     TrustedFolder,
     check_sizes,
+    described_by,
     read_configuration,
     transformers_errors,
+    with_text,
 )
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
@@ -71,7 +74,7 @@ def _method_of(config: Mapping[str, Any]) -> str | None:
     named = config.get("quantization_config")
     if named is not None and not isinstance(named, dict):
         return str(named)
-    described = at_rest.described_by(config)
+    described = described_by(config)
     return str(described.get("quant_method", "compressed-tensors")) if described else None
 
 
@@ -97,10 +100,10 @@ def open_weights(folder: Path) -> checkpoint.CheckpointReader:
         CheckpointError: a file is damaged or missing, or the form is not read.
         ArchitectureError: the source needs what a plain model cannot express.
     """
-    reader = checkpoint.CheckpointReader(folder)
-    source = at_rest.SourceFolder(
-        folder, read_configuration(folder), reader, computed_dtype(folder)
-    )
+    reader, config = checkpoint.CheckpointReader(folder), read_configuration(folder)
+    if all(part.keys().isdisjoint(DESCRIPTIONS) for part in with_text(config)):
+        return reader
+    source = at_rest.SourceFolder(folder, config, reader, computed_dtype(folder))
     for name in at_rest.stored_forms:
         if at_rest.stored_forms[name].recognises(source):
             return at_rest.stored_forms[name].open(source)
@@ -110,9 +113,7 @@ def open_weights(folder: Path) -> checkpoint.CheckpointReader:
 
 def computed_dtype(folder: Path) -> torch.dtype:
     """The dtype in the configuration; bfloat16 if it names no supported one."""
-    config = read_configuration(folder)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
+    for part in with_text(read_configuration(folder)):
         named = str(part.get("dtype", part.get("torch_dtype")))
         if named in FLOATS:
             return FLOATS[named]

@@ -121,7 +121,7 @@ def build_skeleton(
             model = auto_class(config).from_config(
                 config, dtype=dtype or config.dtype, trust_remote_code=trust
             )
-    if opened:
+    if opened and experts_of(model):
         open_experts(model)
     return model.eval()
 

@@ -105,7 +105,8 @@ def _found_model(
             "the name of the model is empty",
             remedy=f"name a folder, a .gguf file, a hub id or a sample ({', '.join(MODELS)})",
         )
-    path, kind = Path(name).expanduser(), hub.kind_of_name(name)
+    path = Path(name).expanduser()
+    kind = "folder" if path.is_dir() else hub.kind_of_name(name)
     if dtype is not None and kind in ("folder", "hub"):
         raise RecipeError(
             f"{name} is no GGUF file: its weights keep their types",

@@ -22,11 +22,11 @@ from secateur.models.architecture import (
     Architecture,
     describe,
     linears_of,
+    refuse_fused,
     refuse_shared,
     stored_linears,
 )
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
-from secateur.models.experts import refuse_fused
 
 
 class Target(Protocol):

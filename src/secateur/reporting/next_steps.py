@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration.documents import KNOWN_DATASETS
-from secateur.models.at_rest import DESCRIPTIONS
+from secateur.models.configuration import DESCRIPTIONS
 from secateur.models.hub import kind_of_name
 from secateur.models.samples import TEXTS
 from secateur.recipes.shared import texts_of

@@ -12,9 +12,9 @@ from secateur.errors import RecipeError, SourceError
 from secateur.importing import import_formats
 from secateur.importing.adapter import WEIGHTS, MergedReader
 from secateur.importing.masks import MaskedReader
-from secateur.models.at_rest import SourceFolder, described_by
+from secateur.models.at_rest import SourceFolder
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.configuration import read_configuration
+from secateur.models.configuration import described_by, read_configuration
 from secateur.models.opening import computed_dtype, refuse_quantized, write_dense
 from secateur.models.skeleton import StoredModel, build_skeleton
 from secateur.recipes.deploy import ImportRecipe

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import at_rest, checkpoint, inventory, opening, skeleton
 from secateur.models.architecture import Linear, describe
+from secateur.models.configuration import DESCRIPTIONS
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
@@ -331,7 +332,7 @@ def _renumbered_description(
         return value
 
     def described(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, **{key: anew(part[key]) for key in at_rest.DESCRIPTIONS if key in part}}
+        return {**part, **{key: anew(part[key]) for key in DESCRIPTIONS if key in part}}
 
     result, text = described(config), config.get("text_config")
     return result | {"text_config": described(text)} if isinstance(text, Mapping) else result

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from secateur.engine.plan import AttentionOfPlan
 from secateur.models import attention
-from secateur.models.attention import LONGEST, AttentionOfPlan, WrittenOut, writes_out
+from secateur.models.attention import LONGEST, WrittenOut, writes_out
 
 ROWS = 12
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged, read_entry
+from secateur.models.configuration import DESCRIPTIONS, described_by
 from secateur.registry import Registry
 
 __all__ = [
-    "DESCRIPTIONS",
     "E2M1",
     "AssembledReader",
     "Assembly",
@@ -32,7 +32,6 @@ __all__ = [
     "SourceFolder",
     "StoredForm",
     "damaged",
-    "described_by",
     "powers_of_two",
     "refuse_empty",
     "spread_blocks",
@@ -47,9 +46,6 @@ Parts = Mapping[str, Tensor]
 
 Described = Mapping[str, Any]
 """What `config.json` says about the form of the weights."""
-
-DESCRIPTIONS = ("quantization_config", "compression_config", "sparsity_config")
-"""The keys of `config.json` that say how weights are stored."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,10 @@ class StoredForm(Protocol):
     name: ClassVar[str]
 
     def recognises(self, source: SourceFolder) -> bool:
-        """Whether this is the form of the source; reads names, dtypes and the configuration."""
+        """Whether this is the form of the source; reads names, dtypes and the configuration.
+
+        It is called for sources whose configuration has one of `DESCRIPTIONS`.
+        """
         ...
 
     def open(self, source: SourceFolder) -> AssembledReader:
@@ -224,7 +223,7 @@ class NamedForm(ABC):
 
     Attributes:
         aliases: what `quant_method` may call it besides its name.
-        keys: keys of the configuration that only this form has.
+        keys: those of `DESCRIPTIONS` that only this form has.
         of_activations: the last part of the names of tensors that are no part of the dense model.
     """
 
@@ -311,20 +310,6 @@ def powers_of_two(exponents: Tensor) -> Tensor:
     """2^(e − 127) of exponents in bytes, float64."""
     ones = torch.ones(exponents.shape, dtype=torch.float64)
     return torch.ldexp(ones, exponents.to(torch.int32) - 127)
-
-
-def described_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of the form of the weights in a configuration; empty without one.
-
-    Models that see and read have it beside the text model's configuration, or within it.
-    """
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in DESCRIPTIONS[:2]:
-            found = part.get(key)
-            if isinstance(found, Mapping) and found:
-                return dict(found)
-    return {}
 
 
 def without_description(config: Mapping[str, Any]) -> dict[str, Any]:

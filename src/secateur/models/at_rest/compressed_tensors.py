@@ -45,6 +45,7 @@ from torch import Tensor
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models import at_rest
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import DESCRIPTIONS
 
 OF_ACTIVATIONS = (
     "input_scale", "input_zero_point", "input_g_idx", "input_global_scale", "output_scale",
@@ -72,7 +73,7 @@ class CompressedTensorsFolder(at_rest.NamedForm):
 
     name: ClassVar[str] = "compressed-tensors"
     aliases: ClassVar[tuple[str, ...]] = ("sparseml",)
-    keys: ClassVar[tuple[str, ...]] = at_rest.DESCRIPTIONS[1:]
+    keys: ClassVar[tuple[str, ...]] = DESCRIPTIONS[1:]
     of_activations: ClassVar[tuple[str, ...]] = OF_ACTIVATIONS
 
     def assemblies(
