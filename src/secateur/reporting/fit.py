@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ class FitCorrection:
     reached: float | None
 
 
-class FittedResult(Result):
+class FittedResult(Result, ABC):
     """A packed model whose formats a search has chosen.
 
     Attributes:
@@ -190,9 +191,9 @@ class FittedResult(Result):
         return ", ".join(f"{n} {name}" for name, n in kinds)
 
     @property
+    @abstractmethod
     def broken(self) -> list[str]:
         """What the result does not keep, a sentence for each; empty if all is well."""
-        raise NotImplementedError
 
     @property
     def exit_code(self) -> int:
