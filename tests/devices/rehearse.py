@@ -12,7 +12,7 @@ import sys
 
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])
-    os.environ["PRETENDED_CUDA"] = "1"
+    os.environ["PRETENDED_CUDA"] = sys.argv[1]
     import pytest
 
     sys.exit(pytest.main(sys.argv[2:]))

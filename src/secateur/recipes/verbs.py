@@ -113,7 +113,8 @@ class Verb:
         step, dry_run = imported(self.step), options.pop("dry_run", False)
         launched = self._launched(step, recipe, dry_run) if command else Launched()
         if self.streams:  # it prints while it works, so there is no progress to show
-            return step(recipe, **options)
+            with _on_device_of(recipe):
+                return step(recipe, **options)
         if dry_run:
             with showing() as progress:
                 return imported(self.plan)(recipe, progress, options)
@@ -127,7 +128,7 @@ class Verb:
             ranks = None if command else step.caller(recipe)
         if launched.count > 1:
             ranks = imported("secateur.parallel.processes:joined")(recipe.device)
-        with ranks or nullcontext():
+        with _on_device_of(recipe), ranks or nullcontext():
             if ranks and not ranks.first:
                 made = share and share(recipe, ranks)
                 return None if command else made
@@ -171,6 +172,18 @@ class Verb:
             partial(self.run, own, dict(call), showing, command=True),
         )
         return imported(self.step).result(Path(recipe.output).absolute())
+
+
+def _on_device_of(recipe: Any) -> AbstractContextManager[Any]:
+    """A context in which the GPU that a recipe names by its number is the current one.
+
+    Kernels are launched there, its peak is measured, and "cuda" without a number means it.
+    """
+    device = getattr(recipe, "device", "cpu")
+    if not device.startswith("cuda:"):
+        return nullcontext()
+    found: AbstractContextManager[Any] = imported("secateur.runs.environment:current")(device)
+    return found
 
 
 def _share_of(step: Any) -> Callable[[Any, Ranks], Any] | None:

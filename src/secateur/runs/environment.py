@@ -132,4 +132,18 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} was asked for, and torch sees no CUDA device here",
             remedy="use --device cpu, or install a CUDA build of torch",
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs here",
+            remedy="count them from cuda:0 on",
+        )
     return device
+
+
+def current(name: str) -> torch.cuda.device:
+    """A context in which a GPU is the one that "cuda" without a number means.
+
+    Raises:
+        RecipeError: this machine has no such device.
+    """
+    return torch.cuda.device(choose_device(name))
