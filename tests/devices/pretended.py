@@ -33,6 +33,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from secateur.runtime.kernels import linear
+
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -254,6 +256,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         with Pretending():  # as under no_grad, where it is taken apart before it comes here
             return func.decompose(*args, **kwargs)
+    if func.namespace == "secateur":  # an operator of ours is Python, and runs on the device
+        with Pretending():
+            return getattr(linear, f"_{func._opname}")(*args)
     if func is aten.set_.source_Storage:
         return set_storage(*args)
     if there:
@@ -398,15 +403,25 @@ def forget_peak(device: Any = None) -> None:
     memory[named(device)].peak = memory[named(device)].live
 
 
+def enter_inference(mode: Any) -> None:
+    """`inference_mode` is `no_grad` here: a view of a subclass needs a count of its versions."""
+    mode.before = torch.is_grad_enabled()
+    torch.set_grad_enabled(mode.before and not mode.mode)
+
+
+def leave_inference(mode: Any, *_: Any) -> None:
+    torch.set_grad_enabled(mode.before)
+
+
 @contextmanager
-def pretended_cuda(gpus: int = 1) -> Iterator[None]:
-    """A machine with one GPU of 80 GiB, of which 64 are free; or with two."""
+def pretended_cuda() -> Iterator[None]:
+    """A machine with two GPUs of 80 GiB, of which 64 are free."""
     cuda = "torch.cuda."
     answers: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: gpus,
+        "device_count": lambda: 2,
         "current_device": current,
         "set_device": lambda device: exchange(named(device)),
         "_exchange_device": exchange,
@@ -432,6 +447,8 @@ def pretended_cuda(gpus: int = 1) -> Iterator[None]:
     address = safetensors.torch.storage_ptr  # where a tensor lies, for safetensors to find twins
     patches.append(mock.patch("torch.UntypedStorage.resize_", resize_storage))
     patches.append(mock.patch("safetensors.torch.storage_ptr", lambda x: address(unwrapped(x))))
+    for name, answer in (("__enter__", enter_inference), ("__exit__", leave_inference)):
+        patches.append(mock.patch.object(torch.inference_mode, name, answer))
     for patch in patches:
         patch.start()
     try:

@@ -23,7 +23,7 @@ class Scripted(speed.Process):
         self.rounds = []
         self.ready: dict[str, Any] = {}
 
-    def load(self, prompt: Sequence[int], new_tokens: int) -> None:
+    def load(self, prompt: Sequence[int], new_tokens: int, device: str) -> None:
         self.ready = {"resident_bytes": len(self.folder.name)}
 
     def ask(self, question: Any) -> dict[str, Any]:

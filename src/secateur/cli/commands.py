@@ -211,7 +211,7 @@ CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C st
 
 
 def carry_out_generate(recipe: GenerateRecipe, *, as_json: bool) -> None:
-    """Continue a prompt on the CPU: text while it is generated, then the speed.
+    """Continue a prompt: text while it is generated, then the speed.
 
     With `as_json` everything is written at the end.
     """

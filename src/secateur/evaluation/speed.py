@@ -17,6 +17,8 @@ on the machine affects all of them alike.
 
 The third and fourth are our own kernels without sparsity. So a gain over them comes from the zeros
 alone.
+
+Those in transformers run on a GPU too, but for torch's int8.
 """
 
 from __future__ import annotations
@@ -113,9 +115,10 @@ class Process:
             text=True,
         )
 
-    def load(self, prompt: Sequence[int], new_tokens: int) -> None:
+    def load(self, prompt: Sequence[int], new_tokens: int, device: str) -> None:
         """Start loading; `ready` returns the outcome."""
         asked = {"name": self.name, "folder": str(self.folder), "prompt": list(prompt)}
+        asked["device"] = device
         threads = usable_processors()
         self.ready = self.ask({**asked, "new_tokens": new_tokens, "threads": threads})
 
@@ -174,6 +177,7 @@ def take_turns(
     new_tokens: int,
     rounds: int,
     seconds: float | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Speed]:
     """Time backends in turns, each with its own checkpoint.
@@ -184,6 +188,7 @@ def take_turns(
         new_tokens: tokens to generate in each round, at least 2.
         rounds: largest number of rounds; before them each backend generates two tokens to warm up
         seconds: no round starts after this many seconds, but at least two rounds run.
+        device: where they run; on a GPU only those for which `on_gpu` is true.
         progress: receives every backend and every round.
 
     Returns:
@@ -196,7 +201,7 @@ def take_turns(
             processes.append(Process(name, folder))
         for process in processes:  # each takes another time, so no share of all is known
             progress.start(f"loading {process.name}", 1)
-            process.load(prompt, new_tokens)
+            process.load(prompt, new_tokens, device)
             progress.finish()
         running = [p for p in processes if "failure" not in p.ready]
         progress.start("measuring", rounds * len(running))
@@ -220,10 +225,14 @@ def _serve() -> None:
     prompt = torch.tensor(asked["prompt"])
     capacity = len(prompt) + asked["new_tokens"]
     try:
-        run = _load_backend(asked["name"], Path(asked["folder"]), capacity, asked["threads"])
+        device, folder = torch.device(asked["device"]), Path(asked["folder"])
+        run = load_backend(asked["name"], folder, capacity, asked["threads"], device)
         run(prompt, 2)
         give_back()  # an int8 backend has rounded larger weights, which are gone
-        _answer({"resident_bytes": psutil.Process().memory_info().rss - before})
+        held = psutil.Process().memory_info().rss - before
+        if device.type == "cuda":
+            held = torch.cuda.memory_allocated(device)
+        _answer({"resident_bytes": held})
         for _ in sys.stdin:
             _answer(run(prompt, asked["new_tokens"]))
     except Exception as error:  # any error is reported, so that the other backends continue
@@ -266,8 +275,10 @@ def _in_transformers(model: Any) -> Run:
     cache: dict[str, Any] = {}
 
     def after(ids: Tensor, **options: Any) -> Tensor:
-        out = model(input_ids=ids.view(1, -1), use_cache=True, **options, **cache)
-        return out.logits[0, -1].argmax()
+        ids = ids.view(1, -1).to(model.device)
+        out = model(input_ids=ids, use_cache=True, **options, **cache)
+        token: Tensor = out.logits[0, -1].argmax().cpu()  # a GPU has finished then
+        return token
 
     def read(prompt: Tensor) -> Tensor:
         cache.update(empty_cache(model))
@@ -363,12 +374,18 @@ USUAL_BACKENDS = ("packed", "dense bf16", "dense int8", "torch bf16")
 """The most useful backends. The others take long and are never the fastest."""
 
 
-def _load_backend(name: str, folder: Path, capacity: int, threads: int) -> Run:
+def on_gpu(name: str) -> bool:
+    """Whether a backend runs on a GPU too."""
+    return name in BACKENDS and not BACKENDS[name].ours and BACKENDS[name].int8 is None
+
+
+def load_backend(name: str, folder: Path, capacity: int, threads: int, device: torch.device) -> Run:
     """Load a backend. Any other name is the path of a GGUF file."""
     if name not in BACKENDS:
         return _in_llama_cpp(Path(name), capacity, threads)
     how = BACKENDS[name]
-    model = load(folder, dtype=torch.bfloat16 if how.expand else None, expand=how.expand)
+    dtype = torch.bfloat16 if how.expand else None
+    model = load(folder, dtype=dtype, expand=how.expand, device=device)
     if how.int8 is not None:  # all linears, the output head among them
         linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         for path, linear in linears:

@@ -19,7 +19,7 @@ from secateur.recipes.options import (
     matching,
     text_alone,
 )
-from secateur.recipes.shared import OutputFolder, Overwriting, RemoteCode
+from secateur.recipes.shared import Device, OutputFolder, Overwriting, RemoteCode
 
 MODELS_OWN = "the model's generation_config.json, else {}"
 
@@ -94,7 +94,17 @@ class _Drafted(Section):
     decoding)."""
 
 
-class GenerateRecipe(RemoteCode, _Drafted, _KeysAndValues, _TokenDrawing, Recipe):
+class _Running(Device, _Drafted, _KeysAndValues):
+    """How a model runs."""
+
+    @property
+    def only_cpu(self) -> str | None:
+        """The flag of an option that only our own decoding obeys; None if none was given."""
+        given = {"--draft": self.draft, "--kv-cache": self.kv_cache}
+        return next((flag for flag, value in given.items() if value is not None), None)
+
+
+class GenerateRecipe(_Running, _TokenDrawing, Recipe):
     """One text."""
 
     group = Heading.WHAT
@@ -114,7 +124,7 @@ class GenerateRecipe(RemoteCode, _Drafted, _KeysAndValues, _TokenDrawing, Recipe
     """JSON file of a schema that the text follows. Needs the extra `structured`."""
 
 
-class ChatRecipe(RemoteCode, _Drafted, _KeysAndValues, _TokenDrawing, Recipe):
+class ChatRecipe(_Running, _TokenDrawing, Recipe):
     """One conversation."""
 
     group = Heading.WHAT
@@ -153,7 +163,7 @@ NOT_EMPTY = matching(
 )
 
 
-class ServeRecipe(RemoteCode, _Drafted, _KeysAndValues, _ServingLimits, Recipe):
+class ServeRecipe(_Running, _ServingLimits, Recipe):
     """One server."""
 
     group = Heading.WHAT

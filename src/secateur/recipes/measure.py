@@ -11,7 +11,15 @@ from pydantic import Strict as Strictness
 
 from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Texts, text_alone
 from secateur.recipes.prune import Sparsity
-from secateur.recipes.shared import Calibration, Device, Memory, OutputFolder, RemoteCode, Resuming
+from secateur.recipes.shared import (
+    Calibration,
+    Device,
+    Memory,
+    OutputFolder,
+    Place,
+    RemoteCode,
+    Resuming,
+)
 
 
 class _HowToMeasure(Section):
@@ -109,7 +117,7 @@ class _TimedRounds(Section):
     """Largest number of rounds. After 30 seconds and two rounds no other one begins."""
 
 
-class BenchRecipe(_TimedRounds, Recipe):
+class BenchRecipe(Place, _TimedRounds, Recipe):
     """One timing."""
 
     group = Heading.WHAT
@@ -127,10 +135,13 @@ class BenchRecipe(_TimedRounds, Recipe):
     """Folder (compressed or not), hub id or named sample."""
     contenders: Annotated[
         Annotated[tuple[Contender, ...], Strictness(False)] | None,
-        Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16"),
+        Flag(
+            commas=True,
+            default="packed, dense bf16, dense int8, torch bf16; on a GPU both in transformers",
+        ),
     ] = None
     """Ways to run the model, separated by commas: packed, packed in transformers, dense bf16, dense
-    int8, torch bf16, torch int8; or all."""
+    int8, torch bf16, torch int8; or all. On a GPU: packed in transformers and torch bf16."""
     gguf: Annotated[Texts, Flag(value="FILE")] = ()
     """Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."""
     draft: Annotated[str | None, Flag(value="DRAFT", default="none")] = None

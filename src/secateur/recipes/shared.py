@@ -69,11 +69,17 @@ class RemoteCode(Section):
     """Allow Python code that comes with the checkpoint."""
 
 
-class Device(RemoteCode):
-    """Where a run computes, and whether code from the checkpoint may run."""
+class Place(Section):
+    """Where to compute."""
+
+    group = Heading.MEMORY
 
     device: Annotated[str, matching(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")] = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
+
+
+class Device(Place, RemoteCode):
+    """Where a run computes, and whether code from the checkpoint may run."""
 
 
 class GgufDtype(Section):

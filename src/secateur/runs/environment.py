@@ -110,14 +110,24 @@ class Meter:
         return reading
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, only_cpu: str | None = None) -> torch.device:
     """Return the device of a recipe.
 
+    Args:
+        name: of the device.
+        only_cpu: an option that was given and that only the CPU obeys. `auto` takes the CPU then.
+
     Raises:
-        RecipeError: this machine has no such device.
+        RecipeError: this machine has no such device, or the option does not fit it.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and not only_cpu else "cpu")
+    if only_cpu and name != "cpu":
+        raise RecipeError(
+            f"{only_cpu} works on the CPU alone, and the device is {name}",
+            where=only_cpu,
+            remedy="leave it out, or use --device cpu",
+        )
     try:
         device = torch.device(name)
     except RuntimeError:

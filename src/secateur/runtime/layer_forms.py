@@ -140,8 +140,9 @@ def why_not(model: Any, capacity: int = 1) -> str | None:
     if config.model_type not in FORMS:
         return f"its type is {config.model_type} (docs/families.md says which are decoded)"
     form = FORMS[config.model_type]
-    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):
-        return "it is not on the CPU"
+    for parameter in model.parameters():
+        if parameter.device.type not in ("cpu", "meta"):
+            return f"it is on {parameter.device}"
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
         return "torch multiplies its integers (kernels=False)"
     linears = (x for x in model.modules() if isinstance(x, InferenceLinear))

@@ -154,7 +154,8 @@ def install_on_gpu(
             share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
             kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
             if kind not in choices:
-                choices[kind] = measured(matrix, dtype)
+                with torch.cuda.device_of(matrix.mask):
+                    choices[kind] = measured(matrix, dtype)
             if choices[kind].speedup_over_dense >= 1:
                 up_to = choices[kind].kernel_up_to
                 return GpuLinear(matrix, bias, up_to, rounds_inputs=layout.integers)

@@ -16,6 +16,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
 from secateur.recipes.options import bytes_of
+from secateur.runs.environment import choose_device
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
@@ -112,10 +113,10 @@ def prepare(recipe: ServeRecipe) -> Serving:
 
 def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     """The model of a recipe, and what a person should know of it."""
-    trust = recipe.trust_remote_code
+    trust, device = recipe.trust_remote_code, choose_device(recipe.device, recipe.only_cpu)
     folder = resolve(recipe.model, trust_remote_code=trust).folder
     tokenizer = load_tokenizer(folder)
-    defaults, model = sampling_in(folder), load(folder)
+    defaults, model = sampling_in(folder), load(folder, device=device)
     context = recipe.context_length
     positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS
     if context is not None and context > positions:

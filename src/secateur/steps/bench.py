@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.generation import prompts_of_kinds
-from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, take_turns
+from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, on_gpu, take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
@@ -22,7 +22,7 @@ from secateur.progress import Progress
 from secateur.recipes.deploy import Sampling
 from secateur.recipes.measure import BenchRecipe
 from secateur.reporting.evaluate import BenchResult, DraftedBenchResult, DraftedSpeed
-from secateur.runs.environment import environment
+from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import write_record
 from secateur.runtime.decode import Decoder, continued
@@ -50,9 +50,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
         return _bench_draft(recipe, recipe.draft, progress)
     model, prompt_tokens = recipe.model, recipe.prompt_tokens
     new_tokens = recipe.new_tokens or NEW_TOKENS
-    names: Sequence[str] = recipe.contenders or USUAL_BACKENDS
-    if names == ("all",):
-        names = tuple(BACKENDS)
+    names, device = _contenders(recipe)
     for file in recipe.gguf:  # llama.cpp would say nothing of a file that is none
         if not Path(file).is_file():
             raise RecipeError("there is no such GGUF file", where=file, remedy="check the path")
@@ -86,6 +84,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
         new_tokens=new_tokens,
         rounds=recipe.rounds,
         seconds=MOST_SECONDS,
+        device=str(device),
         progress=progress,
     )
     dense = sum(2 * torch.Size(entry.shape).numel() for entry in reader.entries.values())
@@ -95,7 +94,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
         "new_tokens": new_tokens,
         "rounds": max(len(speed.each_token) for speed in speeds),
         "kernels": kernel_info().tier,
-        **environment(torch.device("cpu")),
+        **environment(device),
     }
     size = sum(file.stat().st_size for file in shard_files(folder))
     result = BenchResult.of(
@@ -104,6 +103,16 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     if (folder / NOTES).is_dir():
         write_record(folder / NOTES / "bench.json", result.to_json())
     return result
+
+
+def _contenders(recipe: BenchRecipe) -> tuple[Sequence[str], torch.device]:
+    """The ways to run a model, and where. `auto` is the CPU if one of them runs only there."""
+    named, every = recipe.contenders or (), recipe.contenders == ("all",)
+    ours = (name for name in named if name in BACKENDS and not on_gpu(name))
+    device = choose_device(recipe.device, "--gguf" if recipe.gguf else next(ours, None))
+    if device.type == "cuda" and (every or not named):
+        return [name for name in BACKENDS if on_gpu(name)], device
+    return tuple(BACKENDS) if every else named or USUAL_BACKENDS, device
 
 
 def _random_prompt(folder: Path, count: int) -> list[int]:
@@ -124,6 +133,7 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     Raises:
         SecateurError: as generating with a draft.
     """
+    choose_device(recipe.device, "--draft")
     folder = resolve(recipe.model, progress=progress).folder
     tokenizer: Any = load_tokenizer(folder)
     prompts = prompts_of_kinds(tokenizer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from secateur.progress import Progress, listener
 from secateur.recipes.deploy import Sampling
 from secateur.recipes.keywords import recipe_of, refuse_unused, takes_options_of
 from secateur.recipes.measure import EvaluateRecipe
+from secateur.recipes.verbs import VERBS
 from secateur.reporting.evaluate import EvaluateResult
 from secateur.runs import measured
 from secateur.runs.environment import environment
@@ -119,14 +122,15 @@ def evaluate(
         raise RecipeError("a checkpoint has its own tokenizer", remedy="leave `tokenizer` out")
     own = {"model": _name_of(model), "dense": None if dense is None else _name_of(dense)}
     recipe, _ = recipe_of(EvaluateRecipe, own, options)
-    return run_evaluation(
-        recipe,
-        listener(progress),
-        model=model if isinstance(model, nn.Module) else None,
-        dense=dense if isinstance(dense, nn.Module) else None,
-        tokenizer=tokenizer,
-        prompts=prompts,
-    )
+    call = {
+        "model": model if isinstance(model, nn.Module) else None,
+        "dense": dense if isinstance(dense, nn.Module) else None,
+        "tokenizer": tokenizer,
+        "prompts": prompts,
+    }
+    showing: Any = partial(nullcontext, listener(progress))
+    result: EvaluateResult = VERBS["evaluate"].run(recipe, call, showing)
+    return result
 
 
 def run_evaluation(

@@ -23,6 +23,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
 from secateur.recipes.keywords import recipe_of, takes_options_of
 from secateur.reporting.evaluate import GenerateResult
+from secateur.runs.environment import choose_device
 from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.layer_forms import longest, refuse_options, why_not
@@ -58,7 +59,7 @@ def generate(
     tell: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> GenerateResult:
-    """Continue a prompt on the CPU with the fastest loop that the model allows.
+    """Continue a prompt with the fastest loop that the model and the device allow.
 
     Args:
         model: folder (compressed or not), hub id, GGUF file or named sample.
@@ -101,6 +102,7 @@ class Conversation:
             raise RecipeError("a stop text is empty", remedy="give at least one character")
         self.schema = None if json_schema is None else json_text(_schema_of(json_schema))
         self.name, self.max_new_tokens, self.stop = model, recipe.max_new_tokens, recipe.stop
+        self.device = choose_device(recipe.device, recipe.only_cpu)
         self.folder = resolve(model, trust_remote_code=trust).folder
         self.positions = positions_in(self.folder)
         self.tokenizer: Any = load_tokenizer(self.folder)
@@ -189,7 +191,7 @@ class Conversation:
         """Load the weights if they are not loaded yet."""
         if self.model is None:
             started = time.perf_counter()
-            self.model = load(self.folder)
+            self.model = load(self.folder, device=self.device)
             self.load_seconds = time.perf_counter() - started
             self.positions = getattr(self.model.config, POSITIONS, None)
 

@@ -169,7 +169,8 @@ class SparseLinear(InferenceLinear):
             return functional.linear(layout.lifted(x, self.parts.columns), self.wide, self.bias)
         from secateur.runtime.kernels.gpu.two_of_four_kernel import multiply_two_of_four
 
-        y = multiply_two_of_four(x, self.parts.packed, self.parts.meta, self.parts.columns)
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU
+            y = multiply_two_of_four(x, self.parts.packed, self.parts.meta, self.parts.columns)
         return y if self.bias is None else y + self.bias
 
     @property

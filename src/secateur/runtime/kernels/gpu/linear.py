@@ -55,9 +55,10 @@ class GpuLinear(OperatorLinear):
 
     def exact_product(self, x: Tensor) -> Tensor:
         """The product with activations as they are."""
-        if len(x) <= self.kernel_up_to:
-            return self.matrix.multiply(x)
-        return functional.linear(x, self.matrix.dense(x.dtype))
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU
+            if len(x) <= self.kernel_up_to:
+                return self.matrix.multiply(x)
+            return functional.linear(x, self.matrix.dense(x.dtype))
 
     @property
     def nbytes(self) -> int:

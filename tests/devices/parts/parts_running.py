@@ -1,0 +1,159 @@
+"""Verbs that run a model, and the GPU that was named: all of a run happens there."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended import forget_peak, memory
+from tiny import tiny_tokenizer
+from zoo import tiny_model
+
+import secateur
+from secateur.errors import RecipeError
+from secateur.evaluation.speed import load_backend
+from secateur.recipes.deploy import ChatRecipe, GenerateRecipe, Sampling, ServeRecipe
+from secateur.recipes.measure import BenchRecipe
+from secateur.recipes.verbs import VERBS
+from secateur.runtime.kernels.gpu.linear import GpuLinear
+from secateur.serving import serve
+from secateur.serving.scheduler import Request, ServingJob
+from secateur.steps.bench import _contenders as contenders_of
+from secateur.steps.generate import Conversation
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model of the CPU with its tokenizer."""
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("a text of many characters " * 200)
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_generate(source: Path, device: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "chat": False}
+    here = secateur.generate(source, "abc", device="cpu", **options)
+    there = secateur.generate(source, "abc", device=device, **options)
+    assert there.text == here.text
+    assert device in there.loop
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+def test_chat(
+    source: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    recipe = ChatRecipe(model=str(source), device=device, max_new_tokens=3)
+    VERBS["chat"].run(recipe, {"as_json": True}, nullcontext)
+    assert f"it is on cuda:{int(device != 'auto')}" in json.loads(capsys.readouterr().out)["loop"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+def test_serve(source: Path, device: str) -> None:
+    service, lines = serve._serving(ServeRecipe(model=str(source), device=device))
+    assert f"it is on cuda:{int(device != 'auto')}" in lines[0]
+    tokens: list[int] = []
+    job = ServingJob(
+        Request([4, 5, 6], 3, Sampling()), lambda token, _: not tokens.append(token), print
+    )
+    scheduler = service.worker.scheduler
+    scheduler.submit(job)
+    while not scheduler.idle:
+        scheduler.step()
+    assert len(tokens) == 3
+
+
+@pytest.mark.parametrize("name", ["torch bf16", "packed in transformers"])
+def test_bench(name: str, source: Path, tmp_path: Path, waited: list[str]) -> None:
+    """The clock stops when the GPU has finished."""
+    if name.startswith("packed"):
+        secateur.compress(source, output=tmp_path / "small")
+        source = tmp_path / "small"
+    run = load_backend(name, source, 8, 1, torch.device("cuda", 1))
+    waited.clear()
+    assert run(torch.tensor([4, 5, 6]), 3)["each_token"] > 0
+    assert len(waited) >= 3
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+def test_what_only_the_cpu_does(source: Path, device: str) -> None:
+    """auto takes the CPU then, and a GPU that was named is refused."""
+    generating = GenerateRecipe(model=str(source), device=device, kv_cache="int8")
+    timing = BenchRecipe(model=str(source), device=device, contenders=("dense int8",))
+    if device == "auto":
+        assert Conversation(generating).device == torch.device("cpu")
+        assert contenders_of(timing) == (("dense int8",), torch.device("cpu"))
+        return
+    for run in (lambda: Conversation(generating), lambda: contenders_of(timing)):
+        with pytest.raises(RecipeError) as refused:
+            run()
+        assert refused.value.where in ("--kv-cache", "dense int8")
+
+
+def test_there_is_no_such_gpu(source: Path) -> None:
+    with pytest.raises(RecipeError, match="cuda:2"):
+        secateur.generate(source, "abc", device="cuda:2")
+
+
+RUNS: dict[str, Callable[..., Any]] = {
+    "wanda": partial(secateur.prune, method="wanda", sparsity=0.5),
+    "balanced": partial(secateur.prune, effort="balanced", sparsity=0.5),
+    "taylor": partial(secateur.prune, method="taylor", sparsity=0.5),
+    "structure": partial(secateur.structure, keep_layers=2),
+    "train": partial(secateur.train, steps=2, batch=2),
+    "evaluate": secateur.evaluate,
+    "compress": partial(secateur.compress, values="int4"),
+}
+"""Verbs that compute on the device of their recipe, and write what they made."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_on_the_gpu_that_was_named(name: str, source: Path, tmp_path: Path) -> None:
+    """Nothing is placed on the other one, though that is the current one; and its peak is real."""
+    before = memory[0].live
+    for gpu in range(2):
+        forget_peak(gpu)
+    text = "text" if name in ("train", "evaluate") else "calibration"
+    made = RUNS[name](
+        source, output=tmp_path / "out", device="cuda:1", windows=8, sequence_length=16,
+        **{text: tmp_path / "text.txt"},
+    )  # fmt: skip
+    assert memory[0].peak == before
+    assert memory[1].peak > 0
+    assert made.to_json().get("cost", {}).get("peak_cuda_bytes", memory[1].peak) == memory[1].peak
+    assert torch.cuda.current_device() == 0
+
+
+class Launched:
+    """In place of a Triton kernel: where it would run."""
+
+    def __init__(self) -> None:
+        self.on: list[int] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *_, **__: self.on.append(torch.cuda.current_device())
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_kernels_are_launched_where_their_matrix_is(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from secateur.runtime.kernels.gpu import matrix
+
+    kernel = Launched()
+    monkeypatch.setattr(matrix, "bitmask_product", kernel)
+    monkeypatch.setattr(matrix, "bitmask_expand", kernel)
+    mask = torch.rand(16, 256) > 0.5
+    made = matrix.GpuMatrix.of(mask, torch.randn(int(mask.sum())), device="cuda:1")
+    GpuLinear(made)(torch.ones(tokens, 256, device="cuda:1"))
+    assert kernel.on == [1]
