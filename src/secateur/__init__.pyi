@@ -155,6 +155,7 @@ def bench(
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
     rounds: int | None = None,
+    device: str | None = None,
 ) -> BenchResult | DraftedBenchResult:
     """Time a checkpoint at batch 1 with several backends, or with a draft and without, in turns.
 
@@ -164,14 +165,15 @@ def bench(
         model: Folder (compressed or not), hub id or named sample.
         progress: receives every step.
         contenders: Ways to run the model, separated by commas: packed, packed in transformers,
-            dense bf16, dense int8, torch bf16, torch int8; or all. [packed, dense bf16, dense int8,
-            torch bf16]
+            dense bf16, dense int8, torch bf16, torch int8; or all. On a GPU packed in transformers
+            and torch bf16 run. [packed, dense bf16, dense int8, torch bf16]
         gguf: Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated. [none]
         draft: Time the model as it is, with this draft and without, on prompts of four kinds:
             prose, code, chat, lists; at temperature 0 and 1. [none]
         prompt_tokens: Tokens in the prompt. [32]
         new_tokens: Tokens to generate in each round. [8, or 64 with a draft]
         rounds: Largest number of rounds. After 30 seconds and two rounds no other one begins. [5]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
 
     Raises:
         SecateurError: what, where, and what to do.
@@ -662,8 +664,9 @@ def generate(
     kv_cache: Literal["bf16", "int8"] | None = None,
     draft: str | None = None,
     trust_remote_code: bool | None = None,
+    device: str | None = None,
 ) -> GenerateResult:
-    """Continue a prompt on the CPU with the fastest loop that the model allows.
+    """Continue a prompt with the fastest loop that the model and the device allow.
 
     Args:
         model: folder (compressed or not), hub id, GGUF file or named sample.
@@ -693,6 +696,7 @@ def generate(
             tokens, and the model checks several in one call: faster, and with the same output
             (speculative decoding). [none]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
+        device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
 
     Raises:
         SecateurError: what, where, and what to do.

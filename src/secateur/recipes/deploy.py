@@ -94,7 +94,7 @@ class _Drafted(Section):
     decoding)."""
 
 
-class _Running(Device, _Drafted, _KeysAndValues):
+class _Decoding(Device, _Drafted, _KeysAndValues):
     """How a model runs."""
 
     @property
@@ -104,7 +104,7 @@ class _Running(Device, _Drafted, _KeysAndValues):
         return next((flag for flag, value in given.items() if value is not None), None)
 
 
-class GenerateRecipe(_Running, _TokenDrawing, Recipe):
+class GenerateRecipe(_Decoding, _TokenDrawing, Recipe):
     """One text."""
 
     group = Heading.WHAT
@@ -124,7 +124,7 @@ class GenerateRecipe(_Running, _TokenDrawing, Recipe):
     """JSON file of a schema that the text follows. Needs the extra `structured`."""
 
 
-class ChatRecipe(_Running, _TokenDrawing, Recipe):
+class ChatRecipe(_Decoding, _TokenDrawing, Recipe):
     """One conversation."""
 
     group = Heading.WHAT
@@ -163,7 +163,7 @@ NOT_EMPTY = matching(
 )
 
 
-class ServeRecipe(_Running, _ServingLimits, Recipe):
+class ServeRecipe(_Decoding, _ServingLimits, Recipe):
     """One server."""
 
     group = Heading.WHAT

@@ -135,13 +135,10 @@ class BenchRecipe(Place, _TimedRounds, Recipe):
     """Folder (compressed or not), hub id or named sample."""
     contenders: Annotated[
         Annotated[tuple[Contender, ...], Strictness(False)] | None,
-        Flag(
-            commas=True,
-            default="packed, dense bf16, dense int8, torch bf16; on a GPU both in transformers",
-        ),
+        Flag(commas=True, default="packed, dense bf16, dense int8, torch bf16"),
     ] = None
     """Ways to run the model, separated by commas: packed, packed in transformers, dense bf16, dense
-    int8, torch bf16, torch int8; or all. On a GPU: packed in transformers and torch bf16."""
+    int8, torch bf16, torch int8; or all. On a GPU packed in transformers and torch bf16 run."""
     gguf: Annotated[Texts, Flag(value="FILE")] = ()
     """Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."""
     draft: Annotated[str | None, Flag(value="DRAFT", default="none")] = None

@@ -54,13 +54,13 @@ def test_chat(
     monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
     recipe = ChatRecipe(model=str(source), device=device, max_new_tokens=3)
     VERBS["chat"].run(recipe, {"as_json": True}, nullcontext)
-    assert f"it is on cuda:{int(device != 'auto')}" in json.loads(capsys.readouterr().out)["loop"]
+    assert f"cuda:{int(device != 'auto')}" in json.loads(capsys.readouterr().out)["loop"]
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda:1"])
 def test_serve(source: Path, device: str) -> None:
     service, lines = serve._serving(ServeRecipe(model=str(source), device=device))
-    assert f"it is on cuda:{int(device != 'auto')}" in lines[0]
+    assert f"cuda:{int(device != 'auto')}" in lines[0]
     tokens: list[int] = []
     job = ServingJob(
         Request([4, 5, 6], 3, Sampling()), lambda token, _: not tokens.append(token), print
