@@ -86,8 +86,8 @@ def measure(weight: Tensor, gram: Tensor, held_out: Tensor) -> list[dict[str, An
                 rows.append({
                     "shape": list(weight.shape), "pattern": text, "sparsity": sparsity,
                     "mask": name, "refit": refit,
-                    "error": relative_output_error(weight, solution.weight, gram),
-                    "held_out_error": relative_output_error(weight, solution.weight, held_out),
+                    "error": float(relative_output_error(weight, solution.weight, gram)),
+                    "held_out_error": float(relative_output_error(weight, solution.weight, held_out)),
                     "swap_seconds": seconds if name == "swapped" else 0.0,
                     "swaps_per_row": float((wanda & ~mask).sum()) / len(mask),
                     "solve_seconds": solve_seconds,

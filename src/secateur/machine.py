@@ -28,6 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MADV_HUGEPAGE = 14
@@ -95,6 +96,27 @@ def _fast_bfloat16(device: torch.device) -> bool:
     # torch tells this of a CPU only through private functions; without them float32 is right
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+    """Add `alpha` · left @ right to a matrix in place, or to each matrix of a batch. Return it."""
+    add = total.addmm_ if total.dim() == 2 else total.baddbmm_
+    return add(left, right, alpha=alpha)
+
+
+def add_rows(total: Tensor, shares: Tensor, rows: Tensor, alpha: float = 1) -> None:
+    """Add `alpha` · Σ_k share_k row_k to a row [n] in place, or to a row of each matrix of a batch.
+
+    Args:
+        total: [..., n].
+        shares: [..., k].
+        rows: [..., k, n].
+        alpha: multiplies the sum.
+    """
+    if total.dim() == 1:
+        total.addmv_(rows.t(), shares, alpha=alpha)
+    else:
+        total[:, None].baddbmm_(shares[:, None], rows, alpha=alpha)
 
 
 def give_back() -> None:

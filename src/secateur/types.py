@@ -7,6 +7,9 @@
 | `samples`         | calibration windows                                 |
 | `sequence_length` | tokens in one window                                |
 
+`*batch` before them is nothing, or the number of matrices that are worked on at once: of the same
+linear of many experts.
+
 The test suite checks these annotations at run time in the `sparsity` and `calibration` rooms.
 """
 
@@ -21,22 +24,22 @@ from torch import Tensor
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The numbers of plain weights, as configurations and users name them."""
 
-Weight = Float[Tensor, "out in"]
+Weight = Float[Tensor, "*batch out in"]
 """A weight matrix [out, in] of any floating dtype (Conv1D weights are transposed to this form)."""
 
-Score = Float32[Tensor, "out in"]
+Score = Float32[Tensor, "*batch out in"]
 """Importance of each weight, float32; higher = more important."""
 
-UnitScores = Float32[Tensor, "unit_rows unit_columns"]
+UnitScores = Float32[Tensor, "*batch unit_rows unit_columns"]
 """Importance of what competes under a pattern: weights, blocks, or groups of columns."""
 
-Mask = Bool[Tensor, "out in"]
+Mask = Bool[Tensor, "*batch out in"]
 """True = kept, False = pruned."""
 
-Gram = Float32[Tensor, "in in"]
+Gram = Float32[Tensor, "*batch in in"]
 """XᵀX over all calibration tokens, float32."""
 
-ColumnNorm = Float32[Tensor, " in"]
+ColumnNorm = Float32[Tensor, "*batch in"]
 """‖X_j‖₂ of each input feature j over all calibration tokens, float32."""
 
 Inputs = Float[Tensor, "tokens in"]

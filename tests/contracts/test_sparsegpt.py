@@ -167,7 +167,7 @@ def test_rounding_with_the_inputs_in_mind_loses_less(example):
     solution = solved(pruned, "unstructured", 8, mask)
     nearest = dequantize_rows(*quantize_rows(held))
     error = relative_error(held, solution.weight, case.inputs)
-    assert error == pytest.approx(solution.error, rel=1e-3)
+    assert error == pytest.approx(float(solution.error), rel=1e-3)
     assert error < 0.75 * relative_error(held, nearest, case.inputs)
 
 

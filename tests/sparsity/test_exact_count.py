@@ -122,19 +122,19 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_histogram_of_a_gpu_finds_what_kthvalue_finds(name: str) -> None:
-    row = ROWS[name]
-    n = len(row)
+    rows = torch.stack([ROWS[name], -ROWS[name].flip(0)])
+    n = rows.shape[1]
     for pruned in sorted({1, 2, n // 3, n // 2, n - 1, n} & set(range(1, n + 1))):
-        found = exact_count._smallest_by_histogram(row, pruned)
-        assert found.shape == (1,)
-        assert torch.equal(found, torch.kthvalue(row, pruned).values[None]), pruned
+        for score in (rows, rows[:1]):
+            found = exact_count._smallest_by_histogram(score, pruned)
+            expected = torch.kthvalue(score, pruned, dim=1, keepdim=True).values
+            assert torch.equal(found, expected), pruned
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_gpu_prunes_long_rows_as_a_cpu_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def by_histogram(score: Any, pruned: int) -> Any:
-        rows = [exact_count._smallest_by_histogram(torch.from_numpy(x), pruned) for x in score]
-        return torch.stack(rows).numpy()
+        return exact_count._smallest_by_histogram(torch.from_numpy(score), pruned).numpy()
 
     score = torch.stack([ROWS[name], ROWS[name].flip(0)])
     n = score.shape[1]

@@ -5,7 +5,7 @@ With UᵀU = H⁻¹ upper triangular, for each column i from left to right
     Q_:i = grid(W_:i) where kept, 0 where pruned;    e = (W_:i − Q_:i) / U_ii
     W_:j ← W_:j − e · U_ij
 
-for all j > i. Without a grid Q_:i = W_:i where kept.
+for all j > i. Without a grid Q_:i = W_:i where kept. All matrices of a batch are swept together.
 
 Rounding of a pruned linear layer, whose zeros are held, has three steps:
 
@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.machine import add_product, add_rows
 from secateur.quantization.groups import BITS, GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns, RowColumns, SweepGrid, descend
 from secateur.sparsity.patterns import Pattern
@@ -52,9 +53,9 @@ def sweep(
     """Solve `columns` in place, lazy block by lazy block.
 
     Args:
-        columns: the weight transposed, so that every column is contiguous, float32 [in, out].
-        kept: the mask transposed, bool [in, out]; filled if there is a choice.
-        factor: U, float32 [in, in].
+        columns: the weight transposed, so that every column is contiguous, float32 [..., in, out].
+        kept: the mask transposed, bool [..., in, out]; filled if there is a choice.
+        factor: U, float32 [..., in, in].
         block_columns: columns in a lazy block; rounded down to whole groups.
         choice: selects the mask; None holds `kept`.
         grid: rounds the kept weights; None keeps them as they are.
@@ -65,16 +66,17 @@ def sweep(
     )
     # Rounded down to what must stay together, and never less than one of it.
     width = max(block_columns // together, 1) * together
-    for start in range(0, len(columns), width):
-        block = columns[start : start + width]
-        stop = start + len(block)
-        block_factor = factor[start:stop, start:stop]
-        block_kept = kept[start:stop]
+    for start in range(0, columns.shape[-2], width):
+        block = columns[..., start : start + width, :]
+        stop = start + block.shape[-2]
+        block_factor = factor[..., start:stop, start:stop]
+        block_kept = kept[..., start:stop, :]
         if choice and not choice.by_group:
-            block_kept.copy_(choice.of_block(block, block_factor.diagonal(), start))
+            diagonal = block_factor.diagonal(dim1=-2, dim2=-1)
+            block_kept.copy_(choice.of_block(block, diagonal, start))
         errors = _sweep_block(block, block_kept, block_factor, choice, grid, start)
         # All columns to the right at once: [in − stop, width] x [width, out].
-        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+        add_product(columns[..., stop:, :], factor[..., start:stop, stop:].mT, errors, alpha=-1)
 
 
 class Choice(NamedTuple):
@@ -89,28 +91,28 @@ class Choice(NamedTuple):
         return self.pattern.scope == "group"
 
     def of_group(self, group: Tensor, diagonal: Tensor) -> Tensor:
-        """Kept weights [M, out] of one N:M group of columns."""
-        return self.pattern.mask(_obs_score(group, diagonal), self.sparsity).t()
+        """Kept weights [..., M, out] of one N:M group of columns."""
+        return self.pattern.mask(_obs_score(group, diagonal), self.sparsity).mT
 
     def of_block(self, block: Tensor, diagonal: Tensor, start: int) -> Tensor:
-        """Kept weights [columns, out] of the lazy block that begins at column `start`.
+        """Kept weights [..., columns, out] of the lazy block that begins at column `start`.
 
         Its share makes the count exact up to its last column, so rounding never accumulates over
         the blocks.
         """
-        width, rows = block.shape
+        *_, width, rows = block.shape
         # As many as the columns up to here should have lost, less those lost before this block.
         before = self.pattern.pruned((rows, start), self.sparsity)
         share = self.pattern.pruned((rows, start + width), self.sparsity) - before
-        if share == block.numel():  # a pattern holds no sparsity of 1
+        if share == width * rows:  # a pattern holds no sparsity of 1
             return torch.zeros_like(block, dtype=torch.bool)
-        return self.pattern.mask(_obs_score(block, diagonal), share / block.numel()).t()
+        return self.pattern.mask(_obs_score(block, diagonal), share / (width * rows)).mT
 
 
 def _obs_score(columns: Tensor, diagonal: Tensor) -> Tensor:
-    """W_ij² / U_jj², float32 [out, columns], of columns [columns, out]."""
+    """W_ij² / U_jj², float32 [..., out, columns], of columns [..., columns, out]."""
     # Divided first: the square of a small U_jj could underflow.
-    return (columns / diagonal[:, None]).square_().t()
+    return (columns / diagonal[..., None]).square_().mT
 
 
 def _sweep_block(
@@ -121,7 +123,7 @@ def _sweep_block(
     grid: SweepGrid | None,
     first: int,
 ) -> Tensor:
-    """Solve one lazy block [columns, out] in place; return the errors e [columns, out].
+    """Solve one lazy block [..., columns, out] in place; return the errors e of the same shape.
 
     `first` is the number of its first column in the matrix.
 
@@ -135,38 +137,40 @@ def _sweep_block(
     scaled = grid.together if grid else 0
     if scaled and not by_group:  # with N:M, M divides the group, and a group begins with a step
         step = scaled
-    diagonal = factor.diagonal()
-    for start in range(0, len(block), step):
-        span = slice(start, min(start + step, len(block)))
-        current = block[span]
+    diagonal, width = factor.diagonal(dim1=-2, dim2=-1), block.shape[-2]
+    for start in range(0, width, step):
+        span = slice(start, min(start + step, width))
+        current, before = block[..., span, :], errors[..., :start, :]
         if start:
-            current.addmm_(factor[:start, span].t(), errors[:start], alpha=-1)
+            add_product(current, factor[..., :start, span].mT, before, alpha=-1)
         if grid and scaled and start % scaled == 0:
             group = slice(start, start + scaled)
             # The scale needs all columns of its group as they are now; those beyond this step have
             # not received the errors before it, so a copy receives them.
-            ahead = block[group].clone()
-            ahead[step:].addmm_(factor[:start, group][:, step:].t(), errors[:start], alpha=-1)
-            allowed = (
-                choice.of_group(ahead, diagonal[group]) if choice and by_group else kept[group]
-            )
+            ahead = block[..., group, :].clone()
+            later = ahead[..., step:, :]
+            add_product(later, factor[..., :start, group][..., step:].mT, before, alpha=-1)
+            own, allowed = diagonal[..., group], kept[..., group, :]
+            if choice and by_group:
+                allowed = choice.of_group(ahead, own)
             # What a column adds to the error is e² = (w − q)² / U_jj².
-            grid.begin(first + start, ahead.mul_(allowed), diagonal[group] ** -2)
+            grid.begin(first + start, ahead.mul_(allowed), own**-2)
         if choice and by_group:
-            kept[span] = choice.of_group(current, diagonal[span])
-        pruned = ~kept[span]
-        scale = pruned / diagonal[span, None]  # e = W_:i · this, 0 where kept: no division inside
-        step_errors, step_factor = errors[span], factor[span, span]
+            kept[..., span, :] = choice.of_group(current, diagonal[..., span])
+        pruned = ~kept[..., span, :]
+        # e = W_:i · this, 0 where kept: no division inside.
+        scale = pruned / diagonal[..., span, None]
+        step_errors, step_factor = errors[..., span, :], factor[..., span, span]
         for i, (column, column_scale, error) in enumerate(
-            zip(current, scale, step_errors, strict=True)
+            zip(*(x.unbind(-2) for x in (current, scale, step_errors)), strict=True)
         ):
-            if i:  # the errors of the columns of this step, [i, out]ᵀ x [i]
-                column.addmv_(step_errors[:i].t(), step_factor[:i, i], alpha=-1)
+            if i:  # the errors of the columns of this step, [i] x [i, out]
+                add_rows(column, step_factor[..., :i, i], step_errors[..., :i, :], alpha=-1)
             if grid is None:
                 torch.mul(column, column_scale, out=error)
                 continue
-            rounded = grid.round(column, first + start + i) * kept[start + i]
-            torch.sub(column, rounded, out=error).div_(diagonal[start + i])
+            rounded = grid.round(column, first + start + i) * kept[..., start + i, :]
+            torch.sub(column, rounded, out=error).div_(diagonal[..., start + i, None])
             column.copy_(rounded)
         # Once for all columns of the step: a column is read no more when its error is known.
         current.masked_fill_(pruned, 0.0)
@@ -179,7 +183,7 @@ def group_grid(bits: int, group: int) -> GroupGrid | None:
 
 
 def sweep_grid(columns: Tensor, bits: int, group: int) -> SweepGrid | None:
-    """The grid for a sweep over weights [in, out], zero where pruned; None for 0 bits."""
+    """The grid for a sweep over weights [..., in, out], zero where pruned; None for 0 bits."""
     grid = group_grid(bits, group)
     if grid is not None:
         return GroupColumns(grid, columns)
@@ -199,13 +203,13 @@ def round_on_mask(
     """Round `start`, which is X*, in place; its zeros are held.
 
     Args:
-        start: float32 [in, out].
+        start: float32 [..., in, out].
         grid: its grid.
-        target: W transposed, float32 [in, out].
-        kept: the mask transposed, bool [in, out].
-        gram: H off its diagonal, float32 [in, in].
-        diagonal: that of H, float32 [in].
-        factor: U with UᵀU = H⁻¹, float32 [in, in].
+        target: W transposed, float32 [..., in, out].
+        kept: the mask transposed, bool [..., in, out].
+        gram: H off its diagonal, float32 [..., in, in].
+        diagonal: that of H, float32 [..., in].
+        factor: U with UᵀU = H⁻¹, float32 [..., in, in].
         passes: of coordinate descent; for a grid of groups.
     """
     # X* is exact for its mask, so the errors of pruning are made up for: only rounding errors flow.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import PatternError
 
@@ -54,8 +54,8 @@ def keep_largest(score: Float32[Tensor, "groups n"], pruned: int) -> Bool[Tensor
         return keep.fill_(pruned == 0)
     # On a GPU all rows at once: there chunks are only more launches.
     select = _by_pairs if n <= _PAIRWISE_WIDTH else _by_threshold
-    # Chunks of rows never cut a competition in two.
-    rows = max(1, _CHUNK // n) if score.is_cpu else groups
+    # Chunks of rows never cut a competition in two. Long rows are worked on alone.
+    rows = max(1, _CHUNK // n if n < _SAMPLED_WIDTH else 1) if score.is_cpu else groups
     for start in range(0, groups, rows):
         keep[start : start + rows] = select(score[start : start + rows].detach(), pruned)
     return keep
@@ -82,8 +82,7 @@ def _by_threshold(score: Tensor, pruned: int) -> Tensor:
     if score.is_cpu:
         threshold = torch.from_numpy(_smallest(score.numpy(), pruned))
     elif score.shape[1] >= _SAMPLED_WIDTH:
-        # Few long rows: each one fills the GPU by itself.
-        threshold = torch.stack([_smallest_by_histogram(row, pruned) for row in score])
+        threshold = _smallest_by_histogram(score, pruned)
     else:
         threshold = torch.kthvalue(score, pruned, dim=1, keepdim=True).values
     # Strictly above: those that equal the threshold are kept only as far as the count allows.
@@ -121,22 +120,32 @@ def _smallest_by_sample(row: Any, pruned: int) -> Any:
     return np.partition(near, place)[place : place + 1]
 
 
-def _smallest_by_histogram(row: Tensor, pruned: int) -> Tensor:
-    """The `pruned`-th smallest entry of a row [n], as [1]; for GPUs.
+def _smallest_by_histogram(score: Tensor, pruned: int) -> Tensor:
+    """The `pruned`-th smallest entry of each row [groups, n], as [groups, 1]; for GPUs.
 
     There `torch.kthvalue` gives a whole row to one multiprocessor. Here all of them count how many
     entries begin with which bits, in three passes over fewer and fewer entries: read as an integer,
     with the other bits of negative numbers turned around, a float has its place in the order.
     """
-    keys, place = _in_order(row.view(torch.int32)), pruned - 1
+    keys = _in_order(score.view(torch.int32))
+    # The row of each entry that is left, and the place of the sought one among those of each row.
+    row = torch.arange(len(score), dtype=torch.int32, device=score.device)[:, None]
+    place = torch.full(row.shape, pruned - 1, device=score.device)
     for shift, digits in _PASSES:
         # The first 11 bits have the sign, so they begin at −2¹⁰; bins begin at 0.
-        digit = (keys >> shift) + 2**10 if shift == _PASSES[0][0] else (keys >> shift) & digits - 1
-        up_to = torch.bincount(digit, minlength=digits).cumsum(0)
-        found = int((up_to <= place).sum())  # the bin of the entry: so many end before it
-        place -= int(up_to[found - 1]) if found else 0
-        keys = keys[digit == found]
-    return _in_order(keys[:1]).view(torch.float32)
+        bins = (keys >> shift) + 2**10 if shift == _PASSES[0][0] else (keys >> shift) & digits - 1
+        bins += row * digits  # every row has bins of its own
+        counts = torch.bincount(bins.flatten(), minlength=place.numel() * digits)
+        # How many entries are before each bin, [groups, digits + 1].
+        before = nn.functional.pad(counts.view(-1, digits).cumsum(1), (1, 0))
+        found = (before[:, 1:] <= place).sum(1, keepdim=True)  # so many bins end before the entry
+        place -= before.gather(1, found)
+        wanted = found[:, 0] + torch.arange(len(found), device=found.device) * digits
+        left = (bins == wanted[row]).flatten().nonzero()[:, 0]
+        keys, row = keys.flatten()[left], row.expand_as(bins).flatten()[left]
+    # All that is left of a row is equal.
+    smallest = keys.new_empty(len(score)).scatter_(0, row.long(), keys)
+    return _in_order(smallest).view(torch.float32)[:, None]
 
 
 def _in_order(bits: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ here, so H = gram + damping · mean(diag(gram)) · I.
 
 For a given mask, conjugate gradients find the least error for all rows at once. Targets may be the
 dense model's outputs, fitted from the inputs of the pruned model.
+
+Every function takes one matrix, or a batch of matrices of a size; each gets what it gets alone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from secateur.errors import NumericalError
@@ -34,10 +36,10 @@ def check_gram(gram: Gram) -> None:
     Raises:
         NumericalError: a calibration input is infinite or not a number.
     """
-    bad = ~torch.isfinite(gram.diagonal())
+    bad = ~torch.isfinite(gram.diagonal(dim1=-2, dim2=-1))
     if bad.any():
         raise NumericalError(
-            f"{int(bad.sum())} of {len(gram)} calibration inputs are infinite or not a number",
+            f"{int(bad.sum())} of {bad.numel()} calibration inputs are infinite or not a number",
             remedy="load the model in bfloat16 or float32; look for an overflow in the "
             "layers before this one",
         )
@@ -55,19 +57,21 @@ def check_weight(weight: Weight) -> None:
         )
 
 
-def live_weight(weight: Weight, dead: Bool[Tensor, " in"]) -> Float32[Tensor, "out in"]:
+def live_weight(
+    weight: Weight, dead: Bool[Tensor, "*batch in"]
+) -> Float32[Tensor, "*batch out in"]:
     """A float32 copy of a weight, zero in the dead columns: no input ever reaches them.
 
     Raises:
         NumericalError: a weight is infinite or not a number.
     """
     check_weight(weight)
-    return weight.detach().float().masked_fill(dead, 0.0)
+    return weight.detach().float().masked_fill(dead[..., None, :], 0.0)
 
 
 def damped_diagonal(
     gram: Gram, damping: float
-) -> tuple[Float32[Tensor, " in"], Bool[Tensor, " in"]]:
+) -> tuple[Float32[Tensor, "*batch in"], Bool[Tensor, "*batch in"]]:
     """The diagonal of H = gram + damping · mean(diag(gram)) · I, and the dead columns.
 
     Args:
@@ -88,22 +92,24 @@ def damped_diagonal(
         (tensor([2.0100, 1.0000]), tensor([False,  True]))
     """
     check_gram(gram)
-    diagonal = gram.diagonal()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
-    if dead.all():
+    if dead.all(-1).any():
         raise NumericalError(
             "every calibration input of this linear is zero",
             remedy="give more calibration text if it is an expert that was never chosen; lower "
             "the sparsity if the layers before it have lost nearly all weights; or leave it out "
             "(--exclude)",
         )
-    damped = diagonal + damping * diagonal.mean()
+    damped = diagonal + damping * diagonal.mean(-1, keepdim=True)
     return torch.where(dead, torch.ones_like(diagonal), damped), dead
 
 
 def scaled_hessian(
     gram: Gram, damping: float
-) -> tuple[Float32[Tensor, "in in"], Float32[Tensor, " in"], Bool[Tensor, " in"]]:
+) -> tuple[
+    Float32[Tensor, "*batch in in"], Float32[Tensor, "*batch in"], Bool[Tensor, "*batch in"]
+]:
     """H / s sᵀ with s the roots of the diagonal of H, so that its diagonal is 1; s; dead columns.
 
     Args:
@@ -116,15 +122,15 @@ def scaled_hessian(
     damped, dead = damped_diagonal(gram, damping)
     scale = damped.sqrt()
     # A dead column has s_j = 1 and stays a separate 1 on the diagonal.
-    hessian = gram / scale
-    hessian /= scale[:, None]
-    hessian.diagonal().fill_(1.0)
+    hessian = gram / scale[..., None, :]
+    hessian /= scale[..., None]
+    hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return hessian, scale, dead
 
 
 def inverse_factor(
     gram: Gram, damping: float
-) -> tuple[Float32[Tensor, "in in"], Bool[Tensor, " in"]]:
+) -> tuple[Float32[Tensor, "*batch in in"], Bool[Tensor, "*batch in"]]:
     """The upper triangular U with UᵀU = H⁻¹, H = gram + damping · mean(diag(gram)) · I.
 
     SparseGPT factorises H, inverts it and factorises the inverse. The same U is the inverse of the
@@ -146,6 +152,11 @@ def inverse_factor(
             even in float64. A missing inverse is never replaced.
     """
     damped, dead = damped_diagonal(gram, damping)
+    if gram.dim() > 2:
+        factor = _factorise(gram, damped, torch.float32)
+        if factor is None:  # each for itself, so that float64 is taken only where it must be
+            factor = torch.stack([inverse_factor(each, damping)[0] for each in gram])
+        return factor, dead
     factor = factorised(
         lambda dtype: _factorise(gram, damped, dtype),
         f"the gram of {len(gram)} inputs with damping {damping}",
@@ -191,36 +202,37 @@ def _factorise(gram: Gram, damped: Tensor, dtype: torch.dtype) -> Tensor | None:
     """U with UᵀU = H⁻¹, or None if this precision is not enough."""
     # Lower and upper swap when rows and columns are reversed: JHJ = LLᵀ gives H = RRᵀ, R = JLJ.
     # Flipping copies, so what follows may work in place.
-    hessian = gram.flip(0, 1).to(dtype)
-    hessian.diagonal().copy_(damped.flip(0))
+    hessian = gram.flip(-2, -1).to(dtype)
+    hessian.diagonal(dim1=-2, dim2=-1).copy_(damped.flip(-1))
     lower = cholesky(hessian)
     del hessian  # two matrices are alive at a time, as FACTOR_SQUARES says
     if lower is None:
         return None
-    upper = lower.flip(0, 1)
+    upper = lower.flip(-2, -1)
     del lower
     _invert_upper(upper)
     # By rows, since a mask of the whole matrix would be a quarter of it again.
-    finite = (bool(torch.isfinite(rows).all()) for rows in upper.split(_CHUNK_COLUMNS))
-    return upper if all(finite) else None
+    finite = [torch.isfinite(rows).all() for rows in upper.split(_CHUNK_COLUMNS, dim=-2)]
+    return upper if bool(torch.stack(finite).all()) else None
 
 
 def _invert_upper(upper: Tensor) -> None:
     """Invert an upper triangular matrix in place, by halves: nearly all work is in matmuls."""
-    n = len(upper)
+    n = upper.shape[-1]
     if n <= _RECURSION_WIDTH:
         identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
         upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
         return
     half = n // 2
-    first, last, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
+    first, last = upper[..., :half, :half], upper[..., half:, half:]
+    corner = upper[..., :half, half:]
     _invert_upper(first)
     _invert_upper(last)
     # [P Q; 0 R]⁻¹ = [P⁻¹ −P⁻¹QR⁻¹; 0 R⁻¹]
     corner.copy_((first @ corner @ last).neg_())
 
 
-def output_energy(weight: Weight, gram: Gram) -> float:
+def output_energy(weight: Weight, gram: Gram) -> Float64[Tensor, "*batch"]:
     """‖WX‖² = tr(W · gram · Wᵀ), summed over all outputs and calibration tokens.
 
     The gram is symmetric, so only its upper half is multiplied.
@@ -233,23 +245,25 @@ def output_energy(weight: Weight, gram: Gram) -> float:
         >>> import torch
         >>> from secateur.sparsity.hessian import output_energy
         >>> output_energy(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
-        14.0
+        tensor(14., dtype=torch.float64)
     """
     weight = weight.detach().float()
-    energy = 0.0
-    for start in range(0, weight.shape[1], _CHUNK_COLUMNS):
+    energy = weight.new_zeros(weight.shape[:-2], dtype=torch.float64)
+    for start in range(0, weight.shape[-1], _CHUNK_COLUMNS):
         stop = start + _CHUNK_COLUMNS
         # Rows start:stop of the gram, from the diagonal block to the right: [out, in − start].
-        product = weight[:, start:stop] @ gram[start:stop, start:]
-        product *= weight[:, start:]
-        product[:, _CHUNK_COLUMNS:] *= 2  # counts itself and its mirror image
+        product = weight[..., start:stop] @ gram[..., start:stop, start:]
+        product *= weight[..., start:]
+        product[..., _CHUNK_COLUMNS:] *= 2  # counts itself and its mirror image
         # Short sums in float32, the long one over rows in float64.
-        energy += float(product.sum(1).sum(dtype=torch.float64))
+        energy += product.sum(-1).sum(-1, dtype=torch.float64)
     return energy
 
 
-def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> float:
-    """‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; 0.0 if the outputs are all zero.
+def relative_output_error(
+    weight: Weight, new_weight: Weight, gram: Gram
+) -> Float64[Tensor, "*batch"]:
+    """‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; 0 if the outputs are all zero.
 
     Args:
         weight: W [out, in], any floating dtype.
@@ -261,14 +275,13 @@ def relative_output_error(weight: Weight, new_weight: Weight, gram: Gram) -> flo
         >>> from secateur.sparsity.hessian import relative_output_error
         >>> weight, gram = torch.tensor([[1.0, 2.0]]), torch.eye(2)
         >>> relative_output_error(weight, torch.tensor([[0.0, 2.0]]), gram)
-        0.2
+        tensor(0.2000, dtype=torch.float64)
     """
     whole = output_energy(weight, gram)
-    # Rounding can make the energy of tiny numbers negative: hence <= here and max below.
-    if whole <= 0:
-        return 0.0
     change = new_weight.detach().float() - weight.detach().float()
-    return max(0.0, output_energy(change, gram) / whole)
+    # Rounding can make the energy of tiny numbers negative: hence the minimum and the condition.
+    share = (output_energy(change, gram) / whole).clamp_min(0.0)
+    return torch.where(whole > 0, share, 0.0)
 
 
 _TINY = 1e-30  # keeps 0 / 0 at 0 for a row that is solved, or whose weights are all pruned
@@ -278,25 +291,25 @@ def fit_on_mask(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, step
     """Approach argmin tr((X − B) A (X − B)ᵀ), X = 0 where pruned; rows that are solved do not move.
 
     Args:
-        start: first X, float32 [out, in], zero where pruned; changed in place and returned.
-        target: B A, float32 [out, in].
-        hessian: A, float32 [in, in]; converges soonest where its diagonal is 1.
-        mask: True = kept, bool [out, in].
+        start: first X, float32 [..., out, in], zero where pruned; changed in place and returned.
+        target: B A, float32 [..., out, in].
+        hessian: A, float32 [..., in, in]; converges soonest where its diagonal is 1.
+        mask: True = kept, bool [..., out, in].
         steps: of conjugate gradients.
     """
-    # Every row is a system of its own, with its own step lengths [out, 1]. All share A, so a step
-    # of all rows is one matmul. Masking residuals and images keeps every row within its support.
+    # Every row is a system of its own, with its own step lengths [..., out, 1]. All share A, so a
+    # step of all rows is one matmul. Masking residuals and images keeps a row within its support.
     x = start
     residual = (target - x @ hessian) * mask
     direction = residual.clone()
-    energy = residual.square().sum(1, keepdim=True)
+    energy = residual.square().sum(-1, keepdim=True)
     for _ in range(steps):
         image = (direction @ hessian) * mask
         # Step to the minimum along the direction: ‖r‖² / dᵀAd of each row.
-        length = energy / (direction * image).sum(1, keepdim=True).clamp_min_(_TINY)
+        length = energy / (direction * image).sum(-1, keepdim=True).clamp_min_(_TINY)
         x.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
-        left = residual.square().sum(1, keepdim=True)
+        left = residual.square().sum(-1, keepdim=True)
         # Conjugate to all directions before, by the ratio of residuals (Fletcher and Reeves).
         direction = direction.mul_(left / energy.clamp_min(_TINY)).add_(residual)
         energy = left
@@ -305,10 +318,10 @@ def fit_on_mask(start: Tensor, target: Tensor, hessian: Tensor, mask: Mask, step
 
 def dense_target(
     gram: Gram,
-    moments: Float32[Tensor, "out in"],
-    anchor: Float32[Tensor, "out in"],
+    moments: Float32[Tensor, "*batch out in"],
+    anchor: Float32[Tensor, "*batch out in"],
     damping: float,
-) -> Float32[Tensor, "out in"]:
+) -> Float32[Tensor, "*batch out in"]:
     """The weight to prune, so that the outputs for inputs X̂ stay near the targets T.
 
     With G = X̂X̂ᵀ, M = TX̂ᵀ, λ = damping · mean(diag G) and an anchor A
@@ -345,15 +358,19 @@ def dense_target(
     """
     # The diagonal of H − G: λ, and all of H_jj in a dead column, so that A is what remains there.
     damped, dead = damped_diagonal(gram, damping)
-    shift = torch.where(dead, damped, damping * gram.diagonal().mean())
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    shift = torch.where(dead, damped, damping * diagonal.mean(-1, keepdim=True))
     hessian = gram.clone()
-    hessian.diagonal().copy_(damped)
-    target = moments + anchor * shift
+    hessian.diagonal(dim1=-2, dim2=-1).copy_(damped)
+    target = moments + anchor * shift[..., None, :]
     # W* H = target; H is symmetric, so H W*ᵀ = targetᵀ.
     lower = cholesky(hessian)
-    if lower is None:  # the least damping, of inputs that are nearly dependent
-        solved: Tensor = torch.linalg.solve(hessian, target.t())
-    else:
+    if lower is not None:
         del hessian  # before the solution takes its memory
-        solved = torch.cholesky_solve(target.t(), lower)
-    return solved.t().contiguous()
+        solved: Tensor = torch.cholesky_solve(target.mT, lower)
+    elif gram.dim() > 2:  # each for itself: the others are right by Cholesky
+        parts = zip(gram, moments, anchor, strict=True)
+        return torch.stack([dense_target(*each, damping) for each in parts])
+    else:  # the least damping, of inputs that are nearly dependent
+        solved = torch.linalg.solve(hessian, target.mT)
+    return solved.mT.contiguous()

@@ -140,6 +140,15 @@ class Method:
         refining = self.refinement.requires if self.refinement else frozenset()
         return (self.score.requires | self.solver.requires | refining) - {STORED}
 
+    @property
+    def batched(self) -> bool:
+        """Whether `solve` takes batches [batch, out, in]: whether each part that it calls does."""
+        parts = [self.solver, self.pattern]
+        if not self.solver_selects:
+            parts += [self.score] if self.refinement is None else [self.score, self.refinement]
+        # Parts of other packages need not say it.
+        return all(getattr(part, "batched", False) for part in parts)
+
     def check(self, shape: tuple[int, int], sparsity: float) -> None:
         """Refuse a matrix [out, in] that cannot be pruned like this.
 

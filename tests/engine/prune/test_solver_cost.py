@@ -49,10 +49,11 @@ def peak_bytes(work: Callable[[], object], *there: Tensor) -> int:
 
 
 def solve(method: Method, weight: Tensor, gram: Tensor) -> None:
-    mean = torch.ones(weight.shape[1])
+    norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    mean = torch.ones_like(norm)
     statistics = {
         "gram": gram,
-        "column_norm": gram.diagonal().sqrt(),
+        "column_norm": norm,
         "column_mean": mean,
         "column_variance": mean,
     }
@@ -84,6 +85,25 @@ def test_every_solver_fits_into_its_plan(name: str, tokens: int) -> None:
     if "gram" not in method.requires:
         found -= gram.nbytes
     assert found <= planned + 0.05 * SQUARE
+
+
+@pytest.mark.parametrize("tokens", [MANY, FEW])
+@pytest.mark.parametrize("name", [name for name in solvers if solvers[name].batched])
+@pytest.mark.parametrize("rows", [ROWS, 960])
+def test_a_batch_takes_as_many_times_the_memory(name: str, tokens: int, rows: int) -> None:
+    own = {"damping": 1e-6} if hasattr(solvers[name], "damping") else {}
+    method = compose(
+        None, "unstructured", score=solvers[name].selects_by or "wanda", solver=name, **own
+    )
+    random, count = torch.Generator().manual_seed(1), 3
+    weight = torch.randn(count, rows, 320, generator=random)
+    few = tokens if tokens == FEW else 2 * 320
+    gram = torch.stack([gram_of(few + i, 320) for i in range(count)])
+    planned = linear_bytes(task_of(method, (rows, 320)), asymmetric=False) * count
+    found = peak_bytes(lambda: solve(method, weight, gram), gram, weight) - weight.nbytes
+    if "gram" not in method.requires:
+        found -= gram.nbytes
+    assert found <= planned + 0.05 * gram.nbytes + weight.nbytes * (rows == ROWS)
 
 
 @pytest.mark.parametrize("name", list(solvers))

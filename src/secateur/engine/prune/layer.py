@@ -225,7 +225,7 @@ def prune_group(
                 asked=task.sparsity,
                 pruned=pruned,
                 zeros=zeros,
-                error=solution.error,
+                error=None if solution.error is None else float(solution.error),
                 lost=lost,
                 seconds=time.perf_counter() - started,
                 tokens=group.tokens if layer.sources else None,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -55,11 +54,8 @@ class LayerSensitivity(AllocationDefaults):
     def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """E_i of each linear, float64 []."""
         return {
-            name: torch.tensor(
-                relative_output_error(
-                    weight, layer.solve(name, self.reference), layer.statistics[name]["gram"]
-                ),
-                dtype=torch.float64,
+            name: relative_output_error(
+                weight, layer.solve(name, self.reference), layer.statistics[name]["gram"]
             )
             for name, weight in layer.weights.items()
         }

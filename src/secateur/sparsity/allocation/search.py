@@ -13,7 +13,6 @@ from functools import partial
 from random import Random
 from typing import Annotated, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -198,8 +197,8 @@ class Search(CheckedPart):
             ladder = all_ladders[name]
             for level in range(ladder.lowest, ladder.highest + 1):
                 kept[f"{name}/{level}"] = layer.solve(name, ladder.sparsity(level))
-            error = relative_output_error(weight, kept[f"{name}/0"], layer.statistics[name]["gram"])
-            kept[f"{name}/error"] = torch.tensor(error, dtype=torch.float64)
+            gram = layer.statistics[name]["gram"]
+            kept[f"{name}/error"] = relative_output_error(weight, kept[f"{name}/0"], gram)
         for name, sparsity in layer.fixed.items():
             kept[f"{name}/0"] = layer.solve(name, sparsity)
         return kept

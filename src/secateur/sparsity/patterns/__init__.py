@@ -1,7 +1,8 @@
 """Patterns: which sets of zeros are allowed? One file each.
 
 A pattern turns a score into a mask (True = kept) with an exact number of zeros, also under ties:
-of equal scores the one with the lower index is pruned first.
+of equal scores the one with the lower index is pruned first. A pattern that declares
+`batched = True` also takes scores [batch, out, in]; each matrix gets the mask that it gets alone.
 
 Which pattern the zeros of a matrix follow, seen from the zeros alone.
 """

@@ -45,6 +45,7 @@ class Block:
     sparsity = None
     scopes = ("layer", "global")
     whole_units = False
+    batched = True
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
@@ -104,10 +105,10 @@ class Block:
         return self.rows * self.columns
 
     def units(self, score: Score) -> UnitScores:
-        """The sum of the scores of each block, float32 [out / rows, in / columns]."""
-        # [out / rows, rows, in / columns, columns]
-        tiles = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
-        return tiles.sum(dim=(1, 3))
+        """The sum of the scores of each block, float32 [..., out / rows, in / columns]."""
+        # [..., out / rows, rows, in / columns, columns]
+        tiles = score.unflatten(-1, (-1, self.columns)).unflatten(-3, (-1, self.rows))
+        return tiles.sum(dim=(-3, -1))
 
     def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
         """The mask [out, in]; on a tie the block with the lower index is pruned.
@@ -117,13 +118,13 @@ class Block:
             PatternError: the sparsity is outside [0, 1).
             NumericalError: the score of a block is NaN.
         """
-        rows, columns = score.shape
+        *_, rows, columns = score.shape
         self.check((rows, columns), sparsity)
         blocks = unit_scores(self.units, score, allowed)
-        kept = keep_largest(blocks.reshape(1, -1), pruned_count(blocks.numel(), sparsity)).reshape(
-            blocks.shape
-        )
-        kept = kept.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        competing = blocks.reshape(-1, rows * columns // (self.rows * self.columns))
+        count = pruned_count(competing.shape[1], sparsity)
+        kept = keep_largest(competing, count).reshape(blocks.shape)
+        kept = kept.repeat_interleave(self.rows, -2).repeat_interleave(self.columns, -1)
         return within(kept, allowed)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:

@@ -47,6 +47,7 @@ class NOfM:
     scope = "group"
     scopes = ("group",)
     whole_units = False
+    batched = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.kept < self.group:
@@ -128,7 +129,7 @@ class NOfM:
             PatternError: the sparsity is not 1 − N/M.
             NumericalError: a score is NaN.
         """
-        rows, columns = score.shape
+        *_, rows, columns = score.shape
         self.check((rows, columns), sparsity)
         # A group is M consecutive inputs of one row, so rows and groups are one dimension.
         groups = unit_scores(lambda each: each, score, allowed).reshape(-1, self.group)

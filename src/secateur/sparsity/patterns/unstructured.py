@@ -46,6 +46,7 @@ class Unstructured:
     sparsity = None
     scopes = ("row", "layer", "global")
     whole_units = False
+    batched = True
 
     def __post_init__(self) -> None:
         if self.scope not in self.scopes:
@@ -91,11 +92,11 @@ class Unstructured:
             PatternError: the sparsity is outside [0, 1).
             NumericalError: a score is NaN.
         """
-        rows, columns = score.shape
+        *_, rows, columns = score.shape
         self.check((rows, columns), sparsity)
         score = unit_scores(self.units, score, allowed)
         # With `global` the share of this matrix is known already: within it the layer competes.
-        competing = score if self.scope == "row" else score.reshape(1, -1)
+        competing = score.reshape(-1, columns if self.scope == "row" else rows * columns)
         count = pruned_count(competing.shape[1], sparsity)
         return within(keep_largest(competing, count).reshape(score.shape), allowed)
 

@@ -52,6 +52,7 @@ class WholeColumns:
     scope = "layer"
     scopes = ("layer",)
     whole_units = True
+    batched = True
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.multiple < 1 or self.among < 0:
@@ -123,9 +124,9 @@ class WholeColumns:
         return shape[0] * self.width * together
 
     def units(self, score: Score) -> UnitScores:
-        """|Σ of the scores of each group|, float32 [1, in / width]; few scores have signs."""
+        """|Σ of the scores of each group|, float32 [..., 1, in / width]; few scores have signs."""
         # The magnitude last: contributions within a unit may cancel (`coupled-taylor`).
-        return score.sum(0).unflatten(0, (-1, self.width)).sum(1).abs()[None]
+        return score.sum(-2).unflatten(-1, (-1, self.width)).sum(-1).abs()[..., None, :]
 
     def mask(self, score: Score, sparsity: float, *, allowed: Mask | None = None) -> Mask:
         """The mask [out, in]; on a tie the group with the lower index is pruned.
@@ -135,17 +136,15 @@ class WholeColumns:
             PatternError: the sparsity is outside [0, 1].
             NumericalError: the score of a group is NaN.
         """
-        rows, columns = score.shape
+        *_, rows, columns = score.shape
         self.check((rows, columns), sparsity)
         groups = unit_scores(self.units, score, allowed)
-        pruned = self.units_pruned(columns, sparsity)
-        if self.among:
-            parts = groups.view(-1, self.among)  # a competition for each set
-            kept = keep_largest(parts, pruned // len(parts)).view(1, -1)
-        else:
-            kept = keep_largest(groups, pruned)
+        # A competition for each set; without sets, one for each matrix.
+        parts = groups.reshape(-1, self.among or groups.shape[-1])
+        sets = groups.shape[-1] // parts.shape[1]
+        kept = keep_largest(parts, self.units_pruned(columns, sparsity) // sets)
         # One row of units becomes the columns, then all rows alike.
-        kept = kept.repeat_interleave(self.width, 1).expand(rows, -1)
+        kept = kept.view(groups.shape).repeat_interleave(self.width, -1).expand(score.shape)
         return within(kept, allowed).contiguous()
 
     def working_bytes(self, shape: tuple[int, int]) -> int:

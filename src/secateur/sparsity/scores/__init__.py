@@ -28,6 +28,9 @@ class ScoreFunction(Protocol):
     whole_units: ClassVar[bool]
     """Whether it scores whole columns, so that it fits no pattern of single weights."""
 
+    batched: ClassVar[bool]
+    """Whether it also takes weights [batch, out, in], with statistics [batch, …]."""
+
     def __call__(self, weight: Weight, statistics: Statistics) -> Score:
         """Score every weight; must not change its arguments."""
         ...
@@ -48,6 +51,7 @@ def score(
     *,
     requires: Collection[str] = (),
     whole_units: bool = False,
+    batched: bool = False,
     working_bytes: Callable[[tuple[int, int]], int] = _TWO_COPIES,
 ) -> Callable[[Function], Function]:
     """Register a function as a score, under its own name.
@@ -55,6 +59,7 @@ def score(
     Args:
         requires: names of the statistics it reads; the engine gathers these and no others.
         whole_units: whether it scores whole columns only.
+        batched: whether it also takes weights [batch, out, in], with statistics [batch, …].
         working_bytes: from the shape of a weight [out, in], the most memory that the score takes.
 
     Example:
@@ -67,5 +72,6 @@ def score(
         CheckedPart,
         requires=frozenset(requires),
         whole_units=whole_units,
+        batched=batched,
         working_bytes=staticmethod(working_bytes),
     )

@@ -5,7 +5,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score(requires={"column_norm"}, working_bytes=float32_bytes)
+@score(requires={"column_norm"}, working_bytes=float32_bytes, batched=True)
 def activation(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = ‖X_j‖₂² / out, float32 [out, in]; the weights are not read.
 
@@ -25,5 +25,5 @@ def activation(weight: Weight, statistics: Statistics) -> Score:
                 [0.5000, 2.0000, 4.5000]])
     """
     # One row for all outputs; summed over them it is the energy again.
-    energy = statistics["column_norm"].square() / len(weight)
-    return energy.expand(len(weight), -1).clone()
+    energy = statistics["column_norm"].square() / weight.shape[-2]
+    return energy[..., None, :].expand(weight.shape).clone()

@@ -4,7 +4,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score(requires={"gradient"}, whole_units=True)
+@score(requires={"gradient"}, whole_units=True, batched=True)
 def coupled_taylor(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = W_ij · ∂L/∂W_ij with its sign, float32 [out, in]; L is the mean calibration loss.
 

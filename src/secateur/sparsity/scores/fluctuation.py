@@ -4,7 +4,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score(requires={"column_variance"})
+@score(requires={"column_variance"}, batched=True)
 def fluctuation(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = Var_t(x_tj) · W_ij², float32 [out, in].
 
@@ -23,4 +23,4 @@ def fluctuation(weight: Weight, statistics: Statistics) -> Score:
         >>> fluctuation(torch.tensor([[3.0, -1.0]]), {"column_variance": variance})
         tensor([[4.5000, 9.0000]])
     """
-    return weight.detach().float().square() * statistics["column_variance"]
+    return weight.detach().float().square() * statistics["column_variance"][..., None, :]

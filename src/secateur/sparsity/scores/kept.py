@@ -4,7 +4,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score(requires={"stored"})
+@score(requires={"stored"}, batched=True)
 def kept(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = 1 where the stored weight is not zero, ½ where it is −0, else 0; float32 [out, in].
 

@@ -4,7 +4,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score()
+@score(batched=True)
 def magnitude(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = |W_ij|, float32 [out, in]; needs no calibration.
 

@@ -4,7 +4,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score(requires={"fisher"})
+@score(requires={"fisher"}, batched=True)
 def obd(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = ½ · F_ij · W_ij², float32 [out, in].
 

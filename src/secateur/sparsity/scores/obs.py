@@ -11,7 +11,7 @@ def _working_bytes(shape: tuple[int, int]) -> int:
     return 2 * float32_bytes(shape) + FACTOR_SQUARES * float32_bytes((shape[1], shape[1]))
 
 
-@score(requires={"gram"}, working_bytes=_working_bytes)
+@score(requires={"gram"}, working_bytes=_working_bytes, batched=True)
 def obs(weight: Weight, statistics: Statistics, *, damping: NonNegative = 0.01) -> Score:
     """S_ij = W_ij² / [H⁻¹]_jj with H = gram + damping · mean(diag(gram)) · I, float32 [out, in].
 
@@ -41,6 +41,6 @@ def obs(weight: Weight, statistics: Statistics, *, damping: NonNegative = 0.01) 
         tensor([[1.5000, 6.0000]])
     """
     factor, dead = inverse_factor(statistics["gram"], damping)
-    inverse_diagonal = factor.square().sum(0)  # H⁻¹ = UᵀU
-    importance = weight.detach().float().square().div_(inverse_diagonal)
-    return importance.masked_fill_(dead, 0.0)
+    inverse_diagonal = factor.square().sum(-2)  # H⁻¹ = UᵀU
+    importance = weight.detach().float().square().div_(inverse_diagonal[..., None, :])
+    return importance.masked_fill_(dead[..., None, :], 0.0)

@@ -12,7 +12,7 @@ def _one_if_zero(sums: Tensor) -> Tensor:
     return sums.masked_fill(sums == 0, 1.0)
 
 
-@score(requires={"column_norm"}, working_bytes=lambda shape: 4 * float32_bytes(shape))
+@score(requires={"column_norm"}, working_bytes=lambda shape: 4 * float32_bytes(shape), batched=True)
 def ria(weight: Weight, statistics: Statistics, *, a: NonNegative = 0.5) -> Score:
     """S_ij = (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a, float32 [out, in].
 
@@ -36,8 +36,8 @@ def ria(weight: Weight, statistics: Statistics, *, a: NonNegative = 0.5) -> Scor
                 [0.7500, 2.0000]])
     """
     magnitude = weight.detach().float().abs()
-    column_sum, row_sum = magnitude.sum(0, keepdim=True), magnitude.sum(1, keepdim=True)
+    column_sum, row_sum = magnitude.sum(-2, keepdim=True), magnitude.sum(-1, keepdim=True)
     # In two steps, so that no more than four copies of the weight are alive.
     relative = magnitude / _one_if_zero(column_sum)
     relative += magnitude / _one_if_zero(row_sum)
-    return relative.mul_(statistics["column_norm"].pow(a))
+    return relative.mul_(statistics["column_norm"].pow(a)[..., None, :])

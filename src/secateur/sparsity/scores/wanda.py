@@ -4,7 +4,7 @@ from secateur.sparsity.scores import score
 from secateur.types import Score, Statistics, Weight
 
 
-@score(requires={"column_norm"})
+@score(requires={"column_norm"}, batched=True)
 def wanda(weight: Weight, statistics: Statistics) -> Score:
     """S_ij = |W_ij| · ‖X_j‖₂, float32 [out, in].
 
@@ -20,4 +20,4 @@ def wanda(weight: Weight, statistics: Statistics) -> Score:
         >>> wanda(torch.tensor([[3.0, -1.0]]), {"column_norm": torch.tensor([1.0, 4.0])})
         tensor([[3., 4.]])
     """
-    return weight.detach().float().abs() * statistics["column_norm"]
+    return weight.detach().float().abs() * statistics["column_norm"][..., None, :]

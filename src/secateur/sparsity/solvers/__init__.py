@@ -1,7 +1,8 @@
 """Solvers: find the mask and the weights with the least error. One file each.
 
 A solver works in two steps, so that linears with the same input share the costly first one:
-`prepare` uses only the statistics of the input, `solve` one weight and its mask.
+`prepare` uses only the statistics of the input, `solve` one weight and its mask. A solver that
+declares `batched` also solves the same linear of many experts at once, each as it would alone.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ Bits = Annotated[int, one_of(0, *BITS, 8)]
 
 
 class Solution(NamedTuple):
-    """The result of a solver for one linear.
+    """The result of a solver for one linear, or for each linear of a batch.
 
     Attributes:
-        weight: the new weight [out, in], float32, exactly zero where the mask is False.
+        weight: the new weight [..., out, in], float32, exactly zero where the mask is False.
         mask: True = kept.
-        error: ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs; None where no gram was gathered.
-        shift: to be added to the bias, float32 [out], if there is a bias; None for no change.
+        error: ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs, [...]; None where no gram was
+            gathered.
+        shift: to be added to the bias, float32 [..., out], if there is a bias; None for no change.
     """
 
     weight: Tensor
     mask: Mask
-    error: float | None
+    error: Tensor | None
     shift: Tensor | None = None
 
     @staticmethod
@@ -58,6 +60,10 @@ class Solver(Protocol):
 
     whole_units: ClassVar[bool]
     """Whether it chooses whole columns only (`patterns.WholeUnits`)."""
+
+    batched: ClassVar[bool]
+    """Whether all that it is given may have a first dimension [batch, …]: then it solves a linear
+    for each, with the statistics, mask and count of each, and takes so many times the memory."""
 
     @property
     def rounds(self) -> bool:
@@ -116,6 +122,7 @@ class SolverDefaults(CheckedPart):
 
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
     bits = 0
     group = GROUPS[0]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import NumericalError
+from secateur.machine import add_product
 from secateur.registry import Count, NonNegative, Positive, float32_bytes
 from secateur.sparsity.hessian import cholesky, live_weight, scaled_hessian
 from secateur.sparsity.solvers import Solution, SolverDefaults, solvers
@@ -26,9 +27,9 @@ class _PreparedProximal(NamedTuple):
         gram: without damping, float32 [in, in]; not copied.
     """
 
-    proximal: Float32[Tensor, "in in"]
-    scale: Float32[Tensor, " in"]
-    dead: Bool[Tensor, " in"]
+    proximal: Float32[Tensor, "*batch in in"]
+    scale: Float32[Tensor, "*batch in"]
+    dead: Bool[Tensor, "*batch in"]
     gram: Gram
 
 
@@ -72,6 +73,7 @@ class ADMM(SolverDefaults):
     rho: Positive = 1.0
     iterations: Count = 20
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
+    batched: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> _PreparedProximal:
         """Scale the damped `gram`, float32 [in, in], and invert A + ρI.
@@ -82,11 +84,12 @@ class ADMM(SolverDefaults):
         """
         gram = statistics["gram"]
         scaled, scale, dead = scaled_hessian(gram, self.damping)
-        scaled.diagonal().fill_(1 + self.rho)  # A + ρI: A has a unit diagonal
+        scaled.diagonal(dim1=-2, dim2=-1).fill_(1 + self.rho)  # A + ρI: A has a unit diagonal
         lower = cholesky(scaled)
         if lower is None:
             raise NumericalError(
-                f"the scaled gram of {len(gram)} inputs cannot be factorised with rho {self.rho}",
+                f"the scaled gram of {gram.shape[-1]} inputs cannot be factorised with rho "
+                f"{self.rho}",
                 remedy="give a larger rho, usually 1",
             )
         return _PreparedProximal(torch.cholesky_inverse(lower).mul_(self.rho), scale, dead, gram)
@@ -98,15 +101,17 @@ class ADMM(SolverDefaults):
             NumericalError: a weight is infinite or not a number.
         """
         pruned = ~mask
-        dense = live_weight(weight, prepared.dead).mul_(prepared.scale)  # B
+        dense = live_weight(weight, prepared.dead).mul_(prepared.scale[..., None, :])  # B
         sparse = dense.masked_fill(pruned, 0.0)  # Z
         dual = dense - sparse  # U, as after an iteration that found V = B
         for _ in range(self.iterations):
-            near = torch.addmm(dense, sparse - dual - dense, prepared.proximal)  # V
+            near = add_product(dense.clone(), sparse - dual - dense, prepared.proximal)  # V
             near += dual
             sparse = near.masked_fill(pruned, 0.0)
             dual = near.sub_(sparse)  # V + U − Z
-        return Solution.measured(weight, sparse.div_(prepared.scale), mask, prepared.gram)
+        return Solution.measured(
+            weight, sparse.div_(prepared.scale[..., None, :]), mask, prepared.gram
+        )
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Six float32 copies of the weight, three of the gram."""

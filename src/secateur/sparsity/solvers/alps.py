@@ -37,12 +37,12 @@ class _ScaledGram(NamedTuple):
         factor: upper triangular U, UᵀU = H⁻¹, float32 [in, in]; None where nothing is rounded.
     """
 
-    scale: Float32[Tensor, " in"]
-    hessian: Float32[Tensor, "in in"]
-    dead: Bool[Tensor, " in"]
+    scale: Float32[Tensor, "*batch in"]
+    hessian: Float32[Tensor, "*batch in in"]
+    dead: Bool[Tensor, "*batch in"]
     gram: Gram
     inverse: ShiftedInverse
-    factor: Float32[Tensor, "in in"] | None = None
+    factor: Float32[Tensor, "*batch in in"] | None = None
 
 
 @solvers.register("alps")
@@ -102,6 +102,7 @@ class ALPS(RoundingSolver):
     tolerance: NonNegative = 0.01
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
+    batched: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> _ScaledGram:
         """Damp and scale the `gram`, float32 [in, in].
@@ -134,14 +135,15 @@ class ALPS(RoundingSolver):
             PatternError: the pattern cannot hold this sparsity or shape.
             NumericalError: a weight is infinite or not a number.
         """
-        pattern.check((weight.shape[0], weight.shape[1]), sparsity)
+        *_, rows, inputs = weight.shape
+        pattern.check((rows, inputs), sparsity)
         dense = self._scaled(weight, prepared)
         start, mask = self._search(dense, prepared, pattern, sparsity)
         return self._refitted(weight, prepared, mask, dense, start, -(-self.refit_steps // 2))
 
     def _scaled(self, weight: Weight, prepared: _ScaledGram) -> Tensor:
         """B₀ = W ⊙ s."""
-        return live_weight(weight, prepared.dead).mul_(prepared.scale)
+        return live_weight(weight, prepared.dead).mul_(prepared.scale[..., None, :])
 
     def _refitted(
         self,
@@ -155,17 +157,17 @@ class ALPS(RoundingSolver):
         """Fit the weights of a mask, from a start in the scaled space, and round them."""
         target = dense @ prepared.hessian
         solved = fit_on_mask(start * mask, target, prepared.hessian, mask, steps)
-        solved /= prepared.scale
+        solved /= prepared.scale[..., None, :]
         if prepared.factor is not None:
-            # The sweep goes over columns, so all that it touches is transposed: [in, out].
-            held = solved, dense / prepared.scale, mask
-            columns, target, kept = (x.t().contiguous() for x in held)
+            # The sweep goes over columns, so all that it touches is transposed: [..., in, out].
+            held = solved, dense / prepared.scale[..., None, :], mask
+            columns, target, kept = (x.mT.contiguous() for x in held)
             diagonal = prepared.scale.square()  # of H: s was its root
             grid = sweep_grid(columns, self.bits, self.group)
             round_on_mask(
                 columns, grid, target, kept, prepared.gram, diagonal, prepared.factor, self.descent
             )
-            solved = columns.t().contiguous()
+            solved = columns.mT.contiguous()
         return Solution.measured(weight, solved, mask, prepared.gram)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
@@ -188,10 +190,11 @@ class ALPS(RoundingSolver):
         # Written over in every iteration: B, the right side of its system, and (A + ρI)⁻¹.
         free, right = torch.empty_like(dense), torch.empty_like(dense)
         inverse = torch.empty_like(prepared.hessian)
+        found, only = free, None  # the last B of all matrices; the numbers of those that go on
         for iteration in range(1, self.iterations + 1):
             rho = self._rho(iteration)
             torch.sub(target, dual, out=right).add_(agreed, alpha=rho)
-            torch.mm(right, prepared.inverse.at(rho, out=inverse), out=free)
+            torch.matmul(right, prepared.inverse.at(rho, inverse, only), out=free)
             torch.add(free, dual, alpha=1 / rho, out=agreed)
             # P: the squares in the scaled space are what a weight alone costs, W_ij² H_jj.
             kept = pattern.mask(torch.square(agreed, out=right), sparsity)
@@ -199,12 +202,24 @@ class ALPS(RoundingSolver):
             dual.add_(free, alpha=rho).sub_(agreed, alpha=rho)
             # The support is compared every third time, when ρ has grown by `growth`.
             if iteration % _STAGE == 0:
-                changed = int((kept != support).sum())
-                if changed <= self.tolerance * int(kept.sum()):
+                changed, of = (kept != support).sum((-2, -1)), kept.sum((-2, -1)).double()
+                moving = (changed > self.tolerance * of).flatten().nonzero()[:, 0]
+                if not len(moving):
                     break
                 support = kept
+                if dense.dim() > 2 and len(moving) < len(free):
+                    # What has ended leaves the batch, with its last B.
+                    if only is not None:
+                        found[only] = free
+                    only = moving if only is None else only[moving]
+                    target, dual = target[moving], dual[moving]
+                    agreed, support = agreed[moving], support[moving]
+                    free, right = free[moving], right[: len(moving)]
+                    inverse = inverse[: len(moving)]
+        if only is not None:
+            found[only] = free
         # Mask and start are those of B, which solves the system; D only pulled it to the pattern.
-        return free, pattern.mask(free.square(), sparsity)
+        return found, pattern.mask(found.square(), sparsity)
 
     def _rho(self, iteration: int) -> float:
         """ρ of an iteration, the first being 1."""

@@ -37,16 +37,17 @@ class Bias(SolverDefaults):
 
     requires: ClassVar[frozenset[str]] = frozenset({"column_mean"})
     shifts: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
-    def prepare(self, statistics: Statistics) -> Float32[Tensor, " in"]:
+    def prepare(self, statistics: Statistics) -> Float32[Tensor, "*batch in"]:
         """μ."""
         return statistics["column_mean"]
 
-    def solve(self, weight: Weight, prepared: Float32[Tensor, " in"], mask: Mask) -> Solution:
+    def solve(self, weight: Weight, prepared: Float32[Tensor, "*batch in"], mask: Mask) -> Solution:
         """Zero a weight [out, in] where the mask is False, and return the shift of the bias."""
         dense = weight.detach().float()
         # W − Ŵ is W where pruned: the mask takes the kept weights out.
-        shift = dense.masked_fill(mask, 0.0) @ prepared
+        shift = (dense.masked_fill(mask, 0.0) @ prepared[..., None])[..., 0]
         return Solution(dense.masked_fill(~mask, 0.0), mask, error=None, shift=shift)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:

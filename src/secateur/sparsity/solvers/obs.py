@@ -27,8 +27,8 @@ class _PreparedGram(NamedTuple):
         gram: without damping, float32 [in, in]; not copied.
     """
 
-    factor: Float32[Tensor, "in in"]
-    dead: Bool[Tensor, " in"]
+    factor: Float32[Tensor, "*batch in in"]
+    dead: Bool[Tensor, "*batch in"]
     gram: Gram
 
 
@@ -87,6 +87,7 @@ class OBS(RoundingSolver):
     block_columns: Count = 128
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
+    batched: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> _PreparedGram:
         """Factorise the damped `gram`, float32 [in, in].
@@ -104,12 +105,12 @@ class OBS(RoundingSolver):
         Raises:
             NumericalError: a weight is infinite or not a number.
         """
-        columns, kept = self._columns(weight, prepared), mask.t().contiguous()
+        columns, kept = self._columns(weight, prepared), mask.mT.contiguous()
         if self.rounds:
             columns = self._rounded(columns, kept, prepared)
         else:
             sweep(columns, kept, prepared.factor, self.block_columns)
-        return Solution.measured(weight, columns.t().contiguous(), mask, prepared.gram)
+        return Solution.measured(weight, columns.mT.contiguous(), mask, prepared.gram)
 
     def choose(
         self, weight: Weight, prepared: _PreparedGram, pattern: Pattern, sparsity: float
@@ -120,7 +121,8 @@ class OBS(RoundingSolver):
             PatternError: the pattern cannot hold this sparsity or shape.
             NumericalError: a weight is infinite or not a number.
         """
-        pattern.check((weight.shape[0], weight.shape[1]), sparsity)
+        *_, rows, inputs = weight.shape
+        pattern.check((rows, inputs), sparsity)
         if self.grid and pattern.scope == "group" and self.group % pattern.columns_together:
             raise PatternError(
                 f"groups of {pattern.columns_together} columns do not divide the {self.group} "
@@ -138,12 +140,12 @@ class OBS(RoundingSolver):
         sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
         if self.rounds:  # again, from the weight: the sweep was for the mask alone
             columns = self._rounded(target, kept, prepared)
-        solved, mask = columns.t().contiguous(), kept.t().contiguous()
+        solved, mask = columns.mT.contiguous(), kept.mT.contiguous()
         return Solution.measured(weight, solved, mask, prepared.gram)
 
     def _columns(self, weight: Weight, prepared: _PreparedGram) -> Tensor:
         """The weight transposed, so that every column is contiguous during the sweep."""
-        return hessian.live_weight(weight, prepared.dead).t().contiguous()
+        return hessian.live_weight(weight, prepared.dead).mT.contiguous()
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """The factorisation; or its result and copies of the weight, in float32."""
@@ -161,13 +163,13 @@ class OBS(RoundingSolver):
         return max(squares * square, square + copies * float32_bytes(shape))
 
     def _rounded(self, target: Tensor, kept: Tensor, prepared: _PreparedGram) -> Tensor:
-        """Fit the kept weights to the target [in, out], and round them."""
+        """Fit the kept weights to the target [..., in, out], and round them."""
         diagonal, _ = hessian.damped_diagonal(prepared.gram, self.damping)
         # Conjugate gradients converge soonest on a unit diagonal: B = W ⊙ s, A = H / s sᵀ.
         scaled, scale, _ = hessian.scaled_hessian(prepared.gram, self.damping)
-        dense, mask = target.t() * scale, kept.t()
+        dense, mask = target.mT * scale[..., None, :], kept.mT
         fitted = hessian.fit_on_mask(dense * mask, dense @ scaled, scaled, mask, self.refit_steps)
-        columns = fitted.div_(scale).t().contiguous()
+        columns = fitted.div_(scale[..., None, :]).mT.contiguous()
         grid = sweep_grid(columns, self.bits, self.group)
         round_on_mask(
             columns, grid, target, kept, prepared.gram, diagonal, prepared.factor, self.descent

@@ -40,6 +40,7 @@ class Zeroing(SolverDefaults):
     bits: Bits = 0
     group: Group = 64
     requires: ClassVar[frozenset[str]] = frozenset()
+    batched: ClassVar[bool] = True
 
     def prepare(self, statistics: Statistics) -> None:
         """Nothing to compute from the inputs."""
@@ -47,12 +48,13 @@ class Zeroing(SolverDefaults):
     def solve(self, weight: Weight, prepared: None, mask: Mask) -> Solution:
         """Zero a weight [out, in] where the mask is False."""
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
+        rows = pruned.flatten(0, -2)  # of all matrices, one below the other
         if self.grid is not None:
-            pruned = self.grid.dequantize(*self.grid.quantize(pruned))
+            pruned = self.grid.dequantize(*self.grid.quantize(rows)).view(weight.shape)
             # The grid has one zero; a kept weight that rounded to it must stay kept.
             mark_kept(pruned, mask)
         elif self.bits:
-            pruned = nearest_rows(pruned)
+            pruned = nearest_rows(rows).view(weight.shape)
         return Solution(weight=pruned, mask=mask, error=None)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
