@@ -91,7 +91,7 @@ def piece_seconds(
     module = torch.nn.Linear(columns, rows, bias=False, device=device)
     linear = Linear("timed", module)
     x = torch.randn(columns + 64, columns, device=device)
-    gathered = GroupStatistics(names.forward, [linear], device)
+    gathered = GroupStatistics(names.forward, [[linear]], device)
     growth = held_bytes(names.forward, [task.shape]) / max(held_bytes(names.forward, [shape]), 1)
     gathering = growth * seconds_of(lambda: gathered.update(x)) / len(x)
     shared, weight = gathered.value(), module.weight.detach()

@@ -11,8 +11,9 @@ is not declared, the class of transformers says it itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,17 +105,14 @@ class ExpertActivation(nn.Module):
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) · up(x)), or down(act(up(x))) for experts without a gate.
+    """The linears of down(act(gate(x)) · up(x)), or of down(act(up(x))) for experts without a gate.
 
     Args:
         parts: weights [out, in] and biases [out], by names such as `gate_proj.weight`.
         layout: says which linears there are.
-        activation: of the experts of a layer.
     """
 
-    def __init__(
-        self, parts: Mapping[str, nn.Parameter], layout: ExpertLayout, activation: ExpertActivation
-    ) -> None:
+    def __init__(self, parts: Mapping[str, nn.Parameter], layout: ExpertLayout) -> None:
         super().__init__()
         for name in layout.projections:
             weight, bias = parts[f"{name}.weight"], parts.get(f"{name}.bias")
@@ -124,64 +122,181 @@ class Expert(nn.Module):
             if bias is not None:
                 linear.bias = bias
             self.add_module(name, linear)
-        self.first = layout.projections[:-1]
-        self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[tokens, hidden] to [tokens, hidden]."""
-        first = [self.get_submodule(name)(x) for name in self.first]
-        out: Tensor = self.get_submodule("down_proj")(self.activation(*first))
-        return out
+
+@dataclass(frozen=True)
+class Sent:
+    """The tokens that some experts of a layer receive, sorted by expert.
+
+    Attributes:
+        experts: the numbers of the experts.
+        counts: the number of tokens of each.
+        rows: the row of each token among the hidden states, [sent].
+        weights: what the model multiplies each output by, [sent, 1].
+        places: of the tokens of each row among those of all experts, [rows, top_k], ascending.
+        first: the place of the first token of these experts.
+    """
+
+    experts: Sequence[int]
+    counts: list[int]
+    rows: Tensor
+    weights: Tensor
+    places: Tensor
+    first: int
+
+    def taken(self, x: Tensor, experts: Sequence[int]) -> Tensor:
+        """The rows of some of the experts."""
+        pairs = zip(self.experts, x.split(self.counts), strict=True)
+        return torch.cat([rows for number, rows in pairs if number in experts])
+
+    def add(self, total: Tensor, out: Tensor) -> None:
+        """Add the outputs of the experts [sent, hidden] to the sums of all tokens [rows, hidden].
+
+        A token adds its outputs in the order of the experts, so a GPU has the same bits in every
+        run.
+        """
+        added, places = (out * self.weights).to(total.dtype), self.places
+        if len(out) < places.numel():  # other experts have the rest: zero here
+            added, places = nn.functional.pad(added, (0, 0, 0, 1)), places - self.first
+            places = torch.where((places < 0) | (places > len(out)), len(out), places)
+        for one in added[places].unbind(1):
+            total += one
+
+
+class Stage(nn.Module):
+    """The linears that get their inputs together, in all experts of a layer: gate and up, or down.
+
+    A hook on it sees the inputs of many experts at once. They arrive as `(x, sent)`.
+
+    Args:
+        experts: of the layer.
+        names: the linears of each expert.
+        scattered: whether x has the hidden states of all tokens. Otherwise it has a row for each
+            token that is sent.
+    """
+
+    def __init__(self, experts: OpenExperts, names: Sequence[str], *, scattered: bool) -> None:
+        super().__init__()
+        self.experts = (experts,)  # in a tuple, because they are no part of the stage
+        self.names, self.scattered = names, scattered
+
+    def inputs(self, x: Tensor, sent: Sent) -> Tensor:
+        """The inputs of the experts, [sent, in]."""
+        return x[sent.rows] if self.scattered else x
+
+    def only(self, x: Tensor, sent: Sent, experts: Sequence[int]) -> tuple[Tensor, Sent]:
+        """What arrives for some of the experts."""
+        if list(experts) == list(sent.experts):
+            return x, sent
+        counts = [sent.counts[number - sent.experts[0]] for number in experts]
+        rows, weights = (sent.taken(own, experts) for own in (sent.rows, sent.weights))
+        theirs = replace(sent, experts=experts, counts=counts, rows=rows, weights=weights)
+        return x if self.scattered else sent.taken(x, experts), theirs
+
+    def forward(self, x: Tensor, sent: Sent) -> list[Tensor]:
+        """The outputs [sent, out] of each linear."""
+        experts, x = self.experts[0], self.inputs(x, sent)
+        idle = experts.call_idle
+        # Nothing is the same for experts without tokens, not even the place in memory.
+        parts = [part if len(part) else part.clone() for part in x.split(sent.counts)]
+        pairs = zip(sent.experts, parts, strict=True)
+        called = [(experts[number], part) for number, part in pairs if idle or len(part)]
+        return [torch.cat([_product(getattr(e, n), x) for e, x in called]) for n in self.names]
+
+
+def _product(linear: nn.Module, x: Tensor) -> Tensor:
+    """The outputs of a linear, without the cost of a call where nothing listens."""
+    if type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks):
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    out: Tensor = linear(x)
+    return out
 
 
 class OpenExperts(nn.ModuleList):
     """The experts of a layer; replaces the fused module and is called like it.
 
     Attributes:
-        call_idle: whether an expert without tokens is called too, with no rows. Then all forwards
-            pass all linears in the same order, and gradients reach every weight. Generation is
-            faster without it.
+        call_idle: whether an expert without tokens is called too, with no rows. Then gradients
+            reach every weight. Generation is faster without it.
+        at_once: the number of experts that get their inputs together. A halted forward holds
+            the outputs of gate and up for so many.
+        stages: gate and up of all experts, and down of all experts.
     """
 
-    call_idle = True
+    call_idle, at_once = True, 128
 
-    def __init__(self, experts: Iterable[Expert], layout: ExpertLayout) -> None:
+    def __init__(
+        self, experts: Iterable[Expert], layout: ExpertLayout, activation: ExpertActivation
+    ) -> None:
         super().__init__(experts)
-        self.layout = layout
+        self.layout, (*first, last) = layout, layout.projections
+        # in tuples, because they are no modules of the list
+        self.stages = Stage(self, first, scattered=True), Stage(self, [last], scattered=False)
+        self.activation = (activation,)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *router: Tensor, **named: Tensor) -> Tensor:
         """Σ of weight times output, over the experts that a token is sent to.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            *router: as in `sent`.
+            **named: as in `sent`.
+        """
+        total = torch.zeros_like(hidden_states)
+        for sent in self.sent(hidden_states, *router, **named):
+            if self.call_idle or len(sent.rows):
+                sent.add(total, self.outputs(hidden_states, sent))
+        return total
+
+    def outputs(self, hidden_states: Tensor, sent: Sent) -> Tensor:
+        """The outputs of experts for the tokens that they receive, [sent, hidden]."""
+        first, last = self.stages
+        (out,) = last(self.activation[0](*first(hidden_states, sent)), sent)
+        return out
+
+    def sent(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Iterator[Sent]:
+        """The tokens that the experts receive, a batch of experts at a time.
+
+        On the meta device routing is unknown, so all experts receive as many.
 
         Args:
             hidden_states: [tokens, hidden].
             top_k_index: the experts of each token, [tokens, top_k].
             top_k_weights: their weights, of the same shape.
         """
-        total = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self):
-            token, place = self.routed(top_k_index, number)
-            if not len(token) and not self.call_idle:
-                continue
-            # [tokens of this expert, hidden]
-            out = expert(hidden_states[token]) * top_k_weights[token, place, None]
-            total.index_add_(0, token, out.to(total.dtype))
-        return total
+        ordered, order = top_k_index.flatten().sort(stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        weights = top_k_weights.flatten()[order, None]
+        bounds = self._bounds(ordered, torch.arange(len(self) + 1, device=order.device))
+        rows, by_row = order // top_k_index.shape[1], places.view_as(top_k_index)
+        yield from self._batches(rows, weights, by_row.sort(-1).values, bounds)
 
-    @staticmethod
-    def routed(top_k_index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens that an expert receives, and its place among the choices of each token.
+    def _bounds(self, ordered: Tensor, limits: Tensor) -> list[int]:
+        """How many of the numbers, which are in ascending order, are below each limit."""
+        if ordered.device.type == "meta":
+            return [len(ordered) * number // len(self) for number in range(len(self) + 1)]
+        bounds: list[int] = torch.searchsorted(ordered, limits).tolist()
+        return bounds
 
-        On the meta device routing is unknown, so every expert gets every token: an upper bound.
+    def _batches(
+        self, rows: Tensor, weights: Tensor, places: Tensor, bounds: Sequence[int]
+    ) -> Iterator[Sent]:
+        """What each batch of experts receives.
+
+        Args:
+            rows: as in `Sent`, for all experts.
+            weights: as in `Sent`, for all experts.
+            places: as in `Sent`.
+            bounds: the place of the first token of each expert, and the end of the last one's.
         """
-        if top_k_index.device.type == "meta":
-            token = torch.arange(len(top_k_index), device="meta")
-            return token, torch.zeros_like(token)
-        token, place = torch.where(top_k_index == expert)
-        return token, place
-
-    def weights(self, given: Mapping[str, Tensor], expert: int) -> Tensor:
-        """The weights of the outputs of an expert, for each token that it received."""
-        return given["top_k_weights"][self.routed(given["top_k_index"], expert)]
+        for start in range(0, len(self), self.at_once):
+            experts = range(start, min(start + self.at_once, len(self)))
+            here = slice(bounds[start], bounds[experts.stop])
+            counts = [bounds[number + 1] - bounds[number] for number in experts]
+            yield Sent(experts, counts, rows[here], weights[here], places, here.start)
 
 
 class ScaledExperts(OpenExperts):
@@ -191,28 +306,19 @@ class ScaledExperts(OpenExperts):
     and its output would be zero too, so the expert does not receive it.
     """
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """[experts · tokens, hidden] to the same shape."""
-        every = hidden_states.view(len(self), -1, hidden_states.shape[-1])
-        total = torch.zeros_like(every)
-        for number, expert in enumerate(self):
-            token = self.sent(every[number])
-            if not len(token) and not self.call_idle:
-                continue
-            total[number].index_add_(0, token, expert(every[number][token]).to(total.dtype))
-        return total.view_as(hidden_states)
-
-    @staticmethod
-    def sent(rows: Tensor) -> Tensor:
-        """The tokens that an expert receives: those that are not zero."""
-        if rows.device.type == "meta":
-            return torch.arange(len(rows), device="meta")
-        return rows.any(-1).nonzero().flatten()
-
-    def weights(self, given: Mapping[str, Tensor], expert: int) -> Tensor:
-        """Ones: the outputs of an expert are added up as they are."""
-        every = given["hidden_states"].view(len(self), -1, given["hidden_states"].shape[-1])
-        return torch.ones(len(self.sent(every[expert])), device=every.device)
+    def sent(self, hidden_states: Tensor) -> Iterator[Sent]:  # type: ignore[override]
+        """The tokens that the experts receive: those that are not zero."""
+        count, device = len(hidden_states), hidden_states.device
+        rows = every = torch.arange(count, device=device)
+        places = every[:, None]
+        if device.type != "meta":
+            used = hidden_states.any(-1)
+            rows = every[used]
+            # `count` is behind the places of all tokens that are sent
+            places = torch.where(used, used.cumsum(0) - 1, count)[:, None]
+        limits = torch.arange(len(self) + 1, device=device) * (count // len(self))
+        weights = hidden_states.new_ones(len(rows), 1)
+        yield from self._batches(rows, weights, places, self._bounds(rows, limits))
 
 
 def opened_form(fused: nn.Module, declared: Experts) -> OpenExperts:
@@ -238,5 +344,5 @@ def _opened(fused: nn.Module, layout: ExpertLayout, *, scaled_inputs: bool = Fal
                 mine[part] = nn.Parameter(view, requires_grad=parameter.requires_grad)
     activation = ExpertActivation(fused, layout)
     sort = ScaledExperts if scaled_inputs else OpenExperts
-    experts = (Expert(mine, layout, activation) for mine in parts)
-    return sort(experts, layout).train(fused.training)
+    experts = (Expert(mine, layout) for mine in parts)
+    return sort(experts, layout, activation).train(fused.training)

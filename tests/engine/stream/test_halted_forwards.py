@@ -13,6 +13,7 @@ from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.stream.halted_forwards import (
     ActivationOffload,
     HaltingForwards,
+    batches_of,
     by_group,
     by_layer,
 )
@@ -51,9 +52,10 @@ class Stage:
         return [self.forward(i) for i in range(len(self.hidden))]
 
     def pass_by_group(self, gather, prune, *, forwards=None, **options) -> None:
-        halting = HaltingForwards(self.groups, forwards or self.forwards(), self.offload)
+        batches = batches_of(self.layer, self.groups)
+        halting = HaltingForwards(batches, forwards or self.forwards(), self.offload)
         try:
-            for group in by_group(halting, lambda i, g, x, _: gather(i, g, x), **options):
+            for group in by_group(halting, lambda i, g, x, _: gather(i, g, x.inputs), **options):
                 prune(group)
         finally:
             halting.close()
@@ -141,7 +143,7 @@ def test_linears_that_do_not_share_an_input_are_distinguished() -> None:
     stage = Stage()
     wrong = [[*stage.groups[0], *stage.groups[1]], *stage.groups[2:]]
     with pytest.raises(ArchitectureError, match="o_proj"):
-        by_layer(wrong, stage.forwards(), lambda g, x: None)
+        by_layer(batches_of(stage.layer, wrong), stage.forwards(), lambda g, x: None)
 
 
 def test_calls_that_depend_on_tokens_are_refused() -> None:

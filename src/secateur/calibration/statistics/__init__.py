@@ -12,10 +12,12 @@ loss through the dense model, before the run. A statistic of a new kind brings i
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import NumericalError, located
+from secateur.machine import exact_in_tf32
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import Ranks
 from secateur.registry import Registry
@@ -51,6 +54,7 @@ __all__ = [
 ]
 
 S = TypeVar("S", bound="Statistic")
+P = TypeVar("P", bound="Stacked")
 Shape = tuple[int, int]
 Update = Callable[[Tensor], None]
 
@@ -167,6 +171,20 @@ class Summed:
         self.total += other.total.to(self.total.device)
 
 
+class Stacked(Summed):
+    """A statistic of one linear or, with their number as last argument, of several.
+
+    Then its sums and its value have a first axis for the linears, and its inputs are
+    [linears, tokens, in]. Rows of zeros change nothing.
+    """
+
+    def of(self: P, linears: int | Sequence[int]) -> P:
+        """The statistic of one of the linears, with the same sums; or of some, with a copy."""
+        own = copy.copy(self)
+        own.total = self.total[linears]
+        return own
+
+
 class ColumnSums(Summed):
     """The base of statistics with a few float64 sums for each input feature.
 
@@ -181,8 +199,9 @@ class ColumnSums(Summed):
     source: ClassVar[StatisticSource] = InputSource()
     sums: ClassVar[int] = 1
 
-    def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(self.sums, shape[1], dtype=torch.float64, device=device)
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu", *linears: int) -> None:
+        size = (*linears, self.sums, shape[1])
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
     @classmethod
     def nbytes(cls, shape: Shape) -> int:
@@ -278,15 +297,15 @@ def watched(
 
 
 def check_finite(square_sums: Tensor) -> None:
-    """Refuse inputs that overflowed, seen in their sums of squares [in].
+    """Refuse inputs that overflowed, seen in their sums of squares [..., in].
 
     Raises:
         NumericalError: a sum is infinite or NaN.
     """
-    bad = (~torch.isfinite(square_sums)).nonzero()[:, 0]
+    bad = (~torch.isfinite(square_sums)).nonzero()[:, -1]
     if len(bad):
         raise NumericalError(
-            f"{len(bad)} of {len(square_sums)} calibration inputs are infinite or not a number; "
+            f"{len(bad)} of {square_sums.numel()} calibration inputs are infinite or not a number; "
             f"the first is feature {int(bad[0])}",
             remedy="load the model in bfloat16 or float32, which do not overflow as float16 does",
         )
@@ -295,7 +314,7 @@ def check_finite(square_sums: Tensor) -> None:
 _ROWS = 512  # the largest float32 product besides the sums of a cross gram
 
 
-class CrossGram:
+class CrossGram(Stacked):
     """M = Σ_t y_t x̂_tᵀ, float32 [rows, in]: y_t in the dense model, x̂_t in the pruned one.
 
     Products are float32 and their sums float64, as in `Gram`.
@@ -304,6 +323,7 @@ class CrossGram:
         rows: the size of y, which is inputs or outputs of the linear.
         in_features: the number of input features.
         device: where the sums are kept and computed.
+        *linears: the number of linears, if there are several.
         of_outputs: whether y is the output that the only linear of a group should have. Else it is
             the dense input of all its linears.
     """
@@ -313,86 +333,156 @@ class CrossGram:
         rows: int,
         in_features: int,
         device: torch.device | str = "cpu",
-        *,
+        *linears: int,
         of_outputs: bool = False,
     ) -> None:
         self.of_outputs = of_outputs
-        self.total = torch.zeros(rows, in_features, dtype=torch.float64, device=device)
+        size = (*linears, rows, in_features)
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
-    def update(self, target: Float[Tensor, "tokens rows"], x: Float[Tensor, "tokens in"]) -> None:
+    def update(
+        self, target: Float[Tensor, "*linears tokens rows"], x: Float[Tensor, "*linears tokens in"]
+    ) -> None:
         """Add y and x̂ of the same tokens, some rows of y at a time."""
         targets, inputs = target.detach().float(), x.detach().float()
-        for columns, sums in zip(targets.split(_ROWS, 1), self.total.split(_ROWS), strict=True):
-            sums += columns.t() @ inputs
+        pairs = zip(targets.split(_ROWS, -1), self.total.split(_ROWS, -2), strict=True)
+        with exact_in_tf32(target, x):
+            for columns, sums in pairs:
+                sums += columns.mT @ inputs
 
-    def value(self) -> Float[Tensor, "rows in"]:
+    def value(self) -> Float[Tensor, "*linears rows in"]:
         """M, float32. It takes the place of the sums."""
         self.total = self.total.float()
         return self.total
 
 
 class GroupStatistics:
-    """Running statistics of a group of linears that share an input.
+    """Running statistics of groups of linears. The linears of a group share an input.
 
     Args:
         sources: sources of the statistics, by their names.
-        linears: the linears of the group.
+        groups: one group; or those of a batch of experts, with equal shapes.
         device: device of the sums.
-        cross: the products of inputs and targets, which need the gram among the statistics; None
-            where the target of a linear is its own output.
+        cross: makes the products of inputs and targets, which need the gram among the statistics;
+            None where the target of a linear is its own output.
+        batch: whether values have a first axis for the groups, even for one.
 
     Attributes:
-        tokens: number of inputs so far.
+        tokens: number of inputs so far, of each group.
     """
 
     def __init__(
         self,
         sources: Sources,
-        linears: Sequence[Linear],
+        groups: Sequence[Sequence[Linear]],
         device: torch.device,
-        cross: CrossGram | None = None,
+        cross: Callable[..., CrossGram] | None = None,
+        *,
+        batch: bool = False,
     ) -> None:
-        self.sources, self.linears, self.cross, self.tokens = sources, linears, cross, 0
-        shared = [name for name, source in sources.items() if source.shared]
-        own = sorted(sources.keys() - shared)  # one statistic for each linear
-        self._shared = {name: statistics[name](linears[0].shape, device) for name in shared}
-        self._own = {x.name: {n: statistics[n](x.shape, device) for n in own} for x in linears}
+        self.sources, self.groups, self.batch = sources, list(groups), batch
+        self.tokens, shape = [0] * len(groups), groups[0][0].shape
+        count = [len(groups)] if batch else []
+        shared = {name: statistics[name] for name, source in sources.items() if source.shared}
+        own = sorted(sources.keys() - shared.keys())  # one statistic for each linear
+        stacked = {name for name, kind in shared.items() if batch and issubclass(kind, Stacked)}
+        self._stacked: dict[str, Any] = {n: shared[n](shape, device, *count) for n in stacked}
+        alone = [name for name in shared if name not in stacked]
+        self._alone = [{n: shared[n](shape, device) for n in alone} for _ in groups]
+        self._own = {x.name: {n: statistics[n](x.shape, device) for n in own} for x in self.linears}
+        self.cross = None if cross is None else cross(*count)
 
-    def update(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Add the inputs of one micro-batch, with any leading shape, and their targets if any."""
-        flat = x.reshape(-1, x.shape[-1])
-        self.tokens += len(flat)
-        for name, statistic in self._shared.items():
-            statistic.update(self.sources[name].rows(self.linears[0], flat))
-        for linear in self.linears:
-            for name, statistic in self._own[linear.name].items():
-                statistic.update(self.sources[name].rows(linear, flat))
+    @property
+    def linears(self) -> list[Linear]:
+        """The linears of all groups."""
+        return [linear for group in self.groups for linear in group]
+
+    def update(
+        self, x: Tensor, target: Tensor | None = None, counts: Sequence[int] | None = None
+    ) -> None:
+        """Add the inputs of one micro-batch.
+
+        Args:
+            x: the inputs, with any leading shape; those of a batch one group after the other.
+            target: their targets, if they have any.
+            counts: the number of inputs of each group of a batch.
+        """
+        given = [y.reshape(-1, y.shape[-1]) for y in (x, target) if y is not None]
+        counts = [len(given[0])] if counts is None else list(counts)
+        self.tokens = [sum(both) for both in zip(self.tokens, counts, strict=True)]
+        parts = list(zip(*(y.split(counts) for y in given), strict=True))
+        # A GPU takes the products of all groups at once. A processor is as fast one by one.
+        together = self.batch and given[0].device.type != "cpu"
+        for groups, rows in _padded(given, counts) if together else enumerate(parts):
+            self._add(groups, *rows)
+        for group, alone, (rows, *_) in zip(self.groups, self._alone, parts, strict=True):
+            for name, statistic in alone.items():
+                statistic.update(self.sources[name].rows(group[0], rows))
+            for linear in group:
+                for name, statistic in self._own[linear.name].items():
+                    statistic.update(self.sources[name].rows(linear, rows))
+
+    def _add(self, groups: int | list[int], x: Tensor, target: Tensor | None = None) -> None:
+        """Add inputs of one group, or of some side by side, to what all groups sum together."""
+        updates: list[tuple[Any, ...]] = [(sums, x) for sums in self._stacked.values()]
         if self.cross is not None and target is not None:
-            self.cross.update(target.reshape(-1, target.shape[-1]), flat)
+            updates.append((self.cross, target, x))
+        for sums, *values in updates:
+            if not self.batch or groups == list(range(len(self.groups))):
+                sums.update(*values)
+                continue
+            part = sums.of(groups)
+            part.update(*values)
+            if isinstance(groups, list):  # one group has no copy
+                sums.total[groups] = part.total
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Forget all groups of a batch but these."""
+        if len(numbers) < len(self.groups):
+            self.groups = [self.groups[i] for i in numbers]
+            self.tokens = [self.tokens[i] for i in numbers]
+            self._alone = [self._alone[i] for i in numbers]
+            self._stacked = {name: sums.of(numbers) for name, sums in self._stacked.items()}
+            self.cross = None if self.cross is None else self.cross.of(numbers)
 
     def merge(self, ranks: Ranks) -> None:
         """Add up the statistics that the processes have gathered, each from its own windows.
 
         Each sum passes alone, so no process holds more than one copy of one sum besides its own.
         """
-        self.tokens = sum(ranks.gather(self.tokens))
-        every: list[Statistic | CrossGram] = [*self._shared.values()]
-        every += (statistic for own in self._own.values() for statistic in own.values())
+        self.tokens = [sum(own) for own in zip(*ranks.gather(self.tokens), strict=True)]
+        kept = [self._stacked, *self._alone, *self._own.values()]
+        every: list[Any] = [statistic for named in kept for statistic in named.values()]
         for statistic in (*every, self.cross):  # in the same order in every process
             if statistic is not None:
                 ranks.total(statistic.total)
 
     def value(self) -> dict[str, Tensor]:
-        """The statistics that the group shares.
+        """The statistics that a group shares; of a batch with a first axis for the groups.
 
         Raises:
             NumericalError: the inputs overflowed; the message names the first linear that reads
                 them.
         """
-        return _values(self.linears[0], self._shared)
+        if not self.batch:
+            return self.value_of(0)
+        try:
+            found = {name: sums.value() for name, sums in self._stacked.items()}
+        except NumericalError:
+            for number in range(len(self.groups)):  # the one at fault has a name
+                self.value_of(number)
+            raise
+        pairs = zip(self.groups, self._alone, strict=True)
+        alone = [_values(group[0], own) for group, own in pairs]
+        return found | {name: torch.stack([x[name] for x in alone]) for name in alone[0]}
+
+    def value_of(self, number: int) -> dict[str, Tensor]:
+        """The statistics that one group shares; raises as `value`."""
+        stacked = {name: sums.of(number) for name, sums in self._stacked.items()}
+        return _values(self.groups[number][0], {**stacked, **self._alone[number]})
 
     def own(self, linear: Linear) -> dict[str, Tensor]:
-        """The statistics that a linear of the group has for itself.
+        """The statistics that a linear of a group has for itself.
 
         Raises:
             NumericalError: its numbers overflowed.
@@ -407,9 +497,17 @@ class GroupStatistics:
         Args:
             damping: strength of the pull of a fit towards the dense weights.
         """
+        places = {x.name: i for i, group in enumerate(self.groups) for x in group}
         if self.cross is None:
             return lambda linear: linear.weight
-        gram, moments = self._shared["gram"].value(), self.cross.value()
+        gram, moments = self.value()["gram"], self.cross.value()
+        if self.batch:
+            return lambda linear: dense_target(
+                gram[places[linear.name]],
+                moments[places[linear.name]],
+                linear.weight.float(),
+                damping,
+            )
         if self.cross.of_outputs:
             return lambda linear: dense_target(gram, moments, linear.weight.float(), damping)
         # A fit of the dense inputs serves all linears: [in, in], with W on its left.
@@ -418,9 +516,37 @@ class GroupStatistics:
         return lambda linear: linear.weight.float() @ shared
 
     def release(self) -> None:
-        """Forget the sums that the group shares. Values that were read stay."""
-        self._shared.clear()
+        """Forget the sums that the groups share. Values that were read stay."""
+        self._stacked.clear()
+        self._alone = [{} for _ in self.groups]
         self.cross = None
+
+
+def _padded(
+    given: Sequence[Tensor], counts: Sequence[int]
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Rows of several groups side by side, with rows of zeros behind.
+
+    The first piece has all groups. Groups with more than twice as many rows as the mean have the
+    rest in later pieces, so at most half of a piece is zeros.
+
+    Args:
+        given: tensors [rows, …], one group after the other.
+        counts: the number of rows of each group.
+
+    Yields:
+        Numbers of groups, and [groups, rows, …] of each tensor.
+    """
+    device, longest = given[0].device, max(counts)
+    width = max(1, min(longest, -(-2 * sum(counts) // len(counts))))
+    bounds = torch.tensor([0, *accumulate(counts)], device=device)
+    zero = [nn.functional.pad(x, (0, 0, 0, 1)) for x in given]  # one row more, of zeros
+    for begin in range(0, longest, width):
+        groups = [i for i, count in enumerate(counts) if count > begin or not begin]
+        here = torch.tensor(groups, device=device)
+        places = bounds[here, None] + torch.arange(begin, begin + width, device=device)
+        places = torch.where(places < bounds[here + 1, None], places, len(given[0]))
+        yield groups, [x[places] for x in zero]
 
 
 def _values(linear: Linear, gathered: Mapping[str, Statistic]) -> dict[str, Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from secateur.calibration.statistics import ColumnSums, check_finite, statistics
-from secateur.types import ColumnNorm as Norms
-from secateur.types import Inputs
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from secateur.calibration.statistics import ColumnSums, Stacked, check_finite, statistics
 
 # On the CPU, tokens are squared in chunks of about this many numbers: small enough to stay in a
 # core's cache and to be allocated without new pages from the system. 0.4 ns a number, where one
@@ -13,7 +14,7 @@ _CHUNK = 2**15
 
 
 @statistics.register("column_norm")
-class ColumnNorm(ColumnSums):
+class ColumnNorm(ColumnSums, Stacked):
     """‖X_j‖₂ = sqrt(Σ_t x_tj²), float32 [in].
 
     Tokens are squared and summed in float32, a chunk at a time, and the sums of chunks in float64.
@@ -31,18 +32,18 @@ class ColumnNorm(ColumnSums):
         tensor([5., 1.])
     """
 
-    def update(self, x: Inputs) -> None:
+    def update(self, x: Float[Tensor, "*linears tokens in"]) -> None:
         """Add the inputs of more tokens, [tokens, in]."""
-        tokens = max(1, _CHUNK // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
-        for chunk in x.detach().split(tokens):
+        tokens = max(1, _CHUNK // x.shape[-1] if x.device.type == "cpu" else x.shape[-2])
+        for chunk in x.detach().split(tokens, -2):
             inputs = chunk.float()
-            self.total[0] += (inputs * inputs).sum(0)
+            self.total[..., 0, :] += (inputs * inputs).sum(-2)
 
-    def value(self) -> Norms:
+    def value(self) -> Float32[Tensor, "*linears in"]:
         """‖X_j‖₂ of every input feature, float32 [in].
 
         Raises:
             NumericalError: an input was infinite or NaN.
         """
-        check_finite(self.total[0])
-        return self.total[0].sqrt().float()
+        check_finite(self.total[..., 0, :])
+        return self.total[..., 0, :].sqrt().float()

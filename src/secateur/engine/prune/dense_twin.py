@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,35 +22,31 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import CrossGram
 from secateur.engine.prune.layer import Arrivals, Gathered, OpenLayer
-from secateur.engine.stream.halted_forwards import HaltedLayer, LinearGroups, by_group
+from secateur.engine.stream.halted_forwards import Arrival, Batch, HaltedLayer, by_group
 from secateur.models.architecture import Linear
-from secateur.models.experts import OpenExperts
+from secateur.models.experts import OpenExperts, Sent
 
 _QUIET = 0.1  # the gain of a channel that takes no part, as a share of the mean gain
 
 
-def _dense_copy(
-    layer: nn.Module, groups: LinearGroups, of_expert: Callable[[str], bool]
-) -> tuple[nn.Module, LinearGroups]:
-    """Copy a layer that is still dense, with its groups.
+def _dense_copy(layer: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, list[Batch]]:
+    """Copy a layer that is still dense, with its batches.
 
-    The groups of experts are empty in the copy, because an expert sees different tokens in the two
+    The batches of experts are empty in the copy, because an expert sees different tokens in the two
     models.
 
     Args:
         layer: a layer without hooks, because a copy would have them too.
-        groups: its linears, by shared input.
-        of_expert: returns whether the linear of this name belongs to an expert.
+        batches: its linears, by what arrives together.
     """
     twin = copy.deepcopy(layer)
     modules = dict(twin.named_modules())
     names = {id(module): name for name, module in layer.named_modules()}
 
-    def copied(linear: Linear) -> Linear:
-        return Linear(linear.name, modules[names[id(linear.module)]])
+    def copied(group: Sequence[Linear]) -> list[Linear]:
+        return [Linear(x.name, modules[names[id(x.module)]]) for x in group]
 
-    own = [[copied(x) for x in group if not of_expert(x.name)] for group in groups]
-    return twin, own
+    return twin, [Batch([] if x.stage else [copied(own) for own in x.groups]) for x in batches]
 
 
 def _before_norm(
@@ -104,16 +101,16 @@ class _ExpertTargets:
 
     def __init__(self, path: str, changing: HaltedLayer, dense: HaltedLayer) -> None:
         self.changing, self.dense = changing, dense
-        self.own = changing.layer.get_submodule(path)
-        self.twin = dense.layer.get_submodule(path)
-        assert isinstance(self.own, OpenExperts)
-        self.numbers = {id(x): n for n, one in enumerate(self.own) for x in one.modules()}
+        own, twin = (halted.layer.get_submodule(path) for halted in (changing, dense))
+        assert isinstance(own, OpenExperts)
+        assert isinstance(twin, OpenExperts)
+        self.own, self.twin = own, twin
         self.given: dict[int, dict[str, Tensor]] = {}
         self.missing: dict[int, Tensor] = {}
         self.wanted: Tensor | None = None  # the sum that the experts should write, for `_missing`
         self.handles = [
-            self.own.register_forward_pre_hook(self._keep_call, with_kwargs=True),
-            self.twin.register_forward_hook(self._keep_wanted),
+            own.register_forward_pre_hook(self._keep_call, with_kwargs=True),
+            twin.register_forward_hook(self._keep_wanted),
         ]
 
     def _keep_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -124,43 +121,46 @@ class _ExpertTargets:
         lacking = _lacking(self.dense, self.changing, self.dense.current)
         self.wanted = out.float() + _flat(lacking)
 
-    def writes(self, linear: Linear) -> bool:
-        """Whether a linear is the last one of an expert."""
-        return linear.name.endswith(".down_proj")
+    def targets(self, index: int, batch: Batch, sent: Sent) -> Tensor:
+        """The targets of the last linears of experts for the tokens they receive, without biases.
 
-    def weights(self, index: int, linear: Linear) -> tuple[Tensor, Tensor]:
-        """The tokens of a micro-batch that an expert gets, and the router's weights [tokens, 1]."""
+        Args:
+            index: number of the micro-batch. The forward of the changing layer must be in memory.
+            batch: the linears.
+            sent: the tokens.
+        """
         given = self.given[index]
-        token, place = OpenExperts.routed(given["top_k_index"], self.numbers[id(linear.module)])
-        return token, given["top_k_weights"][token, place, None].float()
-
-    def targets(self, index: int, linear: Linear) -> Tensor:
-        """The targets of the last linear of an expert, without its bias."""
-        missing, given = self._missing(index), self.given[index]
-        token, _ = self.weights(index, linear)
-        expert = self.twin.get_submodule(str(self.numbers[id(linear.module)]))
-        with self.dense.inputs.matmuls():
-            out = expert(given["hidden_states"][token])
-        if linear.has_bias:
-            out = out - linear.module.get_parameter("bias")
-        # Each chosen expert takes the share of the error that the router gives it.
-        total = given["top_k_weights"].sum(-1, keepdim=True)[token].float()
-        return out + missing[token] / total
-
-    def _missing(self, index: int) -> Tensor:
-        """E of a micro-batch. The forward of the changing layer must be in memory."""
-        if index not in self.missing:
-            self.dense.look_ahead(index)
-            wanted, self.wanted = self.wanted, None
-            assert wanted is not None
+        out = None if index in self.missing else self._miss(index, sent)
+        if out is None:
             with self.dense.inputs.matmuls():
-                written = self.twin.forward(**self.given[index])
-            self.missing[index] = wanted - written
-            if self.changing.offload:
-                self.changing.offload.live.note(self.missing[index])
-            if not self.dense.running[index].dead:
-                self.dense.halt(index)
-        return self.missing[index]
+                out = self.twin.outputs(given["hidden_states"], sent)
+        if batch.groups[0][0].has_bias:
+            biases = torch.stack([x.module.get_parameter("bias") for (x,) in batch.groups])
+            numbers = torch.arange(len(biases)).repeat_interleave(torch.tensor(sent.counts))
+            out = out - biases[numbers.to(biases.device)]
+        # Each chosen expert takes the share of the error that the router gives it.
+        total = given["top_k_weights"].sum(-1, keepdim=True)[sent.rows].float()
+        return out + self.missing[index][sent.rows] / total
+
+    def _miss(self, index: int, sent: Sent) -> Tensor | None:
+        """Find E of a micro-batch. Return outputs of experts if they were needed for it anyway."""
+        self.dense.look_ahead(index)
+        wanted, self.wanted = self.wanted, None
+        assert wanted is not None
+        given, kept = self.given[index], None
+        written = torch.zeros_like(given["hidden_states"])
+        with self.dense.inputs.matmuls():
+            for every in self.twin.sent(**given):
+                out = self.twin.outputs(given["hidden_states"], every)
+                every.add(written, out)
+                if sent.experts[0] in every.experts:
+                    kept, _ = self.twin.stages[-1].only(out, every, sent.experts)
+        self.missing[index] = wanted - written
+        if self.changing.offload:
+            self.changing.offload.live.note(self.missing[index])
+        if not self.dense.running[index].dead:
+            self.dense.halt(index)
+        return kept
 
     def close(self) -> None:
         """Remove the hooks, and release what was kept."""
@@ -203,11 +203,11 @@ class DenseTwin:
 
     def __init__(self, layer: OpenLayer) -> None:
         self.layer = layer
-        self.of_expert, linears = layer.architecture.of_expert, layer.linears
+        linears = layer.linears
         plain, normed = layer.architecture.writers, dict(layer.architecture.normed_writers)
         found = [name for name in (*plain, *normed) if name in linears]
         self.writers = {linears[name].name for name in found}
-        twin, own = _dense_copy(layer.module, layer.groups, self.of_expert)
+        twin, own = _dense_copy(layer.module, layer.batches)
         added = [normed.get(name, name) for name in found]
         last = [[model.get_submodule(name) for name in added] for model in (twin, layer.module)]
         self.norms = {
@@ -215,7 +215,7 @@ class DenseTwin:
         }
         self.dense = HaltedLayer(layer.inputs(dense=True), twin, own, last[0])
         self.changing = HaltedLayer(
-            layer.inputs(), layer.module, layer.groups, last[1], stores=layer.passes_on
+            layer.inputs(), layer.module, layer.batches, last[1], stores=layer.passes_on
         )
         self.experts: _ExpertTargets | None = None
         declared = layer.architecture.experts
@@ -241,41 +241,43 @@ class DenseTwin:
             self.dense.finish()
         self.dense.inputs.states.advance(layer.index + 1)
 
-    def _writes(self, linears: Sequence[Linear]) -> bool:
-        """Whether a group is a linear that writes to the residual stream."""
-        if self.of_expert(linears[0].name):
-            return self.experts is not None and self.experts.writes(linears[0])
-        return len(linears) == 1 and linears[0].name in self.writers
+    def _writes(self, batch: Batch) -> bool:
+        """Whether a batch has linears that write to the residual stream."""
+        if batch.stage is not None:
+            return self.experts is not None and batch.stage is self.experts.own.stages[-1]
+        (group,) = batch.groups
+        return len(group) == 1 and group[0].name in self.writers
 
-    def _cross_of(self, linears: Sequence[Linear]) -> CrossGram | None:
-        """The cross gram of a group that has a target in the dense model."""
-        writes = self._writes(linears)
-        if not writes and (self.writers or self.of_expert(linears[0].name)):
+    def _cross_of(self, batch: Batch) -> Callable[..., CrossGram] | None:
+        """Makes the cross gram of a batch that has a target in the dense model."""
+        writes = self._writes(batch)
+        if not writes and (self.writers or batch.stage is not None):
             return None
-        (rows, columns), device = linears[0].shape, linears[0].weight.device
-        return CrossGram(rows if writes else columns, columns, device, of_outputs=writes)
+        linear = batch.groups[0][0]
+        (rows, columns), device = linear.shape, linear.weight.device
+        return partial(CrossGram, rows if writes else columns, columns, device, of_outputs=writes)
 
-    def gather(self, batch: int, number: int, x: Tensor, dense: Tensor | None) -> None:
-        """Add the input of a group in one micro-batch, with its target if it has one."""
-        group = self.gathered[number]
-        linear, has_target = group.linears[0], group.cross is not None
-        if self.experts and self.of_expert(linear.name):
-            _, weights = self.experts.weights(batch, linear)
-            target = self.experts.targets(batch, linear) * weights if has_target else None
-            group.update(x.float() * weights, target)
+    def gather(self, index: int, number: int, arrival: Arrival, dense: Tensor | None) -> None:
+        """Add the inputs of a batch in one micro-batch, with their targets if they have any."""
+        batch, group, x = self.layer.batches[number], self.gathered[number], arrival.inputs
+        has_target, sent = group.cross is not None, arrival.sent
+        if sent is not None and self.experts:
+            weights = sent.weights.float()
+            target = self.experts.targets(index, batch, sent) * weights if has_target else None
+            group.update(x.float() * weights, target, sent.counts)
         elif dense is None or not has_target:
-            group.update(x)
-        elif not self._writes(group.linears):
+            group.update(x, counts=arrival.counts)
+        elif not self._writes(batch):
             group.update(x, dense)
         else:
-            group.update(*self._written(batch, number, x, dense))
+            group.update(*self._written(index, number, x, dense))
 
-    def _written(self, batch: int, number: int, x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    def _written(self, index: int, number: int, x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs of a writer for one micro-batch, and what it should write."""
         with self.dense.inputs.matmuls():
-            linear = self.dense.groups[number][0]
+            linear = self.dense.batches[number].groups[0][0]
             out = _flat(dense) @ linear.weight.t()
-        error = _flat(_lacking(self.dense, self.changing, batch))
+        error = _flat(_lacking(self.dense, self.changing, index))
         if linear.name not in self.norms:
             return x, out + error
         bias = linear.module.get_parameter("bias") if linear.has_bias else 0.0

@@ -26,7 +26,14 @@ from secateur.engine.prune.checks import counted_zeros
 from secateur.engine.prune.coverage import is_reached
 from secateur.engine.prune.tasks import Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
-from secateur.engine.stream.halted_forwards import HaltedLayer, by_group, by_layer
+from secateur.engine.stream.halted_forwards import (
+    Arrival,
+    Batch,
+    HaltedLayer,
+    batches_of,
+    by_group,
+    by_layer,
+)
 from secateur.errors import located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
@@ -60,7 +67,7 @@ class OpenLayer:
         linears: all prunable linears of the layer, by their names within it.
         pruned: the linears to prune.
         sources: sources of the statistics to gather, by name.
-        groups: the linears to prune, by shared input; none without sources.
+        batches: the linears to prune, by what arrives together; none without sources.
         stored: returns what was gathered of a linear before the run.
         unseen: the full names of linears that calibration did not reach; they stay unchanged.
         tuning: tunes the layer after pruning; None without tuning.
@@ -85,7 +92,7 @@ class OpenLayer:
         self.pruned = [x for x in self.linears.values() if tasks[x.name].changes]
         needed = gathering(tasks, asymmetric=settings.asymmetric)
         self.sources = {} if opened is None else needed.forward
-        self.groups = self.pruned_groups()
+        self.batches = batches_of(module, self.pruned_groups())
         self.stored: Callable[[Linear], dict[str, Tensor]] = lambda linear: {}
         if needed.backward:
             from secateur.engine.stream.gradients import stored_gradients
@@ -129,26 +136,31 @@ class OpenLayer:
         self.progress.step(note=f"layer {self.index}")
 
     def complete(self, group: GroupStatistics) -> list[Linear]:
-        """Add up what all processes have gathered of a group. Return its linears to prune.
+        """Add up what all processes have gathered of some groups. Return their linears to prune.
 
         Linears that calibration did not reach stay unchanged and are recorded.
         """
         group.merge(self.ranks)
-        linears = [x for x in group.linears if self.tasks[x.name].changes]
-        tokens = group.tokens if self.sources else None
-        experts = [x for x in linears if self.architecture.of_expert(x.name)]
-        left = [x.name for x in experts if not is_reached(tokens, self.stored(x))]
-        self.unseen += left
-        return [x for x in linears if x.name not in left]
+        reached = []
+        for number, linears in enumerate(group.groups):
+            tokens = group.tokens[number] if self.sources else None
+            changed = [x for x in linears if self.tasks[x.name].changes]
+            experts = [x for x in changed if self.architecture.of_expert(x.name)]
+            left = [x.name for x in experts if not is_reached(tokens, self.stored(x))]
+            self.unseen += left
+            reached.append([x for x in changed if x.name not in left])
+        if group.batch:
+            group.keep([number for number, linears in enumerate(reached) if linears])
+        return [x for linears in reached for x in linears]
 
     def agreed(self, arrived: Iterable[int]) -> Iterator[int]:
-        """The numbers of groups that all micro-batches of all processes have reached.
+        """The numbers of batches that all micro-batches of all processes have reached.
 
-        Only a forward shows which group comes next, so a process without any asks the first one.
+        Only a forward shows which batch comes next, so a process without any asks the first one.
         """
         assert self.opened is not None
         stream = self.opened.stream
-        for number in arrived if stream.batches() else [-1] * len(self.groups):
+        for number in arrived if stream.batches() else [-1] * len(self.batches):
             yield self.ranks.gather(number)[0] if stream.some_idle else number
 
 
@@ -180,31 +192,49 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
 def prune_group(
     layer: OpenLayer, group: GroupStatistics, linears: Sequence[Linear], mine: Collection[str]
 ) -> list[LinearRecord]:
-    """Score → mask → solve, for linears that share an input.
+    """Score → mask → solve, for linears that share an input, or for those of a batch of experts.
 
     Args:
         layer: their layer.
-        group: the statistics of the input, complete.
+        group: the statistics of the inputs, complete.
         linears: the linears to prune. Their methods differ only in the pattern.
         mine: names of the linears that this process solves.
     """
-    solved = [x for x in linears if x.name in mine]
     remasks = layer.tuning is not None and layer.tuning.remasks
-    if not (solved or (linears and remasks)):
+    # tuning also needs the shadow weights of linears that another process solves
+    changed = [x for x in linears if remasks or x.name in mine]
+    if not changed:
         return []
     # Values take the place of the sums, which `release` then frees, before the solver needs memory.
-    statistics = group.value()
+    values = group.value()
     weight_of = group.weights(layer.settings.asymmetric_damping)
     group.release()
+    records = []
+    for number, own in enumerate(group.groups):
+        statistics = {name: x[number] for name, x in values.items()} if group.batch else values
+        theirs = [x for x in own if x in changed]
+        records += _prune_one(layer, group, number, theirs, statistics, weight_of, mine)
+    return records
+
+
+def _prune_one(
+    layer: OpenLayer,
+    group: GroupStatistics,
+    number: int,
+    linears: Sequence[Linear],
+    statistics: Statistics,
+    weight_of: Callable[[Linear], Tensor],
+    mine: Collection[str],
+) -> list[LinearRecord]:
+    """Score → mask → solve, for linears of one group, with the statistics of its input."""
+    solved, records = [x for x in linears if x.name in mine], list[LinearRecord]()
     if solved:
         with located(solved[0].name):
             prepared = layer.tasks[solved[0].name].method.solver.prepare(statistics)
-    records = []
-    # tuning also needs the shadow weights of linears that another process solves
-    for linear in linears if remasks else solved:
+    for linear in linears:
         started, task = time.perf_counter(), layer.tasks[linear.name]
         weight = weight_of(linear)
-        if layer.tuning is not None and remasks:
+        if layer.tuning is not None and layer.tuning.remasks:
             layer.tuning.keep(linear, weight, statistics)
         if linear.name not in mine:
             continue
@@ -228,7 +258,7 @@ def prune_group(
                 error=None if solution.error is None else float(solution.error),
                 lost=lost,
                 seconds=time.perf_counter() - started,
-                tokens=group.tokens if layer.sources else None,
+                tokens=group.tokens[number] if layer.sources else None,
             )
         )
     return records
@@ -285,7 +315,7 @@ def arrivals_of(layer: OpenLayer) -> Arrivals:
 
 def weights_alone(layer: OpenLayer) -> Arrivals:
     """All linears, each for itself: their weights and what is stored is all that is needed."""
-    yield [GroupStatistics({}, [linear], layer.device) for linear in layer.pruned]
+    yield [GroupStatistics({}, [[linear]], layer.device) for linear in layer.pruned]
     if layer.passes_on:
         layer.inputs().pass_through(layer.module)
 
@@ -294,15 +324,15 @@ def whole_layer(layer: OpenLayer) -> Arrivals:
     """All groups, as the papers do: after one pass through the dense layer."""
     inputs, gathered = layer.inputs(), Gathered(layer)
 
-    def gather(number: int, x: Tensor) -> None:
+    def gather(number: int, arrival: Arrival) -> None:
         with exact_matmuls(layer.device):  # within a forward, which may be in bfloat16
-            gathered[number].update(x)
+            gathered[number].update(arrival.inputs, counts=arrival.counts)
 
     forwards = [
         partial(inputs.pass_one, layer.module, batch, stores=False) for batch in inputs.batches
     ]
-    by_layer(layer.groups, forwards, gather)
-    yield [gathered.taken(number) for number in range(len(layer.groups))]
+    by_layer(layer.batches, forwards, gather)
+    yield [gathered.taken(number) for number in range(len(layer.batches))]
     if layer.passes_on:
         inputs.pass_through(layer.module)
 
@@ -310,10 +340,10 @@ def whole_layer(layer: OpenLayer) -> Arrivals:
 def group_by_group(layer: OpenLayer) -> Arrivals:
     """Each group, when the forwards of all micro-batches have reached it, in one pass."""
     gathered = Gathered(layer)
-    halted = HaltedLayer(layer.inputs(), layer.module, layer.groups, stores=layer.passes_on)
+    halted = HaltedLayer(layer.inputs(), layer.module, layer.batches, stores=layer.passes_on)
 
-    def gather(batch: int, number: int, x: Tensor, dense: Tensor | None) -> None:
-        gathered[number].update(x)
+    def gather(batch: int, number: int, arrival: Arrival, dense: Tensor | None) -> None:
+        gathered[number].update(arrival.inputs, counts=arrival.counts)
 
     with closing(halted):
         for number in layer.agreed(by_group(halted, gather, outputs_needed=layer.passes_on)):
@@ -321,31 +351,36 @@ def group_by_group(layer: OpenLayer) -> Arrivals:
 
 
 class Gathered(dict[int, GroupStatistics]):
-    """The statistics of a layer's groups, by number. Each begins when its first input arrives.
+    """The statistics of a layer's batches, by number. Each begins when its first input arrives.
 
     Not earlier, because a layer of many experts has many grams.
 
     Args:
         layer: the layer.
-        cross_of: makes the cross gram of linears that have another target than their own outputs.
+        cross_of: makes the cross gram of a batch that has another target than its own outputs.
     """
 
     def __init__(
         self,
         layer: OpenLayer,
-        cross_of: Callable[[Sequence[Linear]], CrossGram | None] = lambda linears: None,
+        cross_of: Callable[[Batch], Callable[..., CrossGram] | None] = lambda batch: None,
     ) -> None:
         super().__init__()
         self.layer, self.cross_of = layer, cross_of
 
     def __missing__(self, number: int) -> GroupStatistics:
-        layer, linears = self.layer, self.layer.groups[number]
-        cross = self.cross_of(linears)
-        self[number] = GroupStatistics(layer.sources, linears, layer.device, cross)
+        layer, batch = self.layer, self.layer.batches[number]
+        self[number] = GroupStatistics(
+            layer.sources,
+            batch.groups,
+            layer.device,
+            self.cross_of(batch),
+            batch=batch.stage is not None,
+        )
         return self[number]
 
     def taken(self, number: int) -> GroupStatistics:
-        """Take the statistics of a group out, also of one that no input has reached."""
+        """Take the statistics of a batch out, also of one that no input has reached."""
         found = self[number]
         del self[number]
         return found

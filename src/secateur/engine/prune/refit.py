@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from secateur.calibration.statistics import CrossGram, Gathering, GroupStatistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
-from secateur.engine.stream.halted_forwards import HaltedLayer, by_group
+from secateur.engine.stream.halted_forwards import Arrival, Batch, HaltedLayer, by_group
 from secateur.engine.stream.hidden_states import Activations
 from secateur.machine import full_float32, reused_pages
 from secateur.models.architecture import Architecture, Linear, linears_of
@@ -228,7 +228,7 @@ class _LayerRefit:
         others = [other[n].module for n in architecture.writers if n in other]
         experts = architecture.experts
         self.mixture = experts is not None and experts.module in dict(layer.named_modules())
-        sides = [[[pair[side] for pair in group] for group in self.groups] for side in (0, 1)]
+        sides = [[Batch([[x[side] for x in group]]) for group in self.groups] for side in (0, 1)]
         self.changing = HaltedLayer(
             refit.inputs(cut, place),
             layer,
@@ -261,16 +261,16 @@ class _LayerRefit:
         """Whether a group is a linear that writes to the stream."""
         return any(self.groups[group][0][0] is linear for linear in self.writers)
 
-    def _gather(self, index: int, group: int, x: Tensor, dense: Tensor | None) -> None:
+    def _gather(self, index: int, group: int, arrival: Arrival, dense: Tensor | None) -> None:
         """Add one micro-batch's inputs in both models to the statistics of a group."""
         assert dense is not None
         linear, _ = self.groups[group][0]
         target = self._target(index, group, dense) if self._writes(group) else dense
         if group not in self.gathered:
             device = self.refit.cut.target.device
-            cross = CrossGram(target.shape[-1], linear.shape[1], device)
-            self.gathered[group] = GroupStatistics(self.moments, [linear], device, cross)
-        self.gathered[group].update(x, target)
+            cross = partial(CrossGram, target.shape[-1], linear.shape[1], device)
+            self.gathered[group] = GroupStatistics(self.moments, [[linear]], device, cross)
+        self.gathered[group].update(arrival.x, target)
 
     def _target(self, index: int, group: int, dense: Tensor) -> Tensor:
         """The target of a linear that writes to the stream, without its bias."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.models.experts import OpenExperts
+from secateur.models.experts import OpenExperts, Sent
 from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
@@ -69,43 +69,30 @@ class ExpertUse:
 
 
 class _UseHooks:
-    """Hooks on the experts of a layer that add up the outputs of each expert.
+    """A hook on the experts of a layer that adds up the outputs of each expert.
 
     Args:
         experts: the opened experts.
     """
 
     def __init__(self, experts: OpenExperts) -> None:
-        self.experts, count = experts, len(experts)
+        count, device = len(experts), next(experts.parameters()).device
         self.tokens = torch.zeros(count, dtype=torch.int64)
-        self.outputs = torch.zeros(count, dtype=torch.float64)
-        self.given: Mapping[str, Tensor]
-        self.handles = [experts.register_forward_pre_hook(self.note, with_kwargs=True)]
-        self.handles += [
-            expert.register_forward_hook(self.hook(j)) for j, expert in enumerate(experts)
-        ]
+        self.outputs = torch.zeros(count, dtype=torch.float64, device=device)
+        self.handle = experts.stages[-1].register_forward_hook(self.add)
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember the arguments of this forward, which hold the routing."""
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        self.given = dict(zip(names, args, strict=False)) | dict(kwargs)
-
-    def hook(self, expert: int) -> Any:
-        """The hook of one expert."""
-
-        def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            weights = self.experts.weights(self.given, expert)  # g_j(t) of its tokens
-            added = weights.double() * out.double().norm(dim=-1)
-            self.tokens[expert] += len(out)
-            self.outputs[expert] += float(added.sum())
-
-        return after
+    def add(self, stage: nn.Module, args: tuple[Tensor, Sent], outs: Sequence[Tensor]) -> None:
+        """Add g_j(t) · ‖f_j(t)‖₂ of all tokens that some experts have received."""
+        (_, sent), (out,) = args, outs
+        added = sent.weights[:, 0].double() * out.double().norm(dim=-1)
+        here = list(sent.experts)
+        self.tokens[here] += torch.tensor(sent.counts)
+        self.outputs[here] += torch.stack([own.sum() for own in added.split(sent.counts)])
 
     def close(self) -> ExpertUse:
-        """Remove the hooks and return the sums."""
-        for handle in self.handles:
-            handle.remove()
-        return ExpertUse(self.tokens, self.outputs)
+        """Remove the hook and return the sums."""
+        self.handle.remove()
+        return ExpertUse(self.tokens, self.outputs.cpu())
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ class ChangedAlone:
         # the same windows again, for the statistics that the changes read
         passes = range(len(self.walk.windows) if self.names else 0)
         forwards = [partial(self.walk.outputs, number, layer, place) for place in passes]
-        shared = survey.gathered(self.layouts[number].groups, linears, self.names, forwards)
+        shared = survey.gathered(layer, self.layouts[number].groups, linears, self.names, forwards)
         view = LayerView(survey, number, linears, shared, self.grains)
         for name in view.unreached:
             del view.weights[name]

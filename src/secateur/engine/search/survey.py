@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.calibration.statistics import ForwardSource, Gathering, GroupStatistics
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.gradients import stored_gradients
-from secateur.engine.stream.halted_forwards import by_layer
+from secateur.engine.stream.halted_forwards import Arrival, batches_of, by_layer
 from secateur.errors import located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
@@ -38,6 +38,9 @@ from secateur.types import STORED
 
 Linears = Mapping[str, Linear]
 """The linears of a decoder layer, by their names in it."""
+
+Shared = Mapping[str, tuple[GroupStatistics, int]]
+"""The statistics that have the input of a linear, and the number of its group among them."""
 
 
 def grains_of(tasks: Tasks, allocation: Allocation) -> dict[str, Granularity]:
@@ -120,7 +123,7 @@ class Survey:
         self.progress.start("allocation: dense model", steps * (count - start))
         for index, layer in walk:
             linears = linears_of(layer, self.target.architecture.layer_name(index))
-            shared = {}
+            shared: Shared = {}
             if opened is not None:
                 stores = index + 1 < count
                 step = partial(self.progress.step, note=f"layer {index}")
@@ -129,8 +132,8 @@ class Survey:
                     partial(inputs.pass_one, layer, b, stores=stores) for b in inputs.batches
                 ]
                 groups = opened.stream.layouts[index].groups
-                shared = self.gathered(groups, linears, names, forwards)
-                for statistics in dict.fromkeys(shared.values()):  # once for each input
+                shared = self.gathered(layer, groups, linears, names, forwards)
+                for statistics in dict.fromkeys(x for x, _ in shared.values()):  # each once
                     statistics.merge(ranks)
             view_of = partial(LayerView, self, index, linears, shared, grains)
             ranks.once(partial(_observe, allocation, view_of, files[index]))
@@ -141,24 +144,30 @@ class Survey:
 
     def gathered(
         self,
+        layer: nn.Module,
         groups: Sequence[Sequence[str]],
         linears: Linears,
         names: Mapping[str, ForwardSource],
         forwards: Sequence[Callable[[], object]],
-    ) -> dict[str, GroupStatistics]:
+    ) -> Shared:
         """Pass windows through a dense layer. Return the statistics of each linear's input."""
         changed = [[linears[name] for name in group] for group in groups]
         changed = [group for group in changed if any(self.tasks[x.name].changes for x in group)]
-        gathered = [GroupStatistics(names, group, self.target.device) for group in changed]
+        batches = batches_of(layer, changed)
+        gathered = [
+            GroupStatistics(names, x.groups, self.target.device, batch=x.stage is not None)
+            for x in batches
+        ]
 
-        def gather(group: int, x: Tensor) -> None:
+        def gather(number: int, arrival: Arrival) -> None:
             with exact_matmuls(self.target.device):  # forwards may be in bfloat16
-                gathered[group].update(x)
+                gathered[number].update(arrival.inputs, counts=arrival.counts)
 
-        by_layer(changed, forwards, gather)
+        by_layer(batches, forwards, gather)
         return {
-            linear.name: statistics
-            for group, statistics in zip(changed, gathered, strict=True)
+            linear.name: (statistics, number)
+            for statistics in gathered
+            for number, group in enumerate(statistics.groups)
             for linear in group
         }
 
@@ -179,7 +188,7 @@ class LayerView:
         survey: Survey,
         index: int,
         linears: Linears,
-        shared: Mapping[str, GroupStatistics],
+        shared: Shared,
         grains: Mapping[str, Granularity],
     ) -> None:
         self.tasks, self.grains = survey.tasks, grains
@@ -191,13 +200,12 @@ class LayerView:
         sparsities = {n: self.tasks[n].sparsity for n in self.linears if n not in grains}
         self.fixed = {n: sparsity for n, sparsity in sparsities.items() if sparsity > 0}
         # linears that share an input share its statistics, and are one group of solves
-        values = {id(s): s.value() for s in shared.values()}
-        self.group = {name: id(statistics) for name, statistics in shared.items()}
-        self.tokens = {name: statistics.tokens for name, statistics in shared.items()}
+        self.group = {name: (id(s), number) for name, (s, number) in shared.items()}
+        values = {id(s): s.value() for s, _ in shared.values()}
+        self.tokens = {name: s.tokens[number] for name, (s, number) in shared.items()}
         self.statistics = {
             name: {
-                **values.get(self.group.get(name, 0), {}),
-                **(shared[name].own(linear) if name in shared else {}),
+                **(_own(values, linear, *shared[name]) if name in shared else {}),
                 **own(linear),
                 STORED: linear.weight,
             }
@@ -227,7 +235,7 @@ class LayerView:
     def solved(self, name: str, method: Method, sparsity: float) -> Tensor:
         """The weight after pruning or rounding by a method, in the dtype of the model."""
         weight = self.linears[name].weight
-        key = self.group.get(name, 0), method.solver
+        key = self.group.get(name), method.solver
         if self.prepared is None or self.prepared[0] != key:
             # Linears that share an input are consecutive, so only one factor is in memory.
             with located(name):
@@ -236,6 +244,18 @@ class LayerView:
         with located(name):
             solution = method.solve(weight, self.prepared[1], known, sparsity)
         return solution.weight.to(weight.dtype)
+
+
+def _own(
+    values: Mapping[int, Mapping[str, Tensor]],
+    linear: Linear,
+    gathered: GroupStatistics,
+    number: int,
+) -> dict[str, Tensor]:
+    """The statistics of a linear, given the values of what was gathered together."""
+    shared = values[id(gathered)]
+    of_group = {name: x[number] for name, x in shared.items()} if gathered.batch else shared
+    return {**of_group, **gathered.own(linear)}
 
 
 def _quick(method: Method) -> Method:

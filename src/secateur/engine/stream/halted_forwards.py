@@ -8,7 +8,8 @@ There are two orders. Both have one decoder layer in memory, and one micro-batch
 * `by_group`, the default, needs one pass. The forward of every micro-batch halts at the first group
   of linears that it reaches. When all have arrived, the statistics of this group are complete. The
   group is pruned, and the forwards continue with pruned weights to the next group. So later groups
-  of the layer see the inputs that they will see in the pruned model, for half the work.
+  of the layer see the inputs that they will see in the pruned model, for half the work. Experts do
+  not see each other's outputs, so their groups arrive together, as one batch.
 
 A forward that halts in the middle of a model's `forward()` needs its own stack. Greenlets give it
 one within a single thread. So grad mode, thread pools and the order of all operations are the
@@ -27,7 +28,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -41,21 +42,88 @@ from secateur.engine.stream.calls import call_layer, input_mark
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import read_all, write_all
+from secateur.models.experts import OpenExperts, Sent, Stage
 
 Forward = Callable[[], object]
-Gather = Callable[[int, Tensor], None]
 LinearGroups = Sequence[Sequence[Linear]]
 
 
-def by_layer(groups: LinearGroups, forwards: Sequence[Forward], gather: Gather) -> None:
-    """Gather the input of every group in one pass; weights do not change.
+class Batch(NamedTuple):
+    """Groups of linears whose inputs arrive together.
+
+    Attributes:
+        groups: one group of linears that share an input, or the same group of several experts;
+            none where forwards do not halt.
+        experts: the numbers of these experts.
+        stage: where experts get the inputs; None for a group outside experts.
+    """
+
+    groups: list[Sequence[Linear]]
+    experts: Sequence[int] = ()
+    stage: Stage | None = None
+
+
+def batches_of(layer: nn.Module, groups: LinearGroups) -> list[Batch]:
+    """Sort the groups of a layer by what arrives together."""
+    places = {
+        id(getattr(expert, name)): (experts, stage, number)
+        for experts in layer.modules()
+        if isinstance(experts, OpenExperts)
+        for stage in experts.stages
+        for number, expert in enumerate(experts)
+        for name in stage.names
+    }
+    found: dict[Hashable, Batch] = {}
+    for group in groups:
+        known = places.get(id(group[0].module))
+        if known is None:
+            found[id(group)] = Batch([group])
+            continue
+        experts, stage, number = known
+        key = stage, number // experts.at_once
+        before = found.get(key, Batch([], [], stage))
+        found[key] = Batch([*before.groups, group], [*before.experts, number], stage)
+    return list(found.values())
+
+
+class Arrival(NamedTuple):
+    """What arrives at a batch of groups in one forward.
+
+    Attributes:
+        x: the input of a group, or what its stage gets.
+        sent: the tokens that experts receive; None for a group outside experts.
+        stage: of the experts.
+    """
+
+    x: Tensor
+    sent: Sent | None = None
+    stage: Stage | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """The inputs, of experts one after the other. A halted forward does not hold them."""
+        if self.stage is None or self.sent is None:
+            return self.x
+        return self.stage.inputs(self.x, self.sent)
+
+    @property
+    def counts(self) -> list[int] | None:
+        """The number of inputs of each expert."""
+        return None if self.sent is None else self.sent.counts
+
+
+Gather = Callable[[int, Arrival], None]
+
+
+def by_layer(batches: Sequence[Batch], forwards: Sequence[Forward], gather: Gather) -> None:
+    """Gather the inputs of every batch in one pass; weights do not change.
 
     Args:
-        groups: the linears of the layer, by shared input.
+        batches: the linears of the layer, by what arrives together.
         forwards: one call per micro-batch.
-        gather: called with a group's index and its input, once per micro-batch.
+        gather: called with a batch's index and what arrives, once per micro-batch.
     """
-    inputs = _SharedInputs(groups, gather)
+    inputs = _SharedInputs(batches, gather)
     try:
         for forward in forwards:
             inputs.seen = {}
@@ -65,21 +133,36 @@ def by_layer(groups: LinearGroups, forwards: Sequence[Forward], gather: Gather) 
 
 
 class _SharedInputs:
-    """Hooks on the linears of a layer that report the input of each group, once in each forward.
+    """Hooks that report the inputs of each batch of groups, once in each forward.
 
     Args:
-        groups: the linears of the layer, by shared input.
-        arrived: called with the group's index and the input of its first linear.
+        batches: the linears of the layer, by what arrives together.
+        arrived: called with the batch's index and what arrives.
     """
 
-    def __init__(self, groups: LinearGroups, arrived: Gather) -> None:
+    def __init__(self, batches: Sequence[Batch], arrived: Gather) -> None:
         self.arrived = arrived
         self.seen: dict[int, Hashable] = {}
         self.handles = [
+            batch.stage.register_forward_pre_hook(partial(self._experts, index, batch.experts))
+            for index, batch in enumerate(batches)
+            if batch.stage is not None
+        ]
+        self.handles += [
             linear.module.register_forward_pre_hook(self._hook(index, linear))
-            for index, group in enumerate(groups)
+            for index, batch in enumerate(batches)
+            if batch.stage is None
+            for group in batch.groups
             for linear in group
         ]
+
+    def _experts(
+        self, index: int, experts: Sequence[int], stage: Stage, args: tuple[Tensor, Sent]
+    ) -> None:
+        """Report the inputs of the experts of a batch."""
+        if experts[0] in args[1].experts:
+            self.seen[index] = ()
+            self.arrived(index, Arrival(*stage.only(*args, experts), stage))
 
     def _hook(self, group: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -87,7 +170,7 @@ class _SharedInputs:
             mark = input_mark(x)  # linears of a group get the same memory, not equal numbers
             if group not in self.seen:
                 self.seen[group] = mark
-                self.arrived(group, x)
+                self.arrived(group, Arrival(x))
             elif self.seen[group] != mark:
                 raise ArchitectureError(
                     "this linear does not receive the input its group shares",
@@ -104,13 +187,13 @@ class _SharedInputs:
 
 
 class HaltingForwards:
-    """The forwards of all micro-batches through one layer, halted at each group they reach.
+    """The forwards of all micro-batches through one layer, halted at each batch they reach.
 
     Attributes:
         current: the forward that runs, or ran last.
 
     Args:
-        groups: the linears of the layer, by shared input.
+        batches: the linears of the layer, by what arrives together.
         forwards: one call per micro-batch.
         offload: takes the tensors of halted forwards; None leaves them in memory.
         matmuls: returns a context for the forwards, not for the work between them.
@@ -118,7 +201,7 @@ class HaltingForwards:
 
     def __init__(
         self,
-        groups: LinearGroups,
+        batches: Sequence[Batch],
         forwards: Sequence[Forward],
         offload: ActivationOffload | None,
         matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -126,15 +209,15 @@ class HaltingForwards:
         self.matmuls = matmuls
         hub = getcurrent()
         self.offload = offload
-        self.groups = groups
-        self.hooks = _SharedInputs(groups, lambda group, x: hub.switch((group, x)))
+        self.batches = batches
+        self.hooks = _SharedInputs(batches, lambda index, x: hub.switch((index, x)))
         self.seen: list[dict[int, Hashable]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
-        self.ahead: dict[int, tuple[int, Tensor] | None] = {}
+        self.ahead: dict[int, tuple[int, Arrival] | None] = {}
         self.current = 0
 
-    def advance(self, index: int) -> tuple[int, Tensor] | None:
-        """Run one forward up to the next group. Return group and input, or None at the end."""
+    def advance(self, index: int) -> tuple[int, Arrival] | None:
+        """Run one forward up to the next batch. Return its index and inputs, or None at the end."""
         watch: AbstractContextManager[object] = nullcontext()
         self.current, self.hooks.seen = index, self.seen[index]
         if self.offload:
@@ -143,11 +226,11 @@ class HaltingForwards:
         if index in self.ahead:  # after `restore`: its tensors are in memory again
             return self.ahead.pop(index)
         with watch, self.matmuls():
-            arrival: tuple[int, Tensor] = self.running[index].switch()
+            arrival: tuple[int, Arrival] = self.running[index].switch()
         return None if self.running[index].dead else arrival
 
     def look_ahead(self, index: int) -> None:
-        """Run one forward up to the next group now. The next `advance` returns this group."""
+        """Run one forward up to the next batch now. The next `advance` returns this batch."""
         self.ahead[index] = self.advance(index)
 
     def halt(self, index: int) -> None:
@@ -173,55 +256,55 @@ class HaltingForwards:
 
 def by_group(
     halting: HaltingForwards,
-    gather: Callable[[int, int, Tensor, Tensor | None], None],
+    gather: Callable[[int, int, Arrival, Tensor | None], None],
     dense: HaltingForwards | None = None,
     *,
     outputs_needed: bool = True,
 ) -> Iterator[int]:
-    """Yield each group as soon as all micro-batches have reached it, in one pass.
+    """Yield each batch of groups as soon as all micro-batches have reached it, in one pass.
 
-    The caller prunes the group; then the forwards continue with the pruned weights.
+    The caller prunes the groups; then the forwards continue with the pruned weights.
 
     Args:
         halting: the forwards of the layer that is pruned.
-        gather: called with a forward's index, a group's index, its input, and the input of the same
-            group in the dense layer (None where that does not halt).
-        dense: the forwards of the dense layer, in step. They halt at the same groups, except empty
-            groups, and are still halted at the end.
-        outputs_needed: False ends the forwards after the last group.
+        gather: called with a forward's index, a batch's index, what arrives there, and the input of
+            the same group in the dense layer (None where that does not halt).
+        dense: the forwards of the dense layer, in step. They halt at the same batches, except empty
+            ones, and are still halted at the end.
+        outputs_needed: False ends the forwards after the last batch.
 
     Raises:
-        ArchitectureError: the micro-batches do not reach the groups in the same order.
+        ArchitectureError: the micro-batches do not reach the batches in the same order.
     """
 
     def advance(index: int) -> set[int]:
-        """Run one forward to its next group; no group at the end."""
+        """Run one forward to its next batch; no batch at the end."""
         arrival = halting.advance(index)
         if arrival is None:
             return set()
-        group, x = arrival
-        beside = dense if dense and dense.groups[group] else None
+        batch, x = arrival
+        beside = dense if dense and dense.batches[batch].groups else None
         twin = beside.advance(index) if beside else None
-        gather(index, group, x, twin[1] if twin else None)
-        reached = {group} if twin is None else {group, twin[0]}
+        gather(index, batch, x, twin[1].x if twin else None)
+        reached = {batch} if twin is None else {batch, twin[0]}
         del arrival, x, twin  # so that their tensors can move away
         halting.halt(index)
         if beside:
             beside.halt(index)
         return reached
 
-    left, halted = len(halting.groups), list(range(len(halting.running)))
+    left, halted = len(halting.batches), list(range(len(halting.running)))
     while halted and (left or outputs_needed):
         reached = {index: advance(index) for index in halted}
         # -1 stands for a forward that has ended
-        together = {group for groups in reached.values() for group in groups or {-1}}
+        together = {batch for batches in reached.values() for batch in batches or {-1}}
         if len(together) > 1:
             raise ArchitectureError(
                 "micro-batches do not pass the linears of a layer in the same order",
-                where=halting.groups[max(together)][0].name,
+                where=halting.batches[max(together)].groups[0][0].name,
                 remedy="run with --sequential layer",
             )
-        halted = [index for index, groups in reached.items() if groups]
+        halted = [index for index, batches in reached.items() if batches]
         if halted:
             yield together.pop()
             left -= 1
@@ -233,7 +316,8 @@ class HaltedLayer(HaltingForwards):
     Args:
         inputs: the hidden states of the model.
         layer: the layer with its weights.
-        groups: linears of the layer, by shared input; the forwards do not halt at an empty group.
+        batches: linears of the layer, by what arrives together; the forwards do not halt at an
+            empty batch.
         writers: modules whose output is added to the residual stream, if the sums are needed:
             linears, or the norms after them.
         stores: whether the outputs of the layer are stored.
@@ -243,14 +327,14 @@ class HaltedLayer(HaltingForwards):
         self,
         inputs: LayerInputs,
         layer: nn.Module,
-        groups: LinearGroups,
+        batches: Sequence[Batch],
         writers: Sequence[nn.Module] = (),
         *,
         stores: bool = True,
     ) -> None:
         self.inputs, self.layer, self.stores = inputs, layer, stores
         forwards = [partial(self._forward, batch) for batch in inputs.batches]
-        super().__init__(groups, forwards, self._offload(), inputs.matmuls)
+        super().__init__(batches, forwards, self._offload(), inputs.matmuls)
         # Summed inside the forwards, so the sums move away with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
         self.handles = [x.register_forward_hook(self._add) for x in writers]
