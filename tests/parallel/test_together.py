@@ -26,6 +26,7 @@ from together import (
 from trained import source_text
 
 from secateur.recipes.prune import presets
+from secateur.sparsity.allocation import allocations
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
 OPTIONS: dict[str, Any] = {
@@ -138,30 +139,42 @@ def test_two_processes_make_the_model_of_one(
 DISTILLED: Mapping[str, int] = {"thorough": 512, "best": 1024}
 """Tokens that a tiny model reads in the efforts that distill."""
 
-EFFORTS = [(effort, model) for effort in presets for model in ("dense", "experts")]
+Cell = tuple[str, str, str]
+"""An effort, an allocation and a model."""
+
+FEW: list[Cell] = [
+    ("balanced", "divergence", "dense"),
+    ("balanced", "divergence", "experts"),
+    ("thorough", "owl", "dense"),
+    ("best", "layer-sensitivity", "experts"),
+    ("fast", "search", "dense"),
+    ("fast", "global", "experts"),
+]
+EVERY = {
+    effort: [(effort, how, model) for how in allocations.names() for model in ("dense", "experts")]
+    for effort in presets
+}
 
 
 @pytest.mark.parametrize(
-    "pairs",
-    slow_but(
-        [[("balanced", "dense"), ("balanced", "experts"), ("thorough", "dense")]],
-        [[("balanced", "dense"), ("balanced", "experts"), ("thorough", "dense")], EFFORTS],
-    ),
-    ids=["few", "every"],
+    "cells",
+    slow_but([FEW], [FEW, *EVERY.values()]),
+    ids=["few", *EVERY],
 )
 def test_an_effort_makes_the_same_bytes_with_two_processes(
-    place: Path, alone: Alone, tmp_path: Path, pairs: list[tuple[str, str]]
+    place: Path, alone: Alone, tmp_path: Path, cells: list[Cell]
 ) -> None:
     cases = list[dict[str, Any]]()
-    for effort, model in pairs:
+    for effort, allocation, model in cells:
         assert bool(presets[effort].get("distillation")) == (effort in DISTILLED)
         learned = {"distillation": {"tokens": DISTILLED[effort]}} if effort in DISTILLED else {}
-        cases.append({"effort": effort, "model": model, **learned})
+        cases.append({"effort": effort, "allocation": allocation, "model": model, **learned})
     recipes = [recipe(place, tmp_path / f"two-{n}", case) for n, case in enumerate(cases)]
-    run_together(2, prune_together, tmp_path, recipes, {})
+    run_together(2, prune_together, tmp_path, recipes, {}, seconds=500)
     for n, case in enumerate(cases):
         one, two = alone(case), tmp_path / f"two-{n}"
-        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        same = (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert same, case
         assert moved_zeros(two, place / case["model"]) > 10_000, case
 
 

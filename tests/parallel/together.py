@@ -106,10 +106,12 @@ class Started:
         return self.logs[rank].read_text()
 
 
-def run_together(count: int, work: Callable[..., None], place: Path, *words: Any) -> None:
+def run_together(
+    count: int, work: Callable[..., None], place: Path, *words: Any, seconds: float = 120
+) -> None:
     """Run processes, which must all succeed."""
     started = Started(count, work, place, *words)
-    codes = started.join()
+    codes = started.join(seconds)
     assert codes == [0] * count, (codes, [started.output(rank) for rank in range(count)])
 
 
