@@ -22,6 +22,7 @@ from together import (
     prune_together,
     run_together,
     train_in_python,
+    train_until_killed,
 )
 from trained import source_text
 
@@ -238,10 +239,13 @@ def test_an_error_of_one_process_ends_all_with_its_reason(
     assert apart(tmp_path / "model", alone(WANDA)) == 0
 
 
+@pytest.mark.parametrize("effort", slow_but([None], [None, *presets]))
 def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
-    place: Path, alone: Alone, tmp_path: Path
+    place: Path, alone: Alone, tmp_path: Path, effort: str | None
 ) -> None:
-    values = recipe(place, tmp_path / "model", WANDA)
+    learned = {"distillation": {"tokens": DISTILLED[effort]}} if effort in DISTILLED else {}
+    case = {"effort": effort, **learned} if effort else WANDA
+    values = recipe(place, tmp_path / "model", case)
     started = Started(3, fail_in_a_layer, tmp_path, values, 2, 2, True)
     started.all[2].join(120)  # it kills itself
     assert started.join(30) == [1, 1, -signal.SIGKILL]
@@ -249,7 +253,7 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
     stored = sorted(x.name for x in (tmp_path / "model.partial" / "work").glob("inputs-*"))
     assert stored == [f"inputs-0002.{rows}.bin" for rows in ("0-4", "4-8", "8-11")]
     run_together(2, prune_together, tmp_path, [values], {"resume": True})
-    assert apart(tmp_path / "model", alone(WANDA)) == 0
+    assert apart(tmp_path / "model", alone(case)) == 0
 
 
 @pytest.mark.parametrize(
@@ -279,14 +283,39 @@ def test_what_several_cannot_do_is_refused_before_any_work(
     assert not (tmp_path / "x.partial").exists()
 
 
+def training(place: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """A recipe of a training."""
+    return {
+        "model": str(place / "dense"), "output": str(output), "steps": 2, "batch": 2,
+        "text": [str(place / "text.txt")], "windows": 8, "sequence_length": 16, "teacher":
+        str(place / "dense"), "top_k": 4, "validation_windows": 2, "device": "cpu", **more,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("train", [train_in_python, partial(as_command, "train")])
 def test_a_training_waits_for_what_the_first_process_writes(
     place: Path, tmp_path: Path, train: Callable[..., None]
 ) -> None:
-    values = {
-        "model": str(place / "dense"), "output": str(tmp_path / "trained"), "steps": 2, "batch": 2,
-        "text": [str(place / "text.txt")], "windows": 8, "sequence_length": 16, "teacher":
-        str(place / "dense"), "top_k": 4, "validation_windows": 2, "device": "cpu",
-    }  # fmt: skip
-    run_together(2, train, tmp_path, values)
+    run_together(2, train, tmp_path, training(place, tmp_path / "trained"))
     assert moved_weights(tmp_path / "trained", place / "dense") > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_training_ends_in_all_and_goes_on_with_the_same_bits(
+    place: Path, tmp_path: Path, victim: int
+) -> None:
+    whole, cut = (
+        training(place, tmp_path / name, steps=6, windows=16, teacher=None, top_k=None)
+        | {"save_minutes": 0}
+        for name in ("whole", "cut")
+    )
+    run_together(2, partial(as_command, "train"), tmp_path, whole)
+    started = Started(2, train_until_killed, tmp_path, cut, victim, 4)
+    started.all[victim].join(120)  # it kills itself
+    codes = started.join(40)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 1
+    assert (tmp_path / "cut.partial").is_dir()
+    run_together(2, partial(as_command, "train", resume=True), tmp_path, cut)
+    assert moved_weights(tmp_path / "whole", tmp_path / "cut") == 0

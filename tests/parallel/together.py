@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from secateur.calibration.statistics import statistics
 from secateur.engine.prune import run
@@ -48,12 +49,15 @@ def free_port() -> int:
         return int(own.getsockname()[1])
 
 
+ONE_THREAD = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun sets."""
     return {
         "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        **ONE_THREAD,
     }  # fmt: skip
 
 
@@ -127,10 +131,10 @@ def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -
             do_share(Prune, build_recipe(PruneRecipe, values), ranks, call)
 
 
-def as_command(verb: str, values: Mapping[str, Any]) -> None:
+def as_command(verb: str, values: Mapping[str, Any], **call: bool) -> None:
     """What each process of a command does. Only the first one has the result."""
     recipe = build_recipe(imported(VERBS[verb].recipe), values)
-    result = VERBS[verb].run(recipe, {}, partial(nullcontext, Silent()), command=True)
+    result = VERBS[verb].run(recipe, call, partial(nullcontext, Silent()), command=True)
     assert (result is None) == (os.environ["RANK"] != "0")
 
 
@@ -175,6 +179,22 @@ def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: 
 
     run.prune_layer = prune_layer
     prune_together([recipe], {})
+
+
+def train_until_killed(values: Mapping[str, Any], victim: int, steps: int) -> None:
+    """What each process does, when one is killed in the middle of a training."""
+    taken = []
+
+    def stepped(*_: Any) -> None:
+        taken.append(1)
+        if len(taken) == steps and os.environ["RANK"] == str(victim):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    processes.Watchdog = partial(  # type: ignore[misc, assignment]
+        processes.Watchdog, silence_seconds=SILENCE_SECONDS
+    )
+    register_optimizer_step_post_hook(stepped)
+    as_command("train", values)
 
 
 def sum_statistics(place: str) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -54,6 +55,9 @@ WORKING = timedelta(days=30)
 
 HEARING_SECONDS = 6.0
 """How long a process waits for others to hear of its end; shorter than `GRACE_SECONDS`."""
+
+TRANSPORT = re.compile("gloo|NCCL")
+"""What the errors of a closed connection name."""
 
 PRINTING_SECONDS = 1.0
 """How long the first process may take to print an error before its launcher kills it."""
@@ -152,6 +156,13 @@ class Processes(Ranks):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        lost: RankError | None = None
+        if isinstance(error, RuntimeError) and TRANSPORT.search(str(error)):
+            try:  # a sum of FSDP's, outside `together`
+                with self.together():
+                    raise error
+            except RankError as found:
+                error = lost = found
         fault = None if error is None else self.watchdog.report(error)
         if dist.is_initialized():
             dist.destroy_process_group()  # a process that waits for this one hears of it now
@@ -162,6 +173,8 @@ class Processes(Ranks):
             self.watchdog.stop()
             if self.before is not None:
                 signal.signal(signal.SIGTERM, self.before)
+        if lost is not None:
+            raise lost
 
     def fail(self, error: BaseException, rank: int, reason: RankError) -> None:
         """End with the error of the process that failed first. Only the first process prints it.

@@ -1,0 +1,199 @@
+"""Commands under torchrun, as a user gives them: what several processes make is what one makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Outcome
+from page_blocks import ROOT
+from test_ray import FakeRay, installed
+from tiny import save_tiny, tensors_of
+from together import ONE_THREAD
+from trained import source_text
+
+from secateur.recipes.prune import presets
+
+MODELS = ("dense", "experts")
+PAGES = ("README", "docs/machines", "docs/howto/several-machines")
+
+
+def commands_of_pages(program: str) -> list[str]:
+    """The commands of the pages about several processes, in blocks and in sentences."""
+    pages = [(ROOT / f"{page}.md").read_text(encoding="utf-8") for page in PAGES]
+    text = "\n".join(pages).replace("\\\n", " ")
+    found = re.findall(rf"`({program} [^`]*)`|^({program} [^\n]*)$", text, re.M)
+    return [inline or line for inline, line in found]
+
+
+TORCHRUN = commands_of_pages("torchrun")
+RAY = [command for command in commands_of_pages("secateur") if "--ray" in command]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models and a text."""
+    place = tmp_path_factory.mktemp("torchrun")
+    save_tiny(place / "dense", num_hidden_layers=2)
+    save_tiny(place / "experts", "mixtral", num_hidden_layers=2)
+    (place / "text.txt").write_text(source_text()[:20_000])
+    return place
+
+
+def started(processes: int, *words: object, folder: Path | None = None) -> Outcome:
+    """Run a command in so many processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "secateur", *map(str, words)],
+        env={**os.environ, **ONE_THREAD}, cwd=folder, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+Both = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def both(place: Path, tmp_path: Path) -> Both:
+    """A function that runs a verb in one process and in two, and returns both outputs."""
+
+    def made(verb: str, model: str, *words: object) -> tuple[Path, Path]:
+        outputs = tmp_path / "one", tmp_path / "two"
+        for processes, output in enumerate(outputs, 1):
+            ended = started(processes, verb, place / model, "--output", output, *words)
+            assert ended.code == 0, ended.err[-4000:]
+        return outputs
+
+    return made
+
+
+def text(place: Path, option: str = "--calibration") -> list[object]:
+    """Options that make a run short."""
+    return [option, place / "text.txt", "--windows", 6, "--sequence-length", 16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("effort", presets)
+def test_prune(both: Both, place: Path, effort: str, model: str) -> None:
+    learned = ["--distill-tokens", 256] if presets[effort].get("distillation") else []
+    one, two = both(
+        "prune", model, "--effort", effort, "--sparsity", 0.5, "--micro-batch-tokens", 16,
+        *text(place), *learned,
+    )  # fmt: skip
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    manifest = json.loads((two / "secateur" / "manifest.json").read_text())
+    assert manifest["cost"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_structure(both: Both, place: Path) -> None:
+    one, two = both("structure", "experts", "--experts", 2, *text(place))
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_train(both: Both, place: Path, model: str) -> None:
+    """Gradients are summed in another order, so the last bits differ."""
+    one, two = both(
+        "train", model, "--steps", 3, "--batch", 2, "--validation-windows", 2,
+        *text(place, "--text"), "--windows", 12,
+    )  # fmt: skip
+    ours, theirs, dense = (tensors_of(folder) for folder in (one, two, place / model))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=2e-4, atol=2e-5)
+    assert sum(int((theirs[name] != dense[name]).sum()) for name in dense) > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_evaluate(place: Path, tmp_path: Path, model: str) -> None:
+    words = [place / model, "--dense", place / model, *text(place, "--text"), "--json"]
+    found = []
+    for processes in (1, 2):
+        ended = started(processes, "evaluate", *words)
+        assert ended.code == 0, ended.err[-4000:]
+        found.append(json.loads(ended.out)["perplexity"][0])
+    assert found[1]["perplexity"] == pytest.approx(found[0]["perplexity"], rel=1e-6)
+    assert found[1]["protocol_id"] == found[0]["protocol_id"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "MODEL"],
+        ["fit", "MODEL", "--max-size", "1MiB"],
+        ["structure", "MODEL", "--keep-layers", "1"],
+        ["prune", "MODEL", "--sparsity", "0.5", "--compress", "int8"],
+        ["prune", "MODEL", "--sparsity", "0.5", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_what_works_in_one_process_says_so_before_any_work(
+    place: Path, tmp_path: Path, words: list[str]
+) -> None:
+    command = [word.replace("MODEL", str(place / "dense")) for word in words]
+    ended = started(2, *command, "--output", tmp_path / "out")
+    assert ended.code != 0
+    assert "works in one process only, and there are 2" in ended.err
+    assert "without torchrun" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def on_tiny(command: str, place: Path, output: Path) -> list[str]:
+    """The words of a page's command behind `secateur`, for a tiny model and a short run."""
+    words = shlex.split(command.replace("…", ""))
+    words = words[words.index("secateur") + 1 :]
+    if "--output" in words:
+        words[words.index("--output") + 1] = str(output)
+    else:
+        words += ["--output", str(output)]
+    if "--sparsity" not in words:
+        words += ["--sparsity", "0.5"]
+    if "--calibration" in words:
+        words[words.index("--calibration") + 1] = str(place / "text.txt")
+    words += map(str, text(place) if "--calibration" not in words else text(place)[2:])
+    return [str(place / "dense") if word == "MODEL" else word for word in words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TORCHRUN)
+def test_a_torchrun_command_of_a_page(place: Path, tmp_path: Path, command: str) -> None:
+    """All are run here in two processes of this machine."""
+    ended = started(2, *on_tiny(command, place, tmp_path / "out"))
+    assert ended.code == 0, ended.err[-4000:]
+    assert tensors_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", RAY)
+def test_a_ray_command_of_a_page(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    secateur: Callable[..., Outcome],
+    command: str,
+) -> None:
+    fake = FakeRay()
+    installed(monkeypatch, fake)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = on_tiny(command, place, tmp_path / "out")
+    ended = secateur(*words)
+    assert ended.code == 0, ended.err
+    assert fake.calls["scaling"]["num_workers"] == int(words[words.index("--processes") + 1])
+    assert tensors_of(tmp_path / "out")
+
+
+def test_the_pages_have_such_commands() -> None:
+    assert len(TORCHRUN) >= 3
+    assert len(RAY) >= 2
