@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor, nn
 
 from secateur.errors import PatternError
+from secateur.parallel.ranks import Ranks
 
 # Up to this many scores a row, comparing all pairs is faster than any selection (measured: 2.7 ms
 # against 6 ms for 221 000 groups of 4, equal at about 10).
@@ -146,6 +147,45 @@ def _smallest_by_histogram(score: Tensor, pruned: int) -> Tensor:
     # All that is left of a row is equal.
     smallest = keys.new_empty(len(score)).scatter_(0, row.long(), keys)
     return _in_order(smallest).view(torch.float32)[:, None]
+
+
+def keep_largest_of_all(
+    score: Float32[Tensor, " own"], entries: int, pruned: int, ranks: Ranks
+) -> Bool[Tensor, " own"]:
+    """As `keep_largest` for one row, of which each process has a part, in the order of processes.
+
+    Args:
+        score: float32 [own], the part of this process.
+        entries: how many there are in all processes.
+        pruned: how many of them to prune.
+        ranks: the processes.
+
+    Returns:
+        bool [own], True = kept.
+    """
+    if pruned in (0, entries):
+        return torch.full_like(score, pruned == 0, dtype=torch.bool)
+    keys, place, threshold = _in_order(score.detach().view(torch.int32)), pruned - 1, 0
+    for shift, digits in _PASSES:
+        lowest = -(2**10) if shift == _PASSES[0][0] else 0  # the first 11 bits have the sign
+        digit = (keys >> shift) - lowest if lowest else (keys >> shift) & digits - 1
+        counts = torch.bincount(digit, minlength=digits)
+        ranks.total(counts)
+        up_to = counts.cumsum(0)
+        found = int((up_to <= place).sum())
+        place -= int(up_to[found - 1]) if found else 0
+        keys = keys[digit == found]
+        threshold += (found + lowest) << shift
+    limit = _in_order(torch.tensor([threshold], dtype=torch.int32, device=score.device))
+    above, tied = score > limit.view(torch.float32), score == limit.view(torch.float32)
+    counts = torch.zeros(1 + ranks.count, dtype=torch.int64, device=score.device)
+    counts[0], counts[1 + ranks.rank] = above.sum(), tied.sum()
+    ranks.total(counts)
+    largest, *ties = counts.tolist()
+    # Among ties the lower index is pruned first, so those of earlier processes go first.
+    gone = sum(ties) - (entries - pruned - largest) - sum(ties[: ranks.rank])
+    above[tied.nonzero()[max(gone, 0) :, 0]] = True
+    return above
 
 
 def _in_order(bits: Tensor) -> Tensor:
