@@ -104,9 +104,10 @@ class Choice(NamedTuple):
         # As many as the columns up to here should have lost, less those lost before this block.
         before = self.pattern.pruned((rows, start), self.sparsity)
         share = self.pattern.pruned((rows, start + width), self.sparsity) - before
-        if share == width * rows:  # a pattern holds no sparsity of 1
+        every = self.pattern.pruned((rows, width), 1.0)  # also those of rows in other processes
+        if share == every:  # a pattern holds no sparsity of 1
             return torch.zeros_like(block, dtype=torch.bool)
-        return self.pattern.mask(_obs_score(block, diagonal), share / (width * rows)).mT
+        return self.pattern.mask(_obs_score(block, diagonal), share / every).mT
 
 
 def _obs_score(columns: Tensor, diagonal: Tensor) -> Tensor:

@@ -13,11 +13,16 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+import torch
+
 from secateur.errors import PatternError, RecipeError
+from secateur.parallel.ranks import Ranks
 from secateur.registry import Registry, did_you_mean, parameters_of
+from secateur.sparsity.hessian import output_energy
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
+from secateur.sparsity.shared_rows import SharedRows, row_shares
 from secateur.sparsity.solvers import ChoosingSolver, Solution, Solver, solvers
 from secateur.types import STORED, Statistics, Weight
 
@@ -133,6 +138,11 @@ class Method:
         return self.refinement is None and self.solver.selects_by == self.score_name
 
     @property
+    def by_rows(self) -> bool:
+        """Whether several processes can solve one linear together, each some of its rows."""
+        return self.solver_selects and self.solver.by_rows and SharedRows.suits(self.pattern)
+
+    @property
     def requires(self) -> frozenset[str]:
         """The statistics to gather; the score needs none of its own where the solver selects."""
         if self.solver_selects:
@@ -216,6 +226,36 @@ class Method:
         if self.refinement is not None:
             mask = self.refinement.refine(weight, mask, statistics, self.pattern, sparsity)
         return self.solver.solve(weight, prepared, mask)
+
+    def solve_together(
+        self, weight: Weight, prepared: Any, statistics: Statistics, sparsity: float, ranks: Ranks
+    ) -> Solution:
+        """`solve` for a method `by_rows`: each process solves some rows, and all get the solution.
+
+        With one thread, the weights are those of one process, bit for bit. The error is not: its
+        sums are added up in another order.
+
+        Args:
+            weight: as in `solve`; all processes have the same.
+            prepared: the result of `solver.prepare`, which has taken these processes.
+            statistics: as in `solve`.
+            sparsity: as in `solve`.
+            ranks: the processes.
+        """
+        solver, shares = cast(ChoosingSolver, self.solver), row_shares(len(weight), ranks.count)
+        own, gram = shares[ranks.rank], statistics["gram"]
+        pattern = cast(Pattern, SharedRows(self.pattern, len(weight), ranks))
+        found = solver.choose(weight[own], prepared, pattern, sparsity)
+        whole = torch.empty(weight.shape, dtype=found.weight.dtype, device=weight.device)
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        whole[own], mask[own] = found.weight, found.mask
+        for owner, rows in enumerate(shares):
+            ranks.share(whole[rows], owner)
+            ranks.share(mask[rows], owner)
+        energy = output_energy(weight[own], gram)
+        sums = torch.stack([energy * (0.0 if found.error is None else found.error), energy])
+        ranks.total(sums)
+        return Solution(whole, mask, torch.where(sums[1] > 0, sums[0] / sums[1], 0.0))
 
 
 def compose(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float32
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.errors import NumericalError
 from secateur.machine import add_product
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.sparsity.hessian import cholesky
 
 _RECURSION_WIDTH = 256
@@ -43,22 +44,38 @@ class ShiftedInverse:
             batch of such matrices.
         low: the smallest ρ.
         high: the largest ρ; equal to `low` for one inverse, which is then exact.
+        ranks: the processes that compute the inverses. All need the same ones.
     """
 
-    def __init__(self, matrix: Float32[Tensor, "*batch in in"], low: float, high: float) -> None:
-        self.matrix = matrix
+    def __init__(
+        self,
+        matrix: Float32[Tensor, "*batch in in"],
+        low: float,
+        high: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.matrix, self.ranks, self._inverses = matrix, ranks, list[Tensor]()
         # A unit diagonal bounds the eigenvalues by their sum, n. Far below ρ they act like 0.
         self.eigenvalues = math.log10(low) - 3, math.log10(max(matrix.shape[-1], high))
         self.shifts = _shifts(low, high, self.eigenvalues, _PRECISION)
 
-    @cached_property
+    @property
     def inverses(self) -> list[Tensor]:
         """(A + ρᵢI)⁻¹, float32 [..., in, in] each.
 
         Raises:
             NumericalError: float32 cannot represent one of them.
         """
-        return [inverse(self.matrix, shift) for shift in self.shifts]
+        if self._inverses:
+            return self._inverses
+        ranks, found = self.ranks, list[Tensor]()
+        for i, shift in enumerate(self.shifts):
+            own = i % ranks.count == ranks.rank
+            found.append(inverse(self.matrix, shift) if own else torch.empty_like(self.matrix))
+        for i, matrix in enumerate(found if ranks.count > 1 else []):
+            ranks.share(matrix, i % ranks.count)
+        self._inverses = found
+        return found
 
     def at(
         self, shift: float, out: Tensor | None = None, only: Tensor | None = None

@@ -65,6 +65,10 @@ class Solver(Protocol):
     """Whether all that it is given may have a first dimension [batch, …]: then it solves a linear
     for each, with the statistics, mask and count of each, and takes so many times the memory."""
 
+    by_rows: ClassVar[bool]
+    """Whether several processes can solve the rows of one linear together, but for the pattern:
+    then `prepare` also takes the processes, and the pattern of `choose` is a `SharedRows`."""
+
     @property
     def rounds(self) -> bool:
         """Whether it also rounds the remaining weights."""
@@ -123,6 +127,7 @@ class SolverDefaults(CheckedPart):
     selects_by: ClassVar[str | None] = None
     whole_units: ClassVar[bool] = False
     batched: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
     bits = 0
     group = GROUPS[0]

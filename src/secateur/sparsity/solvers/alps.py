@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float32
 from pydantic import Field
 from torch import Tensor
 
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.registry import Count, NonNegative, Positive, float32_bytes
 from secateur.sparsity.column_sweep import round_on_mask, sweep_grid
 from secateur.sparsity.hessian import fit_on_mask, inverse_factor, live_weight, scaled_hessian
 from secateur.sparsity.patterns import Pattern
+from secateur.sparsity.shared_rows import SharedRows
 from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers import RoundingSolver, Solution, solvers
 from secateur.types import Gram, Mask, Statistics, Weight
@@ -103,9 +105,10 @@ class ALPS(RoundingSolver):
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "wanda"
     batched: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
 
-    def prepare(self, statistics: Statistics) -> _ScaledGram:
-        """Damp and scale the `gram`, float32 [in, in].
+    def prepare(self, statistics: Statistics, ranks: Ranks = ALONE) -> _ScaledGram:
+        """Damp and scale the `gram`, float32 [in, in]. The processes invert one matrix each.
 
         Raises:
             NumericalError: the gram is not finite, or is zero everywhere.
@@ -113,7 +116,7 @@ class ALPS(RoundingSolver):
         gram = statistics["gram"]
         hessian, scale, dead = scaled_hessian(gram, self.damping)
         # From the first ρ to the last that can occur; nothing is inverted yet.
-        inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations))
+        inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations), ranks)
         factor = inverse_factor(gram, self.damping)[0] if self.rounds else None
         return _ScaledGram(scale, hessian, dead, gram, inverse, factor)
 
@@ -202,7 +205,10 @@ class ALPS(RoundingSolver):
             dual.add_(free, alpha=rho).sub_(agreed, alpha=rho)
             # The support is compared every third time, when ρ has grown by `growth`.
             if iteration % _STAGE == 0:
-                changed, of = (kept != support).sum((-2, -1)), kept.sum((-2, -1)).double()
+                counts = torch.stack([(kept != support).sum((-2, -1)), kept.sum((-2, -1))])
+                if isinstance(pattern, SharedRows):
+                    pattern.ranks.total(counts)
+                changed, of = counts[0], counts[1].double()
                 moving = (changed > self.tolerance * of).flatten().nonzero()[:, 0]
                 if not len(moving):
                     break

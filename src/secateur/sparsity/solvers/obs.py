@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from secateur.errors import PatternError
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.quantization.sweep_grids import GroupColumns
 from secateur.registry import Count, float32_bytes
 from secateur.sparsity import hessian
@@ -88,9 +89,10 @@ class OBS(RoundingSolver):
     requires: ClassVar[frozenset[str]] = frozenset({"gram"})
     selects_by: ClassVar[str | None] = "obs"
     batched: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
 
-    def prepare(self, statistics: Statistics) -> _PreparedGram:
-        """Factorise the damped `gram`, float32 [in, in].
+    def prepare(self, statistics: Statistics, ranks: Ranks = ALONE) -> _PreparedGram:
+        """Factorise the damped `gram`, float32 [in, in]. Every process does it.
 
         Raises:
             NumericalError: the damped gram cannot be factorised.
