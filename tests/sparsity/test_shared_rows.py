@@ -103,11 +103,11 @@ def test_processes_solve_one_linear_together(
     statistics = {"gram": inputs.t() @ inputs}
     method = compose(name, pattern, **options)
     assert method.by_rows
-    alone = method.solve(weight, method.solver.prepare(statistics), statistics, 0.5)
+    alone = method.solve(weight, method.prepare(statistics), statistics, 0.5)
 
     def own(ranks: Ranks) -> Solution:
-        prepared = method.solver.prepare(statistics, ranks)
-        return method.solve_together(weight, prepared, statistics, 0.5, ranks)
+        prepared = method.prepare(statistics, ranks)
+        return method.solve(weight, prepared, statistics, 0.5, ranks)
 
     for found in in_each(3, own):
         assert torch.equal(found.mask, alone.mask)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from secateur.errors import PatternError, RecipeError
-from secateur.parallel.ranks import Ranks
+from secateur.parallel.ranks import ALONE, Ranks
 from secateur.registry import Registry, did_you_mean, parameters_of
 from secateur.sparsity.hessian import output_energy
 from secateur.sparsity.patterns import Pattern, parse_pattern
@@ -24,7 +24,7 @@ from secateur.sparsity.refinements import Refinement, refinements
 from secateur.sparsity.scores import ScoreFunction, scores
 from secateur.sparsity.shared_rows import SharedRows, row_shares
 from secateur.sparsity.solvers import ChoosingSolver, Solution, Solver, solvers
-from secateur.types import STORED, Statistics, Weight
+from secateur.types import STORED, Gram, Statistics, Weight
 
 
 class NamedMethod(NamedTuple):
@@ -200,16 +200,36 @@ class Method:
             return max(self.solver.working_bytes(shape), choosing)
         return self.solver.working_bytes(shape) + choosing
 
+    def prepare(self, statistics: Statistics, ranks: Ranks = ALONE) -> Any:
+        """`solver.prepare`; for several processes that solve linears together, if it is `by_rows`.
+
+        Args:
+            statistics: those that the solver requires.
+            ranks: the processes.
+        """
+        solver: Any = self.solver
+        return solver.prepare(statistics, *([ranks] if ranks.count > 1 else []))
+
     def solve(
-        self, weight: Weight, prepared: Any, statistics: Statistics, sparsity: float
+        self,
+        weight: Weight,
+        prepared: Any,
+        statistics: Statistics,
+        sparsity: float,
+        ranks: Ranks = ALONE,
     ) -> Solution:
         """Choose the weights of a linear to prune, and compute the remaining ones.
 
+        Several processes solve some rows each, and all get the solution. Its weights are those of
+        one process, bit for bit, if their matrix products round alike. The error is not: its sums
+        are added up in another order.
+
         Args:
             weight: [out, in], any floating dtype; not changed.
-            prepared: the result of `solver.prepare` for the inputs of this linear.
+            prepared: the result of `prepare` for the inputs of this linear, by these processes.
             statistics: those in `requires`, and `stored` where the score reads it.
             sparsity: the fraction of zeros.
+            ranks: the processes that solve this linear together; only for a method `by_rows`.
 
         Returns:
             A mask of the pattern, with exactly `pattern.pruned(weight.shape, sparsity)` zeros, and
@@ -219,6 +239,8 @@ class Method:
             PatternError, ShapeError: the pattern cannot hold this sparsity or shape.
             NumericalError: a number is infinite or not a number, or a matrix cannot be factorised.
         """
+        if ranks.count > 1:
+            return self._solve_rows(weight, prepared, statistics["gram"], sparsity, ranks)
         if self.solver_selects:
             solver = cast(ChoosingSolver, self.solver)
             return solver.choose(weight, prepared, self.pattern, sparsity)
@@ -227,23 +249,12 @@ class Method:
             mask = self.refinement.refine(weight, mask, statistics, self.pattern, sparsity)
         return self.solver.solve(weight, prepared, mask)
 
-    def solve_together(
-        self, weight: Weight, prepared: Any, statistics: Statistics, sparsity: float, ranks: Ranks
+    def _solve_rows(
+        self, weight: Weight, prepared: Any, gram: Gram, sparsity: float, ranks: Ranks
     ) -> Solution:
-        """`solve` for a method `by_rows`: each process solves some rows, and all get the solution.
-
-        With one thread, the weights are those of one process, bit for bit. The error is not: its
-        sums are added up in another order.
-
-        Args:
-            weight: as in `solve`; all processes have the same.
-            prepared: the result of `solver.prepare`, which has taken these processes.
-            statistics: as in `solve`.
-            sparsity: as in `solve`.
-            ranks: the processes.
-        """
+        """The solution of all rows, of which each process solves some."""
         solver, shares = cast(ChoosingSolver, self.solver), row_shares(len(weight), ranks.count)
-        own, gram = shares[ranks.rank], statistics["gram"]
+        own = shares[ranks.rank]
         pattern = cast(Pattern, SharedRows(self.pattern, len(weight), ranks))
         found = solver.choose(weight[own], prepared, pattern, sparsity)
         whole = torch.empty(weight.shape, dtype=found.weight.dtype, device=weight.device)

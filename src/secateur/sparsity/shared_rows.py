@@ -18,7 +18,7 @@ from secateur.sparsity.exact_count import keep_largest_of_all
 from secateur.sparsity.patterns import Pattern, pruned_count, unit_scores, within
 from secateur.types import Mask, Score
 
-_TOGETHER = 64
+ROWS_TOGETHER = 64
 """How many rows stay in one process. With fewer, products of some matrices round in another way
 than those of the whole matrix: libraries take rows by 16 at most."""
 
@@ -31,8 +31,8 @@ def row_shares(out_features: int, count: int) -> list[slice]:
         >>> row_shares(300, 2)
         [slice(0, 192, None), slice(192, 300, None)]
     """
-    units = -(-out_features // _TOGETHER)
-    bounds = [min(-(-units * i // count) * _TOGETHER, out_features) for i in range(count + 1)]
+    units = -(-out_features // ROWS_TOGETHER)
+    bounds = [min(-(-units * i // count) * ROWS_TOGETHER, out_features) for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 

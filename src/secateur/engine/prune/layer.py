@@ -14,7 +14,7 @@ pruned model, or those of the dense twin (`GroupStatistics.weights`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks, owners
 from secateur.progress import Progress
 from secateur.runs.records import LinearRecord
+from secateur.sparsity.shared_rows import ROWS_TOGETHER
 from secateur.types import STORED, Mask, Statistics, Weight
 
 if TYPE_CHECKING:
@@ -153,6 +154,18 @@ class OpenLayer:
             group.keep([number for number, linears in enumerate(reached) if linears])
         return [x for linears in reached for x in linears]
 
+    def sharing(self, group: GroupStatistics, linears: Sequence[Linear]) -> Ranks:
+        """The processes that solve these linears of a group together, each some of their rows.
+
+        It is one alone where rows are not independent, or too few for all processes.
+        """
+        remasks = self.tuning is not None and self.tuning.remasks
+        least = ROWS_TOGETHER * self.ranks.count
+        together = not group.batch and not remasks and bool(self.sources)
+        if together and all(self.tasks[x.name].method.by_rows for x in linears):
+            return self.ranks if all(x.shape[0] >= least for x in linears) else ALONE
+        return ALONE
+
     def agreed(self, arrived: Iterable[int]) -> Iterator[int]:
         """The numbers of batches that all micro-batches of all processes have reached.
 
@@ -167,7 +180,7 @@ class OpenLayer:
 def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
     """Prune one decoder layer, on the inputs that the pruned model has.
 
-    Several processes solve different linears, and then exchange them.
+    Several processes solve different rows of a linear, or different linears, and exchange them.
 
     Args:
         layer: the layer.
@@ -179,9 +192,11 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
             waiting = [(group, layer.complete(group)) for group in groups]
             groups.clear()  # so a group leaves memory when it is solved
             every = [x for _, linears in waiting for x in linears]
+            alone = [x for pair in waiting if layer.sharing(*pair).count == 1 for x in pair[1]]
             # solving takes about out · in² operations
-            owned = owners([x.shape[0] * x.shape[1] ** 2 for x in every], ranks.count)
-            mine = {x.name for x, owner in zip(every, owned, strict=True) if owner == ranks.rank}
+            numbers = owners([x.shape[0] * x.shape[1] ** 2 for x in alone], ranks.count)
+            owned = {x.name: owner for x, owner in zip(alone, numbers, strict=True)}
+            mine = {x.name for x in every if owned.get(x.name, ranks.rank) == ranks.rank}
             found: list[LinearRecord] = []
             while waiting:
                 found += prune_group(layer, *waiting.pop(0), mine)
@@ -205,6 +220,7 @@ def prune_group(
     changed = [x for x in linears if remasks or x.name in mine]
     if not changed:
         return []
+    ranks = layer.sharing(group, linears)
     # Values take the place of the sums, which `release` then frees, before the solver needs memory.
     values = group.value()
     weight_of = group.weights(layer.settings.asymmetric_damping)
@@ -213,7 +229,7 @@ def prune_group(
     for number, own in enumerate(group.groups):
         statistics = {name: x[number] for name, x in values.items()} if group.batch else values
         theirs = [x for x in own if x in changed]
-        records += _prune_one(layer, group, number, theirs, statistics, weight_of, mine)
+        records += _prune_one(layer, group, number, theirs, statistics, weight_of, mine, ranks)
     return records
 
 
@@ -225,12 +241,13 @@ def _prune_one(
     statistics: Statistics,
     weight_of: Callable[[Linear], Tensor],
     mine: Collection[str],
+    ranks: Ranks,
 ) -> list[LinearRecord]:
     """Score → mask → solve, for linears of one group, with the statistics of its input."""
     solved, records = [x for x in linears if x.name in mine], list[LinearRecord]()
     if solved:
         with located(solved[0].name):
-            prepared = layer.tasks[solved[0].name].method.solver.prepare(statistics)
+            prepared = layer.tasks[solved[0].name].method.prepare(statistics, ranks)
     for linear in linears:
         started, task = time.perf_counter(), layer.tasks[linear.name]
         weight = weight_of(linear)
@@ -241,7 +258,7 @@ def _prune_one(
         own = {**group.own(linear), **layer.stored(linear)}
         with located(linear.name):
             known = {**statistics, **own, STORED: linear.weight}
-            solution = task.method.solve(weight, prepared, known, task.sparsity)
+            solution = task.method.solve(weight, prepared, known, task.sparsity, ranks)
         # before `assign`, which overwrites what `weight` may be a view of
         lost = lost_energy(weight, solution.mask, statistics) if solution.error is None else None
         linear.assign(solution.weight)
@@ -281,21 +298,21 @@ def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | N
 
 
 def _exchanged(
-    linears: Sequence[Linear], owned: Sequence[int], own: Sequence[LinearRecord], ranks: Ranks
+    linears: Sequence[Linear], owned: Mapping[str, int], own: Sequence[LinearRecord], ranks: Ranks
 ) -> list[LinearRecord]:
     """Give every process the pruned linears of the others. Return the records of all.
 
     Args:
         linears: the linears that the processes have pruned.
-        owned: the process that has pruned each.
+        owned: the process that has pruned each; all others were pruned by all together.
         own: the records of this process.
         ranks: the processes.
     """
     gathered = ranks.gather([record.to_json() for record in own])
-    by_name = {entry["name"]: entry for entries in gathered for entry in entries}
-    for linear, owner in zip(linears, owned, strict=True):
+    by_name = {entry["name"]: entry for entries in reversed(gathered) for entry in entries}
+    for linear in (x for x in linears if x.name in owned):
         for parameter in linear.module.parameters(recurse=False):
-            ranks.share(parameter, owner)
+            ranks.share(parameter, owned[linear.name])
     return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
 
 
