@@ -18,6 +18,7 @@ from zoo import tiny_windows
 import secateur
 from secateur.errors import CheckpointError, KernelError, NumericalError, PatternError
 from secateur.runtime.semi_structured import load as loading
+from secateur.runtime.semi_structured.layout import StoredParts
 from secateur.runtime.semi_structured.load import SparseLinear
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -154,6 +155,55 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     save_file(whole, file)
     with pytest.raises(CheckpointError, match="norm"):
         secateur.load_semi_structured(tmp_path / "out", "cpu", expand=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cusparselt", "shared", "refused"),
+    [
+        ((7, 5), True, False, "no sparse tensor cores"),
+        ((8, 0), False, True, None),
+        ((8, 9), False, True, None),
+        ((9, 0), True, False, None),
+        ((9, 0), False, False, "cuSPARSELt"),
+        ((12, 0), True, False, None),
+    ],
+    ids=str,
+)
+def test_each_gpu_multiplies_by_what_torch_has_for_it(
+    capability: tuple[int, int], cusparselt: bool, shared: bool, refused: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: cusparselt)
+    assert loading.reads_parts(device) == shared
+    if refused is None:
+        loading.refuse_device(device)
+    else:
+        with pytest.raises(KernelError, match=refused):
+            loading.refuse_device(device)
+
+
+def test_without_cutlass_one_form_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 bits for each weight, though neither CUTLASS nor our kernel reads cuSPARSELt's form."""
+
+    class Compressed:
+        def __init__(self, dense: Tensor) -> None:
+            self.dense, self.packed = dense, torch.empty(dense.nbytes * 9 // 16, dtype=torch.int8)
+
+    theirs = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    weight = torch.randn(32, 64).bfloat16()
+    weight[:, 1::4] = weight[:, 2::4] = 0
+    parts = StoredParts.of(weight, 64)
+    for shared in (True, False):
+        monkeypatch.setattr(loading, "reads_parts", lambda device, shared=shared: shared)
+        monkeypatch.setattr(theirs, "from_dense", Compressed)
+        found = SparseLinear(parts, None)
+        assert found.nbytes == 9 * 32 * 64 // 8
+        assert (found.few > 0) == shared
+        if not shared:
+            assert torch.equal(found.wide.dense, weight)
 
 
 @pytest.mark.gpu

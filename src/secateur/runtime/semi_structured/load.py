@@ -1,7 +1,8 @@
 """Loads a folder of the export `semi-structured`, for sparse tensor cores or expanded.
 
-torch multiplies by CUTLASS on sparse tensor cores. Up to 4 tokens our Triton kernel multiplies
-where Triton is installed: then the time is that of reading the weights, and it reads 9 bits of 16.
+On GPUs of compute capability 8.x torch multiplies by CUTLASS, and up to 4 tokens our Triton kernel
+multiplies where Triton is installed: then the time is that of reading the weights, and it reads 9
+bits of 16. Later GPUs multiply by cuSPARSELt alone, whose form of a matrix has 9 bits too.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def load_semi_structured(
 
 
 def refuse_device(device: torch.device) -> None:
-    """Refuse a device without sparse tensor cores.
+    """Refuse a device without sparse tensor cores, or whose product torch lacks.
 
     Raises:
         KernelError: it has none.
@@ -99,6 +100,11 @@ def refuse_device(device: torch.device) -> None:
             f"{device} has no sparse tensor cores",
             remedy="name an NVIDIA GPU from Ampere on (A100, RTX 30); or pass expand=True for a "
             "dense model; on a CPU, use `secateur compress` and `secateur.load`",
+        )
+    if not reads_parts(device) and not torch.backends.cusparselt.is_available():
+        raise KernelError(
+            f"torch {torch.__version__} has no cuSPARSELt, which multiplies 2:4 on {device}",
+            remedy="install a torch with cuSPARSELt; or pass expand=True for a dense model",
         )
 
 
@@ -147,9 +153,10 @@ FEW = 4
 
 
 class SparseLinear(InferenceLinear):
-    """y = x Wᵀ + b by torch on sparse tensor cores; for a few tokens by our kernel. For inference.
+    """y = x Wᵀ + b by torch on sparse tensor cores; for inference.
 
-    Both read the parts as they are stored.
+    Where torch reads the parts as they are stored, our kernel reads them too, for a few tokens.
+    Elsewhere torch has another form of W, which is held alone.
 
     Args:
         parts: W [out, in].
@@ -158,35 +165,45 @@ class SparseLinear(InferenceLinear):
 
     def __init__(self, parts: StoredParts, bias: Tensor | None) -> None:
         super().__init__((len(parts.packed), parts.in_features), bias, parts.packed.dtype)
-        self.parts, self.wide = parts, as_torch_multiplies(parts)
-        self.few = FEW if find_spec("triton") is not None else 0
+        self.columns, self.wide = parts.columns, as_torch_multiplies(parts)
+        shared = reads_parts(parts.packed.device)
+        self.few = FEW if shared and find_spec("triton") is not None else 0
+        self.held: tuple[Tensor, ...] = (
+            (parts.packed, parts.meta) if shared else (self.wide.packed,)
+        )
 
     def affine(self, x: Tensor) -> Tensor:
         """The product for activations [tokens, in] of the dtype of W, with the bias."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
         if len(x) > self.few:
-            return functional.linear(layout.lifted(x, self.parts.columns), self.wide, self.bias)
+            return functional.linear(layout.lifted(x, self.columns), self.wide, self.bias)
         from secateur.runtime.kernels.gpu.two_of_four_kernel import multiply_two_of_four
 
-        with torch.cuda.device_of(x):  # Triton launches on the current GPU
-            y = multiply_two_of_four(x, self.parts.packed, self.parts.meta, self.parts.columns)
+        y = multiply_two_of_four(x, *self.held, columns=self.columns)
         return y if self.bias is None else y + self.bias
 
     @property
     def nbytes(self) -> int:
         """The memory of W."""
-        return self.parts.nbytes
+        beside = 0 if self.columns is None else self.columns.nbytes
+        return sum(part.nbytes for part in self.held) + beside
 
 
-def as_torch_multiplies(parts: StoredParts) -> Tensor:
-    """The wide matrix as torch's tensor for CUTLASS, which shares the memory of the parts."""
-    from torch.sparse import SparseSemiStructuredTensorCUTLASS
+def reads_parts(device: torch.device) -> bool:
+    """Whether torch multiplies the parts as they are stored: its CUTLASS is built for 8.x only."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 8
 
-    shape = torch.Size((len(parts.packed), 2 * parts.packed.shape[1]))
+
+def as_torch_multiplies(parts: StoredParts) -> Any:
+    """The wide matrix as torch multiplies it: the parts themselves for CUTLASS, or cuSPARSELt's."""
+    from torch import sparse
+
     with warnings.catch_warnings():  # torch warns once that its interface is a prototype
         warnings.simplefilter("ignore")
-        found: Tensor = SparseSemiStructuredTensorCUTLASS(
+        if not reads_parts(parts.packed.device):
+            return sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(parts.wide)
+        shape = torch.Size((len(parts.packed), 2 * parts.packed.shape[1]))
+        return sparse.SparseSemiStructuredTensorCUTLASS(
             shape, parts.packed, parts.meta, None, None, None
         )
-    return found
