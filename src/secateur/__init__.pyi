@@ -15,14 +15,13 @@ from secateur.progress import Progress
 from secateur.progress import ProgressBar as ProgressBar
 from secateur.report_page.report import report as report
 from secateur.reporting.diagnose import DiagnoseResult
-from secateur.reporting.draft import DraftPlanResult, DraftResult
 from secateur.reporting.evaluate import (
     BenchResult,
     DraftedBenchResult,
     EvaluateResult,
     GenerateResult,
 )
-from secateur.reporting.fit import FitResult
+from secateur.reporting.fit import DraftResult, FitResult
 from secateur.reporting.models import (
     ChainResult,
     CompressResult,
@@ -37,6 +36,7 @@ from secateur.reporting.models import (
 from secateur.reporting.plan import (
     ChainPlanResult,
     CutPlanResult,
+    DraftPlanResult,
     FitPlanResult,
     PlanResult,
     TrainPlanResult,

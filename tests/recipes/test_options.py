@@ -85,7 +85,7 @@ def test_the_function_of_a_verb_imports_no_other_verb() -> None:
         "allowed = {'runner'}\n"
         "for verb, module, others in (\n"
         f"    ('export', {module_of('export')!r}, ()),\n"
-        f"    ('decompress', {module_of('decompress')!r}, ('checkpoint_files',)),\n"
+        f"    ('decompress', {module_of('decompress')!r}, ()),\n"
         "):\n"
         "    getattr(secateur, verb)\n"
         "    allowed |= {module, *others}\n"

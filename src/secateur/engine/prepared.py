@@ -295,7 +295,7 @@ def allocated(
     """
     before = gathering(tasks).backward
     if before and stream is not None and settings.work is not None:
-        from secateur.engine.stream.gradients import GradientPass
+        from secateur.engine.stream.layerwise import GradientPass
 
         GradientPass(stream.outer, before, settings.work, progress, settings.ranks).execute()
     if allocation.reach == 0:

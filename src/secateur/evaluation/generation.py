@@ -26,6 +26,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.deploy import Sampling
 from secateur.runs.measured import SampleRecord
 from secateur.runtime.decode import GREEDY, SteppedGeneration, continued
+from secateur.runtime.sampling import end_tokens
 
 
 def generate(
@@ -87,13 +88,6 @@ def continuation(
         finally:
             steps.close()
     return made
-
-
-def end_tokens(model: Any) -> frozenset[int]:
-    """The tokens that end a text, by the model's generation settings."""
-    configured = model.generation_config.eos_token_id
-    found = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in found if token is not None)
 
 
 PROMPTS = (

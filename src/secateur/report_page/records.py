@@ -14,10 +14,9 @@ from secateur.errors import SourceError
 from secateur.reporting import models
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.diagnose import diagnosis
-from secateur.reporting.draft import DraftResult
 from secateur.reporting.evaluate import evaluation, timing
 from secateur.reporting.fields import Result
-from secateur.reporting.fit import FitResult
+from secateur.reporting.fit import DraftResult, FitResult
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import COMMAND, Block, Line, bare_name
 from secateur.runs import measured, records

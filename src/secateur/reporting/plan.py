@@ -198,3 +198,18 @@ class FitPlanResult(Result):
     def time(self) -> str:
         """The limit of the time."""
         return "no limit" if self.minutes is None else f"{self.minutes:g} minutes"
+
+
+class DraftPlanResult(FitPlanResult):
+    """What the making of a draft would try.
+
+    Attributes:
+        heads: numbers of tokens that a head over frequent tokens may have.
+    """
+
+    heads: tuple[int, ...] = ()
+
+    @property
+    def shown_heads(self) -> list[str]:
+        """The numbers as people write them."""
+        return [f"{n:,}" for n in self.heads]

@@ -228,6 +228,13 @@ def generation_config(folder: Path) -> Any:
         raise _unreadable(folder / FILE, said[0]) from None
 
 
+def end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end a text, by the model's generation settings."""
+    configured = model.generation_config.eos_token_id
+    found = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in found if token is not None)
+
+
 def sampling_in(folder: Path) -> dict[str, Any]:
     """The options of `Sampling` that a model's folder sets.
 

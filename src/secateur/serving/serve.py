@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import RecipeError, install_extra
-from secateur.evaluation.generation import end_tokens
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ServeRecipe
@@ -20,7 +19,7 @@ from secateur.runs.environment import choose_device
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.sampling import sampling_in
+from secateur.runtime.sampling import end_tokens, sampling_in
 from secateur.runtime.speculative import open_drafter
 from secateur.serving import scheduler
 from secateur.serving.service import Service, Worker

@@ -44,8 +44,7 @@ from secateur.runtime import storage_plan
 from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, stored_bytes
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import DEFAULT_GROUP, DENSE, PackableCheckpoint, StoragePlan
-from secateur.steps.checkpoint_files import COMPRESSION, carry_over
-from secateur.steps.runner import RunContext, Step, carry_out, identity_of, step_of
+from secateur.steps.runner import COMPRESSION, RunContext, Step, carry_out, identity_of, step_of
 
 
 class Compress(Step[CompressRecipe, CompressResult]):
@@ -286,7 +285,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         config.pop("torch_dtype", None)  # the older name of `dtype`, which transformers reads too
         config["dtype"] = str(plan.computed).removeprefix("torch.")
         config["quantization_config"] = quantization_config(recipe.archive, layouts)
-        carry_over(source.folder, made, config, same_weights=kept)
+        run.carry_over(config, same_weights=kept)
         packed = PackedCheckpoint(made)
         progress.start("verifying", len(packed.specs))
         for name, _ in packed.tensors():

@@ -49,7 +49,6 @@ from torch import Tensor
 from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import MOST_PROPOSED, acceptance, speculation, too_fast
-from secateur.evaluation.generation import end_tokens
 from secateur.evaluation.perplexity import window_progress
 from secateur.evaluation.token_times import time_head
 from secateur.models.skeleton import build_skeleton
@@ -58,7 +57,8 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
 from secateur.recipes.compress import DraftRecipe, FitRecipe
 from secateur.recipes.shared import texts_of
-from secateur.reporting import draft as reports
+from secateur.reporting import fit as reports
+from secateur.reporting.plan import DraftPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.measured import Acceptance
 from secateur.runs.output import write_bytes, write_json, write_text
@@ -67,6 +67,7 @@ from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.formats import WeightFormat
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
+from secateur.runtime.sampling import end_tokens
 from secateur.runtime.speculative import FREQUENT
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
@@ -93,9 +94,7 @@ REFUSED = 0.7
 """s, until a draft is measured. Pinsker's inequality is a bound, so it is below 1."""
 
 
-def plan_draft(
-    recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]
-) -> reports.DraftPlanResult:
+def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> DraftPlanResult:
     """Check a recipe, and show what making the draft would try.
 
     Args:
@@ -113,7 +112,7 @@ def plan_draft(
     check_output(recipe.output, "draft", 0, read, call)
     costs = Costs((), model.shapes)
     config = build_skeleton(source.folder).config
-    return reports.DraftPlanResult(
+    return DraftPlanResult(
         linears=len(model.shapes),
         file_bytes=model.file_bytes,
         bounds={},

@@ -15,7 +15,6 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from secateur.errors import RecipeError, first_line
-from secateur.evaluation.generation import end_tokens
 from secateur.models.checkpoint import parse_json
 from secateur.models.configuration import read_configuration
 from secateur.models.sources import resolve
@@ -28,7 +27,7 @@ from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.layer_forms import longest, refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.sampling import TextStream, sampling_in, sampling_with
+from secateur.runtime.sampling import TextStream, end_tokens, sampling_in, sampling_with
 from secateur.runtime.speculative import Drafter, open_drafter, speculated
 
 POSITIONS = "max_position_embeddings"

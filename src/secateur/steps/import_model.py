@@ -25,7 +25,6 @@ from secateur.runs import records
 from secateur.runs.environment import Meter, environment
 from secateur.runs.folder import file_digests
 from secateur.runs.output import write_json, write_text
-from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step
 
 IMPORT, MANIFEST = "import.json", "manifest.json"
@@ -84,7 +83,7 @@ class ImportModel(Step[ImportRecipe, ImportResult]):
         recipe, source, folder = self.recipe, self.run.source, self.run.folder
         made = folder.fresh_model()
         write_dense(self.reader, made, self.run.progress)
-        carry_over(source.folder, made, self.plain.config, same_weights=False)
+        self.run.carry_over(self.plain.config, same_weights=False)
         # refuses missing tensors and other shapes
         StoredModel(build_skeleton(made, opened=False), CheckpointReader(made))
         audit = audit_checkpoint(made, find_patterns=True, progress=self.run.progress)

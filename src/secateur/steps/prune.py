@@ -55,8 +55,7 @@ from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.checkpoint_files import COMPRESSION
-from secateur.steps.runner import RunContext, Step, identity_of, source_of
+from secateur.steps.runner import COMPRESSION, RunContext, Step, identity_of, source_of
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ finish   one rename gives the result its name
 from __future__ import annotations
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from secateur.models.checkpoint import refuse_not_finite, shard_files
+from secateur.models.checkpoint import INDEX_NAMES, copy_others, refuse_not_finite, shard_files
 from secateur.models.configuration import TrustedFolder
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.parallel.ranks import ALONE, Ranks
@@ -29,8 +30,17 @@ from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import parts_of
 from secateur.recipes.verbs import VERBS, imported
 from secateur.runs.environment import Meter
-from secateur.runs.folder import RunFolder, content_of, file_digests
-from secateur.runs.output import check_free
+from secateur.runs.folder import NOTES, STATE, RunFolder, content_of, file_digests
+from secateur.runs.measured import FILE_NAME as EVALUATION
+from secateur.runs.measured import read_evaluation
+from secateur.runs.output import check_free, write_json, writing
+
+COMPRESSION = "compression.json"
+"""The record of a compression."""
+
+MEASURED = (EVALUATION, "diagnosis.json", "bench.json", COMPRESSION, STATE)
+"""Notes that measure the weights and files, or name their run. All others record how they were
+made."""
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -63,6 +73,41 @@ class RunContext:
     def place(self) -> Path:
         """The folder that records name."""
         return self.folder.output if self.output is None else self.output
+
+    def carry_over(self, config: Mapping[str, Any], *, same_weights: bool) -> None:
+        """Take over everything but the weights of the source, and write the configuration.
+
+        That is tokenizer, licence, code and the records of earlier runs. Measurements of the source
+        are not copied. The only exception is its evaluation if the weights are the same; each
+        result then names the model it was measured on. A diagnosis and a bench also measure the
+        files, so they must be repeated.
+
+        Args:
+            config: configuration of the result.
+            same_weights: whether the result has exactly the weights of the source.
+
+        Raises:
+            MemoryBudgetError: the disk is full.
+            CheckpointError: the evaluation of the source cannot be read.
+        """
+        source, made = self.source.folder, self.folder.model
+        notes, inherited = source / NOTES, None
+        if same_weights and (notes / EVALUATION).is_file():
+            inherited = read_evaluation(notes / EVALUATION).inherited()
+        with writing(made):
+            copy_others(source, made, ("config.json", *INDEX_NAMES))
+            if notes.is_dir() and any(file.name not in MEASURED for file in notes.iterdir()):
+                shutil.copytree(
+                    notes,
+                    made / NOTES,
+                    # notes of earlier steps are in subfolders and stay valid for those steps
+                    ignore=lambda folder, _: MEASURED if Path(folder) == notes else (),
+                    dirs_exist_ok=True,
+                )
+            write_json(made / "config.json", config)
+        if inherited is not None:
+            (made / NOTES).mkdir(exist_ok=True)
+            inherited.save(made / NOTES / EVALUATION)
 
     def again(self, recipe: Recipe) -> str:
         """The recipe for the card; empty where another run has it."""

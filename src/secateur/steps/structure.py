@@ -42,7 +42,6 @@ from secateur.runs.output import write_json, write_text
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.checkpoint_files import STEPS
 from secateur.steps.runner import RunContext, Step, carry_out, identity_of, source_of, step_of
 from secateur.structured import cut_plan
 from secateur.structured.cut_steps import REFIT, STEP, CutContext, CutStep, cut_step, refit_step
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+STEPS, MANIFEST = "steps.json", "manifest.json"
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "

@@ -34,7 +34,6 @@ from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import Cost, Training, read_list
 from secateur.sparsity.patterns import parse_pattern
-from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 from secateur.training import gradual, lora, saved
 from secateur.training.loop import Outcome
@@ -278,7 +277,7 @@ def _write(run: RunContext, setup: TrainingSetup, masks: Masks, outcome: Outcome
                 adapted.get_base_model().get_parameter(name).data.copy_(value)
             values = dict(lora.merge(adapted).named_parameters())
         saved.write_trained(source, values, made, run.progress)
-    carry_over(source, made, read_configuration(source), same_weights=False)
+    run.carry_over(read_configuration(source), same_weights=False)
     audit = audit_checkpoint(made, progress=run.progress)
     result = {**training.result, "decoder_sparsity": audit.sparsity}
     training = training.model_copy(update={"result": result})

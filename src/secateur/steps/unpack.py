@@ -19,7 +19,6 @@ from secateur.reporting.models import DecompressResult
 from secateur.runs.output import write_text
 from secateur.runtime.install import DenseView
 from secateur.runtime.packed import PackedCheckpoint
-from secateur.steps.checkpoint_files import carry_over
 from secateur.steps.runner import RunContext, Step
 
 
@@ -54,7 +53,7 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
         inexact = view.computed == torch.float16
         rounded = any(x.integers and (x.grid is None or inexact) for x in layouts.values())
         write_dense(_as_transformers_loads(view), made, self.run.progress)
-        carry_over(source, made, config, same_weights=not rounded)
+        self.run.carry_over(config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):
             folder.notes.rmdir()
         card = source / "README.md"

@@ -21,7 +21,7 @@ import secateur
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import acceptance
-from secateur.reporting.draft import DraftResult
+from secateur.reporting.fit import DraftResult
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.speculative import FREQUENT
 from secateur.steps import draft as drafts

@@ -12,7 +12,7 @@ from fixed_times import PARENT
 
 from reporting.examples import write_draft
 from secateur.evaluation.acceptance import too_fast
-from secateur.reporting.draft import DraftResult
+from secateur.reporting.fit import DraftResult
 from secateur.runs.records import read_record
 from secateur.steps import draft as drafts
 from secateur.steps.draft import TRIALS, TURNS, time_calls

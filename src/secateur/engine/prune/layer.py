@@ -96,7 +96,7 @@ class OpenLayer:
         self.batches = batches_of(module, self.pruned_groups())
         self.stored: Callable[[Linear], dict[str, Tensor]] = lambda linear: {}
         if needed.backward:
-            from secateur.engine.stream.gradients import stored_gradients
+            from secateur.engine.stream.layerwise import stored_gradients
 
             self.stored = stored_gradients(settings.work, index, needed.backward, self.device)
         self.unseen: list[str] = []

@@ -4,7 +4,7 @@
 
 A run has tasks (`tasks.py`: the sparsity of each linear) and settings (how the work is done).
 Magnitude needs no calibration, and statistics of a backward through the dense model are gathered
-before the run (`stream/gradients.py`). All else is gathered while calibration tokens pass through
+before the run (`stream/layerwise.py`). All else is gathered while calibration tokens pass through
 the layer (`stream/calibration_stream.py`). With reconstruction, the dense model's hidden states
 pass as well: a pruned layer is tuned to the outputs of the dense layer before its own outputs are
 passed on.

@@ -16,9 +16,8 @@ from secateur.calibration.statistics import ForwardSource
 from secateur.engine.search.candidate_evaluator import cut_windows
 from secateur.engine.search.survey import LayerView, Linears, Survey
 from secateur.engine.stream.calls import layouts
-from secateur.engine.stream.gradients import only_learning
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.engine.stream.layerwise import LayerwisePass
+from secateur.engine.stream.layerwise import LayerwisePass, only_learning
 from secateur.models.architecture import Linear, linears_of
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation import Allocation

@@ -20,8 +20,8 @@ from secateur.calibration.statistics import ForwardSource, Gathering, GroupStati
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.gradients import stored_gradients
 from secateur.engine.stream.halted_forwards import Arrival, batches_of, by_layer
+from secateur.engine.stream.layerwise import stored_gradients
 from secateur.errors import located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
