@@ -114,9 +114,9 @@ def test_c4_calibrates_on_the_first_shard_and_judges_on_another_split(hub):
 
 
 def test_hub_data_sets(hub):
-    read_documents("hub:org/name@v1", split="train[:9]", config="en")
+    read_documents("hub:org/name@v1:train[:9]")
     repo, config, options = hub[0]
-    assert (repo, config, options["revision"]) == ("org/name", "en", "v1")
+    assert (repo, config, options["revision"]) == ("org/name", None, "v1")
     assert options["split"] == "train[:9]"
     with pytest.raises(SourceError, match="'body'"):
         read_documents("hub:org/name", field="body")

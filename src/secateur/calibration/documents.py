@@ -95,16 +95,12 @@ class JoinedText:
     join: str
 
 
-def read_documents(
-    source: str, *, field: str = FIELD, split: str | None = None, config: str | None = None
-) -> Sequence[Document]:
+def read_documents(source: str, *, field: str = FIELD) -> Sequence[Document]:
     """The documents of a source, for calibration.
 
     Args:
         source: see the table above.
         field: the field or column with the text, or with messages, in JSON lines and data sets.
-        split: the split of a data set on the hub; by default `train`.
-        config: the configuration of a data set on the hub.
 
     Returns:
         The documents. Those of a data set on the hub stay on disk until they are read.
@@ -113,10 +109,10 @@ def read_documents(
         SourceError: there is no such source, it cannot be reached, it has no text, or a line of
             it is malformed or has no such field.
     """
-    dataset = _hub_dataset(source, config)
-    if dataset is not None:
-        return _hub_documents(dataset, split or dataset.calibrate[0], field)
-    return _local_documents(source, field)
+    dataset = _hub_dataset(source)
+    if dataset is None:
+        return _local_documents(source, field)
+    return _hub_documents(dataset, dataset.calibrate[0], field)
 
 
 def read_text(source: str) -> JoinedText:
@@ -280,7 +276,7 @@ def _line_document(line: str, where: str, field: str) -> Document:
     return chats.whole_characters(cast(str, row[field]), where)
 
 
-def _hub_dataset(source: str, config: str | None = None) -> _HubDataset | None:
+def _hub_dataset(source: str) -> _HubDataset | None:
     """The hub data set that a source names, or None if it is a file, a folder or a sample."""
     if Path(source).expanduser().exists():
         return None
@@ -289,7 +285,7 @@ def _hub_dataset(source: str, config: str | None = None) -> _HubDataset | None:
     named = HUB_DATASET.fullmatch(source)
     if named is None:
         return None
-    found = _HubDataset(named["repo"], config, named["revision"])
+    found = _HubDataset(named["repo"], revision=named["revision"])
     split = (named["split"], None)
     return replace(found, calibrate=split, judge=split) if named["split"] else found
 

@@ -189,6 +189,11 @@ def with_text(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return (config, text) if isinstance(text, Mapping) else (config,)
 
 
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration says nothing about a form of the weights."""
+    return all(part.keys().isdisjoint(DESCRIPTIONS) for part in with_text(config))
+
+
 def described_by(config: Mapping[str, Any]) -> dict[str, Any]:
     """The description of the form of the weights in a configuration; empty without one.
 

@@ -17,16 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError, install_extra
-from secateur.models import at_rest, checkpoint, skeleton
-from secateur.models.configuration import (
-    DESCRIPTIONS,
-    TrustedFolder,
-    check_sizes,
-    described_by,
-    read_configuration,
-    transformers_errors,
-    with_text,
-)
+from secateur.models import at_rest, checkpoint, configuration, skeleton
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
 from secateur.types import FLOATS
@@ -51,7 +42,7 @@ that while the model runs."""
 
 def refuse_quantized(folder: Path) -> None:
     """Refuse a checkpoint whose weights are not plain numbers."""
-    method = _method_of(read_configuration(folder))
+    method = _method_of(configuration.read_configuration(folder))
     if method is None:
         return
     if method == checkpoint.QUANT_METHOD:
@@ -74,13 +65,13 @@ def _method_of(config: Mapping[str, Any]) -> str | None:
     named = config.get("quantization_config")
     if named is not None and not isinstance(named, dict):
         return str(named)
-    described = described_by(config)
+    described = configuration.described_by(config)
     return str(described.get("quant_method", "compressed-tensors")) if described else None
 
 
 def form_of(folder: Path) -> str | None:
     """The name of the form in which the weights of a folder are stored; None for plain tensors."""
-    method = _method_of(read_configuration(folder))
+    method = _method_of(configuration.read_configuration(folder))
     return "compressed-tensors" if method == "sparseml" else method
 
 
@@ -100,8 +91,8 @@ def open_weights(folder: Path) -> checkpoint.CheckpointReader:
         CheckpointError: a file is damaged or missing, or the form is not read.
         ArchitectureError: the source needs what a plain model cannot express.
     """
-    reader, config = checkpoint.CheckpointReader(folder), read_configuration(folder)
-    if all(part.keys().isdisjoint(DESCRIPTIONS) for part in with_text(config)):
+    reader, config = checkpoint.CheckpointReader(folder), configuration.read_configuration(folder)
+    if configuration.is_plain(config):
         return reader
     source = at_rest.SourceFolder(folder, config, reader, computed_dtype(folder))
     for name in at_rest.stored_forms:
@@ -113,7 +104,7 @@ def open_weights(folder: Path) -> checkpoint.CheckpointReader:
 
 def computed_dtype(folder: Path) -> torch.dtype:
     """The dtype in the configuration; bfloat16 if it names no supported one."""
-    for part in with_text(read_configuration(folder)):
+    for part in configuration.with_text(configuration.read_configuration(folder)):
         named = str(part.get("dtype", part.get("torch_dtype")))
         if named in FLOATS:
             return FLOATS[named]
@@ -139,7 +130,7 @@ def load_whole(
     """
     from transformers import AutoConfig
 
-    check_sizes(folder)
+    configuration.check_sizes(folder)
     if form_of(folder) == "compressed-tensors" and find_spec("compressed_tensors") is None:
         raise RecipeError(
             "compressed-tensors, which computes this model, is not installed",
@@ -148,11 +139,11 @@ def load_whole(
         )
     loaded: Any
     report: dict[str, Any]
-    with skeleton.quiet_transformers(), transformers_errors(folder):
+    with skeleton.quiet_transformers(), configuration.transformers_errors(folder):
         if form_of(folder) in EXPANDED:
             loaded, report = _load_expanded(folder, dtype)
         else:
-            trust = isinstance(folder, TrustedFolder)
+            trust = isinstance(folder, configuration.TrustedFolder)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             loaded, report = skeleton.auto_class(config).from_pretrained(
                 folder,
