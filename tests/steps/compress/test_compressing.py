@@ -302,7 +302,7 @@ def test_embeddings_of_few_bits(
     # on the grid already nothing is rounded, so what was measured stays true
     found = []
     monkeypatch.setattr(
-        "secateur.steps.compress.carry_over",
+        "secateur.steps.runner.RunContext.carry_over",
         lambda *_, same_weights: found.append(same_weights),
     )
     for number, folder in enumerate((source, tmp_path / "d")):
