@@ -39,6 +39,8 @@ TRAINING_BLOCK_BYTES, TRAINING_BYTES = 32 * 2**20, 2**31 - 1
 """The largest block that a step of training uses again, and how much of them may lie free."""
 LOGITS_BYTES = 64 * 2**20
 """The logits of one model that a training computes at a time. The vocabulary may be large."""
+LOGITS_OF_GPU = 64
+"""On a GPU these logits take one part of so many of its memory: each block costs some launches."""
 DEFAULT_BYTES = 128 * 2**10
 NOT_GLIBC = (OSError, AttributeError, TypeError)
 """The errors of looking for its functions; Windows has no library without a name."""
@@ -110,6 +112,14 @@ def fast_matmuls(device: torch.device) -> torch.autocast:
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where matmuls are faster in it; None elsewhere."""
     return torch.bfloat16 if _fast_bfloat16(device) else None
+
+
+def logits_block(device: torch.device) -> int:
+    """The bytes of the logits that a training computes at a time."""
+    if device.type != "cuda":
+        return LOGITS_BYTES
+    # of all memory, not of the free part: a resumed training has the same blocks
+    return max(LOGITS_BYTES, torch.cuda.mem_get_info(device)[1] // LOGITS_OF_GPU)
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -254,7 +254,7 @@ def test_training_windows_begin_with_it(gemma: Path, text: Path, tmp_path: Path)
         sequence_length=33, windows=12, batch=2, steps=1,
     )  # fmt: skip
     config = transformers.AutoConfig.from_pretrained(gemma)
-    read, watched, record = read_training_text(recipe, gemma, config)
+    read, watched, record = read_training_text(recipe, gemma, config, 2)
     assert record["start_tokens"] == [BOS]
     for windows in (read.windows, watched.windows):
         assert ((windows == BOS).sum(1) == 1).all()
@@ -281,7 +281,7 @@ def test_the_overlap_of_texts_is_that_of_their_words(
     share = sum(one in known for one in judged) / len(judged)
     config = transformers.AutoConfig.from_pretrained(gemma)
     with pytest.raises(RecipeError, match=f"{share:.1%} of the sequences"):
-        read_training_text(recipe, gemma, config)
+        read_training_text(recipe, gemma, config, 2)
 
 
 # -- judging -------------------------------------------------------------------------------------

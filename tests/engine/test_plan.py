@@ -34,9 +34,9 @@ from secateur.models.opening import load_whole
 from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import SlotDecoder, empty_cache
-from secateur.training.batches import Batch
+from secateur.training.batches import Batch, Batches
 from secateur.training.divergences import last_hidden
-from secateur.training.memory import check_memory, plan_needs
+from secateur.training.memory import fitting, plan_needs
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
@@ -143,23 +143,24 @@ def test_a_training_is_held_against_the_memory_of_its_device(
     machine: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secateur.training.memory.resident_bytes", lambda: GIB)
-    folder, windows = tiny_llama(tmp_path), tiny_windows(4, 20)
+    folder, batches = tiny_llama(tmp_path), Batches(tiny_windows(4, 20), 4)
     target, recipe = CheckpointTarget(CheckpointReader(folder), None, CPU), TrainRecipe(model="m")
     here, there = (
-        plan_needs(recipe, target, None, windows, TrainingPlan(steps=1), ProcessGroup(device))
+        plan_needs(recipe, target, None, batches, TrainingPlan(steps=1), ProcessGroup(device))
         for device in (CPU, CUDA)
     )
     assert here.peak_bytes == here.host_peak_bytes == sum(here.sizes.values())
     assert there.peak_bytes == sum(there.sizes.values()) - GIB
     assert there.host_peak_bytes == GIB + there.sizes["weights"]
-    check_memory(there, None, CUDA)
+    ways = {plan.on_gpu: [ProcessGroup(CUDA if plan.on_gpu else CPU)] for plan in (here, there)}
+    assert fitting(lambda way: there, ways[True], None) == (there, ways[True][0])
     machine["gpu"] = there.peak_bytes
-    check_memory(here, None, CPU)
+    assert fitting(lambda way: here, ways[False], None)[0] is here
     with pytest.raises(MemoryBudgetError, match="on the GPU"):
-        check_memory(there, None, CUDA)
+        fitting(lambda way: there, ways[True], None)
     machine["gpu"], machine["host"] = 80 * GIB, GIB
     with pytest.raises(MemoryBudgetError, match="on the host"):
-        check_memory(there, None, CUDA)
+        fitting(lambda way: there, ways[True], None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "mamba", "qwen3_next"])
@@ -208,9 +209,8 @@ def test_logits_are_counted_in_blocks(
     tmp_path: Path, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the tensors that live while a student and its teacher compute the loss."""
-    for module in ("engine.plan_memory", "training.divergences", "training.objectives"):
-        monkeypatch.setattr(f"secateur.{module}.LOGITS_BYTES", 2**21)
-    monkeypatch.setattr("secateur.training.divergences.CHUNK_BYTES", 2**14)
+    monkeypatch.setattr("secateur.machine.LOGITS_BYTES", 2**21)
+    monkeypatch.setattr("secateur.training.divergences.CHUNKS", 128)
     if exact:
         monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: False)
     folder = tiny_llama(tmp_path, vocab_size=4096)

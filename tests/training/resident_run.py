@@ -1,6 +1,8 @@
-"""Run by torchrun in two processes: a training whose tensors are counted, byte by byte.
+"""Run alone or by torchrun: a training whose tensors are counted, byte by byte.
 
-torchrun --nproc-per-node 2 resident_run.py VERB FOLDER OUTPUT OPTIONS
+torchrun --nproc-per-node 2 resident_run.py PLACE FOLDER OUTPUT OPTIONS
+
+PLACE is where weights, gradients and moments are: host or device.
 
 Writes OUTPUT.json.RANK: the most bytes that lived while the model was read, the bytes when all was
 set up, and the most in the steps and while the result was written.
@@ -14,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +78,10 @@ class Census:
         return most
 
 
-def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
+def main(place: str, folder: str, output: str, options: dict[str, Any]) -> None:
     """Train, and write down what lived."""
     torch.set_num_threads(1)
+    retraining.TrainingSetup = partial(retraining.TrainingSetup, on_host=place == "host")
     gc.disable()  # what is alive only because nobody collected it is alive
     gc.freeze()  # of the modules that are imported nothing is counted, which takes long
     census, taken = Census(), {}
@@ -113,11 +117,16 @@ def main(verb: str, folder: str, output: str, options: dict[str, Any]) -> None:
     retraining.load = loading
     Loop.begin, Loop.train = beginning, training  # type: ignore[method-assign]
     nn.Parameter.__new__ = making  # type: ignore[method-assign,assignment]
-    report = getattr(secateur, verb)(folder, output=output, **options)
+    report = secateur.train(folder, output=output, **options)
     census.look()
     taken |= {"writing": census.taken(), **report.manifest.planned}
-    Path(f"{output}.json.{os.environ['RANK']}").write_text(json.dumps(taken), encoding="utf-8")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        taken["timeout_seconds"] = backend.options._timeout.total_seconds()
+    rank = os.environ.get("RANK", "0")
+    Path(f"{output}.json.{rank}").write_text(json.dumps(taken), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

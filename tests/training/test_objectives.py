@@ -68,9 +68,9 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, model: Any, tolerance:
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens at a time, so that several blocks of several chunks are made."""
     if request.param != "whole":
-        monkeypatch.setattr(divergences, "LOGITS_BYTES", 96 * 4 * 7)
-        monkeypatch.setattr(divergences, "CHUNK_BYTES", 96 * 4 * 2)
-        monkeypatch.setattr(objectives, "LOGITS_BYTES", 96 * 4 * 5)
+        monkeypatch.setattr(divergences, "logits_block", lambda device: 96 * 4 * 7)
+        monkeypatch.setattr(divergences, "CHUNKS", 3)  # of two tokens
+        monkeypatch.setattr(objectives, "logits_block", lambda device: 96 * 4 * 5)
 
 
 @pytest.mark.usefixtures("pieces")

@@ -1,7 +1,11 @@
-"""Two processes give what one gives, and hold the zeros."""
+"""Two processes give what one gives, and hold the zeros; so does one with its weights on the host.
+
+Without a GPU the host is the device too, but FSDP2 takes the way that it takes beside a GPU.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,8 +22,14 @@ from tiny import save_tiny
 from trained import source_text
 
 import secateur
+from secateur.errors import RecipeError
 from secateur.models.sources import resolve
+from secateur.recipes.train import TrainRecipe
+from secateur.steps.train import Train
 from secateur.training import memory
+from secateur.training.setup import TrainingSetup
+from secateur.training.training_plan import shared_batch
+from steps.train.trainings import assert_same, stopped_at
 
 COUNTING = Path(__file__).with_name("resident_run.py")
 
@@ -61,14 +71,20 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "rounded"), [("device", False), ("host", False), ("host", True)], ids=str
+)
+def test_no_process_has_more_than_its_part_and_one_layer(
+    place: str, rounded: bool, places: Path, tmp_path: Path
+) -> None:
     options = {
         **OPTIONS,
         "text": str(places / "text.txt"),
         "teacher": str(places / "dense"),
         "next_token": 0.5,
+        "fast_matmuls": rounded,
     }
-    start(COUNTING, 2, "train", places / "pruned", tmp_path / "two", json.dumps(options))
+    start(COUNTING, 2, place, places / "pruned", tmp_path / "two", json.dumps(options))
     stored = load_file(places / "pruned" / "model.safetensors")
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
     layer = sum(size for name, size in sizes.items() if "layers.0." in name)
@@ -79,10 +95,12 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
         assert taken["reading"] <= half + layer + SLACK
         # The teacher is in bfloat16 where that is faster; its embeddings and head stay gathered.
         assert taken["set_up"] <= half + masks + half + SLACK
-        # Gradients and two moments; of a layer two buffers and the weights, as FSDP2 has them.
-        assert taken["steps"] <= 4 * half + masks + half + 3 * layer + taken["forward"] + SLACK
+        # Gradients and two moments; of a layer what FSDP2 gathers and sums.
+        gathered = (5 if rounded else 6) * layer // 2
+        assert taken["steps"] <= 4 * half + masks + half + gathered + taken["forward"] + SLACK
         assert taken["writing"] <= 4 * half + masks + half + max(sizes.values()) + SLACK
         assert taken["weights"] == half
+        assert taken["timeout_seconds"] == 30 * 24 * 3600  # one process may write for hours
         parts = ("weights", "gathered", "optimizer", "teacher", "masks", "forward")
         planned = sum(taken[name] for name in parts)
         assert 0.6 * planned <= taken["steps"] <= planned
@@ -92,10 +110,83 @@ def test_no_process_has_more_than_its_part_and_one_layer(places: Path, tmp_path:
     assert resumed.manifest.processes == 2  # one process reads what two have written
     moved = 0
     for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=2e-4, atol=2e-5)
+        if not rounded:
+            torch.testing.assert_close(two[name], weight, rtol=2e-4, atol=2e-5)
         moved += int((weight != stored[name]).sum())
         assert not two[name][stored[name] == 0].any() or stored[name].ndim < 2
     assert moved > 1000
+    losses = [losses_of(tmp_path / x) for x in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=3e-4 if rounded else 1e-5)
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The loss of every step."""
+    log = (folder / "secateur" / "training.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in log]
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients and moments are on the host, as beside a GPU that has no room for them."""
+    setup = functools.partial(TrainingSetup, on_host=True)
+    monkeypatch.setattr("secateur.steps.train.TrainingSetup", setup)
+
+
+@pytest.fixture(scope="module")
+def on_device(places: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training as it is where there is enough memory."""
+    options = {**OPTIONS, "text": str(places / "text.txt"), "gradient_checkpointing": True}
+    output = tmp_path_factory.mktemp("device") / "model"
+    secateur.train(places / "pruned", output=output, **options)
+    return output
+
+
+@pytest.mark.usefixtures("on_host")
+def test_on_the_host_one_process_writes_the_same_bits_also_after_a_stop(
+    places: Path, on_device: Path, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "text": str(places / "text.txt"), "gradient_checkpointing": True}
+    with stopped_at(2):
+        secateur.train(places / "pruned", output=tmp_path / "host", save_minutes=0.0, **options)
+    resumed = secateur.train(places / "pruned", output=tmp_path / "host", resume=True, **options)
+    assert resumed.manifest.planned["on_host"]
+    assert resumed.manifest.result["decoder_sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert_same(tmp_path / "host", on_device)
+    assert not torch.distributed.is_initialized()  # its group of one has gone
+
+
+@pytest.mark.usefixtures("on_host")
+def test_what_is_gathered_in_bfloat16_learns_as_what_is_rounded_by_autocast(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first loss has the same products; only norms are rounded too."""
+    monkeypatch.setattr("secateur.machine._fast_bfloat16", lambda device: True)
+    options = {**OPTIONS, "text": str(places / "text.txt"), "fast_matmuls": True, "steps": 12}
+    secateur.train(places / "pruned", output=tmp_path / "gathered", **options)
+    monkeypatch.setattr("secateur.steps.train.TrainingSetup", TrainingSetup)
+    secateur.train(places / "pruned", output=tmp_path / "cast", **options)
+    gathered, cast = (losses_of(tmp_path / x) for x in ("gathered", "cast"))
+    assert gathered[0] == pytest.approx(cast[0], rel=1e-4)
+    assert gathered == pytest.approx(cast, rel=5e-3)
+    assert gathered[-1] < 0.9 * gathered[0]
+    stored, learned = (
+        load_file(x / "model.safetensors") for x in (places / "pruned", tmp_path / "gathered")
+    )
+    assert not any(learned[n][x == 0].any() for n, x in stored.items() if x.ndim == 2)
+
+
+@pytest.mark.parametrize(("given", "processes"), [(6, 8), (5, 2)])
+def test_a_batch_that_does_not_divide_is_refused_before_the_model_is_named(
+    given: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = {"WORLD_SIZE": processes, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RecipeError) as error:
+        Train.check(TrainRecipe(model="nowhere", batch=given))
+    assert [int(x) for x in error.value.what.split() if x.isdigit()] == [processes, given]
+    Train.check(TrainRecipe(model="nowhere"))  # the default divides
+    assert shared_batch(None, processes) == max(4, processes)
 
 
 def test_a_process_holds_its_part_of_a_teacher_and_two_whole_layers(tmp_path: Path) -> None:

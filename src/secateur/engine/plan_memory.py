@@ -21,7 +21,7 @@ from secateur.engine import plan
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.calls import LayerLayout, calls_of, layouts
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
-from secateur.machine import LOGITS_BYTES, fast_dtype
+from secateur.machine import fast_dtype, logits_block
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
 from secateur.models.targets import Target, refuse_unknown
@@ -433,7 +433,7 @@ def logits_bytes(target: Target, window: Tensor) -> int:
         return 3 * logits
     rounded = fast_dtype(target.device)
     copy = 0 if rounded is None else rounded.itemsize * head.weight.numel()
-    return 3 * min(logits, LOGITS_BYTES) + copy
+    return 3 * min(logits, logits_block(target.device)) + copy
 
 
 def _on_grid_bytes(tasks: Tasks) -> int:

@@ -162,7 +162,9 @@ class _TrainingLength(Section):
     """Minutes to train, instead of steps."""
     epochs: Annotated[float, Flag(aliases=("num_epochs", "num_train_epochs"))] = Field(1.0, gt=0)
     """Epochs over the windows, if neither steps nor minutes are given."""
-    batch: int = Field(4, gt=0)
+    batch: Annotated[
+        int | None, Flag(default="4, or the next multiple of the number of processes")
+    ] = Field(None, gt=0)
     """Windows per optimizer step."""
 
 

@@ -195,7 +195,12 @@ class StructureResult(Result):
 def trained(training: records.Training) -> list[Block]:
     """What a training read, and what it brought."""
     speed = training.result["tokens"] / (training.cost.training_seconds or 1)
-    return blocks_of("Training", training, speed=speed)
+    return blocks_of("Training", training, speed=speed, learns=on_host(training.planned))
+
+
+def on_host(planned: Mapping[str, Any]) -> str | None:
+    """Where the weights of a training are, if that is not the device that computes."""
+    return "on the host; the GPU gets a layer at a time" if planned.get("on_host") else None
 
 
 def _result(name: str, doc: str) -> property:

@@ -9,7 +9,7 @@ from pydantic import InstanceOf
 
 from secateur.engine.plan_memory import PrunePlan
 from secateur.reporting.fields import Result, blocks_of
-from secateur.reporting.models import compared, not_pruned
+from secateur.reporting.models import compared, not_pruned, on_host
 from secateur.reporting.tables import Block
 from secateur.runs.records import Counts
 
@@ -103,7 +103,8 @@ class TrainPlanResult(Result):
         steps: optimizer steps; None if the minutes decide.
         minutes: length of the training; None if the steps decide.
         tokens: tokens that the model would read; None if the minutes decide.
-        memory: sizes in bytes by name, with `peak` and `host_peak`.
+        memory: sizes in bytes by name, with `peak` and `host_peak`; `on_host` says whether weights
+            and optimizer are on the host of a GPU.
         disk_bytes: what the training writes at most.
     """
 
@@ -121,7 +122,7 @@ class TrainPlanResult(Result):
     def tables(self) -> list[Block]:
         """One table, without parts that take no memory."""
         host = self.memory["host_peak"] if self.memory["on_gpu"] else None
-        return blocks_of("TrainPlanResult", self, host=host)
+        return blocks_of("TrainPlanResult", self, host=host, learns=on_host(self.memory))
 
 
 @dataclass(frozen=True)

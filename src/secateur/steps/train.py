@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from secateur.diagnostics.audit import audit_checkpoint
+from secateur.machine import fast_dtype
 from secateur.models.configuration import read_configuration
 from secateur.models.opening import load_whole, refuse_quantized
+from secateur.parallel.launched import Launched
 from secateur.parallel.ranks import Ranks, refuse_another_disk
 from secateur.progress import Progress, Silent
 from secateur.recipes.recipe_files import dump_recipe
@@ -40,7 +42,7 @@ from secateur.training.loop import Outcome
 from secateur.training.masks import Masks
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.setup import TrainingSetup
-from secateur.training.training_plan import TrainingPlan, optimizers
+from secateur.training.training_plan import TrainingPlan, optimizers, shared_batch
 
 NO_PART = {
     "output",
@@ -84,8 +86,8 @@ def plan_training(
         validation_windows=record["validation_windows"],
         steps=plan.steps or None,
         minutes=plan.minutes or None,
-        tokens=plan.steps * recipe.batch * record["sequence_length"] or None,
-        memory=setup.needs.to_json(),
+        tokens=plan.steps * setup.batches.size * record["sequence_length"] or None,
+        memory=setup.memory,
         disk_bytes=setup.needs.disk_bytes,
     )
 
@@ -124,6 +126,7 @@ class Train(Step[TrainRecipe, TrainResult]):
         )
         plan.make_optimizer([("weight", torch.nn.Parameter(torch.ones(2, 2)))])
         choose_device(recipe.device)
+        shared_batch(recipe.batch, Launched.read(os.environ).count)
         how = recipe.gradual or recipe.iterative
         if how is not None:
             gradual.check_parts(how)
@@ -140,10 +143,11 @@ class Train(Step[TrainRecipe, TrainResult]):
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the trained weights."""
+        setup = self.setup
         return {
-            **identity_of(self.recipe, NO_PART, self.setup.target.reader.files, self.run.progress),
-            "tokens": self.setup.text["sha256"],
-            "answer_tokens": self.setup.text.get("answer_tokens"),
+            **identity_of(setup.recipe, NO_PART, setup.target.reader.files, self.run.progress),
+            "tokens": setup.text["sha256"],
+            "answer_tokens": setup.text.get("answer_tokens"),
         }
 
     def settled(self) -> dict[str, Any]:
@@ -156,11 +160,12 @@ class Train(Step[TrainRecipe, TrainResult]):
         if setup.teacher is not None:
             folder.keep_apart(setup.teacher.folder)
         # the others build the same setup from the recipe
-        of_others = {"work": str(folder.work), "model": str(folder.model)}
-        ranks.once(lambda: of_others)
-        outcome, masks = _train(setup, folder.work, self.run.progress)
-        _write(self.run, setup, masks, outcome)
-        last = _checked_together(setup, folder.model, masks)
+        places = {"work": str(folder.work), "model": str(folder.model)}
+        ranks.once(lambda: {**places, "on_host": ranks.on_host})
+        with ranks.connected():
+            outcome, masks = _train(setup, folder.work, self.run.progress)
+            _write(self.run, setup, masks, outcome)
+            last = _checked_together(setup, folder.model, masks)
         return TrainResult(output=self.run.place, manifest=last)
 
     @classmethod
@@ -175,9 +180,11 @@ class Train(Step[TrainRecipe, TrainResult]):
         if not work.is_dir():
             refuse_another_disk(ranks.rank, work)
         group = ProcessGroup.of(ranks, choose_device(recipe.device))
-        setup = TrainingSetup(recipe, source, group, silent)
-        _, masks = _train(setup, work, silent)
-        return TrainResult(output=output, manifest=_checked_together(setup, model, masks))
+        setup = TrainingSetup(recipe, source, group, silent, on_host=job["on_host"])
+        with setup.processes.connected():
+            _, masks = _train(setup, work, silent)
+            last = _checked_together(setup, model, masks)
+        return TrainResult(output=output, manifest=last)
 
     @classmethod
     def result(cls, output: Path) -> TrainResult:
@@ -190,8 +197,13 @@ def _train(setup: TrainingSetup, work: Path, progress: Progress) -> tuple[Outcom
     recipe, ranks = setup.recipe, setup.processes
     # Weights are not rounded between the rounds of iterative pruning. Several processes divide
     # the model while they load it, so it is in float32 from the beginning.
-    dtype = torch.float32 if ranks.count > 1 or recipe.iterative is not None else None
-    model = load(setup.source.folder, ranks, dtype=dtype)
+    dtype = torch.float32 if ranks.divides or recipe.iterative is not None else None
+    model = load(
+        setup.source.folder,
+        ranks,
+        dtype=dtype,
+        gathered=fast_dtype(ranks.device) if recipe.fast_matmuls else None,
+    )
     return setup.train(model, work, progress)
 
 
@@ -228,7 +240,7 @@ def _record(setup: TrainingSetup, outcome: Outcome, meter: Meter) -> Training:
         processes=setup.processes.count,
         recipe=recipe.model_dump(mode="json"),
         environment=environment(setup.processes.device),
-        planned=setup.needs.to_json(),
+        planned=setup.memory,
         cost=Cost.model_validate({**meter.read(), "training_seconds": outcome.seconds}),
         result={
             **{name: value for name, value in facts.items() if name not in apart},

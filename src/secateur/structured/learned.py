@@ -53,7 +53,7 @@ from secateur.structured.design import design
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop, TrainingTask, mean_loss
 from secateur.training.masks import Masks
-from secateur.training.memory import TRAINING, check_memory, plan_needs
+from secateur.training.memory import TRAINING, fitting, plan_needs
 from secateur.training.objectives import Objective, next_token
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Hook, open_tensors, write_trained
@@ -337,7 +337,8 @@ def choose_learned(context: CutContext, folder: Path) -> Found:
         return {
             name: mean_loss(
                 model, loss, Batches(ids[:held_out], held_out),
-                plan.at_once(ids.shape[1]), partial(fast_matmuls, context.device),
+                plan.at_once(ids.shape[1]), context.device,
+                partial(fast_matmuls, context.device),
             )
             for name, ids in domains.items()
         }  # fmt: skip
@@ -412,8 +413,9 @@ def _domains_of(context: CutContext, work: Path) -> dict[str, Windows]:
 def _check_fits(context: CutContext, folder: Path, batches: Batches, plan: TrainingPlan) -> None:
     """Refuse a training that does not fit in memory."""
     target, windows = context.target(folder), batches.windows
-    recipe = TrainRecipe(model=str(folder), batch=batches.size)
-    needed = plan_needs(recipe, target, None, windows, plan, ProcessGroup(context.device))
+    recipe = TrainRecipe(model=str(folder))
+    alone = ProcessGroup(context.device)
+    needed = plan_needs(recipe, target, None, batches, plan, alone)
     # Tokens of one forward; activations of so many are alive in the backward.
     tokens = min(plan.at_once(windows.shape[1]), batches.size) * windows.shape[1]
     sizes = sizes_of(target.model)
@@ -422,4 +424,4 @@ def _check_fits(context: CutContext, folder: Path, batches: Batches, plan: Train
     gated += 3 * hidden_size(target.model)
     gates = Need("gates", 4 * tokens * gated * sizes.layers, (TRAINING,), "gates")
     needed = replace(needed, needs=(*needed.needs, gates))
-    check_memory(needed, context.recipe.memory.max_bytes, context.device)
+    fitting(lambda way: needed, [alone], context.recipe.memory.max_bytes)

@@ -123,7 +123,7 @@ class Batches:
 
 
 def read_training_text(
-    recipe: TrainRecipe, folder: Path, config: Any
+    recipe: TrainRecipe, folder: Path, config: Any, batch: int
 ) -> tuple[Batches, Batches | None, dict[str, Any]]:
     """Return the windows of a recipe.
 
@@ -131,6 +131,7 @@ def read_training_text(
         recipe: names the texts.
         folder: folder of the model, for its tokenizer.
         config: configuration of the model, for its context and vocabulary.
+        batch: number of windows of a step.
 
     Returns:
         The training windows, the validation windows (None for none), and the source of both as
@@ -162,10 +163,9 @@ def read_training_text(
         windows, watched = windows[held:], f"{held} windows held out of the text"
         if answers is not None:
             answers, judged = answers[held:], answers[:held] if held else None
-    if len(windows) < recipe.batch:
+    if len(windows) < batch:
         raise SourceError(
-            f"the text gives {len(windows)} windows of {length} tokens, one step needs "
-            f"{recipe.batch}",
+            f"the text gives {len(windows)} windows of {length} tokens, one step needs {batch}",
             where=", ".join(recipe.text),
             remedy="name a longer text, or ask for a shorter sequence length or a smaller batch",
         )
@@ -196,7 +196,7 @@ def read_training_text(
         "validation_shared": shared,
         **({} if answers is None else {"answer_tokens": int(answers.sum())}),
     }
-    return Batches(windows, recipe.batch, recipe.seed, answers=answers), watching, record
+    return Batches(windows, batch, recipe.seed, answers=answers), watching, record
 
 
 def _check_shared(shared: float, watched: str, limit: float) -> None:

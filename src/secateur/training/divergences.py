@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import RecipeError
-from secateur.machine import LOGITS_BYTES
+from secateur.machine import logits_block
 
 KINDS = ("forward", "reverse", "total_variation")
 LEAST = -1e4
@@ -165,8 +165,9 @@ def forward_and_next_token_rows(
     return of
 
 
-CHUNK_BYTES = 1 * 2**20
-"""Size of the rows in float32 at one time. They should fit in a cache."""
+CHUNKS = 64
+"""So many parts of a block of logits become float32 one after the other. A part, 1 MiB, should fit
+in the cache of a processor."""
 
 
 def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tensor:
@@ -238,7 +239,7 @@ class _OfHead(torch.autograd.Function):
         to_weight = None
         to_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
         loss = torch.zeros((), device=hidden.device)
-        size = max(1, LOGITS_BYTES // (len(weight) * matrix.itemsize))
+        size = max(1, logits_block(hidden.device) // (len(weight) * matrix.itemsize))
         for start in range(0, len(hidden), size):
             some = inputs[start : start + size]
             # Z = H Wᵀ [tokens, vocabulary], overwritten by ∂L/∂Z in `_in_chunks`
@@ -289,7 +290,7 @@ class _OfLogits(torch.autograd.Function):
 def _in_chunks(logits: Tensor, start: int, rows: Rows) -> Tensor:
     """Return the loss of logits, overwritten by its gradient. The first row is token `start`."""
     loss = torch.zeros((), device=logits.device)
-    size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    size = max(1, logits_block(logits.device) // CHUNKS // (4 * logits.shape[1]))
     for first in range(0, len(logits), size):
         chunk = logits[first : first + size]
         place = slice(start + first, start + first + len(chunk))

@@ -26,7 +26,7 @@ from secateur.training.masks import Masks
 from secateur.training.objectives import Objective, next_token
 from secateur.training.process_group import ProcessGroup, checkpointed
 from secateur.training.saved import Hook, Saved
-from secateur.training.training_plan import TrainingPlan
+from secateur.training.training_plan import TrainingPlan, shared_batch
 
 TICKS = 1000
 """Units of the progress bar when the clock sets the length of a training."""
@@ -84,8 +84,9 @@ class Loop:
         self.task, self.plan, self.label = task, plan, label
         self.model, self.masks, self.hooks = task.model, task.masks, task.hooks
         self.progress = progress or Silent()
-        self.device = next(task.model.parameters()).device
-        self.processes = processes or ProcessGroup.launched(self.device)
+        device = next(task.model.parameters()).device
+        self.processes = processes or ProcessGroup.launched(device)
+        self.device = self.processes.device  # parameters may be on the host
         self.check()
         self.last_step = plan.last_step or plan.steps
         self.next_token = next_token(task.model)
@@ -109,12 +110,7 @@ class Loop:
                 "hooks need a number of steps, and a single process",
                 remedy="train by steps instead of minutes, in one process",
             )
-        size = self.task.batches.size
-        if size % self.processes.count:
-            raise RecipeError(
-                f"{self.processes.count} processes cannot share the {size} windows of a step",
-                remedy="make the batch a multiple of the number of processes",
-            )
+        shared_batch(self.task.batches.size, self.processes.count)
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -144,7 +140,8 @@ class Loop:
             stack.enter_context(machine.reused_training_pages())
             # Sharding comes first: each unit becomes float32 just before it is divided, so no
             # process ever holds all weights in float32.
-            self.processes.shard(self.model, reconstruction.to_float32)
+            rounded = machine.fast_dtype(self.device) if self.plan.fast_matmuls else None
+            self.processes.shard(self.model, reconstruction.to_float32, gathered=rounded)
             stack.enter_context(reconstruction.in_float32(self.model, trained))
             if self.plan.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model))
@@ -306,7 +303,7 @@ class Loop:
         if windows is None:
             return None
         size = self.plan.at_once(windows.windows.shape[1])
-        return mean_loss(self.model, self.next_token, windows, size, self.matmuls)
+        return mean_loss(self.model, self.next_token, windows, size, self.device, self.matmuls)
 
     def validate(self) -> None:
         """Measure the loss of the validation windows, if there are any; keep the best weights."""
@@ -471,6 +468,7 @@ def mean_loss(
     objective: Objective,
     read: Batches,
     at_once: int,
+    device: torch.device,
     matmuls: Callable[[], AbstractContextManager[Any]],
 ) -> float:
     """The mean loss over windows, or over the tokens of their answers.
@@ -480,10 +478,10 @@ def mean_loss(
         objective: the loss of a batch; a mean over its windows.
         read: the windows, on any device.
         at_once: number of windows in one forward.
+        device: where the model computes.
         matmuls: returns a context that sets the precision of products.
     """
     total = 0.0
-    device = next(model.parameters()).device
     for batch in read.parts(range(len(read.windows)), at_once, device):
         # the cache of weights in bfloat16 lasts as long as the context: one micro-batch
         with matmuls():

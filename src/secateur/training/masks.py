@@ -278,7 +278,7 @@ def as_part(rows: Tensor, parameter: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     # Shape and stride of the whole are given, because torch would guess them from equal parts.
-    return DTensor.from_local(
+    part: Tensor = DTensor.from_local(
         rows,
         parameter.device_mesh,
         parameter.placements,
@@ -286,6 +286,8 @@ def as_part(rows: Tensor, parameter: Any) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+    # `from_local` moves the rows to the mesh's device, but the parameter may be on the host
+    return part.to(parameter.device)
 
 
 def part_of(value: Tensor, parameter: Tensor) -> Tensor:

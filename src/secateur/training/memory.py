@@ -2,14 +2,18 @@
 
     all weights in float32
     + for trained parameters: gradients, and the state of the optimizer
-    + the products of adapters
+    + the matrices in the dtype of their products, or the products of adapters
     + activations of one micro-batch's forward for its backward, rehearsed on the meta device
-    + a block of logits; the teacher; the masks
+    + a block of logits, and the head in the dtype of its products; the teacher; the masks
 
 Several processes share weights, gradients, optimizer state, masks, and the teacher's layers.
 Gathered parts count separately. The student needs two decoder layers, because the next one is
-fetched while one runs, and the gradients of one; or its embeddings or head with their gradients, if
-these are larger. The teacher needs one layer, its embeddings and its head.
+fetched while one runs, the gradients of one, and those of another in float32, which are being
+summed; or its embeddings or head with their gradients, if these are larger. The teacher needs one
+layer, its embeddings and its head.
+
+If that is too much for a GPU, its weights, gradients, optimizer state and masks go to the host
+(`fitting`). torch rounds the sizes of pinned memory there up to powers of two.
 
 The disk holds at the same time: the state for a resumed run, the best weights, a new version of one
 of these or the final weights, and the result.
@@ -18,6 +22,7 @@ of these or the final weights, and the result.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +30,7 @@ from torch import Tensor, nn
 from secateur.engine import plan as memory_plan
 from secateur.engine.plan import Need, Phase, Plan, weights_of
 from secateur.engine.stream.calls import calls_of
-from secateur.machine import LOGITS_BYTES, fast_dtype
+from secateur.machine import fast_dtype, logits_block
 from secateur.models.architecture import describe, hidden_size
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.skeleton import build_skeleton, parameters_of
@@ -34,6 +39,7 @@ from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.runs.environment import resident_bytes
 from secateur.training import masks
+from secateur.training.batches import Batches
 from secateur.training.lora import chosen_linears
 from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
@@ -42,6 +48,7 @@ LESS_FORWARD = (
     "use --gradient-checkpointing, --micro-batch-windows 1 or a shorter --sequence-length"
 )
 TRAINING = Phase("training")
+HOLDING = Phase("training, on the host", on_host=True)
 READING = Phase("reading the weights", on_host=True)
 READING_TEACHER = Phase("reading the teacher", on_host=True)
 
@@ -50,7 +57,7 @@ def plan_needs(
     recipe: TrainRecipe,
     target: CheckpointTarget,
     teacher: LocalCheckpoint | None,
-    windows: Tensor,
+    batches: Batches,
     plan: TrainingPlan,
     processes: ProcessGroup,
     *,
@@ -62,52 +69,75 @@ def plan_needs(
         recipe: recipe of the training.
         target: the student, with its layers on the meta device.
         teacher: checkpoint of a teacher that is loaded; None for none.
-        windows: the training windows.
+        batches: the training windows, and how many are in a step.
         plan: length and optimizer.
         processes: the processes.
         validates: whether there are validation windows, so that the best weights are kept.
     """
-    model, ranks = target.model, processes.count
+    model, ranks, device = target.model, processes.count, processes.device
     adapted = () if recipe.lora is None else chosen_linears(model, recipe.lora)
     named = {name: p.numel() for name, p in parameters_of(model).items()}  # tied ones once
-    weights = sum(named.values())
-    trained = sum(count for name, count in named.items() if plan.factor(name))
+    learned = [count for name, count in named.items() if plan.factor(name)]
     if recipe.lora is not None:
-        trained = sum(recipe.lora.rank * sum(linear.shape) for linear in adapted)
-        weights += trained
-    together = min(plan.at_once(windows.shape[1]), recipe.batch // ranks or 1)
-    micro = windows[:together]
+        learned = [recipe.lora.rank * sum(linear.shape) for linear in adapted]
+    trained, own = sum(learned), [*named.values(), *(learned if adapted else ())]
+    windows = batches.windows
+    micro = windows[: min(plan.at_once(windows.shape[1]), batches.size // ranks or 1)]
+    rounded = fast_dtype(device) if plan.fast_matmuls else None
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     outside = max(weights_of(module) for module in ends if module is not None)
-    # two layers and the gradients of one, or embeddings or head with their gradients
-    gathered = max(3 * max(map(weights_of, target.layers)), 2 * outside) if ranks > 1 else 0
-    # a block of logits, and the gradient of the last hidden states, float32
-    logits = LOGITS_BYTES + 4 * micro.numel() * hidden_size(model)
-    forward = _forward_bytes(target, micro, plan, processes.device)
+    matrices = sum(math.prod(p.shape) for p in masks.matrices(model).values())
+    logits = logits_block(device) + 4 * micro.numel() * hidden_size(model)
+    head = 2 * rounded.itemsize * outside if rounded else 0  # and a product of that size
     taught = 0 if teacher is None else _teacher_bytes(teacher, processes)
     products = sum(4 * math.prod(linear.shape) for linear in adapted)
-    masked = sum(math.prod(p.shape) for p in masks.matrices(model).values()) // ranks  # bool
-    # gradients and moments, float32
-    state = 4 * trained * (1 + _moments_of(plan))
-    on_gpu, here = processes.device.type == "cuda", (TRAINING,)
-    host = (READING, READING_TEACHER) if on_gpu else here
+    # where parameters are divided, autocast has nothing to round
+    copies = rounded.itemsize * matrices if rounded and not processes.divides else 0
+    moments = _moments_of(plan)
+    on_gpu, here = device.type == "cuda", (TRAINING,)
+    on_host = on_gpu and processes.on_host
+    there = (HOLDING,) if on_host else here
+    state = _float32_bytes(learned, ranks, on_host) + 4 * trained * moments // ranks
+    host = (READING, READING_TEACHER, HOLDING) if on_gpu else here
     less_teacher = "use --top-k 64 (the teacher is written down first)"
+    less_state = "use --lora 16 or --optimizer SGD"
     needs = (
         Need("process", resident_bytes(), host, "the program itself, with text"),
-        Need("weights", 4 * weights // ranks, (*here, READING), "weights"),
-        Need("gathered", 4 * gathered, here, "gathered weights"),
-        Need("optimizer", state // ranks, here, "optimizer", "use --lora 16 or --optimizer SGD"),
+        Need("weights", _float32_bytes(own, ranks, on_host), (*there, READING), "weights"),
+        Need("gathered", _gathered_bytes(target, processes, outside, rounded), here, "gathered"),
+        Need("optimizer", state, there, "gradients and optimizer", less_state),
+        Need("rounded", copies, here, "rounded weights"),
         Need("adapters", products, here, "products of adapters"),
-        Need("forward", forward, here, "forward", LESS_FORWARD),
-        Need("logits", (1 + (teacher is not None)) * logits, here, "logits"),
+        Need("forward", _forward_bytes(target, micro, plan, device), here, "forward", LESS_FORWARD),
+        Need("logits", (1 + (teacher is not None)) * logits + head, here, "logits"),
         Need("teacher", taught, (*here, READING_TEACHER), "teacher", less_teacher),
-        Need("masks", masked, here, "masks"),
+        Need("masks", matrices // ranks, there, "masks"),  # bool
     )
+    saved = 4 * trained * (1 + moments)  # weights and moments
     return Plan(
         needs,
         on_gpu,
-        disk_bytes=_disk_bytes(recipe, target, windows.numel(), trained, state, validates),
+        disk_bytes=_disk_bytes(recipe, target, windows.numel(), trained, saved, validates),
     )
+
+
+def _float32_bytes(counts: Iterable[int], ranks: int, pinned: bool) -> int:
+    """The size of one process's parts of float32 tensors with so many numbers."""
+    sizes = (4 * -(-count // ranks) for count in counts)
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
+
+
+def _gathered_bytes(
+    target: CheckpointTarget, processes: ProcessGroup, outside: int, rounded: torch.dtype | None
+) -> int:
+    """The most that FSDP2 holds of whole units: weights, and gradients on their way."""
+    if not processes.divides:
+        return 0
+    layer, size = max(map(weights_of, target.layers)), rounded.itemsize if rounded else 4
+    # two layers, the gradients of one, and those of another in float32; or one end and its gradient
+    units = max((3 * size + 4) * layer, 8 * outside)
+    # a process's part comes from the host in float32, and its gradient goes there
+    return units + processes.on_host * 8 * max(layer, outside) // processes.count
 
 
 def _forward_bytes(
@@ -178,19 +208,26 @@ def _disk_bytes(
     return state + best + predictions + rounds + written
 
 
-def check_memory(needed: Plan, max_memory: int | None, device: torch.device) -> None:
-    """Refuse a training that would not fit.
+def fitting(
+    planned: Callable[[ProcessGroup], Plan], ways: Sequence[ProcessGroup], max_memory: int | None
+) -> tuple[Plan, ProcessGroup]:
+    """Return the first plan that fits in memory, and its processes.
 
     Args:
-        needed: the plan of the training.
+        planned: returns the plan of a training by some processes.
+        ways: the processes, with what learns on the device or on the host; the best way first.
         max_memory: bytes; see `memory_budget`.
-        device: the computing device.
 
     Raises:
-        MemoryBudgetError: the training needs more than there is; the message gives both numbers and
+        MemoryBudgetError: every way needs more than there is; the message gives both numbers and
             remedies.
     """
-    budget = memory_plan.memory_budget(max_memory, device)
-    shortage = budget.shortage(needed)
-    if shortage is not None:
-        raise budget.refusal(needed, f"training needs {shortage}")
+    budget = memory_plan.memory_budget(max_memory, ways[0].device, ways[0].here)
+    tried = []
+    for way in ways:
+        plan = planned(way)
+        shortage = budget.shortage(plan)
+        if shortage is None:
+            return plan, way
+        tried.append(shortage + ", with weights and optimizer on the host" * way.on_host)
+    raise budget.refusal(plan, f"training needs {'; or '.join(tried)}")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.errors import RecipeError
-from secateur.machine import LOGITS_BYTES, fast_matmuls
+from secateur.machine import fast_matmuls, logits_block
 from secateur.models.architecture import describe, head_alone, vocabulary_of
 from secateur.models.checkpoint import ShardWriter
 from secateur.training import divergences
@@ -64,7 +64,7 @@ class ModelTeacher:
             blocks = describe(self.model).layers(self.model) if layers else ()
             with outputs_of({n: blocks[n] for n in layers}) as hidden:
                 states = divergences.last_hidden(self.model, self.head, batch.ids)
-        size = max(1, LOGITS_BYTES // (4 * self.vocabulary))
+        size = max(1, logits_block(states.device) // (4 * self.vocabulary))
         block, logits = slice(0, 0), states
 
         def expected(rows: slice, log_q: Tensor) -> Tensor:

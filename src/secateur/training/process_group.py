@@ -1,17 +1,22 @@
-"""The processes of a training: one, or several through accelerate.
+"""The processes of a training: one, or several that `torchrun` or `accelerate launch` has started.
 
-One process uses plain torch. Several processes, started by `accelerate launch` or `torchrun`, use
-FSDP2 (torch's `fully_shard`; accelerate itself applies it only on GPUs). Each process holds a part
-of every weight, gradient, moment and mask, and reads its share of every step's windows.
+One process uses plain torch. Several processes use FSDP2 (torch's `fully_shard`). Each process
+holds a part of every weight, gradient, moment and mask, and reads its share of every step's
+windows. Of a checkpoint each process reads its part, and none loads all of it.
 
-Of a checkpoint each process reads its part, and none loads all of it.
+Where a GPU has too little memory, all this stays in the memory of the host, and the optimizer works
+there (FSDP2's `CPUOffloadPolicy`). The GPU gets one decoder layer at a time. A single process does
+this too; it is then a group of one.
+
+Decoder layers are gathered in the dtype of their products. So a matrix is rounded before it is sent
+instead of afterwards, and the GPU keeps no rounded copies. Gradients are summed in float32.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import StoredModel, aliases, build_skeleton
-from secateur.parallel.processes import WORKING
+from secateur.parallel.processes import WORKING, joined
 from secateur.parallel.ranks import Ranks
 from secateur.training.masks import is_shared
 
@@ -41,6 +46,7 @@ class ProcessGroup(Ranks):
         here: the number of processes on this machine.
         place: the number of this process on its machine.
         plain: the group for plain data; see `Ranks`.
+        on_host: whether what learns is in the memory of the host.
     """
 
     def __init__(
@@ -51,10 +57,22 @@ class ProcessGroup(Ranks):
         here: int = 1,
         place: int = 0,
         plain: dist.ProcessGroup | None = None,
+        on_host: bool = False,
     ) -> None:
         super().__init__(rank, count, here, place, plain)
-        self.device = device
+        self.device, self.on_host = device, on_host
         self.within: Ranks | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether FSDP2 holds the parameters of a model that learns."""
+        return self.count > 1 or self.on_host
+
+    def holding(self, on_host: bool) -> ProcessGroup:
+        """The same processes, with what learns on the host or on the device."""
+        other = copy(self)
+        other.on_host = on_host
+        return other
 
     @classmethod
     def launched(cls, device: torch.device) -> ProcessGroup:
@@ -63,15 +81,10 @@ class ProcessGroup(Ranks):
         Args:
             device: device of the model, if there is only one process.
         """
-        from accelerate import Accelerator
-
-        state = Accelerator(cpu=device.type == "cpu")
-        if state.num_processes == 1:
-            return cls(device)
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        place = state.local_process_index
-        numbers = state.process_index, state.num_processes, here, place
-        return cls(state.device, *numbers, _plain_group())
+        ranks = joined(device.type)
+        if ranks.count > 1:
+            ranks.plain = _plain_group()  # the caller may have made the group, without gloo
+        return cls.of(ranks, device)
 
     @classmethod
     def of(cls, ranks: Ranks, device: torch.device) -> ProcessGroup:
@@ -99,12 +112,26 @@ class ProcessGroup(Ranks):
         with self.within.together() if self.within else super().together():
             yield
 
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """A context in which a model can be divided. A single process gets a group of its own."""
+        alone = self.on_host and not dist.is_initialized()
+        if alone:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            if alone:
+                dist.destroy_process_group()
+
     def shard(
         self,
         model: Any,
         fill: Callable[[nn.Module], None] = lambda unit: None,
         *,
-        apart: bool = True,
+        gathered: torch.dtype | None = None,
+        learns: bool = True,
     ) -> None:
         """Divide a model among the processes, in place. A single process keeps it whole.
 
@@ -115,13 +142,14 @@ class ProcessGroup(Ranks):
             model: a causal language model, or its skeleton. A sharded model stays unchanged. New
                 parameters replace the old ones, which end empty.
             fill: called with each unit before it is divided; it may load its weights.
-            apart: whether embeddings and head are separate units, if they are not tied. With False
-                they stay gathered after their first use.
+            gathered: dtype of gathered decoder layers; None for that of the parameters.
+            learns: whether the model learns. Of one that does not, such as a teacher, embeddings
+                and head stay gathered after their first use, and nothing is on the host.
 
         Raises:
             ArchitectureError: two decoder layers share a parameter.
         """
-        if self.count == 1:
+        if not self.divides:
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -130,21 +158,42 @@ class ProcessGroup(Ranks):
             self.reshard(model)
             return
         # innermost units first, so the last unit, the model, holds what is in no other
-        mesh, chosen = init_device_mesh(self.device.type, (self.count,)), _units(model, apart)
+        mesh, chosen = init_device_mesh(self.device.type, (self.count,)), _units(model, learns)
+        policies, rounded = self._policies(gathered, learns), describe(model).layers(model)
         _refuse_shared(chosen)
         for unit in chosen:
             fill(unit)
             before = [p for p in unit.parameters() if not is_shared(p)]
-            fully_shard(unit, mesh=mesh)
+            fully_shard(unit, mesh=mesh, **policies[unit in rounded])
+            if gathered is not None and unit in rounded:
+                # its inputs are in float32, also where nobody else has entered autocast
+                unit.forward = torch.autocast(self.device.type, gathered)(unit.forward)
             for parameter in before:  # its part is copied; torch frees the rest too late
                 parameter.data = parameter.data.new_empty(0)
+
+    def _policies(self, gathered: torch.dtype | None, learns: bool) -> tuple[dict[str, Any], ...]:
+        """The arguments of `fully_shard` for a unit: outside the decoder layers, and for a layer.
+
+        The residual stream stays in float32: embeddings and head are gathered so, and a layer's
+        inputs are not cast.
+        """
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+        outside: dict[str, Any] = {}
+        if self.on_host and learns:
+            pinned = self.device.type == "cuda"  # the GPU copies it without the processor
+            outside["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
+        rounding = MixedPrecisionPolicy(
+            gathered, reduce_dtype=torch.float32 if learns else None, cast_forward_inputs=False
+        )
+        return outside, {**outside, "mp_policy": rounding}
 
     def reshard(self, model: Any) -> None:
         """Free the parameters that the last forward gathered outside the decoder layers.
 
         Without a backward, torch keeps them gathered.
         """
-        if self.count > 1:
+        if self.divides:
             model.reshard()
 
     def sums(self, values: Sequence[float]) -> list[float]:
@@ -158,10 +207,10 @@ def _plain_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=WORKING)
 
 
-def _units(model: Any, apart: bool = True) -> list[nn.Module]:
+def _units(model: Any, learns: bool) -> list[nn.Module]:
     """The units of a model that FSDP2 gathers one at a time: decoder layers, and the rest."""
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    outside = [inputs, head] if apart and isinstance(head, nn.Linear) else []
+    outside = [inputs, head] if learns and isinstance(head, nn.Linear) else []
     if outside and inputs.weight is head.weight:
         outside = []
     return [*describe(model).layers(model), *outside, model]
@@ -193,14 +242,17 @@ def checkpointed(model: Any) -> Iterator[None]:
         return checkpoint(forward, *args, use_reentrant=False, **options)
 
     layers: list[nn.Module] = list(describe(model).layers(model))
+    before = [layer.__dict__.get("forward") for layer in layers]  # what `shard` has put there
     # The forward alone is replaced, so hooks of the call (FSDP2's gathering) run as before.
     for layer in layers:
         layer.forward = partial(run, layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def load(
@@ -208,9 +260,10 @@ def load(
     processes: ProcessGroup,
     *,
     dtype: torch.dtype | None = None,
-    apart: bool = True,
+    gathered: torch.dtype | None = None,
+    learns: bool = True,
 ) -> Any:
-    """Load a transformers model in eval mode, and divide it if there are several processes.
+    """Load a transformers model in eval mode, and divide it if the processes do that.
 
     A single process loads the whole model. Several processes read the decoder layers one at a time,
     and each keeps its part. So a process holds at most its part of the model and one layer.
@@ -219,12 +272,13 @@ def load(
         folder: the checkpoint.
         processes: the processes.
         dtype: dtype of the parameters; None keeps the stored one.
-        apart: see `ProcessGroup.shard`.
+        gathered: see `ProcessGroup.shard`.
+        learns: likewise.
 
     Raises:
         CheckpointError: a parameter is not stored.
     """
-    if processes.count == 1:
+    if processes.count == 1 and not (learns and processes.on_host):
         return load_whole(folder, processes.device, dtype=dtype)
     model = build_skeleton(folder, opened=False)
     stored = StoredModel(model, CheckpointReader(folder))
@@ -245,5 +299,5 @@ def load(
     for name, buffer in model.named_buffers():
         if name in stored.group_of:
             buffer.copy_(stored.read(name))
-    processes.shard(model, fill, apart=apart)
+    processes.shard(model, fill, gathered=gathered, learns=learns)
     return model

@@ -23,13 +23,13 @@ from secateur.recipes.train import IterativeOptions, TrainRecipe
 from secateur.runs.folder import NOTES
 from secateur.runs.records import Manifest, StepEntry, read_list, read_record
 from secateur.training import gradual, lora, masks, objectives
-from secateur.training.batches import read_training_text
+from secateur.training.batches import Batches, read_training_text
 from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks
-from secateur.training.memory import check_memory, plan_needs
+from secateur.training.memory import fitting, plan_needs
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.saved import Hook
-from secateur.training.training_plan import TrainingPlan
+from secateur.training.training_plan import TrainingPlan, optimizers, shared_batch
 
 
 class TrainingSetup:
@@ -40,8 +40,10 @@ class TrainingSetup:
         source: the checkpoint of the model.
         processes: the processes.
         progress: receives the reading of the text.
+        on_host: whether what learns is on the host; None takes what fits.
 
     Attributes:
+        processes: the processes, with what learns in its place.
         target: the model, with its layers on the meta device.
         batches: training windows.
         validation: validation windows; None without any.
@@ -61,10 +63,13 @@ class TrainingSetup:
         source: LocalCheckpoint,
         processes: ProcessGroup,
         progress: Progress,
+        on_host: bool | None = None,
     ) -> None:
-        self.recipe, self.source, self.processes = recipe, source, processes
-        ways = "gradual", "iterative", "lora"
-        given = [name for name in ways if getattr(recipe, name) is not None]
+        batch = shared_batch(recipe.batch, processes.count)
+        recipe = recipe.model_copy(update={"batch": batch})
+        self.recipe, self.source = recipe, source
+        alone = "gradual", "iterative", "lora"
+        given = [name for name in alone if getattr(recipe, name) is not None]
         if given and processes.count > 1:
             raise RecipeError(
                 f"{given[0]} needs a single process",
@@ -74,24 +79,38 @@ class TrainingSetup:
         self.target = CheckpointTarget(reader, None, processes.device)
         progress.start("reading training text", 1)
         config = self.target.model.config
-        self.batches, self.validation, self.text = read_training_text(recipe, source.folder, config)
+        self.batches, self.validation, self.text = read_training_text(
+            recipe, source.folder, config, batch
+        )
         progress.finish()
-        windows = self.batches.windows
-        self.plan = _plan_of(recipe, self.target.model, len(windows))
+        self.plan = _plan_of(recipe, self.target.model, self.batches)
         self.teacher = None
         if recipe.teacher is not None:
             self.teacher = resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
             tokenizer.refuse_other_words(source.folder, self.teacher.folder)
-        self.needs = plan_needs(
-            recipe,
-            self.target,
-            self.teacher,
-            windows,
-            self.plan,
-            processes,
-            validates=self.validation is not None,
+        places = [on_host] if on_host is not None else [False]
+        # an optimizer that updates each entry alone also works on parts
+        alike = optimizers()[recipe.optimizer.lower()] in masks.FIXED_AT_ZERO
+        if on_host is None and processes.device.type == "cuda" and alike and not given:
+            places.append(True)
+        self.needs, self.processes = fitting(
+            partial(
+                plan_needs,
+                recipe,
+                self.target,
+                self.teacher,
+                self.batches,
+                self.plan,
+                validates=self.validation is not None,
+            ),
+            [processes.holding(place) for place in places],
+            recipe.memory.max_bytes,
         )
-        check_memory(self.needs, recipe.memory.max_bytes, processes.device)
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The figures of the plan, and whether what learns is on the host."""
+        return {**self.needs.to_json(), "on_host": self.processes.on_host}
 
     def train(self, model: Any, work: Path, progress: Progress) -> tuple[Outcome, Masks]:
         """Train a model in place. A call after a kill resumes.
@@ -169,7 +188,7 @@ class TrainingSetup:
                 self.teacher.folder,
                 processes,
                 dtype=fast_dtype(processes.device),
-                apart=False,  # the loss applies its head after its forward
+                learns=False,
             )
             teacher: objectives.Teacher = objectives.ModelTeacher(loaded)
             depth = len(architecture.describe(loaded).layers(loaded))
@@ -218,7 +237,7 @@ class TrainingSetup:
         return tuple(depth[0]["layers"]) if depth else None
 
 
-def _plan_of(recipe: TrainRecipe, model: Any, windows: int) -> TrainingPlan:
+def _plan_of(recipe: TrainRecipe, model: Any, batches: Batches) -> TrainingPlan:
     """Return length, learning rate and optimizer of a training.
 
     Raises:
@@ -232,7 +251,7 @@ def _plan_of(recipe: TrainRecipe, model: Any, windows: int) -> TrainingPlan:
         )
     steps = recipe.steps or 0
     if not recipe.steps and not recipe.minutes:
-        steps = max(1, round(recipe.epochs * windows / recipe.batch))
+        steps = max(1, round(recipe.epochs * len(batches.windows) / batches.size))
     same = TrainingPlan.model_fields.keys() & TrainRecipe.model_fields.keys()
     options = {name: getattr(recipe, name) for name in same} | {
         "rates": recipe.rates if recipe.lora is None else lora.ADAPTERS_ALONE,

@@ -138,9 +138,9 @@ class TrainingPlan(OptimizerOptions):
         kind = optimizers()[self.optimizer.lower()]
         # the loop sets the rate before every step
         options = {"lr": 0.0, **DEFAULTS.get(kind.__name__, {}), **self.optimizer_options}
-        # the fused kernels take no tensors that are divided among processes
         sharded = any(hasattr(p, "to_local") for group in groups.values() for p in group)
-        if "fused" in inspect.signature(kind).parameters and not sharded:
+        fuses = kind in FUSED_IN_PARTS or not sharded
+        if fuses and "fused" in inspect.signature(kind).parameters:
             options.setdefault("fused", True)
         groups_of_torch = [{"params": group, "factor": factor} for factor, group in groups.items()]
         try:
@@ -152,6 +152,37 @@ class TrainingPlan(OptimizerOptions):
                 remedy="see its page in the documentation of torch.optim",
             ) from error
 
+
+BATCH = 4
+"""Windows of a step, unless the processes need more."""
+
+
+def shared_batch(given: int | None, processes: int) -> int:
+    """The number of windows of a step, of which every process reads as many.
+
+    Args:
+        given: the number; None takes the first multiple of the processes from `BATCH` on.
+        processes: the number of processes.
+
+    Raises:
+        RecipeError: the processes cannot share the windows.
+
+    Example:
+        >>> from secateur.training.training_plan import shared_batch
+        >>> [shared_batch(None, processes) for processes in (1, 2, 3, 8)]
+        [4, 4, 6, 8]
+    """
+    batch = given or -(-BATCH // processes) * processes
+    if batch % processes:
+        raise RecipeError(
+            f"{processes} processes cannot share the {batch} windows of a step",
+            remedy="make the batch a multiple of the number of processes, or leave it out",
+        )
+    return batch
+
+
+FUSED_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers whose fused kernels also take tensors that are divided among processes."""
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "AdamW": {"betas": (0.9, 0.95), "weight_decay": 0.0},

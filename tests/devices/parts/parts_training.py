@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from pretended import OnCuda
+import torch.distributed as dist
+from pretended import CUDA, OnCuda
+from tiny import save_tiny
+from trained import source_text
 from zoo import tiny_model, tiny_windows
 
+import secateur
 from contracts.pattern_examples import EXAMPLES
+from secateur.errors import MemoryBudgetError
 from secateur.recipes.train import GradualOptions, IterativeOptions, LoraOptions
 from secateur.sparsity.patterns import parse_pattern, patterns
 from secateur.sparsity.schedules import schedules
@@ -21,7 +26,7 @@ from secateur.training.divergences import KINDS
 from secateur.training.gradual import Criterion, GradualPruning, Rounds
 from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.lora import ADAPTERS_ALONE, attach, merge
-from secateur.training.masks import Masks, open_masks, stored_masks
+from secateur.training.masks import Masks, as_part, local, open_masks, stored_masks
 from secateur.training.objectives import (
     Distil,
     ModelTeacher,
@@ -29,7 +34,8 @@ from secateur.training.objectives import (
     next_token,
     write_teacher,
 )
-from secateur.training.saved import write_whole
+from secateur.training.process_group import ProcessGroup, load
+from secateur.training.saved import Saved, write_whole
 from secateur.training.training_plan import TrainingPlan
 
 WINDOWS = tiny_windows(samples=8, length=12)
@@ -181,3 +187,71 @@ def test_rounds(rewind: str, tmp_path: Path) -> None:
     rounds = Rounds(kept, schedules["geometric"](0.8), Criterion(), how, tmp_path, task)
     rounds.train(Loops(), TrainingPlan(steps=2))
     assert all(isinstance(p, OnCuda) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_what_learns_on_the_host_stays_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step without its forward: FSDP2 gathers into memory that only a real device has."""
+    folder = save_tiny(tmp_path / "model")
+    begin = dist.init_process_group
+    monkeypatch.setattr("torch.Tensor.pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: begin("gloo", **how))
+    # it would move buffers by `.data =`
+    move = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
+    monkeypatch.setattr(move, lambda *states: None)
+    group = ProcessGroup(CUDA).holding(on_host=True)
+    with group.connected():
+        model = load(folder, group, dtype=torch.float32, gathered=torch.bfloat16)
+        parameters: dict[str, Any] = dict(model.named_parameters())
+        with torch.no_grad():
+            for parameter in parameters.values():
+                local(parameter)[::2] = 0.0
+        masks = Masks.of(model)
+        optimizer = TrainingPlan(steps=1, optimizer=name).make_optimizer(parameters.items())
+        for parameter in parameters.values():
+            parameter.grad = as_part(torch.ones(parameter.shape), parameter)
+        masks.hold_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        assert 0 < float(norm.full_tensor()) < 1e4
+        optimizer.param_groups[0]["lr"] = 1e-2
+        before = {n: local(p).clone() for n, p in parameters.items()}
+        optimizer.step()
+        masks.check(model, optimizer)
+        saved = Saved(tmp_path / "saved", group)
+        saved.save_state(parameters, optimizer, (), {"step": 1})
+        after = {n: local(p).detach().clone() for n, p in parameters.items()}
+        optimizer.zero_grad()
+        assert saved.load_state(parameters, optimizer, ()) is not None
+        for n, parameter in parameters.items():
+            held = [parameter, *masks.kept.values(), *optimizer.state[parameter].values()]
+            assert not any(
+                isinstance(local(x), OnCuda) for x in held if isinstance(x, torch.Tensor)
+            )
+            assert torch.equal(local(parameter), after[n])
+        assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+        optimizer.step()
+
+
+def test_what_does_not_fit_on_the_gpu_goes_to_the_host_unless_it_must_stay_whole(
+    tmp_path: Path,
+) -> None:
+    folder = save_tiny(tmp_path / "model", num_hidden_layers=8)
+    (tmp_path / "text.txt").write_text(source_text()[:20_000])
+    options: dict[str, Any] = {
+        "text": str(tmp_path / "text.txt"), "device": "cuda", "dry_run": True, "windows": 16,
+        "sequence_length": 16, "gradient_checkpointing": True,
+    }  # fmt: skip
+    roomy = secateur.train(folder, **options)
+    assert not roomy.memory["on_host"]
+    less = roomy.memory["peak"] - 1
+    tight = secateur.train(folder, max_memory=less, **options)
+    assert tight.memory["on_host"]
+    assert tight.memory["peak"] <= less
+    assert any("on the host" in str(row) for table in tight.tables() for row in table.rows)
+    for more in ({"gradual": 0.5}, {"optimizer": "Adafactor"}):
+        peak = secateur.train(folder, **options, **more).memory["peak"]
+        with pytest.raises(MemoryBudgetError):
+            secateur.train(folder, max_memory=peak - 1, **options, **more)

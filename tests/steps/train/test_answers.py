@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_of(place: Path, *texts: str, **options: Any) -> Any:
     names = [str(place / text) for text in texts]
     recipe = TrainRecipe(model="m", text=names, sequence_length=64, **options)
-    read, watched, record = read_training_text(recipe, place / "pruned", read_config(place))
+    read, watched, record = read_training_text(recipe, place / "pruned", read_config(place), 4)
     return SimpleNamespace(
         windows=read.windows, answers=read.answers, record=record,
         validation=watched and watched.windows, validation_answers=watched and watched.answers,
