@@ -196,7 +196,7 @@ def test_a_process_holds_its_part_of_a_teacher_and_two_whole_layers(tmp_path: Pa
     count = sum(p.numel() for p in model.parameters())  # tied ones once
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     alone, shared = (
-        memory._teacher_bytes(teacher, SimpleNamespace(count=n, device=torch.device("cpu")), False)
+        memory._teacher_bytes(teacher, SimpleNamespace(count=n, device=torch.device("cpu")))
         for n in (1, 3)
     )
     assert shared * count == alone * (count - 6 * layer + 2 * layer + 2 * layer)
