@@ -69,8 +69,7 @@ def rows_of(scale: Any, scratch: Path, layers: int, few: int) -> list[Row]:
 
     products = [
         Row(f"{named(v, s)} {z:.0%}", 25, partial(measure.product_row, scale, s, v, z))
-        for z in (0.5, 0.7)
-        for v in measure.VALUES
+        for v, z in (("bf16", 0.5), ("int8", 0), ("int4", 0), ("bf16", 0.7))
         for s in scale.shapes
     ]
     cores = [
@@ -91,8 +90,7 @@ def rows_of(scale: Any, scratch: Path, layers: int, few: int) -> list[Row]:
             ("wanda", layers, 330),
         )
     ]
-    half = len(products) // 2
-    return [*products[:half], *cores[:3], *models, *cores[3:], *pruned, *products[half:]]
+    return [*products, *cores[:3], *models, *cores[3:], *pruned]
 
 
 def measure_all(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,9 +20,12 @@ from torch.nn import functional
 
 from secateur.models.architecture import describe
 from secateur.quantization.groups import GroupGrid
+from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.decode import SteppedGeneration
-from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, race
-from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
+from secateur.runtime.kernels.gpu.integers import GpuIntegers
+from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, GpuMatrix, race
+from secateur.runtime.kernels.linear import IntegerLinear
 from secateur.runtime.semi_structured.layout import StoredParts, split, window_columns
 from secateur.runtime.semi_structured.load import SparseLinear
 from secateur.timing import alternate, seconds_of
@@ -61,46 +65,34 @@ def product_row(scale: Scale, shape: tuple[int, int], values: str, sparsity: flo
     """Seconds of a product by each way, for each batch."""
     rows, columns = shape
     weight = torch.randn(rows, columns, device=scale.device).bfloat16()
-    sparse = random_matrix(weight, values, sparsity)
+    matrix = random_matrix(weight, values, sparsity)
     products = {
         "torch bf16": lambda x: functional.linear(x, weight),
-        f"ours, {values}, {sparsity:.0%}": sparse.multiply,
+        f"kernel, {values}": matrix.multiply,
+        f"expanded, {values}": matrix.expanded,
     }
     if values != "bf16":
-        products[f"ours, {values}, dense"] = random_matrix(weight, values, 0.0).multiply
-        products |= {f"torch {values}": dense_integers(weight, values)}
+        products[f"torch {values}"] = dense_integers(weight, values)
 
     def calls(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, columns, device=scale.device).bfloat16()
-        named = {n: lambda product=product: product(x) for n, product in products.items()}
-        return {name: call for name, call in named.items() if runs(call)}
+        return {n: lambda product=product: product(x) for n, product in products.items()}
 
     seconds = race(scale.batches, calls, scale.clock)
-    return {"shape": [rows, columns], "bytes": sparse.nbytes, "seconds": seconds}
-
-
-def runs(call: Call) -> bool:
-    """Whether torch has a kernel for this GPU and this shape."""
-    try:
-        call()
-    except RuntimeError:
-        return False
-    return True
+    ran = {n: {way: s for way, s in ways.items() if isfinite(s)} for n, ways in seconds.items()}
+    return {"shape": [rows, columns], "bytes": matrix.nbytes, "seconds": ran}
 
 
 def random_matrix(weight: Tensor, values: str, sparsity: float) -> GpuMatrix:
-    """A matrix with random zeros and the numbers of a dense one."""
+    """A matrix with the numbers of a dense one; of floats with random zeros."""
     device, weight = weight.device, weight.cpu()
-    mask = torch.rand(weight.shape) >= sparsity
     if values == "bf16":
-        return GpuMatrix.of(mask, weight[mask], device=device)
+        mask = torch.rand(weight.shape) >= sparsity
+        return GpuBitmask.of(mask, weight[mask], device)
     if values == "int8":
-        scale = weight.abs().float().amax(1) / 127
-        codes = (weight.float() / scale[:, None]).round().to(torch.int8)
-        return GpuMatrix.of(mask, codes[mask], scale=scale, device=device)
-    grid = GroupGrid(4, GROUP)
-    codes, scales = grid.quantize(weight.float())
-    return GpuMatrix.of(mask, codes[mask], scales=scales, group=GROUP, device=device)
+        return GpuIntegers.of(IntegerLinear(*quantize_rows(weight.float())), device)
+    codes, scales = GroupGrid(4, GROUP).quantize(weight.float())
+    return GpuIntegers.of(IntegerLinear(codes, scales.values, GROUP), device)
 
 
 def dense_integers(weight: Tensor, values: str) -> Callable[[Tensor], Tensor]:
@@ -216,10 +208,8 @@ def replace_linears(model: Any, storage: str, scale: Scale) -> None:
 
 def another(matrix: GpuMatrix) -> GpuMatrix:
     """The same matrix in memory of its own."""
-    return replace(
-        matrix, mask=matrix.mask.clone(), starts=matrix.starts.clone(),
-        values=matrix.values.clone(),
-    )  # fmt: skip
+    parts = {name: part for name, part in vars(matrix).items() if isinstance(part, Tensor)}
+    return replace(matrix, **{name: part.clone() for name, part in parts.items()})
 
 
 def stored_bytes(model: Any) -> int:

@@ -439,12 +439,12 @@ def window_progress(
 
 
 def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a model with its tokenizer. On the CPU, kernels multiply a compressed one."""
+    """Load a model with its tokenizer. Kernels multiply a compressed one."""
     source = resolve(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.folder)
     place = choose_device(device)
     if is_packed(source.folder):
-        return load(source.folder, kernels=place.type == "cpu", device=place), tokenizer
+        return load(source.folder, device=place), tokenizer
     return load_whole(source.folder, place), tokenizer
 
 

@@ -39,18 +39,18 @@ def shares_of(group: int | None) -> Shares:
 
 
 @lru_cache
-def spread_order(columns: int) -> Tensor:
+def spread_order(columns: int, device: torch.device | str = "cpu") -> Tensor:
     """The columns 0 to ⌈columns / 64⌉ · 64 − 1, one spread share after the other, int64."""
     # `words` of 64 columns; a block has 8 of them, and at the end 4, 2 or 1.
     words, found, first, block = -(-columns // GROUP), [], 0, 8
     while first < words:
         while block > words - first:
             block //= 2
-        own = torch.arange(first * GROUP, (first + block) * GROUP)
+        own = torch.arange(first * GROUP, (first + block) * GROUP, device="cpu")
         # Column c of the block is [c // 4k, c // 4 mod k, c mod 4]: the share comes to the front.
         found.append(own.view(16, block, 4).transpose(0, 1).reshape(-1))
         first += block
-    return torch.cat(found)
+    return torch.cat(found).to(device)
 
 
 def integers_of(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def integers_of(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
     """
     filled = functional.pad(x.float(), (0, -x.shape[-1] % GROUP))
     if shares == "spread":
-        filled = filled[..., spread_order(x.shape[-1]).to(x.device)]
+        filled = filled[..., spread_order(x.shape[-1], x.device)]
     blocks = filled.unflatten(-1, (-1, GROUP))  # [..., shares, 64]
     most = blocks.abs().amax(-1, keepdim=True)
     largest = torch.full_like(most, LARGEST)  # torch would multiply a number by 1 / most
@@ -95,6 +95,6 @@ def round_activations(x: Tensor, shares: Shares) -> Tensor:
     rounded = (integers.unflatten(-1, (-1, GROUP)) * scales[..., None]).flatten(-2)
     if shares == "spread":
         # Back to the order of the columns: share position i belongs to column order[i].
-        order = spread_order(x.shape[-1]).to(x.device)
+        order = spread_order(x.shape[-1], x.device)
         rounded = torch.empty_like(rounded).index_copy_(-1, order, rounded)
     return rounded[..., : x.shape[-1]]

@@ -132,7 +132,7 @@ def install(
             if replaced:
                 module = inference.ReadLinear(KernelMatrix(view.read(stored).to(dtype)), old.bias)
         elif replaced or layout.integers:
-            _check_replaceable(old, path)
+            check_replaceable(old, path)
             module = _linear_of(parts, layout, dtype, kernels, old.bias)
         if module is None:
             assign(model, parameter, view.read(stored).to(dtype))
@@ -280,7 +280,7 @@ def _rows_of(
     return KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
 
 
-def _check_replaceable(old: Any, path: str) -> None:
+def check_replaceable(old: Any, path: str) -> None:
     """Refuse a packed matrix of a module that is no linear."""
     from transformers.pytorch_utils import Conv1D
 

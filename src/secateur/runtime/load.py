@@ -1,9 +1,8 @@
 """Loads a compressed checkpoint as a transformers model whose linear layers stay packed.
 
-On a GPU, pruned linear layers stay in the bitmask format. Other matrices are dense in the dtype of
-the computation. Every kind of matrix is measured once, and is dense too where torch's dense product
-is faster for one token. Activations that meet integers are rounded on every way; a dense matrix of
-integers keeps them, and torch multiplies in float32.
+On a GPU, matrices of integers stay integers, with their zeros. Pruned matrices of floats stay in
+the bitmask format where that is faster for one token than torch's dense product; others are dense.
+Every kind of matrix is measured once. Activations that meet integers are rounded on every way.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.errors import KernelError, RecipeError, install_extra
+from secateur.errors import RecipeError
 from secateur.machine import reused_pages
 from secateur.models import skeleton
 from secateur.models.configuration import trusted_folder
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
-from secateur.quantization.groups import Scales
 from secateur.runtime import install
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.kernels import linear as inference
@@ -43,11 +41,11 @@ def load(
     """Load a checkpoint, compressed or not, in eval mode.
 
     Every file is verified first. Kernels multiply packed matrices without expanding them. Without
-    kernels (`secateur.kernel_info()`) torch multiplies them, expanded. On a GPU, pruned linears
-    stay in the bitmask format where that is faster (Triton is needed); others are expanded.
+    kernels (`secateur.kernel_info()`; on a GPU without Triton) torch multiplies them, expanded.
 
     Activations that meet integers are rounded to int8 in groups of 64, as the folder says,
-    whatever multiplies them: numbers are the same to the order of sums. Only `expand` rounds none.
+    whatever multiplies them: numbers are the same to the order of sums, and on a GPU to the
+    rounding of `dtype` where torch multiplies. Only `expand` rounds none.
 
     Args:
         folder: written by `secateur compress` or transformers.
@@ -65,7 +63,6 @@ def load(
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
-        KernelError: there is no Triton for a GPU.
         RecipeError: torch knows no such device, or the dtype is none of torch's.
     """
     from secateur.runtime.quantizer import refuse_saving
@@ -84,17 +81,14 @@ def load(
     dtype = dtype or computed_dtype(folder)
     # on meta: every parameter is filled once, from the files
     model = skeleton.build_skeleton(folder, dtype=dtype)
-    on_gpu = device.type == "cuda" and kernels and not expand
-    if on_gpu and find_spec("triton") is None:
-        raise KernelError(
-            "Triton is not installed", remedy=f"{install_extra('gpu')}, or expand=True"
-        )
+    on_gpu = device.type == "cuda" and kernels and not expand and find_spec("triton") is not None
     with reused_pages():  # release the memory of measuring and unpacking
         if on_gpu:
             install_on_gpu(model, packed, dtype, device)
         else:
-            install.install(model, packed, dtype, expand=expand, kernels=kernels)
-            if device.type != "cpu":
+            here = device.type == "cpu"
+            install.install(model, packed, dtype, expand=expand, kernels=kernels and here)
+            if not here:
                 model.to(device)
     model.config.dtype = dtype
     packed_modules = (InferenceLinear, PackedEmbedding, OpenExperts)
@@ -111,7 +105,7 @@ def load(
 
 def install_on_gpu(
     model: Any, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device
-) -> list[str]:
+) -> None:
     """Fill a skeleton from a compressed checkpoint, and move it to a device.
 
     Args:
@@ -120,63 +114,55 @@ def install_on_gpu(
         dtype: what the model computes in.
         device: a GPU; the CPU only with Triton's interpreter.
 
-    Returns:
-        The paths of the linears that stay packed.
-
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
     """
-    from secateur.runtime.kernels.gpu.linear import GpuLinear, measured
-    from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+    from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
+    from secateur.runtime.kernels.gpu.integers import GpuIntegers
+    from secateur.runtime.kernels.gpu.linear import GpuLinear, GpuMatrix, measured
 
     # Everything is put together on the CPU. One move at the end then keeps tied weights tied.
     view = install.DenseView(packed, dtype)
     names, embedding_at, head = install.places_of(model, view)
     head_module = None
     choices: dict[tuple[object, ...], KernelChoice] = {}
-    found: list[str] = []
 
-    def linear_of(owner: str, layout: Layout, bias: Tensor | None) -> InferenceLinear | None:
+    def choice_of(matrix: GpuMatrix) -> KernelChoice:
+        """The choice for a kind of matrix: they take the same time, so one of them is measured."""
+        if matrix.kind not in choices:
+            choices[matrix.kind] = measured(matrix, dtype, device)
+        return choices[matrix.kind]
+
+    def linear_of(owner: str, layout: Layout, bias: Tensor | None = None) -> InferenceLinear | None:
         """The fastest linear of a packed matrix; None if that is a dense one."""
         product = inference.product_of(layout, device)
+        if product is None and layout.format == "dense" and not layout.integers:
+            return None
+        parts = packed.parts(owner)
         if product is not None:
-            return product.linear(packed.parts(owner), layout, bias, device)
-        if layout.format != "dense":
-            parts = packed.parts(owner)
-            mask, values = formats[layout.format].kept(parts, layout)
-            scale, scales = parts.get("weight_scale"), None
-            if layout.grid is not None:
-                scale, scales = None, Scales(parts["weight_exponent"], parts["weight_scale"])
-            matrix = GpuMatrix.of(
-                mask, values, scale=scale, scales=scales, group=layout.group or 0, device=device
-            )
-            # the matrices of a kind take the same time, so one of them is measured
-            share = round(10 * matrix.nonzeros / (matrix.shape[0] * matrix.shape[1]))
-            kind = (matrix.shape, matrix.values.dtype, matrix.group, share)
-            if kind not in choices:
-                with torch.cuda.device_of(matrix.mask):
-                    choices[kind] = measured(matrix, dtype)
-            if choices[kind].speedup_over_dense >= 1:
-                up_to = choices[kind].kernel_up_to
-                return GpuLinear(matrix, bias, up_to, rounds_inputs=layout.integers)
-        # integers stay integers also where they are dense, so that no number changes
-        return install.integers_of(packed.parts(owner), layout, bias) if layout.integers else None
+            return product.linear(parts, layout, bias, device)
+        if layout.integers:
+            integers = GpuIntegers.of(install.integers_of(parts, layout), device)
+            return GpuLinear(integers, bias, choice_of(integers).kernel_up_to)
+        floats = GpuBitmask.of(*formats[layout.format].kept(parts, layout), device)
+        choice = choice_of(floats)
+        faster = choice.speedup_over_dense >= 1
+        return GpuLinear(floats, bias, choice.kernel_up_to) if faster else None
 
     for parameter, stored in names.items():
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
         module = model.get_submodule(path)
-        if layout is not None and isinstance(module, nn.Linear):
+        if layout is not None and path != embedding_at and not path.endswith(install.READ):
+            install.check_replaceable(module, path)
             linear = linear_of(owner, layout, module.bias)
             if linear is not None:
                 install.replace(model, path, linear)
-                found += [] if isinstance(linear, inference.IntegerLinear) else [path]
                 continue
         if layout is not None and layout.integers and path == embedding_at and head:
-            head_module = install.integers_of(packed.parts(owner), layout)
+            head_module = linear_of(owner, layout)
         skeleton.assign(model, parameter, view.read(stored).to(dtype))
     skeleton.fill_buffers(model, view)
     if head:
         install.tie_head(model, embedding_at, head, head_module)
     model.to(device)
-    return found

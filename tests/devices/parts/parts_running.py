@@ -148,12 +148,12 @@ def test_kernels_are_launched_where_their_matrix_is(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from secateur.runtime.kernels.gpu import matrix
+    from secateur.runtime.kernels.gpu import bitmask
 
     kernel = Launched()
-    monkeypatch.setattr(matrix, "bitmask_product", kernel)
-    monkeypatch.setattr(matrix, "bitmask_expand", kernel)
+    monkeypatch.setattr(bitmask, "bitmask_product", kernel)
+    monkeypatch.setattr(bitmask, "bitmask_expand", kernel)
     mask = torch.rand(16, 256) > 0.5
-    made = matrix.GpuMatrix.of(mask, torch.randn(int(mask.sum())), device="cuda:1")
+    made = bitmask.GpuBitmask.of(mask, torch.randn(int(mask.sum())), device="cuda:1")
     GpuLinear(made)(torch.ones(tokens, 256, device="cuda:1"))
     assert kernel.on == [1]

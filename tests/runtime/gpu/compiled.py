@@ -1,6 +1,6 @@
 """Compiles the GPU's kernels without a GPU, and prints what each one takes, as JSON.
 
-    python tests/runtime/gpu/compiled.py 90 bfloat16-one int4-many
+    python tests/runtime/gpu/compiled.py 90 bfloat16-one int4-few
 
 A process of its own, because other tests interpret the same kernels.
 """
@@ -21,25 +21,28 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from secateur.runtime.kernels.gpu import two_of_four_kernel
-from secateur.runtime.kernels.gpu.bitmask_kernel import bitmask_expand, bitmask_product
-from secateur.runtime.kernels.gpu.matrix import LANES, ROWS
+from secateur.runtime.kernels.gpu import bitmask, integers, two_of_four_kernel
 
-VALUES = {"bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8", "int4": "*u8"}
-STORED = {"mask": "*u8", "starts": "*i64", "values": "", "code": "*u8", "exponent": "*i8"}
-PRODUCT = {"x": "*bf16", "y": "*fp32", **STORED} | dict.fromkeys(
-    ("rows", "columns", "tokens", "tiles", "tiles_each", "groups"), "i32"
-)
-PAIRS = {
-    "x": "", "y": "*fp32", "packed": "", "meta": "*i16", "columns": "*i32",
-} | dict.fromkeys(("rows", "quads", "width", "tokens", "tiles_each"), "i32")  # fmt: skip
-EXPAND = {"out": "*bf16", **STORED} | dict.fromkeys(("rows", "columns", "tiles", "groups"), "i32")
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}
+STORED = {"mask": "*u8", "starts": "*i64", "values": ""}
+TYPES = {
+    "one": {"x": "", "y": "*fp32", **STORED}
+    | dict.fromkeys(("rows", "tokens", "tiles", "tiles_each"), "i32"),
+    "expand": {"out": "", **STORED} | dict.fromkeys(("rows", "columns", "tiles"), "i32"),
+    "round": {"x": "", "order": "*i32", "q": "*i8", "steps": "*fp32", "columns": "i32",
+              "words": "i32"},
+    "few": {"q": "*i8", "steps": "*fp32", "y": "*fp32", "codes": "*i8", "scales": "*fp32"}
+    | dict.fromkeys(("rows", "words", "tokens", "words_each"), "i32"),
+    "2:4": {"x": "", "y": "*fp32", "packed": "", "meta": "*i16", "columns": "*i32"}
+    | dict.fromkeys(("rows", "quads", "width", "tokens", "tiles_each"), "i32"),
+}  # fmt: skip
 
 
 def compiled(architecture: int, name: str) -> dict[str, Any]:
     """What a kernel takes on an architecture.
 
-    `name` is values and `one`, `many` or `expand`; or values and `2:4` or `6:8`, and tokens.
+    `name` is values and what is done: `one`, `many` or `expand` for the bitmask, `round`; `few` or
+    `many` for int8, int4 and int4x2 (two scales for 64 columns); `2:4` or `6:8`, and tokens.
     """
     values, how, *tokens = name.split("-")
     if tokens:
@@ -47,44 +50,92 @@ def compiled(architecture: int, name: str) -> dict[str, Any]:
             "TOKENS": int(tokens[0]), "SPLIT": how == "6:8", "ROWS": two_of_four_kernel.ROWS,
             "QUADS": two_of_four_kernel.QUADS,
         }  # fmt: skip
-        types = {**PAIRS, "x": VALUES[values], "packed": VALUES[values]}
-        return made(two_of_four_kernel.two_of_four_product, types, constants, architecture)
-    expands = how == "expand"
-    constants = {
-        "ROWS": ROWS, "LANES": LANES, "CODES": values == "int4",
-        "GROUP": 64 if values == "int4" else 0,
-    }  # fmt: skip
-    if not expands:
-        constants |= {"MANY": how == "many", "WIDE": False}
-    kernel = bitmask_expand if expands else bitmask_product
-    types = {**(EXPAND if expands else PRODUCT), "values": VALUES[values]}
-    return made(kernel, types, constants, architecture)
+        weights = two_of_four_kernel.ROWS * two_of_four_kernel.QUADS * 4
+        kernel, types = two_of_four_kernel.two_of_four_product, TYPES["2:4"]
+        return made(kernel, filled(types, values), constants, architecture, weights)
+    if values.startswith("int"):
+        tile = integers.FEW if how == "few" else integers.MANY
+        runs = {"int8": 0, "int4": 1, "int4x2": 2}[values]
+        constants = {
+            "TOKENS": tile.tokens, "ROWS": tile.rows, "RUNS": runs, "PLAIN": False,
+        }  # fmt: skip
+        types = TYPES["few"] | ({"scales": "*bf16"} if runs else {})
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        weights, kernel = 64 * tile.rows, integers.integer_product
+        return made(kernel, types, constants, architecture, weights, **options)
+    if how == "round":
+        weights, constants = 64 * integers.WORDS, {"WORDS": integers.WORDS}
+        types = filled(TYPES["round"], values)
+        return made(integers.rounded, types, constants, architecture, weights)
+    constants = {"ROWS": bitmask.ROWS, "LANES": bitmask.LANES}
+    weights = bitmask.ROWS * bitmask.COLUMNS
+    if how == "expand":
+        types = filled(TYPES["expand"], values)
+        return made(bitmask.bitmask_expand, types, constants, architecture, weights)
+    constants |= {"MANY": how == "many", "WIDE": False}
+    types = filled(TYPES["one"], values)
+    return made(bitmask.bitmask_product, types, constants, architecture, weights)
+
+
+def filled(types: dict[str, str], values: str) -> dict[str, str]:
+    """Types of arguments, those of activations and weights too."""
+    return {name: kind or POINTERS[values] for name, kind in types.items()}
 
 
 def made(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int
-) -> dict[str, Any]:
-    """Compile a kernel for types of its arguments and constants."""
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int,
+    weights: int, num_warps: int = 4, num_stages: int = 3,
+) -> dict[str, Any]:  # fmt: skip
+    """Compile a kernel for types of its arguments and constants.
+
+    `weights` are those of a turn of its loop, or of a program if it has none.
+    """
+    pointers = [place for place, kind in enumerate(types.values()) if kind.startswith("*")]
+    aligned = {(place,): [["tt.divisibility", 16]] for place in pointers}  # as all of torch's
     types = types | dict.fromkeys(constants, "constexpr")
     places = {(list(types).index(key),): value for key, value in constants.items()}
-    found = triton.compile(
-        ASTSource(kernel, types, places), target=GPUTarget("cuda", architecture, 32)
-    )
-    return {**usage(found.asm["cubin"]), "shared": found.metadata.shared,
-            "tensor_cores": "mma." in found.asm["ptx"]}  # fmt: skip
-
-
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack and local memory: what is spilled is there."""
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    source = ASTSource(kernel, types, places, aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    target = GPUTarget("cuda", architecture, 32)
+    found = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(found.asm["cubin"])
         file.flush()
-        output = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said_by(
+            "cuobjdump", "--dump-resource-usage", file.name
+        )))  # fmt: skip
+        code = said_by("nvdisasm", "--print-code", file.name)
+    return {
+        "registers": int(usage["REG"]),
+        "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "instructions": round(instructions(code) * num_warps * 32 / weights, 1),
+        "shared": found.metadata.shared,
+        "tensor_cores": "mma" in found.asm["ptx"],
+    }
+
+
+def instructions(code: str) -> int:
+    """Instructions of a thread in the longest loop; in all if there is none.
+
+    A loop ends with a branch to a label before it. One that jumps to itself is how a program ends.
+    """
+    labels: dict[str, int] = {}
+    count, longest = 0, 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = count
+        if re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
+            count += 1
+            branch = re.search(r"BRA.*`\((\.L_\w+)\)", line)
+            if branch and branch[1] in labels:
+                longest = max(longest, count - labels[branch[1]])
+    return longest if longest > 1 else count
+
+
+def said_by(tool: str, *words: str) -> str:
+    """What a tool that comes with Triton prints."""
+    path = Path(nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([path, *words], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_products_are_those_of_the_dense_matrix(
 def test_tiles_can_be_divided_among_programs(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.runtime.kernels.gpu import matrix
+    from secateur.runtime.kernels.gpu import bitmask as matrix
 
     monkeypatch.setattr(matrix, "PROGRAMS", programs)
     parts, weight = weight_of("2:4", (32, 320), torch.bfloat16)  # five tiles

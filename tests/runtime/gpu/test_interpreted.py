@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_tiny
+from torch import nn
 
 import secateur
-from secateur.errors import KernelError
+from secateur.runtime.kernels.linear import IntegerLinear, PackedLinear
 
 HERE = Path(__file__).parent
 
@@ -33,13 +35,22 @@ def test_every_kernel_computes_right_in_the_interpreter() -> None:
     assert " skipped" not in done.stdout.splitlines()[-1]
 
 
-def test_without_triton_the_error_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_gpu_multiplies_by_triton_or_torch(
+    triton: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Never by the kernels of the CPU. A meta device takes the place of the GPU."""
     save_tiny(tmp_path / "dense", num_hidden_layers=1)
-    secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
-    secateur.compress(tmp_path / "p", output=tmp_path / "small")
-    monkeypatch.setattr("secateur.runtime.load.find_spec", lambda name: None)
-    with pytest.raises(KernelError, match="Triton") as error:
-        secateur.load(tmp_path / "small", device="cuda")
-    assert "expand=True" in str(error.value.remedy)
+    secateur.compress(tmp_path / "dense", output=tmp_path / "small", values="int8")
+    monkeypatch.setattr("secateur.runtime.load.find_spec", lambda name: triton or None)
+    by_triton: list[torch.device] = []
+    monkeypatch.setattr(
+        "secateur.runtime.load.install_on_gpu", lambda *args: by_triton.append(args[-1])
+    )
+    move = nn.Module.to
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: move(self, "meta"))
+    model = secateur.load(tmp_path / "small", device="cuda:1")
+    assert by_triton == ([torch.device("cuda", 1)] if triton else [])
+    kinds = {type(module) for module in model.modules()}
+    assert PackedLinear not in kinds
+    assert (IntegerLinear in kinds) == (not triton)

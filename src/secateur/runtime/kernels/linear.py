@@ -23,7 +23,9 @@ from secateur.runtime.kernels.dispatch import by_blocks, by_kernel
 from secateur.runtime.kernels.matrix import KernelMatrix
 
 AT_ONCE = 2**22
-"""Weights that are float32 at the same time."""
+"""Weights that are float32 at the same time on a CPU."""
+EXPANDED = 2**26
+"""Weights that are float32 at the same time on a GPU: 256 MiB, and most matrices whole."""
 
 
 def activations_of(model: nn.Module) -> str:
@@ -236,14 +238,20 @@ class PackedLinear(OperatorLinear):
 class IntegerLinear(InferenceLinear):
     """y = x Wᵀ + b in torch, on any device, with W of integers and rounded x.
 
-    It computes what the kernels for prompts compute, bit for bit: integer products are exact in
-    float32, and each group's sum times its scales is added with one rounding.
+    On a CPU it computes what the kernels for prompts compute, bit for bit: integer products are
+    exact in float32, and each group's sum times its scales is added with one rounding. Elsewhere
+    it is `expanded_product`.
 
     Args:
         codes: the integers of W, int8 [out, in].
         scales: float32 [out]; or [out, groups] where columns are in groups.
         group: consecutive columns that share a scale of a row; None for whole rows.
         bias: b [out], or None.
+
+    Attributes:
+        codes: in the order of the rounded activations, int8 [out, ⌈in / 64⌉ · 64]: zeros past the
+            columns.
+        scales: of runs of `codes` that are equally long, float32 [out, runs].
     """
 
     rounds_inputs = True
@@ -252,8 +260,17 @@ class IntegerLinear(InferenceLinear):
         self, codes: Tensor, scales: Tensor, group: int | None = None, bias: Tensor | None = None
     ) -> None:
         super().__init__((codes.shape[0], codes.shape[1]), bias)
+        self.group = group
+        codes = functional.pad(codes, (0, -self.in_features % GROUP))
+        if group is None:
+            codes, scales = codes[:, spread_order(self.in_features, codes.device)], scales[:, None]
+        else:
+            # No run is longer than a group of activations. A negative padding cuts.
+            scales = scales.repeat_interleave(max(1, group // GROUP), 1)
+            runs = codes.shape[1] // min(group, GROUP)
+            scales = functional.pad(scales, (0, runs - scales.shape[1]))
         # no buffers: they would be cast with the model, and looked for in its files
-        self.codes, self.scales, self.group = codes, scales, group
+        self.codes, self.scales = codes, scales
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> IntegerLinear:
         """Move the integers along; a cast of the model leaves them."""
@@ -266,6 +283,8 @@ class IntegerLinear(InferenceLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """The product for activations [tokens, in], of their dtype."""
         integers, steps = integers_of(x, shares_of(self.group))
+        if x.device.type != "cpu":
+            return expanded_product(integers, steps, self.codes, self.scales, x.dtype)
         # some rows of W at a time: their codes become float32
         rows = max(1, AT_ONCE // max(len(integers), self.in_features))
         parts = zip(self.codes.split(rows), self.scales.split(rows), strict=True)
@@ -283,20 +302,53 @@ class IntegerLinear(InferenceLinear):
         # Columns whose products have one scale: a group of activations, or of weights if smaller.
         width = min(self.group or GROUP, GROUP)
         sums = torch.zeros(len(x), len(codes), device=x.device)
-        if self.group is None:
-            # int8 kernels read activations in a spread order, and sums must have the same order
-            filled = functional.pad(codes, (0, -self.in_features % GROUP))
-            codes = filled[:, spread_order(self.in_features).to(x.device)]
         for begin in range(0, self.in_features, width):
-            part = codes[:, begin : begin + width].float()
+            run = slice(begin, begin + width)
             # at most 64 · 127 · 127, so the sum of products is exact in float32
-            dots = x[:, begin : begin + part.shape[1]] @ part.T
+            dots = x[:, run] @ codes[:, run].float().T
             scale = steps[:, begin // GROUP, None]
             if self.group is not None:
-                scale = scale * scales[:, begin // self.group]
+                scale = scale * scales[:, begin // width]
             # as a fused multiply-add of the kernels: one rounding for product and sum
             sums = (sums.double() + dots.double() * scale.double()).float()
-        return sums if self.group is not None else sums * scales
+        return sums if self.group is not None else sums * scales[:, 0]
+
+
+def expanded_product(
+    x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The product with W expanded, [tokens, out]: as many launches for any matrix of one block.
+
+    Rounded activations and weights are rounded to `dtype`. torch adds the products, in float32.
+
+    Args:
+        x: rounded activations as integers, from `integers_of` [tokens, ⌈in / 64⌉ · 64].
+        steps: their scales [tokens, ⌈in / 64⌉].
+        codes: of W, as `IntegerLinear` holds them; or two codes of 4 bits in a byte.
+        scales: of their runs.
+        dtype: of the product.
+    """
+    inputs = (x.unflatten(1, (-1, GROUP)) * steps[..., None]).flatten(1).to(dtype)
+    rows = max(1, EXPANDED // x.shape[1])
+    found = []
+    for part, scale in zip(codes.split(rows), scales.split(rows), strict=True):
+        whole = part if part.shape[1] == x.shape[1] else both_halves(part)
+        weight = (whole.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+        found.append(functional.linear(inputs, weight.to(dtype)))
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def in_halves(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, int8 [out, in], two in a byte: byte i of 32 has codes i and i + 32 of 64."""
+    low, high = codes.unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
+    return ((low & 15) | (high << 4)).flatten(1)
+
+
+def both_halves(packed: Tensor) -> Tensor:
+    """The inverse of `in_halves`."""
+    bytes_ = packed.unflatten(1, (-1, GROUP // 2))
+    # a shift to the right copies the sign
+    return torch.stack([bytes_ << 4 >> 4, bytes_ >> 4], 2).flatten(1)
 
 
 class PackedEmbedding(_NumberedModule):

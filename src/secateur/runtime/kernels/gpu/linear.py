@@ -1,10 +1,11 @@
-"""A linear layer whose weight stays in the bitmask format on a GPU, where that is faster.
+"""A linear layer whose weight stays as it is stored on a GPU, where that is faster.
 
 A race measures which of several ways to multiply is the fastest, for how many tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from statistics import median
@@ -12,53 +13,47 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.nn import functional
+from triton.errors import TritonError
 
-from secateur.quantization.activations import round_activations, shares_of
 from secateur.runtime.kernels.dispatch import KernelChoice
-from secateur.runtime.kernels.gpu.bitmask_kernel import TOKENS
-from secateur.runtime.kernels.gpu.matrix import GpuMatrix
+from secateur.runtime.kernels.gpu.bitmask import TOKENS, GpuBitmask
+from secateur.runtime.kernels.gpu.integers import GpuIntegers
 from secateur.runtime.kernels.linear import OperatorLinear
 from secateur.timing import alternate
 
 TRIED = (1, 2, 4, 8, TOKENS)
+TRIED_INTEGERS = (1, TOKENS, 64, 256, 1024)
+
+GpuMatrix = GpuBitmask | GpuIntegers
 
 
 class GpuLinear(OperatorLinear):
-    """y = x Wᵀ + b, with W in the bitmask format; for inference.
+    """y = x Wᵀ + b, with W as it is stored; for inference.
 
     Args:
         matrix: W [out, in].
         bias: b [out], or None.
         kernel_up_to: the most tokens for the kernel. For more, W is expanded and torch multiplies.
-        rounds_inputs: whether activations are rounded as on the CPU; products are then float32.
     """
 
     def __init__(
-        self,
-        matrix: GpuMatrix,
-        bias: Tensor | None = None,
-        kernel_up_to: int = TOKENS,
-        *,
-        rounds_inputs: bool = False,
+        self, matrix: GpuMatrix, bias: Tensor | None = None, kernel_up_to: int = TOKENS
     ) -> None:
         super().__init__(matrix.shape, bias)
-        self.matrix, self.kernel_up_to, self.rounds_inputs = matrix, kernel_up_to, rounds_inputs
+        self.matrix, self.kernel_up_to = matrix, kernel_up_to
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded."""
+        return self.matrix.integers
 
     def product(self, x: Tensor) -> Tensor:
         """The product x Wᵀ [tokens, out] without the bias, by the faster way."""
         if len(x) == 0:
             return x.new_empty(0, self.out_features)
-        if self.rounds_inputs:
-            rounded = round_activations(x, shares_of(self.matrix.group))
-            return self.exact_product(rounded).to(x.dtype)
-        return self.exact_product(x)
-
-    def exact_product(self, x: Tensor) -> Tensor:
-        """The product with activations as they are."""
-        with torch.cuda.device_of(x):  # Triton launches on the current GPU
-            if len(x) <= self.kernel_up_to:
-                return self.matrix.multiply(x)
-            return functional.linear(x, self.matrix.dense(x.dtype))
+        if len(x) <= self.kernel_up_to:
+            return self.matrix.multiply(x)
+        return self.matrix.expanded(x)
 
     @property
     def nbytes(self) -> int:
@@ -66,28 +61,40 @@ class GpuLinear(OperatorLinear):
         return self.matrix.nbytes
 
 
-def measured(matrix: GpuMatrix, dtype: torch.dtype, clock: Clock | None = None) -> KernelChoice:
-    """Time the kernel, expanding, and the dense matrix, in turns.
+def measured(
+    matrix: GpuMatrix, dtype: torch.dtype, device: torch.device, clock: Clock | None = None
+) -> KernelChoice:
+    """Time the kernel, expanding, and for floats the dense matrix, in turns.
+
+    Integers stay integers, so their speedup over the dense matrix is infinite. The speedup of
+    floats is 0 where a kernel does not run.
 
     Args:
         matrix: one of its kind.
         dtype: of the activations.
-        clock: None for the current GPU.
+        device: where the matrix is.
+        clock: None for that GPU.
     """
-    dense = matrix.dense(dtype)
+    tried = TRIED_INTEGERS if matrix.integers else TRIED
+    weight = None if matrix.integers else torch.randn(matrix.shape, device=device).to(dtype)
 
     def calls(tokens: int) -> dict[str, Call]:
-        x = torch.randn(tokens, matrix.shape[1], device=dense.device).to(dtype)
-        return {
-            "dense": lambda: functional.linear(x, dense),
+        x = torch.randn(tokens, matrix.shape[1], device=device).to(dtype)
+        ours: dict[str, Call] = {
             "kernel": lambda: matrix.multiply(x),
-            "expanded": lambda: functional.linear(x, matrix.dense(dtype)),
+            "expanded": lambda: matrix.expanded(x),
         }
+        return ours if weight is None else {"dense": lambda: functional.linear(x, weight), **ours}
 
-    seconds = race(TRIED, calls, clock)
+    with torch.cuda.device_of(torch.empty(0, device=device)):
+        seconds = race(tried, calls, clock)
     # up to the first number of tokens at which expanding wins; beyond it, it wins the more
-    wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], TRIED)
-    return KernelChoice(max(wins, default=0), seconds[1]["dense"] / seconds[1]["kernel"])
+    wins = takewhile(lambda n: seconds[n]["kernel"] <= seconds[n]["expanded"], tried)
+    up_to = max((n for n in wins if math.isfinite(seconds[n]["kernel"])), default=0)
+    if weight is None:
+        return KernelChoice(up_to, math.inf)
+    able = all(math.isfinite(taken) for ways in seconds.values() for taken in ways.values())
+    return KernelChoice(up_to, seconds[1]["dense"] / seconds[1]["kernel"] if able else 0.0)
 
 
 REPEATS = 11
@@ -104,7 +111,7 @@ def race(
     calls: Callable[[int], Mapping[str, Call]],
     clock: Clock | None = None,
 ) -> dict[int, dict[str, float]]:
-    """Seconds of every call, for each number of tokens.
+    """Seconds of every call, for each number of tokens; infinite for those that do not run.
 
     Args:
         tried: numbers of tokens.
@@ -113,11 +120,35 @@ def race(
     """
     found = {}
     for tokens in tried:
-        able = calls(tokens)
-        for call in able.values():
-            call()  # compiles what it needs
-        found[tokens] = dict(zip(able, (clock or _gpu_seconds)([*able.values()]), strict=True))
+        ways = calls(tokens)
+        able = {name: call for name, call in ways.items() if runs(call)}
+        taken = zip(able, (clock or _gpu_seconds)([*able.values()]), strict=True)
+        found[tokens] = dict.fromkeys(ways, math.inf) | dict(taken)
     return found
+
+
+def runs(call: Call) -> bool:
+    """Whether a call runs here: its kernel compiles, and the GPU takes it.
+
+    Raises:
+        RuntimeError: the memory is full, or the GPU answers nothing any more, as after an illegal
+            access. That is a fault of the call, and every other call would fail too.
+    """
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError):
+        _wait()
+        return False
+    _wait()
+    return True
+
+
+def _wait() -> None:
+    """For the GPU, which reports an illegal access only then."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _gpu_seconds(calls: Sequence[Call]) -> list[float]:

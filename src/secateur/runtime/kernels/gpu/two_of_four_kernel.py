@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from secateur.runtime.kernels.gpu.matrix import divided
+from secateur.runtime.kernels.gpu.bitmask import divided
 
 ROWS, QUADS = 32, 16
 """Of a tile. CUTLASS stores the places of 32 rows together."""
@@ -31,21 +31,9 @@ def meta_place(row, column, rows):
 
 @triton.jit
 def two_of_four_product(
-    x,
-    y,
-    packed,
-    meta,
-    columns,
-    rows,
-    quads,
-    width,
-    tokens,
-    tiles_each,
-    TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    QUADS: tl.constexpr,
-):
+    x, y, packed, meta, columns, rows, quads, width, tokens, tiles_each,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
     """Parts of x · Wᵀ, float32 [splits, tokens, rows]; program (i, k) adds the tiles of split k.
 
     Args:
@@ -106,20 +94,11 @@ def multiply_two_of_four(
     blocks = rows // ROWS
     each, splits = divided(blocks, -(-quads // QUADS))
     parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
-    two_of_four_product[blocks, splits](
-        x.contiguous(),
-        parts,
-        packed,
-        meta,
-        meta if columns is None else columns,
-        rows,
-        quads,
-        width,
-        tokens,
-        each,
-        TOKENS=triton.next_power_of_2(tokens),
-        SPLIT=columns is not None,
-        ROWS=ROWS,
-        QUADS=QUADS,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        two_of_four_product[blocks, splits](
+            x.contiguous(), parts, packed, meta, meta if columns is None else columns,
+            rows, quads, width, tokens, each,
+            TOKENS=triton.next_power_of_2(tokens), SPLIT=columns is not None,
+            ROWS=ROWS, QUADS=QUADS,
+        )  # fmt: skip
     return parts.sum(0).to(x.dtype)
