@@ -25,7 +25,9 @@ from torch import Tensor
 
 from secateur.calibration.documents import read_documents
 from secateur.calibration.windows import WindowPlan, make_windows
-from secateur.evaluation.perplexity import load_model
+from secateur.models.opening import load_whole
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.solvers import solvers
 
@@ -108,7 +110,8 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.cuda.synchronize = lambda *_: None
     code = patched(args.alps / "alps.py", "", "cpu")
-    model, tokenizer = load_model(args.model, "cpu", trust_remote_code=False)
+    folder = resolve(args.model).folder
+    model, tokenizer = load_whole(folder, torch.device("cpu")), load_tokenizer(folder)
     plan = WindowPlan(64, 512, 0, "random-crop")
     windows = make_windows(read_documents(args.calibration), tokenizer, plan)
     names = [f"model.layers.{i}.{linear}" for i in args.layers for linear in LINEARS]

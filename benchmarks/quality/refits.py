@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics.gram import Gram
 from secateur.calibration.windows import WindowPlan, make_windows
-from secateur.evaluation.perplexity import load_model
+from secateur.models.opening import load_whole
 from secateur.models.samples import sample_text
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer
 from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import parse_pattern
 from secateur.sparsity.refinements.swaps import swaps
@@ -126,7 +128,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=24)
     args = parser.parse_args()
     print(heading())
-    model, tokenizer = load_model(args.model, "cpu", trust_remote_code=False)
+    folder = resolve(args.model).folder
+    model, tokenizer = load_whole(folder, torch.device("cpu")), load_tokenizer(folder)
     names = [f"model.layers.{layer}.{linear}" for layer in args.layers for linear in LINEARS]
     linears = {name: model.get_submodule(name) for name in names}
 

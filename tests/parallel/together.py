@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from secateur.calibration.statistics import statistics
+from secateur.engine import plan
 from secateur.engine.prune import run
 from secateur.engine.prune.layer import OpenLayer
 from secateur.errors import NumericalError
@@ -255,9 +256,12 @@ def call_differently() -> None:
             ranks.share(torch.zeros(1), 0)
 
 
-def judge_together(model: str, dense: str, text: str, output: str) -> None:
-    """What each process does: its share of an evaluation."""
+def judge_together(model: str, dense: str, text: str, output: str, *max_memory: str) -> None:
+    """What each process does: its share of an evaluation, for which the program takes nothing."""
     values = {"model": model, "dense": dense, "text": [text], "sequence_length": 32}
-    recipe = build_recipe(EvaluateRecipe, {**values, "windows": 13, "output": output})
+    memory = [{"memory": {"max_memory": size}} for size in max_memory]
+    more = {"windows": 13, "output": output, **(memory[0] if memory else {})}
+    recipe = build_recipe(EvaluateRecipe, {**values, **more})
+    plan.resident_bytes = lambda: 0  # type: ignore[assignment]
     with processes.joined("cpu") as ranks:
         run_evaluation(recipe, Silent(), ranks=ranks)

@@ -85,6 +85,8 @@ PRUNING = Phase("pruning a layer")
 TUNING = Phase("tuning a layer")
 GENERATING = Phase("generating windows")
 DISTILLING = Phase("distillation")
+READING = Phase("reading through a layer")
+PREDICTING = Phase("predicting tokens")
 SENDING = Phase("sending layers to the GPU", on_host=True)
 LOADING = Phase("loading the model", on_host=True)
 

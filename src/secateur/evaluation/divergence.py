@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from secateur.errors import NumericalError
 from secateur.evaluation import perplexity
+from secateur.evaluation.perplexity import Reader
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.runs.measured import Divergence
@@ -48,8 +49,8 @@ class DivergenceResult(Divergence):
 
 
 def divergence(
-    model: nn.Module,
-    reference: nn.Module,
+    model: nn.Module | Reader,
+    reference: nn.Module | Reader,
     windows: Windows,
     *,
     start_tokens: int = 0,
@@ -60,8 +61,8 @@ def divergence(
     """Compare a model with its reference on windows of text.
 
     Args:
-        model: the pruned model; it runs on the device of its weights.
-        reference: the dense model, with the same vocabulary; it runs on its own device.
+        model: the pruned model; it runs on the device of its weights, or reads layer by layer.
+        reference: the dense model, likewise, with the same vocabulary; it runs on its own device.
         windows: token ids [windows, sequence_length].
         start_tokens: number of start tokens in each window; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
@@ -108,7 +109,7 @@ def divergence(
 
 
 def divergence_of_texts(
-    model: nn.Module, reference: nn.Module, texts: Sequence[tuple[Tensor, int]]
+    model: nn.Module | Reader, reference: nn.Module | Reader, texts: Sequence[tuple[Tensor, int]]
 ) -> Divergence:
     """Compare a model with its reference on texts of different lengths.
 

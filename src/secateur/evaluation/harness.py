@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.errors import NumericalError
-from secateur.evaluation.perplexity import PROBE_TOKENS, body_and_head, evaluating
+from secateur.evaluation.perplexity import read_by, reader_of
+from secateur.runtime.install import PackedTarget
 from secateur.runtime.kernels.linear import PackedLinear
 
 log = logging.getLogger(__name__)
@@ -36,14 +37,14 @@ class HarnessModel(HFLM):
     """A transformers model with its tokenizer; computes log-likelihoods for lm-eval.
 
     Args:
-        model: a causal language model; dense, pruned or packed.
+        model: a causal language model, dense, pruned or packed; or what reads one.
         tokenizer: the model's tokenizer.
         tell: called after each forward with the number of requests answered so far.
     """
 
     def __init__(self, model: Any, tokenizer: Any, tell: Callable[[int], None]) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self.tell = tell
+        self.reader, self.tell = reader_of(model), tell
+        super().__init__(pretrained=self.reader.module, tokenizer=tokenizer, batch_size=1)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -55,18 +56,19 @@ class HarnessModel(HFLM):
         order = sorted(range(len(requests)), key=lambda i: (-len(read[i]), read[i]))
         same = [list(numbers) for _, numbers in groupby(order, key=lambda i: read[i])]
         answers: list[Answer | None] = [None] * len(requests)
-        with torch.inference_mode(), evaluating(self.model):
-            probe = torch.tensor([read[order[0]][:PROBE_TOKENS]], device=self.device)
-            parts = body_and_head(self.model, probe)
-            packed = any(isinstance(module, PackedLinear) for module in self.model.modules())
-            tokens = 1 if packed else TOKENS_PER_FORWARD
-            while same:
-                batch = same[: max(1, tokens // len(read[same[0][0]]))]
-                same = same[len(batch) :]
-                ids = _padded([read[numbers[0]] for numbers in batch]).to(self.device)
-                states = parts.body(ids)  # [rows, tokens, width]
+        held = (getattr(self.reader, "target", None), *self.reader.module.modules())
+        packed = any(isinstance(x, PackedLinear | PackedTarget) for x in held)
+        # of each forward, the requests that read the same tokens
+        batches, most = list[list[list[int]]](), 1 if packed else TOKENS_PER_FORWARD
+        while same:
+            count = max(1, most // len(read[same[0][0]]))
+            batches.append(same[:count])
+            same = same[count:]
+        ids = [_padded([read[numbers[0]] for numbers in batch]) for batch in batches]
+        with torch.no_grad():
+            for batch, ((states, parts),) in zip(batches, read_by([self.reader], ids), strict=True):
                 for row, numbers in zip(states, batch, strict=True):
-                    row = row[: len(read[numbers[0]])]
+                    row = row[: len(read[numbers[0]])]  # [tokens, width]
                     # requests with the same tokens may have continuations of different lengths
                     longest = max(len(requests[i][2]) for i in numbers)
                     log_p = functional.log_softmax(parts.head(row[-longest:]).float(), dim=-1)

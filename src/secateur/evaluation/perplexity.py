@@ -36,7 +36,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,27 +47,28 @@ from torch.nn import functional
 
 from secateur.calibration.documents import read_text
 from secateur.calibration.windows import evaluation_windows, load_windows, stored_start
-from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine import plan
+from secateur.engine.stream.calls import calls_of
+from secateur.engine.stream.hidden_states import STATES_BYTES, EmbeddingAndHead
+from secateur.engine.stream.layerwise import Continuing, LayerwiseReader
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.evaluation.uncertainty import mean_of, standard_error
-from secateur.models.architecture import positions_of, refuse_non_decoders
-from secateur.models.opening import load_whole
-from secateur.models.sources import resolve
+from secateur.models.architecture import positions_of, refuse_non_decoders, text_config
 from secateur.models.targets import CheckpointTarget
-from secateur.models.tokenizer import load_tokenizer, start_tokens
+from secateur.models.tokenizer import start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress
-from secateur.runs.environment import choose_device
+from secateur.quantization.activations import GROUP
 from secateur.runs.output import write_json
 from secateur.runtime.kernels.linear import activations_of
 from secateur.runtime.load import load
-from secateur.runtime.packed import is_packed
 from secateur.types import Windows
 
 TOKENS_PER_FORWARD = 2048
 REPORTS = 8
 """Progress of a text with enough windows is reported at least so many times."""
-LOGITS_BYTES = 64 * 2**20
+LOGITS_BYTES, LOGITS_COPIES = 64 * 2**20, 4
+"""Float32 logits in memory at once, and how many tensors of this size a number needs."""
 PROBE_TOKENS = 8
 
 
@@ -136,7 +137,7 @@ def given(start_tokens: int) -> int:
 
 
 def perplexity(
-    model: nn.Module,
+    model: nn.Module | Reader,
     windows: Windows,
     *,
     start_tokens: int = 0,
@@ -152,7 +153,7 @@ def perplexity(
 
     Args:
         model: a transformers model, or any module that maps ids [batch, sequence] to logits or to
-            an object with `logits`; it runs on the device of its weights.
+            an object with `logits`, on the device of its weights; or one that reads layer by layer.
         windows: token ids [windows, sequence_length].
         start_tokens: number of start tokens in each window; none of them is predicted.
         batch_size: windows in one forward; by default about 2048 tokens.
@@ -166,7 +167,8 @@ def perplexity(
             processes.
         SourceError: a token id is not in the model's vocabulary.
     """
-    refuse_non_decoders(model, model)
+    module = reader_of(model).module
+    refuse_non_decoders(module, module)
     started = time.perf_counter()
     found = numbers_of(
         [model], windows, _losses, start_tokens=start_tokens, batch_size=batch_size,
@@ -190,7 +192,7 @@ and the tokens that follow."""
 
 
 def numbers_of(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module | Reader],
     windows: Windows,
     numbers: Numbers,
     *,
@@ -204,46 +206,39 @@ def numbers_of(
     Returns:
         The numbers wherever a token is predicted, float32 [k, windows of this process, positions].
     """
-    for model in models:
-        check_windows(model, windows, start_tokens)
+    readers = [reader_of(model) for model in models]
+    for reader in readers:
+        check_windows(reader.module, windows, start_tokens)
     (count, length), done, found = windows.shape, 0, list[Tensor]()
     # by default so few windows that progress is seen to move; every process has some
     batch_size = batch_size or max(1, min(TOKENS_PER_FORWARD // length, count // REPORTS))
     batches = micro_batches(count, min(batch_size, max(1, count // ranks.count)), ranks.count)
-    with torch.inference_mode(), ExitStack() as modes:
-        for model in models:
-            modes.enter_context(evaluating(model))
-        probe, places = windows[:1, :PROBE_TOKENS], [place_of(model) for model in models]
-        every = [body_and_head(m, probe.to(x)) for m, x in zip(models, places, strict=True)]
-        for rows in rows_of(ranks.rank, batches, ranks.count):
-            found.append(_of_batch(every, places, windows[rows], given(start_tokens), numbers))
-            done += rows.stop - rows.start
+    own = [windows[rows] for rows in rows_of(ranks.rank, batches, ranks.count)]
+    with torch.no_grad():
+        for ids, every in zip(own, read_by(readers, own), strict=True):
+            found.append(_of_batch(every, ids, given(start_tokens), numbers))
+            done += len(ids)
             if progress is not None:
                 progress(min(count, done * ranks.count), count)
     return torch.cat(found, dim=1)
 
 
-def _of_batch(
-    every: Sequence[Parts],
-    places: Sequence[torch.device],
-    ids: Tensor,
-    first: int,
-    numbers: Numbers,
-) -> Tensor:
+def _of_batch(every: Sequence[Read], ids: Tensor, first: int, numbers: Numbers) -> Tensor:
     """Numbers of a batch; the `first` tokens of each window are not predicted."""
-    vocabularies = [parts.vocabulary for parts in every]
+    vocabularies = [parts.vocabulary for _, parts in every]
     if len({*vocabularies}) > 1:
         raise RecipeError(
             f"vocabularies of {' and '.join(map(str, vocabularies))} tokens cannot be compared",
             remedy="name the dense model that this one was made from",
         )
-    states = [x.states(ids.to(place), first) for x, place in zip(every, places, strict=True)]
+    # the state at a position predicts the next token, and the last one predicts none
+    states = [found[:, first - 1 : -1].flatten(0, 1) for found, _ in every]
     targets = ids[:, first:].reshape(-1).to(states[0].device)
     # float32 logits of so many tokens take at most 64 MiB
     chunk = max(1, LOGITS_BYTES // (4 * vocabularies[0]))
     found = []
     for following, *some in zip(*(x.split(chunk) for x in (targets, *states)), strict=True):
-        logits = (x.head(own).float() for x, own in zip(every, some, strict=True))
+        logits = (x.head(own).float() for (_, x), own in zip(every, some, strict=True))
         found.append(numbers(*(one.to(following.device) for one in logits), following))
     # [k, windows, positions]
     return torch.cat(found, dim=1).unflatten(1, (len(ids), -1)).cpu()
@@ -321,6 +316,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class WholeReader:
+    """A model in memory as a reader, with the members of `LayerwiseReader`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.device = module, place_of(module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters."""
+        return next(self.module.parameters()).dtype
+
+    def tokens_at_once(self, ids: Tensor) -> float:
+        """Every token: a batch is read when its states are wanted."""
+        return math.inf
+
+    @contextmanager
+    def passed(self, batches: Sequence[Tensor]) -> Iterator[Continuing]:
+        """A context in which the model is in evaluation mode."""
+        with evaluating(self.module):
+            yield lambda place, tokens=None: nullcontext()
+
+
+Reader = WholeReader | LayerwiseReader
+
+
+def reader_of(model: nn.Module | Reader) -> Reader:
+    """What reads token ids with a model."""
+    return WholeReader(model) if isinstance(model, nn.Module) else model
+
+
 class Parts(NamedTuple):
     """The parts of a model: ids → last hidden state, hidden state → logits, vocabulary size."""
 
@@ -328,10 +353,89 @@ class Parts(NamedTuple):
     head: nn.Module
     vocabulary: int
 
-    def states(self, ids: Tensor, first: int) -> Tensor:
-        """The last hidden states that predict a token, [batch · (sequence − first), width]."""
-        # the state at a position predicts the next token, and the last one predicts none
-        return self.body(ids)[:, first - 1 : -1].flatten(0, 1)
+
+Read = tuple[Tensor, Parts]
+"""The last hidden states of a batch [batch, sequence, width], and what predicts by them."""
+
+
+def read_by(readers: Sequence[Reader], batches: Sequence[Tensor]) -> Iterator[list[Read]]:
+    """Read batches of token ids, of any shapes; yields what each reader has of a batch."""
+    for some in _portions(readers, batches):
+        with ExitStack() as contexts:
+            every = [contexts.enter_context(_reading(reader, some)) for reader in readers]
+            for place in range(len(some)):
+                yield [read(place) for read in every]
+
+
+def _portions(readers: Sequence[Reader], batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive batches whose hidden states all readers have in memory at once."""
+    most, some = min(reader.tokens_at_once(batches[0]) for reader in readers), list[Tensor]()
+    for ids in batches:
+        if some and sum(x.numel() for x in (*some, ids)) > most:
+            yield some
+            some = []
+        some.append(ids)
+    yield some
+
+
+@contextmanager
+def _reading(reader: Reader, batches: Sequence[Tensor]) -> Iterator[Callable[[int], Read]]:
+    """A context with a function from the place of a batch to what the model has of it."""
+    there = [ids.to(reader.device) for ids in batches]
+    with reader.passed(there) as continuing:
+        with continuing(0, PROBE_TOKENS):
+            parts = body_and_head(reader.module, there[0][:1, :PROBE_TOKENS])
+
+        def read(place: int) -> Read:
+            with continuing(place):
+                return parts.body(there[place]), parts
+
+        yield read
+
+
+def needs_of_layers(target: CheckpointTarget, length: int | None) -> list[plan.Need]:
+    """What `LayerwiseReader` needs; hidden states are those of one batch.
+
+    Args:
+        target: the model, its layers empty.
+        length: tokens of a window; None for the default.
+    """
+    model, size = target.model, target.dtype.itemsize
+    length = length or min(TOKENS_PER_FORWARD, positions_of(model.config) or TOKENS_PER_FORWARD)
+    vocabulary = int(text_config(model.config).vocab_size)
+    ids = torch.arange(max(1, TOKENS_PER_FORWARD // length) * length).view(-1, length) % vocabulary
+    hidden, calls = calls_of(target, ids)
+    outer = EmbeddingAndHead(target, ids)
+    with torch.no_grad(), outer.outside(), outer.returning(None):
+        parts = body_and_head(model, ids[:1, :PROBE_TOKENS].to(target.device))
+    logits = 4 * ids.numel() * parts.vocabulary
+    if not isinstance(parts.head, nn.Identity):
+        logits = min(logits, LOGITS_BYTES)
+    kinds = plan.layers_by_kind(target, calls)
+    forward = max(plan.rehearse(target.layers[i], (), hidden, call)[0] for i, call, _ in kinds)
+    states = hidden.nbytes + sum(call.values().nbytes for call in calls if call.varying)
+    layer = size * max(map(plan.weights_of, target.layers))
+    ends = plan.model_bytes(target) - size * plan.weights_of(target.layers)
+    first, last = (plan.READING,), (plan.PREDICTING,)
+    stay, shorter = first * target.ends_stay, "lower --sequence-length"
+    return [
+        plan.Need("layer", layer, (*first, plan.SENDING), "a decoder layer"),
+        plan.Need("ends", ends, (*stay, *last), "embedding and head"),
+        plan.Need("forward", forward, first, "the forward of a batch", shorter),
+        plan.Need("logits", LOGITS_COPIES * logits, last, "logits", shorter),
+        plan.Need("states", states, (*first, *last), "hidden states of a batch", shorter),
+    ]
+
+
+def needs_of_whole(sizes: Sequence[int]) -> list[plan.Need]:
+    """What models of these sizes need in memory, with a forward of one of them (an estimate)."""
+    largest, both = max(sizes, default=0), (plan.READING, plan.PREDICTING)
+    forward = largest // 16 + LOGITS_COPIES * LOGITS_BYTES * bool(sizes)
+    return [
+        plan.Need("models", sum(sizes), both, "whole models"),
+        plan.Need("loading", largest, (plan.LOADING,), "the whole model"),
+        plan.Need("batch", forward, both, "the forward of a batch, and logits"),
+    ]
 
 
 def body_and_head(model: nn.Module, probe: Tensor) -> Parts:
@@ -371,10 +475,13 @@ APART = frozenset({"dataset", "split", "items_in_split", "shots_from", "join", *
 """Keys that the hash ignores: names of data hashed by its content, and those of the second part."""
 
 
-def computed_by(model: nn.Module) -> dict[str, str]:
+def computed_by(model: nn.Module | Reader) -> dict[str, str]:
     """How a model computes: the dtype of its parameters, and how it rounds activations."""
-    dtype = next(model.parameters()).dtype
-    return {"dtype": str(dtype).removeprefix("torch."), "activations": activations_of(model)}
+    reader = reader_of(model)
+    # layers that are empty now have no module that rounds
+    empty_ones = getattr(getattr(reader, "target", None), "rounds_inputs", False)
+    rounds = f"int8 g{GROUP}" if empty_ones else activations_of(reader.module)
+    return {"dtype": str(reader.dtype).removeprefix("torch."), "activations": rounds}
 
 
 def protocol_id(kind: str, protocol: Mapping[str, Any]) -> str:
@@ -408,16 +515,16 @@ def _digest(data: bytes) -> str:
 
 
 def windows_of(
-    text: str | Path, loaded: Any, tokenizer: Any, sequence_length: int | None, first: int | None
+    text: str | Path, reader: Reader, tokenizer: Any, sequence_length: int | None, first: int | None
 ) -> tuple[Windows, dict[str, Any]]:
     """Return the windows of a text, and their protocol."""
-    longest = positions_of(loaded.config) or 2048
+    longest = positions_of(reader.module.config) or 2048
     joined = read_text(str(text))
     windows = evaluation_windows(
         joined.text, tokenizer, sequence_length or min(2048, longest), max_windows=first
     )
     named: dict[str, Any] = {"dataset": joined.dataset, "join": joined.join}
-    start, computed = start_tokens(tokenizer), computed_by(loaded)
+    start, computed = start_tokens(tokenizer), computed_by(reader)
     return windows, protocol(windows, **named, computed=computed, start=start)
 
 
@@ -438,16 +545,6 @@ def window_progress(
     progress.finish()
 
 
-def load_model(model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a model with its tokenizer. Kernels multiply a compressed one."""
-    source = resolve(model, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source.folder)
-    place = choose_device(device)
-    if is_packed(source.folder):
-        return load(source.folder, device=place), tokenizer
-    return load_whole(source.folder, place), tokenizer
-
-
 class LossComparison:
     """Measures packed folders against the dense model, on some windows.
 
@@ -465,7 +562,8 @@ class LossComparison:
         """The loss of the dense model on each window, from a file or measured."""
         kept = self.file.with_suffix(".dense.json")
         if not kept.exists():
-            write_json(kept, dense_losses(self.target, self.windows, self.start, self.progress))
+            reader = LayerwiseReader(self.target, STATES_BYTES, self.progress)
+            write_json(kept, self._losses(reader, "judging the dense model"))
         found: list[float] = json.loads(kept.read_text(encoding="utf-8"))
         return found
 
@@ -477,35 +575,12 @@ class LossComparison:
             windows; None for one window.
         """
         dense = self.dense()
-        model = load(folder)
-        with window_progress(self.progress, "judging the packed model", len(dense)) as report:
-            found = perplexity(model, self.windows, start_tokens=self.start, progress=report)
-        rises = [own - before for own, before in zip(found.losses, dense, strict=True)]
+        losses = self._losses(load(folder), "judging the packed model")
+        rises = [own - before for own, before in zip(losses, dense, strict=True)]
         return mean_of(rises), standard_error(rises)
 
-
-@torch.no_grad()
-def dense_losses(
-    target: CheckpointTarget, windows: Tensor, start: int, progress: Progress
-) -> list[float]:
-    """The mean loss of the next token on each window, in nats, with one layer in memory.
-
-    Args:
-        target: the model.
-        windows: token ids [windows, length].
-        start: start tokens of a window, which are not predicted.
-        progress: receives the windows.
-    """
-    outer, first = EmbeddingAndHead(target, windows, fast=False), max(1, start)
-    progress.start("judging the dense model", len(windows))
-    losses: list[float] = []
-    for rows in outer.parts(range(len(windows)), 2):
-        hidden = outer.through_layers(rows)
-        with outer.outside(), outer.matmuls():
-            for row, states in zip(rows, hidden, strict=True):
-                logits = outer.head(row, states)[first - 1 : -1].float()
-                following = windows[row, first:].to(logits.device)
-                losses.append(float(functional.cross_entropy(logits, following)))
-        progress.step(len(rows))
-    progress.finish()
-    return losses
+    def _losses(self, model: nn.Module | Reader, label: str) -> tuple[float, ...]:
+        """The loss of a model on each window."""
+        with window_progress(self.progress, label, len(self.windows)) as report:
+            found = perplexity(model, self.windows, start_tokens=self.start, progress=report)
+        return found.losses

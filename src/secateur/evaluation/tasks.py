@@ -144,7 +144,7 @@ def run_tasks(
     """Evaluate a model on tasks.
 
     Args:
-        model: a transformers causal language model; dense, pruned or packed.
+        model: a transformers causal language model, dense, pruned or packed; or what reads one.
         tokenizer: the model's tokenizer.
         prepared: tasks from `prepare_tasks`.
         progress: receives every request.

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic import Strict as Strictness
 
+from secateur.recipes import shared
 from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Texts, text_alone
 from secateur.recipes.prune import Sparsity
 from secateur.recipes.shared import (
@@ -90,6 +91,7 @@ class EvaluateRecipe(Device, _HowToMeasure, _EvaluationOutput, Recipe):
     kinds: bool = False
     """Also compare on prose, code, chat and lists, which the dense model writes: how often it would
     accept the tokens of this model as its draft."""
+    memory: shared.MemoryLimit = shared.MemoryLimit()
 
 
 Contender = Literal[

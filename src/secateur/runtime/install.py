@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
+from secateur.models import skeleton
 from secateur.models.architecture import linears_of
 from secateur.models.checkpoint import CheckpointReader, TensorEntry
 from secateur.models.experts import OpenExperts, opened_experts
 from secateur.models.opening import computed_dtype, open_weights
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
+from secateur.models.targets import CheckpointTarget
 from secateur.quantization.groups import Scales
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
@@ -84,6 +86,7 @@ def install(
     expand: bool = False,
     kernels: bool = True,
     matrices_only: bool = False,
+    only: tuple[str, ...] = ("",),
 ) -> list[str]:
     """Fill a skeleton from a compressed checkpoint.
 
@@ -97,6 +100,7 @@ def install(
             same numbers and expands other matrices into the existing modules.
         matrices_only: install only packed matrices. The caller loads the rest and must not find
             dense modules of packed matrices; so without kernels, packed modules hold them expanded.
+        only: beginnings of the names of parameters to fill. The caller settles if not all are.
 
     Returns:
         The paths of the replaced modules; their stored names may differ.
@@ -110,6 +114,8 @@ def install(
     head_module: InferenceLinear | None = None
     names, embedding_at, tied = places_of(model, view)
     for parameter, stored in names.items():
+        if not parameter.startswith(only):
+            continue
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
         if layout is None or expand:
@@ -143,7 +149,14 @@ def install(
         fill_buffers(model, view)
     if tied:
         tie_head(model, embedding_at, tied, head_module)
-    settle(model, dtype)
+    if "" in only:
+        settle(model, dtype)
+        _finish(model, dtype)
+    return found
+
+
+def _finish(model: Any, dtype: torch.dtype) -> None:
+    """What a filled model needs besides its parameters."""
     if not any(p.is_floating_point() for p in model.parameters()):
         # transformers reads the dtype off a parameter, and OLMo's norms have none
         empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
@@ -152,7 +165,56 @@ def install(
     for module in model.modules():
         if isinstance(module, OpenExperts):
             module.call_idle = False
-    return found
+
+
+class PackedTarget(CheckpointTarget):
+    """A compressed checkpoint whose layers compute as `install` fills them, one layer in memory.
+
+    Embedding and head stay in memory, packed, from the first `outside` on.
+
+    Args:
+        packed: the checkpoint.
+        device: where it computes: by kernels on the CPU, by torch on a GPU.
+    """
+
+    ends_stay = True
+
+    def __init__(self, packed: PackedCheckpoint, device: torch.device) -> None:
+        dtype = computed_dtype(packed.folder)
+        super().__init__(DenseView(packed), None, device, dtype=dtype)
+        self.packed, self.rounds_inputs = packed, packed.activations is not None
+        path = f"{self.architecture.layers_path}."
+        names = [name for name, _ in self.model.named_parameters()]
+        _finish(self.model, dtype)
+        self.ends = tuple(name for name in names if not name.startswith(path))
+
+    def filled(self, module: nn.Module, *only: str) -> None:
+        """Fill parameters of a module, and move it to the device."""
+        kernels = self.device.type == "cpu"
+        install(self.model, self.packed, self.dtype, kernels=kernels, only=only)
+        settle(module, self.dtype)
+        module._apply(lambda x: x if x.is_meta else x.to(self.device))
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Embedding, final norm and head, filled once."""
+        if self.ends:
+            self.filled(self.model, *self.ends)
+            self.ends = ()
+        yield
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The layer, filled on entry and emptied on exit."""
+        layer, dense = self.layers[index], dict(self.layers[index].named_modules())
+        self.filled(layer, f"{self.architecture.layer_name(index)}.")
+        try:
+            yield layer
+        finally:
+            for name, module in dense.items():
+                if layer.get_submodule(name) is not module:
+                    replace(layer, name, module)
+            skeleton.empty(layer)
 
 
 def install_rounded(model: Any, reader: CheckpointReader) -> None:

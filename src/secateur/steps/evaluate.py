@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import RecipeError
+from secateur.engine import plan
+from secateur.engine.stream.layerwise import LayerwiseReader
+from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.evaluation import generation
 from secateur.evaluation.divergence import divergence, divergence_of_texts
 from secateur.evaluation.perplexity import (
     COMPUTED,
     PerplexityResult,
+    Reader,
+    WholeReader,
     computed_by,
     fingerprint,
-    load_model,
+    needs_of_layers,
+    needs_of_whole,
     perplexity,
-    place_of,
     protocol_id,
     window_progress,
     windows_of,
@@ -30,8 +36,11 @@ from secateur.evaluation.perplexity import (
 from secateur.evaluation.tasks import PreparedTask, prepare_tasks, run_tasks
 from secateur.evaluation.uncertainty import compare, mean_of
 from secateur.models.architecture import positions_of, refuse_foreign
+from secateur.models.checkpoint import QUANT_METHOD, shard_files
 from secateur.models.hub import own_texts
-from secateur.models.tokenizer import tokenizer_for
+from secateur.models.opening import EXPANDED, form_of
+from secateur.models.targets import CheckpointTarget
+from secateur.models.tokenizer import load_tokenizer, tokenizer_for
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, listener
 from secateur.recipes.deploy import Sampling
@@ -40,9 +49,14 @@ from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.verbs import VERBS
 from secateur.reporting.evaluate import EvaluateResult
 from secateur.runs import measured
-from secateur.runs.environment import environment
+from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
+from secateur.runtime.install import DenseView, PackedTarget, open_checkpoint
+from secateur.runtime.load import load
+from secateur.steps.runner import source_of
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TEXT = "wikitext2"
 """The default text of an evaluation."""
@@ -53,33 +67,136 @@ NOT_COMPARED: dict[str, Any] = dict.fromkeys(measured.Comparison.model_fields)
 
 BY_DENSE = "written by dense"
 
-UNUSED = ("device", "trust_remote_code")
+UNUSED = ("device", "trust_remote_code", "max_memory")
 """Options that loaded models cannot use."""
 
 
 @dataclass(frozen=True)
-class _LoadedModel:
-    """A model in memory.
+class _Judged:
+    """A model that is judged.
 
     Args:
         name: the name that the user gave.
-        model: the loaded model.
+        reader: reads token ids, with the whole model or one layer of it in memory.
         tokenizer: the model's tokenizer.
     """
 
     name: str
-    model: Any
+    reader: Reader
     tokenizer: Any
 
-    @classmethod
-    def of(
-        cls, model: str | Path | nn.Module, tokenizer: Any, device: str, trust_remote_code: bool
-    ) -> _LoadedModel:
-        """Load a model and its tokenizer, unless the caller passed a loaded one."""
-        if not isinstance(model, nn.Module):
-            return cls(str(model), *load_model(str(model), device, trust_remote_code))
-        refuse_foreign(model)
-        return cls(_name_of(model), model, tokenizer_for(model, tokenizer))
+
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint that is judged, not opened yet."""
+
+    name: str
+    folder: Path
+    place: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """The size of the whole model in memory. Integers take a byte at most."""
+        if not self.layerwise:
+            return sum(file.stat().st_size for file in shard_files(self.folder))
+        reader = open_checkpoint(self.folder)
+        layouts = reader.packed.layouts if isinstance(reader, DenseView) else {}
+        integers = {f"{name}.weight" for name, layout in layouts.items() if layout.integers}
+        entries = reader.entries.items()
+        return sum(prod(x.shape) if name in integers else x.size_bytes for name, x in entries)
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether layers can be read one after the other: no other library computes with all."""
+        return form_of(self.folder) in (None, *EXPANDED, QUANT_METHOD)
+
+    def opened(self, reader: Reader) -> _Judged:
+        """The model with what reads it."""
+        return _Judged(self.name, reader, load_tokenizer(self.folder))
+
+    def whole(self, progress: Progress) -> _Judged:
+        """Load the whole model; kernels multiply a compressed one."""
+        size = f"{self.bytes / 2**30:.2f} GiB"
+        progress.start(f"{self.name} is read as a whole on {self.place}: {size}", 1)
+        model = load(self.folder, device=self.place)
+        progress.finish()
+        return self.opened(WholeReader(model))
+
+    def target(self) -> CheckpointTarget:
+        """The model with one layer in memory; a compressed layer computes as it is stored.
+
+        Raises:
+            MemoryBudgetError: another library computes, with all of the model.
+        """
+        if not self.layerwise:
+            raise MemoryBudgetError(
+                f"{form_of(self.folder)} is judged as a whole, and {self.name} does not fit",
+                where=f"{self.bytes / 2**30:.2f} GiB",
+                remedy="run `secateur import` on it and judge the result, or raise --max-memory",
+            )
+        reader = open_checkpoint(self.folder)
+        if isinstance(reader, DenseView):
+            return PackedTarget(reader.packed, self.place)
+        return CheckpointTarget(reader, None, self.place)
+
+
+def _open(
+    asked: Sequence[tuple[str, nn.Module | None]],
+    tokenizer: Any,
+    recipe: EvaluateRecipe,
+    progress: Progress,
+    ranks: Ranks,
+) -> list[_Judged]:
+    """Open models: whole where all fit in memory, else the last ones layer by layer.
+
+    Memory is estimated before any layer is read. All processes take the same way.
+
+    Args:
+        asked: the names of the models, each with the model if it is loaded.
+        tokenizer: of the loaded ones.
+        recipe: says where and in how much memory.
+        progress: receives the steps.
+        ranks: the processes that share the work.
+
+    Raises:
+        MemoryBudgetError: the models do not fit, or they write texts and do not fit whole.
+    """
+    for _, one in asked:
+        if one is not None:
+            refuse_foreign(one)
+    place, targets = choose_device(recipe.device), list[CheckpointTarget]()
+    needs = list[plan.Need]()
+    recipes = [recipe.model_copy(update={"model": x}) for x, one in asked if one is None]
+    stored = [_Stored(x.model, source_of(x, progress, ranks).folder, place) for x in recipes]
+    budget = plan.memory_budget(recipe.memory.max_bytes, place, ranks.here)
+    on_gpu, why = place.type != "cpu", ""
+    for whole in range(len(stored), -1, -1):  # the first so many are whole
+        if whole < len(stored):
+            targets.insert(0, stored[whole].target())
+            needs += needs_of_layers(targets[0], recipe.sequence_length)
+        of_whole = needs_of_whole([x.bytes for x in stored[:whole]])
+        planned = plan.Plan(plan.with_program([*needs, *of_whole], on_gpu), on_gpu)
+        short = [x for x in ranks.gather(stored and budget.shortage(planned)) if x]
+        if not short:
+            break
+        why = why or short[0]
+        if recipe.generation or recipe.kinds:
+            raise MemoryBudgetError(
+                f"--generation and --kinds write texts, which takes whole models: {why}",
+                remedy="leave them out, and all else goes layer by layer; or raise --max-memory",
+            )
+        if not whole:
+            raise budget.refusal(planned, f"a model does not fit layer by layer: {short[0]}")
+    found, sizes = [x.whole(progress) for x in stored[:whole]], {x.name: x.bytes for x in needs}
+    for x, target in zip(stored[whole:], targets, strict=True):
+        size = sizes["layer"] / 2**30
+        log.warning("%s is read layer by layer, %.2f GiB at a time: %s", x.name, size, why)
+        states = sizes["states"] + (budget.computing - planned.peak_bytes) / len(targets)
+        found.append(x.opened(LayerwiseReader(target, states, progress)))
+    return [
+        _Judged(name, WholeReader(x), tokenizer_for(x, tokenizer)) if x else found.pop(0)
+        for name, x in asked
+    ]
 
 
 @takes_options_of(EvaluateRecipe)
@@ -145,7 +262,7 @@ def run_evaluation(
 ) -> EvaluateResult:
     """Carry out a recipe.
 
-    Several processes each load the model, and measure different windows. The first one stores the
+    Several processes each open the models, and measure different windows. The first one stores the
     results.
 
     Args:
@@ -180,10 +297,9 @@ def run_evaluation(
     prepared = prepare_tasks(
         recipe.tasks, folder=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
-    device, trust = recipe.device, recipe.trust_remote_code
-    own, reference = _LoadedModel.of(model or recipe.model, tokenizer, device, trust), None
-    if recipe.dense is not None:
-        reference = _LoadedModel.of(dense or recipe.dense, tokenizer, device, trust)
+    asked = [(recipe.model, model), *([(recipe.dense, dense)] if recipe.dense else [])]
+    own, *others = _open(asked, tokenizer, recipe, progress, ranks)
+    reference = others[0] if others else None
     measure = _Measurement(own, reference, progress, ranks)
     texts = [measure.text(text, recipe.sequence_length, recipe.windows) for text in names]
     generated = [measure.generation(prompts)] if recipe.generation else []
@@ -217,8 +333,8 @@ def _name_of(model: str | Path | nn.Module) -> str:
 class _Measurement:
     """Measures a model, and compares it with the dense one if there is one."""
 
-    own: _LoadedModel
-    dense: _LoadedModel | None
+    own: _Judged
+    dense: _Judged | None
     progress: Progress
     ranks: Ranks
 
@@ -227,7 +343,7 @@ class _Measurement:
         """The dense model and the environment, which every result names."""
         return {
             "reference": self.dense.name if self.dense else None,
-            "environment": environment(place_of(self.own.model)),
+            "environment": environment(self.own.reader.device),
         }
 
     def text(
@@ -239,16 +355,16 @@ class _Measurement:
             RecipeError: the dense model splits the text into different tokens.
         """
         own, dense = self.own, self.dense
-        windows, protocol = windows_of(text, own.model, own.tokenizer, sequence_length, first)
+        windows, protocol = windows_of(text, own.reader, own.tokenizer, sequence_length, first)
         start = len(protocol.get("start_tokens", ()))
         if dense is None:
             with window_progress(self.progress, "perplexity", len(windows)) as report:
                 result = perplexity(
-                    own.model, windows, start_tokens=start, progress=report, ranks=self.ranks
+                    own.reader, windows, start_tokens=start, progress=report, ranks=self.ranks
                 )
             return self._perplexity(text, result, None, protocol), None
         other, dense_protocol = windows_of(
-            text, dense.model, dense.tokenizer, windows.shape[1], first
+            text, dense.reader, dense.tokenizer, windows.shape[1], first
         )
         if other.shape != windows.shape or bool((other != windows).any()):
             raise RecipeError(
@@ -257,8 +373,8 @@ class _Measurement:
             )
         with window_progress(self.progress, "divergence", len(windows)) as report:
             found = divergence(
-                own.model,
-                dense.model,
+                own.reader,
+                dense.reader,
                 windows,
                 start_tokens=start,
                 progress=report,
@@ -274,17 +390,17 @@ class _Measurement:
         )
         return self._perplexity(text, found.model, found.reference, protocol), record
 
-    def kinds(self, dense: _LoadedModel) -> list[measured.DivergenceRecord]:
+    def kinds(self, dense: _Judged) -> list[measured.DivergenceRecord]:
         """Compare both models on four kinds of text that the dense model writes."""
         self.progress.start("kinds of text", sum(map(len, generation.KINDS.values())))
-        room = positions_of(dense.model.config) or 2048
+        room = positions_of(dense.reader.module.config) or 2048
         tokens = min(generation.NEW_TOKENS, room // 2)
         found = []
         for kind, prompts in generation.prompts_of_kinds(dense.tokenizer).items():
             texts = []
             for number, prompt in enumerate(prompts):
                 drawn, ids = Sampling(temperature=1.0, seed=number), prompt[tokens - room :]
-                made = generation.continuation(dense.model, ids, tokens, drawn)
+                made = generation.continuation(dense.reader.module, ids, tokens, drawn)
                 texts.append((torch.cat([ids, torch.tensor(made)]), len(ids)))
                 self.progress.step()
             both = {
@@ -293,12 +409,12 @@ class _Measurement:
                 "token_ids": fingerprint([ids.tolist() for ids, _ in texts]),
                 "new_tokens": tokens,
                 "written_by": "the dense model, at temperature 1",
-                **computed_by(self.own.model),
+                **computed_by(self.own.reader),
             }
-            both |= {f"reference_{k}": v for k, v in computed_by(dense.model).items()}
+            both |= {f"reference_{k}": v for k, v in computed_by(dense.reader).items()}
             record = measured.DivergenceRecord(
                 text=f"{kind} ({BY_DENSE})",
-                **divergence_of_texts(self.own.model, dense.model, texts).model_dump(),
+                **divergence_of_texts(self.own.reader, dense.reader, texts).model_dump(),
                 protocol=both,
                 protocol_id=protocol_id("div", both),
                 **self.shared,
@@ -330,10 +446,10 @@ class _Measurement:
         """Measure scores of tasks, with the scores of the dense model if there is one."""
         if not prepared:
             return []
-        own = run_tasks(self.own.model, self.own.tokenizer, prepared, self.progress)
+        own = run_tasks(self.own.reader, self.own.tokenizer, prepared, self.progress)
         compared: list[dict[str, Any]] = [NOT_COMPARED] * len(own)
         if self.dense is not None:
-            dense = run_tasks(self.dense.model, self.dense.tokenizer, prepared, self.progress)
+            dense = run_tasks(self.dense.reader, self.dense.tokenizer, prepared, self.progress)
             compared = [
                 compare(score.outcomes, other.outcomes, score.chance).model_dump()
                 for score, other in zip(own, dense, strict=True)
@@ -348,9 +464,9 @@ class _Measurement:
     def generation(self, prompts: Sequence[str]) -> measured.GenerationRecord:
         """Generate texts with the model and with the dense model, side by side."""
 
-        def generate(loaded: _LoadedModel) -> list[measured.SampleRecord]:
+        def generate(loaded: _Judged) -> list[measured.SampleRecord]:
             return generation.check_generation(
-                loaded.model, loaded.tokenizer, prompts=prompts, progress=self.progress
+                loaded.reader.module, loaded.tokenizer, prompts=prompts, progress=self.progress
             )
 
         def beside(
@@ -361,7 +477,7 @@ class _Measurement:
 
         own = generate(self.own)
         dense = None if self.dense is None else generate(self.dense)
-        protocol = generation.generation_protocol(prompts) | computed_by(self.own.model)
+        protocol = generation.generation_protocol(prompts) | computed_by(self.own.reader)
         return measured.GenerationRecord(
             samples=own if dense is None else [*map(beside, own, dense)],
             repetition=mean_of([one.repetition for one in own]),

@@ -19,7 +19,7 @@ from secateur.progress import Labelled, Progress
 from secateur.recipes.measure import EvaluateRecipe, SweepRecipe
 from secateur.recipes.prune import PruneRecipe, presets
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.shared import texts_of
+from secateur.recipes.shared import MemoryLimit, texts_of
 from secateur.reporting.charts import save_plots
 from secateur.reporting.sweep import SweepResult, curve_charts
 from secateur.runs import measured
@@ -122,6 +122,7 @@ class SweepPoints(Step[SweepRecipe, SweepResult]):
             windows=recipe.text_windows,
             device=recipe.device,
             trust_remote_code=recipe.trust_remote_code,
+            memory=MemoryLimit(max_memory=recipe.memory.max_memory),
         )
         record = run_evaluation(judging, progress).record
         record.save(file)

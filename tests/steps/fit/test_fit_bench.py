@@ -14,7 +14,7 @@ from zoo import tiny_windows
 import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.search.candidate_evaluator import divergence_from
-from secateur.evaluation.perplexity import dense_losses
+from secateur.evaluation.perplexity import LossComparison
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.sources import resolve
 from secateur.models.targets import CheckpointTarget
@@ -56,7 +56,8 @@ def test_the_loss_of_the_dense_model_is_that_of_transformers(tmp_path: Path, sta
         float(cross_entropy(one[first - 1 : -1], ids[first:]))
         for one, ids in zip(logits, windows, strict=True)
     ]
-    found = dense_losses(target, windows, start, Silent())
+    save_windows(windows, tmp_path / "windows.safetensors", start=[1] * start)
+    found = LossComparison(target, tmp_path / "windows.safetensors", Silent()).dense()
     assert found == pytest.approx(wanted, abs=1e-5)
 
 

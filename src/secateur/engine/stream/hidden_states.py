@@ -143,20 +143,24 @@ class EmbeddingAndHead:
                 yield found
 
     def embedded(self, rows: Sequence[int]) -> list[Tensor]:
-        """The inputs of the first layer for some windows, one tensor for each, for `run`.
+        """The inputs of the first layer for some windows, one tensor for each, for `run`."""
+        return self.embedded_in([slice(row, row + 1) for row in rows])
+
+    def embedded_in(self, batches: Sequence[slice]) -> list[Tensor]:
+        """The inputs of the first layer for batches of windows, one tensor for each, for `run`.
 
         What depends on the tokens in any layer is appended to the hidden states, because `run` does
-        not know which window it passes.
+        not know which windows it passes.
         """
-        found = list(self.embed([slice(row, row + 1) for row in rows]))
+        found = list(self.embed(batches))
         calls = self.calls()
         if not any(call.varying for call in calls):
             return found
         model, layers, device = self.target.model, self.target.layers, self.target.device
         with self.target.outside():
             return [
-                torch.cat([x, token_values_of_all(model, layers, ids[None].to(device), calls)], -1)
-                for x, ids in zip(found, self.windows[list(rows)], strict=True)
+                torch.cat([x, token_values_of_all(model, layers, ids.to(device), calls)], -1)
+                for x, ids in zip(found, (self.windows[rows] for rows in batches), strict=True)
             ]
 
     def parts(self, rows: Sequence[int], copies: int) -> Iterator[list[int]]:
@@ -172,14 +176,14 @@ class EmbeddingAndHead:
             yield list(rows[start : start + size])
 
     def run(self, number: int, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Pass the hidden states of one window through a layer.
+        """Pass the hidden states of a batch of windows through a layer.
 
         Args:
             number: number of the layer.
             layer: the layer, or a function with the same arguments.
-            hidden: [1, sequence_length, hidden_size].
+            hidden: [windows, sequence_length, hidden_size].
         """
-        call = self.calls()[number]
+        call = self.calls(len(hidden))[number]
         hidden, values = self._split(hidden)
         if call.varying:
             assert values is not None

@@ -1,4 +1,4 @@
-"""One forward and one backward through all decoder layers, with one layer in memory.
+"""Forwards and backwards through all decoder layers, with one layer in memory.
 
     forward     layer by layer, window after window:     hₗ₊₁ = fₗ(hₗ)
     losses      after the last layer, each window:       L, and g = ∂L/∂h
@@ -9,12 +9,16 @@
 That is gradient checkpointing of whole layers, so the peak is one layer with its gradients, for any
 number of layers. Hidden states and gradients are on disk. A killed run continues with the layer in
 which it stopped.
+
+`LayerwiseReader` only reads: batches of any shapes pass through all layers in the dtype of the
+model, and the model continues from the outputs of the last one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,9 @@ from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.errors import NumericalError
 from secateur.machine import full_float32
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
-from secateur.progress import Progress
+from secateur.progress import Progress, Silent
 from secateur.runs.output import write_tensors
 
 OpenLayer = Callable[[int], AbstractContextManager[tuple[nn.Module, Callable[[int], None]]]]
@@ -322,3 +327,68 @@ def stored_gradients(
 def _gradient_file(work: Path, index: int) -> Path:
     """The file with the statistics of one layer's gradients."""
     return work / f"gradients-{index:04d}.safetensors"
+
+
+Continuing = Callable[..., AbstractContextManager[None]]
+"""The place of a batch, and so many tokens of its first row (None for all of it) → a context in
+which the model continues from its hidden states."""
+
+
+class LayerwiseReader:
+    """A model that reads token ids with one decoder layer in memory.
+
+    Its forwards are those of the whole model: the same calls with the same shapes.
+
+    Args:
+        target: the model.
+        states_bytes: of the hidden states that are in memory at once.
+        progress: receives the layers, as notes of the stage that runs.
+    """
+
+    def __init__(
+        self, target: Target, states_bytes: float, progress: Progress | None = None
+    ) -> None:
+        self.target, self.states_bytes = target, states_bytes
+        self.progress = progress or Silent()
+        self.module, self.device, self.dtype = target.model, target.device, target.dtype
+        self.calls: dict[int, dict[int, list[LayerCall]]] = {}  # by length, then by windows
+
+    def tokens_at_once(self, ids: Tensor) -> float:
+        """Number of tokens whose hidden states are in memory at once, by those of a batch."""
+        (hidden,) = self._embedded([ids])[1]
+        return self.states_bytes * ids.numel() / hidden.nbytes
+
+    def _embedded(self, batches: Sequence[Tensor]) -> tuple[EmbeddingAndHead, list[Tensor]]:
+        """The inputs of the first layer for batches of one length, and what knows their calls."""
+        windows = torch.cat([*batches])
+        outer = EmbeddingAndHead(self.target, windows, fast=False)
+        outer.recorded = self.calls.setdefault(windows.shape[1], outer.recorded)
+        for size in {1, *map(len, batches)}:
+            outer.calls(size)
+        ends = accumulate(map(len, batches), initial=0)
+        return outer, outer.embedded_in([slice(*rows) for rows in pairwise(ends)])
+
+    @contextmanager
+    def passed(self, batches: Sequence[Tensor]) -> Iterator[Continuing]:
+        """A context in which the model continues from what its last layer returns.
+
+        Args:
+            batches: token ids [windows, sequence_length], of any shapes.
+        """
+        read, depth = dict[int, tuple[EmbeddingAndHead, Tensor]](), len(self.target.layers)
+        for length in dict.fromkeys(ids.shape[1] for ids in batches):
+            own = {place: ids for place, ids in enumerate(batches) if ids.shape[1] == length}
+            outer, embedded = self._embedded([*own.values()])
+            read |= {place: (outer, x) for place, x in zip(own, embedded, strict=True)}
+        for number in range(depth):
+            self.progress.step(0, note=f"layer {number + 1} of {depth}")
+            with self.target.layer(number) as layer:
+                for place, (outer, hidden) in read.items():
+                    read[place] = outer, outer.run(number, layer, hidden)
+
+        def continuing(place: int, tokens: int | None = None) -> AbstractContextManager[None]:
+            outer, hidden = read[place]
+            return outer.returning(hidden if tokens is None else hidden[:1, :tokens])
+
+        with self.target.outside():
+            yield continuing
