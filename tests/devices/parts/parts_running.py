@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretended import forget_peak, memory
+from pretended import counted, forget_peak, memory
 from tiny import tiny_tokenizer
 from zoo import tiny_model
 
@@ -23,6 +23,7 @@ from secateur.recipes.deploy import ChatRecipe, GenerateRecipe, Sampling, ServeR
 from secateur.recipes.measure import BenchRecipe
 from secateur.recipes.verbs import VERBS
 from secateur.runtime.kernels.gpu.linear import GpuLinear
+from secateur.runtime.kernels.linear import InferenceLinear
 from secateur.serving import serve
 from secateur.serving.scheduler import Request, ServingJob
 from secateur.steps.bench import _contenders as contenders_of
@@ -131,6 +132,25 @@ def test_a_run_is_on_the_gpu_that_was_named(name: str, source: Path, tmp_path: P
     assert memory[1].peak > 0
     assert made.to_json().get("cost", {}).get("peak_cuda_bytes", memory[1].peak) == memory[1].peak
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "int8", "int4"])
+def test_a_compressed_model(values: str, source: Path, tmp_path: Path) -> None:
+    """Triton has no GPU here, so every kernel is left out, and torch multiplies in few launches."""
+    sparse, small, ids = tmp_path / "sparse", tmp_path / "small", torch.arange(3, 9)[None]
+    secateur.prune(source, method="magnitude", sparsity=0.5, output=sparse, device="cpu")
+    secateur.compress(sparse, output=small, values=values)
+    here = secateur.load(small, dtype=torch.float32, kernels=False)
+    counts = []
+    for kernels in (True, False):
+        there = secateur.load(small, dtype=torch.float32, device="cuda:1", kernels=kernels)
+        packed = [x for x in there.modules() if isinstance(x, InferenceLinear)]
+        assert bool(packed) == (values != "bfloat16")
+        with counted() as traffic:
+            logits = there(ids.to("cuda:1")).logits
+        torch.testing.assert_close(logits.cpu(), here(ids).logits, rtol=1e-4, atol=1e-5)
+        counts.append(traffic.launches - 20 * len(packed))
+    assert max(counts) < 200  # of everything else
 
 
 class Launched:

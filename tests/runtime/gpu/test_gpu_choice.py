@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from subprocess import CalledProcessError
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ REFUSALS: list[Fault] = [
     lambda: OutOfResources(2**18, 2**17, "shared memory"),
     lambda: PTXASError("Internal Triton PTX codegen error"),
     lambda: RuntimeError("Only CC 8.x devices are supported"),
+    lambda: AssertionError("libcuda.so cannot found!"),
+    lambda: CalledProcessError(1, "gcc"),
 ]
 CPU = torch.device("cpu")
 
@@ -94,7 +97,10 @@ def test_floats_are_compared_with_the_dense_matrix(kernel: float, speedup: float
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_kernel_that_does_not_run_is_left_out(refusal: Fault) -> None:
+def test_a_kernel_that_does_not_run_is_left_out(
+    refusal: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "said", set())
     seconds = expanding_wins_from(9999)
     for is_integers, tokens, up_to in ((True, 1, 0), (True, 64, 16), (False, 1, 0), (False, 8, 4)):
 
@@ -103,6 +109,7 @@ def test_a_kernel_that_does_not_run_is_left_out(refusal: Fault) -> None:
 
         found, speedup = Pretended(is_integers, seconds, fault).choice()
         assert (found, speedup) == (up_to, float("inf") if is_integers else 0.0)
+    assert [type(refusal()).__name__ in message for message in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "when it is waited for"])

@@ -5,10 +5,12 @@ A race measures which of several ways to multiply is the fastest, for how many t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from statistics import median
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -24,7 +26,14 @@ from secateur.timing import alternate
 TRIED = (1, 2, 4, 8, TOKENS)
 TRIED_INTEGERS = (1, TOKENS, 64, 256, 1024)
 
+NOT_RUNNING = (TritonError, RuntimeError, AssertionError, OSError, SubprocessError)
+"""Of Triton: its compiler, a GPU that refuses, no driver, no C compiler."""
+
 GpuMatrix = GpuBitmask | GpuIntegers
+
+log = logging.getLogger(__name__)
+said: set[str] = set()
+"""Why kernels were left out; each reason is logged once."""
 
 
 class GpuLinear(OperatorLinear):
@@ -122,8 +131,9 @@ def race(
     for tokens in tried:
         ways = calls(tokens)
         able = {name: call for name, call in ways.items() if runs(call)}
-        taken = zip(able, (clock or _gpu_seconds)([*able.values()]), strict=True)
-        found[tokens] = dict.fromkeys(ways, math.inf) | dict(taken)
+        # one way alone wins without a clock
+        taken = (clock or _gpu_seconds)([*able.values()]) if len(able) > 1 else [0.0] * len(able)
+        found[tokens] = dict.fromkeys(ways, math.inf) | dict(zip(able, taken, strict=True))
     return found
 
 
@@ -138,8 +148,12 @@ def runs(call: Call) -> bool:
         call()
     except torch.OutOfMemoryError:
         raise
-    except (TritonError, RuntimeError):
+    except NOT_RUNNING as error:
         _wait()
+        reason = f"{type(error).__name__}: {error}"
+        if reason not in said:
+            said.add(reason)
+            log.warning("a kernel is left out on this GPU: %s", reason)
         return False
     _wait()
     return True
