@@ -263,10 +263,7 @@ def _crop_windows(documents: Sequence[Document], tokenizer: Tokenizer, plan: Win
 
 
 def load_windows(
-    path: Path,
-    *,
-    vocab_size: int | None = None,
-    positions: int | None = None,
+    path: Path, *, vocab_size: int | None = None, positions: int | None = None
 ) -> Windows:
     """Windows from a safetensors file with a tensor `input_ids` [samples, sequence_length].
 

@@ -11,14 +11,7 @@ from torch import Tensor
 from secateur.calibration.run_windows import RunWindows, WindowReader
 from secateur.engine.plan import fitting_plan
 from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan_run
-from secateur.engine.prune.tasks import (
-    LinearTask,
-    Selection,
-    Settings,
-    Tasks,
-    gathering,
-    tasks_of,
-)
+from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, gathering, tasks_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import LayerLayout, layouts
 from secateur.errors import RecipeError
@@ -28,11 +21,7 @@ from secateur.models.checkpoint import copied_files
 from secateur.models.configuration import TrustedFolder
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint, resolve
-from secateur.models.targets import (
-    CheckpointTarget,
-    Target,
-    refuse_unknown,
-)
+from secateur.models.targets import CheckpointTarget, Target, refuse_unknown
 from secateur.models.tokenizer import refuse_other_words
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
@@ -134,9 +123,7 @@ def prepare(
             remedy="leave --keep-format out",
         )
     target = CheckpointTarget(
-        reader,
-        copy_of(reader, output, keep_format=recipe.keep_format) if output else None,
-        device,
+        reader, copy_of(reader, output, keep_format=recipe.keep_format) if output else None, device
     )
     refuse_unknown(target)
     windows = None

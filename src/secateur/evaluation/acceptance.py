@@ -141,11 +141,7 @@ def _runs(rates: Tensor) -> tuple[float, ...]:
 
 
 def speculation(
-    runs: Sequence[float],
-    parent_seconds: Sequence[float],
-    draft_seconds: float,
-    *,
-    least: int = 0,
+    runs: Sequence[float], parent_seconds: Sequence[float], draft_seconds: float, *, least: int = 0
 ) -> Speculation:
     """The number of proposed tokens with the largest expected speed-up.
 

@@ -546,11 +546,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        file: Path,
-        known: Specs,
-        appended: list[str],
-        longest_metadata: Mapping[str, str],
+        self, file: Path, known: Specs, appended: list[str], longest_metadata: Mapping[str, str]
     ) -> None:
         self.file = file
         self.placed: Described = {}

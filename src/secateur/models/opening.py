@@ -111,12 +111,7 @@ def computed_dtype(folder: Path) -> torch.dtype:
     return torch.bfloat16
 
 
-def load_whole(
-    folder: Path,
-    device: torch.device,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Any:
+def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None = None) -> Any:
     """Load a checkpoint folder with plain transformers, in eval mode.
 
     Args:

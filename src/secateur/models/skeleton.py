@@ -91,11 +91,7 @@ def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def build_skeleton(
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    opened: bool = True,
-    alone: bool = False,
+    folder: Path, *, dtype: torch.dtype | None = None, opened: bool = True, alone: bool = False
 ) -> Any:
     """The model a checkpoint describes, parameters on the meta device, buffers real.
 

@@ -86,10 +86,7 @@ def resolve(
 
 
 def _found_model(
-    model: str | os.PathLike[str],
-    dtype: str | None,
-    trust_remote_code: bool,
-    progress: Progress,
+    model: str | os.PathLike[str], dtype: str | None, trust_remote_code: bool, progress: Progress
 ) -> LocalCheckpoint:
     """Find a model and check its files, but not its weights; see `resolve`."""
     if dtype is not None and dtype not in FLOATS:

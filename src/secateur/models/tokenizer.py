@@ -60,10 +60,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def refuse_other_words(
-    student: Path | Tokenizer,
-    teacher: Path,
-    *,
-    roles: tuple[str, str] = ("student", "teacher"),
+    student: Path | Tokenizer, teacher: Path, *, roles: tuple[str, str] = ("student", "teacher")
 ) -> None:
     """Refuse a teacher whose token ids mean other words than the student's.
 

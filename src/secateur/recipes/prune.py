@@ -150,10 +150,7 @@ class PruneRecipe(
 
     presets = presets
     run = shared.Planning
-    needs: ClassVar = {
-        "asymmetric_damping": ("asymmetric",),
-        **shared.DISTILLING,
-    }
+    needs: ClassVar = {"asymmetric_damping": ("asymmetric",), **shared.DISTILLING}
     conflicts = (
         Conflict("keep_format", "compress", "both say how the weights are stored", shared.ONE),
         Conflict(

@@ -301,7 +301,6 @@ class Cluster(Section):
     """Work in several processes of a Ray cluster: its address, `auto`, or `local` for processes on
     this machine."""
     processes: Annotated[
-        int | None,
-        Flag(default="the cluster's GPUs, or its machines if it has none"),
+        int | None, Flag(default="the cluster's GPUs, or its machines if it has none")
     ] = Field(None, gt=0)
     """How many processes Ray starts; with --dry-run, plan one of so many on this machine."""

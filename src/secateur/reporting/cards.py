@@ -34,10 +34,7 @@ import secateur
 
 
 def prune_card(
-    manifest: Manifest,
-    recipe_yaml: str,
-    source_folder: Path,
-    output: str | Path,
+    manifest: Manifest, recipe_yaml: str, source_folder: Path, output: str | Path
 ) -> str:
     """The card of a pruned model: how it was made, its measured properties, and its limits.
 

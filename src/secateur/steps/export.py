@@ -88,9 +88,7 @@ class Export(Step[ExportRecipe, ExportResult]):
         message = f"{lost:,} of {exported.zeros:,} zeros were lost in {to} {type}"
         if lost and not exported.may_lose_zeros:
             raise VerificationError(
-                message,
-                where=str(folder.output),
-                remedy="choose another --type",
+                message, where=str(folder.output), remedy="choose another --type"
             )
         if lost:
             exported.notes.insert(0, message)

@@ -277,12 +277,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         self, steps: list[dict[str, Any]], latency: dict[str, Any] | None
     ) -> records.Structure:
         """The record of what was cut, counted in the written model."""
-        found = verified(
-            self.skeleton,
-            self.run.source.folder,
-            self.run.folder.model,
-            steps[-1],
-        )
+        found = verified(self.skeleton, self.run.source.folder, self.run.folder.model, steps[-1])
         if found.varied:
             log.warning(VARIED)
         return records.Structure(

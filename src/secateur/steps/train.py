@@ -44,13 +44,7 @@ from secateur.training.process_group import ProcessGroup, load
 from secateur.training.setup import TrainingSetup
 from secateur.training.training_plan import TrainingPlan, optimizers, shared_batch
 
-NO_PART = {
-    "output",
-    "device",
-    "save_minutes",
-    "learning_rate",
-    "memory",
-}
+NO_PART = {"output", "device", "save_minutes", "learning_rate", "memory"}
 """Fields that may differ in a resumed training. The learning rate is one of them: a training that
 diverged can resume from its last save with a lower rate."""
 

@@ -16,12 +16,7 @@ from secateur.structured.design import Accounting, accounting, design
 UNITS = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""
 
-KINDS = {
-    "kv_groups": "groups",
-    "query_heads": "queries",
-    "ffn": "neurons",
-    "hidden_size": "hidden",
-}
+KINDS = {"kv_groups": "groups", "query_heads": "queries", "ffn": "neurons", "hidden_size": "hidden"}
 """The kind of units that an option cuts."""
 
 _UNIT_NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}

@@ -131,12 +131,7 @@ def cut_step(
         with whole_folder(made) as partial, warnings.catch_warnings():
             # the result reports once that layers differ
             warnings.simplefilter("ignore", VariedSizesWarning)
-            found = cut_checkpoint(
-                kept,
-                cut,
-                partial,
-                progress=context.progress,
-            )
+            found = cut_checkpoint(kept, cut, partial, progress=context.progress)
             write_notes(partial, {"step": name, "cut": cut.to_json(), **how, **found.to_json()})
         if kept != folder:
             shutil.rmtree(kept)

@@ -82,11 +82,7 @@ def cut_model(model: Any, cut: Cut) -> Any:
 
 
 def cut_checkpoint(
-    folder: Path,
-    cut: Cut,
-    output_folder: Path,
-    *,
-    progress: Progress | None = None,
+    folder: Path, cut: Cut, output_folder: Path, *, progress: Progress | None = None
 ) -> Accounting:
     """Write the cut model of a checkpoint, with one tensor in memory.
 

@@ -83,11 +83,7 @@ class SecateurCallback(TrainerCallback):
             return Masks({name: mask for name, mask in kept.items() if name in frozen})
         if self.source is None:
             return Masks.of(model)
-        return masks_in(
-            self.source,
-            model,
-            sums=partial(_sum_over_processes, model=model),
-        )
+        return masks_in(self.source, model, sums=partial(_sum_over_processes, model=model))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Remove the gradients of pruned weights; those of FSDP 2 have passed no hook."""

@@ -227,10 +227,7 @@ def open_tensors(file: Path) -> Iterator[Mapping[str, Tensor]]:
 
 
 def write_trained(
-    source: Path,
-    trained: Mapping[str, Tensor],
-    made: Path,
-    progress: Progress | None = None,
+    source: Path, trained: Mapping[str, Tensor], made: Path, progress: Progress | None = None
 ) -> None:
     """Write a copy of a checkpoint with new values of trained parameters, one tensor at a time.
 

@@ -62,10 +62,7 @@ class ExpertUse:
 
     def to_json(self) -> dict[str, Any]:
         """All scores."""
-        return {
-            "tokens": self.tokens.tolist(),
-            "reap": self.score("reap").tolist(),
-        }
+        return {"tokens": self.tokens.tolist(), "reap": self.score("reap").tolist()}
 
 
 class _UseHooks:

@@ -69,10 +69,7 @@ class ChangedAlone:
         self.folder.mkdir(parents=True, exist_ok=True)
         windows = cut_windows(survey.calibration.windows, tokens)
         self.outer = EmbeddingAndHead(
-            survey.target,
-            windows,
-            self.folder,
-            fast=survey.settings.fast_matmuls,
+            survey.target, windows, self.folder, fast=survey.settings.fast_matmuls
         )
         self.layouts = layouts(survey.target, windows.shape[1])
         self.walk = LayerwisePass(
