@@ -24,8 +24,9 @@ from secateur.engine.plan_memory import (
     learning_needs,
     logits_bytes,
     pruning_needs,
+    workspace_bytes,
 )
-from secateur.engine.prune.tasks import SolveMemory
+from secateur.engine.prune.tasks import LinearTask, SolveMemory
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.machine import fast_dtype, fast_matmuls
@@ -34,6 +35,7 @@ from secateur.models.opening import load_whole
 from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.runtime.decode import SlotDecoder, empty_cache
+from secateur.sparsity.methods import compose
 from secateur.training.batches import Batch, Batches
 from secateur.training.divergences import last_hidden
 from secateur.training.memory import fitting, plan_needs
@@ -240,3 +242,17 @@ def flat(values: Any) -> list[torch.Tensor]:
         found += flat(value.values()) if isinstance(value, dict) else []
         found += [value] if torch.is_tensor(value) else []
     return found
+
+
+def test_a_gpu_has_room_for_the_workspace_of_a_factorisation() -> None:
+    shapes = {"q_proj": (64, 32), "down_proj": (32, 96), "dense": (8, 4096)}
+    tasks = {
+        method: {
+            name: LinearTask(name, shape, compose(method, "unstructured"), 0.5 * (name != "dense"))
+            for name, shape in shapes.items()
+        }
+        for method in ("sparsegpt", "wanda")
+    }
+    assert workspace_bytes(tasks["sparsegpt"], asymmetric=False) == 4 * 96 * 96
+    assert workspace_bytes(tasks["wanda"], asymmetric=False) == 0
+    assert workspace_bytes(tasks["wanda"], asymmetric=True) == 4 * 96 * 96  # targets need a gram

@@ -155,6 +155,7 @@ def plan_run(
     gradients = sum(held_bytes(before, [task.shape]) for task in tasks.values())
     survey = _plan_survey(target, groups, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
+    more += on_gpu * workspace_bytes(tasks, asymmetric=settings.asymmetric)
     solving = solving_memory(tasks, groups, settings, more)
     writing, loaded = _plan_generation(target, unwritten, length)
     loaded = 2 if learning.epochs and not sweeps else loaded
@@ -189,6 +190,18 @@ def plan_run(
         stays_on_gpu=settings.on_gpu,
         sweep_windows=sweeps,
     )
+
+
+def workspace_bytes(tasks: Tasks, *, asymmetric: bool) -> int:
+    """What cuSOLVER takes beside the gram that it factors: not more than a square of its size.
+
+    NVIDIA gives no formula. A workspace of Cholesky or LU is a few panels of the matrix, and an
+    inverse by a factor is solved on an identity of its size. None of it lives while another does.
+    """
+    solved = [task for task in tasks.values() if task.changes]
+    grams = [x for x in solved if "gram" in gathering({x.name: x}, asymmetric=asymmetric).forward]
+    widest = max((task.shape[1] for task in grams), default=0)
+    return float32_bytes((widest, widest))
 
 
 def pruning_needs(
