@@ -222,7 +222,7 @@ def pruning_needs(
         forwards: bytes of a running forward, and of those that halt.
         solving: the memory for the linear that needs most.
         on_gpu: whether a GPU computes.
-        stays_on_gpu: whether hidden states and halted forwards are in its memory.
+        stays_on_gpu: whether hidden states are in its memory.
         tunes: whether pruned layers are tuned.
     """
     layers = (plan.PRUNING, plan.TUNING) if tunes else (plan.PRUNING,)
@@ -235,7 +235,7 @@ def pruning_needs(
         plan.Need(
             "forward", forwards[0], (plan.PRUNING,), "the forward of a micro-batch", plan.SHORTER
         ),
-        plan.Need("waiting", forwards[1], away or (plan.PRUNING,), "halted forwards", plan.ON_DISK),
+        plan.Need("waiting", forwards[1], (plan.PRUNING,), "halted forwards", plan.ON_DISK),
         plan.Need("solve", solving.most, (plan.PRUNING,), shape, _SOLVE_LESS),
     ]
 
@@ -374,7 +374,8 @@ def _forward_bytes(
     ]
     forward, halted = map(max, zip(*rehearsals, strict=True))
     gathered = bool(gathering(tasks, asymmetric=settings.asymmetric).forward)
-    halting = gathered and settings.sequential == "group" and settings.in_memory
+    stay = settings.on_gpu or (settings.in_memory and target.device.type == "cpu")
+    halting = gathered and settings.sequential == "group" and stay  # else on disk, or repeated
     waiting = halting * (1 + settings.asymmetric)  # halted forwards of each micro-batch
     # A halted forward's own input is a view of the stored hidden states.
     held = waiting * (halted - own) * (windows.numel() // batch_tokens)

@@ -88,9 +88,9 @@ def test_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     pruned_on_both(**tuned)
 
 
-def saved(folder: Path) -> dict[str, Any]:
+def saved(folder: Path, family: str = "llama") -> dict[str, Any]:
     """A model and windows on disk, and how to run on cuda."""
-    tiny_model("llama").save_pretrained(folder / "source")
+    tiny_model(family).save_pretrained(folder / "source")
     save_windows(WINDOWS, folder / "windows.safetensors")
     return {
         "output": folder / "out",
@@ -105,9 +105,15 @@ def test_prune_a_checkpoint(name: str, tmp_path: Path) -> None:
     secateur.prune(tmp_path / "source", method=name, sparsity=0.5, **options)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("llama", {"method": "sparsegpt"}),
+        ("mixtral", {"method": "sparsegpt", "asymmetric": True}),
+    ],
+)
 def test_hidden_states_may_be_anywhere(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights; on the GPU, none of them and no halted forward ever leaves it."""
     moved: list[str] = []
@@ -116,11 +122,11 @@ def test_hidden_states_may_be_anywhere(
         lambda self, forward: moved.append(""),
     )
     made = {}
-    options = saved(tmp_path)
+    options = {**saved(tmp_path, family), **how}
     for place in ("gpu", "auto"):
         options["output"] = tmp_path / place
         secateur.prune(
-            tmp_path / "source", method=method, sparsity=0.5, activations=place,
+            tmp_path / "source", sparsity=0.5, activations=place,
             micro_batch_tokens=16, **options,
         )  # fmt: skip
     assert not moved
@@ -128,7 +134,7 @@ def test_hidden_states_may_be_anywhere(
     for place in ("memory", "disk"):
         options["output"] = tmp_path / place
         secateur.prune(
-            tmp_path / "source", method=method, sparsity=0.5, activations=place,
+            tmp_path / "source", sparsity=0.5, activations=place,
             micro_batch_tokens=16, **options,
         )  # fmt: skip
     for place in ("gpu", "auto", "memory", "disk"):

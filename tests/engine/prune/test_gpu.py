@@ -1,4 +1,4 @@
-"""On a GPU: the same masks as on the CPU, with halted forwards moved to host memory."""
+"""On a GPU: the same masks as on the CPU."""
 
 from __future__ import annotations
 

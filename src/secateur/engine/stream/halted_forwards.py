@@ -17,9 +17,11 @@ same as in a plain call.
 
 A halted forward holds tensors in its Python frames, where they have no name. `LiveTensors` watches
 every operation, so it knows the storages that are still alive. The memory plan counts their bytes
-in a rehearsal on the meta device. A run with little memory moves them to disk (or, from a GPU, to
-host memory) until the forward continues (`ActivationOffload`). Such a storage is resized to zero
-bytes in place, as in sharded training, so every view of it is valid again afterwards.
+in a rehearsal on the meta device. A run with little memory on a CPU moves them to disk until the
+forward continues (`ActivationOffload`). Such a storage is resized to zero bytes in place, as in
+sharded training, so every view of it is valid again afterwards. On a GPU a forward with little
+memory ends instead, and begins again up to the next batch: its arithmetic takes less time than to
+move its tensors over the bus.
 """
 
 from __future__ import annotations
@@ -197,6 +199,7 @@ class HaltingForwards:
         forwards: one call per micro-batch.
         offload: takes the tensors of halted forwards; None leaves them in memory.
         matmuls: returns a context for the forwards, not for the work between them.
+        repeats: whether a forward ends where it halts, and is repeated up to the next batch.
     """
 
     def __init__(
@@ -205,14 +208,17 @@ class HaltingForwards:
         forwards: Sequence[Forward],
         offload: ActivationOffload | None,
         matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
+        *,
+        repeats: bool = False,
     ) -> None:
-        self.matmuls = matmuls
-        hub = getcurrent()
+        self.matmuls, self.forwards, self.repeats = matmuls, forwards, repeats
+        self.hub = hub = getcurrent()
         self.offload = offload
         self.batches = batches
         self.hooks = _SharedInputs(batches, lambda index, x: hub.switch((index, x)))
         self.seen: list[dict[int, Hashable]] = [{} for _ in forwards]
         self.running = [greenlet(forward, parent=hub) for forward in forwards]
+        self.passed = [0 for _ in forwards]  # batches before the next one, in a repeated forward
         self.ahead: dict[int, tuple[int, Arrival] | None] = {}
         self.current = 0
 
@@ -226,6 +232,8 @@ class HaltingForwards:
         if index in self.ahead:  # after `restore`: its tensors are in memory again
             return self.ahead.pop(index)
         with watch, self.matmuls():
+            for _ in range(self.passed[index]):
+                self.running[index].switch()
             arrival: tuple[int, Arrival] = self.running[index].switch()
         return None if self.running[index].dead else arrival
 
@@ -234,9 +242,14 @@ class HaltingForwards:
         self.ahead[index] = self.advance(index)
 
     def halt(self, index: int) -> None:
-        """Move the tensors of a forward away after its input was used."""
+        """Move the tensors of a forward away after its input was used, or forget them."""
         if self.offload:
             self.offload.store(index)
+        if self.repeats:
+            self.running[index].throw(GreenletExit)
+            self.running[index] = greenlet(self.forwards[index], parent=self.hub)
+            self.seen[index] = {}
+            self.passed[index] += 1
 
     def finish(self) -> None:
         """Run all forwards to their ends."""
@@ -334,24 +347,26 @@ class HaltedLayer(HaltingForwards):
     ) -> None:
         self.inputs, self.layer, self.stores = inputs, layer, stores
         forwards = [partial(self._forward, batch) for batch in inputs.batches]
-        super().__init__(batches, forwards, self._offload(), inputs.matmuls)
+        stream = inputs.calibration
+        stays = stream.in_memory and stream.target.device == stream.home
+        repeats = not stays and stream.target.device.type != "cpu"
+        offload = None if stays or repeats else self._offload()
+        super().__init__(batches, forwards, offload, inputs.matmuls, repeats=repeats)
         # Summed inside the forwards, so the sums move away with the forwards' other tensors.
         self.sums: dict[int, Tensor] = {}
         self.handles = [x.register_forward_hook(self._add) for x in writers]
 
-    def _offload(self) -> ActivationOffload | None:
-        """What takes the tensors of halted forwards; None if they stay in memory."""
+    def _offload(self) -> ActivationOffload:
+        """What takes the tensors of halted forwards."""
         inputs, stream = self.inputs, self.inputs.calibration
-        if stream.in_memory and stream.target.device == stream.home:
-            return None
         sizes = {batch.stop - batch.start for batch in stream.batches()}
         shared = stream.outer.shared_tensors(inputs.index, sizes)
         permanent = [*self.layer.parameters(), *self.layer.buffers(), *shared]
-        folder = None if stream.in_memory else inputs.states.folder
-        return ActivationOffload(permanent, folder, stream.target.device, stream.own.start)
+        return ActivationOffload(permanent, inputs.states.folder, stream.own.start)
 
     def _forward(self, batch: slice) -> None:
         hidden = self.inputs.read(batch)
+        self.sums.pop(self.current, None)
         if self.offload is not None:
             self.offload.live.note(hidden)
         outputs = call_layer(self.layer, hidden, self.inputs.call(batch))
@@ -425,41 +440,27 @@ class LiveTensors(TorchDispatchMode):
 
 
 class ActivationOffload:
-    """Moves the tensors of halted forwards out of memory, and back.
+    """Moves the tensors of halted forwards to disk, and back.
 
     Args:
         permanent: tensors that do not move: weights, shared arguments.
-        folder: takes the tensors; None to move them to host memory (for forwards on a GPU).
-        device: where forwards run. Only tensors on this device are moved: a forward on a GPU also
-            reads host tensors that all forwards share, such as the hidden states of all windows.
+        folder: takes the tensors.
         first: number of the first forward among those of all processes that use the folder.
     """
 
-    def __init__(
-        self, permanent: Iterable[Tensor], folder: Path | None, device: torch.device, first: int = 0
-    ) -> None:
-        self.live = LiveTensors(permanent)
-        self.folder, self.on_disk = folder or Path(), folder is not None
-        self.device, self.first = device, first
+    def __init__(self, permanent: Iterable[Tensor], folder: Path, first: int = 0) -> None:
+        self.live, self.folder, self.first = LiveTensors(permanent), folder, first
         self.alive: dict[int, dict[int, StorageWeakRef]] = {}
         self.moved: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
-        self.saved: dict[int, list[Tensor]] = {}
 
     def store(self, forward: int) -> None:
         """Free the memory of all tensors that the halted forward keeps alive."""
-        storages = [
-            storage
-            for storage in self.live.live()
-            if storage.nbytes() and storage.device.type == self.device.type  # 0: moved already
-        ]
+        storages = [x for x in self.live.live() if x.nbytes()]  # 0: moved already
         self.alive[forward] = self.live.current
         self.moved[forward] = [(storage, storage.nbytes()) for storage in storages]
-        if not self.on_disk:
-            self.saved[forward] = [_content(s).to("cpu", copy=True) for s in storages]
-        else:
-            with self.file(forward).open("wb", buffering=0) as stream:
-                for storage in storages:
-                    write_all(stream, _content(storage).cpu())
+        with self.file(forward).open("wb", buffering=0) as stream:
+            for storage in storages:
+                write_all(stream, _content(storage))
         for storage in storages:
             storage.resize_(0)  # in place, so that every view of it stays valid
 
@@ -468,18 +469,10 @@ class ActivationOffload:
         self.live.current = self.alive.get(forward, {})
         if forward not in self.moved:
             return
-        kept = self.moved.pop(forward)
-        for storage, size in kept:
-            storage.resize_(size)
-        if not self.on_disk:
-            for (storage, _), saved in zip(kept, self.saved.pop(forward), strict=True):
-                _content(storage).copy_(saved)
-            return
         with self.file(forward).open("rb", buffering=0) as stream:
-            for storage, size in kept:
-                host = torch.empty(size, dtype=torch.uint8)
-                read_all(stream, host)
-                _content(storage).copy_(host)
+            for storage, size in self.moved.pop(forward):
+                storage.resize_(size)
+                read_all(stream, _content(storage))
         self.file(forward).unlink()
 
     def file(self, forward: int) -> Path:
@@ -489,4 +482,4 @@ class ActivationOffload:
 
 def _content(storage: torch.UntypedStorage) -> Tensor:
     """The bytes of a storage as a tensor that shares its memory."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
