@@ -148,6 +148,9 @@ def add_rows(total: Tensor, shares: Tensor, rows: Tensor, alpha: float = 1) -> N
     """
     if total.dim() == 1:
         total.addmv_(rows.t(), shares, alpha=alpha)
+    elif total.is_cpu:  # rounds as it does for one, and is as fast
+        for each in zip(total, shares, rows, strict=True):
+            add_rows(*each, alpha)
     else:
         total[:, None].baddbmm_(shares[:, None], rows, alpha=alpha)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import held_bytes
 from secateur.engine import plan
+from secateur.engine.prune.solving import at_once_bytes
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.calls import LayerLayout, calls_of, layouts
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -156,7 +157,8 @@ def plan_run(
     survey = _plan_survey(target, groups, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     more += on_gpu * workspace_bytes(tasks, asymmetric=settings.asymmetric)
-    solving = solving_memory(tasks, groups, settings, more)
+    at_once = at_once_bytes(tasks, settings, target.device, target.architecture.of_expert)
+    solving = solving_memory(tasks, groups, settings, more, at_once)
     writing, loaded = _plan_generation(target, unwritten, length)
     loaded = 2 if learning.epochs and not sweeps else loaded
     models = target, learning.teacher or target

@@ -489,31 +489,35 @@ class GroupStatistics:
         """
         return _values(linear, self._own[linear.name])
 
-    def weights(self, damping: float) -> Callable[[Linear], Tensor]:
-        """Return a function that gives the weight [out, in] to prune in place of a linear's own.
+    def weights(self, damping: float) -> Callable[[Sequence[Linear]], Tensor]:
+        """Return a function that gives the weights to prune in place of the linears' own.
 
-        It is its own weight, or the one that fits its target best.
+        They are its own weights, or those that fit their targets best, [linears, out, in]. Only the
+        linears at a place in the groups of a batch are given together.
 
         Args:
             damping: strength of the pull of a fit towards the dense weights.
         """
         places = {x.name: i for i, group in enumerate(self.groups) for x in group}
         if self.cross is None:
-            return lambda linear: linear.weight
+            return _stacked
         gram, moments = self.value()["gram"], self.cross.value()
         if self.batch:
-            return lambda linear: dense_target(
-                gram[places[linear.name]],
-                moments[places[linear.name]],
-                linear.weight.float(),
-                damping,
-            )
+
+            def fitted(linears: Sequence[Linear]) -> Tensor:
+                theirs = [places[x.name] for x in linears]
+                weights = _stacked(linears).float()
+                return dense_target(gram[theirs], moments[theirs], weights, damping)
+
+            return fitted
         if self.cross.of_outputs:
-            return lambda linear: dense_target(gram, moments, linear.weight.float(), damping)
+            return lambda linears: dense_target(gram, moments, linears[0].weight.float(), damping)[
+                None
+            ]
         # A fit of the dense inputs serves all linears: [in, in], with W on its left.
         identity = torch.eye(len(gram), device=gram.device)
         shared = dense_target(gram, moments, identity, damping)
-        return lambda linear: linear.weight.float() @ shared
+        return lambda linears: _stacked(linears).float() @ shared
 
     def release(self) -> None:
         """Forget the sums that the groups share. Values that were read stay."""
@@ -547,6 +551,12 @@ def _padded(
         places = bounds[here, None] + torch.arange(begin, begin + width, device=device)
         places = torch.where(places < bounds[here + 1, None], places, len(given[0]))
         yield groups, [x[places] for x in zero]
+
+
+def _stacked(linears: Sequence[Linear]) -> Tensor:
+    """The weights of linears of a shape, [linears, out, in]; of one without a copy."""
+    weights = [x.weight for x in linears]
+    return weights[0][None] if len(weights) == 1 else torch.stack(weights)
 
 
 def _values(linear: Linear, gathered: Mapping[str, Statistic]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from secateur.models.architecture import Linear
 from secateur.models.checkpoint import not_finite
 from secateur.runs.records import LinearRecord
 from secateur.sparsity.patterns import misplaced
-from secateur.sparsity.solvers import Solution
 
 _OWN_FAULT = "this is a fault in secateur or in a plug-in; please report it"
 
@@ -38,29 +37,45 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def counted_zeros(linear: Linear, task: LinearTask, solution: Solution) -> tuple[int, int]:
-    """Compare the stored zeros of a solved linear with the number that its pattern requires.
+def counted_zeros(
+    linears: Sequence[Linear], task: LinearTask, mask: Tensor
+) -> list[tuple[int, int]]:
+    """Compare the stored zeros of solved linears with the number that their pattern requires.
+
+    Args:
+        linears: the linears; they have the same shape, method and sparsity.
+        task: the task of one of them.
+        mask: of each.
 
     Returns:
-        How many weights the mask removes, and how many are zero.
+        How many weights each mask removes, and how many are zero.
 
     Raises:
         VerificationError: there are fewer zeros.
         NumericalError: a weight is NaN or infinite.
     """
-    weight = linear.weight
-    expected = task.method.pattern.pruned(linear.shape, task.sparsity)
-    pruned = weight.numel() - int(solution.mask.sum())
-    zeros = weight.numel() - int(torch.count_nonzero(weight))
-    if pruned != expected or zeros < expected:  # the source may have zeros of its own
-        raise VerificationError(
-            f"{linear.name} should have {expected} zeros; the mask has {pruned}, the weight "
-            f"{zeros}",
-            where=linear.name,
-            remedy=_OWN_FAULT,
-        )
-    check_finite([(f"{linear.name}.weight", weight)])
-    return pruned, zeros
+    expected = task.method.pattern.pruned(task.shape, task.sparsity)
+    stored = [x.weight for x in linears]
+    nonzero = torch.stack([torch.count_nonzero(x) for x in stored])
+    # Of good weights the sum is finite.
+    finite = torch.stack([x.sum(dtype=torch.float32).isfinite() for x in stored])
+    kept = mask.sum((-2, -1)).reshape(-1)
+    found = []
+    for linear, counts in zip(
+        linears, torch.stack([kept, nonzero, finite], 1).tolist(), strict=True
+    ):
+        pruned, zeros = (linear.weight.numel() - count for count in counts[:2])
+        if pruned != expected or zeros < expected:  # the source may have zeros of its own
+            raise VerificationError(
+                f"{linear.name} should have {expected} zeros; the mask has {pruned}, the weight "
+                f"{zeros}",
+                where=linear.name,
+                remedy=_OWN_FAULT,
+            )
+        if not counts[2]:
+            check_finite([(f"{linear.name}.weight", linear.weight)])
+        found.append((pruned, zeros))
+    return found
 
 
 def check_zeros(layer: nn.Module, linears: Iterable[Linear], tasks: Tasks) -> None:

@@ -13,17 +13,20 @@ pruned model, or those of the dense twin (`GroupStatistics.weights`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import CrossGram, GroupStatistics
 from secateur.engine.prune.checks import counted_zeros
 from secateur.engine.prune.coverage import is_reached
+from secateur.engine.prune.solving import Solved, Solving
 from secateur.engine.prune.tasks import Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import (
@@ -34,7 +37,6 @@ from secateur.engine.stream.halted_forwards import (
     by_group,
     by_layer,
 )
-from secateur.errors import located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
 from secateur.models.targets import Target
@@ -42,7 +44,7 @@ from secateur.parallel.ranks import ALONE, Ranks, owners
 from secateur.progress import Progress
 from secateur.runs.records import LinearRecord
 from secateur.sparsity.shared_rows import ROWS_TOGETHER
-from secateur.types import STORED, Mask, Statistics, Weight
+from secateur.types import Mask, Statistics, Weight
 
 if TYPE_CHECKING:
     from secateur.engine.prune.reconstruction import LayerTuning
@@ -217,84 +219,94 @@ def prune_group(
     """
     remasks = layer.tuning is not None and layer.tuning.remasks
     # tuning also needs the shadow weights of linears that another process solves
-    changed = [x for x in linears if remasks or x.name in mine]
-    if not changed:
+    if not any(remasks or x.name in mine for x in linears):
         return []
     ranks = layer.sharing(group, linears)
     # Values take the place of the sums, which `release` then frees, before the solver needs memory.
-    values = group.value()
-    weight_of = group.weights(layer.settings.asymmetric_damping)
+    values, weights_of = group.value(), group.weights(layer.settings.asymmetric_damping)
     group.release()
-    records = []
-    for number, own in enumerate(group.groups):
-        statistics = {name: x[number] for name, x in values.items()} if group.batch else values
-        theirs = [x for x in own if x in changed]
-        records += _prune_one(layer, group, number, theirs, statistics, weight_of, mine, ranks)
-    return records
+
+    def own_of(linear: Linear) -> dict[str, Tensor]:
+        return {**group.own(linear), **layer.stored(linear)}
+
+    names, settings = [x.name for x in linears], layer.settings
+    wanted = {*names} & {*mine}
+    solving = Solving(group, values, weights_of, own_of, layer.tasks, wanted, settings, ranks)
+    if layer.tuning is not None and remasks:
+        for number, own in enumerate(group.groups):
+            for linear in own:
+                if linear.name in names:
+                    known = solving.statistics(number)
+                    layer.tuning.keep(linear, weights_of([linear])[0], known)
+    records, started = list[LinearRecord](), time.perf_counter()
+    for numbers in solving.together():
+        for solved in solving.solve(numbers):
+            records += _recorded(layer, group, solved, time.perf_counter() - started)
+            started = time.perf_counter()
+    return sorted(records, key=lambda record: names.index(record.name))
 
 
-def _prune_one(
-    layer: OpenLayer,
-    group: GroupStatistics,
-    number: int,
-    linears: Sequence[Linear],
-    statistics: Statistics,
-    weight_of: Callable[[Linear], Tensor],
-    mine: Collection[str],
-    ranks: Ranks,
+def _recorded(
+    layer: OpenLayer, group: GroupStatistics, solved: Solved, seconds: float
 ) -> list[LinearRecord]:
-    """Score → mask → solve, for linears of one group, with the statistics of its input."""
-    solved, records = [x for x in linears if x.name in mine], list[LinearRecord]()
-    if solved:
-        with located(solved[0].name):
-            prepared = layer.tasks[solved[0].name].method.prepare(statistics, ranks)
-    for linear in linears:
-        started, task = time.perf_counter(), layer.tasks[linear.name]
-        weight = weight_of(linear)
-        if layer.tuning is not None and layer.tuning.remasks:
-            layer.tuning.keep(linear, weight, statistics)
-        if linear.name not in mine:
-            continue
-        own = {**group.own(linear), **layer.stored(linear)}
-        with located(linear.name):
-            known = {**statistics, **own, STORED: linear.weight}
-            solution = task.method.solve(weight, prepared, known, task.sparsity, ranks)
-        # before `assign`, which overwrites what `weight` may be a view of
-        lost = lost_energy(weight, solution.mask, statistics) if solution.error is None else None
-        linear.assign(solution.weight)
-        if solution.shift is not None:
-            linear.shift(solution.shift)
-        pruned, zeros = counted_zeros(linear, task, solution)
-        records.append(
-            LinearRecord(
-                name=linear.name,
-                shape=linear.shape,
-                asked=task.sparsity,
-                pruned=pruned,
-                zeros=zeros,
-                error=None if solution.error is None else float(solution.error),
-                lost=lost,
-                seconds=time.perf_counter() - started,
-                tokens=group.tokens[number] if layer.sources else None,
-            )
+    """Take over the new weights of linears, and check them. Return the record of each."""
+    linears, solution = solved.linears, solved.solution
+    task, count = layer.tasks[linears[0].name], len(linears)
+    # before `assign`, which overwrites what `weight` may be a view of
+    lost = None
+    if solution.error is None:
+        lost = lost_energy(solved.weight, solution.mask, solved.statistics)
+    for linear, found in zip(linears, solution.each(), strict=True):
+        linear.assign(found.weight)
+        if found.shift is not None:
+            linear.shift(found.shift)
+    measured = (
+        linears,
+        solved.numbers,
+        counted_zeros(linears, task, solution.mask),
+        _numbers(solution.error, count),
+        _numbers(lost, count),
+    )
+    return [
+        LinearRecord(
+            name=linear.name,
+            shape=linear.shape,
+            asked=task.sparsity,
+            pruned=pruned,
+            zeros=zeros,
+            error=error,
+            lost=share,
+            seconds=seconds / count,
+            tokens=group.tokens[number] if layer.sources else None,
         )
-    return records
+        for linear, number, (pruned, zeros), error, share in zip(*measured, strict=True)
+    ]
 
 
-def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> float | None:
+def _numbers(found: Tensor | float | None, count: int) -> list[float | None]:
+    """What was measured of each linear, with one wait; None where there is no number."""
+    if found is None:
+        return [None] * count
+    numbers: list[float] = torch.as_tensor(found).reshape(-1).tolist()
+    return [None if math.isnan(number) else number for number in numbers]
+
+
+def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> Tensor | None:
     """The share of its output's energy that a linear loses; None without statistics of the inputs.
 
     lost = Σ over pruned w² ‖X_j‖² / Σ over all w² ‖X_j‖²
+
+    It is NaN where all energy is 0. A batch of linears has a share for each.
     """
     if "column_norm" in statistics:
         power = statistics["column_norm"].square()
     elif "gram" in statistics:
-        power = statistics["gram"].diagonal()
+        power = statistics["gram"].diagonal(dim1=-2, dim2=-1)
     else:
         return None
-    energy = weight.detach().float().square() * power
-    total = float(energy.sum())
-    return float(energy.masked_fill(mask, 0.0).sum()) / total if total > 0 else None
+    energy = weight.detach().float().square() * power[..., None, :]
+    lost, total = (x.flatten(-2).sum(-1).double() for x in (energy.masked_fill(mask, 0.0), energy))
+    return lost / total
 
 
 def _exchanged(

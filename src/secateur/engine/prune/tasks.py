@@ -449,6 +449,7 @@ def solving_memory(
     groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
     settings: Settings,
     meanwhile: int,
+    at_once: int = 0,
 ) -> SolveMemory:
     """The memory for the linear that needs most, with what else is there then.
 
@@ -457,6 +458,7 @@ def solving_memory(
         groups: for each layer, the shapes of the linears that share an input.
         settings: how the work is done.
         meanwhile: bytes of what an allocation and gradients keep of a layer.
+        at_once: bytes for the linears of experts that are solved at once.
     """
     names = gathering(tasks, asymmetric=settings.asymmetric).forward
     if settings.sequential == "layer":
@@ -465,7 +467,9 @@ def solving_memory(
         every = [group for layer in groups for group in layer]
         others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in every)
         meanwhile += max(others, default=0)
-    return solve_bytes(tasks, asymmetric=settings.asymmetric).beside(meanwhile)
+    alone = solve_bytes(tasks, asymmetric=settings.asymmetric)
+    found = alone._replace(most=max(alone.most, at_once), usual=max(alone.usual, at_once))
+    return found.beside(meanwhile)
 
 
 def gathered_bytes(

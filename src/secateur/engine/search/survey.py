@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import ForwardSource, Gathering, GroupStatistics
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
+from secateur.engine.prune.solving import Solving
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.halted_forwards import Arrival, batches_of, by_layer
@@ -191,7 +192,7 @@ class LayerView:
         shared: Shared,
         grains: Mapping[str, Granularity],
     ) -> None:
-        self.tasks, self.grains = survey.tasks, grains
+        self.tasks, self.grains, self.settings = survey.tasks, grains, survey.settings
         of_expert = survey.target.architecture.of_expert
         names = gathering(self.tasks).backward
         own = stored_gradients(survey.settings.work, index, names, survey.target.device)
@@ -202,6 +203,7 @@ class LayerView:
         # linears that share an input share its statistics, and are one group of solves
         self.group = {name: (id(s), number) for name, (s, number) in shared.items()}
         values = {id(s): s.value() for s, _ in shared.values()}
+        self.own, self.experts = own, {s: values[id(s)] for s, _ in shared.values() if s.batch}
         self.tokens = {name: s.tokens[number] for name, (s, number) in shared.items()}
         self.statistics = {
             name: {
@@ -231,6 +233,40 @@ class LayerView:
         if sparsity == 0:
             return weight
         return self.solved(name, _quick(task.method) if quick else task.method, sparsity)
+
+    def solve_all(
+        self, sparsities: Mapping[str, float], *, quick: bool = False
+    ) -> dict[str, Tensor]:
+        """`solve` for some linears, by name; experts are solved many at once."""
+        found, changed = dict[str, Tensor](), dict[str, LinearTask]()
+        for name, share in sparsities.items():
+            task = self.tasks[name]
+            method, sparsity = task.method, uniform_if_equal(task, share)
+            if sparsity > 0:
+                method = _quick(method) if quick else method
+                changed[name] = replace(task, method=method, sparsity=sparsity)
+        for gathered, values in self.experts.items():
+
+            def own_of(linear: Linear, gathered: GroupStatistics = gathered) -> dict[str, Tensor]:
+                return {**gathered.own(linear), **self.own(linear)}
+
+            weights_of, wanted = gathered.weights(0.0), {x.name for x in gathered.linears}
+            solving = Solving(
+                gathered,
+                values,
+                weights_of,
+                own_of,
+                changed,
+                wanted & changed.keys(),
+                self.settings,
+            )
+            for solved in (one for some in solving.together() for one in solving.solve(some)):
+                for linear, own in zip(solved.linears, solved.solution.each(), strict=True):
+                    found[linear.name] = own.weight.to(linear.weight.dtype)
+        for name, share in sparsities.items():
+            if name not in found:
+                found[name] = self.solve(name, share, quick=quick)
+        return found
 
     def solved(self, name: str, method: Method, sparsity: float) -> Tensor:
         """The weight after pruning or rounding by a method, in the dtype of the model."""

@@ -67,6 +67,12 @@ class DenseLayer(Protocol):
         """
         ...
 
+    def solve_all(
+        self, sparsities: Mapping[str, float], *, quick: bool = False
+    ) -> dict[str, Tensor]:
+        """`solve` for some linears, by name; experts are solved many at once."""
+        ...
+
 
 @runtime_checkable
 class Allocation(Protocol):

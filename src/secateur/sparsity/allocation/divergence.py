@@ -52,10 +52,9 @@ class ByDivergence(AllocationDefaults):
     def observe(self, layer: DenseLayer) -> dict[str, Tensor]:
         """The weight of each linear, pruned to the target (`name/1`)."""
         grains = layer.grains
-        return {
-            f"{name}/1": layer.solve(name, grains[name].uniform / grains[name].units, quick=True)
-            for name in layer.weights
-        }
+        uniform = {name: grains[name].uniform / grains[name].units for name in layer.weights}
+        pruned = layer.solve_all(uniform, quick=True)
+        return {f"{name}/1": weight for name, weight in pruned.items()}
 
     def allocate(
         self, kept: Kept, grains: Mapping[str, Granularity], sparsity: float

@@ -42,6 +42,13 @@ class Solution(NamedTuple):
     error: Tensor | None
     shift: Tensor | None = None
 
+    def each(self) -> list[Solution]:
+        """The solutions of the linears of a batch; of one linear itself."""
+        if self.weight.dim() == 2:
+            return [self]
+        parts = [[None] * len(self.weight) if x is None else x for x in self]
+        return [Solution(*own) for own in zip(*parts, strict=True)]
+
     @staticmethod
     def measured(weight: Weight, solved: Tensor, mask: Mask, gram: Gram) -> Solution:
         """The solution `solved` for a weight, with the error that it makes on these inputs."""
