@@ -22,8 +22,7 @@ from secateur.evaluation.perplexity import computed_by, perplexity
 from secateur.evaluation.tasks import prepare_tasks, run_tasks
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.targets import CheckpointTarget
-from secateur.runtime.install import PackedTarget
-from secateur.runtime.load import load
+from secateur.runtime.load import PackedTarget, load
 from secateur.runtime.packed import PackedCheckpoint
 
 STATES = 5000.0

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from secateur.errors import NumericalError
 from secateur.evaluation.perplexity import read_by, reader_of
-from secateur.runtime.install import PackedTarget
 from secateur.runtime.kernels.linear import PackedLinear
+from secateur.runtime.load import PackedTarget
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
-from secateur.models import skeleton
 from secateur.models.architecture import linears_of
 from secateur.models.checkpoint import CheckpointReader, TensorEntry
 from secateur.models.experts import OpenExperts, opened_experts
 from secateur.models.opening import computed_dtype, open_weights
 from secateur.models.skeleton import assign, fill_buffers, refuse_missing, stored_names
-from secateur.models.targets import CheckpointTarget
 from secateur.quantization.groups import Scales
 from secateur.quantization.int8 import quantize_rows
 from secateur.runtime.formats import Layout, PartSpec, bitmask_parts, formats
@@ -151,11 +149,11 @@ def install(
         tie_head(model, embedding_at, tied, head_module)
     if "" in only:
         settle(model, dtype)
-        _finish(model, dtype)
+        finish(model, dtype)
     return found
 
 
-def _finish(model: Any, dtype: torch.dtype) -> None:
+def finish(model: Any, dtype: torch.dtype) -> None:
     """What a filled model needs besides its parameters."""
     if not any(p.is_floating_point() for p in model.parameters()):
         # transformers reads the dtype off a parameter, and OLMo's norms have none
@@ -165,56 +163,6 @@ def _finish(model: Any, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, OpenExperts):
             module.call_idle = False
-
-
-class PackedTarget(CheckpointTarget):
-    """A compressed checkpoint whose layers compute as `install` fills them, one layer in memory.
-
-    Embedding and head stay in memory, packed, from the first `outside` on.
-
-    Args:
-        packed: the checkpoint.
-        device: where it computes: by kernels on the CPU, by torch on a GPU.
-    """
-
-    ends_stay = True
-
-    def __init__(self, packed: PackedCheckpoint, device: torch.device) -> None:
-        dtype = computed_dtype(packed.folder)
-        super().__init__(DenseView(packed), None, device, dtype=dtype)
-        self.packed, self.rounds_inputs = packed, packed.activations is not None
-        path = f"{self.architecture.layers_path}."
-        names = [name for name, _ in self.model.named_parameters()]
-        _finish(self.model, dtype)
-        self.ends = tuple(name for name in names if not name.startswith(path))
-
-    def filled(self, module: nn.Module, *only: str) -> None:
-        """Fill parameters of a module, and move it to the device."""
-        kernels = self.device.type == "cpu"
-        install(self.model, self.packed, self.dtype, kernels=kernels, only=only)
-        settle(module, self.dtype)
-        module._apply(lambda x: x if x.is_meta else x.to(self.device))
-
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Embedding, final norm and head, filled once."""
-        if self.ends:
-            self.filled(self.model, *self.ends)
-            self.ends = ()
-        yield
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """The layer, filled on entry and emptied on exit."""
-        layer, dense = self.layers[index], dict(self.layers[index].named_modules())
-        self.filled(layer, f"{self.architecture.layer_name(index)}.")
-        try:
-            yield layer
-        finally:
-            for name, module in dense.items():
-                if layer.get_submodule(name) is not module:
-                    replace(layer, name, module)
-            skeleton.empty(layer)
 
 
 def install_rounded(model: Any, reader: CheckpointReader) -> None:

@@ -7,12 +7,14 @@ Every kind of matrix is measured once. Activations that meet integers are rounde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.machine import reused_pages
@@ -20,6 +22,7 @@ from secateur.models import skeleton
 from secateur.models.configuration import trusted_folder
 from secateur.models.experts import OpenExperts
 from secateur.models.opening import computed_dtype, load_whole
+from secateur.models.targets import CheckpointTarget
 from secateur.runtime import install
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.kernels import linear as inference
@@ -104,7 +107,13 @@ def load(
 
 
 def install_on_gpu(
-    model: Any, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device
+    model: Any,
+    packed: PackedCheckpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    only: tuple[str, ...] = ("",),
+    choices: dict[tuple[object, ...], KernelChoice] | None = None,
 ) -> None:
     """Fill a skeleton from a compressed checkpoint, and move it to a device.
 
@@ -113,6 +122,8 @@ def install_on_gpu(
         packed: the checkpoint.
         dtype: what the model computes in.
         device: a GPU; the CPU only with Triton's interpreter.
+        only: beginnings of the names of parameters to fill.
+        choices: by kind of matrix, what earlier calls have measured; receives more.
 
     Raises:
         CheckpointError: a file is damaged, or does not fit the configuration.
@@ -125,7 +136,7 @@ def install_on_gpu(
     view = install.DenseView(packed, dtype)
     names, embedding_at, head = install.places_of(model, view)
     head_module = None
-    choices: dict[tuple[object, ...], KernelChoice] = {}
+    choices = {} if choices is None else choices
 
     def choice_of(matrix: GpuMatrix) -> KernelChoice:
         """The choice for a kind of matrix: they take the same time, so one of them is measured."""
@@ -150,6 +161,8 @@ def install_on_gpu(
         return GpuLinear(floats, bias, choice.kernel_up_to) if faster else None
 
     for parameter, stored in names.items():
+        if not parameter.startswith(only):
+            continue
         path, owner = parameter.rpartition(".")[0], stored.removesuffix(".weight")
         layout = packed.layouts.get(owner) if stored.endswith(".weight") else None
         module = model.get_submodule(path)
@@ -165,4 +178,59 @@ def install_on_gpu(
     skeleton.fill_buffers(model, view)
     if head:
         install.tie_head(model, embedding_at, head, head_module)
-    model.to(device)
+    model._apply(lambda x: x if x.is_meta else x.to(device))
+
+
+class PackedTarget(CheckpointTarget):
+    """A compressed checkpoint whose layers compute as `install` fills them, one layer in memory.
+
+    Embedding and head stay in memory, packed, from the first `outside` on.
+
+    Args:
+        packed: the checkpoint.
+        device: where it computes; without Triton torch does on a GPU.
+    """
+
+    ends_stay = True
+
+    def __init__(self, packed: PackedCheckpoint, device: torch.device) -> None:
+        dtype = computed_dtype(packed.folder)
+        super().__init__(install.DenseView(packed), None, device, dtype=dtype)
+        self.packed, self.rounds_inputs = packed, packed.activations is not None
+        path = f"{self.architecture.layers_path}."
+        names = [name for name, _ in self.model.named_parameters()]
+        install.finish(self.model, dtype)
+        self.by_triton = device.type == "cuda" and find_spec("triton") is not None
+        self.choices: dict[tuple[object, ...], KernelChoice] = {}
+        self.ends = tuple(name for name in names if not name.startswith(path))
+
+    def filled(self, module: nn.Module, *only: str) -> None:
+        """Fill parameters of a module, and move it to the device."""
+        what = self.model, self.packed, self.dtype
+        if self.by_triton:
+            install_on_gpu(*what, self.device, only=only, choices=self.choices)
+            return
+        install.install(*what, kernels=self.device.type == "cpu", only=only)
+        install.settle(module, self.dtype)
+        module._apply(lambda x: x if x.is_meta else x.to(self.device))
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Embedding, final norm and head, filled once."""
+        if self.ends:
+            self.filled(self.model, *self.ends)
+            self.ends = ()
+        yield
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The layer, filled on entry and emptied on exit."""
+        layer, dense = self.layers[index], dict(self.layers[index].named_modules())
+        self.filled(layer, f"{self.architecture.layer_name(index)}.")
+        try:
+            yield layer
+        finally:
+            for name, module in dense.items():
+                if layer.get_submodule(name) is not module:
+                    install.replace(layer, name, module)
+            skeleton.empty(layer)

@@ -52,8 +52,8 @@ from secateur.runs import measured
 from secateur.runs.environment import choose_device, environment
 from secateur.runs.folder import NOTES
 from secateur.runs.output import check_writable
-from secateur.runtime.install import DenseView, PackedTarget, open_checkpoint
-from secateur.runtime.load import load
+from secateur.runtime.install import DenseView, open_checkpoint
+from secateur.runtime.load import PackedTarget, load
 from secateur.steps.runner import source_of
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,13 @@ from tiny import save_tiny
 from torch import Tensor, nn
 
 import secateur
+from secateur.engine.stream.layerwise import LayerwiseReader
 from secateur.errors import ShapeError
+from secateur.evaluation.perplexity import perplexity
 from secateur.models.skeleton import build_skeleton
 from secateur.quantization.groups import GroupGrid
 from secateur.runtime.kernels.linear import IntegerLinear, activations_of
-from secateur.runtime.load import install_on_gpu
+from secateur.runtime.load import PackedTarget, install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint
 
 SHAPES = [(5, 8), (17, 300)]
@@ -196,3 +198,9 @@ def test_a_model_answers_as_its_dense_one(
     for tokens in (ids, ids[:, :2]):
         ours, theirs = model.eval()(tokens).logits, plain(tokens).logits
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    target = PackedTarget(packed, torch.device("cpu"))
+    target.by_triton = True
+    model = build_skeleton(tmp_path / "small", dtype=target.dtype)
+    install_on_gpu(model, packed, target.dtype, torch.device("cpu"))
+    found = perplexity(LayerwiseReader(target, 1e9), ids).losses
+    assert found == perplexity(model.eval(), ids).losses
