@@ -134,6 +134,29 @@ def test_a_run_is_on_the_gpu_that_was_named(name: str, source: Path, tmp_path: P
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.parametrize("values", ["dense", "bfloat16", "int8", "int4"])
+def test_a_model_that_does_not_fit_is_read_layer_by_layer(
+    values: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole is planned with 256 MiB of logits, a layer with those of its vocabulary."""
+    model, common = source, {"text": tmp_path / "text.txt", "windows": 8, "sequence_length": 16}
+    if values != "dense":
+        model = tmp_path / "small"
+        secateur.compress(source, output=model, values=values)
+    monkeypatch.setattr("secateur.runtime.load.find_spec", lambda name: None)
+    device = {"dense": model, "device": "cuda:1"}
+    whole = secateur.evaluate(model, **common, **device)
+    for gpu in range(2):
+        forget_peak(gpu)
+    before = memory[0].live
+    found = secateur.evaluate(model, **common, **device, max_memory="60MiB")
+    assert memory[0].peak == before
+    (one,), (other,) = found.record.perplexity, whole.record.perplexity
+    assert one.mean_loss == pytest.approx(other.mean_loss, rel=1e-5)
+    (one_kl,), (other_kl,) = found.record.divergence, whole.record.divergence
+    assert one_kl.kl == pytest.approx(other_kl.kl, abs=1e-6)
+
+
 @pytest.mark.parametrize("values", ["bfloat16", "int8", "int4"])
 def test_a_compressed_model(values: str, source: Path, tmp_path: Path) -> None:
     """Triton has no GPU here, so every kernel is left out, and torch multiplies in few launches."""
