@@ -29,6 +29,7 @@ from unittest import mock
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -109,6 +110,11 @@ class OnCuda(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func == torch.Tensor.data.__set__:
                 return set_data(*args)
+            if func == functional.scaled_dot_product_attention and not torch.is_grad_enabled():
+                if torch.is_autocast_enabled("cuda"):
+                    rough = torch.get_autocast_dtype("cuda")
+                    args = (*(x.to(rough) for x in args[:3]), *args[3:])
+                return run(aten.scaled_dot_product_attention.default, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
     def tolist(self) -> Any:
@@ -253,7 +259,10 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if not there and on_gpu(device) is None:
         return func(*args, **kwargs)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+    if composite and func is not aten.scaled_dot_product_attention.default:  # one kernel on a GPU
         with Pretending():  # as under no_grad, where it is taken apart before it comes here
             return func.decompose(*args, **kwargs)
     if func.namespace == "secateur":  # an operator of ours is Python, and runs on the device
@@ -263,7 +272,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return set_storage(*args)
     if there:
         refuse_mixed(func, args, kwargs)
-    target = there[0].device if there and device is None else on_gpu(device) or CPU
+    target = on_gpu(device) or torch.device(device or there[0].device)
     if func is aten.copy_.default:
         target = args[0].device
     count(func, args, there, target)

@@ -170,7 +170,7 @@ def drawn(p: Tensor, draw: Tensor) -> Tensor:
 def _products(linears: Iterable[Linear], changes: Ways) -> Iterator[dict[str, dict[str, Tensor]]]:
     """A context in which every backward adds Σ_t (g_t · ΔW x_t)² of each linear, float64 []."""
     sums = {
-        name: {way: torch.zeros((), dtype=torch.float64) for way in ways}
+        name: {way: x.new_zeros((), dtype=torch.float64) for way, x in ways.items()}
         for name, ways in changes.items()
     }
 
@@ -184,8 +184,7 @@ def _products(linears: Iterable[Linear], changes: Ways) -> Iterator[dict[str, di
             def add(gradient: Tensor) -> None:
                 for way, change in moved.items():
                     product = (gradient.float() * change.float()).sum(-1)  # g_t · δ_t
-                    # of the CPU in float64: a sum of many tokens is the same on every device
-                    sums[name][way] += product.square().sum(dtype=torch.float64).cpu()
+                    sums[name][way] += product.square().sum(dtype=torch.float64)
 
             output.register_hook(add)
 
