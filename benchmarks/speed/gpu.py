@@ -18,6 +18,7 @@ random tokens; of methods that take long only some layers, which are all alike.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -36,9 +37,18 @@ LLAMA_7B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
+QWEN3_30B_A3B = {
+    **LLAMA_7B, "hidden_size": 2048, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}  # fmt: skip
 TINY = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+TINY_MIXTURE = {
+    **TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 }  # fmt: skip
 
 BOUNDS = {"wanda": 2, "sparsegpt": 8, "alps": 15}
@@ -81,16 +91,36 @@ def rows_of(scale: Any, scratch: Path, layers: int, few: int) -> list[Row]:
         Row(f"model {c}", 75, partial(measure.model_row, scale, c))
         for c in (*measure.VALUES, "2:4", "6:8")
     ]
+    judged = [
+        Row(f"evaluate {v}", 150, partial(measure.evaluate_row, scale, v, few, scratch))
+        for v in ("dense", "int4")
+    ]
+    balanced, wanda = {"effort": "balanced"}, {"method": "wanda"}
     pruned = [
-        Row(f"prune {m} {n}", t, partial(measure.prune_row, scale, m, n, scratch))
-        for m, n, t in (
-            ("wanda", few, 60),
-            ("sparsegpt", few, 120),
-            ("alps", few, 240),
-            ("wanda", layers, 330),
+        Row(f"prune {m} {n}", t, partial(measure.prune_row, scale, how, n, scratch))
+        for m, how, n, t in (
+            ("wanda", wanda, few, 60),
+            ("balanced", balanced, few, 300),
+            ("sparsegpt", {"method": "sparsegpt"}, few, 120),
+            ("alps", {"method": "alps"}, few, 240),
+            ("wanda", wanda, layers, 330),
         )
     ]
-    return [*products, *cores[:3], *models, *cores[3:], *pruned]
+    mixtures = [
+        Row(f"prune mixture-{m} {few}", t, partial(measure.prune_row, scale, how, few, scratch,
+                                                   mixture=True))
+        for m, how, t in (("wanda", wanda, 180), ("balanced", balanced, 420))
+    ]  # fmt: skip
+    return [
+        *products,
+        *cores[:3],
+        *models,
+        *judged,
+        *pruned[:2],
+        *mixtures,
+        *cores[3:],
+        *pruned[2:],
+    ]
 
 
 def measure_all(
@@ -141,6 +171,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
                     prompt = usual["prompt_seconds"] / own["prompt_seconds"]
                     speed = f"{1 / own['token_seconds']:.1f} tokens/s"
                     found.append([name, mode, speed, f"{faster:.2f} ×, prompt {prompt:.2f} ×"])
+        elif name.startswith("evaluate"):
+            window = f"{1000 * row['window_seconds']:.0f} ms a window"
+            found.append([name, f"{row['layers']} layers", window])
         else:
             found.append([name, *of_pruning(row)])
     return found
@@ -150,12 +183,15 @@ def of_pruning(row: dict[str, Any]) -> list[str]:
     """Minutes of a whole model, from its layers, and the peak of memory."""
     layers = sorted(row["seconds_of_layers"])
     around = row["seconds"] - sum(layers)
-    whole = (around + LAYERS * layers[len(layers) // 2]) / 60
-    kind = "measured" if row["layers"] == LAYERS else f"from {row['layers']} layers"
-    bound = BOUNDS[row["name"].split()[1]]
+    whole = (around + row["whole_layers"] * layers[len(layers) // 2]) / 60
+    kind = "measured" if row["layers"] == row["whole_layers"] else f"from {row['layers']} layers"
+    bound = BOUNDS.get(row["name"].split()[1])
     peak = row["peak_cuda_bytes"]
     memory = "" if peak is None else f"{peak / 2**30:.1f} GiB"
-    return [kind, f"{whole:.1f} min of {bound}", memory]
+    phases = sorted(row["seconds_of_phases"].items(), key=lambda phase: -phase[1])
+    longest = ", ".join(f"{label} {seconds:.0f} s" for label, seconds in phases[:4])
+    minutes = f"{whole:.1f} min" + (f" of {bound}" if bound else "")
+    return [kind, minutes, memory, longest]
 
 
 def scale_of(dry: bool) -> Any:
@@ -167,13 +203,15 @@ def scale_of(dry: bool) -> Any:
     if not dry:
         return measure.Scale(
             "cuda", ((4096, 4096), (11008, 4096), (4096, 11008)), (1, 2, 4, 8, 16),
-            (1, 16, 64, 256, 1024, 4096), LLAMA_7B, 1024, 64, 5, "7b", 128, 2048,
+            (1, 16, 64, 256, 1024, 4096), LLAMA_7B, 1024, 64, 5, "7b", 128, 2048, QWEN3_30B_A3B,
         )  # fmt: skip
 
     def clock(calls: Any) -> list[float]:
         return [seconds_of(call) for call in calls]
 
-    return measure.Scale("cpu", ((64, 128),), (1, 2), (1, 4), TINY, 4, 2, 1, "tiny", 2, 16, clock)
+    return measure.Scale(
+        "cpu", ((64, 128),), (1, 2), (1, 4), TINY, 4, 2, 1, "tiny", 4, 16, TINY_MIXTURE, clock
+    )
 
 
 def heading(dry: bool) -> str:
@@ -189,6 +227,23 @@ def heading(dry: bool) -> str:
     )
 
 
+def clear(deadline: float, work: Path) -> None:
+    """Give memory of the GPU back, for rows that have a process of their own.
+
+    Where a failed row has made the GPU unusable for this process, another one goes on.
+    """
+    import torch
+
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        left = ["--minutes", str((deadline - time.monotonic()) / 60), "--work", str(work)]
+        again = [sys.executable, "-m", "benchmarks.speed.gpu", *sys.argv[1:], *left]
+        os.execv(sys.executable, [*again, "--past-failures"])
+
+
 def main() -> None:
     """Measure what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,6 +255,9 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU")
     parser.add_argument("--results", type=Path, help="folder of gpu.json")
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--past-failures", action="store_true", help="leave failed rows as they are"
+    )
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     if args.dry:
@@ -211,14 +269,20 @@ def main() -> None:
         setup = heading(args.dry)
         found = stored.known_rows("gpu", protocol, setup)
         known = {row["name"] for row in found if "failure" not in row}
+        if args.past_failures:
+            known = {row["name"] for row in found}
         found = [row for row in found if row["name"] in known]
 
-        def keep(row: dict[str, Any]) -> None:
-            found.append(row)
-            stored.write_rows("gpu", setup, protocol, found)
-
         with tempfile.TemporaryDirectory() as scratch:
-            rows = rows_of(scale_of(args.dry), args.work or Path(scratch), args.layers, args.few)
+            work = args.work or Path(scratch)
+
+            def keep(row: dict[str, Any]) -> None:
+                found.append(row)
+                stored.write_rows("gpu", setup, protocol, found)
+                if not args.dry:
+                    clear(deadline, work)
+
+            rows = rows_of(scale_of(args.dry), work, args.layers, args.few)
             rows = [row for row in rows if row.name.startswith(tuple(args.only))]
             left = measure_all(rows, known, deadline, keep)
         if left:

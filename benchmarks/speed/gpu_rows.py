@@ -1,10 +1,11 @@
-"""What `gpu.py` measures: products, sparse tensor cores, whole models, pruning."""
+"""What `gpu.py` measures: products, sparse tensor cores, whole models, evaluating, pruning."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+import secateur
+from secateur.evaluation.perplexity import perplexity
 from secateur.models.architecture import describe
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import quantize_rows
@@ -33,6 +36,8 @@ from secateur.timing import alternate, seconds_of
 GROUP = 64
 VALUES = ("bf16", "int8", "int4")
 PATTERNS = ("2:4", "6:8")
+WHOLE_LAYERS = 32
+"""Layers of a model of 7 billion parameters."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Scale:
     pruned_shape: str
     windows: int
     window_tokens: int
+    mixture: Mapping[str, Any]
     clock: Clock | None = None
 
     def wait(self) -> None:
@@ -219,29 +225,98 @@ def stored_bytes(model: Any) -> int:
     return packed + sum(p.nbytes for p in model.parameters())
 
 
-def prune_row(scale: Scale, method: str, layers: int, scratch: Path) -> dict:
-    """Prune a random checkpoint in a process of its own; layers are alike, so a few tell of all."""
-    source, output = scratch / f"source-{layers}", scratch / "pruned"
-    if not source.exists():
-        random_checkpoint(source, scale.pruned_shape, layers)
-    windows = scratch / "windows.safetensors"
+def windows_of(scale: Scale) -> Tensor:
+    """Windows of random tokens, always the same."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 32000, (scale.windows, scale.window_tokens), generator=draw)
-    save_file({"input_ids": ids}, windows)
-    command = [
-        sys.executable, "-m", "secateur", "prune", str(source), "--output", str(output),
-        "--method", method, "--sparsity", "0.5", "--calibration", str(windows), "--overwrite",
-        "--windows", str(scale.windows), "--sequence-length", str(scale.window_tokens),
-        "--device", scale.device, "--json",
-    ]  # fmt: skip
+    ids = scale.model["vocab_size"]
+    return torch.randint(0, ids, (scale.windows, scale.window_tokens), generator=draw)
+
+
+def source_of(scale: Scale, layers: int, scratch: Path, *, mixture: bool = False) -> Path:
+    """A random checkpoint; it is made once."""
+    folder = scratch / f"{'mixture' if mixture else 'source'}-{layers}"
+    if folder.exists():
+        return folder
+    if not mixture:
+        random_checkpoint(folder, scale.pruned_shape, layers)
+        return folder
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(**{**scale.mixture, "num_hidden_layers": layers})
+    with torch.device(scale.device):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    return folder
+
+
+def evaluate_row(scale: Scale, values: str, layers: int, scratch: Path) -> dict:
+    """Load a checkpoint as `evaluate` does, and measure some windows of random tokens."""
+    folder = source_of(scale, layers, scratch)
+    if values != "dense":
+        packed = scratch / f"{values}-{layers}"
+        if not packed.exists():
+            secateur.compress(folder, values=values, output=packed)
+        folder = packed
+    found: list[Any] = []
+    loading = timed(scale, lambda: found.append(secateur.load(folder, device=scale.device)))
+    windows = windows_of(scale)[:8]
+    perplexity(found[0], windows[:1])  # compiles what it needs
+    seconds = timed(scale, lambda: found.append(perplexity(found[0], windows)))
+    return {"layers": layers, "loading_seconds": loading, "window_seconds": seconds / len(windows)}
+
+
+def prune_row(
+    scale: Scale, how: Mapping[str, str], layers: int, scratch: Path, *, mixture: bool = False
+) -> dict:
+    """Prune a random checkpoint in a process of its own; layers are alike, so a few tell of all."""
+    source, output = source_of(scale, layers, scratch, mixture=mixture), scratch / "pruned"
+    save_file({"input_ids": windows_of(scale)}, scratch / "windows.safetensors")
+    asked = {
+        "model": str(source), "output": str(output), "sparsity": 0.5, "overwrite": True,
+        "calibration": str(scratch / "windows.safetensors"), "windows": scale.windows,
+        "sequence_length": scale.window_tokens, "device": scale.device, **how,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.speed.gpu_rows", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    cost = json.loads(done.stdout)["cost"]
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
+    cost = json.loads(done.stdout.splitlines()[-1])
     lines = (output / "secateur" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "layers": layers,
+        "whole_layers": scale.mixture["num_hidden_layers"] if mixture else WHOLE_LAYERS,
         "seconds": cost["seconds"],
         "seconds_of_layers": [json.loads(line)["seconds"] for line in lines],
+        "seconds_of_phases": cost["phases"],
         "peak_cuda_bytes": cost.get("peak_cuda_bytes"),
     }
+
+
+class Phases:
+    """Listens to a run: the seconds of each of its stages, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.label, self.began = "before the first stage", time.monotonic()
+
+    def start(self, label: str, steps: int) -> None:
+        """A stage begins; what came before it has ended."""
+        self.finish()
+        self.label = label
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Ignore."""
+
+    def finish(self) -> None:
+        """Add the time that has passed to the stage, and begin the time between stages."""
+        now = time.monotonic()
+        passed = self.seconds.get(self.label, 0.0) + now - self.began
+        self.seconds[self.label] = round(passed, 2)
+        self.label, self.began = "between stages", now
+
+
+if __name__ == "__main__":
+    phases = Phases()
+    pruned = secateur.prune(**json.loads(sys.argv[1]), progress=phases)
+    phases.finish()
+    print(json.dumps({**pruned.to_json()["cost"], "phases": phases.seconds}))
