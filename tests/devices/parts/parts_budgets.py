@@ -70,22 +70,22 @@ class Mixture(NamedTuple):
 
 
 DENSE: dict[str, Dense] = {
-    "wanda": Dense(59, 1, 256, 73, weights_up=1),
-    "fast": Dense(67, 1, 1101, 93, weights_up=1),
+    "wanda": Dense(60, 1, 300, 75, weights_up=1),
+    "fast": Dense(70, 1, 1300, 95, weights_up=1),
     # the survey of the dense model passes forwards and backwards, with its states on disk
-    "balanced": Dense(600, 8, 6000, 420, weights_up=3.1, states_up=4, states_down=4.1),
-    "compress": Dense(143, 2, 22534, 122, weights_up=1.01, states_down=2),
-    "structure": Dense(128, 2, 1012, 69, weights_up=1.03, states_down=2),
+    "balanced": Dense(600, 8, 7500, 420, weights_up=3.1, states_up=4, states_down=4.1),
+    "compress": Dense(145, 2, 23500, 125, weights_up=1.01, states_down=2),
+    "structure": Dense(130, 2, 1200, 75, weights_up=1.03, states_down=2),
     # a micro-batch is a step, and the one validation of a run stores all weights
-    "train": Dense(188, 4.5, 236, 37, weights_up=0, states_up=3.8, states_down=7.6),
+    "train": Dense(190, 4.6, 250, 40, weights_up=0, states_up=3.8, states_down=7.6),
     "evaluate": Dense(41, 0, 95, 0, weights_up=1, states_down=0),
     # two models, whose states are in memory of the host
     "diagnose": Dense(0, 0, 228, 16, weights_up=2, states_up=2, states_down=2),
 }
 MIXTURE: dict[str, Mixture] = {
-    "wanda": Mixture(5, 0, 121, 32),
-    "fast": Mixture(12, 0, 430, 42),
-    "balanced": Mixture(170, 6.5, 2200, 135),
+    "wanda": Mixture(6, 0, 160, 35),
+    "fast": Mixture(14, 0, 600, 45),
+    "balanced": Mixture(170, 6.5, 2800, 135),
     "experts": Mixture(4.3, 0, 5.8, 0),
     "evaluate": Mixture(0, 0, 0, 0),
 }
