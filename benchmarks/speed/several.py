@@ -1,11 +1,12 @@
-"""Prune SmolLM2-135M in one, two and four processes of one machine: time, masks, perplexity.
+"""Prune SmolLM2-135M in one and in two processes of one machine: work, masks, perplexity.
 
     python -m benchmarks.speed.several [--processes 1 2] [--methods wanda sparsegpt]
 
-Every run is started by torchrun, also that of one process, with one thread in each process. Timed
-are the whole command and its decoder layers alone, as the ledger has them. Zeros are compared with
-those of one process. Perplexity is measured by `secateur evaluate` in as many processes as have
-pruned.
+Every run is started by torchrun, also that of one process, with one thread in each process. The
+work is what the processors did for the whole command, divided by the number of processes: other
+programs on the machine change it little. The clock is stored beside it, for the whole command and
+for its decoder layers as the ledger has them. Zeros are compared with those of one process.
+Perplexity is measured by `secateur evaluate` in as many processes as have pruned.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,15 +31,25 @@ MEASURES = ("src/secateur/parallel", "src/secateur/engine")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def launched(processes: int, words: list[str]) -> tuple[str, float]:
-    """Run a command in so many processes. Return what it prints, and its seconds."""
+def worked() -> float:
+    """The seconds that processors have worked for ended processes of this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def launched(processes: int, words: list[str]) -> tuple[str, float, float]:
+    """Run a command in so many processes.
+
+    Returns what it prints, its seconds, and the seconds of work of each process.
+    """
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*start, f"--nproc-per-node={processes}", "-m", "secateur", *words]
-    began = time.perf_counter()
+    began, before = time.perf_counter(), worked()
     done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
     if done.returncode:
         sys.exit(done.stderr[-4000:])
-    return done.stdout, time.perf_counter() - began
+    work = (worked() - before) / processes
+    return done.stdout, time.perf_counter() - began, work
 
 
 def prune(args: argparse.Namespace, method: str, processes: int, output: Path) -> dict[str, Any]:
@@ -47,10 +59,10 @@ def prune(args: argparse.Namespace, method: str, processes: int, output: Path) -
         "--calibration", args.calibration, "--windows", str(args.windows),
         "--sequence-length", str(args.length), "--sequential", args.sequential, "--json",
     ]  # fmt: skip
-    _, seconds = launched(processes, words)
+    _, seconds, work = launched(processes, words)
     lines = (output / "secateur" / "layers.jsonl").read_text().splitlines()
     layers = [json.loads(line)["seconds"] for line in lines]
-    return {"seconds": seconds, "layer_seconds": sum(layers)}
+    return {"seconds": seconds, "layer_seconds": sum(layers), "work_seconds": work}
 
 
 def moved(one: Path, other: Path) -> tuple[int, int]:
@@ -70,21 +82,21 @@ def moved(one: Path, other: Path) -> tuple[int, int]:
 def perplexity(args: argparse.Namespace, processes: int, model: Path) -> float:
     """The perplexity of a model, measured in so many processes."""
     words = ["evaluate", str(model), "--text", args.text, "--windows", str(args.judged), "--json"]
-    output, _ = launched(processes, [*words, "--sequence-length", str(args.length)])
+    output, *_ = launched(processes, [*words, "--sequence-length", str(args.length)])
     found: float = json.loads(output)["perplexity"][0]["perplexity"]
     return found
 
 
 def together(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Zeros, perplexity and times; a row of another run cannot be compared, and is left out."""
+    """Zeros, perplexity, and the work of each process."""
     names = {"wanda": "Wanda", "sparsegpt": "SparseGPT"}
-    columns = ["method", "processes", "zeros that moved", "perplexity", "layers", "whole command"]
+    columns = ["method", "processes", "zeros that moved", "perplexity", "work of each process"]
     return columns, [
         [
             names[row["method"]], str(row["processes"]), f"{row['moved_zeros']:,}",
-            f"{row['perplexity']:.4f}", f"{row['layer_seconds']:.1f} s", f"{row['seconds']:.1f} s",
+            f"{row['perplexity']:.4f}", f"{row['work_seconds']:.1f} s",
         ]
-        for row in rows if "beside" not in row
+        for row in rows
     ]  # fmt: skip
 
 
@@ -120,7 +132,7 @@ def main() -> None:
                 row["moved_zeros"], row["weights"] = moved(first, output)
                 rows.append(row)
                 before = next(known for known in rows if known["method"] == method)
-                row["speed_up"] = before["layer_seconds"] / row["layer_seconds"]
+                row["share"] = row["work_seconds"] / before["work_seconds"]
                 print(json.dumps(row), flush=True)
                 if output != first:
                     shutil.rmtree(output)
