@@ -23,7 +23,7 @@ from trained import source_text
 from secateur.recipes.prune import presets
 
 MODELS = ("dense", "experts")
-PAGES = ("README", "docs/machines", "docs/howto/several-machines")
+PAGES = ("README", "docs/machines", "docs/howto/several-machines", "docs/training")
 
 
 def commands_of_pages(program: str) -> list[str]:
@@ -155,16 +155,16 @@ def on_tiny(command: str, place: Path, output: Path) -> list[str]:
     """The words of a page's command behind `secateur`, for a tiny model and a short run."""
     words = shlex.split(command.replace("…", ""))
     words = words[words.index("secateur") + 1 :]
-    if "--output" in words:
-        words[words.index("--output") + 1] = str(output)
+    options = {"--output": output, "--windows": 6, "--sequence-length": 16}
+    if words[0] == "train":
+        options |= {"--text": place / "text.txt", "--steps": 2, "--windows": 24}
+        options |= {"--validation-windows": 2}
     else:
-        words += ["--output", str(output)]
-    if "--sparsity" not in words:
-        words += ["--sparsity", "0.5"]
-    if "--calibration" in words:
-        words[words.index("--calibration") + 1] = str(place / "text.txt")
-    words += map(str, text(place) if "--calibration" not in words else text(place)[2:])
-    return [str(place / "dense") if word == "MODEL" else word for word in words]
+        options |= {"--calibration": place / "text.txt", "--sparsity": 0.5}
+    for name, value in options.items():
+        words += [] if name in words else [name, ""]
+        words[words.index(name) + 1] = str(value)
+    return [str(place / "dense") if word in ("MODEL", "PRUNED") else word for word in words]
 
 
 @pytest.mark.slow
@@ -195,5 +195,5 @@ def test_a_ray_command_of_a_page(
 
 
 def test_the_pages_have_such_commands() -> None:
-    assert len(TORCHRUN) >= 3
+    assert len(TORCHRUN) >= 4
     assert len(RAY) >= 2
