@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pretended import counted
 
 from contracts.pattern_examples import ALL, EXAMPLES, fitting_shape, parsed
 from secateur.calibration.statistics import CrossGram, statistics
@@ -120,6 +121,33 @@ def test_method(name, example, both):
         return found.weight, found.mask
 
     both(solved, case.weight, case.statistics, **NEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("wanda", "unstructured"),
+        ("sparsegpt", "unstructured"),
+        ("sparsegpt", "2:4"),
+        ("alps", None),
+    ],
+)
+def test_a_batch_launches_and_waits_as_often_as_one_matrix(name, text, example):
+    """But for ALPS, where what has ended leaves the batch, and the last one decides."""
+    method, asked = compose(name, text), []
+    for count in (2, 4, 8):
+        cases = [example((16, 64), seed=seed) for seed in range(count)]
+        weight = torch.stack([x.weight for x in cases]).to("cuda")
+        names = cases[0].statistics
+        known = {n: torch.stack([x.statistics[n] for x in cases]).to("cuda") for n in names}
+        with counted() as traffic:
+            method.solve(weight, method.prepare(known), known, 0.5)
+        asked.append((traffic.launches, traffic.waits))
+    if name == "alps":
+        assert asked[-1][0] < 1.5 * asked[0][0]
+        assert asked[-1][1] < 1.5 * asked[0][1]
+    else:
+        assert len(set(asked)) == 1
 
 
 def test_rounding_to_int8(example, both):
