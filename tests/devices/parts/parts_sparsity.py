@@ -129,7 +129,7 @@ def test_method(name, example, both):
         ("wanda", "unstructured"),
         ("sparsegpt", "unstructured"),
         ("sparsegpt", "2:4"),
-        ("alps", None),
+        ("alps", "unstructured"),
     ],
 )
 def test_a_batch_launches_and_waits_as_often_as_one_matrix(name, text, example):
