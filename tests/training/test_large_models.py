@@ -153,7 +153,7 @@ def test_where_the_gpu_has_room_nothing_moves(
     here, chosen, on_host = planned(folders["8B"], 8, teacher=True)
     assert not on_host
     assert chosen == here
-    assert here.sizes["rounded"] == 0 < here.sizes["gathered"]
+    assert here.sizes["rounded"] < 2**20 < here.sizes["gathered"]  # norms
 
 
 def test_a_host_without_room_is_refused_with_both_numbers(

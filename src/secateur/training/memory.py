@@ -41,7 +41,7 @@ from secateur.runs.environment import resident_bytes
 from secateur.training import masks
 from secateur.training.batches import Batches
 from secateur.training.lora import chosen_linears
-from secateur.training.process_group import ProcessGroup
+from secateur.training.process_group import ProcessGroup, not_rounded
 from secateur.training.training_plan import TrainingPlan
 
 LESS_FORWARD = (
@@ -91,8 +91,9 @@ def plan_needs(
     head = 2 * rounded.itemsize * outside if rounded else 0  # and a product of that size
     taught = 0 if teacher is None else _teacher_bytes(teacher, processes)
     products = sum(4 * math.prod(linear.shape) for linear in adapted)
-    # where parameters are divided, autocast has nothing to round
-    copies = rounded.itemsize * matrices if rounded and not processes.divides else 0
+    # where parameters are divided, autocast has little left to round
+    left = sum(map(_plain_weights, target.layers)) if processes.divides else matrices
+    copies = rounded.itemsize * left if rounded else 0
     moments = _moments_of(plan)
     on_gpu, here = device.type == "cuda", (TRAINING,)
     on_host = on_gpu and processes.on_host
@@ -133,11 +134,17 @@ def _gathered_bytes(
     """The most that FSDP2 holds of whole units: weights, and gradients on their way."""
     if not processes.divides:
         return 0
-    layer, size = max(map(weights_of, target.layers)), rounded.itemsize if rounded else 4
+    size, layer = rounded.itemsize if rounded else 4, max(map(weights_of, target.layers))
+    plain = max(map(_plain_weights, target.layers))
     # two layers, the gradients of one, and those of another in float32; or one end and its gradient
-    units = max((3 * size + 4) * layer, 8 * outside)
+    units = max(3 * (size * (layer - plain) + 4 * plain) + 4 * layer, 8 * outside)
     # a process's part comes from the host in float32, and its gradient goes there
     return units + processes.on_host * 8 * max(layer, outside) // processes.count
+
+
+def _plain_weights(layer: nn.Module) -> int:
+    """The number of weights in a layer that are gathered in float32 in any case."""
+    return min(weights_of(layer), sum(map(weights_of, not_rounded(layer))))
 
 
 def _forward_bytes(

@@ -8,8 +8,9 @@ Where a GPU has too little memory, all this stays in the memory of the host, and
 there (FSDP2's `CPUOffloadPolicy`). The GPU gets one decoder layer at a time. A single process does
 this too; it is then a group of one.
 
-Decoder layers are gathered in the dtype of their products. So a matrix is rounded before it is sent
-instead of afterwards, and the GPU keeps no rounded copies. Gradients are summed in float32.
+Matrices of decoder layers are gathered in the dtype of their products. So a matrix is rounded
+before it is sent instead of afterwards, and the GPU keeps no rounded copies. Norms are not rounded:
+a step changes them by less than bfloat16 can tell. Gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class ProcessGroup(Ranks):
             model: a causal language model, or its skeleton. A sharded model stays unchanged. New
                 parameters replace the old ones, which end empty.
             fill: called with each unit before it is divided; it may load its weights.
-            gathered: dtype of gathered decoder layers; None for that of the parameters.
+            gathered: dtype of gathered matrices of decoder layers; None for that of the parameters.
             learns: whether the model learns. Of one that does not, such as a teacher, embeddings
                 and head stay gathered after their first use, and nothing is on the host.
 
@@ -164,8 +165,11 @@ class ProcessGroup(Ranks):
         for unit in chosen:
             fill(unit)
             before = [p for p in unit.parameters() if not is_shared(p)]
-            fully_shard(unit, mesh=mesh, **policies[unit in rounded])
-            if gathered is not None and unit in rounded:
+            rounds = gathered is not None and unit in rounded
+            for part in not_rounded(unit) if rounds else ():
+                fully_shard(part, mesh=mesh, **policies[False])
+            fully_shard(unit, mesh=mesh, **policies[rounds])
+            if rounds:
                 # its inputs are in float32, also where nobody else has entered autocast
                 unit.forward = torch.autocast(self.device.type, gathered)(unit.forward)
             for parameter in before:  # its part is copied; torch frees the rest too late
@@ -214,6 +218,21 @@ def _units(model: Any, learns: bool) -> list[nn.Module]:
     if outside and inputs.weight is head.weight:
         outside = []
     return [*describe(model).layers(model), *outside, model]
+
+
+def not_rounded(layer: nn.Module) -> list[nn.Module]:
+    """The modules of a layer that are gathered as they are, innermost first.
+
+    Autocast does not round their parameters: they have vectors only, as norms do, or parameters
+    beside those of their modules, as state spaces do. These may also read the others by themselves.
+    """
+    found = []
+    for module in layer.modules():
+        own = list(module.parameters(recurse=False))
+        within = len(list(module.parameters())) > len(own)
+        if own and module is not layer and (within or all(p.ndim < 2 for p in own)):
+            found.append(module)
+    return found[::-1]
 
 
 def _refuse_shared(chosen: Sequence[nn.Module]) -> None:
