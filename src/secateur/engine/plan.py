@@ -370,12 +370,13 @@ def rehearse_training(
         call: how the layer is called for it.
         written_out: whether attention keeps its probabilities.
     """
-    meta, parameters = torch.device("meta"), list(layer.parameters())
+    meta, dtype = torch.device("meta"), next(layer.parameters()).dtype
     call = call.to(meta, torch.float32)
-    live = LiveTensors([*parameters, *layer.buffers(), *call.tensors()], find_peak=True)
-    dtype = parameters[0].dtype
     with on_meta(layer):
         layer.to(torch.float32).requires_grad_(True)
+        # only now: storages that the conversion frees would lend their addresses to activations
+        permanent = [*layer.parameters(), *layer.buffers(), *call.tensors()]
+        live = LiveTensors(permanent, find_peak=True)
         try:
             attention = WrittenOut() if written_out else AttentionOfPlan()
             with torch.enable_grad(), live, attention:
