@@ -24,7 +24,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -78,27 +78,27 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def exact_in_tf32(*factors: Tensor) -> Iterator[None]:
+def exact_in_tf32(*factors: Tensor) -> AbstractContextManager[None]:
     """A context in which a GPU multiplies these numbers in TF32 where that loses nothing.
 
-    TF32 has the 10 bits of a float16 and the exponents of float32, so every bfloat16 and float16
-    is exact in it, and so is the product of two. The sums are float32 as ever, eight times as fast.
+    TF32 has the 10 bits of a float16 and the exponents of a float32, so every bfloat16 and float16
+    is exact in it. The sums of their products are float32 as ever, eight times as fast.
     """
-    products: Any = torch.backends.cuda.matmul
     short = all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) for x in factors)
-    # torch 2.9 has a word where older releases have a switch
-    name, tf32 = (
-        ("fp32_precision", "tf32") if hasattr(products, "fp32_precision") else ("allow_tf32", True)
-    )
+    return _tf32() if short else nullcontext()
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """A context in which GPUs multiply in TF32."""
+    products: Any = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(products, "fp32_precision") else "allow_tf32"  # torch < 2.9
     before = getattr(products, name)
+    setattr(products, name, "tf32" if name == "fp32_precision" else True)
     try:
-        if short:
-            setattr(products, name, tf32)
         yield
     finally:
-        if short:
-            setattr(products, name, before)
+        setattr(products, name, before)
 
 
 def fast_matmuls(device: torch.device) -> torch.autocast:

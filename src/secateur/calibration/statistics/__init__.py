@@ -391,6 +391,12 @@ class GroupStatistics:
         self._alone = [{n: shared[n](shape, device) for n in alone} for _ in groups]
         self._own = {x.name: {n: statistics[n](x.shape, device) for n in own} for x in self.linears}
         self.cross = None if cross is None else cross(*count)
+        self._share()
+
+    def _share(self) -> None:
+        """Find the sums of each group of a batch within those of all."""
+        every, numbers = [*self._stacked.values(), self.cross], range(len(self.groups))
+        self._parts = [[x.of(i) if x and self.batch else x for x in every] for i in numbers]
 
     @property
     def linears(self) -> list[Linear]:
@@ -413,28 +419,32 @@ class GroupStatistics:
         parts = list(zip(*(y.split(counts) for y in given), strict=True))
         # A GPU takes the products of all groups at once. A processor is as fast one by one.
         together = self.batch and given[0].device.type != "cpu"
-        for groups, rows in _padded(given, counts) if together else enumerate(parts):
-            self._add(groups, *rows)
-        for group, alone, (rows, *_) in zip(self.groups, self._alone, parts, strict=True):
-            for name, statistic in alone.items():
-                statistic.update(self.sources[name].rows(group[0], rows))
-            for linear in group:
+        if together:
+            for groups, rows in _padded(given, counts):
+                self._add_together(groups, *rows)
+        for number, (rows, *targets) in enumerate(parts):
+            *stacked, cross = self._parts[number]
+            for sums in stacked if not together else ():
+                sums.update(rows)
+            if cross is not None and targets and not together:
+                cross.update(*targets, rows)
+            for name, statistic in self._alone[number].items():
+                statistic.update(self.sources[name].rows(self.groups[number][0], rows))
+            for linear in self.groups[number]:
                 for name, statistic in self._own[linear.name].items():
                     statistic.update(self.sources[name].rows(linear, rows))
 
-    def _add(self, groups: int | list[int], x: Tensor, target: Tensor | None = None) -> None:
-        """Add inputs of one group, or of some side by side, to what all groups sum together."""
+    def _add_together(self, groups: list[int], x: Tensor, target: Tensor | None = None) -> None:
+        """Add inputs of some groups of a batch, side by side."""
         updates: list[tuple[Any, ...]] = [(sums, x) for sums in self._stacked.values()]
         if self.cross is not None and target is not None:
             updates.append((self.cross, target, x))
         for sums, *values in updates:
-            if not self.batch or groups == list(range(len(self.groups))):
-                sums.update(*values)
-                continue
-            part = sums.of(groups)
-            part.update(*values)
-            if isinstance(groups, list):  # one group has no copy
-                sums.total[groups] = part.total
+            every = len(groups) == len(self.groups)
+            some = sums if every else sums.of(groups)
+            some.update(*values)
+            if not every:  # they were a copy
+                sums.total[groups] = some.total
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Forget all groups of a batch but these."""
@@ -444,6 +454,7 @@ class GroupStatistics:
             self._alone = [self._alone[i] for i in numbers]
             self._stacked = {name: sums.of(numbers) for name, sums in self._stacked.items()}
             self.cross = None if self.cross is None else self.cross.of(numbers)
+            self._share()
 
     def merge(self, ranks: Ranks) -> None:
         """Add up the statistics that the processes have gathered, each from its own windows.
@@ -464,6 +475,7 @@ class GroupStatistics:
             NumericalError: the inputs overflowed; the message names the first linear that reads
                 them.
         """
+        self._parts = []  # so that values take the place of the sums
         if not self.batch:
             return self.value_of(0)
         try:
@@ -523,7 +535,7 @@ class GroupStatistics:
         """Forget the sums that the groups share. Values that were read stay."""
         self._stacked.clear()
         self._alone = [{} for _ in self.groups]
-        self.cross = None
+        self.cross, self._parts = None, []
 
 
 def _padded(

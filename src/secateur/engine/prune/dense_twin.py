@@ -24,7 +24,7 @@ from secateur.calibration.statistics import CrossGram
 from secateur.engine.prune.layer import Arrivals, Gathered, OpenLayer
 from secateur.engine.stream.halted_forwards import Arrival, Batch, HaltedLayer, by_group
 from secateur.models.architecture import Linear
-from secateur.models.experts import OpenExperts, Sent
+from secateur.models.experts import OpenExperts, Sent, numbers_of
 
 _QUIET = 0.1  # the gain of a channel that takes no part, as a share of the mean gain
 
@@ -136,8 +136,7 @@ class _ExpertTargets:
                 out = self.twin.outputs(given["hidden_states"], sent)
         if batch.groups[0][0].has_bias:
             biases = torch.stack([x.module.get_parameter("bias") for (x,) in batch.groups])
-            numbers = torch.arange(len(biases)).repeat_interleave(torch.tensor(sent.counts))
-            out = out - biases[numbers.to(biases.device)]
+            out = out - biases[numbers_of(sent.counts).to(biases.device)]
         # Each chosen expert takes the share of the error that the router gives it.
         total = given["top_k_weights"].sum(-1, keepdim=True)[sent.rows].float()
         return out + self.missing[index][sent.rows] / total
