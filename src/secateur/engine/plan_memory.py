@@ -21,10 +21,12 @@ from secateur.engine import plan
 from secateur.engine.prune.solving import at_once_bytes
 from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.calls import LayerLayout, calls_of, layouts
+from secateur.engine.stream.halted_forwards import batches_of
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.machine import fast_dtype, logits_block
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
+from secateur.models.experts import AT_ONCE, put_together
 from secateur.models.targets import Target, refuse_unknown
 from secateur.recipes.shared import Distill
 from secateur.registry import float32_bytes
@@ -62,6 +64,7 @@ class PrunePlan(plan.Plan):
         passed_tokens: tokens that pass through all layers, in all forwards together.
         left: matrices that stay unpruned, with the reasons, if the plan is for a recipe.
         stays_on_gpu: whether hidden states and halted forwards are in the memory of a GPU.
+        experts_at_once: the number of experts that get their inputs together.
         seconds: the minimum and maximum time of the run on this machine, if estimated.
         sweep_windows: number of windows in a sweep of the distillation, with one layer in memory; 0
             with both whole models.
@@ -77,6 +80,7 @@ class PrunePlan(plan.Plan):
     calibration_tokens: int
     left: list[SkippedMatrix] = field(default_factory=list)
     stays_on_gpu: bool = False
+    experts_at_once: int = AT_ONCE
     seconds: tuple[float, float] | None = None
     sweep_windows: int = 0
 
@@ -143,6 +147,7 @@ def plan_run(
         learning: the distillation afterwards.
     """
     refuse_unknown(target)
+    put_together(target.model, settings.experts_at_once)
     length, tokens = (0, 0) if windows is None else (windows.shape[1], windows.numel())
     layers, found = target.layers, layouts(target, length) if length else []
     on_gpu, groups = target.device.type == "cuda", _group_shapes(layers, found)
@@ -158,7 +163,8 @@ def plan_run(
     more = survey.memory_bytes + gradients // len(layers)
     more += on_gpu * workspace_bytes(tasks, asymmetric=settings.asymmetric)
     at_once = at_once_bytes(tasks, settings, target.device, target.architecture.of_expert)
-    solving = solving_memory(tasks, groups, settings, more, at_once)
+    batches = _batch_shapes(layers, found)
+    solving = solving_memory(tasks, groups, batches, settings, more, at_once)
     writing, loaded = _plan_generation(target, unwritten, length)
     loaded = 2 if learning.epochs and not sweeps else loaded
     models = target, learning.teacher or target
@@ -190,6 +196,7 @@ def plan_run(
         prunable_weights=prunable,
         calibration_tokens=tokens,
         stays_on_gpu=settings.on_gpu,
+        experts_at_once=settings.experts_at_once,
         sweep_windows=sweeps,
     )
 
@@ -401,6 +408,19 @@ def _group_shapes(
     return [
         [[own[name].shape for name in group] for group in layout.groups] for own, layout in pairs
     ]
+
+
+def _batch_shapes(
+    layers: nn.ModuleList, found: Sequence[LayerLayout]
+) -> set[tuple[int, tuple[tuple[int, int], ...]]]:
+    """The number of experts in each batch, and the shapes of the linears of one group."""
+    shapes = set()
+    for layer, layout in zip(layers, found, strict=False):
+        own = linears_of(layer, "")
+        for batch in batches_of(layer, [[own[name] for name in x] for x in layout.groups]):
+            if batch.stage is not None:
+                shapes.add((len(batch.groups), tuple(x.shape for x in batch.groups[0])))
+    return shapes
 
 
 def distilling_bytes(target: Target, teacher: Target, window: Tensor) -> int:

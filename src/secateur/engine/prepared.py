@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.calibration.run_windows import RunWindows, WindowReader
-from secateur.engine.plan import fitting_plan
+from secateur.engine.plan import fitting_plan, memory_budget
 from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan_run
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, gathering, tasks_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
@@ -19,6 +19,7 @@ from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabu
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
 from secateur.models.configuration import TrustedFolder
+from secateur.models.experts import AT_ONCE, put_together
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.targets import CheckpointTarget, Target, refuse_unknown
@@ -213,13 +214,13 @@ def choose_plan(
     """
     windows = prepared.windows
 
-    def planned(tokens: Tensor | None, activations: str, epochs: int) -> PrunePlan:
+    def planned(tokens: Tensor | None, activations: str, epochs: int, experts: int) -> PrunePlan:
         extra = 0 if windows is None else windows.extra.numel()
         return plan_run(
             prepared.target,
             tasks,
             tokens,
-            Settings.of(prepared.recipe, activations),
+            Settings.of(prepared.recipe, activations, experts_at_once=experts),
             prepared.allocation,
             prepared.output_bytes,
             0 if windows is None else windows.ungenerated,
@@ -238,21 +239,33 @@ def choose_plan(
             distillation, target, own, tasks, memory.max_bytes, prepared.teacher
         )
 
-    def fitting(activations: str, epochs: int, sharing: int) -> tuple[PrunePlan, str]:
+    def fitting(activations: str, epochs: int, sharing: int, experts: int) -> tuple[PrunePlan, str]:
+        budget = memory_budget(memory.max_bytes, target.device, sharing)
+
+        def with_most_experts(place: str) -> PrunePlan:
+            """The plan with as many experts at once as fit, if any fit."""
+            at_once = min(experts, put_together(target.model, experts))
+            plan = planned(own, place, epochs, at_once)
+            while at_once > 1 and budget.shortage(plan) is not None:
+                at_once //= 2
+                plan = planned(own, place, epochs, at_once)
+            return plan
+
         return fitting_plan(
-            lambda place: planned(own, place, epochs),
+            with_most_experts,
             target.device,
             max_memory=memory.max_bytes,
             activations=activations,
             sharing=sharing,
         )
 
-    activations: str = memory.activations
+    activations, experts = str(memory.activations), AT_ONCE
     if ranks.here > 1:  # of the pruning alone, which the processes share
-        _, activations = fitting(activations, 0, ranks.here)
-    plan, activations = fitting(activations, distillation.epochs, 1)
+        plan, activations = fitting(activations, 0, ranks.here, experts)
+        experts = plan.experts_at_once
+    plan, activations = fitting(activations, distillation.epochs, 1, experts)
     if own is not every:
-        whole = planned(every, activations, distillation.epochs)
+        whole = planned(every, activations, distillation.epochs, plan.experts_at_once)
         plan = replace(plan, disk_bytes=whole.disk_bytes)
     return plan, activations
 

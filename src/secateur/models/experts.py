@@ -24,6 +24,9 @@ from secateur.errors import ArchitectureError
 from secateur.models.architecture import family_of
 from secateur.models.expert_layout import ExpertLayout, Experts, shapes_of
 
+AT_ONCE = 128
+"""The most experts that get their inputs together."""
+
 
 def _form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts | None:
     """How a module fuses experts; None if it is no such module, or in a form that is not known."""
@@ -231,16 +234,22 @@ def _product(linear: Any, x: Tensor) -> Tensor:
 def _grouped(linears: Sequence[Any], x: Tensor, counts: Sequence[int]) -> Tensor | None:
     """The outputs of linears for their rows of x, as one product of a GPU in bfloat16.
 
-    None where there is no such product. It has no backward here, because idle experts have none.
+    None where there is no such product. It has no backward here.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if kind != "cuda" or dtype != torch.bfloat16 or torch.is_grad_enabled():
+    if (
+        x.device.type != "cuda"
+        or torch.is_grad_enabled()
+        or not hasattr(nn.functional, "grouped_mm")
+    ):
         return None
+    rounded = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if rounded else x.dtype
+    able = torch.cuda.get_device_capability(x.device) >= (8, 0)
     rows, columns = linears[0].weight.shape
-    known = hasattr(nn.functional, "grouped_mm") and torch.cuda.get_device_capability(x.device)
     # It reads 16 bytes at a time.
-    if not known or known < (8, 0) or rows % 8 or columns % 8 or not all(map(_is_plain, linears)):
+    if dtype != torch.bfloat16 or not able or rows % 8 or columns % 8:
+        return None
+    if not all(map(_is_plain, linears)):
         return None
     weights = torch.stack([own.weight for own in linears]).to(dtype)
     ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(x.device)
@@ -267,7 +276,7 @@ class OpenExperts(nn.ModuleList):
         stages: gate and up of all experts, and down of all experts.
     """
 
-    call_idle, at_once = True, 128
+    call_idle, at_once = True, AT_ONCE
 
     def __init__(
         self, experts: Iterable[Expert], layout: ExpertLayout, activation: ExpertActivation
@@ -363,6 +372,17 @@ class ScaledExperts(OpenExperts):
         limits = torch.arange(len(self) + 1, device=device) * (count // len(self))
         weights = hidden_states.new_ones(len(rows), 1)
         yield from self._batches(rows, weights, places, self._bounds(rows, limits))
+
+
+def put_together(model: nn.Module, at_once: int) -> int:
+    """Let experts get their inputs together, so many at once. Return how many there are of a layer.
+
+    More do not help than there are.
+    """
+    opened = [m for m in model.modules() if isinstance(m, OpenExperts)]
+    for experts in opened:
+        experts.at_once = at_once
+    return max(map(len, opened), default=1)
 
 
 def opened_form(fused: nn.Module, declared: Experts) -> OpenExperts:

@@ -223,12 +223,14 @@ class Prune(Step[PruneRecipe, PruneResult]):
             "state": folder.state_text(),
             "windows": None if prepared.windows is None else str(folder.work / WINDOWS),
             "activations": self.activations,
+            "experts_at_once": self.plan.experts_at_once,
             "done": finished,
             "entries": ledger.entries,
             "source": target.reader.tensor_digest,
         }
         ranks.once(lambda: of_others)
-        settings = Settings.of(recipe, self.activations, folder.work, ranks)
+        at_once = self.plan.experts_at_once
+        settings = Settings.of(recipe, self.activations, folder.work, ranks, at_once)
         stream = prepared.stream(settings)
         # a resumed run draws what the stopped one would have drawn
         with torch.random.fork_rng(devices=[]), explained(self.plan):
@@ -297,7 +299,8 @@ class Prune(Step[PruneRecipe, PruneResult]):
         ledger = Ledger()
         ledger.entries = job["entries"]
         target, progress = prepared.target, Silent()
-        settings = Settings.of(recipe, job["activations"], place / "work", ranks)
+        work, at_once = place / "work", job["experts_at_once"]
+        settings = Settings.of(recipe, job["activations"], work, ranks, at_once)
         stream = prepared.stream(settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.calibration.seed)

@@ -26,6 +26,7 @@ from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStr
 from secateur.engine.stream.calls import kind_of
 from secateur.errors import VerificationError
 from secateur.machine import full_float32, reused_pages
+from secateur.models.experts import put_together
 from secateur.models.targets import Target, walk_layers
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger
@@ -60,6 +61,7 @@ def prune_layers(
         The tasks, without linears that calibration did not reach.
     """
     count, opened = len(target.layers), None
+    put_together(target.model, settings.experts_at_once)
     forwards = gathering(tasks, asymmetric=settings.asymmetric).forward or settings.tunes
     if stream is not None and forwards and done < count:
         opened = stream.open(done, dense=settings.dense_needed, rarely=True)

@@ -26,6 +26,7 @@ from secateur.engine.stream.calls import LayerLayout
 from secateur.errors import PatternError, RecipeError, located
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import linears_of
+from secateur.models.experts import AT_ONCE
 from secateur.models.inventory import StoredMatrix, summary, weights_of
 from secateur.models.targets import Target, refuse_unknown
 from secateur.parallel.ranks import ALONE, Ranks
@@ -316,6 +317,7 @@ class Settings:
         work: folder for hidden states, ledger and gradients; None only for a run in memory.
         on_collapse: `stop` or `warn` when a layer has collapsed (`COLLAPSED`).
         tune_passes: passes over the windows in which a pruned layer is tuned; 0 tunes nothing.
+        experts_at_once: the number of experts that get their inputs together.
         ranks: the processes that share the work.
     """
 
@@ -328,11 +330,17 @@ class Settings:
     work: Path | None = None
     on_collapse: str = "warn"
     tune_passes: int = 0
+    experts_at_once: int = AT_ONCE
     ranks: Ranks = ALONE
 
     @classmethod
     def of(
-        cls, recipe: PruneRecipe, activations: str, work: Path | None = None, ranks: Ranks = ALONE
+        cls,
+        recipe: PruneRecipe,
+        activations: str,
+        work: Path | None = None,
+        ranks: Ranks = ALONE,
+        experts_at_once: int = AT_ONCE,
     ) -> Settings:
         """The settings of a recipe."""
         return cls(
@@ -345,6 +353,7 @@ class Settings:
             work=work,
             on_collapse=recipe.on_collapse,
             tune_passes=recipe.reconstruction.passes,
+            experts_at_once=experts_at_once,
             ranks=ranks,
         )
 
@@ -447,6 +456,7 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
 def solving_memory(
     tasks: Tasks,
     groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    batches: Iterable[tuple[int, Sequence[tuple[int, int]]]],
     settings: Settings,
     meanwhile: int,
     at_once: int = 0,
@@ -456,6 +466,7 @@ def solving_memory(
     Args:
         tasks: tasks of the run.
         groups: for each layer, the shapes of the linears that share an input.
+        batches: the number of experts in each batch, and the shapes of the linears of one.
         settings: how the work is done.
         meanwhile: bytes of what an allocation and gradients keep of a layer.
         at_once: bytes for the linears of experts that are solved at once.
@@ -467,9 +478,23 @@ def solving_memory(
         every = [group for layer in groups for group in layer]
         others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in every)
         meanwhile += max(others, default=0)
+    # All sums of a batch are there, and for a moment their values beside them.
+    stacked = [(count, held_bytes(names, x), x) for count, x in batches]
+    meanwhile += max(
+        (
+            (2 * count - 1) * held + count * settings.asymmetric * _cross_bytes(shapes)
+            for count, held, shapes in stacked
+        ),
+        default=0,
+    )
     alone = solve_bytes(tasks, asymmetric=settings.asymmetric)
     found = alone._replace(most=max(alone.most, at_once), usual=max(alone.usual, at_once))
     return found.beside(meanwhile)
+
+
+def _cross_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of the sums and the value of a cross gram; only a linear alone in its group has one."""
+    return 3 * float32_bytes(shapes[0]) if len(shapes) == 1 else 0
 
 
 def gathered_bytes(
