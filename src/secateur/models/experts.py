@@ -27,6 +27,8 @@ from secateur.models.expert_layout import ExpertLayout, Experts, shapes_of
 AT_ONCE = 128
 """The most experts that get their inputs together."""
 
+_LANES = 64  # values that a processor computes at once, at most
+
 
 def _form_of(path: str, module: nn.Module, declared: Experts | None) -> Experts | None:
     """How a module fuses experts; None if it is no such module, or in a form that is not known."""
@@ -201,18 +203,15 @@ class Stage(nn.Module):
         """The outputs [sent, out] of each linear."""
         every, x = self.experts[0], self.inputs(x, sent)
         experts = list(every)[sent.experts[0] : sent.experts[-1] + 1]
-        # Nothing is the same for experts without tokens, not even the place in memory.
-        rows = zip(x.split(sent.counts), sent.counts, strict=True)
-        parts = [part if count else part.clone() for part, count in rows]
         called = [i for i, count in enumerate(sent.counts) if count or every.call_idle]
-        outs = []
+        counts, parts, outs = [sent.counts[i] for i in called], list[Tensor](), []
         for name in self.names:
             linears: list[Any] = [experts[i]._modules[name] for i in called]
-            out = _grouped(linears, x, [sent.counts[i] for i in called])
+            out = _grouped(linears, x, counts)
             if out is None:
-                out = torch.cat(
-                    [_product(own, parts[i]) for own, i in zip(linears, called, strict=True)]
-                )
+                # Nothing is the same for experts without tokens, not even the place in memory.
+                parts = parts or [rows if len(rows) else rows.clone() for rows in x.split(counts)]
+                out = torch.cat([_product(*own) for own in zip(linears, parts, strict=True)])
             outs.append(out)
         return outs
 
@@ -304,8 +303,18 @@ class OpenExperts(nn.ModuleList):
     def outputs(self, hidden_states: Tensor, sent: Sent) -> Tensor:
         """The outputs of experts for the tokens that they receive, [sent, hidden]."""
         first, last = self.stages
-        (out,) = last(self.activation[0](*first(hidden_states, sent)), sent)
+        (out,) = last(self._activated(first(hidden_states, sent), sent), sent)
         return out
+
+    def _activated(self, first: Sequence[Tensor], sent: Sent) -> Tensor:
+        """What enters the last linears, from the outputs [sent, neurons] of the first ones."""
+        (activation,) = self.activation
+        if first[0].device.type != "cpu" or first[0].shape[1] % _LANES == 0:
+            return cast("Tensor", activation(*first))
+        # A processor computes what is left behind its lanes in another way, so that experts alone
+        # and experts together would differ in the last bit.
+        parts = zip(*(x.split(sent.counts) for x in first), strict=True)
+        return torch.cat([activation(*own) for own in parts])
 
     def sent(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

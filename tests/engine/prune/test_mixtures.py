@@ -17,12 +17,14 @@ from zoo import CONFIGS, DENSE, HYBRIDS, MIXTURES, PLAIN_MIXTURES, tiny_model, t
 import secateur
 from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, reap, route
 from oracles.sparsegpt import sparsegpt
+from secateur.engine.prune import run
 from secateur.engine.search.experts import expert_use, kept_experts
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
+from secateur.engine.stream.halted_forwards import HaltingForwards
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.experts import opened_experts
+from secateur.models.experts import opened_experts, put_together
 from secateur.models.targets import CheckpointTarget, ModelTarget
 from secateur.progress import Silent
 
@@ -109,6 +111,38 @@ def test_pruned_as_by_plain_loops(method: str, sequential: str, family: str) -> 
     counts = {r.name: r.tokens for layer in report.layers for r in layer.linears}
     assert {n: counts[f"{n}.down_proj"] for n in seen} == seen
     assert all(counts[n] == 24 * 4 for n in counts if ".experts." not in n)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "wanda"}, {"method": "sparsegpt", "asymmetric": True}, {"sequential": "layer"}],
+)
+def test_the_number_of_experts_at_once_changes_no_bit(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, halts = [], []
+    for at_once in (1, 2, 5):
+        monkeypatch.setattr(run, "put_together", lambda model, _, n=at_once: put_together(model, n))
+        model, seen = tiny_model("mixtral"), list[int]()
+        advance = HaltingForwards.advance
+
+        def counting(halting: HaltingForwards, index: int, seen=seen, advance=advance) -> Any:
+            seen.append(index)
+            return advance(halting, index)
+
+        with monkeypatch.context() as context:
+            context.setattr(HaltingForwards, "advance", counting)
+            # one window at a time: some experts get nothing of a micro-batch
+            secateur.prune(
+                model, sparsity=0.5, calibration=tiny_windows(24, 4), micro_batch_tokens=4,
+                **{"method": "wanda", **options},
+            )  # fmt: skip
+        found.append(dict(model.named_parameters()))
+        halts.append(len(seen))
+    for other in found[1:]:
+        for name, parameter in other.items():
+            assert torch.equal(parameter, found[0][name]), name
+    assert halts[0] > halts[1] > halts[2] or options == {"sequential": "layer"}
 
 
 @pytest.mark.parametrize("family", PLAIN_MIXTURES)
