@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pretended import CUDA, OnCuda
+from pretended import OnCuda
 from tiny import save_tiny
 from trained import source_text
 from zoo import tiny_model, tiny_windows
@@ -202,7 +202,7 @@ def test_what_learns_on_the_host_stays_there(
     # it would move buffers by `.data =`
     move = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
     monkeypatch.setattr(move, lambda *states: None)
-    group = ProcessGroup(CUDA).holding(on_host=True)
+    group = ProcessGroup(torch.device("cuda", 0)).holding(on_host=True)
     with group.connected():
         model = load(folder, group, dtype=torch.float32, gathered=torch.bfloat16)
         parameters: dict[str, Any] = dict(model.named_parameters())
