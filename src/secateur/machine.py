@@ -24,7 +24,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -78,19 +78,17 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
         yield
 
 
-def exact_in_tf32(*factors: Tensor) -> AbstractContextManager[None]:
+@contextmanager
+def exact_in_tf32(*factors: Tensor) -> Iterator[None]:
     """A context in which a GPU multiplies these numbers in TF32 where that loses nothing.
 
     TF32 has the 10 bits of a float16 and the exponents of a float32, so every bfloat16 and float16
     is exact in it. The sums of their products are float32 as ever, eight times as fast.
     """
     short = all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) for x in factors)
-    return _tf32() if short else nullcontext()
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """A context in which GPUs multiply in TF32."""
+    if not short:
+        yield
+        return
     products: Any = torch.backends.cuda.matmul
     name = "fp32_precision" if hasattr(products, "fp32_precision") else "allow_tf32"  # torch < 2.9
     before = getattr(products, name)

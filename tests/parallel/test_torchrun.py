@@ -146,7 +146,6 @@ def test_what_works_in_one_process_says_so_before_any_work(
     command = [word.replace("MODEL", str(place / "dense")) for word in words]
     ended = started(2, *command, "--output", tmp_path / "out")
     assert ended.code != 0
-    assert "works in one process only, and there are 2" in ended.err
     assert "without torchrun" in ended.err
     assert not list(tmp_path.iterdir())
 

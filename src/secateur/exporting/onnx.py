@@ -16,7 +16,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -98,19 +98,15 @@ def _counted(source: ExportSource, file: Path, progress: Progress) -> Exported:
         names = [f"{where}.{name}.weight" for name in FUSED.get(part[3], (part[3],))]
         # a fused projection has the rows of queries, keys and values, in this order
         weight = torch.cat([source.reader.read(name) for name in names])
-        made.count_matrix(weight, _weight_of(node))
-        bits = node.attributes.get("bits")
-        made.count_tensor("float32" if bits is None else f"int{bits.value}")
+        constants = [x.const_value.numpy() for x in node.inputs if x is not None and x.const_value]
+        if node.op_type == "MatMul":
+            written, kind = torch.from_numpy(np.array(constants[0])).t(), "float32"
+        else:
+            bits, columns = node.attributes["bits"].value, node.attributes["K"].value
+            written, kind = unpacked(*constants, bits=bits, columns=columns), f"int{bits}"
+        made.count_matrix(weight, written)
+        made.count_tensor(kind)
     return made
-
-
-def _weight_of(node: Any) -> Tensor:
-    """The matrix [out, in] that a node multiplies with."""
-    constants = [x.const_value.numpy() for x in node.inputs if x is not None and x.const_value]
-    if node.op_type == "MatMul":
-        return torch.from_numpy(np.array(constants[0])).t()
-    bits, columns = node.attributes["bits"].value, node.attributes["K"].value
-    return unpacked(*constants, bits=bits, columns=columns)
 
 
 def unpacked(codes: np.ndarray, scales: np.ndarray, *, bits: int, columns: int) -> Tensor:

@@ -359,19 +359,6 @@ def of_unknown_experts(path: str, module: nn.Module, parameter: Tensor) -> bool:
     return named and parameter.ndim > 1 and not isinstance(module, nn.Linear)
 
 
-def refuse_fused(layers: nn.Module) -> None:
-    """Refuse decoder layers with experts that cannot be opened."""
-    for path, module in layers.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if of_unknown_experts(path, module, parameter):
-                raise ArchitectureError(
-                    f"the experts ({type(module).__name__}) are fused into one tensor, in a form "
-                    "that is not known for this family",
-                    where=path,
-                    remedy="declare how it stores them: see CONTRIBUTING.md, 'Add a model family'",
-                )
-
-
 def family_of(model: Any) -> Family | None:
     """The declared family of a model; None if there is none."""
     config = getattr(model, "config", None)

@@ -134,12 +134,6 @@ def inventory(
     )
 
 
-def inventory_of(model: Any, architecture: Architecture) -> list[StoredMatrix]:
-    """The inventory of a loaded model: its own parameters; shared ones count once."""
-    shapes = stored_shapes(dict(model.named_parameters()))
-    return inventory(model, architecture, {name: name for name in shapes}, shapes)
-
-
 def stored_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of floating-point tensors: of a reader's entries, or of named parameters."""
     return {n: tuple(e.shape) for n, e in entries.items() if e.dtype.is_floating_point}

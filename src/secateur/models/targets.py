@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import NumericalError
+from secateur.errors import ArchitectureError, NumericalError
 from secateur.models import inventory, skeleton
 from secateur.models.architecture import (
     Architecture,
     describe,
     linears_of,
-    refuse_fused,
+    of_unknown_experts,
     refuse_shared,
     stored_linears,
 )
@@ -80,7 +80,8 @@ class ModelTarget:
 
     def matrices(self) -> list[inventory.StoredMatrix]:
         """Every floating-point parameter of two or more dimensions, shared ones once."""
-        return inventory.inventory_of(self.model, self.architecture)
+        shapes = inventory.stored_shapes(dict(self.model.named_parameters()))
+        return inventory.inventory(self.model, self.architecture, {n: n for n in shapes}, shapes)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -257,7 +258,15 @@ def refuse_unknown(target: Target) -> None:
     Raises:
         ArchitectureError: naming the module.
     """
-    refuse_fused(target.layers)
+    for path, module in target.layers.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if of_unknown_experts(path, module, parameter):
+                raise ArchitectureError(
+                    f"the experts ({type(module).__name__}) are fused into one tensor, in a form "
+                    "that is not known for this family",
+                    where=path,
+                    remedy="declare how it stores them: see CONTRIBUTING.md, 'Add a model family'",
+                )
     refuse_shared(target.model, target.architecture)
 
 

@@ -70,6 +70,11 @@ def is_packed(folder: Path) -> bool:
     return isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD
 
 
+def device_for(folder: Path, asked: str, chosen: torch.device) -> torch.device:
+    """Where a checkpoint runs: a compressed one on the CPU, unless a device was asked for."""
+    return torch.device("cpu") if asked == "auto" and is_packed(folder) else chosen
+
+
 @contextmanager
 def _at(where: str) -> Iterator[None]:
     """Add the place to errors that do not name it."""

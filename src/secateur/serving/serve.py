@@ -19,6 +19,7 @@ from secateur.runs.environment import choose_device
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
+from secateur.runtime.packed import device_for
 from secateur.runtime.sampling import end_tokens, sampling_in
 from secateur.runtime.speculative import open_drafter
 from secateur.serving import scheduler
@@ -115,6 +116,7 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     trust, device = recipe.trust_remote_code, choose_device(recipe.device, recipe.only_cpu)
     folder = resolve(recipe.model, trust_remote_code=trust).folder
     tokenizer = load_tokenizer(folder)
+    device = device_for(folder, recipe.device, device)
     defaults, model = sampling_in(folder), load(folder, device=device)
     context = recipe.context_length
     positions = getattr(model.config, "max_position_embeddings", None) or POSITIONS

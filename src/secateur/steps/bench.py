@@ -30,7 +30,7 @@ from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.packed import is_packed
+from secateur.runtime.packed import device_for, is_packed
 from secateur.runtime.speculative import Drafter, open_drafter, speculated
 from secateur.steps.generate import positions_in
 
@@ -50,7 +50,6 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
         return _bench_draft(recipe, recipe.draft, progress)
     model, prompt_tokens = recipe.model, recipe.prompt_tokens
     new_tokens = recipe.new_tokens or NEW_TOKENS
-    names, device = _contenders(recipe)
     for file in recipe.gguf:  # llama.cpp would say nothing of a file that is none
         if not Path(file).is_file():
             raise RecipeError("there is no such GGUF file", where=file, remedy="check the path")
@@ -66,7 +65,7 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
             where="--prompt-tokens",
             remedy="give fewer tokens",
         )
-    compressed = is_packed(folder)
+    compressed, (names, device) = is_packed(folder), _contenders(recipe, folder)
     packed = [name for name in names if name in BACKENDS and not BACKENDS[name].expand]
     if packed and not compressed:
         if recipe.contenders is not None:
@@ -105,11 +104,12 @@ def bench_recipe(recipe: BenchRecipe, progress: Progress) -> BenchResult | Draft
     return result
 
 
-def _contenders(recipe: BenchRecipe) -> tuple[Sequence[str], torch.device]:
+def _contenders(recipe: BenchRecipe, folder: Path) -> tuple[Sequence[str], torch.device]:
     """The ways to run a model, and where. `auto` is the CPU if one of them runs only there."""
     named, every = recipe.contenders or (), recipe.contenders == ("all",)
     ours = (name for name in named if name in BACKENDS and not on_gpu(name))
     device = choose_device(recipe.device, "--gguf" if recipe.gguf else next(ours, None))
+    device = device_for(folder, recipe.device, device)
     if device.type == "cuda" and (every or not named):
         return [name for name in BACKENDS if on_gpu(name)], device
     return tuple(BACKENDS) if every else named or USUAL_BACKENDS, device

@@ -27,6 +27,7 @@ from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.layer_forms import longest, refuse_options, why_not
 from secateur.runtime.load import load
+from secateur.runtime.packed import device_for
 from secateur.runtime.sampling import TextStream, end_tokens, sampling_in, sampling_with
 from secateur.runtime.speculative import Drafter, open_drafter, speculated
 
@@ -103,6 +104,7 @@ class Conversation:
         self.name, self.max_new_tokens, self.stop = model, recipe.max_new_tokens, recipe.stop
         self.device = choose_device(recipe.device, recipe.only_cpu)
         self.folder = resolve(model, trust_remote_code=trust).folder
+        self.device = device_for(self.folder, recipe.device, self.device)
         self.positions = positions_in(self.folder)
         self.tokenizer: Any = load_tokenizer(self.folder)
         self.model: Any = None

@@ -92,12 +92,29 @@ def test_what_only_the_cpu_does(source: Path, device: str) -> None:
     timing = BenchRecipe(model=str(source), device=device, contenders=("dense int8",))
     if device == "auto":
         assert Conversation(generating).device == torch.device("cpu")
-        assert contenders_of(timing) == (("dense int8",), torch.device("cpu"))
+        assert contenders_of(timing, source) == (("dense int8",), torch.device("cpu"))
         return
-    for run in (lambda: Conversation(generating), lambda: contenders_of(timing)):
+    for run in (lambda: Conversation(generating), lambda: contenders_of(timing, source)):
         with pytest.raises(RecipeError) as refused:
             run()
         assert refused.value.where in ("--kv-cache", "dense int8")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_compressed_model_is_on_the_cpu_unless_a_gpu_is_named(
+    device: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU torch multiplies if Triton is not there."""
+    monkeypatch.setattr("secateur.runtime.load.find_spec", lambda name: None)
+    small = str(tmp_path / "small")
+    secateur.compress(source, output=small, values="int8")
+    there = torch.device("cuda" if device == "cuda" else "cpu")
+    talk = Conversation(GenerateRecipe(model=small, device=device, max_new_tokens=3))
+    assert talk.device == there
+    assert contenders_of(BenchRecipe(model=small, device=device), Path(small))[1] == there
+    _, lines = serve._serving(ServeRecipe(model=small, device=device))
+    assert ("cuda:0" in lines[0]) == (device == "cuda")
+    assert secateur.generate(small, "abc", device=device, max_new_tokens=3).text
 
 
 def test_there_is_no_such_gpu(source: Path) -> None:

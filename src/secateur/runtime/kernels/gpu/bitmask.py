@@ -40,21 +40,15 @@ PROGRAMS = 528
 
 
 @triton.jit
-def count_of(byte):
-    """How many of the eight bits are 1."""
-    # counts of 2 bits in pairs, of 4 in nibbles, then of both nibbles: no table, no loop
-    pairs = byte - ((byte >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (fours + (fours >> 4)) & 0x0F
-
-
-@triton.jit
 def tile_of(mask, starts, values, row, tile, tiles, LANES: tl.constexpr):
     """The bytes of a tile's mask, int32 [ROWS, LANES], and where the values of each byte begin."""
     # int64, so that no matrix is too large
     places = row[:, None].to(tl.int64) * (tiles * LANES) + tile * LANES
     bits = tl.load(mask + places + tl.arange(0, LANES)[None, :]).to(tl.int32)
-    count = count_of(bits)
+    # the ones of a byte: counted in pairs, in nibbles, then of both nibbles; no table, no loop
+    pairs = bits - ((bits >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    count = (fours + (fours >> 4)) & 0x0F
     first = tl.load(starts + row * tiles + tile)
     # an exclusive sum over the lanes: the values of all lanes before this one
     return bits, values + first[:, None] + (tl.cumsum(count, 1) - count)
