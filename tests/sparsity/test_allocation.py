@@ -123,8 +123,11 @@ class Layer:
     def score(self, name):
         return self.weights[name].abs()
 
-    def solve(self, name, sparsity):
+    def solve(self, name, sparsity, *, quick=False):
         return self._solve(name, sparsity)
+
+    def solve_all(self, sparsities, *, quick=False):
+        return {name: self.solve(name, sparsity) for name, sparsity in sparsities.items()}
 
 
 def test_owl_is_its_formula():

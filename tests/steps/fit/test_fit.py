@@ -106,7 +106,7 @@ def test_zeros_are_chosen_only_where_they_promise_enough(
 ) -> None:
     monkeypatch.setattr(bench, "TRIES", (least,))
     found = secateur.fit(
-        place / "shallow", output=tmp_path / "small", max_size="24KiB",
+        place / "shallow", output=tmp_path / "small", max_size="21KiB",
         calibration=place / "windows.safetensors", **OPTIONS,
     )  # fmt: skip
     assert len(found.finalists) == 1
