@@ -18,7 +18,7 @@ from secateur.calibration.continuation import (
     opened_for_writing,
     writing_bytes,
 )
-from secateur.engine.plan import Plan, fitting_plan, memory_budget, with_program
+from secateur.engine.plan import Plan, fitting, fitting_plan, memory_budget, with_program
 from secateur.engine.plan_memory import (
     distilling_bytes,
     learning_needs,
@@ -26,7 +26,7 @@ from secateur.engine.plan_memory import (
     pruning_needs,
     workspace_bytes,
 )
-from secateur.engine.prune.tasks import LinearTask, SolveMemory
+from secateur.engine.prune.tasks import LinearTask, Settings, SolveMemory
 from secateur.engine.stream.halted_forwards import LiveTensors
 from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.machine import fast_dtype, fast_matmuls
@@ -38,7 +38,7 @@ from secateur.runtime.decode import SlotDecoder, empty_cache
 from secateur.sparsity.methods import compose
 from secateur.training.batches import Batch, Batches
 from secateur.training.divergences import last_hidden
-from secateur.training.memory import fitting, plan_needs
+from secateur.training.memory import plan_needs
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan
@@ -68,8 +68,8 @@ def plan(*, on_gpu: bool, activations: str = "memory", **learning: int) -> Plan:
     there = activations != "disk"
     halted = there and (not on_gpu or activations == "gpu")
     needs = pruning_needs(
-        GIB, 5 * GIB * there, (GIB, 20 * GIB * halted), SolveMemory(GIB, GIB, (3, 4)),
-        on_gpu=on_gpu, stays_on_gpu=activations == "gpu", tunes=False,
+        GIB, 5 * GIB, (GIB, 20 * GIB * halted), SolveMemory(GIB, GIB, (3, 4)),
+        Settings(activations=activations), on_gpu=on_gpu,
     )  # fmt: skip
     for need in learning_needs(0, [], sweeps=False):
         needs.append(replace(need, bytes=learning.get(need.name, 0) * GIB))
@@ -81,7 +81,7 @@ def fitted(device: torch.device, max_memory: int | None = None, **options: Any) 
     def planned(activations: str) -> Plan:
         return plan(on_gpu=device.type == "cuda", activations=activations, **options)
 
-    return fitting_plan(planned, device, max_memory=max_memory, activations="auto")[1]
+    return fitting_plan(planned, device, "auto", memory_budget(max_memory, device))[1]
 
 
 def test_peaks_say_what_lies_where() -> None:
@@ -102,7 +102,7 @@ def test_a_gpu_keeps_what_fits_in_it(machine: dict[str, float]) -> None:
     assert fitted(CUDA, 20 * GIB) == "memory"
     assert fitted(CPU) == "memory"
     with pytest.raises(RecipeError, match="cpu computes"):
-        fitting_plan(lambda place: plan(on_gpu=False), CPU, max_memory=None, activations="gpu")
+        fitting_plan(lambda place: plan(on_gpu=False), CPU, "gpu", memory_budget(None, CPU))
 
 
 def test_a_plan_for_a_gpu_is_held_against_the_memory_of_the_gpu(machine: dict[str, float]) -> None:
@@ -156,15 +156,18 @@ def test_a_training_is_held_against_the_memory_of_its_device(
     assert here.peak_bytes == here.host_peak_bytes == sum(here.sizes.values())
     assert there.peak_bytes == sum(there.sizes.values()) - GIB
     assert there.host_peak_bytes == GIB + there.sizes["weights"]
-    ways = {plan.on_gpu: [ProcessGroup(CUDA if plan.on_gpu else CPU)] for plan in (here, there)}
-    assert fitting(lambda way: there, ways[True], None) == (there, ways[True][0])
+
+    def taken(plan: Plan, device: torch.device) -> tuple[Plan, int]:
+        return fitting(lambda way: plan, {1: "{}", 2: "or {}"}, memory_budget(None, device), "")
+
+    assert taken(there, CUDA) == (there, 1)
     machine["gpu"] = there.peak_bytes
-    assert fitting(lambda way: here, ways[False], None)[0] is here
+    assert taken(here, CPU)[0] is here
     with pytest.raises(MemoryBudgetError, match="on the GPU"):
-        fitting(lambda way: there, ways[True], None)
+        taken(there, CUDA)
     machine["gpu"], machine["host"] = 80 * GIB, GIB
     with pytest.raises(MemoryBudgetError, match="on the host"):
-        fitting(lambda way: there, ways[True], None)
+        taken(there, CUDA)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "mamba", "qwen3_next"])

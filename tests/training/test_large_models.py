@@ -15,13 +15,13 @@ import pytest
 import torch
 import transformers
 
-from secateur.engine.plan import Plan
+from secateur.engine.plan import Plan, fitting, memory_budget
 from secateur.errors import MemoryBudgetError
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.training.batches import Batches
-from secateur.training.memory import fitting, plan_needs
+from secateur.training.memory import plan_needs
 from secateur.training.process_group import ProcessGroup
 from secateur.training.training_plan import TrainingPlan, shared_batch
 
@@ -105,7 +105,8 @@ def planned(
         TrainingPlan(steps=1, gradient_checkpointing=checkpointing),
     )
     group = ProcessGroup(CUDA, count=processes, here=processes)
-    plan, way = fitting(plan_of, [group, group.holding(True)], None)
+    ways = {group: "{}", group.holding(True): "{}"}
+    plan, way = fitting(plan_of, ways, memory_budget(None, CUDA, processes), "")
     return plan_of(group), plan, way.on_host
 
 

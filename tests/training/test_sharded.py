@@ -20,6 +20,8 @@ import transformers
 from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from trained import source_text
 from zoo import tiny_windows
 
@@ -27,12 +29,13 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.sources import resolve
+from secateur.progress import Silent
 from secateur.recipes.train import TrainRecipe
 from secateur.steps.train import Train
 from secateur.training import memory
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.setup import TrainingSetup
-from secateur.training.training_plan import shared_batch
+from secateur.training.training_plan import NEED_ALL, optimizers, shared_batch
 from steps.train.trainings import assert_same, stopped_at
 
 COUNTING = Path(__file__).with_name("resident_run.py")
@@ -216,6 +219,33 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_model_is_named(
     assert [int(x) for x in error.value.what.split() if x.isdigit()] == [processes, given]
     Train.check(TrainRecipe(model="nowhere"))  # the default divides
     assert shared_batch(None, processes) == max(4, processes)
+
+
+@pytest.mark.parametrize("name", sorted(optimizers()))
+def test_an_optimizer_that_needs_all_of_a_weight(name: str) -> None:
+    group = ProcessGroup(torch.device("cpu")).holding(on_host=True)
+    with group.connected():
+        mesh = init_device_mesh("cpu", (1,))
+        part = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+        part.grad = part.detach().clone()
+        optimizer: Any = optimizers()[name]([part], lr=0.1)
+        works = True
+        try:
+            optimizer.step()
+        except RuntimeError:
+            works = False
+    assert works == (name not in NEED_ALL)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "rprop"])
+def test_it_is_refused_in_several_processes_before_the_text_is_read(
+    name: str, tmp_path: Path
+) -> None:
+    recipe = TrainRecipe(model="m", text=("nowhere.txt",), optimizer=name)
+    processes = ProcessGroup(torch.device("cpu"), count=2)
+    with pytest.raises(RecipeError) as error:
+        TrainingSetup(recipe, resolve(save_tiny(tmp_path)), processes, Silent())
+    assert error.value.what.split()[0] == name.lower()
 
 
 def test_a_process_holds_its_part_of_a_teacher_and_two_whole_layers(tmp_path: Path) -> None:

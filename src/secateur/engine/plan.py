@@ -11,7 +11,7 @@ counted (`rehearse`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -209,24 +209,44 @@ def memory_budget(most: int | None, device: torch.device, sharing: int = 1) -> B
 
 
 _AnyPlan = TypeVar("_AnyPlan", bound=Plan)
+_Way = TypeVar("_Way")
+
+
+def fitting(
+    planned: Callable[[_Way], _AnyPlan], ways: Mapping[_Way, str], budget: Budget, what: str
+) -> tuple[_AnyPlan, _Way]:
+    """Return the first plan that fits in memory, and its way.
+
+    Args:
+        planned: returns the plan of a way.
+        ways: the best one first; each with what the error says of it, around its shortage.
+        budget: the memory.
+        what: the first part of the error.
+
+    Raises:
+        MemoryBudgetError: every way needs more than there is; the message gives numbers and
+            remedies.
+    """
+    tried = []
+    for way, text in ways.items():
+        plan = planned(way)
+        shortage = budget.shortage(plan)
+        if shortage is None:
+            return plan, way
+        tried.append(text.format(shortage))
+    raise budget.refusal(plan, what + "; ".join(tried))
 
 
 def fitting_plan(
-    planned: Callable[[str], _AnyPlan],
-    device: torch.device,
-    *,
-    max_memory: int | None,
-    activations: str,
-    sharing: int = 1,
+    planned: Callable[[str], _AnyPlan], device: torch.device, activations: str, budget: Budget
 ) -> tuple[_AnyPlan, str]:
     """Return the first plan that fits in memory, and the storage of its hidden states.
 
     Args:
         planned: returns the plan with hidden states on the `gpu`, in `memory` or on `disk`.
         device: the computing device.
-        max_memory: bytes; see `memory_budget`.
         activations: allows only that storage; `auto` all that the device has.
-        sharing: number of processes that share the host.
+        budget: the memory.
 
     Raises:
         MemoryBudgetError: no plan fits the budget.
@@ -238,17 +258,10 @@ def fitting_plan(
             where="--activations",
             remedy="use auto, memory or disk; or compute on a GPU with --device cuda",
         )
-    budget = memory_budget(max_memory, device, sharing)
-    tried = []
     places = ("gpu", "memory", "disk") if device.type == "cuda" else ("memory", "disk")
-    for place in places if activations == "auto" else (activations,):
-        plan = planned(place)
-        shortage = budget.shortage(plan)
-        if shortage is None:
-            return plan, place
-        tried.append(f"with activations {_PLACES[place]}: {shortage}")
-    needed = f"the run needs more memory than there is; {'; '.join(tried)}"
-    raise budget.refusal(plan, needed)
+    tried = places if activations == "auto" else (activations,)
+    ways = {place: f"with activations {_PLACES[place]}: {{}}" for place in tried}
+    return fitting(planned, ways, budget, "the run needs more memory than there is; ")
 
 
 _SAYINGS = ("can't allocate memory", "not enough memory", "out of memory")

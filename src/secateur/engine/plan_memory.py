@@ -167,19 +167,12 @@ def plan_run(
     solving = solving_memory(tasks, groups, batches, settings, more, at_once)
     writing, loaded = _plan_generation(target, unwritten, length)
     loaded = 2 if learning.epochs and not sweeps else loaded
+    layer = max(map(plan.weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric)
     models = target, learning.teacher or target
     passes = 2 + len(layers) * bool(gradients)  # hidden states are read and written anew
     passed = survey.passed_tokens + tokens * _passes(settings) + learnt.passed_tokens
     needs = [
-        *pruning_needs(
-            max(map(plan.weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric),
-            settings.in_memory * stored,
-            forwards,
-            solving,
-            on_gpu=on_gpu,
-            stays_on_gpu=settings.on_gpu,
-            tunes=settings.tunes,
-        ),
+        *pruning_needs(layer, stored, forwards, solving, settings, on_gpu=on_gpu),
         plan.Need("writing", writing, (plan.GENERATING,), "the whole model", _WRITE_LESS),
         plan.Need("tuning", tuning, (plan.TUNING,), "gradients and forward of a layer", _TUNE_LESS),
         *learning_needs(learnt.memory_bytes, models[:loaded], sweeps=bool(learning.sweep_windows)),
@@ -218,29 +211,27 @@ def pruning_needs(
     stored: int,
     forwards: tuple[int, int],
     solving: SolveMemory,
+    settings: Settings,
     *,
     on_gpu: bool,
-    stays_on_gpu: bool,
-    tunes: bool,
 ) -> list[plan.Need]:
     """The needs of pruning layer by layer.
 
     Args:
         layer: bytes of a decoder layer.
-        stored: bytes of the hidden states in memory.
+        stored: bytes of the hidden states.
         forwards: bytes of a running forward, and of those that halt.
         solving: the memory for the linear that needs most.
+        settings: how the work is done.
         on_gpu: whether a GPU computes.
-        stays_on_gpu: whether hidden states are in its memory.
-        tunes: whether pruned layers are tuned.
     """
-    layers = (plan.PRUNING, plan.TUNING) if tunes else (plan.PRUNING,)
-    away = (plan.SENDING,) if on_gpu and not stays_on_gpu else None  # what is on the host
-    shape = "solving a {} x {} linear".format(*solving.shape)
+    layers = (plan.PRUNING, plan.TUNING) if settings.tunes else (plan.PRUNING,)
+    away = (plan.SENDING,) if on_gpu and not settings.on_gpu else None  # what is on the host
+    held, shape = settings.in_memory * stored, "solving a {} x {} linear".format(*solving.shape)
     return [
         # the host of a GPU holds the layer on its way
         plan.Need("layer", layer, (*layers, plan.SENDING), "a decoder layer", _SMALLER),
-        plan.Need("activation", stored, away or layers, "hidden states", plan.ON_DISK),
+        plan.Need("activation", held, away or layers, "hidden states", plan.ON_DISK),
         plan.Need(
             "forward", forwards[0], (plan.PRUNING,), "the forward of a micro-batch", plan.SHORTER
         ),

@@ -251,13 +251,7 @@ def choose_plan(
                 plan = planned(own, place, epochs, at_once)
             return plan
 
-        return fitting_plan(
-            with_most_experts,
-            target.device,
-            max_memory=memory.max_bytes,
-            activations=activations,
-            sharing=sharing,
-        )
+        return fitting_plan(with_most_experts, target.device, activations, budget)
 
     activations, experts = str(memory.activations), AT_ONCE
     if ranks.here > 1:  # of the pruning alone, which the processes share

@@ -18,7 +18,7 @@ from secateur.calibration.statistics.gram import Gram
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.machine import fast_matmuls
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.targets import CheckpointTarget
+from secateur.models.targets import CheckpointTarget, walk_layers
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.runs.output import whole_folder
@@ -92,7 +92,9 @@ def head_gram(target: CheckpointTarget, windows: Tensor, progress: Progress) -> 
     gram = Gram((head.out_features, head.in_features), target.device)
     progress.start("reading what enters the head", len(windows))
     for rows in outer.parts(range(len(windows)), 2):
-        hidden = outer.through_layers(rows)
+        hidden = outer.embedded(rows)
+        for number, layer in walk_layers(target):
+            hidden = [outer.run(number, layer, one) for one in hidden]
         # the hook sees what enters the head: hidden states after the last norm
         with outer.outside(), fast_matmuls(target.device):
             hook = head.register_forward_pre_hook(lambda _, x: gram.update(x[0].flatten(0, -2)))

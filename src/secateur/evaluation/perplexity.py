@@ -58,10 +58,9 @@ from secateur.models.targets import CheckpointTarget
 from secateur.models.tokenizer import start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress
-from secateur.quantization.activations import GROUP
 from secateur.runs.output import write_json
 from secateur.runtime.kernels.linear import activations_of
-from secateur.runtime.load import load
+from secateur.runtime.load import PackedTarget, load
 from secateur.types import Windows
 
 TOKENS_PER_FORWARD = 2048
@@ -299,11 +298,6 @@ def check_windows(model: nn.Module, windows: Windows, start_tokens: int = 0) -> 
         )
 
 
-def place_of(model: nn.Module) -> torch.device:
-    """The device of a model."""
-    return next(itertools.chain(model.parameters(), model.buffers())).device
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set the model to evaluation mode, and restore the mode of each module afterwards."""
@@ -320,12 +314,8 @@ class WholeReader:
     """A model in memory as a reader, with the members of `LayerwiseReader`."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.device = module, place_of(module)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its parameters."""
-        return next(self.module.parameters()).dtype
+        first = next(itertools.chain(module.parameters(), module.buffers()))
+        self.module, self.device, self.dtype = module, first.device, first.dtype
 
     def tokens_at_once(self, ids: Tensor) -> float:
         """Every token: a batch is read when its states are wanted."""
@@ -360,22 +350,17 @@ Read = tuple[Tensor, Parts]
 
 def read_by(readers: Sequence[Reader], batches: Sequence[Tensor]) -> Iterator[list[Read]]:
     """Read batches of token ids, of any shapes; yields what each reader has of a batch."""
-    for some in _portions(readers, batches):
+    # each of consecutive batches whose hidden states all readers have in memory at once
+    most, portions = min(reader.tokens_at_once(batches[0]) for reader in readers), [list[Tensor]()]
+    for ids in batches:
+        if portions[-1] and sum(x.numel() for x in (*portions[-1], ids)) > most:
+            portions.append([])
+        portions[-1].append(ids)
+    for some in portions:
         with ExitStack() as contexts:
             every = [contexts.enter_context(_reading(reader, some)) for reader in readers]
             for place in range(len(some)):
                 yield [read(place) for read in every]
-
-
-def _portions(readers: Sequence[Reader], batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive batches whose hidden states all readers have in memory at once."""
-    most, some = min(reader.tokens_at_once(batches[0]) for reader in readers), list[Tensor]()
-    for ids in batches:
-        if some and sum(x.numel() for x in (*some, ids)) > most:
-            yield some
-            some = []
-        some.append(ids)
-    yield some
 
 
 @contextmanager
@@ -417,7 +402,8 @@ def needs_of_layers(target: CheckpointTarget, length: int | None) -> list[plan.N
     layer = size * max(map(plan.weights_of, target.layers))
     ends = plan.model_bytes(target) - size * plan.weights_of(target.layers)
     first, last = (plan.READING,), (plan.PREDICTING,)
-    stay, shorter = first * target.ends_stay, "lower --sequence-length"
+    # those of a packed model stay in memory
+    stay, shorter = first * isinstance(target, PackedTarget), "lower --sequence-length"
     return [
         plan.Need("layer", layer, (*first, plan.SENDING), "a decoder layer"),
         plan.Need("ends", ends, (*stay, *last), "embedding and head"),
@@ -478,10 +464,8 @@ APART = frozenset({"dataset", "split", "items_in_split", "shots_from", "join", *
 def computed_by(model: nn.Module | Reader) -> dict[str, str]:
     """How a model computes: the dtype of its parameters, and how it rounds activations."""
     reader = reader_of(model)
-    # layers that are empty now have no module that rounds
-    empty_ones = getattr(getattr(reader, "target", None), "rounds_inputs", False)
-    rounds = f"int8 g{GROUP}" if empty_ones else activations_of(reader.module)
-    return {"dtype": str(reader.dtype).removeprefix("torch."), "activations": rounds}
+    dtype = str(reader.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "activations": activations_of(reader.module)}
 
 
 def protocol_id(kind: str, protocol: Mapping[str, Any]) -> str:

@@ -105,13 +105,7 @@ class CheckpointTarget:
         output: the copy that receives the new weights; None to only read.
         device: where layers get their weights.
         dtype: dtype of the computation; None for the dtype in `config.json`.
-
-    Attributes:
-        ends_stay: whether embedding and head stay in memory from the first `outside` on.
-        rounds_inputs: whether layers round activations.
     """
-
-    ends_stay = rounds_inputs = False
 
     def __init__(
         self,

@@ -191,12 +191,12 @@ class PackedTarget(CheckpointTarget):
         device: where it computes; without Triton torch does on a GPU.
     """
 
-    ends_stay = True
-
     def __init__(self, packed: PackedCheckpoint, device: torch.device) -> None:
         dtype = computed_dtype(packed.folder)
         super().__init__(install.DenseView(packed), None, device, dtype=dtype)
-        self.packed, self.rounds_inputs = packed, packed.activations is not None
+        self.packed = packed
+        # layers are empty now, and have no module that rounds
+        self.model.rounds_inputs = packed.activations is not None
         path = f"{self.architecture.layers_path}."
         names = [name for name, _ in self.model.named_parameters()]
         install.finish(self.model, dtype)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secateur.engine.plan import fitting_plan
+from secateur.engine.plan import fitting_plan, memory_budget
 from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
@@ -195,7 +195,5 @@ def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
         return plan_run(dense, tasks, context.windows, settings(activations), uniform)
 
     # Memory first, disk if that is too much, unless the recipe says which.
-    _, activations = fitting_plan(
-        planned, dense.device, max_memory=memory.max_bytes, activations=memory.activations
-    )
-    return settings(activations)
+    budget = memory_budget(memory.max_bytes, dense.device)
+    return settings(fitting_plan(planned, dense.device, memory.activations, budget)[1])

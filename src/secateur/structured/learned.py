@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows, save_windows
-from secateur.engine.plan import Need
+from secateur.engine.plan import Need, fitting, memory_budget
 from secateur.errors import NumericalError, RecipeError, SourceError
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import describe, hidden_size
@@ -53,7 +53,7 @@ from secateur.structured.design import design
 from secateur.training.batches import Batch, Batches
 from secateur.training.loop import Loop, TrainingTask, mean_loss
 from secateur.training.masks import Masks
-from secateur.training.memory import TRAINING, fitting, plan_needs
+from secateur.training.memory import TRAINING, plan_needs
 from secateur.training.objectives import Objective, next_token
 from secateur.training.process_group import ProcessGroup
 from secateur.training.saved import Hook, open_tensors, write_trained
@@ -424,4 +424,5 @@ def _check_fits(context: CutContext, folder: Path, batches: Batches, plan: Train
     gated += 3 * hidden_size(target.model)
     gates = Need("gates", 4 * tokens * gated * sizes.layers, (TRAINING,), "gates")
     needed = replace(needed, needs=(*needed.needs, gates))
-    fitting(lambda way: needed, [alone], context.recipe.memory.max_bytes)
+    budget = memory_budget(context.recipe.memory.max_bytes, context.device)
+    fitting(lambda way: needed, {"here": "{}"}, budget, "training needs ")

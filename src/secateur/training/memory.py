@@ -13,7 +13,7 @@ summed; or its embeddings or head with their gradients, if these are larger. The
 layer, its embeddings and its head.
 
 If that is too much for a GPU, its weights, gradients, optimizer state and masks go to the host
-(`fitting`). torch rounds the sizes of pinned memory there up to powers of two.
+(`TrainingSetup`). torch rounds the sizes of pinned memory there up to powers of two.
 
 The disk holds at the same time: the state for a resumed run, the best weights, a new version of one
 of these or the final weights, and the result.
@@ -22,7 +22,7 @@ of these or the final weights, and the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -213,28 +213,3 @@ def _disk_bytes(
         predictions = tokens * (6 * recipe.top_k + 4)
     written = max(state, best, final + target.reader.total_bytes)
     return state + best + predictions + rounds + written
-
-
-def fitting(
-    planned: Callable[[ProcessGroup], Plan], ways: Sequence[ProcessGroup], max_memory: int | None
-) -> tuple[Plan, ProcessGroup]:
-    """Return the first plan that fits in memory, and its processes.
-
-    Args:
-        planned: returns the plan of a training by some processes.
-        ways: the processes, with what learns on the device or on the host; the best way first.
-        max_memory: bytes; see `memory_budget`.
-
-    Raises:
-        MemoryBudgetError: every way needs more than there is; the message gives both numbers and
-            remedies.
-    """
-    budget = memory_plan.memory_budget(max_memory, ways[0].device, ways[0].here)
-    tried = []
-    for way in ways:
-        plan = planned(way)
-        shortage = budget.shortage(plan)
-        if shortage is None:
-            return plan, way
-        tried.append(shortage + ", with weights and optimizer on the host" * way.on_host)
-    raise budget.refusal(plan, f"training needs {'; or '.join(tried)}")

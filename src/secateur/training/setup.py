@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from secateur.engine.plan import fitting, memory_budget
 from secateur.engine.prune.tasks import refuse_idle_globs
 from secateur.errors import RecipeError
 from secateur.machine import fast_dtype
@@ -26,10 +27,10 @@ from secateur.training import gradual, lora, masks, objectives
 from secateur.training.batches import Batches, read_training_text
 from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks
-from secateur.training.memory import fitting, plan_needs
+from secateur.training.memory import plan_needs
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.saved import Hook
-from secateur.training.training_plan import TrainingPlan, optimizers, shared_batch
+from secateur.training.training_plan import NEED_ALL, TrainingPlan, shared_batch
 
 
 class TrainingSetup:
@@ -68,11 +69,11 @@ class TrainingSetup:
         batch = shared_batch(recipe.batch, processes.count)
         recipe = recipe.model_copy(update={"batch": batch})
         self.recipe, self.source = recipe, source
-        alone = "gradual", "iterative", "lora"
-        given = [name for name in alone if getattr(recipe, name) is not None]
-        if given and processes.count > 1:
+        alone = [x for x in ("gradual", "iterative", "lora") if getattr(recipe, x) is not None]
+        alone += {recipe.optimizer.lower()} & NEED_ALL
+        if alone and processes.count > 1:
             raise RecipeError(
-                f"{given[0]} needs a single process",
+                f"{alone[0]} needs a single process",
                 remedy="start the command without torchrun or accelerate launch",
             )
         reader = CheckpointReader(source.folder)
@@ -88,11 +89,9 @@ class TrainingSetup:
         if recipe.teacher is not None:
             self.teacher = resolve(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
             tokenizer.refuse_other_words(source.folder, self.teacher.folder)
-        places = [on_host] if on_host is not None else [False]
-        # an optimizer that updates each entry alone also works on parts
-        alike = optimizers()[recipe.optimizer.lower()] in masks.FIXED_AT_ZERO
-        if on_host is None and processes.device.type == "cuda" and alike and not given:
-            places.append(True)
+        ways = {processes.holding(bool(on_host)): "{}"}
+        if on_host is None and processes.device.type == "cuda" and not alone:
+            ways[processes.holding(True)] = "or {}, with weights and optimizer on the host"
         self.needs, self.processes = fitting(
             partial(
                 plan_needs,
@@ -103,8 +102,9 @@ class TrainingSetup:
                 self.plan,
                 validates=self.validation is not None,
             ),
-            [processes.holding(place) for place in places],
-            recipe.memory.max_bytes,
+            ways,
+            memory_budget(recipe.memory.max_bytes, processes.device, processes.here),
+            "training needs ",
         )
 
     @property
@@ -184,12 +184,8 @@ class TrainingSetup:
             return objectives.next_token(model)
         file, depth = work / "teacher.safetensors", 0
         if not (recipe.top_k and file.exists()):
-            loaded = load(
-                self.teacher.folder,
-                processes,
-                dtype=fast_dtype(processes.device),
-                learns=False,
-            )
+            dtype = fast_dtype(processes.device)
+            loaded = load(self.teacher.folder, processes, dtype=dtype, learns=False)
             teacher: objectives.Teacher = objectives.ModelTeacher(loaded)
             depth = len(architecture.describe(loaded).layers(loaded))
         if recipe.top_k and not file.exists():

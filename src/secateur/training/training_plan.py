@@ -23,6 +23,8 @@ TOKENS_OF_RATE = 2048
 """Number of tokens in a step for which the default rate was chosen."""
 NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
 """Optimizers that need a closure, or gradients of another kind."""
+NEED_ALL = {"adafactor", "rprop"}
+"""Optimizers whose steps torch cannot do where processes, or the host, have parts of a weight."""
 
 
 class TrainingPlan(OptimizerOptions):

@@ -194,18 +194,6 @@ class EmbeddingAndHead:
             out = call_layer(layer, hidden, call)
         return out if values is None else torch.cat([out, values], -1)
 
-    def through_layers(self, rows: Sequence[int]) -> list[Tensor]:
-        """What the last layer returns for some windows, with one layer in memory.
-
-        Args:
-            rows: numbers of the windows.
-        """
-        hidden = self.embedded(rows)
-        for number in range(len(self.target.layers)):
-            with self.target.layer(number) as layer:
-                hidden = [self.run(number, layer, one) for one in hidden]
-        return hidden
-
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The hidden states, and what depends on the tokens if `embedded` has put it there."""
         if self.width is None or hidden.shape[-1] == self.width:

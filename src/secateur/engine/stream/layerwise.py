@@ -33,7 +33,7 @@ from secateur.engine.stream.hidden_states import Activations, EmbeddingAndHead
 from secateur.errors import NumericalError
 from secateur.machine import full_float32
 from secateur.models.architecture import Linear, linears_of
-from secateur.models.targets import Target
+from secateur.models.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress, Silent
 from secateur.runs.output import write_tensors
@@ -375,16 +375,15 @@ class LayerwiseReader:
         Args:
             batches: token ids [windows, sequence_length], of any shapes.
         """
-        read, depth = dict[int, tuple[EmbeddingAndHead, Tensor]](), len(self.target.layers)
+        read = dict[int, tuple[EmbeddingAndHead, Tensor]]()
         for length in dict.fromkeys(ids.shape[1] for ids in batches):
             own = {place: ids for place, ids in enumerate(batches) if ids.shape[1] == length}
             outer, embedded = self._embedded([*own.values()])
             read |= {place: (outer, x) for place, x in zip(own, embedded, strict=True)}
-        for number in range(depth):
-            self.progress.step(0, note=f"layer {number + 1} of {depth}")
-            with self.target.layer(number) as layer:
-                for place, (outer, hidden) in read.items():
-                    read[place] = outer, outer.run(number, layer, hidden)
+        for number, layer in walk_layers(self.target):
+            self.progress.step(0, note=f"layer {number + 1} of {len(self.target.layers)}")
+            for place, (outer, hidden) in read.items():
+                read[place] = outer, outer.run(number, layer, hidden)
 
         def continuing(place: int, tokens: int | None = None) -> AbstractContextManager[None]:
             outer, hidden = read[place]
