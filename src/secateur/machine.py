@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.errors import NumericalError
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MADV_HUGEPAGE = 14
 LARGE_PAGE = 2 * 2**20
@@ -76,6 +78,21 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
     """A context in which matmuls run in the dtype of what is multiplied, with all its bits."""
     with full_float32(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def check_finite(square_sums: Tensor) -> None:
+    """Refuse inputs that overflowed, seen in their sums of squares [..., in].
+
+    Raises:
+        NumericalError: a sum is infinite or NaN.
+    """
+    bad = (~torch.isfinite(square_sums)).nonzero()[:, -1]
+    if len(bad):
+        raise NumericalError(
+            f"{len(bad)} of {square_sums.numel()} calibration inputs are infinite or not a number; "
+            f"the first is feature {int(bad[0])}",
+            remedy="load the model in bfloat16 or float32, which do not overflow as float16 does",
+        )
 
 
 @contextmanager

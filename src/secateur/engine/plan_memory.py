@@ -18,15 +18,21 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import held_bytes
 from secateur.engine import plan
-from secateur.engine.prune.solving import at_once_bytes
-from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
+from secateur.engine.prune.tasks import (
+    Settings,
+    SolveMemory,
+    Tasks,
+    at_once_bytes,
+    gathering,
+    solving_memory,
+)
 from secateur.engine.stream.calls import LayerLayout, calls_of, layouts
-from secateur.engine.stream.halted_forwards import batches_of
+from secateur.engine.stream.halted_forwards import batches_of, put_together
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.machine import fast_dtype, logits_block
 from secateur.models.architecture import head_alone, linears_of, text_config
 from secateur.models.attention import writes_out
-from secateur.models.experts import AT_ONCE, put_together
+from secateur.models.experts import AT_ONCE
 from secateur.models.targets import Target, refuse_unknown
 from secateur.recipes.shared import Distill
 from secateur.registry import float32_bytes

@@ -14,12 +14,13 @@ from secateur.engine.plan_memory import Learning, PrunePlan, choose_sweeps, plan
 from secateur.engine.prune.tasks import LinearTask, Selection, Settings, Tasks, gathering, tasks_of
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.engine.stream.calls import LayerLayout, layouts
+from secateur.engine.stream.halted_forwards import put_together
 from secateur.errors import RecipeError
 from secateur.models.architecture import hidden_size, refuse_other_sizes, vocabulary_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import copied_files
 from secateur.models.configuration import TrustedFolder
-from secateur.models.experts import AT_ONCE, put_together
+from secateur.models.experts import AT_ONCE
 from secateur.models.opening import copy_of, open_weights, weight_bytes_of
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.targets import CheckpointTarget, Target, refuse_unknown

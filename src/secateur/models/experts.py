@@ -169,7 +169,7 @@ class Sent:
             total += one
 
 
-class Stage(nn.Module):
+class ExpertStage(nn.Module):
     """The linears that get their inputs together, in all experts of a layer: gate and up, or down.
 
     A hook on it sees the inputs of many experts at once. They arrive as `(x, sent)`.
@@ -283,7 +283,10 @@ class OpenExperts(nn.ModuleList):
         super().__init__(experts)
         self.layout, (*first, last) = layout, layout.projections
         # in tuples, because they are no modules of the list
-        self.stages = Stage(self, first, scattered=True), Stage(self, [last], scattered=False)
+        self.stages = (
+            ExpertStage(self, first, scattered=True),
+            ExpertStage(self, [last], scattered=False),
+        )
         self.activation = (activation,)
 
     def forward(self, hidden_states: Tensor, *router: Tensor, **named: Tensor) -> Tensor:
@@ -332,19 +335,12 @@ class OpenExperts(nn.ModuleList):
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         weights = top_k_weights.flatten()[order, None]
-        bounds = self._bounds(ordered, torch.arange(len(self) + 1, device=order.device))
+        limits = torch.arange(len(self) + 1, device=order.device)
         rows, by_row = order // top_k_index.shape[1], places.view_as(top_k_index)
-        yield from self._batches(rows, weights, by_row.sort(-1).values, bounds)
-
-    def _bounds(self, ordered: Tensor, limits: Tensor) -> list[int]:
-        """How many of the numbers, which are in ascending order, are below each limit."""
-        if ordered.device.type == "meta":
-            return [len(ordered) * number // len(self) for number in range(len(self) + 1)]
-        bounds: list[int] = torch.searchsorted(ordered, limits).tolist()
-        return bounds
+        yield from self._batches(rows, weights, by_row.sort(-1).values, ordered, limits)
 
     def _batches(
-        self, rows: Tensor, weights: Tensor, places: Tensor, bounds: Sequence[int]
+        self, rows: Tensor, weights: Tensor, places: Tensor, ordered: Tensor, limits: Tensor
     ) -> Iterator[Sent]:
         """What each batch of experts receives.
 
@@ -352,8 +348,13 @@ class OpenExperts(nn.ModuleList):
             rows: as in `Sent`, for all experts.
             weights: as in `Sent`, for all experts.
             places: as in `Sent`.
-            bounds: the place of the first token of each expert, and the end of the last one's.
+            ordered: a number for each token, ascending.
+            limits: the number at which each expert begins, and the end of the last one's.
         """
+        if ordered.device.type == "meta":
+            bounds = [len(ordered) * number // len(self) for number in range(len(self) + 1)]
+        else:
+            bounds = torch.searchsorted(ordered, limits).tolist()
         for start in range(0, len(self), self.at_once):
             experts = range(start, min(start + self.at_once, len(self)))
             here = slice(bounds[start], bounds[experts.stop])
@@ -380,18 +381,7 @@ class ScaledExperts(OpenExperts):
             places = torch.where(used, used.cumsum(0) - 1, count)[:, None]
         limits = torch.arange(len(self) + 1, device=device) * (count // len(self))
         weights = hidden_states.new_ones(len(rows), 1)
-        yield from self._batches(rows, weights, places, self._bounds(rows, limits))
-
-
-def put_together(model: nn.Module, at_once: int) -> int:
-    """Let experts get their inputs together, so many at once. Return how many there are of a layer.
-
-    More do not help than there are.
-    """
-    opened = [m for m in model.modules() if isinstance(m, OpenExperts)]
-    for experts in opened:
-        experts.at_once = at_once
-    return max(map(len, opened), default=1)
+        yield from self._batches(rows, weights, places, rows, limits)
 
 
 def opened_form(fused: nn.Module, declared: Experts) -> OpenExperts:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from secateur.errors import NumericalError
+from secateur.machine import check_finite
 from secateur.types import Gram, Mask, Weight
 
 # L_jj² / H_jj is the share of column j that the other columns do not explain. Below these shares
@@ -28,21 +29,6 @@ FACTOR_SQUARES = 4
 
 _RECURSION_WIDTH = 256  # columns from which halving a triangular matrix is worth a call
 _CHUNK_COLUMNS = 256  # columns whose products and checks are in memory at a time
-
-
-def check_gram(gram: Gram) -> None:
-    """Refuse the gram of inputs that overflowed; its diagonal bounds all other entries.
-
-    Raises:
-        NumericalError: a calibration input is infinite or not a number.
-    """
-    bad = ~torch.isfinite(gram.diagonal(dim1=-2, dim2=-1))
-    if bad.any():
-        raise NumericalError(
-            f"{int(bad.sum())} of {bad.numel()} calibration inputs are infinite or not a number",
-            remedy="load the model in bfloat16 or float32; look for an overflow in the "
-            "layers before this one",
-        )
 
 
 def check_weight(weight: Weight) -> None:
@@ -91,8 +77,8 @@ def damped_diagonal(
         >>> damped_diagonal(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.01)
         (tensor([2.0100, 1.0000]), tensor([False,  True]))
     """
-    check_gram(gram)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    check_finite(diagonal)
     dead = diagonal == 0
     if dead.all(-1).any():
         raise NumericalError(

@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from torch import Tensor
-
 from secateur.parallel.ranks import Ranks
 from secateur.sparsity.exact_count import keep_largest_of_all
 from secateur.sparsity.patterns import Pattern, pruned_count, unit_scores, within
@@ -76,9 +74,3 @@ class SharedRows:
         pruned = pruned_count(entries, sparsity)
         kept = keep_largest_of_all(found.flatten(), entries, pruned, self.ranks)
         return within(kept.view(score.shape), allowed)
-
-    def total(self, counts: Tensor) -> Tensor:
-        """The sums of counts over all rows."""
-        counts = counts.clone()
-        self.ranks.total(counts)
-        return counts

@@ -9,8 +9,11 @@ import torch
 from zoo import tiny_model, tiny_windows
 
 import secateur
-from secateur.engine.prune import solving
+from secateur.engine.prune import layer, tasks
 from secateur.errors import NumericalError
+from secateur.models.architecture import Linear
+from secateur.parallel.ranks import Ranks
+from secateur.runs.records import LinearRecord
 from secateur.sparsity.methods import Method
 from secateur.sparsity.solvers import Solution
 
@@ -19,7 +22,7 @@ FAMILY = "qwen3_moe"
 
 def pruned(monkeypatch: pytest.MonkeyPatch, at_once: int, **options: Any) -> tuple[Any, list[int]]:
     """A mixture, pruned; and the size of each batch."""
-    monkeypatch.setattr(solving, "AT_ONCE_BYTES", {"cpu": at_once})
+    monkeypatch.setattr(tasks, "AT_ONCE_BYTES", {"cpu": at_once})
     solve, sizes = Method.solve, list[int]()
 
     def watched(method: Method, weight: Any, *args: Any) -> Solution:
@@ -85,3 +88,50 @@ def test_the_expert_at_fault_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None
         secateur.prune(model, method="wanda", sparsity=0.5, calibration=tiny_windows())
     assert caught.value.where is not None
     assert ".experts.2.down_proj" in caught.value.where
+
+
+class Second(Ranks):
+    """The second of two processes. What the first one sends is all 1."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 2)
+        self.sent: list[tuple[int, torch.dtype, int]] = []
+
+    def share(self, tensor: torch.Tensor, owner: int) -> None:
+        """Note what one process sends."""
+        self.sent.append((owner, tensor.dtype, tensor.numel()))
+        tensor.fill_(1.0) if owner == 0 else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Both know the same."""
+        return [value, value]
+
+
+@pytest.mark.parametrize(("most", "pieces"), [(2**20, 1), (1, 4)])
+def test_a_process_sends_its_linears_at_once(
+    most: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer, "_SENT_BYTES", most)
+    modules = [torch.nn.Linear(3, 2 + i, bias=False, dtype=torch.bfloat16) for i in range(8)]
+    linears = [Linear(f"{i}", module) for i, module in enumerate(modules)]
+    before = [module.weight.detach().clone() for module in modules]
+    records = [
+        LinearRecord(
+            name=x.name,
+            shape=x.shape,
+            asked=0.5,
+            pruned=0,
+            zeros=0,
+            error=None,
+            lost=None,
+            seconds=0.0,
+        )
+        for x in linears
+    ]
+    ranks = Second()
+    found = layer._exchanged(linears, {f"{i}": i % 2 for i in range(8)}, records[::-1], ranks)
+    assert [record.name for record in found] == [x.name for x in linears]
+    assert sorted(owner for owner, *_ in ranks.sent) == [0] * pieces + [1] * pieces
+    assert sum(count for *_, count in ranks.sent) == sum(x.numel() for x in before)
+    for i, (module, own) in enumerate(zip(modules, before, strict=True)):
+        assert torch.equal(module.weight, own if i % 2 else torch.ones_like(own))

@@ -20,11 +20,11 @@ from oracles.sparsegpt import sparsegpt
 from secateur.engine.prune import run
 from secateur.engine.search.experts import expert_use, kept_experts
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
-from secateur.engine.stream.halted_forwards import HaltingForwards
+from secateur.engine.stream.halted_forwards import HaltingForwards, put_together
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.experts import opened_experts, put_together
+from secateur.models.experts import opened_experts
 from secateur.models.targets import CheckpointTarget, ModelTarget
 from secateur.progress import Silent
 

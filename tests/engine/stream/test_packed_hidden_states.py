@@ -137,14 +137,14 @@ def test_a_stopped_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = saved_in(tmp_path, "gemma3n_text shared")
     options = {"method": "wanda", "sparsity": 0.5}
     whole = secateur.prune(model, calibration=WINDOWS, **options)
-    prune = pruning.prune_group
+    solved = pruning.OpenLayer.solved
 
     def stops(opened: pruning.OpenLayer, *group: Any) -> Any:
         if opened.index == 3:
             raise KeyboardInterrupt
-        return prune(opened, *group)
+        return solved(opened, *group)
 
-    monkeypatch.setattr(pruning, "prune_group", stops)
+    monkeypatch.setattr(pruning.OpenLayer, "solved", stops)
     with pytest.raises(KeyboardInterrupt):
         prune_on_disk(tmp_path, **options)
     monkeypatch.undo()

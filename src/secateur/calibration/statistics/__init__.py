@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import NumericalError, located
-from secateur.machine import exact_in_tf32
+from secateur.machine import check_finite, exact_in_tf32
 from secateur.models.architecture import Linear
 from secateur.parallel.ranks import Ranks
 from secateur.registry import Registry
@@ -294,21 +294,6 @@ def watched(
             handle.remove()
         for leaf, before in zip(leaves, required, strict=True):
             leaf.requires_grad_(before)
-
-
-def check_finite(square_sums: Tensor) -> None:
-    """Refuse inputs that overflowed, seen in their sums of squares [..., in].
-
-    Raises:
-        NumericalError: a sum is infinite or NaN.
-    """
-    bad = (~torch.isfinite(square_sums)).nonzero()[:, -1]
-    if len(bad):
-        raise NumericalError(
-            f"{len(bad)} of {square_sums.numel()} calibration inputs are infinite or not a number; "
-            f"the first is feature {int(bad[0])}",
-            remedy="load the model in bfloat16 or float32, which do not overflow as float16 does",
-        )
 
 
 _ROWS = 512  # the largest float32 product besides the sums of a cross gram

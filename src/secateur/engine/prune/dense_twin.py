@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import CrossGram
 from secateur.engine.prune.layer import Arrivals, Gathered, OpenLayer
-from secateur.engine.stream.halted_forwards import Arrival, Batch, HaltedLayer, by_group
+from secateur.engine.stream.halted_forwards import Arrival, GroupBatch, HaltedLayer, by_group
 from secateur.models.architecture import Linear
 from secateur.models.experts import OpenExperts, Sent, numbers_of
 
 _QUIET = 0.1  # the gain of a channel that takes no part, as a share of the mean gain
 
 
-def _dense_copy(layer: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, list[Batch]]:
+def _dense_copy(
+    layer: nn.Module, batches: Sequence[GroupBatch]
+) -> tuple[nn.Module, list[GroupBatch]]:
     """Copy a layer that is still dense, with its batches.
 
     The batches of experts are empty in the copy, because an expert sees different tokens in the two
@@ -46,7 +48,7 @@ def _dense_copy(layer: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, 
     def copied(group: Sequence[Linear]) -> list[Linear]:
         return [Linear(x.name, modules[names[id(x.module)]]) for x in group]
 
-    return twin, [Batch([] if x.stage else [copied(own) for own in x.groups]) for x in batches]
+    return twin, [GroupBatch([] if x.stage else [copied(own) for own in x.groups]) for x in batches]
 
 
 def _before_norm(
@@ -121,7 +123,7 @@ class _ExpertTargets:
         lacking = _lacking(self.dense, self.changing, self.dense.current)
         self.wanted = out.float() + _flat(lacking)
 
-    def targets(self, index: int, batch: Batch, sent: Sent) -> Tensor:
+    def targets(self, index: int, batch: GroupBatch, sent: Sent) -> Tensor:
         """The targets of the last linears of experts for the tokens they receive, without biases.
 
         Args:
@@ -223,7 +225,7 @@ class DenseTwin:
         # Their sum is added to the stream, unless they multiply inputs by the router's weights.
         if found and not self.norms and type(module) is OpenExperts:
             self.experts = _ExpertTargets(path, self.changing, self.dense)
-        self.gathered = Gathered(layer, self._cross_of)
+        self.gathered = Gathered(layer.sources, layer.batches, layer.device, self._cross_of)
 
     def arrivals(self) -> Arrivals:
         """Each group in one pass, as `group_by_group`, in step with the dense layer."""
@@ -240,14 +242,14 @@ class DenseTwin:
             self.dense.finish()
         self.dense.inputs.states.advance(layer.index + 1)
 
-    def _writes(self, batch: Batch) -> bool:
+    def _writes(self, batch: GroupBatch) -> bool:
         """Whether a batch has linears that write to the residual stream."""
         if batch.stage is not None:
             return self.experts is not None and batch.stage is self.experts.own.stages[-1]
         (group,) = batch.groups
         return len(group) == 1 and group[0].name in self.writers
 
-    def _cross_of(self, batch: Batch) -> Callable[..., CrossGram] | None:
+    def _cross_of(self, batch: GroupBatch) -> Callable[..., CrossGram] | None:
         """Makes the cross gram of a batch that has a target in the dense model."""
         writes = self._writes(batch)
         if not writes and (self.writers or batch.stage is not None):

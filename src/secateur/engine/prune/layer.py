@@ -15,28 +15,29 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import CrossGram, GroupStatistics
+from secateur.calibration.statistics import CrossGram, GroupStatistics, Sources
 from secateur.engine.prune.checks import counted_zeros
 from secateur.engine.prune.coverage import is_reached
-from secateur.engine.prune.solving import Solved, Solving
-from secateur.engine.prune.tasks import Settings, Tasks, gathering
+from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering, solved_at_once
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
 from secateur.engine.stream.halted_forwards import (
     Arrival,
-    Batch,
+    GroupBatch,
     HaltedLayer,
     batches_of,
     by_group,
     by_layer,
 )
+from secateur.errors import NumericalError, located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
 from secateur.models.targets import Target
@@ -44,7 +45,8 @@ from secateur.parallel.ranks import ALONE, Ranks, owners
 from secateur.progress import Progress
 from secateur.runs.records import LinearRecord
 from secateur.sparsity.shared_rows import ROWS_TOGETHER
-from secateur.types import Mask, Statistics, Weight
+from secateur.sparsity.solvers import Solution
+from secateur.types import STORED, Mask, Statistics, Weight
 
 if TYPE_CHECKING:
     from secateur.engine.prune.reconstruction import LayerTuning
@@ -52,6 +54,10 @@ if TYPE_CHECKING:
 Arrivals = Generator[list[GroupStatistics], None, None]
 """Groups whose inputs are known from all micro-batches of this process. Before the next ones are
 yielded, the weights of these may change."""
+
+
+_SENT_BYTES = 2**26
+"""Parameters are joined up to this size when processes exchange them."""
 
 
 class OpenLayer:
@@ -161,12 +167,42 @@ class OpenLayer:
 
         It is one alone where rows are not independent, or too few for all processes.
         """
-        remasks = self.tuning is not None and self.tuning.remasks
         least = ROWS_TOGETHER * self.ranks.count
-        together = not group.batch and not remasks and bool(self.sources)
+        together = not group.batch and self.remasking is None and bool(self.sources)
         if together and all(self.tasks[x.name].method.by_rows for x in linears):
             return self.ranks if all(x.shape[0] >= least for x in linears) else ALONE
         return ALONE
+
+    @property
+    def remasking(self) -> LayerTuning | None:
+        """The tuning, if it also chooses the masks anew."""
+        return self.tuning if self.tuning is not None and self.tuning.remasks else None
+
+    def solved(
+        self, group: GroupStatistics, linears: Sequence[Linear], mine: Collection[str]
+    ) -> Iterator[Solved]:
+        """Solve linears that share an input, or those of a batch of experts.
+
+        Args:
+            group: the statistics of the inputs, complete.
+            linears: the linears to prune. Their methods differ only in the pattern.
+            mine: names of the linears that this process solves.
+        """
+        names, tuning = {x.name for x in linears}, self.remasking
+        # tuning also needs the shadow weights of linears that another process solves
+        if not names or (tuning is None and names.isdisjoint(mine)):
+            return iter(())
+        tasks = {name: self.tasks[name] for name in names.intersection(mine)}
+        # Values take the place of the sums, which `release` then frees, before the solver needs
+        # memory.
+        solving = Solving(group, self.settings, self.stored, self.sharing(group, linears))
+        group.release()
+        if tuning is not None:
+            for number, own in enumerate(group.groups):
+                for linear in (x for x in own if x.name in names):
+                    known = solving.statistics(number)
+                    tuning.keep(linear, solving.weights_of([linear])[0], known)
+        return solving.solve(tasks)
 
     def agreed(self, arrived: Iterable[int]) -> Iterator[int]:
         """The numbers of batches that all micro-batches of all processes have reached.
@@ -201,54 +237,130 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
             mine = {x.name for x in every if owned.get(x.name, ranks.rank) == ranks.rank}
             found: list[LinearRecord] = []
             while waiting:
-                found += prune_group(layer, *waiting.pop(0), mine)
-            records += _exchanged(every, owned, found, ranks) if ranks.count > 1 else found
+                solved = layer.solved(*waiting.pop(0), mine)
+                found += [record for one in solved for record in _recorded(layer, one)]
+            if ranks.count > 1:
+                found = _exchanged(every, owned, found, ranks)
+            names = [x.name for x in every]
+            records += sorted(found, key=lambda record: names.index(record.name))
     return records
 
 
-def prune_group(
-    layer: OpenLayer, group: GroupStatistics, linears: Sequence[Linear], mine: Collection[str]
-) -> list[LinearRecord]:
-    """Score → mask → solve, for linears that share an input, or for those of a batch of experts.
+class Solved(NamedTuple):
+    """Linears that were solved at once, all with the same task but for the name.
+
+    Attributes:
+        linears: one, or the same linear of some experts.
+        tokens: the number of inputs of each.
+        weight: what was pruned in place of their own weights, [out, in] or [batch, out, in].
+        statistics: of their inputs.
+        solution: the result.
+        seconds: that it took.
+    """
+
+    linears: list[Linear]
+    tokens: list[int]
+    weight: Tensor
+    statistics: Statistics
+    solution: Solution
+    seconds: float
+
+
+def _wanted(linears: Sequence[Linear], tasks: Tasks) -> dict[int, LinearTask]:
+    """The tasks of the linears of a group, by their places in it."""
+    return {place: tasks[x.name] for place, x in enumerate(linears) if x.name in tasks}
+
+
+class Solving:
+    """Solves linears for which statistics were gathered together.
+
+    Those that share an input are solved one by one, those of experts many at once.
 
     Args:
-        layer: their layer.
-        group: the statistics of the inputs, complete.
-        linears: the linears to prune. Their methods differ only in the pattern.
-        mine: names of the linears that this process solves.
+        group: what was gathered, complete. Its sums may be released afterwards.
+        settings: how the work is done.
+        stored: returns what was gathered of a linear before the run.
+        ranks: the processes that solve each linear together.
+
+    Attributes:
+        weights_of: the weights to prune in place of linears' own, [linears, out, in].
     """
-    remasks = layer.tuning is not None and layer.tuning.remasks
-    # tuning also needs the shadow weights of linears that another process solves
-    if not any(remasks or x.name in mine for x in linears):
-        return []
-    ranks = layer.sharing(group, linears)
-    # Values take the place of the sums, which `release` then frees, before the solver needs memory.
-    values, weights_of = group.value(), group.weights(layer.settings.asymmetric_damping)
-    group.release()
 
-    def own_of(linear: Linear) -> dict[str, Tensor]:
-        return {**group.own(linear), **layer.stored(linear)}
+    def __init__(
+        self,
+        group: GroupStatistics,
+        settings: Settings,
+        stored: Callable[[Linear], dict[str, Tensor]],
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.group, self.settings, self.stored, self.ranks = group, settings, stored, ranks
+        self.values = group.value()
+        self.weights_of = group.weights(settings.asymmetric_damping)
 
-    names, settings = [x.name for x in linears], layer.settings
-    wanted = {*names} & {*mine}
-    solving = Solving(group, values, weights_of, own_of, layer.tasks, wanted, settings, ranks)
-    if layer.tuning is not None and remasks:
-        for number, own in enumerate(group.groups):
-            for linear in own:
-                if linear.name in names:
-                    known = solving.statistics(number)
-                    layer.tuning.keep(linear, weights_of([linear])[0], known)
-    records, started = list[LinearRecord](), time.perf_counter()
-    for numbers in solving.together():
-        for solved in solving.solve(numbers):
-            records += _recorded(layer, group, solved, time.perf_counter() - started)
-            started = time.perf_counter()
-    return sorted(records, key=lambda record: names.index(record.name))
+    def statistics(self, numbers: int | list[int]) -> Statistics:
+        """The statistics of the input of a group, or of some groups of a batch."""
+        if not self.group.batch:
+            return self.values
+        return {name: x[numbers] for name, x in self.values.items()}
+
+    def _together(self, tasks: Tasks) -> Iterator[list[int]]:
+        """The numbers of the groups that are solved at once: of experts, as many as fit.
+
+        Linear by linear, they have the same method and sparsity.
+        """
+        alike: dict[object, list[int]] = {}
+        for number, linears in enumerate(self.group.groups):
+            if wanted := _wanted(linears, tasks):
+                kinds = ((place, x.method, x.sparsity) for place, x in wanted.items())
+                alike.setdefault(tuple(kinds), []).append(number)
+        for numbers in alike.values():
+            step, linears = 1, self.group.groups[numbers[0]]
+            if self.group.batch:
+                same, device = _wanted(linears, tasks).values(), linears[0].weight.device
+                step = min(solved_at_once(task, self.settings, device) for task in same)
+            yield from (numbers[start : start + step] for start in range(0, len(numbers), step))
+
+    def solve(self, tasks: Tasks, numbers: Sequence[int] = ()) -> Iterator[Solved]:
+        """Score → mask → solve.
+
+        Args:
+            tasks: those of the linears to solve; others of the groups stay as they are.
+            numbers: of groups to solve at once. Without any: of all groups as many as fit.
+
+        Raises:
+            NumericalError: a linear cannot be solved; the message names it.
+        """
+        for some in [list(numbers)] if numbers else self._together(tasks):
+            group, wanted = self.group, _wanted(self.group.groups[some[0]], tasks)
+            batched = group.batch and all(task.method.batched for task in wanted.values())
+            started, statistics = time.perf_counter(), self.statistics(some if batched else some[0])
+            method = next(iter(wanted.values())).method  # the others differ only in the pattern
+            try:
+                with located(group.groups[some[0]][0].name):
+                    prepared = method.prepare(statistics, self.ranks)
+                for place, task in wanted.items():
+                    linears = [group.groups[number][place] for number in some]
+                    weight, reads = self.weights_of(linears), {STORED} & task.method.score.requires
+                    every = [
+                        {**group.own(x), **self.stored(x), **dict.fromkeys(reads, x.weight)}
+                        for x in linears
+                    ]
+                    own = {name: torch.stack([x[name] for x in every]) for name in every[0]}
+                    if not batched:
+                        weight, own = weight[0], every[0]
+                    given = weight, prepared, {**statistics, **own}, task.sparsity
+                    with located(task.name):
+                        found = task.method.solve(*given, self.ranks)
+                    tokens, seconds = [group.tokens[i] for i in some], time.perf_counter() - started
+                    yield Solved(linears, tokens, weight, statistics, found, seconds)
+                    started = time.perf_counter()
+            except NumericalError:
+                for number in some if len(some) > 1 else []:
+                    list(self.solve(tasks, [number]))  # the one at fault has a name
+                raise
 
 
-def _recorded(
-    layer: OpenLayer, group: GroupStatistics, solved: Solved, seconds: float
-) -> list[LinearRecord]:
+def _recorded(layer: OpenLayer, solved: Solved) -> list[LinearRecord]:
     """Take over the new weights of linears, and check them. Return the record of each."""
     linears, solution = solved.linears, solved.solution
     task, count = layer.tasks[linears[0].name], len(linears)
@@ -260,13 +372,8 @@ def _recorded(
         linear.assign(found.weight)
         if found.shift is not None:
             linear.shift(found.shift)
-    measured = (
-        linears,
-        solved.numbers,
-        counted_zeros(linears, task, solution.mask),
-        _numbers(solution.error, count),
-        _numbers(lost, count),
-    )
+    zeros = counted_zeros(linears, task, solution.mask)
+    measured = zeros, _numbers(solution.error, count), _numbers(lost, count), solved.tokens
     return [
         LinearRecord(
             name=linear.name,
@@ -276,10 +383,10 @@ def _recorded(
             zeros=zeros,
             error=error,
             lost=share,
-            seconds=seconds / count,
-            tokens=group.tokens[number] if layer.sources else None,
+            seconds=solved.seconds / count,
+            tokens=tokens if layer.sources else None,
         )
-        for linear, number, (pruned, zeros), error, share in zip(*measured, strict=True)
+        for linear, (pruned, zeros), error, share, tokens in zip(linears, *measured, strict=True)
     ]
 
 
@@ -314,17 +421,28 @@ def _exchanged(
 ) -> list[LinearRecord]:
     """Give every process the pruned linears of the others. Return the records of all.
 
+    What one process sends is joined, up to `_SENT_BYTES` and one parameter at a time.
+
     Args:
         linears: the linears that the processes have pruned.
         owned: the process that has pruned each; all others were pruned by all together.
         own: the records of this process.
         ranks: the processes.
     """
+    joined, sizes = dict[tuple[int, object, int], list[Tensor]](), Counter[object]()
+    for linear in (x for x in linears if x.name in owned):
+        owner = owned[linear.name]
+        for parameter in linear.module.parameters(recurse=False):
+            place = sizes[owner, parameter.dtype] // _SENT_BYTES
+            joined.setdefault((owner, parameter.dtype, place), []).append(parameter.detach())
+            sizes[owner, parameter.dtype] += parameter.nbytes
+    for (owner, *_), values in joined.items():
+        whole = torch.cat([x.flatten() for x in values])
+        ranks.share(whole, owner)
+        for value, sent in zip(values, whole.split([x.numel() for x in values]), strict=True):
+            value.copy_(sent.view_as(value))
     gathered = ranks.gather([record.to_json() for record in own])
     by_name = {entry["name"]: entry for entries in reversed(gathered) for entry in entries}
-    for linear in (x for x in linears if x.name in owned):
-        for parameter in linear.module.parameters(recurse=False):
-            ranks.share(parameter, owned[linear.name])
     return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
 
 
@@ -351,28 +469,23 @@ def weights_alone(layer: OpenLayer) -> Arrivals:
 
 def whole_layer(layer: OpenLayer) -> Arrivals:
     """All groups, as the papers do: after one pass through the dense layer."""
-    inputs, gathered = layer.inputs(), Gathered(layer)
-
-    def gather(number: int, arrival: Arrival) -> None:
-        with exact_matmuls(layer.device):  # within a forward, which may be in bfloat16
-            gathered[number].update(arrival.inputs, counts=arrival.counts)
-
+    inputs, gathered = layer.inputs(), Gathered(layer.sources, layer.batches, layer.device)
     forwards = [
         partial(inputs.pass_one, layer.module, batch, stores=False) for batch in inputs.batches
     ]
-    by_layer(layer.batches, forwards, gather)
-    yield [gathered.taken(number) for number in range(len(layer.batches))]
+    by_layer(layer.batches, forwards, gathered.add)
+    yield gathered.all_taken()
     if layer.passes_on:
         inputs.pass_through(layer.module)
 
 
 def group_by_group(layer: OpenLayer) -> Arrivals:
     """Each group, when the forwards of all micro-batches have reached it, in one pass."""
-    gathered = Gathered(layer)
+    gathered = Gathered(layer.sources, layer.batches, layer.device)
     halted = HaltedLayer(layer.inputs(), layer.module, layer.batches, stores=layer.passes_on)
 
     def gather(batch: int, number: int, arrival: Arrival, dense: Tensor | None) -> None:
-        gathered[number].update(arrival.inputs, counts=arrival.counts)
+        gathered.add(number, arrival)
 
     with closing(halted):
         for number in layer.agreed(by_group(halted, gather, outputs_needed=layer.passes_on)):
@@ -385,31 +498,41 @@ class Gathered(dict[int, GroupStatistics]):
     Not earlier, because a layer of many experts has many grams.
 
     Args:
-        layer: the layer.
+        sources: sources of the statistics, by their names.
+        batches: linears of the layer, by what arrives together.
+        device: device of the sums.
         cross_of: makes the cross gram of a batch that has another target than its own outputs.
     """
 
     def __init__(
         self,
-        layer: OpenLayer,
-        cross_of: Callable[[Batch], Callable[..., CrossGram] | None] = lambda batch: None,
+        sources: Sources,
+        batches: Sequence[GroupBatch],
+        device: torch.device,
+        cross_of: Callable[[GroupBatch], Callable[..., CrossGram] | None] = lambda batch: None,
     ) -> None:
         super().__init__()
-        self.layer, self.cross_of = layer, cross_of
+        self.sources, self.batches, self.device, self.cross_of = sources, batches, device, cross_of
 
     def __missing__(self, number: int) -> GroupStatistics:
-        layer, batch = self.layer, self.layer.batches[number]
+        batch = self.batches[number]
+        cross, stacked = self.cross_of(batch), batch.stage is not None
         self[number] = GroupStatistics(
-            layer.sources,
-            batch.groups,
-            layer.device,
-            self.cross_of(batch),
-            batch=batch.stage is not None,
+            self.sources, batch.groups, self.device, cross, batch=stacked
         )
         return self[number]
+
+    def add(self, number: int, arrival: Arrival) -> None:
+        """Add what arrives at a batch in one micro-batch."""
+        with exact_matmuls(self.device):  # within a forward, which may be in bfloat16
+            self[number].update(arrival.inputs, counts=arrival.counts)
 
     def taken(self, number: int) -> GroupStatistics:
         """Take the statistics of a batch out, also of one that no input has reached."""
         found = self[number]
         del self[number]
         return found
+
+    def all_taken(self) -> list[GroupStatistics]:
+        """Take the statistics of all batches out."""
+        return [self.taken(number) for number in range(len(self.batches))]

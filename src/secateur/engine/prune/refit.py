@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from secateur.calibration.statistics import CrossGram, Gathering, GroupStatistics
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
-from secateur.engine.stream.halted_forwards import Arrival, Batch, HaltedLayer, by_group
+from secateur.engine.stream.halted_forwards import Arrival, GroupBatch, HaltedLayer, by_group
 from secateur.engine.stream.hidden_states import Activations
 from secateur.machine import full_float32, reused_pages
 from secateur.models.architecture import Architecture, Linear, linears_of
@@ -228,7 +228,9 @@ class _LayerRefit:
         others = [other[n].module for n in architecture.writers if n in other]
         experts = architecture.experts
         self.mixture = experts is not None and experts.module in dict(layer.named_modules())
-        sides = [[Batch([[x[side] for x in group]]) for group in self.groups] for side in (0, 1)]
+        sides = [
+            [GroupBatch([[x[side] for x in group]]) for group in self.groups] for side in (0, 1)
+        ]
         self.changing = HaltedLayer(
             refit.inputs(cut, place),
             layer,

@@ -24,9 +24,9 @@ from secateur.engine.prune.layer import OpenLayer, arrivals_of, prune_layer
 from secateur.engine.prune.tasks import Settings, Tasks, gathering, left_dense
 from secateur.engine.stream.calibration_stream import CalibrationStream, OpenStream
 from secateur.engine.stream.calls import kind_of
+from secateur.engine.stream.halted_forwards import put_together
 from secateur.errors import VerificationError
 from secateur.machine import full_float32, reused_pages
-from secateur.models.experts import put_together
 from secateur.models.targets import Target, walk_layers
 from secateur.progress import Progress
 from secateur.runs.ledger import Ledger

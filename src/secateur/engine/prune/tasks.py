@@ -8,7 +8,7 @@ Every matrix that stays unpruned has a reason (`skipped_matrices`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -399,6 +399,9 @@ class Settings:
         return fast_matmuls(device) if self.fast_matmuls else nullcontext()
 
 
+AT_ONCE_BYTES = {"cpu": 16 * 2**20, "cuda": 4 * 2**30}
+"""The memory for solving linears of several experts at once. On a GPU a batch saves launches. On a
+processor it saves little, and only where it stays in the caches."""
 TARGET_SQUARES = 6
 """Maximum number of float32 matrices [in, in] in `dense_target`, besides the gram."""
 HELD_TARGETS = 2
@@ -451,6 +454,30 @@ def linear_bytes(task: LinearTask, *, asymmetric: bool) -> int:
         square = float32_bytes((task.shape[1], task.shape[1]))
         working = max(TARGET_SQUARES * square, working + HELD_TARGETS * square)
     return held_bytes(names, [task.shape]) + working
+
+
+def solved_at_once(task: LinearTask, settings: Settings, device: torch.device) -> int:
+    """The number of experts for which a linear is solved at once: as many as fit, at least one."""
+    if not task.method.batched:
+        return 1
+    each = linear_bytes(task, asymmetric=settings.asymmetric)
+    return max(1, AT_ONCE_BYTES[device.type] // each)
+
+
+def at_once_bytes(
+    tasks: Tasks, settings: Settings, device: torch.device, of_expert: Callable[[str], bool]
+) -> int:
+    """The memory for the linears of experts that are solved at once; 0 without experts."""
+    changed = [task for name, task in tasks.items() if task.changes and of_expert(name)]
+    alike: dict[object, list[LinearTask]] = {}
+    for task in changed:
+        alike.setdefault((task.shape, task.method, task.sparsity), []).append(task)
+    found = (
+        linear_bytes(same[0], asymmetric=settings.asymmetric)
+        * min(len(same), solved_at_once(same[0], settings, device))
+        for same in alike.values()
+    )
+    return max(found, default=0)
 
 
 def solving_memory(

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import ForwardSource, Gathering, GroupStatistics
 from secateur.engine.prune.coverage import is_reached, refuse_unreached
-from secateur.engine.prune.solving import Solving
+from secateur.engine.prune.layer import Gathered, Solving
 from secateur.engine.prune.tasks import LinearTask, Settings, Tasks, gathering
 from secateur.engine.stream.calibration_stream import CalibrationStream
-from secateur.engine.stream.halted_forwards import Arrival, batches_of, by_layer
+from secateur.engine.stream.halted_forwards import batches_of, by_layer
 from secateur.engine.stream.layerwise import stored_gradients
 from secateur.errors import located
-from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
 from secateur.models.targets import Target, walk_layers
 from secateur.progress import Progress
@@ -154,20 +153,11 @@ class Survey:
         """Pass windows through a dense layer. Return the statistics of each linear's input."""
         changed = [[linears[name] for name in group] for group in groups]
         changed = [group for group in changed if any(self.tasks[x.name].changes for x in group)]
-        batches = batches_of(layer, changed)
-        gathered = [
-            GroupStatistics(names, x.groups, self.target.device, batch=x.stage is not None)
-            for x in batches
-        ]
-
-        def gather(number: int, arrival: Arrival) -> None:
-            with exact_matmuls(self.target.device):  # forwards may be in bfloat16
-                gathered[number].update(arrival.inputs, counts=arrival.counts)
-
-        by_layer(batches, forwards, gather)
+        gathered = Gathered(names, batches_of(layer, changed), self.target.device)
+        by_layer(gathered.batches, forwards, gathered.add)
         return {
             linear.name: (statistics, number)
-            for statistics in gathered
+            for statistics in gathered.all_taken()
             for number, group in enumerate(statistics.groups)
             for linear in group
         }
@@ -201,16 +191,15 @@ class LayerView:
         sparsities = {n: self.tasks[n].sparsity for n in self.linears if n not in grains}
         self.fixed = {n: sparsity for n, sparsity in sparsities.items() if sparsity > 0}
         # linears that share an input share its statistics, and are one group of solves
-        self.group = {name: (id(s), number) for name, (s, number) in shared.items()}
-        values = {id(s): s.value() for s, _ in shared.values()}
-        self.own, self.experts = own, {s: values[id(s)] for s, _ in shared.values() if s.batch}
+        self.shared, together = shared, dict.fromkeys(s for s, _ in shared.values())
+        self.solving = {s: Solving(s, self.settings, own) for s in together}
         self.tokens = {name: s.tokens[number] for name, (s, number) in shared.items()}
+        of_group = {
+            name: {**self.solving[s].statistics(number), **s.own(self.linears[name])}
+            for name, (s, number) in shared.items()
+        }
         self.statistics = {
-            name: {
-                **(_own(values, linear, *shared[name]) if name in shared else {}),
-                **own(linear),
-                STORED: linear.weight,
-            }
+            name: {**of_group.get(name, {}), **own(linear), STORED: linear.weight}
             for name, linear in self.linears.items()
         }
         self.prepared: tuple[object, Any] | None = None
@@ -226,52 +215,39 @@ class LayerView:
         score = method.score(self.linears[name].weight, self.statistics[name])
         return method.pattern.units(score)
 
+    def _asked(self, name: str, share: float, *, quick: bool) -> LinearTask:
+        """The task of a linear with another sparsity, and perhaps a quick method."""
+        task = self.tasks[name]
+        method = _quick(task.method) if quick else task.method
+        return replace(task, method=method, sparsity=uniform_if_equal(task, share))
+
     def solve(self, name: str, sparsity: float, *, quick: bool = False) -> Tensor:
         """The weight after pruning by the run, or quickly, in the dtype of the model."""
-        task, weight = self.tasks[name], self.linears[name].weight
-        sparsity = uniform_if_equal(task, sparsity)
-        if sparsity == 0:
-            return weight
-        return self.solved(name, _quick(task.method) if quick else task.method, sparsity)
+        task = self._asked(name, sparsity, quick=quick)
+        if task.sparsity == 0:
+            return self.linears[name].weight
+        return self.solved(name, task.method, task.sparsity)
 
     def solve_all(
         self, sparsities: Mapping[str, float], *, quick: bool = False
     ) -> dict[str, Tensor]:
         """`solve` for some linears, by name; experts are solved many at once."""
-        found, changed = dict[str, Tensor](), dict[str, LinearTask]()
-        for name, share in sparsities.items():
-            task = self.tasks[name]
-            method, sparsity = task.method, uniform_if_equal(task, share)
-            if sparsity > 0:
-                method = _quick(method) if quick else method
-                changed[name] = replace(task, method=method, sparsity=sparsity)
-        for gathered, values in self.experts.items():
-
-            def own_of(linear: Linear, gathered: GroupStatistics = gathered) -> dict[str, Tensor]:
-                return {**gathered.own(linear), **self.own(linear)}
-
-            weights_of, wanted = gathered.weights(0.0), {x.name for x in gathered.linears}
-            solving = Solving(
-                gathered,
-                values,
-                weights_of,
-                own_of,
-                changed,
-                wanted & changed.keys(),
-                self.settings,
-            )
-            for solved in (one for some in solving.together() for one in solving.solve(some)):
-                for linear, own in zip(solved.linears, solved.solution.each(), strict=True):
-                    found[linear.name] = own.weight.to(linear.weight.dtype)
-        for name, share in sparsities.items():
-            if name not in found:
-                found[name] = self.solve(name, share, quick=quick)
-        return found
+        asked = {name: self._asked(name, x, quick=quick) for name, x in sparsities.items()}
+        changed = {name: task for name, task in asked.items() if task.sparsity > 0}
+        found = {
+            linear.name: own.weight.to(linear.weight.dtype)
+            for solving in self.solving.values()
+            if solving.group.batch
+            for solved in solving.solve(changed)
+            for linear, own in zip(solved.linears, solved.solution.each(), strict=True)
+        }
+        rest = {name: share for name, share in sparsities.items() if name not in found}
+        return found | {name: self.solve(name, x, quick=quick) for name, x in rest.items()}
 
     def solved(self, name: str, method: Method, sparsity: float) -> Tensor:
         """The weight after pruning or rounding by a method, in the dtype of the model."""
         weight = self.linears[name].weight
-        key = self.group.get(name), method.solver
+        key = self.shared.get(name), method.solver
         if self.prepared is None or self.prepared[0] != key:
             # Linears that share an input are consecutive, so only one factor is in memory.
             with located(name):
@@ -280,18 +256,6 @@ class LayerView:
         with located(name):
             solution = method.solve(weight, self.prepared[1], known, sparsity)
         return solution.weight.to(weight.dtype)
-
-
-def _own(
-    values: Mapping[int, Mapping[str, Tensor]],
-    linear: Linear,
-    gathered: GroupStatistics,
-    number: int,
-) -> dict[str, Tensor]:
-    """The statistics of a linear, given the values of what was gathered together."""
-    shared = values[id(gathered)]
-    of_group = {name: x[number] for name, x in shared.items()} if gathered.batch else shared
-    return {**of_group, **gathered.own(linear)}
 
 
 def _quick(method: Method) -> Method:

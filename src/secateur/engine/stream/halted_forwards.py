@@ -44,13 +44,13 @@ from secateur.engine.stream.calls import call_layer, input_mark
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import Linear
 from secateur.models.checkpoint import read_all, write_all
-from secateur.models.experts import OpenExperts, Sent, Stage
+from secateur.models.experts import ExpertStage, OpenExperts, Sent
 
 Forward = Callable[[], object]
 LinearGroups = Sequence[Sequence[Linear]]
 
 
-class Batch(NamedTuple):
+class GroupBatch(NamedTuple):
     """Groups of linears whose inputs arrive together.
 
     Attributes:
@@ -62,10 +62,10 @@ class Batch(NamedTuple):
 
     groups: list[Sequence[Linear]]
     experts: Sequence[int] = ()
-    stage: Stage | None = None
+    stage: ExpertStage | None = None
 
 
-def batches_of(layer: nn.Module, groups: LinearGroups) -> list[Batch]:
+def batches_of(layer: nn.Module, groups: LinearGroups) -> list[GroupBatch]:
     """Sort the groups of a layer by what arrives together."""
     places = {
         id(getattr(expert, name)): (experts, stage, number)
@@ -75,17 +75,28 @@ def batches_of(layer: nn.Module, groups: LinearGroups) -> list[Batch]:
         for number, expert in enumerate(experts)
         for name in stage.names
     }
-    found: dict[Hashable, Batch] = {}
+    found: dict[Hashable, GroupBatch] = {}
     for group in groups:
         known = places.get(id(group[0].module))
         if known is None:
-            found[id(group)] = Batch([group])
+            found[id(group)] = GroupBatch([group])
             continue
         experts, stage, number = known
         key = stage, number // experts.at_once
-        before = found.get(key, Batch([], [], stage))
-        found[key] = Batch([*before.groups, group], [*before.experts, number], stage)
+        before = found.get(key, GroupBatch([], [], stage))
+        found[key] = GroupBatch([*before.groups, group], [*before.experts, number], stage)
     return list(found.values())
+
+
+def put_together(model: nn.Module, at_once: int) -> int:
+    """Let experts get their inputs together, so many at once. Return how many there are of a layer.
+
+    More do not help than there are.
+    """
+    opened = [m for m in model.modules() if isinstance(m, OpenExperts)]
+    for experts in opened:
+        experts.at_once = at_once
+    return max(map(len, opened), default=1)
 
 
 class Arrival(NamedTuple):
@@ -99,7 +110,7 @@ class Arrival(NamedTuple):
 
     x: Tensor
     sent: Sent | None = None
-    stage: Stage | None = None
+    stage: ExpertStage | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -117,7 +128,7 @@ class Arrival(NamedTuple):
 Gather = Callable[[int, Arrival], None]
 
 
-def by_layer(batches: Sequence[Batch], forwards: Sequence[Forward], gather: Gather) -> None:
+def by_layer(batches: Sequence[GroupBatch], forwards: Sequence[Forward], gather: Gather) -> None:
     """Gather the inputs of every batch in one pass; weights do not change.
 
     Args:
@@ -142,7 +153,7 @@ class _SharedInputs:
         arrived: called with the batch's index and what arrives.
     """
 
-    def __init__(self, batches: Sequence[Batch], arrived: Gather) -> None:
+    def __init__(self, batches: Sequence[GroupBatch], arrived: Gather) -> None:
         self.arrived = arrived
         self.seen: dict[int, Hashable] = {}
         self.handles = [
@@ -159,7 +170,7 @@ class _SharedInputs:
         ]
 
     def _experts(
-        self, index: int, experts: Sequence[int], stage: Stage, args: tuple[Tensor, Sent]
+        self, index: int, experts: Sequence[int], stage: ExpertStage, args: tuple[Tensor, Sent]
     ) -> None:
         """Report the inputs of the experts of a batch."""
         if experts[0] in args[1].experts:
@@ -204,7 +215,7 @@ class HaltingForwards:
 
     def __init__(
         self,
-        batches: Sequence[Batch],
+        batches: Sequence[GroupBatch],
         forwards: Sequence[Forward],
         offload: ActivationOffload | None,
         matmuls: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -340,7 +351,7 @@ class HaltedLayer(HaltingForwards):
         self,
         inputs: LayerInputs,
         layer: nn.Module,
-        batches: Sequence[Batch],
+        batches: Sequence[GroupBatch],
         writers: Sequence[nn.Module] = (),
         *,
         stores: bool = True,

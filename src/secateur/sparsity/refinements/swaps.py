@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PatternError
+from secateur.machine import check_finite
 from secateur.registry import Count, float32_bytes
-from secateur.sparsity.hessian import check_gram, check_weight
+from secateur.sparsity.hessian import check_weight
 from secateur.sparsity.patterns import Pattern
 from secateur.sparsity.refinements import refinement
 from secateur.types import Gram, Mask, Statistics, Weight
@@ -96,7 +97,7 @@ def swaps(
     rows, inputs = weight.shape
     group = _swap_width(pattern, (rows, inputs), sparsity)
     gram = statistics["gram"]
-    check_gram(gram)
+    check_finite(gram.diagonal())
     check_weight(weight)
     chunk_rows = min(_CHUNK_ROWS, max(1, _CHUNK_ENTRIES // (inputs * (group or 1))))
     refined = torch.empty_like(mask, memory_format=torch.contiguous_format)
