@@ -83,7 +83,7 @@ def _by_threshold(score: Tensor, pruned: int) -> Tensor:
     if score.is_cpu:
         threshold = torch.from_numpy(_smallest(score.numpy(), pruned))
     elif score.shape[1] >= _SAMPLED_WIDTH:
-        threshold = _smallest_by_histogram(score, pruned, ALONE)
+        threshold = _smallest_by_histogram(score, pruned)
     else:
         threshold = torch.kthvalue(score, pruned, dim=1, keepdim=True).values
     # Strictly above: those that equal the threshold are kept only as far as the count allows.
@@ -121,7 +121,7 @@ def _smallest_by_sample(row: Any, pruned: int) -> Any:
     return np.partition(near, place)[place : place + 1]
 
 
-def _smallest_by_histogram(score: Tensor, pruned: int, ranks: Ranks) -> Tensor:
+def _smallest_by_histogram(score: Tensor, pruned: int, ranks: Ranks = ALONE) -> Tensor:
     """The `pruned`-th smallest entry of each row [groups, n], as [groups, 1].
 
     Of several processes each has a part of the columns. On a GPU `torch.kthvalue` gives a whole row
