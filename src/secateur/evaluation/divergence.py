@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,19 +94,9 @@ def divergence(
             remedy="a logit overflowed: evaluate in float32 or bfloat16",
         )
     change = [a - b for a, b in zip(own, dense, strict=True)]
-    return DivergenceResult(
-        kl=mean_of(kl),
-        kl_standard_error=standard_error(kl),
-        top1_agreement=mean_of(agreement),
-        top1_standard_error=standard_error(agreement),
-        acceptance=mean_of(acceptance),
-        acceptance_standard_error=standard_error(acceptance),
-        loss_change=mean_of(change),
-        loss_change_standard_error=standard_error(change),
-        tokens=results[0].tokens,
-        model=results[0],
-        reference=results[1],
-    )
+    means = _means(kl, agreement, acceptance, change)
+    named = {"model": results[0], "reference": results[1], "tokens": results[0].tokens}
+    return DivergenceResult.model_validate(means | named)
 
 
 def divergence_of_texts(
@@ -125,15 +116,20 @@ def divergence_of_texts(
         SecateurError: as `divergence`.
     """
     found = [divergence(model, reference, ids[None], start_tokens=n) for ids, n in texts]
-    names = ("kl", "top1_agreement", "acceptance", "loss_change")
-    values: dict[str, float | None] = {}
-    for name in names:
-        each = [getattr(one, name) for one in found]
-        values |= {
-            name: mean_of(each),
-            f"{name.removesuffix('_agreement')}_standard_error": standard_error(each),
-        }
-    return Divergence.model_validate({**values, "tokens": sum(one.tokens for one in found)})
+    means = _means(*([getattr(one, name) for one in found] for name in _NUMBERS))
+    return Divergence.model_validate(means | {"tokens": sum(one.tokens for one in found)})
+
+
+_NUMBERS = "kl", "top1_agreement", "acceptance", "loss_change"
+
+
+def _means(*values: Sequence[float]) -> dict[str, Any]:
+    """The means of the numbers over windows or texts, with their standard errors."""
+    found = dict[str, Any]()
+    for name, each in zip(_NUMBERS, values, strict=True):
+        error = f"{name.removesuffix('_agreement')}_standard_error"
+        found |= {name: mean_of(each), error: standard_error(each)}
+    return found
 
 
 def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Tensor:

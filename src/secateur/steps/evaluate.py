@@ -110,18 +110,6 @@ class _Stored:
         """Whether layers can be read one after the other: no other library computes with all."""
         return form_of(self.folder) in (None, *EXPANDED, QUANT_METHOD)
 
-    def opened(self, reader: Reader) -> _Judged:
-        """The model with what reads it."""
-        return _Judged(self.name, reader, load_tokenizer(self.folder))
-
-    def whole(self, progress: Progress) -> _Judged:
-        """Load the whole model; kernels multiply a compressed one."""
-        size = f"{self.bytes / 2**30:.2f} GiB"
-        progress.start(f"{self.name} is read as a whole on {self.place}: {size}", 1)
-        model = load(self.folder, device=self.place)
-        progress.finish()
-        return self.opened(WholeReader(model))
-
     def target(self) -> CheckpointTarget:
         """The model with one layer in memory; a compressed layer computes as it is stored.
 
@@ -187,14 +175,19 @@ def _open(
             )
         if not whole:
             raise budget.refusal(planned, f"a model does not fit layer by layer: {short[0]}")
-    found, sizes = [x.whole(progress) for x in stored[:whole]], {x.name: x.bytes for x in needs}
+    readers, sizes = list[Reader](), {x.name: x.bytes for x in needs}
+    for x in stored[:whole]:
+        progress.start(f"{x.name} is read as a whole on {place}: {x.bytes / 2**30:.2f} GiB", 1)
+        readers.append(WholeReader(load(x.folder, device=place)))  # kernels multiply a packed one
+        progress.finish()
     for x, target in zip(stored[whole:], targets, strict=True):
-        size = sizes["layer"] / 2**30
-        log.warning("%s is read layer by layer, %.2f GiB at a time: %s", x.name, size, why)
+        layer = sizes["layer"] / 2**30
+        log.warning("%s is read layer by layer, %.2f GiB at a time: %s", x.name, layer, why)
         states = sizes["states"] + (budget.computing - planned.peak_bytes) / len(targets)
-        found.append(x.opened(LayerwiseReader(target, states, progress)))
+        readers.append(LayerwiseReader(target, states, progress))
+    opened = zip(readers, (load_tokenizer(x.folder) for x in stored), strict=True)
     return [
-        _Judged(name, WholeReader(x), tokenizer_for(x, tokenizer)) if x else found.pop(0)
+        _Judged(name, *((WholeReader(x), tokenizer_for(x, tokenizer)) if x else next(opened)))
         for name, x in asked
     ]
 
@@ -357,11 +350,10 @@ class _Measurement:
         own, dense = self.own, self.dense
         windows, protocol = windows_of(text, own.reader, own.tokenizer, sequence_length, first)
         start = len(protocol.get("start_tokens", ()))
+        how: dict[str, Any] = {"start_tokens": start, "ranks": self.ranks}
         if dense is None:
             with window_progress(self.progress, "perplexity", len(windows)) as report:
-                result = perplexity(
-                    own.reader, windows, start_tokens=start, progress=report, ranks=self.ranks
-                )
+                result = perplexity(own.reader, windows, progress=report, **how)
             return self._perplexity(text, result, None, protocol), None
         other, dense_protocol = windows_of(
             text, dense.reader, dense.tokenizer, windows.shape[1], first
@@ -372,14 +364,7 @@ class _Measurement:
                 remedy="name the dense model that this one was pruned from as reference",
             )
         with window_progress(self.progress, "divergence", len(windows)) as report:
-            found = divergence(
-                own.reader,
-                dense.reader,
-                windows,
-                start_tokens=start,
-                progress=report,
-                ranks=self.ranks,
-            )
+            found = divergence(own.reader, dense.reader, windows, progress=report, **how)
         both = protocol | {f"reference_{key}": dense_protocol[key] for key in COMPUTED}
         record = measured.DivergenceRecord(
             text=str(text),
