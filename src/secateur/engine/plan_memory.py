@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import held_bytes
 from secateur.engine import plan
-from secateur.engine.prune.tasks import (
-    Settings,
-    SolveMemory,
-    Tasks,
-    at_once_bytes,
-    gathering,
-    solving_memory,
-)
+from secateur.engine.prune.tasks import Settings, SolveMemory, Tasks, gathering, solving_memory
 from secateur.engine.stream.calls import LayerLayout, calls_of, layouts
 from secateur.engine.stream.halted_forwards import batches_of, put_together
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
@@ -168,9 +161,8 @@ def plan_run(
     survey = _plan_survey(target, groups, allocation, prunable, windows, of_token)
     more = survey.memory_bytes + gradients // len(layers)
     more += on_gpu * workspace_bytes(tasks, asymmetric=settings.asymmetric)
-    at_once = at_once_bytes(tasks, settings, target.device, target.architecture.of_expert)
     batches = _batch_shapes(layers, found)
-    solving = solving_memory(tasks, groups, batches, settings, more, at_once)
+    solving = solving_memory(target, tasks, groups, batches, settings, more)
     writing, loaded = _plan_generation(target, unwritten, length)
     loaded = 2 if learning.epochs and not sweeps else loaded
     layer = max(map(plan.weights_of, layers)) * target.dtype.itemsize * (1 + settings.asymmetric)

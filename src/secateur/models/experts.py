@@ -282,11 +282,9 @@ class OpenExperts(nn.ModuleList):
     ) -> None:
         super().__init__(experts)
         self.layout, (*first, last) = layout, layout.projections
-        # in tuples, because they are no modules of the list
-        self.stages = (
-            ExpertStage(self, first, scattered=True),
-            ExpertStage(self, [last], scattered=False),
-        )
+        # in a list and a tuple, because they are no modules of this one
+        stages = (first, True), ([last], False)
+        self.stages = [ExpertStage(self, names, scattered=every) for names, every in stages]
         self.activation = (activation,)
 
     def forward(self, hidden_states: Tensor, *router: Tensor, **named: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Every matrix that stays unpruned has a reason (`skipped_matrices`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -464,39 +464,23 @@ def solved_at_once(task: LinearTask, settings: Settings, device: torch.device) -
     return max(1, AT_ONCE_BYTES[device.type] // each)
 
 
-def at_once_bytes(
-    tasks: Tasks, settings: Settings, device: torch.device, of_expert: Callable[[str], bool]
-) -> int:
-    """The memory for the linears of experts that are solved at once; 0 without experts."""
-    changed = [task for name, task in tasks.items() if task.changes and of_expert(name)]
-    alike: dict[object, list[LinearTask]] = {}
-    for task in changed:
-        alike.setdefault((task.shape, task.method, task.sparsity), []).append(task)
-    found = (
-        linear_bytes(same[0], asymmetric=settings.asymmetric)
-        * min(len(same), solved_at_once(same[0], settings, device))
-        for same in alike.values()
-    )
-    return max(found, default=0)
-
-
 def solving_memory(
+    target: Target,
     tasks: Tasks,
     groups: Sequence[Sequence[Sequence[tuple[int, int]]]],
     batches: Iterable[tuple[int, Sequence[tuple[int, int]]]],
     settings: Settings,
     meanwhile: int,
-    at_once: int = 0,
 ) -> SolveMemory:
     """The memory for the linear that needs most, with what else is there then.
 
     Args:
+        target: the model.
         tasks: tasks of the run.
         groups: for each layer, the shapes of the linears that share an input.
         batches: the number of experts in each batch, and the shapes of the linears of one.
         settings: how the work is done.
         meanwhile: bytes of what an allocation and gradients keep of a layer.
-        at_once: bytes for the linears of experts that are solved at once.
     """
     names = gathering(tasks, asymmetric=settings.asymmetric).forward
     if settings.sequential == "layer":
@@ -505,23 +489,29 @@ def solving_memory(
         every = [group for layer in groups for group in layer]
         others = (held_bytes(names, x) - held_bytes(names, x[:1]) for x in every)
         meanwhile += max(others, default=0)
-    # All sums of a batch are there, and for a moment their values beside them.
-    stacked = [(count, held_bytes(names, x), x) for count, x in batches]
+    # All sums of a batch are there, and for a moment their values beside them. A cross gram with
+    # its value is only of a linear alone in its group.
     meanwhile += max(
         (
-            (2 * count - 1) * held + count * settings.asymmetric * _cross_bytes(shapes)
-            for count, held, shapes in stacked
+            (2 * count - 1) * held_bytes(names, shapes)
+            + count * settings.asymmetric * (len(shapes) == 1) * 3 * float32_bytes(shapes[0])
+            for count, shapes in batches
         ),
         default=0,
     )
+    alike: dict[object, list[LinearTask]] = {}  # experts' linears that may be solved at once
+    for task in tasks.values():
+        if task.changes and target.architecture.of_expert(task.name):
+            alike.setdefault((task.shape, task.method, task.sparsity), []).append(task)
+    together = (
+        linear_bytes(same[0], asymmetric=settings.asymmetric)
+        * min(len(same), solved_at_once(same[0], settings, target.device))
+        for same in alike.values()
+    )
+    at_once = max(together, default=0)
     alone = solve_bytes(tasks, asymmetric=settings.asymmetric)
     found = alone._replace(most=max(alone.most, at_once), usual=max(alone.usual, at_once))
     return found.beside(meanwhile)
-
-
-def _cross_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """Bytes of the sums and the value of a cross gram; only a linear alone in its group has one."""
-    return 3 * float32_bytes(shapes[0]) if len(shapes) == 1 else 0
 
 
 def gathered_bytes(
