@@ -56,7 +56,7 @@ class GroupBatch(NamedTuple):
     Attributes:
         groups: one group of linears that share an input, or the same group of several experts;
             none where forwards do not halt.
-        experts: the numbers of these experts.
+        experts: the numbers of these experts; not read outside experts.
         stage: where experts get the inputs; None for a group outside experts.
     """
 
@@ -68,24 +68,20 @@ class GroupBatch(NamedTuple):
 def batches_of(layer: nn.Module, groups: LinearGroups) -> list[GroupBatch]:
     """Sort the groups of a layer by what arrives together."""
     places = {
-        id(getattr(expert, name)): (experts, stage, number)
+        id(getattr(expert, name)): (stage, number, number // experts.at_once)
         for experts in layer.modules()
         if isinstance(experts, OpenExperts)
         for stage in experts.stages
         for number, expert in enumerate(experts)
         for name in stage.names
     }
-    found: dict[Hashable, GroupBatch] = {}
+    found: dict[Hashable, tuple[list[Sequence[Linear]], list[int], ExpertStage | None]] = {}
     for group in groups:
-        known = places.get(id(group[0].module))
-        if known is None:
-            found[id(group)] = GroupBatch([group])
-            continue
-        experts, stage, number = known
-        key = stage, number // experts.at_once
-        before = found.get(key, GroupBatch([], [], stage))
-        found[key] = GroupBatch([*before.groups, group], [*before.experts, number], stage)
-    return list(found.values())
+        stage, number, part = places.get(id(group[0].module), (None, 0, id(group)))
+        together, numbers, _ = found.setdefault((stage, part), ([], [], stage))
+        together.append(group)
+        numbers.append(number)
+    return [GroupBatch(*each) for each in found.values()]
 
 
 def put_together(model: nn.Module, at_once: int) -> int:
