@@ -476,6 +476,7 @@ def evaluate(
     shots: int | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
+    max_memory: int | str | None = None,
     output: str | Path | None = None,
 ) -> EvaluateResult:
     """Measure a model. Each number comes with its protocol and uncertainty.
@@ -507,6 +508,8 @@ def evaluate(
         shots: Number of solved examples before each question. [0]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
+        max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
+            this process. A run that needs more does not start. [4/5 of the free memory]
         output: JSON file for the results of this call. An existing file is replaced. [none]
 
     Returns:
@@ -1246,7 +1249,7 @@ def train(
         steps: Optimizer steps. [as many as the epochs need]
         minutes: Minutes to train, instead of steps. [as long as the steps take]
         epochs: Epochs over the windows, if neither steps nor minutes are given. [1]
-        batch: Windows per optimizer step. [4]
+        batch: Windows per optimizer step. [4, or the next multiple of the number of processes]
         learning_rate: Highest learning rate. [0.25 / hidden size · √(tokens in a step / 2048)]
         warm_up: Share of the run in which the learning rate rises. [0.05]
         clip: Largest norm of the gradient; larger ones are clipped. 0: no clip. [1]

@@ -73,14 +73,11 @@ def test_patterns(text, scope, levels):
             assert torch.equal(held[number], pattern.mask(own, sparsity, allowed=allowed[number]))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize(("text", "scope"), ALL)
-def test_solvers(name, text, scope, example):
-    solver, pattern = solvers[name](), parsed(text, scope)
-    every = cases(example, fitting_shape(text))
+def check_solver(solver, pattern, every, levels):
+    """Both ways in which a solver prunes a batch."""
     weight, statistics = stacked(every)
     prepared, alone = solver.prepare(statistics), [solver.prepare(x.statistics) for x in every]
-    for sparsity in sparsities(pattern):
+    for sparsity in levels:
         masks = pattern.mask(weight.abs(), sparsity)
         check_equal(
             solver.solve(weight, prepared, masks),
@@ -89,33 +86,23 @@ def test_solvers(name, text, scope, example):
         if solver.selects_by:
             check_equal(
                 solver.choose(weight, prepared, pattern, sparsity),
-                [
-                    solver.choose(*each, pattern, sparsity)
-                    for each in zip(weight, alone, strict=True)
-                ],
+                [solver.choose(*x, pattern, sparsity) for x in zip(weight, alone, strict=True)],
             )
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(("text", "scope"), ALL)
+def test_solvers(name, text, scope, example):
+    pattern = parsed(text, scope)
+    every = cases(example, fitting_shape(text))
+    check_solver(solvers[name](), pattern, every, sparsities(pattern))
 
 
 @pytest.mark.parametrize(("name", "bits"), ROUNDING)
 @pytest.mark.parametrize("text", ["unstructured", "2:4"])
 def test_rounding(name, bits, text, example):
-    solver, pattern = (
-        solvers[name](bits=bits, **({"group": 32} if bits < 8 else {})),
-        parsed(text, None),
-    )
-    every = cases(example, (12, 72))
-    weight, statistics = stacked(every)
-    prepared, alone = solver.prepare(statistics), [solver.prepare(x.statistics) for x in every]
-    masks = pattern.mask(weight.abs(), 0.5)
-    check_equal(
-        solver.solve(weight, prepared, masks),
-        [solver.solve(*each) for each in zip(weight, alone, masks, strict=True)],
-    )
-    if solver.selects_by:
-        check_equal(
-            solver.choose(weight, prepared, pattern, 0.5),
-            [solver.choose(*each, pattern, 0.5) for each in zip(weight, alone, strict=True)],
-        )
+    solver = solvers[name](bits=bits, **({"group": 32} if bits < 8 else {}))
+    check_solver(solver, parsed(text, None), cases(example, (12, 72)), [0.5])
 
 
 @pytest.mark.parametrize("name", list(methods))

@@ -60,13 +60,10 @@ def main() -> None:
     from together import do_share
 
     from secateur.parallel.processes import joined
-    from secateur.recipes.reading import build_recipe
-    from secateur.recipes.verbs import VERBS, imported
 
     with pretended_cuda(), as_nccl(), joined("cuda") as ranks:
         for verb, values in json.loads(Path(sys.argv[2]).read_text()):
-            recipe = build_recipe(imported(VERBS[verb].recipe), values)
-            do_share(imported(VERBS[verb].step), recipe, ranks)
+            do_share(verb, values, ranks)
 
 
 if __name__ == "__main__":

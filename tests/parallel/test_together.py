@@ -15,12 +15,10 @@ from tiny import save_tiny, tensors_of
 from together import (
     Started,
     as_command,
-    cut_alone,
-    cut_together,
+    carried_out,
     fail_in_a_layer,
-    prune_alone,
-    prune_together,
     run_together,
+    together,
     train_in_python,
     train_until_killed,
 )
@@ -87,7 +85,7 @@ def alone(place: Path) -> Alone:
         key = json.dumps(case)
         if key not in found:
             found[key] = place / f"one-{len(found)}"
-            prune_alone(recipe(place, found[key], case))
+            carried_out("prune", recipe(place, found[key], case))
         return found[key]
 
     return made
@@ -125,7 +123,7 @@ def test_two_processes_make_the_model_of_one(
     place: Path, alone: Alone, tmp_path: Path, cases: Mapping[str, Mapping[str, Any]]
 ) -> None:
     recipes = [recipe(place, tmp_path / "two" / name, case) for name, case in cases.items()]
-    run_together(2, prune_together, tmp_path, recipes, {})
+    run_together(2, together, tmp_path, "prune", recipes, {})
     for name, case in cases.items():
         one, two = alone(case), tmp_path / "two" / name
         assert moved_zeros(one, two) == 0, name
@@ -171,7 +169,7 @@ def test_an_effort_makes_the_same_bytes_with_two_processes(
         case = {"effort": effort, "allocation": allocation, "model": model, "calibration": text}
         cases.append({**case, **learned})
     recipes = [recipe(place, tmp_path / f"two-{n}", case) for n, case in enumerate(cases)]
-    run_together(2, prune_together, tmp_path, recipes, {}, seconds=500)
+    run_together(2, together, tmp_path, "prune", recipes, {}, seconds=500)
     for n, case in enumerate(cases):
         one, two = alone(case), tmp_path / f"two-{n}"
         same = (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
@@ -188,7 +186,7 @@ def test_three_processes_with_two_micro_batches_make_the_model_of_one(
         activations = case.get("memory", {}).get("activations", "memory")
         case["memory"] = {"micro_batch_tokens": 256, "activations": activations}
     recipes = [recipe(place, tmp_path / "three" / name, case) for name, case in every.items()]
-    run_together(3, prune_together, tmp_path, recipes, {})
+    run_together(3, together, tmp_path, "prune", recipes, {})
     for name, case in every.items():
         one, three = alone(case), tmp_path / "three" / name
         # Tuning sums the gradients of eight windows, which are divided among processes.
@@ -211,9 +209,9 @@ def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> N
         experts_recipe(place, tmp_path / "three" / name, experts_by=by)
         for name, by in criteria.items()
     ]
-    run_together(3, cut_together, tmp_path, recipes)
+    run_together(3, together, tmp_path, "structure", recipes, {})
     for name, by in criteria.items():
-        cut_alone(experts_recipe(place, tmp_path / "one" / name, experts_by=by))
+        carried_out("structure", experts_recipe(place, tmp_path / "one" / name, experts_by=by))
         one, three = (tensors_of(tmp_path / count / name) for count in ("one", "three"))
         assert one.keys() == three.keys()
         assert all(one[tensor].equal(three[tensor]) for tensor in one), name
@@ -235,7 +233,7 @@ def test_an_error_of_one_process_ends_all_with_its_reason(
     assert "the weights are NaN" in started.output(0)
     assert ("process 1 " in started.output(0)) == (victim == 1)
     assert all("the weights are NaN" in line for line in errors(started.output(1)))
-    prune_alone(values, resume=True)
+    carried_out("prune", values, resume=True)
     assert apart(tmp_path / "model", alone(WANDA)) == 0
 
 
@@ -252,7 +250,7 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
     assert "process 2 " in started.output(0)
     stored = sorted(x.name for x in (tmp_path / "model.partial" / "work").glob("inputs-*"))
     assert stored == [f"inputs-0002.{rows}.bin" for rows in ("0-4", "4-8", "8-11")]
-    run_together(2, prune_together, tmp_path, [values], {"resume": True})
+    run_together(2, together, tmp_path, "prune", [values], {"resume": True})
     assert apart(tmp_path / "model", alone(case)) == 0
 
 
@@ -265,6 +263,7 @@ def test_a_killed_process_ends_the_others_and_two_finish_what_three_began(
         ("structure", {"experts": 2, "distillation": {"epochs": 1}}, "--distill-epochs"),
         ("compress", {}, "secateur compress"),
         ("fit", {"max_size": "1MiB"}, "secateur fit"),
+        ("prune", {"method": "wanda"}, "--dry-run"),
     ],
 )
 def test_what_several_cannot_do_is_refused_before_any_work(
@@ -277,10 +276,11 @@ def test_what_several_cannot_do_is_refused_before_any_work(
         values["model"] = "./nowhere"
     if verb != "prune":
         values = {name: values[name] for name in ("model", "output")}
-    started = Started(2, as_command, tmp_path, verb, {**values, **more})
+    work = partial(as_command, dry_run=True) if said == "--dry-run" else as_command
+    started = Started(2, work, tmp_path, verb, {**values, **more})
     assert started.join(60) == [2, 2]
     assert said in started.output(0)
-    assert not (tmp_path / "x.partial").exists()
+    assert not list(tmp_path.glob("x*"))
 
 
 def training(place: Path, output: Path, **more: Any) -> dict[str, Any]:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Outcome
+from commands import Outcome, launched
 from page_blocks import ROOT
 from test_ray import FakeRay, installed
 from tiny import save_tiny, tensors_of
-from together import ONE_THREAD
 from trained import source_text
 
 from secateur.recipes.prune import presets
@@ -48,14 +44,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def started(processes: int, *words: object, folder: Path | None = None) -> Outcome:
+def started(processes: int, *words: object) -> Outcome:
     """Run a command in so many processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "secateur", *map(str, words)],
-        env={**os.environ, **ONE_THREAD}, cwd=folder, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return launched(processes, "-m", "secateur", *words)
 
 
 Both = Callable[..., tuple[Path, Path]]
@@ -126,28 +117,6 @@ def test_evaluate(place: Path, tmp_path: Path, model: str) -> None:
         found.append(json.loads(ended.out)["perplexity"][0])
     assert found[1]["perplexity"] == pytest.approx(found[0]["perplexity"], rel=1e-6)
     assert found[1]["protocol_id"] == found[0]["protocol_id"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["compress", "MODEL"],
-        ["fit", "MODEL", "--max-size", "1MiB"],
-        ["structure", "MODEL", "--keep-layers", "1"],
-        ["prune", "MODEL", "--sparsity", "0.5", "--compress", "int8"],
-        ["prune", "MODEL", "--sparsity", "0.5", "--dry-run"],
-    ],
-    ids=" ".join,
-)
-def test_what_works_in_one_process_says_so_before_any_work(
-    place: Path, tmp_path: Path, words: list[str]
-) -> None:
-    command = [word.replace("MODEL", str(place / "dense")) for word in words]
-    ended = started(2, *command, "--output", tmp_path / "out")
-    assert ended.code != 0
-    assert "without torchrun" in ended.err
-    assert not list(tmp_path.iterdir())
 
 
 def on_tiny(command: str, place: Path, output: Path) -> list[str]:

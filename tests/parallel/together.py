@@ -27,18 +27,12 @@ from secateur.parallel import processes
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Silent
 from secateur.recipes.measure import EvaluateRecipe
-from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.recipes.structure import StructureRecipe
-from secateur.recipes.train import TrainRecipe
 from secateur.recipes.verbs import VERBS, imported
 from secateur.steps import train
 from secateur.steps.evaluate import run_evaluation
-from secateur.steps.prune import Prune
 from secateur.steps.runner import carry_out
-from secateur.steps.structure import CutStructure
 
-NOTHING: Mapping[str, bool] = {}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["together", "transformers.models.mixtral.modeling_mixtral"])
 
@@ -120,27 +114,33 @@ def run_together(
     assert codes == [0] * count, (codes, [started.output(rank) for rank in range(count)])
 
 
-def prune_alone(values: Mapping[str, Any], **call: bool) -> Any:
-    """Prune in one process."""
-    return carry_out(Prune, build_recipe(PruneRecipe, values), Silent(), **call)
+def step_of(verb: str, values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The step of a verb, and a recipe."""
+    return imported(VERBS[verb].step), build_recipe(imported(VERBS[verb].recipe), values)
 
 
-def prune_together(recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -> None:
-    """What each process does: its share of several prunings, one after the other."""
+def carried_out(verb: str, values: Mapping[str, Any], **call: bool) -> Any:
+    """Carry out a step in one process."""
+    return carry_out(*step_of(verb, values), Silent(), **call)
+
+
+def together(verb: str, recipes: list[Mapping[str, Any]], call: Mapping[str, bool]) -> None:
+    """What each process does: its share of several runs, one after the other."""
     with processes.joined("cpu") as ranks:
         for values in recipes:
-            do_share(Prune, build_recipe(PruneRecipe, values), ranks, call)
+            do_share(verb, values, ranks, **call)
 
 
 def as_command(verb: str, values: Mapping[str, Any], **call: bool) -> None:
     """What each process of a command does. Only the first one has the result."""
-    recipe = build_recipe(imported(VERBS[verb].recipe), values)
+    recipe = step_of(verb, values)[1]
     result = VERBS[verb].run(recipe, call, partial(nullcontext, Silent()), command=True)
     assert (result is None) == (os.environ["RANK"] != "0")
 
 
-def do_share(kind: Any, recipe: Any, ranks: Ranks, call: Mapping[str, bool] = NOTHING) -> None:
+def do_share(verb: str, values: Mapping[str, Any], ranks: Ranks, **call: bool) -> None:
     """Carry out a step, or the share of a process that is not the first."""
+    kind, recipe = step_of(verb, values)
     if ranks.first:
         carry_out(kind, recipe, Silent(), ranks=ranks, **call)
     else:
@@ -148,28 +148,15 @@ def do_share(kind: Any, recipe: Any, ranks: Ranks, call: Mapping[str, bool] = NO
     ranks.wait()
 
 
-def cut_alone(values: Mapping[str, Any]) -> Any:
-    """Cut structure in one process."""
-    return carry_out(CutStructure, build_recipe(StructureRecipe, values), Silent())
-
-
-def cut_together(recipes: list[Mapping[str, Any]]) -> None:
-    """What each process does: its share of several cuts, one after the other."""
-    with processes.joined("cpu") as ranks:
-        for values in recipes:
-            do_share(CutStructure, build_recipe(StructureRecipe, values), ranks)
-
-
-SILENCE_SECONDS = 5.0
-"""How long a killed process is waited for here; users wait three times as long."""
+def silence_soon() -> None:
+    """Wait for a killed process a third of what users wait."""
+    processes.Watchdog = partial(processes.Watchdog, silence_seconds=5.0)  # type: ignore[assignment]
 
 
 def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: bool) -> None:
     """What each process does, when one fails or is killed as it begins a layer."""
     whole = run.prune_layer
-    processes.Watchdog = partial(  # type: ignore[misc, assignment]
-        processes.Watchdog, silence_seconds=SILENCE_SECONDS
-    )
+    silence_soon()
 
     def prune_layer(opened: OpenLayer, *rest: Any) -> Any:
         if opened.index == layer and opened.settings.ranks.rank == victim:
@@ -179,7 +166,7 @@ def fail_in_a_layer(recipe: Mapping[str, Any], victim: int, layer: int, killed: 
         return whole(opened, *rest)
 
     run.prune_layer = prune_layer
-    prune_together([recipe], {})
+    together("prune", [recipe], {})
 
 
 def train_until_killed(values: Mapping[str, Any], victim: int, steps: int) -> None:
@@ -191,9 +178,7 @@ def train_until_killed(values: Mapping[str, Any], victim: int, steps: int) -> No
         if len(taken) == steps and os.environ["RANK"] == str(victim):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    processes.Watchdog = partial(  # type: ignore[misc, assignment]
-        processes.Watchdog, silence_seconds=SILENCE_SECONDS
-    )
+    silence_soon()
     register_optimizer_step_post_hook(stepped)
     as_command("train", values)
 
@@ -241,7 +226,7 @@ def train_in_python(values: Mapping[str, Any]) -> None:
         written(*args)
 
     dist.all_reduce, train._write = all_reduce, write_slowly
-    VERBS["train"].run(build_recipe(TrainRecipe, values), {}, partial(nullcontext, Silent()))
+    VERBS["train"].run(step_of("train", values)[1], {}, partial(nullcontext, Silent()))
     dist.destroy_process_group()
 
 

@@ -1,7 +1,9 @@
-"""A command of `secateur`, run in this process, and what it printed."""
+"""A command of `secateur`, in this process or in others, and what it printed."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +19,18 @@ class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def launched(processes: int, *words: object) -> Outcome:
+    """Run Python with these words in so many processes of torchrun, each with one thread."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), *map(str, words)],
+        env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def runner(

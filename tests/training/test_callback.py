@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import launched
 from learning import SEQUENCES, pruned_model, zeros
 from safetensors.torch import load_file
 from slow import slow_but
@@ -266,9 +267,8 @@ def test_trl_fine_tunes_a_pruned_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
     """DDP in the Trainer; FSDP 2 through the same hooks."""
-    from test_sharded import start
-
-    start(Path(__file__).with_name("callback_run.py"), 2, tmp_path)
+    ended = launched(2, Path(__file__).with_name("callback_run.py"), tmp_path)
+    assert ended.code == 0, ended.err[-4000:]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     gone, before = zeros(pruned_model()), dict(pruned_model().named_parameters())
     assert kept_and_lost(gone, saved)[1] == 0

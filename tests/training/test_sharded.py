@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import launched
 from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import nn
@@ -52,21 +50,6 @@ SLACK = 2**16
 """Bytes for buffers and what else is small."""
 
 
-def start(program: Path, processes: int, *words: object) -> None:
-    """Run a program in so many processes."""
-    places = [str(program.parent), str(program.parents[1]), *sys.path]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launch if processes > 1 else []), str(program)]
-    ended = subprocess.run(
-        [*command, *map(str, words)], env=environment, timeout=540, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a student pruned from it, and a text."""
@@ -91,7 +74,9 @@ def test_no_process_has_more_than_its_part_and_one_layer(
         "next_token": 0.5,
         "fast_matmuls": rounded,
     }
-    start(COUNTING, 2, place, places / "pruned", tmp_path / "two", json.dumps(options))
+    words = place, places / "pruned", tmp_path / "two", json.dumps(options)
+    ended = launched(2, COUNTING, *words)
+    assert ended.code == 0, ended.err[-4000:]
     stored = load_file(places / "pruned" / "model.safetensors")
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
     layer = sum(size for name, size in sizes.items() if "layers.0." in name)

@@ -69,7 +69,7 @@ class PackedQuantizer(HfQuantizer):
         if any(str(p) not in ("None", "cpu", "auto", "disk") for p in places):
             raise KernelError(
                 f"packed matrices are multiplied on the CPU, not on {device_map}",
-                remedy="leave device_map out, or use `secateur decompress` and load the result",
+                remedy="leave device_map out; for a GPU use secateur.load(FOLDER, device='cuda')",
             )
 
     def update_attn_implementation(self, config: Any) -> Any:

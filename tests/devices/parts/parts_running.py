@@ -22,7 +22,6 @@ from secateur.evaluation.speed import load_backend
 from secateur.recipes.deploy import ChatRecipe, GenerateRecipe, Sampling, ServeRecipe
 from secateur.recipes.measure import BenchRecipe
 from secateur.recipes.verbs import VERBS
-from secateur.runtime.kernels.gpu.linear import GpuLinear
 from secateur.runtime.kernels.linear import InferenceLinear
 from secateur.serving import serve
 from secateur.serving.scheduler import Request, ServingJob
@@ -191,29 +190,3 @@ def test_a_compressed_model(values: str, source: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(logits.cpu(), here(ids).logits, rtol=1e-4, atol=1e-5)
         counts.append(traffic.launches - 20 * len(packed))
     assert max(counts) < 200  # of everything else
-
-
-class Launched:
-    """In place of a Triton kernel: where it would run."""
-
-    def __init__(self) -> None:
-        self.on: list[int] = []
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *_, **__: self.on.append(torch.cuda.current_device())
-
-
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_kernels_are_launched_where_their_matrix_is(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    from secateur.runtime.kernels.gpu import bitmask
-
-    kernel = Launched()
-    monkeypatch.setattr(bitmask, "bitmask_product", kernel)
-    monkeypatch.setattr(bitmask, "bitmask_expand", kernel)
-    mask = torch.rand(16, 256) > 0.5
-    made = bitmask.GpuBitmask.of(mask, torch.randn(int(mask.sum())), device="cuda:1")
-    GpuLinear(made)(torch.ones(tokens, 256, device="cuda:1"))
-    assert kernel.on == [1]

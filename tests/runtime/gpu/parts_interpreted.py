@@ -20,6 +20,11 @@ from secateur.errors import ShapeError
 from secateur.evaluation.perplexity import perplexity
 from secateur.models.skeleton import build_skeleton
 from secateur.quantization.groups import GroupGrid
+from secateur.runtime.kernels.dispatch import KernelChoice
+from secateur.runtime.kernels.gpu import bitmask, integers, linear
+from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
+from secateur.runtime.kernels.gpu.integers import GpuIntegers
+from secateur.runtime.kernels.gpu.linear import GpuLinear
 from secateur.runtime.kernels.linear import IntegerLinear, activations_of
 from secateur.runtime.load import PackedTarget, install_on_gpu
 from secateur.runtime.packed import PackedCheckpoint
@@ -40,8 +45,6 @@ def drawn(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def example(kind: str, shape: tuple[int, int]) -> tuple[Any, Tensor]:
     """A matrix for the GPU, and the same one dense in float64."""
-    from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
-
     weight, mask = drawn(shape)
     stored = weight.to(getattr(torch, kind))
     return GpuBitmask.of(mask, stored[mask], device="cpu"), stored.double() * mask
@@ -63,7 +66,7 @@ def test_products_are_those_of_the_dense_matrix(kind: str, shape: tuple[int, int
         assert not y[:, 0].any()  # the empty row
 
 
-def integers(group: int | None, shape: tuple[int, int]) -> IntegerLinear:
+def integer_linear(group: int | None, shape: tuple[int, int]) -> IntegerLinear:
     """A linear of int8, or of 4 bits in groups, with zeros."""
     weight, mask = drawn(shape)
     if group is None:
@@ -78,23 +81,17 @@ def integers(group: int | None, shape: tuple[int, int]) -> IntegerLinear:
 @pytest.mark.parametrize("shape", [(5, 8), (17, 300), (130, 640)], ids=str)
 def test_integers_are_multiplied_as_on_a_cpu(group: int | None, shape: tuple[int, int]) -> None:
     """Rounded activations and products of integers are the same; only sums have another order."""
-    from secateur.runtime.kernels.gpu.integers import GpuIntegers
-
-    linear = integers(group, shape)
-    matrix = GpuIntegers.of(linear, "cpu")
-    for tokens, dtype in (
-        (1, torch.float32),
-        (3, torch.bfloat16),
-        (17, torch.float32),
-        (65, torch.float16),
-    ):
+    on_cpu = integer_linear(group, shape)
+    matrix = GpuIntegers.of(on_cpu, "cpu")
+    kinds = torch.float32, torch.bfloat16, torch.float32, torch.float16
+    for tokens, dtype in zip((1, 3, 17, 65), kinds, strict=True):
         draw = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, shape[1], generator=draw).to(dtype)
         x[0, : shape[1] // 2] *= 100
         x[-1, -5:] = 0
-        y, expected = matrix.multiply(x), linear(x)
+        y, expected = matrix.multiply(x), on_cpu(x)
         assert (y.dtype, y.shape) == (dtype, (tokens, shape[0]))
-        size = linear(x.abs()).abs().float() + expected.abs().float().mean()
+        size = on_cpu(x.abs()).abs().float() + expected.abs().float().mean()
         error = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         assert ((y - expected).float().abs() <= error * size).all()
         assert not y[:, 0].any()
@@ -105,9 +102,7 @@ def test_integers_are_multiplied_as_on_a_cpu(group: int | None, shape: tuple[int
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_what_is_no_number_stays_none() -> None:
-    from secateur.runtime.kernels.gpu.integers import GpuIntegers
-
-    matrix = GpuIntegers.of(integers(64, (5, 128)), "cpu")
+    matrix = GpuIntegers.of(integer_linear(64, (5, 128)), "cpu")
     for value in (torch.nan, torch.inf):
         x = torch.ones(1, 128)
         x[0, 70] = value
@@ -115,8 +110,6 @@ def test_what_is_no_number_stays_none() -> None:
 
 
 def test_integers_take_few_bits_and_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.runtime.kernels.gpu import integers as module
-
     launched: list[str] = []
 
     class Counted:
@@ -128,9 +121,9 @@ def test_integers_take_few_bits_and_launches(monkeypatch: pytest.MonkeyPatch) ->
             return self.kernel[grid]
 
     for name in ("rounded", "integer_product"):
-        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+        monkeypatch.setattr(integers, name, Counted(getattr(integers, name)))
     for group, bits in ((None, 8), (64, 4.25)):
-        matrix = module.GpuIntegers.of(integers(group, (64, 1024)), "cpu")
+        matrix = GpuIntegers.of(integer_linear(group, (64, 1024)), "cpu")
         for tokens in (1, 40):
             matrix.multiply(torch.randn(tokens, 1024))
             assert launched == ["rounded", "integer_product"]
@@ -143,9 +136,7 @@ def test_integers_take_few_bits_and_launches(monkeypatch: pytest.MonkeyPatch) ->
 def test_tiles_can_be_divided_among_programs(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.runtime.kernels.gpu import bitmask as module
-
-    monkeypatch.setattr(module, "PROGRAMS", programs)
+    monkeypatch.setattr(bitmask, "PROGRAMS", programs)
     matrix, dense = example("bfloat16", (20, 1100))  # five tiles
     x = torch.randn(2, 1100)
     expected = (x.double() @ dense.t()).float()
@@ -159,8 +150,6 @@ def test_it_is_as_small_as_the_format_and_a_table() -> None:
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
-    from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
-
     mask = torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(ShapeError, match="16 weights"):
         GpuBitmask.of(mask, torch.ones(3), device="cpu")
@@ -175,10 +164,6 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 def test_a_model_answers_as_its_dense_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, gain: float
 ) -> None:
-    from secateur.runtime.kernels.dispatch import KernelChoice
-    from secateur.runtime.kernels.gpu import linear
-    from secateur.runtime.kernels.gpu.linear import GpuLinear
-
     save_tiny(tmp_path / "dense", num_hidden_layers=1)
     secateur.prune(tmp_path / "dense", output=tmp_path / "p", method="magnitude", sparsity=0.5)
     secateur.compress(tmp_path / "p", output=tmp_path / "small", values=values)

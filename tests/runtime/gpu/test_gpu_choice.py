@@ -156,25 +156,32 @@ def launches() -> dict[str, Callable[[], object]]:
     }
 
 
-@pytest.mark.parametrize("name", launches())
-def test_a_kernel_is_launched_on_the_device_of_its_tensors(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton launches on the current device, which may be another one."""
-    current: list[Any] = []
-    seen: list[Any] = []
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that are made the current one, while they are."""
+    devices = list[torch.device]()
 
     @contextmanager
     def device_of(tensor: Tensor) -> Iterator[None]:
-        current.append(tensor.device)
+        devices.append(tensor.device)
         yield
-        current.pop()
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    return devices
+
+
+@pytest.mark.parametrize("name", launches())
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(
+    name: str, current: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which may be another one."""
+    seen: list[Any] = []
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: seen.append([*current])
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     for module in (bitmask, integers, two_of_four_kernel):
         for kernel in set(launches()) & set(vars(module)):
             monkeypatch.setattr(module, kernel, Kernel())
@@ -183,14 +190,8 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(
     assert all(devices == [CPU] for devices in seen)
 
 
-def test_the_race_is_on_the_device_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered: list[torch.device] = []
-
-    @contextmanager
-    def device_of(tensor: Tensor) -> Iterator[None]:
-        entered.append(tensor.device)
-        yield
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    Pretended(True, expanding_wins_from(9)).choice()
-    assert entered == [CPU]
+def test_the_race_is_on_the_device_of_the_matrix(current: list[torch.device]) -> None:
+    seen = list[list[torch.device]]()
+    Pretended(True, lambda way, n: float(seen.append([*current]) or 1)).choice()
+    assert seen
+    assert all(devices == [CPU] for devices in seen)
