@@ -214,19 +214,13 @@ def choose_plan(
         RecipeError: there are fewer calibration windows than processes.
     """
     windows = prepared.windows
+    extra, unwritten = (0, 0) if windows is None else (windows.extra.numel(), windows.ungenerated)
+    known = prepared.allocation, prepared.output_bytes, unwritten
 
     def planned(tokens: Tensor | None, activations: str, epochs: int, experts: int) -> PrunePlan:
-        extra = 0 if windows is None else windows.extra.numel()
-        return plan_run(
-            prepared.target,
-            tasks,
-            tokens,
-            Settings.of(prepared.recipe, activations, experts_at_once=experts),
-            prepared.allocation,
-            prepared.output_bytes,
-            0 if windows is None else windows.ungenerated,
-            Learning(epochs, extra, prepared.teacher, sweep_windows or 0),
-        )
+        settings = Settings.of(prepared.recipe, activations, experts_at_once=experts)
+        learning = Learning(epochs, extra, prepared.teacher, sweep_windows or 0)
+        return plan_run(prepared.target, tasks, tokens, settings, *known, learning)
 
     every = own = None if windows is None else windows.planned
     if every is not None and ranks.count > 1:  # no process has more windows than the first one

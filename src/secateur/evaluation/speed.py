@@ -49,9 +49,9 @@ from secateur.quantization.int8 import quantize_rows
 from secateur.runs.environment import usable_processors
 from secateur.runs.measured import TimingEntry
 from secateur.runtime.decode import Decoder, empty_cache
+from secateur.runtime.install import rounded
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear
-from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.timing import alternate
@@ -349,11 +349,6 @@ class _TorchInt8(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def _our_int8(linear: nn.Linear) -> nn.Module:
-    integers, scale = quantize_rows(linear.weight.detach().float())
-    return PackedLinear(KernelMatrix(integers, scale=scale), linear.bias)
-
-
 class _How(NamedTuple):
     """How a backend runs a model: expanded or packed, rounded to int8, in our loop or not."""
 
@@ -366,7 +361,9 @@ BACKENDS: Mapping[str, _How] = {
     "packed": _How(expand=False),
     "packed in transformers": _How(expand=False, ours=False),
     "dense bf16": _How(expand=True),
-    "dense int8": _How(expand=True, int8=_our_int8),
+    "dense int8": _How(
+        expand=True, int8=lambda x: PackedLinear(rounded(x.weight.detach()), x.bias)
+    ),
     "torch bf16": _How(expand=True, ours=False),
     "torch int8": _How(expand=True, int8=_TorchInt8, ours=False),
 }

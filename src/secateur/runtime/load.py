@@ -198,11 +198,11 @@ class PackedTarget(CheckpointTarget):
         # layers are empty now, and have no module that rounds
         self.model.rounds_inputs = packed.activations is not None
         path = f"{self.architecture.layers_path}."
-        names = [name for name, _ in self.model.named_parameters()]
+        own = (name for name, _ in self.model.named_parameters())
+        self.ends = tuple(name for name in own if not name.startswith(path))
         install.finish(self.model, dtype)
         self.by_triton = device.type == "cuda" and find_spec("triton") is not None
         self.choices: dict[tuple[object, ...], KernelChoice] = {}
-        self.ends = tuple(name for name in names if not name.startswith(path))
 
     def filled(self, module: nn.Module, *only: str) -> None:
         """Fill parameters of a module, and move it to the device."""

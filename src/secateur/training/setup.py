@@ -92,20 +92,10 @@ class TrainingSetup:
         ways = {processes.holding(bool(on_host)): "{}"}
         if on_host is None and processes.device.type == "cuda" and not alone:
             ways[processes.holding(True)] = "or {}, with weights and optimizer on the host"
-        self.needs, self.processes = fitting(
-            partial(
-                plan_needs,
-                recipe,
-                self.target,
-                self.teacher,
-                self.batches,
-                self.plan,
-                validates=self.validation is not None,
-            ),
-            ways,
-            memory_budget(recipe.memory.max_bytes, processes.device, processes.here),
-            "training needs ",
-        )
+        known = recipe, self.target, self.teacher, self.batches, self.plan
+        planned = partial(plan_needs, *known, validates=self.validation is not None)
+        budget = memory_budget(recipe.memory.max_bytes, processes.device, processes.here)
+        self.needs, self.processes = fitting(planned, ways, budget, "training needs ")
 
     @property
     def memory(self) -> dict[str, Any]:
