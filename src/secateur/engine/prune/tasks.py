@@ -421,10 +421,6 @@ class SolveMemory(NamedTuple):
     usual: int = 0
     shape: tuple[int, int] = (0, 0)
 
-    def beside(self, size: int) -> SolveMemory:
-        """The memory with so many bytes of other things."""
-        return SolveMemory(self.most + size, self.usual + size, self.shape)
-
 
 def solve_bytes(tasks: Tasks, *, asymmetric: bool) -> SolveMemory:
     """Return the maximum memory for solving one linear.
@@ -503,15 +499,14 @@ def solving_memory(
     for task in tasks.values():
         if task.changes and target.architecture.of_expert(task.name):
             alike.setdefault((task.shape, task.method, task.sparsity), []).append(task)
-    together = (
+    together = [
         linear_bytes(same[0], asymmetric=settings.asymmetric)
         * min(len(same), solved_at_once(same[0], settings, target.device))
         for same in alike.values()
-    )
-    at_once = max(together, default=0)
-    alone = solve_bytes(tasks, asymmetric=settings.asymmetric)
-    found = alone._replace(most=max(alone.most, at_once), usual=max(alone.usual, at_once))
-    return found.beside(meanwhile)
+    ]
+    most, usual, shape = solve_bytes(tasks, asymmetric=settings.asymmetric)
+    most, usual = (max(size, *together, 0) + meanwhile for size in (most, usual))
+    return SolveMemory(most, usual, shape)
 
 
 def gathered_bytes(
