@@ -183,6 +183,29 @@ def test_layers_that_are_cheaper_to_repeat_than_to_store_are_repeated(
     assert digest(out) == digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("family", "failing"), [("llama", 2), ("mixtral", 4)])
+def test_linears_that_a_gpu_has_no_room_for_are_solved_on_the_host(
+    family: str, failing: int, windows: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    tiny_model(family).save_pretrained(tmp_path / "source")
+    common = {"method": "sparsegpt", "sparsity": 0.5, "calibration": windows}
+    secateur.prune(tmp_path / "source", output=tmp_path / "whole", **common)
+    solve, calls = Method.solve, []
+
+    def solved(self: Method, *args: Any, **options: Any) -> Solution:
+        calls.append(self)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return solve(self, *args, **options)
+
+    monkeypatch.setattr(Method, "solve", solved)
+    secateur.prune(tmp_path / "source", output=tmp_path / "out", **common)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    [said] = [x.message for x in caplog.records if "solved on the host" in x.message]
+    assert "layers.0." in said
+
+
 def test_the_run_folder_tells_everything(source: Path, windows: Path, tmp_path: Path) -> None:
     from tiny import tiny_tokenizer
 
