@@ -112,6 +112,8 @@ class Verb:
         options = dict(call)
         step, dry_run = imported(self.step), options.pop("dry_run", False)
         launched = self._launched(step, recipe, dry_run) if command else Launched()
+        if command:  # so a GPU that has served small blocks still has room for a large one
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         if self.streams:  # it prints while it works, so there is no progress to show
             with _on_device_of(recipe):
                 return step(recipe, **options)
