@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -335,54 +334,55 @@ class Solving:
             NumericalError: a linear cannot be solved; the message names it.
         """
         for some in [list(numbers)] if numbers else self._together(tasks):
-            wanted, done = _wanted(self.group.groups[some[0]], tasks), 0
-            try:
-                for solved in self._solve_some(some, wanted):
-                    yield solved
-                    done += 1
-            except NumericalError:
-                for number in some if len(some) > 1 else []:
-                    list(self.solve(tasks, [number]))  # the one at fault has a name
-                raise
-            except torch.OutOfMemoryError as error:
-                if self.ranks.count > 1:  # the others wait for sums on the GPU
+            group, wanted = self.group, _wanted(self.group.groups[some[0]], tasks)
+            device = group.linears[0].weight.device
+            places = iter((device, torch.device("cpu")))  # on the host only for want of memory
+            here = next(places)
+            batched = group.batch and all(task.method.batched for task in wanted.values())
+            started, statistics = time.perf_counter(), self.statistics(some if batched else some[0])
+            while wanted:
+                try:
+                    there = {name: x.to(here) for name, x in statistics.items()}
+                    method = next(iter(wanted.values())).method  # others differ in the pattern only
+                    with located(group.groups[some[0]][0].name):
+                        prepared = method.prepare(there, self.ranks)
+                    for place, task in list(wanted.items()):
+                        linears = [group.groups[number][place] for number in some]
+                        weight, own = self._own(linears, task, batched=batched)
+                        own = {name: x.to(here) for name, x in own.items()}
+                        given = weight.to(here), prepared, {**there, **own}, task.sparsity
+                        with located(task.name):
+                            found = task.method.solve(*given, self.ranks)
+                        found = Solution._make(x if x is None else x.to(device) for x in found)
+                        tokens = [group.tokens[i] for i in some]
+                        seconds = time.perf_counter() - started
+                        yield Solved(linears, tokens, weight, statistics, found, seconds)
+                        started = time.perf_counter()
+                        del wanted[place]
+                except NumericalError:
+                    for number in some if len(some) > 1 else []:
+                        list(self.solve(tasks, [number]))  # the one at fault has a name
                     raise
-                rest = dict(islice(wanted.items(), done, None))
-                names, said = ", ".join(x.name for x in rest.values()), str(error).splitlines()[0]
-                log.warning("%s: solved on the host, for want of GPU memory (%s)", names, said)
-                yield from self._solve_some(some, rest, on_host=True)
+                except torch.OutOfMemoryError as error:
+                    host = next(places, None)
+                    if host is None or self.ranks.count > 1:  # others wait for sums on the GPU
+                        raise
+                    here = host
+                    names, said = ", ".join(x.name for x in wanted.values()), str(error)
+                    log.warning("%s: solved on the host, for want of GPU memory (%s)", names, said)
 
-    def _solve_some(
-        self, some: list[int], wanted: Mapping[int, LinearTask], *, on_host: bool = False
-    ) -> Iterator[Solved]:
-        """Solve the same linears of some groups at once, on their device or on the host."""
-        group, device = self.group, self.group.linears[0].weight.device
-        batched = group.batch and all(task.method.batched for task in wanted.values())
-        started, statistics = time.perf_counter(), self.statistics(some if batched else some[0])
-        method = next(iter(wanted.values())).method  # the others differ only in the pattern
-        here = torch.device("cpu") if on_host else device
-        there = {name: x.to(here) for name, x in statistics.items()}
-        with located(group.groups[some[0]][0].name):
-            prepared = method.prepare(there, self.ranks)
-        for place, task in wanted.items():
-            linears = [group.groups[number][place] for number in some]
-            weight, reads = self.weights_of(linears), {STORED} & task.method.score.requires
-            every = [
-                {**group.own(x), **self.stored(x), **dict.fromkeys(reads, x.weight)}
-                for x in linears
-            ]
-            own = {name: torch.stack([x[name] for x in every]) for name in every[0]}
-            if not batched:
-                weight, own = weight[0], every[0]
-            known = {**there, **{name: x.to(here) for name, x in own.items()}}
-            with located(task.name):
-                found = task.method.solve(
-                    weight.to(here), prepared, known, task.sparsity, self.ranks
-                )
-            found = Solution._make(x if x is None else x.to(device) for x in found)
-            tokens, seconds = [group.tokens[i] for i in some], time.perf_counter() - started
-            yield Solved(linears, tokens, weight, statistics, found, seconds)
-            started = time.perf_counter()
+    def _own(
+        self, linears: Sequence[Linear], task: LinearTask, *, batched: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weight to prune, and what was gathered of the linears alone; of one, or of each."""
+        weight, reads = self.weights_of(linears), {STORED} & task.method.score.requires
+        every = [
+            {**self.group.own(x), **self.stored(x), **dict.fromkeys(reads, x.weight)}
+            for x in linears
+        ]
+        if not batched:
+            return weight[0], every[0]
+        return weight, {name: torch.stack([x[name] for x in every]) for name in every[0]}
 
 
 def _recorded(layer: OpenLayer, solved: Solved) -> list[LinearRecord]:
