@@ -51,17 +51,17 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 321,
+    "source files": 316,
     "modules that only their neighbour imports": 11,
     "pairs of classes with five equal fields": 4,
-    "percent of lines that import": 6.2,
-    "lines of statements": 37769,
-    "functions named in one place": 439,
-    "files from the command line to Wanda's formula": 49,
+    "percent of lines that import": 6.0,
+    "lines of statements": 38521,
+    "functions named in one place": 435,
+    "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
-    "moves from the command line to Wanda's formula": 19,
-    "words of documentation": 69011,
-    "lines of tests": 51893,
+    "moves from the command line to Wanda's formula": 18,
+    "words of documentation": 69001,
+    "lines of tests": 54764,
     "sentences that tests compare": 45,
     "names of options": 169,
 }

@@ -72,7 +72,7 @@ def text(place: Path, option: str = "--calibration") -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("effort", "model"), zip(presets, [*MODELS, *MODELS], strict=True))
+@pytest.mark.parametrize(("effort", "model"), [*zip(presets, [*MODELS, *MODELS], strict=True)])
 def test_prune(both: Both, place: Path, effort: str, model: str) -> None:
     """Each effort; `test_together.py` has each for both models."""
     learned = ["--distill-tokens", 256] if presets[effort].get("distillation") else []
