@@ -140,7 +140,7 @@ waits: list[str] = []
 
 @dataclass
 class Traffic:
-    """What the host asked of the GPUs.
+    """What the host made the GPUs do.
 
     Attributes:
         launches: operations that run there.
@@ -173,7 +173,7 @@ traffic: list[Traffic] = []
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count what is asked of the GPUs inside."""
+    """Count launches, waits and bytes inside."""
     traffic.append(Traffic())
     try:
         yield traffic[-1]

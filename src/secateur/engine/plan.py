@@ -219,7 +219,7 @@ def fitting(
 
     Args:
         planned: returns the plan of a way.
-        ways: the best one first; each with what the error says of it, around its shortage.
+        ways: the best one first, each with its words in the error; `{}` is its shortage.
         budget: the memory.
         what: the first part of the error.
 

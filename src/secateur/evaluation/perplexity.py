@@ -318,7 +318,7 @@ class WholeReader:
         self.module, self.device, self.dtype = module, first.device, first.dtype
 
     def tokens_at_once(self, ids: Tensor) -> float:
-        """Every token: a batch is read when its states are wanted."""
+        """There is no bound: a batch is read only when its states are used."""
         return math.inf
 
     @contextmanager

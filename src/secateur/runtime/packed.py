@@ -71,7 +71,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def device_for(folder: Path, asked: str, chosen: torch.device) -> torch.device:
-    """Where a checkpoint runs: a compressed one on the CPU, unless a device was asked for."""
+    """Where a checkpoint runs: a compressed one on the CPU, unless the user names a device."""
     return torch.device("cpu") if asked == "auto" and is_packed(folder) else chosen
 
 

@@ -105,7 +105,7 @@ RUNS: dict[str, Callable[..., Any]] = {
 
 
 def ran(verb: str, folder: Path, windows: int, layers: int, experts: int = 0) -> Traffic:
-    """What a run asks for."""
+    """The launches, waits and bytes of a run."""
     torch.manual_seed(0)
     sizes = {**SIZES, "num_hidden_layers": layers}
     config = transformers.LlamaConfig(**sizes)

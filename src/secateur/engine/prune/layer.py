@@ -244,8 +244,8 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
                 found += [record for one in solved for record in _recorded(layer, one)]
             if ranks.count > 1:
                 found = _exchanged(every, owned, found, ranks)
-            names = [x.name for x in every]
-            records += sorted(found, key=lambda record: names.index(record.name))
+            by_name = {record.name: record for record in found}
+            records += [by_name[x.name] for x in every]
     return records
 
 
