@@ -14,13 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur import export, load
-from secateur.exporting.gguf.quantizer import load_llama_cpp, silence
+from secateur.exporting.gguf.llama_cpp import quantize
 
 F = gguf.LlamaFileType
 
@@ -61,24 +60,9 @@ class LlamaCpp:
 
     def quantized(self, kind: str, file: Path) -> None:
         """Make a file of a type in `TYPES`."""
-        ffi, library = load_llama_cpp()
-        options = library.llama_model_quantize_default_params()
-        options.nthread, options.ftype = 1, int(TYPES[kind])
-        table = ffi.new("struct llama_model_imatrix_data[]", len(self.importance) + 1)
-        alive = []  # what the table points to
-        for row, (name, values) in zip(table, self.importance.items(), strict=False):
-            array = np.ascontiguousarray(values.numpy(), dtype=np.float32)
-            alive += [text := ffi.new("char[]", name.encode()), array]
-            row.name, row.size = text, array.size
-            row.data = ffi.cast("const float *", array.ctypes.data)
-        options.imatrix = table
+        importance = {name: values.numpy() for name, values in self.importance.items()}
         partial = file.with_suffix(".partial")
-        paths = str(self.exact).encode(), str(partial).encode()
-        with silence(ffi, library):
-            wanted = ffi.new("llama_model_quantize_params *", options)
-            status = library.llama_model_quantize(*paths, wanted)
-        if status != 0:
-            raise RuntimeError(f"llama.cpp could not make {kind}: status {status}")
+        quantize(self.exact, partial, TYPES[kind], importance, threads=1)
         partial.rename(file)
 
 

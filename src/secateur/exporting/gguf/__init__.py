@@ -10,7 +10,7 @@ import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.architectures import model_of
-from secateur.exporting.gguf.quantizer import MIXES, load_llama_cpp, quantized
+from secateur.exporting.gguf.llama_cpp import MIXES, load_llama_cpp, quantized
 from secateur.exporting.gguf.tokenizer import read_vocabulary
 from secateur.exporting.gguf.writing import STORED, TYPES, GGUFFile, nearest_types
 from secateur.progress import Progress
