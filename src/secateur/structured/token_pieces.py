@@ -19,7 +19,7 @@ can still be encoded. A tokenizer without bytes keeps all single characters.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
@@ -55,9 +55,9 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
                         remedy="leave the vocabulary as it is",
                     )
             parts = json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")])
-            return _MergedPieces(model, '"ByteLevel"' in parts)
+            return MergedPieces(model, '"ByteLevel"' in parts)
         if kind == "Unigram":
-            return _ScoredPieces(model)
+            return ScoredPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
     raise ArchitectureError(
@@ -77,11 +77,11 @@ def _damaged_tokenizer(what: str, where: str) -> CheckpointError:
     )
 
 
-class _MergedPieces:
+class MergedPieces:
     """The tokens of BPE.
 
     Args:
-        model: of `tokenizer.json`.
+        model: of `tokenizer.json`, or as there.
         byte_level: whether its letters are bytes.
     """
 
@@ -103,6 +103,10 @@ class _MergedPieces:
             return found | BYTE_TOKENS
         return found | {token for token in self.ids if len(token) == 1}
 
+    def rank(self, pair: tuple[str, str]) -> float | None:
+        """The place of a merge among all, the lowest first; None if there is no such merge."""
+        return self.ranks.get(pair)
+
     def parts_of(self, token: str) -> set[str]:
         """What BPE makes of the token's letters; a token that it never reaches stays alone.
 
@@ -113,9 +117,9 @@ class _MergedPieces:
             parts, made = list(token), set(token)
             while len(parts) > 1:
                 ranked = [
-                    (self.ranks[pair], place)
+                    (rank, place)
                     for place, pair in enumerate(pairwise(parts))
-                    if pair in self.ranks
+                    if (rank := self.rank(pair)) is not None
                 ]
                 if not ranked:
                     break
@@ -137,13 +141,31 @@ class _MergedPieces:
         return {**self.model, "vocab": vocab, "merges": merges}
 
 
+class MergedByScore(MergedPieces):
+    """The tokens of SentencePiece's BPE: the pair whose piece has the highest score is merged.
+
+    Args:
+        model: with `vocab`, ids by piece, and `byte_fallback`.
+        scores: of the pieces, by id.
+    """
+
+    def __init__(self, model: Mapping[str, Any], scores: Sequence[float]) -> None:
+        super().__init__({**model, "merges": ()}, byte_level=False)
+        self.scores = scores
+
+    def rank(self, pair: tuple[str, str]) -> float | None:
+        """The higher the score, the lower the rank."""
+        number = self.ids.get("".join(pair))
+        return None if number is None else -self.scores[number]
+
+
 def _pair_of(merge: Any) -> tuple[str, str]:
     """The two parts of a merge, as a list or as a text with a space between them."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
 
 
-class _ScoredPieces:
+class ScoredPieces:
     """The pieces of a Unigram model.
 
     Args:
@@ -181,7 +203,7 @@ class _ScoredPieces:
         }
 
 
-Pieces = _MergedPieces | _ScoredPieces
+Pieces = MergedPieces | ScoredPieces
 """The tokens that a tokenizer makes from text, without those that were added to it."""
 
 

@@ -133,11 +133,7 @@ def _trim_vocabulary(
     skeleton = build_skeleton(folder, opened=False)
     tables = _token_tables(skeleton)
     rows = tables.rows
-    progress.start("counting tokens", -(-len(documents) // BATCH))
-    counts: Counter[int] = Counter()
-    for ids in _encoded(tokenizer, documents, progress):
-        counts.update(ids)
-    progress.finish()
+    counts = token_counts(tokenizer, documents, progress)
     total = sum(counts.values())
     kept = kept_tokens(pieces, counts, _staying(folder, pieces, counts, rows), size)
     if len(kept) == rows:
@@ -155,7 +151,7 @@ def _trim_vocabulary(
     with writing(output):
         _write_files(folder, output, pieces, kept, tables)
     write_tensors(reader, edits, output, progress)
-    same = _check_tokens(folder, output, documents, kept, progress)
+    same = check_tokens(tokenizer, load_tokenizer(output), documents, kept, progress)
     before = accounting(skeleton, Cut()).before
     made = build_skeleton(output)
     varied = hasattr(skeleton.config, "secateur_cut")
@@ -196,6 +192,18 @@ def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> f
     return frozenset(found)
 
 
+def token_counts(
+    tokenizer: Tokenizer, documents: Sequence[Document], progress: Progress
+) -> Counter[int]:
+    """How often the documents have each token."""
+    progress.start("counting tokens", -(-len(documents) // BATCH))
+    counts: Counter[int] = Counter()
+    for ids in _encoded(tokenizer, documents, progress):
+        counts.update(ids)
+    progress.finish()
+    return counts
+
+
 def _encoded(
     tokenizer: Tokenizer, documents: Sequence[Document], progress: Progress
 ) -> Iterator[list[int]]:
@@ -206,27 +214,30 @@ def _encoded(
         progress.step()
 
 
-def _check_tokens(
-    folder: Path,
-    partial: Path,
+def check_tokens(
+    old: Tokenizer,
+    new: Tokenizer,
     documents: Sequence[Document],
     kept: tuple[int, ...],
     progress: Progress,
 ) -> int:
-    """Encode every document with both tokenizers. Return how many keep all their tokens."""
-    old, new = (load_tokenizer(x) for x in (folder, partial))
+    """Encode every document with both tokenizers. Return how many keep all their tokens.
+
+    Raises:
+        VerificationError: a document whose tokens all stay is cut into others.
+    """
     number = {before: after for after, before in enumerate(kept)}  # new ids by old ones
     progress.start("checking tokens", 2 * -(-len(documents) // BATCH))
     same = 0
-    pairs = zip(_encoded(old, documents, progress), _encoded(new, documents, progress), strict=True)
-    for place, (before, after) in enumerate(pairs):
+    both = (_encoded(tokenizer, documents, progress) for tokenizer in (old, new))
+    for place, (before, after) in enumerate(zip(*both, strict=True)):
         if all(token in number for token in before):
             same += 1
             if [number[token] for token in before] != after:
                 raise VerificationError(
                     f"document {place} of the text becomes {len(after)} tokens, and not the same "
                     f"{len(before)} as before",
-                    where=str(folder),
+                    where=str(old.name_or_path),
                     remedy="this tokenizer cannot be trimmed: leave the vocabulary as it is, and "
                     "please report it",
                 )

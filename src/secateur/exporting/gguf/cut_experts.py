@@ -1,0 +1,241 @@
+"""Experts that leave a GGUF file: rows of every tensor that has one row for each expert.
+
+The names of llama.cpp say which tensors these are: `blk.N.ffn_{gate,up,down,gate_up}_exps` with
+their biases and scales, the router `ffn_gate_inp`, and the correction `exp_probs_b` of its choice.
+Shared experts, latent projections and norms serve all experts and stay as they are. Layers that
+predict several tokens (`nextn_predict_layers`) are cut as all others, because llama.cpp reads one
+number of experts for the whole file.
+
+llama.cpp chooses groups of experts first where `expert_group_count` is above 1. Expert e is in
+group e // (experts / groups), so every group has to lose equally many, and two at least stay,
+because a group is rated by its best two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.exporting.gguf.edit import Edit, Kept
+from secateur.models.gguf_file import GGUFSource
+
+IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+"""A tensor of a layer: its number, and the rest of the name."""
+
+_OF_EXPERTS = re.compile(
+    r"ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)"
+    r"|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias|\.weight)?"
+)
+"""Tensors with a row for each expert."""
+
+_OF_CHUNKS = re.compile(r"ffn_(gate|up|down)_chexps\.\w+")
+"""Tensors with a row for each `experts_per_group` neighbouring experts, which share it."""
+
+_BESIDE = re.compile(
+    r"ffn_(gate|up|down)_shexp\.\w+|ffn_gate_inp_shexp\.\w+|ffn_norm_exps\.\w+"
+    r"|ffn_gate_inp\.scale|altup_router(_norm)?\.\w+"
+)
+"""Tensors that serve all experts."""
+
+_ALONE = re.compile(r"ffn_(gate|up|down)\.\d+\.weight")
+"""One expert of a file from before llama.cpp stacked them."""
+
+_LIKE_EXPERTS = re.compile(r"exp|gate_inp|tid2eid|router")
+
+_KEYS = frozenset(
+    (
+        "expert_count", "expert_used_count", "expert_shared_count", "expert_group_count",
+        "expert_group_used_count", "expert_weights_scale", "expert_weights_norm",
+        "expert_gating_func", "expert_feed_forward_length", "expert_shared_feed_forward_length",
+        "expert_chunk_feed_forward_length", "expert_group_scale", "experts_per_group",
+        "expert_latent_length",
+    )
+)  # fmt: skip
+"""Keys about experts that llama.cpp reads, each with one value."""
+
+
+@dataclass(frozen=True)
+class FileExperts:
+    """The experts of a file.
+
+    Attributes:
+        count: experts of each layer that has some.
+        used: of them for each token.
+        groups: of the router's choice; 1 if it has none.
+        groups_used: of them for each token.
+        chunk: neighbouring experts that share a further expert; 1 if none do.
+        layers: the layers that have experts.
+    """
+
+    count: int
+    used: int
+    groups: int
+    groups_used: int
+    chunk: int
+    layers: tuple[int, ...]
+
+
+def experts_of(source: GGUFSource) -> FileExperts | None:
+    """The experts of a file; None if it has none.
+
+    Raises:
+        ArchitectureError: they cannot be cut, or something about them is not understood.
+    """
+    if not source.get("expert_count"):
+        return None
+    _refuse_unknown_keys(source)
+    count, chunk = int(source.get("expert_count")), int(source.get("experts_per_group") or 1)
+    layers = set()
+    for name, tensor in source.tensors.items():
+        match = IN_LAYER.fullmatch(name)
+        rest = match[2] if match else name
+        if match and _OF_EXPERTS.fullmatch(rest):
+            layers.add(int(match[1]))
+            if not (rest.startswith("exp_probs_b") and tensor.shape == (1, count)):
+                _check_rows(name, tensor.shape, count, source)
+        elif match and _OF_CHUNKS.fullmatch(rest):
+            _check_rows(name, tensor.shape, count // chunk, source)
+        elif _LIKE_EXPERTS.search(rest) and not _BESIDE.fullmatch(rest):
+            raise _refused("it looks like a part of the experts, and its rows are unknown", name)
+        elif _ALONE.fullmatch(rest):
+            raise _refused("the file has one tensor for each expert", name)
+    if source.architecture == "llama4" and count == 128:
+        raise _refused(
+            "llama.cpp takes the norm of queries and keys from the number of 128 experts",
+            "llama4.expert_count",
+        )
+    return FileExperts(
+        count,
+        int(source.get("expert_used_count") or 1),
+        int(source.get("expert_group_count") or 1),
+        int(source.get("expert_group_used_count") or 1),
+        chunk,
+        tuple(sorted(layers)),
+    )
+
+
+def cut_experts(source: GGUFSource, edit: Edit, kept: Mapping[int, Sequence[int]]) -> Edit:
+    """Keep some experts of each layer.
+
+    Args:
+        source: the file.
+        edit: what happens to it.
+        kept: the experts that stay, for each layer that has experts, numbered as in the source. The
+            layers that predict several tokens are among them.
+
+    Raises:
+        ArchitectureError: the experts of the file cannot be cut.
+        RecipeError: the choice is not one that llama.cpp can run.
+    """
+    found = experts_of(source)
+    if found is None:
+        raise _refused("the model has no experts", str(source.file))
+    rows = {layer: tuple(sorted(of_layer)) for layer, of_layer in kept.items()}
+    _check_choice(source, found, rows)
+    tensors = dict(edit.tensors)
+    for name, one in edit.tensors.items():
+        match = IN_LAYER.fullmatch(one.source)
+        if match is None or int(match[1]) not in rows:
+            continue
+        of_layer = rows[int(match[1])]
+        if _OF_EXPERTS.fullmatch(match[2]):
+            tensors[name] = _narrowed(source, one, of_layer, found.count)
+        elif _OF_CHUNKS.fullmatch(match[2]):
+            chunks = tuple(sorted({expert // found.chunk for expert in of_layer}))
+            tensors[name] = replace(one, rows=chunks)
+    count = len(next(iter(rows.values())))
+    most = count // found.groups * found.groups_used if found.groups > 1 else count
+    numbers = {"expert_count": count, "expert_used_count": min(found.used, most)}
+    keys = {f"{source.architecture}.{name}": number for name, number in numbers.items()}
+    fields = {name: field.like(keys.get(name, field.value)) for name, field in edit.fields.items()}
+    return replace(edit, fields=fields, tensors=tensors)
+
+
+def _narrowed(source: GGUFSource, one: Kept, rows: tuple[int, ...], count: int) -> Kept:
+    """A tensor with a value for some experts. A correction may be stored as one row of all."""
+    tensor = source.tensors[one.source]
+    if tensor.shape[0] == count:
+        return replace(one, rows=rows)
+    return replace(
+        one,
+        replaced=lambda: tensor.read().reshape(count, -1)[list(rows)],
+        shape=(1, len(rows)),
+    )
+
+
+def _check_choice(
+    source: GGUFSource, found: FileExperts, kept: Mapping[int, tuple[int, ...]]
+) -> None:
+    """Refuse a choice that llama.cpp cannot run."""
+    if wrong := set(kept) ^ set(found.layers):
+        verb = "has no experts" if min(wrong) in kept else "has experts, and none is chosen"
+        raise _refused_choice(f"layer {min(wrong)} {verb}", f"layers {sorted(wrong)[:8]}")
+    counts = {len(of_layer) for of_layer in kept.values()}
+    if len(counts) > 1:
+        raise _refused_choice(
+            f"layers keep {min(counts)} to {max(counts)} experts, and llama.cpp reads one number",
+            f"{source.architecture}.expert_count",
+        )
+    # llama.cpp reads fewer than two experts of these as a model without experts
+    least = 2 if source.architecture in ("hunyuan-dense", "hunyuan_vl") else 1
+    if groups := int(source.get("expert_group_count") or 0):
+        least = 2 * groups if groups > 1 else 2
+    if min(counts) < least:
+        raise _refused_choice(
+            f"{min(counts)} experts stay, and llama.cpp needs {least}",
+            f"{source.architecture}.expert_count",
+        )
+    for layer, of_layer in kept.items():
+        if len(set(of_layer)) < len(of_layer) or not 0 <= of_layer[0] <= of_layer[-1] < found.count:
+            raise _refused_choice(
+                f"the experts are {list(of_layer)[:8]}, and there are {found.count}",
+                f"layer {layer}",
+            )
+        of_groups = _in_runs(of_layer, found.count, found.count // found.groups)
+        if len(set(of_groups)) > 1:
+            raise _refused_choice(
+                f"the {found.groups} groups of the router keep {min(of_groups)} to "
+                f"{max(of_groups)} experts",
+                f"layer {layer}",
+            )
+        if set(_in_runs(of_layer, found.count, found.chunk)) - {0, found.chunk}:
+            raise _refused_choice(
+                f"{found.chunk} neighbouring experts share a further one, and a part of them stays",
+                f"layer {layer}",
+            )
+
+
+def _in_runs(kept: Sequence[int], count: int, size: int) -> list[int]:
+    """How many stay of each run of `size` neighbours."""
+    places = Counter(expert // size for expert in kept)
+    return [places[run] for run in range(count // size)]
+
+
+def _check_rows(name: str, shape: tuple[int, ...], rows: int, source: GGUFSource) -> None:
+    if shape[0] != rows:
+        raise _refused(
+            f"it has {shape[0]} rows, and the file says {source.get('expert_count')} experts", name
+        )
+
+
+def _refuse_unknown_keys(source: GGUFSource) -> None:
+    """Refuse keys about experts that are unknown, or have a value for each layer."""
+    start = f"{source.architecture}."
+    for name, field in source.fields.items():
+        rest = name.removeprefix(start)
+        if name.startswith(start) and rest.startswith("expert"):
+            if rest not in _KEYS:
+                raise _refused("a key about experts is not understood", name)
+            if field.items is not None:
+                raise _refused("the key has a value for each layer, and one is read", name)
+
+
+def _refused(what: str, where: str) -> ArchitectureError:
+    return ArchitectureError(what, where=where, remedy="leave the experts of this file as they are")
+
+
+def _refused_choice(what: str, where: str) -> RecipeError:
+    return RecipeError(what, where=where, remedy="choose equally many experts in each layer")

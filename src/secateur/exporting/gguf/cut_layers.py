@@ -1,0 +1,361 @@
+"""Layers that leave a GGUF file. The others are numbered anew, and keep what they compute.
+
+llama.cpp knows some properties of a layer from its tensors and from arrays with a value for each
+layer. They go with the layer. Others follow from its number: windows, rotary positions, recurrence
+and experts in a period, or the first layers. They are compared before and after, and a cut that
+changes one is refused. A few constants follow from the number of all layers. Where llama.cpp has a
+key for one, the key is written; where it has none, the cut is refused.
+
+Layers that predict several tokens (`nextn_predict_layers`) are the last ones, and stay.
+
+All rules are those of llama.cpp's `load_arch_hparams`, `load_arch_tensors` and graphs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.exporting.gguf.cut_experts import IN_LAYER
+from secateur.exporting.gguf.edit import Edit, Kept
+from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
+
+_NUMBERED = re.compile(r"\.\d+\.")
+
+_PER_LAYER = frozenset(
+    (
+        "attention.head_count", "attention.head_count_kv", "feed_forward_length",
+        "attention.sliding_window_pattern", "attention.rope_pattern", "attention.indexer.types",
+        "attention.compress_ratios", "attention.recurrent_layers", "swiglu_clamp_exp",
+        "swiglu_clamp_shexp", "deepstack_mapping", "activation_sparsity_scale",
+    )
+)  # fmt: skip
+"""Arrays of the architecture with a value for each layer."""
+
+_NOT_PER_LAYER = (
+    "rope.dimension_sections", "classifier.output_labels", "adapters.token_ids_activate",
+    "adapters.token_ids_substitute",
+)  # fmt: skip
+"""Arrays of the architecture that may be as long by chance."""
+
+_PER_LAYER_EVERYWHERE = ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps")
+
+_FROM_THE_FIRST = ("leading_dense_block_count", "hash_layer_count")
+"""Keys that count the first layers of a kind."""
+
+_PERIODS: Mapping[str, tuple[int, int]] = {
+    "afmoe": (4, 3), "cohere2": (4, 3), "cohere2moe": (4, 0), "exaone-moe": (4, 3),
+    "exaone4": (4, 3), "gemma-embedding": (6, 5), "gemma2": (2, 1), "gemma3": (6, 5),
+    "gemma3n": (5, 4), "gpt-oss": (2, 1), "laguna": (4, 0), "llama4": (4, 3), "mellum": (4, 3),
+    "modern-bert": (3, 0), "muse-glimmer": (4, 3), "olmo2": (4, 3), "plamo3": (8, 7),
+    "smallthinker": (4, 0),
+}  # fmt: skip
+"""The default period of sliding windows, and the place in it of the layer that sees everything."""
+
+_READ_ARRAYS = ("cohere2moe", "mellum", "muse-glimmer")
+"""Of these, the architectures that may have an array instead of a period."""
+
+_WITHOUT_ROTATION = {"llama4": 3, "afmoe": 3, "smollm3": 3, "smallthinker": 0}
+"""The place of the layer without rotary positions among each four."""
+
+_FULL_ATTENTION = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
+"""Every so many layers attend, and the others are recurrent."""
+
+_FIRST = {"gemma3n": (10, 20), "rwkv7": (1,), "arwkv7": (1,)}
+"""Layers before these numbers are computed otherwise than those behind."""
+
+
+@dataclass(frozen=True)
+class FileLayers:
+    """The layers of a file.
+
+    Attributes:
+        source: the file.
+        count: of the decoder layers, without those that predict several tokens.
+        predicting: layers that predict several tokens.
+    """
+
+    source: GGUFSource
+    count: int
+    predicting: int
+
+    @classmethod
+    def of(cls, source: GGUFSource) -> FileLayers:
+        """The layers of a file.
+
+        Raises:
+            ArchitectureError: it has none that can be cut.
+        """
+        count, predicting = (
+            int(source.get(name) or 0) for name in ("block_count", "nextn_predict_layers")
+        )
+        if count <= predicting or source.get("target_layers") is not None:
+            raise _refused("it has no decoder layers of its own", str(source.file))
+        for name in source.tensors:
+            if _NUMBERED.search(name) and not IN_LAYER.fullmatch(name):
+                raise _refused("the layers of this kind are not understood", name)
+        by_number = source.get("attention.indexer.types") is None
+        long = int(source.get("context_length") or 0) >= 2**20
+        if source.architecture == "glm-dsa" and by_number and long:
+            raise _refused("llama.cpp knows by number which layers index", "glm-dsa")
+        return cls(source, count - predicting, predicting)
+
+    def numbers(self, kept: Sequence[int]) -> dict[int, int]:
+        """New numbers by old ones, those of layers that predict several tokens included."""
+        last = range(self.count, self.count + self.predicting)
+        return {old: new for new, old in enumerate((*kept, *last))}
+
+
+def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
+    """Keep some decoder layers.
+
+    Args:
+        source: the file.
+        edit: what happens to it.
+        kept: their numbers in the source, without the layers that predict several tokens.
+
+    Raises:
+        ArchitectureError: layers of this file cannot be cut.
+        RecipeError: llama.cpp would compute a layer that stays otherwise.
+    """
+    layers = FileLayers.of(source)
+    kept = sorted(kept)
+    if not kept or len(set(kept)) < len(kept) or kept[0] < 0 or kept[-1] >= layers.count:
+        raise RecipeError(
+            f"the layers are {kept[:8]}, and the file has {layers.count}",
+            where=str(source.file),
+            remedy="name layers that are there, each once",
+        )
+    numbers = layers.numbers(kept)
+    changed = _changed_fields(layers, numbers)
+    _check_roles(layers, kept, changed)
+    _check_neighbours(layers, kept)
+    tensors = {}
+    for name, one in edit.tensors.items():
+        match = IN_LAYER.fullmatch(name)
+        if match is None:
+            tensors[name] = _narrowed(layers, one, numbers)
+        elif int(match[1]) in numbers:
+            tensors[f"blk.{numbers[int(match[1])]}.{match[2]}"] = one
+    return replace(edit.with_fields(changed), tensors=tensors)
+
+
+def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:
+    """The metadata that counts layers or has a value for each."""
+    source, start = layers.source, f"{layers.source.architecture}."
+    fields, changed = source.fields, {}
+    changed[f"{start}block_count"] = fields[f"{start}block_count"].like(len(numbers))
+    for rest in _FROM_THE_FIRST:
+        if source.get(rest):
+            before = sum(old < source.get(rest) for old in numbers)
+            changed[start + rest] = fields[start + rest].like(before)
+    if shared := source.get("attention.shared_kv_layers"):
+        name = f"{start}attention.shared_kv_layers"
+        after = sum(old >= layers.count - shared for old in numbers)
+        changed[name] = fields[name].like(after)
+    lengths = {layers.count, layers.count + layers.predicting}
+    for name, field in fields.items():
+        rest = name.removeprefix(start)
+        known = rest in _PER_LAYER if name.startswith(start) else name in _PER_LAYER_EVERYWHERE
+        other = not name.startswith(start) or rest in _NOT_PER_LAYER
+        if field.items is None or not (known or (not other and len(field.value) in lengths)):
+            continue
+        if len(field.value) < layers.count:
+            raise CheckpointError(
+                f"it has {len(field.value)} values for {layers.count} layers",
+                where=name,
+                remedy="convert the model again",
+            )
+        stay = [old for old in numbers if old < layers.count]
+        stay += range(layers.count, len(field.value))
+        picked = field.value
+        picked = picked[stay] if isinstance(picked, np.ndarray) else [picked[old] for old in stay]
+        changed[name] = field.like(picked)
+    return changed | _written_out(layers, numbers)
+
+
+def _written_out(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:
+    """Keys for what llama.cpp would derive from the number of layers otherwise."""
+    source, start = layers.source, f"{layers.source.architecture}."
+    found = {}
+    whole = partial(Field, GGUFValueType.UINT32)
+    if source.architecture == "minicpm" and source.get("residual_scale") is None:
+        scale = 1.4 / math.sqrt(layers.count)
+        found["residual_scale"] = Field(GGUFValueType.FLOAT32, scale)
+    if source.architecture == "deepseek2":
+        if _lite(layers, layers.count):
+            found["attention.q_lora_rank"] = whole(0)
+        if not source.get("expert_gating_func"):
+            sigmoid = layers.count in (47, 48) and _tokens(source) == 154880
+            found["expert_gating_func"] = whole(2 if sigmoid else 1)
+    if source.architecture in _FULL_ATTENTION and source.get("attention.recurrent_layers") is None:
+        recurrent = [old < layers.count and _recurrent(layers, old) for old in numbers]
+        by_number = [_recurrent(layers, new) for new in range(len(numbers) - layers.predicting)]
+        if recurrent[: len(by_number)] != by_number:
+            kind = GGUFValueType.ARRAY
+            found["attention.recurrent_layers"] = Field(
+                kind, np.array(recurrent), GGUFValueType.BOOL
+            )
+    return {start + rest: field for rest, field in found.items()}
+
+
+def _recurrent(layers: FileLayers, number: int) -> bool:
+    default = _FULL_ATTENTION[layers.source.architecture]
+    return (number + 1) % int(layers.source.get("full_attention_interval") or default) != 0
+
+
+def _narrowed(layers: FileLayers, one: Kept, numbers: Mapping[int, int]) -> Kept:
+    """A tensor outside the layers, which may have columns or rows for each of them."""
+    source, width = layers.source, int(layers.source.get("embedding_length_per_layer_input") or 0)
+    if not one.source.startswith(("per_layer_token_embd", "per_layer_model_proj")):
+        return one
+    tensor, size = source.tensors[one.source], width * layers.count
+    if one.source.startswith("per_layer_model_proj") and tensor.shape[0] == size:
+        rows = tuple(row for old in numbers for row in range(old * width, (old + 1) * width))
+        return replace(one, rows=rows)
+    weights, _ = BLOCKS[tensor.type]
+    if tensor.shape[1] != size or width % weights:
+        raise _refused(f"its shape {tensor.shape} cannot be divided by layer", one.source)
+    tokens = range(tensor.shape[0]) if one.rows is None else one.rows
+
+    def columns() -> Iterator[np.ndarray]:
+        for first in range(0, len(tokens), 1024):
+            found = tensor.read(tokens[first : first + 1024])
+            yield found.reshape(len(found), layers.count, -1)[:, list(numbers)].copy()
+
+    return Kept(one.source, replaced=columns, shape=(len(tokens), width * len(numbers)))
+
+
+Get = Callable[[str], Any]
+"""The value of a key of the architecture."""
+
+
+def _check_roles(layers: FileLayers, kept: Sequence[int], changed: Mapping[str, Field]) -> None:
+    """Refuse a cut after which llama.cpp derives something else from a number."""
+    source = layers.source
+
+    def after(name: str) -> Any:
+        field = changed.get(f"{source.architecture}.{name}")
+        return source.get(name) if field is None else field.value
+
+    was = _constants(layers, layers.count, source.get)
+    becomes = _constants(layers, len(kept), after)
+    for name, value in was.items():
+        if becomes[name] != value:
+            raise RecipeError(
+                f"llama.cpp takes the {name} of this architecture from the number of layers: "
+                f"{value} of {layers.count}, {becomes[name]} of {len(kept)}",
+                where=source.architecture,
+                remedy="leave the layers of this file as they are",
+            )
+    for new, old in enumerate(kept):
+        before = _role(layers, old, layers.count, source.get)
+        behind = _role(layers, new, len(kept), after)
+        for name, value in before.items():
+            if behind[name] != value:
+                raise RecipeError(
+                    f"layer {old} would become layer {new}, and llama.cpp takes the {name} of a "
+                    "layer from its number",
+                    where=source.architecture,
+                    remedy="remove whole periods of neighbouring layers"
+                    if "first" not in name
+                    else "leave the first layers as they are",
+                )
+
+
+def _role(layers: FileLayers, number: int, count: int, get: Get) -> dict[str, Any]:
+    """What llama.cpp derives from the number of a layer."""
+    arch, role = layers.source.architecture, {}
+    window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
+    slides = window or (window is None and arch in ("llama4", "gemma2"))
+    if arch in _PERIODS and slides:
+        period, place = _PERIODS[arch]
+        if not isinstance(pattern, np.ndarray | list):
+            period = period if pattern is None else int(pattern)
+        elif arch in _READ_ARRAYS:
+            period = 0
+        place = place and period - 1
+        role["window"] = period > 1 and number % period == place
+    if arch in _WITHOUT_ROTATION and (slides or arch in ("afmoe", "smollm3")):
+        role["rotary positions"] = number % 4 == _WITHOUT_ROTATION[arch]
+    elif arch == "llama4":
+        role["rotary positions"] = number + 1 == count
+    if step := get("interleave_moe_layer_step"):
+        leading = int(get("leading_dense_block_count") or 0)
+        role["experts"] = number >= leading and (number + 1) % step == 0
+    if step := get("moe_every_n_layers"):
+        role["experts"] = number % step == 1
+    if step := get("rescale_every_n_layers"):
+        role["scale"] = number // step
+    if step := get("attn_res.block_size"):
+        role["residual blocks"] = number % step
+    if first := get("n_deepstack_layers"):
+        role["first layers' images"] = min(number, int(first))
+    for first in _FIRST.get(arch, ()):
+        role[f"first {first} layers' kind"] = number < first
+    return role
+
+
+def _constants(layers: FileLayers, count: int, get: Get) -> dict[str, Any]:
+    """What llama.cpp derives from the number of all layers."""
+    arch = layers.source.architecture
+    if arch == "baichuan":
+        return {"positions": {32: "rotary", 40: "linear"}.get(count, "none")}
+    if arch == "exaone4":
+        return {"window": count == 64}
+    if arch == "deepseek2" and get("attention.q_lora_rank") != 0:
+        return {"queries": "whole" if _lite(layers, count) else "of low rank"}
+    if arch in ("gemma2", "gemma3"):
+        head = get("embedding_length") // get("attention.head_count")
+        own = (arch, count) in (("gemma2", 46), ("gemma3", 62))
+        return {"scale of queries": head if own else get("attention.key_length") or head}
+    return {}
+
+
+def _lite(layers: FileLayers, count: int) -> bool:
+    """Whether llama.cpp takes a file for one of DeepSeek-V2-Lite's kind."""
+    return count in (26, 27) or (count == 48 and _tokens(layers.source) == 128256)
+
+
+def _tokens(source: GGUFSource) -> int:
+    """The size of the vocabulary."""
+    field = source.fields.get("tokenizer.ggml.tokens")
+    return int(source.get("vocab_size") or (0 if field is None else len(field.value)))
+
+
+def _check_neighbours(layers: FileLayers, kept: Sequence[int]) -> None:
+    """Refuse to remove a layer whose result another one reads."""
+    source, stay = layers.source, set(kept)
+    needed = {}
+    if shared := source.get("attention.shared_kv_layers"):
+        first = layers.count - int(shared)
+        if stay & set(range(first, layers.count)):
+            needed = dict.fromkeys((first - 2, first - 1), "later layers read its keys and values")
+    if source.architecture == "glm-dsa":
+        full = 0
+        for number, own in enumerate(source.get("attention.indexer.types", ())):
+            full = number if own else full
+            if number in stay:
+                needed[full] = f"layer {number} takes its index"
+    mapping = source.get("deepstack_mapping", ())
+    images = (n for n, place in enumerate(mapping) if place >= 0)
+    needed |= dict.fromkeys(images, "images enter there")
+    for number, why in needed.items():
+        if number not in stay:
+            raise RecipeError(
+                f"layer {number} has to stay: {why}",
+                where=source.architecture,
+                remedy=f"keep layer {number}",
+            )
+
+
+def _refused(what: str, where: str) -> ArchitectureError:
+    return ArchitectureError(what, where=where, remedy="leave the layers of this file as they are")
