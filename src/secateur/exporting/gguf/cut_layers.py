@@ -145,7 +145,7 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
             tensors[name] = _narrowed(layers, one, numbers)
         elif int(match[1]) in numbers:
             tensors[f"blk.{numbers[int(match[1])]}.{match[2]}"] = one
-    return replace(edit.with_fields(changed), tensors=tensors)
+    return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
 
 
 def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:
@@ -273,7 +273,7 @@ def _check_roles(layers: FileLayers, kept: Sequence[int], changed: Mapping[str, 
 
 def _role(layers: FileLayers, number: int, count: int, get: Get) -> dict[str, Any]:
     """What llama.cpp derives from the number of a layer."""
-    arch, role = layers.source.architecture, {}
+    arch, role = layers.source.architecture, dict[str, Any]()
     window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
     slides = window or (window is None and arch in ("llama4", "gemma2"))
     if arch in _PERIODS and slides:

@@ -86,7 +86,7 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
             changed[name] = field.like([values[i] for i in kept] if picked is None else picked)
         elif name == f"{source.architecture}.vocab_size":
             changed[name] = field.like(len(kept))
-    return replace(edit.with_fields(changed), tensors=tensors)
+    return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
 
 
 def tokens_of_text(
@@ -114,7 +114,7 @@ def tokens_of_text(
     """
     pieces = check_vocabulary(source)
     rows = len(source.fields[_TOKENS].value)
-    with LlamaCpp(source.file, vocabulary_only=True) as old:
+    with _tokenizer(source.file) as old:
         counts = token_counts(old, documents, progress)
         kept = kept_tokens(pieces, counts, _staying(source, counts), size)
         if len(kept) == rows:
@@ -124,9 +124,11 @@ def tokens_of_text(
                 remedy="give --vocabulary-size, or a text that needs fewer",
             )
         with tempfile.TemporaryDirectory() as scratch:
-            smaller = replace(cut_tokens(source, Edit.of(source), kept), tensors={})
+            edit = cut_tokens(source, Edit.of(source), kept)
+            fields = {x: field for x, field in edit.fields.items() if not x.startswith("split.")}
+            smaller = Edit(fields, {})
             [file, *_] = written(source, smaller, Path(scratch) / "vocabulary.gguf")
-            with LlamaCpp(file, vocabulary_only=True) as new:
+            with _tokenizer(file) as new:
                 same = check_tokens(old, new, documents, kept, progress)
     total = sum(counts.values())
     return kept, {
@@ -136,6 +138,11 @@ def tokens_of_text(
         "same_documents": same,
         "covered": sum(counts[token] for token in kept) / total if total else 1.0,
     }
+
+
+def _tokenizer(file: Path) -> Any:
+    """The tokenizer of a file, as llama.cpp reads it; it is used as one of transformers."""
+    return LlamaCpp(file, vocabulary_only=True)
 
 
 def check_vocabulary(source: GGUFSource) -> Pieces:

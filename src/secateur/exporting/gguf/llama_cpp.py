@@ -265,6 +265,7 @@ class LlamaCpp:
     Args:
         file: the file, or the first of its parts.
         threads: as many as torch uses by default.
+        vocabulary_only: it is a tokenizer alone, and the file needs no tensors.
 
     Raises:
         RecipeError: llama.cpp is not installed.
@@ -273,12 +274,15 @@ class LlamaCpp:
 
     is_fast = False
 
-    def __init__(self, file: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, file: Path, threads: int | None = None, *, vocabulary_only: bool = False
+    ) -> None:
         self.ffi, self.library = load_llama_cpp()
         self.name_or_path, self.threads = str(file), threads or torch.get_num_threads()
         options = self.library.llama_model_default_params()
         options.n_gpu_layers, options.load_mode = 0, MAPPED
         options.use_extra_bufts = False  # they are copies of the weights
+        options.vocab_only = vocabulary_only
         self.library.llama_backend_init()
         load = self.library.llama_model_load_from_file
         self.model = self._called("load this file", load, str(file).encode(), options)
