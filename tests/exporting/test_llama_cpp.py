@@ -100,7 +100,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
 def test_types_are_decoded_as_gguf_does(kind: gguf.GGMLQuantizationType) -> None:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = torch.randint(0, 60, (2, 256 // block * size)).to(torch.uint8).numpy()
-    found = llama_cpp.decoded_by_ggml(rows, kind)
+    found = llama_cpp.decoded(rows, kind)
     torch.testing.assert_close(found, torch.from_numpy(gguf.quants.dequantize(rows, kind)))
 
 

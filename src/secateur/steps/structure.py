@@ -244,7 +244,9 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     def _windows(self, base: LocalCheckpoint, config: Any, plan: cut_plan.CutPlan) -> RunWindows:
         """The windows of the run, or of a stopped one; none where nothing reads text."""
         recipe, work = self.recipe, self.run.folder.work
-        if not (plan.cuts or recipe.decode_latency or recipe.distillation.epochs):
+        by_weights = plan.keep_experts is not None and recipe.experts_by == "aimer"
+        others = replace(plan, keep_experts=None) if by_weights else plan
+        if not (others.cuts or recipe.decode_latency or recipe.distillation.epochs):
             none = torch.empty((0, 0), dtype=torch.int64)
             return RunWindows(none, none, {})
         file, options = work / WINDOWS, recipe.calibration

@@ -80,29 +80,36 @@ def choose_hidden(context: CutContext, folder: Path) -> Found:
 def choose_experts(context: CutContext, folder: Path) -> Found:
     """Choose the experts to keep, and merge the others into them if the recipe says so."""
     target, recipe = context.target(folder), context.recipe
-    assert context.plan.keep_experts is not None
-    tokens = recipe.memory.micro_batch_tokens
-    # The other processes need the windows that this one reads, and the digest of its weights.
-    job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
-    context.ranks.once(lambda: job)
-    use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
     config, experts = target.model.config, target.architecture.experts
+    assert context.plan.keep_experts is not None
     assert experts is not None
-    kept = survey.kept_experts(
-        use,
+    use: dict[int, survey.ExpertUse] = {}
+    if recipe.experts_by == "aimer":
+        scores = survey.aimer_scores(target, context.progress)
+        noted = {layer: {"aimer": own.tolist()} for layer, own in scores.items()}
+    else:
+        tokens = recipe.memory.micro_batch_tokens
+        # The other processes need the windows that this one reads, and the digest of its weights.
+        job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
+        context.ranks.once(lambda: job)
+        use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
+        by = "frequency" if recipe.experts_by == "merge" else recipe.experts_by
+        seed = recipe.calibration.seed
+        scores = {layer: own.score(by, seed + layer) for layer, own in use.items()}
+        noted = {layer: own.to_json() for layer, own in use.items()}
+    kept = survey.best_experts(
+        scores,
         context.plan.keep_experts,
         experts.per_token(config) or 1,
-        "frequency" if recipe.experts_by == "merge" else recipe.experts_by,
         groups=experts.divided(config),
         scope=recipe.experts_scope,
-        seed=recipe.calibration.seed,
     )
     if recipe.experts_by == "merge":
         folder = _merge_experts(context, folder, kept, use)
     notes = {
         "by": recipe.experts_by,
         "scope": recipe.experts_scope,
-        "use": {str(layer): of_layer.to_json() for layer, of_layer in use.items()},
+        "use": {str(layer): of_layer for layer, of_layer in noted.items()},
     }
     return Cut(experts=kept), notes, folder
 

@@ -1,13 +1,14 @@
 """Scores the experts of a model by how often the router chooses them and how much they add.
 
 Calibration passes once through the dense model, with one decoder layer in memory, and gathers two
-sums for each expert. `kept_experts` uses them to choose the experts of a `Cut`. As a baseline for
-their removal, experts can be merged into the most similar ones that stay (`merge_experts`).
+sums for each expert. `kept_experts` uses them to choose the experts of a `Cut`. `aimer` reads the
+weights alone. As a baseline for their removal, experts can be merged into the most similar ones
+that stay (`merge_experts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from secateur.engine.stream.calibration_stream import CalibrationStream
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.experts import OpenExperts, Sent
-from secateur.models.targets import Target
+from secateur.models.targets import Target, walk_layers
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 
@@ -34,9 +35,9 @@ class ExpertUse:
     the weight by which the model multiplies it. An expert without tokens has the score 0.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE
-    Compression", arXiv:2510.13999. Deviation: if a model normalises the weights of the chosen
-    experts (Mixtral, most of Qwen3), g_j are the normalised weights; in the released code this is
-    an option.
+    Compression", arXiv:2510.13999. If a model normalises the weights of the chosen experts
+    (Mixtral, most of Qwen3), g_j are the normalised weights, as in the released code since March
+    2026.
 
     Attributes:
         tokens: |T_j|, int64 [experts].
@@ -136,6 +137,58 @@ def expert_use(
     return found
 
 
+def aimer(weights: Iterable[Tensor]) -> float:
+    """The score of an expert by its weights alone; higher = keep.
+
+        sqrt(1/n · Σ w²) / (1/n · Σ |w|)    over all n weights of gate, up and down
+
+    Few large weights among many small ones give a high score, equal magnitudes give the least, 1.
+    Biases are left out.
+
+    Paper: Liu et al. 2026, "AIMER: Calibration-Free Task-Agnostic MoE Pruning", arXiv:2603.18492.
+    Deviation: the paper removes the experts with the largest mean over root mean square. This is
+    its inverse, so the order is the same and higher means keep, as for all scores.
+
+    Args:
+        weights: the matrices [out, in] of one expert.
+
+    Returns:
+        The score; 0 for an expert without any weight that is not 0.
+
+    Example:
+        >>> import torch
+        >>> from secateur.engine.search.experts import aimer
+        >>> aimer([torch.ones(2, 2)]), aimer([torch.tensor([[2.0, 0.0], [0.0, 0.0]])])
+        (1.0, 2.0)
+    """
+    absolute = squares = count = 0.0
+    for weight in weights:
+        rows = weight.float()  # a row is short enough for sums in float32
+        absolute += float(torch.linalg.vector_norm(rows, 1, dim=-1).double().sum())
+        squares += float(torch.linalg.vector_norm(rows, dim=-1).double().square().sum())
+        count += weight.numel()
+    return (squares * count) ** 0.5 / absolute if absolute else 0.0
+
+
+@torch.no_grad()
+def aimer_scores(target: Target, progress: Progress) -> dict[int, Tensor]:
+    """The score `aimer` of all experts, float64 [experts], by number of the layer.
+
+    Args:
+        target: the model with opened experts.
+        progress: receives every layer.
+    """
+    found = {}
+    progress.start("experts", len(target.layers))
+    for number, layer in walk_layers(target):
+        for experts in (m for m in layer.modules() if isinstance(m, OpenExperts)):
+            each = (aimer(w for w in e.parameters() if w.ndim > 1) for e in experts)
+            found[number] = torch.tensor([*each], dtype=torch.float64)
+        progress.step(note=f"layer {number}")
+    progress.finish()
+    return found
+
+
 def kept_experts(
     use: Mapping[int, ExpertUse],
     keep: int,
@@ -166,7 +219,23 @@ def kept_experts(
         RecipeError: `keep` exceeds the number of experts, is below the router's choice, or leaves
             uneven groups.
     """
-    fewest = min(len(layer.tokens) for layer in use.values())
+    scores = {layer: own.score(score, seed + layer) for layer, own in use.items()}
+    return best_experts(scores, keep, top_k, groups=groups, scope=scope)
+
+
+def best_experts(
+    scores: Mapping[int, Tensor],
+    keep: int,
+    top_k: int,
+    *,
+    groups: int = 1,
+    scope: str = "layer",
+) -> dict[int, tuple[int, ...]]:
+    """Return the experts with the highest scores: [experts] for each layer.
+
+    The other arguments, the result and the errors are those of `kept_experts`.
+    """
+    fewest = min(map(len, scores.values()))
     if not top_k <= keep <= fewest:
         raise RecipeError(
             f"{keep} experts cannot be kept: the router sends each token to {top_k}, and a "
@@ -179,7 +248,6 @@ def kept_experts(
             "them, which stay equally large",
             remedy=f"keep a multiple of {groups}",
         )
-    scores = {layer: own.score(score, seed + layer) for layer, own in use.items()}
     counts = dict.fromkeys(scores, keep)
     if scope == "global":
         if groups > 1:

@@ -92,24 +92,32 @@ def _load_ggml() -> tuple[Any, Any]:
     return ffi, ffi.dlopen(str(file))
 
 
-def decoded_by_ggml(stored: np.ndarray, type: gguf.GGMLQuantizationType) -> Tensor:
-    """The weights of any type that llama.cpp has: float32 [rows, columns] of bytes [rows, bytes].
+def decoded(stored: np.ndarray, type: gguf.GGMLQuantizationType) -> Tensor:
+    """The weights of any type: float32 [rows, columns] of bytes [rows, bytes].
+
+    llama.cpp decodes all types that it has, and fast; gguf those it knows, where it is missing.
 
     Raises:
-        CheckpointError: this llama.cpp has no such type.
-        RecipeError: llama.cpp is not installed.
+        CheckpointError: nothing that is installed decodes this type.
     """
-    ffi, library = _load_ggml()
-    traits = library.ggml_get_type_traits(int(type))
-    if not (traits and traits.type_size and traits.to_float):
-        raise CheckpointError(
-            f"neither gguf nor llama.cpp can decode {type.name}", remedy="update both packages"
-        )
     stored = np.ascontiguousarray(stored)
-    columns = stored.shape[-1] // traits.type_size * traits.blck_size
-    found = np.empty((*stored.shape[:-1], columns), np.float32)
-    traits.to_float(ffi.from_buffer(stored), ffi.cast("float *", found.ctypes.data), found.size)
-    return torch.from_numpy(found)
+    try:
+        ffi, library = _load_ggml()
+        traits = library.ggml_get_type_traits(int(type))
+        if traits.to_float:
+            columns = stored.shape[-1] // traits.type_size * traits.blck_size
+            found = np.empty((*stored.shape[:-1], columns), np.float32)
+            place = ffi.cast("float *", found.ctypes.data)
+            traits.to_float(ffi.from_buffer(stored), place, found.size)
+            return torch.from_numpy(found)
+    except RecipeError:
+        pass  # it is not installed
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(stored, type))
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{type.name} cannot be decoded", remedy=install_extra("llamacpp")
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,298 @@
+"""Scores of the experts of a GGUF file, higher = keep: by weights, an importance matrix, or a run.
+
+Layers that predict several tokens have experts too, and neither llama.cpp's runs nor importance
+matrices reach them. Their experts are scored by their weights (`aimer`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from secateur.calibration.run_windows import load_calibration
+from secateur.calibration.windows import WindowPlan, window_length
+from secateur.engine.search.experts import ExpertUse, aimer
+from secateur.errors import ArchitectureError, CheckpointError, located
+from secateur.exporting.gguf.importance import ImportanceMatrix
+from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node, decoded
+from secateur.models.gguf_file import GGUFSource
+from secateur.progress import Progress
+from secateur.recipes.shared import Calibration
+from secateur.runs.output import write_tensors
+
+log = logging.getLogger(__name__)
+
+PARTS = ("gate", "up", "gate_up", "down")
+ROUTED = re.compile(r"(ffn_moe_topk|ffn_moe_weighted|ffn_moe_down)-(\d+)")
+"""The nodes of a layer: chosen experts [tokens, chosen], and outputs [tokens, chosen, hidden] with
+and without the weights of the router."""
+
+DONE = "windows"
+"""The number of windows in stored sums."""
+
+
+def expert_weights(
+    source: GGUFSource, layer: int, part: str, expert: int, *, scaled: bool
+) -> Tensor | None:
+    """One matrix of an expert, float32 [out, in]; None if the file has none of this part.
+
+    Args:
+        source: the file.
+        layer: number of the layer.
+        part: one of `PARTS`.
+        expert: number of the expert.
+        scaled: multiply by the expert's scale. That of NVFP4 belongs to its numbers, and always
+            counts; that of Gemma 4 is a weight of the router.
+
+    Raises:
+        CheckpointError: nothing that is installed decodes its type.
+    """
+    name = f"blk.{layer}.ffn_{part}_exps"
+    stored = source.tensors.get(f"{name}.weight")
+    if stored is None:
+        return None
+    with located(stored.name):
+        weight = decoded(stored.read([expert]).reshape(stored.shape[1], -1), stored.type)
+    scale = source.tensors.get(f"{name}.scale")
+    if scale is not None and (scaled or stored.type == gguf.GGMLQuantizationType.NVFP4):
+        weight = weight * torch.from_numpy(scale.read().view("<f4")).flatten()[expert]
+    return weight
+
+
+def aimer_scores(
+    source: GGUFSource, layers: Collection[int], progress: Progress
+) -> dict[int, Tensor]:
+    """The score `aimer` of all experts, float64 [experts], by number of the layer."""
+    found, count = {}, int(source.get("expert_count"))
+    progress.start("experts", len(layers))
+    for layer in layers:
+        each = []
+        for expert in range(count):
+            matrices = (expert_weights(source, layer, part, expert, scaled=False) for part in PARTS)
+            each.append(aimer(x for x in matrices if x is not None))
+        found[layer] = torch.tensor(each, dtype=torch.float64)
+        progress.step(note=f"layer {layer}")
+    progress.finish()
+    return found
+
+
+def imatrix_scores(
+    source: GGUFSource, matrix: ImportanceMatrix, layers: Collection[int], progress: Progress
+) -> dict[int, Tensor]:
+    """Scores by an importance matrix, float64 [experts], by number of the layer.
+
+        S_e = n_e · sqrt(Σ_j m_ej · ‖D_e[:, j]‖²)
+
+    n_e are the tokens that the matrix has of expert e, m_ej is the mean square of input j of its
+    down projection D_e [hidden, neurons]. With h the inputs of D_e,
+
+        E‖D_e h‖² = Σ_jk (D_eᵀ D_e)_jk · E[h_j h_k]
+
+    and the matrix has the diagonal of E[h hᵀ] alone, so inputs count as uncorrelated. The router's
+    weights are not in the matrix: where REAP has the mean of g · ‖f‖ over the tokens of an expert,
+    here an expert that is chosen often counts more, because its weights are usually larger too.
+    The older form of the file has no n_e; it counts as 1.
+
+    Raises:
+        CheckpointError: the matrix is of another model.
+    """
+    found, count = {}, int(source.get("expert_count"))
+    progress.start("experts", len(layers))
+    for layer in layers:
+        name = f"blk.{layer}.ffn_down_exps.weight"
+        sums = matrix.sums.get(name)
+        if sums is not None:
+            tokens = matrix.counts[name].double()
+            neurons = source.tensors[name].shape[-1]
+            if sums.numel() != count * neurons or (matrix.has_counts and len(tokens) != count):
+                raise CheckpointError(
+                    f"the importance matrix has {sums.numel()} inputs, and the file "
+                    f"{count} experts with {neurons}",
+                    where=name,
+                    remedy="name the importance matrix of this model",
+                )
+            means = (sums / tokens.clamp_min(1)[:, None]).view(count, neurons)
+            norms = []
+            for expert, mean in enumerate(means):
+                down = expert_weights(source, layer, "down", expert, scaled=True)
+                assert down is not None
+                norms.append(float((down.double().square().sum(0) @ mean).sqrt()))
+            score = torch.tensor(norms, dtype=torch.float64)
+            unseen = (means == 1).all(dim=1)  # what the older form has for them
+            found[layer] = score * (tokens if matrix.has_counts else (~unseen).double())
+        progress.step(note=f"layer {layer}")
+    progress.finish()
+    return found
+
+
+class _UseSums:
+    """The sums of `ExpertUse` over the windows of a run, stored after each of them.
+
+    Args:
+        source: the file that runs.
+        store: where the sums are stored.
+    """
+
+    def __init__(self, source: GGUFSource, store: Path) -> None:
+        self.store, self.count = store, int(source.get("expert_count"))
+        # llama.cpp multiplies the inputs of this architecture by the router's weights
+        self.output = "down" if source.architecture == "llama4" else "weighted"
+        self.chosen: dict[int, Tensor] = {}
+        self.sums: dict[str, Tensor] = load_file(store) if store.exists() else {}
+
+    @property
+    def done(self) -> int:
+        """The windows that are finished."""
+        return int(self.sums.get(DONE, 0))
+
+    def wanted(self, node: Node) -> bool:
+        """Whether a node is one of those that count."""
+        match = ROUTED.fullmatch(node.name)
+        return match is not None and match[1].endswith(("topk", self.output))
+
+    def add(self, node: Node) -> None:
+        """Add what a node has of some tokens."""
+        match = ROUTED.fullmatch(node.name)
+        assert match is not None
+        layer, value = int(match[2]), node.value()[0]
+        if match[1].endswith("topk"):
+            if layer in self.chosen:
+                raise ArchitectureError(
+                    f"layer {layer} chooses experts twice for each token",
+                    remedy="choose by their weights: --experts-by aimer",
+                )
+            self.chosen[layer] = value[0].long().flatten()
+            return
+        chosen = self.chosen.pop(layer)
+        tokens, outputs = f"tokens.{layer}", f"outputs.{layer}"
+        zeros = torch.zeros(self.count, dtype=torch.float64)
+        own = self.sums.setdefault(outputs, zeros)
+        own.index_add_(0, chosen, value.double().norm(dim=-1).flatten())
+        counts = chosen.bincount(minlength=self.count)
+        self.sums[tokens] = self.sums.get(tokens, 0) + counts
+
+    def step(self) -> None:
+        """A window is finished."""
+        self.sums[DONE] = torch.tensor(self.done + 1)
+        write_tensors(self.store, self.sums)
+
+    def use(self) -> dict[int, ExpertUse]:
+        """The use of experts, by number of the layer."""
+        layers = sorted(int(x.removeprefix("tokens.")) for x in self.sums if x[:6] == "tokens")
+        return {n: ExpertUse(self.sums[f"tokens.{n}"], self.sums[f"outputs.{n}"]) for n in layers}
+
+
+def expert_use(
+    source: GGUFSource, engine: LlamaCpp, windows: Tensor, store: Path, progress: Progress
+) -> dict[int, ExpertUse]:
+    """Pass windows through a file by llama.cpp, and measure how much it uses its experts.
+
+    Args:
+        source: the file.
+        engine: the same file, loaded.
+        windows: token ids [samples, sequence_length].
+        store: a safetensors file with the sums of the finished windows. A killed run goes on there.
+        progress: receives every window.
+
+    Raises:
+        ArchitectureError: llama.cpp shows no experts, or two choices of them in a layer.
+    """
+    sums = _UseSums(source, store)
+    progress.start("experts", len(windows))
+    progress.step(sums.done)
+    for _ in engine.run(windows[sums.done :], sums.wanted, sums.add):
+        sums.step()
+        progress.step()
+    progress.finish()
+    found = sums.use()
+    if not found:
+        raise ArchitectureError(
+            f"llama.cpp shows no experts of {source.architecture}",
+            where=str(source.file),
+            remedy="choose by their weights: --experts-by aimer",
+        )
+    return found
+
+
+def expert_scores(
+    source: GGUFSource,
+    layers: Collection[int],
+    by: str,
+    options: Calibration,
+    imatrix: Path | None,
+    work: Path,
+    progress: Progress,
+) -> tuple[dict[int, Tensor], dict[str, Any]]:
+    """The scores of all experts of a file, float64 [experts] by number of the layer; and notes.
+
+    Args:
+        source: the file.
+        layers: with experts.
+        by: reap, frequency, random, aimer or imatrix.
+        options: the calibration text; its seed is that of `random`.
+        imatrix: the importance matrix for `imatrix`.
+        work: the folder of the run, for sums of a run that may be killed.
+        progress: receives every step.
+
+    Raises:
+        ArchitectureError: llama.cpp does not show the experts of this file.
+        CheckpointError: the importance matrix is damaged, or of another model.
+        RecipeError: the text and the windows do not fit, or llama.cpp is not installed.
+    """
+    notes: dict[str, Any] = {"by": by}
+    if by == "random":
+        blank = torch.zeros(int(source.get("expert_count")))
+        unused = ExpertUse(blank, blank)
+        return {layer: unused.score(by, options.seed + layer) for layer in layers}, notes
+    scores: dict[int, Tensor] = {}
+    if by == "imatrix":
+        assert imatrix is not None
+        matrix = ImportanceMatrix.read(imatrix)
+        scores = imatrix_scores(source, matrix, layers, progress)
+        notes["unseen"] = _unseen(scores)
+        if not scores:
+            raise CheckpointError(
+                "the importance matrix has no experts of this file",
+                where=str(imatrix),
+                remedy="name the importance matrix of this model",
+            )
+    elif by in ("reap", "frequency"):
+        with LlamaCpp(source.file) as engine:
+            length = window_length(options.sequence_length, 2048, engine.positions)
+            plan = WindowPlan(options.windows, length, options.seed, options.packing)
+            limits = {"vocab_size": engine.vocabulary_size, "positions": engine.positions}
+            given: Any = engine  # it is asked as a tokenizer of transformers
+            windows, notes["calibration"] = load_calibration(
+                options.source, given, plan, field=options.field, **limits
+            )
+            store = work / "experts.safetensors"
+            use = expert_use(source, engine, windows, store, progress)
+        scores = {layer: own.score(by) for layer, own in use.items()}
+        notes["use"] = {layer: own.to_json() for layer, own in use.items()}
+        notes["unseen"] = _unseen({layer: own.tokens for layer, own in use.items()})
+    others = [layer for layer in layers if layer not in scores]
+    if others and by != "aimer":
+        notes["by_weights"] = others
+        log.warning("layers %s are scored by their weights: nothing else reaches them", others)
+    weighed = aimer_scores(source, others, progress) if others else {}
+    return {layer: {**scores, **weighed}[layer] for layer in layers}, notes
+
+
+def _unseen(tokens: Mapping[int, Tensor]) -> dict[int, list[int]]:
+    """The experts of each layer that received no token; a warning names them."""
+    found = {layer: (own == 0).nonzero().flatten().tolist() for layer, own in tokens.items()}
+    found = {layer: experts for layer, experts in found.items() if experts}
+    if found:
+        total = sum(map(len, found.values()))
+        layer, experts = next(iter(found.items()))
+        message = "%d experts received no token and go first (layer %d: %s): use more text"
+        log.warning(message, total, layer, experts[:8])
+    return found
