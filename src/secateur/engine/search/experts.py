@@ -158,7 +158,7 @@ def aimer(weights: Iterable[Tensor]) -> float:
     Example:
         >>> import torch
         >>> from secateur.engine.search.experts import aimer
-        >>> aimer([torch.ones(2, 2)]), aimer([torch.tensor([[2.0, 0.0], [0.0, 0.0]])])
+        >>> aimer([torch.ones(1, 4)]), aimer([torch.tensor([[2.0, 0.0], [0.0, 0.0]])])
         (1.0, 2.0)
     """
     absolute = squares = count = 0.0
