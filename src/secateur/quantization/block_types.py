@@ -138,7 +138,7 @@ class BlockType:
             return level.to(torch.int8)
         # The nearest level of a level is itself; its index counts the levels below it.
         levels = torch.tensor(self.levels, dtype=torch.float32, device=level.device)
-        return torch.bucketize(level, levels).to(torch.int8)
+        return torch.bucketize(level.contiguous(), levels).to(torch.int8)
 
 
 def _codes(bits: int, stride: int, shift: int = 0) -> Plane:

@@ -144,10 +144,10 @@ class Blocks:
 
     @staticmethod
     def of(grid: BlockGrid, found: Found, weight: Weight) -> Blocks:
-        """The nearest blocks of a weight [out, in] with the scales of its blocks in turn."""
+        """The nearest blocks of a weight [..., out, in] with the scales of its blocks in turn."""
 
         def rows(part: Tensor, dtype: torch.dtype, held: Any) -> Any:
-            return part.reshape(len(weight), -1).to(dtype) if held else None
+            return part.reshape(*weight.shape[:-1], -1).to(dtype) if held else None
 
         table, half, whole = grid.table, torch.float16, torch.int8
         return Blocks(

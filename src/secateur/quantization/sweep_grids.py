@@ -21,12 +21,17 @@ a mask are held.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.machine import add_product, add_rows
+from secateur.quantization.block_search import Found, search
+from secateur.quantization.block_types import inverse
+from secateur.quantization.blocks import BlockGrid, Blocks
 from secateur.quantization.groups import GroupGrid, Scales
 from secateur.quantization.int8 import LARGEST, grid_rows
 
@@ -47,6 +52,7 @@ class RowColumns:
     peak: Tensor
     column: Tensor
     together: int = 0
+    step: int = 0
 
     @staticmethod
     def of(columns: Tensor) -> RowColumns:
@@ -93,6 +99,11 @@ class GroupColumns:
         """The columns of a group."""
         return self.grid.group
 
+    @property
+    def step(self) -> int:
+        """The columns that are swept one by one before others follow."""
+        return self.grid.group
+
     def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
         """Choose the scale with the least error Σ_j h_j (w_j − s q_j)² in a group.
 
@@ -120,14 +131,261 @@ class GroupColumns:
         found = Scales.nearest(scale.reshape(-1, 1), self.exponent)
         return found.values.view(scale.shape)
 
+    def fit(
+        self, columns: Tensor, group: int, kept: Tensor, hessian: Tensor, residual: Tensor
+    ) -> None:
+        """The scale of one group, then its integers, in place.
 
-SweepGrid = RowColumns | GroupColumns
+        Args:
+            columns: the weights of the group, float32 [..., together, out].
+            group: its number.
+            kept: False where a weight stays zero, bool, like `columns`.
+            hessian: H of these columns, float32 [..., together, together].
+            residual: rᵀ of these columns, float32 [..., together, out]; it is read.
+        """
+        scale = self.scale[..., group, :]
+        codes = columns / scale[..., None, :]  # q, whole up to rounding
+        # q H qᵀ and q rᵀ of every row at once: columns are [..., group, out], so sums go over -2.
+        curvature = (codes * (hessian @ codes)).sum(dim=-2)
+        # The vertex of the parabola in s; the curvature is 0 where all integers are.
+        wanted = scale - (codes * residual).sum(dim=-2) / curvature.clamp_min(1e-30)
+        # No parabola where all q are 0; and a scale of the other sign would turn the grid around.
+        usable = (curvature > 0) & (wanted * scale > 0)
+        found = torch.where(usable, self.nearest(wanted), scale)
+        scaled = codes.round_().mul_(found[..., None, :])  # the same integers with the new scale
+        # A copy: `descend` corrects its own residual by all that the group changes.
+        residual = add_product(residual.clone(), hessian, scaled - columns)
+        self.scale[..., group, :] = found
+        columns.copy_(scaled)
+        _descend_columns(columns, kept, hessian, residual, lambda x: self.rounded(x, found))
+
+
+class BlockColumns:
+    """A type of ggml: d, d′, s and m are chosen when the sweep arrives at their block.
+
+    Args:
+        grid: the type.
+        columns: the weights before the sweep, float32 [..., in, out]; only their shape counts.
+
+    Attributes:
+        d, d_min: float32 [..., blocks, out], exact in float16.
+        scales, minima: s and m, whole float32 [..., sub-blocks, out].
+
+    Raises:
+        ShapeError: a row has no whole number of blocks.
+    """
+
+    def __init__(self, grid: BlockGrid, columns: Tensor) -> None:
+        self.grid, self.table = grid, grid.table
+        *batch, inputs, out = columns.shape
+        grid.row_bytes(inputs)  # refuses a block that is not whole
+        self.subs = grid.block // grid.sub
+        self.d = columns.new_zeros(*batch, inputs // grid.block, out)
+        self.scales = columns.new_zeros(*batch, inputs // grid.sub, out)
+        self.d_min, self.minima = torch.zeros_like(self.d), torch.zeros_like(self.scales)
+
+    @property
+    def together(self) -> int:
+        """The columns of a block."""
+        return self.grid.block
+
+    @property
+    def step(self) -> int:
+        """The columns of a sub-block."""
+        return self.grid.sub
+
+    def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
+        """Choose d, d′, s and m with the least error Σ_j h_j (w_j − ŵ_j)² in a block.
+
+        Args:
+            start: the number of its first column.
+            columns: its weights as they are now, float32 [..., together, out]; pruned ones are 0.
+            importance: h, of each column, float32 [..., together].
+        """
+        rows = columns.mT
+        each = importance[..., None, :].expand_as(rows)
+        block, shape = start // self.grid.block, (-1, self.subs, self.grid.sub)
+        found = search(self.table, rows.reshape(shape), each.reshape(shape))
+        for own, every in ((self.d, found.d), (self.d_min, found.d_min)):
+            own[..., block, :] = every.view(rows.shape[:-1])
+        for own, every in ((self.scales, found.scales), (self.minima, found.minima)):
+            own[..., self._subs(block), :] = every.view(*rows.shape[:-1], -1).mT
+
+    def _subs(self, block: int) -> slice:
+        """The sub-blocks of a block."""
+        return slice(block * self.subs, (block + 1) * self.subs)
+
+    def round(self, column: Tensor, index: int) -> Tensor:
+        """A column [..., out], rounded."""
+        return self.rounded(column, *self._of(index // self.grid.sub))
+
+    def _of(self, sub: int) -> tuple[Tensor, Tensor]:
+        """The scale d · s and the minimum d′ · m of a sub-block, [..., out]."""
+        scales, minima = self.scales[..., sub, :], self.minima[..., sub, :]
+        block = sub // self.subs
+        return self.d[..., block, :] * scales, self.d_min[..., block, :] * minima
+
+    def _levels(self, columns: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """The nearest q of weights, with scales and minima that broadcast to them."""
+        reciprocal = inverse(scale)
+        position = columns * reciprocal
+        if self.table.has_minima:
+            position += minimum * reciprocal
+        return self.table.level(position)
+
+    def _weights(self, level: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """(d · s) · q − (d′ · m), in place of q."""
+        weights = level.mul_(scale)
+        return weights.sub_(minimum) if self.table.has_minima else weights
+
+    def rounded(self, columns: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """Weights, rounded with scales and minima that broadcast to them."""
+        return self._weights(self._levels(columns, scale, minimum), scale, minimum)
+
+    def blocks(self, columns: Tensor) -> Blocks:
+        """The blocks [..., out, in] of weights [..., in, out] that are on this grid."""
+        found = (x.mT for x in (self.d, self.scales, self.d_min, self.minima))
+        return Blocks.of(self.grid, Found(*found), columns.mT)
+
+    def fit(
+        self, columns: Tensor, block: int, kept: Tensor, hessian: Tensor, residual: Tensor
+    ) -> None:
+        """The integers and codes of each sub-block in turn, then d and d′, all in place.
+
+        Args:
+            columns: the weights of one block, float32 [..., together, out].
+            block: its number.
+            kept: bool, like `columns`; all True where the type has no exact zero.
+            hessian: H of these columns, float32 [..., together, together].
+            residual: rᵀ of these columns, float32 [..., together, out]; it is read.
+        """
+        residual, sub = residual.clone(), self.grid.sub
+        for number in range(self.subs):
+            span = slice(number * sub, (number + 1) * sub)
+            own, left = columns[..., span, :], residual[..., span, :]
+            before = own.clone()
+            here, current = hessian[..., span, span], block * self.subs + number
+            if self.table.scales is not None:
+                self._fit_integers(own, current, kept[..., span, :], here, left)
+            pull = add_product(left.clone(), here, own - before)
+            scales = self._of(current)
+            _descend_columns(
+                own, kept[..., span, :], here, pull, lambda x, at=scales: self.rounded(x, *at)
+            )
+            add_product(residual, hessian[..., span], own - before)
+        self._fit_numbers(columns, block, kept, hessian, residual)
+
+    def _fit_integers(
+        self, columns: Tensor, sub: int, kept: Tensor, hessian: Tensor, residual: Tensor
+    ) -> None:
+        """The integers s and m of a sub-block, its codes held."""
+        scale, minimum = (x[..., None, :] for x in self._of(sub))
+        level = self._levels(columns, scale, minimum)
+        ones = torch.ones_like(level) if self.table.has_minima else None
+        error = _Parabola.of(level * kept, ones, hessian, residual)
+        s, m = self.scales[..., sub, :], self.minima[..., sub, :]
+        d, d_min = (x[..., sub // self.subs, :] for x in (self.d, self.d_min))
+        lowest, highest = self.table.scales or (1, 1)
+        most = self.table.minima or 0
+        tried = []
+        if self.table.has_minima:
+            # The integers s on both sides of the vertex, and the best m for each.
+            vertex = s + error.vertex()[0] * inverse(d)
+            for near in (vertex.floor(), vertex.ceil()):
+                new = near.clamp(lowest, highest)
+                grown = error.second(d * (new - s))
+                tried.append((new, (m + grown * inverse(d_min)).round_().clamp_(0, most)))
+        alone = s + error.first() * inverse(d)
+        tried.append((alone.round_().clamp_(lowest, highest), m))
+        least, best = torch.zeros_like(s), (s, m)
+        for new, other in tried:
+            change = error.change(d * (new - s), d_min * (other - m))
+            better = change < least
+            least = torch.where(better, change, least)
+            best = torch.where(better, new, best[0]), torch.where(better, other, best[1])
+        self.scales[..., sub, :], self.minima[..., sub, :] = best
+        scale, minimum = (x[..., None, :] for x in self._of(sub))
+        columns.copy_(self._weights(level, scale, minimum).mul_(kept))
+
+    def _fit_numbers(
+        self, columns: Tensor, block: int, kept: Tensor, hessian: Tensor, residual: Tensor
+    ) -> None:
+        """The float16 numbers d and d′ of a block, all integers and codes held."""
+        s, m = (
+            x[..., self._subs(block), :].repeat_interleave(self.grid.sub, dim=-2)
+            for x in (self.scales, self.minima)
+        )
+        d, d_min = self.d[..., block, :], self.d_min[..., block, :]
+        level = self._levels(columns, d[..., None, :] * s, d_min[..., None, :] * m)
+        error = _Parabola.of(
+            level * s * kept, m if self.table.has_minima else None, hessian, residual
+        )
+        grown = error.vertex()
+        new, other = ((x + more).half().float() for x, more in zip((d, d_min), grown, strict=True))
+        # Of values beyond float16 the error is no number, and not below 0.
+        better = error.change(new - d, other - d_min) < 0
+        d.copy_(torch.where(better, new, d))
+        d_min.copy_(torch.where(better, other, d_min))
+        scale, minimum = d[..., None, :] * s, d_min[..., None, :] * m
+        columns.copy_(self._weights(level, scale, minimum).mul_(kept))
+
+
+class _Parabola(NamedTuple):
+    """What the error gains where a scale grows by a, and a minimum by b.
+
+    The weights of a row change by a u − b v: a² uHu − 2 a b uHv + b² vHv + 2 a u r − 2 b v r.
+    """
+
+    uu: Tensor
+    uv: Tensor
+    vv: Tensor
+    ur: Tensor
+    vr: Tensor
+
+    @staticmethod
+    def of(u: Tensor, v: Tensor | None, hessian: Tensor, residual: Tensor) -> _Parabola:
+        """For columns u and v [..., n, out]; v is None where there is no minimum."""
+
+        def products(left: Tensor, right: Tensor) -> Tensor:
+            return (left * right).sum(dim=-2)
+
+        image = hessian @ u
+        uu, ur = products(u, image), products(u, residual)
+        if v is None:
+            none = torch.zeros_like(uu)
+            return _Parabola(uu, none, none, ur, none)
+        vv = products(v, hessian @ v)
+        return _Parabola(uu, products(v, image), vv, ur, products(v, residual))
+
+    def first(self) -> Tensor:
+        """The best a where b is 0."""
+        return torch.where(self.uu > 0, -self.ur / self.uu, 0.0)
+
+    def second(self, a: Tensor) -> Tensor:
+        """The best b for a given a."""
+        return torch.where(self.vv > 0, (self.vr + a * self.uv) / self.vv, 0.0)
+
+    def vertex(self) -> tuple[Tensor, Tensor]:
+        """The best a and b."""
+        determinant = self.uu * self.vv - self.uv**2
+        usable = determinant > 1e-6 * self.uu * self.vv
+        both = (self.vr * self.uv - self.ur * self.vv) / determinant
+        a = torch.where(usable, both, self.first())
+        return a, torch.where(usable, self.second(a), 0.0)
+
+    def change(self, a: Tensor, b: Tensor) -> Tensor:
+        """How much the error grows."""
+        straight = a * (a * self.uu + 2 * self.ur)
+        return straight + b * (b * self.vv - 2 * self.vr - 2 * a * self.uv)
+
+
+SweepGrid = RowColumns | GroupColumns | BlockColumns
 """The grid of one matrix during a sweep, or of a batch."""
 
 
 def descend(
     columns: Tensor,
-    grid: GroupColumns,
+    grid: GroupColumns | BlockColumns,
     target: Tensor,
     kept: Tensor,
     gram: Tensor,
@@ -153,38 +411,28 @@ def descend(
     residual = add_product(shift * wrong, gram, wrong)  # rᵀ = H (x − t)ᵀ, [..., in, out]
     del wrong
     for _ in range(passes):
-        for group in range(grid.scale.shape[-2]):
+        for group in range(-(-columns.shape[-2] // grid.together)):
             span = slice(group * grid.together, (group + 1) * grid.together)
             # [group, group] of H, with the damping on its diagonal.
             hessian = gram[..., span, span].clone()
             hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal[..., span])
             own, left = columns[..., span, :], residual[..., span, :]
             before = own.clone()
-            _fit_group(own, grid, group, kept[..., span, :], hessian, left)
+            grid.fit(own, group, kept[..., span, :], hessian, left)
             # What a group changed reaches the residuals of all columns, its own included.
             change = own - before
             add_product(residual, gram[..., span], change)
             left.addcmul_(shift[..., span, :], change)
 
 
-def _fit_group(
-    columns: Tensor, grid: GroupColumns, group: int, kept: Tensor, hessian: Tensor, residual: Tensor
+def _descend_columns(
+    columns: Tensor,
+    kept: Tensor,
+    hessian: Tensor,
+    residual: Tensor,
+    rounded: Callable[[Tensor], Tensor],
 ) -> None:
-    """The scale of one group, then its integers, in place; `residual` [..., group, out] is read."""
-    scale = grid.scale[..., group, :]
-    codes = columns / scale[..., None, :]  # q, whole up to rounding
-    # q H qᵀ and q rᵀ of every row at once: columns are [..., group, out], so sums go over dim -2.
-    curvature = (codes * (hessian @ codes)).sum(dim=-2)
-    # The vertex of the parabola in s; the curvature is 0 where all integers are.
-    wanted = scale - (codes * residual).sum(dim=-2) / curvature.clamp_min(1e-30)
-    # No parabola where all q are 0; and a scale of the other sign would turn the grid around.
-    usable = (curvature > 0) & (wanted * scale > 0)
-    found = torch.where(usable, grid.nearest(wanted), scale)
-    scaled = codes.round_().mul_(found[..., None, :])  # the same integers with the new scale
-    # A copy: `descend` corrects its own residual by all that the group changes.
-    residual = add_product(residual.clone(), hessian, scaled - columns)
-    grid.scale[..., group, :] = found
-    columns.copy_(scaled)
+    """The codes of some columns with given scales, one column after the other, in place."""
     moved = torch.empty_like(columns)  # by how much each column of the group changed
     for i, (column, pull, change) in enumerate(
         zip(*(x.unbind(-2) for x in (columns, residual, moved)), strict=True)
@@ -193,6 +441,6 @@ def _fit_group(
             add_rows(pull, hessian[..., :i, i], moved[..., :i, :])
         # The vertex of the parabola in w_i, rounded; a pruned weight stays 0.
         vertex = column - pull / hessian[..., i, i, None]
-        rounded = grid.rounded(vertex, found).mul_(kept[..., i, :])
-        torch.sub(rounded, column, out=change)
-        column.copy_(rounded)
+        new = rounded(vertex).mul_(kept[..., i, :])
+        torch.sub(new, column, out=change)
+        column.copy_(new)

@@ -136,8 +136,8 @@ def _sweep_block(
     by_group = choice is not None and choice.by_group
     step = choice.pattern.columns_together if choice and by_group else _STEP_COLUMNS
     scaled = grid.together if grid else 0
-    if scaled and not by_group:  # with N:M, M divides the group, and a group begins with a step
-        step = scaled
+    if grid and scaled and not by_group:  # with N:M, M divides the group
+        step = grid.step
     diagonal, width = factor.diagonal(dim1=-2, dim2=-1), block.shape[-2]
     for start in range(0, width, step):
         span = slice(start, min(start + step, width))
