@@ -482,7 +482,7 @@ def test_damaged_gguf_files(gguf_file, cache, tmp_path):
     content = gguf_file.read_bytes()
     for size in (200, len(content) - 500):
         (tmp_path / "short.gguf").write_bytes(content[:size])
-        with pytest.raises(CheckpointError, match=r"cannot be converted"):
+        with pytest.raises(CheckpointError, match=r"of the file|the file has"):
             resolve(tmp_path / "short.gguf")
     assert not leftovers(cache)
 

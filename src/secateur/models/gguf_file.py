@@ -41,6 +41,8 @@ MAX_NAME_BYTES, MAX_DIMENSIONS = 63, 4
 """The limits of ggml for a tensor."""
 FIRST_BYTES = 2**20
 """So much of a file is read at once to find its header; then, each time, twice as much."""
+SAMPLES, SAMPLE_BYTES = 1024, 4096
+"""What is read of the data to tell a file from another; all of it would take as long as a copy."""
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 ALIGNMENT = "general.alignment"
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -210,7 +212,7 @@ class Part:
         tensors: in the order of the file.
         alignment: of the tensors, in bytes.
         size_bytes: of the file.
-        digest: SHA-256 of the header.
+        header_digest: SHA-256 of the header.
     """
 
     file: Path
@@ -218,7 +220,16 @@ class Part:
     tensors: dict[str, StoredTensor]
     alignment: int
     size_bytes: int
-    digest: str
+    header_digest: str
+
+    def sampled(self) -> str:
+        """SHA-256 of the header, the size, and samples spread over the data."""
+        digest = hashlib.sha256(f"{self.header_digest} {self.size_bytes}".encode())
+        with self.file.open("rb") as stream:
+            for number in range(SAMPLES):
+                stream.seek(self.size_bytes * number // SAMPLES)
+                digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -246,14 +257,17 @@ class GGUFSource:
             CheckpointError: a file is damaged, of another version, missing, or of another model.
         """
         path = Path(path).expanduser()
-        first = read_part(path)
-        files = _part_files(path, first)
-        parts = tuple(first if file == path else read_part(file) for file in files)
+        return cls.of_parts(_part_files(path, read_part(path)))
+
+    @classmethod
+    def of_parts(cls, files: Sequence[Path]) -> GGUFSource:
+        """Read the headers of all parts, the first one first."""
+        parts = tuple(map(read_part, files))
         if len(parts) > 1:
             _check_parts(parts)
         tensors = dict(chain.from_iterable(part.tensors.items() for part in parts))
         if len(tensors) < sum(len(part.tensors) for part in parts):
-            raise damaged("two parts have a tensor of the same name", path)
+            raise damaged("two parts have a tensor of the same name", files[0])
         return cls(parts, parts[0].fields, tensors)
 
     @property
@@ -290,11 +304,8 @@ class GGUFSource:
         return default if field is None else field.value
 
     def identity(self) -> dict[str, str]:
-        """What tells the files from others, by name: header, size and time of change."""
-        return {
-            part.file.name: f"{part.digest} {part.size_bytes} {part.file.stat().st_mtime_ns}"
-            for part in self.parts
-        }
+        """What tells the files from others, by name: SHA-256 of header and samples of the data."""
+        return {part.file.name: part.sampled() for part in self.parts}
 
 
 def _part_files(path: Path, part: Part) -> list[Path]:
@@ -470,8 +481,8 @@ class _Header:
         """Refuse a count of things that the rest of the file cannot hold."""
         if count * least_bytes > self.size_bytes - self.at:
             raise damaged(
-                f"{what}: {count} entries, and {self.size_bytes - self.at} bytes of the file are "
-                "left",
+                f"{what}: {count} do not fit into the last {self.size_bytes - self.at} bytes of "
+                "the file",
                 self.file,
             )
 

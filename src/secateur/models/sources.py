@@ -18,18 +18,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError, SourceError, first_line
 from secateur.models import hub
 from secateur.models.cache import cache_folder, work_beside
-from secateur.models.checkpoint import damaged, refuse_not_finite, shard_files
+from secateur.models.checkpoint import refuse_not_finite, shard_files
 from secateur.models.configuration import check_folder, trusted_folder
 from secateur.models.samples import MODELS
 from secateur.progress import Progress, Silent
 from secateur.registry import did_you_mean
 from secateur.runs.records import Source
 from secateur.types import FLOATS
+
+if TYPE_CHECKING:
+    from secateur.models.gguf_file import GGUFSource
 
 log = logging.getLogger(__name__)
 LICENSE = "general.license"
@@ -168,11 +171,19 @@ def convert_gguf(
         dtype: of the safetensors.
         key: what identifies the file's bytes; by default its name, size and time of change.
         progress: receives the steps.
+
+    Raises:
+        CheckpointError: it is damaged, one of several parts, or of an unknown architecture.
     """
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
-        raise damaged(f"not a GGUF file: it begins with {magic!r}", file)
+    from secateur.models.gguf_file import GGUFSource
+
+    source = GGUFSource.read(file)
+    if len(source.parts) > 1:
+        raise CheckpointError(
+            f"the model is in {len(source.parts)} files, and one is expanded",
+            where=str(file),
+            remedy="join them: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
+        )
     status = file.stat()  # reading the whole file to identify it would take as long as expanding it
     key = key or f"{file.name}|{status.st_size}|{status.st_mtime_ns}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -180,6 +191,7 @@ def convert_gguf(
     if not _is_whole(target):
         with work_beside(target) as work:
             _expand_gguf(file, dtype, work, progress or Silent())
+            _write_card(source, work / "finished")
             put_in_place(work, target)
     return target
 
@@ -237,17 +249,15 @@ def _expand_gguf(file: Path, dtype: str, work: Path, progress: Progress) -> None
         progress.start(f"writing {file.stem} as safetensors", 1)
         model.save_pretrained(work / "finished")
         tokenizer.save_pretrained(work / "finished")
-        _write_card(file, work / "finished")
         progress.finish()
 
 
-def _write_card(file: Path, folder: Path) -> None:
+def _write_card(source: GGUFSource, folder: Path) -> None:
     """Write a model card with the licence and the base model that a GGUF file names, if it does."""
-    import gguf
     from huggingface_hub import ModelCardData
 
-    fields = gguf.GGUFReader(str(file)).fields
-    named = {key: fields[key].contents() for key in (LICENSE, *BASE_MODELS) if key in fields}
+    fields = source.fields
+    named = {key: fields[key].value for key in (LICENSE, *BASE_MODELS) if key in fields}
     base = next((str(named[key]) for key in BASE_MODELS if key in named), "")
     found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", base)
     license, base_model = named.get(LICENSE), found[1] if found else None

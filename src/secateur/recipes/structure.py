@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import combinations, product
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -30,7 +30,9 @@ NARROWING = ("kv_groups", "query_heads", "ffn", *TARGETS)
 """Options that cut heads or neurons."""
 WIDTHS = ("kv_groups", "query_heads", "ffn", "hidden_size", *TARGETS)
 """Options that cut within layers, by a score."""
-CUTS = ("keep_layers", "experts", *WIDTHS, "vocabulary", "vocabulary_size")
+BY_HAND = ("experts_list", "layers_list")
+"""Options that name the units that stay."""
+CUTS = ("keep_layers", "experts", *BY_HAND, *WIDTHS, "vocabulary", "vocabulary_size")
 """Options that cut."""
 
 NOT_LEARNED = (
@@ -40,6 +42,8 @@ NOT_LEARNED = (
 """Options that control the choice of units by a score, or name units without gates."""
 
 Counted = Flag(value="NUMBER", default="all")
+
+ExpertsBy = Literal["reap", "frequency", "aimer", "imatrix", "random", "merge"]
 
 
 class Depth(Section):
@@ -79,6 +83,11 @@ class _WhatToCut(Section):
     """Decoder layers to keep: a number, or a fraction such as 0.8."""
     experts: Annotated[Kept | None, Counted] = Field(None, gt=0)
     """Experts to keep in each layer: a number or a fraction."""
+    experts_list: Annotated[str | None, Flag(value="FILE", default="chosen by a score")] = None
+    """Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3, 7]}, by layer.
+    For a GGUF file as output."""
+    layers_list: Annotated[str | None, Flag(value="LIST", default="chosen")] = None
+    """Decoder layers to keep, by number, such as 0-11,14,16-31. For a GGUF file as output."""
     hidden_size: Annotated[Kept | None, Counted] = Field(None, gt=0)
     """Channels of the residual stream to keep: a number or a fraction."""
     kv_groups: Annotated[Kept | None, Counted] = Field(None, ge=0)
@@ -134,9 +143,12 @@ class _HowToCut(Section):
     or search."""
     learned: Annotated[_LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
     """Learn which units stay by training, in this many steps."""
-    experts_by: Literal["reap", "frequency", "random", "merge"] = "reap"
-    """How to select experts: by REAP or by how often they are chosen, or at random; merge averages
-    the others into the most similar expert that stays."""
+    experts_by: ExpertsBy = "reap"
+    """How to select experts: by REAP or by how often they are chosen; by their weights alone
+    (aimer); by an importance matrix; or at random. merge averages the others into the most similar
+    expert that stays."""
+    imatrix: Annotated[str | None, Flag(value="FILE")] = None
+    """The importance matrix of a GGUF file, by llama.cpp: .gguf or .dat."""
     experts_scope: Literal["layer", "global"] = "layer"
     """Where experts compete: within their layer, or in the whole model, so that layers keep
     different numbers."""
@@ -188,7 +200,7 @@ class StructureRecipe(
     run = shared.Planning
     needs: ClassVar = {
         "depth_by": ("keep_layers", *TARGETS),
-        **dict.fromkeys(("experts_by", "experts_scope"), ("experts",)),
+        **dict.fromkeys(("experts_by", "experts_scope", "imatrix"), ("experts",)),
         **dict.fromkeys(("score", "solver", "allocation", "multiple"), WIDTHS),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),
         **shared.DISTILLING,
@@ -205,6 +217,16 @@ class StructureRecipe(
         *(
             Conflict(*pair, "these are two targets", shared.ONE)
             for pair in combinations(TARGETS, 2)
+        ),
+        Conflict("experts", "experts_list", "both say which experts stay", shared.ONE),
+        Conflict("keep_layers", "layers_list", "both say which layers stay", shared.ONE),
+        Conflict(
+            "experts_by=imatrix", "imatrix=None", "there is nothing to read", "add --imatrix FILE"
+        ),
+        *(
+            Conflict("imatrix", f"experts_by={by}", "nothing reads it", "leave one of them out")
+            for by in get_args(ExpertsBy)
+            if by != "imatrix"
         ),
         *(
             Conflict(target, width, "both set how many heads and neurons stay", shared.ONE)

@@ -147,7 +147,7 @@ class RunFolder:
             if begun is not None and not self.restart and not self.has_name(begun):
                 self.check_stopped(begun)
             if not self.finished and not self.old_output.exists():
-                files.check_replaceable(self.output, self.overwrite)
+                self.check_free_name(begun)
         except OSError as error:
             raise files.cannot_write(error, self.output) from error
         return result or (begun if self.wants_resume and not self.restart else None)
@@ -169,6 +169,15 @@ class RunFolder:
         if made.verb != self.verb:
             return None
         return replace(made, finished=(found.st_dev, found.st_ino))
+
+    def check_free_name(self, stopped: State | None = None, result: Path | None = None) -> None:
+        """Refuse an output that exists, unless it is a model and may be replaced.
+
+        Args:
+            stopped: the run that this call continues, if it does.
+            result: the finished result, if the work is done.
+        """
+        files.check_replaceable(self.output, self.overwrite, result)
 
     def check_stopped(self, stopped: State) -> None:
         """Refuse a stopped run that this call does not continue."""
@@ -212,7 +221,7 @@ class RunFolder:
 
     def has_name(self, stopped: State | None) -> bool:
         """Whether the result of a run already has its name."""
-        if stopped is None or stopped.finished is None or not self.output.is_dir():
+        if stopped is None or stopped.finished is None or not self.output.exists():
             return False
         found = self.output.stat()
         return stopped.finished == (found.st_dev, found.st_ino)
@@ -327,18 +336,25 @@ class RunFolder:
         """
         assert self.state is not None
         self.whole = True
-        files.check_replaceable(self.output, self.overwrite, result=self.model)
+        self.check_free_name(self.state, result=self.model)
         if self.identity is not None:
             files.write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
-        # before the rename: it keeps the inode, so the next call sees whether it happened
-        found = self.model.stat()
-        self.write_state(replace(self.state, finished=(found.st_dev, found.st_ino)))
+        self.note_finished(self.model)
         try:
             files.take_name(self.model, self.output, self.old_output)
         except FileExistsError:
-            files.check_replaceable(self.output, self.overwrite, result=self.model)
+            self.check_free_name(result=self.model)
             raise
         self.finished = True
+
+    def note_finished(self, made: Path) -> None:
+        """Store which file or folder gets the name of the output.
+
+        Before the rename: it keeps the inode, so the next call sees whether it happened.
+        """
+        assert self.state is not None
+        found = made.stat()
+        self.write_state(replace(self.state, finished=(found.st_dev, found.st_ino)))
 
     # -- details ---------------------------------------------------------------------------------
 

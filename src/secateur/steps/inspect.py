@@ -11,6 +11,7 @@ from secateur.progress import Progress
 if TYPE_CHECKING:
     from secateur.recipes.measure import InspectRecipe
     from secateur.reporting.diagnose import InspectResult
+    from secateur.reporting.gguf_files import InspectFileResult
 
 
 def inspect(
@@ -19,10 +20,11 @@ def inspect(
     layer: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> InspectResult:
+) -> InspectResult | InspectFileResult:
     """Report family, sizes, linears and the stored zeros of a model.
 
-    A GGUF file is first expanded to a checkpoint.
+    Of a GGUF file the header alone is read: architecture, sizes, types, and what `structure` can
+    cut. With `layer` the file is expanded to a checkpoint, and its weights are read.
 
     Args:
         model: hub id, folder, GGUF file or named sample.
@@ -34,6 +36,9 @@ def inspect(
         RecipeError: the model has no such layer.
         CheckpointError: the model is damaged or incomplete.
     """
+    place = Path(model).expanduser()
+    if layer is None and place.suffix == ".gguf" and place.is_file():
+        return _inspect_file(str(model), place)
     from secateur.diagnostics.audit import audit_checkpoint
     from secateur.diagnostics.findings import read_claims
     from secateur.engine.prune.coverage import silent_experts
@@ -56,6 +61,16 @@ def inspect(
     return InspectResult(model=str(model), audit=audit, layer=layer, silent=silent)
 
 
-def inspect_recipe(recipe: InspectRecipe, progress: Progress) -> InspectResult:
+def _inspect_file(model: str, place: Path) -> InspectFileResult:
+    """Report how a GGUF file is built, by its header alone."""
+    from secateur.exporting.gguf.cut import cuttable
+    from secateur.models.gguf_file import GGUFSource
+    from secateur.reporting.gguf_files import FileCounts, InspectFileResult
+
+    source = GGUFSource.read(place)
+    return InspectFileResult(model=model, counts=FileCounts.of(source), cuts=cuttable(source))
+
+
+def inspect_recipe(recipe: InspectRecipe, progress: Progress) -> InspectResult | InspectFileResult:
     """Carry out a recipe."""
     return inspect(**dict(recipe), progress=progress)

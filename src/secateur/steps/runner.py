@@ -1,4 +1,4 @@
-"""Runs a step: every verb that makes a folder has this life.
+"""Runs a step: every verb that makes a folder or a file has this life.
 
 folder   the output can be written, and holds nothing that the step reads
 check    what needs no model is refused
@@ -132,6 +132,21 @@ class Step(ABC, Generic[R, T]):
         self.recipe, self.run = recipe, run
 
     @classmethod
+    def chosen(cls, recipe: R) -> type[Step[R, T]]:
+        """The step that does a recipe, if a verb has several."""
+        return cls
+
+    @classmethod
+    def place(cls, recipe: R, place: Path | str | None, **call: bool) -> RunFolder:
+        """Where the run works, with `resume`, `restart` and `overwrite` of the call."""
+        return RunFolder(place, cls.verb, **call)
+
+    @classmethod
+    def found(cls, recipe: R, progress: Progress, ranks: Ranks) -> LocalCheckpoint:
+        """The model that it reads."""
+        return source_of(recipe, progress, ranks)
+
+    @classmethod
     def caller(cls, recipe: R) -> Ranks:
         """The processes that all call the Python function of the verb."""
         return ALONE
@@ -213,14 +228,14 @@ def carry_out(
     """
     meter = Meter.start()  # before any work, so that the cost has all of it
     values: Any = recipe
-    place = at or values.output
+    kind, place = kind.chosen(recipe), at or values.output
     if place and getattr(recipe, "trust_remote_code", False):
         place = TrustedFolder(place)  # the code of the source is copied to the results
-    folder = RunFolder(place, kind.verb, resume=resume, restart=restart, overwrite=overwrite)
+    folder = kind.place(recipe, place, resume=resume, restart=restart, overwrite=overwrite)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     checked = kind.check(recipe)
-    source = source or source_of(recipe, progress, ranks)
+    source = source or kind.found(recipe, progress, ranks)
     output = None if at is None else Path(os.path.abspath(values.output))
     run = RunContext(folder, source, progress, meter, ranks, checked, output)
     step = (opening or kind.open)(recipe, run)

@@ -20,6 +20,7 @@ import torch
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
+from secateur.errors import RecipeError
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
@@ -31,7 +32,7 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
-from secateur.recipes.structure import CUTS, StructureRecipe
+from secateur.recipes.structure import BY_HAND, CUTS, StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
@@ -49,10 +50,14 @@ from secateur.structured.design import verified
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
+    from secateur.reporting.gguf_files import CutFilePlanResult
 
 log = logging.getLogger(__name__)
 
 STEPS, MANIFEST = "steps.json", "manifest.json"
+
+OF_FILES = (*BY_HAND, "imatrix")
+"""Options of a cut that copies the bytes of a GGUF file."""
 
 VARIED = (
     "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
@@ -61,9 +66,15 @@ VARIED = (
 )
 
 
+def edits_file(recipe: StructureRecipe) -> bool:
+    """Whether source and output are GGUF files, so that bytes are copied."""
+    names = Path(recipe.model).expanduser(), Path(recipe.output or "")
+    return all(name.suffix == ".gguf" and not name.is_dir() for name in names)
+
+
 def plan_structure(
     recipe: StructureRecipe, progress: Progress, call: Mapping[str, Any]
-) -> CutPlanResult:
+) -> CutPlanResult | CutFilePlanResult:
     """Check a recipe, and show what the cut would leave and need.
 
     Args:
@@ -74,6 +85,11 @@ def plan_structure(
     Raises:
         SecateurError: as the cut would.
     """
+    if edits_file(recipe):
+        from secateur.steps.cut_file import plan_file
+
+        return plan_file(recipe, progress, call)
+    CutStructure.check(recipe)
     source = source_of(recipe, progress)
     skeleton, plan = _open(recipe, source)
     steps = [*_steps_of(recipe, plan, skeleton)]
@@ -138,8 +154,19 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
 
     @classmethod
+    def chosen(cls, recipe: StructureRecipe) -> type[Step[StructureRecipe, Any]]:
+        """Another step cuts a GGUF file itself."""
+        if edits_file(recipe):
+            from secateur.steps.cut_file import CutFile
+
+            return CutFile
+        return cls
+
+    @classmethod
     def alone(cls, recipe: StructureRecipe) -> str:
         """Several processes share only the survey of experts."""
+        if edits_file(recipe):
+            return "--output FILE.gguf"
         given = {name: getattr(recipe, name) for name in CUTS if name != "experts"}
         given["distill_epochs"] = recipe.distillation.epochs
         given["generated_windows"] = recipe.calibration.generated_windows
@@ -148,6 +175,12 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     @classmethod
     def check(cls, recipe: StructureRecipe) -> None:
         """Check the parts that choose units, and the device."""
+        for name in OF_FILES:
+            if getattr(recipe, name):
+                raise RecipeError(
+                    f"--{name.replace('_', '-')} cuts a GGUF file itself",
+                    remedy="name a GGUF file as MODEL and one as --output, or leave it out",
+                )
         for registry, name in (
             (scores, recipe.score),
             (solvers, recipe.solver),

@@ -10,7 +10,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from secateur.models.gguf_file import (
     ALIGNMENT,
     BLOCKS,
     MAGIC,
+    PART,
     SPLIT_TENSORS,
     Field,
     GGUFSource,
     Part,
+    StoredTensor,
     block_bytes,
     counted,
     runs_of,
@@ -96,17 +98,33 @@ class Edit:
         """Everything stays."""
         return cls(dict(source.fields), {name: Kept(name) for name in source.tensors})
 
+    def with_fields(self, changed: Mapping[str, Field]) -> Edit:
+        """The same with other or more fields. A known one keeps its place."""
+        return replace(self, fields={**self.fields, **changed})
+
     def bytes_in(self, source: GGUFSource) -> int:
-        """About the bytes of the result: its tensors, and a header like that of the source."""
-        tensors = sum(kept.bytes_in(source) for kept in self.tensors.values())
-        return tensors + source.size_bytes - sum(x.nbytes for x in source.tensors.values())
+        """The bytes of the result."""
+        return sum(part.nbytes for part in _parts(source, self))
+
+    def foreseen(self, source: GGUFSource) -> GGUFSource:
+        """The result as it will be read, except for the places of its tensors."""
+        tensors = {
+            name: StoredTensor(
+                name, kept.shape_in(source), kept.type_in(source), source.file, 0,
+                kept.bytes_in(source),
+            )
+            for name, kept in self.tensors.items()
+        }  # fmt: skip
+        return replace(source, fields=dict(self.fields), tensors=tensors)
 
 
 def part_name(output: Path, number: int, count: int) -> Path:
     """The file of part `number` (from 0) of a result; of one part it is the output itself."""
     if count == 1:
         return output
-    return output.with_name(f"{output.stem}-{number + 1:05}-of-{count:05}.gguf")
+    match = PART.fullmatch(output.name)
+    stem = match["stem"] if match else output.stem
+    return output.with_name(f"{stem}-{number + 1:05}-of-{count:05}.gguf")
 
 
 def written(
@@ -184,8 +202,9 @@ class _PartLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of the file, without padding."""
-        return len(self.header) + sum(nbytes for _, nbytes in self.tensors)
+        """Of the file."""
+        padded = (nbytes + -nbytes % self.alignment for _, nbytes in self.tensors)
+        return len(self.header) + sum(padded)
 
     def pieces(self) -> Iterator[bytes | _Runs]:
         """The bytes of the file, in pieces that are the same in each run."""

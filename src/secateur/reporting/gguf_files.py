@@ -1,0 +1,228 @@
+"""What commands show of GGUF files: how they are built, what could be cut, and what a cut left."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from secateur.models.gguf_file import GGUFSource
+from secateur.reporting import next_steps
+from secateur.reporting.fields import Result, blocks_of
+from secateur.reporting.tables import Block, Table, binary_size
+from secateur.reporting.tables import next_steps as lines_of
+from secateur.runs.records import Record
+
+
+class StoredType(Record):
+    """The tensors of one type.
+
+    Attributes:
+        tensors: how many.
+        weights: in all of them.
+        bytes: in all of them.
+    """
+
+    tensors: int
+    weights: int
+    bytes: int
+
+
+class FileCounts(Record):
+    """How a GGUF file is built, by its header alone.
+
+    Attributes:
+        architecture: as llama.cpp names it.
+        name: of the model; None if the file has none.
+        parameters: weights of all tensors.
+        layers: decoder layers, without those that predict several tokens.
+        predicting_layers: layers that predict several tokens.
+        experts: of each layer with experts; 0 if the model is dense.
+        experts_used: of them, for each token.
+        experts_shared: experts that every token passes.
+        tokens: of the vocabulary; 0 if the file has none.
+        parts: number of files.
+        file_bytes: of all files.
+        types: of the tensors, largest first.
+    """
+
+    architecture: str
+    name: str | None
+    parameters: int
+    layers: int
+    predicting_layers: int
+    experts: int
+    experts_used: int
+    experts_shared: int
+    tokens: int
+    parts: int
+    file_bytes: int
+    types: dict[str, StoredType]
+
+    @classmethod
+    def of(cls, source: GGUFSource) -> FileCounts:
+        """Count a file."""
+
+        def number(key: str) -> int:
+            value = source.get(key, 0)
+            return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+        def text(key: str) -> str | None:
+            value = source.fields[key].value if key in source.fields else None
+            return value if isinstance(value, str) else None
+
+        predicting = number("nextn_predict_layers")
+        words = source.fields.get("tokenizer.ggml.tokens")
+        sums: dict[str, Counter[str]] = {}
+        for tensor in source.tensors.values():
+            own = sums.setdefault(tensor.type.name, Counter())
+            own.update(tensors=1, weights=prod(tensor.shape), bytes=tensor.nbytes)
+        types = {name: StoredType(**own) for name, own in sums.items()}
+        return cls(
+            architecture=source.architecture,
+            name=text("general.name"),
+            parameters=sum(own.weights for own in types.values()),
+            layers=number("block_count") - predicting,
+            predicting_layers=predicting,
+            experts=number("expert_count"),
+            experts_used=number("expert_used_count"),
+            experts_shared=number("expert_shared_count"),
+            tokens=number("vocab_size") if words is None else len(words.value),
+            parts=len(source.parts),
+            file_bytes=source.size_bytes,
+            types=dict(sorted(types.items(), key=lambda item: -item[1].bytes)),
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the tensors for each weight."""
+        return 8 * sum(own.bytes for own in self.types.values()) / max(1, self.parameters)
+
+    def rows(self) -> dict[str, Any]:
+        """What two files can be compared in, by its name."""
+        types = {f"tensors in {name}": own.bytes for name, own in self.types.items()}
+        return {
+            "files": self.file_bytes,
+            "parameters": self.parameters,
+            "decoder layers": self.layers,
+            "experts": self.experts,
+            "tokens": self.tokens,
+            **types,
+        }
+
+
+class InspectFileResult(Result):
+    """A GGUF file, by its header alone.
+
+    Attributes:
+        model: the name from the user.
+        counts: how it is built.
+        cuts: for each kind of unit why `structure` cannot cut it; None if it can.
+    """
+
+    model: str
+    counts: FileCounts
+    cuts: dict[str, str | None]
+
+    joined = "counts"
+
+    def tables(self) -> list[Block]:
+        """The whole file, and its types."""
+        counts = self.counts
+        of_each = f"{counts.experts_used} of {counts.experts} for each token"
+        shared = f", and {counts.experts_shared} shared" * bool(counts.experts_shared)
+        return blocks_of(
+            "InspectFileResult",
+            self,
+            predicting=counts.predicting_layers or None,
+            experts=of_each + shared if counts.experts else None,
+            tokens=f"{counts.tokens:,} tokens" if counts.tokens else None,
+            parts=counts.parts if counts.parts > 1 else None,
+            can=[units for units, why_not in self.cuts.items() if not why_not],
+            cannot=[f"{units}: {why_not}" for units, why_not in self.cuts.items() if why_not],
+            types=[*counts.types.items()],
+        )
+
+
+def compared_files(title: str, before: FileCounts, after: FileCounts | None) -> Table:
+    """A file before and after a cut."""
+    then, now = before.rows(), after.rows() if after else {}
+    rows = []
+    for name in [*then, *(name for name in now if name not in then)]:
+        one, other = then.get(name, 0), now.get(name, 0)
+        form = binary_size if name == "files" or name.startswith("tensors") else "{:,}".format
+        if one or other:
+            left = (form(other), f"{other / one:.1%}" if one else "") if after else ("", "")
+            rows.append((name, form(one), *left))
+    return Table.of(title, ("", "before", "after", "left"), rows)
+
+
+class CutFilePlanResult(Result):
+    """What a cut of a GGUF file would leave.
+
+    Attributes:
+        before: the file.
+        after: the result; with `--vocabulary`, as if all tokens stayed.
+        unknown: what is known only during the run.
+    """
+
+    before: FileCounts
+    after: FileCounts
+    unknown: list[str] = Field(default_factory=list)
+
+    def tables(self) -> list[Block]:
+        """A table of sizes."""
+        table = compared_files("plan of the cut", self.before, self.after)
+        return [table, *blocks_of("CutFilePlanResult", self)]
+
+
+class CutFileResult(Result):
+    """A cut of a GGUF file.
+
+    Attributes:
+        output: the file, or the first of its parts.
+        source: the file that was cut.
+        before: the source.
+        after: the result, as it is read back.
+        cut: what was chosen and how, as in the key `secateur.cut` of the file.
+        seconds: of the run; None for a run that was finished already.
+    """
+
+    output: Path
+    source: str
+    before: FileCounts
+    after: FileCounts
+    cut: dict[str, Any]
+    seconds: float | None
+
+    def tables(self) -> list[Block]:
+        """Both files, and what was chosen."""
+        table = compared_files("cut", self.before, self.after)
+        return [table, *blocks_of("CutFileResult", self, chosen=[*_chosen(self.cut)])]
+
+    def following(self) -> list[Block]:
+        """Commands for the file."""
+        return lines_of(
+            {"the file": self.output},
+            {
+                "let it write, in llama.cpp": shlex.join(
+                    ["llama-cli", "-m", str(self.output), "-p", next_steps.PROMPT]
+                ),
+                "see its parts": next_steps.command("inspect", self.output),
+                "measure what it lost": next_steps.command(
+                    "evaluate", self.output, "--dense", self.source, "--text", next_steps.HELD_OUT
+                ),
+            },
+        )
+
+
+def _chosen(cut: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """A line for each kind of unit that was cut."""
+    for kind, own in cut.items():
+        if isinstance(own, Mapping):
+            yield {"kind": kind, **own}

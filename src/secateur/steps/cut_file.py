@@ -1,0 +1,425 @@
+"""`secateur structure FILE.gguf --output SMALLER.gguf`: the file itself is cut.
+
+header ─► units that stay, by a list or by scores ─► edit ─► bytes are copied ─► read back
+
+The scores of a run are stored before anything is copied, so a resumed run chooses the same.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+import secateur
+from secateur.calibration.documents import read_documents
+from secateur.engine.search.experts import best_experts
+from secateur.errors import CheckpointError, RecipeError, first_line
+from secateur.exporting.gguf.cut import cut_of
+from secateur.exporting.gguf.cut_experts import experts_of
+from secateur.exporting.gguf.cut_layers import FileLayers
+from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
+from secateur.exporting.gguf.edit import Edit, part_name, written
+from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
+from secateur.models.gguf_file import Field, GGUFSource
+from secateur.models.sources import LocalCheckpoint
+from secateur.parallel.ranks import Ranks
+from secateur.progress import Progress
+from secateur.recipes.options import options_of
+from secateur.recipes.shared import texts_of
+from secateur.recipes.structure import WIDTHS, StructureRecipe, structure_presets
+from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult, FileCounts
+from secateur.runs.folder import RunFolder, content_of
+from secateur.runs.ledger import Ledger
+from secateur.runs.output import check_free, write_json
+from secateur.runs.records import Source
+from secateur.steps.runner import RunContext, Step, recipe_identity
+from secateur.structured.cut_plan import count, trims_vocabulary
+
+CUT = "secateur.cut"
+"""The key of the metadata that lists the cuts of a file, as JSON."""
+
+OPTIONS = (
+    *("model", "output", "experts", "experts_by", "experts_list", "experts_scope", "imatrix"),
+    *("keep_layers", "layers_list", "vocabulary", "vocabulary_size"),
+    *("calibration", "field", "windows", "sequence_length", "seed", "packing"),
+)
+"""The options that say something about a cut of bytes."""
+
+READING = ("reap", "frequency")
+"""Scores for which llama.cpp runs the file over the calibration text."""
+
+CHOSEN, LEDGER = "chosen.json", "ledger.jsonl"
+"""Files of the run: the units that stay, and how far the files are."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units that stay; None where all do.
+
+    Attributes:
+        experts: numbers by layer.
+        layers: numbers of decoder layers.
+        tokens: ids.
+        notes: how each kind was chosen, by the name of the kind.
+    """
+
+    experts: Mapping[int, Sequence[int]] | None = None
+    layers: Sequence[int] | None = None
+    tokens: Sequence[int] | None = None
+    notes: Mapping[str, Any] = MappingProxyType({})
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {**vars(self), "notes": dict(self.notes)}
+
+    @classmethod
+    def of_json(cls, stored: Mapping[str, Any]) -> Units:
+        """From what `to_json` has given. JSON has no keys that are numbers."""
+        experts = stored["experts"]
+        by_layer = experts and {int(layer): kept for layer, kept in experts.items()}
+        return cls(**{**stored, "experts": by_layer})
+
+    def record(self) -> dict[str, Any]:
+        """What the file says of the cut. The ids of the tokens are as many as the file has."""
+        kept = {"experts": self.experts, "layers": self.layers}
+        notes = {kind: dict(own) for kind, own in self.notes.items()}
+        for kind, own in kept.items():
+            if own is not None:
+                notes[kind]["kept"] = own
+        return notes
+
+
+def edited(source: GGUFSource, units: Units) -> Edit:
+    """The edit that leaves these units."""
+    return cut_of(source, experts=units.experts, layers=units.layers, tokens=units.tokens)
+
+
+class CutFile(Step[StructureRecipe, CutFileResult]):
+    """Cut experts, layers or tokens out of a GGUF file, and write a smaller one."""
+
+    verb = "structure"
+
+    def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
+        super().__init__(recipe, run)
+        self.source = GGUFSource.read(run.source.folder)
+        self.planned = planned(recipe, self.source)
+        run.folder.worth_resuming = (run.folder.work / CHOSEN).exists
+
+    @classmethod
+    def place(cls, recipe: StructureRecipe, place: Path | str | None, **call: bool) -> RunFolder:
+        """Beside the output, which has as many parts as the source."""
+        output = Path(os.path.abspath(str(place)))
+        parts = len(GGUFSource.read(recipe.model).parts)
+        names = [part_name(output, number, parts).name for number in range(parts)]
+        return FileRun(names, output, cls.verb, **call)
+
+    @classmethod
+    def found(cls, recipe: StructureRecipe, progress: Progress, ranks: Ranks) -> LocalCheckpoint:
+        """The file itself."""
+        source = GGUFSource.read(recipe.model)
+        record = Source(name=recipe.model, kind="gguf", revision=None, file_bytes=source.size_bytes)
+        return LocalCheckpoint(source.file, record)
+
+    @classmethod
+    def check(cls, recipe: StructureRecipe) -> None:
+        """Refuse the options that would need other weights than those of the file."""
+        if faults := [*_faults(recipe)]:
+            raise RecipeError.of(
+                faults,
+                remedy="leave them out; or name a folder as --output, for a result of safetensors",
+            )
+
+    @classmethod
+    def reads(cls, recipe: StructureRecipe) -> Iterable[str | Path | None]:
+        """Texts, the list of experts and the importance matrix."""
+        texts = texts_of(recipe.calibration.source)
+        return [*texts, recipe.vocabulary, recipe.experts_list, recipe.imatrix]
+
+    @property
+    def disk_bytes(self) -> int:
+        """The bytes of the result, if all tokens stay."""
+        return edited(self.source, self.planned).bytes_in(self.source)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that affects the result."""
+        options = recipe_identity(self.recipe, ("memory", "experts_list", "imatrix"))
+        names = ("experts_list", "imatrix")
+        read = {name: content_of(getattr(self.recipe, name) or "") for name in names}
+        return {**options, **read, "source_files": self.source.identity()}
+
+    def work(self) -> CutFileResult:
+        """Choose the units, copy what stays, and read the result."""
+        folder, progress = self.run.folder, self.run.progress
+        assert isinstance(folder, FileRun)
+        units = self.chosen_units()
+        made = self.noted(edited(self.source, units), units)
+        check_free(made.bytes_in(self.source), folder.output, folder.partial)
+        ledger = Ledger(folder.work / LEDGER)
+        if ledger.begun:
+            ledger.resume()
+        else:
+            ledger.begin()
+        if not folder.is_written:
+            output = folder.model / Path(self.recipe.output or "").name
+            written(self.source, made, output, progress, ledger)
+        files = [folder.model / file.name for file in folder.files]
+        places = [a if a.exists() else b for a, b in zip(files, folder.files, strict=True)]
+        seconds = time.perf_counter() - self.run.meter.started
+        return _result_of(GGUFSource.of_parts(places), folder.output, seconds)
+
+    @classmethod
+    def result(cls, output: Path) -> CutFileResult:
+        """Read the result of a finished run from its metadata."""
+        return _result_of(GGUFSource.read(output), output, None)
+
+    def chosen_units(self) -> Units:
+        """The units that stay, from an earlier run if there was one."""
+        file = self.run.folder.work / CHOSEN
+        if not file.exists():
+            units = chosen(self.recipe, self.source, self.planned, self.run.progress)
+            write_json(file, units.to_json())
+        return Units.of_json(json.loads(file.read_text(encoding="utf-8")))
+
+    def noted(self, edit: Edit, units: Units) -> Edit:
+        """The edit with the keys that say what was cut."""
+        before = FileCounts.of(self.source).to_json()
+        name = Path(self.recipe.model).name
+        cuts = [*cuts_of(self.source), {"source": name, "before": before, **units.record()}]
+        keys = {
+            "secateur.version": secateur.__version__,
+            "secateur.source": name,
+            CUT: json.dumps(cuts),
+            RUN: digest_of(self.identity()),
+        }
+        return edit.with_fields({key: Field.text(text) for key, text in keys.items()})
+
+
+def planned(recipe: StructureRecipe, source: GGUFSource) -> Units:
+    """The units that stay, without a score: the first ones stand for those that it will choose.
+
+    Raises:
+        RecipeError: a number or a list does not fit the file, or nothing is cut.
+        ArchitectureError: this file cannot be cut so.
+    """
+    if trims_vocabulary(recipe):
+        check_vocabulary(source)
+    listed = recipe.layers_list
+    layers = None if listed is None else _listed_layers(listed)
+    units = Units(experts=_planned_experts(recipe, source), layers=layers)
+    fewer = trims_vocabulary(recipe) or _kept_layers(recipe, source) is not None
+    if units.experts is None and units.layers is None and not fewer:
+        raise RecipeError(
+            "the recipe keeps everything that the file has", remedy="keep fewer experts or layers"
+        )
+    edited(source, units)
+    return units
+
+
+def _kept_layers(recipe: StructureRecipe, source: GGUFSource) -> int | None:
+    """How many layers a score keeps; None if none decides."""
+    if recipe.keep_layers is None:
+        return None
+    layers = FileLayers.of(source).count
+    keep = count(recipe.keep_layers, layers, "decoder layers")
+    return keep if keep < layers else None
+
+
+def chosen(recipe: StructureRecipe, source: GGUFSource, units: Units, progress: Progress) -> Units:
+    """The units that stay, by their scores where no list names them.
+
+    Args:
+        recipe: the recipe.
+        source: the file.
+        units: what is planned.
+        progress: receives the steps.
+    """
+    notes: dict[str, Any] = {}
+    if units.experts is not None:
+        notes["experts"] = {"by": "list" if recipe.experts_list else recipe.experts_by}
+        if recipe.experts_list is None:
+            units = replace(units, experts=_best_of(recipe, source, units.experts, progress))
+    if units.layers is not None:
+        notes["layers"] = {"by": "list"}
+    elif (keep := _kept_layers(recipe, source)) is not None:
+        units = replace(units, layers=_influential(recipe, source, keep, progress))
+        notes["layers"] = {"by": recipe.depth.by}
+    if trims_vocabulary(recipe):
+        text = recipe.vocabulary or recipe.calibration.source
+        documents = read_documents(text, recipe.calibration.field)
+        tokens, notes["tokens"] = tokens_of_text(
+            source, documents, recipe.vocabulary_size, progress
+        )
+        units = replace(units, tokens=tokens)
+    return replace(units, notes=notes)
+
+
+def _best_of(
+    recipe: StructureRecipe,
+    source: GGUFSource,
+    planned: Mapping[int, Sequence[int]],
+    progress: Progress,
+) -> dict[int, tuple[int, ...]]:
+    """The experts with the highest scores, as many of each layer as planned."""
+    experts = experts_of(source)
+    assert experts is not None
+    scores = expert_scores(recipe, source, progress)
+    keep = len(next(iter(planned.values())))
+    return best_experts(scores, keep, experts.used, groups=experts.groups)
+
+
+def _faults(recipe: StructureRecipe) -> Iterator[str]:
+    """The options that a cut of bytes cannot obey, with the reason."""
+    preset = structure_presets.get(recipe.effort or "", {})
+    usual = StructureRecipe.model_validate({"model": recipe.model, **preset})
+    for option in options_of(StructureRecipe):
+        values = [reduce(getattr, option.path, each) for each in (recipe, usual)]
+        known = option.name in OPTIONS or (option.name == "effort" and recipe.effort == "balanced")
+        if values[0] != values[1] and not known:
+            reason = "nothing is fitted or trained"
+            if option.name in WIDTHS:
+                reason = "it would cut through the blocks in which weights are stored"
+            yield f"{option.flag_text}: bytes are copied, and {reason}"
+    if recipe.experts_by == "merge":
+        yield "--experts-by merge: bytes are copied, and averaged experts are new weights"
+    if recipe.experts_scope == "global":
+        yield "--experts-scope global: llama.cpp reads one number of experts for all layers"
+
+
+def cuts_of(source: GGUFSource) -> list[dict[str, Any]]:
+    """The cuts that a file tells of, the first one first."""
+    field = source.fields.get(CUT)
+    try:
+        found = json.loads(field.value) if field is not None else []
+    except (TypeError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _result_of(source: GGUFSource, output: Path, seconds: float | None) -> CutFileResult:
+    """The result of a run, from its files.
+
+    Raises:
+        CheckpointError: they do not tell of a cut.
+    """
+    try:
+        *_, cut = cuts_of(source)
+        before = FileCounts.model_validate(cut.pop("before"))
+        name = str(cut.pop("source"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the file does not tell how it was made: {first_line(error)}",
+            where=str(source.file),
+            remedy="make it again with --overwrite",
+        ) from error
+    return CutFileResult(
+        output=output, source=name, before=before, after=FileCounts.of(source), cut=cut,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def plan_file(
+    recipe: StructureRecipe, progress: Progress, call: Mapping[str, Any]
+) -> CutFilePlanResult:
+    """Check a recipe, and show what the cut would leave.
+
+    Args:
+        recipe: of the cut.
+        progress: is not used; the header alone is read.
+        call: the other options of the call.
+
+    Raises:
+        SecateurError: as the cut would.
+    """
+    CutFile.check(recipe)
+    source = GGUFSource.read(recipe.model)
+    units = planned(recipe, source)
+    edit = edited(source, units)
+    size = edit.bytes_in(source)
+    if recipe.output is not None:
+        names = ("resume", "restart", "overwrite")
+        call = {name: bool(call.get(name)) for name in names}
+        folder = CutFile.place(recipe, recipe.output, **call)
+        folder.keep_apart(recipe.model, source.file, *CutFile.reads(recipe))
+        check_free(size, folder.output, folder.partial)
+    unknown = {
+        "--keep-layers": _kept_layers(recipe, source) is not None,
+        "--vocabulary": trims_vocabulary(recipe),
+    }
+    after = FileCounts.of(edit.foreseen(source)).model_copy(update={"file_bytes": size})
+    return CutFilePlanResult(
+        before=FileCounts.of(source),
+        after=after,
+        unknown=[name for name, given in unknown.items() if given],
+    )
+
+
+def _planned_experts(recipe: StructureRecipe, source: GGUFSource) -> dict[int, list[int]] | None:
+    """The experts of a list, or the first ones of each group."""
+    if recipe.experts is None and recipe.experts_list is None:
+        return None
+    experts = experts_of(source)
+    if experts is None:
+        raise RecipeError(
+            "the model has no experts",
+            where=str(source.file),
+            remedy="leave --experts and --experts-list out",
+        )
+    if recipe.experts_list is not None:
+        return _listed_experts(Path(recipe.experts_list).expanduser())
+    assert recipe.experts is not None
+    keep = count(recipe.experts, experts.count, "experts")
+    if keep == experts.count:
+        return None
+    flat = torch.zeros(experts.count)
+    kept = best_experts(
+        dict.fromkeys(experts.layers, flat), keep, experts.used, groups=experts.groups
+    )
+    return {layer: [*own] for layer, own in kept.items()}
+
+
+def _listed_experts(file: Path) -> dict[int, list[int]]:
+    """The experts of each layer that a file names.
+
+    Raises:
+        RecipeError: it is no JSON object of numbers.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        found = {int(layer): [*map(operator.index, own)] for layer, own in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"the list of experts cannot be read: {first_line(error)}",
+            where=str(file),
+            remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
+        ) from None
+    return found
+
+
+def _listed_layers(text: str) -> list[int]:
+    """The layers that a list names.
+
+    Raises:
+        RecipeError: it is no list of numbers and ranges.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
+        if match is None:
+            raise RecipeError(
+                f"{part!r} is no number and no range of layers",
+                where="--layers-list",
+                remedy="write numbers and ranges with commas between them: 0-11,14,16-31",
+            )
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
