@@ -22,6 +22,7 @@ from secateur.reporting.evaluate import (
     GenerateResult,
 )
 from secateur.reporting.fit import DraftResult, FitResult
+from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult
 from secateur.reporting.models import (
     ChainResult,
     CompressResult,
@@ -936,7 +937,7 @@ def structure(
     *,
     dry_run: Literal[True],
     **options: Any,
-) -> CutPlanResult: ...
+) -> CutFileResult | CutPlanResult | CutFilePlanResult: ...
 @overload
 def structure(
     model: str | Path,
@@ -944,6 +945,8 @@ def structure(
     progress: Progress | None = None,
     keep_layers: int | float | None = None,
     experts: int | float | None = None,
+    experts_list: str | Path | None = None,
+    layers_list: str | None = None,
     hidden_size: int | float | None = None,
     kv_groups: int | float | None = None,
     query_heads: int | float | None = None,
@@ -959,7 +962,8 @@ def structure(
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     allocation: str | None = None,
     learned: int | Mapping[str, Any] | None = None,
-    experts_by: Literal["reap", "frequency", "random", "merge"] | None = None,
+    experts_by: Literal["reap", "frequency", "aimer", "imatrix", "random", "merge"] | None = None,
+    imatrix: str | Path | None = None,
     experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
     calibration: str | Path | Iterable[str] | None = None,
@@ -1000,6 +1004,10 @@ def structure(
         progress: receives every step.
         keep_layers: Decoder layers to keep: a number, or a fraction such as 0.8. [all]
         experts: Experts to keep in each layer: a number or a fraction. [all]
+        experts_list: Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3,
+            7]}, by layer. For a GGUF file as output. [chosen by a score]
+        layers_list: Decoder layers to keep, by number, such as 0-11,14,16-31. For a GGUF file as
+            output. [chosen]
         hidden_size: Channels of the residual stream to keep: a number or a fraction. [all]
         kv_groups: KV groups (with their query heads) to keep in each layer: a number or a fraction.
             [all]
@@ -1025,8 +1033,10 @@ def structure(
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity,
             divergence, global or search. [uniform]
         learned: Learn which units stay by training, in this many steps. [not learned]
-        experts_by: How to select experts: by REAP or by how often they are chosen, or at random;
-            merge averages the others into the most similar expert that stays. [reap]
+        experts_by: How to select experts: by REAP or by how often they are chosen; by their weights
+            alone (aimer); by an importance matrix; or at random. merge averages the others into the
+            most similar expert that stays. [reap]
+        imatrix: The importance matrix of a GGUF file, by llama.cpp: .gguf or .dat. [none]
         experts_scope: Where experts compete: within their layer, or in the whole model, so that
             layers keep different numbers. [layer]
         depth_by: How to select layers: by block influence, angular distance, greedy removal, or

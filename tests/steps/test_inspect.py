@@ -56,11 +56,11 @@ def test_the_linears_of_a_layer(model: Path) -> None:
             secateur.inspect(model, layer=layer)
 
 
-def test_a_gguf_file_is_expanded(tmp_path: Path, monkeypatch) -> None:
+def test_a_layer_of_a_gguf_file_is_expanded(tmp_path: Path, monkeypatch) -> None:
     file, folder = tmp_path / "m.gguf", save_tiny(tmp_path / "converted")
     file.write_bytes(b"GGUF")
     monkeypatch.setattr("secateur.models.sources.convert_gguf", lambda *_, **__: folder)
-    assert secateur.inspect(file).audit.num_hidden_layers == 3
+    assert secateur.inspect(file, layer=1).audit.num_hidden_layers == 3
 
 
 def test_an_incomplete_checkpoint_names_what_is_missing(model: Path) -> None:

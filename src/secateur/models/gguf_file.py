@@ -203,7 +203,7 @@ def block_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """One file.
 
     Attributes:
@@ -242,7 +242,7 @@ class GGUFSource:
         tensors: of all parts, in order.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
     fields: dict[str, Field]
     tensors: dict[str, StoredTensor]
 
@@ -308,7 +308,7 @@ class GGUFSource:
         return {part.file.name: part.sampled() for part in self.parts}
 
 
-def _part_files(path: Path, part: Part) -> list[Path]:
+def _part_files(path: Path, part: FilePart) -> list[Path]:
     """The files of all parts, from one of them."""
     count = _small(part, SPLIT_COUNT, 1)
     if count <= 1:
@@ -333,7 +333,7 @@ def _part_files(path: Path, part: Part) -> list[Path]:
     return files
 
 
-def _small(part: Part, key: str, default: int) -> int:
+def _small(part: FilePart, key: str, default: int) -> int:
     """A count of a part; it must be a small whole number."""
     if key not in part.fields:
         return default
@@ -343,7 +343,7 @@ def _small(part: Part, key: str, default: int) -> int:
     return value
 
 
-def _check_parts(parts: Sequence[Part]) -> None:
+def _check_parts(parts: Sequence[FilePart]) -> None:
     """Each part is the one that its name says, of the same model."""
     count = len(parts)
     for number, part in enumerate(parts):
@@ -364,7 +364,7 @@ def _check_parts(parts: Sequence[Part]) -> None:
         )
 
 
-def read_part(file: Path) -> Part:
+def read_part(file: Path) -> FilePart:
     """Read the header of one file.
 
     Raises:
@@ -402,7 +402,7 @@ class _Header:
     ) -> None:
         self.stream.close()
 
-    def part(self) -> Part:
+    def part(self) -> FilePart:
         """Everything in the header."""
         tensors, keys = self.counts()
         fields: dict[str, Field] = {}
@@ -420,7 +420,7 @@ class _Header:
         if len(names) < tensors:
             raise damaged("two tensors have the same name", self.file)
         digest = hashlib.sha256(self.data[: self.at]).hexdigest()
-        return Part(self.file, fields, names, alignment, self.size_bytes, digest)
+        return FilePart(self.file, fields, names, alignment, self.size_bytes, digest)
 
     # -- bytes -----------------------------------------------------------------------------------
 

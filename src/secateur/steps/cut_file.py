@@ -13,17 +13,19 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PretrainedConfig
 
 import secateur
 from secateur.calibration.documents import read_documents
-from secateur.engine.search.experts import best_experts
+from secateur.calibration.run_windows import WindowReader
+from secateur.engine.search.experts import ExpertUse, best_experts
 from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
@@ -31,6 +33,8 @@ from secateur.exporting.gguf.cut_layers import FileLayers
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, part_name, written
 from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
+from secateur.exporting.gguf.influence import layer_influence
+from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.models.gguf_file import Field, GGUFSource
 from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import Ranks
@@ -39,6 +43,7 @@ from secateur.recipes.options import options_of
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import WIDTHS, StructureRecipe, structure_presets
 from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult, FileCounts
+from secateur.reporting.models import StructureResult
 from secateur.runs.folder import RunFolder, content_of
 from secateur.runs.ledger import Ledger
 from secateur.runs.output import check_free, write_json
@@ -77,7 +82,7 @@ class Units:
     experts: Mapping[int, Sequence[int]] | None = None
     layers: Sequence[int] | None = None
     tokens: Sequence[int] | None = None
-    notes: Mapping[str, Any] = MappingProxyType({})
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -105,7 +110,7 @@ def edited(source: GGUFSource, units: Units) -> Edit:
     return cut_of(source, experts=units.experts, layers=units.layers, tokens=units.tokens)
 
 
-class CutFile(Step[StructureRecipe, CutFileResult]):
+class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     """Cut experts, layers or tokens out of a GGUF file, and write a smaller one."""
 
     verb = "structure"
@@ -117,7 +122,9 @@ class CutFile(Step[StructureRecipe, CutFileResult]):
         run.folder.worth_resuming = (run.folder.work / CHOSEN).exists
 
     @classmethod
-    def place(cls, recipe: StructureRecipe, place: Path | str | None, **call: bool) -> RunFolder:
+    def run_folder(
+        cls, recipe: StructureRecipe, place: Path | str | None, **call: bool
+    ) -> RunFolder:
         """Beside the output, which has as many parts as the source."""
         output = Path(os.path.abspath(str(place)))
         parts = len(GGUFSource.read(recipe.model).parts)
@@ -176,12 +183,13 @@ class CutFile(Step[StructureRecipe, CutFileResult]):
         files = [folder.model / file.name for file in folder.files]
         places = [a if a.exists() else b for a, b in zip(files, folder.files, strict=True)]
         seconds = time.perf_counter() - self.run.meter.started
-        return _result_of(GGUFSource.of_parts(places), folder.output, seconds)
+        found = _result_of(GGUFSource.of_parts(places), folder.output)
+        return found.model_copy(update={"source": self.recipe.model, "seconds": seconds})
 
     @classmethod
     def result(cls, output: Path) -> CutFileResult:
         """Read the result of a finished run from its metadata."""
-        return _result_of(GGUFSource.read(output), output, None)
+        return _result_of(GGUFSource.read(output), output)
 
     def chosen_units(self) -> Units:
         """The units that stay, from an earlier run if there was one."""
@@ -264,6 +272,40 @@ def chosen(recipe: StructureRecipe, source: GGUFSource, units: Units, progress: 
     return replace(units, notes=notes)
 
 
+def _windows(recipe: StructureRecipe, engine: LlamaCpp) -> Tensor:
+    """The calibration windows, in the tokens of the file."""
+    kind: Any = PretrainedConfig
+    config = kind(vocab_size=engine.vocabulary_size, max_position_embeddings=engine.positions)
+    tokenizer: Any = engine  # it is called as one
+    reader = WindowReader(config, lambda: tokenizer)
+    return reader.read(recipe.calibration.source, recipe.calibration)[0]
+
+
+def _influential(
+    recipe: StructureRecipe, source: GGUFSource, keep: int, progress: Progress
+) -> list[int]:
+    """The layers that change their input most."""
+    layers = FileLayers.of(source).count
+    with LlamaCpp(source.file) as engine:
+        scores = layer_influence(engine, layers, _windows(recipe, engine), progress)
+    return sorted(sorted(range(layers), key=lambda layer: -scores[layer])[:keep])
+
+
+def _scores(recipe: StructureRecipe, source: GGUFSource, progress: Progress) -> dict[int, Tensor]:
+    """The score of each expert, by layer."""
+    experts = experts_of(source)
+    assert experts is not None
+    if recipe.experts_by == "random":
+        none = torch.zeros(experts.count, dtype=torch.int64)
+        seeds = {layer: recipe.calibration.seed + layer for layer in experts.layers}
+        use = ExpertUse(none, none)
+        return {layer: use.score("random", seed) for layer, seed in seeds.items()}
+    raise RecipeError(
+        f"experts of a GGUF file cannot be chosen by {recipe.experts_by}",
+        remedy="name them with --experts-list",
+    )
+
+
 def _best_of(
     recipe: StructureRecipe,
     source: GGUFSource,
@@ -273,7 +315,7 @@ def _best_of(
     """The experts with the highest scores, as many of each layer as planned."""
     experts = experts_of(source)
     assert experts is not None
-    scores = expert_scores(recipe, source, progress)
+    scores = _scores(recipe, source, progress)
     keep = len(next(iter(planned.values())))
     return best_experts(scores, keep, experts.used, groups=experts.groups)
 
@@ -298,15 +340,15 @@ def _faults(recipe: StructureRecipe) -> Iterator[str]:
 
 def cuts_of(source: GGUFSource) -> list[dict[str, Any]]:
     """The cuts that a file tells of, the first one first."""
-    field = source.fields.get(CUT)
+    stored = source.fields.get(CUT)
     try:
-        found = json.loads(field.value) if field is not None else []
+        found = json.loads(stored.value) if stored is not None else []
     except (TypeError, ValueError):
         return []
     return found if isinstance(found, list) else []
 
 
-def _result_of(source: GGUFSource, output: Path, seconds: float | None) -> CutFileResult:
+def _result_of(source: GGUFSource, output: Path) -> CutFileResult:
     """The result of a run, from its files.
 
     Raises:
@@ -324,7 +366,7 @@ def _result_of(source: GGUFSource, output: Path, seconds: float | None) -> CutFi
         ) from error
     return CutFileResult(
         output=output, source=name, before=before, after=FileCounts.of(source), cut=cut,
-        seconds=seconds,
+        seconds=None,
     )  # fmt: skip
 
 
@@ -349,7 +391,7 @@ def plan_file(
     if recipe.output is not None:
         names = ("resume", "restart", "overwrite")
         call = {name: bool(call.get(name)) for name in names}
-        folder = CutFile.place(recipe, recipe.output, **call)
+        folder = CutFile.run_folder(recipe, recipe.output, **call)
         folder.keep_apart(recipe.model, source.file, *CutFile.reads(recipe))
         check_free(size, folder.output, folder.partial)
     unknown = {

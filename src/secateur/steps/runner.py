@@ -137,7 +137,7 @@ class Step(ABC, Generic[R, T]):
         return cls
 
     @classmethod
-    def place(cls, recipe: R, place: Path | str | None, **call: bool) -> RunFolder:
+    def run_folder(cls, recipe: R, place: Path | str | None, **call: bool) -> RunFolder:
         """Where the run works, with `resume`, `restart` and `overwrite` of the call."""
         return RunFolder(place, cls.verb, **call)
 
@@ -231,7 +231,7 @@ def carry_out(
     kind, place = kind.chosen(recipe), at or values.output
     if place and getattr(recipe, "trust_remote_code", False):
         place = TrustedFolder(place)  # the code of the source is copied to the results
-    folder = kind.place(recipe, place, resume=resume, restart=restart, overwrite=overwrite)
+    folder = kind.run_folder(recipe, place, resume=resume, restart=restart, overwrite=overwrite)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     checked = kind.check(recipe)

@@ -34,6 +34,7 @@ from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import BY_HAND, CUTS, StructureRecipe
 from secateur.reporting.cards import structure_card
+from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
 from secateur.runs import records
@@ -50,7 +51,6 @@ from secateur.structured.design import verified
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
-    from secateur.reporting.gguf_files import CutFilePlanResult
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, cut_pl
     return skeleton, plan
 
 
-class CutStructure(Step[StructureRecipe, StructureResult]):
+class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
     """Cut structure out of a checkpoint, and write a new, smaller one."""
 
     verb = "structure"
@@ -154,7 +154,9 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
 
     @classmethod
-    def chosen(cls, recipe: StructureRecipe) -> type[Step[StructureRecipe, Any]]:
+    def chosen(
+        cls, recipe: StructureRecipe
+    ) -> type[Step[StructureRecipe, StructureResult | CutFileResult]]:
         """Another step cuts a GGUF file itself."""
         if edits_file(recipe):
             from secateur.steps.cut_file import CutFile
@@ -167,7 +169,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         """Several processes share only the survey of experts."""
         if edits_file(recipe):
             return "--output FILE.gguf"
-        given = {name: getattr(recipe, name) for name in CUTS if name != "experts"}
+        given: dict[str, Any] = {n: getattr(recipe, n) for n in CUTS if n != "experts"}
         given["distill_epochs"] = recipe.distillation.epochs
         given["generated_windows"] = recipe.calibration.generated_windows
         return next((f"--{n.replace('_', '-')}" for n, value in given.items() if value), "")
@@ -175,12 +177,17 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
     @classmethod
     def check(cls, recipe: StructureRecipe) -> None:
         """Check the parts that choose units, and the device."""
-        for name in OF_FILES:
-            if getattr(recipe, name):
+        for option in OF_FILES:
+            if getattr(recipe, option):
                 raise RecipeError(
-                    f"--{name.replace('_', '-')} cuts a GGUF file itself",
+                    f"--{option.replace('_', '-')} cuts a GGUF file itself",
                     remedy="name a GGUF file as MODEL and one as --output, or leave it out",
                 )
+        if recipe.experts_by in ("aimer", "imatrix"):
+            raise RecipeError(
+                f"--experts-by {recipe.experts_by} scores the experts of a GGUF file",
+                remedy="name a GGUF file as MODEL and one as --output, or use reap",
+            )
         for registry, name in (
             (scores, recipe.score),
             (solvers, recipe.solver),
@@ -205,7 +212,7 @@ class CutStructure(Step[StructureRecipe, StructureResult]):
         """Everything that affects the result."""
         return identity_of(self.recipe, (), shard_files(self.run.source.folder), self.run.progress)
 
-    def work(self) -> StructureResult:
+    def work(self) -> StructureResult | CutFileResult:
         """Run all steps that no earlier run finished, and write the result."""
         recipe, folder, progress = self.recipe, self.run.folder, self.run.progress
         base, steps = self.run.source, []

@@ -35,8 +35,8 @@ from secateur.runs.records import Counts
 from secateur.structured import cut as units
 from secateur.structured.edits import (
     Blueprint,
-    Edit,
     LayerCut,
+    TensorEdit,
     edits_of,
     gone_of,
     layer_cuts,
@@ -70,7 +70,7 @@ class Design(Blueprint):
         skeleton: the cut model, parameters on the meta device.
     """
 
-    edits: Mapping[str, Edit]
+    edits: Mapping[str, TensorEdit]
     skeleton: Any
 
     @cached_property
@@ -109,7 +109,7 @@ def design(model: Any, cut: units.Cut) -> Design:
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
     blueprint = Blueprint(model, architecture, sizes, hidden, layer_cuts(cut, sizes))
-    edits: Mapping[str, Edit] = edits_of(blueprint)
+    edits: Mapping[str, TensorEdit] = edits_of(blueprint)
     plain = _built_plain(blueprint, edits)
     if plain is not None:
         edits = _for_scaled_embedding(blueprint, edits)
@@ -123,7 +123,7 @@ def design(model: Any, cut: units.Cut) -> Design:
     return Design(**vars(blueprint), edits=edits, skeleton=_built_varied(blueprint, edits))
 
 
-def _built_plain(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
+def _built_plain(blueprint: Blueprint, edits: Mapping[str, TensorEdit]) -> Any:
     """The skeleton of a plain model with the new sizes; None if no class has them."""
     model, couplings = blueprint.uncut, blueprint.architecture.couplings
     changes = _layer_changes(blueprint)
@@ -302,7 +302,7 @@ def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like
     return skeletons.skeleton_of(model_class, config, like.dtype)
 
 
-def _fits(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> bool:
+def _fits(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, TensorEdit]) -> bool:
     """Whether parameters and heads of a skeleton match; refuses one with other settings."""
     shapes = {name: tuple(p.shape) for name, p in tensors_of(skeleton).items()}
     if shapes != {name: edit.shape for name, edit in edits.items()}:
@@ -318,7 +318,9 @@ def _fits(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> boo
     return True
 
 
-def _refuse_other_settings(skeleton: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> None:
+def _refuse_other_settings(
+    skeleton: Any, blueprint: Blueprint, edits: Mapping[str, TensorEdit]
+) -> None:
     """Refuse removed layers where the class computes what a layer is from its index."""
     before, after = map(blueprint.architecture.layers, (blueprint.uncut, skeleton))
     if len(before) == len(after):
@@ -364,7 +366,9 @@ def _plain_attributes(layer: nn.Module, *, numbers: bool) -> Iterator[tuple[str,
             yield f"{path}.{name}".lstrip("."), value
 
 
-def _for_scaled_embedding(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Mapping[str, Edit]:
+def _for_scaled_embedding(
+    blueprint: Blueprint, edits: Mapping[str, TensorEdit]
+) -> Mapping[str, TensorEdit]:
     """The edits where the factor of embeddings, √(hidden size), has become smaller.
 
     The embedding compensates for it. Where the head is tied to the embedding, the logits would grow
@@ -383,7 +387,7 @@ def _for_scaled_embedding(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Ma
     return {**edits, **changed}
 
 
-def _built_varied(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
+def _built_varied(blueprint: Blueprint, edits: Mapping[str, TensorEdit]) -> Any:
     """The skeleton of a varied model."""
     model = blueprint.uncut
     if skeletons.text_part(model.config) is not None:
@@ -425,7 +429,7 @@ def _built_varied(blueprint: Blueprint, edits: Mapping[str, Edit]) -> Any:
     return skeleton
 
 
-def _difference(base: Any, blueprint: Blueprint, edits: Mapping[str, Edit]) -> dict[str, Any]:
+def _difference(base: Any, blueprint: Blueprint, edits: Mapping[str, TensorEdit]) -> dict[str, Any]:
     """The differences between the cut model and a model that its base class builds."""
     couplings = units.couplings_of(blueprint.architecture)
     absent: dict[str, str] = {}

@@ -36,7 +36,7 @@ from secateur.structured.cut import UNITS, Cut, Sizes, couplings_of, find
 
 
 @dataclass(frozen=True)
-class Edit:
+class TensorEdit:
     """How a parameter of the cut model is made from one of the uncut model.
 
     Attributes:
@@ -54,7 +54,7 @@ class Edit:
     offset: float = 0.0
 
     @classmethod
-    def copy(cls, source: str, shape: tuple[int, ...]) -> Edit:
+    def copy(cls, source: str, shape: tuple[int, ...]) -> TensorEdit:
         """An edit that changes nothing."""
         return cls(source, (None,) * len(shape), shape)
 
@@ -154,7 +154,7 @@ class Blueprint:
         return getattr(self.sizes, kind)[layer.index] if kept is None else len(kept)
 
 
-def edits_of(blueprint: Blueprint) -> dict[str, Edit]:
+def edits_of(blueprint: Blueprint) -> dict[str, TensorEdit]:
     """The edit of every parameter of the cut model, by its name there.
 
     Raises:
@@ -187,7 +187,7 @@ def edits_of(blueprint: Blueprint) -> dict[str, Edit]:
     return found
 
 
-def _of_layers(blueprint: Blueprint, edit: Edit, declared: Axes) -> Edit:
+def _of_layers(blueprint: Blueprint, edit: TensorEdit, declared: Axes) -> TensorEdit:
     """The edit without the entries of removed layers, of a parameter outside the layers."""
     axes = declared.get(edit.source.rpartition(".")[0], ())
     kept, count = [layer.index for layer in blueprint.layers], blueprint.sizes.layers
@@ -200,7 +200,9 @@ def _of_layers(blueprint: Blueprint, edit: Edit, declared: Axes) -> Edit:
     return replace(edit, kept=tuple(indices), shape=tuple(shape))
 
 
-def _edit(blueprint: Blueprint, name: str, inner: str, declared: Axes, layer: LayerCut) -> Edit:
+def _edit(
+    blueprint: Blueprint, name: str, inner: str, declared: Axes, layer: LayerCut
+) -> TensorEdit:
     """The edit of one parameter; `inner` is its name within the layer.
 
     Raises:
@@ -219,7 +221,7 @@ def _edit(blueprint: Blueprint, name: str, inner: str, declared: Axes, layer: La
                 where=name,
                 remedy="declare it in the couplings of the model's family",
             )
-        return Edit.copy(name, tuple(parameter.shape))
+        return TensorEdit.copy(name, tuple(parameter.shape))
     if parameter.ndim == 1:  # a bias, or a norm, has the first axis of its module's weight
         axes = axes[:1]
     elif parameter.ndim == 2 and type(module).__name__ == "Conv1D":  # which stores [in, out]
@@ -240,7 +242,7 @@ def _edit(blueprint: Blueprint, name: str, inner: str, declared: Axes, layer: La
     if axes[0] in ("queries", "keys") and stream is not None and normed:
         # ε has grown by D/D' in all norms, so what these norms read grows by its root.
         scale *= sqrt(sizes.hidden / len(stream))
-    return Edit(name, kept, shape, scale, offset)
+    return TensorEdit(name, kept, shape, scale, offset)
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Accounting, Design, account, design
-from secateur.structured.edits import Edit
+from secateur.structured.edits import TensorEdit
 
 _PATTERN = "re:"
 """How compressed-tensors marks a name as a regular expression."""
@@ -177,7 +177,10 @@ def _write_other_files(folder: Path, output: Path, made: Design) -> None:
 
 
 def write_tensors(
-    reader: checkpoint.CheckpointReader, edits: Mapping[str, Edit], output: Path, progress: Progress
+    reader: checkpoint.CheckpointReader,
+    edits: Mapping[str, TensorEdit],
+    output: Path,
+    progress: Progress,
 ) -> None:
     """Write every remaining tensor, and an index unless there is one file."""
     shards: dict[str, dict[str, Any]] = {file.name: {} for file in reader.files}
@@ -192,13 +195,13 @@ def write_tensors(
 
 def _stored_edits(
     made: Design, stored: Mapping[str, str], reader: checkpoint.CheckpointReader
-) -> dict[str, Edit]:
+) -> dict[str, TensorEdit]:
     """Edits of stored tensors, by the stored names of the results.
 
     A tower for pictures may be stored in another form, such as queries, keys and values in one
     matrix. Its tensors are copied.
     """
-    found: dict[str, Edit] = {}
+    found: dict[str, TensorEdit] = {}
     copied = _copied_parts(made, stored, reader)
     for name, edit in made.edits.items():
         whole = edit.source in stored  # experts may be stored fused, as transformers holds them
@@ -216,7 +219,7 @@ def _stored_edits(
             found[target] = replace(part, source=source)
     for names in copied.values():
         for name in names:
-            found[name] = Edit.copy(name, reader.entries[name].shape)
+            found[name] = TensorEdit.copy(name, reader.entries[name].shape)
     return found
 
 
@@ -242,8 +245,8 @@ def _part_of(made: Design, name: str) -> str:
 
 
 def _stored_parts(
-    made: Design, edit: Edit, stored: Mapping[str, str]
-) -> Iterator[tuple[tuple[int, int] | None, Edit]]:
+    made: Design, edit: TensorEdit, stored: Mapping[str, str]
+) -> Iterator[tuple[tuple[int, int] | None, TensorEdit]]:
     """The edits of the tensors that hold a parameter, with the expert's old and new number.
 
     A checkpoint may store the experts of a layer otherwise than the model holds them; other
@@ -277,14 +280,14 @@ def _renumbered_name(
 
 
 def _part_edits(
-    made: Design, edits: Mapping[str, Edit], reader: at_rest.AssembledReader
-) -> dict[str, Edit] | None:
+    made: Design, edits: Mapping[str, TensorEdit], reader: at_rest.AssembledReader
+) -> dict[str, TensorEdit] | None:
     """Edits of the stored parts, by their names in the cut checkpoint.
 
     None if the cut changes a matrix that is made of parts, so that it has to be expanded. Whole
     experts can be taken from parts that hold all of a layer.
     """
-    found: dict[str, Edit] = {}
+    found: dict[str, TensorEdit] = {}
     entries = reader.stored.entries
     for target, edit in edits.items():
         assembly = reader.made.get(edit.source)
@@ -302,11 +305,11 @@ def _part_edits(
             # A part that holds all experts has them along its first axis, scales too.
             kept = tuple(first if axis == 0 else None for axis in range(len(shape)))
             length = shape[:1] if first is None else (len(first),)
-            found[name] = Edit(part, kept, (*length, *shape[1:]))
+            found[name] = TensorEdit(part, kept, (*length, *shape[1:]))
     for name in reader.dropped:  # scales of activations: another program may use them
         new = _renumbered(made, name)
         if new is not None:
-            found[new] = Edit.copy(name, entries[name].shape)
+            found[new] = TensorEdit.copy(name, entries[name].shape)
     return found
 
 

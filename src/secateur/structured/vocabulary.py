@@ -34,7 +34,7 @@ from secateur.runs.output import whole_folder, write_json, writing
 from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import read_notes, write_notes
 from secateur.structured.design import Accounting, accounting
-from secateur.structured.edits import Edit
+from secateur.structured.edits import TensorEdit
 from secateur.structured.surgery import write_tensors
 from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of
 
@@ -247,7 +247,7 @@ def check_tokens(
 
 def _row_edits(
     model: Any, tables: _TokenTables, reader: checkpoint.CheckpointReader, index: torch.Tensor
-) -> dict[str, Edit]:
+) -> dict[str, TensorEdit]:
     """The edit of every stored tensor.
 
     Copies of the tables that the model does not know, such as those of layers that predict several
@@ -258,12 +258,15 @@ def _row_edits(
     leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables.names} | {"head"}
     edits, found = {}, 0
     for stored, entry in reader.entries.items():
-        owner, edit = stored.rpartition(".")[0].rpartition(".")[2], Edit.copy(stored, entry.shape)
+        owner, edit = (
+            stored.rpartition(".")[0].rpartition(".")[2],
+            TensorEdit.copy(stored, entry.shape),
+        )
         copy = names[stored] not in known and owner in leaves and entry.shape[:1] == (tables.rows,)
         own = names[stored] in tables.names
         found += own
         if own or copy:
-            edit = Edit(stored, (index, *edit.kept[1:]), (len(index), *entry.shape[1:]))
+            edit = TensorEdit(stored, (index, *edit.kept[1:]), (len(index), *entry.shape[1:]))
         edits[stored] = edit
     if not found:
         refuse_missing(tables.names[:1], {}, reader.folder)
@@ -271,7 +274,7 @@ def _row_edits(
 
 
 def _refuse_packed_tables(
-    opened: at_rest.AssembledReader, edits: Mapping[str, Edit], tables: tuple[str, ...]
+    opened: at_rest.AssembledReader, edits: Mapping[str, TensorEdit], tables: tuple[str, ...]
 ) -> None:
     """Refuse an embedding or a head that is stored in fewer bits."""
     cut = {name for name, edit in edits.items() if any(kept is not None for kept in edit.kept)}

@@ -25,8 +25,8 @@ from secateur.models.gguf_file import (
     PART,
     SPLIT_TENSORS,
     Field,
+    FilePart,
     GGUFSource,
-    Part,
     StoredTensor,
     block_bytes,
     counted,
@@ -265,7 +265,7 @@ def _parts(source: GGUFSource, edit: Edit) -> list[_PartLayout]:
 
 
 def _laid_out(
-    source: GGUFSource, fields: Mapping[str, Field], tensors: Mapping[str, Kept], part: Part
+    source: GGUFSource, fields: Mapping[str, Field], tensors: Mapping[str, Kept], part: FilePart
 ) -> _PartLayout:
     """One file of the result."""
     described, offset, sizes = [], 0, []
