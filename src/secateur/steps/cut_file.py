@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
 
 import secateur
 from secateur.calibration.documents import read_documents
-from secateur.calibration.run_windows import WindowReader
-from secateur.engine.search.experts import ExpertUse, best_experts
+from secateur.engine.search.experts import best_experts
 from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, part_name, written
+from secateur.exporting.gguf.expert_scores import expert_scores
 from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
 from secateur.exporting.gguf.influence import layer_influence
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
@@ -195,7 +193,8 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         """The units that stay, from an earlier run if there was one."""
         file = self.run.folder.work / CHOSEN
         if not file.exists():
-            units = chosen(self.recipe, self.source, self.planned, self.run.progress)
+            work, progress = self.run.folder.work, self.run.progress
+            units = chosen(self.recipe, self.source, self.planned, work, progress)
             write_json(file, units.to_json())
         return Units.of_json(json.loads(file.read_text(encoding="utf-8")))
 
@@ -243,20 +242,24 @@ def _kept_layers(recipe: StructureRecipe, source: GGUFSource) -> int | None:
     return keep if keep < layers else None
 
 
-def chosen(recipe: StructureRecipe, source: GGUFSource, units: Units, progress: Progress) -> Units:
+def chosen(
+    recipe: StructureRecipe, source: GGUFSource, units: Units, work: Path, progress: Progress
+) -> Units:
     """The units that stay, by their scores where no list names them.
 
     Args:
         recipe: the recipe.
         source: the file.
         units: what is planned.
+        work: the folder of the run, for sums that a resumed run goes on with.
         progress: receives the steps.
     """
     notes: dict[str, Any] = {}
     if units.experts is not None:
-        notes["experts"] = {"by": "list" if recipe.experts_list else recipe.experts_by}
+        notes["experts"] = {"by": "list"}
         if recipe.experts_list is None:
-            units = replace(units, experts=_best_of(recipe, source, units.experts, progress))
+            kept, notes["experts"] = _best_of(recipe, source, units.experts, work, progress)
+            units = replace(units, experts=kept)
     if units.layers is not None:
         notes["layers"] = {"by": "list"}
     elif (keep := _kept_layers(recipe, source)) is not None:
@@ -272,52 +275,31 @@ def chosen(recipe: StructureRecipe, source: GGUFSource, units: Units, progress: 
     return replace(units, notes=notes)
 
 
-def _windows(recipe: StructureRecipe, engine: LlamaCpp) -> Tensor:
-    """The calibration windows, in the tokens of the file."""
-    kind: Any = PretrainedConfig
-    config = kind(vocab_size=engine.vocabulary_size, max_position_embeddings=engine.positions)
-    tokenizer: Any = engine  # it is called as one
-    reader = WindowReader(config, lambda: tokenizer)
-    return reader.read(recipe.calibration.source, recipe.calibration)[0]
-
-
 def _influential(
     recipe: StructureRecipe, source: GGUFSource, keep: int, progress: Progress
 ) -> list[int]:
     """The layers that change their input most."""
     layers = FileLayers.of(source).count
     with LlamaCpp(source.file) as engine:
-        scores = layer_influence(engine, layers, _windows(recipe, engine), progress)
+        scores = layer_influence(engine, layers, engine.windows(recipe.calibration)[0], progress)
     return sorted(sorted(range(layers), key=lambda layer: -scores[layer])[:keep])
-
-
-def _scores(recipe: StructureRecipe, source: GGUFSource, progress: Progress) -> dict[int, Tensor]:
-    """The score of each expert, by layer."""
-    experts = experts_of(source)
-    assert experts is not None
-    if recipe.experts_by == "random":
-        none = torch.zeros(experts.count, dtype=torch.int64)
-        seeds = {layer: recipe.calibration.seed + layer for layer in experts.layers}
-        use = ExpertUse(none, none)
-        return {layer: use.score("random", seed) for layer, seed in seeds.items()}
-    raise RecipeError(
-        f"experts of a GGUF file cannot be chosen by {recipe.experts_by}",
-        remedy="name them with --experts-list",
-    )
 
 
 def _best_of(
     recipe: StructureRecipe,
     source: GGUFSource,
     planned: Mapping[int, Sequence[int]],
+    work: Path,
     progress: Progress,
-) -> dict[int, tuple[int, ...]]:
-    """The experts with the highest scores, as many of each layer as planned."""
+) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
+    """The experts with the highest scores, as many of each layer as planned; and notes."""
     experts = experts_of(source)
     assert experts is not None
-    scores = _scores(recipe, source, progress)
+    imatrix = Path(recipe.imatrix).expanduser() if recipe.imatrix else None
+    by, options = recipe.experts_by, recipe.calibration
+    scores, notes = expert_scores(source, experts.layers, by, options, imatrix, work, progress)
     keep = len(next(iter(planned.values())))
-    return best_experts(scores, keep, experts.used, groups=experts.groups)
+    return best_experts(scores, keep, experts.used, groups=experts.groups), notes
 
 
 def _faults(recipe: StructureRecipe) -> Iterator[str]:

@@ -17,8 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from secateur.calibration.run_windows import load_calibration
-from secateur.calibration.windows import WindowPlan, window_length
 from secateur.engine.search.experts import ExpertUse, aimer
 from secateur.errors import ArchitectureError, CheckpointError, located
 from secateur.exporting.gguf.importance import ImportanceMatrix
@@ -248,12 +246,12 @@ def expert_scores(
         RecipeError: the text and the windows do not fit, or llama.cpp is not installed.
     """
     notes: dict[str, Any] = {"by": by}
+    scores: dict[int, Tensor] = {}
     if by == "random":
         blank = torch.zeros(int(source.get("expert_count")))
         unused = ExpertUse(blank, blank)
-        return {layer: unused.score(by, options.seed + layer) for layer in layers}, notes
-    scores: dict[int, Tensor] = {}
-    if by == "imatrix":
+        scores = {layer: unused.score(by, options.seed + layer) for layer in layers}
+    elif by == "imatrix":
         assert imatrix is not None
         matrix = ImportanceMatrix.read(imatrix)
         scores = imatrix_scores(source, matrix, layers, progress)
@@ -266,24 +264,19 @@ def expert_scores(
             )
     elif by in ("reap", "frequency"):
         with LlamaCpp(source.file) as engine:
-            length = window_length(options.sequence_length, 2048, engine.positions)
-            plan = WindowPlan(options.windows, length, options.seed, options.packing)
-            limits = {"vocab_size": engine.vocabulary_size, "positions": engine.positions}
-            given: Any = engine  # it is asked as a tokenizer of transformers
-            windows, notes["calibration"] = load_calibration(
-                options.source, given, plan, field=options.field, **limits
-            )
+            windows, notes["calibration"] = engine.windows(options)
             store = work / "experts.safetensors"
             use = expert_use(source, engine, windows, store, progress)
         scores = {layer: own.score(by) for layer, own in use.items()}
-        notes["use"] = {layer: own.to_json() for layer, own in use.items()}
         notes["unseen"] = _unseen({layer: own.tokens for layer, own in use.items()})
     others = [layer for layer in layers if layer not in scores]
     if others and by != "aimer":
         notes["by_weights"] = others
         log.warning("layers %s are scored by their weights: nothing else reaches them", others)
     weighed = aimer_scores(source, others, progress) if others else {}
-    return {layer: {**scores, **weighed}[layer] for layer in layers}, notes
+    scores = {layer: {**scores, **weighed}[layer] for layer in layers}
+    notes["scores"] = {n: [float(f"{x:.4g}") for x in own] for n, own in scores.items()}
+    return scores, notes
 
 
 def _unseen(tokens: Mapping[int, Tensor]) -> dict[int, list[int]]:

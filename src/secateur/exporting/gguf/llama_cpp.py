@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.calibration.run_windows import WindowReader
 from secateur.errors import CheckpointError, RecipeError, VerificationError, install_extra
 from secateur.exporting import Exported
 from secateur.exporting.gguf.writing import ENDS, dequantized
 from secateur.progress import Progress, each_step
+from secateur.recipes.shared import Calibration
 
 F = gguf.LlamaFileType
 MIXES = MappingProxyType(
@@ -350,6 +352,19 @@ class LlamaCpp:
             return None, ""
         text = self.library.llama_vocab_get_text(self.vocabulary, token)
         return token, self.ffi.string(text).decode()
+
+    def windows(self, options: Calibration) -> tuple[Tensor, dict[str, Any]]:
+        """Calibration windows in the tokens of the file, and a record of their source.
+
+        Args:
+            options: the text, and how it is cut.
+        """
+        from transformers import PretrainedConfig
+
+        kind: Any = PretrainedConfig
+        config = kind(vocab_size=self.vocabulary_size, max_position_embeddings=self.positions)
+        tokenizer: Any = self  # it is called as one
+        return WindowReader(config, lambda: tokenizer).read(options.source, options)
 
     def run(
         self,
