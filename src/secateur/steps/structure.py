@@ -183,11 +183,6 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
                     f"--{option.replace('_', '-')} cuts a GGUF file itself",
                     remedy="name a GGUF file as MODEL and one as --output, or leave it out",
                 )
-        if recipe.experts_by in ("aimer", "imatrix"):
-            raise RecipeError(
-                f"--experts-by {recipe.experts_by} scores the experts of a GGUF file",
-                remedy="name a GGUF file as MODEL and one as --output, or use reap",
-            )
         for registry, name in (
             (scores, recipe.score),
             (solvers, recipe.solver),

@@ -19,6 +19,7 @@ from zoo import CONFIGS, tiny_model, tiny_windows
 
 import secateur
 from oracles.depth import divergence
+from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError, RecipeError, SourceError
 from secateur.reporting.tables import percent
@@ -247,6 +248,22 @@ def test_experts(tmp_path: Path, windows: Path) -> None:
         assert sum(use["tokens"]) == 2 * load_windows(windows).numel()
         best = sorted(range(5), key=lambda e, scores=use["reap"]: -scores[e])[:2]
         assert step["cut"]["experts"][layer] == sorted(best)
+
+
+def test_experts_by_their_weights_need_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(WindowReader, "read", lambda *given: pytest.fail("a text is read"))
+    found = secateur.structure(
+        tmp_path / "source", output=tmp_path / "out", experts=2, experts_by="aimer"
+    )
+    assert found.manifest.calibration is None
+    [step] = json.loads((tmp_path / "out/secateur/steps.json").read_text())
+    for layer, own in step["use"].items():
+        best = torch.tensor(own["aimer"]).argsort(descending=True)[:2].tolist()
+        assert step["cut"]["experts"][layer] == sorted(best)
+        assert min(own["aimer"]) >= 1
 
 
 def test_distillation_by_the_uncut_model(source: Path, tmp_path: Path, windows: Path) -> None:
