@@ -7,13 +7,14 @@ The scores of a run are stored before anything is copied, so a resumed run choos
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from secateur.runs.output import check_free, write_json
 from secateur.runs.records import Source
 from secateur.steps.runner import RunContext, Step, recipe_identity
 from secateur.structured.cut_plan import count, trims_vocabulary
+from secateur.structured.vocabulary import counted_text
 
 CUT = "secateur.cut"
 """The key of the metadata that lists the cuts of a file, as JSON."""
@@ -59,8 +61,8 @@ OPTIONS = (
 )
 """The options that say something about a cut of bytes."""
 
-READING = ("reap", "frequency")
-"""Scores for which llama.cpp runs the file over the calibration text."""
+TOLD = ("by", "by_weights", "tokens_before", "tokens_after", "covered")
+"""What the file says of how units were chosen."""
 
 CHOSEN, LEDGER = "chosen.json", "ledger.jsonl"
 """Files of the run: the units that stay, and how far the files are."""
@@ -80,7 +82,7 @@ class Units:
     experts: Mapping[int, Sequence[int]] | None = None
     layers: Sequence[int] | None = None
     tokens: Sequence[int] | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -94,13 +96,17 @@ class Units:
         return cls(**{**stored, "experts": by_layer})
 
     def record(self) -> dict[str, Any]:
-        """What the file says of the cut. The ids of the tokens are as many as the file has."""
-        kept = {"experts": self.experts, "layers": self.layers}
-        notes = {kind: dict(own) for kind, own in self.notes.items()}
-        for kind, own in kept.items():
-            if own is not None:
-                notes[kind]["kept"] = own
-        return notes
+        """What the file says of the cut: no scores, no paths, and of tokens only their number."""
+        found = {}
+        for kind, notes in self.notes.items():
+            kept = None if kind == "tokens" else getattr(self, kind)
+            own = {key: notes[key] for key in TOLD if key in notes} | (
+                {"kept": kept} if kept else {}
+            )
+            if calibration := notes.get("calibration"):
+                own["text"] = Path(calibration["source"]).name
+            found[kind] = own
+        return found
 
 
 def edited(source: GGUFSource, units: Units) -> Edit:
@@ -193,8 +199,7 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         """The units that stay, from an earlier run if there was one."""
         file = self.run.folder.work / CHOSEN
         if not file.exists():
-            work, progress = self.run.folder.work, self.run.progress
-            units = chosen(self.recipe, self.source, self.planned, work, progress)
+            units = chosen(self.recipe, self.source, self.planned, file.parent, self.run.progress)
             write_json(file, units.to_json())
         return Units.of_json(json.loads(file.read_text(encoding="utf-8")))
 
@@ -221,6 +226,7 @@ def planned(recipe: StructureRecipe, source: GGUFSource) -> Units:
     """
     if trims_vocabulary(recipe):
         check_vocabulary(source)
+        counted_text(recipe)
     listed = recipe.layers_list
     layers = None if listed is None else _listed_layers(listed)
     units = Units(experts=_planned_experts(recipe, source), layers=layers)
@@ -251,54 +257,53 @@ def chosen(
         recipe: the recipe.
         source: the file.
         units: what is planned.
-        work: the folder of the run, for sums that a resumed run goes on with.
+        work: the folder of the run.
         progress: receives the steps.
     """
     notes: dict[str, Any] = {}
-    if units.experts is not None:
-        notes["experts"] = {"by": "list"}
-        if recipe.experts_list is None:
-            kept, notes["experts"] = _best_of(recipe, source, units.experts, work, progress)
-            units = replace(units, experts=kept)
-    if units.layers is not None:
-        notes["layers"] = {"by": "list"}
-    elif (keep := _kept_layers(recipe, source)) is not None:
-        units = replace(units, layers=_influential(recipe, source, keep, progress))
-        notes["layers"] = {"by": recipe.depth.by}
+    by_hand = {"by": "list"}
+    if recipe.experts_list is not None:
+        notes["experts"] = by_hand
+    elif units.experts is not None:
+        keep = len(next(iter(units.experts.values())))
+        experts, notes["experts"] = _best_experts(recipe, source, keep, work, progress)
+        units = replace(units, experts=experts)
+    if recipe.layers_list is not None:
+        notes["layers"] = by_hand
+    elif (fewer := _kept_layers(recipe, source)) is not None:
+        layers, notes["layers"] = _influential(recipe, source, fewer, progress)
+        units = replace(units, layers=layers)
     if trims_vocabulary(recipe):
-        text = recipe.vocabulary or recipe.calibration.source
-        documents = read_documents(text, recipe.calibration.field)
-        tokens, notes["tokens"] = tokens_of_text(
-            source, documents, recipe.vocabulary_size, progress
-        )
+        texts, field = texts_of(counted_text(recipe)), recipe.calibration.field
+        documents = [each for text in texts for each in read_documents(text, field=field)]
+        size = recipe.vocabulary_size
+        tokens, notes["tokens"] = tokens_of_text(source, documents, size, progress)
         units = replace(units, tokens=tokens)
     return replace(units, notes=notes)
 
 
 def _influential(
     recipe: StructureRecipe, source: GGUFSource, keep: int, progress: Progress
-) -> list[int]:
-    """The layers that change their input most."""
+) -> tuple[list[int], dict[str, Any]]:
+    """The layers that change their input most, and how they were chosen."""
     layers = FileLayers.of(source).count
     with LlamaCpp(source.file) as engine:
-        scores = layer_influence(engine, layers, engine.windows(recipe.calibration)[0], progress)
-    return sorted(sorted(range(layers), key=lambda layer: -scores[layer])[:keep])
+        windows, record = engine.windows(recipe.calibration)
+        scores = layer_influence(engine, layers, windows, progress)
+    kept = sorted(range(layers), key=lambda layer: -scores[layer])[:keep]
+    return sorted(kept), {"by": recipe.depth.by, "calibration": record}
 
 
-def _best_of(
-    recipe: StructureRecipe,
-    source: GGUFSource,
-    planned: Mapping[int, Sequence[int]],
-    work: Path,
-    progress: Progress,
+def _best_experts(
+    recipe: StructureRecipe, source: GGUFSource, keep: int, work: Path, progress: Progress
 ) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
-    """The experts with the highest scores, as many of each layer as planned; and notes."""
+    """The experts with the highest scores, and how they were chosen."""
     experts = experts_of(source)
     assert experts is not None
-    imatrix = Path(recipe.imatrix).expanduser() if recipe.imatrix else None
-    by, options = recipe.experts_by, recipe.calibration
-    scores, notes = expert_scores(source, experts.layers, by, options, imatrix, work, progress)
-    keep = len(next(iter(planned.values())))
+    imatrix = None if recipe.imatrix is None else Path(recipe.imatrix).expanduser()
+    scores, notes = expert_scores(
+        source, experts.layers, recipe.experts_by, recipe.calibration, imatrix, work, progress
+    )
     return best_experts(scores, keep, experts.used, groups=experts.groups), notes
 
 

@@ -431,6 +431,22 @@ def _each_id(value: Any, change: Any) -> Any:
     return value
 
 
+def counted_text(recipe: StructureRecipe) -> str:
+    """The text in which tokens are counted.
+
+    Raises:
+        RecipeError: it is a file of windows.
+    """
+    text = recipe.vocabulary or recipe.calibration.source
+    if any(each.endswith(".safetensors") for each in texts_of(text)):
+        raise RecipeError(
+            "tokens are counted in a text, and this is a file of windows",
+            where=text,
+            remedy="name a text with --vocabulary",
+        )
+    return text
+
+
 def check_vocabulary(
     recipe: StructureRecipe, source: sources.LocalCheckpoint, skeleton: Any
 ) -> None:
@@ -442,13 +458,7 @@ def check_vocabulary(
     """
     pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
     rows = _token_tables(skeleton).rows
-    text = recipe.vocabulary or recipe.calibration.source
-    if any(each.endswith(".safetensors") for each in texts_of(text)):
-        raise RecipeError(
-            "tokens are counted in a text, and this is a file of windows",
-            where=text,
-            remedy="name a text with --vocabulary",
-        )
+    counted_text(recipe)
     if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
         raise RecipeError(
             "windows of token ids would have other ids after the vocabulary is trimmed",
