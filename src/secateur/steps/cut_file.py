@@ -123,7 +123,8 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         super().__init__(recipe, run)
         self.source = GGUFSource.read(run.source.folder)
         self.planned = planned(recipe, self.source)
-        run.folder.worth_resuming = (run.folder.work / CHOSEN).exists
+        work = run.folder.work
+        run.folder.worth_resuming = lambda: any(work.iterdir())
 
     @classmethod
     def run_folder(
