@@ -40,6 +40,13 @@ _ROOM = 2.0
 sweep."""
 
 
+_MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
+"""The integers s and m whose codes are tried, beside the best for the codes there are."""
+
+_SCALE_MOVES = ((0, 0), (1, 0), (-1, 0), (2, 0), (-2, 0))
+"""The same where there are no minima."""
+
+
 @dataclass(frozen=True)
 class RowColumns:
     """int8 with one scale for each row, chosen before the sweep.
@@ -264,16 +271,57 @@ class BlockColumns:
             span = slice(number * sub, (number + 1) * sub)
             own, left = columns[..., span, :], residual[..., span, :]
             before = own.clone()
-            here, current = hessian[..., span, span], block * self.subs + number
-            if self.table.scales is not None:
-                self._fit_integers(own, current, kept[..., span, :], here, left)
-            pull = add_product(left.clone(), here, own - before)
-            scales = self._of(current)
-            _descend_columns(
-                own, kept[..., span, :], here, pull, lambda x, at=scales: self.rounded(x, *at)
-            )
+            held, here = kept[..., span, :], hessian[..., span, span]
+            if self.table.scales is None:
+                self._descend(own, self._of(block), held, here, left.clone())
+            else:
+                self._fit_sub(own, block * self.subs + number, held, here, left)
             add_product(residual, hessian[..., span], own - before)
         self._fit_numbers(columns, block, kept, hessian, residual)
+
+    def _descend(
+        self,
+        columns: Tensor,
+        scales: tuple[Tensor, Tensor],
+        kept: Tensor,
+        hessian: Tensor,
+        residual: Tensor,
+    ) -> None:
+        """The codes of some columns with a scale and a minimum for each row, in place."""
+        _descend_columns(columns, kept, hessian, residual, lambda x: self.rounded(x, *scales))
+
+    def _fit_sub(
+        self, columns: Tensor, sub: int, kept: Tensor, hessian: Tensor, residual: Tensor
+    ) -> None:
+        """The integers of a sub-block, its codes held; then codes for these integers and for their
+        neighbours, of which the best stay.
+        """
+        before = columns.clone()
+        self._fit_integers(columns, sub, kept, hessian, residual)
+        pull = add_product(residual.clone(), hessian, columns - before)
+        moves = _MOVES if self.table.has_minima else _SCALE_MOVES
+        lowest, highest = self.table.scales or (1, 1)
+        s, m = self.scales[..., sub, :], self.minima[..., sub, :]
+        # Each try has columns of its own, side by side: [..., tries · out].
+        tried_s = torch.stack([s + a for a, _ in moves], dim=-2).clamp_(lowest, highest)
+        tried_m = torch.stack([m + b for _, b in moves], dim=-2).clamp_(0, self.table.minima or 0)
+        numbers = (x[..., sub // self.subs, None, :] for x in (self.d, self.d_min))
+        scale, minimum = (
+            (number * tried).flatten(-2)
+            for number, tried in zip(numbers, (tried_s, tried_m), strict=True)
+        )
+        wide, before, kept, residual, pull = (
+            torch.cat([x] * len(moves), dim=-1) for x in (columns, before, kept, residual, pull)
+        )
+        self._descend(wide, (scale, minimum), kept, hessian, pull)
+        change = wide - before
+        gain = (change * (2 * residual + hessian @ change)).sum(dim=-2).view(tried_s.shape)
+        best = gain.argmin(dim=-2, keepdim=True)  # of equal ones the integers stay
+        s.copy_(tried_s.gather(-2, best).squeeze(-2))
+        m.copy_(tried_m.gather(-2, best).squeeze(-2))
+        tries = wide.unflatten(-1, (len(moves), -1))
+        own = best[..., None, :, :].expand(*columns.shape[:-1], 1, -1)
+        columns.copy_(tries.gather(-2, own).squeeze(-2))
 
     def _fit_integers(
         self, columns: Tensor, sub: int, kept: Tensor, hessian: Tensor, residual: Tensor
