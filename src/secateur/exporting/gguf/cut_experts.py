@@ -7,8 +7,8 @@ predict several tokens (`nextn_predict_layers`) are cut as all others, because l
 number of experts for the whole file.
 
 llama.cpp chooses groups of experts first where `expert_group_count` is above 1. Expert e is in
-group e // (experts / groups), so every group has to lose equally many, and two at least stay,
-because a group is rated by its best two.
+group e // (experts / groups), so every group that stays has equally many, and two at least, because
+a group is rated by its best two.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FileExperts:
     Attributes:
         count: experts of each layer that has some.
         used: of them for each token.
-        groups: of the router's choice; 1 if it has none.
+        groups: of the router's choice; 0 if it has none.
         groups_used: of them for each token.
         chunk: neighbouring experts that share a further expert; 1 if none do.
         layers: the layers that have experts.
@@ -76,6 +76,11 @@ class FileExperts:
     groups_used: int
     chunk: int
     layers: tuple[int, ...]
+
+    @property
+    def in_group(self) -> int:
+        """Experts of each group."""
+        return self.count // max(self.groups, 1)
 
 
 def experts_of(source: GGUFSource) -> FileExperts | None:
@@ -110,8 +115,8 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
     return FileExperts(
         count,
         int(source.get("expert_used_count") or 1),
-        int(source.get("expert_group_count") or 1),
-        int(source.get("expert_group_used_count") or 1),
+        int(source.get("expert_group_count") or 0),
+        int(source.get("expert_group_used_count") or 0),
         chunk,
         tuple(sorted(layers)),
     )
@@ -146,12 +151,29 @@ def cut_experts(source: GGUFSource, edit: Edit, kept: Mapping[int, Sequence[int]
         elif _OF_CHUNKS.fullmatch(match[2]):
             chunks = tuple(sorted({expert // found.chunk for expert in of_layer}))
             tensors[name] = replace(one, rows=chunks)
-    count = len(next(iter(rows.values())))
-    most = count // found.groups * found.groups_used if found.groups > 1 else count
-    numbers = {"expert_count": count, "expert_used_count": min(found.used, most)}
-    keys = {f"{source.architecture}.{name}": number for name, number in numbers.items()}
-    fields = {name: field.like(keys.get(name, field.value)) for name, field in edit.fields.items()}
-    return replace(edit, fields=fields, tensors=tensors)
+    start, numbers = f"{source.architecture}.", _numbers(found, next(iter(rows.values())))
+    changed = {
+        start + name: edit.fields[start + name].like(number)
+        for name, number in numbers.items()
+        if start + name in edit.fields
+    }
+    return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
+
+
+def _numbers(found: FileExperts, kept: Sequence[int]) -> dict[str, int]:
+    """The counts of a file that keeps these experts in a layer."""
+    groups = len({expert // found.in_group for expert in kept})
+    # if all groups that stay are used, the choice of groups has no effect
+    used = found.groups_used
+    if groups <= max(used, 1):
+        groups = used = 1
+    most = len(kept) // groups * used
+    return {
+        "expert_count": len(kept),
+        "expert_used_count": min(found.used, most),
+        "expert_group_count": groups if found.groups else 0,
+        "expert_group_used_count": used if found.groups else 0,
+    }
 
 
 def _narrowed(source: GGUFSource, one: Kept, rows: tuple[int, ...], count: int) -> Kept:
@@ -180,38 +202,34 @@ def _check_choice(
             f"{source.architecture}.expert_count",
         )
     # llama.cpp reads fewer than two experts of these as a model without experts
-    least = 2 if source.architecture in ("hunyuan-dense", "hunyuan_vl") else 1
-    if groups := int(source.get("expert_group_count") or 0):
-        least = 2 * groups if groups > 1 else 2
+    least = 2 if source.architecture in ("hunyuan-dense", "hunyuan_vl") or found.groups else 1
     if min(counts) < least:
         raise _refused_choice(
             f"{min(counts)} experts stay, and llama.cpp needs {least}",
             f"{source.architecture}.expert_count",
         )
+    groups, sizes = set[int](), set[int]()  # groups that stay, and the experts of each
     for layer, of_layer in kept.items():
         if len(set(of_layer)) < len(of_layer) or not 0 <= of_layer[0] <= of_layer[-1] < found.count:
             raise _refused_choice(
                 f"the experts are {list(of_layer)[:8]}, and there are {found.count}",
                 f"layer {layer}",
             )
-        of_groups = _in_runs(of_layer, found.count, found.count // found.groups)
-        if len(set(of_groups)) > 1:
-            raise _refused_choice(
-                f"the {found.groups} groups of the router keep {min(of_groups)} to "
-                f"{max(of_groups)} experts",
-                f"layer {layer}",
-            )
-        if set(_in_runs(of_layer, found.count, found.chunk)) - {0, found.chunk}:
+        if found.groups > 1:
+            of_groups = Counter(expert // found.in_group for expert in of_layer)
+            groups, sizes = groups | {len(of_groups)}, sizes | {*of_groups.values()}
+        of_chunks = Counter(expert // found.chunk for expert in of_layer)
+        if set(of_chunks.values()) - {found.chunk}:
             raise _refused_choice(
                 f"{found.chunk} neighbouring experts share a further one, and a part of them stays",
                 f"layer {layer}",
             )
-
-
-def _in_runs(kept: Sequence[int], count: int, size: int) -> list[int]:
-    """How many stay of each run of `size` neighbours."""
-    places = Counter(expert // size for expert in kept)
-    return [places[run] for run in range(count // size)]
+    if len(groups) > 1 or len(sizes) > 1 or 1 in sizes:
+        raise _refused_choice(
+            f"{sorted(groups)} of the router's {found.groups} groups stay, with {sorted(sizes)} "
+            "experts each, and llama.cpp needs one number, of 2 at least",
+            f"{source.architecture}.expert_group_count",
+        )
 
 
 def _check_rows(name: str, shape: tuple[int, ...], rows: int, source: GGUFSource) -> None:

@@ -15,18 +15,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGUFValueType
+from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.exporting.gguf.cut_experts import IN_LAYER
 from secateur.exporting.gguf.edit import Edit, Kept
+from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node
 from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
+from secateur.progress import Progress, each_step
 
 _NUMBERED = re.compile(r"\.\d+\.")
 
@@ -137,7 +141,13 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     numbers = layers.numbers(kept)
     changed = _changed_fields(layers, numbers)
     _check_roles(layers, kept, changed)
-    _check_neighbours(layers, kept)
+    for number, why in _needed(layers, kept).items():
+        if number not in numbers:
+            raise RecipeError(
+                f"layer {number} has to stay: {why}",
+                where=source.architecture,
+                remedy=f"keep layer {number}",
+            )
     tensors = {}
     for name, one in edit.tensors.items():
         match = IN_LAYER.fullmatch(name)
@@ -146,6 +156,80 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
         elif int(match[1]) in numbers:
             tensors[f"blk.{numbers[int(match[1])]}.{match[2]}"] = one
     return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
+
+
+def block_influence(
+    llama: LlamaCpp, windows: Tensor, layers: FileLayers, progress: Progress
+) -> list[float]:
+    """1 − mean cosine of the residual stream before and after each layer, as llama.cpp runs it.
+
+    "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", Men et al. 2024,
+    arXiv:2403.03853. The stream is the nodes `l_out-N`, and what enters the first layer.
+
+    Args:
+        llama: the file.
+        windows: token ids [windows, length].
+        layers: of the file.
+        progress: receives each window.
+
+    Raises:
+        ArchitectureError: llama.cpp does not show what each layer returns.
+    """
+    sums, counts = [0.0] * layers.count, [0] * layers.count
+    stream: list[Tensor] = []
+
+    def seen(node: Node) -> None:
+        after = node.value().double()
+        name, _, number = node.name.rpartition("-")
+        if name == "l_out" and int(number) < layers.count and stream:
+            cosines = torch.cosine_similarity(stream[0], after, dim=-1)
+            sums[int(number)] += float((1 - cosines).sum())
+            counts[int(number)] += cosines.numel()
+        stream[:] = [after]
+
+    def wanted(node: Node) -> bool:
+        return node.name.startswith("l_out-") or node.name in ("inp_embd", "inp_scaled", "embd")
+
+    for _ in each_step(progress, "layers", llama.run(windows, wanted, seen), len(windows)):
+        pass
+    if not all(counts):
+        raise _refused("llama.cpp does not show what each layer returns", llama.name_or_path)
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+def least_needed(layers: FileLayers, scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """The layers that stay when those with the lowest sum of scores go.
+
+    Of all cuts that leave every layer its role, by dynamic programming over the layers: the best
+    loss for each number of layers that stay so far.
+
+    Args:
+        layers: of the file.
+        scores: of each layer; the higher, the more it is needed.
+        count: of the layers that stay.
+
+    Raises:
+        RecipeError: no cut to so many layers is possible.
+    """
+    needed, get = _needed(layers, range(layers.count)), layers.source.get
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for number, score in enumerate(scores):
+        role = _role(layers, number, layers.count, get)
+        following = {}
+        for stay, (loss, kept) in best.items():
+            ways = [] if number in needed else [(stay, (loss + score, kept))]
+            if role == _role(layers, stay, count, get):
+                ways.append((stay + 1, (loss, (*kept, number))))
+            for after, way in ways:
+                following[after] = min(following.get(after, way), way)
+        best = following
+    if count not in best:
+        raise RecipeError(
+            f"no {count} of {layers.count} layers can stay as they are, but {sorted(best)[-8:]}",
+            where=layers.source.architecture,
+            remedy="keep one of these numbers",
+        )
+    return best[count][1]
 
 
 def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:
@@ -331,8 +415,8 @@ def _tokens(source: GGUFSource) -> int:
     return int(source.get("vocab_size") or (0 if field is None else len(field.value)))
 
 
-def _check_neighbours(layers: FileLayers, kept: Sequence[int]) -> None:
-    """Refuse to remove a layer whose result another one reads."""
+def _needed(layers: FileLayers, kept: Iterable[int]) -> dict[int, str]:
+    """Layers whose result others read, and why."""
     source, stay = layers.source, set(kept)
     needed = {}
     if shared := source.get("attention.shared_kv_layers"):
@@ -343,18 +427,11 @@ def _check_neighbours(layers: FileLayers, kept: Sequence[int]) -> None:
         full = 0
         for number, own in enumerate(source.get("attention.indexer.types", ())):
             full = number if own else full
-            if number in stay:
+            if number in stay and number != full:
                 needed[full] = f"layer {number} takes its index"
     mapping = source.get("deepstack_mapping", ())
     images = (n for n, place in enumerate(mapping) if place >= 0)
-    needed |= dict.fromkeys(images, "images enter there")
-    for number, why in needed.items():
-        if number not in stay:
-            raise RecipeError(
-                f"layer {number} has to stay: {why}",
-                where=source.architecture,
-                remedy=f"keep layer {number}",
-            )
+    return needed | dict.fromkeys(images, "images enter there")
 
 
 def _refused(what: str, where: str) -> ArchitectureError:
