@@ -27,7 +27,7 @@ from secateur.engine.search.experts import best_experts
 from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
-from secateur.exporting.gguf.cut_layers import FileLayers
+from secateur.exporting.gguf.cut_layers import FileLayers, layers_that_stay
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, part_name, written
 from secateur.exporting.gguf.expert_scores import expert_scores
@@ -285,14 +285,14 @@ def chosen(
 
 def _influential(
     recipe: StructureRecipe, source: GGUFSource, keep: int, progress: Progress
-) -> tuple[list[int], dict[str, Any]]:
+) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The layers that change their input most, and how they were chosen."""
-    layers = FileLayers.of(source).count
+    layers = FileLayers.of(source)
     with LlamaCpp(source.file) as engine:
         windows, record = engine.windows(recipe.calibration)
-        scores = layer_influence(engine, layers, windows, progress)
-    kept = sorted(range(layers), key=lambda layer: -scores[layer])[:keep]
-    return sorted(kept), {"by": recipe.depth.by, "calibration": record}
+        scores = layer_influence(engine, layers.count, windows, progress)
+    kept = layers_that_stay(layers, scores, keep)
+    return kept, {"by": recipe.depth.by, "calibration": record}
 
 
 def _best_experts(

@@ -64,7 +64,7 @@ class FileExperts:
     Attributes:
         count: experts of each layer that has some.
         used: of them for each token.
-        groups: of the router's choice; 0 if it has none.
+        groups: of the router's choice; 1 if it has none.
         groups_used: of them for each token.
         chunk: neighbouring experts that share a further expert; 1 if none do.
         layers: the layers that have experts.
@@ -80,7 +80,7 @@ class FileExperts:
     @property
     def in_group(self) -> int:
         """Experts of each group."""
-        return self.count // max(self.groups, 1)
+        return self.count // self.groups
 
 
 def experts_of(source: GGUFSource) -> FileExperts | None:
@@ -115,8 +115,8 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
     return FileExperts(
         count,
         int(source.get("expert_used_count") or 1),
-        int(source.get("expert_group_count") or 0),
-        int(source.get("expert_group_used_count") or 0),
+        int(source.get("expert_group_count") or 1),
+        int(source.get("expert_group_used_count") or 1),
         chunk,
         tuple(sorted(layers)),
     )
@@ -162,17 +162,16 @@ def cut_experts(source: GGUFSource, edit: Edit, kept: Mapping[int, Sequence[int]
 
 def _numbers(found: FileExperts, kept: Sequence[int]) -> dict[str, int]:
     """The counts of a file that keeps these experts in a layer."""
-    groups = len({expert // found.in_group for expert in kept})
-    # if all groups that stay are used, the choice of groups has no effect
-    used = found.groups_used
-    if groups <= max(used, 1):
+    if found.groups == 1:
+        return {"expert_count": len(kept), "expert_used_count": min(found.used, len(kept))}
+    groups, used = len({expert // found.in_group for expert in kept}), found.groups_used
+    if groups <= used:  # all groups that stay are used, so their choice has no effect
         groups = used = 1
-    most = len(kept) // groups * used
     return {
         "expert_count": len(kept),
-        "expert_used_count": min(found.used, most),
-        "expert_group_count": groups if found.groups else 0,
-        "expert_group_used_count": used if found.groups else 0,
+        "expert_used_count": min(found.used, len(kept) // groups * used),
+        "expert_group_count": groups,
+        "expert_group_used_count": used,
     }
 
 
@@ -202,7 +201,8 @@ def _check_choice(
             f"{source.architecture}.expert_count",
         )
     # llama.cpp reads fewer than two experts of these as a model without experts
-    least = 2 if source.architecture in ("hunyuan-dense", "hunyuan_vl") or found.groups else 1
+    more = source.architecture in ("hunyuan-dense", "hunyuan_vl")
+    least = 2 if more or source.get("expert_group_count") else 1
     if min(counts) < least:
         raise _refused_choice(
             f"{min(counts)} experts stay, and llama.cpp needs {least}",

@@ -21,16 +21,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from gguf import GGUFValueType
-from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.exporting.gguf.cut_experts import IN_LAYER
 from secateur.exporting.gguf.edit import Edit, Kept
-from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node
 from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
-from secateur.progress import Progress, each_step
 
 _NUMBERED = re.compile(r"\.\d+\.")
 
@@ -72,6 +68,9 @@ _WITHOUT_ROTATION = {"llama4": 3, "afmoe": 3, "smollm3": 3, "smallthinker": 0}
 
 _FULL_ATTENTION = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
 """Every so many layers attend, and the others are recurrent."""
+
+_RECURRENT = re.compile(r"(ssm|shortconv|time_mix)[._]")
+"""Tensors of a recurrent layer."""
 
 _FIRST = {"gemma3n": (10, 20), "rwkv7": (1,), "arwkv7": (1,)}
 """Layers before these numbers are computed otherwise than those behind."""
@@ -141,6 +140,7 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     numbers = layers.numbers(kept)
     changed = _changed_fields(layers, numbers)
     _check_roles(layers, kept, changed)
+    _check_kinds(layers, kept)
     for number, why in _needed(layers, kept).items():
         if number not in numbers:
             raise RecipeError(
@@ -158,46 +158,7 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
 
 
-def block_influence(
-    llama: LlamaCpp, windows: Tensor, layers: FileLayers, progress: Progress
-) -> list[float]:
-    """1 − mean cosine of the residual stream before and after each layer, as llama.cpp runs it.
-
-    "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", Men et al. 2024,
-    arXiv:2403.03853. The stream is the nodes `l_out-N`, and what enters the first layer.
-
-    Args:
-        llama: the file.
-        windows: token ids [windows, length].
-        layers: of the file.
-        progress: receives each window.
-
-    Raises:
-        ArchitectureError: llama.cpp does not show what each layer returns.
-    """
-    sums, counts = [0.0] * layers.count, [0] * layers.count
-    stream: list[Tensor] = []
-
-    def seen(node: Node) -> None:
-        after = node.value().double()
-        name, _, number = node.name.rpartition("-")
-        if name == "l_out" and int(number) < layers.count and stream:
-            cosines = torch.cosine_similarity(stream[0], after, dim=-1)
-            sums[int(number)] += float((1 - cosines).sum())
-            counts[int(number)] += cosines.numel()
-        stream[:] = [after]
-
-    def wanted(node: Node) -> bool:
-        return node.name.startswith("l_out-") or node.name in ("inp_embd", "inp_scaled", "embd")
-
-    for _ in each_step(progress, "layers", llama.run(windows, wanted, seen), len(windows)):
-        pass
-    if not all(counts):
-        raise _refused("llama.cpp does not show what each layer returns", llama.name_or_path)
-    return [total / count for total, count in zip(sums, counts, strict=True)]
-
-
-def least_needed(layers: FileLayers, scores: Sequence[float], count: int) -> tuple[int, ...]:
+def layers_that_stay(layers: FileLayers, scores: Sequence[float], count: int) -> tuple[int, ...]:
     """The layers that stay when those with the lowest sum of scores go.
 
     Of all cuts that leave every layer its role, by dynamic programming over the layers: the best
@@ -214,8 +175,8 @@ def least_needed(layers: FileLayers, scores: Sequence[float], count: int) -> tup
     needed, get = _needed(layers, range(layers.count)), layers.source.get
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for number, score in enumerate(scores):
-        role = _role(layers, number, layers.count, get)
-        following = {}
+        role, score = _role(layers, number, layers.count, get), min(score, 1e9)
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
         for stay, (loss, kept) in best.items():
             ways = [] if number in needed else [(stay, (loss + score, kept))]
             if role == _role(layers, stay, count, get):
@@ -353,6 +314,27 @@ def _check_roles(layers: FileLayers, kept: Sequence[int], changed: Mapping[str, 
                     if "first" not in name
                     else "leave the first layers as they are",
                 )
+
+
+def _check_kinds(layers: FileLayers, kept: Sequence[int]) -> None:
+    """Refuse to remove all layers of a kind: llama.cpp prepares for it, and then has no use."""
+    kinds: dict[str, set[int]] = {"recurrence": set(), "attention": set()}
+    for name in layers.source.tensors:
+        if (match := IN_LAYER.fullmatch(name)) and int(match[1]) < layers.count:
+            if _RECURRENT.match(match[2]):
+                kinds["recurrence"].add(int(match[1]))
+            if match[2].startswith("attn_output."):
+                kinds["attention"].add(int(match[1]))
+    if layers.source.architecture == "llama4":
+        places = range(_WITHOUT_ROTATION["llama4"], layers.count, 4)
+        kinds["attention over all positions"] = {*places}
+    for kind, numbers in kinds.items():
+        if numbers and not numbers & set(kept):
+            raise RecipeError(
+                f"no layer with {kind} would stay, and llama.cpp cannot run the file then",
+                where=layers.source.architecture,
+                remedy=f"keep one of the layers {sorted(numbers)[:8]}",
+            )
 
 
 def _role(layers: FileLayers, number: int, count: int, get: Get) -> dict[str, Any]:

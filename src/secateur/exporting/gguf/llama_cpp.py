@@ -328,9 +328,12 @@ class LlamaCpp:
         """The token ids of texts, as `input_ids`. Special tokens in a text are read as such."""
         found = []
         for text in map(str.encode, texts):
-            ids = self.ffi.new("llama_token[]", len(text) + 16)  # a token has at least a byte
-            given = self.vocabulary, text, len(text), ids, len(ids), add_special_tokens, True
-            found.append(self.ffi.unpack(ids, self.library.llama_tokenize(*given)))
+            ids, count = self.ffi.new("llama_token[]", len(text) + 16), -1
+            while count < 0:  # a normalizer may lengthen the text; then it returns −count
+                given = self.vocabulary, text, len(text), ids, len(ids), add_special_tokens, True
+                count = self.library.llama_tokenize(*given)
+                ids = ids if count >= 0 else self.ffi.new("llama_token[]", -count)
+            found.append(self.ffi.unpack(ids, count))
         return {"input_ids": found}
 
     def get_chat_template(self, **_: Any) -> str | None:
