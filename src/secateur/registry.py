@@ -47,11 +47,11 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """A parameter that is a number, 0 or more."""
 
 
-def one_of(*allowed: int) -> AfterValidator:
-    """Annotates a parameter that is one of a few numbers."""
+def one_of(*allowed: int | str) -> AfterValidator:
+    """Annotates a parameter that is one of a few numbers or names."""
     *most, last = map(str, allowed)
 
-    def check(value: int) -> int:
+    def check(value: int | str) -> int | str:
         if value not in allowed:
             raise ValueError(f"it should be {', '.join(most)} or {last}")
         return value

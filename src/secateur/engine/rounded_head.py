@@ -17,12 +17,13 @@ from torch import Tensor
 from secateur.calibration.statistics.gram import Gram
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.machine import fast_matmuls
+from secateur.models.block_files import BlockFiles, StoredBlocks
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.targets import CheckpointTarget, walk_layers
 from secateur.progress import Progress
 from secateur.recipes.compress import CompressRecipe
 from secateur.runs.output import whole_folder
-from secateur.runtime.formats import GRID_BITS
+from secateur.runtime.formats import GRID_BITS, fitting
 from secateur.runtime.install import path_of
 from secateur.runtime.storage_plan import DEFAULT_GROUP
 from secateur.sparsity.solvers.obs import OBS
@@ -50,7 +51,7 @@ def round_head(
     Resume or reuse an earlier run.
 
     Args:
-        recipe: gives values and group.
+        recipe: gives values and group: integers on a grid of groups, or a type of llama.cpp.
         target: the model.
         gram_of: returns G, as `head_gram` does.
         folder: for the rounded matrix.
@@ -68,21 +69,29 @@ def round_head(
         if tied:
             # G + λI, with λ in the unit of G's diagonal
             gram = gram + LOOKED_UP * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-        bits, group = GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP
-        solver = OBS(bits=bits, group=group)
-        weight, prepared = target.reader.read(name), solver.prepare({"gram": gram})
-        rounded = torch.empty_like(weight, dtype=torch.bfloat16)  # exact for any grid
+        weight, group = target.reader.read(name), recipe.group_size or DEFAULT_GROUP
+        values = fitting(recipe.embeddings, weight.shape[1])
+        solver = OBS(bits=GRID_BITS.get(values, values), group=group)
+        prepared = solver.prepare({"gram": gram})
+        # exact for any grid of groups; blocks need float32
+        rounded = torch.empty_like(weight, dtype=torch.bfloat16 if values in GRID_BITS else None)
+        blocks: list[Tensor] = []
         # rows are independent once the gram is factored
         parts = weight.split(max(1, SOLVED_AT_ONCE // weight.shape[1]))
         progress.start("rounding the head", len(parts))
         for part, out in zip(parts, rounded.split(len(parts[0])), strict=True):
             everything = torch.ones_like(part, dtype=torch.bool, device=gram.device)
             own = part.to(gram.device)
-            out.copy_(solver.solve(own, prepared, everything).weight)
+            solution = solver.solve(own, prepared, everything)
+            out.copy_(solution.weight)
+            blocks += [] if solution.blocks is None else [solution.blocks.cpu()]
             progress.step()
         progress.finish()
         with whole_folder(folder) as unfinished:
             save_file({name: rounded}, unfinished / "model.safetensors")
+            if blocks:
+                found = StoredBlocks(values, torch.cat(blocks))
+                BlockFiles(unfinished).write("head", {name: found})
     return {name: CheckpointReader(folder)}
 
 

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import FileIO
 from itertools import islice
 from math import prod
@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericalError
+from secateur.models.block_files import FOLDER, BlockFiles, StoredBlocks
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress, Silent
 from secateur.runs.environment import usable_processors
@@ -344,6 +345,18 @@ class CheckpointReader:
         """One tensor, in memory of its own."""
         return read_entry(self.entries[name])
 
+    @cached_property
+    def _block_files(self) -> BlockFiles:
+        return BlockFiles(self.folder)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The blocks of a matrix, if the folder has them and they give its numbers."""
+        found = self._block_files.read(name)
+        if found is None:
+            return None
+        weight = self.read(name)
+        return found if torch.equal(found.stored.to(weight.dtype), weight) else None
+
     def split(self, name: str, views: Mapping[str, Tensor]) -> None:
         """From now on, show a tensor as several tensors, each a view of it.
 
@@ -378,6 +391,24 @@ class CheckpointReader:
                 with safe_open(file, framework="pt") as opened:
                     for name in own:
                         yield name, opened.get_tensor(name)
+
+
+class Float32Reader(CheckpointReader):
+    """Reads the floating-point tensors of a checkpoint as float32, exactly."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.stored = self.entries
+        self.entries = {
+            name: TensorEntry.made(entry.file, torch.float32, entry.shape)
+            if entry.dtype.is_floating_point
+            else entry
+            for name, entry in self.stored.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        return read_entry(self.stored[name]).to(self.entries[name].dtype)
 
 
 def read_entry(entry: TensorEntry) -> Tensor:
@@ -495,6 +526,9 @@ class PatchedCopy:
                 shutil.copyfile(file, target)
                 self._dirty.add(target)
                 progress.step(sizes[file], note=file.name)
+            if (self.source.folder / FOLDER).is_dir():
+                blocks = self.folder / FOLDER
+                shutil.copytree(self.source.folder / FOLDER, blocks, dirs_exist_ok=True)
             progress.finish()
 
     def write(self, name: str, tensor: Tensor) -> None:

@@ -9,8 +9,9 @@ of its own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,10 @@ from secateur.models.architecture import (
     refuse_shared,
     stored_linears,
 )
+from secateur.models.block_files import BlockFiles, StoredBlocks
 from secateur.models.checkpoint import CheckpointReader, PatchedCopy
+
+NO_BLOCKS: Mapping[str, StoredBlocks] = MappingProxyType({})
 
 
 class Target(Protocol):
@@ -54,8 +58,20 @@ class Target(Protocol):
         """A context that gives one decoder layer with its weights, on `device`."""
         ...
 
-    def commit(self, index: int, names: list[str]) -> None:
-        """Store the new values of some parameters of a layer, within its context."""
+    def commit(
+        self, index: int, names: list[str], blocks: Mapping[str, StoredBlocks] = NO_BLOCKS
+    ) -> None:
+        """Store the new values of some parameters of a layer, within its context.
+
+        Args:
+            index: of the layer.
+            names: of the parameters.
+            blocks: those of rounded matrices, by the names of their parameters.
+        """
+        ...
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The stored blocks of a parameter that is on a grid of llama.cpp; None without any."""
         ...
 
 
@@ -72,6 +88,7 @@ class ModelTarget:
         self.architecture = architecture or describe(model)
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        self.kept: dict[str, StoredBlocks] = {}
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -93,8 +110,15 @@ class ModelTarget:
         """The layer itself."""
         yield self.layers[index]
 
-    def commit(self, index: int, names: list[str]) -> None:
-        """Nothing to do: the layer was changed in place."""
+    def commit(
+        self, index: int, names: list[str], blocks: Mapping[str, StoredBlocks] = NO_BLOCKS
+    ) -> None:
+        """Keep the blocks; the layer was changed in place."""
+        self.kept.update(blocks)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The blocks that this run has made of a parameter."""
+        return self.kept.get(name)
 
 
 class CheckpointTarget:
@@ -185,13 +209,22 @@ class CheckpointTarget:
         finally:
             skeleton.empty(layer)
 
-    def commit(self, index: int, names: list[str]) -> None:
+    def commit(
+        self, index: int, names: list[str], blocks: Mapping[str, StoredBlocks] = NO_BLOCKS
+    ) -> None:
         """Write the new values over the old ones in the copy."""
         if self.output is None:
             return
         for name in names:
             self.output.write(self.stored[name], self.model.get_parameter(name))
         self.output.sync()
+        if blocks:
+            own = {self.stored[name]: one for name, one in blocks.items()}
+            BlockFiles(self.output.folder).write(f"layer-{index}", own)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The blocks that the checkpoint has beside a parameter."""
+        return self.reader.blocks(self.stored[name])
 
 
 def per_layer_table(model: Any) -> nn.Embedding | None:

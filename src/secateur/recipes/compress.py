@@ -42,7 +42,10 @@ class _WhatToCompress(Section):
     values: Values = "auto"
     """How to store the weights. auto stores float32 as bfloat16 and keeps other types. keep keeps
     every type and loses nothing. Or name a type: bfloat16, float16, float32, int8, int4, int3,
-    int2."""
+    int2; or one of llama.cpp: q2_k to q6_k, iq4_nl, iq4_xs, q4_0, q4_1, q5_0, q5_1, q8_0."""
+    to: Literal["folder", "gguf"] = "folder"
+    """What to write: folder, a packed model; or gguf, one file for llama.cpp with values of its
+    types."""
     group_size: Annotated[int | None, Flag(default="64")] = None
     """How many consecutive weights of a row share a scale in int4, int3 and int2: 32, 64 or 128.
     Smaller groups lose less and need 8 / SIZE bits more per weight."""
@@ -51,8 +54,9 @@ class _WhatToCompress(Section):
     embeddings: Embeddings = "auto"
     """How to store embedding and output head: one matrix if they are tied, else two. auto rounds
     both to int8 beside linear layers of integers if they are a tenth of the model or more, and else
-    keeps them, as keep does. int4 and int3 have the groups of --group-size; with --calibration the
-    head's weights compensate each other's errors."""
+    keeps them, as keep does. Beside types of llama.cpp auto stores the head as q6_k and an
+    embedding of its own in their type, as llama.cpp does. int4 and int3 have the groups of
+    --group-size; with --calibration the head's weights compensate each other's errors."""
     archive: bool = False
     """Also compress the files with zstandard. Loading decodes them."""
 
@@ -61,6 +65,10 @@ class CompressRecipe(shared.Device, _WhatToCompress, shared.OutputFolder, Recipe
     """One compression."""
 
     run = shared.Resuming
+    conflicts = tuple(
+        Conflict(option, "to=gguf", "a GGUF file stores every weight, as it is", shared.ONE)
+        for option in ("archive", "format")
+    )
     needs: ClassVar = {
         **dict.fromkeys(
             (

@@ -15,7 +15,7 @@ from secateur.sparsity.methods import methods as named
 _PARAMETERS = "method_parameters"
 
 
-def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float]) -> Method:
+def _composed(recipe: PruneRecipe, parameters: Mapping[str, int | float | str]) -> Method:
     """The method of a recipe with some parameters."""
     return compose(
         recipe.method,

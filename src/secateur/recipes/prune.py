@@ -19,10 +19,18 @@ Effort = Literal["fast", "balanced", "thorough", "best"]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 """A fraction of zeros."""
 
-Values = Literal["auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"]
+Blocks = Literal[
+    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
+]  # fmt: skip
+"""The types of llama.cpp in which compressed weights can be stored."""
+
+Values = Literal[
+    "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2", Blocks
+]
 """How compressed weights are stored."""
 
-Embeddings = Literal["auto", "keep", "int8", "int4", "int3"]
+Embeddings = Literal["auto", "keep", "int8", "int4", "int3", Blocks]
 """How a compressed embedding and head are stored."""
 
 
@@ -61,11 +69,11 @@ class _HowToPrune(Section):
     refine: Annotated[str | None, Flag(advanced=True)] = None
     """Improve the mask before solving: swaps."""
     method_parameters: Annotated[
-        dict[str, int | float], Flag(value="NAME=NUMBER", advanced=True)
+        dict[str, int | float | str], Flag(value="NAME=NUMBER", advanced=True)
     ] = Field(default_factory=dict)
     """Parameters of the score, the solver and the refinement."""
     method_overrides: Annotated[
-        dict[str, dict[str, int | float]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
+        dict[str, dict[str, int | float | str]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
     ] = Field(default_factory=dict)
     """Own method parameters for some linear layers, such as {'*.down_proj': {bits: 8}}."""
     scope: Annotated[
@@ -103,7 +111,7 @@ class _StoredFormat(Section):
 
     compress: Annotated[Values | None, Flag(default="not compressed", value="VALUES")] = None
     """Also compress the result like `secateur compress --values VALUES`: auto, keep, bfloat16,
-    float16, float32, int8, int4, int3 or int2."""
+    float16, float32, int8, int4, int3, int2, or a type of llama.cpp such as q4_k."""
     keep_format: bool = False
     """Write a source in FP8, MXFP4 or integers back in its own format, with the scales that it has,
     instead of in bfloat16. Zeros stay zeros; weights that the method changes are rounded."""

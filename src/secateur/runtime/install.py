@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
 from secateur.models.architecture import linears_of
+from secateur.models.block_files import StoredBlocks
 from secateur.models.checkpoint import CheckpointReader, TensorEntry
 from secateur.models.experts import OpenExperts, opened_experts
 from secateur.models.opening import computed_dtype, open_weights
@@ -271,7 +272,7 @@ def _linear_of(
     bias: Tensor | None = None,
 ) -> InferenceLinear:
     """A linear of checked parts, multiplied by the format's product, our kernels or torch."""
-    if kernels:
+    if kernels and layout.blocks is None:
         product = inference.product_of(layout, torch.device("cpu"))
         if product is not None:
             return product.linear(parts, layout, bias, torch.device("cpu"))
@@ -285,7 +286,7 @@ def _rows_of(
     parts: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, kernels: bool
 ) -> KernelMatrix:
     """The matrix of an embedding, whose rows are read alone."""
-    if kernels and layout.format == "dense":
+    if kernels and layout.format == "dense" and layout.blocks is None:
         return matrix_of(parts, layout)
     return KernelMatrix(formats[layout.format].unpack(parts, layout).to(dtype))
 
@@ -382,12 +383,12 @@ def _stored_integers(parts: Mapping[str, Tensor], layout: Layout) -> Integers:
 class DenseView(CheckpointReader):
     """Reads a compressed checkpoint like a dense one: a matrix is unpacked when it is read.
 
-    Names, shapes and dtypes are those of the source checkpoint. Matrices of integers with scales
-    are returned in the dtype that `config.json` names, or in `computed`.
+    Names, shapes and dtypes are those of the source checkpoint. Matrices of integers or blocks are
+    returned in the dtype that `config.json` names, or in `computed`.
 
     Args:
         packed: the compressed checkpoint.
-        computed: the dtype for matrices of integers; None for that of `config.json`.
+        computed: the dtype for matrices of integers or blocks; None for that of `config.json`.
 
     Attributes:
         entries: the dense tensors; their offsets mean nothing.
@@ -407,7 +408,7 @@ class DenseView(CheckpointReader):
 
     def dense_spec(self, layout: Layout) -> PartSpec:
         """Dtype and shape of the matrix in the dense checkpoint."""
-        dtype = self.computed if layout.integers else layout.dtype
+        dtype = self.computed if layout.coded else layout.dtype
         return PartSpec(dtype, layout.shape[::-1] if layout.transposed else layout.shape)
 
     def layout_of(self, name: str) -> dict[str, Any] | None:
@@ -444,6 +445,15 @@ class DenseView(CheckpointReader):
         if layout is None or owner == name or not layout.integers:
             return None
         return _stored_integers(self.packed.parts(owner), layout)
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The blocks of a matrix that is stored in blocks of llama.cpp; None for any other."""
+        owner = name.removesuffix(".weight")
+        layout = self.packed.layouts.get(owner)
+        if layout is None or owner == name or layout.blocks is None:
+            return None
+        packed = self.packed.parts(owner)["blocks"]
+        return StoredBlocks(layout.values, packed, layout.transposed)
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors one after the other, read, since packed ones cannot be mapped."""

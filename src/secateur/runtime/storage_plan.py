@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.architecture import describe, linears_of
+from secateur.models.block_files import StoredBlocks
 from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.shape import LARGE_ENDS
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
@@ -25,7 +26,16 @@ from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.registry import did_you_mean
 from secateur.runtime import formats as packing
-from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, PartSpec, formats
+from secateur.runtime.formats import (
+    BITS,
+    BLOCKS,
+    GRID_BITS,
+    VALUES,
+    Layout,
+    PartSpec,
+    fitting,
+    formats,
+)
 from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
 from secateur.types import FLOATS
@@ -95,10 +105,12 @@ class PackableMatrix:
     Attributes:
         transposed: whether it is stored [in, out].
         linear: name of the linear of a decoder layer; empty for an embedding and the head.
+        head: whether it is the head, which a tied embedding is too.
     """
 
     transposed: bool = False
     linear: str = ""
+    head: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -129,20 +141,21 @@ class PackableMatrix:
         weight = stored.t() if self.transposed else stored  # [out, in]
         dense = Layout(
             DENSE,
-            WITHOUT_LOSS[stored.dtype] if values == KEEP else values,
+            WITHOUT_LOSS[stored.dtype] if values == KEEP else fitting(values, weight.shape[1]),
             (weight.shape[0], weight.shape[1]),
             transposed=self.transposed,
             group=(group or DEFAULT_GROUP) if values in GRID_BITS else None,
         )
         # the values as they are stored: a cast to float16 makes zeros of the smallest
-        cast = (weight if dense.integers else weight.to(dense.dtype)).contiguous()
+        cast = (weight if dense.coded else weight.to(dense.dtype)).contiguous()
         nonzero = cast != 0
         nonzeros = int(torch.count_nonzero(nonzero))
         negative_zeros = int(torch.count_nonzero(kept_mask(cast))) - nonzeros
         offered = [
             layout
             for name in formats
-            if name != DENSE and (name == format or (format == AUTO and formats[name].automatic))
+            if dense.blocks is None and name != DENSE
+            and (name == format or (format == AUTO and formats[name].automatic))
             for layout in formats[name].candidates(nonzero, dense)
         ]
         # of equal sizes the first, which is dense: fewest steps to a weight
@@ -193,7 +206,10 @@ class PackableCheckpoint:
         for path, module in model.named_modules():
             kept = stored.get(f"{path}.weight")  # a tied head is stored only once
             if any(module is x for x in outside) and kept is not None:
-                found[kept] = PackableMatrix()
+                found[kept] = PackableMatrix(head=module is outside[1])
+        ends = [name for name, matrix in found.items() if not matrix.prunable]
+        if len(ends) == 1:
+            found[ends[0]] = PackableMatrix(head=True)
         return cls(reader, found)
 
     @property
@@ -237,20 +253,26 @@ class PackableCheckpoint:
             wider += entry.size_bytes // size * (1 if size > torch.bfloat16.itemsize else -1)
         return "bfloat16" if wider > 0 else KEEP
 
-    def settled_embeddings(self, embeddings: str, values: str) -> str:
-        """Resolve `auto`: int8 beside linears of integers if embedding and head are large.
+    def settled_embeddings(self, embeddings: str, values: str) -> dict[str, str]:
+        """The values of embedding and head, by stored name.
 
-        Otherwise they are kept.
+        `auto` is int8 beside linears of integers if both are large. Beside blocks of llama.cpp it
+        is what llama.cpp's quantizer takes: q6_k for the head, and the linears' type for an
+        embedding of its own. Otherwise they are kept.
 
         Args:
             embeddings: as in the recipe.
             values: those of the linears.
         """
+        ends = {name: matrix for name, matrix in self.matrices.items() if not matrix.prunable}
         if embeddings != AUTO:
-            return embeddings
+            return dict.fromkeys(ends, embeddings)
+        if values in BLOCKS:
+            head = values if values == "q8_0" else "q6_k"
+            return {name: head if matrix.head else values for name, matrix in ends.items()}
         sizes = {name: entry.size_bytes for name, entry in self.reader.entries.items()}
-        ends = sum(sizes[name] for name, matrix in self.matrices.items() if not matrix.prunable)
-        return "int8" if values in BITS and ends >= LARGE_ENDS * sum(sizes.values()) else KEEP
+        large = sum(sizes[name] for name in ends) >= LARGE_ENDS * sum(sizes.values())
+        return dict.fromkeys(ends, "int8" if values in BITS and large else KEEP)
 
 
 class MixedReader(CheckpointReader):
@@ -281,6 +303,10 @@ class MixedReader(CheckpointReader):
         for name in names:
             if name in self.others:
                 yield from self.others[name].mapped([name])
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The blocks of a matrix, from the folder that it was chosen from."""
+        return self.others[name].blocks(name) if name in self.others else super().blocks(name)
 
 
 @dataclass
@@ -319,7 +345,7 @@ class StoragePlan:
     def layout(self, name: str) -> Layout | None:
         """Return the layout of a tensor; None for a tensor that is copied or only cast."""
         choice = self.choices.get(name)
-        if choice is None or (choice.layout.format == DENSE and not choice.layout.integers):
+        if choice is None or (choice.layout.format == DENSE and not choice.layout.coded):
             return None
         return choice.layout
 
@@ -359,11 +385,15 @@ class StoragePlan:
             else:
                 tensor = tensor.t() if layout.transposed else tensor
                 # a cast can make zeros too
-                weight = tensor if layout.integers else tensor.to(layout.dtype)
+                weight = tensor if layout.coded else tensor.to(layout.dtype)
                 if self.choices[name].negative_zeros:
                     # pruning by a mask leaves −0.0, which a format would keep like other values
                     weight = weight.masked_fill(weight == 0, 0.0)
-                parts = formats[layout.format].pack(weight, layout)
+                blocks = reader.blocks(name) if layout.blocks else None
+                if blocks is not None and blocks.type == layout.values:
+                    parts = {"blocks": blocks.packed}
+                else:
+                    parts = formats[layout.format].pack(weight, layout)
                 owner = name.removesuffix(".weight")
                 yield from ((f"{owner}.{suffix}", part) for suffix, part in parts.items())
                 stored = formats[layout.format].unpack(parts, layout) if counts else tensor
@@ -378,7 +408,8 @@ class StoragePlan:
         stored = {name: x.layout.dtype for name, x in self.choices.items()} | self.dtypes
         same = self.same_embeddings and not self.lost
         on_grid = {name for name, x in self.choices.items() if x.layout.grid and same}
-        return all(
+        blocks = {name for name, x in self.choices.items() if x.layout.blocks}
+        return not blocks and all(
             name in on_grid or stored[name] == entry.dtype for name, entry in reader.entries.items()
         )
 
@@ -407,7 +438,7 @@ def make_plan(
     choices: dict[str, LayoutChoice] = {}
     for name in each_step(progress, "counting", matrices):
         matrix, stored = matrices[name], reader.read(name)
-        own = values_of.get(name, values) if matrix.prunable else embeddings
+        own = values_of.get(name, values) if matrix.prunable else embeddings[name]
         if own == KEEP != values and not matrix.prunable:
             # an embedding that is not rounded to integers is no wider than the model
             beside = _dtype_beside(values)
@@ -439,8 +470,8 @@ def make_plan(
 
 
 def _dtype_beside(values: str) -> torch.dtype:
-    """The dtype of a model with such linears: that of the values, or bfloat16 for integers."""
-    return VALUES[values] if VALUES[values].is_floating_point else torch.bfloat16
+    """The dtype of a model with such linears: that of the values, or bfloat16 for codes."""
+    return FLOATS.get(values, torch.bfloat16)
 
 
 def _computed_dtype(
@@ -453,6 +484,6 @@ def _computed_dtype(
     # kept values: the dtype of most of the weights, embeddings not counted
     for name, choice in choices.items():
         dtype = choice.layout.dtype
-        if matrices[name].prunable and dtype.is_floating_point:
+        if matrices[name].prunable and not choice.layout.coded:
             weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
     return max(weights, key=weights.__getitem__, default=torch.bfloat16)

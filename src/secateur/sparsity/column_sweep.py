@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from secateur.machine import add_product, add_rows
+from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import BITS, GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns, RowColumns, SweepGrid, descend
 from secateur.sparsity.patterns import Pattern
@@ -178,14 +179,18 @@ def _sweep_block(
     return errors
 
 
-def group_grid(bits: int, group: int) -> GroupGrid | None:
+def group_grid(bits: int | str, group: int) -> GroupGrid | BlockGrid | None:
     """The grid of these bits, if several weights of a row share a scale, not all of them."""
+    if isinstance(bits, str):
+        return BlockGrid(bits)
     return GroupGrid(bits, group) if bits in BITS else None
 
 
-def sweep_grid(columns: Tensor, bits: int, group: int) -> SweepGrid | None:
+def sweep_grid(columns: Tensor, bits: int | str, group: int) -> SweepGrid | BlockGrid | None:
     """The grid for a sweep over weights [..., in, out], zero where pruned; None for 0 bits."""
     grid = group_grid(bits, group)
+    if isinstance(grid, BlockGrid):
+        return grid
     if grid is not None:
         return GroupColumns(grid, columns)
     return RowColumns.of(columns) if bits else None
@@ -193,14 +198,14 @@ def sweep_grid(columns: Tensor, bits: int, group: int) -> SweepGrid | None:
 
 def round_on_mask(
     start: Tensor,
-    grid: SweepGrid | None,
+    grid: SweepGrid | BlockGrid | None,
     target: Tensor,
     kept: Tensor,
     gram: Tensor,
     diagonal: Tensor,
     factor: Tensor,
     passes: int,
-) -> None:
+) -> Tensor | None:
     """Round `start`, which is X*, in place; its zeros are held.
 
     Args:
@@ -212,28 +217,37 @@ def round_on_mask(
         diagonal: that of H, float32 [..., in].
         factor: U with UᵀU = H⁻¹, float32 [..., in, in].
         passes: of coordinate descent; for a grid of groups.
+
+    Returns:
+        The blocks of a grid of llama.cpp, uint8 [..., out, bytes of a row]; None for other grids.
     """
+    if isinstance(grid, BlockGrid):
+        blocks = grid.quantize(start.mT, diagonal[..., None, :])
+        start.copy_(blocks.values.mT)
+        mark_kept(start, kept)
+        return blocks.encode()
     # X* is exact for its mask, so the errors of pruning are made up for: only rounding errors flow.
     sweep(start, kept, factor, grid=grid)
     if isinstance(grid, GroupColumns):
         # The descent aims at W, not at X*: both have the same minimum on this mask.
         descend(start, grid, target, kept, gram, diagonal, passes)
         mark_kept(start, kept)
+    return None
 
 
-def mark_kept(weight: Weight, kept: Mask) -> None:
+def mark_kept(weight: Weight, kept: Mask) -> Weight:
     """Make the zeros of a rounded weight −0 where it is kept and +0 where it is pruned, in place.
 
     Example:
         >>> import torch
         >>> from secateur.sparsity.column_sweep import kept_weights, mark_kept
         >>> weight = torch.tensor([[0.5, 0.0, 0.0]])
-        >>> mark_kept(weight, torch.tensor([[True, True, False]]))
-        >>> kept_weights(weight.bfloat16())
+        >>> rounded = mark_kept(weight, torch.tensor([[True, True, False]]))
+        >>> kept_weights(rounded.bfloat16())
         tensor([[ True,  True, False]])
     """
     # 0 == −0, so the first fill makes every zero +0, wherever its sign came from.
-    weight.masked_fill_(weight == 0, 0.0).masked_fill_((weight == 0) & kept, -0.0)
+    return weight.masked_fill_(weight == 0, 0.0).masked_fill_((weight == 0) & kept, -0.0)
 
 
 def kept_weights(weight: Weight) -> Mask:

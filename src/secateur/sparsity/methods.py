@@ -259,14 +259,19 @@ class Method:
         found = solver.choose(weight[own], prepared, pattern, sparsity)
         whole = torch.empty(weight.shape, dtype=found.weight.dtype, device=weight.device)
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        whole[own], mask[own] = found.weight, found.mask
-        for owner, rows in enumerate(shares):
-            ranks.share(whole[rows], owner)
-            ranks.share(mask[rows], owner)
+        parts, blocks = [(whole, found.weight), (mask, found.mask)], None
+        if found.blocks is not None:
+            blocks = found.blocks.new_empty(len(weight), found.blocks.shape[1])
+            parts.append((blocks, found.blocks))
+        for every, mine in parts:
+            every[own] = mine
+            for owner, rows in enumerate(shares):
+                ranks.share(every[rows], owner)
         energy = output_energy(weight[own], gram)
         sums = torch.stack([energy * (0.0 if found.error is None else found.error), energy])
         ranks.total(sums)
-        return Solution(whole, mask, torch.where(sums[1] > 0, sums[0] / sums[1], 0.0))
+        error = torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
+        return Solution(whole, mask, error, blocks=blocks)
 
 
 def compose(

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,10 +26,12 @@ from secateur.engine.prepared import teacher_of
 from secateur.engine.prune.tasks import last_match, refuse_idle_globs
 from secateur.engine.rounded_head import head_gram, round_head
 from secateur.errors import RecipeError
-from secateur.models.checkpoint import PatchedCopy
+from secateur.models.block_files import BlockFiles, StoredBlocks
+from secateur.models.checkpoint import INDEX_NAMES, Float32Reader, PatchedCopy, copy_others
 from secateur.models.configuration import read_configuration
-from secateur.models.opening import refuse_quantized
+from secateur.models.opening import refuse_quantized, write_dense
 from secateur.models.targets import CheckpointTarget
+from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.prune import PruneRecipe
@@ -41,10 +44,22 @@ from secateur.runs.folder import NOTES
 from secateur.runs.output import check_free, whole_folder, write_json, write_text
 from secateur.runs.records import BFLOAT16_BYTES, FormatTotals, Manifest, read_record
 from secateur.runtime import storage_plan
-from secateur.runtime.formats import BITS, GRID_BITS, VALUES, Layout, stored_bytes
+from secateur.runtime.formats import (
+    BITS,
+    BLOCKS,
+    GRID_BITS,
+    VALUES,
+    Layout,
+    fitting,
+    stored_bytes,
+)
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import DEFAULT_GROUP, DENSE, PackableCheckpoint, StoragePlan
 from secateur.steps.runner import COMPRESSION, RunContext, Step, carry_out, identity_of, step_of
+
+
+FEW_ZEROS = 0.01
+"""A matrix with no larger share of zeros was not pruned."""
 
 
 class Compress(Step[CompressRecipe, CompressResult]):
@@ -60,6 +75,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
         self.model = self.opened(run.source.folder)
+        self.own = _own_values(recipe, self.model)
+        self.ends = self.model.settled_embeddings(recipe.embeddings, recipe.values)
+        self.refuse_lost_zeros()
         learning = recipe.distillation
         if learning.epochs:  # it is refused before any work
             teacher_of(learning, self.target(self.model), run.progress)
@@ -89,13 +107,20 @@ class Compress(Step[CompressRecipe, CompressResult]):
                     where=f"override {glob!r}",
                     remedy=did_you_mean(values, [*VALUES]),
                 )
-        helps = recipe.distillation.epochs or recipe.embeddings in GRID_BITS
+        helps = recipe.distillation.epochs or recipe.embeddings in (*GRID_BITS, *BLOCKS)
         helps = helps or _rounds_linears(recipe)
+        odd = {recipe.values, *recipe.overrides.values()} & BITS.keys()
+        if recipe.to == "gguf" and (odd or recipe.embeddings in BITS):
+            raise RecipeError(
+                "a GGUF file for llama.cpp has types of its own, and "
+                f"{', '.join(sorted({*odd, recipe.embeddings} & BITS.keys()))} is none of them",
+                remedy=f"choose from {', '.join(BLOCKS)}",
+            )
         if recipe.calibration.source is not None and not helps:
             raise RecipeError(
                 "calibration text helps to round to integers, but the values are "
                 f"{recipe.values!r}",
-                remedy=f"add --values {', '.join(BITS)}, or leave --calibration out",
+                remedy=f"add --values {', '.join((*BITS, *BLOCKS))}, or leave --calibration out",
             )
 
     @classmethod
@@ -109,8 +134,11 @@ class Compress(Step[CompressRecipe, CompressResult]):
         recipe = self.recipe
         if recipe.calibration.source is None:
             return 0
-        heals, head = recipe.distillation.epochs > 0, recipe.embeddings in GRID_BITS
-        return self.model.reader.total_bytes * (_rounds_linears(recipe) + heals * (1 + head))
+        heals, head = recipe.distillation.epochs > 0, self.head is not None
+        copies, reader = _rounds_linears(recipe) + heals * (1 + head), self.model.reader
+        if not self.needs_float32:
+            return reader.total_bytes * copies
+        return 4 * sum(math.prod(x.shape) for x in reader.entries.values()) * (copies + 1)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -131,13 +159,48 @@ class Compress(Step[CompressRecipe, CompressResult]):
         values_of, rounding = dict[str, str](), dict[str, Any]()
         if recipe.calibration.source is not None:
             model, rounding = self.rounded()
-        if recipe.overrides:
-            names, own = model.linears, _own_values(recipe, model.linears)
-            # the others have the values of the recipe, `auto` among them
-            values_of = {names[n]: v for n, v in own.items() if last_match(recipe.overrides, n)}
+        # the others have the values of the recipe, `auto` among them
+        names, given = model.linears, recipe.overrides
+        values_of = {names[n]: v for n, v in self.own.items() if last_match(given, n)}
+        if recipe.to == "gguf":
+            recipe = recipe.model_copy(update={"format": DENSE})
         plan = storage_plan.make_plan(model, values_of, recipe, self.run.progress)
+        if recipe.to == "gguf":
+            return self._report(model, plan, self._gguf(model, plan), rounding)
         packed = self._pack(model, plan, is_rounded=bool(rounding))
         return self._report(model, plan, packed, rounding)
+
+    def refuse_lost_zeros(self) -> None:
+        """Refuse pruned matrices in types of llama.cpp that have no exact zero.
+
+        Raises:
+            RecipeError: names the types that have one.
+        """
+        lossy = [name for name, values in self.own.items() if not _keeps_zeros(values)]
+        fractions = self.model.zero_fractions if lossy else {}
+        if pruned := [name for name in lossy if fractions[name] > FEW_ZEROS]:
+            zeros = ", ".join(values for values in BLOCKS if _keeps_zeros(values))
+            raise RecipeError(
+                f"{len(pruned)} pruned matrices would lose their zeros: {self.own[pruned[0]]} has "
+                "no exact 0",
+                where=pruned[0],
+                remedy=f"choose {zeros}, for these matrices by --overrides",
+            )
+
+    @property
+    def needs_float32(self) -> bool:
+        """Whether rounded weights are numbers of llama.cpp's types, and the source is narrower."""
+        blocks = set(BLOCKS) & {*self.own.values(), *self.ends.values()}
+        return bool(blocks) and any(
+            entry.dtype.is_floating_point and entry.dtype.itemsize < 4
+            for entry in self.model.reader.entries.values()
+        )
+
+    @property
+    def head(self) -> str | None:
+        """The values of the head, if it is rounded on a text."""
+        head = next((x for n, x in self.ends.items() if self.model.matrices[n].head), None)
+        return head if head in (*GRID_BITS, *BLOCKS) else None
 
     @property
     def place(self) -> Path:
@@ -147,9 +210,12 @@ class Compress(Step[CompressRecipe, CompressResult]):
     def rounded(self) -> tuple[PackableCheckpoint, dict[str, Any]]:
         """The model with linears and head on their grids, healed if it heals, and the record."""
         recipe, model, work = self.recipe, self.model, self.run.folder.work
-        own, record = _own_values(recipe, model.linears), dict[str, Any]()
+        own, record = self.own, dict[str, Any]()
+        if self.needs_float32:
+            model = self.opened(self._in_float32())
         if _rounds_linears(recipe):
-            bits_of = {name: BITS[values] for name, values in own.items() if values in BITS}
+            rounds = {**BITS, **{name: name for name in BLOCKS}}
+            bits_of = {name: rounds[values] for name, values in own.items() if values in rounds}
             options = {"solver": "obs", "asymmetric": True, "fast_matmuls": True}
             folder = self.place / "rounded"
             self._hold_zeros(model, bits_of, options, folder)
@@ -164,17 +230,18 @@ class Compress(Step[CompressRecipe, CompressResult]):
                 "mean_error": sum(errors) / len(errors) if errors else 0.0,
                 "seconds": manifest.cost.seconds,
             }
-        if recipe.embeddings in GRID_BITS:
+        if self.head is not None:
             model, head = self.with_head(model)
             record = {**head, **record}
         learning = recipe.distillation
         if learning.epochs:
-            if recipe.embeddings in GRID_BITS:  # linears learn with this head
+            if self.head is not None:  # linears learn with this head
                 model = self.opened(self._with_embeddings(model, work / "with-head"))
             if learning.teacher is None:
                 source = str(self.model.reader.folder)
                 learning = learning.model_copy(update={"teacher": source})
-            # Linears whose values are no integers have 0 bits: they learn too, with their zeros.
+            # Linears whose values are no integers have 0 bits: they learn too, with their zeros,
+            # and on their blocks if they have any.
             bits_of = {name: BITS.get(values, 0) for name, values in own.items()}
             options = {
                 "solver": "zero", "distillation": learning.model_dump(exclude_unset=True),
@@ -186,10 +253,22 @@ class Compress(Step[CompressRecipe, CompressResult]):
             model = self.opened(folder)
         return model, record
 
+    def _in_float32(self) -> Path:
+        """The source in float32, which holds the numbers of every type of llama.cpp."""
+        folder, source = self.place / "float32", self.model.reader.folder
+        if not folder.exists():
+            with whole_folder(folder) as unfinished:
+                write_dense(Float32Reader(source), unfinished, self.run.progress)
+                copy_others(source, unfinished, ("config.json", *INDEX_NAMES))
+                config = read_configuration(source)
+                config.pop("torch_dtype", None)
+                write_json(unfinished / "config.json", {**config, "dtype": "float32"})
+        return folder
+
     def _hold_zeros(
         self,
         model: PackableCheckpoint,
-        bits_of: Mapping[str, int],
+        bits_of: Mapping[str, int | str],
         options: Mapping[str, Any],
         output: Path,
     ) -> None:
@@ -197,19 +276,21 @@ class Compress(Step[CompressRecipe, CompressResult]):
 
         Args:
             model: with which the run begins.
-            bits_of: bits of the linears that the run changes; 0 leaves a linear off every grid.
+            bits_of: bits or types of the linears that the run changes; 0 leaves a linear off
+                every grid.
             options: of the run: its solver, or its distillation.
             output: folder of the run; a stopped one resumes.
         """
         if output.exists():
             return
-        recipe, sparsity_of = self.recipe, self.model.zero_fractions
+        recipe, fractions = self.recipe, self.model.zero_fractions
         group = recipe.group_size or DEFAULT_GROUP
         how = {
-            name: {"bits": bits, **({"group": group} if 0 < bits < 8 else {})}
+            name: {"bits": bits, **({"group": group} if bits in GRID_BITS.values() else {})}
             for name, bits in bits_of.items()
-            if sparsity_of[name] < 1  # of nothing but zeros, nothing is rounded
+            if fractions[name] < 1  # of nothing but zeros, nothing is rounded
         }
+        sparsity_of = {n: x if _keeps_zeros(self.own[n]) else 0.0 for n, x in fractions.items()}
         # the method of most linears; the others are its overrides
         common = max(how.values(), key=[*how.values()].count)
         run = build_recipe(
@@ -242,6 +323,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         # the extra windows are for the distillation alone
         windows = windows[: len(windows) - found.get(EXTRA, 0)]
         gram_of = partial(head_gram, target, windows, run.progress)
+        recipe = recipe.model_copy(update={"embeddings": self.head})
         head = round_head(recipe, target, gram_of, self.place / "head", run.progress)
         mixed = replace(model, reader=storage_plan.MixedReader.of(model.reader, head))
         return mixed, {"calibration": found, "head": "calibrated"}
@@ -256,14 +338,22 @@ class Compress(Step[CompressRecipe, CompressResult]):
         if folder.exists():
             return folder
         recipe, reader = self.recipe, model.reader
-        grid = GroupGrid(GRID_BITS[recipe.embeddings], recipe.group_size or DEFAULT_GROUP)
         with whole_folder(folder) as unfinished:
             copy = PatchedCopy(reader, unfinished)
             copy.create(self.run.progress)
-            for name, matrix in model.matrices.items():
-                if not matrix.prunable:
-                    copy.write(name, grid.dequantize(*grid.quantize(reader.read(name))))
+            blocks = dict[str, StoredBlocks]()
+            for name, values in self.ends.items():
+                weight = reader.read(name)
+                if values in GRID_BITS:
+                    grid = GroupGrid(GRID_BITS[values], recipe.group_size or DEFAULT_GROUP)
+                    copy.write(name, grid.dequantize(*grid.quantize(weight)))
+                elif (own := fitting(values, weight.shape[1])) in BLOCKS:
+                    packed = BlockGrid(own).quantize(weight).encode()
+                    blocks[name] = reader.blocks(name) or StoredBlocks(own, packed)
+                    copy.write(name, blocks[name].stored)
             copy.sync()
+            if blocks:
+                BlockFiles(unfinished).write("ends", blocks)
         return folder
 
     def _pack(
@@ -357,6 +447,11 @@ class Compress(Step[CompressRecipe, CompressResult]):
         return read_record(CompressResult, output / NOTES / COMPRESSION)
 
 
+def _keeps_zeros(values: str) -> bool:
+    """Whether zeros stay zeros."""
+    return values not in BLOCKS or BlockGrid(values).exact_zero
+
+
 def _dense_bytes(layout: Layout, values: str) -> int:
     """The size of a matrix that stores its zeros."""
     dense = replace(layout, format=DENSE, pattern=None)
@@ -366,15 +461,17 @@ def _dense_bytes(layout: Layout, values: str) -> int:
 
 
 def _rounds_linears(recipe: CompressRecipe) -> bool:
-    return bool(BITS.keys() & {recipe.values, *recipe.overrides.values()})
+    return bool({*BITS, *BLOCKS} & {recipe.values, *recipe.overrides.values()})
 
 
-def _own_values(recipe: CompressRecipe, linears: Iterable[str]) -> dict[str, str]:
-    """The values of every linear, by its name.
+def _own_values(recipe: CompressRecipe, model: PackableCheckpoint) -> dict[str, str]:
+    """The values of every linear, by its name; those that fit its rows.
 
     Raises:
         RecipeError: an override matches no linear.
     """
-    names = list(linears)
-    refuse_idle_globs(recipe.overrides, names)
-    return {name: last_match(recipe.overrides, name) or recipe.values for name in names}
+    refuse_idle_globs(recipe.overrides, [*model.linears])
+    return {
+        name: fitting(last_match(recipe.overrides, name) or recipe.values, columns)
+        for name, (_, columns) in model.shapes.items()
+    }

@@ -32,6 +32,7 @@ from secateur.engine.prune.coverage import coverage, reach
 from secateur.engine.prune.run import prune_layers
 from secateur.engine.prune.tasks import Settings, Tasks, settled_allocation, skipped_matrices
 from secateur.errors import RecipeError
+from secateur.models.block_files import BlockFiles
 from secateur.models.opening import formats_of
 from secateur.models.targets import refuse_all_zero
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
@@ -257,6 +258,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
         from secateur.training.distilled_checkpoint import distill_checkpoint
 
         on_grid = any(task.rounded and task.method.solver.grid for task in done.values())
+        on_grid |= bool(BlockFiles(run.folder.model).places)
         data = DistillationData(
             prepared.windows.all, how, self.recipe.calibration.seed, on_grid=on_grid
         )

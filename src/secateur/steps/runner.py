@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from secateur.models.block_files import FOLDER as BLOCKS
 from secateur.models.checkpoint import INDEX_NAMES, copy_others, refuse_not_finite, shard_files
 from secateur.models.configuration import TrustedFolder
 from secateur.models.sources import LocalCheckpoint, resolve
@@ -38,9 +39,9 @@ from secateur.runs.output import check_free, write_json, writing
 COMPRESSION = "compression.json"
 """The record of a compression."""
 
-MEASURED = (EVALUATION, "diagnosis.json", "bench.json", COMPRESSION, STATE)
-"""Notes that measure the weights and files, or name their run. All others record how they were
-made."""
+MEASURED = (EVALUATION, "diagnosis.json", "bench.json", COMPRESSION, STATE, BLOCKS.name)
+"""Notes that measure the weights and files, belong to them, or name their run. All others record
+how they were made."""
 
 R = TypeVar("R")
 T = TypeVar("T")

@@ -51,7 +51,7 @@ class Decompress(Step[DecompressRecipe, DecompressResult]):
         # int8 values times scales are rounded to the dtype of the configuration; those
         # of 4 bits or fewer have few enough bits for any dtype, but float16 lacks the exponents
         inexact = view.computed == torch.float16
-        rounded = any(x.integers and (x.grid is None or inexact) for x in layouts.values())
+        rounded = any(x.coded and (x.grid is None or inexact) for x in layouts.values())
         write_dense(_as_transformers_loads(view), made, self.run.progress)
         self.run.carry_over(config, same_weights=not rounded)
         if not any(folder.notes.iterdir()):

@@ -48,6 +48,8 @@ from secateur.models.architecture import Linear, describe, hidden_size
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.targets import Target
 from secateur.progress import Progress
+from secateur.quantization.blocks import BlockGrid, Blocks
+from secateur.quantization.groups import GroupGrid
 from secateur.recipes.shared import Distill, trial_steps
 from secateur.runs.output import write_json
 from secateur.sparsity.column_sweep import kept_weights
@@ -178,7 +180,13 @@ class Student:
         starts = tuple(f"{target.architecture.layer_name(index)}." for index in layers)
         own = {name: task for name, task in tasks.items() if name.startswith(starts)}
         trained = [name for index in layers for name in trainable_names(target, index)]
-        grids = {name: task.method.solver.grid for name, task in own.items() if task.rounded}
+        grids: dict[str, GroupGrid | Blocks | None] = {}
+        for name, task in own.items():
+            stored, grid = target.blocks(f"{name}.weight"), task.method.solver.grid
+            if stored is not None:
+                grids[name] = stored.blocks
+            elif task.rounded and not isinstance(grid, BlockGrid):
+                grids[name] = grid
         # A kept weight on a grid may be rounded to 0; its −0 tells it from a pruned one.
         kept = {}
         for name in (name for name, task in own.items() if task.sparsity > 0):

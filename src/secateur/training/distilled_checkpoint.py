@@ -46,6 +46,7 @@ from secateur.errors import NumericalError
 from secateur.machine import fast_dtype, fast_matmuls, reused_training_pages
 from secateur.models.architecture import Architecture, hidden_size
 from secateur.models.attention import WrittenOut
+from secateur.models.block_files import BlockFiles
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.experts import open_experts
 from secateur.models.opening import load_whole, open_weights
@@ -141,6 +142,7 @@ def distill_checkpoint(
                 if name.startswith(prefix):
                     copy.write(made.stored[name.removeprefix(prefix)], tensors[name])
     copy.sync()
+    BlockFiles(folder).recode(made.reader.read)
     losses: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return losses
 

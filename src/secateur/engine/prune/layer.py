@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ from secateur.engine.stream.halted_forwards import (
 from secateur.errors import NumericalError, located
 from secateur.machine import exact_matmuls
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.block_files import StoredBlocks
 from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks, owners
 from secateur.progress import Progress
+from secateur.quantization.blocks import BlockGrid
 from secateur.runs.records import LinearRecord
 from secateur.sparsity.shared_rows import ROWS_TOGETHER
 from secateur.sparsity.solvers import Solution
@@ -82,6 +84,7 @@ class OpenLayer:
         batches: the linears to prune, by what arrives together; none without sources.
         stored: returns what was gathered of a linear before the run.
         unseen: the full names of linears that calibration did not reach; they stay unchanged.
+        blocks: of matrices that were rounded to a type of llama.cpp, by parameter.
         tuning: tunes the layer after pruning; None without tuning.
         steps_taken: number of forwards so far.
     """
@@ -111,6 +114,7 @@ class OpenLayer:
 
             self.stored = stored_gradients(settings.work, index, needed.backward, self.device)
         self.unseen: list[str] = []
+        self.blocks: dict[str, StoredBlocks] = {}
         self.tuning: LayerTuning | None = None
         if settings.tunes and self.pruned:
             from secateur.engine.prune.reconstruction import LayerTuning
@@ -243,7 +247,7 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
                 solved = layer.solved(*waiting.pop(0), mine)
                 found += [record for one in solved for record in _recorded(layer, one)]
             if ranks.count > 1:
-                found = _exchanged(every, owned, found, ranks)
+                found = _exchanged(layer, every, owned, found)
             by_name = {record.name: record for record in found}
             records += [by_name[x.name] for x in every]
     return records
@@ -397,6 +401,10 @@ def _recorded(layer: OpenLayer, solved: Solved) -> list[LinearRecord]:
         linear.assign(found.weight)
         if found.shift is not None:
             linear.shift(found.shift)
+        if found.blocks is not None:
+            grid: Any = task.method.solver.grid
+            kept = StoredBlocks(grid.type, found.blocks.cpu(), linear.transposed)
+            layer.blocks[f"{linear.name}.weight"] = kept
     zeros = counted_zeros(linears, task, solution.mask)
     measured = zeros, _numbers(solution.error, count), _numbers(lost, count), solved.tokens
     return [
@@ -442,18 +450,22 @@ def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> Tensor | 
 
 
 def _exchanged(
-    linears: Sequence[Linear], owned: Mapping[str, int], own: Sequence[LinearRecord], ranks: Ranks
+    layer: OpenLayer,
+    linears: Sequence[Linear],
+    owned: Mapping[str, int],
+    own: Sequence[LinearRecord],
 ) -> list[LinearRecord]:
     """Give every process the pruned linears of the others. Return the records of all.
 
     What one process sends is joined, up to `_SENT_BYTES` and one parameter at a time.
 
     Args:
+        layer: the layer.
         linears: the linears that the processes have pruned.
         owned: the process that has pruned each; all others were pruned by all together.
         own: the records of this process.
-        ranks: the processes.
     """
+    ranks = layer.ranks
     joined, sizes = dict[tuple[int, object, int], list[Tensor]](), Counter[object]()
     for linear in (x for x in linears if x.name in owned):
         owner = owned[linear.name]
@@ -466,6 +478,14 @@ def _exchanged(
         ranks.share(whole, owner)
         for value, sent in zip(values, whole.split([x.numel() for x in values]), strict=True):
             value.copy_(sent.view_as(value))
+    for linear in (x for x in linears if x.name in owned):
+        grid = layer.tasks[linear.name].method.solver.grid
+        if isinstance(grid, BlockGrid):
+            rows, columns = linear.shape
+            packed = torch.empty(rows, grid.row_bytes(columns), dtype=torch.uint8)
+            empty = StoredBlocks(grid.type, packed, linear.transposed)
+            mine = layer.blocks.setdefault(f"{linear.name}.weight", empty)
+            ranks.share(mine.packed, owned[linear.name])
     gathered = ranks.gather([record.to_json() for record in own])
     by_name = {entry["name"]: entry for entries in reversed(gathered) for entry in entries}
     return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]

@@ -38,8 +38,10 @@ from secateur.engine.stream.calibration_stream import LayerInputs
 from secateur.engine.stream.calls import LayerCall, call_layer, calls_of
 from secateur.machine import fast_matmuls
 from secateur.models.architecture import Linear
+from secateur.models.block_files import StoredBlocks
 from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.quantization.blocks import Blocks
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import nearest_rows
 from secateur.sparsity.column_sweep import kept_weights, mark_kept
@@ -102,11 +104,14 @@ class LayerTuning:
             norm = statistics["gram"].diagonal().sqrt()
         self.shadows[linear.name] = weight.clone(), norm
 
-    def execute(self, pruned: Sequence[Linear], *, stores: bool) -> dict[str, float]:
+    def execute(
+        self, pruned: Sequence[Linear], blocks: dict[str, StoredBlocks], *, stores: bool
+    ) -> dict[str, float]:
         """Tune the pruned linears. Return the output error of the layer before and after.
 
         Args:
             pruned: the pruned linears.
+            blocks: of those on grids of llama.cpp, by parameter; they get the tuned codes.
             stores: whether the outputs of the tuned layer are stored.
         """
         before = self._output_error(stores=False)
@@ -117,7 +122,8 @@ class LayerTuning:
             pattern, grid = task.method.pattern, task.method.solver.grid
             tuned.append(_TunedWeight(linear, shadow, norm, pattern, task.sparsity, bool(grid)))
             if task.rounded:
-                rounded.append(RoundedWeight(linear, grid))
+                own = blocks.get(f"{linear.name}.weight")
+                rounded.append(RoundedWeight(linear, own.blocks if own else grid))
         stream, index = self.inputs.calibration, self.inputs.index
         count, at_once = len(stream.windows), stream.windows_at_once
         _reconstruct(
@@ -131,6 +137,10 @@ class LayerTuning:
         )
         for parameter in self.layer.parameters():
             self.ranks.share(parameter, 0)  # so no rounding of theirs can separate the processes
+        for one in rounded:
+            if (name := f"{one.linear.name}.weight") in blocks:
+                stored = one.linear.module.get_parameter("weight")
+                blocks[name] = blocks[name].recoded(stored)
         return {"error_before": before, "error_after": self._output_error(stores=stores)}
 
     def _examples(self, windows: Sequence[int]) -> list[tuple[Tensor, Tensor, LayerCall]]:
@@ -352,12 +362,13 @@ class RoundedWeight:
 
     Args:
         linear: the matrix. Its weights are on the grid; they define the scales of groups.
-        grid: the grid; None for int8, where the largest weight of a row always defines its scale.
+        grid: the grid, or the blocks of a grid of llama.cpp; None for int8, where the largest
+            weight of a row always defines its scale.
     """
 
-    def __init__(self, linear: Linear, grid: GroupGrid | None) -> None:
+    def __init__(self, linear: Linear, grid: GroupGrid | Blocks | None) -> None:
         self.linear, self.grid = linear, grid
-        if grid is not None:
+        if isinstance(grid, GroupGrid):
             _, scales = grid.quantize(linear.weight)
             self.scale = scales.values
 
@@ -369,7 +380,10 @@ class RoundedWeight:
         """
         if self.grid is None:
             return self._turned(nearest_rows(self._turned(weight))), None
-        nearest, beyond = self.grid.nearest(self._turned(weight), self.scale)
+        if isinstance(self.grid, Blocks):
+            nearest, beyond = self.grid.nearest(self._turned(weight))
+        else:
+            nearest, beyond = self.grid.nearest(self._turned(weight), self.scale)
         return self._turned(nearest), self._turned(beyond)
 
     def _turned(self, matrix: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def prune_layers(
             if (kind := kind_of(module)) not in kinds:
                 check_zeros(module, layer.linears.values(), tasks)
                 kinds.add(kind)
-            target.commit(index, _changed(layer, records, tuned=bool(tuned)))
+            target.commit(index, _changed(layer, records, tuned=bool(tuned)), layer.blocks)
             finish_layer(layer, records, tuned, started, ledger)
             started = time.perf_counter()
     progress.finish()
@@ -117,7 +117,7 @@ def _tuned(layer: OpenLayer) -> dict[str, float]:
     if layer.tuning is None:
         return {}
     if pruned:
-        return layer.tuning.execute(pruned, stores=not layer.last)
+        return layer.tuning.execute(pruned, layer.blocks, stores=not layer.last)
     if not layer.last:
         layer.inputs().pass_through(layer.module)
     return {}

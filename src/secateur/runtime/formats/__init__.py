@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.quantization.blocks import TYPES, BlockGrid
 from secateur.quantization.groups import GROUPS, GroupGrid
 from secateur.registry import Registry
 from secateur.runtime.formats.bits import pack_bits, pack_numbers, row_bytes
@@ -25,6 +26,7 @@ from secateur.types import FLOATS, Mask, Weight
 
 __all__ = [
     "BITS",
+    "BLOCKS",
     "GRID_BITS",
     "VALUES",
     "Format",
@@ -34,6 +36,7 @@ __all__ = [
     "bitmask_parts",
     "check_specs",
     "encode_values",
+    "fitting",
     "formats",
     "length_of",
     "part_suffixes",
@@ -48,8 +51,33 @@ GRID_BITS: Mapping[str, int] = {"int4": 4, "int3": 3, "int2": 2}
 BITS: Mapping[str, int] = {"int8": 8, **GRID_BITS}
 """The bits of values that are integers with scales."""
 
-VALUES: Mapping[str, torch.dtype] = {**FLOATS, **dict.fromkeys(BITS, torch.int8)}
+BLOCKS: tuple[str, ...] = tuple(TYPES)
+"""Values that are stored in blocks of llama.cpp, by `quantization.blocks`."""
+
+VALUES: Mapping[str, torch.dtype] = {
+    **FLOATS, **dict.fromkeys(BITS, torch.int8), **dict.fromkeys(BLOCKS, torch.float32)
+}  # fmt: skip
 """How kept weights can be stored, and the dtype in which `Format.kept` returns them."""
+
+_NARROW: Mapping[str, str] = {
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
+}  # fmt: skip
+"""The types with blocks of 32 weights that llama.cpp takes where a row has no blocks of 256."""
+
+
+def fitting(values: str, columns: int) -> str:
+    """The values that llama.cpp stores where a row of so many weights cannot have these.
+
+    Example:
+        >>> from secateur.runtime.formats import fitting
+        >>> fitting("q4_k", 512), fitting("q4_k", 576), fitting("q4_k", 24)
+        ('q4_k', 'q5_0', 'float16')
+    """
+    if values not in TYPES or columns % TYPES[values].block == 0:
+        return values
+    return fitting(_NARROW[values], columns) if values in _NARROW else "float16"
+
 
 Side = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 
@@ -109,6 +137,10 @@ class Layout:
                 raise _refused(self, f"{self.values} needs a group of {GROUPS}, not {self.group!r}")
         elif self.group is not None:
             raise _refused(self, f"{self.values} has no groups")
+        if self.blocks is not None and self.format != "dense":
+            raise _refused(self, f"blocks of {self.values} store every weight")
+        if fitting(self.values, self.shape[1]) != self.values:
+            raise _refused(self, f"its rows are no whole blocks of {self.values}")
         why = formats[self.format].why_not(self)
         if why is not None:
             raise _refused(self, why)
@@ -134,7 +166,17 @@ class Layout:
     @property
     def integers(self) -> bool:
         """Whether kept values are integers with scales, and not the weights themselves."""
-        return not self.dtype.is_floating_point
+        return self.values in BITS
+
+    @property
+    def blocks(self) -> BlockGrid | None:
+        """The grid of blocks of llama.cpp; None for other values."""
+        return BlockGrid(self.values) if self.values in BLOCKS else None
+
+    @property
+    def coded(self) -> bool:
+        """Whether the weights are made from what is stored: from integers, or from blocks."""
+        return self.values not in FLOATS
 
     @property
     def grid(self) -> GroupGrid | None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_check
 from pydantic import Field
 from torch import Tensor
 
+from secateur.quantization.blocks import TYPES, BlockGrid
 from secateur.quantization.groups import BITS, GROUPS, Group, GroupGrid
 from secateur.registry import CheckedPart, NonNegative, Registry, one_of
 from secateur.sparsity.column_sweep import group_grid
@@ -22,8 +23,9 @@ from secateur.types import Gram, Mask, Statistics, Weight
 
 __all__ = ["ChoosingSolver", "RoundingSolver", "Solution", "Solver", "SolverDefaults", "solvers"]
 
-Bits = Annotated[int, one_of(0, *BITS, 8)]
-"""Bits of a rounded weight: 2 to 4 in groups, 8 with one scale for each row; 0 not to round."""
+Bits = Annotated[int | str, one_of(0, *BITS, 8, *TYPES)]
+"""Bits of a rounded weight: 2 to 4 in groups, 8 with one scale for each row; 0 not to round. Or a
+type of llama.cpp, such as "q4_k"."""
 
 
 class Solution(NamedTuple):
@@ -35,12 +37,15 @@ class Solution(NamedTuple):
         error: ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration inputs, [...]; None where no gram was
             gathered.
         shift: to be added to the bias, float32 [..., out], if there is a bias; None for no change.
+        blocks: the weight as its type of llama.cpp stores it, uint8 [..., out, bytes of a row];
+            None for any other grid.
     """
 
     weight: Tensor
     mask: Mask
     error: Tensor | None
     shift: Tensor | None = None
+    blocks: Tensor | None = None
 
     def each(self) -> list[Solution]:
         """The solutions of the linears of a batch; of one linear itself."""
@@ -50,9 +55,12 @@ class Solution(NamedTuple):
         return [Solution(*own) for own in zip(*parts, strict=True)]
 
     @staticmethod
-    def measured(weight: Weight, solved: Tensor, mask: Mask, gram: Gram) -> Solution:
+    def measured(
+        weight: Weight, solved: Tensor, mask: Mask, gram: Gram, blocks: Tensor | None = None
+    ) -> Solution:
         """The solution `solved` for a weight, with the error that it makes on these inputs."""
-        return Solution(solved, mask, relative_output_error(weight, solved, gram))
+        error = relative_output_error(weight, solved, gram)
+        return Solution(solved, mask, error, blocks=blocks)
 
 
 @runtime_checkable
@@ -82,8 +90,8 @@ class Solver(Protocol):
         ...
 
     @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights of its solutions are; None for none."""
+    def grid(self) -> GroupGrid | BlockGrid | None:
+        """The grid of groups or blocks on which the weights of its solutions are, if any."""
         ...
 
     @property
@@ -136,17 +144,17 @@ class SolverDefaults(CheckedPart):
     batched: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
-    bits = 0
+    bits: Bits = 0
     group = GROUPS[0]
 
     @property
     def rounds(self) -> bool:
         """Whether it also rounds the remaining weights."""
-        return self.bits > 0
+        return self.bits != 0
 
     @property
-    def grid(self) -> GroupGrid | None:
-        """The grid of groups on which the weights of its solutions are."""
+    def grid(self) -> GroupGrid | BlockGrid | None:
+        """The grid of groups or blocks on which the weights of its solutions are."""
         return group_grid(self.bits, self.group)
 
 
@@ -157,10 +165,10 @@ class RoundingSolver(SolverDefaults):
     Args:
         damping: fraction of the mean diagonal of the gram added to its diagonal.
         refit_steps: conjugate-gradient steps on the mask.
-        bits: 2, 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not
-            to round.
+        bits: 2, 3 or 4 to round in groups, 8 to round to int8 with one scale for each row, a type
+            of llama.cpp such as q4_k to round to its blocks; 0 not to round.
         group: 32, 64 or 128 weights of a row that share a scale; for 2 to 4 bits.
-        descent: passes of coordinate descent over the rounded weights; for 2 to 4 bits.
+        descent: passes of coordinate descent over the rounded weights; not for 8 bits.
 
     Raises:
         RecipeError: a parameter is out of range.

@@ -161,17 +161,18 @@ class ALPS(RoundingSolver):
         target = dense @ prepared.hessian
         solved = fit_on_mask(start * mask, target, prepared.hessian, mask, steps)
         solved /= prepared.scale[..., None, :]
+        blocks = None
         if prepared.factor is not None:
             # The sweep goes over columns, so all that it touches is transposed: [..., in, out].
             held = solved, dense / prepared.scale[..., None, :], mask
             columns, target, kept = (x.mT.contiguous() for x in held)
             diagonal = prepared.scale.square()  # of H: s was its root
             grid = sweep_grid(columns, self.bits, self.group)
-            round_on_mask(
+            blocks = round_on_mask(
                 columns, grid, target, kept, prepared.gram, diagonal, prepared.factor, self.descent
             )
             solved = columns.mT.contiguous()
-        return Solution.measured(weight, solved, mask, prepared.gram)
+        return Solution.measured(weight, solved, mask, prepared.gram, blocks)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Ten float32 copies of the weight, nine of the gram; one more of it if bits are given.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.errors import PatternError
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.quantization.groups import GroupGrid
 from secateur.quantization.sweep_grids import GroupColumns
 from secateur.registry import Count, float32_bytes
 from secateur.sparsity import hessian
@@ -64,7 +65,8 @@ class OBS(RoundingSolver):
     which has it becomes ±127 s. So the largest weight of a row determines its scale, in any dtype,
     and `secateur compress --values int8` does not change the row.
 
-    With `bits` 2, 3 or 4, `group` weights of a row in turn share a scale (`quantization.groups`).
+    With a type of llama.cpp as `bits`, its blocks are the grid (`quantization.blocks`); only types
+    that have an exact 0 can hold zeros. With `bits` 2, 3 or 4, `group` weights of a row in turn share a scale (`quantization.groups`).
     It is chosen when the sweep arrives at the group, by the kept weights as they are then, each
     with importance 1 / U_jj². The sweep that selects the mask rounds to these grids too. After the
     second one, coordinate descent improves integers and scales (`sparsity.column_sweep`).
@@ -107,12 +109,12 @@ class OBS(RoundingSolver):
         Raises:
             NumericalError: a weight is infinite or not a number.
         """
-        columns, kept = self._columns(weight, prepared), mask.mT.contiguous()
+        columns, kept, blocks = self._columns(weight, prepared), mask.mT.contiguous(), None
         if self.rounds:
-            columns = self._rounded(columns, kept, prepared)
+            columns, blocks = self._rounded(columns, kept, prepared)
         else:
             sweep(columns, kept, prepared.factor, self.block_columns)
-        return Solution.measured(weight, columns.mT.contiguous(), mask, prepared.gram)
+        return Solution.measured(weight, columns.mT.contiguous(), mask, prepared.gram, blocks)
 
     def choose(
         self, weight: Weight, prepared: _PreparedGram, pattern: Pattern, sparsity: float
@@ -125,7 +127,8 @@ class OBS(RoundingSolver):
         """
         *_, rows, inputs = weight.shape
         pattern.check((rows, inputs), sparsity)
-        if self.grid and pattern.scope == "group" and self.group % pattern.columns_together:
+        groups = self.grid if isinstance(self.grid, GroupGrid) else None
+        if groups and pattern.scope == "group" and self.group % pattern.columns_together:
             raise PatternError(
                 f"groups of {pattern.columns_together} columns do not divide the {self.group} "
                 "that share a scale",
@@ -135,15 +138,16 @@ class OBS(RoundingSolver):
         kept = columns.bool()  # filled by the choice
         target = columns.clone() if self.rounds else columns
         # With 8 bits the choice does not round: a row's scale is its largest kept weight, which is
-        # known only when the mask is.
-        grid = GroupColumns(self.grid, columns) if self.grid else None
+        # known only when the mask is. With blocks of llama.cpp it need not: they lose little.
+        grid = GroupColumns(groups, columns) if groups else None
         # U is of the whole gram: the choice needs no factorisation of its own.
         choice = Choice(pattern, sparsity)
         sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
+        blocks = None
         if self.rounds:  # again, from the weight: the sweep was for the mask alone
-            columns = self._rounded(target, kept, prepared)
+            columns, blocks = self._rounded(target, kept, prepared)
         solved, mask = columns.mT.contiguous(), kept.mT.contiguous()
-        return Solution.measured(weight, solved, mask, prepared.gram)
+        return Solution.measured(weight, solved, mask, prepared.gram, blocks)
 
     def _columns(self, weight: Weight, prepared: _PreparedGram) -> Tensor:
         """The weight transposed, so that every column is contiguous during the sweep."""
@@ -164,8 +168,10 @@ class OBS(RoundingSolver):
         copies = 9 if self.rounds else 3
         return max(squares * square, square + copies * float32_bytes(shape))
 
-    def _rounded(self, target: Tensor, kept: Tensor, prepared: _PreparedGram) -> Tensor:
-        """Fit the kept weights to the target [..., in, out], and round them."""
+    def _rounded(
+        self, target: Tensor, kept: Tensor, prepared: _PreparedGram
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fit the kept weights to the target [..., in, out], and round them; with their blocks."""
         diagonal, _ = hessian.damped_diagonal(prepared.gram, self.damping)
         # Conjugate gradients converge soonest on a unit diagonal: B = W ⊙ s, A = H / s sᵀ.
         scaled, scale, _ = hessian.scaled_hessian(prepared.gram, self.damping)
@@ -173,7 +179,7 @@ class OBS(RoundingSolver):
         fitted = hessian.fit_on_mask(dense * mask, dense @ scaled, scaled, mask, self.refit_steps)
         columns = fitted.div_(scale[..., None, :]).mT.contiguous()
         grid = sweep_grid(columns, self.bits, self.group)
-        round_on_mask(
+        blocks = round_on_mask(
             columns, grid, target, kept, prepared.gram, diagonal, prepared.factor, self.descent
         )
-        return columns
+        return columns, blocks

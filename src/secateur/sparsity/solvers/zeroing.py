@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import Group
 from secateur.quantization.int8 import nearest_rows
 from secateur.registry import float32_bytes
@@ -22,8 +23,8 @@ class Zeroing(SolverDefaults):
     for what rounding changes. Weights that are on such a grid already stay as they are.
 
     Args:
-        bits: 2, 3 or 4 to round in groups, 8 to round to int8 with one scale for each row; 0 not
-            to round.
+        bits: 2, 3 or 4 to round in groups, 8 to round to int8 with one scale for each row, a type
+            of llama.cpp such as q4_k to round to its blocks; 0 not to round.
         group: 32, 64 or 128 weights of a row that share a scale; for 2 to 4 bits.
 
     Raises:
@@ -49,13 +50,17 @@ class Zeroing(SolverDefaults):
         """Zero a weight [out, in] where the mask is False."""
         pruned = weight.detach().float().masked_fill(~mask, 0.0)
         rows = pruned.flatten(0, -2)  # of all matrices, one below the other
-        if self.grid is not None:
+        blocks = None
+        if isinstance(self.grid, BlockGrid):
+            found = self.grid.quantize(pruned)
+            pruned, blocks = mark_kept(found.values, mask), found.encode()
+        elif self.grid is not None:
             pruned = self.grid.dequantize(*self.grid.quantize(rows)).view(weight.shape)
             # The grid has one zero; a kept weight that rounded to it must stay kept.
-            mark_kept(pruned, mask)
+            pruned = mark_kept(pruned, mask)
         elif self.bits:
             pruned = nearest_rows(rows).view(weight.shape)
-        return Solution(weight=pruned, mask=mask, error=None)
+        return Solution(weight=pruned, mask=mask, error=None, blocks=blocks)
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Copies of the weight in float32: three, and two more of what is rounded."""

@@ -113,7 +113,7 @@ def as_timed(stored: WeightFormat) -> WeightFormat:
 @functools.cache
 def _stored_bytes(name: str, layout: Layout, nonzeros: int) -> int:
     """Bytes of a matrix in a packed folder, with what the header says of it, at most."""
-    packed = layout.integers or layout.format != DENSE
+    packed = layout.coded or layout.format != DENSE
     parts = formats[layout.format].parts(layout, nonzeros)
     described = header_bytes(
         {f"{name}.{suffix}": spec for suffix, spec in parts.items()},
