@@ -69,7 +69,7 @@ class BlockFiles:
         """The file of each matrix, by its stored name."""
         from safetensors import safe_open
 
-        found = {}
+        found = dict[str, Path]()
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
                 found |= dict.fromkeys(opened.keys(), file)

@@ -107,6 +107,9 @@ def _found_model(
         )
     path = Path(name).expanduser()
     kind = "folder" if path.is_dir() else hub.kind_of_name(name)
+    files = [*path.glob("*.gguf")] if kind == "folder" else []
+    if len(files) == 1 and not (path / "config.json").exists():
+        path, kind = files[0], "file"  # in the folder of `compress --to gguf` or `export`
     if dtype is not None and kind in ("folder", "hub"):
         raise RecipeError(
             f"{name} is no GGUF file: its weights keep their types",

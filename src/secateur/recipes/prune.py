@@ -69,11 +69,11 @@ class _HowToPrune(Section):
     refine: Annotated[str | None, Flag(advanced=True)] = None
     """Improve the mask before solving: swaps."""
     method_parameters: Annotated[
-        dict[str, int | float | str], Flag(value="NAME=NUMBER", advanced=True)
+        dict[str, int | float | Blocks], Flag(value="NAME=NUMBER", advanced=True)
     ] = Field(default_factory=dict)
     """Parameters of the score, the solver and the refinement."""
     method_overrides: Annotated[
-        dict[str, dict[str, int | float | str]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
+        dict[str, dict[str, int | float | Blocks]], Flag(hidden=True, value="GLOB={NAME: NUMBER}")
     ] = Field(default_factory=dict)
     """Own method parameters for some linear layers, such as {'*.down_proj': {bits: 8}}."""
     scope: Annotated[

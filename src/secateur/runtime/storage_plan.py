@@ -82,7 +82,10 @@ def check_names(
     Raises:
         RecipeError: names the available ones.
     """
-    known = {"format": (format, [AUTO, *formats]), "values": (values, [AUTO, KEEP, *VALUES])}
+    known = {
+        "format": (format, [AUTO, *formats]),
+        "values": (values, [AUTO, KEEP, *VALUES, *BLOCKS]),
+    }
     for kind, (name, names) in known.items():
         if name not in names:
             raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
@@ -126,7 +129,7 @@ class PackableMatrix:
             stored: the tensor, as in the source.
             name: of the tensor.
             format: `auto`, or a name in `formats`: that format or dense.
-            values: a name in `VALUES`, or `keep`.
+            values: a name in `VALUES` or `BLOCKS`, or `keep`.
             group: the weights of a row that share a scale, for int4, int3 and int2.
 
         Raises:
@@ -154,7 +157,8 @@ class PackableMatrix:
         offered = [
             layout
             for name in formats
-            if dense.blocks is None and name != DENSE
+            if dense.blocks is None
+            and name != DENSE
             and (name == format or (format == AUTO and formats[name].automatic))
             for layout in formats[name].candidates(nonzero, dense)
         ]
@@ -419,6 +423,7 @@ def make_plan(
     values_of: Mapping[str, str],
     recipe: CompressRecipe,
     progress: Progress,
+    computed: torch.dtype = torch.bfloat16,
 ) -> StoragePlan:
     """Read every matrix and choose its layout.
 
@@ -427,6 +432,7 @@ def make_plan(
         values_of: the values of single matrices, by stored name; the others have the recipe's.
         recipe: gives format, values and group size.
         progress: receives every matrix.
+        computed: the dtype of the model, and of what is not rounded, beside integers and blocks.
 
     Raises:
         CheckpointError: a matrix has a dtype that cannot be packed.
@@ -441,7 +447,7 @@ def make_plan(
         own = values_of.get(name, values) if matrix.prunable else embeddings[name]
         if own == KEEP != values and not matrix.prunable:
             # an embedding that is not rounded to integers is no wider than the model
-            beside = _dtype_beside(values)
+            beside = FLOATS.get(values, computed)
             wider = stored.dtype.itemsize > beside.itemsize
             own = str(beside).removeprefix("torch.") if wider else KEEP
         choices[name] = matrix.choose_layout(
@@ -458,7 +464,9 @@ def make_plan(
             where=str(reader.folder),
             remedy="use --format auto or bitmask; n-of-m needs zeros such as --pattern 2:4 leaves",
         )
-    plan = StoragePlan(choices, _computed_dtype(choices, matrices, values))
+    if values == KEEP:
+        computed = _common_dtype(choices, matrices)
+    plan = StoragePlan(choices, FLOATS.get(values, computed))
     for name, entry in reader.entries.items():
         if name in choices:
             if plan.layout(name) is None:
@@ -469,19 +477,11 @@ def make_plan(
     return plan
 
 
-def _dtype_beside(values: str) -> torch.dtype:
-    """The dtype of a model with such linears: that of the values, or bfloat16 for codes."""
-    return FLOATS.get(values, torch.bfloat16)
-
-
-def _computed_dtype(
-    choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix], values: str
+def _common_dtype(
+    choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix]
 ) -> torch.dtype:
-    """The dtype in which the model computes."""
-    if values != KEEP:
-        return _dtype_beside(values)
+    """The dtype of most of the weights of a model that keeps its values, without embeddings."""
     weights: dict[torch.dtype, int] = {}
-    # kept values: the dtype of most of the weights, embeddings not counted
     for name, choice in choices.items():
         dtype = choice.layout.dtype
         if matrices[name].prunable and not choice.layout.coded:

@@ -12,13 +12,15 @@ The result is a checkpoint of the same dtype with weights on grids.
 from __future__ import annotations
 
 import json
-import time
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from secateur.calibration.run_windows import WindowReader
 from secateur.calibration.windows import EXTRA
@@ -29,7 +31,7 @@ from secateur.errors import RecipeError
 from secateur.models.block_files import BlockFiles, StoredBlocks
 from secateur.models.checkpoint import INDEX_NAMES, Float32Reader, PatchedCopy, copy_others
 from secateur.models.configuration import read_configuration
-from secateur.models.opening import refuse_quantized, write_dense
+from secateur.models.opening import computed_dtype, refuse_quantized, write_dense
 from secateur.models.targets import CheckpointTarget
 from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import GroupGrid
@@ -56,7 +58,6 @@ from secateur.runtime.formats import (
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import DEFAULT_GROUP, DENSE, PackableCheckpoint, StoragePlan
 from secateur.steps.runner import COMPRESSION, RunContext, Step, carry_out, identity_of, step_of
-
 
 FEW_ZEROS = 0.01
 """A matrix with no larger share of zeros was not pruned."""
@@ -101,11 +102,11 @@ class Compress(Step[CompressRecipe, CompressResult]):
         grouped = bool(GRID_BITS.keys() & others)
         storage_plan.check_names(recipe.format, recipe.values, recipe.group_size, grouped=grouped)
         for glob, values in recipe.overrides.items():
-            if values not in VALUES:
+            if values not in (*VALUES, *BLOCKS):
                 raise RecipeError(
                     f"unknown values {values!r}",
                     where=f"override {glob!r}",
-                    remedy=did_you_mean(values, [*VALUES]),
+                    remedy=did_you_mean(values, [*VALUES, *BLOCKS]),
                 )
         helps = recipe.distillation.epochs or recipe.embeddings in (*GRID_BITS, *BLOCKS)
         helps = helps or _rounds_linears(recipe)
@@ -164,7 +165,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
         values_of = {names[n]: v for n, v in self.own.items() if last_match(given, n)}
         if recipe.to == "gguf":
             recipe = recipe.model_copy(update={"format": DENSE})
-        plan = storage_plan.make_plan(model, values_of, recipe, self.run.progress)
+        own = computed_dtype(self.model.reader.folder) if recipe.values in BLOCKS else None
+        computed = own or torch.bfloat16
+        plan = storage_plan.make_plan(model, values_of, recipe, self.run.progress, computed)
         if recipe.to == "gguf":
             return self._report(model, plan, self._gguf(model, plan), rounding)
         packed = self._pack(model, plan, is_rounded=bool(rounding))
@@ -215,7 +218,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
             model = self.opened(self._in_float32())
         if _rounds_linears(recipe):
             rounds = {**BITS, **{name: name for name in BLOCKS}}
-            bits_of = {name: rounds[values] for name, values in own.items() if values in rounds}
+            bits_of: dict[str, int | str] = {
+                name: rounds[values] for name, values in own.items() if values in rounds
+            }
             options = {"solver": "obs", "asymmetric": True, "fast_matmuls": True}
             folder = self.place / "rounded"
             self._hold_zeros(model, bits_of, options, folder)
@@ -383,15 +388,43 @@ class Compress(Step[CompressRecipe, CompressResult]):
         progress.finish()
         return packed
 
+    def _gguf(self, model: PackableCheckpoint, plan: StoragePlan) -> Path:
+        """Write the model as a GGUF file into the folder of the run, and read it back."""
+        from secateur.exporting import ExportSource
+        from secateur.exporting.gguf.architectures import model_of
+        from secateur.exporting.gguf.tokenizer import read_vocabulary
+        from secateur.exporting.gguf.writing import NEAREST, GGUFFile
+
+        recipe, made, reader = self.recipe, self.run.folder.fresh_model(), model.reader
+        name = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf")
+        source = ExportSource(name, reader.folder, read_configuration(reader.folder), reader)
+        described = model_of(source)
+        own = {name: NEAREST[choice.layout.values] for name, choice in plan.choices.items()}
+        kinds = [kind for name, kind in own.items() if model.matrices[name].prunable]
+        vocabulary = read_vocabulary(source.folder, described.vocabulary)
+        whole = GGUFFile(source, described, vocabulary, max(kinds, key=kinds.count), own)
+        file = made / f"{name}-{recipe.values}.gguf"
+        whole.write(file, self.run.progress)
+        whole.verify(file, self.run.progress)
+        return file
+
     def _report(
         self,
         model: PackableCheckpoint,
         plan: StoragePlan,
-        packed: PackedCheckpoint,
+        made: PackedCheckpoint | Path,
         rounding: dict[str, Any],
     ) -> CompressResult:
-        """Add up the contents of the files, and write the record and the card."""
+        """Add up the contents of the files, and write the record and the card.
+
+        Args:
+            model: what was packed.
+            plan: how.
+            made: the packed folder, or the GGUF file.
+            rounding: what is known of the rounding.
+        """
         run, reader, matrices = self.run, model.reader, model.matrices
+        packed = made if isinstance(made, PackedCheckpoint) else None
         folder, source = run.folder, run.source
         linears, embeddings, embedding_values = FormatTotals(), FormatTotals(), ""
         dense = dict.fromkeys(("as here", "int8", "int4"), 0)
@@ -399,8 +432,11 @@ class Compress(Step[CompressRecipe, CompressResult]):
         negative_zeros = 0
         for name, choice in plan.choices.items():
             layout, owner = plan.layout(name), name.removesuffix(".weight")
-            parts = [name] if layout is None else [f"{owner}.{s}" for s in packed.parts_of(owner)]
-            size = sum(packed.entries[part].size_bytes for part in parts)
+            size = stored_bytes(choice.layout, choice.nonzeros)
+            if packed is not None:
+                suffixes = packed.parts_of(owner) if layout is not None else []
+                parts = [f"{owner}.{suffix}" for suffix in suffixes] or [name]
+                size = sum(packed.entries[part].size_bytes for part in parts)
             counted = (choice.layout.weights, choice.nonzeros, size)
             if not matrices[name].prunable:
                 embeddings = embeddings.plus(*counted)
@@ -413,13 +449,14 @@ class Compress(Step[CompressRecipe, CompressResult]):
             by_format[kind] = by_format.get(kind, FormatTotals()).plus(*counted)
             if layout is not None:
                 negative_zeros += choice.negative_zeros
-        size = sum(file.stat().st_size for file in packed.files)
+        files = [made] if isinstance(made, Path) else made.files
+        size = sum(file.stat().st_size for file in files)
         parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
         dense_bytes = {values: size - linears.bytes + count for values, count in dense.items()}
         report = CompressResult(
             output=run.place,
-            archive=packed.archive,
-            source_bytes=sum(file.stat().st_size for file in reader.files),
+            archive=self.recipe.archive,
+            source_bytes=sum(file.stat().st_size for file in self.model.reader.files),
             bfloat16_bytes=BFLOAT16_BYTES * parameters,
             file_bytes=size,
             ratio=size / (BFLOAT16_BYTES * parameters),
@@ -431,7 +468,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
             embedding_values=embedding_values,
             rounding=rounding,
             value_error=plan.value_error,
-            dense_file_bytes={} if packed.archive else dense_bytes,
+            dense_file_bytes={} if self.recipe.archive or packed is None else dense_bytes,
             seconds=time.perf_counter() - run.meter.started,
             source=source.record.name,
         )

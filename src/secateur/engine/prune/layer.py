@@ -247,7 +247,8 @@ def prune_layer(layer: OpenLayer, arrivals: Arrivals) -> list[LinearRecord]:
                 solved = layer.solved(*waiting.pop(0), mine)
                 found += [record for one in solved for record in _recorded(layer, one)]
             if ranks.count > 1:
-                found = _exchanged(layer, every, owned, found)
+                found = _exchanged(every, owned, found, ranks)
+                _exchange_blocks(layer, owned)
             by_name = {record.name: record for record in found}
             records += [by_name[x.name] for x in every]
     return records
@@ -450,22 +451,18 @@ def lost_energy(weight: Weight, mask: Mask, statistics: Statistics) -> Tensor | 
 
 
 def _exchanged(
-    layer: OpenLayer,
-    linears: Sequence[Linear],
-    owned: Mapping[str, int],
-    own: Sequence[LinearRecord],
+    linears: Sequence[Linear], owned: Mapping[str, int], own: Sequence[LinearRecord], ranks: Ranks
 ) -> list[LinearRecord]:
     """Give every process the pruned linears of the others. Return the records of all.
 
     What one process sends is joined, up to `_SENT_BYTES` and one parameter at a time.
 
     Args:
-        layer: the layer.
         linears: the linears that the processes have pruned.
         owned: the process that has pruned each; all others were pruned by all together.
         own: the records of this process.
+        ranks: the processes.
     """
-    ranks = layer.ranks
     joined, sizes = dict[tuple[int, object, int], list[Tensor]](), Counter[object]()
     for linear in (x for x in linears if x.name in owned):
         owner = owned[linear.name]
@@ -478,17 +475,26 @@ def _exchanged(
         ranks.share(whole, owner)
         for value, sent in zip(values, whole.split([x.numel() for x in values]), strict=True):
             value.copy_(sent.view_as(value))
-    for linear in (x for x in linears if x.name in owned):
+    gathered = ranks.gather([record.to_json() for record in own])
+    by_name = {entry["name"]: entry for entries in reversed(gathered) for entry in entries}
+    return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
+
+
+def _exchange_blocks(layer: OpenLayer, owned: Mapping[str, int]) -> None:
+    """Give every process the blocks of matrices that others have rounded to types of llama.cpp.
+
+    Args:
+        layer: the layer.
+        owned: the process that has rounded each linear, by its name.
+    """
+    for linear in (x for x in layer.linears.values() if x.name in owned):
         grid = layer.tasks[linear.name].method.solver.grid
         if isinstance(grid, BlockGrid):
             rows, columns = linear.shape
             packed = torch.empty(rows, grid.row_bytes(columns), dtype=torch.uint8)
             empty = StoredBlocks(grid.type, packed, linear.transposed)
             mine = layer.blocks.setdefault(f"{linear.name}.weight", empty)
-            ranks.share(mine.packed, owned[linear.name])
-    gathered = ranks.gather([record.to_json() for record in own])
-    by_name = {entry["name"]: entry for entries in reversed(gathered) for entry in entries}
-    return [LinearRecord.model_validate(by_name[linear.name]) for linear in linears]
+            layer.ranks.share(mine.packed, owned[linear.name])
 
 
 def arrivals_of(layer: OpenLayer) -> Arrivals:

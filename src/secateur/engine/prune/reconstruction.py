@@ -41,7 +41,7 @@ from secateur.models.architecture import Linear
 from secateur.models.block_files import StoredBlocks
 from secateur.models.targets import Target
 from secateur.parallel.ranks import ALONE, Ranks
-from secateur.quantization.blocks import Blocks
+from secateur.quantization.blocks import BlockGrid, Blocks
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import nearest_rows
 from secateur.sparsity.column_sweep import kept_weights, mark_kept
@@ -121,9 +121,10 @@ class LayerTuning:
             task = self.tasks[linear.name]
             pattern, grid = task.method.pattern, task.method.solver.grid
             tuned.append(_TunedWeight(linear, shadow, norm, pattern, task.sparsity, bool(grid)))
-            if task.rounded:
-                own = blocks.get(f"{linear.name}.weight")
-                rounded.append(RoundedWeight(linear, own.blocks if own else grid))
+            if (own := blocks.get(f"{linear.name}.weight")) is not None:
+                rounded.append(RoundedWeight(linear, own.blocks))
+            elif task.rounded and not isinstance(grid, BlockGrid):
+                rounded.append(RoundedWeight(linear, grid))
         stream, index = self.inputs.calibration, self.inputs.index
         count, at_once = len(stream.windows), stream.windows_at_once
         _reconstruct(

@@ -1,8 +1,9 @@
 """Writes a GGUF file, one tensor in memory at a time.
 
-A block that is on an int4 grid already (`quantization.groups`) is stored in Q4_0 without a change:
-its scale has 5 significant bits, which float16 holds between 2⁻²⁰ and 65504, and |q| ≤ 7 fits in
-−8 … 7. All other blocks are rounded as llama.cpp rounds them, by the package gguf.
+Matrices that the source has in blocks of llama.cpp are copied. A block that is on an int4 grid
+(`quantization.groups`) is stored in Q4_0 without a change: its scale has 5 significant bits, which
+float16 holds between 2⁻²⁰ and 65504, and |q| ≤ 7 fits in −8 … 7. Other blocks of Q8_0, Q5_0 and
+Q4_0 are rounded as llama.cpp rounds them, by the package gguf.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.errors import VerificationError
 from secateur.exporting import Exported, ExportSource
 from secateur.exporting.gguf.architectures import LlamaCppModel, Planned, model_of
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary, read_vocabulary
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.progress import Progress, each_step
+from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import AT_ONCE, GroupGrid
 from secateur.runs.output import check_free
-from secateur.runtime.formats import GRID_BITS
+from secateur.runtime.formats import BLOCKS, GRID_BITS, fitting
 from secateur.runtime.install import DenseView
 
 
@@ -73,8 +76,9 @@ STORED = "stored"
 """The name of the type that gives every matrix what is nearest to how the source stores it."""
 
 FLOATS = {"float32": Q.F32, "float16": Q.F16, "bfloat16": Q.BF16}
-NEAREST = MappingProxyType({**FLOATS, "int8": Q.Q8_0, **dict.fromkeys(GRID_BITS, Q.Q4_0)})
-"""The type for stored values: exact for floats and for integers on a grid of groups."""
+OWN = MappingProxyType({name: Q[name.upper()] for name in BLOCKS})
+NEAREST = MappingProxyType({**FLOATS, "int8": Q.Q8_0, **dict.fromkeys(GRID_BITS, Q.Q4_0), **OWN})
+"""The type for stored values: exact for floats, for integers on a grid of groups and for blocks."""
 
 
 def _bytes_per_row(columns: int, type: Q) -> int:
@@ -108,7 +112,9 @@ def stored_blocks(weight: Tensor, type: Q) -> np.ndarray:
     if type == Q.Q4_0:
         rows = values.flatten(0, -2).split(max(1, AT_ONCE // values.shape[-1]))
         return np.concatenate([_q4_0(part) for part in rows]).reshape(*weight.shape[:-1], -1)
-    return gguf.quants.quantize(values.numpy(), type)
+    if type in (*FLOATS.values(), Q.Q8_0, Q.Q5_0):
+        return gguf.quants.quantize(values.numpy(), type)
+    return BlockGrid(type.name.lower()).quantize(values).encode().numpy()
 
 
 def dequantized(stored: np.ndarray, type: Q) -> Tensor:
@@ -142,10 +148,13 @@ def _q4_0(values: Tensor) -> np.ndarray:
     return stored.reshape(rows, -1).numpy()
 
 
-FILE_TYPES = {
-    kind: gguf.LlamaFileType[f"{'ALL' if kind == Q.F32 else 'MOSTLY'}_{kind.name}"]
-    for kind in TYPES.values()
+FILE_TYPES = {Q.F32: gguf.LlamaFileType.ALL_F32} | {
+    kind: file_type
+    for kind in NEAREST.values()
+    for file_type in gguf.LlamaFileType
+    if file_type.name in (f"MOSTLY_{kind.name}", f"MOSTLY_{kind.name}_S")
 }
+"""The type that a file names. Of K types it is the mix with the least of larger types."""
 NUMPY: dict[Q, Any] = {Q.F32: np.float32, Q.F16: np.float16}
 LARGEST_BLOCK = 256
 
@@ -159,7 +168,7 @@ ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A file to be written.
+    """A file to be written. Matrices whose blocks the source has are copied byte for byte.
 
     Attributes:
         source: the model.
@@ -188,13 +197,45 @@ class GGUFFile:
                 kept = one.sources or None
                 weight = self.model.read(self.source.reader, one) if kept else extra[one.name]
                 kind = self.type_of(one)
-                stored = stored_blocks(weight, kind)
+                blocks = self.blocks(one, kind)
+                stored = stored_blocks(weight, kind) if blocks is None else blocks.numpy()
                 writer.write_tensor_data(stored)
                 made.count_tensor(kind.name)
                 if weight.ndim > 1 and kept and one.name not in ENDS:
                     made.count_matrix(weight, dequantized(stored, kind))
         made.file_bytes = file.stat().st_size
         return made
+
+    def blocks(self, one: Planned, kind: Q) -> Tensor | None:
+        """The bytes of a tensor, if the source has all its matrices in blocks of this type."""
+        found = [self.source.reader.blocks(name) for name in one.sources if kind in OWN.values()]
+        parts = [
+            self.model.arranged(name, own.packed)
+            for name, own in zip(one.sources, found, strict=False)
+            if own is not None and OWN[own.type] == kind
+        ]
+        if not parts or len(parts) < len(one.sources):
+            return None
+        return torch.stack(parts) if len(one.shape) == 3 else parts[0]
+
+    def verify(self, file: Path, progress: Progress) -> None:
+        """Read a written file again, with the package gguf, and compare copied matrices.
+
+        Raises:
+            VerificationError: a matrix has other numbers than the source.
+        """
+        written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        for one in each_step(progress, "verifying", self.plan()):
+            kind = self.type_of(one)
+            if self.blocks(one, kind) is None:
+                continue
+            read = dequantized(written[one.name].data, kind)
+            if not torch.equal(read, self.model.read(self.source.reader, one)):
+                raise VerificationError(
+                    "the file has other numbers than the model",
+                    where=f"{one.name} in {file}",
+                    remedy="run the command again; if it fails again, report it",
+                )
 
     def plan(self) -> list[Planned]:
         """Every tensor of the file."""
@@ -251,7 +292,8 @@ class GGUFFile:
         wanted = self.wanted(one)
         if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
             on_grid = any(_values_of(self.source.reader, x) in GRID_BITS for x in one.sources)
-            wanted = Q.Q4_0 if on_grid else Q.Q8_0
+            if self.own.keys().isdisjoint(one.sources):
+                wanted = Q.Q4_0 if on_grid else Q.Q8_0
         return _stored_type_of_row(one.shape[-1], wanted)
 
     def notes(self, plan: list[Planned]) -> list[str]:
@@ -278,9 +320,8 @@ class GGUFFile:
 
 
 def _stored_type_of_row(columns: int, wanted: Q) -> Q:
-    """The type of a matrix with so many columns: float16 where a row has no whole blocks."""
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return wanted if columns % block == 0 else Q.F16
+    """The type of a matrix with so many columns, as llama.cpp's quantizer falls back."""
+    return NEAREST[fitting(wanted.name.lower(), columns)] if wanted in OWN.values() else wanted
 
 
 def _tensor_bytes(one: Planned, kind: Q) -> int:

@@ -54,9 +54,7 @@ BITS: Mapping[str, int] = {"int8": 8, **GRID_BITS}
 BLOCKS: tuple[str, ...] = tuple(TYPES)
 """Values that are stored in blocks of llama.cpp, by `quantization.blocks`."""
 
-VALUES: Mapping[str, torch.dtype] = {
-    **FLOATS, **dict.fromkeys(BITS, torch.int8), **dict.fromkeys(BLOCKS, torch.float32)
-}  # fmt: skip
+VALUES: Mapping[str, torch.dtype] = {**FLOATS, **dict.fromkeys(BITS, torch.int8)}
 """How kept weights can be stored, and the dtype in which `Format.kept` returns them."""
 
 _NARROW: Mapping[str, str] = {
@@ -108,7 +106,7 @@ class Layout:
 
     Args:
         format: a name in `formats`.
-        values: a name in `VALUES`, the stored dtype of kept weights.
+        values: a name in `VALUES`, the stored dtype of kept weights; or a name in `BLOCKS`.
         shape: (out, in) of the matrix.
         pattern: N:M, for formats that have one.
         transposed: whether the dense checkpoint stores the transpose [in, out] (GPT-2's Conv1D).
@@ -130,7 +128,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.format not in formats:
             raise _refused(self, f"there is no format {self.format!r}")
-        if self.values not in VALUES:
+        if self.values not in (*VALUES, *BLOCKS):
             raise _refused(self, f"values cannot be {self.values!r}")
         if self.values in GRID_BITS:
             if self.group not in GROUPS:
@@ -161,7 +159,7 @@ class Layout:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of kept values: integers are int8, however many bits are stored."""
-        return VALUES[self.values]
+        return VALUES.get(self.values, torch.float32)
 
     @property
     def integers(self) -> bool:

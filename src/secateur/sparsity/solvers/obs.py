@@ -65,11 +65,13 @@ class OBS(RoundingSolver):
     which has it becomes ±127 s. So the largest weight of a row determines its scale, in any dtype,
     and `secateur compress --values int8` does not change the row.
 
-    With a type of llama.cpp as `bits`, its blocks are the grid (`quantization.blocks`); only types
-    that have an exact 0 can hold zeros. With `bits` 2, 3 or 4, `group` weights of a row in turn share a scale (`quantization.groups`).
+    With `bits` 2, 3 or 4, `group` weights of a row in turn share a scale (`quantization.groups`).
     It is chosen when the sweep arrives at the group, by the kept weights as they are then, each
     with importance 1 / U_jj². The sweep that selects the mask rounds to these grids too. After the
     second one, coordinate descent improves integers and scales (`sparsity.column_sweep`).
+
+    With a type of llama.cpp as `bits`, its blocks are the grid (`quantization.blocks`). Zeros stay
+    only in types that have an exact 0.
 
     Args:
         block_columns: columns in a lazy block; rounded down to whole groups or blocks.
