@@ -250,7 +250,7 @@ class Blocks:
             numbers["scales"] = torch.cat([each.reshape(-1, per) for each in integers], dim=1)
         halves = {"d": self.d, "m": self.d if self.d_min is None else self.d_min}
         fields = [
-            halves[field].reshape(-1, 1).view(torch.uint8)
+            halves[field].reshape(-1).view(torch.uint8).view(-1, 2)
             if isinstance(field, str)
             else field.pack(numbers[field.of])
             for field in grid.table.layout

@@ -31,7 +31,13 @@ from torch import Tensor
 from secateur.machine import add_product, add_rows
 from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import BITS, GroupGrid
-from secateur.quantization.sweep_grids import GroupColumns, RowColumns, SweepGrid, descend
+from secateur.quantization.sweep_grids import (
+    BlockColumns,
+    GroupColumns,
+    RowColumns,
+    SweepGrid,
+    descend,
+)
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Mask, Weight
 
@@ -186,11 +192,11 @@ def group_grid(bits: int | str, group: int) -> GroupGrid | BlockGrid | None:
     return GroupGrid(bits, group) if bits in BITS else None
 
 
-def sweep_grid(columns: Tensor, bits: int | str, group: int) -> SweepGrid | BlockGrid | None:
+def sweep_grid(columns: Tensor, bits: int | str, group: int) -> SweepGrid | None:
     """The grid for a sweep over weights [..., in, out], zero where pruned; None for 0 bits."""
     grid = group_grid(bits, group)
     if isinstance(grid, BlockGrid):
-        return grid
+        return BlockColumns(grid, columns)
     if grid is not None:
         return GroupColumns(grid, columns)
     return RowColumns.of(columns) if bits else None
@@ -198,7 +204,7 @@ def sweep_grid(columns: Tensor, bits: int | str, group: int) -> SweepGrid | Bloc
 
 def round_on_mask(
     start: Tensor,
-    grid: SweepGrid | BlockGrid | None,
+    grid: SweepGrid | None,
     target: Tensor,
     kept: Tensor,
     gram: Tensor,
@@ -221,18 +227,19 @@ def round_on_mask(
     Returns:
         The blocks of a grid of llama.cpp, uint8 [..., out, bytes of a row]; None for other grids.
     """
-    if isinstance(grid, BlockGrid):
-        blocks = grid.quantize(start.mT, diagonal[..., None, :])
-        start.copy_(blocks.values.mT)
-        mark_kept(start, kept)
-        return blocks.encode()
     # X* is exact for its mask, so the errors of pruning are made up for: only rounding errors flow.
     sweep(start, kept, factor, grid=grid)
-    if isinstance(grid, GroupColumns):
-        # The descent aims at W, not at X*: both have the same minimum on this mask.
-        descend(start, grid, target, kept, gram, diagonal, passes)
-        mark_kept(start, kept)
-    return None
+    if grid is None or isinstance(grid, RowColumns):
+        return None
+    # The descent aims at W, not at X*: both have the same minimum on this mask.
+    descend(start, grid, target, kept, gram, diagonal, passes)
+    packed = None
+    if isinstance(grid, BlockColumns):
+        blocks = grid.blocks(start)
+        start.copy_(blocks.values.mT)
+        packed = blocks.encode()
+    mark_kept(start, kept)
+    return packed
 
 
 def mark_kept(weight: Weight, kept: Mask) -> Weight:

@@ -56,7 +56,13 @@ from secateur.runtime.formats import (
     stored_bytes,
 )
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
-from secateur.runtime.storage_plan import DEFAULT_GROUP, DENSE, PackableCheckpoint, StoragePlan
+from secateur.runtime.storage_plan import (
+    DEFAULT_GROUP,
+    DENSE,
+    LayoutChoice,
+    PackableCheckpoint,
+    StoragePlan,
+)
 from secateur.steps.runner import COMPRESSION, RunContext, Step, carry_out, identity_of, step_of
 
 FEW_ZEROS = 0.01
@@ -393,7 +399,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         from secateur.exporting import ExportSource
         from secateur.exporting.gguf.architectures import model_of
         from secateur.exporting.gguf.tokenizer import read_vocabulary
-        from secateur.exporting.gguf.writing import NEAREST, GGUFFile
+        from secateur.exporting.gguf.writing import ENDS, NEAREST, GGUFFile
 
         recipe, made, reader = self.recipe, self.run.folder.fresh_model(), model.reader
         name = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf")
@@ -405,7 +411,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
         whole = GGUFFile(source, described, vocabulary, max(kinds, key=kinds.count), own)
         file = made / f"{name}-{recipe.values}.gguf"
         whole.write(file, self.run.progress)
-        whole.verify(file, self.run.progress)
+        for one, weight, read in whole.read_back(file, self.run.progress):
+            if len(one.shape) > 1 and one.name not in ENDS:
+                plan.count_loss(weight.flatten(0, -2), read.flatten(0, -2))
         return file
 
     def _report(
@@ -415,41 +423,28 @@ class Compress(Step[CompressRecipe, CompressResult]):
         made: PackedCheckpoint | Path,
         rounding: dict[str, Any],
     ) -> CompressResult:
-        """Add up the contents of the files, and write the record and the card.
-
-        Args:
-            model: what was packed.
-            plan: how.
-            made: the packed folder, or the GGUF file.
-            rounding: what is known of the rounding.
-        """
+        """Add up the contents of a packed folder or a GGUF file; write the record and the card."""
         run, reader, matrices = self.run, model.reader, model.matrices
-        packed = made if isinstance(made, PackedCheckpoint) else None
         folder, source = run.folder, run.source
-        linears, embeddings, embedding_values = FormatTotals(), FormatTotals(), ""
+        linears, embeddings, of_ends = FormatTotals(), FormatTotals(), list[str]()
         dense = dict.fromkeys(("as here", "int8", "int4"), 0)
         by_format: dict[str, FormatTotals] = {}
         negative_zeros = 0
         for name, choice in plan.choices.items():
-            layout, owner = plan.layout(name), name.removesuffix(".weight")
-            size = stored_bytes(choice.layout, choice.nonzeros)
-            if packed is not None:
-                suffixes = packed.parts_of(owner) if layout is not None else []
-                parts = [f"{owner}.{suffix}" for suffix in suffixes] or [name]
-                size = sum(packed.entries[part].size_bytes for part in parts)
+            size = _bytes_in(made, name, choice)
             counted = (choice.layout.weights, choice.nonzeros, size)
             if not matrices[name].prunable:
                 embeddings = embeddings.plus(*counted)
-                embedding_values = stored_as(choice.layout.to_json()).removeprefix(f"{DENSE} ")
+                of_ends.append(stored_as(choice.layout.to_json()).removeprefix(f"{DENSE} "))
                 continue
             linears = linears.plus(*counted)
             for values in dense:
                 dense[values] += _dense_bytes(choice.layout, values)
             kind = stored_as(choice.layout.to_json())
             by_format[kind] = by_format.get(kind, FormatTotals()).plus(*counted)
-            if layout is not None:
+            if plan.layout(name) is not None:
                 negative_zeros += choice.negative_zeros
-        files = [made] if isinstance(made, Path) else made.files
+        files, dense_too = ([made], False) if isinstance(made, Path) else (made.files, True)
         size = sum(file.stat().st_size for file in files)
         parameters = sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values())
         dense_bytes = {values: size - linears.bytes + count for values, count in dense.items()}
@@ -465,10 +460,10 @@ class Compress(Step[CompressRecipe, CompressResult]):
             linears=linears,
             formats=by_format,
             embeddings=embeddings,
-            embedding_values=embedding_values,
+            embedding_values=" and ".join(dict.fromkeys(of_ends)),
             rounding=rounding,
             value_error=plan.value_error,
-            dense_file_bytes={} if self.recipe.archive or packed is None else dense_bytes,
+            dense_file_bytes=dense_bytes if dense_too and not self.recipe.archive else {},
             seconds=time.perf_counter() - run.meter.started,
             source=source.record.name,
         )
@@ -482,6 +477,14 @@ class Compress(Step[CompressRecipe, CompressResult]):
     def result(cls, output: Path) -> CompressResult:
         """Read the result of a finished run from its notes."""
         return read_record(CompressResult, output / NOTES / COMPRESSION)
+
+
+def _bytes_in(made: PackedCheckpoint | Path, name: str, choice: LayoutChoice) -> int:
+    """The bytes of a matrix in a packed folder, or in a GGUF file."""
+    if isinstance(made, Path):
+        return stored_bytes(choice.layout, choice.nonzeros)
+    owner = name.removesuffix(".weight")
+    return sum(made.entries[f"{owner}.{part}"].size_bytes for part in made.parts_of(owner))
 
 
 def _keeps_zeros(values: str) -> bool:

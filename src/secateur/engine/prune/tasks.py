@@ -30,6 +30,7 @@ from secateur.models.experts import AT_ONCE
 from secateur.models.inventory import StoredMatrix, summary, weights_of
 from secateur.models.targets import Target, refuse_unknown
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.quantization.blocks import TYPES, BlockGrid
 from secateur.recipes.prune import PruneRecipe
 from secateur.registry import float32_bytes
 from secateur.runs.records import SkippedMatrix
@@ -142,6 +143,13 @@ def tasks_of(
 
 def _check(task: LinearTask) -> None:
     """Refuse a task that cannot be done."""
+    grid = task.method.solver.grid
+    if task.rounded and isinstance(grid, BlockGrid):
+        with located(task.name):
+            grid.row_bytes(task.shape[1])
+            if task.sparsity and not grid.exact_zero:
+                kept = ", ".join(name for name in TYPES if BlockGrid(name).exact_zero)
+                raise PatternError(f"{grid.type} has no exact 0", remedy=f"choose {kept}")
     if task.sparsity == 0:
         return
     pattern, (rows, columns) = task.method.pattern, task.shape

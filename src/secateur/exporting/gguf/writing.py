@@ -9,7 +9,7 @@ Q4_0 are rounded as llama.cpp rounds them, by the package gguf.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,24 +218,30 @@ class GGUFFile:
             return None
         return torch.stack(parts) if len(one.shape) == 3 else parts[0]
 
-    def verify(self, file: Path, progress: Progress) -> None:
+    def read_back(self, file: Path, progress: Progress) -> Iterator[tuple[Planned, Tensor, Tensor]]:
         """Read a written file again, with the package gguf, and compare copied matrices.
 
+        Yields:
+            Every tensor of the source: its numbers there, and those that llama.cpp reads, float32.
+
         Raises:
-            VerificationError: a matrix has other numbers than the source.
+            VerificationError: a copied matrix has other numbers than the source.
         """
         written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-        for one in each_step(progress, "verifying", self.plan()):
-            kind = self.type_of(one)
-            if self.blocks(one, kind) is None:
+        plan = {one.name: one for one in self.plan()}
+        for name in each_step(progress, "verifying", plan):
+            one, kind = plan[name], self.type_of(plan[name])
+            if not one.sources:
                 continue
-            read = dequantized(written[one.name].data, kind)
-            if not torch.equal(read, self.model.read(self.source.reader, one)):
+            weight = self.model.read(self.source.reader, one)
+            read = dequantized(written[name].data, kind)
+            if self.blocks(one, kind) is not None and not torch.equal(read, weight):
                 raise VerificationError(
                     "the file has other numbers than the model",
                     where=f"{one.name} in {file}",
                     remedy="run the command again; if it fails again, report it",
                 )
+            yield one, weight, read
 
     def plan(self) -> list[Planned]:
         """Every tensor of the file."""
