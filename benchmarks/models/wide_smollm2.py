@@ -177,7 +177,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    source = resolve(args.model, dtype="float32").folder
+    source = resolve(args.model).folder
     model = secateur.load(source, dtype=torch.float32)
     reader = WindowReader(model.config, lambda: load_tokenizer(source))
     windows = reader.read(args.text, CalibrationWindows(windows=8, sequence_length=512))[0]

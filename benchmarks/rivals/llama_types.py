@@ -26,18 +26,36 @@ F = gguf.LlamaFileType
 TYPES = MappingProxyType(
     {
         "IQ2_XXS": F.MOSTLY_IQ2_XXS, "IQ2_XS": F.MOSTLY_IQ2_XS, "IQ2_S": F.MOSTLY_IQ2_S,
-        "IQ2_M": F.MOSTLY_IQ2_M, "Q2_K": F.MOSTLY_Q2_K, "IQ3_XXS": F.MOSTLY_IQ3_XXS,
-        "IQ3_S": F.MOSTLY_IQ3_S, "Q3_K_S": F.MOSTLY_Q3_K_S, "Q3_K_M": F.MOSTLY_Q3_K_M,
-        "IQ4_XS": F.MOSTLY_IQ4_XS, "IQ4_NL": F.MOSTLY_IQ4_NL, "Q4_0": F.MOSTLY_Q4_0,
-        "Q4_K_S": F.MOSTLY_Q4_K_S, "Q4_K_M": F.MOSTLY_Q4_K_M, "Q5_K_M": F.MOSTLY_Q5_K_M,
+        "IQ2_M": F.MOSTLY_IQ2_M, "Q2_K_S": F.MOSTLY_Q2_K_S, "Q2_K": F.MOSTLY_Q2_K,
+        "IQ3_XXS": F.MOSTLY_IQ3_XXS, "IQ3_XS": F.MOSTLY_IQ3_XS, "IQ3_S": F.MOSTLY_IQ3_S,
+        "IQ3_M": F.MOSTLY_IQ3_M, "Q3_K_S": F.MOSTLY_Q3_K_S, "Q3_K_M": F.MOSTLY_Q3_K_M,
+        "Q3_K_L": F.MOSTLY_Q3_K_L, "IQ4_XS": F.MOSTLY_IQ4_XS, "IQ4_NL": F.MOSTLY_IQ4_NL,
+        "Q4_0": F.MOSTLY_Q4_0, "Q4_K_S": F.MOSTLY_Q4_K_S, "Q4_K_M": F.MOSTLY_Q4_K_M,
+        "Q5_K_S": F.MOSTLY_Q5_K_S, "Q5_K_M": F.MOSTLY_Q5_K_M, "Q6_K": F.MOSTLY_Q6_K,
+        "Q8_0": F.MOSTLY_Q8_0,
+    }
+)  # fmt: skip
+"""The mixes: most matrices have the type in the name."""
+
+PURE = MappingProxyType(
+    {
+        "IQ2_XXS": F.MOSTLY_IQ2_XXS, "IQ2_XS": F.MOSTLY_IQ2_XS, "IQ2_S": F.MOSTLY_IQ2_M,
+        "Q2_K": F.MOSTLY_Q2_K, "IQ3_XXS": F.MOSTLY_IQ3_XXS, "IQ3_S": F.MOSTLY_IQ3_S,
+        "Q3_K": F.MOSTLY_Q3_K_M, "IQ4_XS": F.MOSTLY_IQ4_XS, "IQ4_NL": F.MOSTLY_IQ4_NL,
+        "Q4_0": F.MOSTLY_Q4_0, "Q4_K": F.MOSTLY_Q4_K_M, "Q4_1": F.MOSTLY_Q4_1,
+        "Q5_0": F.MOSTLY_Q5_0, "Q5_K": F.MOSTLY_Q5_K_M, "Q5_1": F.MOSTLY_Q5_1,
         "Q6_K": F.MOSTLY_Q6_K, "Q8_0": F.MOSTLY_Q8_0,
     }
 )  # fmt: skip
+"""The types that can be those of all matrices, each with a mix that is named after it."""
+
+ENDS = ("token_embd.weight", "output.weight")
+"""llama.cpp's tool collects no importance for them, unless it is asked to for the second."""
 
 
 @dataclass(frozen=True)
-class LlamaCpp:
-    """llama.cpp's quantizer for one model.
+class LlamaFiles:
+    """What llama.cpp's quantizer makes of one model.
 
     Attributes:
         exact: the model as a float32 GGUF file.
@@ -48,7 +66,7 @@ class LlamaCpp:
     importance: dict[str, Tensor]
 
     @classmethod
-    def prepare(cls, model: Path, windows: Tensor, work: Path) -> LlamaCpp:
+    def prepare(cls, model: Path, windows: Tensor, work: Path) -> LlamaFiles:
         """Write the exact file and collect the importance matrix, unless they are there."""
         folder, stored = work / "exact", work / "importance.safetensors"
         if not folder.exists():
@@ -58,11 +76,23 @@ class LlamaCpp:
             save_file(_gguf_names(mean_squares(model, windows), exact), stored)
         return cls(exact, load_file(stored))
 
-    def quantized(self, kind: str, file: Path) -> None:
-        """Make a file of a type in `TYPES`."""
-        importance = {name: values.numpy() for name, values in self.importance.items()}
+    def mix(self, kind: str, file: Path) -> None:
+        """Make a file of a mix in `TYPES`."""
+        known = {name: x.numpy() for name, x in self.importance.items() if name not in ENDS}
+        self._made(file, kind=TYPES[kind], importance=known)
+
+    def pure(self, kind: str, file: Path) -> None:
+        """Make a file with one type of `PURE` throughout.
+
+        The embedding gets its importance too, without which IQ2 does not exist.
+        """
+        known = {name: x.numpy() for name, x in self.importance.items()}
+        types = {"weight": gguf.GGMLQuantizationType[kind]}
+        self._made(file, kind=PURE[kind], importance=known, types=types)
+
+    def _made(self, file: Path, **options: Any) -> None:
         partial = file.with_suffix(".partial")
-        quantize(self.exact, partial, TYPES[kind], importance, threads=1)
+        quantize(self.exact, partial, threads=1, **options)
         partial.rename(file)
 
 
@@ -79,10 +109,14 @@ def mean_squares(model: Path, windows: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    for name, linear in module.named_modules():
-        if isinstance(linear, nn.Linear) and name != "lm_head":
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    names = {linear: name for name, linear in module.named_modules()}
+    if head.weight is embedding.weight:
+        names[head] = names[embedding]
+    for linear, name in names.items():
+        if isinstance(linear, nn.Linear):
             linear.register_forward_pre_hook(collect(name))
-    for rows in windows.split(4):
+    for rows in windows.split(2):
         module(input_ids=rows, use_cache=False)
     return {name: (x / windows.numel()).float() for name, x in sums.items()}
 

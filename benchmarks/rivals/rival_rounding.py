@@ -1,6 +1,7 @@
-"""auto-round on our windows, a rival of `low_bits.py` and `fit.py`, run by a Python that has it.
+"""auto-round on our windows, a rival of `low_bits.py`, `fit.py` and `gguf_types.py`, run by a Python that has it.
 
     RIVAL/bin/python -m benchmarks.rivals.rival_rounding MODEL WINDOWS OUTPUT [--bits 4] [--recipe default]
+    RIVAL/bin/python -m benchmarks.rivals.rival_rounding MODEL WINDOWS OUTPUT --gguf q4_k_s --recipe opt_rtn
 
 auto-round 0.16.1 (Cheng et al., SignRound, arXiv 2309.05516) on the token windows of a safetensors
 file (`input_ids` [n, length]), so all see the same text. Its recipes are those of its command line:
@@ -8,6 +9,8 @@ file (`input_ids` [n, length]), so all see the same text. Its recipes are those 
 Batches of 8 windows. OUTPUT becomes a dense checkpoint with the rounded weights, and `rival.json`
 has the seconds and the bytes that its own format needs: codes, a float16 scale for each group, and
 a zero point unless the grids are symmetric; everything else in bfloat16, or the embedding in int8.
+With `--gguf` OUTPUT has a GGUF file of its own writer, in one of its mixes of types; there its
+documentation advises `opt_rtn`.
 """
 
 from __future__ import annotations
@@ -51,17 +54,17 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--recipe", default="short", choices=[*RECIPES])
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--gguf", help="a mix of types, such as q4_k_s")
     args = parser.parse_args()
     windows = load_file(args.windows)["input_ids"][: args.samples].long()
     began, (iterations, rate) = time.perf_counter(), RECIPES[args.recipe]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    grid = {"bits": args.bits, "group_size": args.group_size, "sym": not args.asymmetric}
     rival = AutoRound(
         model,
         tokenizer,
-        bits=args.bits,
-        group_size=args.group_size,
-        sym=not args.asymmetric,
+        **({"scheme": f"GGUF:{args.gguf.upper()}"} if args.gguf else grid),
         iters=iterations,
         lr=rate,
         nsamples=len(windows),
@@ -73,6 +76,9 @@ def main() -> None:
         device_map="cpu",
         enable_torch_compile=False,
     )
+    if args.gguf:
+        rival.quantize_and_save(str(args.output), format=f"gguf:{args.gguf}")
+        return
     rounded, _ = rival.quantize()  # its own writer puts the source's float32 weights back
     weight = rounded.model.layers[0].mlp.up_proj.weight[:8, : args.group_size].float()
     assert max(len(row.unique()) for row in weight) <= 2**args.bits, "the weights are not rounded"
