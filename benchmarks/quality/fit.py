@@ -43,17 +43,14 @@ from unittest import mock
 
 import torch
 from benchmarks.hardware import add, heading, watched_memory
-from benchmarks.rivals.llama_types import TYPES, LlamaCpp, types_of
+from benchmarks.quality.judged import windows_of
+from benchmarks.rivals.llama_types import TYPES, LlamaFiles, types_of
 from benchmarks.stored import known_rows
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
 import secateur
-from secateur.calibration.run_windows import WindowReader
 from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
-from secateur.recipes.shared import CalibrationWindows
 from secateur.steps.fitting.bench import FitBench, best_of
 
 MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting", "src/secateur/quantization")
@@ -91,13 +88,7 @@ class Bench:
 
     def windows(self, text: Path, count: int) -> Tensor:
         """The same windows for all contenders."""
-        file = self.work / f"{text.name}-{count}.safetensors"
-        if not file.exists():
-            config = secateur.load(self.source, dtype=torch.float32, expand=True).config
-            reader = WindowReader(config, lambda: load_tokenizer(self.source))
-            options = CalibrationWindows(windows=count, sequence_length=512)
-            save_file({"input_ids": reader.read(str(text), options)[0]}, file)
-        return load_file(file)["input_ids"]
+        return windows_of(self.source, text, count, self.work)
 
     @cached_property
     def judged(self) -> dict[str, Tensor]:
@@ -150,10 +141,10 @@ class Bench:
         for kind in self.args.types:
             if self.known(f"llama.cpp {kind}"):
                 continue
-            llama = LlamaCpp.prepare(self.source, self.calibration, self.work)
+            llama = LlamaFiles.prepare(self.source, self.calibration, self.work)
             file, begun = self.work / f"{kind}.gguf", time.perf_counter()
             if not file.exists():
-                llama.quantized(kind, file)
+                llama.mix(kind, file)
             self.keep_gguf(f"llama.cpp {kind}", file, seconds=time.perf_counter() - begun)
 
     def keep_gguf(self, contender: str, file: Path, **values: Any) -> None:

@@ -1,7 +1,7 @@
 """Files of llama.cpp's own quantizer with an importance matrix, as people make and download them.
 
-The importance matrix is what `llama-imatrix` collects: for each linear, the mean square of every
-input over all tokens of the calibration. A row that is no multiple of 256 weights long gets another
+The importance matrix is what `llama-imatrix` collects from the exact file: for each matrix, the mean
+square of every input over all tokens of the calibration. A row that is no multiple of 256 weights long gets another
 type from llama.cpp; `types_of` counts what a file really has.
 """
 
@@ -14,12 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 import gguf
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import numpy as np
+from torch import Tensor
 
-from secateur import export, load
-from secateur.exporting.gguf.llama_cpp import quantize
+from secateur import export
+from secateur.exporting.gguf.importance import HEADS, ImportanceMatrix
+from secateur.exporting.gguf.llama_cpp import LlamaCpp, quantize
 
 F = gguf.LlamaFileType
 
@@ -49,9 +49,6 @@ PURE = MappingProxyType(
 )  # fmt: skip
 """The types that can be those of all matrices, each with a mix that is named after it."""
 
-ENDS = ("token_embd.weight", "output.weight")
-"""llama.cpp's tool collects no importance for them, unless it is asked to for the second."""
-
 
 @dataclass(frozen=True)
 class LlamaFiles:
@@ -63,22 +60,24 @@ class LlamaFiles:
     """
 
     exact: Path
-    importance: dict[str, Tensor]
+    importance: dict[str, np.ndarray]
 
     @classmethod
     def prepare(cls, model: Path, windows: Tensor, work: Path) -> LlamaFiles:
         """Write the exact file and collect the importance matrix, unless they are there."""
-        folder, stored = work / "exact", work / "importance.safetensors"
+        folder, stored = work / "exact", work / "importance.gguf"
         if not folder.exists():
             export(model, to="gguf", type="f32", output=folder, overwrite=True)
         (exact,) = folder.glob("*.gguf")
         if not stored.exists():
-            save_file(_gguf_names(mean_squares(model, windows), exact), stored)
-        return cls(exact, load_file(stored))
+            with LlamaCpp(exact) as engine:
+                found = ImportanceMatrix.collect(engine, windows, head=True)
+            found.write(stored, windows.shape[1])
+        return cls(exact, ImportanceMatrix.read(stored).means())
 
     def mix(self, kind: str, file: Path) -> None:
         """Make a file of a mix in `TYPES`."""
-        known = {name: x.numpy() for name, x in self.importance.items() if name not in ENDS}
+        known = {name: x for name, x in self.importance.items() if name not in HEADS}
         self._made(file, kind=TYPES[kind], importance=known)
 
     def pure(self, kind: str, file: Path) -> None:
@@ -86,52 +85,13 @@ class LlamaFiles:
 
         The embedding gets its importance too, without which IQ2 does not exist.
         """
-        known = {name: x.numpy() for name, x in self.importance.items()}
         types = {"weight": gguf.GGMLQuantizationType[kind]}
-        self._made(file, kind=PURE[kind], importance=known, types=types)
+        self._made(file, kind=PURE[kind], importance=self.importance, types=types)
 
     def _made(self, file: Path, **options: Any) -> None:
         partial = file.with_suffix(".partial")
         quantize(self.exact, partial, threads=1, **options)
         partial.rename(file)
-
-
-@torch.no_grad()
-def mean_squares(model: Path, windows: Tensor) -> dict[str, Tensor]:
-    """The mean square of each input of each linear, by the linear's name."""
-    module = load(model, dtype=torch.float32, expand=True)
-    sums: dict[str, Tensor] = {}
-
-    def collect(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = inputs[0].double().square().flatten(0, -2).sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        return hook
-
-    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    names = {linear: name for name, linear in module.named_modules()}
-    if head.weight is embedding.weight:
-        names[head] = names[embedding]
-    for linear, name in names.items():
-        if isinstance(linear, nn.Linear):
-            linear.register_forward_pre_hook(collect(name))
-    for rows in windows.split(2):
-        module(input_ids=rows, use_cache=False)
-    return {name: (x / windows.numel()).float() for name, x in sums.items()}
-
-
-def _gguf_names(found: dict[str, Tensor], exact: Path) -> dict[str, Tensor]:
-    reader = gguf.GGUFReader(exact)
-    kind = reader.fields["general.architecture"].contents()
-    layers = reader.fields[f"{kind}.block_count"].contents()
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
-    names = gguf.get_tensor_name_map(arch, layers)
-    known = {tensor.name for tensor in reader.tensors}
-    renamed = {str(names.get_name(f"{key}.weight", (".weight",))): x for key, x in found.items()}
-    if not renamed.keys() <= known:
-        raise RuntimeError(f"{exact} has no {sorted(renamed.keys() - known)}")
-    return renamed
 
 
 def types_of(file: Path) -> tuple[dict[str, int], int]:

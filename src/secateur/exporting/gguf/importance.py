@@ -28,8 +28,8 @@ from secateur.models.gguf_file import MAGIC, GGUFSource
 from secateur.progress import Progress, Silent
 
 SUMS, COUNTS = ".in_sum2", ".counts"
-LAYER, HEAD = "blk.", "output.weight"
-"""How the names of matrices in layers begin, and the name of the head."""
+LAYER, HEADS = "blk.", ("output.weight", "token_embd.weight")
+"""How the names of matrices in layers begin, and the names of a head, its own and a tied one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ImportanceMatrix:
             engine: the file that runs.
             windows: token ids [windows, length].
             progress: receives every window.
-            head: collect the inputs of the head too, as with `--process-output`.
+            head: collect the inputs of the head too, as with `--process-output`, or of a tied one.
         """
         found, progress = cls({}, {}), progress or Silent()
 
@@ -69,7 +69,7 @@ class ImportanceMatrix:
             if node.op not in ("MUL_MAT", "MUL_MAT_ID"):
                 return False
             name = node.source(0).name
-            own = name.startswith(LAYER) or (head and name == HEAD)
+            own = name.startswith(LAYER) or (head and name in HEADS)
             return own and node.source(1).tensor.type == F32
 
         progress.start("importance matrix", len(windows))
