@@ -14,6 +14,7 @@ matrix that is there; `collected` is what collecting it took.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -60,12 +61,13 @@ Scores = dict[int, Tensor]
 
 def exported(model: Any, work: Path) -> dict[str, Path]:
     """The files of a model, by their types."""
-    folder, files = work / "folder", {}
-    model.save_pretrained(folder)
-    letter_tokenizer().save_pretrained(folder)
+    place, files = work / "exported", {}
+    shutil.rmtree(place, ignore_errors=True)
+    model.save_pretrained(place / "folder")
+    letter_tokenizer().save_pretrained(place / "folder")
     for kind in ("f32", "q8_0"):
-        found = secateur.export(folder, to="gguf", type=kind, output=work / kind, overwrite=True)
-        files[kind] = work / kind / found.files[0]
+        found = secateur.export(place / "folder", to="gguf", type=kind, output=place / kind)
+        files[kind] = place / kind / found.files[0]
     return files
 
 

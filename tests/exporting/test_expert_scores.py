@@ -80,10 +80,12 @@ def test_a_killed_run_goes_on_to_the_same_sums(
     whole = use_of(file, tmp_path / "b.safetensors")
     finished = scores_of_file._UseSums.step
 
-    def killed(sums: Any) -> None:
+    def killed(sums: Any, last: int) -> None:
         if sums.done == 2:
             raise KeyboardInterrupt
-        finished(sums)
+        finished(sums, last)
+
+    monkeypatch.setattr(scores_of_file, "STORED_SECONDS", 0)
 
     with monkeypatch.context() as patch:
         patch.setattr(scores_of_file._UseSums, "step", killed)
@@ -148,19 +150,23 @@ def test_scores_by_an_importance_matrix(form: str, mixture: Any, tmp_path: Path)
     source = GGUFSource.read(file)
     found = scores_of_file.imatrix_scores(source, matrix, LAYERS, Silent())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    inputs: dict[nn.Module, Tensor] = {}
+    read: dict[nn.Module, Tensor] = {}
     with opened_experts(model), torch.no_grad():
         experts = [layer.mlp.experts for layer in model.model.layers]
-        for own in (one for each in experts for one in each):
-            own.down_proj.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]}))
+        for linear in (x for each in experts for one in each for x in (one.up_proj, one.down_proj)):
+            linear.register_forward_pre_hook(lambda m, args: read.update({m: args[0]}))
         model(input_ids=WINDOWS)
         for layer, each in enumerate(experts):
+            router = model.model.layers[layer].mlp.gate.weight
             for expert, one in enumerate(each):
-                h, down = inputs.get(one.down_proj, torch.zeros(0, 1)), one.down_proj.weight
-                expected = 0.0
+                x, h = (read.get(m, torch.zeros(0, 1)) for m in (one.up_proj, one.down_proj))
+                norm = logit = 0.0
+                down = one.down_proj.weight
                 for j in range(down.shape[1] if len(h) else 0):
-                    expected += float(h[:, j].square().mean() * down[:, j].square().sum())
-                wanted = expected**0.5 * (len(h) if form == "gguf" else 1)
+                    norm += float(h[:, j].square().mean() * down[:, j].square().sum())
+                for i in range(router.shape[1] if len(x) else 0):
+                    logit += float(x[:, i].square().mean() * router[expert, i].square())
+                wanted = (norm * logit) ** 0.5 * (len(h) if form == "gguf" else 1)
                 assert float(found[layer][expert]) == pytest.approx(wanted, rel=1e-4)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ and without the weights of the router."""
 
 DONE = "windows"
 """The number of windows in stored sums."""
+
+STORED_SECONDS = 5.0
+"""Sums are stored so often."""
 
 
 def expert_weights(
@@ -87,17 +91,19 @@ def imatrix_scores(
 ) -> dict[int, Tensor]:
     """Scores by an importance matrix, float64 [experts], by number of the layer.
 
-        S_e = n_e · sqrt(Σ_j m_ej · ‖D_e[:, j]‖²)
+        S_e = n_e · sqrt(Σ_i r_ei² · E[x_i²]) · sqrt(Σ_j ‖D_e[:, j]‖² · E[h_j²])
 
-    n_e are the tokens that the matrix has of expert e, m_ej is the mean square of input j of its
-    down projection D_e [hidden, neurons]. With h the inputs of D_e,
+    An estimate of Σ g(t) · ‖f_e(t)‖ over the n_e tokens t of expert e. The expectations over these
+    tokens are in the matrix: of the inputs x of gate and up, and of the inputs h of the down
+    projection D_e [hidden, neurons].
 
-        E‖D_e h‖² = Σ_jk (D_eᵀ D_e)_jk · E[h_j h_k]
-
-    and the matrix has the diagonal of E[h hᵀ] alone, so inputs count as uncorrelated. The router's
-    weights are not in the matrix: where REAP has the mean of g · ‖f‖ over the tokens of an expert,
-    here an expert that is chosen often counts more, because its weights are usually larger too.
-    The older form of the file has no n_e; it counts as 1.
+    - ‖f‖: E‖D_e h‖² = Σ_jk (D_eᵀ D_e)_jk · E[h_j h_k]. The matrix has only the terms j = k, so
+      inputs count as uncorrelated.
+    - g, the router's weight, is not in the matrix. The size of the expert's logit r_e · x, by the
+      same rule, stands for it: an expert whose row of the router answers strongly gets large
+      weights. It is left out where router and experts read different inputs (Nemotron-H), and in
+      Llama 4, whose x has the weight in it.
+    - The older form of the file has no n_e; it counts as 1, or as 0 where no token came.
 
     Raises:
         CheckpointError: the matrix is of another model.
@@ -105,34 +111,54 @@ def imatrix_scores(
     found, count = {}, int(source.get("expert_count"))
     progress.start("experts", len(layers))
     for layer in layers:
-        name = f"blk.{layer}.ffn_down_exps.weight"
-        sums = matrix.sums.get(name)
-        if sums is not None:
-            tokens = matrix.counts[name].double()
-            neurons = source.tensors[name].shape[-1]
-            if sums.numel() != count * neurons or (matrix.has_counts and len(tokens) != count):
-                raise CheckpointError(
-                    f"the importance matrix has {sums.numel()} inputs, and the file "
-                    f"{count} experts with {neurons}",
-                    where=name,
-                    remedy="name the importance matrix of this model",
-                )
-            means = (sums / tokens.clamp_min(1)[:, None]).view(count, neurons)
+        means, tokens = _means_of(source, matrix, layer, "down", count)
+        if means is not None:
             norms = []
             for expert, mean in enumerate(means):
                 down = expert_weights(source, layer, "down", expert, scaled=True)
                 assert down is not None
-                norms.append(float((down.double().square().sum(0) @ mean).sqrt()))
-            score = torch.tensor(norms, dtype=torch.float64)
-            unseen = (means == 1).all(dim=1)  # what the older form has for them
-            found[layer] = score * (tokens if matrix.has_counts else (~unseen).double())
+                norms.append((down.double().square().sum(0) @ mean).sqrt())
+            found[layer] = tokens * torch.stack(norms) * _logits_of(source, matrix, layer, count)
         progress.step(note=f"layer {layer}")
     progress.finish()
     return found
 
 
+def _means_of(
+    source: GGUFSource, matrix: ImportanceMatrix, layer: int, part: str, count: int
+) -> tuple[Tensor | None, Tensor]:
+    """Mean squares of the inputs of each expert, float64 [experts, inputs], and their tokens."""
+    name = f"blk.{layer}.ffn_{part}_exps.weight"
+    sums, stored = matrix.sums.get(name), source.tensors.get(name)
+    if sums is None or stored is None:
+        return None, torch.zeros(count)
+    tokens, inputs = matrix.counts[name].double(), stored.shape[-1]
+    if sums.numel() != count * inputs or (matrix.has_counts and len(tokens) != count):
+        raise CheckpointError(
+            f"the importance matrix has {sums.numel()} inputs, and the file {count} experts with "
+            f"{inputs}",
+            where=name,
+            remedy="name the importance matrix of this model",
+        )
+    means = (sums / tokens.clamp_min(1)[:, None]).view(count, inputs)
+    unseen = (means == 1).all(dim=1)  # as the older form writes it
+    return means, tokens if matrix.has_counts else (~unseen).double()
+
+
+def _logits_of(source: GGUFSource, matrix: ImportanceMatrix, layer: int, count: int) -> Tensor:
+    """The size of each expert's logit, float64 [experts]; 1 where it is unknown."""
+    router = source.tensors.get(f"blk.{layer}.ffn_gate_inp.weight")
+    known = (_means_of(source, matrix, layer, part, count)[0] for part in PARTS[:-1])
+    means = next((x for x in known if x is not None), None)
+    scaled = source.architecture == "llama4"
+    if scaled or router is None or means is None or router.shape[-1] != means.shape[-1]:
+        return torch.ones(count, dtype=torch.float64)
+    rows = decoded(router.read().reshape(count, -1), router.type).double()
+    return (rows.square() * means).sum(1).sqrt()
+
+
 class _UseSums:
-    """The sums of `ExpertUse` over the windows of a run, stored after each of them.
+    """The sums of `ExpertUse` over the windows of a run, stored now and then.
 
     Args:
         source: the file that runs.
@@ -144,6 +170,7 @@ class _UseSums:
         # llama.cpp multiplies the inputs of this architecture by the router's weights
         self.output = "down" if source.architecture == "llama4" else "weighted"
         self.chosen: dict[int, Tensor] = {}
+        self.stored = time.monotonic()
         self.sums: dict[str, Tensor] = load_file(store) if store.exists() else {}
 
     @property
@@ -177,10 +204,13 @@ class _UseSums:
         counts = chosen.bincount(minlength=self.count)
         self.sums[tokens] = self.sums.get(tokens, 0) + counts
 
-    def step(self) -> None:
-        """A window is finished."""
+    def step(self, last: int) -> None:
+        """A window is finished; `last` is the number of all."""
         self.sums[DONE] = torch.tensor(self.done + 1)
-        write_tensors(self.store, self.sums)
+        now = time.monotonic()
+        if now - self.stored >= STORED_SECONDS or self.done == last:
+            write_tensors(self.store, self.sums)
+            self.stored = now
 
     def use(self) -> dict[int, ExpertUse]:
         """The use of experts, by number of the layer."""
@@ -197,7 +227,7 @@ def expert_use(
         source: the file.
         engine: the same file, loaded.
         windows: token ids [samples, sequence_length].
-        store: a safetensors file with the sums of the finished windows. A killed run goes on there.
+        store: a safetensors file with the sums of finished windows. A killed run goes on there.
         progress: receives every window.
 
     Raises:
@@ -207,7 +237,7 @@ def expert_use(
     progress.start("experts", len(windows))
     progress.step(sums.done)
     for _ in engine.run(windows[sums.done :], sums.wanted, sums.add):
-        sums.step()
+        sums.step(len(windows))
         progress.step()
     progress.finish()
     found = sums.use()
