@@ -8,7 +8,8 @@ The table follows `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,16 +130,20 @@ class BlockType:
         if self.levels is None:
             return position.round_().clamp_(self.lowest + self.unused, self.highest)
         # Half-way points of the table are multiples of 1/2, so a step of 1/2 has one nearest level.
-        steps = position.mul_(2).floor_().clamp_(-256, 255).add_(256).long()
-        return _nearest_levels(position.device)[steps]
+        steps = position.mul_(2).floor_().clamp_(-256, 255).add_(256)
+        return _looked_up(_tables(position.device).nearest, steps)
 
     def codes(self, level: Tensor) -> Tensor:
         """The codes int8 of points q."""
         if self.levels is None:
             return level.to(torch.int8)
-        # The nearest level of a level is itself; its index counts the levels below it.
-        levels = torch.tensor(self.levels, dtype=torch.float32, device=level.device)
-        return torch.bucketize(level.contiguous(), levels).to(torch.int8)
+        return _looked_up(_tables(level.device).codes, level - self.levels[0])
+
+    def points(self, codes: Tensor) -> Tensor:
+        """The points q of codes, float32."""
+        if self.levels is None:
+            return codes.float()
+        return _looked_up(_tables(codes.device).levels, codes)
 
 
 def _codes(bits: int, stride: int, shift: int = 0) -> Plane:
@@ -187,14 +192,30 @@ def inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, scale.reciprocal())
 
 
-_STEPS: dict[torch.device, Tensor] = {}
+class _Tables(NamedTuple):
+    """What IQ4 looks up.
+
+    Attributes:
+        levels: the level of each code.
+        codes: the code of each level, from the lowest on.
+        nearest: the level that is nearest to each step [k / 2, (k + 1) / 2), from k = −256 on.
+    """
+
+    levels: Tensor
+    codes: Tensor
+    nearest: Tensor
 
 
-def _nearest_levels(device: torch.device) -> Tensor:
-    """The level of IQ4 that is nearest to each step [k / 2, (k + 1) / 2), k from −256 to 255."""
-    if device not in _STEPS:
-        levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
-        middles = (levels[1:] + levels[:-1]) / 2
-        steps = torch.arange(-256, 256) / 2
-        _STEPS[device] = levels[torch.bucketize(steps, middles, right=True)].to(device)
-    return _STEPS[device]
+@cache
+def _tables(device: torch.device) -> _Tables:
+    levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
+    codes = torch.zeros(IQ4_LEVELS[-1] - IQ4_LEVELS[0] + 1, dtype=torch.int8)
+    codes[levels.long() - IQ4_LEVELS[0]] = torch.arange(len(levels), dtype=torch.int8)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = levels[torch.bucketize(torch.arange(-256, 256) / 2, middles, right=True)]
+    return _Tables(*(table.to(device) for table in (levels, codes, nearest)))
+
+
+def _looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """The entries of a table at whole numbers of any shape."""
+    return table.index_select(0, places.reshape(-1).int()).view(places.shape)

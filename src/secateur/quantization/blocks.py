@@ -194,11 +194,7 @@ class Blocks:
     @property
     def values(self) -> Weight:
         """The weights, float32 [..., out, in]."""
-        level = self.codes.float()
-        if self.grid.table.levels is not None:
-            levels = torch.tensor(self.grid.table.levels, dtype=torch.float32, device=level.device)
-            level = levels[self.codes.int()]
-        return self._weights(level)
+        return self._weights(self.grid.table.points(self.codes))
 
     def _weights(self, level: Tensor) -> Tensor:
         """(d · s) · q − (d′ · m), in place of q."""
