@@ -63,6 +63,10 @@ MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1,
     "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 8,
 }  # fmt: skip
+GPT_OSS = {
+    **LOCAL, **WINDOW, "intermediate_size": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+}
 GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8}
 GEMMA4 = {**GEMMA, "global_head_dim": 64, "tie_word_embeddings": True}
 
@@ -77,6 +81,7 @@ class Tiny:
         words: its tokenizer: byte-level, or pieces as Llama 2 or as Gemma has them.
         mtp: how it names a layer that predicts one token more; "" without one.
         options: of the converter.
+        mxfp4: whether the experts are stored in MXFP4, as OpenAI released them.
     """
 
     kind: str
@@ -85,6 +90,7 @@ class Tiny:
     words: str = "bytes"
     mtp: str = ""
     options: tuple[str, ...] = ()
+    mxfp4: bool = False
 
 
 SIGMOID = {"scoring_func": "sigmoid"}
@@ -103,7 +109,7 @@ MODELS: dict[str, Tiny] = {
     "gemma3n": Tiny("gemma3n_text", {
         **GEMMA, "hidden_size_per_layer_input": 256, "num_hidden_layers": 5,
         "layer_types": PERIOD_5, "num_kv_shared_layers": 0, "laurel_rank": 64,
-        "activation_sparsity_pattern": [0.0] * 5, "intermediate_size": [512] * 5,
+        "activation_sparsity_pattern": [0.95] * 5, "intermediate_size": [512] * 5,
     }, words="gemma"),
     "gemma4": Tiny("gemma4_text", {
         **GEMMA4, "hidden_size_per_layer_input": 64, "num_hidden_layers": 6,
@@ -124,12 +130,13 @@ MODELS: dict[str, Tiny] = {
     "deepseek2": Tiny("deepseek_v2", {
         **LATENT, **ROUTED, **ONE_GROUP, "topk_method": "greedy", "norm_topk_prob": False,
     }),
-    "deepseek2 groups": Tiny("deepseek_v3", {**LATENT, **ROUTED, **GROUPS}, SIGMOID),
+    "deepseek2 groups": Tiny("deepseek_v3", {**LATENT, **ROUTED, **GROUPS, "n_routed_experts": 16}, SIGMOID),
     "glm4moe": Tiny("glm4_moe", {
         **ROUTED, **ONE_GROUP, "use_qk_norm": True, "num_nextn_predict_layers": 1,
     }, mtp="layer"),
     "glm4moe lite": Tiny("glm4_moe_lite", {**LATENT, **ROUTED, **ONE_GROUP}, SIGMOID),
-    "gpt-oss": Tiny("gpt_oss", {**LOCAL, **WINDOW, "intermediate_size": 256}),
+    "gpt-oss": Tiny("gpt_oss", GPT_OSS),
+    "gpt-oss mxfp4": Tiny("gpt_oss", GPT_OSS, mxfp4=True),
     "granitemoe": Tiny("granitemoe", LOCAL),
     "granitehybrid": Tiny("granitemoehybrid", {
         **LOCAL, **MAMBA, "shared_intermediate_size": 256,
@@ -158,7 +165,10 @@ MODELS: dict[str, Tiny] = {
     "lfm2moe": Tiny("lfm2_moe", {
         **EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2,
     }),
-    "phimoe": Tiny("phimoe", {**LOCAL, "intermediate_size": 256}),
+    "phimoe": Tiny(
+        "phimoe", {**LOCAL, "intermediate_size": 256},
+        {"original_max_position_embeddings": 128}, words="llama",
+    ),
     "dots1": Tiny("dots1", {
         **ROUTED, **ONE_GROUP, "layer_types": ["full_attention"] * 4, "num_key_value_heads": 4,
     }, SIGMOID),
@@ -178,17 +188,19 @@ MODELS: dict[str, Tiny] = {
     }, SIGMOID),
     "afmoe": Tiny("afmoe", {
         **EXPERTS, "sliding_window": 8, "layer_types": PERIOD_4, "num_shared_experts": 1,
-        "num_dense_layers": 1,
-    }),
+        "num_dense_layers": 1, "mup_enabled": True,
+    }, {"route_norm": True}),
     "cohere2moe": Tiny("cohere2_moe", {**EXPERTS, **WINDOW}),
     "hunyuan-v3": Tiny("hy_v3", {**EXPERTS}),
     "glm-dsa": Tiny("glm_moe_dsa", {**LATENT, **ROUTED, **ONE_GROUP}),
     "granitemoe windows": Tiny("granitemoe_swa", {**LOCAL, **WINDOW}),
-    "solar-open": Tiny("solar_open", {**ROUTED, **ONE_GROUP}),
+    "solar-open": Tiny("solar_open", {
+        **ROUTED, **ONE_GROUP, "first_k_dense_replace": 0,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0,
+        },
+    }),
     "mellum": Tiny("mellum", {**EXPERTS, **WINDOW}),
-    "laguna": Tiny("laguna", {**EXPERTS, "layer_types": PERIOD_4, "sliding_window": 8,
-        "shared_expert_intermediate_size": 256}),
-    "deepseek32": Tiny("deepseek_v32", {**LATENT, **ROUTED, **GROUPS}, SIGMOID),
     "gemma2": Tiny("gemma2", {**GEMMA, "layer_types": ALTERNATE * 2}, words="gemma"),
     "qwen2": Tiny("qwen2"),
     "phi3": Tiny("phi3", words="llama"),
@@ -301,6 +313,36 @@ def add_mtp(folder: Path, style: str) -> None:
     save_file(state, file, {"format": "pt"})
 
 
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+"""The magnitudes of four bits; the fifth value of a code's eight is the sign."""
+
+
+def as_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [..., out, blocks, 16], scales [..., out, blocks] and values of a weight [..., in, out]."""
+    blocks = weight.transpose(-1, -2).unflatten(-1, (-1, 32))
+    exponent = (blocks.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+    scaled = blocks / exponent.exp2()
+    code = (scaled.abs()[..., None] - FP4).abs().argmin(-1)
+    values = (FP4[code] * scaled.sign() * exponent.exp2()).flatten(-2).transpose(-1, -2)
+    code = (code + 8 * (scaled < 0)).to(torch.uint8)
+    scales = (exponent[..., 0] + 127).to(torch.uint8)
+    return code[..., ::2] | code[..., 1::2] << 4, scales, values
+
+
+def store_mxfp4(folder: Path, model: nn.Module) -> None:
+    """Store the experts of GPT-OSS in MXFP4, and round the model."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    state = load_file(file)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            codes, scales, values = as_mxfp4(state.pop(name))
+            state |= {f"{name}_blocks": codes.contiguous(), f"{name}_scales": scales}
+            parameter.data.copy_(values)
+    save_file(state, file, {"format": "pt"})
+    own = {"quantization_config": {"quant_method": "mxfp4"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+
+
 def saved(name: str, folder: Path) -> nn.Module:
     """Write a model with its tokenizer; returns the model."""
     tiny = MODELS[name]
@@ -311,4 +353,6 @@ def saved(name: str, folder: Path) -> nn.Module:
     words.save_pretrained(folder)
     if tiny.mtp:
         add_mtp(folder, tiny.mtp)
+    if tiny.mxfp4:
+        store_mxfp4(folder, model)
     return model
