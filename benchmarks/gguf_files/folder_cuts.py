@@ -39,9 +39,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_file(folder / "model.safetensors"), config
 
 
-def cut_experts(
-    folder: Path, output: Path, kept: Mapping[int, Sequence[int]], count: int
-) -> None:
+def cut_experts(folder: Path, output: Path, kept: Mapping[int, Sequence[int]], count: int) -> None:
     """Keep some experts of each layer; the last of `kept` are those of `mtp.layers`."""
     state, config = read(folder)
     found = {}

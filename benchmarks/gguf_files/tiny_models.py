@@ -16,7 +16,15 @@ from typing import Any
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch import nn
 
 from secateur.exporting.gguf.tokenizer import SPACE
@@ -64,11 +72,14 @@ MAMBA = {
     "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 8,
 }  # fmt: skip
 GPT_OSS = {
-    **LOCAL, **WINDOW, "intermediate_size": 256,
+    **LOCAL,
+    **WINDOW,
+    "intermediate_size": 256,
     "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
 }
 GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8}
 GEMMA4 = {**GEMMA, "global_head_dim": 64, "tie_word_embeddings": True}
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -107,9 +118,9 @@ MODELS: dict[str, Tiny] = {
         words="gemma",
     ),
     "gemma3n": Tiny("gemma3n_text", {
-        **GEMMA, "hidden_size_per_layer_input": 256, "num_hidden_layers": 5,
-        "layer_types": PERIOD_5, "num_kv_shared_layers": 0, "laurel_rank": 64,
-        "activation_sparsity_pattern": [0.95] * 5, "intermediate_size": [512] * 5,
+        **GEMMA, "hidden_size_per_layer_input": 256, "num_hidden_layers": 10,
+        "layer_types": PERIOD_5 * 2, "num_kv_shared_layers": 0, "laurel_rank": 64,
+        "activation_sparsity_pattern": [0.95] * 10, "intermediate_size": [512] * 10,
     }, words="gemma"),
     "gemma4": Tiny("gemma4_text", {
         **GEMMA4, "hidden_size_per_layer_input": 64, "num_hidden_layers": 6,
@@ -150,7 +161,7 @@ MODELS: dict[str, Tiny] = {
     }),
     "llama4": Tiny("llama4_text", {
         "num_experts_per_tok": 1, "num_local_experts": 8, "intermediate_size_mlp": 512,
-        "interleave_moe_layer_step": 2,
+        "interleave_moe_layer_step": 2, "num_hidden_layers": 8,
     }),
     "nemotron_h_moe": Tiny("nemotron_h", {
         "layers_block_type": ["mamba", "moe", "attention", "moe"], "ssm_state_size": 16,
@@ -183,12 +194,12 @@ MODELS: dict[str, Tiny] = {
     }, words="llama"),
     "exaone-moe": Tiny("exaone_moe", {
         **USED, "num_experts": 8, "num_shared_experts": 1, **ONE_GROUP,
-        "first_k_dense_replace": 1, "sliding_window": 8, "layer_types": PERIOD_4,
-        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "first_k_dense_replace": 1, "sliding_window": 8, "layer_types": PERIOD_4 * 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 7, "num_hidden_layers": 8,
     }, SIGMOID),
     "afmoe": Tiny("afmoe", {
-        **EXPERTS, "sliding_window": 8, "layer_types": PERIOD_4, "num_shared_experts": 1,
-        "num_dense_layers": 1, "mup_enabled": True,
+        **EXPERTS, "sliding_window": 8, "layer_types": PERIOD_4 * 2, "num_shared_experts": 1,
+        "num_dense_layers": 1, "num_hidden_layers": 8, "mup_enabled": True,
     }, {"route_norm": True}),
     "cohere2moe": Tiny("cohere2_moe", {**EXPERTS, **WINDOW}),
     "hunyuan-v3": Tiny("hy_v3", {**EXPERTS}),
