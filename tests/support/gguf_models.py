@@ -41,13 +41,13 @@ def byte_level() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def sentencepiece_model(**options: Any) -> bytes:
+def sentencepiece_model(kind: str = "bpe", **options: Any) -> bytes:
     """A SentencePiece model with byte tokens, trained on the same code: `tokenizer.model`."""
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(source_text()[:20_000].splitlines()),
         model_writer=model,
-        model_type="bpe",
+        model_type=kind,
         vocab_size=PIECES,
         byte_fallback=True,
         character_coverage=1.0,

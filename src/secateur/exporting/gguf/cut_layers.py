@@ -377,8 +377,8 @@ def _constants(layers: FileLayers, count: int, get: Get) -> dict[str, Any]:
         return {"positions": {32: "rotary", 40: "linear"}.get(count, "none")}
     if arch == "exaone4":
         return {"window": count == 64}
-    if arch == "deepseek2" and get("attention.q_lora_rank") != 0:
-        return {"queries": "whole" if _lite(layers, count) else "of low rank"}
+    if arch == "deepseek2":
+        return {"rank of queries": 0 if _lite(layers, count) else get("attention.q_lora_rank")}
     if arch in ("gemma2", "gemma3"):
         head = get("embedding_length") // get("attention.head_count")
         own = (arch, count) in (("gemma2", 46), ("gemma3", 62))
