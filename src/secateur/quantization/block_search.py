@@ -68,15 +68,16 @@ class _Sums(NamedTuple):
     qx: Tensor
 
 
-def search(table: BlockType, x: Tensor, h: Tensor) -> Found:
+def search(table: BlockType, x: Tensor, h: Tensor, near: Found | None = None) -> Found:
     """The scales and minima of n blocks.
 
     Args:
         table: their type.
         x: the weights, float32 [n, sub-blocks, weights of one].
         h: their importance, like `x`.
+        near: begins step 3, in place of steps 1 and 2.
     """
-    return _Search(table, x, h).found()
+    return _Search(table, x, h).found(near)
 
 
 class _Search:
@@ -88,10 +89,9 @@ class _Search:
         self.sum_h, self.sum_hx = self.h.sum(-1), (self.h * x).sum(-1)
         self.sum_hxx = (self.h * x).mul_(x).sum(-1)
 
-    def found(self) -> Found:
-        """All three steps."""
-        scale, minimum, sums = self._alone()
-        best = self._integers(scale, minimum, sums)
+    def found(self, near: Found | None) -> Found:
+        """All three steps, or the third."""
+        best = self._integers(*self._alone()) if near is None else near
         least = torch.full_like(best.d, torch.inf)
         tried = best
         for _ in range(_ROUNDS):
