@@ -210,7 +210,7 @@ def contradictions(verb: Verb) -> Iterator[str]:
         options = ", ".join(f"`{flags[name]}`" for name, _ in names)
         yield f"\n{options}: only with {named(' or '.join(needed), ' or ')}.\n"
     conflicts = [row for section in sections for row in section.conflicts if row.option]
-    rows = sorted(conflicts, key=lambda row: list(flags).index(row.option))
+    rows = sorted(conflicts, key=lambda row: list(flags).index(row.option.partition("=")[0]))
     if rows:
         yield "\n**Not together**\n\n| option | | reason | remedy |\n|---|---|---|---|\n"
     for (option, *words), alike in groupby(rows, key=lambda r: (r.option, r.reason, r.remedy)):
