@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf_bytes import SOUND, U32, key, number
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_tiny
 from zoo import tiny_windows
@@ -32,6 +33,8 @@ def make_sources(place: Path) -> None:
     pruned = load_file(place / "old" / "model.safetensors")
     masks = {n: x != 0 for n, x in pruned.items() if n.endswith("proj.weight") and ".2." not in n}
     save_file(masks, place / "masks.safetensors")
+    (place / "mixture.gguf").write_bytes(SOUND.content)
+    (place / "old.gguf").write_bytes(SOUND.plus(key("old", U32, number(1))).content)
     save_windows(tiny_windows(4, 20), place / "windows.safetensors")
     save_windows(tiny_windows(4, 20, seed=2), place / "others.safetensors")
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -49,6 +52,8 @@ class Case:
             sources and the one that the output lies in.
         resumes: whether the verb takes `resume`.
         weight: how many times as many points the tests try.
+        output: the name of the output.
+        old: the output that is replaced, one of `make_sources`.
         saves: whether a distillation at the end of the run is saved at every step; otherwise after
             minutes, which is never here.
     """
@@ -58,6 +63,8 @@ class Case:
     options: Mapping[str, Any]
     resumes: bool = True
     weight: int = 1
+    output: str = "out"
+    old: str = "old"
     saves: bool = False
 
     def call(
@@ -122,6 +129,13 @@ CASES: Mapping[str, Case] = {
     "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "kv_groups": 0.5}),
     "structure best": Case(
         "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2, "ffn": 0.75}
+    ),
+    "structure of a file": Case(
+        "structure",
+        "mixture.gguf",
+        {"experts": 2, "experts_by": "random"},
+        output="out.gguf",
+        old="old.gguf",
     ),
     "train": Case("train", "pruned", TRAINING),
     "train with a teacher": Case(

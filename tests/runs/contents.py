@@ -30,7 +30,12 @@ def without_times(value: Any) -> Any:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What a model's folder holds: digests of weights and what belongs to them, names of notes."""
+    """What a model's folder holds: digests of weights and what belongs to them, names of notes.
+
+    Of a model that is one file, its digest.
+    """
+    if folder.is_file():
+        return {"": digest_of(folder)}
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.is_dir():
@@ -44,6 +49,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def every_byte(folder: Path) -> dict[str, str]:
     """All that lies in a folder: digests of files, targets of links, and the folders themselves."""
+    if folder.is_file():
+        return contents(folder)
     found = {}
     for entry in sorted(folder.rglob("*")):
         name = str(entry.relative_to(folder))

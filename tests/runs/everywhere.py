@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -46,9 +46,6 @@ import secateur
 from secateur.progress import Silent
 from secateur.sparsity.allocation.search import Search
 from secateur.training import distillation
-
-OUTPUT = "out"
-
 
 FEW = {(False, False): 4, (False, True): 3, (True, False): 2, (True, True): 1}
 """How many points of a case the tests try: by whether the disk is full, and whether an old output
@@ -134,15 +131,21 @@ class Bench:
 
     @property
     def output(self) -> Path:
-        """The folder that is made."""
-        return self.here / OUTPUT
+        """The folder or file that is made."""
+        return self.here / self.case.output
+
+    @property
+    def old(self) -> Path:
+        """The output that is replaced."""
+        return self.sources / self.case.old
 
     def clear(self) -> None:
         """As before the first call."""
         shutil.rmtree(self.here, ignore_errors=True)
         self.here.mkdir(parents=True)
         if self.replacing:
-            shutil.copytree(self.sources / "old", self.output)
+            copy: Callable[..., object] = shutil.copytree if self.old.is_dir() else shutil.copyfile
+            copy(self.old, self.output)
 
     def call(self, point: Point | None, **options: bool) -> Ended:
         """Call the verb in a fork."""
@@ -167,15 +170,15 @@ class Bench:
 
     def is_new(self, folder: Path) -> bool:
         """Whether a folder is what an uninterrupted run makes."""
-        return folder.is_dir() and contents(folder) == self.reference
+        return folder.exists() and contents(folder) == self.reference
 
     def is_old(self, folder: Path) -> bool:
         """Whether a folder is the output that was there before."""
-        return folder.is_dir() and every_byte(folder) == every_byte(self.sources / "old")
+        return folder.exists() and every_byte(folder) == every_byte(self.old)
 
     def differing(self) -> str:
         """The files of the output that are not those of an uninterrupted run."""
-        made = contents(self.output) if self.output.is_dir() else {}
+        made = contents(self.output) if self.output.exists() else {}
         names = {*made, *self.reference}
         return ", ".join(sorted(x for x in names if made.get(x) != self.reference.get(x)))
 

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).with_name("everywhere.py")
 DEFAULT, SLOW = "default", "slow"
 
 CASES_OF = {
-    DEFAULT: [["prune", "chain", "export", "sweep"]],
+    DEFAULT: [["prune", "chain", "export", "sweep", "structure of a file"]],
     SLOW: [
         [
             "prune best",
@@ -47,8 +47,8 @@ CASES_OF = {
     ],
 }
 """The cases of each process; the processes of a kind of tests run at the same time. The default
-tests try a step of the runner, four of them in a row (structure, prune, train, compress), and the
-two that write in ways of their own."""
+tests try a step of the runner, four of them in a row (structure, prune, train, compress), the two
+that write in ways of their own, and the one that writes a file."""
 
 REPLACING = [*CASES]
 

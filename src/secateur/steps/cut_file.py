@@ -166,8 +166,8 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
         options = recipe_identity(self.recipe, ("memory", "experts_list", "imatrix"))
-        names = ("experts_list", "imatrix")
-        read = {name: content_of(getattr(self.recipe, name) or "") for name in names}
+        files = {name: getattr(self.recipe, name) for name in ("experts_list", "imatrix")}
+        read = {name: file and content_of(file) for name, file in files.items()}
         return {**options, **read, "source_files": self.source.identity()}
 
     def work(self) -> CutFileResult:

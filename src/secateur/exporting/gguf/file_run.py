@@ -60,7 +60,7 @@ class FileRun(RunFolder):
                     where=str(file),
                     remedy="choose another --output, or replace it with --overwrite",
                 )
-            if not file.is_file() or file.open("rb").read(4) != MAGIC:
+            if not is_gguf(file):
                 raise RecipeError(
                     f"the output exists and is no GGUF file, so it is not replaced{kept}",
                     where=str(file),
@@ -107,6 +107,14 @@ class FileRun(RunFolder):
             if made.exists() and (self.overwrite or not rename(made, file, NO_REPLACE)):
                 made.replace(file)
         self.finished = True
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether something of this name begins as a GGUF file does."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
