@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from secateur.errors import ArchitectureError
+from secateur.errors import ArchitectureError, CheckpointError
 from secateur.exporting.gguf.cut_experts import cut_experts, experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers, cut_layers
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, cut_tokens
@@ -46,19 +46,15 @@ def cut_of(
 def cuttable(source: GGUFSource) -> dict[str, str | None]:
     """Why experts, layers and tokens of a file cannot be cut; None for what can."""
     return {
-        "experts": _why_not(lambda: experts_of(source)) or _none_there(source),
+        "experts": _why_not(lambda: experts_of(source), "the model has no experts"),
         "layers": _why_not(lambda: FileLayers.of(source)),
         "tokens": _why_not(lambda: check_vocabulary(source)),
     }
 
 
-def _why_not(check: Callable[[], object]) -> str | None:
+def _why_not(check: Callable[[], object], none: str = "") -> str | None:
     try:
-        check()
-    except ArchitectureError as error:
+        found = check()
+    except (ArchitectureError, CheckpointError) as error:
         return f"{error.where}: {error.what}"
-    return None
-
-
-def _none_there(source: GGUFSource) -> str | None:
-    return None if source.get("expert_count") else "the model has no experts"
+    return none if found is None else None

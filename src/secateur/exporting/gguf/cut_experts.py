@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting.gguf.edit import Edit, Kept
+from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import GGUFSource
 
 IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -57,6 +58,13 @@ _KEYS = frozenset(
 """Keys about experts that llama.cpp reads, each with one value."""
 
 
+_COUNTS = (
+    "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count",
+    "experts_per_group",
+)  # fmt: skip
+"""Of these, the numbers that a cut reads."""
+
+
 @dataclass(frozen=True)
 class FileExperts:
     """The experts of a file.
@@ -88,11 +96,18 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
 
     Raises:
         ArchitectureError: they cannot be cut, or something about them is not understood.
+        CheckpointError: the numbers of the file contradict each other.
     """
-    if not source.get("expert_count"):
+    if source.get("expert_count") is None:
         return None
     _refuse_unknown_keys(source)
-    count, chunk = int(source.get("expert_count")), int(source.get("experts_per_group") or 1)
+    check_numbers(source, _COUNTS)
+    if source.get("expert_count") == 0:
+        return None
+    count, used, groups, groups_used, chunk = (int(source.get(name) or 1) for name in _COUNTS)
+    for size in (groups, chunk):
+        if count % size:
+            raise damaged(f"{count} experts are not in groups of {size}", source.file)
     layers = set()
     for name, tensor in source.tensors.items():
         match = IN_LAYER.fullmatch(name)
@@ -112,14 +127,22 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
             "llama.cpp takes the norm of queries and keys from the number of 128 experts",
             "llama4.expert_count",
         )
-    return FileExperts(
-        count,
-        int(source.get("expert_used_count") or 1),
-        int(source.get("expert_group_count") or 1),
-        int(source.get("expert_group_used_count") or 1),
-        chunk,
-        tuple(sorted(layers)),
-    )
+    return FileExperts(count, used, groups, groups_used, chunk, tuple(sorted(layers)))
+
+
+def check_numbers(source: GGUFSource, names: Iterable[str]) -> None:
+    """Refuse keys of the architecture that should be whole numbers, and are not.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name in names:
+        value = source.get(name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+        if value is not None and not whole:
+            raise damaged(
+                f"{source.architecture}.{name} is {str(value)[:80]}, not a count", source.file
+            )
 
 
 def cut_experts(source: GGUFSource, edit: Edit, kept: Mapping[int, Sequence[int]]) -> Edit:

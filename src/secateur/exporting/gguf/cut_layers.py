@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from secateur.errors import ArchitectureError, CheckpointError, RecipeError
-from secateur.exporting.gguf.cut_experts import IN_LAYER
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.exporting.gguf.cut_experts import IN_LAYER, check_numbers
 from secateur.exporting.gguf.edit import Edit, Kept
+from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
 
 _NUMBERED = re.compile(r"\.\d+\.")
@@ -47,6 +48,15 @@ _NOT_PER_LAYER = (
 """Arrays of the architecture that may be as long by chance."""
 
 _PER_LAYER_EVERYWHERE = ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps")
+
+_NUMBERS = (
+    "block_count", "nextn_predict_layers", "leading_dense_block_count", "hash_layer_count",
+    "attention.shared_kv_layers", "context_length", "embedding_length", "attention.key_length",
+    "embedding_length_per_layer_input", "full_attention_interval", "interleave_moe_layer_step",
+    "moe_every_n_layers", "rescale_every_n_layers", "attn_res.block_size", "n_deepstack_layers",
+    "attention.q_lora_rank", "expert_gating_func", "vocab_size",
+)  # fmt: skip
+"""Keys of the architecture that are read here."""
 
 _FROM_THE_FIRST = ("leading_dense_block_count", "hash_layer_count")
 """Keys that count the first layers of a kind."""
@@ -96,15 +106,20 @@ class FileLayers:
 
         Raises:
             ArchitectureError: it has none that can be cut.
+            CheckpointError: the file contradicts itself.
         """
+        check_numbers(source, _NUMBERS)
         count, predicting = (
             int(source.get(name) or 0) for name in ("block_count", "nextn_predict_layers")
         )
         if count <= predicting or source.get("target_layers") is not None:
             raise _refused("it has no decoder layers of its own", str(source.file))
         for name in source.tensors:
-            if _NUMBERED.search(name) and not IN_LAYER.fullmatch(name):
+            match = IN_LAYER.fullmatch(name)
+            if not match and _NUMBERED.search(name):
                 raise _refused("the layers of this kind are not understood", name)
+            if match and int(match[1]) >= count:
+                raise damaged(f"{name} belongs to none of the {count} layers", source.file)
         by_number = source.get("attention.indexer.types") is None
         long = int(source.get("context_length") or 0) >= 2**20
         if source.architecture == "glm-dsa" and by_number and long:
@@ -214,11 +229,7 @@ def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str,
         if field.items is None or not (known or (not other and len(field.value) in lengths)):
             continue
         if len(field.value) < layers.count:
-            raise CheckpointError(
-                f"it has {len(field.value)} values for {layers.count} layers",
-                where=name,
-                remedy="convert the model again",
-            )
+            raise damaged(f"{name} has {len(field.value)} values for {layers.count}", source.file)
         stay = [old for old in numbers if old < layers.count]
         stay += range(layers.count, len(field.value))
         picked = field.value
@@ -380,7 +391,8 @@ def _constants(layers: FileLayers, count: int, get: Get) -> dict[str, Any]:
     if arch == "deepseek2":
         return {"rank of queries": 0 if _lite(layers, count) else get("attention.q_lora_rank")}
     if arch in ("gemma2", "gemma3"):
-        head = get("embedding_length") // get("attention.head_count")
+        heads = np.ravel(get("attention.head_count") or 1)[0]
+        head = int((get("embedding_length") or 0) // max(heads, 1))
         own = (arch, count) in (("gemma2", 46), ("gemma3", 62))
         return {"scale of queries": head if own else get("attention.key_length") or head}
     return {}

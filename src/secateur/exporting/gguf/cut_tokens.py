@@ -25,6 +25,8 @@ from secateur.calibration.chats import Document
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting.gguf.edit import Edit, written
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
+from secateur.exporting.gguf.tokenizer import SPACE
+from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import Field, GGUFSource
 from secateur.models.tokenizer import BYTE_TOKENS
 from secateur.progress import Progress
@@ -50,7 +52,7 @@ _OF_IDS = re.compile(r"(_token_ids?|\.suppress_tokens|\.token_ids_(activate|subs
 
 _TYPES_THAT_STAY = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.BYTE)
 
-_TAKEN_FOR_SPECIAL = {"llama": 3, "gpt2": 12, "t5": 3}
+_TAKEN_FOR_SPECIAL = {"llama": 3, "gpt2": 12, "t5": 3, "bert": 104}
 """llama.cpp takes tokens below these numbers for special ones, where no key says which they are."""
 
 
@@ -64,10 +66,15 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
 
     Raises:
         ArchitectureError: tokens of this file cannot be cut.
+        RecipeError: a token that has to stay would go.
     """
     check_vocabulary(source)
     words = source.fields[_TOKENS].value
     new = {old: number for number, old in enumerate(kept)}
+    if lost := _named(source) - new.keys():
+        raise _refused_choice(f"a key names token {min(lost)}, which would go", source)
+    if not kept or not 0 <= min(kept) <= max(kept) < len(words):
+        raise _refused_choice(f"the file has {len(words)} tokens, and others are named", source)
     rows, tensors = tuple(kept), {}
     for name, one in edit.tensors.items():
         if table := _TABLES.fullmatch(one.source):
@@ -79,7 +86,8 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
             stay = {words[old] for old in kept}
             changed[name] = field.like([m for m in field.value if _stays(m, stay)])
         elif _OF_IDS.search(name):
-            changed[name] = field.like(_renumbered(field, new, len(words)))
+            own = [new.get(token, token) for token in _ids(field, name)]
+            changed[name] = field.like(own[0] if field.items is None else own)
         elif name.startswith("tokenizer.") and _has_entries(field, len(words)):
             values = field.value
             picked = values[list(kept)] if isinstance(values, np.ndarray) else None
@@ -150,6 +158,7 @@ def check_vocabulary(source: GGUFSource) -> Pieces:
 
     Raises:
         ArchitectureError: tokens of this file cannot be cut.
+        CheckpointError: the tokenizer contradicts itself.
     """
     model = source.fields.get("tokenizer.ggml.model")
     kind = "none" if model is None or _TOKENS not in source.fields else str(model.value)
@@ -161,7 +170,12 @@ def check_vocabulary(source: GGUFSource) -> Pieces:
     for name in ("tokenizer.huggingface.json", "tokenizer.rwkv.world"):
         if name in source.fields:
             raise _refused("the file has its vocabulary in a second form", name)
-    words = source.fields[_TOKENS].value
+    words = _entries(source, _TOKENS, str)
+    _named(source)
+    scored = make in (_by_score, _most_probable)
+    for name in [x for x in (_SCORES, _TYPES) if x in source.fields or (scored and x == _SCORES)]:
+        if len(_entries(source, name, float)) != len(words):
+            raise damaged(f"{name} has not {len(words)} entries, one for each token", source.file)
     for name, tensor in source.tensors.items():
         table, has_rows = _TABLES.fullmatch(name), tensor.shape[0] == len(words)
         if bool(table) != has_rows or name.startswith("d2t"):
@@ -173,11 +187,8 @@ def check_vocabulary(source: GGUFSource) -> Pieces:
 
 def _merged(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:
     """BPE by a list of merges; of bytes, or with tokens for bytes."""
-    merges = source.fields.get(_MERGES)
-    if merges is None:
-        raise _refused("the file has no merges", _MERGES)
     by_bytes = source.fields["tokenizer.ggml.model"].value == "gpt2"
-    pairs = [_pair_of(merge) for merge in merges.value]
+    pairs = [_pair_of(merge) for merge in _entries(source, _MERGES, str)]
     return MergedPieces({"vocab": ids, "merges": pairs, "byte_fallback": True}, by_bytes)
 
 
@@ -193,8 +204,13 @@ def _most_probable(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:
     return ScoredPieces({"vocab": [*pairs], "byte_fallback": ids.keys() >= BYTE_TOKENS})
 
 
+def _longest(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:
+    """WordPiece: the longest piece that a word begins with, again and again."""
+    return ScoredPieces({"vocab": [(word, 0.0) for word in source.fields[_TOKENS].value]})
+
+
 _KINDS: Mapping[str, Callable[[GGUFSource, Mapping[str, int]], Pieces]] = {
-    "gpt2": _merged, "gemma4": _merged, "llama": _by_score, "t5": _most_probable,
+    "gpt2": _merged, "gemma4": _merged, "llama": _by_score, "t5": _most_probable, "bert": _longest,
 }  # fmt: skip
 """How tokens are made, by `tokenizer.ggml.model`."""
 
@@ -211,10 +227,9 @@ def _staying(source: GGUFSource, counts: Mapping[int, int]) -> frozenset[int]:
     )
     added = (token for token, kind in enumerate(types) if kind == TokenType.USER_DEFINED)
     found |= {token for token in added if words[token] in templates or counts.get(token)}
-    for name, field in fields.items():
-        if _OF_IDS.search(name):
-            values = [field.value] if field.items is None else field.value
-            found |= {int(token) for token in values if 0 <= token < len(words)}
+    found |= _named(source)
+    if model == "bert":  # the first letter of a word has a mark before it
+        found |= {n for n, word in enumerate(words) if word[:1] == SPACE and len(word) == 2}
     if model == "t5":
         normal = [n for n, kind in enumerate(types) if kind == TokenType.NORMAL]
         found |= {min(normal, key=lambda token: fields[_SCORES].value[token])}
@@ -237,11 +252,39 @@ def _has_entries(field: Field, count: int) -> bool:
     return field.items is not None and len(field.value) == count
 
 
-def _renumbered(field: Field, new: Mapping[int, int], rows: int) -> Any:
-    """An id, or several, given anew. llama.cpp ignores an id beyond the vocabulary."""
-    if field.items is not None:
-        return [new[int(token)] if int(token) < rows else int(token) for token in field.value]
-    return new[int(field.value)] if 0 <= int(field.value) < rows else int(field.value)
+def _named(source: GGUFSource) -> set[int]:
+    """The ids that keys name. llama.cpp ignores one beyond the vocabulary."""
+    rows = range(len(source.fields[_TOKENS].value))
+    keys = ((name, field) for name, field in source.fields.items() if _OF_IDS.search(name))
+    return {token for name, field in keys for token in _ids(field, name) if token in rows}
+
+
+def _ids(field: Field, name: str) -> list[int]:
+    """The ids of a key."""
+    found = [field.value] if field.items is None else list(field.value)
+    if not all(isinstance(token, int | np.integer) for token in found):
+        raise damaged("the key should have ids of tokens", name)
+    return [int(token) for token in found]
+
+
+def _entries(source: GGUFSource, name: str, kind: Any) -> Sequence[Any]:
+    """An array of texts or numbers.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
+    field = source.fields.get(name)
+    values = None if field is None or field.items is None else field.value
+    if values is None or isinstance(values, list) != (kind is str):
+        raise damaged(f"{name} is missing, or not the array that it should be", source.file)
+    found: Sequence[Any] = values
+    return found
+
+
+def _refused_choice(what: str, source: GGUFSource) -> RecipeError:
+    return RecipeError(
+        what, where=str(source.file), remedy="keep the tokens that tokens_of_text returns"
+    )
 
 
 def _refused(what: str, where: str) -> ArchitectureError:
