@@ -81,10 +81,9 @@ def test_no_other_code_or_integer_is_better_after_the_descent(kind):
             assert (errors(other, weight, gram) > least * (1 - 1e-4)).all(), (name, index)
 
     better("codes", table.lowest + table.unused, table.highest, 5)
-    if table.scales is not None:
+    if table.has_integers:
         better("scales", *table.scales, 1)
-    if table.minima is not None:
-        better("minima", 0, table.minima, 1)
+        better("minima", *table.minima, 1)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if BlockGrid(kind).exact_zero])

@@ -60,12 +60,40 @@ class Found(NamedTuple):
         return self.d_min[:, None] * self.minima
 
 
-class _Sums(NamedTuple):
-    """Sums over each sub-block with some codes q, [n, S]: Σ h q, Σ h q², Σ h q x."""
+class Parabola(NamedTuple):
+    """What the error of some weights gains where they change by a u − b v: a scale, a minimum.
 
-    q: Tensor
-    qq: Tensor
-    qx: Tensor
+        a² uHu − 2 a b uHv + b² vHv + 2 a u r − 2 b v r,       r = (x − w) H
+
+    v is 0 where there is no minimum.
+    """
+
+    uu: Tensor
+    uv: Tensor
+    vv: Tensor
+    ur: Tensor
+    vr: Tensor
+
+    def first(self) -> Tensor:
+        """The best a where b is 0."""
+        return torch.where(self.uu > 0, -self.ur / self.uu, 0.0)
+
+    def second(self, a: Tensor) -> Tensor:
+        """The best b for a given a."""
+        return torch.where(self.vv > 0, (self.vr + a * self.uv) / self.vv, 0.0)
+
+    def vertex(self) -> tuple[Tensor, Tensor]:
+        """The best a and b."""
+        determinant = self.uu * self.vv - self.uv**2
+        usable = determinant > 1e-6 * self.uu * self.vv
+        both = (self.vr * self.uv - self.ur * self.vv) / determinant
+        a = torch.where(usable, both, self.first())
+        return a, torch.where(usable, self.second(a), 0.0)
+
+    def change(self, a: Tensor, b: Tensor) -> Tensor:
+        """How much the error grows."""
+        straight = a * (a * self.uu + 2 * self.ur)
+        return straight + b * (b * self.vv - 2 * self.vr - 2 * a * self.uv)
 
 
 def search(table: BlockType, x: Tensor, h: Tensor, near: Found | None = None) -> Found:
@@ -86,35 +114,22 @@ class _Search:
     def __init__(self, table: BlockType, x: Tensor, h: Tensor) -> None:
         self.table = table
         self.x, self.h = x, h.clamp_min(1e-20)
-        self.sum_h, self.sum_hx = self.h.sum(-1), (self.h * x).sum(-1)
         self.sum_hxx = (self.h * x).mul_(x).sum(-1)
+        none = torch.zeros_like(self.sum_hxx)
+        minima = table.has_minima
+        self.sum_h, self.sum_hx = (self.h.sum(-1), (self.h * x).sum(-1)) if minima else (none, none)
 
     def found(self, near: Found | None) -> Found:
         """All three steps, or the third."""
-        best = self._integers(*self._alone()) if near is None else near
-        least = torch.full_like(best.d, torch.inf)
-        tried = best
+        tried = self._integers(*self._alone()) if near is None else near
+        best, least = tried, torch.full_like(tried.d, torch.inf)
         for _ in range(_ROUNDS):
             tried = self._neighbours(tried)
-            sums, error = self._recoded(tried.scale, tried.minimum)
+            curves, error = self._recoded(tried.scale, tried.minimum)
             best, least = _better(best, least, tried, error.sum(-1))
-            tried = self._block_scales(tried, sums)
+            tried = self._numbers(tried, curves)
         _, error = self._recoded(tried.scale, tried.minimum)
-        best, _ = _better(best, least, tried, error.sum(-1))
-        return best
-
-    def _sums(self, level: Tensor) -> _Sums:
-        weighted = self.h * level
-        return _Sums(weighted.sum(-1), (weighted * level).sum(-1), weighted.mul_(self.x).sum(-1))
-
-    def _error(self, scale: Tensor, minimum: Tensor, sums: _Sums) -> Tensor:
-        """Σ h (s q − m − x)² of each sub-block, [n, S]."""
-        straight = scale * (scale * sums.qq - 2 * sums.qx)
-        return (
-            self.sum_hxx
-            + straight
-            + minimum * (minimum * self.sum_h + 2 * self.sum_hx - 2 * scale * sums.q)
-        )
+        return _better(best, least, tried, error.sum(-1))[0]
 
     def _levels(self, scale: Tensor, minimum: Tensor) -> Tensor:
         """The nearest q of all weights."""
@@ -123,36 +138,31 @@ class _Search:
             position += (minimum * inverse(scale))[..., None]
         return self.table.level(position)
 
-    def _recoded(self, scale: Tensor, minimum: Tensor) -> tuple[_Sums, Tensor]:
-        """The sums with the nearest codes, and the error."""
-        sums = self._sums(self._levels(scale, minimum))
-        return sums, self._error(scale, minimum, sums)
+    def _recoded(self, scale: Tensor, minimum: Tensor) -> tuple[Parabola, Tensor]:
+        """With the nearest codes: the error for any s and m, from weights of 0; and for these."""
+        level = self._levels(scale, minimum)
+        weighted = self.h * level
+        crossed = weighted.sum(-1) if self.table.has_minima else self.sum_h
+        squares = (weighted * level).sum(-1)
+        curves = Parabola(
+            squares, crossed, self.sum_h, -weighted.mul_(self.x).sum(-1), -self.sum_hx
+        )
+        return curves, self.sum_hxx + curves.change(scale, minimum)
 
-    def _fitted(self, sums: _Sums) -> tuple[Tensor, Tensor]:
-        """The best real s and m of each sub-block for these codes."""
-        scale = sums.qx / sums.qq.clamp_min(1e-30)
-        if not self.table.has_minima:
-            return scale, torch.zeros_like(scale)
-        determinant = self.sum_h * sums.qq - sums.q**2
-        usable = determinant > 1e-7 * self.sum_h * sums.qq
-        both = (self.sum_h * sums.qx - self.sum_hx * sums.q) / determinant
-        minimum = (sums.q * sums.qx - sums.qq * self.sum_hx) / determinant
-        if self.table.minima is not None:  # d′ and m are not negative
-            usable &= minimum > 0
-        flat = torch.where(usable, minimum, 0.0)
-        return torch.where(usable, both, scale), flat
-
-    def _alone(self) -> tuple[Tensor, Tensor, _Sums]:
-        """Step 1: the best real s and m, and the sums of their codes."""
+    def _alone(self) -> tuple[Tensor, Parabola]:
+        """Step 1: the best real s, and the error around it."""
         least = torch.full_like(self.sum_h, torch.inf)
-        best = (least, least, _Sums(least, least, least))
-        for scale, minimum in self._trials():
-            sums = self._sums(self._levels(scale, minimum))
-            fitted = self._fitted(sums)
-            error = self._error(*fitted, sums)
+        best = (least, Parabola(*[least] * 5))
+        for trial in self._trials():
+            curves, _ = self._recoded(*trial)
+            scale, minimum = curves.vertex()
+            if self.table.minima[1] > 0:  # d′ and m are not negative
+                scale = torch.where(minimum < 0, curves.first(), scale)
+                minimum = minimum.clamp_min(0.0)
+            error = curves.change(scale, minimum)
             better = error < least
             least = torch.where(better, error, least)
-            best = _where(better, (*fitted, sums), best)
+            best = _where(better, (scale, curves), best)
         return best
 
     def _trials(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,7 +170,7 @@ class _Search:
         low, high = self.x.amin(-1), self.x.amax(-1)
         first, last = self.table.ends
         if self.table.has_minima:
-            if self.table.minima is not None:
+            if self.table.minima[1] > 0:
                 low = low.clamp_max(0.0)
             span = high - low
             # Both ends move by half steps: from half a step outwards to one and a half inwards.
@@ -173,25 +183,24 @@ class _Search:
         for reach, end in itertools.product(_REACHES, (first, last)):
             yield peak / (end * reach), torch.zeros_like(peak)
 
-    def _integers(self, scale: Tensor, minimum: Tensor, sums: _Sums) -> Found:
+    def _integers(self, scale: Tensor, curves: Parabola) -> Found:
         """Step 2."""
-        one = torch.ones_like(scale)
-        if self.table.scales is None:
-            d, d_min = (_halved(x[:, 0]) for x in (scale, -minimum))
-            return Found(d, one, d_min, -one if self.table.has_minima else 0 * one)
-        curvature = sums.qq
+        if not self.table.has_integers:
+            d, d_min = (_halved(x[:, 0]) for x in (scale, -curves.second(scale)))
+            one = torch.ones_like(scale)
+            return Found(d, one, d_min, one * self.table.minima[0])
+        curvature = curves.uu
         if self.table.has_minima:  # m follows s
-            curvature = (sums.qq - sums.q**2 / self.sum_h).clamp_min(0)
+            curvature = (curves.uu - curves.uv**2 / curves.vv).clamp_min(0)
         d, scales = _shared(scale, curvature, *self.table.scales)
+        wanted = curves.second(d[:, None] * scales).clamp_min(0)
         if not self.table.has_minima:
-            return Found(d, scales, torch.zeros_like(d), torch.zeros_like(scale))
-        moved = minimum + sums.q / self.sum_h * (d[:, None] * scales - scale)
-        d_min, minima = _shared(moved.clamp_min(0), self.sum_h, 0, self.table.minima or 0)
-        return Found(d, scales, d_min, minima)
+            return Found(d, scales, torch.zeros_like(d), wanted)
+        return Found(d, scales, *_shared(wanted, curves.vv, *self.table.minima))
 
     def _neighbours(self, at: Found) -> Found:
         """The best of the integers near those of each sub-block, with new codes."""
-        if self.table.scales is None:
+        if not self.table.has_integers:
             return at
         moves = (0, -1, 1)
         _, least = self._recoded(at.scale, at.minimum)
@@ -200,29 +209,20 @@ class _Search:
             if a == b == 0:
                 continue
             s = (at.scales + a).clamp(*self.table.scales)
-            m = (at.minima + b).clamp(0, self.table.minima or 0)
+            m = (at.minima + b).clamp(*self.table.minima)
             _, error = self._recoded(at.d[:, None] * s, at.d_min[:, None] * m)
             better = error < least
             least, scales, minima = _where(better, (error, s, m), (least, scales, minima))
         return Found(at.d, scales, at.d_min, minima)
 
-    def _block_scales(self, at: Found, sums: _Sums) -> Found:
+    @staticmethod
+    def _numbers(at: Found, curves: Parabola) -> Found:
         """Fit d and d′ by least squares with these integers and codes."""
         s, m = at.scales, at.minima
-        ss, sx = (s * s * sums.qq).sum(-1), (s * sums.qx).sum(-1)
-        d = sx / ss.clamp_min(1e-30)
-        if not self.table.has_minima:
-            return at._replace(d=_halved(torch.where(ss > 0, d, at.d)))
-        sm, mm = (s * m * sums.q).sum(-1), (m * m * self.sum_h).sum(-1)
-        mx = (m * self.sum_hx).sum(-1)
-        determinant = ss * mm - sm**2
-        usable = determinant > 1e-7 * ss * mm
-        both = (mm * sx - sm * mx) / determinant
-        d_min = (sm * sx - ss * mx) / determinant
-        return at._replace(
-            d=_halved(torch.where(usable, both, at.d)),
-            d_min=_halved(torch.where(usable, d_min, at.d_min)),
-        )
+        weights = (s * s, s * m, m * m, s, m)
+        whole = (w * part for w, part in zip(weights, curves, strict=True))
+        d, d_min = Parabola(*(part.sum(-1) for part in whole)).vertex()
+        return at._replace(d=_halved(d), d_min=_halved(d_min))
 
 
 def _shared(wanted: Tensor, curvature: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,8 @@ class BlockType:
         sub: weights that share s.
         lowest, highest: of the codes; for a table of levels, its first and last index.
         layout: what a block's bytes hold, in order: "d", "m" (d′) and planes.
-        scales: the lowest and highest s; None where s is 1.
-        minima: the highest m where m is an integer; None where there is none.
+        scales: the lowest and highest s.
+        minima: the lowest and highest m; 0 where the type has none.
         levels: the table of levels, where codes are indices.
         unused: how many of the lowest codes are never chosen.
     """
@@ -93,8 +93,8 @@ class BlockType:
     lowest: int
     highest: int
     layout: tuple[Any, ...]
-    scales: tuple[int, int] | None = None
-    minima: int | None = None
+    scales: tuple[int, int] = (1, 1)
+    minima: tuple[int, int] = (0, 0)
     levels: tuple[int, ...] | None = None
     unused: int = 0
 
@@ -102,6 +102,16 @@ class BlockType:
     def has_minima(self) -> bool:
         """Whether a sub-block has a minimum."""
         return "m" in self.layout
+
+    @property
+    def subs(self) -> int:
+        """How many sub-blocks a block has."""
+        return self.block // self.sub
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether s, and m where there is one, can be chosen."""
+        return self.scales != (1, 1)
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -122,8 +132,7 @@ class BlockType:
 
     def count(self, of: str) -> int:
         """How many "codes", or integers of "scales" and minima, a block has."""
-        kinds = 1 + (self.minima is not None)
-        return self.block if of == "codes" else kinds * (self.block // self.sub)
+        return self.block if of == "codes" else (1 + self.has_minima) * self.subs
 
     def level(self, position: Tensor) -> Tensor:
         """The nearest q to numbers of any shape, in place."""
@@ -158,17 +167,18 @@ _NIBBLES, _SIX = _codes(4, 16), _SixBits()
 
 TYPES: dict[str, BlockType] = {
     "q2_k": BlockType(
-        256, 16, 0, 3, (_scales(4, 16), _codes(2, 32), "d", "m"), scales=(0, 15), minima=15
+        256, 16, 0, 3, (_scales(4, 16), _codes(2, 32), "d", "m"), scales=(0, 15), minima=(0, 15)
     ),
     "q3_k": BlockType(
         256, 16, -4, 3,
         (_codes(1, 32, 2), _codes(2, 32), _scales(4, 8), _scales(2, 4, 4), "d"), scales=(-32, 31),
     ),
     "q4_k": BlockType(
-        256, 32, 0, 15, ("d", "m", _SIX, _codes(4, 32)), scales=(0, 63), minima=63
+        256, 32, 0, 15, ("d", "m", _SIX, _codes(4, 32)), scales=(0, 63), minima=(0, 63)
     ),
     "q5_k": BlockType(
-        256, 32, 0, 31, ("d", "m", _SIX, _codes(1, 32, 4), _codes(4, 32)), scales=(0, 63), minima=63
+        256, 32, 0, 31, ("d", "m", _SIX, _codes(1, 32, 4), _codes(4, 32)), scales=(0, 63),
+        minima=(0, 63),
     ),
     "q6_k": BlockType(
         256, 16, -32, 31, (_codes(4, 64), _codes(2, 32, 4), _scales(8, 1), "d"), scales=(-128, 127)
@@ -179,9 +189,9 @@ TYPES: dict[str, BlockType] = {
         levels=IQ4_LEVELS,
     ),
     "q4_0": BlockType(32, 32, -8, 7, ("d", _NIBBLES)),
-    "q4_1": BlockType(32, 32, 0, 15, ("d", "m", _NIBBLES)),
+    "q4_1": BlockType(32, 32, 0, 15, ("d", "m", _NIBBLES), minima=(-1, -1)),
     "q5_0": BlockType(32, 32, -16, 15, ("d", _codes(1, 1, 4), _NIBBLES)),
-    "q5_1": BlockType(32, 32, 0, 31, ("d", "m", _codes(1, 1, 4), _NIBBLES)),
+    "q5_1": BlockType(32, 32, 0, 31, ("d", "m", _codes(1, 1, 4), _NIBBLES), minima=(-1, -1)),
     "q8_0": BlockType(32, 32, -128, 127, ("d", _codes(8, 1)), unused=1),
 }  # fmt: skip
 """The types by their names in lower case."""

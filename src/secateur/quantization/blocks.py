@@ -14,7 +14,6 @@ they have a minimum it is stored with the other sign, so m is −1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,13 +117,15 @@ class BlockGrid:
             importance = torch.ones(1, device=weight.device)
         each = importance.expand(weight.shape).reshape(rows.shape)
         step = max(1, AT_ONCE // max(1, rows.shape[1]))
-        parts, shape = [], (-1, self.block // self.sub, self.sub)
+        parts, shape = [], (-1, self.table.subs, self.sub)
         for start in range(0, len(rows), step):
             own, h = (x[start : start + step].float() for x in (rows, each))
             begin = None if near is None else near.found(slice(start, start + step))
             found = search(self.table, own.reshape(shape), h.reshape(shape), begin)
             parts.append(Blocks.of(self, found, own))
-        return Blocks.joined(parts, weight.shape)
+        names = ("codes", "d", "scales", "d_min", "minima")
+        joined = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        return Blocks(self, *(part.reshape(*weight.shape[:-1], -1) for part in joined))
 
 
 @dataclass(frozen=True)
@@ -135,61 +136,32 @@ class Blocks:
         grid: its type.
         codes: int8 [..., out, in]; for a table of levels the index.
         d: float16 [..., out, blocks].
-        scales: s, int8 [..., out, sub-blocks]; None where it is 1.
-        d_min: d′, float16 [..., out, blocks]; None where there is no minimum.
-        minima: m, int8 [..., out, sub-blocks]; None where it is no integer.
+        scales: s, int8 [..., out, sub-blocks].
+        d_min: d′, float16 [..., out, blocks]; 0 where the type has no minimum.
+        minima: m, int8 [..., out, sub-blocks].
     """
 
     grid: BlockGrid
     codes: Tensor
     d: Tensor
-    scales: Tensor | None = None
-    d_min: Tensor | None = None
-    minima: Tensor | None = None
+    scales: Tensor
+    d_min: Tensor
+    minima: Tensor
 
     @staticmethod
     def of(grid: BlockGrid, found: Found, weight: Weight) -> Blocks:
         """The nearest blocks of a weight [..., out, in] with the scales of its blocks in turn."""
-
-        def rows(part: Tensor, dtype: torch.dtype, held: Any) -> Any:
-            return part.reshape(*weight.shape[:-1], -1).to(dtype) if held else None
-
-        table, half, whole = grid.table, torch.float16, torch.int8
-        return Blocks(
-            grid,
-            codes=torch.empty(0),
-            d=rows(found.d, half, True),
-            scales=rows(found.scales, whole, table.scales),
-            d_min=rows(found.d_min, half, table.has_minima),
-            minima=rows(found.minima, whole, table.minima),
-        ).recoded(weight)
+        parts = (part.reshape(*weight.shape[:-1], -1) for part in found)
+        dtypes = (torch.float16, torch.int8) * 2
+        numbers = (part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True))
+        return Blocks(grid, torch.empty(0), *numbers).recoded(weight)
 
     def found(self, rows: slice) -> Found:
         """The scales of the blocks of some rows of the flattened matrix, in turn."""
-
-        def part(numbers: Tensor | None, otherwise: int, per: int) -> Tensor:
-            if numbers is None:
-                numbers = torch.full((*self.d.shape[:-1], self.d.shape[-1] * per), otherwise)
-            return numbers.flatten(0, -2)[rows].float().reshape(-1, per)
-
-        subs, minimum = self.grid.block // self.grid.sub, -1 if self.grid.table.has_minima else 0
-        return Found(
-            part(self.d, 0, 1)[:, 0],
-            part(self.scales, 1, subs),
-            part(self.d_min, 0, 1)[:, 0],
-            part(self.minima, minimum, subs),
-        )
-
-    @staticmethod
-    def joined(parts: list[Blocks], shape: torch.Size) -> Blocks:
-        """Rows one below the other, as a matrix of this shape."""
-
-        def join(name: str) -> Any:
-            each = [getattr(part, name) for part in parts]
-            return None if each[0] is None else torch.cat(each).reshape(*shape[:-1], -1)
-
-        names = ("codes", "d", "scales", "d_min", "minima")
-        return Blocks(parts[0].grid, *(join(name) for name in names))
+        parts = (self.d, self.scales, self.d_min, self.minima)
+        d, s, d_min, m = (part.flatten(0, -2)[rows].float() for part in parts)
+        subs = self.grid.table.subs
+        return Found(d.flatten(), s.reshape(-1, subs), d_min.flatten(), m.reshape(-1, subs))
 
     @property
     def shape(self) -> torch.Size:
@@ -199,18 +171,16 @@ class Blocks:
     @property
     def scale(self) -> Tensor:
         """The scale d · s, float32 [..., out, sub-blocks]."""
-        return self._product(self.d, self.scales, 1)
+        return self._spread(self.d).mul_(self.scales)
 
     @property
-    def minimum(self) -> Tensor | None:
-        """The minimum d′ · m, float32 [..., out, sub-blocks]; None where the type has none."""
-        return None if self.d_min is None else self._product(self.d_min, self.minima, -1)
+    def minimum(self) -> Tensor:
+        """The minimum d′ · m, float32 [..., out, sub-blocks]."""
+        return self._spread(self.d_min).mul_(self.minima)
 
-    def _product(self, number: Tensor, integers: Tensor | None, otherwise: int) -> Tensor:
-        if integers is None:
-            return number.float() * otherwise
-        per = self.grid.block // self.grid.sub
-        return number.float().repeat_interleave(per, dim=-1).mul_(integers)
+    def _spread(self, numbers: Tensor) -> Tensor:
+        """A number of each block for each of its sub-blocks, float32."""
+        return numbers.float().repeat_interleave(self.grid.table.subs, dim=-1)
 
     @property
     def values(self) -> Weight:
@@ -219,10 +189,9 @@ class Blocks:
 
     def _weights(self, level: Tensor) -> Tensor:
         """(d · s) · q − (d′ · m), in place of q."""
-        parts, minimum = self._subs(level), self.minimum
-        parts.mul_(self.scale[..., None])
-        if minimum is not None:
-            parts.sub_(minimum[..., None])
+        parts = self._subs(level).mul_(self.scale[..., None])
+        if self.grid.table.has_minima:
+            parts.sub_(self.minimum[..., None])
         return level
 
     def _subs(self, matrix: Tensor) -> Tensor:
@@ -231,17 +200,15 @@ class Blocks:
 
     def _positions(self, weight: Weight) -> Tensor:
         """(w + d′ m) / (d s), 0 where d s is 0, a new tensor."""
-        scale, minimum = self.scale, self.minimum
         parts = self._subs(weight.to(torch.float32, copy=True))
-        if minimum is not None:
-            parts.add_(minimum[..., None])
-        return parts.mul_(inverse(scale)[..., None]).flatten(-2)
+        if self.grid.table.has_minima:
+            parts.add_(self.minimum[..., None])
+        return parts.mul_(inverse(self.scale)[..., None]).flatten(-2)
 
     def recoded(self, weight: Weight) -> Blocks:
         """The nearest codes of another matrix with the same scales and minima."""
-        return replace(
-            self, codes=self.grid.table.codes(self.grid.table.level(self._positions(weight)))
-        )
+        table = self.grid.table
+        return replace(self, codes=table.codes(table.level(self._positions(weight))))
 
     def nearest(self, weight: Weight) -> tuple[Weight, Tensor]:
         """The nearest weights with these scales and minima, and which weights are beyond them.
@@ -256,21 +223,21 @@ class Blocks:
 
     def encode(self) -> Tensor:
         """The bytes of the type, uint8 [..., out, row_bytes]."""
-        grid = self.grid
-        # [blocks of all rows, codes of a block]; codes of a file begin at 0, or are bytes as such.
-        numbers = {"codes": _stored(self.codes, grid.table.lowest).reshape(-1, grid.block)}
-        if self.scales is not None and grid.table.scales is not None:
-            integers = [_stored(self.scales, grid.table.scales[0])]
-            if self.minima is not None:
-                integers.append(_stored(self.minima, 0))
-            per = grid.block // grid.sub
-            numbers["scales"] = torch.cat([each.reshape(-1, per) for each in integers], dim=1)
-        halves = {"d": self.d, "m": self.d if self.d_min is None else self.d_min}
+        table = self.grid.table
+        # Of all blocks in turn; m is stored as it is.
+        integers = [_stored(self.scales, table.scales[0]).reshape(-1, table.subs)]
+        if table.has_minima:
+            integers.append(_stored(self.minima, 0).reshape(-1, table.subs))
+        numbers = {
+            "codes": _stored(self.codes, table.lowest).reshape(-1, table.block),
+            "scales": torch.cat(integers, dim=1),
+        }
+        halves = {"d": self.d, "m": self.d_min}
         fields = [
             halves[field].reshape(-1).view(torch.uint8).view(-1, 2)
             if isinstance(field, str)
             else field.pack(numbers[field.of])
-            for field in grid.table.layout
+            for field in table.layout
         ]
         return torch.cat(fields, dim=1).reshape(*self.shape[:-1], -1)
 
@@ -303,16 +270,16 @@ class Blocks:
 
 def _assembled(grid: BlockGrid, found: dict[str, Tensor], rows: torch.Size) -> Blocks:
     """Blocks of what a file stores."""
-    table = grid.table
-    parts = {"codes": _read(found["codes"], table.lowest), "d": found["d"]}
-    if "m" in found:
-        parts["d_min"] = found["m"]
-    if table.scales is not None:
-        integers = found["scales"].split(grid.block // grid.sub, dim=1)
-        parts["scales"] = _read(integers[0], table.scales[0])
-        if table.minima is not None:
-            parts["minima"] = _read(integers[1], 0)
-    return Blocks(grid, **{name: part.reshape(*rows, -1) for name, part in parts.items()})
+    table, d = grid.table, found["d"]
+    s, m = (
+        torch.full((len(d), table.subs), kind[0], dtype=torch.int8, device=d.device)
+        for kind in (table.scales, table.minima)
+    )
+    if table.has_integers:
+        integers = found["scales"].split(table.subs, dim=1)
+        s, m = _read(integers[0], table.scales[0]), _read(integers[1], 0) if integers[1:] else m
+    parts = (_read(found["codes"], table.lowest), d, s, found.get("m", torch.zeros_like(d)), m)
+    return Blocks(grid, *(part.reshape(*rows, -1) for part in parts))
 
 
 def _stored(integers: Tensor, lowest: int) -> Tensor:

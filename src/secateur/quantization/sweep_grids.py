@@ -23,13 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.machine import add_product, add_rows
-from secateur.quantization.block_search import Found, search
+from secateur.quantization.block_search import Found, Parabola, search
 from secateur.quantization.block_types import inverse
 from secateur.quantization.blocks import BlockGrid, Blocks
 from secateur.quantization.groups import GroupGrid, Scales
@@ -186,7 +185,7 @@ class BlockColumns:
         self.grid, self.table = grid, grid.table
         *batch, inputs, out = columns.shape
         grid.row_bytes(inputs)  # refuses a block that is not whole
-        self.subs = grid.block // grid.sub
+        self.subs = self.table.subs
         self.d = columns.new_zeros(*batch, inputs // grid.block, out)
         self.scales = columns.new_zeros(*batch, inputs // grid.sub, out)
         self.d_min, self.minima = torch.zeros_like(self.d), torch.zeros_like(self.scales)
@@ -272,7 +271,7 @@ class BlockColumns:
             own, left = columns[..., span, :], residual[..., span, :]
             before = own.clone()
             held, here = kept[..., span, :], hessian[..., span, span]
-            if self.table.scales is None:
+            if not self.table.has_integers:
                 self._descend(own, self._of(block), held, here, left.clone())
             else:
                 self._fit_sub(own, block * self.subs + number, held, here, left)
@@ -300,11 +299,10 @@ class BlockColumns:
         self._fit_integers(columns, sub, kept, hessian, residual)
         pull = add_product(residual.clone(), hessian, columns - before)
         moves = _MOVES if self.table.has_minima else _SCALE_MOVES
-        lowest, highest = self.table.scales or (1, 1)
         s, m = self.scales[..., sub, :], self.minima[..., sub, :]
         # Each try has columns of its own, side by side: [..., tries · out].
-        tried_s = torch.stack([s + a for a, _ in moves], dim=-2).clamp_(lowest, highest)
-        tried_m = torch.stack([m + b for _, b in moves], dim=-2).clamp_(0, self.table.minima or 0)
+        tried_s = torch.stack([s + a for a, _ in moves], dim=-2).clamp_(*self.table.scales)
+        tried_m = torch.stack([m + b for _, b in moves], dim=-2).clamp_(*self.table.minima)
         numbers = (x[..., sub // self.subs, None, :] for x in (self.d, self.d_min))
         scale, minimum = (
             (number * tried).flatten(-2)
@@ -330,21 +328,21 @@ class BlockColumns:
         scale, minimum = (x[..., None, :] for x in self._of(sub))
         level = self._levels(columns, scale, minimum)
         ones = torch.ones_like(level) if self.table.has_minima else None
-        error = _Parabola.of(level * kept, ones, hessian, residual)
+        error = _parabola(level * kept, ones, hessian, residual)
         s, m = self.scales[..., sub, :], self.minima[..., sub, :]
         d, d_min = (x[..., sub // self.subs, :] for x in (self.d, self.d_min))
-        lowest, highest = self.table.scales or (1, 1)
-        most = self.table.minima or 0
         tried = []
         if self.table.has_minima:
             # The integers s on both sides of the vertex, and the best m for each.
             vertex = s + error.vertex()[0] * inverse(d)
             for near in (vertex.floor(), vertex.ceil()):
-                new = near.clamp(lowest, highest)
+                new = near.clamp(*self.table.scales)
                 grown = error.second(d * (new - s))
-                tried.append((new, (m + grown * inverse(d_min)).round_().clamp_(0, most)))
+                tried.append(
+                    (new, (m + grown * inverse(d_min)).round_().clamp_(*self.table.minima))
+                )
         alone = s + error.first() * inverse(d)
-        tried.append((alone.round_().clamp_(lowest, highest), m))
+        tried.append((alone.round_().clamp_(*self.table.scales), m))
         least, best = torch.zeros_like(s), (s, m)
         for new, other in tried:
             change = error.change(d * (new - s), d_min * (other - m))
@@ -365,9 +363,7 @@ class BlockColumns:
         )
         d, d_min = self.d[..., block, :], self.d_min[..., block, :]
         level = self._levels(columns, d[..., None, :] * s, d_min[..., None, :] * m)
-        error = _Parabola.of(
-            level * s * kept, m if self.table.has_minima else None, hessian, residual
-        )
+        error = _parabola(level * s * kept, m if self.table.has_minima else None, hessian, residual)
         grown = error.vertex()
         new, other = ((x + more).half().float() for x, more in zip((d, d_min), grown, strict=True))
         # Of values beyond float16 the error is no number, and not below 0.
@@ -378,53 +374,18 @@ class BlockColumns:
         columns.copy_(self._weights(level, scale, minimum).mul_(kept))
 
 
-class _Parabola(NamedTuple):
-    """What the error gains where a scale grows by a, and a minimum by b.
+def _parabola(u: Tensor, v: Tensor | None, hessian: Tensor, residual: Tensor) -> Parabola:
+    """The error along columns u and v [..., n, out]; v is None where there is no minimum."""
 
-    The weights of a row change by a u − b v: a² uHu − 2 a b uHv + b² vHv + 2 a u r − 2 b v r.
-    """
+    def products(left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(dim=-2)
 
-    uu: Tensor
-    uv: Tensor
-    vv: Tensor
-    ur: Tensor
-    vr: Tensor
-
-    @staticmethod
-    def of(u: Tensor, v: Tensor | None, hessian: Tensor, residual: Tensor) -> _Parabola:
-        """For columns u and v [..., n, out]; v is None where there is no minimum."""
-
-        def products(left: Tensor, right: Tensor) -> Tensor:
-            return (left * right).sum(dim=-2)
-
-        image = hessian @ u
-        uu, ur = products(u, image), products(u, residual)
-        if v is None:
-            none = torch.zeros_like(uu)
-            return _Parabola(uu, none, none, ur, none)
-        vv = products(v, hessian @ v)
-        return _Parabola(uu, products(v, image), vv, ur, products(v, residual))
-
-    def first(self) -> Tensor:
-        """The best a where b is 0."""
-        return torch.where(self.uu > 0, -self.ur / self.uu, 0.0)
-
-    def second(self, a: Tensor) -> Tensor:
-        """The best b for a given a."""
-        return torch.where(self.vv > 0, (self.vr + a * self.uv) / self.vv, 0.0)
-
-    def vertex(self) -> tuple[Tensor, Tensor]:
-        """The best a and b."""
-        determinant = self.uu * self.vv - self.uv**2
-        usable = determinant > 1e-6 * self.uu * self.vv
-        both = (self.vr * self.uv - self.ur * self.vv) / determinant
-        a = torch.where(usable, both, self.first())
-        return a, torch.where(usable, self.second(a), 0.0)
-
-    def change(self, a: Tensor, b: Tensor) -> Tensor:
-        """How much the error grows."""
-        straight = a * (a * self.uu + 2 * self.ur)
-        return straight + b * (b * self.vv - 2 * self.vr - 2 * a * self.uv)
+    image = hessian @ u
+    uu, ur = products(u, image), products(u, residual)
+    if v is None:
+        none = torch.zeros_like(uu)
+        return Parabola(uu, none, none, ur, none)
+    return Parabola(uu, products(v, image), products(v, hessian @ v), ur, products(v, residual))
 
 
 SweepGrid = RowColumns | GroupColumns | BlockColumns
