@@ -36,6 +36,7 @@ from secateur.engine.search.experts import (
     aimer_scores,
     best_experts,
     expert_use,
+    scores_of,
 )
 from secateur.exporting.gguf.expert_scores import expert_use as use_by_llama_cpp
 from secateur.exporting.gguf.expert_scores import imatrix_scores
@@ -113,12 +114,11 @@ def scored(
         target = ModelTarget(model)
         use = timed("reap", lambda: expert_use(target, windows, 4096, Silent()))
         found["aimer"] = timed("aimer", lambda: aimer_scores(target, Silent()))
-    found["reap"] = {layer: own.score("reap") for layer, own in use.items()}
-    found["frequency"] = {layer: own.score("frequency") for layer, own in use.items()}
+    found |= {name: scores_of(use, name) for name in ("reap", "frequency")}
     seconds["frequency"] = seconds["reap"]
     for name, kind in ((SCORES[1], "f32"), (SCORES[2], "q8_0")):
         uses = timed(name, lambda kind=kind: by_llama_cpp(files[kind]))
-        found[name] = {layer: own.score("reap") for layer, own in uses.items()}
+        found[name] = scores_of(uses)
     matrix, source = timed("collected", collected), GGUFSource.read(files["q8_0"])
     found["imatrix"] = timed("imatrix", lambda: imatrix_scores(source, matrix, [*use], Silent()))
     return found, seconds
@@ -142,15 +142,13 @@ def measured(setup: str, seed: int, work: Path, judged_windows: int) -> dict[str
         for name, own in scores.items()
     }
     blank = ExpertUse(torch.zeros(EXPERTS), torch.zeros(EXPERTS))
+    unused = dict.fromkeys(scores["reap"], blank)
     for keep in KEPT:
         losses = {
             name: losses_of(model, best_experts(own, keep, CHOSEN), judged)
             for name, own in scores.items()
         }
-        draws = [
-            {layer: blank.score("random", 100 * draw + layer) for layer in scores["reap"]}
-            for draw in range(DRAWS)
-        ]
+        draws = [scores_of(unused, "random", 100 * draw) for draw in range(DRAWS)]
         drawn = [losses_of(model, best_experts(own, keep, CHOSEN), judged) for own in draws]
         losses["random"] = torch.stack(drawn).mean(0)
         gaps = {name: loss - losses["reap"] for name, loss in losses.items()}

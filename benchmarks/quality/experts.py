@@ -34,9 +34,10 @@ from torch import Tensor
 
 from secateur.engine.search.experts import (
     ExpertUse,
+    best_experts,
     expert_use,
-    kept_experts,
     merge_experts,
+    scores_of,
 )
 from secateur.models.experts import opened_experts
 from secateur.models.targets import ModelTarget
@@ -80,11 +81,11 @@ def model_of(setup: str, seed: int, work: Path) -> Any:
 def candidate_cuts(model: Any, use: Use, keep: int) -> Iterator[tuple[str, Any]]:
     """The cut models, by what chose their experts."""
     for score in ("reap", "frequency"):
-        kept = kept_experts(use, keep, CHOSEN, score)
+        kept = best_experts(scores_of(use, score), keep, CHOSEN)
         yield score, cut_model(model, Cut(experts=kept))
     yield "merge", merged(model, use, kept)
     for draw in range(DRAWS):
-        kept = kept_experts(use, keep, CHOSEN, "random", seed=100 * draw)
+        kept = best_experts(scores_of(use, "random", 100 * draw), keep, CHOSEN)
         yield "random", cut_model(model, Cut(experts=kept))
 
 

@@ -94,8 +94,7 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         context.ranks.once(lambda: job)
         use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
         by = "frequency" if recipe.experts_by == "merge" else recipe.experts_by
-        seed = recipe.calibration.seed
-        scores = {layer: own.score(by, seed + layer) for layer, own in use.items()}
+        scores = survey.scores_of(use, by, recipe.calibration.seed)
         noted = {layer: own.to_json() for layer, own in use.items()}
     kept = survey.best_experts(
         scores,

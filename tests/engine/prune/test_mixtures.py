@@ -18,7 +18,7 @@ import secateur
 from oracles.mixtures import between, inputs_of, matrices_of, prune_experts, reap, route
 from oracles.sparsegpt import sparsegpt
 from secateur.engine.prune import run
-from secateur.engine.search.experts import expert_use, kept_experts
+from secateur.engine.search.experts import best_experts, expert_use, scores_of
 from secateur.engine.stream.calls import call_layer, first_inputs, layer_calls
 from secateur.engine.stream.halted_forwards import HaltingForwards, put_together
 from secateur.errors import ArchitectureError, RecipeError
@@ -386,7 +386,7 @@ def test_reap_is_the_mean_weighted_norm(family: str, stored: bool, tmp_path: Pat
         assert use[index].score("reap").tolist() == pytest.approx(
             [s for _, s in expected], rel=1e-4
         )
-        kept = kept_experts(use, 3, 2)[index]
+        kept = best_experts(scores_of(use), 3, 2)[index]
         lowest = sorted(range(5), key=lambda j: expected[j][1])[:2]
         assert [*kept] == sorted(set(range(5)) - set(lowest))
 
@@ -396,7 +396,7 @@ def test_an_unseen_expert_goes_first() -> None:
     with opened_experts(model):
         use = expert_use(ModelTarget(model), tiny_windows(), 40, Silent())
     for score in ("reap", "frequency"):
-        assert kept_experts(use, 4, 2, score) == dict.fromkeys(range(3), (0, 1, 2, 3))
+        assert best_experts(scores_of(use, score), 4, 2) == dict.fromkeys(range(3), (0, 1, 2, 3))
 
 
 def test_impossible_numbers_of_experts_are_refused() -> None:
@@ -405,7 +405,7 @@ def test_impossible_numbers_of_experts_are_refused() -> None:
         use = expert_use(ModelTarget(model), tiny_windows(), 40, Silent())
     for keep in (1, 6):
         with pytest.raises(RecipeError, match=f"{keep} experts"):
-            kept_experts(use, keep, 2)
+            best_experts(scores_of(use), keep, 2)
     dense = tiny_model("llama")
     with pytest.raises(ArchitectureError, match="no decoder layer"):
         expert_use(ModelTarget(dense), tiny_windows(), 40, Silent())

@@ -14,10 +14,11 @@ import secateur
 from secateur.calibration.windows import save_windows
 from secateur.engine.search.experts import (
     ExpertUse,
+    best_experts,
     expert_use,
-    kept_experts,
     merge_experts,
     most_similar,
+    scores_of,
 )
 from secateur.errors import RecipeError
 from secateur.models.experts import opened_experts
@@ -34,8 +35,8 @@ def used(*scores: float) -> ExpertUse:
 
 def test_random_experts_depend_on_the_seed_alone() -> None:
     use = {0: used(1, 2, 3, 4, 5, 6), 1: used(1, 2, 3, 4, 5, 6)}
-    choices = [kept_experts(use, 3, 2, "random", seed=s) for s in range(8)]
-    assert choices[0] == kept_experts(use, 3, 2, "random", seed=0)
+    choices = [best_experts(scores_of(use, "random", s), 3, 2) for s in range(8)]
+    assert choices[0] == best_experts(scores_of(use, "random"), 3, 2)
     assert len({str(c) for c in choices}) > 4
     assert any(c[0] != c[1] for c in choices)
 
@@ -43,18 +44,18 @@ def test_random_experts_depend_on_the_seed_alone() -> None:
 def test_experts_that_compete_in_the_whole_model() -> None:
     """Scores are multiples of their layer's mean, and no layer keeps fewer than a token needs."""
     use = {0: used(10, 10, 10, 10), 1: used(0.8, 0.1, 0.1, 3.0), 2: used(1, 3, 1, 3)}
-    kept = kept_experts(use, 3, 2, scope="global")
+    kept = best_experts(scores_of(use), 3, 2, scope="global")
     # Layer 1 needs two, of which one is nearly nothing; the free ones go by value over mean:
     # layer 0 has 1, 1; layer 2 has 0.5, 0.5; layer 1 has 0.1, 0.1.
     assert kept == {0: (0, 1, 2, 3), 1: (0, 3), 2: (0, 1, 3)}
     with pytest.raises(RecipeError, match="2 groups of experts"):
-        kept_experts(use, 2, 2, groups=2, scope="global")
+        best_experts(scores_of(use), 2, 2, groups=2, scope="global")
     with pytest.raises(RecipeError, match="3 experts"):
-        kept_experts(use, 3, 2, groups=2)
+        best_experts(scores_of(use), 3, 2, groups=2)
 
 
 def test_each_group_keeps_its_best() -> None:
-    kept = kept_experts({0: used(9, 8, 7, 1, 3, 2)}, 4, 2, groups=2)
+    kept = best_experts(scores_of({0: used(9, 8, 7, 1, 3, 2)}), 4, 2, groups=2)
     assert kept == {0: (0, 1, 4, 5)}
 
 
@@ -94,13 +95,13 @@ def test_structure_merges_and_leaves_the_source(family: str, tmp_path: Path) -> 
     path = "mlp.gate" if family == "mixtral" else "mlp.router"
     with opened_experts(model):
         use = expert_use(ModelTarget(model), tiny_windows(), 2048, Silent())
-        for index, kept in kept_experts(use, 3, 2, "frequency").items():
+        for index, kept in best_experts(scores_of(use, "frequency"), 3, 2).items():
             layer = model.model.layers[index]
             router = layer.get_submodule(path).weight.detach()
             merge_experts(layer.mlp.experts, router, kept, use[index].tokens)
             smaller = found.model.layers[index]
             assert torch.equal(smaller.get_submodule(path).weight, router[list(kept)])
-    for index, kept in kept_experts(use, 3, 2, "frequency").items():
+    for index, kept in best_experts(scores_of(use, "frequency"), 3, 2).items():
         experts = (m.model.layers[index].mlp.experts for m in (model, found))
         ours, theirs = (dict(e.named_parameters()) for e in experts)
         for name, parameter in theirs.items():

@@ -1,9 +1,9 @@
 """Scores the experts of a model by how often the router chooses them and how much they add.
 
 Calibration passes once through the dense model, with one decoder layer in memory, and gathers two
-sums for each expert. `kept_experts` uses them to choose the experts of a `Cut`. `aimer` reads the
-weights alone. As a baseline for their removal, experts can be merged into the most similar ones
-that stay (`merge_experts`).
+sums for each expert. `aimer` reads the weights alone. `best_experts` chooses the experts of a `Cut`
+by either. As a baseline for their removal, experts can be merged into the most similar ones that
+stay (`merge_experts`).
 """
 
 from __future__ import annotations
@@ -189,28 +189,24 @@ def aimer_scores(target: Target, progress: Progress) -> dict[int, Tensor]:
     return found
 
 
-def kept_experts(
-    use: Mapping[int, ExpertUse],
-    keep: int,
-    top_k: int,
-    score: str = "reap",
-    *,
-    groups: int = 1,
-    scope: str = "layer",
-    seed: int = 0,
+def scores_of(use: Mapping[int, ExpertUse], name: str = "reap", seed: int = 0) -> dict[int, Tensor]:
+    """The scores of each layer, float64 [experts]: reap, frequency, or random by a seed."""
+    return {layer: own.score(name, seed + layer) for layer, own in use.items()}
+
+
+def best_experts(
+    scores: Mapping[int, Tensor], keep: int, top_k: int, *, groups: int = 1, scope: str = "layer"
 ) -> dict[int, tuple[int, ...]]:
     """Return the experts with the highest scores. Ties go to the first expert.
 
     Args:
-        use: the result of `expert_use`.
+        scores: of all experts, [experts] by number of the layer.
         keep: number of experts to keep in each layer; with the scope `global` on average.
         top_k: number of experts that the router chooses for each token; no layer keeps fewer.
-        score: reap, frequency or random.
         groups: number of groups into which the router divides the experts, in their order. Each
             keeps the same number.
         scope: `layer`, where each layer keeps the same number; or `global`, where scores compete
             in the whole model, as multiples of the mean of their layer.
-        seed: of the score `random`.
 
     Returns:
         Ascending numbers of experts by layer, as in `Cut.experts`.
@@ -218,22 +214,6 @@ def kept_experts(
     Raises:
         RecipeError: `keep` exceeds the number of experts, is below the router's choice, or leaves
             uneven groups.
-    """
-    scores = {layer: own.score(score, seed + layer) for layer, own in use.items()}
-    return best_experts(scores, keep, top_k, groups=groups, scope=scope)
-
-
-def best_experts(
-    scores: Mapping[int, Tensor],
-    keep: int,
-    top_k: int,
-    *,
-    groups: int = 1,
-    scope: str = "layer",
-) -> dict[int, tuple[int, ...]]:
-    """Return the experts with the highest scores: [experts] for each layer.
-
-    The other arguments, the result and the errors are those of `kept_experts`.
     """
     fewest = min(map(len, scores.values()))
     if not top_k <= keep <= fewest:

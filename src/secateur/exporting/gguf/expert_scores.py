@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from secateur.engine.search.experts import ExpertUse, aimer
+from secateur.engine.search.experts import ExpertUse, aimer, scores_of
 from secateur.errors import ArchitectureError, CheckpointError, located
 from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node, decoded
@@ -279,8 +279,8 @@ def expert_scores(
     scores: dict[int, Tensor] = {}
     if by == "random":
         blank = torch.zeros(int(source.get("expert_count")))
-        unused = ExpertUse(blank, blank)
-        scores = {layer: unused.score(by, options.seed + layer) for layer in layers}
+        unused = dict.fromkeys(layers, ExpertUse(blank, blank))
+        scores = scores_of(unused, by, options.seed)
     elif by == "imatrix":
         assert imatrix is not None
         matrix = ImportanceMatrix.read(imatrix)
@@ -297,7 +297,7 @@ def expert_scores(
             windows, notes["calibration"] = engine.windows(options)
             store = work / "experts.safetensors"
             use = expert_use(source, engine, windows, store, progress)
-        scores = {layer: own.score(by) for layer, own in use.items()}
+        scores = scores_of(use, by)
         notes["unseen"] = _unseen({layer: own.tokens for layer, own in use.items()})
     others = [layer for layer in layers if layer not in scores]
     if others and by != "aimer":

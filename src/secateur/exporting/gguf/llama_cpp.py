@@ -395,9 +395,10 @@ class LlamaCpp:
 
         @ffi.callback("ggml_backend_sched_eval_callback")
         def evaluated(tensor: Any, ask: bool, data: Any) -> bool:
-            node = Node(graph.cast("struct ggml_tensor *", int(ffi.cast("uintptr_t", tensor))))
-            last = not logits and node.name == HEAD_INPUT
+            last, place = False, int(ffi.cast("uintptr_t", tensor))
             try:
+                node = Node(graph.cast("struct ggml_tensor *", place))
+                last = not logits and node.name == HEAD_INPUT
                 if ask:
                     return last or wanted(node)
                 if not last:
