@@ -83,10 +83,11 @@ class MergedPieces:
     Args:
         model: of `tokenizer.json`, or as there.
         byte_level: whether its letters are bytes.
+        letters: whether only letters that have a token are merged. llama.cpp merges all.
     """
 
-    def __init__(self, model: Mapping[str, Any], byte_level: bool) -> None:
-        self.model, self.byte_level = model, byte_level
+    def __init__(self, model: Mapping[str, Any], byte_level: bool, letters: bool = True) -> None:
+        self.model, self.byte_level, self.letters = model, byte_level, letters
         self.ids: Mapping[str, int] = dict(model["vocab"])
         self.merges = [_pair_of(merge) for merge in model["merges"]]
         # Reversed, so that of a pair that is there twice the lower rank stays.
@@ -126,8 +127,8 @@ class MergedPieces:
                 place = min(ranked)[1]
                 parts[place : place + 2] = ["".join(parts[place : place + 2])]
                 made.add(parts[place])
-            reached = len(parts) == 1 and made <= self.ids.keys()
-            self.known_parts[token] = made | {token} if reached else {token}
+            reached = len(parts) == 1 and (made <= self.ids.keys() or not self.letters)
+            self.known_parts[token] = {token} | (made & self.ids.keys() if reached else set())
         return self.known_parts[token]
 
     def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class MergedByScore(MergedPieces):
     """
 
     def __init__(self, model: Mapping[str, Any], scores: Sequence[float]) -> None:
-        super().__init__({**model, "merges": ()}, byte_level=False)
+        super().__init__({**model, "merges": ()}, byte_level=False, letters=False)
         self.scores = scores
 
     def rank(self, pair: tuple[str, str]) -> float | None:

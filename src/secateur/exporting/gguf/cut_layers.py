@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -232,26 +231,25 @@ def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str,
             raise damaged(f"{name} has {len(field.value)} values for {layers.count}", source.file)
         stay = [old for old in numbers if old < layers.count]
         stay += range(layers.count, len(field.value))
-        picked = field.value
-        picked = picked[stay] if isinstance(picked, np.ndarray) else [picked[old] for old in stay]
-        changed[name] = field.like(picked)
+        changed[name] = picked(field, stay)
     return changed | _written_out(layers, numbers)
+
+
+def picked(field: Field, places: Sequence[int]) -> Field:
+    """Some entries of an array, of texts or of numbers."""
+    values = field.value
+    if isinstance(values, np.ndarray):
+        return field.like(values[list(places)])
+    return field.like([values[place] for place in places])
 
 
 def _written_out(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:
     """Keys for what llama.cpp would derive from the number of layers otherwise."""
     source, start = layers.source, f"{layers.source.architecture}."
     found = {}
-    whole = partial(Field, GGUFValueType.UINT32)
     if source.architecture == "minicpm" and source.get("residual_scale") is None:
         scale = 1.4 / math.sqrt(layers.count)
         found["residual_scale"] = Field(GGUFValueType.FLOAT32, scale)
-    if source.architecture == "deepseek2":
-        if _lite(layers, layers.count):
-            found["attention.q_lora_rank"] = whole(0)
-        if not source.get("expert_gating_func"):
-            sigmoid = layers.count in (47, 48) and _tokens(source) == 154880
-            found["expert_gating_func"] = whole(2 if sigmoid else 1)
     if source.architecture in _FULL_ATTENTION and source.get("attention.recurrent_layers") is None:
         recurrent = [old < layers.count and _recurrent(layers, old) for old in numbers]
         by_number = [_recurrent(layers, new) for new in range(len(numbers) - layers.predicting)]
@@ -260,7 +258,26 @@ def _written_out(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Fi
             found["attention.recurrent_layers"] = Field(
                 kind, np.array(recurrent), GGUFValueType.BOOL
             )
-    return {start + rest: field for rest, field in found.items()}
+    named = {start + rest: field for rest, field in found.items()}
+    return named | keys_of_deepseek2(source)
+
+
+def keys_of_deepseek2(source: GGUFSource) -> dict[str, Field]:
+    """Keys for what llama.cpp derives from the numbers of layers and tokens, of this architecture.
+
+    Raises:
+        ArchitectureError: the file has no layers.
+        CheckpointError: the file contradicts itself.
+    """
+    found = {}
+    if source.architecture == "deepseek2":
+        count = FileLayers.of(source).count
+        if _lite(source, count):
+            found["attention.q_lora_rank"] = 0
+        if not source.get("expert_gating_func"):
+            sigmoid = count in (47, 48) and _tokens(source) == 154880
+            found["expert_gating_func"] = 2 if sigmoid else 1
+    return {f"deepseek2.{rest}": Field(GGUFValueType.UINT32, x) for rest, x in found.items()}
 
 
 def _recurrent(layers: FileLayers, number: int) -> bool:
@@ -389,7 +406,9 @@ def _constants(layers: FileLayers, count: int, get: Get) -> dict[str, Any]:
     if arch == "exaone4":
         return {"window": count == 64}
     if arch == "deepseek2":
-        return {"rank of queries": 0 if _lite(layers, count) else get("attention.q_lora_rank")}
+        return {
+            "rank of queries": 0 if _lite(layers.source, count) else get("attention.q_lora_rank")
+        }
     if arch in ("gemma2", "gemma3"):
         heads = np.ravel(get("attention.head_count") or 1)[0]
         head = int((get("embedding_length") or 0) // max(heads, 1))
@@ -398,9 +417,9 @@ def _constants(layers: FileLayers, count: int, get: Get) -> dict[str, Any]:
     return {}
 
 
-def _lite(layers: FileLayers, count: int) -> bool:
+def _lite(source: GGUFSource, count: int) -> bool:
     """Whether llama.cpp takes a file for one of DeepSeek-V2-Lite's kind."""
-    return count in (26, 27) or (count == 48 and _tokens(layers.source) == 128256)
+    return count in (26, 27) or (count == 48 and _tokens(source) == 128256)
 
 
 def _tokens(source: GGUFSource) -> int:

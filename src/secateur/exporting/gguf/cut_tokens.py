@@ -23,6 +23,7 @@ from gguf import TokenType
 
 from secateur.calibration.chats import Document
 from secateur.errors import ArchitectureError, RecipeError
+from secateur.exporting.gguf.cut_layers import keys_of_deepseek2, picked
 from secateur.exporting.gguf.edit import Edit, written
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.exporting.gguf.tokenizer import SPACE
@@ -75,12 +76,11 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
         raise _refused_choice(f"a key names token {min(lost)}, which would go", source)
     if not kept or not 0 <= min(kept) <= max(kept) < len(words):
         raise _refused_choice(f"the file has {len(words)} tokens, and others are named", source)
-    rows, tensors = tuple(kept), {}
+    rows, tensors, changed = tuple(kept), {}, keys_of_deepseek2(source)
     for name, one in edit.tensors.items():
         if table := _TABLES.fullmatch(one.source):
             assert one.replaced is None, "tokens are cut before layers"
         tensors[name] = replace(one, rows=rows) if table else one
-    changed = {}
     for name, field in source.fields.items():
         if name == _MERGES:
             stay = {words[old] for old in kept}
@@ -89,9 +89,7 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
             own = [new.get(token, token) for token in _ids(field, name)]
             changed[name] = field.like(own[0] if field.items is None else own)
         elif name.startswith("tokenizer.") and _has_entries(field, len(words)):
-            values = field.value
-            picked = values[list(kept)] if isinstance(values, np.ndarray) else None
-            changed[name] = field.like([values[i] for i in kept] if picked is None else picked)
+            changed[name] = picked(field, kept)
         elif name == f"{source.architecture}.vocab_size":
             changed[name] = field.like(len(kept))
     return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
@@ -189,7 +187,8 @@ def _merged(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:
     """BPE by a list of merges; of bytes, or with tokens for bytes."""
     by_bytes = source.fields["tokenizer.ggml.model"].value == "gpt2"
     pairs = [_pair_of(merge) for merge in _entries(source, _MERGES, str)]
-    return MergedPieces({"vocab": ids, "merges": pairs, "byte_fallback": True}, by_bytes)
+    model = {"vocab": ids, "merges": pairs, "byte_fallback": True}
+    return MergedPieces(model, by_bytes, letters=False)
 
 
 def _by_score(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:

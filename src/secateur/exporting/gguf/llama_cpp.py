@@ -331,7 +331,8 @@ class LlamaCpp:
             ids, count = self.ffi.new("llama_token[]", len(text) + 16), -1
             while count < 0:  # a normalizer may lengthen the text; then it returns −count
                 given = self.vocabulary, text, len(text), ids, len(ids), add_special_tokens, True
-                count = self.library.llama_tokenize(*given)
+                with silence(self.ffi, self.library):
+                    count = self.library.llama_tokenize(*given)
                 ids = ids if count >= 0 else self.ffi.new("llama_token[]", -count)
             found.append(self.ffi.unpack(ids, count))
         return {"input_ids": found}
