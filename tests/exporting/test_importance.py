@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, SourceError
 from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.models.experts import opened_experts
@@ -130,3 +130,5 @@ def test_damaged_files_are_refused(case: str, collected: Any, tmp_path: Path) ->
     with pytest.raises(CheckpointError) as refusal:
         ImportanceMatrix.read(file)
     assert str(file) in str(refusal.value.where)
+    with pytest.raises(SourceError):
+        ImportanceMatrix.read(tmp_path / "none.gguf")

@@ -30,10 +30,11 @@ from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers, layers_that_stay
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, part_name, written
-from secateur.exporting.gguf.expert_scores import expert_scores
+from secateur.exporting.gguf.expert_scores import READING, expert_scores
 from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
+from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.influence import layer_influence
-from secateur.exporting.gguf.llama_cpp import LlamaCpp
+from secateur.exporting.gguf.llama_cpp import LlamaCpp, load_llama_cpp
 from secateur.models.gguf_file import Field, GGUFSource
 from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import Ranks
@@ -411,6 +412,10 @@ def _planned_experts(recipe: StructureRecipe, source: GGUFSource) -> dict[int, l
     keep = count(recipe.experts, experts.count, "experts")
     if keep == experts.count:
         return None
+    if recipe.imatrix is not None:
+        ImportanceMatrix.read(Path(recipe.imatrix).expanduser())
+    if recipe.experts_by in READING:
+        load_llama_cpp()
     flat = torch.zeros(experts.count)
     kept = best_experts(
         dict.fromkeys(experts.layers, flat), keep, experts.used, groups=experts.groups

@@ -34,6 +34,9 @@ ROUTED = re.compile(r"(ffn_moe_topk|ffn_moe_weighted|ffn_moe_down)-(\d+)")
 """The nodes of a layer: chosen experts [tokens, chosen], and outputs [tokens, chosen, hidden] with
 and without the weights of the router."""
 
+READING = ("reap", "frequency")
+"""Scores for which llama.cpp runs the file."""
+
 DONE = "windows"
 """The number of windows in stored sums."""
 
@@ -292,7 +295,7 @@ def expert_scores(
                 where=str(imatrix),
                 remedy="name the importance matrix of this model",
             )
-    elif by in ("reap", "frequency"):
+    elif by in READING:
         with LlamaCpp(source.file) as engine:
             windows, notes["calibration"] = engine.windows(options)
             store = work / "experts.safetensors"

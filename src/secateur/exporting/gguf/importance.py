@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, SourceError
 from secateur.exporting.gguf.llama_cpp import F32, LlamaCpp, Node
 from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import MAGIC, GGUFSource
@@ -101,8 +101,11 @@ class ImportanceMatrix:
         """Read either form.
 
         Raises:
+            SourceError: there is no such file.
             CheckpointError: the file is damaged, or is no importance matrix.
         """
+        if not file.is_file():
+            raise SourceError("no such file", where=str(file), remedy="check the path")
         with file.open("rb") as stream:
             if stream.read(len(MAGIC)) != MAGIC:
                 stream.seek(0)
