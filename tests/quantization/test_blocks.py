@@ -1,6 +1,8 @@
 """The block types of ggml beside the package `gguf` and llama.cpp's own quantizer."""
 
 import ctypes
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,15 @@ def read_by_gguf(blocks, kind):
     return torch.from_numpy(values.copy())
 
 
+def ggml():
+    """The library of llama.cpp with its types."""
+    package = pytest.importorskip("llama_cpp_py_sync")
+    return ctypes.CDLL(str(Path(package.__path__[0]) / "libggml-base.so.0"))
+
+
 def by_llama_cpp(weight, importance, kind):
     """What llama.cpp's quantizer makes of a weight with an importance matrix."""
-    package = pytest.importorskip("llama_cpp_py_sync")
-    library = ctypes.CDLL(str(Path(package.__path__[0]) / "libggml-base.so.0"))
+    library = ggml()
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     quantize = library.ggml_quantize_chunk
     quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
@@ -70,6 +77,41 @@ def test_any_bytes_come_back_and_are_the_numbers_of_gguf(kind, shape):
         same_bits(blocks.values, read_by_gguf(packed, kind))
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
     assert (grid.block, grid.table.block_bytes) == size
+
+
+@EVERY
+def test_llama_cpp_reads_the_same_numbers(kind):
+    weight, importance = random_weight(4, 512, 5)
+    blocks = BlockGrid(kind).quantize(weight, importance)
+    packed, values = blocks.encode().numpy(), np.empty(weight.numel(), dtype=np.float32)
+    read = getattr(ggml(), f"dequantize_row_{kind.replace('_k', '_K')}")
+    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    read(packed.ctypes.data, values.ctypes.data, values.size)
+    same_bits(blocks.values, torch.from_numpy(values).view(weight.shape))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q5_0", "q4_1"])
+def test_the_search_comes_near_to_the_best_of_very_many_scales(kind):
+    weight, importance = random_weight(8, 32, 6)
+    weight, importance = weight[:-1], importance[:32]
+    grid = BlockGrid(kind)
+    found = grid.quantize(weight, importance)
+
+    def errors(blocks):
+        return (importance * (weight - blocks.values) ** 2).sum(1)
+
+    peak = weight.abs().amax(1, keepdim=True)
+    largest = max(map(abs, grid.table.ends))
+    minima = torch.linspace(-1.2, 0, 24) if grid.table.has_minima else torch.zeros(1)
+    best = torch.full((len(weight),), torch.inf)
+    for reach in torch.linspace(0.4, 2.5, 100 if grid.table.has_minima else 250).tolist():
+        for sign, minimum in itertools.product((1, -1), minima.tolist()):
+            tried = replace(
+                found, d=(sign * reach * peak / largest).half(), d_min=(minimum * peak).half()
+            )
+            best = torch.minimum(best, errors(tried.recoded(weight)))
+    assert (errors(found) < 1.2 * best).all()
+    assert errors(found).sum() < 1.05 * best.sum()
 
 
 @EVERY
@@ -121,7 +163,7 @@ def test_the_codes_are_the_nearest_there_are(kind):
     table = BlockGrid(kind).table
     best = torch.full_like(weight, torch.inf)
     for code in range(table.lowest + table.unused, table.highest + 1):
-        tried = Blocks(**{**vars(blocks), "codes": torch.full_like(blocks.codes, code)}).values
+        tried = replace(blocks, codes=torch.full_like(blocks.codes, code)).values
         best = torch.minimum(best, (tried - weight).abs())
     torch.testing.assert_close((blocks.values - weight).abs(), best, rtol=1e-4, atol=1e-8)
 
