@@ -461,3 +461,9 @@ def test_hostile_values_are_refused_by_our_errors(file: Path) -> None:
 
 def test_hostile_vocabularies_are_refused_by_our_errors(words: Path) -> None:
     assert cut_hostile(GGUFSource.read(words)) > 20
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_hostile_headers_are_refused_by_our_errors(name: str) -> None:
+    architecture, layers, _, keys = REFUSED[name]
+    assert cut_hostile(header(architecture, layers, **keys)) > 5

@@ -119,11 +119,11 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
         elif match and _OF_CHUNKS.fullmatch(rest):
             _check_rows(name, tensor.shape, count // chunk, source)
         elif _LIKE_EXPERTS.search(rest) and not _BESIDE.fullmatch(rest):
-            raise _refused("it looks like a part of the experts, and its rows are unknown", name)
+            raise refused("it looks like a part of the experts, and its rows are unknown", name)
         elif _ALONE.fullmatch(rest):
-            raise _refused("the file has one tensor for each expert", name)
+            raise refused("the file has one tensor for each expert", name)
     if source.architecture == "llama4" and count == 128:
-        raise _refused(
+        raise refused(
             "llama.cpp takes the norm of queries and keys from the number of 128 experts",
             "llama4.expert_count",
         )
@@ -160,7 +160,7 @@ def cut_experts(source: GGUFSource, edit: Edit, kept: Mapping[int, Sequence[int]
     """
     found = experts_of(source)
     if found is None:
-        raise _refused("the model has no experts", str(source.file))
+        raise refused("the model has no experts", str(source.file))
     rows = {layer: tuple(sorted(of_layer)) for layer, of_layer in kept.items()}
     _check_choice(source, found, rows)
     tensors = dict(edit.tensors)
@@ -257,7 +257,7 @@ def _check_choice(
 
 def _check_rows(name: str, shape: tuple[int, ...], rows: int, source: GGUFSource) -> None:
     if shape[0] != rows:
-        raise _refused(
+        raise refused(
             f"it has {shape[0]} rows, and the file says {source.get('expert_count')} experts", name
         )
 
@@ -269,13 +269,16 @@ def _refuse_unknown_keys(source: GGUFSource) -> None:
         rest = name.removeprefix(start)
         if name.startswith(start) and rest.startswith("expert"):
             if rest not in _KEYS:
-                raise _refused("a key about experts is not understood", name)
+                raise refused("a key about experts is not understood", name)
             if field.items is not None:
-                raise _refused("the key has a value for each layer, and one is read", name)
+                raise refused("the key has a value for each layer, and one is read", name)
 
 
-def _refused(what: str, where: str) -> ArchitectureError:
-    return ArchitectureError(what, where=where, remedy="leave the experts of this file as they are")
+def refused(what: str, where: str, units: str = "experts") -> ArchitectureError:
+    """The error for units of a file that cannot be cut."""
+    return ArchitectureError(
+        what, where=where, remedy=f"leave the {units} of this file as they are"
+    )
 
 
 def _refused_choice(what: str, where: str) -> RecipeError:

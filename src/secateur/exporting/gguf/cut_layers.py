@@ -23,7 +23,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from secateur.errors import ArchitectureError, RecipeError
-from secateur.exporting.gguf.cut_experts import IN_LAYER, check_numbers
+from secateur.exporting.gguf.cut_experts import IN_LAYER, check_numbers, refused
 from secateur.exporting.gguf.edit import Edit, Kept
 from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
@@ -53,7 +53,7 @@ _NUMBERS = (
     "attention.shared_kv_layers", "context_length", "embedding_length", "attention.key_length",
     "embedding_length_per_layer_input", "full_attention_interval", "interleave_moe_layer_step",
     "moe_every_n_layers", "rescale_every_n_layers", "attn_res.block_size", "n_deepstack_layers",
-    "attention.q_lora_rank", "expert_gating_func", "vocab_size",
+    "attention.q_lora_rank", "expert_gating_func", "vocab_size", "attention.sliding_window",
 )  # fmt: skip
 """Keys of the architecture that are read here."""
 
@@ -108,6 +108,9 @@ class FileLayers:
             CheckpointError: the file contradicts itself.
         """
         check_numbers(source, _NUMBERS)
+        for name in _PER_LAYER:
+            if isinstance(source.get(name), str | list):
+                raise damaged(f"{source.architecture}.{name} has texts", source.file)
         count, predicting = (
             int(source.get(name) or 0) for name in ("block_count", "nextn_predict_layers")
         )
@@ -146,22 +149,15 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     layers = FileLayers.of(source)
     kept = sorted(kept)
     if not kept or len(set(kept)) < len(kept) or kept[0] < 0 or kept[-1] >= layers.count:
-        raise RecipeError(
-            f"the layers are {kept[:8]}, and the file has {layers.count}",
-            where=str(source.file),
-            remedy="name layers that are there, each once",
-        )
+        what = f"the layers are {kept[:8]}, and the file has {layers.count}"
+        raise _impossible(layers, what, "name layers that are there, each once")
     numbers = layers.numbers(kept)
     changed = _changed_fields(layers, numbers)
     _check_roles(layers, kept, changed)
     _check_kinds(layers, kept)
     for number, why in _needed(layers, kept).items():
         if number not in numbers:
-            raise RecipeError(
-                f"layer {number} has to stay: {why}",
-                where=source.architecture,
-                remedy=f"keep layer {number}",
-            )
+            raise _impossible(layers, f"layer {number} has to stay: {why}", f"keep layer {number}")
     tensors = {}
     for name, one in edit.tensors.items():
         match = IN_LAYER.fullmatch(name)
@@ -199,11 +195,8 @@ def layers_that_stay(layers: FileLayers, scores: Sequence[float], count: int) ->
                 following[after] = min(following.get(after, way), way)
         best = following
     if count not in best:
-        raise RecipeError(
-            f"no {count} of {layers.count} layers can stay as they are, but {sorted(best)[-8:]}",
-            where=layers.source.architecture,
-            remedy="keep one of these numbers",
-        )
+        what = f"no {count} of {layers.count} layers can stay as they are, but {sorted(best)[-8:]}"
+        raise _impossible(layers, what, "keep one of these numbers")
     return best[count][1]
 
 
@@ -323,45 +316,42 @@ def _check_roles(layers: FileLayers, kept: Sequence[int], changed: Mapping[str, 
     becomes = _constants(layers, len(kept), after)
     for name, value in was.items():
         if becomes[name] != value:
-            raise RecipeError(
+            raise _impossible(
+                layers,
                 f"llama.cpp takes the {name} of this architecture from the number of layers: "
                 f"{value} of {layers.count}, {becomes[name]} of {len(kept)}",
-                where=source.architecture,
-                remedy="leave the layers of this file as they are",
+                "leave the layers of this file as they are",
             )
     for new, old in enumerate(kept):
         before = _role(layers, old, layers.count, source.get)
         behind = _role(layers, new, len(kept), after)
         for name, value in before.items():
             if behind[name] != value:
-                raise RecipeError(
+                raise _impossible(
+                    layers,
                     f"layer {old} would become layer {new}, and llama.cpp takes the {name} of a "
                     "layer from its number",
-                    where=source.architecture,
-                    remedy="remove whole periods of neighbouring layers"
-                    if "first" not in name
-                    else "leave the first layers as they are",
+                    "remove whole periods of neighbouring layers, or later ones",
                 )
 
 
 def _check_kinds(layers: FileLayers, kept: Sequence[int]) -> None:
-    """Refuse to remove all layers of a kind: llama.cpp prepares for it, and then has no use."""
-    kinds: dict[str, set[int]] = {"recurrence": set(), "attention": set()}
-    for name in layers.source.tensors:
-        if (match := IN_LAYER.fullmatch(name)) and int(match[1]) < layers.count:
-            if _RECURRENT.match(match[2]):
-                kinds["recurrence"].add(int(match[1]))
-            if match[2].startswith("attn_output."):
-                kinds["attention"].add(int(match[1]))
+    """Refuse to remove all layers of a kind: llama.cpp prepares for it, and cannot run then."""
+    found = (IN_LAYER.fullmatch(name) for name in layers.source.tensors)
+    own = [(int(match[1]), match[2]) for match in found if match]
+    kinds = {
+        "recurrence": {number for number, rest in own if _RECURRENT.match(rest)},
+        "attention": {number for number, rest in own if rest.startswith("attn_output.")},
+    }
     if layers.source.architecture == "llama4":
-        places = range(_WITHOUT_ROTATION["llama4"], layers.count, 4)
-        kinds["attention over all positions"] = {*places}
+        kinds["attention over all positions"] = {*range(3, layers.count, 4)}
     for kind, numbers in kinds.items():
-        if numbers and not numbers & set(kept):
-            raise RecipeError(
+        numbers &= {*range(layers.count)}
+        if numbers and not numbers & {*kept}:
+            raise _impossible(
+                layers,
                 f"no layer with {kind} would stay, and llama.cpp cannot run the file then",
-                where=layers.source.architecture,
-                remedy=f"keep one of the layers {sorted(numbers)[:8]}",
+                f"keep one of the layers {sorted(numbers)[:8]}",
             )
 
 
@@ -410,8 +400,8 @@ def _constants(layers: FileLayers, count: int, get: Get) -> dict[str, Any]:
             "rank of queries": 0 if _lite(layers.source, count) else get("attention.q_lora_rank")
         }
     if arch in ("gemma2", "gemma3"):
-        heads = np.ravel(get("attention.head_count") or 1)[0]
-        head = int((get("embedding_length") or 0) // max(heads, 1))
+        heads = np.atleast_1d(get("attention.head_count"))[:1].tolist()
+        head = (get("embedding_length") or 0) // (heads[0] or 1 if heads else 1)
         own = (arch, count) in (("gemma2", 46), ("gemma3", 62))
         return {"scale of queries": head if own else get("attention.key_length") or head}
     return {}
@@ -438,14 +428,18 @@ def _needed(layers: FileLayers, kept: Iterable[int]) -> dict[int, str]:
             needed = dict.fromkeys((first - 2, first - 1), "later layers read its keys and values")
     if source.architecture == "glm-dsa":
         full = 0
-        for number, own in enumerate(source.get("attention.indexer.types", ())):
+        for number, own in enumerate(np.atleast_1d(source.get("attention.indexer.types", 1))):
             full = number if own else full
             if number in stay and number != full:
                 needed[full] = f"layer {number} takes its index"
-    mapping = source.get("deepstack_mapping", ())
-    images = (n for n, place in enumerate(mapping) if place >= 0)
+    mapping = np.atleast_1d(source.get("deepstack_mapping", -1))
+    images = (number for number, place in enumerate(mapping) if place >= 0)
     return needed | dict.fromkeys(images, "images enter there")
 
 
 def _refused(what: str, where: str) -> ArchitectureError:
-    return ArchitectureError(what, where=where, remedy="leave the layers of this file as they are")
+    return refused(what, where, "layers")
+
+
+def _impossible(layers: FileLayers, what: str, remedy: str) -> RecipeError:
+    return RecipeError(what, where=layers.source.architecture, remedy=remedy)

@@ -23,6 +23,7 @@ from gguf import TokenType
 
 from secateur.calibration.chats import Document
 from secateur.errors import ArchitectureError, RecipeError
+from secateur.exporting.gguf.cut_experts import refused
 from secateur.exporting.gguf.cut_layers import keys_of_deepseek2, picked
 from secateur.exporting.gguf.edit import Edit, written
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
@@ -287,4 +288,4 @@ def _refused_choice(what: str, source: GGUFSource) -> RecipeError:
 
 
 def _refused(what: str, where: str) -> ArchitectureError:
-    return ArchitectureError(what, where=where, remedy="leave the vocabulary of this file as it is")
+    return refused(what, where, "tokens")
