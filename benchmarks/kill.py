@@ -68,7 +68,7 @@ def whole_runs(names: list[str], sources: Path, place: Path) -> dict[str, tuple[
     """Seconds and contents of an uninterrupted run of every case."""
     found = {}
     for name in names:
-        output = place / "whole" / name.replace(" ", "-") / "out"
+        output = place / "whole" / name.replace(" ", "-") / CASES[name].output
         output.parent.mkdir(parents=True)
         begun = time.perf_counter()
         finished(started(name, sources, output, "first"))
@@ -79,7 +79,7 @@ def whole_runs(names: list[str], sources: Path, place: Path) -> dict[str, tuple[
 
 def killed(name: str, seconds: float, sources: Path, place: Path) -> tuple[bool, dict[str, str]]:
     """Kill a run after some seconds, and finish it; whether it was killed, and what it wrote."""
-    output = place / "out"
+    output = place / CASES[name].output
     place.mkdir(parents=True)
     process = started(name, sources, output, "first")
     try:

@@ -257,18 +257,19 @@ class GGUFSource:
             CheckpointError: a file is damaged, of another version, missing, or of another model.
         """
         path = Path(path).expanduser()
-        return cls.of_parts(_part_files(path, read_part(path)))
+        named = read_part(path)
+        files = _part_files(path, named)
+        return cls.of_parts([named if file == path else read_part(file) for file in files])
 
     @classmethod
-    def of_parts(cls, files: Sequence[Path]) -> GGUFSource:
-        """Read the headers of all parts, the first one first."""
-        parts = tuple(map(read_part, files))
+    def of_parts(cls, parts: Sequence[FilePart]) -> GGUFSource:
+        """A model from all its parts, the first one first."""
         if len(parts) > 1:
             _check_parts(parts)
         tensors = dict(chain.from_iterable(part.tensors.items() for part in parts))
         if len(tensors) < sum(len(part.tensors) for part in parts):
-            raise damaged("two parts have a tensor of the same name", files[0])
-        return cls(parts, parts[0].fields, tensors)
+            raise damaged("two parts have a tensor of the same name", parts[0].file)
+        return cls(tuple(parts), parts[0].fields, tensors)
 
     @property
     def file(self) -> Path:

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
 from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.influence import layer_influence
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, load_llama_cpp
-from secateur.models.gguf_file import Field, GGUFSource
+from secateur.models.gguf_file import Field, GGUFSource, read_part
 from secateur.models.sources import LocalCheckpoint
 from secateur.parallel.ranks import Ranks
 from secateur.progress import Progress
@@ -115,6 +115,18 @@ def edited(source: GGUFSource, units: Units) -> Edit:
     return cut_of(source, experts=units.experts, layers=units.layers, tokens=units.tokens)
 
 
+def _read(model: str) -> GGUFSource:
+    """The file that a recipe names. A large vocabulary takes a second, so it is read once."""
+    status = Path(model).expanduser().stat()
+    return _read_at(model, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_at(model: str, size: int, changed: int) -> GGUFSource:
+    """The file of a name, as long as it does not change."""
+    return GGUFSource.read(model)
+
+
 class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     """Cut experts, layers or tokens out of a GGUF file, and write a smaller one."""
 
@@ -122,7 +134,7 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
 
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.source = GGUFSource.read(run.source.folder)
+        self.source = _read(recipe.model)
         self.planned = planned(recipe, self.source)
         work = run.folder.work
         run.folder.worth_resuming = lambda: any(work.iterdir())
@@ -133,7 +145,7 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     ) -> RunFolder:
         """Beside the output, which has as many parts as the source."""
         output = Path(os.path.abspath(str(place)))
-        parts = len(GGUFSource.read(recipe.model).parts)
+        parts = len(_read(recipe.model).parts)
         names = [part_name(output, number, parts).name for number in range(parts)]
         return FileRun(names, output, cls.verb, **call)
 
@@ -177,7 +189,6 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         assert isinstance(folder, FileRun)
         units = self.chosen_units()
         made = self.noted(edited(self.source, units), units)
-        check_free(made.bytes_in(self.source), folder.output, folder.partial)
         ledger = Ledger(folder.work / LEDGER)
         if ledger.begun:
             ledger.resume()
@@ -187,9 +198,10 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
             output = folder.model / Path(self.recipe.output or "").name
             written(self.source, made, output, progress, ledger)
         files = [folder.model / file.name for file in folder.files]
+        # some may have their names already
         places = [a if a.exists() else b for a, b in zip(files, folder.files, strict=True)]
         seconds = time.perf_counter() - self.run.meter.started
-        found = _result_of(GGUFSource.of_parts(places), folder.output)
+        found = _result_of(GGUFSource.of_parts([*map(read_part, places)]), folder.output)
         return found.model_copy(update={"source": self.recipe.model, "seconds": seconds})
 
     @classmethod
@@ -373,7 +385,7 @@ def plan_file(
         SecateurError: as the cut would.
     """
     CutFile.check(recipe)
-    source = GGUFSource.read(recipe.model)
+    source = _read(recipe.model)
     units = planned(recipe, source)
     edit = edited(source, units)
     size = edit.bytes_in(source)
