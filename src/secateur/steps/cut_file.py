@@ -152,7 +152,7 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     @classmethod
     def found(cls, recipe: StructureRecipe, progress: Progress, ranks: Ranks) -> LocalCheckpoint:
         """The file itself."""
-        source = GGUFSource.read(recipe.model)
+        source = _read(recipe.model)
         record = Source(name=recipe.model, kind="gguf", revision=None, file_bytes=source.size_bytes)
         return LocalCheckpoint(source.file, record)
 
