@@ -157,6 +157,11 @@ CASES: Mapping[str, Case] = {
     ),
     "compress": Case("compress", "pruned", {}),
     "compress int8": Case("compress", "pruned", {"values": "int8", **WINDOWS}),
+    "compress to gguf": Case(
+        "compress",
+        "bytes",
+        {"values": "q4_0", "to": "gguf", "distill_epochs": 1, "windows": 4, **WINDOWS},
+    ),
     "decompress": Case("decompress", "small", {}, resumes=False),
     "fit": Case(
         "fit",

@@ -43,7 +43,7 @@ CASES_OF = {
             "draft",
             "import",
         ],
-        ["train", "train with a teacher", "compress", "compress int8"],
+        ["train", "train with a teacher", "compress", "compress int8", "compress to gguf"],
     ],
 }
 """The cases of each process; the processes of a kind of tests run at the same time. The default

@@ -398,7 +398,8 @@ def _audit(recipe: PruneRecipe, tasks: Tasks, folder: RunFolder, progress: Progr
         progress=progress,
     )
     verify(audit)
-    pruned = [x for x in audit.linears if x.name in tasks]
+    found = (x for x in audit.linears if x.name in tasks)
+    pruned = [x for x in found if tasks[x.name].method.score_name != "kept"]
     weights = sum(x.weights for x in pruned)
     asked = sum(tasks[x.name].sparsity * x.weights for x in pruned)
     zeros = sum(x.zeros for x in pruned)
