@@ -88,7 +88,8 @@ def test_a_packed_folder_and_a_file_have_the_same_blocks(place: Path, tmp_path: 
     dense = secateur.load(place / "apart", dtype=torch.float32)
     view = open_checkpoint(tmp_path / "packed")
     assert view.entries["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
-    up = rounded.model.layers[0].mlp.up_proj.dense_weight()
+    expanded = secateur.load(tmp_path / "packed", expand=True, dtype=torch.float32)
+    up = expanded.model.layers[0].mlp.up_proj.weight
     assert torch.equal(up, numbers(written["blk.0.ffn_up"]))
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     with LlamaCpp(next((tmp_path / "file").glob("*.gguf"))) as engine:
