@@ -1,7 +1,8 @@
 """GGUF files of equal types and of equal sizes, ours beside llama.cpp's, by loss and divergence.
 
     python -m benchmarks.quality.gguf_types MODEL --calibration C4 --c4 HELD_OUT --wiki WIKI --work DIR
-        [--make pure mixes types healed fit like] [--files LABEL=FILE ...] [--first 8] [--publish]
+        [--make pure mixes auto-round types healed fit like] [--files LABEL=FILE ...] [--first 8]
+        [--publish]
 
 Every contender is a GGUF file. It is read back to float32, and one judge compares all with the dense
 model on windows of 512 tokens (`--judged`, 32 of them) of WikiText-2's validation part and of C4 that
@@ -12,10 +13,12 @@ dense model. All are calibrated with the same 64 windows of 512 tokens.
 * `llama.cpp pure TYPE`: one type throughout, with an importance matrix of these windows, also for the
   embedding.
 * `llama.cpp MIX`: what people download: the quantizer's own choice of a type for each matrix.
+* `auto-round MIX`: its own writer of these mixes (`rival_rounding.py --gguf`), without iterations, as
+  its documentation advises for GGUF, run by the Python given with `--auto-round`.
 * `secateur TYPE`: `secateur compress --to gguf --values TYPE`, and `healed`: `secateur fit --like` on
   the file of one type by llama.cpp.
 * `fit SIZE`: `secateur fit --target llama.cpp --max-size SIZE`.
-* `like MIX`: `secateur fit --like` on llama.cpp's file.
+* `like MIX`: `secateur fit --like` on llama.cpp's file. What it refuses is printed and has no row.
 
 Bytes are those of the tensors; `file` is the whole file. `types` has what the matrices really are.
 What each window gave is kept in `DIR/NAME/rows` at once; `--first` judges only so many windows of
@@ -28,7 +31,9 @@ import argparse
 import io
 import json
 import math
+import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -46,6 +51,7 @@ from benchmarks.stored import alone, known_rows
 from torch import Tensor
 
 import secateur
+from secateur.errors import VerificationError
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import resolve
 
@@ -103,11 +109,18 @@ class Bench:
         file, known = self.work / f"files/{stem}.gguf", self.work / f"rows/{stem}.json"
         row = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
         count = self.args.first or self.args.judged
+        if "refused" in row:
+            print(contender, "refused:", row["refused"], flush=True)
+            return
         if row and min(len(row[text]) for text in TEXTS) >= count:
             return
         if not file.exists():
             begun = time.process_time()
-            make(file)
+            try:
+                make(file)
+            except VerificationError as error:
+                known.write_text(json.dumps({"refused": str(error)}) + "\n", encoding="utf-8")
+                return self.keep(contender, make)
             row["cpu_seconds"] = time.process_time() - begun
         if "bytes" not in row:
             types, size = types_of(file)
@@ -134,7 +147,8 @@ class Bench:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A summary of each contender, smallest file first."""
-        found = [json.loads(x.read_text("utf-8")) for x in (self.work / "rows").glob("*.json")]
+        files = (self.work / "rows").glob("*.json")
+        found = [x for x in (json.loads(y.read_text("utf-8")) for y in files) if "bytes" in x]
         dense = self.dense(max((len(row[text]) for row in found for text in TEXTS), default=0))
         for row in sorted(found, key=lambda row: row["bytes"]):
             bits = 8 * row["bytes"] / dense["weights"]
@@ -151,6 +165,21 @@ class Bench:
         for kind in self.args.mixes:
             self.keep(f"llama.cpp {kind}", lambda file, kind=kind: self.llama.mix(kind, file))
 
+    def auto_round(self) -> None:
+        """auto-round's mixes."""
+        windows = self.work / f"{self.args.calibration.name}-64.safetensors"
+        for kind in self.args.rounded:
+            words = [*shlex.split(self.args.auto_round), "-m", "benchmarks.rivals.rival_rounding"]
+            output = self.work / f"files/auto-round-{kind}"
+            words += [str(self.source), str(windows), str(output), "--gguf", kind.lower()]
+            words += ["--recipe", "opt_rtn", "--samples", "64"]
+
+            def make(file: Path, words: list[str] = words, output: Path = output) -> None:
+                subprocess.run(words, check=True)
+                _take(output, file)
+
+            self.keep(f"auto-round {kind}", make)
+
     def types(self) -> None:
         """Ours of one type."""
         for kind in self.args.types:
@@ -165,20 +194,25 @@ class Bench:
         """Ours of one type, healed."""
         for kind in self.args.types:
             like = self.work / f"files/llama.cpp-pure-{kind}.gguf"
-            self.keep(f"secateur {kind} healed", self.folder(secateur.fit, like=like))
+            self.keep(f"secateur {kind} healed", self.folder(secateur.fit, like=like, **self.heal))
 
     def like(self) -> None:
         """Files with the types of a mix."""
         for kind in MIXES:
             like = self.work / f"files/llama.cpp-{kind}.gguf"
-            self.keep(f"like {kind}", self.folder(secateur.fit, like=like))
+            self.keep(f"like {kind}", self.folder(secateur.fit, like=like, **self.heal))
 
     def fit(self) -> None:
         """Files of a size."""
         weights = self.dense(0)["weights"]
         for bits in self.args.bits:
             options = {"max_size": int(weights * bits / 8), "target": "llama.cpp"}
-            self.keep(f"fit {bits} bits", self.folder(secateur.fit, **options))
+            self.keep(f"fit {bits} bits", self.folder(secateur.fit, **options, **self.heal))
+
+    @property
+    def heal(self) -> dict[str, Any]:
+        """How much a fit heals."""
+        return {"heal_tokens": self.args.heal_tokens}
 
     def folder(self, command: Callable[..., Any], **options: Any) -> Callable[[Path], None]:
         """What makes a file by one of our commands."""
@@ -189,9 +223,7 @@ class Bench:
                 self.source, output=output, resume=True, calibration=str(self.args.calibration),
                 windows=64, sequence_length=512, **options,
             )  # fmt: skip
-            (made,) = output.rglob("*.gguf")
-            made.rename(file)
-            shutil.rmtree(output)
+            _take(output, file)
 
         return make
 
@@ -199,6 +231,13 @@ class Bench:
         """Files that are given."""
         for label, path in (x.split("=", 1) for x in self.args.files):
             self.keep(label, lambda file, path=path: shutil.copy(path, file))
+
+
+def _take(folder: Path, file: Path) -> None:
+    """Keep the one GGUF file of a folder, and nothing else."""
+    (made,) = folder.rglob("*.gguf")
+    made.rename(file)
+    shutil.rmtree(folder)
 
 
 def weights_of(file: Path) -> dict[str, Tensor]:
@@ -253,12 +292,34 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return columns, lines
 
 
+def ratios(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What our files of one type lose, as a share of what llama.cpp's loses."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        known = {row["contender"]: row for row in rows if row["model"] == model}
+        for kind in PURE:
+            rival = known.get(f"llama.cpp pure {kind}")
+            for label in (f"secateur {kind}", f"secateur {kind} healed"):
+                if rival is None or label not in known:
+                    continue
+                shares = (
+                    known[label][text][measure] / rival[text][measure]
+                    for measure in MEASURED[:2]
+                    for text in TEXTS
+                )
+                size = known[label]["bytes"] / rival["bytes"]
+                lines.append([model, label, *(f"{x:.2f}" for x in shares), f"{size:.3f}"])
+    columns = ["model", "", "loss, WikiText-2", "C4", "divergence, WikiText-2", "C4", "bytes"]
+    return columns, lines
+
+
 def shown(model: str) -> Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]]:
     """The table of one model."""
     return lambda rows: table([row for row in rows if row["model"] == model])
 
 
-TABLES = {name: shown(name) for name in ("smollm2-768", "wide-qwen", "wide-gemma", "smollm2-135m")}
+MODELS = ("smollm2-768", "wide-qwen", "wide-gemma", "smollm2-135m")
+TABLES = {"ratios": ratios, **{name: shown(name) for name in MODELS}}
 
 
 def main() -> None:
@@ -272,8 +333,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--judged", type=int, default=32, help="windows of each text that judge")
     parser.add_argument("--first", type=int, help="judge so many of them now")
-    makes = ("pure", "mixes", "types", "healed", "fit", "like", "files")
+    makes = ("pure", "mixes", "auto-round", "types", "healed", "fit", "like", "files")
     parser.add_argument("--make", nargs="*", default=makes, choices=makes)
+    parser.add_argument("--auto-round", default="", help="a Python that has it, with its words")
+    rounded = ["Q2_K_S", "Q3_K_S", "Q4_K_S", "Q4_K_M"]
+    parser.add_argument("--rounded", nargs="*", default=rounded, help="mixes of auto-round")
+    parser.add_argument("--heal-tokens", type=int, help="of the fits")
     parser.add_argument("--pure", nargs="*", default=[*PURE], choices=[*PURE])
     parser.add_argument("--mixes", nargs="*", default=[*TYPES], choices=[*TYPES])
     ours = ["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"]
@@ -288,9 +353,9 @@ def main() -> None:
     source = resolve(args.model).folder
     bench = Bench(source, args.name or Path(args.model).name, args)
     for made in args.make:
-        getattr(bench, made)()
+        getattr(bench, made.replace("-", "_"))()
     rows = list(bench.rows())
-    print(markdown(*table(rows)))
+    print(markdown(*table(rows)), markdown(*ratios(rows)), sep="\n\n")
     if args.publish:
         with alone():
             others = [row for row in known_rows(TABLE) if row["model"] != bench.name]
