@@ -228,12 +228,52 @@ def compress(
     progress: Progress | None = None,
     format: str | None = None,
     values: Literal[
-        "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"
+        "auto",
+        "keep",
+        "bfloat16",
+        "float16",
+        "float32",
+        "int8",
+        "int4",
+        "int3",
+        "int2",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
     ]
     | None = None,
+    to: Literal["folder", "gguf"] | None = None,
     group_size: int | None = None,
     overrides: Mapping[str, str] | None = None,
-    embeddings: Literal["auto", "keep", "int8", "int4", "int3"] | None = None,
+    embeddings: Literal[
+        "auto",
+        "keep",
+        "int8",
+        "int4",
+        "int3",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+    ]
+    | None = None,
     archive: bool | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
@@ -270,15 +310,19 @@ def compress(
             format, or dense where dense is smaller. [auto]
         values: How to store the weights. auto stores float32 as bfloat16 and keeps other types.
             keep keeps every type and loses nothing. Or name a type: bfloat16, float16, float32,
-            int8, int4, int3, int2. [auto]
+            int8, int4, int3, int2; or one of llama.cpp: q2_k to q6_k, iq4_nl, iq4_xs, q4_0, q4_1,
+            q5_0, q5_1, q8_0. [auto]
+        to: What to write: folder, a packed model; or gguf, one file for llama.cpp with values of
+            its types. [folder]
         group_size: How many consecutive weights of a row share a scale in int4, int3 and int2: 32,
             64 or 128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
         overrides: Own values for some linear layers, by name; the last match counts. [none]
         embeddings: How to store embedding and output head: one matrix if they are tied, else two.
             auto rounds both to int8 beside linear layers of integers if they are a tenth of the
-            model or more, and else keeps them, as keep does. int4 and int3 have the groups of
-            --group-size; with --calibration the head's weights compensate each other's errors.
-            [auto]
+            model or more, and else keeps them, as keep does. Beside types of llama.cpp auto stores
+            the head as q6_k and an embedding of its own in their type, as llama.cpp does. int4 and
+            int3 have the groups of --group-size; with --calibration the head's weights compensate
+            each other's errors. [auto]
         archive: Also compress the files with zstandard. Loading decodes them. [off]
         calibration: Text on which rounded weights compensate each other's rounding errors: JSONL or
             text file, folder of texts, hub data set, named text, or safetensors file of windows.
@@ -759,7 +803,31 @@ def prune(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, float] | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
-    method_overrides: Mapping[str, dict[str, int | float]] | None = None,
+    method_overrides: Mapping[
+        str,
+        dict[
+            str,
+            Union[
+                int,
+                float,
+                Literal[
+                    "q2_k",
+                    "q3_k",
+                    "q4_k",
+                    "q5_k",
+                    "q6_k",
+                    "iq4_nl",
+                    "iq4_xs",
+                    "q4_0",
+                    "q4_1",
+                    "q5_0",
+                    "q5_1",
+                    "q8_0",
+                ],
+            ],
+        ],
+    ]
+    | None = None,
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
@@ -785,14 +853,55 @@ def prune(
     processes: int | None = None,
     output: str | Path | None = None,
     compress: Literal[
-        "auto", "keep", "bfloat16", "float16", "float32", "int8", "int4", "int3", "int2"
+        "auto",
+        "keep",
+        "bfloat16",
+        "float16",
+        "float32",
+        "int8",
+        "int4",
+        "int3",
+        "int2",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
     ]
     | None = None,
     keep_format: bool | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
-    method_parameters: Mapping[str, int | float] | None = None,
+    method_parameters: Mapping[
+        str,
+        Union[
+            int,
+            float,
+            Literal[
+                "q2_k",
+                "q3_k",
+                "q4_k",
+                "q5_k",
+                "q6_k",
+                "iq4_nl",
+                "iq4_xs",
+                "q4_0",
+                "q4_1",
+                "q5_0",
+                "q5_1",
+                "q8_0",
+            ],
+        ],
+    ]
+    | None = None,
     asymmetric_damping: float | None = None,
     sequential: Literal["group", "layer"] | None = None,
     asymmetric: bool | None = None,
@@ -869,7 +978,8 @@ def prune(
             machine. [the cluster's GPUs, or its machines if it has none]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
-            bfloat16, float16, float32, int8, int4, int3 or int2. [not compressed]
+            bfloat16, float16, float32, int8, int4, int3, int2, or a type of llama.cpp such as q4_k.
+            [not compressed]
         keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
             scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
             changes are rounded. [off]
@@ -1076,7 +1186,8 @@ def structure(
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
             this process. A run that needs more does not start. [4/5 of the free memory]
-        output: Folder for the new model. It must not exist. [required]
+        output: Folder for the new model. It must not exist. If MODEL is a GGUF file, it may be one
+            too: the file itself is cut, and its bytes are copied. [required]
         score: Score that selects the units to remove. [the preset's]
         solver: Solver that adjusts the weights that read the removed units. [the preset's]
         method_parameters: Parameters of the score and the solver. [the preset's]

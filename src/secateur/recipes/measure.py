@@ -156,7 +156,7 @@ class InspectRecipe(RemoteCode, Recipe):
     model: Annotated[str, Flag(value="MODEL")]
     """Hub id, folder, GGUF file or named sample."""
     layer: Annotated[int | None, Flag(default="a line for each layer")] = Field(None, ge=0)
-    """List the linear layers of this decoder layer."""
+    """List the linear layers of this decoder layer. A GGUF file is expanded for it."""
 
 
 class _TextForDiagnosis(Section):

@@ -184,6 +184,16 @@ structure_presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """The recipe values of each effort, for structured cuts."""
 
 
+class _Output(Section):
+    """Where to write the result."""
+
+    group = Heading.OUTPUT
+
+    output: Annotated[str | None, Flag(short="-o", value="DIR", default="required")] = None
+    """Folder for the new model. It must not exist. If MODEL is a GGUF file, it may be one too: the
+    file itself is cut, and its bytes are copied."""
+
+
 class StructureRecipe(
     # pydantic lists the fields of the last base first
     shared.Device,
@@ -191,7 +201,7 @@ class StructureRecipe(
     Fitting,
     _HowToCut,
     _WhatToCut,
-    shared.OutputFolder,
+    _Output,
     Recipe,
 ):
     """One structured cut."""
