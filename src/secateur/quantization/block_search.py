@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.quantization.block_types import BlockType, inverse
+from secateur.quantization.groups import AT_ONCE
 
 _HALF = 65504.0
 """The largest float16."""
@@ -105,7 +106,13 @@ def search(table: BlockType, x: Tensor, h: Tensor, near: Found | None = None) ->
         h: their importance, like `x`.
         near: begins step 3, in place of steps 1 and 2.
     """
-    return _Search(table, x, h).found(near)
+    size = max(1, AT_ONCE // table.block)
+    nears = [None] * -(-len(x) // size)
+    if near is not None:
+        nears = [Found(*each) for each in zip(*(part.split(size) for part in near), strict=True)]
+    parts = zip(x.split(size), h.split(size), nears, strict=True)
+    found = [_Search(table, own, each).found(begin) for own, each, begin in parts]
+    return Found(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
 class _Search:

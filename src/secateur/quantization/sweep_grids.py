@@ -21,7 +21,6 @@ a mask are held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +162,7 @@ class GroupColumns:
         residual = add_product(residual.clone(), hessian, scaled - columns)
         self.scale[..., group, :] = found
         columns.copy_(scaled)
-        _descend_columns(columns, kept, hessian, residual, lambda x: self.rounded(x, found))
+        _descend_columns(columns, kept, hessian, residual, self, (found,))
 
 
 class BlockColumns:
@@ -272,22 +271,11 @@ class BlockColumns:
             before = own.clone()
             held, here = kept[..., span, :], hessian[..., span, span]
             if not self.table.has_integers:
-                self._descend(own, self._of(block), held, here, left.clone())
+                _descend_columns(own, held, here, left.clone(), self, self._of(block))
             else:
                 self._fit_sub(own, block * self.subs + number, held, here, left)
             add_product(residual, hessian[..., span], own - before)
         self._fit_numbers(columns, block, kept, hessian, residual)
-
-    def _descend(
-        self,
-        columns: Tensor,
-        scales: tuple[Tensor, Tensor],
-        kept: Tensor,
-        hessian: Tensor,
-        residual: Tensor,
-    ) -> None:
-        """The codes of some columns with a scale and a minimum for each row, in place."""
-        _descend_columns(columns, kept, hessian, residual, lambda x: self.rounded(x, *scales))
 
     def _fit_sub(
         self, columns: Tensor, sub: int, kept: Tensor, hessian: Tensor, residual: Tensor
@@ -311,15 +299,12 @@ class BlockColumns:
         wide, before, kept, residual, pull = (
             torch.cat([x] * len(moves), dim=-1) for x in (columns, before, kept, residual, pull)
         )
-        self._descend(wide, (scale, minimum), kept, hessian, pull)
+        _descend_columns(wide, kept, hessian, pull, self, (scale, minimum))
         change = wide - before
         gain = (change * (2 * residual + hessian @ change)).sum(dim=-2).view(tried_s.shape)
-        best = gain.argmin(dim=-2, keepdim=True)  # of equal ones the integers stay
-        s.copy_(tried_s.gather(-2, best).squeeze(-2))
-        m.copy_(tried_m.gather(-2, best).squeeze(-2))
-        tries = wide.unflatten(-1, (len(moves), -1))
-        own = best[..., None, :, :].expand(*columns.shape[:-1], 1, -1)
-        columns.copy_(tries.gather(-2, own).squeeze(-2))
+        s.copy_(_best(tried_s, gain))
+        m.copy_(_best(tried_m, gain))
+        columns.copy_(_best(wide.unflatten(-1, (len(moves), -1)), gain[..., None, :, :]))
 
     def _fit_integers(
         self, columns: Tensor, sub: int, kept: Tensor, hessian: Tensor, residual: Tensor
@@ -331,25 +316,24 @@ class BlockColumns:
         error = _parabola(level * kept, ones, hessian, residual)
         s, m = self.scales[..., sub, :], self.minima[..., sub, :]
         d, d_min = (x[..., sub // self.subs, :] for x in (self.d, self.d_min))
-        tried = []
+        alone = s + error.first() * inverse(d)
+        tried = [(s, m), (alone.round_().clamp_(*self.table.scales), m)]
         if self.table.has_minima:
             # The integers s on both sides of the vertex, and the best m for each.
             vertex = s + error.vertex()[0] * inverse(d)
             for near in (vertex.floor(), vertex.ceil()):
-                new = near.clamp(*self.table.scales)
-                grown = error.second(d * (new - s))
-                tried.append(
-                    (new, (m + grown * inverse(d_min)).round_().clamp_(*self.table.minima))
-                )
-        alone = s + error.first() * inverse(d)
-        tried.append((alone.round_().clamp_(*self.table.scales), m))
-        least, best = torch.zeros_like(s), (s, m)
-        for new, other in tried:
-            change = error.change(d * (new - s), d_min * (other - m))
-            better = change < least
-            least = torch.where(better, change, least)
-            best = torch.where(better, new, best[0]), torch.where(better, other, best[1])
-        self.scales[..., sub, :], self.minima[..., sub, :] = best
+                new = near.clamp_(*self.table.scales)
+                wanted = m + error.second(d * (new - s)) * inverse(d_min)
+                tried.append((new, wanted.round_().clamp_(*self.table.minima)))
+        tried_s, tried_m = (torch.stack(each, dim=-2) for each in zip(*tried, strict=True))
+        # A parabola has a number for each row, and the tries come before the rows.
+        error = Parabola(*(part[..., None, :] for part in error))
+        change = error.change(
+            d[..., None, :] * (tried_s - s[..., None, :]),
+            d_min[..., None, :] * (tried_m - m[..., None, :]),
+        )
+        s.copy_(_best(tried_s, change))
+        m.copy_(_best(tried_m, change))
         scale, minimum = (x[..., None, :] for x in self._of(sub))
         columns.copy_(self._weights(level, scale, minimum).mul_(kept))
 
@@ -372,6 +356,17 @@ class BlockColumns:
         d_min.copy_(torch.where(better, other, d_min))
         scale, minimum = d[..., None, :] * s, d_min[..., None, :] * m
         columns.copy_(self._weights(level, scale, minimum).mul_(kept))
+
+
+def _best(tries: Tensor, change: Tensor) -> Tensor:
+    """Of tries [..., tries, out] those with the least change of the error, of equal ones the first.
+
+    Args:
+        tries: any numbers.
+        change: with as many dimensions; 1 where it is the same for all.
+    """
+    best = change.argmin(dim=-2, keepdim=True)
+    return tries.gather(-2, best.expand(*tries.shape[:-2], 1, -1)).squeeze(-2)
 
 
 def _parabola(u: Tensor, v: Tensor | None, hessian: Tensor, residual: Tensor) -> Parabola:
@@ -439,7 +434,8 @@ def _descend_columns(
     kept: Tensor,
     hessian: Tensor,
     residual: Tensor,
-    rounded: Callable[[Tensor], Tensor],
+    grid: GroupColumns | BlockColumns,
+    scales: tuple[Tensor, ...],
 ) -> None:
     """The codes of some columns with given scales, one column after the other, in place."""
     moved = torch.empty_like(columns)  # by how much each column of the group changed
@@ -450,6 +446,6 @@ def _descend_columns(
             add_rows(pull, hessian[..., :i, i], moved[..., :i, :])
         # The vertex of the parabola in w_i, rounded; a pruned weight stays 0.
         vertex = column - pull / hessian[..., i, i, None]
-        new = rounded(vertex).mul_(kept[..., i, :])
+        new = grid.rounded(vertex, *scales).mul_(kept[..., i, :])
         torch.sub(new, column, out=change)
         column.copy_(new)
