@@ -146,7 +146,9 @@ def type_text(kind: Any) -> str:
         return kind
     if get_origin(kind) is None:
         return getattr(kind, "__name__", str(kind))
-    return str(kind).replace("typing.", "").replace("collections.abc.", "").replace("pathlib.", "")
+    text = re.sub(r"\b(typing|collections\.abc|pathlib)\.", "", str(kind))
+    unions = r"Union\[((?:[^][]|\[[^][]*\])*)\]"
+    return re.sub(unions, lambda found: re.sub(r", (?![^[]*\])", " | ", found[1]), text)
 
 
 def pages() -> dict[str, str]:

@@ -316,7 +316,8 @@ def compress(
             its types. [folder]
         group_size: How many consecutive weights of a row share a scale in int4, int3 and int2: 32,
             64 or 128. Smaller groups lose less and need 8 / SIZE bits more per weight. [64]
-        overrides: Own values for some linear layers, by name; the last match counts. [none]
+        overrides: Own values for some linear layers, by name; the last match counts. Embedding and
+            head have own values by their whole names. [none]
         embeddings: How to store embedding and output head: one matrix if they are tied, else two.
             auto rounds both to int8 beside linear layers of integers if they are a tenth of the
             model or more, and else keeps them, as keep does. Beside types of llama.cpp auto stores
@@ -616,6 +617,7 @@ def fit(
     decode_speedup: float | None = None,
     max_loss_increase: float | None = None,
     target: Literal["cpu", "llama.cpp"] | None = None,
+    like: str | Path | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     heal_tokens: int | None = None,
     minutes: float | None = None,
@@ -656,6 +658,8 @@ def fit(
             the result is the smallest one found within it. [any]
         target: What runs the result; only what it can store and speed up is used: cpu (our formats
             and kernels), or llama.cpp (a GGUF file beside the packed model). [cpu]
+        like: A GGUF file of the same model, by whatever converter and quantizer. The result is this
+            file with better codes in the same types, or an error where they are not better. [none]
         effort: The preset that prunes, and that decides how much is healed. [balanced]
         heal_tokens: Tokens of the calibration text on which the best models learn from the dense
             one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,
@@ -807,23 +811,21 @@ def prune(
         str,
         dict[
             str,
-            Union[
-                int,
-                float,
-                Literal[
-                    "q2_k",
-                    "q3_k",
-                    "q4_k",
-                    "q5_k",
-                    "q6_k",
-                    "iq4_nl",
-                    "iq4_xs",
-                    "q4_0",
-                    "q4_1",
-                    "q5_0",
-                    "q5_1",
-                    "q8_0",
-                ],
+            int
+            | float
+            | Literal[
+                "q2_k",
+                "q3_k",
+                "q4_k",
+                "q5_k",
+                "q6_k",
+                "iq4_nl",
+                "iq4_xs",
+                "q4_0",
+                "q4_1",
+                "q5_0",
+                "q5_1",
+                "q8_0",
             ],
         ],
     ]
@@ -882,23 +884,21 @@ def prune(
     refine: str | None = None,
     method_parameters: Mapping[
         str,
-        Union[
-            int,
-            float,
-            Literal[
-                "q2_k",
-                "q3_k",
-                "q4_k",
-                "q5_k",
-                "q6_k",
-                "iq4_nl",
-                "iq4_xs",
-                "q4_0",
-                "q4_1",
-                "q5_0",
-                "q5_1",
-                "q8_0",
-            ],
+        int
+        | float
+        | Literal[
+            "q2_k",
+            "q3_k",
+            "q4_k",
+            "q5_k",
+            "q6_k",
+            "iq4_nl",
+            "iq4_xs",
+            "q4_0",
+            "q4_1",
+            "q5_0",
+            "q5_1",
+            "q8_0",
         ],
     ]
     | None = None,

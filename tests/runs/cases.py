@@ -28,8 +28,13 @@ def make_sources(place: Path) -> None:
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
     secateur.compress(place / "pruned", output=place / "small")
     secateur.prune(place / "deep", output=place / "old", method="magnitude", sparsity=0.25)
-    save_tiny(place / "bytes", tokenizer=False, num_hidden_layers=1, vocab_size=256)
+    wide = {"num_hidden_layers": 1, "vocab_size": 256, "intermediate_size": 64}
+    save_tiny(place / "bytes", tokenizer=False, **wide)
     byte_tokenizer().save_pretrained(place / "bytes")
+    coarse = {"values": "int3", "embeddings": "int3", "group_size": 32}
+    secateur.compress(place / "bytes", output=place / "coarse", **coarse)
+    secateur.export(place / "coarse", output=place / "file", type="stored")
+    min((place / "file").glob("*.gguf")).rename(place / "like.gguf")
     pruned = load_file(place / "old" / "model.safetensors")
     masks = {n: x != 0 for n, x in pruned.items() if n.endswith("proj.weight") and ".2." not in n}
     save_file(masks, place / "masks.safetensors")
@@ -167,6 +172,17 @@ CASES: Mapping[str, Case] = {
         "fit",
         "dense",
         {"max_size": "60KiB", "effort": "fast", "heal_tokens": 128, **WINDOWS},
+    ),
+    "fit for llama.cpp": Case(
+        "fit", "bytes",
+        {
+            "max_size": "20KB", "effort": "fast", "heal_tokens": 128, "target": "llama.cpp",
+            **WINDOWS,
+        },
+    ),
+    "fit like": Case(
+        "fit", "bytes",
+        {"like": "{sources}/like.gguf", "effort": "fast", "heal_tokens": 128, **WINDOWS},
     ),
     "draft": Case(
         "draft", "dense", {"effort": "fast", "heal_tokens": 128, **WINDOWS}

@@ -40,6 +40,8 @@ CASES_OF = {
             "structure best",
             "decompress",
             "fit",
+            "fit for llama.cpp",
+            "fit like",
             "draft",
             "import",
         ],

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import sentencepiece
 import torch
 import transformers
 from llama_cpp_py_sync import Llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from trained import source_text
 from zoo import config_of
 
+from secateur.models.checkpoint import CheckpointReader
+from secateur.models.gguf_file import GGUFSource
 from secateur.models.skeleton import quiet_transformers
 
 PROMPTS = ("def add(a, b):", "  return 1234", "naïve café\n\n", "I've been told")
@@ -123,3 +127,51 @@ def assert_alike(
 def fields(file: Path) -> dict[str, Any]:
     """The metadata of a file."""
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+def rewritten(
+    file: Path,
+    tensors: dict[str, Tensor],
+    type: gguf.GGMLQuantizationType,
+    arch: str = "quince",
+    tensors_of_part: int = 0,
+) -> GGUFSource:
+    """A file by the package gguf, with matrices of one type; or parts with so many tensors each."""
+    writer = gguf.GGUFWriter(file, arch, split_max_tensors=tensors_of_part)
+    writer.add_block_count(1)
+    for name, weight in tensors.items():
+        values = np.ascontiguousarray(weight.numpy())
+        if weight.ndim > 1:
+            writer.add_tensor(name, gguf.quants.quantize(values, type), raw_dtype=type)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFSource.read(min(file.parent.glob(f"{file.stem}*.gguf")))
+
+
+def of_quince(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a llama as a converter of an unknown family might arrange them: queries, keys
+    and values fused, heads in another order, gate and up fused, inputs of the output projection and
+    of a neuron in another order, the values transposed.
+    """
+    reader = CheckpointReader(folder)
+    read = {name.removeprefix("model.layers.0."): reader.read(name) for name in reader.entries}
+    weight = {name.split(".")[-2]: x for name, x in read.items() if name.endswith(".weight")}
+    heads = torch.arange(len(weight["q_proj"])).view(2, -1, 4).swapaxes(0, 1).flatten()
+    inputs = torch.arange(weight["down_proj"].shape[1]).view(-1, 8).t().flatten()
+    found = {
+        "token_embd.weight": weight["embed_tokens"],
+        "blk.0.mixed_in.weight": torch.cat(
+            [weight["q_proj"][heads], weight["k_proj"], weight["v_proj"]]
+        ),
+        "blk.0.attn_out.weight": weight["o_proj"],
+        "blk.0.both.weight": torch.stack([weight["up_proj"], weight["gate_proj"]], 1).flatten(0, 1),
+        "blk.0.last.weight": weight["down_proj"][:, inputs],
+        "blk.0.norm.weight": weight["input_layernorm"],
+    }
+    if "lm_head" in weight:
+        found["output.weight"] = weight["lm_head"]
+    return found

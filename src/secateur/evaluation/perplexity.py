@@ -60,7 +60,7 @@ from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress
 from secateur.runs.output import write_json
 from secateur.runtime.kernels.linear import activations_of
-from secateur.runtime.load import PackedTarget, load
+from secateur.runtime.load import PackedTarget
 from secateur.types import Windows
 
 TOKENS_PER_FORWARD = 2048
@@ -551,15 +551,15 @@ class LossComparison:
         found: list[float] = json.loads(kept.read_text(encoding="utf-8"))
         return found
 
-    def increase(self, folder: Path) -> tuple[float, float | None]:
-        """The rise of the loss of a packed folder, in nats per token.
+    def increase(self, model: nn.Module | Reader) -> tuple[float, float | None]:
+        """The rise of the loss of a model, in nats per token.
 
         Returns:
             Its mean over windows, and the standard error of the mean, from the differences of the
             windows; None for one window.
         """
         dense = self.dense()
-        losses = self._losses(load(folder), "judging the packed model")
+        losses = self._losses(model, "judging the packed model")
         rises = [own - before for own, before in zip(losses, dense, strict=True)]
         return mean_of(rises), standard_error(rises)
 

@@ -50,7 +50,8 @@ class _WhatToCompress(Section):
     """How many consecutive weights of a row share a scale in int4, int3 and int2: 32, 64 or 128.
     Smaller groups lose less and need 8 / SIZE bits more per weight."""
     overrides: Annotated[dict[str, str], Flag(value="GLOB=VALUES")] = Field(default_factory=dict)
-    """Own values for some linear layers, by name; the last match counts."""
+    """Own values for some linear layers, by name; the last match counts. Embedding and head have
+    own values by their whole names."""
     embeddings: Embeddings = "auto"
     """How to store embedding and output head: one matrix if they are tied, else two. auto rounds
     both to int8 beside linear layers of integers if they are a tenth of the model or more, and else
@@ -126,6 +127,9 @@ class _WhatToFit(Section):
     target: Literal["cpu", "llama.cpp"] = "cpu"
     """What runs the result; only what it can store and speed up is used: cpu (our formats and
     kernels), or llama.cpp (a GGUF file beside the packed model)."""
+    like: Annotated[str | None, Flag(value="FILE", default="none")] = None
+    """A GGUF file of the same model, by whatever converter and quantizer. The result is this file
+    with better codes in the same types, or an error where they are not better."""
 
 
 class HowToSearch(Section):
@@ -158,8 +162,16 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
             "",
             "give a bound",
             "give one or more of --max-size, --max-inference-memory, --decode-speedup and "
-            "--max-loss-increase",
-            unless="max_size or max_inference_memory or decode_speedup or max_loss_increase",
+            "--max-loss-increase; or --like FILE",
+            unless="max_size or max_inference_memory or decode_speedup or max_loss_increase or "
+            "like",
+        ),
+        *(
+            Conflict("like", other, "the types of the file decide the size", shared.ONE)
+            for other in (
+                *("max_size", "max_inference_memory", "decode_speedup", "max_loss_increase"),
+                "target",
+            )
         ),
         *(
             Conflict(

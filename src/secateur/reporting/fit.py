@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -107,6 +108,25 @@ class FitLoss:
 
     def __str__(self) -> str:
         return signed(self.loss_increase, 4) + plus_minus(self.standard_error)
+
+
+@dataclass(frozen=True)
+class FitLike:
+    """The file whose types a fit took, beside the result, on text that did not choose.
+
+    Attributes:
+        file: its place.
+        theirs: its divergence from the model, in nats per token.
+        ours: the divergence of the result.
+        kept: tensors with matrices of the model that the result has from the file, byte for byte.
+        unchecked: tensors that were compared with nothing, and are the file's.
+    """
+
+    file: str
+    theirs: float
+    ours: float
+    kept: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,8 @@ class FitResult(FittedResult):
         costs: the kinds of cost, size first.
         checks: every bound beside what was measured.
         corrections: winners that were slower than predicted.
+        types: of the tensors of the GGUF file, if one was made, by their names.
+        like: the file whose types were taken, if any.
     """
 
     winner: FitFinalist
@@ -224,6 +246,13 @@ class FitResult(FittedResult):
     costs: tuple[FitCost, ...]
     checks: tuple[FitCheck, ...]
     corrections: tuple[FitCorrection, ...]
+    types: dict[str, str]
+    like: FitLike | None
+
+    @property
+    def tensors(self) -> str:
+        """How many tensors of the GGUF file have each type."""
+        return ", ".join(f"{n} {name}" for name, n in Counter(self.types.values()).most_common())
 
     @property
     def ranked(self) -> list[FitFinalist]:
@@ -266,8 +295,13 @@ class FitResult(FittedResult):
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
         folder, notes = self.output, self.output / "secateur"
+        file = min(folder.glob("*.gguf"), default=None)
+        running = {"give it to llama.cpp": conversion(folder)}
+        if file is not None:
+            running = {"run it in llama.cpp": shlex.join(["llama-cli", "-m", str(file)])}
         return next_steps(
             {
+                **({"the GGUF file": file} if file else {}),
                 "the packed model": folder,
                 "every candidate": notes / "fit.json",
                 "the plot": notes / "frontier.png",
@@ -278,7 +312,7 @@ class FitResult(FittedResult):
                 "serve it": command("serve", folder),
                 **evaluation(folder),
                 "publish it, under your name on the hub": command("push", folder, "OWNER/NAME"),
-                "give it to llama.cpp": conversion(folder),
+                **running,
                 "make it again": command("chain", notes / "recipe.yaml"),
             },
         )

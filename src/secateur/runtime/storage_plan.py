@@ -444,7 +444,7 @@ def make_plan(
     choices: dict[str, LayoutChoice] = {}
     for name in each_step(progress, "counting", matrices):
         matrix, stored = matrices[name], reader.read(name)
-        own = values_of.get(name, values) if matrix.prunable else embeddings[name]
+        own = values_of.get(name, values if matrix.prunable else embeddings[name])
         if own == KEEP != values and not matrix.prunable:
             # an embedding that is not rounded to integers is no wider than the model
             beside = FLOATS.get(values, computed)

@@ -84,6 +84,12 @@ class Compress(Step[CompressRecipe, CompressResult]):
         self.model = self.opened(run.source.folder)
         self.own = _own_values(recipe, self.model)
         self.ends = self.model.settled_embeddings(recipe.embeddings, recipe.values)
+        self.given_ends = {
+            name: recipe.overrides[owner]
+            for name in self.ends
+            if (owner := name.removesuffix(".weight")) in recipe.overrides
+        }
+        self.ends |= self.given_ends
         self.refuse_lost_zeros()
         learning = recipe.distillation
         if learning.epochs:  # it is refused before any work
@@ -169,6 +175,7 @@ class Compress(Step[CompressRecipe, CompressResult]):
         # the others have the values of the recipe, `auto` among them
         names, given = model.linears, recipe.overrides
         values_of = {names[n]: v for n, v in self.own.items() if last_match(given, n)}
+        values_of |= self.given_ends
         if recipe.to == "gguf":
             recipe = recipe.model_copy(update={"format": DENSE})
         own = computed_dtype(self.model.reader.folder) if recipe.values in BLOCKS else None
@@ -510,7 +517,8 @@ def _own_values(recipe: CompressRecipe, model: PackableCheckpoint) -> dict[str, 
     Raises:
         RecipeError: an override matches no linear.
     """
-    refuse_idle_globs(recipe.overrides, [*model.linears])
+    ends = {n.removesuffix(".weight") for n, x in model.matrices.items() if not x.prunable}
+    refuse_idle_globs(recipe.overrides.keys() - ends, [*model.linears])
     return {
         name: fitting(last_match(recipe.overrides, name) or recipe.values, columns)
         for name, (_, columns) in model.shapes.items()

@@ -6,6 +6,7 @@
 |-----------|---------------------------------------------------------|
 | cpu       | all formats: our kernels, timed on this machine         |
 | llama.cpp | what a GGUF file holds; bounds on size and loss         |
+| a file    | the types of a GGUF file (`--like`)                     |
 
 With a bound on the loss, mixes of several sizes are made, and the smallest within it wins.
 
@@ -31,15 +32,18 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import VerificationError
+from secateur.exporting.gguf.like import layout_of
+from secateur.models.gguf_file import GGUFSource
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
-from secateur.reporting.fit import FitCorrection, FitCost, FitLoss, FitResult
+from secateur.reporting.fit import FitCorrection, FitCost, FitLoss, FitPoint, FitResult
 from secateur.reporting.plan import FitPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
+from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting import problem as problems
 from secateur.steps.fitting.bench import (
     TIMING_ERROR,
@@ -48,6 +52,7 @@ from secateur.steps.fitting.bench import (
     best_of,
     open_model,
 )
+from secateur.steps.fitting.like import LikeFolder
 from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
 
@@ -73,8 +78,7 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     """
     source = source_of(recipe, progress)
     model = open_model(recipe, source)
-    costs = problems.costs_of(recipe, model, progress)
-    problems.check_feasible(recipe, costs, model.file_bytes)
+    costs = _costs_of(recipe, model, progress)
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
     check_output(recipe.output, "fit", 0, read, call)
     bounds = {}
@@ -111,14 +115,15 @@ class Fit(Step[FitRecipe, FitResult]):
 
     @classmethod
     def reads(cls, recipe: FitRecipe) -> Iterable[str]:
-        """The calibration texts."""
-        return texts_of(recipe.calibration.source)
+        """The calibration texts, and the file whose types it takes."""
+        return [*texts_of(recipe.calibration.source), *filter(None, [recipe.like])]
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
         return {
             **identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress),
             "formats": [stored.name for stored in problems.FILES[self.recipe.target].formats],
+            "like": GGUFSource.read(self.recipe.like).identity() if self.recipe.like else None,
         }
 
     @classmethod
@@ -134,25 +139,30 @@ class Fit(Step[FitRecipe, FitResult]):
             VerificationError: no model that was made keeps them.
         """
         run, folder, bound = self.run, self.run.folder, self.recipe.max_loss_increase
-        costs = problems.costs_of(self.recipe, self.model, run.progress)
-        problems.check_feasible(self.recipe, costs, self.model.file_bytes)
-        bench = FitBench(self.recipe, self.model, costs, run)
-        made, problem = _within_bounds(bench, survey_model(bench))
-        made, problem, corrections = _fast_enough(bench, problem, bench.healed(made))
+        costs = _costs_of(self.recipe, self.model, run.progress)
+        bench, files = FitBench(self.recipe, self.model, costs, run), costs.files
+        frontier, corrections = tuple[FitPoint, ...](), tuple[FitCorrection, ...]()
+        if isinstance(files, LikeFolder):
+            made = bench.healed([bench.build(f"like {files.name}", files.own_formats)])
+        else:
+            made, problem = _within_bounds(bench, survey_model(bench))
+            made, problem, corrections = _fast_enough(bench, problem, bench.healed(made))
+            frontier = problem.frontier
         winner = best_of(made, bound)
         packed = bench.pack(winner)
-        size = costs.files.finish(folder.model, run.progress)
-        loss = FitLoss(winner.row.file_bytes, *bench.judging.increase(folder.model))
+        size = files.finish(folder.model, run.progress)
+        like = files.judged(bench, folder.model) if isinstance(files, LikeFolder) else None
+        loss = FitLoss(winner.row.file_bytes, *bench.increase(bench.judging, folder.model))
         result = FitResult(
             output=folder.output,
-            kind_of={
-                n: stored.name for n, stored in winner.formats.items() if n != problems.EMBEDDINGS
-            },
-            embeddings=problems.embedded(winner.formats[problems.EMBEDDINGS]),
+            kind_of={n: one.name for n, one in winner.formats.items() if n in costs.shapes},
+            embeddings=problems.ends_in(winner.formats),
             winner=winner.row,
             finalists=tuple(one.row for one in made),
-            frontier=problem.frontier,
+            frontier=frontier,
             loss=loss,
+            types=files.types(folder.model),
+            like=like,
             costs=tuple(
                 FitCost(kind.name, kind.rest, kind.limit if math.isfinite(kind.limit) else None)
                 for kind in costs.kinds
@@ -166,6 +176,21 @@ class Fit(Step[FitRecipe, FitResult]):
         write_json(folder.notes / FIT, result.to_json())
         save_plots([result.chart()], folder.notes / "frontier")
         return result
+
+
+def _costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -> problems.Costs:
+    """What a fit pays with, within its bounds, or in the types of a file.
+
+    Raises:
+        RecipeError: no model can keep the bounds, or the file was not made from the model.
+    """
+    if recipe.like is None:
+        costs = problems.costs_of(recipe, model, progress)
+        problems.check_feasible(recipe, costs, model.file_bytes)
+        return costs
+    files = LikeFolder(layout_of(GGUFSource.read(recipe.like), model, progress))
+    size = problems.CostKind(problems.SIZE, files.layout.file.size_bytes, math.inf, exact=True)
+    return problems.Costs((size,), model.shapes, problems.ends_of(model), files=files)
 
 
 @dataclass(frozen=True)

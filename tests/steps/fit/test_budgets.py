@@ -35,6 +35,7 @@ from secateur.steps.fitting.problem import (
     SIZE,
     CostKind,
     Costs,
+    PackedFolder,
     as_timed,
     check_feasible,
 )
@@ -76,7 +77,7 @@ def test_the_least_of_one_cost_within_the_others(
     costs = costs_within(size, memory, speedup)
     others = tuple(math.inf if n == place else most for n, most in enumerate(costs.aim))
     some = FORMATS[:4] + FORMATS[-4:]
-    monkeypatch.setattr(Costs, "formats", some)
+    monkeypatch.setattr(PackedFolder, "formats", tuple(some))
     every = [[costs.of(name, kind) for kind in some] for name in costs.units]
     totals = [tuple(map(sum, zip(*each, strict=True))) for each in product(*every)]
     fitting = [total[place] for total in totals if fits(total, others)]

@@ -29,6 +29,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from torch import Tensor
 
 from secateur.calibration.documents import check_text
 from secateur.calibration.run_windows import WindowReader
@@ -38,9 +39,11 @@ from secateur.engine.search.candidate_evaluator import (
     FitnessCache,
     cut_windows,
 )
-from secateur.engine.stream.hidden_states import EmbeddingAndHead
+from secateur.engine.stream.hidden_states import STATES_BYTES, EmbeddingAndHead
+from secateur.engine.stream.layerwise import LayerwiseReader
 from secateur.evaluation.perplexity import LossComparison
 from secateur.evaluation.speed import Speed, take_turns
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.counting import counted
 from secateur.models.opening import refuse_quantized
 from secateur.models.skeleton import build_skeleton
@@ -59,7 +62,7 @@ from secateur.reporting.models import CompressResult
 from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, STATE
 from secateur.runs.output import write_json, write_text
-from secateur.runtime.formats import BITS, GRID_BITS
+from secateur.runtime.formats import BITS, BLOCKS, GRID_BITS, WeightFormat
 from secateur.runtime.load import load
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
@@ -149,7 +152,8 @@ class FitBench:
         work: folder for models, windows and measured values.
         time: the time that is left.
         windows_file: the windows that make models, and those that heal them.
-        choosing: measures packed folders on the windows that choose.
+        choosing: measures losses on the windows that choose.
+        chosen: measures divergences on the same windows.
         judging: measures them on windows that judge the result.
 
     Raises:
@@ -162,7 +166,7 @@ class FitBench:
         self.recipe, self.model, self.costs, self.run = recipe, model, costs, run
         self.source, self.progress, self.work = run.source, run.progress, run.folder.work
         self.time = TimeBudget(recipe.minutes, self.work / "pace.json", run.meter.started)
-        self.target = CheckpointTarget(model.reader, None, choose_device(recipe.device))
+        self.target = self.opened(model.reader)
         files = [self.work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
         config = self.target.model.config
         WindowReader.of_folder(self.source.folder, config).save_parts(
@@ -177,10 +181,9 @@ class FitBench:
         self.choosing, self.judging = (
             LossComparison(self.target, file, self.progress) for file in files[1:]
         )
-        self.windows = cut_windows(self.choosing.windows, self.choosing.windows.numel())
-        self.dense = self._evaluator(self.target, None)
-        file = self.work / "measured-chosen.jsonl"
-        self.values = FitnessCache(self.dense, lambda _: (), (), self.windows.numel(), file)
+        self.chosen = DivergenceComparison(
+            self.target, self.choosing.windows, self.work / "measured-chosen.jsonl", self.progress
+        )
 
     # -- candidates --------------------------------------------------------------------------------
 
@@ -218,15 +221,26 @@ class FitBench:
         Returns:
             The candidate, and the problem with what it has lost.
         """
-        formats, predicted = problem.formats(candidate), problem.knapsack.predicted(candidate)
+        predicted = problem.knapsack.predicted(candidate)
+        made = self.build(name, problem.formats(candidate), predicted)
+        return made, problem.after(made.row)
+
+    def build(self, name: str, formats: Formats, predicted: float = 0.0) -> BuiltCandidate:
+        """Make a model with some formats, unless an earlier run has, and measure it.
+
+        Args:
+            name: for people.
+            formats: of all linears, and of the embeddings.
+            predicted: its divergence.
+        """
         place, label = self._place(formats), Labelled(self.progress, f"a model, {name}")
         with self.time.phase("making"):
             sparse = self._pruned(formats, place, label)
             packed = self._compressed(sparse, formats, place / "packed", label)
+            size = self.costs.files.finish(packed, self.progress)
             divergence = self.divergence(packed)
-        size = self.costs.files.finish(packed, self.progress)
         row = FitFinalist(name, size, predicted, divergence, rise=self.rise(packed))
-        return BuiltCandidate(sparse, packed, formats, row), problem.after(row)
+        return BuiltCandidate(sparse, packed, formats, row)
 
     def healed(self, candidates: Sequence[BuiltCandidate]) -> list[BuiltCandidate]:
         """The candidates, and those that may win after they have learned from the dense model.
@@ -253,8 +267,8 @@ class FitBench:
         output = self._place(formats) / "healed"
         with self.time.phase("healing"):
             packed = self._compressed(candidate.sparse, formats, output, label, heals=True)
+            size = self.costs.files.finish(packed, self.progress)
             divergence = self.divergence(packed)
-        size = self.costs.files.finish(packed, self.progress)
         if divergence >= row.divergence or size > self.costs.kinds[0].limit:
             return candidate
         rise = self.rise(packed)
@@ -269,7 +283,7 @@ class FitBench:
     def _pruned(self, formats: Formats, place: Path, progress: Progress) -> Path:
         """The model before rounding: a pruned one, or the source where nothing is pruned."""
         place.mkdir(parents=True, exist_ok=True)
-        options = _prune_options(self.recipe, formats, str(self.windows_file))
+        options = _prune_options(self.recipe, self._linears(formats), str(self.windows_file))
         if options is None:
             return self.source.folder
         recipe = build_recipe(PruneRecipe, {**options, **self._named})
@@ -286,7 +300,7 @@ class FitBench:
         heals: bool = False,
     ) -> Path:
         """A model rounded and packed; if it heals, it learns from the dense one before."""
-        options = _compress_options(self.recipe, formats, str(self.windows_file), heals=heals)
+        options = self._compress_options(formats, str(self.windows_file), heals=heals)
         recipe = build_recipe(CompressRecipe, {**options, **self._named})
         source = replace(self.source, folder=sparse)
         return self._part(_CompressBeside, recipe, source, output, Labelled(progress, "rounding"))
@@ -321,9 +335,9 @@ class FitBench:
         shutil.copytree(winner.packed, folder.fresh_model(), dirs_exist_ok=True)
         (folder.notes / STATE).unlink(missing_ok=True)
         shutil.copyfile(self.windows_file, folder.notes / WINDOWS)
-        prune = _prune_options(recipe, winner.formats, text)
+        prune = _prune_options(recipe, self._linears(winner.formats), text)
         steps = [] if prune is None else [{"prune": prune}]
-        compress = _compress_options(recipe, winner.formats, text, heals=heals)
+        compress = self._compress_options(winner.formats, text, heals=heals)
         steps.append({"compress": compress})
         chain = {**self._named, "output": f"{recipe.output}-again", "steps": steps}
         again = dump_recipe(build_recipe(ChainRecipe, chain))
@@ -334,19 +348,39 @@ class FitBench:
         packed: CompressResult = step_of("compress").result(folder.model)
         return packed.model_copy(update={"output": folder.output})
 
+    def _linears(self, formats: Formats) -> dict[str, WeightFormat]:
+        """The formats of the linears alone."""
+        return {name: one for name, one in formats.items() if name in self.costs.shapes}
+
+    def _compress_options(self, formats: Formats, text: str, *, heals: bool) -> dict[str, Any]:
+        """The options of `compress` that give every unit its values."""
+        recipe, linears = self.recipe, self._linears(formats)
+        wanted = {name: stored.values for name, stored in linears.items()}
+        common = Counter(wanted.values()).most_common(1)[0][0]
+        others = {name: values for name, values in wanted.items() if values != common}
+        ends = {n: one.values for n, one in formats.items() if n in self.costs.outer}
+        options: dict[str, Any] = {"values": common, "overrides": {**others, **ends}}
+        if EMBEDDINGS in formats:
+            options["embeddings"] = embedded(formats[EMBEDDINGS])
+        values = {*wanted.values(), *ends.values(), options.get("embeddings", common)}
+        if GRID_BITS.keys() & values:
+            options["group_size"] = GROUP
+        rounded = {*BITS, *BLOCKS} & {*wanted.values(), *ends.values()}
+        if rounded or GRID_BITS.keys() & values or heals:
+            options |= {"calibration": {"source": text}, **shared_options(recipe)}
+        if heals:
+            learning = {**HEALING, "tokens": recipe.tokens_to_heal, "teacher": recipe.model}
+            options["distillation"] = learning
+        return options
+
     # -- measurements ------------------------------------------------------------------------------
 
-    def divergence_of(self, target: CheckpointTarget, name: str) -> float:
-        """The divergence of an opened model, which is kept by its name: mean KL(dense ‖ model) of
-        the next-token probabilities, nats per token, on the windows that choose.
-        """
-        evaluator = self._evaluator(target, self.dense)
-        candidates, rows = [(DENSE,) * len(target.layers)], range(len(self.windows))
-        return self._once(name, lambda: evaluator.fitness(candidates, rows)[0])
-
     def divergence(self, folder: Path) -> float:
-        """The same of a packed model, as it runs in the kernels."""
-        return self._once(self._name_of(folder), lambda: self._running(folder))
+        """The divergence of a packed model on the windows that choose: as it runs in the kernels,
+        or as the target's file has it.
+        """
+        back, name = self.read_back(folder), self._name_of(folder)
+        return self.chosen.of(back, name) if back else self.chosen.running(folder, name)
 
     def rise(self, folder: Path) -> float | None:
         """The cautious rise of the loss of a packed model; None where the recipe bounds none.
@@ -357,40 +391,32 @@ class FitBench:
             return None
 
         def cautious() -> float:
-            mean, error = self.choosing.increase(folder)
+            mean, error = self.increase(self.choosing, folder)
             return mean + (error or 0.0)
 
-        return self._once(f"the loss of {self._name_of(folder)}", cautious)
+        return self.chosen.once(f"the loss of {self._name_of(folder)}", cautious)
 
-    @torch.no_grad()
-    def _running(self, folder: Path) -> float:
-        model = load(folder)
-        self.dense.pass_dense()
-        total = 0.0
-        with self.dense.outside():
-            for row, ids in enumerate(self.windows):
-                logits = model(input_ids=ids[None]).logits[0]
-                total += self.dense.measure(row)(logits.to(self.target.device))
-        return total / len(self.windows)
+    def increase(self, windows: LossComparison, folder: Path) -> tuple[float, float | None]:
+        """The rise of the loss of a packed model, and its standard error, on some windows."""
+        back = self.read_back(folder)
+        return windows.increase(
+            LayerwiseReader(back, STATES_BYTES, self.progress) if back else load(folder)
+        )
 
-    def _once(self, name: str, measure: Callable[[], float]) -> float:
-        """A value of a model, from the file or else measured."""
-        self.progress.start(f"measuring {name}", 1)
-        found: float = self.values.noted(name, measure)
-        self.progress.finish()
-        return found
+    def read_back(self, folder: Path) -> CheckpointTarget | None:
+        """A model as the target's file has it; None if the packed folder is that file."""
+        reader = self.costs.files.read_back(folder, self.model)
+        return None if reader is None else self.opened(reader)
+
+    def opened(self, reader: CheckpointReader) -> CheckpointTarget:
+        """The layers of a model, in the dtype in which models are compared."""
+        device = choose_device(self.recipe.device)
+        return CheckpointTarget(reader, None, device, dtype=self.costs.files.dtype)
 
     def _name_of(self, folder: Path) -> str:
         """A name for a folder among the work of the run, and for the dense model."""
         inside = folder.is_relative_to(self.work)
         return "-".join(folder.relative_to(self.work).parts) if inside else "dense"
-
-    def _evaluator(
-        self, target: CheckpointTarget, dense: CandidateEvaluator | None
-    ) -> CandidateEvaluator:
-        """Passes one model, as it is, through its layers."""
-        outer = EmbeddingAndHead(target, self.windows, fast=False)
-        return CandidateEvaluator(outer, self.progress, reference=dense)
 
     def speedup(self, folder: Path, number: int) -> float | None:
         """How many times as fast as dense int8 a packed model decodes, from a file or timed now.
@@ -451,6 +477,59 @@ class FitBench:
             yield from check_running(recipe, self.run.folder.model, self.race)
 
 
+class DivergenceComparison:
+    """Mean KL(dense ‖ model) of the next-token probabilities on some windows, nats per token.
+
+    Args:
+        target: the dense model.
+        windows: of text.
+        file: of the values, so that each is measured once.
+        progress: receives every model.
+    """
+
+    def __init__(
+        self, target: CheckpointTarget, windows: Tensor, file: Path, progress: Progress
+    ) -> None:
+        self.windows, self.progress = cut_windows(windows, windows.numel()), progress
+        self.dense = self._evaluator(target, None)
+        self.values = FitnessCache(self.dense, lambda _: (), (), self.windows.numel(), file)
+
+    def of(self, target: CheckpointTarget, name: str) -> float:
+        """Of an opened model, which is kept by its name."""
+        evaluator = self._evaluator(target, self.dense)
+        candidates, rows = [(DENSE,) * len(target.layers)], range(len(self.windows))
+        return self.once(name, lambda: evaluator.fitness(candidates, rows)[0])
+
+    def running(self, folder: Path, name: str) -> float:
+        """Of a packed model, as it runs in the kernels."""
+        return self.once(name, lambda: self._running(folder))
+
+    def once(self, name: str, measure: Callable[[], float]) -> float:
+        """A value of a model, from the file or else measured."""
+        self.progress.start(f"measuring {name}", 1)
+        found: float = self.values.noted(name, measure)
+        self.progress.finish()
+        return found
+
+    @torch.no_grad()
+    def _running(self, folder: Path) -> float:
+        model = load(folder)
+        self.dense.pass_dense()
+        total, device = 0.0, self.dense.outer.target.device
+        with self.dense.outside():
+            for row, ids in enumerate(self.windows):
+                logits = model(input_ids=ids[None]).logits[0]
+                total += self.dense.measure(row)(logits.to(device))
+        return total / len(self.windows)
+
+    def _evaluator(
+        self, target: CheckpointTarget, dense: CandidateEvaluator | None
+    ) -> CandidateEvaluator:
+        """Passes one model, as it is, through its layers."""
+        outer = EmbeddingAndHead(target, self.windows, fast=False)
+        return CandidateEvaluator(outer, self.progress, reference=dense)
+
+
 def check_running(
     recipe: FitRecipe, folder: Path, race: Callable[[Path], Sequence[Speed]]
 ) -> Iterator[FitCheck]:
@@ -486,7 +565,7 @@ class _CompressBeside(Compress):
 
 def _prune_options(recipe: FitRecipe, formats: Formats, text: str) -> dict[str, Any] | None:
     """The options of `prune` that give every linear its sparsity; None if there are no zeros."""
-    wanted = {name: stored.sparsity for name, stored in formats.items() if name != EMBEDDINGS}
+    wanted = {name: stored.sparsity for name, stored in formats.items()}
     if not any(wanted.values()):
         return None
     same = len(set(wanted.values())) == 1
@@ -498,28 +577,6 @@ def _prune_options(recipe: FitRecipe, formats: Formats, text: str) -> dict[str, 
         "calibration": {"source": text},
         **shared_options(recipe),
     }
-
-
-def _compress_options(
-    recipe: FitRecipe, formats: Formats, text: str, *, heals: bool
-) -> dict[str, Any]:
-    """The options of `compress` that give every unit its values."""
-    wanted = {name: stored.values for name, stored in formats.items() if name != EMBEDDINGS}
-    common = Counter(wanted.values()).most_common(1)[0][0]
-    embeddings = embedded(formats[EMBEDDINGS])
-    options: dict[str, Any] = {
-        "values": common,
-        "overrides": {name: values for name, values in wanted.items() if values != common},
-        "embeddings": embeddings,
-    }
-    if GRID_BITS.keys() & {embeddings, *wanted.values()}:
-        options["group_size"] = GROUP
-    if BITS.keys() & set(wanted.values()) or embeddings in GRID_BITS or heals:
-        options |= {"calibration": {"source": text}, **shared_options(recipe)}
-    if heals:
-        learning = {**HEALING, "tokens": recipe.tokens_to_heal, "teacher": recipe.model}
-        options["distillation"] = learning
-    return options
 
 
 def shared_options(recipe: FitRecipe) -> dict[str, Any]:

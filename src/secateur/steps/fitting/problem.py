@@ -1,12 +1,12 @@
 """What a fit solves: a format for every unit of a model, within the bounds of a recipe.
 
-| target    | files                                                             |
-|-----------|-------------------------------------------------------------------|
-| cpu       | a packed folder: all formats, zeros by a bitmask                  |
-| llama.cpp | a GGUF file: bfloat16 as BF16, int8 as Q8_0, int4 as Q4_0         |
+| target    | files                                            | embedding and head              |
+|-----------|--------------------------------------------------|---------------------------------|
+| cpu       | a packed folder: all formats, zeros by a bitmask | together int8, int4 or int3     |
+| llama.cpp | a GGUF file: BF16, and types of 2 to 8 bits      | each has a type, as linears do  |
 
-Embedding and head are int8, int4 or int3. A GGUF file stores zeros like other weights, so formats
-with zeros are not offered for it. No type of its keeps the numbers of int3 and int2.
+A GGUF file stores zeros like other weights, so formats with zeros are not offered for it. Its
+experts of a layer are one tensor for each of gate, up and down, and have one type.
 
 Each kind of cost is a rest, which the model has whatever happens to its matrices, and a cost of
 each linear, and of embedding and head, in each format:
@@ -33,10 +33,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -48,15 +49,19 @@ from secateur.models.counting import counted
 from secateur.models.shape import memory_with
 from secateur.models.skeleton import build_skeleton
 from secateur.progress import Progress
+from secateur.quantization.blocks import TYPES, BlockGrid
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitFinalist, FitPoint
 from secateur.runtime.formats import GRID_BITS, Layout, PartSpec, WeightFormat, formats
 from secateur.runtime.kernels.matrix import matrix_bytes
 from secateur.runtime.packed import header_bytes
-from secateur.runtime.storage_plan import DENSE, PackableCheckpoint
+from secateur.runtime.storage_plan import DENSE, MixedReader, PackableCheckpoint
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.evolution import Candidate
+
+if TYPE_CHECKING:
+    from secateur.models.gguf_file import GGUFSource
 
 GROUP = 64
 """Values that share a scale."""
@@ -95,6 +100,20 @@ TIMED = [stored for stored in FORMATS if stored.sparsity in (0.0, 0.5, 0.7)]
 """The formats that are timed; the times of other sparsities lie between theirs."""
 
 
+OF_256 = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
+"""The types of llama.cpp for rows that are a multiple of 256 weights, largest first."""
+
+OF_32 = ("q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
+"""The same for other multiples of 32."""
+
+
+def ends_in(formats: Formats) -> str:
+    """How embedding and head are stored, for people."""
+    if EMBEDDINGS in formats:
+        return embedded(formats[EMBEDDINGS])
+    return ", ".join(stored.name for name, stored in formats.items() if ".layers." not in name)
+
+
 def embedded(stored: WeightFormat) -> str:
     """The values of embedding and head in a format. They have no zeros."""
     return EMBEDDED.get(stored.values, "int8")
@@ -129,9 +148,21 @@ class PackedFolder:
 
     Attributes:
         formats: that it stores; the first is the model itself.
+        exact: whether sizes are exact, and not the most that there can be.
+        dtype: in which models are compared with the dense one; None for that of the model.
     """
 
     formats: tuple[WeightFormat, ...] = FORMATS
+    exact: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype | None] = None
+
+    def units(self, linears: Iterable[str], ends: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """What has a format of its own, by its name: one or several linears, and the embeddings."""
+        return {**{name: (name,) for name in linears}, EMBEDDINGS: (EMBEDDINGS,)}
+
+    def offered(self, columns: int, *, zeros: bool) -> tuple[WeightFormat, ...]:
+        """The formats of a matrix with rows of so many weights, and perhaps with zeros."""
+        return self.formats
 
     def rest(self, model: PackableCheckpoint) -> int:
         """Bytes of everything that is no linear and no embedding, at most: norms in bfloat16, and
@@ -173,20 +204,46 @@ class PackedFolder:
         """Write what the target needs besides the packed folder; the bytes of its weight files."""
         return sum(file.stat().st_size for file in checkpoint.shard_files(folder))
 
+    def read_back(self, folder: Path, model: PackableCheckpoint) -> MixedReader | None:
+        """The weights that the target's file has; None if the packed folder itself is judged."""
+        return None
 
-class _GGUFFolder(PackedFolder):
+    def types(self, folder: Path) -> dict[str, str]:
+        """The types of the matrices in a GGUF file, by the names of its tensors."""
+        return {}
+
+
+class GGUFFolder(PackedFolder):
     """A packed folder and a GGUF file in it, which is what counts."""
 
-    formats = FORMATS[:3]
+    formats = tuple(WeightFormat(values, 0.0) for values in ("bfloat16", *OF_256, *OF_32))
+    exact = True
+    dtype = torch.float32  # no other has the numbers of blocks
+
+    def units(self, linears: Iterable[str], ends: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The experts of a layer together; embedding and head alone."""
+        stacks = dict[str, list[str]]()
+        for name in (*linears, *ends):
+            stacks.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+        return {stack: tuple(names) for stack, names in stacks.items()}
+
+    def offered(self, columns: int, *, zeros: bool) -> tuple[WeightFormat, ...]:
+        """The types with whole blocks; where there are zeros, those with an exact 0."""
+        names = next((own for own in (OF_256, OF_32) if columns % TYPES[own[-1]].block == 0), ())
+        allowed = [name for name in names if not zeros or BlockGrid(name).exact_zero]
+        return tuple(WeightFormat(values, 0.0) for values in ("bfloat16", *allowed))
 
     def rest(self, model: PackableCheckpoint) -> int:
         """Norms in float32, the vocabulary, headers; exact."""
         from secateur.exporting.gguf.writing import bytes_as_stored
 
-        bare = self.formats[0]
+        bare, ends = self.formats[0], ends_of(model)
         whole = bytes_as_stored(model.reader, dict.fromkeys(model.matrices, bare.values))
-        shapes = [model.reader.entries[name].shape for name in model.matrices]
-        return whole - sum(self.matrix("", (out, into), bare) for out, into in shapes)
+        shapes = {**model.shapes, **ends}
+        for names in self.units(model.shapes, ends).values():
+            out, into = shapes[names[0]]
+            whole -= self.matrix("", (len(names) * out, into), bare)
+        return whole
 
     def matrix(
         self, name: str, shape: tuple[int, int], stored: WeightFormat, kept: float | None = None
@@ -197,7 +254,7 @@ class _GGUFFolder(PackedFolder):
         return bytes_of_matrix(shape, stored.values)
 
     def finish(self, folder: Path, progress: Progress) -> int:
-        """Export every matrix in the type nearest to how it is stored: `model-stored.gguf`."""
+        """Export every matrix in the type in which it is stored: `model-stored.gguf`."""
         from secateur.exporting import ExportSource
         from secateur.exporting.gguf import GGUF
         from secateur.models.configuration import read_configuration
@@ -207,8 +264,25 @@ class _GGUFFolder(PackedFolder):
         source = ExportSource("model", folder, config, reader)
         return GGUF().write(source, "stored", folder, progress).file_bytes
 
+    def read_back(self, folder: Path, model: PackableCheckpoint) -> MixedReader | None:
+        """The model with the matrices of the file."""
+        from secateur.exporting.gguf.like import written_layout
 
-PACKED_FOLDER, GGUF_FILE = PackedFolder(), _GGUFFolder()
+        return written_layout(self.written(folder), model).weights()
+
+    def written(self, folder: Path) -> GGUFSource:
+        """The file in a folder."""
+        from secateur.models.gguf_file import GGUFSource
+
+        return GGUFSource.read(min(folder.glob("*.gguf")))
+
+    def types(self, folder: Path) -> dict[str, str]:
+        """The types of the matrices in a GGUF file, by the names of its tensors."""
+        tensors = self.written(folder).tensors.values()
+        return {one.name: one.type.name for one in tensors if len(one.shape) > 1}
+
+
+PACKED_FOLDER, GGUF_FILE = PackedFolder(), GGUFFolder()
 
 FILES: dict[str, PackedFolder] = {"cpu": PACKED_FOLDER, "llama.cpp": GGUF_FILE}
 """The files of the targets that a fit can serve."""
@@ -222,16 +296,23 @@ class CostKind:
         name: size, memory or seconds.
         rest: of everything that is no linear.
         limit: the most that the whole model may cost; infinite for no bound.
+        exact: whether it needs no margin.
     """
 
     name: str
     rest: float
     limit: float
+    exact: bool = False
+
+    @property
+    def share(self) -> float:
+        """The part of a budget that may be spent: what is left without its margin."""
+        return 1 - MARGINS[self.name] * (not self.exact)
 
     @property
     def aim(self) -> float:
         """What is left for the linears, without its margin."""
-        return (self.limit - self.rest) * (1 - MARGINS[self.name])
+        return (self.limit - self.rest) * self.share
 
 
 @dataclass(frozen=True)
@@ -257,15 +338,27 @@ class Costs:
     head: Mapping[str, float] = field(default_factory=dict)
     zeros: Mapping[str, float] = field(default_factory=dict)
 
+    @functools.cached_property
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """The linears of every unit, or its embedding and head; each unit has one format."""
+        return self.files.units(self.shapes, self.outer)
+
     @property
     def units(self) -> list[str]:
-        """What has a format of its own: the linears, then the embeddings."""
-        return [*self.shapes, EMBEDDINGS]
+        """What has a format of its own."""
+        return [*self.members]
 
     @property
     def formats(self) -> tuple[WeightFormat, ...]:
-        """The formats of every unit; the first is the model itself."""
+        """The formats of all units; the first is the model itself."""
         return self.files.formats
+
+    def offered(self, unit: str) -> tuple[WeightFormat, ...]:
+        """The formats of a unit, as many as of any; where it has fewer, the first fills up."""
+        first, *_ = names = self.members[unit]
+        _, columns = {EMBEDDINGS: (0, 0), **self.outer, **self.shapes}[first]
+        own = self.files.offered(columns, zeros=any(name in self.zeros for name in names))
+        return own + own[:1] * (len(self.formats) - len(own))
 
     @property
     def aim(self) -> Cost:
@@ -311,7 +404,9 @@ class Costs:
                 whole[-1] += self.head[stored.values]
             return tuple(whole)
         stored = replace(stored, sparsity=max(stored.sparsity, self.zeros.get(name, 0.0)))
-        return self._of_matrix(name, self.shapes[name], stored, kept, timed=True)
+        first, *_ = names = self.members[name]
+        out, into = self.shapes[first] if first in self.shapes else self.outer[first]
+        return self._of_matrix(name, (len(names) * out, into), stored, kept, timed=True)
 
     def pruned(self, name: str, stored: WeightFormat) -> float:
         """The fraction of the nonzero weights of a linear that a format prunes."""
@@ -349,14 +444,14 @@ class Costs:
         Returns:
             None if no model keeps the other bounds.
         """
-        every = tuple(tuple(self.of(unit, x) for x in self.formats) for unit in self.units)
+        every = tuple(tuple(self.of(unit, x) for x in self.offered(unit)) for unit in self.units)
         others = (math.inf if alone or n == place else most for n, most in enumerate(self.aim))
         knapsack = Knapsack(every, ((0.0,) * len(self.formats),) * len(every))
         candidate = knapsack.cheapest(place, (*others, math.inf))
         if candidate is None:
             return None
         kind = self.kinds[place]
-        return kind.rest + knapsack.total(candidate)[place] / (1 - MARGINS[kind.name])
+        return kind.rest + knapsack.total(candidate)[place] / kind.share
 
 
 def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -> Costs:
@@ -371,7 +466,8 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
         ArchitectureError: the speed is bounded, and our loop cannot decode the model.
     """
     files, reader = FILES[recipe.target], model.reader
-    kinds, times = [CostKind(SIZE, files.rest(model), _limit(recipe.max_size))], None
+    size = CostKind(SIZE, files.rest(model), _limit(recipe.max_size), files.exact)
+    kinds, times = [size], None
     if recipe.max_inference_memory is not None or recipe.decode_speedup is not None:
         skeleton = build_skeleton(reader.folder)
     if recipe.max_inference_memory is not None:
@@ -382,16 +478,23 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
     if recipe.decode_speedup is not None:
         times = time_linears(skeleton.config, model.shapes, progress)
         kinds.append(CostKind(SECONDS, times.rest, times.base / recipe.decode_speedup))
-    outer = {
-        name.removesuffix(".weight"): (rows, columns)
-        for name, matrix in model.matrices.items()
-        if not matrix.prunable
-        for rows, columns in [reader.entries[name].shape]
-    }
     shares = model.zero_fractions.items()
     # a linear without any weight left is counted as dense
     zeros = {name: share for name, share in shares if FEWEST_ZEROS <= share < 1}
-    return Costs(tuple(kinds), model.shapes, outer, times, files, zeros=zeros)
+    return Costs(tuple(kinds), model.shapes, ends_of(model), times, files, zeros=zeros)
+
+
+def ends_of(model: PackableCheckpoint) -> dict[str, tuple[int, int]]:
+    """The shapes [out, in] of embedding and head, by their names; one if they are tied."""
+    entries = model.reader.entries
+    ends = (name for name, matrix in model.matrices.items() if not matrix.prunable)
+    return {name.removesuffix(".weight"): _sides(entries[name].shape) for name in ends}
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a matrix."""
+    rows, columns = shape
+    return rows, columns
 
 
 def _limit(size: int | str | None) -> float:
@@ -434,6 +537,8 @@ POINTS = 12
 @dataclass(frozen=True)
 class UnitLosses:
     """What the survey has measured (`fitting.survey`).
+
+    For llama.cpp, embedding and head are among the linears.
 
     Attributes:
         rounded: the divergence of each linear rounded to `survey.PROBE`, nats per token.
@@ -481,9 +586,12 @@ class FitProblem:
         """The same as numbers alone."""
         costs, cost, rise = self.costs, [], []
         for name in costs.units:
-            kept = self.losses.kept.get(name, {})
-            cost.append(tuple(costs.of(name, x, kept.get(x.name)) for x in costs.formats))
-            rises = (self.losses.rise(name, x, costs.pruned(name, x)) for x in costs.formats)
+            kept, offered = self.losses.kept.get(name, {}), costs.offered(name)
+            cost.append(tuple(costs.of(name, x, kept.get(x.name)) for x in offered))
+            rises = (
+                sum(self.losses.rise(one, x, costs.pruned(one, x)) for one in costs.members[name])
+                for x in offered
+            )
             rise.append(tuple(self.scale * each for each in rises))
         return Knapsack(tuple(cost), tuple(rise))
 
@@ -493,9 +601,13 @@ class FitProblem:
         return [n for n, stored in enumerate(self.costs.formats) if not stored.sparsity]
 
     def formats(self, candidate: Candidate) -> Formats:
-        """The format of every unit, by its name."""
-        chosen = zip(self.costs.units, candidate, strict=True)
-        return {name: self.costs.formats[number] for name, number in chosen}
+        """The format of every linear, and of the embeddings, by their names."""
+        costs, chosen = self.costs, zip(self.costs.units, candidate, strict=True)
+        return {
+            name: costs.offered(unit)[number]
+            for unit, number in chosen
+            for name in costs.members[unit]
+        }
 
     def mix(self, less: float) -> Candidate | None:
         """The best formats within the bounds; None if none fits.
@@ -516,7 +628,7 @@ class FitProblem:
         aim = self.costs.aim
         candidate = self.knapsack.cheapest(0, (*aim, bound))
         size = aim[0] if candidate is None else self.knapsack.total(candidate)[0]
-        return self.costs.rest[0] + min(size, self.knapsack.most[0]) / (1 - MARGINS[SIZE])
+        return self.costs.rest[0] + min(size, self.knapsack.most[0]) / self.costs.kinds[0].share
 
     @property
     def frontier(self) -> tuple[FitPoint, ...]:
@@ -524,7 +636,10 @@ class FitProblem:
         knapsack, found = self.knapsack, list[FitPoint]()
         least, most = knapsack.least[0], knapsack.most[0]
         free = [math.inf] * (len(self.costs.kinds) - 1)
-        for name, allowed in (("all formats", None), ("only rounded", self.without_zeros)):
+        kinds = {"all formats": None, "only rounded": self.without_zeros}
+        if len(self.without_zeros) == len(self.costs.formats):
+            kinds.pop("only rounded")
+        for name, allowed in kinds.items():
             seen = set[Candidate]()
             for step in range(POINTS):
                 budget = least * (most / least) ** (step / (POINTS - 1))

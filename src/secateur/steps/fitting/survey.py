@@ -12,6 +12,8 @@ allocation by divergence. With half of the weights pruned, rounding the others c
 (SmolLM2-135M, int4 and int3).
 
 Embedding and head are rounded once, on the calibration text, and the model with them is measured.
+For llama.cpp each of them is a matrix like the others: rounded alone to the nearest of one type,
+measured, and R says what other types lose.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 from functools import cache, partial
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.calibration.windows import load_windows, stored_extra
@@ -28,26 +31,38 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.rounded_head import head_gram, round_head
 from secateur.engine.search.sensitivity import ChangedAlone, Ways, pooled
 from secateur.engine.search.survey import LayerView, Survey, grains_of
+from secateur.models.checkpoint import CheckpointReader
 from secateur.models.targets import CheckpointTarget
+from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import quantize_rows
 from secateur.recipes.compress import CompressRecipe
 from secateur.recipes.methods_of import method_of
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
-from secateur.runs.output import write_json
-from secateur.runtime.formats import GRID_BITS
+from secateur.runs.output import whole_folder, write_json
+from secateur.runtime.formats import BLOCKS, GRID_BITS
 from secateur.runtime.storage_plan import MixedReader
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.steps.fitting.bench import FitBench, shared_options
-from secateur.steps.fitting.problem import GROUP, HALF, FitProblem, UnitLosses, embedded
-from secateur.types import Weight
+from secateur.steps.fitting.problem import (
+    EMBEDDINGS,
+    GROUP,
+    HALF,
+    FitProblem,
+    UnitLosses,
+    embedded,
+)
+from secateur.types import FLOATS, Weight
 
 TOKENS = 4096
 """Tokens on which the divergences are measured."""
 
 PROBE = "int3"
 """The values to which every linear is rounded once."""
+
+PROBE_OF_ENDS = "int4"
+"""The values to which embedding and head are rounded for llama.cpp."""
 
 GRIDS = ("int8", *GRID_BITS)
 
@@ -64,15 +79,18 @@ def survey_model(bench: FitBench) -> FitProblem:
     if not file.exists():
         rounded, pruned = _divergences(bench)
         coarser, kept = _sampled(bench)
+        embeddings = _of_embeddings(bench) if EMBEDDINGS in bench.costs.units else {}
+        if not embeddings:
+            rounded |= _of_ends(bench)
         found = {"rounded": rounded, "pruned": pruned, "coarser": coarser, "kept": kept}
-        write_json(file, {**found, "embeddings": _of_embeddings(bench)})
+        write_json(file, {**found, "embeddings": embeddings})
     losses = UnitLosses(**json.loads(file.read_text(encoding="utf-8")))
     return FitProblem(bench.costs, losses)
 
 
 def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
     """The divergence of every linear, rounded to the probe and without half of its weights."""
-    zeros = bench.costs.zeros
+    zeros, prunes = bench.costs.zeros, any(one.sparsity for one in bench.costs.formats)
     probe = {
         **_named(bench, "survey"),
         "effort": "fast",
@@ -91,7 +109,8 @@ def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
 
     def ways(view: LayerView) -> Ways:
         found: dict[str, dict[str, Tensor]] = {name: {} for name in view.weights}
-        for way, method, share in (("pruned", opened.method, HALF), ("rounded", rounding, 0.0)):
+        pruning = [("pruned", opened.method, HALF)] if prunes else []
+        for way, method, share in (*pruning, ("rounded", rounding, 0.0)):
             for name, weight in view.weights.items():
                 own = zeros.get(name, 0.0)
                 # zeros that are there stay, and a share of the others is pruned
@@ -106,7 +125,7 @@ def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
         slopes = pooled({name: found[way] for name, found in alone.items()}, grains)
         return {name: slope * grains[name].total for name, slope in slopes.items()}
 
-    return of_linears("rounded"), of_linears("pruned")
+    return of_linears("rounded"), of_linears("pruned") if prunes else {}
 
 
 ROUNDING: dict[str, Any] = {
@@ -137,17 +156,24 @@ def _sampled(bench: FitBench) -> tuple[dict[str, dict[str, float]], dict[str, di
 
     Returns:
         By linear: squared errors over that of the probe, by values; and the fraction of nonzeros,
-        by the names of formats, for linears with zeros.
+        by the names of formats, for linears with zeros. For llama.cpp also of embedding and head.
     """
     coarser, kept = {}, dict[str, dict[str, float]]()
     model, costs, progress = bench.model, bench.costs, bench.progress
-    progress.start("rounding samples", len(model.linears))
-    for linear, name in model.linears.items():
+    units = {one: unit for unit, names in costs.members.items() for one in names}
+    names = {n: model.linears.get(n, f"{n}.weight") for n in units if n != EMBEDDINGS}
+    progress.start("rounding samples", len(names))
+    for linear, name in names.items():
         weight = model.reader.read(name).float()
         weight = weight.t() if model.matrices[name].transposed else weight  # [out, in]
         rows = weight[:: max(1, weight.numel() // SAMPLED)]
-        errors = {x: float((_nearest(rows, x) - rows).square().sum()) for x in GRIDS}
-        coarser[linear] = {x: error / max(errors[PROBE], 1e-30) for x, error in errors.items()}
+        offered = {one.values for one in costs.offered(units[linear])}
+        probe = PROBE if linear in model.linears else PROBE_OF_ENDS
+        errors = {
+            x: float((_nearest(rows, x) - rows).square().sum())
+            for x in {probe, *offered} - FLOATS.keys()
+        }
+        coarser[linear] = {x: error / max(errors[probe], 1e-30) for x, error in errors.items()}
         order = rows.abs().argsort(dim=1).argsort(dim=1)  # the rank of each weight in its row
         kept[linear] = {}
         for one in costs.formats:
@@ -162,6 +188,8 @@ def _sampled(bench: FitBench) -> tuple[dict[str, dict[str, float]], dict[str, di
 
 def _nearest(weight: Weight, values: str) -> Weight:
     """A matrix [out, in], rounded to the nearest."""
+    if values in BLOCKS:
+        return BlockGrid(values).quantize(weight).values
     if values in GRID_BITS:
         grid = GroupGrid(GRID_BITS[values], GROUP)
         return grid.dequantize(*grid.quantize(weight))
@@ -183,5 +211,20 @@ def _of_embeddings(bench: FitBench) -> dict[str, float]:
         readers = round_head(recipe, target, gram_of, folder, bench.progress)
         reader = MixedReader.of(bench.model.reader, readers)
         rounded = CheckpointTarget(reader, None, target.device)
-        found[values] = max(bench.divergence_of(rounded, f"embeddings {values}"), 0.0)
+        found[values] = max(bench.chosen.of(rounded, f"embeddings {values}"), 0.0)
+    return found
+
+
+def _of_ends(bench: FitBench) -> dict[str, float]:
+    """The divergence with embedding or head rounded to the probe, alone, by their names."""
+    found = dict[str, float]()
+    for end in bench.costs.outer:
+        name, folder = f"{end}.weight", bench.work / f"rounded-{end}"
+        if not folder.exists():
+            with whole_folder(folder) as unfinished:
+                rounded = _nearest(bench.model.reader.read(name), PROBE_OF_ENDS).contiguous()
+                save_file({name: rounded}, unfinished / "model.safetensors")
+        reader = MixedReader.of(bench.model.reader, {name: CheckpointReader(folder)})
+        target = bench.opened(reader)
+        found[end] = max(bench.chosen.of(target, f"{end} {PROBE_OF_ENDS}"), 0.0)
     return found
