@@ -249,3 +249,22 @@ def test_the_matrix_of_another_model_is_refused(mixture: Any) -> None:
     with pytest.raises(CheckpointError) as refusal:
         scores_of_file.imatrix_scores(source, other, LAYERS, Silent())
     assert refusal.value.where == name
+
+
+def test_the_verb_keeps_the_best_of_a_file(mixture: Any, tmp_path: Path) -> None:
+    given, made = options(tmp_path), tmp_path / "smaller.gguf"
+    secateur.structure(
+        mixture[1], output=made, experts=3, calibration=given.source, windows=6, sequence_length=32
+    )
+    scores, _ = scores_of_file.expert_scores(
+        GGUFSource.read(mixture[1]), LAYERS, "reap", given, None, tmp_path, Silent()
+    )
+    [cut] = json.loads(GGUFSource.read(made).fields["secateur.cut"].value)
+    assert cut["experts"]["text"] == "a.jsonl,b.jsonl"
+    for layer, own in scores.items():
+        best = own.argsort(descending=True)[:3].tolist()
+        assert cut["experts"]["kept"][str(layer)] == sorted(best)
+    with LlamaCpp(made) as engine:
+        [logits] = engine.run(WINDOWS[:1], logits=True)
+    assert logits is not None
+    assert logits.isfinite().all()

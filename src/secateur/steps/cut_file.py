@@ -105,7 +105,8 @@ class Units:
                 {"kept": kept} if kept else {}
             )
             if calibration := notes.get("calibration"):
-                own["text"] = Path(calibration["source"]).name
+                texts = texts_of(calibration["source"])
+                own["text"] = ",".join(Path(text).name for text in texts)
             found[kind] = own
         return found
 
