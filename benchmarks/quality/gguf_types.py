@@ -21,6 +21,8 @@ dense model. All are calibrated with the same 64 windows of 512 tokens.
 * `like MIX`: `secateur fit --like` on llama.cpp's file. What it refuses is printed and has no row.
 
 Bytes are those of the tensors; `file` is the whole file. `types` has what the matrices really are.
+`llama.cpp` has what its own logits give on the first window of each text, as a check of the reader; it
+rounds the inputs of each product to 8 bits, which the judge does not.
 What each window gave is kept in `DIR/NAME/rows` at once; `--first` judges only so many windows of
 each text, and a later run goes on from there. `--publish` writes the result.
 """
@@ -37,7 +39,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,14 @@ import torch
 import transformers
 from benchmarks.hardware import heading, keep, markdown
 from benchmarks.quality.judged import MEASURES as MEASURED
-from benchmarks.quality.judged import Judge, windows_of
+from benchmarks.quality.judged import Judge, logits_of, windows_of
 from benchmarks.rivals.llama_types import PURE, TYPES, LlamaFiles, types_of
 from benchmarks.stored import alone, known_rows
 from torch import Tensor
 
 import secateur
 from secateur.errors import VerificationError
+from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.models.skeleton import quiet_transformers
 from secateur.models.sources import resolve
 
@@ -127,12 +130,24 @@ class Bench:
             row |= {"contender": contender, "bytes": size, "file": file.stat().st_size}
             row |= {"types": types} | {text: [] for text in TEXTS}
         self.model.load_state_dict(weights_of(file))
+        logits = partial(logits_of, self.model)
         for text in TEXTS:
-            row[text] += self.judge.measured(self.model, text, len(row[text]), count)
-        partial = known.with_suffix(".partial")
-        partial.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        partial.rename(known)
+            row[text] += self.judge.measured(logits, text, len(row[text]), count)
+        if "llama.cpp" not in row:
+            row["llama.cpp"] = self.by_llama_cpp(file)
+        unfinished = known.with_suffix(".partial")
+        unfinished.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        unfinished.rename(known)
         print(contender, f"{row['bytes']:,}", *summary(row, self.dense(count)).items(), flush=True)
+
+    def by_llama_cpp(self, file: Path) -> dict[str, list[float]]:
+        """The measures of the first window of each text with llama.cpp's own logits."""
+        with LlamaCpp(file) as engine:
+
+            def logits(ids: Tensor) -> Tensor:
+                return next(x for x in engine.run(ids[None], logits=True) if x is not None)
+
+            return {text: next(self.judge.measured(logits, text, 0, 1)) for text in TEXTS}
 
     def dense(self, count: int) -> dict[str, Any]:
         """What the dense model gives on the same windows."""
@@ -140,7 +155,8 @@ class Bench:
         row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for text in TEXTS:
             known = row.setdefault(text, [])
-            known += self.judge.measured(self.judge.dense, text, len(known), count)
+            logits = partial(logits_of, self.judge.dense)
+            known += self.judge.measured(logits, text, len(known), count)
         row["weights"] = sum(x.numel() for x in self.judge.dense.parameters())
         file.write_text(json.dumps(row) + "\n", encoding="utf-8")
         return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ def windows_of(source: Path, text: Path, count: int, work: Path) -> Tensor:
         options = CalibrationWindows(windows=count, sequence_length=LENGTH)
         save_file({"input_ids": reader.read(str(text), options)[0]}, file)
     return load_file(file)["input_ids"]
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """The logits of one window [length, vocabulary]."""
+    found: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+    return found
 
 
 class Judge:
@@ -64,11 +70,13 @@ class Judge:
         return known[:count]
 
     @torch.no_grad()
-    def measured(self, model: Any, text: str, first: int, last: int) -> Iterator[list[float]]:
+    def measured(
+        self, logits: Callable[[Tensor], Tensor], text: str, first: int, last: int
+    ) -> Iterator[list[float]]:
         """The `MEASURES` of some windows of a text.
 
         Args:
-            model: the contender, in float32.
+            logits: of the contender, float32 [length, vocabulary] of token ids [length].
             text: the name of the text.
             first: the number of the first window.
             last: one more than the number of the last.
@@ -76,7 +84,7 @@ class Judge:
         states, head = self.states(text, last), self.dense.get_output_embeddings()
         for number in range(first, last):
             ids = self.texts[text][number]
-            found = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+            found = logits(ids).log_softmax(-1)
             exact = head(states[number]).log_softmax(-1)
             loss = -found[:-1].gather(-1, ids[1:, None]).mean()
             agreement = (found.argmax(-1) == exact.argmax(-1)).float().mean()
