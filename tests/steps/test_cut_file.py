@@ -193,6 +193,24 @@ def test_a_kill_between_the_names_of_parts_loses_nothing(
     assert {x.name: x.read_bytes() for x in whole.glob("out*")} == expected
 
 
+def test_an_output_that_appears_during_the_run_is_kept(
+    file: Path, listed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = file.with_name("out.gguf"), file_run.FileRun.note_finished
+
+    def appears(self: file_run.FileRun, made: Path) -> None:
+        write(self, made)
+        output.write_bytes(SOUND.content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_run.FileRun, "note_finished", appears)
+        with pytest.raises(RecipeError, match="exists; the finished result"):
+            cut(file, experts_list=listed)
+    assert output.read_bytes() == SOUND.content
+    output.unlink()
+    assert cut(file, experts_list=listed, resume=True).after.experts == 2
+
+
 REFUSED: Mapping[str, dict[str, Any]] = {
     "ffn": {"ffn": 0.5, "experts": 2},
     "hidden_size": {"hidden_size": 0.5, "experts": 2},

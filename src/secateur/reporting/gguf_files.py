@@ -206,19 +206,18 @@ class CutFileResult(Result):
         return [table, *blocks_of("CutFileResult", self, chosen=[*_chosen(self.cut)])]
 
     def following(self) -> list[Block]:
-        """Commands for the file."""
-        return lines_of(
-            {"the file": self.output},
-            {
-                "let it write, in llama.cpp": shlex.join(
-                    ["llama-cli", "-m", str(self.output), "-p", next_steps.PROMPT]
-                ),
-                "see its parts": next_steps.command("inspect", self.output),
-                "measure what it lost": next_steps.command(
-                    "evaluate", self.output, "--dense", self.source, "--text", next_steps.HELD_OUT
-                ),
-            },
-        )
+        """Commands for the file. A model in parts is not expanded, so it cannot be evaluated."""
+        file, source = self.output, self.source
+        words = ["llama-cli", "-m", str(file), "-p", next_steps.PROMPT]
+        commands = {
+            "let it write, in llama.cpp": shlex.join(words),
+            "see its parts": next_steps.command("inspect", file),
+        }
+        if self.after.parts == 1:
+            commands["measure what it lost"] = next_steps.command(
+                "evaluate", file, "--dense", source, "--text", next_steps.HELD_OUT
+            )
+        return lines_of({"the file": file}, commands)
 
 
 def _chosen(cut: Mapping[str, Any]) -> Iterable[dict[str, Any]]:

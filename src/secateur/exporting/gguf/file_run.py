@@ -104,8 +104,12 @@ class FileRun(RunFolder):
             self.note_finished(self.model / self.names[0])
         for file in reversed(self.files):
             made = self.model / file.name
-            if made.exists() and (self.overwrite or not rename(made, file, NO_REPLACE)):
-                made.replace(file)
+            try:
+                if made.exists() and (self.overwrite or not rename(made, file, NO_REPLACE)):
+                    made.replace(file)
+            except FileExistsError:
+                self.check_free_name(result=self.model)
+                raise
         self.finished = True
 
 
