@@ -37,7 +37,7 @@ from secateur.errors import RecipeError
 from secateur.exporting import ExportSource
 from secateur.exporting.gguf.architectures import model_of
 from secateur.exporting.gguf.edit import Edit, Kept
-from secateur.exporting.gguf.writing import dequantized
+from secateur.exporting.gguf.llama_cpp import decoded
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import read_configuration
 from secateur.models.gguf_file import GGUFSource, StoredTensor
@@ -224,9 +224,7 @@ def sheet_of(tensor: StoredTensor, number: int = 0) -> Tensor:
     stacked = len(tensor.shape) > 2
     stored = tensor.read([number]) if stacked else tensor.read()
     rows = stored.reshape(tensor.shape[-2], -1)
-    if tensor.type in (Q.F32, Q.F16):
-        rows = rows.view(np.float32 if tensor.type == Q.F32 else np.float16)
-    return dequantized(rows, tensor.type).float()
+    return decoded(rows, tensor.type)
 
 
 def layout_of(file: GGUFSource, model: PackableCheckpoint, progress: Progress) -> FileLayout:
