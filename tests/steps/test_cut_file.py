@@ -8,12 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+import torch
 from gguf_bytes import F32, Q4_K, SOUND, STRING, U32, Bytes, key, number, tensor, text
+from gguf_models import byte_level, save
 
 import secateur
 from secateur.errors import ArchitectureError, RecipeError, SecateurError
 from secateur.exporting.gguf import file_run
+from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.models.gguf_file import GGUFSource
 from secateur.reporting.gguf_files import CutFileResult, InspectFileResult
 
@@ -160,6 +164,40 @@ def test_a_layer_that_goes_leaves_a_part_without_tensors(parts: list[Path]) -> N
     made = GGUFSource.read(cut(parts[0], layers_list="0,2").output)
     assert [len(part.tensors) for part in made.parts] == [2, 0, 2]
     assert made.fields["split.tensors.count"].value == 4
+
+
+def split(file: Path, place: Path, tensors: int) -> Path:
+    """The first part of the same model in parts of so many tensors, by the package `gguf`."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(place, "qwen3moe", split_max_tensors=tensors)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            items = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], items)
+    for stored in reader.tensors:
+        writer.add_tensor(stored.name, stored.data, raw_dtype=stored.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(place.parent.glob(f"{place.stem}-*"))
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_parts_of_which_one_is_empty(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"num_hidden_layers": 3, "decoder_sparse_step": 1}
+    source = save(tmp_path / "model", byte_level(), "qwen3_moe", **more)
+    secateur.export(source, output=tmp_path / "f32", type="f32")
+    (whole,) = (tmp_path / "f32").iterdir()
+    first = split(whole, tmp_path / "split.gguf", 4)
+    options: dict[str, Any] = {"layers_list": "0,2", "experts": 2, "experts_by": "aimer"}
+    one = cut(whole, **options, output=tmp_path / "one.gguf")
+    many = cut(first, **options, output=tmp_path / "many.gguf")
+    assert 0 in [len(part.tensors) for part in GGUFSource.read(many.output).parts]
+    windows = torch.randint(5, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    with LlamaCpp(one.output) as a, LlamaCpp(many.output) as b:
+        for x, y in zip(a.run(windows, logits=True), b.run(windows, logits=True), strict=True):
+            assert torch.equal(x, y)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -10,6 +10,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -39,8 +40,8 @@ from secateur.runs.output import writing
 VERSION = 3
 COPIED_BYTES = 2**22
 """So much is copied at once."""
-SYNCED_BYTES = 2**29
-"""So much work does a kill lose."""
+SYNCED_BYTES = 2**28
+"""After so many bytes they are brought to the disk, which a kill in the meantime loses."""
 IN_KERNEL_BYTES = 2**17
 """Shorter runs of rows go through memory, many of them at once."""
 NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
@@ -162,10 +163,10 @@ def written(
         with FileIO(part.file) as read, writing(file), _Writer(file, read, begun) as writer:
             for piece in part.pieces():
                 writer.write(piece, progress)
-                if writer.waiting >= SYNCED_BYTES:
+                if writer.at - writer.synced >= SYNCED_BYTES:
                     writer.sync(ledger)
-            if writer.waiting:
-                writer.sync(ledger)
+            writer.sync(ledger)
+            writer.note(ledger)
     progress.finish()
     return files
 
@@ -310,6 +311,8 @@ class _Writer:
     def __init__(self, file: Path, source: FileIO, done: int) -> None:
         self.file, self.source, self.done = file, source, done
         self.at, self.synced = 0, done
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
         self.stream = FileIO(file, "r+" if done else "w")
         self.stream.truncate(done)
         self.stream.seek(done)
@@ -318,12 +321,8 @@ class _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
         self.stream.close()
-
-    @property
-    def waiting(self) -> int:
-        """Bytes that are written and may not be on the disk."""
-        return self.at - self.synced
 
     def write(self, piece: bytes | _Runs, progress: Progress) -> None:
         """Write the next piece, unless it is there."""
@@ -371,7 +370,15 @@ class _Writer:
         return found
 
     def sync(self, ledger: Ledger) -> None:
-        """Write down that everything so far is on the disk."""
-        os.fsync(self.stream.fileno())
-        self.synced = self.at
-        ledger.append({"file": self.file.name, "bytes": self.at})
+        """Begin to bring everything so far to the disk, while more is written."""
+        self.note(ledger)
+        if self.at > self.synced:
+            self.synced = self.at
+            self.pending = self.thread.submit(os.fsync, self.stream.fileno())
+
+    def note(self, ledger: Ledger) -> None:
+        """Wait for what is on its way to the disk, and write down that it is there."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+            ledger.append({"file": self.file.name, "bytes": self.synced})
