@@ -178,13 +178,12 @@ class Compress(Step[CompressRecipe, CompressResult]):
         values_of |= self.given_ends
         if recipe.to == "gguf":
             recipe = recipe.model_copy(update={"format": DENSE})
-        own = computed_dtype(self.model.reader.folder) if recipe.values in BLOCKS else None
-        computed = own or torch.bfloat16
+        given_dtype = computed_dtype(self.model.reader.folder)
+        computed = given_dtype if recipe.values in BLOCKS else torch.bfloat16
         plan = storage_plan.make_plan(model, values_of, recipe, self.run.progress, computed)
-        if recipe.to == "gguf":
-            return self._report(model, plan, self._gguf(model, plan), rounding)
-        packed = self._pack(model, plan, is_rounded=bool(rounding))
-        return self._report(model, plan, packed, rounding)
+        to_file, rounds = recipe.to == "gguf", bool(rounding)
+        made = self._gguf(model, plan) if to_file else self._pack(model, plan, is_rounded=rounds)
+        return self._report(model, plan, made, rounding)
 
     def refuse_lost_zeros(self) -> None:
         """Refuse pruned matrices in types of llama.cpp that have no exact zero.
