@@ -17,17 +17,19 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
 
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import RecipeError
 from secateur.exporting.gguf.cut_experts import IN_LAYER, check_numbers, refused
 from secateur.exporting.gguf.edit import Edit, Kept
 from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
 
+_refused = partial(refused, units="layers")
 _NUMBERED = re.compile(r"\.\d+\.")
 
 _PER_LAYER = frozenset(
@@ -128,11 +130,6 @@ class FileLayers:
             raise _refused("llama.cpp knows by number which layers index", "glm-dsa")
         return cls(source, count - predicting, predicting)
 
-    def numbers(self, kept: Sequence[int]) -> dict[int, int]:
-        """New numbers by old ones, those of layers that predict several tokens included."""
-        last = range(self.count, self.count + self.predicting)
-        return {old: new for new, old in enumerate((*kept, *last))}
-
 
 def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     """Keep some decoder layers.
@@ -151,7 +148,8 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     if not kept or len(set(kept)) < len(kept) or kept[0] < 0 or kept[-1] >= layers.count:
         what = f"the layers are {kept[:8]}, and the file has {layers.count}"
         raise _impossible(layers, what, "name layers that are there, each once")
-    numbers = layers.numbers(kept)
+    last = range(layers.count, layers.count + layers.predicting)
+    numbers = {old: new for new, old in enumerate((*kept, *last))}
     changed = _changed_fields(layers, numbers)
     _check_roles(layers, kept, changed)
     _check_kinds(layers, kept)
@@ -435,10 +433,6 @@ def _needed(layers: FileLayers, kept: Iterable[int]) -> dict[int, str]:
     mapping = np.atleast_1d(source.get("deepstack_mapping", -1))
     images = (number for number, place in enumerate(mapping) if place >= 0)
     return needed | dict.fromkeys(images, "images enter there")
-
-
-def _refused(what: str, where: str) -> ArchitectureError:
-    return refused(what, where, "layers")
 
 
 def _impossible(layers: FileLayers, what: str, remedy: str) -> RecipeError:

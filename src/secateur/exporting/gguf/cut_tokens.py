@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from gguf import TokenType
 
 from secateur.calibration.chats import Document
-from secateur.errors import ArchitectureError, RecipeError
+from secateur.errors import RecipeError
 from secateur.exporting.gguf.cut_experts import refused
 from secateur.exporting.gguf.cut_layers import keys_of_deepseek2, picked
 from secateur.exporting.gguf.edit import Edit, written
@@ -41,6 +42,7 @@ from secateur.structured.token_pieces import (
 )
 from secateur.structured.vocabulary import check_tokens, token_counts
 
+_refused = partial(refused, units="tokens")
 _TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _TYPES, _SCORES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 
@@ -89,7 +91,11 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
         elif _OF_IDS.search(name):
             own = [new.get(token, token) for token in _ids(field, name)]
             changed[name] = field.like(own[0] if field.items is None else own)
-        elif name.startswith("tokenizer.") and _has_entries(field, len(words)):
+        elif (
+            name.startswith("tokenizer.")
+            and field.items is not None
+            and len(field.value) == len(words)
+        ):
             changed[name] = picked(field, kept)
         elif name == f"{source.architecture}.vocab_size":
             changed[name] = field.like(len(kept))
@@ -247,11 +253,6 @@ def _stays(merge: str, words: set[str]) -> bool:
     return first in words and second in words and first + second in words
 
 
-def _has_entries(field: Field, count: int) -> bool:
-    """Whether an array has one for each token."""
-    return field.items is not None and len(field.value) == count
-
-
 def _named(source: GGUFSource) -> set[int]:
     """The ids that keys name. llama.cpp ignores one beyond the vocabulary."""
     rows = range(len(source.fields[_TOKENS].value))
@@ -285,7 +286,3 @@ def _refused_choice(what: str, source: GGUFSource) -> RecipeError:
     return RecipeError(
         what, where=str(source.file), remedy="keep the tokens that tokens_of_text returns"
     )
-
-
-def _refused(what: str, where: str) -> ArchitectureError:
-    return refused(what, where, "tokens")
