@@ -143,20 +143,6 @@ def test_rounding_again_changes_nothing(kind):
 
 
 @EVERY
-def test_a_search_near_other_scales_is_no_worse_than_these(kind):
-    weight, importance = random_weight(6, 512, 4)
-    grid = BlockGrid(kind)
-    before, later = grid.quantize(weight, importance), weight * 1.04 + 0.0005
-
-    def error(blocks):
-        return float((importance * (later - blocks.values) ** 2).sum())
-
-    near = grid.quantize(later, importance, near=before)
-    assert error(near) < error(before.recoded(later))
-    same_bits(near.values, read_by_gguf(near, kind))
-
-
-@EVERY
 def test_the_codes_are_the_nearest_there_are(kind):
     weight, _ = random_weight(4, 256, 3)
     blocks = BlockGrid(kind).quantize(weight)

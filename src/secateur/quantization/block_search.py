@@ -97,21 +97,17 @@ class Parabola(NamedTuple):
         return straight + b * (b * self.vv - 2 * self.vr - 2 * a * self.uv)
 
 
-def search(table: BlockType, x: Tensor, h: Tensor, near: Found | None = None) -> Found:
+def search(table: BlockType, x: Tensor, h: Tensor) -> Found:
     """The scales and minima of n blocks.
 
     Args:
         table: their type.
         x: the weights, float32 [n, sub-blocks, weights of one].
         h: their importance, like `x`.
-        near: begins step 3, in place of steps 1 and 2.
     """
     size = max(1, AT_ONCE // table.block)
-    nears = [None] * -(-len(x) // size)
-    if near is not None:
-        nears = [Found(*each) for each in zip(*(part.split(size) for part in near), strict=True)]
-    parts = zip(x.split(size), h.split(size), nears, strict=True)
-    found = [_Search(table, own, each).found(begin) for own, each, begin in parts]
+    parts = zip(x.split(size), h.split(size), strict=True)
+    found = [_Search(table, own, each).found() for own, each in parts]
     return Found(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
@@ -126,9 +122,9 @@ class _Search:
         minima = table.has_minima
         self.sum_h, self.sum_hx = (self.h.sum(-1), (self.h * x).sum(-1)) if minima else (none, none)
 
-    def found(self, near: Found | None) -> Found:
-        """All three steps, or the third."""
-        tried = self._integers(*self._alone()) if near is None else near
+    def found(self) -> Found:
+        """All three steps."""
+        tried = self._integers(*self._alone())
         best, least = tried, torch.full_like(tried.d, torch.inf)
         for _ in range(_ROUNDS):
             tried = self._neighbours(tried)

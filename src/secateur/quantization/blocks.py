@@ -94,16 +94,12 @@ class BlockGrid:
             )
         return columns // self.block * self.table.block_bytes
 
-    def quantize(
-        self, weight: Weight, importance: Tensor | None = None, near: Blocks | None = None
-    ) -> Blocks:
+    def quantize(self, weight: Weight, importance: Tensor | None = None) -> Blocks:
         """Round a matrix with scales and minima that lower Σ_j h_ij (w_ij − ŵ_ij)².
 
         Args:
             weight: [..., out, in], any floating dtype.
             importance: h, broadcasts to the weight; 1 for every weight if not given.
-            near: only scales and minima near to those of these blocks are searched: faster, and
-                the error is no larger than that of `near.recoded(weight)`.
 
         Raises:
             ShapeError: a row has no whole number of blocks.
@@ -120,8 +116,7 @@ class BlockGrid:
         parts, shape = [], (-1, self.table.subs, self.sub)
         for start in range(0, len(rows), step):
             own, h = (x[start : start + step].float() for x in (rows, each))
-            begin = None if near is None else near.found(slice(start, start + step))
-            found = search(self.table, own.reshape(shape), h.reshape(shape), begin)
+            found = search(self.table, own.reshape(shape), h.reshape(shape))
             parts.append(Blocks.of(self, found, own))
         names = ("codes", "d", "scales", "d_min", "minima")
         joined = (torch.cat([getattr(part, name) for part in parts]) for name in names)
@@ -155,13 +150,6 @@ class Blocks:
         dtypes = (torch.float16, torch.int8) * 2
         numbers = (part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True))
         return Blocks(grid, torch.empty(0), *numbers).recoded(weight)
-
-    def found(self, rows: slice) -> Found:
-        """The scales of the blocks of some rows of the flattened matrix, in turn."""
-        parts = (self.d, self.scales, self.d_min, self.minima)
-        d, s, d_min, m = (part.flatten(0, -2)[rows].float() for part in parts)
-        subs = self.grid.table.subs
-        return Found(d.flatten(), s.reshape(-1, subs), d_min.flatten(), m.reshape(-1, subs))
 
     @property
     def shape(self) -> torch.Size:
