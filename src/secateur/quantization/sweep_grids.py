@@ -1,7 +1,8 @@
-"""The grids to which a column sweep rounds: one scale for a row, or one for each group of it.
+"""The grids to which a column sweep rounds: a scale for each row or group, or the blocks of ggml.
 
 A sweep holds the weight transposed, [in, out] or a batch of them, and goes from the first column to
-the last. Both grids answer the same two calls: `begin` at each step of columns, `round` at each.
+the last. All grids answer the same two calls: `begin` at each group or block, `round` at each
+column.
 
 Coordinate descent then improves the integers and the scales of a rounded matrix. The layer-wise
 error of all rows x of X̂ (targets t) is Σ (x − t) H (x − t)ᵀ. With everything else held, it is a
@@ -11,7 +12,9 @@ parabola in one weight, and one in the scale s of one group with its integers q:
     s   ← s − q rᵀ / (q H qᵀ)                    over the group's columns; then the nearest scale
 
 The nearest point of a grid to the vertex of a parabola is the best on that grid, so no step raises
-the error. A pass takes the groups from left to right: first the scale, then the integers.
+the error. A pass takes the groups from left to right: first the scale, then the integers. A block
+of ggml has integers for scale and minimum of each sub-block: the error is a parabola in both. Their
+neighbours are tried with codes of their own, and the float16 numbers of the block come last.
 
 Papers: Behdin et al. 2023, "QuantEase: Optimization-based Quantization for Language Models",
 arXiv:2309.01885; Nair and Suggala 2024, "CDQuant: Greedy Coordinate Descent for Accurate LLM
