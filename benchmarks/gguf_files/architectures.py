@@ -144,6 +144,12 @@ def largest(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max())
 
 
+def distance(ours: np.ndarray, by_transformers: np.ndarray) -> Row:
+    """How far logits are from transformers': for the farthest token, and usually."""
+    each = np.abs(ours - by_transformers).max(-1)
+    return {"transformers": float(each.max()), "usual": float(np.median(each))}
+
+
 def compared(ours: Path, theirs: Path) -> Row:
     """How two files differ: in tensors, types, bytes and keys."""
     one, other = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
@@ -225,12 +231,8 @@ class Check:
         """A row for the file itself and for each cut."""
         whole = llama_cpp(self.file, self.windows)
         own = by_transformers(self.model, self.windows)
-        each = np.abs(whole - own).max(-1)
-        first = {
-            "cut": "none", "transformers": float(each.max()), "usual": float(np.median(each)),
-            "spread": float(own.std()),
-        }  # fmt: skip
-        return [first, *self.experts(), *self.layers(), *self.tokens()]
+        first = {"cut": "none", "spread": float(own.std())}
+        return [first | distance(whole, own), *self.experts(), *self.layers(), *self.tokens()]
 
     def experts(self) -> list[Row]:
         """A cut of experts, in float32 and in types of blocks."""
@@ -246,7 +248,7 @@ class Check:
         folder_cuts.cut_experts(self.folder, folder, kept, count)
         row = {"cut": "experts", "from": count, "to": len(next(iter(kept.values())))}
         rows = [row | self.beside(cut, folder, self.tiny.released)]
-        for mix in () if self.tiny.mxfp4 else CUT_MIXES:
+        for mix in () if self.tiny.blocks else CUT_MIXES:
             rows.append({**row, "cut": f"experts, {mix}"} | self.mixed(mix, folder, experts=kept))
         return rows
 
@@ -271,7 +273,7 @@ class Check:
         del settings["num_hidden_layers"]
         row = {"cut": "layers", "from": count, "to": len(kept), "gone": gone, "not": why[:1]}
         rows = [row | self.beside(cut, folder, settings)]
-        for mix in () if self.tiny.mxfp4 else CUT_MIXES[:1]:
+        for mix in () if self.tiny.blocks else CUT_MIXES[:1]:
             rows.append({**row, "cut": f"layers, {mix}"} | self.mixed(mix, folder, layers=kept))
         return rows
 
@@ -284,7 +286,7 @@ class Check:
         words = len(self.source.fields["tokenizer.ggml.tokens"].value)
         windows = np.random.default_rng(1).choice(kept, (WINDOWS, LENGTH))
         rows = []
-        for mix in ("f32",) if self.tiny.mxfp4 else ("f32", CUT_MIXES[0]):
+        for mix in ("f32",) if self.tiny.blocks else ("f32", CUT_MIXES[0]):
             file = self.work / f"{mix}.gguf"
             cut = self.cut(file, tokens=kept)
             theirs = llama_cpp(file, windows)[..., list(kept)]
@@ -301,7 +303,7 @@ class Check:
         Only byte-level tokenizers: the converter reads others from a `tokenizer.model`, which such a
         folder no longer has.
         """
-        if self.tiny.words != "bytes" or self.tiny.mtp or self.tiny.mxfp4:
+        if self.tiny.words != "bytes" or self.tiny.mtp or self.tiny.blocks:
             return {}
         folder, text = self.work / "tokens", self.work / "text.txt"
         text.write_text(TEXT)
@@ -322,9 +324,10 @@ class Check:
         """A cut file beside the converter's of the folder with the same cut."""
         theirs = self.converter.write(folder, folder / "f32.gguf", self.tiny, released)
         ours = llama_cpp(cut, self.windows)
-        each = np.abs(ours - by_transformers(loaded(folder), self.windows)).max(-1)
-        found = {"transformers": float(each.max()), "usual": float(np.median(each))}
-        return compared(cut, theirs) | found | self.logits(ours, theirs)
+        row = compared(cut, theirs) | self.logits(ours, theirs)
+        if self.tiny.blocks == "nvfp4":  # transformers does not read it
+            return row
+        return row | distance(ours, by_transformers(loaded(folder), self.windows))
 
     def logits(self, ours: np.ndarray, theirs: Path) -> Row:
         """How far logits are from those of another file, if llama.cpp runs it."""

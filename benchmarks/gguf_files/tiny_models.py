@@ -7,6 +7,7 @@ architectures; a word after the name tells variants apart.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class Tiny:
         words: its tokenizer: byte-level, or pieces as Llama 2 or as Gemma has them.
         mtp: how it names a layer that predicts one token more; "" without one.
         options: of the converter.
-        mxfp4: whether the experts are stored in MXFP4, as OpenAI released them.
+        blocks: how the experts are stored: "mxfp4" as OpenAI does, "nvfp4" as NVIDIA does.
     """
 
     kind: str
@@ -101,7 +102,7 @@ class Tiny:
     words: str = "bytes"
     mtp: str = ""
     options: tuple[str, ...] = ()
-    mxfp4: bool = False
+    blocks: str = ""
 
 
 SIGMOID = {"scoring_func": "sigmoid"}
@@ -134,6 +135,9 @@ MODELS: dict[str, Tiny] = {
     "mixtral": Tiny("mixtral", LOCAL),
     "qwen2moe": Tiny("qwen2_moe", {**EXPERTS, **SHARED}),
     "qwen3moe": Tiny("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3moe nvfp4": Tiny(
+        "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, blocks="nvfp4"
+    ),
     "qwen3next": Tiny("qwen3_next", {**EXPERTS, **SHARED, **LINEAR}, mtp="mtp"),
     "qwen35moe": Tiny(
         "qwen3_5_moe_text", {**EXPERTS, **SHARED, **LINEAR}, options=("--no-mtp",)
@@ -147,7 +151,7 @@ MODELS: dict[str, Tiny] = {
     }, mtp="layer"),
     "glm4moe lite": Tiny("glm4_moe_lite", {**LATENT, **ROUTED, **ONE_GROUP}, SIGMOID),
     "gpt-oss": Tiny("gpt_oss", GPT_OSS),
-    "gpt-oss mxfp4": Tiny("gpt_oss", GPT_OSS, mxfp4=True),
+    "gpt-oss mxfp4": Tiny("gpt_oss", GPT_OSS, blocks="mxfp4"),
     "granitemoe": Tiny("granitemoe", LOCAL),
     "granitehybrid": Tiny("granitemoehybrid", {
         **LOCAL, **MAMBA, "shared_intermediate_size": 256,
@@ -354,6 +358,38 @@ def store_mxfp4(folder: Path, model: nn.Module) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | own))
 
 
+def as_nvfp4(weight: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [out, in / 2], scales [out, in / 16] and values of a weight [out, in]."""
+    blocks = weight.unflatten(-1, (-1, 16))
+    scales = (blocks.abs().amax(-1) / 6 / scale).to(torch.float8_e4m3fn)
+    unit = scales.float()[..., None] * scale
+    scaled = blocks / unit
+    code = (scaled.abs()[..., None] - FP4).abs().argmin(-1)
+    values = (FP4[code] * scaled.sign() * unit).flatten(-2)
+    code = (code + 8 * (scaled < 0)).to(torch.uint8).flatten(-2)
+    return code[..., ::2] | code[..., 1::2] << 4, scales, values
+
+
+def store_nvfp4(folder: Path) -> nn.Module:
+    """Store experts in NVFP4, each with a scale of its own; returns the rounded model."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    exact, stored = load_file(file), {}
+    for name, weight in exact.items():
+        stored[name] = weight
+        if match := re.search(r"\.experts\.(\d+)\..*_proj\.weight$", name):
+            scale, owner = 0.5 + 0.1 * int(match[1]), name.removesuffix(".weight")
+            codes, scales, exact[name] = as_nvfp4(weight, scale)
+            stored |= {name: codes, f"{owner}.weight_scale": scales}
+            stored[f"{owner}.weight_scale_2"] = torch.tensor(scale)
+    save_file(exact, file, {"format": "pt"})
+    with quiet_transformers():
+        model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    save_file({name: one.contiguous() for name, one in stored.items()}, file, {"format": "pt"})
+    own = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    return model
+
+
 def saved(name: str, folder: Path) -> nn.Module:
     """Write a model with its tokenizer; returns the model."""
     tiny = MODELS[name]
@@ -364,6 +400,6 @@ def saved(name: str, folder: Path) -> nn.Module:
     words.save_pretrained(folder)
     if tiny.mtp:
         add_mtp(folder, tiny.mtp)
-    if tiny.mxfp4:
+    if tiny.blocks == "mxfp4":
         store_mxfp4(folder, model)
-    return model
+    return store_nvfp4(folder) if tiny.blocks == "nvfp4" else model
