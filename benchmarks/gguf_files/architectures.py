@@ -187,12 +187,13 @@ def kept_experts(source: GGUFSource) -> dict[int, list[int]] | None:
     if experts is None:
         return None
     generator = np.random.default_rng(0)
-    size = experts.count // experts.groups
+    units = np.arange(experts.count).reshape(experts.groups, -1, experts.chunk)
+    count = units.shape[1] * 3 // 4
     return {
         layer: sorted(
-            group * size + int(expert)
-            for group in range(experts.groups)
-            for expert in generator.permutation(size)[: size * 3 // 4]
+            int(expert)
+            for group in units
+            for expert in generator.permutation(group)[:count].flatten()
         )
         for layer in experts.layers
     }
@@ -230,9 +231,10 @@ class Check:
     def rows(self) -> list[Row]:
         """A row for the file itself and for each cut."""
         whole = llama_cpp(self.file, self.windows)
-        own = by_transformers(self.model, self.windows)
-        first = {"cut": "none", "spread": float(own.std())}
-        return [first | distance(whole, own), *self.experts(), *self.layers(), *self.tokens()]
+        first = {"cut": "none", "spread": float(whole.std())}
+        if not self.tiny.rewrite:
+            first |= distance(whole, by_transformers(self.model, self.windows))
+        return [first, *self.experts(), *self.layers(), *self.tokens()]
 
     def experts(self) -> list[Row]:
         """A cut of experts, in float32 and in types of blocks."""
@@ -254,7 +256,7 @@ class Check:
 
     def layers(self) -> list[Row]:
         """A cut of layers: the first choice that is not refused."""
-        count, why, settings = FileLayers.of(self.source).count, [], {}
+        count, why = FileLayers.of(self.source).count, list[str]()
         for kept in layer_choices(count):
             try:
                 cut = self.cut(self.file, layers=kept)
@@ -268,9 +270,7 @@ class Check:
         gone = sorted({*range(count)} - {*kept})
         folder = self.work / "layers"
         folder_cuts.cut_layers(self.folder, folder, kept)
-        depth = {"num_hidden_layers": count}
-        settings = folder_cuts.config_with(self.tiny.released | depth, kept)
-        del settings["num_hidden_layers"]
+        settings = folder_cuts.config_with(self.tiny.released, kept, count)
         row = {"cut": "layers", "from": count, "to": len(kept), "gone": gone, "not": why[:1]}
         rows = [row | self.beside(cut, folder, settings)]
         for mix in () if self.tiny.blocks else CUT_MIXES[:1]:
@@ -303,7 +303,8 @@ class Check:
         Only byte-level tokenizers: the converter reads others from a `tokenizer.model`, which such a
         folder no longer has.
         """
-        if self.tiny.words != "bytes" or self.tiny.mtp or self.tiny.blocks:
+        own = self.tiny.mtp or self.tiny.blocks or self.tiny.rewrite
+        if self.tiny.words != "bytes" or own:
             return {}
         folder, text = self.work / "tokens", self.work / "text.txt"
         text.write_text(TEXT)
@@ -325,7 +326,7 @@ class Check:
         theirs = self.converter.write(folder, folder / "f32.gguf", self.tiny, released)
         ours = llama_cpp(cut, self.windows)
         row = compared(cut, theirs) | self.logits(ours, theirs)
-        if self.tiny.blocks == "nvfp4":  # transformers does not read it
+        if self.tiny.blocks == "nvfp4" or self.tiny.rewrite:  # transformers does not read it
             return row
         return row | distance(ours, by_transformers(loaded(folder), self.windows))
 
@@ -397,8 +398,9 @@ def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         name, arch = row["model"], row["architecture"]
         mixes = [one for cut, one in own.items() if ", " in cut and not cut.startswith("tokens")]
         equal = sum(not one["unequal"] for one in mixes)
+        near = own["none"].get("usual")
         lines.append([
-            f"`{arch}`" if name == arch else f"`{arch}` ({name})", f"{own['none']['usual']:.0e}",
+            f"`{arch}`" if name == arch else f"`{arch}` ({name})", f"{near:.0e}" if near is not None else "no class",
             shown(own.get("experts")), f"{equal} of {len(mixes)} equal" if mixes else "",
             shown(own["layers"]), shown(own["tokens"]),
         ])  # fmt: skip

@@ -16,11 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 LAYER = re.compile(r"(.*?layers\.)(\d+)(\..*)")
-EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+EXPERT = re.compile(r"(.*\.(?:chunk_)?experts\.)(\d+)(\..*)")
 OF_EXPERTS = re.compile(
     r"experts|router|\.gate\.|block_sparse_moe|e_score_correction_bias|expert_bias"
 )
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "moe_num_primary_experts",
+)
 DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 BY_TOKEN = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight")
 
@@ -51,8 +57,10 @@ def cut_experts(folder: Path, output: Path, kept: Mapping[int, Sequence[int]], c
         number = max(kept) if name.startswith("mtp.") else int(layer[2])
         own, expert = kept.get(number, ()), EXPERT.fullmatch(name)
         if expert:
-            if int(expert[2]) in own:
-                found[f"{expert[1]}{own.index(int(expert[2]))}{expert[3]}"] = tensor
+            shared = 2 if ".chunk_experts." in name else 1  # by so many neighbours
+            stay = list(dict.fromkeys(one // shared for one in own))
+            if int(expert[2]) in stay:
+                found[f"{expert[1]}{stay.index(int(expert[2]))}{expert[3]}"] = tensor
         elif OF_EXPERTS.search(name) and "shared" not in name and own:
             if tensor.shape[0] == count:
                 tensor = tensor[list(own)]
@@ -68,7 +76,7 @@ def cut_experts(folder: Path, output: Path, kept: Mapping[int, Sequence[int]], c
 def cut_layers(folder: Path, output: Path, kept: Sequence[int]) -> None:
     """Keep some decoder layers; layers that predict several tokens stay behind them."""
     state, config = read(folder)
-    count = config["num_hidden_layers"]
+    count = config.get("num_hidden_layers") or len(config["layers_block_type"])
     new = {old: number for number, old in enumerate(kept)}
     found = {}
     for name, tensor in state.items():
@@ -85,12 +93,12 @@ def cut_layers(folder: Path, output: Path, kept: Sequence[int]) -> None:
             found[name] = torch.cat([parts[old] for old in kept], dim)
         else:
             found[name] = tensor
-    copied(folder, output, found, config_with(config, kept))
+    copied(folder, output, found, config_with(config, kept, count))
 
 
-def config_with(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A configuration for some of the layers: lists by layer, and counts of layers."""
-    count, found = config.get("num_hidden_layers", 0), {}
+def config_with(config: Mapping[str, Any], kept: Sequence[int], count: int) -> dict[str, Any]:
+    """A configuration for some of `count` layers: lists by layer, and counts of layers."""
+    found = {}
     for name, value in config.items():
         if isinstance(value, list) and len(value) == count and name != "architectures":
             value = [value[old] for old in kept]
@@ -98,5 +106,7 @@ def config_with(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any
             value = sum(old < value for old in kept)
         elif name == "num_kv_shared_layers" and value:
             value = sum(old >= count - value for old in kept)
+        elif name == "num_hidden_layers":
+            value = len(kept)
         found[name] = value
-    return found | ({"num_hidden_layers": len(kept)} if count else {})
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers as t
+from benchmarks.gguf_files import rewritten
 from safetensors.torch import load_file, save_file
 from tokenizers import (
     AddedToken,
@@ -82,6 +84,11 @@ GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 8}
 GEMMA4 = {**GEMMA, "global_head_dim": 64, "tie_word_embeddings": True}
 
 
+Rewrite = Callable[
+    [dict[str, torch.Tensor], dict[str, Any]], tuple[dict[str, torch.Tensor], dict[str, Any]]
+]
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One tiny model.
@@ -93,6 +100,7 @@ class Tiny:
         words: its tokenizer: byte-level, or pieces as Llama 2 or as Gemma has them.
         mtp: how it names a layer that predicts one token more; "" without one.
         options: of the converter.
+        rewrite: makes the weights and the configuration of an architecture without a class from it.
         blocks: how the experts are stored: "mxfp4" as OpenAI does, "nvfp4" as NVIDIA does.
     """
 
@@ -103,6 +111,7 @@ class Tiny:
     mtp: str = ""
     options: tuple[str, ...] = ()
     blocks: str = ""
+    rewrite: Rewrite | None = None
 
 
 SIGMOID = {"scoring_func": "sigmoid"}
@@ -141,6 +150,10 @@ MODELS: dict[str, Tiny] = {
     "qwen3next": Tiny("qwen3_next", {**EXPERTS, **SHARED, **LINEAR}, mtp="mtp"),
     "qwen35moe": Tiny(
         "qwen3_5_moe_text", {**EXPERTS, **SHARED, **LINEAR}, options=("--no-mtp",)
+    ),
+    "qwen35moe fused": Tiny(
+        "qwen3_5_moe_text", {**EXPERTS, **SHARED, **LINEAR},
+        options=("--no-mtp", "--fuse-gate-up-exps"),
     ),
     "deepseek2": Tiny("deepseek_v2", {
         **LATENT, **ROUTED, **ONE_GROUP, "topk_method": "greedy", "norm_topk_prob": False,
@@ -216,6 +229,16 @@ MODELS: dict[str, Tiny] = {
         },
     }),
     "mellum": Tiny("mellum", {**EXPERTS, **WINDOW}),
+    "grovemoe": Tiny(
+        "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, rewrite=rewritten.grovemoe
+    ),
+    "smallthinker": Tiny(
+        "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, rewrite=rewritten.smallthinker
+    ),
+    "bailingmoe2": Tiny("glm4_moe", {
+        **ROUTED, **GROUPS, "n_routed_experts": 16, "use_qk_norm": True,
+        "num_nextn_predict_layers": 1,
+    }, mtp="layer", rewrite=rewritten.bailingmoe2),
     "gemma2": Tiny("gemma2", {**GEMMA, "layer_types": ALTERNATE * 2}, words="gemma"),
     "qwen2": Tiny("qwen2"),
     "phi3": Tiny("phi3", words="llama"),
@@ -400,6 +423,11 @@ def saved(name: str, folder: Path) -> nn.Module:
     words.save_pretrained(folder)
     if tiny.mtp:
         add_mtp(folder, tiny.mtp)
+    if tiny.rewrite:
+        file, described = folder / "model.safetensors", folder / "config.json"
+        state, config = tiny.rewrite(load_file(file), json.loads(described.read_text()))
+        save_file(state, file, {"format": "pt"})
+        described.write_text(json.dumps(config))
     if tiny.blocks == "mxfp4":
         store_mxfp4(folder, model)
     return store_nvfp4(folder) if tiny.blocks == "nvfp4" else model
