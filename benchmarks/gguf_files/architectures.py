@@ -199,6 +199,18 @@ def kept_experts(source: GGUFSource) -> dict[int, list[int]] | None:
     }
 
 
+def whole_groups(source: GGUFSource) -> dict[int, list[int]] | None:
+    """The experts of all groups of the router but one of each layer."""
+    experts = experts_of(source)
+    if experts is None or experts.groups == 1:
+        return None
+    units = np.arange(experts.count).reshape(experts.groups, -1)
+    return {
+        layer: np.delete(units, layer % experts.groups, 0).flatten().tolist()
+        for layer in experts.layers
+    }
+
+
 def layer_choices(count: int) -> list[list[int]]:
     """What may stay, tried in order: all without one, without a run of them, or the first ones."""
     order = sorted(range(count - 1), key=lambda x: (abs(x - count // 2), x))
@@ -247,11 +259,17 @@ class Check:
             return [refused("experts", error)]
         count = int(self.source.get("expert_count"))
         folder = self.work / "experts"
-        folder_cuts.cut_experts(self.folder, folder, kept, count)
+        folder_cuts.cut_experts(self.folder, folder, kept, count, {})
         row = {"cut": "experts", "from": count, "to": len(next(iter(kept.values())))}
         rows = [row | self.beside(cut, folder, self.tiny.released)]
         for mix in () if self.tiny.blocks else CUT_MIXES:
             rows.append({**row, "cut": f"experts, {mix}"} | self.mixed(mix, folder, experts=kept))
+        if groups := whole_groups(self.source):
+            folder, number = self.work / "groups", int(self.source.get("expert_group_count")) - 1
+            folder_cuts.cut_experts(self.folder, folder, groups, count, {"n_group": number})
+            found = self.beside(self.cut(self.file, experts=groups), folder, self.tiny.released)
+            stay = len(next(iter(groups.values())))
+            rows.append({"cut": "groups of experts", "from": count, "to": stay} | found)
         return rows
 
     def layers(self) -> list[Row]:

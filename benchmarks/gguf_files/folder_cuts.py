@@ -45,8 +45,15 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_file(folder / "model.safetensors"), config
 
 
-def cut_experts(folder: Path, output: Path, kept: Mapping[int, Sequence[int]], count: int) -> None:
-    """Keep some experts of each layer; the last of `kept` are those of `mtp.layers`."""
+def cut_experts(
+    folder: Path,
+    output: Path,
+    kept: Mapping[int, Sequence[int]],
+    count: int,
+    more: Mapping[str, int],
+) -> None:
+    """Keep some experts of each layer; the last of `kept` are those of `mtp.layers`. `more`
+    goes into the configuration."""
     state, config = read(folder)
     found = {}
     for name, tensor in state.items():
@@ -70,7 +77,7 @@ def cut_experts(folder: Path, output: Path, kept: Mapping[int, Sequence[int]], c
         else:
             found[name] = tensor
     new = {name: len(own) for name in COUNTS if name in config}
-    copied(folder, output, found, config | new)
+    copied(folder, output, found, config | new | dict(more))
 
 
 def cut_layers(folder: Path, output: Path, kept: Sequence[int]) -> None:
