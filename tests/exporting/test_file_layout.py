@@ -10,6 +10,7 @@ import pytest
 import torch
 from gguf_models import byte_level, of_quince, rewritten, save
 from safetensors.torch import save_file
+from tiny import save_tiny
 from torch import Tensor
 
 import secateur
@@ -18,7 +19,7 @@ from secateur.exporting.gguf.like import FileLayout, layout_of, sheet_of, writte
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.gguf_file import GGUFSource
 from secateur.progress import Silent
-from secateur.runtime.storage_plan import PackableCheckpoint
+from secateur.runtime.storage_plan import MixedReader, PackableCheckpoint
 
 Q = gguf.GGMLQuantizationType
 WIDE = {"hidden_size": 256, "num_hidden_layers": 1}
@@ -155,6 +156,13 @@ def test_another_model_is_refused_by_name(place: Path, tmp_path: Path) -> None:
             compared(file, folder)
         names = {"model.norm.weight": "output_norm.weight"}
         assert str(caught.value.where).startswith(names.get(odd, "blk.0.ffn_up.weight"))
+
+
+def test_a_mixed_reader_shows_fused_experts_apart(tmp_path: Path) -> None:
+    model = PackableCheckpoint.open(save_tiny(tmp_path / "fused", "gpt_oss"))
+    name = next(name for name in model.matrices if ".experts.1." in name)
+    mixed = MixedReader.of(model.reader, {})
+    assert torch.equal(mixed.read(name), model.reader.read(name))
 
 
 def test_experts_in_another_order_are_refused(place: Path, tmp_path: Path) -> None:

@@ -295,7 +295,9 @@ class MixedReader(CheckpointReader):
     def of(reader: CheckpointReader, others: Mapping[str, CheckpointReader]) -> MixedReader:
         """A reader, perhaps a mixed one, with some other tensors."""
         known = reader.others if isinstance(reader, MixedReader) else {}
-        return MixedReader(reader.folder, {**known, **others})
+        mixed = MixedReader(reader.folder, {**known, **others})
+        mixed.entries = dict(reader.entries)  # with its experts as it shows them
+        return mixed
 
     def read(self, name: str) -> Tensor:
         """One tensor, from the folder that it was chosen from."""
