@@ -1,4 +1,4 @@
-"""Write the tables that stand within pages and are computed: sizes of models.
+"""Write the tables that stand within pages and are computed: sizes of models, types of llama.cpp.
 
 python tools/computed_tables.py          # write them
 python tools/computed_tables.py --check  # fail if one is out of date
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from secateur.advisor.facts import read_facts
 from secateur.models.shape import LARGE_ENDS, PlainDecoder
+from secateur.quantization.block_types import TYPES
+from secateur.quantization.blocks import BlockGrid
 from secateur.runtime.formats import BITS, GRID_BITS, Layout
 from secateur.runtime.formats import stored_bytes as parts_bytes
 from secateur.runtime.storage_plan import DEFAULT_GROUP
@@ -40,7 +42,10 @@ ZEROS = {
 
 def main() -> None:
     """Write the pages, or check them."""
-    pages = {"docs/format.md": {"sizes of models": sizes()}}
+    pages = {
+        "docs/format.md": {"sizes of models": sizes()},
+        "docs/methods/ggml-types.md": {"types of llama.cpp": types()},
+    }
     texts = {Path(page): written(ROOT / page, tables) for page, tables in pages.items()}
     write_or_check(ROOT, texts, "computed_tables.py")
 
@@ -68,6 +73,29 @@ def sizes() -> Iterable[str]:
             rows.append((values, zeros, f"{bits:.2f}", *gib))
     columns = ("values", "zeros", "bits of a weight", *MODELS)
     yield from table(columns, rows)
+
+
+def types() -> Iterable[str]:
+    """The grids of the types of llama.cpp."""
+    rows = []
+    for name in TYPES:
+        grid = BlockGrid(name)
+        kind = grid.table
+        codes = f"{len(kind.levels)} numbers, " if kind.levels else ""
+        rows.append(
+            (
+                f"`{name}`", f"{grid.bits_per_weight:g}", codes + span(kind.ends),
+                span(kind.scales), span(kind.minima) if kind.has_minima else "",
+                f"{grid.sub}", "yes" if grid.exact_zero else "no",
+            )
+        )  # fmt: skip
+    columns = ("type", "bits per weight", "q", "s", "m", "weights of a sub-block", "exact zero")
+    yield from table(columns, rows)
+
+
+def span(ends: tuple[int, int]) -> str:
+    """The lowest and the highest of some integers."""
+    return " … ".join(f"{end}".replace("-", "−") for end in dict.fromkeys(ends))
 
 
 def linear_bytes(model: PlainDecoder, zeros: str, values: str) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from secateur.machine import add_product, add_rows
 from secateur.quantization.blocks import BlockGrid
-from secateur.quantization.groups import BITS, GroupGrid
+from secateur.quantization.groups import GroupGrid
 from secateur.quantization.sweep_grids import (
     BlockColumns,
     GroupColumns,
@@ -185,16 +185,10 @@ def _sweep_block(
     return errors
 
 
-def group_grid(bits: int | str, group: int) -> GroupGrid | BlockGrid | None:
-    """The grid of these bits, if several weights of a row share a scale, not all of them."""
-    if isinstance(bits, str):
-        return BlockGrid(bits)
-    return GroupGrid(bits, group) if bits in BITS else None
-
-
-def sweep_grid(columns: Tensor, bits: int | str, group: int) -> SweepGrid | None:
+def sweep_grid(
+    columns: Tensor, bits: int | str, grid: GroupGrid | BlockGrid | None
+) -> SweepGrid | None:
     """The grid for a sweep over weights [..., in, out], zero where pruned; None for 0 bits."""
-    grid = group_grid(bits, group)
     if isinstance(grid, BlockGrid):
         return BlockColumns(grid, columns)
     if grid is not None:

@@ -79,7 +79,7 @@ class LinearTask:
     @property
     def rounded(self) -> bool:
         """Whether the method rounds its weights."""
-        return self.selected and self.method.solver.rounds
+        return self.selected and self.method.solver.bits != 0
 
 
 Tasks = Mapping[str, LinearTask]
@@ -143,13 +143,13 @@ def tasks_of(
 
 def _check(task: LinearTask) -> None:
     """Refuse a task that cannot be done."""
-    grid = task.method.solver.grid
-    if task.rounded and isinstance(grid, BlockGrid):
+    if task.rounded and isinstance(type := task.method.solver.bits, str):
+        grid = BlockGrid(type)
         with located(task.name):
             grid.row_bytes(task.shape[1])
             if task.sparsity and not grid.exact_zero:
                 kept = ", ".join(name for name in TYPES if BlockGrid(name).exact_zero)
-                raise PatternError(f"{grid.type} has no exact 0", remedy=f"choose {kept}")
+                raise PatternError(f"{type} has no exact 0", remedy=f"choose {kept}")
     if task.sparsity == 0:
         return
     pattern, (rows, columns) = task.method.pattern, task.shape

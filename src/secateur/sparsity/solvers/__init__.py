@@ -16,7 +16,6 @@ from torch import Tensor
 from secateur.quantization.blocks import TYPES, BlockGrid
 from secateur.quantization.groups import BITS, GROUPS, Group, GroupGrid
 from secateur.registry import CheckedPart, NonNegative, Registry, one_of
-from secateur.sparsity.column_sweep import group_grid
 from secateur.sparsity.hessian import relative_output_error
 from secateur.sparsity.patterns import Pattern
 from secateur.types import Gram, Mask, Statistics, Weight
@@ -85,8 +84,10 @@ class Solver(Protocol):
     then `prepare` also takes the processes, and the pattern of `choose` is a `SharedRows`."""
 
     @property
-    def rounds(self) -> bool:
-        """Whether it also rounds the remaining weights."""
+    def bits(self) -> int | str:
+        """To how many bits, or to what type of llama.cpp, it also rounds the remaining weights; 0
+        if it does not.
+        """
         ...
 
     @property
@@ -148,14 +149,11 @@ class SolverDefaults(CheckedPart):
     group = GROUPS[0]
 
     @property
-    def rounds(self) -> bool:
-        """Whether it also rounds the remaining weights."""
-        return self.bits != 0
-
-    @property
     def grid(self) -> GroupGrid | BlockGrid | None:
         """The grid of groups or blocks on which the weights of its solutions are."""
-        return group_grid(self.bits, self.group)
+        if isinstance(self.bits, str):
+            return BlockGrid(self.bits)
+        return GroupGrid(self.bits, self.group) if self.bits in BITS else None
 
 
 @dataclass(frozen=True)
