@@ -136,6 +136,7 @@ def test_int8_and_alps(example):
         solver = ALPS(bits=bits)
         prepared = solver.prepare(case.statistics)
         error[bits] = solver.choose(case.weight, prepared, pattern, 0.5).error
+        assert solver.rounds == (bits > 0)
     assert error[0] < error[8] < 1.05 * error[0]
     assert error[8] < error[4] < error[3] < error[2]
 

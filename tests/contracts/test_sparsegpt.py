@@ -174,3 +174,5 @@ def test_rounding_with_the_inputs_in_mind_loses_less(example):
 def test_unknown_bits(example):
     with pytest.raises(RecipeError, match="bits is 5"):
         OBS(bits=5)
+    assert OBS(bits=8).rounds
+    assert not OBS().rounds

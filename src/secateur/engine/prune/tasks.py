@@ -79,7 +79,7 @@ class LinearTask:
     @property
     def rounded(self) -> bool:
         """Whether the method rounds its weights."""
-        return self.selected and self.method.solver.bits != 0
+        return self.selected and self.method.solver.rounds
 
 
 Tasks = Mapping[str, LinearTask]
@@ -143,7 +143,8 @@ def tasks_of(
 
 def _check(task: LinearTask) -> None:
     """Refuse a task that cannot be done."""
-    if task.rounded and isinstance(type := task.method.solver.bits, str):
+    type = getattr(task.method.solver, "bits", 0)
+    if isinstance(type, str) and task.rounded:
         grid = BlockGrid(type)
         with located(task.name):
             grid.row_bytes(task.shape[1])

@@ -84,10 +84,8 @@ class Solver(Protocol):
     then `prepare` also takes the processes, and the pattern of `choose` is a `SharedRows`."""
 
     @property
-    def bits(self) -> int | str:
-        """To how many bits, or to what type of llama.cpp, it also rounds the remaining weights; 0
-        if it does not.
-        """
+    def rounds(self) -> bool:
+        """Whether it also rounds the remaining weights."""
         ...
 
     @property
@@ -147,6 +145,11 @@ class SolverDefaults(CheckedPart):
     shifts: ClassVar[bool] = False
     bits: Bits = 0
     group = GROUPS[0]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it also rounds the remaining weights."""
+        return self.bits != 0
 
     @property
     def grid(self) -> GroupGrid | BlockGrid | None:

@@ -117,7 +117,7 @@ class ALPS(RoundingSolver):
         hessian, scale, dead = scaled_hessian(gram, self.damping)
         # From the first ρ to the last that can occur; nothing is inverted yet.
         inverse = ShiftedInverse(hessian, self.rho, self._rho(self.iterations), ranks)
-        factor = inverse_factor(gram, self.damping)[0] if self.bits else None
+        factor = inverse_factor(gram, self.damping)[0] if self.rounds else None
         return _ScaledGram(scale, hessian, dead, gram, inverse, factor)
 
     def solve(self, weight: Weight, prepared: _ScaledGram, mask: Mask) -> Solution:
@@ -180,7 +180,7 @@ class ALPS(RoundingSolver):
         These are A, the sum of inverses, three inverses, and four for the last one while it is
         computed; and U.
         """
-        squares = 10 if self.bits else 9
+        squares = 10 if self.rounds else 9
         return 10 * float32_bytes(shape) + squares * float32_bytes((shape[1], shape[1]))
 
     def _search(

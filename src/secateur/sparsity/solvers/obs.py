@@ -112,7 +112,7 @@ class OBS(RoundingSolver):
             NumericalError: a weight is infinite or not a number.
         """
         columns, kept, blocks = self._columns(weight, prepared), mask.mT.contiguous(), None
-        if self.bits:
+        if self.rounds:
             columns, blocks = self._rounded(columns, kept, prepared)
         else:
             sweep(columns, kept, prepared.factor, self.block_columns)
@@ -138,7 +138,7 @@ class OBS(RoundingSolver):
             )
         columns = self._columns(weight, prepared)
         kept = columns.bool()  # filled by the choice
-        target = columns.clone() if self.bits else columns
+        target = columns.clone() if self.rounds else columns
         # With 8 bits the choice does not round: a row's scale is its largest kept weight, which is
         # known only when the mask is. With blocks of llama.cpp it need not: they lose little.
         grid = GroupColumns(groups, columns) if groups else None
@@ -146,7 +146,7 @@ class OBS(RoundingSolver):
         choice = Choice(pattern, sparsity)
         sweep(columns, kept, prepared.factor, self.block_columns, choice, grid)
         blocks = None
-        if self.bits:  # again, from the weight: the sweep was for the mask alone
+        if self.rounds:  # again, from the weight: the sweep was for the mask alone
             columns, blocks = self._rounded(target, kept, prepared)
         solved, mask = columns.mT.contiguous(), kept.mT.contiguous()
         return Solution.measured(weight, solved, mask, prepared.gram, blocks)
@@ -167,7 +167,7 @@ class OBS(RoundingSolver):
     def _peak(self, shape: tuple[int, int], squares: int) -> int:
         """The peak where the factorisation takes so many matrices [in, in]."""
         square = float32_bytes((shape[1], shape[1]))
-        copies = 9 if self.bits else 3
+        copies = 9 if self.rounds else 3
         return max(squares * square, square + copies * float32_bytes(shape))
 
     def _rounded(
