@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import transformers as t
 from benchmarks.gguf_files import folder_cuts
+from benchmarks.gguf_files.importance import chosen
 from benchmarks.gguf_files.llama_cpp import logits
 from benchmarks.gguf_files.tiny_models import MODELS, Tiny, saved
 from benchmarks.hardware import add, markdown
@@ -364,11 +365,11 @@ class Check:
         """A cut of a quantized file beside the quantized file of the cut folder."""
         file = self.work / f"{mix}.gguf"
         if not file.exists():
-            quantize(self.file, file, MIXES[mix], threads=1)
+            quantize(self.file, file, MIXES[mix], nthread=1)
         cut = self.cut(file, **kept)
         types = {f"^{re.escape(x.name)}$": x.type for x in GGUFSource.read(cut).tensors.values()}
         theirs = folder / f"{mix}.gguf"
-        quantize(folder / "f32.gguf", theirs, MIXES[mix], types=types, threads=1)
+        quantize(folder / "f32.gguf", theirs, MIXES[mix], nthread=1, **chosen(types=types))
         ours = llama_cpp(cut, self.windows)
         return compared(cut, theirs) | self.logits(ours, theirs)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.gguf_files.importance import collected as collected_matrix
 from benchmarks.hardware import add, heading, markdown
 from benchmarks.quality import experts
 from benchmarks.quality.experts import CHOSEN, DRAWS, EXPERTS, KEPT
@@ -108,7 +109,7 @@ def scored(
 
     def collected() -> ImportanceMatrix:
         with LlamaCpp(files["q8_0"]) as engine:
-            return ImportanceMatrix.collect(engine, windows)
+            return collected_matrix(engine, windows)
 
     with opened_experts(model):
         target = ModelTarget(model)

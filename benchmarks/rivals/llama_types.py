@@ -15,10 +15,11 @@ from typing import Any
 
 import gguf
 import numpy as np
+from benchmarks.gguf_files.importance import HEADS, chosen, collected, means, write
 from torch import Tensor
 
 from secateur import export
-from secateur.exporting.gguf.importance import HEADS, ImportanceMatrix
+from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, quantize
 
 F = gguf.LlamaFileType
@@ -71,14 +72,14 @@ class LlamaFiles:
         (exact,) = folder.glob("*.gguf")
         if not stored.exists():
             with LlamaCpp(exact) as engine:
-                found = ImportanceMatrix.collect(engine, windows, head=True)
-            found.write(stored, windows.shape[1])
-        return cls(exact, ImportanceMatrix.read(stored).means())
+                found = collected(engine, windows, head=True)
+            write(found, stored, windows.shape[1])
+        return cls(exact, means(ImportanceMatrix.read(stored)))
 
     def mix(self, kind: str, file: Path) -> None:
         """Make a file of a mix in `TYPES`."""
         known = {name: x for name, x in self.importance.items() if name not in HEADS}
-        self._made(file, kind=TYPES[kind], importance=known)
+        self._made(file, kind=TYPES[kind], **chosen(known))
 
     def pure(self, kind: str, file: Path) -> None:
         """Make a file with one type of `PURE` throughout.
@@ -86,11 +87,11 @@ class LlamaFiles:
         The embedding gets its importance too, without which IQ2 does not exist.
         """
         types = {"weight": gguf.GGMLQuantizationType[kind]}
-        self._made(file, kind=PURE[kind], importance=self.importance, types=types)
+        self._made(file, kind=PURE[kind], **chosen(self.importance, types))
 
     def _made(self, file: Path, **options: Any) -> None:
         partial = file.with_suffix(".partial")
-        quantize(self.exact, partial, threads=1, **options)
+        quantize(self.exact, partial, nthread=1, **options)
         partial.rename(file)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from secateur.errors import RecipeError
 
@@ -91,12 +91,15 @@ def listener(progress: Progress | None) -> Progress:
     return ProgressBar() if _in_notebook() else Silent()
 
 
-def each_step(progress: Progress, label: str, names: Collection[str]) -> Iterator[str]:
+Named = TypeVar("Named")
+
+
+def each_step(progress: Progress, label: str, names: Collection[Named]) -> Iterator[Named]:
     """The names of the steps of a stage. A step is reported once the loop is done with it."""
     progress.start(label, len(names))
     for name in names:
         yield name
-        progress.step(note=name)
+        progress.step(note=f"{name}")
     progress.finish()
 
 

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from benchmarks.gguf_files.importance import collected, means, write
 from gguf_models import byte_level, save
 from torch import Tensor, nn
 from trained import source_text
@@ -138,15 +139,14 @@ def test_scores_by_an_importance_matrix(form: str, mixture: Any, tmp_path: Path)
     """Against a loop over the inputs that transformers gives each expert."""
     folder, file = mixture
     with LlamaCpp(file) as engine:
-        matrix = ImportanceMatrix.collect(engine, WINDOWS)
-    matrix.write(tmp_path / "imatrix.gguf", WINDOWS.shape[1])
+        matrix = collected(engine, WINDOWS)
+    write(matrix, tmp_path / "imatrix.gguf", WINDOWS.shape[1])
     matrix = ImportanceMatrix.read(tmp_path / "imatrix.gguf")
     if form == "dat":
-        means = {
-            name: torch.from_numpy(x).double().view(1, -1) for name, x in matrix.means().items()
-        }
-        ones = {name: torch.ones(1, dtype=torch.int64) for name in means}
-        matrix = ImportanceMatrix(means, ones, has_counts=False)
+        given = means(matrix).items()
+        squares = {name: torch.from_numpy(x).double().view(1, -1) for name, x in given}
+        ones = {name: torch.ones(1, dtype=torch.int64) for name in squares}
+        matrix = ImportanceMatrix(squares, ones, has_counts=False)
     source = GGUFSource.read(file)
     found = scores_of_file.imatrix_scores(source, matrix, LAYERS, Silent())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -189,7 +189,7 @@ def test_every_score_has_every_layer(
     folder, file = mixture
     source, matrix = GGUFSource.read(file), tmp_path / "imatrix.gguf"
     with LlamaCpp(file) as engine:
-        ImportanceMatrix.collect(engine, WINDOWS).write(matrix, 40)
+        write(collected(engine, WINDOWS), matrix, 40)
     given = options(tmp_path)
     with caplog.at_level(logging.WARNING):
         found, notes = scores_of_file.expert_scores(

@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from benchmarks.gguf_files.importance import collected as collect
+from benchmarks.gguf_files.importance import means, write
 from gguf_models import byte_level, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -36,7 +38,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImportanceMatri
     (file,) = (place / "out").iterdir()
     windows = torch.randint(5, 300, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     with LlamaCpp(file) as engine:
-        found = ImportanceMatrix.collect(engine, windows, head=True)
+        found = collect(engine, windows, head=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     inputs: dict[str, list[Tensor]] = {}
     with opened_experts(model), torch.no_grad():
@@ -73,7 +75,7 @@ def test_sums_and_counts_are_those_of_transformers(collected: Any) -> None:
 
 def test_it_comes_back_from_a_file(collected: Any, tmp_path: Path) -> None:
     found, file = collected[0], tmp_path / "imatrix.gguf"
-    found.write(file, LENGTH, ["code.jsonl"])
+    write(found, file, LENGTH, ["code.jsonl"])
     again = ImportanceMatrix.read(file)
     assert again.has_counts
     assert again.sums.keys() == found.sums.keys()
@@ -105,9 +107,9 @@ def test_the_old_form_has_the_means_of_every_expert(collected: Any, tmp_path: Pa
     file.write_bytes(old_form(found, 7))
     again = ImportanceMatrix.read(file)
     assert not again.has_counts
-    means = found.means()
-    for name, theirs in again.means().items():
-        np.testing.assert_allclose(theirs.ravel(), means[name].ravel(), rtol=1e-5)
+    expected = means(found)
+    for name, theirs in means(again).items():
+        np.testing.assert_allclose(theirs.ravel(), expected[name].ravel(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["cut", "empty", "text", "huge", "negative", "model", "lone"])

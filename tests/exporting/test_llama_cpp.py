@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from benchmarks.gguf_files.importance import chosen
 from gguf_models import byte_level, save
 from transformers import AutoModelForCausalLM
 
@@ -114,7 +115,9 @@ def test_the_quantizer_takes_types_and_an_importance_matrix(tmp_path: Path) -> N
     names = [t.name for t in gguf.GGUFReader(exact).tensors if len(t.shape) > 1]
     importance = {name: torch.rand(256).add(0.1).numpy() for name in names}
     types = {r"ffn_down\.weight": Q.Q6_K, "attn_q": Q.IQ3_S}
-    quantize(exact, tmp_path / "a.gguf", gguf.LlamaFileType.MOSTLY_IQ2_XXS, importance, types)
+    quantize(
+        exact, tmp_path / "a.gguf", gguf.LlamaFileType.MOSTLY_IQ2_XXS, **chosen(importance, types)
+    )
     found = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert found["blk.0.ffn_down.weight"] == Q.Q6_K
     assert found["blk.0.attn_q.weight"] == Q.IQ3_S

@@ -27,13 +27,12 @@ from secateur.engine.search.experts import best_experts
 from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
-from secateur.exporting.gguf.cut_layers import FileLayers, layers_that_stay
+from secateur.exporting.gguf.cut_layers import FileLayers, layer_influence, layers_that_stay
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, part_name, written
 from secateur.exporting.gguf.expert_scores import READING, expert_scores
 from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
 from secateur.exporting.gguf.importance import ImportanceMatrix
-from secateur.exporting.gguf.influence import layer_influence
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, load_llama_cpp
 from secateur.models.gguf_file import Field, GGUFSource, read_part
 from secateur.models.sources import LocalCheckpoint

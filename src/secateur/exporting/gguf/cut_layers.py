@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,12 +23,16 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from secateur.errors import RecipeError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting.gguf.cut_experts import IN_LAYER, check_numbers, refused
 from secateur.exporting.gguf.edit import Edit, Kept
+from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node
 from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import BLOCKS, Field, GGUFSource
+from secateur.progress import Progress
 
 _refused = partial(refused, units="layers")
 _NUMBERED = re.compile(r"\.\d+\.")
@@ -85,6 +90,10 @@ _RECURRENT = re.compile(r"(ssm|shortconv|time_mix)[._]")
 
 _FIRST = {"gemma3n": (10, 20), "rwkv7": (1,), "arwkv7": (1,)}
 """Layers before these numbers are computed otherwise than those behind."""
+
+
+_OUTPUT = re.compile(r"l_out-(\d+)")
+"""llama.cpp's name of the output of a layer."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,49 @@ def layers_that_stay(layers: FileLayers, scores: Sequence[float], count: int) ->
         what = f"no {count} of {layers.count} layers can stay as they are, but {sorted(best)[-8:]}"
         raise _impossible(layers, what, "keep one of these numbers")
     return best[count][1]
+
+
+def layer_influence(
+    engine: LlamaCpp, layers: int, windows: Tensor, progress: Progress
+) -> list[float]:
+    """The mean over all tokens of 1 − cos(input, output) for each layer; of the first, infinity.
+
+    Paper: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You
+    Expect", arXiv:2403.03853. Deviation: llama.cpp gives the input of the first layer no name of
+    its own, so that layer always stays.
+
+    Args:
+        engine: the file that runs.
+        layers: its decoder layers.
+        windows: token ids [windows, length].
+        progress: receives every window.
+
+    Raises:
+        ArchitectureError: llama.cpp does not name the outputs of all layers of this architecture.
+    """
+    sums: defaultdict[int, float] = defaultdict(float)
+    tokens: Counter[int] = Counter()
+    last: dict[str, Tensor] = {}
+
+    def seen(node: Node) -> None:
+        number = int(node.name.rpartition("-")[2])
+        output = node.value().flatten(0, -2)
+        if number:
+            sums[number] += float((1 - cosine_similarity(last["output"], output)).double().sum())
+        tokens[number] += len(output)
+        last["output"] = output
+
+    for _ in engine.run(
+        windows, lambda node: bool(_OUTPUT.fullmatch(node.name)), seen, progress=progress
+    ):
+        pass
+    if set(tokens) != {*range(layers)}:
+        raise ArchitectureError(
+            f"llama.cpp names the outputs of {len(tokens)} of {layers} layers",
+            where=engine.name_or_path,
+            remedy="name the layers that stay: --layers-list 0-11,14",
+        )
+    return [float("inf"), *(sums[number] / tokens[number] for number in range(1, layers))]
 
 
 def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:

@@ -23,7 +23,7 @@ from secateur.errors import ArchitectureError, CheckpointError, located
 from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node, decoded
 from secateur.models.gguf_file import GGUFSource
-from secateur.progress import Progress
+from secateur.progress import Progress, each_step
 from secateur.recipes.shared import Calibration
 from secateur.runs.output import write_tensors
 
@@ -76,17 +76,16 @@ def aimer_scores(
     source: GGUFSource, layers: Collection[int], progress: Progress
 ) -> dict[int, Tensor]:
     """The score `aimer` of all experts, float64 [experts], by number of the layer."""
-    found, count = {}, int(source.get("expert_count"))
-    progress.start("experts", len(layers))
-    for layer in layers:
-        each = []
-        for expert in range(count):
-            matrices = (expert_weights(source, layer, part, expert, scaled=False) for part in PARTS)
-            each.append(aimer(x for x in matrices if x is not None))
-        found[layer] = torch.tensor(each, dtype=torch.float64)
-        progress.step(note=f"layer {layer}")
-    progress.finish()
-    return found
+
+    def score(layer: int, expert: int) -> float:
+        matrices = (expert_weights(source, layer, part, expert, scaled=False) for part in PARTS)
+        return aimer(x for x in matrices if x is not None)
+
+    experts = range(int(source.get("expert_count")))
+    return {
+        layer: torch.tensor([score(layer, expert) for expert in experts], dtype=torch.float64)
+        for layer in each_step(progress, "experts of layers", layers)
+    }
 
 
 def imatrix_scores(
@@ -111,31 +110,28 @@ def imatrix_scores(
     Raises:
         CheckpointError: the matrix is of another model.
     """
-    found, count = {}, int(source.get("expert_count"))
-    progress.start("experts", len(layers))
-    for layer in layers:
-        means, tokens = _means_of(source, matrix, layer, "down", count)
+    found = {}
+    for layer in each_step(progress, "experts of layers", layers):
+        means, tokens = _means_of(source, matrix, layer, "down")
         if means is not None:
             norms = []
             for expert, mean in enumerate(means):
                 down = expert_weights(source, layer, "down", expert, scaled=True)
                 assert down is not None
                 norms.append((down.double().square().sum(0) @ mean).sqrt())
-            found[layer] = tokens * torch.stack(norms) * _logits_of(source, matrix, layer, count)
-        progress.step(note=f"layer {layer}")
-    progress.finish()
+            found[layer] = tokens * torch.stack(norms) * _logits_of(source, matrix, layer)
     return found
 
 
 def _means_of(
-    source: GGUFSource, matrix: ImportanceMatrix, layer: int, part: str, count: int
+    source: GGUFSource, matrix: ImportanceMatrix, layer: int, part: str
 ) -> tuple[Tensor | None, Tensor]:
     """Mean squares of the inputs of each expert, float64 [experts, inputs], and their tokens."""
     name = f"blk.{layer}.ffn_{part}_exps.weight"
     sums, stored = matrix.sums.get(name), source.tensors.get(name)
     if sums is None or stored is None:
-        return None, torch.zeros(count)
-    tokens, inputs = matrix.counts[name].double(), stored.shape[-1]
+        return None, torch.empty(0)
+    tokens, (count, _, inputs) = matrix.counts[name].double(), stored.shape
     if sums.numel() != count * inputs or (matrix.has_counts and len(tokens) != count):
         raise CheckpointError(
             f"the importance matrix has {sums.numel()} inputs, and the file {count} experts with "
@@ -148,15 +144,15 @@ def _means_of(
     return means, tokens if matrix.has_counts else (~unseen).double()
 
 
-def _logits_of(source: GGUFSource, matrix: ImportanceMatrix, layer: int, count: int) -> Tensor:
+def _logits_of(source: GGUFSource, matrix: ImportanceMatrix, layer: int) -> Tensor | float:
     """The size of each expert's logit, float64 [experts]; 1 where it is unknown."""
     router = source.tensors.get(f"blk.{layer}.ffn_gate_inp.weight")
-    known = (_means_of(source, matrix, layer, part, count)[0] for part in PARTS[:-1])
+    known = (_means_of(source, matrix, layer, part)[0] for part in PARTS[:-1])
     means = next((x for x in known if x is not None), None)
     scaled = source.architecture == "llama4"
     if scaled or router is None or means is None or router.shape[-1] != means.shape[-1]:
-        return torch.ones(count, dtype=torch.float64)
-    rows = decoded(router.read().reshape(count, -1), router.type).double()
+        return 1.0
+    rows = decoded(router.read().reshape(len(means), -1), router.type).double()
     return (rows.square() * means).sum(1).sqrt()
 
 
@@ -237,12 +233,8 @@ def expert_use(
         ArchitectureError: llama.cpp shows no experts, or two choices of them in a layer.
     """
     sums = _UseSums(source, store)
-    progress.start("experts", len(windows))
-    progress.step(sums.done)
-    for _ in engine.run(windows[sums.done :], sums.wanted, sums.add):
+    for _ in engine.run(windows, sums.wanted, sums.add, progress=progress, done=sums.done):
         sums.step(len(windows))
-        progress.step()
-    progress.finish()
     found = sums.use()
     if not found:
         raise ArchitectureError(
@@ -282,8 +274,7 @@ def expert_scores(
     scores: dict[int, Tensor] = {}
     if by == "random":
         blank = torch.zeros(int(source.get("expert_count")))
-        unused = dict.fromkeys(layers, ExpertUse(blank, blank))
-        scores = scores_of(unused, by, options.seed)
+        scores = scores_of(dict.fromkeys(layers, ExpertUse(blank, blank)), by, options.seed)
     elif by == "imatrix":
         assert imatrix is not None
         matrix = ImportanceMatrix.read(imatrix)
@@ -306,8 +297,8 @@ def expert_scores(
     if others and by != "aimer":
         notes["by_weights"] = others
         log.warning("layers %s are scored by their weights: nothing else reaches them", others)
-    weighed = aimer_scores(source, others, progress) if others else {}
-    scores = {layer: {**scores, **weighed}[layer] for layer in layers}
+    scores |= aimer_scores(source, others, progress) if others else {}
+    scores = {layer: scores[layer] for layer in layers}
     notes["scores"] = {n: [float(f"{x:.4g}") for x in own] for n, own in scores.items()}
     return scores, notes
 

@@ -11,7 +11,6 @@ They are published beside most GGUF files, in one of two forms.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,14 +21,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError, SourceError
-from secateur.exporting.gguf.llama_cpp import F32, LlamaCpp, Node
 from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import MAGIC, GGUFSource
-from secateur.progress import Progress, Silent
 
+Q = gguf.GGMLQuantizationType
 SUMS, COUNTS = ".in_sum2", ".counts"
-LAYER, HEADS = "blk.", ("output.weight", "token_embd.weight")
-"""How the names of matrices in layers begin, and the names of a head, its own and a tied one."""
 
 
 @dataclass(frozen=True)
@@ -45,56 +41,6 @@ class ImportanceMatrix:
     sums: dict[str, Tensor]
     counts: dict[str, Tensor]
     has_counts: bool = True
-
-    @classmethod
-    def collect(
-        cls,
-        engine: LlamaCpp,
-        windows: Tensor,
-        progress: Progress | None = None,
-        *,
-        head: bool = False,
-    ) -> ImportanceMatrix:
-        """Collect it as llama.cpp's `imatrix` does: every product with a matrix of the layers.
-
-        Args:
-            engine: the file that runs.
-            windows: token ids [windows, length].
-            progress: receives every window.
-            head: collect the inputs of the head too, as with `--process-output`, or of a tied one.
-        """
-        found, progress = cls({}, {}), progress or Silent()
-
-        def wanted(node: Node) -> bool:
-            if node.op not in ("MUL_MAT", "MUL_MAT_ID"):
-                return False
-            name = node.source(0).name
-            own = name.startswith(LAYER) or (head and name in HEADS)
-            return own and node.source(1).tensor.type == F32
-
-        progress.start("importance matrix", len(windows))
-        for _ in engine.run(windows, wanted, found._add, logits=head):
-            progress.step()
-        progress.finish()
-        return found
-
-    def _add(self, node: Node) -> None:
-        """Add the inputs of one product."""
-        matrix, inputs = node.source(0), node.source(1).value().double().square()
-        name, columns = matrix.name, inputs.shape[-1]
-        if node.op == "MUL_MAT_ID":  # inputs [1, tokens, 1 or chosen, columns]
-            chosen = node.source(2).value()[0, 0].long()  # [tokens, chosen]
-            rows = inputs[0].expand(*chosen.shape, columns).reshape(-1, columns)
-            experts = matrix.shape[1]
-            sums = torch.zeros(experts, columns, dtype=torch.float64)
-            sums.index_add_(0, chosen.flatten(), rows)
-            counts = chosen.flatten().bincount(minlength=experts)
-        else:  # a stack of matrices of attention, such as those of latent keys, has one count
-            stacked = matrix.shape[0] * matrix.shape[1]
-            sums = inputs.reshape(-1, stacked, inputs.shape[2], columns).sum((0, 2)).view(1, -1)
-            counts = torch.tensor([inputs.numel() // columns // stacked])
-        self.sums[name] = self.sums.get(name, 0) + sums
-        self.counts[name] = self.counts.get(name, 0) + counts
 
     @classmethod
     def read(cls, file: Path) -> ImportanceMatrix:
@@ -113,7 +59,7 @@ class ImportanceMatrix:
         stored, found = GGUFSource.read(file).tensors, cls({}, {})
         for name in [x.removesuffix(SUMS) for x in stored if x.endswith(SUMS)]:
             pair = stored[name + SUMS], stored.get(name + COUNTS)
-            if pair[1] is None or any(x.type != F32 for x in pair if x):
+            if pair[1] is None or any(x.type != Q.F32 for x in pair if x):
                 raise damaged(f"{name} has no sums and counts in float32", file)
             sums, counts = (torch.from_numpy(x.read().view(np.float32)) for x in pair if x)
             if sums.numel() % counts.numel():
@@ -151,44 +97,11 @@ class ImportanceMatrix:
             name = some(number(), 1, "bytes of a name").decode(errors="replace")
             calls = max(1, number())
             values = some(number(), 4, f"values of {name}")
-            found.sums[name] = torch.frombuffer(bytearray(values), dtype=torch.float32).double()[
-                None
-            ]
-            _check(name, found.sums[name], file)
+            sums = torch.frombuffer(bytearray(values), dtype=torch.float32)
+            _check(name, sums, file)
+            found.sums[name] = sums.double()[None]
             found.counts[name] = torch.tensor([calls])
         return found
-
-    def write(self, file: Path, length: int, texts: Sequence[str] = ()) -> None:
-        """Write the GGUF form.
-
-        Args:
-            file: the file to write.
-            length: tokens of a window.
-            texts: where the windows come from.
-        """
-        writer = gguf.GGUFWriter(file, "imatrix")
-        writer.kv_data[0].clear()  # no architecture
-        writer.add_type(gguf.GGUFType.IMATRIX)
-        writer.add_array(gguf.Keys.IMatrix.DATASETS, list(texts) or ["windows of token ids"])
-        most = max(int(counts.max()) for counts in self.counts.values())
-        writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, most // length)
-        writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, length)
-        for name, sums in sorted(self.sums.items()):
-            counts = self.counts[name].float()[:, None]
-            writer.add_tensor(name + SUMS, sums.float().numpy())
-            writer.add_tensor(name + COUNTS, counts.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    def means(self) -> dict[str, np.ndarray]:
-        """Mean squares for `quantize`; 1 for an expert that received no token, as in llama.cpp."""
-        return {
-            name: torch.where(counts > 0, sums / counts, 1.0).float().numpy()
-            for name, sums in self.sums.items()
-            for counts in [self.counts[name][:, None]]
-        }
 
 
 def _check(name: str, values: Tensor, file: Path) -> None:

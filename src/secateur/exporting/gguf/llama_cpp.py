@@ -8,7 +8,7 @@ file, passes windows of token ids through it, and shows the tensors that llama.c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,16 +25,15 @@ from secateur.calibration.run_windows import WindowReader
 from secateur.errors import CheckpointError, RecipeError, VerificationError, install_extra
 from secateur.exporting import Exported
 from secateur.exporting.gguf.writing import ENDS, dequantized
-from secateur.progress import Progress, each_step
+from secateur.progress import Progress, Silent, each_step
 from secateur.recipes.shared import Calibration
 
-F = gguf.LlamaFileType
 MIXES = MappingProxyType(
     {
-        kind.name.removeprefix("MOSTLY_").lower(): kind
-        for kind in (
-            F.MOSTLY_Q6_K, F.MOSTLY_Q5_K_M, F.MOSTLY_Q5_K_S, F.MOSTLY_Q4_K_M, F.MOSTLY_Q4_K_S,
-            F.MOSTLY_IQ4_XS, F.MOSTLY_Q3_K_L, F.MOSTLY_Q3_K_M, F.MOSTLY_Q3_K_S, F.MOSTLY_Q2_K,
+        name: gguf.LlamaFileType[f"MOSTLY_{name.upper()}"]
+        for name in (
+            "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s",
+            "q2_k",
         )
     }
 )  # fmt: skip
@@ -144,24 +143,14 @@ def silence(ffi: Any, library: Any) -> Iterator[list[str]]:
         library.llama_log_set(before[0][0], before[1][0])
 
 
-def quantize(
-    exact: Path,
-    file: Path,
-    kind: gguf.LlamaFileType,
-    importance: Mapping[str, np.ndarray] = MappingProxyType({}),
-    types: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
-    threads: int = 0,
-) -> None:
+def quantize(exact: Path, file: Path, kind: gguf.LlamaFileType, **chosen: Any) -> None:
     """Quantize a file by llama.cpp.
 
     Args:
         exact: a file of floats.
         file: the file to write.
         kind: the mix.
-        importance: mean squares of the inputs of matrices, by the tensor's name; float32 [columns],
-            or [experts, columns].
-        types: of tensors whose name has a match of a regular expression, in place of the mix's.
-        threads: 0 takes as many as there are processors.
+        **chosen: fields of `llama_model_quantize_params` with other values than the default.
 
     Raises:
         RecipeError: llama.cpp is not installed.
@@ -169,22 +158,8 @@ def quantize(
     """
     ffi, library = load_llama_cpp()
     options = library.llama_model_quantize_default_params()
-    options.nthread, options.ftype = threads, int(kind)
-    matrix = ffi.new(
-        "struct llama_model_imatrix_data[]", len(importance) + 1
-    )  # an empty row ends it
-    own = ffi.new("struct llama_model_tensor_override[]", len(types) + 1)
-    alive: list[Any] = []  # what the tables point to
-    for row, (name, values) in zip(matrix, importance.items(), strict=False):
-        array = np.ascontiguousarray(values, dtype=np.float32)
-        alive += [text := ffi.new("char[]", name.encode()), array]
-        row.name, row.size = text, array.size
-        row.data = ffi.cast("const float *", array.ctypes.data)
-    for row, (pattern, chosen) in zip(own, types.items(), strict=False):
-        alive.append(text := ffi.new("char[]", pattern.encode()))
-        row.pattern, row.type = text, int(chosen)
-    options.imatrix = matrix if importance else ffi.NULL
-    options.tt_overrides = own if types else ffi.NULL
+    for name, value in {"ftype": int(kind), **chosen}.items():
+        setattr(options, name, value)
     paths = str(exact).encode(), str(file).encode()
     with silence(ffi, library) as errors:
         wanted = ffi.new("llama_model_quantize_params *", options)
@@ -377,6 +352,8 @@ class LlamaCpp:
         seen: Callable[[Node], None] = lambda node: None,
         *,
         logits: bool = False,
+        progress: Progress | None = None,
+        done: int = 0,
     ) -> Iterator[Tensor | None]:
         """Pass windows through the model, one after the other, each from its beginning.
 
@@ -388,6 +365,8 @@ class LlamaCpp:
             seen: is called with each wanted node when it is computed. A node has the values of
                 at most `AT_ONCE` tokens.
             logits: without them, the head is not computed.
+            progress: receives every window.
+            done: windows that are left out.
 
         Yields:
             Float32 [length, vocabulary] of each window, or None.
@@ -408,9 +387,11 @@ class LlamaCpp:
                 raised.append(error)
             return not last and not raised
 
-        length = windows.shape[1]
+        length, progress = windows.shape[1], progress or Silent()
+        progress.start("running windows in llama.cpp", len(windows))
+        progress.step(done)
         with self._context(length, evaluated) as context:
-            for window in windows:
+            for window in windows[done:]:
                 self.library.llama_memory_clear(self.library.llama_get_memory(context), True)
                 found = []
                 for first in range(0, length, AT_ONCE):
@@ -418,6 +399,8 @@ class LlamaCpp:
                     if raised:
                         raise raised[0]
                 yield torch.cat(found) if logits else None
+                progress.step()
+        progress.finish()
 
     @contextmanager
     def _context(self, length: int, evaluated: Any) -> Iterator[Any]:
