@@ -110,9 +110,6 @@ WRONG: dict[str, Callable[[Edit], Edit]] = {
     "row": lambda edit: replace(edit, tensors={"a": Kept("tensor.F32", rows=(0, 6))}),
     "no row": lambda edit: replace(edit, tensors={"a": Kept("tensor.F32", rows=())}),
     "block": lambda edit: replace(edit, tensors={"a": Kept("tensor.Q4_K", shape=(2, 128))}),
-    "alignment": lambda edit: edit.with_fields(
-        {"general.alignment": Field(gguf.GGUFValueType.UINT32, 64)}
-    ),
 }
 
 

@@ -19,11 +19,10 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -47,18 +46,10 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 ALIGNMENT = "general.alignment"
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
-SCALARS: Mapping[GGUFValueType, str] = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
+SCALARS: Mapping[GGUFValueType, np.dtype[Any]] = {
+    kind: np.dtype(kind.name.lower()).newbyteorder("<")
+    for kind in GGUFValueType
+    if kind not in (GGUFValueType.STRING, GGUFValueType.ARRAY)
 }
 """NumPy's dtype of each type of value."""
 
@@ -372,8 +363,8 @@ def read_part(file: Path) -> FilePart:
         CheckpointError: it is damaged, or of a version or byte order that is not read.
     """
     try:
-        with _Header(file) as header:
-            return header.part()
+        with file.open("rb") as stream:
+            return _Header(file, stream).part()
     except OSError as error:
         raise CheckpointError(
             f"the file cannot be read: {error.strerror or error}",
@@ -386,22 +377,14 @@ class _Header:
     """A cursor over the header of one file, which knows where the file ends.
 
     Args:
-        file: to read.
+        file: its place.
+        stream: of the file.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.data, self.at = file, b"", 0
-        self.stream = file.open("rb")
-        self.size_bytes = self.stream.seek(0, 2)
-        self.stream.seek(0)
-
-    def __enter__(self) -> _Header:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self.stream.close()
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self.file, self.stream, self.data, self.at = file, stream, b"", 0
+        self.size_bytes = stream.seek(0, 2)
+        stream.seek(0)
 
     def part(self) -> FilePart:
         """Everything in the header."""
@@ -410,18 +393,31 @@ class _Header:
         for number in range(keys):
             key = self.text(f"the name of key {number + 1}")
             if key in fields:
-                raise damaged(f"the key {key} is there twice", self.file)
+                raise self.bad(f"the key {key} is there twice")
             fields[key] = self.field(key)
         alignment = self.alignment(fields.get(ALIGNMENT))
-        described = [self.described(number) for number in range(tensors)]
+        described = [self.tensor(number, alignment) for number in range(tensors)]
         start = self.at + -self.at % alignment
-        placed = [self.placed(start, alignment, *each) for each in described]
-        self.check_apart(placed)
+        placed = [replace(each, offset=start + each.offset) for each in described]
         names = {tensor.name: tensor for tensor in placed}
         if len(names) < tensors:
-            raise damaged("two tensors have the same name", self.file)
+            raise self.bad("two tensors have the same name")
+        end, before = start, ""
+        for each in sorted(placed, key=lambda tensor: tensor.offset):
+            if each.offset < end:
+                raise self.bad(f"the tensors {before} and {each.name} overlap")
+            end, before = each.offset + each.nbytes, each.name
+            if end > self.size_bytes:
+                raise self.bad(
+                    f"the tensor {before} ends at byte {end}, and the file has {self.size_bytes} "
+                    "bytes"
+                )
         digest = hashlib.sha256(self.data[: self.at]).hexdigest()
         return FilePart(self.file, fields, names, alignment, self.size_bytes, digest)
+
+    def bad(self, what: str) -> CheckpointError:
+        """The error of a file that is not as it should be."""
+        return damaged(what, self.file)
 
     # -- bytes -----------------------------------------------------------------------------------
 
@@ -432,16 +428,14 @@ class _Header:
             CheckpointError: the file ends before, or the header is too long.
         """
         if end > self.size_bytes:
-            raise damaged(
-                f"{what} ends at byte {end}, and the file has {self.size_bytes} bytes", self.file
-            )
+            raise self.bad(f"{what} ends at byte {end}, and the file has {self.size_bytes} bytes")
         if end > MAX_HEADER_BYTES:
-            raise damaged(f"the header is longer than {MAX_HEADER_BYTES} bytes: {what}", self.file)
+            raise self.bad(f"the header is longer than {MAX_HEADER_BYTES} bytes: {what}")
         if end > len(self.data):
             more = max(end - len(self.data), len(self.data), FIRST_BYTES)
             self.data += self.stream.read(min(more, self.size_bytes - len(self.data)))
         if end > len(self.data):
-            raise damaged(f"{what} ends at byte {end}, and the file became shorter", self.file)
+            raise self.bad(f"{what} ends at byte {end}, and the file became shorter")
         return self.data
 
     def take(self, count: int, what: str) -> bytes:
@@ -476,16 +470,13 @@ class _Header:
         try:
             return [text.decode() for text in found]
         except UnicodeDecodeError as error:
-            raise damaged(f"{what} is no UTF-8: {error.object[:40]!r}", self.file) from None
+            raise self.bad(f"{what} is no UTF-8: {error.object[:40]!r}") from None
 
     def room(self, count: int, least_bytes: int, what: str) -> None:
         """Refuse a count of things that the rest of the file cannot hold."""
         if count * least_bytes > self.size_bytes - self.at:
-            raise damaged(
-                f"{what}: {count} do not fit into the last {self.size_bytes - self.at} bytes of "
-                "the file",
-                self.file,
-            )
+            left = self.size_bytes - self.at
+            raise self.bad(f"{what}: {count} do not fit into the last {left} bytes of the file")
 
     # -- entries ---------------------------------------------------------------------------------
 
@@ -493,7 +484,7 @@ class _Header:
         """The numbers of tensors and keys, after magic and version."""
         magic = self.reach(min(4, self.size_bytes), "the file")[:4]
         if magic != MAGIC:
-            raise damaged(f"not a GGUF file: it begins with {magic!r}", self.file)
+            raise self.bad(f"not a GGUF file: it begins with {magic!r}")
         self.at = 4
         version = self.number("<I", "the version")
         if version not in VERSIONS:
@@ -516,7 +507,7 @@ class _Header:
         try:
             return GGUFValueType(number)
         except ValueError:
-            raise damaged(f"{what} has the unknown type {number}", self.file) from None
+            raise self.bad(f"{what} has the unknown type {number}") from None
 
     def field(self, key: str) -> Field:
         """The value of a key."""
@@ -527,18 +518,18 @@ class _Header:
             return Field(kind, value.item() if isinstance(value, np.generic) else value)
         items = self.type_of(what)
         if items == GGUFValueType.ARRAY:
-            raise damaged(f"{what} is an array of arrays, which llama.cpp does not read", self.file)
+            raise self.bad(f"{what} is an array of arrays, which llama.cpp does not read")
         return Field(kind, self.values(items, self.number("<Q", what), what), items)
 
     def values(self, kind: GGUFValueType, count: int, what: str) -> Any:
         """The next values of one type: texts as a list, numbers as a NumPy array."""
         if kind == GGUFValueType.STRING:
             return self.texts(count, what)
-        dtype = np.dtype(SCALARS[kind])
+        dtype = SCALARS[kind]
         self.room(count, dtype.itemsize, what)
         found = np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
         if kind == GGUFValueType.BOOL and (found.view(np.uint8) > 1).any():
-            raise damaged(f"{what} is neither true nor false", self.file)
+            raise self.bad(f"{what} is neither true nor false")
         return found
 
     def alignment(self, field: Field | None) -> int:
@@ -547,20 +538,20 @@ class _Header:
             return gguf.GGUF_DEFAULT_ALIGNMENT
         value = field.value
         if field.type != GGUFValueType.UINT32 or value <= 0 or value & (value - 1):
-            raise damaged(f"{ALIGNMENT} is {str(value)[:80]!r}, not a power of two", self.file)
+            raise self.bad(f"{ALIGNMENT} is {str(value)[:80]!r}, not a power of two")
         return int(value)
 
-    def described(self, number: int) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        """Name, shape, type and offset of the next tensor."""
+    def tensor(self, number: int, alignment: int) -> StoredTensor:
+        """The next tensor. Its offset is from the beginning of the data."""
         name = self.text(f"the name of tensor {number + 1}")
         what = f"the tensor {name[:80]}"
         if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
-            raise damaged(f"{what} has a name of {len(name.encode())} bytes", self.file)
+            raise self.bad(f"{what} has a name of {len(name.encode())} bytes")
         dimensions = self.number("<I", what)
         if not 0 < dimensions <= MAX_DIMENSIONS:
-            raise damaged(f"{what} has {dimensions} dimensions, not 1 to 4", self.file)
+            raise self.bad(f"{what} has {dimensions} dimensions, not 1 to 4")
         shape = tuple(self.number("<Q", what) for _ in range(dimensions))[::-1]
-        number = self.number("<I", what)
+        number, offset = self.number("<I", what), self.number("<Q", what)
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
@@ -570,52 +561,13 @@ class _Header:
                 remedy="copy the file again; if it is whole, its type is newer than the installed "
                 "gguf: pip install --upgrade gguf",
             ) from None
-        return name, shape, kind, self.number("<Q", what)
-
-    def placed(
-        self,
-        start: int,
-        alignment: int,
-        name: str,
-        shape: tuple[int, ...],
-        kind: GGMLQuantizationType,
-        offset: int,
-    ) -> StoredTensor:
-        """A tensor at its place in the file.
-
-        Args:
-            start: where the data begins.
-            alignment: of the tensors.
-            name: of the tensor.
-            shape: its sizes.
-            kind: of its blocks.
-            offset: from the beginning of the data.
-        """
-        weights, _ = BLOCKS[kind]
         if min(shape) == 0 or prod(shape) >= 2**63:
-            raise damaged(f"the tensor {name} has the shape {shape}", self.file)
+            raise self.bad(f"{what} has the shape {shape}")
+        weights, _ = BLOCKS[kind]
         if shape[-1] % weights:
-            raise damaged(
-                f"the tensor {name} has rows of {shape[-1]} weights, and {kind.name} has blocks of "
-                f"{weights}",
-                self.file,
+            raise self.bad(
+                f"{what} has rows of {shape[-1]} weights, and {kind.name} has blocks of {weights}"
             )
-        nbytes = block_bytes(shape, kind)
         if offset % alignment:
-            raise damaged(
-                f"the tensor {name} is at byte {offset} of the data, no multiple of {alignment}",
-                self.file,
-            )
-        if start + offset + nbytes > self.size_bytes:
-            raise damaged(
-                f"the tensor {name} ends at byte {start + offset + nbytes}, and the file has "
-                f"{self.size_bytes} bytes",
-                self.file,
-            )
-        return StoredTensor(name, shape, kind, self.file, start + offset, nbytes)
-
-    def check_apart(self, placed: Sequence[StoredTensor]) -> None:
-        """Refuse tensors that share bytes."""
-        for one, other in pairwise(sorted(placed, key=lambda tensor: tensor.offset)):
-            if one.offset + one.nbytes > other.offset:
-                raise damaged(f"the tensors {one.name} and {other.name} overlap", self.file)
+            raise self.bad(f"{what} is at byte {offset} of the data, no multiple of {alignment}")
+        return StoredTensor(name, shape, kind, self.file, offset, block_bytes(shape, kind))

@@ -6,7 +6,7 @@ new bytes. What stays is copied byte for byte, in the types that it has, a few M
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,6 @@ from gguf import GGMLQuantizationType
 
 from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import (
-    ALIGNMENT,
     BLOCKS,
     MAGIC,
     PART,
@@ -44,8 +43,9 @@ SYNCED_BYTES = 2**28
 """After so many bytes they are brought to the disk, which a kill in the meantime loses."""
 IN_KERNEL_BYTES = 2**17
 """Shorter runs of rows go through memory, many of them at once."""
-NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-"""The errors of systems that cannot copy from one file into another by themselves."""
+
+_Piece = bytes | list[tuple[int, int]]
+"""At most 4 MiB of the result: bytes, or runs of the source, each by its begin and length."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,17 @@ class Kept:
     shape: tuple[int, ...] | None = None
     type: GGMLQuantizationType | None = None
 
-    def shape_in(self, source: GGUFSource) -> tuple[int, ...]:
-        """Its shape in the result, outermost first."""
-        if self.shape is not None:
-            return self.shape
-        [outermost, *others] = source.tensors[self.source].shape
-        return (outermost if self.rows is None else len(self.rows), *others)
-
-    def type_in(self, source: GGUFSource) -> GGMLQuantizationType:
-        """Its type in the result."""
-        return source.tensors[self.source].type if self.type is None else self.type
-
-    def bytes_in(self, source: GGUFSource) -> int:
-        """Its bytes in the result."""
-        return block_bytes(self.shape_in(source), self.type_in(source))
+    def foreseen(self, name: str, source: GGUFSource) -> StoredTensor:
+        """The tensor as it will be, except for its place."""
+        stored = source.tensors[self.source]
+        rows, *others = stored.shape
+        kind = stored.type if self.type is None else self.type
+        shape = self.shape or (rows if self.rows is None else len(self.rows), *others)
+        if not all(0 <= row < rows for row in self.rows or ()):
+            raise ValueError(f"{name}: a row is not among the {rows} of {self.source}")
+        if 0 in shape or shape[-1] % BLOCKS[kind][0]:
+            raise ValueError(f"{name} has the shape {shape}")
+        return replace(stored, name=name, shape=shape, type=kind, nbytes=block_bytes(shape, kind))
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,7 @@ class Edit:
 
     def foreseen(self, source: GGUFSource) -> GGUFSource:
         """The result as it will be read, except for the places of its tensors."""
-        tensors = {
-            name: StoredTensor(
-                name, kept.shape_in(source), kept.type_in(source), source.file, 0,
-                kept.bytes_in(source),
-            )
-            for name, kept in self.tensors.items()
-        }  # fmt: skip
+        tensors = {name: kept.foreseen(name, source) for name, kept in self.tensors.items()}
         return replace(source, fields=dict(self.fields), tensors=tensors)
 
 
@@ -159,28 +150,10 @@ def written(
     files = [part_name(output, number, len(parts)) for number in range(len(parts))]
     done = {entry["file"]: entry["bytes"] for entry in ledger.entries}
     for file, part in zip(files, parts, strict=True):
-        begun = done.get(file.name, 0)
-        with FileIO(part.file) as read, writing(file), _Writer(file, read, begun) as writer:
-            for piece in part.pieces():
-                writer.write(piece, progress)
-                if writer.at - writer.synced >= SYNCED_BYTES:
-                    writer.sync(ledger)
-            writer.sync(ledger)
-            writer.note(ledger)
+        with writing(file):
+            _write(file, part, done.get(file.name, 0), progress, ledger)
     progress.finish()
     return files
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Bytes of the source, at most 4 MiB: where each run begins, and its length."""
-
-    runs: Sequence[tuple[int, int]]
-
-    @property
-    def nbytes(self) -> int:
-        """Of all runs."""
-        return sum(length for _, length in self.runs)
 
 
 @dataclass(frozen=True)
@@ -190,51 +163,46 @@ class _PartLayout:
     Attributes:
         header: with the padding before the first tensor.
         tensors: in order, each with its bytes in the result.
-        alignment: of the tensors.
-        source: of the tensors.
-        file: of the source, that has them.
+        part: of the source, that has them.
     """
 
     header: bytes
     tensors: list[tuple[Kept, int]]
-    alignment: int
-    source: GGUFSource
-    file: Path
+    part: FilePart
 
     @property
     def nbytes(self) -> int:
         """Of the file."""
-        padded = (nbytes + -nbytes % self.alignment for _, nbytes in self.tensors)
+        padded = (nbytes + -nbytes % self.part.alignment for _, nbytes in self.tensors)
         return len(self.header) + sum(padded)
 
-    def pieces(self) -> Iterator[bytes | _Runs]:
+    def pieces(self) -> Iterator[_Piece]:
         """The bytes of the file, in pieces that are the same in each run."""
         yield self.header
         for kept, nbytes in self.tensors:
-            yield from _made(kept, nbytes) if kept.replaced else _copied(self.source, kept)
-            yield bytes(-nbytes % self.alignment)
+            if kept.replaced is None:
+                yield from _copied(self.part.tensors[kept.source], kept.rows)
+            else:
+                yield from _made(kept.source, kept.replaced(), nbytes)
+            yield bytes(-nbytes % self.part.alignment)
 
 
-def _made(kept: Kept, nbytes: int) -> Iterator[bytes]:
+def _made(name: str, made: Any, nbytes: int) -> Iterator[bytes]:
     """The new bytes of a tensor."""
-    assert kept.replaced is not None
-    made = kept.replaced()
-    pieces = made if isinstance(made, Iterator) else [made]
-    for piece in pieces:
+    for piece in made if isinstance(made, Iterator) else [made]:
         view = memoryview(piece).cast("B")
         nbytes -= len(view)
         yield from (bytes(view[at : at + COPIED_BYTES]) for at in range(0, len(view), COPIED_BYTES))
     if nbytes:
-        raise ValueError(f"{kept.source} has {-nbytes} bytes too many")
+        raise ValueError(f"{name} has {-nbytes} bytes too many")
 
 
-def _copied(source: GGUFSource, kept: Kept) -> Iterator[_Runs]:
+def _copied(tensor: StoredTensor, rows: Sequence[int] | None) -> Iterator[list[tuple[int, int]]]:
     """The rows of a tensor that stay. Neighbours are one run; short runs are read together."""
-    tensor = source.tensors[kept.source]
     runs = [(0, tensor.nbytes)]
-    if kept.rows is not None:
+    if rows is not None:
         size = tensor.row_bytes
-        runs = [(first * size, count * size) for first, count in runs_of(kept.rows)]
+        runs = [(first * size, count * size) for first, count in runs_of(rows)]
     waiting: list[tuple[int, int]] = []
     free = COPIED_BYTES
     for begin, length in runs:
@@ -243,142 +211,99 @@ def _copied(source: GGUFSource, kept: Kept) -> Iterator[_Runs]:
             waiting.append((tensor.offset + begin, now))
             begin, length, free = begin + now, length - now, free - now
             if not free:
-                yield _Runs(waiting)
+                yield waiting
                 waiting, free = [], COPIED_BYTES
-    if waiting:
-        yield _Runs(waiting)
+    yield waiting
 
 
 def _parts(source: GGUFSource, edit: Edit) -> list[_PartLayout]:
     """The files of the result, part for part as in the source."""
-    _check(source, edit)
-    where = {name: number for number, part in enumerate(source.parts) for name in part.tensors}
-    own: list[dict[str, Kept]] = [{} for _ in source.parts]
-    for name, kept in edit.tensors.items():
-        own[where[kept.source]][name] = kept
-    found = []
+    found, foreseen = [], edit.foreseen(source).tensors
     for number, part in enumerate(source.parts):
         fields = dict(part.fields if number else edit.fields)
         if SPLIT_TENSORS in fields:
             fields[SPLIT_TENSORS] = fields[SPLIT_TENSORS].like(len(edit.tensors))
-        found.append(_laid_out(source, fields, own[number], part))
+        own = {name: kept for name, kept in edit.tensors.items() if kept.source in part.tensors}
+        described, offset, sizes = [], 0, []
+        for name, kept in own.items():
+            made = foreseen[name]
+            described.append(
+                counted(name)
+                + struct.pack(f"<I{len(made.shape)}Q", len(made.shape), *reversed(made.shape))
+                + struct.pack("<IQ", made.type, offset)
+            )
+            sizes.append((kept, made.nbytes))
+            offset += made.nbytes + -made.nbytes % part.alignment
+        head = MAGIC + struct.pack("<IQQ", VERSION, len(own), len(fields))
+        keys = [counted(key) + field.encoded() for key, field in fields.items()]
+        header = b"".join([head, *keys, *described])
+        found.append(_PartLayout(header + bytes(-len(header) % part.alignment), sizes, part))
     return found
 
 
-def _laid_out(
-    source: GGUFSource, fields: Mapping[str, Field], tensors: Mapping[str, Kept], part: FilePart
-) -> _PartLayout:
-    """One file of the result."""
-    described, offset, sizes = [], 0, []
-    for name, kept in tensors.items():
-        shape, nbytes = kept.shape_in(source), kept.bytes_in(source)
-        described.append(
-            counted(name)
-            + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-            + struct.pack("<IQ", kept.type_in(source), offset)
-        )
-        sizes.append((kept, nbytes))
-        offset += nbytes + -nbytes % part.alignment
-    head = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(fields))
-    keys = [counted(key) + field.encoded() for key, field in fields.items()]
-    header = b"".join([head, *keys, *described])
-    header += bytes(-len(header) % part.alignment)
-    return _PartLayout(header, sizes, part.alignment, source, part.file)
-
-
-def _check(source: GGUFSource, edit: Edit) -> None:
-    """Refuse an edit that does not fit its source."""
-    if edit.fields.get(ALIGNMENT) is not source.fields.get(ALIGNMENT):
-        raise ValueError(f"an edit keeps {ALIGNMENT}")
-    for name, kept in edit.tensors.items():
-        tensor = source.tensors[kept.source]
-        if kept.rows is not None and not all(0 <= row < tensor.shape[0] for row in kept.rows):
-            raise ValueError(f"{name}: a row is not among the {tensor.shape[0]} of {kept.source}")
-        weights, _ = BLOCKS[kept.type_in(source)]
-        if 0 in (shape := kept.shape_in(source)) or shape[-1] % weights:
-            raise ValueError(f"{name} has the shape {shape}")
-
-
-class _Writer:
-    """Writes one file of the result, from where an earlier run has stopped.
+def _write(file: Path, part: _PartLayout, done: int, progress: Progress, ledger: Ledger) -> None:
+    """Write one file of the result, from where an earlier run has stopped.
 
     Args:
         file: to write.
-        source: where the bytes come from.
+        part: what it has.
         done: so many bytes are on the disk.
+        progress: receives the steps.
+        ledger: receives how many bytes are on the disk.
     """
 
-    def __init__(self, file: Path, source: FileIO, done: int) -> None:
-        self.file, self.source, self.done = file, source, done
-        self.at, self.synced = 0, done
-        self.thread = ThreadPoolExecutor(1)
-        self.pending: Future[None] | None = None
-        self.stream = FileIO(file, "r+" if done else "w")
-        self.stream.truncate(done)
-        self.stream.seek(done)
+    def sync(at: int, earlier: Future[None] | None) -> None:
+        if earlier is not None:
+            earlier.result()  # after an error, nothing counts as written
+        os.fsync(made.fileno())
+        ledger.append({"file": file.name, "bytes": at})
 
-    def __enter__(self) -> _Writer:
-        return self
+    at, synced = 0, done
+    pending: Future[None] | None = None
+    with (
+        FileIO(part.part.file) as source,
+        FileIO(file, "r+" if done else "w") as made,
+        ThreadPoolExecutor(1) as thread,  # brings bytes to the disk while more are written
+    ):
+        made.truncate(done)
+        made.seek(done)
+        for piece in part.pieces():
+            before = at
+            at += len(piece) if isinstance(piece, bytes) else sum(length for _, length in piece)
+            progress.step(at // COPIED_BYTES - before // COPIED_BYTES)
+            if at > done:
+                _put(made, source, piece)
+            if at - synced >= SYNCED_BYTES:
+                pending, synced = thread.submit(sync, at, pending), at
+        if at > synced:
+            pending = thread.submit(sync, at, pending)
+    if pending is not None:
+        pending.result()
 
-    def __exit__(self, *_: object) -> None:
-        self.thread.shutdown()
-        self.stream.close()
 
-    def write(self, piece: bytes | _Runs, progress: Progress) -> None:
-        """Write the next piece, unless it is there."""
-        nbytes = len(piece) if isinstance(piece, bytes) else piece.nbytes
-        before, self.at = self.at, self.at + nbytes
-        progress.step(self.at // COPIED_BYTES - before // COPIED_BYTES)
-        if self.at <= self.done:
-            return
-        if isinstance(piece, bytes):
-            self.put(piece)
-        elif len(piece.runs) > 1 or not self.copied_by_the_system(*piece.runs[0]):
-            self.put(b"".join(self.read(*run) for run in piece.runs))
-
-    def put(self, piece: bytes) -> None:
-        """Write bytes of memory."""
+def _put(made: FileIO, source: FileIO, piece: _Piece) -> None:
+    """Write a piece. A long run is copied by the system, if it does that between these disks."""
+    if isinstance(piece, bytes):
         view = memoryview(piece)
         while view:
-            view = view[self.stream.write(view) :]
-
-    def copied_by_the_system(self, begin: int, length: int) -> bool:
-        """Copy bytes without reading them into memory; False where the system does not do it."""
-        if length < IN_KERNEL_BYTES or not hasattr(os, "copy_file_range"):
-            return False
-        end = begin + length
-        try:
-            while begin < end:
-                copied = os.copy_file_range(
-                    self.source.fileno(), self.stream.fileno(), end - begin, begin
-                )
+            view = view[made.write(view) :]
+        return
+    if len(piece) == 1:
+        [(begin, length)] = piece
+        with contextlib.suppress(OSError, AttributeError):  # what is left goes through memory
+            while length >= IN_KERNEL_BYTES:
+                copied = os.copy_file_range(source.fileno(), made.fileno(), length, begin)
                 if not copied:
-                    raise damaged("the file became shorter while it was copied", self.source.name)
-                begin += copied
-        except OSError as error:
-            if error.errno not in NO_COPY or begin + length > end:
-                raise
-            return False
-        return True
+                    break
+                begin, length = begin + copied, length - copied
+        piece = [(begin, length)]
+    _put(made, source, b"".join(_read(source, *run) for run in piece))
 
-    def read(self, begin: int, length: int) -> bytes:
-        """Bytes of the source."""
-        self.source.seek(begin)
-        found = self.source.read(length)
-        if len(found) < length:
-            raise damaged("the file became shorter while it was copied", self.source.name)
-        return found
 
-    def sync(self, ledger: Ledger) -> None:
-        """Begin to bring everything so far to the disk, while more is written."""
-        self.note(ledger)
-        if self.at > self.synced:
-            self.synced = self.at
-            self.pending = self.thread.submit(os.fsync, self.stream.fileno())
-
-    def note(self, ledger: Ledger) -> None:
-        """Wait for what is on its way to the disk, and write down that it is there."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
-            ledger.append({"file": self.file.name, "bytes": self.synced})
+def _read(source: FileIO, begin: int, length: int) -> bytes:
+    """Bytes of the source."""
+    source.seek(begin)
+    found = source.read(length)
+    if len(found) < length:
+        raise damaged("the file became shorter while it was copied", source.name)
+    return found
