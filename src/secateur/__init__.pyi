@@ -22,7 +22,7 @@ from secateur.reporting.evaluate import (
     GenerateResult,
 )
 from secateur.reporting.fit import DraftResult, FitResult
-from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult
+from secateur.reporting.gguf_files import CutFileResult
 from secateur.reporting.models import (
     ChainResult,
     CompressResult,
@@ -1047,7 +1047,7 @@ def structure(
     *,
     dry_run: Literal[True],
     **options: Any,
-) -> CutFileResult | CutPlanResult | CutFilePlanResult: ...
+) -> CutFileResult | CutPlanResult: ...
 @overload
 def structure(
     model: str | Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -164,9 +165,30 @@ def test_an_output_is_replaced_only_where_the_user_wants_it(tmp_path: Path) -> N
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(RecipeError, match="no model folder"):
         RunFolder(tmp_path / "mine", "prune", overwrite=True)
+    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / "secateur")
+    (tmp_path / "mine" / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RecipeError, match="no model folder"):
+        RunFolder(tmp_path / "mine", "prune", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="a symbolic link"):
         RunFolder(tmp_path / "link", "prune")
+
+
+@pytest.mark.parametrize("notes", [(), ("README.md", "secateur/run.json")])
+def test_a_folder_with_only_a_gguf_file_is_replaced(notes: Sequence[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "secateur" if notes else out).mkdir(parents=True)
+    for name, content in {"m.gguf": "GGUF and more", **dict.fromkeys(notes, "{}")}.items():
+        (out / name).write_text(content)
+    with pytest.raises(RecipeError, match="--overwrite"):
+        RunFolder(out, "prune")
+    (out / "more.gguf").write_text("GGUF")
+    with pytest.raises(RecipeError, match="no model folder"):
+        RunFolder(out, "prune", overwrite=True)
+    (out / "more.gguf").unlink()
+    finished(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "new"
+    assert not (out / "m.gguf").exists()
 
 
 def test_a_whole_result_is_kept_though_nothing_of_the_run_can_be_resumed(tmp_path: Path) -> None:

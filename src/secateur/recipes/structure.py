@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import combinations, product
 from types import MappingProxyType
@@ -19,6 +20,25 @@ def _number_or_fraction(value: int | float) -> int | float:
     if isinstance(value, float) and not 0 <= value <= 1:
         raise ValueError("must be a whole number, or a fraction between 0 and 1")
     return value
+
+
+def numbers_in(text: str) -> tuple[int, ...]:
+    """The numbers of a list with ranges.
+
+    Example:
+        >>> numbers_in("0-2, 7")
+        (0, 1, 2, 7)
+    """
+    if not re.fullmatch(r"(\d{1,5}(-\d{1,5})?(,(?!$)|$))+", bare := text.replace(" ", "")):
+        raise ValueError("must be numbers and ranges with commas between them: 0-11,14,16-31")
+    ends = (part.split("-") for part in bare.split(","))
+    return tuple(number for own in ends for number in range(int(own[0]), int(own[-1]) + 1))
+
+
+def _listed(text: str) -> str:
+    """The same text, unless it is no list of numbers."""
+    numbers_in(text)
+    return text
 
 
 Kept = Annotated[int | float, AfterValidator(_number_or_fraction)]
@@ -86,7 +106,9 @@ class _WhatToCut(Section):
     experts_list: Annotated[str | None, Flag(value="FILE", default="chosen by a score")] = None
     """Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3, 7]}, by layer.
     For a GGUF file as output."""
-    layers_list: Annotated[str | None, Flag(value="LIST", default="chosen")] = None
+    layers_list: Annotated[
+        Annotated[str, AfterValidator(_listed)] | None, Flag(value="LIST", default="chosen")
+    ] = None
     """Decoder layers to keep, by number, such as 0-11,14,16-31. For a GGUF file as output."""
     hidden_size: Annotated[Kept | None, Counted] = Field(None, gt=0)
     """Channels of the residual stream to keep: a number or a fraction."""

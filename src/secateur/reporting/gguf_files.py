@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from secateur.models.gguf_file import GGUFSource
@@ -42,7 +42,7 @@ class FileCounts(Record):
         parameters: weights of all tensors.
         layers: decoder layers, without those that predict several tokens.
         predicting_layers: layers that predict several tokens.
-        experts: of each layer with experts; 0 if the model is dense.
+        experts: of each layer with experts, or of the largest; 0 if the model is dense.
         experts_used: of them, for each token.
         experts_shared: experts that every token passes.
         tokens: of the vocabulary; 0 if the file has none.
@@ -68,14 +68,11 @@ class FileCounts(Record):
     def of(cls, source: GGUFSource) -> FileCounts:
         """Count a file."""
 
-        def number(key: str) -> int:
-            value = source.get(key, 0)
-            return value if isinstance(value, int) and not isinstance(value, bool) else 0
+        def number(key: str) -> int:  # the largest, where layers differ
+            value = np.asarray(source.get(key, 0))
+            return int(value.max()) if value.dtype.kind in "iu" and value.size else 0
 
-        def text(key: str) -> str | None:
-            value = source.fields[key].value if key in source.fields else None
-            return value if isinstance(value, str) else None
-
+        name = source.fields.get("general.name")
         predicting = number("nextn_predict_layers")
         words = source.fields.get("tokenizer.ggml.tokens")
         sums: dict[str, Counter[str]] = {}
@@ -85,14 +82,14 @@ class FileCounts(Record):
         types = {name: StoredType(**own) for name, own in sums.items()}
         return cls(
             architecture=source.architecture,
-            name=text("general.name"),
+            name=name.value if name and isinstance(name.value, str) else None,
             parameters=sum(own.weights for own in types.values()),
             layers=number("block_count") - predicting,
             predicting_layers=predicting,
             experts=number("expert_count"),
             experts_used=number("expert_used_count"),
             experts_shared=number("expert_shared_count"),
-            tokens=number("vocab_size") if words is None else len(words.value),
+            tokens=number("vocab_size") if words is None else np.size(words.value),
             parts=len(source.parts),
             file_bytes=source.size_bytes,
             types=dict(sorted(types.items(), key=lambda item: -item[1].bytes)),
@@ -102,18 +99,6 @@ class FileCounts(Record):
     def bits_per_weight(self) -> float:
         """Bits of the tensors for each weight."""
         return 8 * sum(own.bytes for own in self.types.values()) / max(1, self.parameters)
-
-    def rows(self) -> dict[str, Any]:
-        """What two files can be compared in, by its name."""
-        types = {f"tensors in {name}": own.bytes for name, own in self.types.items()}
-        return {
-            "files": self.file_bytes,
-            "parameters": self.parameters,
-            "decoder layers": self.layers,
-            "experts": self.experts,
-            "tokens": self.tokens,
-            **types,
-        }
 
 
 class InspectFileResult(Result):
@@ -149,65 +134,47 @@ class InspectFileResult(Result):
         )
 
 
-def compared_files(title: str, before: FileCounts, after: FileCounts | None) -> Table:
-    """A file before and after a cut."""
-    then, now = before.rows(), after.rows() if after else {}
-    rows = []
-    for name in [*then, *(name for name in now if name not in then)]:
-        one, other = then.get(name, 0), now.get(name, 0)
-        form = binary_size if name == "files" or name.startswith("tensors") else "{:,}".format
-        if one or other:
-            left = (form(other), f"{other / one:.1%}" if one else "") if after else ("", "")
-            rows.append((name, form(one), *left))
-    return Table.of(title, ("", "before", "after", "left"), rows)
-
-
-class CutFilePlanResult(Result):
-    """What a cut of a GGUF file would leave.
-
-    Attributes:
-        before: the file.
-        after: the result; with `--vocabulary`, as if all tokens stayed.
-        unknown: what is known only during the run.
-    """
-
-    before: FileCounts
-    after: FileCounts
-    unknown: list[str] = Field(default_factory=list)
-
-    def tables(self) -> list[Block]:
-        """A table of sizes."""
-        table = compared_files("plan of the cut", self.before, self.after)
-        return [table, *blocks_of("CutFilePlanResult", self)]
-
-
 class CutFileResult(Result):
-    """A cut of a GGUF file.
+    """A cut of a GGUF file, or the plan of one.
 
     Attributes:
-        output: the file, or the first of its parts.
-        source: the file that was cut.
-        before: the source.
-        after: the result, as it is read back.
+        output: the file, or the first of its parts; None for a plan.
+        source: the file that is cut.
+        before: how it is built.
+        after: the result, as it is read back; of a plan with `--vocabulary` as if all tokens
+            stayed.
         cut: what was chosen and how, as in the key `secateur.cut` of the file.
-        seconds: of the run; None for a run that was finished already.
+        seconds: of the run; None for a plan, and for a run that was finished already.
+        unknown: of a plan, what is known only during the run.
     """
 
-    output: Path
+    output: Path | None = None
     source: str
     before: FileCounts
     after: FileCounts
-    cut: dict[str, Any]
-    seconds: float | None
+    cut: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    seconds: float | None = None
+    unknown: list[str] = Field(default_factory=list)
 
     def tables(self) -> list[Block]:
         """Both files, and what was chosen."""
-        table = compared_files("cut", self.before, self.after)
-        return [table, *blocks_of("CutFileResult", self, chosen=[*_chosen(self.cut)])]
+        then, now = _sizes(self.before), _sizes(self.after)
+        rows = []
+        for name in {**then, **now}:
+            one, other = then.get(name, 0), now.get(name, 0)
+            form = binary_size if name == "files" or name.startswith("tensors") else "{:,}".format
+            if one or other:
+                rows.append((name, form(one), form(other), f"{other / one:.1%}" if one else ""))
+        title = "cut" if self.output else "plan of the cut"
+        chosen = [{"kind": kind, **own} for kind, own in self.cut.items()]
+        table = Table.of(title, ("", "before", "after", "left"), rows)
+        return [table, *blocks_of("CutFileResult", self, chosen=chosen)]
 
     def following(self) -> list[Block]:
         """Commands for the file. A model in parts is not expanded, so it cannot be evaluated."""
         file, source = self.output, self.source
+        if file is None:
+            return []
         words = ["llama-cli", "-m", str(file), "-p", next_steps.PROMPT]
         commands = {
             "let it write, in llama.cpp": shlex.join(words),
@@ -220,8 +187,13 @@ class CutFileResult(Result):
         return lines_of({"the file": file}, commands)
 
 
-def _chosen(cut: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """A line for each kind of unit that was cut."""
-    for kind, own in cut.items():
-        if isinstance(own, Mapping):
-            yield {"kind": kind, **own}
+def _sizes(counts: FileCounts) -> dict[str, int]:
+    """What two files can be compared in."""
+    return {
+        "files": counts.file_bytes,
+        "parameters": counts.parameters,
+        "decoder layers": counts.layers,
+        "experts": counts.experts,
+        "tokens": counts.tokens,
+        **{f"tensors in {name}": own.bytes for name, own in counts.types.items()},
+    }

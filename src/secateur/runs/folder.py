@@ -119,6 +119,11 @@ class RunFolder:
         return self.output if self.finished else self.partial / "model"
 
     @property
+    def made(self) -> Path:
+        """What becomes the output."""
+        return self.model
+
+    @property
     def notes(self) -> Path:
         """Recipe, manifest and records, within the result."""
         return self.model / NOTES
@@ -162,13 +167,21 @@ class RunFolder:
         if (begun is not None and not named) or (self.overwrite and not named):
             return None
         try:
-            stored = json.loads((self.output / NOTES / STATE).read_text(encoding="utf-8"))
-            made, found = State(**stored), self.output.stat()
+            made, found = State(**self.stored()), self.output.stat()
         except (OSError, ValueError, TypeError):
             return begun
         if made.verb != self.verb:
             return None
         return replace(made, finished=(found.st_dev, found.st_ino))
+
+    def stored(self) -> dict[str, Any]:
+        """What the output says of the run that made it: verb and identity.
+
+        Raises:
+            OSError, ValueError, TypeError: nothing.
+        """
+        content: dict[str, Any] = json.loads((self.output / NOTES / STATE).read_bytes())
+        return content
 
     def check_free_name(self, stopped: State | None = None, result: Path | None = None) -> None:
         """Refuse an output that exists, unless it is a model and may be replaced.
@@ -339,13 +352,21 @@ class RunFolder:
         self.check_free_name(self.state, result=self.model)
         if self.identity is not None:
             files.write_json(self.notes / STATE, {"verb": self.verb, "identity": self.identity})
-        self.note_finished(self.model)
+        self.note_finished(self.made)
         try:
-            files.take_name(self.model, self.output, self.old_output)
+            self.take_name()
         except FileExistsError:
             self.check_free_name(result=self.model)
             raise
         self.finished = True
+
+    def take_name(self) -> None:
+        """Rename the result.
+
+        Raises:
+            FileExistsError: an output has appeared.
+        """
+        files.take_name(self.model, self.output, self.old_output)
 
     def note_finished(self, made: Path) -> None:
         """Store which file or folder gets the name of the output.
@@ -423,6 +444,7 @@ def check_output(
     needed_bytes: int,
     read: Iterable[str | Path | None],
     call: Mapping[str, Any],
+    kind: Callable[..., RunFolder] = RunFolder,
 ) -> None:
     """Refuse an output that a run of a verb would be refused for. Writes nothing.
 
@@ -432,6 +454,7 @@ def check_output(
         needed_bytes: the bytes that the run would write.
         read: files and folders that the run would read; names that are no path are ignored.
         call: `resume`, `restart` and `overwrite`, as far as they are given.
+        kind: makes the folder of the run.
 
     Raises:
         SecateurError: as the run would.
@@ -439,7 +462,7 @@ def check_output(
     if output is None:
         return
     names = ("resume", "restart", "overwrite")
-    folder = RunFolder(output, verb, **{name: bool(call.get(name)) for name in names})
+    folder = kind(output, verb, **{name: bool(call.get(name)) for name in names})
     folder.keep_apart(*read)
     files.check_free(needed_bytes, folder.output, folder.partial)
 

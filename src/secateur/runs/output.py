@@ -100,13 +100,34 @@ OURS = ("config.json", "sweep.json")
 """A folder with one of these may be replaced: it is a model, or a sweep."""
 
 
-def check_replaceable(output: Path, overwrite: bool, result: Path | None = None) -> None:
+def is_gguf(file: Path) -> bool:
+    """Whether something of this name begins as a GGUF file does."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether it is the folder of a model or a sweep, has only a GGUF file, or is empty."""
+    if not folder.is_dir():
+        return False
+    of_run = ("README.md", "secateur") if (folder / "secateur" / "run.json").is_file() else ()
+    others = [entry for entry in folder.iterdir() if entry.name not in of_run]
+    alone = len(others) <= 1 and all(map(is_gguf, others))
+    return alone or any((folder / name).exists() for name in OURS)
+
+
+def check_replaceable(
+    output: Path, overwrite: bool, result: Path | None = None, *, file: bool = False
+) -> None:
     """Refuse to overwrite anything, unless it is a model and the user allows it.
 
     Args:
-        output: the folder to write.
+        output: the folder or file to write.
         overwrite: whether an existing model may be replaced.
         result: the folder of the finished result, if the work is done.
+        file: whether it is a GGUF file.
 
     Raises:
         RecipeError: the output exists.
@@ -116,17 +137,18 @@ def check_replaceable(output: Path, overwrite: bool, result: Path | None = None)
     kept = f"; the finished result is in {result}" if result else ""
     again = " and run again, with --resume where the command has it" if result else ""
     if not overwrite:
+        what = "the output" if file else "the output folder"
         raise RecipeError(
-            f"the output folder {'has appeared during the run' if result else 'exists'}{kept}",
+            f"{what} {'has appeared during the run' if result else 'exists'}{kept}",
             where=str(output),
             remedy=f"move it away{again}; or rename the result yourself"
             if result
             else "choose another --output, or replace it with --overwrite",
         )
-    ours = output.is_dir() and any((output / name).exists() for name in OURS)
-    if not ours and not (output.is_dir() and not any(output.iterdir())):
+    if not (is_gguf if file else is_ours)(output):
+        kind = "GGUF file" if file else "model folder"
         raise RecipeError(
-            f"the output exists and is no model folder, so it is not replaced{kept}",
+            f"the output exists and is no {kind}, so it is not replaced{kept}",
             where=str(output),
             remedy=f"choose another --output, or remove it yourself{again}",
         )

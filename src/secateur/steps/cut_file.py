@@ -7,18 +7,18 @@ The scores of a run are stored before anything is copied, so a resumed run choos
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import operator
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 
 import secateur
@@ -31,23 +31,20 @@ from secateur.exporting.gguf.cut_layers import FileLayers, layer_influence, laye
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, part_name, written
 from secateur.exporting.gguf.expert_scores import READING, expert_scores
-from secateur.exporting.gguf.file_run import RUN, FileRun, digest_of
 from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, load_llama_cpp
 from secateur.models.gguf_file import Field, GGUFSource, read_part
 from secateur.models.sources import LocalCheckpoint
-from secateur.parallel.ranks import Ranks
-from secateur.progress import Progress
 from secateur.recipes.options import options_of
 from secateur.recipes.shared import texts_of
-from secateur.recipes.structure import WIDTHS, StructureRecipe, structure_presets
-from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult, FileCounts
+from secateur.recipes.structure import WIDTHS, StructureRecipe, numbers_in, structure_presets
+from secateur.reporting.gguf_files import CutFileResult, FileCounts
 from secateur.reporting.models import StructureResult
-from secateur.runs.folder import RunFolder, content_of
+from secateur.runs.folder import RunFolder, State, check_output, content_of
 from secateur.runs.ledger import Ledger
-from secateur.runs.output import check_free, write_json
-from secateur.runs.records import Source
-from secateur.steps.runner import RunContext, Step, recipe_identity
+from secateur.runs.output import NO_REPLACE, check_replaceable, rename, write_json
+from secateur.runs.records import Record, Source
+from secateur.steps.runner import RunContext, Step, Way, recipe_identity
 from secateur.structured.cut_plan import count, trims_vocabulary
 from secateur.structured.vocabulary import counted_text
 
@@ -68,8 +65,11 @@ CHOSEN, LEDGER = "chosen.json", "ledger.jsonl"
 """Files of the run: the units that stay, and how far the files are."""
 
 
-@dataclass(frozen=True)
-class Units:
+RUN = "secateur.run"
+"""The key of the metadata that has the digest of the run."""
+
+
+class Units(Record):
     """The units that stay; None where all do.
 
     Attributes:
@@ -79,30 +79,22 @@ class Units:
         notes: how each kind was chosen, by the name of the kind.
     """
 
-    experts: Mapping[int, Sequence[int]] | None = None
-    layers: Sequence[int] | None = None
-    tokens: Sequence[int] | None = None
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    experts: dict[int, tuple[int, ...]] | None = None
+    layers: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    notes: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return {**vars(self), "notes": dict(self.notes)}
-
-    @classmethod
-    def of_json(cls, stored: Mapping[str, Any]) -> Units:
-        """From what `to_json` has given. JSON has no keys that are numbers."""
-        experts = stored["experts"]
-        by_layer = experts and {int(layer): kept for layer, kept in experts.items()}
-        return cls(**{**stored, "experts": by_layer})
+    def edit(self, source: GGUFSource) -> Edit:
+        """The edit that leaves them."""
+        return cut_of(source, experts=self.experts, layers=self.layers, tokens=self.tokens)
 
     def record(self) -> dict[str, Any]:
         """What the file says of the cut: no scores, no paths, and of tokens only their number."""
         found = {}
         for kind, notes in self.notes.items():
-            kept = None if kind == "tokens" else getattr(self, kind)
-            own = {key: notes[key] for key in TOLD if key in notes} | (
-                {"kept": kept} if kept else {}
-            )
+            own = {key: notes[key] for key in TOLD if key in notes}
+            if kind != "tokens":
+                own["kept"] = getattr(self, kind)
             if calibration := notes.get("calibration"):
                 texts = texts_of(calibration["source"])
                 own["text"] = ",".join(Path(text).name for text in texts)
@@ -110,21 +102,77 @@ class Units:
         return found
 
 
-def edited(source: GGUFSource, units: Units) -> Edit:
-    """The edit that leaves these units."""
-    return cut_of(source, experts=units.experts, layers=units.layers, tokens=units.tokens)
+class FileRun(RunFolder):
+    """The run of a GGUF file, or of several that are parts of one model.
+
+        OUTPUT.partial/   as in a run that writes a folder; the files grow in OUTPUT.partial/model
+        OUTPUT            a key of its metadata is a digest of the run, so that --resume knows it
+
+    Every file gets its name by one rename, the first part last: no reader finds it before the
+    others.
+
+    Args:
+        output: the file that the user names; the first of several files is that of the run.
+        verb: the name of the command on the command line.
+        parts: the number of files.
+        call: `resume`, `restart` and `overwrite`.
+    """
+
+    def __init__(self, output: str | Path, verb: str, *, parts: int, **call: bool) -> None:
+        place = Path(os.path.abspath(output))
+        self.files = [part_name(place, number, parts) for number in range(parts)]
+        super().__init__(self.files[0], verb, **call)
+
+    @property
+    def made(self) -> Path:
+        """The first part, before it has its name."""
+        return self.model / self.files[0].name
+
+    def check_free_name(self, stopped: State | None = None, result: Path | None = None) -> None:
+        """Refuse files that exist, unless they are GGUF files and may be replaced."""
+        if stopped is not None and stopped.finished is not None:
+            return  # some may have their names already
+        for file in self.files:
+            check_replaceable(file, self.overwrite, result, file=True)
+
+    def stored(self) -> dict[str, Any]:
+        """What the output says of the run that made it: the digest in its metadata."""
+        field = read_part(self.output).fields.get(RUN)
+        return {"verb": self.verb, "identity": None if field is None else {RUN: field.value}}
+
+    def begin(self, identity: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
+        """Store what the result depends on. A finished result is known by its digest."""
+        super().begin({RUN: digest_of(identity)} if self.finished else identity, settled)
+
+    def take_name(self) -> None:
+        """Give the files their names, the first part last."""
+        for file in reversed(self.files):
+            made = self.model / file.name
+            if made.exists() and (self.overwrite or not rename(made, file, NO_REPLACE)):
+                made.replace(file)
 
 
-def _read(model: str) -> GGUFSource:
-    """The file that a recipe names. A large vocabulary takes a second, so it is read once."""
-    status = Path(model).expanduser().stat()
-    return _read_at(model, status.st_size, status.st_mtime_ns)
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of an identity, whatever its files are called."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return value.get("sha256") or {key: bare(inner) for key, inner in value.items()}
+        return [bare(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    text = json.dumps(bare(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1)
-def _read_at(model: str, size: int, changed: int) -> GGUFSource:
-    """The file of a name, as long as it does not change."""
-    return GGUFSource.read(model)
+@dataclass(frozen=True)
+class FileSource(LocalCheckpoint):
+    """The file that is cut, with its header.
+
+    Attributes:
+        header: of the file.
+    """
+
+    header: GGUFSource
 
 
 class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
@@ -134,27 +182,19 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
 
     def __init__(self, recipe: StructureRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.source = _read(recipe.model)
+        assert isinstance(run.source, FileSource)
+        self.source = run.source.header
         self.planned = planned(recipe, self.source)
         work = run.folder.work
         run.folder.worth_resuming = lambda: any(work.iterdir())
 
     @classmethod
-    def run_folder(
-        cls, recipe: StructureRecipe, place: Path | str | None, **call: bool
-    ) -> RunFolder:
+    def way(cls, recipe: StructureRecipe) -> Way[StructureRecipe, StructureResult | CutFileResult]:
         """Beside the output, which has as many parts as the source."""
-        output = Path(os.path.abspath(str(place)))
-        parts = len(_read(recipe.model).parts)
-        names = [part_name(output, number, parts).name for number in range(parts)]
-        return FileRun(names, output, cls.verb, **call)
-
-    @classmethod
-    def found(cls, recipe: StructureRecipe, progress: Progress, ranks: Ranks) -> LocalCheckpoint:
-        """The file itself."""
-        source = _read(recipe.model)
-        record = Source(name=recipe.model, kind="gguf", revision=None, file_bytes=source.size_bytes)
-        return LocalCheckpoint(source.file, record)
+        header = GGUFSource.read(recipe.model)
+        record = Source(name=recipe.model, kind="gguf", revision=None, file_bytes=header.size_bytes)
+        source = FileSource(header.file, record, header)
+        return Way(cls, partial(FileRun, parts=len(header.parts)), source)
 
     @classmethod
     def check(cls, recipe: StructureRecipe) -> None:
@@ -174,7 +214,7 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     @property
     def disk_bytes(self) -> int:
         """The bytes of the result, if all tokens stay."""
-        return edited(self.source, self.planned).bytes_in(self.source)
+        return self.planned.edit(self.source).bytes_in(self.source)
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
@@ -185,23 +225,24 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
 
     def work(self) -> CutFileResult:
         """Choose the units, copy what stays, and read the result."""
-        folder, progress = self.run.folder, self.run.progress
+        folder = self.run.folder
         assert isinstance(folder, FileRun)
-        units = self.chosen_units()
-        made = self.noted(edited(self.source, units), units)
-        ledger = Ledger(folder.work / LEDGER)
+        file, ledger = folder.work / CHOSEN, Ledger(folder.work / LEDGER)
+        if not file.exists():
+            write_json(file, self.chosen().to_json())
+        edit = self.noted(Units.model_validate_json(file.read_bytes()))
         if ledger.begun:
             ledger.resume()
         else:
             ledger.begin()
-        if not folder.is_written:
+        files = [folder.model / each.name for each in folder.files]
+        if folder.state is None or folder.state.finished is None:
             output = folder.model / Path(self.recipe.output or "").name
-            written(self.source, made, output, progress, ledger)
-        files = [folder.model / file.name for file in folder.files]
-        # some may have their names already
-        places = [a if a.exists() else b for a, b in zip(files, folder.files, strict=True)]
+            written(self.source, edit, output, self.run.progress, ledger)
+        else:  # some have their names already
+            files = [a if a.exists() else b for a, b in zip(files, folder.files, strict=True)]
         seconds = time.perf_counter() - self.run.meter.started
-        found = _result_of(GGUFSource.of_parts([*map(read_part, places)]), folder.output)
+        found = _result_of(GGUFSource.of_parts([*map(read_part, files)]), folder.output)
         return found.model_copy(update={"source": self.recipe.model, "seconds": seconds})
 
     @classmethod
@@ -209,16 +250,41 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         """Read the result of a finished run from its metadata."""
         return _result_of(GGUFSource.read(output), output)
 
-    def chosen_units(self) -> Units:
-        """The units that stay, from an earlier run if there was one."""
-        file = self.run.folder.work / CHOSEN
-        if not file.exists():
-            units = chosen(self.recipe, self.source, self.planned, file.parent, self.run.progress)
-            write_json(file, units.to_json())
-        return Units.of_json(json.loads(file.read_text(encoding="utf-8")))
+    def chosen(self) -> Units:
+        """The units that stay, by their scores where no list names them."""
+        recipe, source, progress = self.recipe, self.source, self.run.progress
+        found, notes = dict(self.planned), self.planned.notes
+        if recipe.experts_list is not None:
+            notes["experts"] = {"by": "list"}
+        elif self.planned.experts is not None:
+            experts = experts_of(source)
+            assert experts is not None
+            keep = len(next(iter(self.planned.experts.values())))
+            imatrix = None if recipe.imatrix is None else Path(recipe.imatrix).expanduser()
+            scores, notes["experts"] = expert_scores(
+                source, experts.layers, recipe.experts_by, recipe.calibration, imatrix,
+                self.run.folder.work, progress,
+            )  # fmt: skip
+            found["experts"] = best_experts(scores, keep, experts.used, groups=experts.groups)
+        if recipe.layers_list is not None:
+            notes["layers"] = {"by": "list"}
+        elif (fewer := _kept_layers(recipe, source)) is not None:
+            layers = FileLayers.of(source)
+            with LlamaCpp(source.file) as engine:
+                windows, record = engine.windows(recipe.calibration)
+                influence = layer_influence(engine, layers.count, windows, progress)
+            found["layers"] = layers_that_stay(layers, influence, fewer)
+            notes["layers"] = {"by": recipe.depth.by, "calibration": record}
+        if trims_vocabulary(recipe):
+            texts, field = texts_of(counted_text(recipe)), recipe.calibration.field
+            documents = [each for text in texts for each in read_documents(text, field=field)]
+            found["tokens"], notes["tokens"] = tokens_of_text(
+                source, documents, recipe.vocabulary_size, progress
+            )
+        return Units(**found)
 
-    def noted(self, edit: Edit, units: Units) -> Edit:
-        """The edit with the keys that say what was cut."""
+    def noted(self, units: Units) -> Edit:
+        """The edit, with the keys that say what was cut."""
         before = FileCounts.of(self.source).to_json()
         name = Path(self.recipe.model).name
         cuts = [*cuts_of(self.source), {"source": name, "before": before, **units.record()}]
@@ -228,7 +294,8 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
             CUT: json.dumps(cuts),
             RUN: digest_of(self.identity()),
         }
-        return edit.with_fields({key: Field.text(text) for key, text in keys.items()})
+        fields = {key: Field.text(text) for key, text in keys.items()}
+        return units.edit(self.source).with_fields(fields)
 
 
 def planned(recipe: StructureRecipe, source: GGUFSource) -> Units:
@@ -241,15 +308,14 @@ def planned(recipe: StructureRecipe, source: GGUFSource) -> Units:
     if trims_vocabulary(recipe):
         check_vocabulary(source)
         counted_text(recipe)
-    listed = recipe.layers_list
-    layers = None if listed is None else _listed_layers(listed)
+    layers = None if recipe.layers_list is None else numbers_in(recipe.layers_list)
     units = Units(experts=_planned_experts(recipe, source), layers=layers)
     fewer = trims_vocabulary(recipe) or _kept_layers(recipe, source) is not None
     if units.experts is None and units.layers is None and not fewer:
         raise RecipeError(
             "the recipe keeps everything that the file has", remedy="keep fewer experts or layers"
         )
-    edited(source, units)
+    units.edit(source)
     return units
 
 
@@ -260,65 +326,6 @@ def _kept_layers(recipe: StructureRecipe, source: GGUFSource) -> int | None:
     layers = FileLayers.of(source).count
     keep = count(recipe.keep_layers, layers, "decoder layers")
     return keep if keep < layers else None
-
-
-def chosen(
-    recipe: StructureRecipe, source: GGUFSource, units: Units, work: Path, progress: Progress
-) -> Units:
-    """The units that stay, by their scores where no list names them.
-
-    Args:
-        recipe: the recipe.
-        source: the file.
-        units: what is planned.
-        work: the folder of the run.
-        progress: receives the steps.
-    """
-    notes: dict[str, Any] = {}
-    by_hand = {"by": "list"}
-    if recipe.experts_list is not None:
-        notes["experts"] = by_hand
-    elif units.experts is not None:
-        keep = len(next(iter(units.experts.values())))
-        experts, notes["experts"] = _best_experts(recipe, source, keep, work, progress)
-        units = replace(units, experts=experts)
-    if recipe.layers_list is not None:
-        notes["layers"] = by_hand
-    elif (fewer := _kept_layers(recipe, source)) is not None:
-        layers, notes["layers"] = _influential(recipe, source, fewer, progress)
-        units = replace(units, layers=layers)
-    if trims_vocabulary(recipe):
-        texts, field = texts_of(counted_text(recipe)), recipe.calibration.field
-        documents = [each for text in texts for each in read_documents(text, field=field)]
-        size = recipe.vocabulary_size
-        tokens, notes["tokens"] = tokens_of_text(source, documents, size, progress)
-        units = replace(units, tokens=tokens)
-    return replace(units, notes=notes)
-
-
-def _influential(
-    recipe: StructureRecipe, source: GGUFSource, keep: int, progress: Progress
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The layers that change their input most, and how they were chosen."""
-    layers = FileLayers.of(source)
-    with LlamaCpp(source.file) as engine:
-        windows, record = engine.windows(recipe.calibration)
-        scores = layer_influence(engine, layers.count, windows, progress)
-    kept = layers_that_stay(layers, scores, keep)
-    return kept, {"by": recipe.depth.by, "calibration": record}
-
-
-def _best_experts(
-    recipe: StructureRecipe, source: GGUFSource, keep: int, work: Path, progress: Progress
-) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
-    """The experts with the highest scores, and how they were chosen."""
-    experts = experts_of(source)
-    assert experts is not None
-    imatrix = None if recipe.imatrix is None else Path(recipe.imatrix).expanduser()
-    scores, notes = expert_scores(
-        source, experts.layers, recipe.experts_by, recipe.calibration, imatrix, work, progress
-    )
-    return best_experts(scores, keep, experts.used, groups=experts.groups), notes
 
 
 def _faults(recipe: StructureRecipe) -> Iterator[str]:
@@ -359,55 +366,48 @@ def _result_of(source: GGUFSource, output: Path) -> CutFileResult:
         *_, cut = cuts_of(source)
         before = FileCounts.model_validate(cut.pop("before"))
         name = str(cut.pop("source"))
+        after = FileCounts.of(source)
+        return CutFileResult(output=output, source=name, before=before, after=after, cut=cut)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the file does not tell how it was made: {first_line(error)}",
             where=str(source.file),
             remedy="make it again with --overwrite",
         ) from error
-    return CutFileResult(
-        output=output, source=name, before=before, after=FileCounts.of(source), cut=cut,
-        seconds=None,
-    )  # fmt: skip
 
 
-def plan_file(
-    recipe: StructureRecipe, progress: Progress, call: Mapping[str, Any]
-) -> CutFilePlanResult:
-    """Check a recipe, and show what the cut would leave.
+def plan_file(recipe: StructureRecipe, call: Mapping[str, Any]) -> CutFileResult:
+    """Check a recipe, and show what the cut would leave. The header alone is read.
 
     Args:
         recipe: of the cut.
-        progress: is not used; the header alone is read.
         call: the other options of the call.
 
     Raises:
         SecateurError: as the cut would.
     """
     CutFile.check(recipe)
-    source = _read(recipe.model)
-    units = planned(recipe, source)
-    edit = edited(source, units)
-    size = edit.bytes_in(source)
-    if recipe.output is not None:
-        names = ("resume", "restart", "overwrite")
-        call = {name: bool(call.get(name)) for name in names}
-        folder = CutFile.run_folder(recipe, recipe.output, **call)
-        folder.keep_apart(recipe.model, source.file, *CutFile.reads(recipe))
-        check_free(size, folder.output, folder.partial)
+    source = GGUFSource.read(recipe.model)
+    edit = planned(recipe, source).edit(source)
+    size, read = edit.bytes_in(source), [recipe.model, source.file, *CutFile.reads(recipe)]
+    folder = partial(FileRun, parts=len(source.parts))
+    check_output(recipe.output, CutFile.verb, size, read, call, folder)
     unknown = {
         "--keep-layers": _kept_layers(recipe, source) is not None,
         "--vocabulary": trims_vocabulary(recipe),
     }
     after = FileCounts.of(edit.foreseen(source)).model_copy(update={"file_bytes": size})
-    return CutFilePlanResult(
+    return CutFileResult(
+        source=recipe.model,
         before=FileCounts.of(source),
         after=after,
         unknown=[name for name, given in unknown.items() if given],
     )
 
 
-def _planned_experts(recipe: StructureRecipe, source: GGUFSource) -> dict[int, list[int]] | None:
+def _planned_experts(
+    recipe: StructureRecipe, source: GGUFSource
+) -> Mapping[int, Sequence[int]] | None:
     """The experts of a list, or the first ones of each group."""
     if recipe.experts is None and recipe.experts_list is None:
         return None
@@ -428,11 +428,8 @@ def _planned_experts(recipe: StructureRecipe, source: GGUFSource) -> dict[int, l
         ImportanceMatrix.read(Path(recipe.imatrix).expanduser())
     if recipe.experts_by in READING:
         load_llama_cpp()
-    flat = torch.zeros(experts.count)
-    kept = best_experts(
-        dict.fromkeys(experts.layers, flat), keep, experts.used, groups=experts.groups
-    )
-    return {layer: [*own] for layer, own in kept.items()}
+    flat = dict.fromkeys(experts.layers, torch.zeros(experts.count))
+    return best_experts(flat, keep, experts.used, groups=experts.groups)
 
 
 def _listed_experts(file: Path) -> dict[int, list[int]]:
@@ -450,23 +447,4 @@ def _listed_experts(file: Path) -> dict[int, list[int]]:
             where=str(file),
             remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
         ) from None
-    return found
-
-
-def _listed_layers(text: str) -> list[int]:
-    """The layers that a list names.
-
-    Raises:
-        RecipeError: it is no list of numbers and ranges.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
-        if match is None:
-            raise RecipeError(
-                f"{part!r} is no number and no range of layers",
-                where="--layers-list",
-                remedy="write numbers and ranges with commas between them: 0-11,14,16-31",
-            )
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found

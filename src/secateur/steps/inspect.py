@@ -38,7 +38,12 @@ def inspect(
     """
     place = Path(model).expanduser()
     if layer is None and place.suffix == ".gguf" and place.is_file():
-        return _inspect_file(str(model), place)
+        from secateur.exporting.gguf.cut import cuttable
+        from secateur.models.gguf_file import GGUFSource
+        from secateur.reporting.gguf_files import FileCounts, InspectFileResult
+
+        file = GGUFSource.read(place)
+        return InspectFileResult(model=str(model), counts=FileCounts.of(file), cuts=cuttable(file))
     from secateur.diagnostics.audit import audit_checkpoint
     from secateur.diagnostics.findings import read_claims
     from secateur.engine.prune.coverage import silent_experts
@@ -59,16 +64,6 @@ def inspect(
         )
     silent = silent_experts(read_claims(folder).unseen)
     return InspectResult(model=str(model), audit=audit, layer=layer, silent=silent)
-
-
-def _inspect_file(model: str, place: Path) -> InspectFileResult:
-    """Report how a GGUF file is built, by its header alone."""
-    from secateur.exporting.gguf.cut import cuttable
-    from secateur.models.gguf_file import GGUFSource
-    from secateur.reporting.gguf_files import FileCounts, InspectFileResult
-
-    source = GGUFSource.read(place)
-    return InspectFileResult(model=model, counts=FileCounts.of(source), cuts=cuttable(source))
 
 
 def inspect_recipe(recipe: InspectRecipe, progress: Progress) -> InspectResult | InspectFileResult:

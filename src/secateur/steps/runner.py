@@ -115,6 +115,22 @@ class RunContext:
         return dump_recipe(recipe) if self.output is None else ""
 
 
+@dataclass(frozen=True)
+class Way(Generic[R, T]):
+    """How a recipe is done.
+
+    Attributes:
+        step: does it.
+        folder: makes the folder of the run, from its place, its verb, and `resume`, `restart` and
+            `overwrite` of the call.
+        source: what it reads, if that is known; else the model is found or fetched.
+    """
+
+    step: type[Step[R, T]]
+    folder: Callable[..., RunFolder] = RunFolder
+    source: LocalCheckpoint | None = None
+
+
 class Step(ABC, Generic[R, T]):
     """A verb that makes a folder, at work on one recipe R. Its result is a T.
 
@@ -133,19 +149,9 @@ class Step(ABC, Generic[R, T]):
         self.recipe, self.run = recipe, run
 
     @classmethod
-    def chosen(cls, recipe: R) -> type[Step[R, T]]:
-        """The step that does a recipe, if a verb has several."""
-        return cls
-
-    @classmethod
-    def run_folder(cls, recipe: R, place: Path | str | None, **call: bool) -> RunFolder:
-        """Where the run works, with `resume`, `restart` and `overwrite` of the call."""
-        return RunFolder(place, cls.verb, **call)
-
-    @classmethod
-    def found(cls, recipe: R, progress: Progress, ranks: Ranks) -> LocalCheckpoint:
-        """The model that it reads."""
-        return source_of(recipe, progress, ranks)
+    def way(cls, recipe: R) -> Way[R, T]:
+        """The step that does a recipe, and where it works."""
+        return Way(cls)
 
     @classmethod
     def caller(cls, recipe: R) -> Ranks:
@@ -229,14 +235,15 @@ def carry_out(
     """
     meter = Meter.start()  # before any work, so that the cost has all of it
     values: Any = recipe
-    kind, place = kind.chosen(recipe), at or values.output
+    way = kind.way(recipe) if source is None else Way(kind)
+    kind, place = way.step, at or values.output
     if place and getattr(recipe, "trust_remote_code", False):
         place = TrustedFolder(place)  # the code of the source is copied to the results
-    folder = kind.run_folder(recipe, place, resume=resume, restart=restart, overwrite=overwrite)
+    folder = way.folder(place, kind.verb, resume=resume, restart=restart, overwrite=overwrite)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
     checked = kind.check(recipe)
-    source = source or kind.found(recipe, progress, ranks)
+    source = source or way.source or source_of(recipe, progress, ranks)
     output = None if at is None else Path(os.path.abspath(values.output))
     run = RunContext(folder, source, progress, meter, ranks, checked, output)
     step = (opening or kind.open)(recipe, run)

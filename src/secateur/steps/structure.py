@@ -34,7 +34,7 @@ from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import BY_HAND, CUTS, StructureRecipe
 from secateur.reporting.cards import structure_card
-from secateur.reporting.gguf_files import CutFilePlanResult, CutFileResult
+from secateur.reporting.gguf_files import CutFileResult
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
 from secateur.runs import records
@@ -44,7 +44,7 @@ from secateur.runs.output import write_json, write_text
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import RunContext, Step, carry_out, identity_of, source_of, step_of
+from secateur.steps.runner import RunContext, Step, Way, carry_out, identity_of, source_of, step_of
 from secateur.structured import cut_plan
 from secateur.structured.cut_steps import REFIT, STEP, CutContext, CutStep, cut_step, refit_step
 from secateur.structured.design import verified
@@ -74,7 +74,7 @@ def edits_file(recipe: StructureRecipe) -> bool:
 
 def plan_structure(
     recipe: StructureRecipe, progress: Progress, call: Mapping[str, Any]
-) -> CutPlanResult | CutFilePlanResult:
+) -> CutPlanResult | CutFileResult:
     """Check a recipe, and show what the cut would leave and need.
 
     Args:
@@ -88,7 +88,7 @@ def plan_structure(
     if edits_file(recipe):
         from secateur.steps.cut_file import plan_file
 
-        return plan_file(recipe, progress, call)
+        return plan_file(recipe, call)
     CutStructure.check(recipe)
     source = source_of(recipe, progress)
     skeleton, plan = _open(recipe, source)
@@ -154,15 +154,13 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
 
     @classmethod
-    def chosen(
-        cls, recipe: StructureRecipe
-    ) -> type[Step[StructureRecipe, StructureResult | CutFileResult]]:
+    def way(cls, recipe: StructureRecipe) -> Way[StructureRecipe, StructureResult | CutFileResult]:
         """Another step cuts a GGUF file itself."""
         if edits_file(recipe):
             from secateur.steps.cut_file import CutFile
 
-            return CutFile
-        return cls
+            return CutFile.way(recipe)
+        return Way(cls)
 
     @classmethod
     def alone(cls, recipe: StructureRecipe) -> str:
