@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.configuration import read_configuration
 from secateur.progress import Progress
 from secateur.registry import Registry
 
@@ -22,16 +24,23 @@ class ExportSource:
     """The model to export.
 
     Attributes:
+        reader: reads the tensors of a folder as dense ones. secateur or transformers wrote it,
+            compressed or not.
         name: the name for files and for the engine.
-        folder: a folder that secateur or transformers wrote, compressed or not.
-        config: its `config.json`.
-        reader: reads its tensors as dense ones.
     """
 
-    name: str
-    folder: Path
-    config: Mapping[str, Any]
     reader: CheckpointReader
+    name: str = "model"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the model."""
+        return self.reader.folder
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Its `config.json`."""
+        return read_configuration(self.folder)
 
 
 @dataclass

@@ -403,18 +403,13 @@ class Compress(Step[CompressRecipe, CompressResult]):
     def _gguf(self, model: PackableCheckpoint, plan: StoragePlan) -> Path:
         """Write the model as a GGUF file into the folder of the run, and read it back."""
         from secateur.exporting import ExportSource
-        from secateur.exporting.gguf.architectures import model_of
-        from secateur.exporting.gguf.tokenizer import read_vocabulary
         from secateur.exporting.gguf.writing import ENDS, NEAREST, GGUFFile
 
-        recipe, made, reader = self.recipe, self.run.folder.fresh_model(), model.reader
+        recipe, made = self.recipe, self.run.folder.fresh_model()
         name = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf")
-        source = ExportSource(name, reader.folder, read_configuration(reader.folder), reader)
-        described = model_of(source)
         own = {name: NEAREST[choice.layout.values] for name, choice in plan.choices.items()}
         kinds = [kind for name, kind in own.items() if model.matrices[name].prunable]
-        vocabulary = read_vocabulary(source.folder, described.vocabulary)
-        whole = GGUFFile(source, described, vocabulary, max(kinds, key=kinds.count), own)
+        whole = GGUFFile(ExportSource(model.reader, name), max(kinds, key=kinds.count), own)
         file = made / f"{name}-{recipe.values}.gguf"
         whole.write(file, self.run.progress)
         for one, weight, read in whole.read_back(file, self.run.progress):

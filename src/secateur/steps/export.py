@@ -33,9 +33,7 @@ class Export(Step[ExportRecipe, ExportResult]):
         self.type = recipe.type or targets[recipe.to].types[0]
         folder = run.source.folder
         named = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or folder.name
-        self.source = ExportSource(
-            named, folder, read_configuration(folder), open_checkpoint(folder)
-        )
+        self.source = ExportSource(open_checkpoint(folder), named)
         skeleton = build_skeleton(folder, opened=False)
         stored_names(skeleton, self.source.reader, split=False)  # refuses damage
         if recipe.draft_of is not None:

@@ -9,9 +9,7 @@ from typing import ClassVar
 import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
-from secateur.exporting.gguf.architectures import model_of
 from secateur.exporting.gguf.llama_cpp import MIXES, load_llama_cpp, quantized
-from secateur.exporting.gguf.tokenizer import read_vocabulary
 from secateur.exporting.gguf.writing import STORED, TYPES, GGUFFile, nearest_types
 from secateur.progress import Progress
 
@@ -34,13 +32,11 @@ class GGUF:
         """Write the file."""
         if type in MIXES:
             load_llama_cpp()  # before anything is written
-        model = model_of(source)
-        vocabulary = read_vocabulary(source.folder, model.vocabulary)
         kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}
         if type == STORED:
             own = nearest_types(source.reader)
             kind = Counter(own.values()).most_common(1)[0][0]
-        whole = GGUFFile(source, model, vocabulary, kind, own)
+        whole = GGUFFile(source, kind, own)
         file = output / f"{source.name}-{type}.gguf"
         if type not in MIXES:
             return whole.write(file, progress)

@@ -39,7 +39,6 @@ from secateur.exporting.gguf.architectures import model_of
 from secateur.exporting.gguf.edit import Edit, Kept
 from secateur.exporting.gguf.llama_cpp import decoded
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.configuration import read_configuration
 from secateur.models.gguf_file import GGUFSource, StoredTensor
 from secateur.progress import Progress, each_step
 from secateur.quantization.blocks import TYPES
@@ -265,8 +264,7 @@ def layout_of(file: GGUFSource, model: PackableCheckpoint, progress: Progress) -
 
 def written_layout(file: GGUFSource, model: PackableCheckpoint) -> FileLayout:
     """The matrices of a model in a GGUF file that was exported from it here."""
-    folder = model.reader.folder
-    source = ExportSource("model", folder, read_configuration(folder), model.reader)
+    source = ExportSource(model.reader)
     described = model_of(source)
 
     def sheet(name: str) -> Sheet:

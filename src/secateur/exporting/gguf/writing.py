@@ -8,13 +8,14 @@ Q4_0 are rounded as llama.cpp rounds them, by the package gguf.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import gguf
 import numpy as np
@@ -26,9 +27,8 @@ from secateur.exporting import Exported, ExportSource
 from secateur.exporting.gguf.architectures import LlamaCppModel, Planned, model_of
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary, read_vocabulary
 from secateur.models.checkpoint import CheckpointReader
-from secateur.models.configuration import read_configuration
 from secateur.progress import Progress, each_step
-from secateur.quantization.blocks import BlockGrid
+from secateur.quantization.blocks import BlockGrid, Blocks
 from secateur.quantization.groups import AT_ONCE, GroupGrid
 from secateur.runs.output import check_free
 from secateur.runtime.formats import BLOCKS, GRID_BITS, fitting
@@ -39,27 +39,7 @@ def bytes_of_matrix(shape: tuple[int, int], values: str) -> int:
     """Bytes of a matrix [out, in] whose values are stored so in a packed folder."""
     rows, columns = shape
     kind = _stored_type_of_row(columns, NEAREST[values])
-    return _padded_bytes(rows * _bytes_per_row(columns, kind))
-
-
-def bytes_as_stored(reader: CheckpointReader, values: Mapping[str, str]) -> int:
-    """Bytes of the file for a model, all but its name taken into account.
-
-    Args:
-        reader: the model, dense.
-        values: how each matrix will be stored in the packed folder, by stored name.
-
-    Raises:
-        ExportError: llama.cpp does not know this model, or computes it differently.
-        ExportError: the tokenizer cannot be expressed.
-    """
-    source = ExportSource("model", reader.folder, read_configuration(reader.folder), reader)
-    model = model_of(source)
-    vocabulary = read_vocabulary(reader.folder, model.vocabulary)
-    own = {name: NEAREST[kind] for name, kind in values.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        whole = GGUFFile(source, model, vocabulary, NEAREST["bfloat16"], own)
-        return whole.nbytes(Path(scratch) / "header.gguf")
+    return _padded_bytes(_bytes_of((rows, columns), kind))
 
 
 BLOCK = 32
@@ -81,10 +61,9 @@ NEAREST = MappingProxyType({**FLOATS, "int8": Q.Q8_0, **dict.fromkeys(GRID_BITS,
 """The type for stored values: exact for floats, for integers on a grid of groups and for blocks."""
 
 
-def _bytes_per_row(columns: int, type: Q) -> int:
-    """The bytes of a row of so many weights."""
-    block, size = gguf.GGML_QUANT_SIZES[type]
-    return columns // block * size
+def _bytes_of(shape: tuple[int, ...], kind: Q) -> int:
+    """The bytes of a tensor in a type."""
+    return math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
 
 
 def nearest_types(reader: CheckpointReader) -> dict[str, Q]:
@@ -124,28 +103,21 @@ def dequantized(stored: np.ndarray, type: Q) -> Tensor:
 
 
 def _q4_0(values: Tensor) -> np.ndarray:
-    """A float32 matrix as blocks of Q4_0, exact where a block is on an int4 grid.
-
-    A block is the scale d, float16, and 16 bytes: byte j holds q + 8 of weight j in its lower half
-    and of weight j + 16 in its upper half. The weight is d · q.
-    """
-    rows = len(values)
-    blocks = values.reshape(rows, -1, BLOCK)
+    """A float32 matrix as blocks of Q4_0, exact where a block is on an int4 grid."""
+    blocks = values.unflatten(1, (-1, BLOCK))
     # [rows, blocks]; a larger group of the source is several blocks with equal scales
-    scale, _ = GroupGrid(4, BLOCK).scales_on_grid(values)
-    scale = scale.masked_fill(scale == 0, 1.0).half()[:, :, None]
-    codes = (blocks / scale).round_().clamp_(-8, 7)  # [rows, blocks, 32]
-    exact = (codes * scale == blocks).all(dim=2)
-    shifted = (codes + 8).to(torch.uint8)
-    # weight j in the lower half of byte j, weight j + 16 in the upper half
-    packed = shifted[:, :, : BLOCK // 2] | (shifted[:, :, BLOCK // 2 :] << 4)
-    stored = torch.cat([scale.view(torch.uint8), packed], dim=2)
-    other = ~exact.all(dim=1)
-    if other.any():  # rows with blocks that llama.cpp's own rounding has to make
-        rounded = torch.from_numpy(gguf.quants.quantize(values[other].numpy(), Q.Q4_0))
-        places = exact[other][:, :, None]
-        stored[other] = stored[other].where(places, rounded.view(len(rounded), -1, 2 + BLOCK // 2))
-    return stored.reshape(rows, -1).numpy()
+    d, _ = GroupGrid(4, BLOCK).scales_on_grid(values)
+    d = d.masked_fill(d == 0, 1.0).half()
+    codes = (blocks / d[..., None]).round_().clamp_(-8, 7)  # [rows, blocks, 32]
+    exact = (codes * d[..., None] == blocks).all(dim=2, keepdim=True)
+    one, none = torch.ones_like(d, dtype=torch.int8), torch.zeros_like(d)
+    own = Blocks(BlockGrid("q4_0"), codes.to(torch.int8).flatten(1), d, one, none, none.char())
+    stored = own.encode()
+    if not exact.all():  # llama.cpp's own rounding makes the other blocks
+        rounded = torch.from_numpy(gguf.quants.quantize(values.numpy(), Q.Q4_0))
+        places = exact.expand(*d.shape, stored.shape[1] // d.shape[1]).flatten(1)
+        stored = stored.where(places, rounded)
+    return stored.numpy()
 
 
 FILE_TYPES = {Q.F32: gguf.LlamaFileType.ALL_F32} | {
@@ -155,7 +127,6 @@ FILE_TYPES = {Q.F32: gguf.LlamaFileType.ALL_F32} | {
     if file_type.name in (f"MOSTLY_{kind.name}", f"MOSTLY_{kind.name}_S")
 }
 """The type that a file names. Of K types it is the mix with the least of larger types."""
-NUMPY: dict[Q, Any] = {Q.F32: np.float32, Q.F16: np.float16}
 LARGEST_BLOCK = 256
 
 ENDS = ("token_embd.weight", "output.weight")
@@ -172,17 +143,23 @@ class GGUFFile:
 
     Attributes:
         source: the model.
-        model: its description.
-        vocabulary: its tokenizer.
         kind: the type of matrices.
         own: other types of single matrices, by their names in the source.
     """
 
     source: ExportSource
-    model: LlamaCppModel
-    vocabulary: LlamaCppVocabulary
     kind: Q
     own: Mapping[str, Q] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> LlamaCppModel:
+        """The description of the model."""
+        return model_of(self.source)
+
+    @cached_property
+    def vocabulary(self) -> LlamaCppVocabulary:
+        """Its tokenizer."""
+        return read_vocabulary(self.source.folder, self.model.vocabulary)
 
     def write(self, file: Path, progress: Progress) -> Exported:
         """Write the file."""
@@ -249,19 +226,17 @@ class GGUFFile:
         made = [Planned(name, (), tuple(x.shape)) for name, x in extra.items()]
         return [*self.model.tensors(self.source), *made]
 
-    def nbytes(self, scratch: Path) -> int:
-        """Bytes of the file that `write` would write.
-
-        Args:
-            scratch: a file for its header, which is written.
-        """
+    def nbytes(self) -> int:
+        """Bytes of the file that `write` would write. A header is written for it."""
         plan = self.plan()
-        self.opened(scratch, plan).close()
-        return _padded_bytes(scratch.stat().st_size) + self.weight_bytes(plan)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "header.gguf"
+            self.opened(file, plan).close()
+            return _padded_bytes(file.stat().st_size) + self.weight_bytes(plan)
 
     def weight_bytes(self, plan: list[Planned]) -> int:
         """Bytes of all tensors in the file."""
-        return sum(_padded_bytes(_tensor_bytes(one, self.type_of(one))) for one in plan)
+        return sum(_padded_bytes(_bytes_of(one.shape, self.type_of(one))) for one in plan)
 
     def opened(self, file: Path, plan: list[Planned]) -> gguf.GGUFWriter:
         """The file with everything but the weights."""
@@ -275,11 +250,8 @@ class GGUFFile:
             getattr(writer, f"add_{name}")(value)
         for one in plan:
             kind = self.type_of(one)
-            raw = None if kind in NUMPY else kind
-            # gguf takes blocks as bytes: the last axis is then the bytes of a row
-            row = _bytes_per_row(one.shape[-1], kind) if raw else one.shape[-1]
-            shape, dtype = (*one.shape[:-1], row), np.dtype(NUMPY.get(kind, np.uint8))
-            writer.add_tensor_info(one.name, shape, dtype, _tensor_bytes(one, kind), raw)
+            size, dtype = _bytes_of(one.shape, kind), np.dtype(np.float32)  # `kind` counts
+            writer.add_tensor_info(one.name, one.shape, dtype, size, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -289,7 +261,7 @@ class GGUFFile:
         """The type that a matrix would have without conditions; the largest one of a stack."""
         # experts of a stack may be stored in different types, and a stack has one
         kinds = [self.own.get(name, self.kind) for name in one.sources] or [self.kind]
-        return max(kinds, key=lambda kind: _bytes_per_row(LARGEST_BLOCK, kind))
+        return max(kinds, key=lambda kind: _bytes_of((LARGEST_BLOCK,), kind))
 
     def type_of(self, one: Planned) -> Q:
         """The type of a tensor."""
@@ -328,11 +300,6 @@ class GGUFFile:
 def _stored_type_of_row(columns: int, wanted: Q) -> Q:
     """The type of a matrix with so many columns, as llama.cpp's quantizer falls back."""
     return NEAREST[fitting(wanted.name.lower(), columns)] if wanted in OWN.values() else wanted
-
-
-def _tensor_bytes(one: Planned, kind: Q) -> int:
-    """Bytes of a tensor in a type."""
-    return _bytes_per_row(one.shape[-1], kind) * int(np.prod(one.shape[:-1], dtype=np.int64))
 
 
 def _padded_bytes(count: int) -> int:

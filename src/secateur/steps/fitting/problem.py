@@ -235,10 +235,11 @@ class GGUFFolder(PackedFolder):
 
     def rest(self, model: PackableCheckpoint) -> int:
         """Norms in float32, the vocabulary, headers; exact."""
-        from secateur.exporting.gguf.writing import bytes_as_stored
+        from secateur.exporting import ExportSource
+        from secateur.exporting.gguf.writing import NEAREST, GGUFFile
 
         bare, ends = self.formats[0], ends_of(model)
-        whole = bytes_as_stored(model.reader, dict.fromkeys(model.matrices, bare.values))
+        whole = GGUFFile(ExportSource(model.reader), NEAREST[bare.values]).nbytes()
         shapes = {**model.shapes, **ends}
         for names in self.units(model.shapes, ends).values():
             out, into = shapes[names[0]]
@@ -257,11 +258,9 @@ class GGUFFolder(PackedFolder):
         """Export every matrix in the type in which it is stored: `model-stored.gguf`."""
         from secateur.exporting import ExportSource
         from secateur.exporting.gguf import GGUF
-        from secateur.models.configuration import read_configuration
         from secateur.runtime.install import open_checkpoint
 
-        config, reader = read_configuration(folder), open_checkpoint(folder)
-        source = ExportSource("model", folder, config, reader)
+        source = ExportSource(open_checkpoint(folder))
         return GGUF().write(source, "stored", folder, progress).file_bytes
 
     def read_back(self, folder: Path, model: PackableCheckpoint) -> MixedReader | None:
