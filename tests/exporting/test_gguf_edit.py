@@ -15,8 +15,8 @@ from gguf_bytes import SOUND, U32, key, number, written_by_gguf
 
 from secateur.errors import CheckpointError
 from secateur.exporting.gguf import edit as editing
-from secateur.exporting.gguf.edit import Edit, Kept, part_name, written
-from secateur.models.gguf_file import Field, GGUFSource
+from secateur.exporting.gguf.edit import Edit, Kept, written
+from secateur.models.gguf_file import Field, GGUFSource, part_name
 from secateur.progress import Silent
 from secateur.runs.ledger import Ledger
 

@@ -88,15 +88,10 @@ class Field:
         Raises:
             OverflowError: a number is too large for its type.
         """
-        start = struct.pack("<I", self.type)
-        if self.type != GGUFValueType.ARRAY:
-            return start + _packed(self.type, [self.value])
-        assert self.items is not None
-        return (
-            start
-            + struct.pack("<IQ", self.items, len(self.value))
-            + _packed(self.items, self.value)
-        )
+        if self.items is None:
+            return struct.pack("<I", self.type) + _packed(self.type, [self.value])
+        head = struct.pack("<IIQ", self.type, self.items, len(self.value))
+        return head + _packed(self.items, self.value)
 
 
 def _packed(kind: GGUFValueType, values: Sequence[Any]) -> bytes:
@@ -178,13 +173,9 @@ def runs_of(rows: Iterable[int]) -> list[tuple[int, int]]:
         >>> runs_of([0, 1, 2, 5, 4])
         [(0, 3), (5, 1), (4, 1)]
     """
-    found: list[tuple[int, int]] = []
-    for row in rows:
-        if found and row == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((row, 1))
-    return found
+    numbers = np.array([*rows], np.int64)
+    ends = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return [(int(run[0]), len(run)) for run in np.split(numbers, ends) if len(run)]
 
 
 def block_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:
@@ -255,10 +246,17 @@ class GGUFSource:
     @classmethod
     def of_parts(cls, parts: Sequence[FilePart]) -> GGUFSource:
         """A model from all its parts, the first one first."""
-        if len(parts) > 1:
-            _check_parts(parts)
         tensors = dict(chain.from_iterable(part.tensors.items() for part in parts))
-        if len(tensors) < sum(len(part.tensors) for part in parts):
+        held, count = sum(len(part.tensors) for part in parts), len(parts)
+        for number, part in enumerate(parts):
+            told = [count_of(part, key, -1) for key in (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)]
+            if count > 1 and told != [number, count, held]:
+                raise damaged(
+                    f"the file says that it is part {told[0] + 1} of {told[1]}, with {told[2]} "
+                    f"tensors in all; it is named {number + 1} of {count}, and all have {held}",
+                    part.file,
+                )
+        if len(tensors) < held:
             raise damaged("two parts have a tensor of the same name", parts[0].file)
         return cls(tuple(parts), parts[0].fields, tensors)
 
@@ -302,7 +300,7 @@ class GGUFSource:
 
 def _part_files(path: Path, part: FilePart) -> list[Path]:
     """The files of all parts, from one of them."""
-    count = _small(part, SPLIT_COUNT, 1)
+    count = count_of(part, SPLIT_COUNT)
     if count <= 1:
         return [path]
     match = PART.fullmatch(path.name)
@@ -312,10 +310,7 @@ def _part_files(path: Path, part: FilePart) -> list[Path]:
             where=str(path),
             remedy=f"give all parts their names again: NAME-00001-of-{count:05}.gguf",
         )
-    files = [
-        path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf")
-        for number in range(1, count + 1)
-    ]
+    files = [part_name(path, number, count) for number in range(count)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(
             f"{len(missing)} of {count} parts are missing: {', '.join(missing[:3])}",
@@ -325,35 +320,27 @@ def _part_files(path: Path, part: FilePart) -> list[Path]:
     return files
 
 
-def _small(part: FilePart, key: str, default: int) -> int:
-    """A count of a part; it must be a small whole number."""
-    if key not in part.fields:
+def part_name(output: Path, number: int, count: int) -> Path:
+    """The file of part `number` (from 0) of a result; of one part it is the output itself."""
+    if count == 1:
+        return output
+    match = PART.fullmatch(output.name)
+    stem = match["stem"] if match else output.stem
+    return output.with_name(f"{stem}-{number + 1:05}-of-{count:05}.gguf")
+
+
+def count_of(source: GGUFSource | FilePart, key: str, default: int = 0) -> int:
+    """The value of a key that is a count.
+
+    Raises:
+        CheckpointError: it is no small whole number.
+    """
+    if key not in source.fields:
         return default
-    value = part.fields[key].value
+    value = source.fields[key].value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise damaged(f"{key} is {str(value)[:80]!r}, not a count", part.file)
+        raise damaged(f"{key} is {str(value)[:80]}, not a count", source.file)
     return value
-
-
-def _check_parts(parts: Sequence[FilePart]) -> None:
-    """Each part is the one that its name says, of the same model."""
-    count = len(parts)
-    for number, part in enumerate(parts):
-        found = _small(part, SPLIT_NUMBER, -1), _small(part, SPLIT_COUNT, 0)
-        if found != (number, count):
-            raise damaged(
-                f"the file says that it is part {found[0] + 1} of {found[1]}, and its name says "
-                f"{number + 1} of {count}",
-                part.file,
-            )
-    totals = {_small(part, SPLIT_TENSORS, 0) for part in parts}
-    held = sum(len(part.tensors) for part in parts)
-    if totals != {held}:
-        raise damaged(
-            f"the parts have {held} tensors, and {SPLIT_TENSORS} says {sorted(totals)}: they are "
-            "of different models",
-            parts[0].file,
-        )
 
 
 def read_part(file: Path) -> FilePart:

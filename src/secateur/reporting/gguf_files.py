@@ -119,14 +119,13 @@ class InspectFileResult(Result):
     def tables(self) -> list[Block]:
         """The whole file, and its types."""
         counts = self.counts
-        of_each = f"{counts.experts_used} of {counts.experts} for each token"
-        shared = f", and {counts.experts_shared} shared" * bool(counts.experts_shared)
         return blocks_of(
             "InspectFileResult",
             self,
             predicting=counts.predicting_layers or None,
-            experts=of_each + shared if counts.experts else None,
-            tokens=f"{counts.tokens:,} tokens" if counts.tokens else None,
+            experts=counts.experts or None,
+            shared=counts.experts_shared or None,
+            tokens=counts.tokens or None,
             parts=counts.parts if counts.parts > 1 else None,
             can=[units for units, why_not in self.cuts.items() if not why_not],
             cannot=[f"{units}: {why_not}" for units, why_not in self.cuts.items() if why_not],

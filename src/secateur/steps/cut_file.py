@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,11 +28,11 @@ from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers, layer_influence, layers_that_stay
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
-from secateur.exporting.gguf.edit import Edit, part_name, written
+from secateur.exporting.gguf.edit import Edit, written
 from secateur.exporting.gguf.expert_scores import READING, expert_scores
 from secateur.exporting.gguf.importance import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, load_llama_cpp
-from secateur.models.gguf_file import Field, GGUFSource, read_part
+from secateur.models.gguf_file import Field, GGUFSource, part_name, read_part
 from secateur.models.sources import LocalCheckpoint
 from secateur.recipes.options import options_of
 from secateur.recipes.shared import texts_of
@@ -63,7 +62,6 @@ TOLD = ("by", "by_weights", "tokens_before", "tokens_after", "covered")
 
 CHOSEN, LEDGER = "chosen.json", "ledger.jsonl"
 """Files of the run: the units that stay, and how far the files are."""
-
 
 RUN = "secateur.run"
 """The key of the metadata that has the digest of the run."""
@@ -233,8 +231,6 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         edit = self.noted(Units.model_validate_json(file.read_bytes()))
         if ledger.begun:
             ledger.resume()
-        else:
-            ledger.begin()
         files = [folder.model / each.name for each in folder.files]
         if folder.state is None or folder.state.finished is None:
             output = folder.model / Path(self.recipe.output or "").name
@@ -351,7 +347,7 @@ def cuts_of(source: GGUFSource) -> list[dict[str, Any]]:
     stored = source.fields.get(CUT)
     try:
         found = json.loads(stored.value) if stored is not None else []
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return []
     return found if isinstance(found, list) else []
 
@@ -419,7 +415,15 @@ def _planned_experts(
             remedy="leave --experts and --experts-list out",
         )
     if recipe.experts_list is not None:
-        return _listed_experts(Path(recipe.experts_list).expanduser())
+        file = Path(recipe.experts_list).expanduser()
+        try:
+            return Units(experts=json.loads(file.read_bytes())).experts
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"the list of experts cannot be read: {first_line(error)}",
+                where=str(file),
+                remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
+            ) from None
     assert recipe.experts is not None
     keep = count(recipe.experts, experts.count, "experts")
     if keep == experts.count:
@@ -430,21 +434,3 @@ def _planned_experts(
         load_llama_cpp()
     flat = dict.fromkeys(experts.layers, torch.zeros(experts.count))
     return best_experts(flat, keep, experts.used, groups=experts.groups)
-
-
-def _listed_experts(file: Path) -> dict[int, list[int]]:
-    """The experts of each layer that a file names.
-
-    Raises:
-        RecipeError: it is no JSON object of numbers.
-    """
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        found = {int(layer): [*map(operator.index, own)] for layer, own in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RecipeError(
-            f"the list of experts cannot be read: {first_line(error)}",
-            where=str(file),
-            remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
-        ) from None
-    return found

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting.gguf.edit import Edit, Kept
 from secateur.models.checkpoint import damaged
-from secateur.models.gguf_file import GGUFSource
+from secateur.models.gguf_file import GGUFSource, count_of
 
 IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 """A tensor of a layer: its number, and the rest of the name."""
@@ -137,12 +137,7 @@ def check_numbers(source: GGUFSource, names: Iterable[str]) -> None:
         CheckpointError: one is not.
     """
     for name in names:
-        value = source.get(name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-        if value is not None and not whole:
-            raise damaged(
-                f"{source.architecture}.{name} is {str(value)[:80]}, not a count", source.file
-            )
+        count_of(source, f"{source.architecture}.{name}")
 
 
 def cut_experts(source: GGUFSource, edit: Edit, kept: Mapping[int, Sequence[int]]) -> Edit:

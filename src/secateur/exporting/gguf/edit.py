@@ -22,7 +22,6 @@ from secateur.models.checkpoint import damaged
 from secateur.models.gguf_file import (
     BLOCKS,
     MAGIC,
-    PART,
     SPLIT_TENSORS,
     Field,
     FilePart,
@@ -30,6 +29,7 @@ from secateur.models.gguf_file import (
     StoredTensor,
     block_bytes,
     counted,
+    part_name,
     runs_of,
 )
 from secateur.progress import Progress, Silent
@@ -108,15 +108,6 @@ class Edit:
         """The result as it will be read, except for the places of its tensors."""
         tensors = {name: kept.foreseen(name, source) for name, kept in self.tensors.items()}
         return replace(source, fields=dict(self.fields), tensors=tensors)
-
-
-def part_name(output: Path, number: int, count: int) -> Path:
-    """The file of part `number` (from 0) of a result; of one part it is the output itself."""
-    if count == 1:
-        return output
-    match = PART.fullmatch(output.name)
-    stem = match["stem"] if match else output.stem
-    return output.with_name(f"{stem}-{number + 1:05}-of-{count:05}.gguf")
 
 
 def written(
