@@ -126,24 +126,17 @@ class _Search:
         """All three steps."""
         tried = self._integers(*self._alone())
         best, least = tried, torch.full_like(tried.d, torch.inf)
-        for _ in range(_ROUNDS):
-            tried = self._neighbours(tried)
-            curves, error = self._recoded(tried.scale, tried.minimum)
-            best, least = _better(best, least, tried, error.sum(-1))
+        for number in range(_ROUNDS + 1):
+            tried = self._neighbours(tried) if number < _ROUNDS else tried
+            curves, errors = self._recoded(tried.scale, tried.minimum)
+            error = errors.sum(-1)
+            least, best = _where(error < least, (error, tried), (least, best))
             tried = self._numbers(tried, curves)
-        _, error = self._recoded(tried.scale, tried.minimum)
-        return _better(best, least, tried, error.sum(-1))[0]
-
-    def _levels(self, scale: Tensor, minimum: Tensor) -> Tensor:
-        """The nearest q of all weights."""
-        position = self.x * inverse(scale)[..., None]
-        if self.table.has_minima:
-            position += (minimum * inverse(scale))[..., None]
-        return self.table.level(position)
+        return best
 
     def _recoded(self, scale: Tensor, minimum: Tensor) -> tuple[Parabola, Tensor]:
         """With the nearest codes: the error for any s and m, from weights of 0; and for these."""
-        level = self._levels(scale, minimum)
+        level = self.table.nearest(self.x, scale[..., None], minimum[..., None])
         weighted = self.h * level
         crossed = weighted.sum(-1) if self.table.has_minima else self.sum_h
         squares = (weighted * level).sum(-1)
@@ -254,18 +247,12 @@ def _halved(number: Tensor) -> Tensor:
 
 
 def _where(condition: Tensor, new: Any, old: Any) -> Any:
-    """Tensors of `new` where the condition holds, else of `old`; tuples of tensors too."""
+    """Tensors of `new` where the condition holds, else of `old`; tuples of tensors too. A tensor
+    with one dimension more has a row for each condition.
+    """
     if isinstance(new, Tensor):
-        return torch.where(condition, new, old)
+        return torch.where(
+            condition if new.dim() == condition.dim() else condition[:, None], new, old
+        )
     chosen = [_where(condition, n, o) for n, o in zip(new, old, strict=True)]
     return type(new)(*chosen) if hasattr(new, "_fields") else tuple(chosen)
-
-
-def _better(best: Found, least: Tensor, tried: Found, error: Tensor) -> tuple[Found, Tensor]:
-    """Of each block the scales with the lower error."""
-    better = error < least
-    kept = [
-        torch.where(better if new.dim() == 1 else better[:, None], new, old)
-        for new, old in zip(tried, best, strict=True)
-    ]
-    return Found(*kept), torch.where(better, error, least)

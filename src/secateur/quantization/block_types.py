@@ -134,6 +134,19 @@ class BlockType:
         """How many "codes", or integers of "scales" and minima, a block has."""
         return self.block if of == "codes" else (1 + self.has_minima) * self.subs
 
+    def nearest(self, weights: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """The nearest q of weights, with scales and minima that broadcast to them."""
+        reciprocal = inverse(scale)
+        position = weights * reciprocal
+        if self.has_minima:
+            position += minimum * reciprocal
+        return self.level(position)
+
+    def weights(self, level: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """(d · s) · q − (d′ · m), in place of q."""
+        level.mul_(scale)
+        return level.sub_(minimum) if self.has_minima else level
+
     def level(self, position: Tensor) -> Tensor:
         """The nearest q to numbers of any shape, in place."""
         if self.levels is None:

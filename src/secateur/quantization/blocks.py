@@ -176,10 +176,9 @@ class Blocks:
         return self._weights(self.grid.table.points(self.codes))
 
     def _weights(self, level: Tensor) -> Tensor:
-        """(d · s) · q − (d′ · m), in place of q."""
-        parts = self._subs(level).mul_(self.scale[..., None])
-        if self.grid.table.has_minima:
-            parts.sub_(self.minimum[..., None])
+        """The weights, in place of q."""
+        scale, minimum = self.scale[..., None], self.minimum[..., None]
+        self.grid.table.weights(self._subs(level), scale, minimum)
         return level
 
     def _subs(self, matrix: Tensor) -> Tensor:

@@ -88,12 +88,14 @@ class GroupColumns:
             rows.
 
     Attributes:
+        together: the columns of a group.
+        step: the columns that are swept one by one before others follow.
         exponent: of the rows of all matrices, int8 [rows].
         scale: the scales, float32 [..., groups, out]; they are on the grid of scales.
     """
 
     def __init__(self, grid: GroupGrid, columns: Tensor) -> None:
-        self.grid = grid
+        self.grid, self.together, self.step = grid, grid.group, grid.group
         groups = columns.split(grid.group, dim=-2)
         peaks = torch.stack([group.abs().amax(dim=-2) for group in groups], dim=-1)
         # [rows, groups]: scales whose lowest integer is twice the largest weight. Only their
@@ -101,16 +103,6 @@ class GroupColumns:
         first = Scales.nearest(peaks.flatten(0, -2) / -grid.lowest * _ROOM)
         self.exponent = first.exponent
         self.scale = first.values.view(peaks.shape).mT.contiguous()
-
-    @property
-    def together(self) -> int:
-        """The columns of a group."""
-        return self.grid.group
-
-    @property
-    def step(self) -> int:
-        """The columns that are swept one by one before others follow."""
-        return self.grid.group
 
     def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
         """Choose the scale with the least error Σ_j h_j (w_j − s q_j)² in a group.
@@ -176,6 +168,8 @@ class BlockColumns:
         columns: the weights before the sweep, float32 [..., in, out]; only their shape counts.
 
     Attributes:
+        together: the columns of a block.
+        step: the columns of a sub-block.
         d, d_min: float32 [..., blocks, out], exact in float16.
         scales, minima: s and m, whole float32 [..., sub-blocks, out].
 
@@ -184,23 +178,13 @@ class BlockColumns:
     """
 
     def __init__(self, grid: BlockGrid, columns: Tensor) -> None:
-        self.grid, self.table = grid, grid.table
+        self.grid, self.table, self.together, self.step = grid, grid.table, grid.block, grid.sub
         *batch, inputs, out = columns.shape
         grid.row_bytes(inputs)  # refuses a block that is not whole
         self.subs = self.table.subs
         self.d = columns.new_zeros(*batch, inputs // grid.block, out)
         self.scales = columns.new_zeros(*batch, inputs // grid.sub, out)
         self.d_min, self.minima = torch.zeros_like(self.d), torch.zeros_like(self.scales)
-
-    @property
-    def together(self) -> int:
-        """The columns of a block."""
-        return self.grid.block
-
-    @property
-    def step(self) -> int:
-        """The columns of a sub-block."""
-        return self.grid.sub
 
     def begin(self, start: int, columns: Tensor, importance: Tensor) -> None:
         """Choose d, d′, s and m with the least error Σ_j h_j (w_j − ŵ_j)² in a block.
@@ -233,22 +217,10 @@ class BlockColumns:
         block = sub // self.subs
         return self.d[..., block, :] * scales, self.d_min[..., block, :] * minima
 
-    def _levels(self, columns: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-        """The nearest q of weights, with scales and minima that broadcast to them."""
-        reciprocal = inverse(scale)
-        position = columns * reciprocal
-        if self.table.has_minima:
-            position += minimum * reciprocal
-        return self.table.level(position)
-
-    def _weights(self, level: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-        """(d · s) · q − (d′ · m), in place of q."""
-        weights = level.mul_(scale)
-        return weights.sub_(minimum) if self.table.has_minima else weights
-
     def rounded(self, columns: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
         """Weights, rounded with scales and minima that broadcast to them."""
-        return self._weights(self._levels(columns, scale, minimum), scale, minimum)
+        level = self.table.nearest(columns, scale, minimum)
+        return self.table.weights(level, scale, minimum)
 
     def blocks(self, columns: Tensor) -> Blocks:
         """The blocks [..., out, in] of weights [..., in, out] that are on this grid."""
@@ -314,7 +286,7 @@ class BlockColumns:
     ) -> None:
         """The integers s and m of a sub-block, its codes held."""
         scale, minimum = (x[..., None, :] for x in self._of(sub))
-        level = self._levels(columns, scale, minimum)
+        level = self.table.nearest(columns, scale, minimum)
         ones = torch.ones_like(level) if self.table.has_minima else None
         error = _parabola(level * kept, ones, hessian, residual)
         s, m = self.scales[..., sub, :], self.minima[..., sub, :]
@@ -338,7 +310,7 @@ class BlockColumns:
         s.copy_(_best(tried_s, change))
         m.copy_(_best(tried_m, change))
         scale, minimum = (x[..., None, :] for x in self._of(sub))
-        columns.copy_(self._weights(level, scale, minimum).mul_(kept))
+        columns.copy_(self.table.weights(level, scale, minimum).mul_(kept))
 
     def _fit_numbers(
         self, columns: Tensor, block: int, kept: Tensor, hessian: Tensor, residual: Tensor
@@ -349,7 +321,7 @@ class BlockColumns:
             for x in (self.scales, self.minima)
         )
         d, d_min = self.d[..., block, :], self.d_min[..., block, :]
-        level = self._levels(columns, d[..., None, :] * s, d_min[..., None, :] * m)
+        level = self.table.nearest(columns, d[..., None, :] * s, d_min[..., None, :] * m)
         error = _parabola(level * s * kept, m if self.table.has_minima else None, hessian, residual)
         grown = error.vertex()
         new, other = ((x + more).half().float() for x, more in zip((d, d_min), grown, strict=True))
@@ -358,7 +330,7 @@ class BlockColumns:
         d.copy_(torch.where(better, new, d))
         d_min.copy_(torch.where(better, other, d_min))
         scale, minimum = d[..., None, :] * s, d_min[..., None, :] * m
-        columns.copy_(self._weights(level, scale, minimum).mul_(kept))
+        columns.copy_(self.table.weights(level, scale, minimum).mul_(kept))
 
 
 def _best(tries: Tensor, change: Tensor) -> Tensor:

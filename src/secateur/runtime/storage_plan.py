@@ -229,12 +229,24 @@ class PackableCheckpoint:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape [out, in] of every linear, by its name."""
-        found = {}
-        for linear, name in self.linears.items():
-            first, second = self.reader.entries[name].shape
-            transposed = self.matrices[name].transposed
-            found[linear] = (second, first) if transposed else (first, second)
-        return found
+        shapes = {linear: self.shape_of(name) for linear, name in self.linears.items()}
+        return {linear: (rows, columns) for linear, (rows, columns) in shapes.items()}
+
+    @property
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """The shapes [out, in] of embedding and head, by their names; one if they are tied."""
+        shapes = {n: self.shape_of(n) for n, matrix in self.matrices.items() if not matrix.prunable}
+        return {n.removesuffix(".weight"): (rows, columns) for n, (rows, columns) in shapes.items()}
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, by its stored name; [out, in] of a matrix."""
+        shape, matrix = self.reader.entries[name].shape, self.matrices.get(name)
+        return shape[::-1] if matrix and matrix.transposed else shape
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor in float32, by its stored name; [out, in] of a matrix."""
+        stored, matrix = self.reader.read(name).float(), self.matrices.get(name)
+        return stored.t() if matrix and matrix.transposed else stored
 
     @cached_property
     def zero_fractions(self) -> dict[str, float]:

@@ -190,7 +190,7 @@ def _costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) 
         return costs
     files = LikeFolder(layout_of(GGUFSource.read(recipe.like), model, progress))
     size = problems.CostKind(problems.SIZE, files.layout.file.size_bytes, math.inf, exact=True)
-    return problems.Costs((size,), model.shapes, problems.ends_of(model), files=files)
+    return problems.Costs((size,), model.shapes, model.ends, files=files)
 
 
 @dataclass(frozen=True)

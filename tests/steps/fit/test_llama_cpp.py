@@ -21,7 +21,7 @@ from secateur.recipes.options import bytes_of
 from secateur.reporting.fit import FitResult
 from secateur.runtime.formats import WeightFormat
 from secateur.runtime.storage_plan import PackableCheckpoint
-from secateur.steps.fitting.problem import GGUF_FILE, OF_32, OF_256, CostKind, Costs, ends_of
+from secateur.steps.fitting.problem import GGUF_FILE, OF_32, OF_256, CostKind, Costs
 
 ENDS = {"tie_word_embeddings": False}
 MIXTURE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 256}
@@ -69,7 +69,7 @@ def test_the_file_has_the_bytes_that_were_counted(
     assert found.winner.file_bytes == file.stat().st_size == found.checks[0].measured <= size
     model = PackableCheckpoint.open(place / name)
     kinds = CostKind("size", GGUF_FILE.rest(model), size, exact=True)
-    costs = Costs((kinds,), model.shapes, ends_of(model), files=GGUF_FILE)
+    costs = Costs((kinds,), model.shapes, model.ends, files=GGUF_FILE)
     of_ends = dict(zip(costs.outer, found.embeddings.split(", "), strict=True))
     counted = GGUF_FILE.rest(model)
     for unit, (member, *_) in costs.members.items():

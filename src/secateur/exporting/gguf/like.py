@@ -116,17 +116,13 @@ class FileLayout:
             for number, sheet in enumerate(sheets):
                 first = 0
                 for name in sheet.sources:
-                    count = self.rows_of(name)
+                    count = self.model.shape_of(name)[0]
                     rows = torch.arange(count) if sheet.rows is None else sheet.rows - first
                     there = ((rows >= 0) & (rows < count)).nonzero().flatten()
                     if len(there):
                         found[name].append((tensor, number, there, rows[there], sheet))
                     first += count
         return dict(found)
-
-    def rows_of(self, name: str) -> int:
-        """The outputs of a matrix of the model."""
-        return _shape(self.model, name)[0]
 
     @cached_property
     def values(self) -> dict[str, str]:
@@ -192,7 +188,7 @@ class _Decoded:
 
     def read(self, name: str) -> Tensor:
         """A matrix, as the model stores it."""
-        found = matrix_of(self.layout.model, name)
+        found = self.layout.model.weight(name)
         for tensor, number, there, here, sheet in self.layout.places[name]:
             rows = sheet_of(self.file.tensors[tensor], number)
             rows = (rows.t() if sheet.transposed else rows)[there]
@@ -205,12 +201,6 @@ class _Decoded:
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Several matrices."""
         yield from ((name, self.read(name)) for name in names)
-
-
-def matrix_of(model: PackableCheckpoint, name: str) -> Tensor:
-    """A matrix of the model, float32 [out, in]."""
-    weight, matrix = model.reader.read(name).float(), model.matrices.get(name)
-    return weight.t().contiguous() if matrix and matrix.transposed else weight
 
 
 def sheet_of(tensor: StoredTensor, number: int = 0) -> Tensor:
@@ -256,7 +246,7 @@ def layout_of(file: GGUFSource, model: PackableCheckpoint, progress: Progress) -
     layout = FileLayout(file, model, sheets, tuple(unchecked))
     for name in model.matrices:
         rows = [row for *_, here, _ in layout.places.get(name, ()) for row in here.tolist()]
-        if sorted(rows) != list(range(layout.rows_of(name))):
+        if sorted(rows) != list(range(model.shape_of(name)[0])):
             fault = "twice, or only a part of it" if rows else "not"
             raise _refused(file, name, f"the file has this matrix of the model {fault}")
     return layout
@@ -268,7 +258,7 @@ def written_layout(file: GGUFSource, model: PackableCheckpoint) -> FileLayout:
     described = model_of(source)
 
     def sheet(name: str) -> Sheet:
-        order = torch.arange(_shape(model, name)[0])
+        order = torch.arange(model.shape_of(name)[0])
         rows = described.arranged(name, order[:, None]).flatten()
         return Sheet((name,), None if torch.equal(rows, order) else rows)
 
@@ -335,19 +325,13 @@ def _pools(
     """For each matrix of a tensor, those of the model whose rows it may have; empty for none."""
     *stack, rows, columns = tensor.shape
     fitting = [
-        name for name in names if _shape(model, name)[1:] == (rows if transposed else columns,)
+        name for name in names if model.shape_of(name)[1:] == (rows if transposed else columns,)
     ]
     experts = [tuple(n for n in fitting if _expert(n) == e) for e in range(sum(stack))]
     plain = tuple(n for n in fitting if _expert(n) < 0)
     if stack and all(experts):
         return experts
     return [plain] * (sum(stack) or 1) if plain else []
-
-
-def _shape(model: PackableCheckpoint, name: str) -> tuple[int, ...]:
-    """Of a tensor of the model, [out, in] of a matrix."""
-    shape, matrix = model.reader.entries[name].shape, model.matrices.get(name)
-    return shape[::-1] if matrix and matrix.transposed else shape
 
 
 def _layer(name: str) -> int:
@@ -360,7 +344,7 @@ def _sheet(
     found: Tensor, kind: Q, names: tuple[str, ...], model: PackableCheckpoint, transposed: bool
 ) -> Sheet | None:
     """Where the rows of a matrix of the file are among those of matrices of the model."""
-    matrices = {name: matrix_of(model, name) for name in names}
+    matrices = {name: model.weight(name) for name in names}
     alike = {n: x for n, x in matrices.items() if x.shape == found.shape and not transposed}
     for name, matrix in alike.items():
         if _rounds(found, matrix, kind):

@@ -238,7 +238,7 @@ class GGUFFolder(PackedFolder):
         from secateur.exporting import ExportSource
         from secateur.exporting.gguf.writing import NEAREST, GGUFFile
 
-        bare, ends = self.formats[0], ends_of(model)
+        bare, ends = self.formats[0], model.ends
         whole = GGUFFile(ExportSource(model.reader), NEAREST[bare.values]).nbytes()
         shapes = {**model.shapes, **ends}
         for names in self.units(model.shapes, ends).values():
@@ -480,20 +480,7 @@ def costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) -
     shares = model.zero_fractions.items()
     # a linear without any weight left is counted as dense
     zeros = {name: share for name, share in shares if FEWEST_ZEROS <= share < 1}
-    return Costs(tuple(kinds), model.shapes, ends_of(model), times, files, zeros=zeros)
-
-
-def ends_of(model: PackableCheckpoint) -> dict[str, tuple[int, int]]:
-    """The shapes [out, in] of embedding and head, by their names; one if they are tied."""
-    entries = model.reader.entries
-    ends = (name for name, matrix in model.matrices.items() if not matrix.prunable)
-    return {name.removesuffix(".weight"): _sides(entries[name].shape) for name in ends}
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape of a matrix."""
-    rows, columns = shape
-    return rows, columns
+    return Costs(tuple(kinds), model.shapes, model.ends, times, files, zeros=zeros)
 
 
 def _limit(size: int | str | None) -> float:

@@ -164,8 +164,7 @@ def _sampled(bench: FitBench) -> tuple[dict[str, dict[str, float]], dict[str, di
     names = {n: model.linears.get(n, f"{n}.weight") for n in units if n != EMBEDDINGS}
     progress.start("rounding samples", len(names))
     for linear, name in names.items():
-        weight = model.reader.read(name).float()
-        weight = weight.t() if model.matrices[name].transposed else weight  # [out, in]
+        weight = model.weight(name)
         rows = weight[:: max(1, weight.numel() // SAMPLED)]
         offered = {one.values for one in costs.offered(units[linear])}
         probe = PROBE if linear in model.linears else PROBE_OF_ENDS
