@@ -297,6 +297,8 @@ def write_fit(folder: Path, *, zeros: int = 3, kept: bool = True) -> Path:
             {"option": "max_size", "wanted": 70 * 2**20, "measured": 67 * 2**20, "kept": kept}
         ],
         "corrections": [{"predicted": 1.55, "measured": 1.35, "aimed": 1.72, "reached": 1.5}],
+        "types": {},
+        "like": None,
         "dropped": [],
         "kind_of": {
             f"layers.{i}.up_proj": "50% zeros, int4" if i < zeros else "int4" for i in range(10)

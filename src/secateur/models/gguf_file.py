@@ -65,6 +65,7 @@ class Field:
 
     Example:
         >>> from gguf import GGUFValueType
+        >>> from secateur.models.gguf_file import Field
         >>> Field(GGUFValueType.UINT32, 8).like(6).encoded()
         b'\\x04\\x00\\x00\\x00\\x06\\x00\\x00\\x00'
     """
@@ -170,6 +171,7 @@ def runs_of(rows: Iterable[int]) -> list[tuple[int, int]]:
     """First row and number of rows, for each run of neighbours.
 
     Example:
+        >>> from secateur.models.gguf_file import runs_of
         >>> runs_of([0, 1, 2, 5, 4])
         [(0, 3), (5, 1), (4, 1)]
     """
