@@ -51,7 +51,7 @@ def few_rows(source: GGUFSource) -> Edit:
             tensors[name] = Kept(name, replaced=lambda c=content: c, shape=(2, 256), type=kind)
     edit = Edit.of(source)
     fields = {"text": Field.text("other"), "new": Field.text("key")}
-    return replace(edit, tensors=tensors).with_fields(fields)
+    return replace(edit, tensors=tensors, fields={**edit.fields, **fields})
 
 
 @pytest.mark.usefixtures("copying")

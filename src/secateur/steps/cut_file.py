@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -231,12 +231,12 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         edit = self.noted(Units.model_validate_json(file.read_bytes()))
         if ledger.begun:
             ledger.resume()
-        files = [folder.model / each.name for each in folder.files]
         if folder.state is None or folder.state.finished is None:
             output = folder.model / Path(self.recipe.output or "").name
             written(self.source, edit, output, self.run.progress, ledger)
-        else:  # some have their names already
-            files = [a if a.exists() else b for a, b in zip(files, folder.files, strict=True)]
+        # after a kill, some have their names already
+        made = ((folder.model / file.name, file) for file in folder.files)
+        files = [new if new.exists() else file for new, file in made]
         seconds = time.perf_counter() - self.run.meter.started
         found = _result_of(GGUFSource.of_parts([*map(read_part, files)]), folder.output)
         return found.model_copy(update={"source": self.recipe.model, "seconds": seconds})
@@ -290,8 +290,9 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
             CUT: json.dumps(cuts),
             RUN: digest_of(self.identity()),
         }
-        fields = {key: Field.text(text) for key, text in keys.items()}
-        return units.edit(self.source).with_fields(fields)
+        edit = units.edit(self.source)
+        texts = {key: Field.text(text) for key, text in keys.items()}
+        return replace(edit, fields={**edit.fields, **texts})
 
 
 def planned(recipe: StructureRecipe, source: GGUFSource) -> Units:

@@ -96,10 +96,6 @@ class Edit:
         """Everything stays."""
         return cls(dict(source.fields), {name: Kept(name) for name in source.tensors})
 
-    def with_fields(self, changed: Mapping[str, Field]) -> Edit:
-        """The same with other or more fields. A known one keeps its place."""
-        return replace(self, fields={**self.fields, **changed})
-
     def bytes_in(self, source: GGUFSource) -> int:
         """The bytes of the result."""
         return sum(part.nbytes for part in _parts(source, self))
