@@ -26,6 +26,7 @@ def numbers_in(text: str) -> tuple[int, ...]:
     """The numbers of a list with ranges.
 
     Example:
+        >>> from secateur.recipes.structure import numbers_in
         >>> numbers_in("0-2, 7")
         (0, 1, 2, 7)
     """
