@@ -7,6 +7,7 @@ pay. So all sizes are known. The second pass (`StoragePlan.packed_tensors`) pack
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -478,8 +479,12 @@ def make_plan(
             where=str(reader.folder),
             remedy="use --format auto or bitmask; n-of-m needs zeros such as --pattern 2:4 leaves",
         )
-    if values == KEEP:
-        computed = _common_dtype(choices, matrices)
+    if values == KEEP:  # the dtype of most of the weights, without embeddings
+        weights = Counter[torch.dtype]()
+        for name, choice in choices.items():
+            if matrices[name].prunable and not choice.layout.coded:
+                weights[choice.layout.dtype] += choice.layout.weights
+        computed = max(weights, key=weights.__getitem__, default=torch.bfloat16)
     plan = StoragePlan(choices, FLOATS.get(values, computed))
     for name, entry in reader.entries.items():
         if name in choices:
@@ -489,15 +494,3 @@ def make_plan(
         wider = entry.dtype.is_floating_point and entry.dtype.itemsize > plan.computed.itemsize
         plan.dtypes[name] = plan.computed if wider and values != KEEP else entry.dtype
     return plan
-
-
-def _common_dtype(
-    choices: Mapping[str, LayoutChoice], matrices: Mapping[str, PackableMatrix]
-) -> torch.dtype:
-    """The dtype of most of the weights of a model that keeps its values, without embeddings."""
-    weights: dict[torch.dtype, int] = {}
-    for name, choice in choices.items():
-        dtype = choice.layout.dtype
-        if matrices[name].prunable and not choice.layout.coded:
-            weights[dtype] = weights.get(dtype, 0) + choice.layout.weights
-    return max(weights, key=weights.__getitem__, default=torch.bfloat16)

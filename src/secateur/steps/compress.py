@@ -82,12 +82,17 @@ class Compress(Step[CompressRecipe, CompressResult]):
         super().__init__(recipe, run)
         refuse_quantized(run.source.folder)
         self.model = self.opened(run.source.folder)
-        self.own = _own_values(recipe, self.model)
+        given = recipe.overrides
+        refuse_idle_globs(given.keys() - self.model.ends.keys(), [*self.model.linears])
+        self.own = {
+            name: fitting(last_match(given, name) or recipe.values, columns)
+            for name, (_, columns) in self.model.shapes.items()
+        }
         self.ends = self.model.settled_embeddings(recipe.embeddings, recipe.values)
         self.given_ends = {
-            name: recipe.overrides[owner]
+            name: given[owner]
             for name in self.ends
-            if (owner := name.removesuffix(".weight")) in recipe.overrides
+            if (owner := name.removesuffix(".weight")) in given
         }
         self.ends |= self.given_ends
         self.refuse_lost_zeros()
@@ -503,17 +508,3 @@ def _dense_bytes(layout: Layout, values: str) -> int:
 
 def _rounds_linears(recipe: CompressRecipe) -> bool:
     return bool({*BITS, *BLOCKS} & {recipe.values, *recipe.overrides.values()})
-
-
-def _own_values(recipe: CompressRecipe, model: PackableCheckpoint) -> dict[str, str]:
-    """The values of every linear, by its name; those that fit its rows.
-
-    Raises:
-        RecipeError: an override matches no linear.
-    """
-    ends = {n.removesuffix(".weight") for n, x in model.matrices.items() if not x.prunable}
-    refuse_idle_globs(recipe.overrides.keys() - ends, [*model.linears])
-    return {
-        name: fitting(last_match(recipe.overrides, name) or recipe.values, columns)
-        for name, (_, columns) in model.shapes.items()
-    }

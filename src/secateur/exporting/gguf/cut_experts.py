@@ -100,7 +100,12 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
     """
     if source.get("expert_count") is None:
         return None
-    _refuse_unknown_keys(source)
+    start = f"{source.architecture}."
+    for name, field in source.fields.items():
+        if name.startswith(f"{start}expert") and name.removeprefix(start) not in _KEYS:
+            raise refused("a key about experts is not understood", name)
+        if name.startswith(f"{start}expert") and field.items is not None:
+            raise refused("the key has a value for each layer, and one is read", name)
     check_numbers(source, _COUNTS)
     if source.get("expert_count") == 0:
         return None
@@ -110,14 +115,13 @@ def experts_of(source: GGUFSource) -> FileExperts | None:
             raise damaged(f"{count} experts are not in groups of {size}", source.file)
     layers = set()
     for name, tensor in source.tensors.items():
-        match = IN_LAYER.fullmatch(name)
+        match, rows = IN_LAYER.fullmatch(name), tensor.shape[0]
         rest = match[2] if match else name
-        if match and _OF_EXPERTS.fullmatch(rest):
+        if match and (of_experts := _OF_EXPERTS.fullmatch(rest) or _OF_CHUNKS.fullmatch(rest)):
+            in_one = rest.startswith("exp_probs_b") and tensor.shape == (1, count)
+            if rows != count // (chunk if of_experts.re is _OF_CHUNKS else 1) and not in_one:
+                raise refused(f"it has {rows} rows, and the file says {count} experts", name)
             layers.add(int(match[1]))
-            if not (rest.startswith("exp_probs_b") and tensor.shape == (1, count)):
-                _check_rows(name, tensor.shape, count, source)
-        elif match and _OF_CHUNKS.fullmatch(rest):
-            _check_rows(name, tensor.shape, count // chunk, source)
         elif _LIKE_EXPERTS.search(rest) and not _BESIDE.fullmatch(rest):
             raise refused("it looks like a part of the experts, and its rows are unknown", name)
         elif _ALONE.fullmatch(rest):
@@ -248,25 +252,6 @@ def _check_choice(
             "experts each, and llama.cpp needs one number, of 2 at least",
             f"{source.architecture}.expert_group_count",
         )
-
-
-def _check_rows(name: str, shape: tuple[int, ...], rows: int, source: GGUFSource) -> None:
-    if shape[0] != rows:
-        raise refused(
-            f"it has {shape[0]} rows, and the file says {source.get('expert_count')} experts", name
-        )
-
-
-def _refuse_unknown_keys(source: GGUFSource) -> None:
-    """Refuse keys about experts that are unknown, or have a value for each layer."""
-    start = f"{source.architecture}."
-    for name, field in source.fields.items():
-        rest = name.removeprefix(start)
-        if name.startswith(start) and rest.startswith("expert"):
-            if rest not in _KEYS:
-                raise refused("a key about experts is not understood", name)
-            if field.items is not None:
-                raise refused("the key has a value for each layer, and one is read", name)
 
 
 def refused(what: str, where: str, units: str = "experts") -> ArchitectureError:

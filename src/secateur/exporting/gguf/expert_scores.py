@@ -119,7 +119,14 @@ def imatrix_scores(
                 down = expert_weights(source, layer, "down", expert, scaled=True)
                 assert down is not None
                 norms.append((down.double().square().sum(0) @ mean).sqrt())
-            found[layer] = tokens * torch.stack(norms) * _logits_of(source, matrix, layer)
+            found[layer] = tokens * torch.stack(norms)
+            router = source.tensors.get(f"blk.{layer}.ffn_gate_inp.weight")
+            known = (_means_of(source, matrix, layer, part)[0] for part in PARTS[:-1])
+            read = next((x for x in known if x is not None), torch.empty(0, 0))
+            unscaled = source.architecture != "llama4"
+            if unscaled and router is not None and router.shape[-1] == read.shape[-1]:
+                rows = decoded(router.read().reshape(len(read), -1), router.type).double()
+                found[layer] *= (rows.square() * read).sum(1).sqrt()
     return found
 
 
@@ -142,18 +149,6 @@ def _means_of(
     means = (sums / tokens.clamp_min(1)[:, None]).view(count, inputs)
     unseen = (means == 1).all(dim=1)  # as the older form writes it
     return means, tokens if matrix.has_counts else (~unseen).double()
-
-
-def _logits_of(source: GGUFSource, matrix: ImportanceMatrix, layer: int) -> Tensor | float:
-    """The size of each expert's logit, float64 [experts]; 1 where it is unknown."""
-    router = source.tensors.get(f"blk.{layer}.ffn_gate_inp.weight")
-    known = (_means_of(source, matrix, layer, part)[0] for part in PARTS[:-1])
-    means = next((x for x in known if x is not None), None)
-    scaled = source.architecture == "llama4"
-    if scaled or router is None or means is None or router.shape[-1] != means.shape[-1]:
-        return 1.0
-    rows = decoded(router.read().reshape(len(means), -1), router.type).double()
-    return (rows.square() * means).sum(1).sqrt()
 
 
 class _UseSums:
