@@ -23,15 +23,12 @@ from secateur.models.checkpoint import CheckpointReader, shard_name
 from secateur.models.shape import LARGE_ENDS
 from secateur.models.skeleton import build_skeleton, refuse_missing, stored_names
 from secateur.progress import Progress, each_step
-from secateur.quantization.groups import GroupGrid
 from secateur.recipes.compress import CompressRecipe
-from secateur.registry import did_you_mean
 from secateur.runtime import formats as packing
 from secateur.runtime.formats import (
     BITS,
     BLOCKS,
     GRID_BITS,
-    VALUES,
     Layout,
     PartSpec,
     fitting,
@@ -67,35 +64,6 @@ class LayoutChoice:
     nonzeros: int
     negative_zeros: int
     offered: bool = False
-
-
-def check_names(
-    format: str, values: str, group: int | None = None, *, grouped: bool = False
-) -> None:
-    """Refuse unknown names of formats or values, and a group size that has no effect.
-
-    Args:
-        format: as in the recipe.
-        values: as in the recipe.
-        group: as in the recipe.
-        grouped: whether other values of the recipe have groups.
-
-    Raises:
-        RecipeError: names the available ones.
-    """
-    known = {
-        "format": (format, [AUTO, *formats]),
-        "values": (values, [AUTO, KEEP, *VALUES, *BLOCKS]),
-    }
-    for kind, (name, names) in known.items():
-        if name not in names:
-            raise RecipeError(f"unknown {kind} {name!r}", remedy=did_you_mean(name, names))
-    GroupGrid(4, group or DEFAULT_GROUP)  # refuses other groups
-    if group is not None and not grouped and values not in GRID_BITS:
-        raise RecipeError(
-            f"a group size of {group} is for {', '.join(GRID_BITS)}, but the values are {values!r}",
-            remedy="add --values int4 or --embeddings int4, or leave --group-size out",
-        )
 
 
 AT_ONCE = 2**20

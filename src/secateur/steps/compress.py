@@ -53,12 +53,15 @@ from secateur.runtime.formats import (
     VALUES,
     Layout,
     fitting,
+    formats,
     stored_bytes,
 )
 from secateur.runtime.packed import PackedCheckpoint, quantization_config, write_packed
 from secateur.runtime.storage_plan import (
+    AUTO,
     DEFAULT_GROUP,
     DENSE,
+    KEEP,
     LayoutChoice,
     PackableCheckpoint,
     StoragePlan,
@@ -117,14 +120,25 @@ class Compress(Step[CompressRecipe, CompressResult]):
         """
         others = {recipe.embeddings, *recipe.overrides.values()}
         grouped = bool(GRID_BITS.keys() & others)
-        storage_plan.check_names(recipe.format, recipe.values, recipe.group_size, grouped=grouped)
-        for glob, values in recipe.overrides.items():
-            if values not in (*VALUES, *BLOCKS):
-                raise RecipeError(
-                    f"unknown values {values!r}",
-                    where=f"override {glob!r}",
-                    remedy=did_you_mean(values, [*VALUES, *BLOCKS]),
-                )
+        all_values, group = [*VALUES, *BLOCKS], recipe.group_size
+        for kind, name, known, where in (
+            ("format", recipe.format, [AUTO, *formats], None),
+            ("values", recipe.values, [AUTO, KEEP, *all_values], None),
+            *(
+                ("values", own, all_values, f"override {x!r}")
+                for x, own in recipe.overrides.items()
+            ),
+        ):
+            if name not in known:
+                remedy = did_you_mean(name, known)
+                raise RecipeError(f"unknown {kind} {name!r}", where=where, remedy=remedy)
+        GroupGrid(4, group or DEFAULT_GROUP)  # refuses other groups
+        if group is not None and not grouped and recipe.values not in GRID_BITS:
+            raise RecipeError(
+                f"a group size of {group} is for {', '.join(GRID_BITS)}, but the values are "
+                f"{recipe.values!r}",
+                remedy="add --values int4 or --embeddings int4, or leave --group-size out",
+            )
         helps = recipe.distillation.epochs or recipe.embeddings in (*GRID_BITS, *BLOCKS)
         helps = helps or _rounds_linears(recipe)
         odd = {recipe.values, *recipe.overrides.values()} & BITS.keys()

@@ -298,17 +298,14 @@ def _expert_constants(model: LlamaCppModel) -> dict[str, Any]:
     return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
-def _qwen2_moe_differences(model: LlamaCppModel) -> Iterator[str]:
-    """llama.cpp does not divide the weights of the chosen experts of Qwen2-MoE by their sum."""
-    if model.config.norm_topk_prob:
-        yield "it divides the weights of the chosen experts by their sum"
-    yield from _narrow_differences(model)
-
-
-def _qwen3_moe_differences(model: LlamaCppModel) -> Iterator[str]:
-    """llama.cpp divides them for Qwen3-MoE."""
-    if not model.config.norm_topk_prob:
-        yield "it does not divide the weights of the chosen experts by their sum"
+def _qwen_moe_differences(model: LlamaCppModel) -> Iterator[str]:
+    """llama.cpp divides the weights of the chosen experts by their sum for Qwen3-MoE alone."""
+    divides = model.arch == A.QWEN3MOE
+    if bool(model.config.norm_topk_prob) != divides:
+        verb = "does not divide" if divides else "divides"
+        yield f"it {verb} the weights of the chosen experts by their sum"
+    if not divides:
+        yield from _narrow_differences(model)
 
 
 GEMMA2 = _LlamaCppFamily(
@@ -339,10 +336,10 @@ LLAMA_CPP_FAMILIES = MappingProxyType(
             A.QWEN2MOE,
             own_head=True,
             constants=_expert_constants,
-            differences=_qwen2_moe_differences,
+            differences=_qwen_moe_differences,
         ),
         "qwen3_moe": _LlamaCppFamily(
-            A.QWEN3MOE, constants=_expert_constants, differences=_qwen3_moe_differences
+            A.QWEN3MOE, constants=_expert_constants, differences=_qwen_moe_differences
         ),
     }
 )

@@ -353,27 +353,17 @@ def _sheet(
     sizes, rows = [len(matrix) for matrix in matrices.values()], _nearest(turned, pool)
     own = pool[rows].t() if transposed else pool[rows]
     if _in_order(rows, sizes) and _rounds(found, own, kind):
-        return _without_others(names, sizes, rows, transposed)
+        # without the matrices that give none of these rows
+        ends = torch.tensor(sizes).cumsum(0)
+        used, owners = torch.bucketize(rows, ends, right=True).unique(return_inverse=True)
+        moved = torch.tensor(sizes)[used].cumsum(0) - ends[used]
+        own_names = tuple(names[number] for number in used.tolist())
+        return Sheet(own_names, rows + moved[owners], transposed=transposed)
     for name, matrix in alike.items():
         columns = _nearest(found.t(), matrix.t())
         if _in_order(columns, [len(columns)]) and _rounds(found, matrix[:, columns], kind):
             return Sheet((name,), columns=columns)
     return None
-
-
-def _without_others(
-    names: Sequence[str], sizes: Sequence[int], rows: Tensor, transposed: bool
-) -> Sheet:
-    """A sheet of these rows, without the matrices that give none of them."""
-    sources, places, first, before = list[str](), rows.clone(), 0, 0
-    for name, size in zip(names, sizes, strict=True):
-        own = (rows >= first) & (rows < first + size)
-        if own.any():
-            sources.append(name)
-            places[own] += before - first
-            before += size
-        first += size
-    return Sheet(tuple(sources), places, transposed=transposed)
 
 
 def _in_order(rows: Tensor, sizes: Sequence[int]) -> bool:
