@@ -146,6 +146,14 @@ def test_only_a_gguf_file_is_replaced(file: Path) -> None:
     assert file.with_name("out.gguf").read_text() == "my notes"
 
 
+@pytest.mark.parametrize("content", [SOUND.content, SOUND.content[:-1]])
+def test_a_file_that_no_run_has_made_is_not_resumed(content: bytes, file: Path) -> None:
+    file.with_name("out.gguf").write_bytes(content)
+    with pytest.raises(RecipeError, match="exists"):
+        cut(file, experts=2, experts_by="random", resume=True)
+    assert file.with_name("out.gguf").read_bytes() == content
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_parts_are_cut_into_parts(place: int, parts: list[Path], listed: Path) -> None:
     result = cut(parts[place], experts_list=listed)

@@ -168,7 +168,7 @@ class RunFolder:
             return None
         try:
             made, found = State(**self.stored()), self.output.stat()
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError, SecateurError):
             return begun
         if made.verb != self.verb:
             return None
@@ -178,7 +178,7 @@ class RunFolder:
         """What the output says of the run that made it: verb and identity.
 
         Raises:
-            OSError, ValueError, TypeError: nothing.
+            OSError, ValueError, TypeError, KeyError, SecateurError: it says nothing.
         """
         content: dict[str, Any] = json.loads((self.output / NOTES / STATE).read_bytes())
         return content

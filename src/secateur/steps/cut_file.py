@@ -135,12 +135,12 @@ class FileRun(RunFolder):
 
     def stored(self) -> dict[str, Any]:
         """What the output says of the run that made it: the digest in its metadata."""
-        field = read_part(self.output).fields.get(RUN)
-        return {"verb": self.verb, "identity": None if field is None else {RUN: field.value}}
+        digest = read_part(self.output).fields[RUN].value
+        return {"verb": self.verb, "identity": _known(digest)}
 
     def begin(self, identity: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
         """Store what the result depends on. A finished result is known by its digest."""
-        super().begin({RUN: digest_of(identity)} if self.finished else identity, settled)
+        super().begin(_known(digest_of(identity)) if self.finished else identity, settled)
 
     def take_name(self) -> None:
         """Give the files their names, the first part last."""
@@ -148,6 +148,11 @@ class FileRun(RunFolder):
             made = self.model / file.name
             if made.exists() and (self.overwrite or not rename(made, file, NO_REPLACE)):
                 made.replace(file)
+
+
+def _known(digest: str) -> dict[str, Any]:
+    """An identity of which only the digest is known."""
+    return {RUN: {"spelled": "its options and files", "sha256": digest}}
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
@@ -420,8 +425,9 @@ def _planned_experts(
         try:
             return Units(experts=json.loads(file.read_bytes())).experts
         except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is no JSON object of lists of numbers"
             raise RecipeError(
-                f"the list of experts cannot be read: {first_line(error)}",
+                f"the list of experts cannot be read: {why}",
                 where=str(file),
                 remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
             ) from None
