@@ -15,7 +15,7 @@ from torch import Tensor
 
 import secateur
 from secateur.errors import RecipeError
-from secateur.exporting.gguf.like import FileLayout, layout_of, sheet_of, written_layout
+from secateur.exporting.gguf.like import FileLayout, layout_of, sheet_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.gguf_file import GGUFSource
 from secateur.progress import Silent
@@ -55,7 +55,7 @@ def test_every_matrix_is_found_in_files_of_llama_cpp(place: Path, name: str, typ
     file = exported(place, name, type)
     layout = compared(file, place / name)
     assert layout.unchecked == ()
-    known = written_layout(file, layout.model)
+    known = FileLayout.written(file, layout.model)
     own, written = layout.weights(), known.weights()
     for matrix in layout.model.matrices:
         assert torch.equal(own.read(matrix), written.read(matrix)), matrix

@@ -20,7 +20,7 @@ import secateur
 from secateur.errors import ArchitectureError, RecipeError, SecateurError
 from secateur.exporting.gguf.cut import cut_of, cuttable
 from secateur.exporting.gguf.cut_experts import experts_of
-from secateur.exporting.gguf.cut_layers import FileLayers, layers_that_stay
+from secateur.exporting.gguf.cut_layers import FileLayers
 from secateur.exporting.gguf.cut_tokens import tokens_of_text
 from secateur.exporting.gguf.edit import written
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
@@ -319,11 +319,11 @@ def test_the_best_layers_of_all_cuts_that_are_possible() -> None:
             except RecipeError:
                 continue
             ways.append((sum(scores) - sum(scores[layer] for layer in kept), kept))
-        assert layers_that_stay(FileLayers.of(source), scores, count) == min(ways)[1]
+        assert FileLayers.of(source).best(scores, count) == min(ways)[1]
     shared = header("gemma4", 4, attention__shared_kv_layers=2)
-    assert layers_that_stay(FileLayers.of(shared), [0, 0, 1, 2], 3) == (0, 1, 3)
+    assert FileLayers.of(shared).best([0, 0, 1, 2], 3) == (0, 1, 3)
     with pytest.raises(RecipeError):
-        layers_that_stay(FileLayers.of(shared), [1, 1, 1, 1], 1)
+        FileLayers.of(shared).best([1, 1, 1, 1], 1)
 
 
 # -- rules for experts, on headers alone ---------------------------------------------------------

@@ -26,7 +26,7 @@ from secateur.engine.search.experts import best_experts
 from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
-from secateur.exporting.gguf.cut_layers import FileLayers, layer_influence, layers_that_stay
+from secateur.exporting.gguf.cut_layers import FileLayers
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
 from secateur.exporting.gguf.edit import Edit, written
 from secateur.exporting.gguf.expert_scores import READING, expert_scores
@@ -273,8 +273,8 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
             layers = FileLayers.of(source)
             with LlamaCpp(source.file) as engine:
                 windows, record = engine.windows(recipe.calibration)
-                influence = layer_influence(engine, layers.count, windows, progress)
-            found["layers"] = layers_that_stay(layers, influence, fewer)
+                influence = layers.influence(engine, windows, progress)
+            found["layers"] = layers.best(influence, fewer)
             notes["layers"] = {"by": recipe.depth.by, "calibration": record}
         if trims_vocabulary(recipe):
             texts, field = texts_of(counted_text(recipe)), recipe.calibration.field

@@ -37,7 +37,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,7 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
     def work(self) -> reports.DraftResult:
         """Survey the parent, make drafts and measure them beside it, heal and judge the best."""
         run, folder, fitted = self.run, self.run.folder, self.recipe.fitted
-        costs = fit_problem.costs_of(fitted, self.model, run.progress)
-        costs = replace(costs, head=fit_problem.time_heads([*costs.outer.values()][-1]))
+        costs = fit_problem.costs_of(fitted, self.model, run.progress).with_timed_head()
         bench = DraftBench(fitted, self.model, costs, run, self.parent)
         found, points = _make_drafts(bench, survey_model(bench))
         unhealed = max(found, key=lambda one: one.gain)

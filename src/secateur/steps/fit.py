@@ -156,7 +156,7 @@ class Fit(Step[FitRecipe, FitResult]):
         result = FitResult(
             output=folder.output,
             kind_of={n: one.name for n, one in winner.formats.items() if n in costs.shapes},
-            embeddings=problems.ends_in(winner.formats),
+            embeddings=costs.ends_in(winner.formats),
             winner=winner.row,
             finalists=tuple(one.row for one in made),
             frontier=frontier,

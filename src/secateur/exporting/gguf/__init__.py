@@ -10,7 +10,7 @@ import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.llama_cpp import MIXES, load_llama_cpp, quantized
-from secateur.exporting.gguf.writing import STORED, TYPES, GGUFFile, nearest_types
+from secateur.exporting.gguf.writing import NEAREST, STORED, TYPES, GGUFFile, values_of
 from secateur.progress import Progress
 
 __all__ = ["GGUF"]
@@ -34,7 +34,8 @@ class GGUF:
             load_llama_cpp()  # before anything is written
         kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}
         if type == STORED:
-            own = nearest_types(source.reader)
+            values = {name: values_of(source.reader, name) for name in source.reader.entries}
+            own = {name: NEAREST.get(kept, kind) for name, kept in values.items()}
             kind = Counter(own.values()).most_common(1)[0][0]
         whole = GGUFFile(source, kind, own)
         file = output / f"{source.name}-{type}.gguf"

@@ -139,6 +139,79 @@ class FileLayers:
             raise _refused("llama.cpp knows by number which layers index", "glm-dsa")
         return cls(source, count - predicting, predicting)
 
+    def influence(self, engine: LlamaCpp, windows: Tensor, progress: Progress) -> list[float]:
+        """The mean over all tokens of 1 − cos(input, output) for each layer.
+
+        Paper: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than
+        You Expect", arXiv:2403.03853. Deviation: llama.cpp gives the input of the first layer no
+        name of its own, so that layer gets infinity and always stays.
+
+        Args:
+            engine: the file that runs.
+            windows: token ids [windows, length].
+            progress: receives every window.
+
+        Raises:
+            ArchitectureError: llama.cpp does not name the outputs of all layers.
+        """
+        sums: defaultdict[int, float] = defaultdict(float)
+        tokens: Counter[int] = Counter()
+        last: dict[str, Tensor] = {}
+
+        def seen(node: Node) -> None:
+            number = int(node.name.rpartition("-")[2])
+            output = node.value().flatten(0, -2)
+            if number:
+                sums[number] += float(
+                    (1 - cosine_similarity(last["output"], output)).double().sum()
+                )
+            tokens[number] += len(output)
+            last["output"] = output
+
+        for _ in engine.run(
+            windows, lambda node: bool(_OUTPUT.fullmatch(node.name)), seen, progress=progress
+        ):
+            pass
+        if set(tokens) != {*range(self.count)}:
+            raise ArchitectureError(
+                f"llama.cpp names the outputs of {len(tokens)} of {self.count} layers",
+                where=engine.name_or_path,
+                remedy="name the layers that stay: --layers-list 0-11,14",
+            )
+        return [float("inf"), *(sums[number] / tokens[number] for number in range(1, self.count))]
+
+    def best(self, scores: Sequence[float], count: int) -> tuple[int, ...]:
+        """The layers that stay when those with the lowest sum of scores go.
+
+        Of all cuts that leave every layer its role, by dynamic programming over the layers: the
+        best loss for each number of layers that stay so far.
+
+        Args:
+            scores: of each layer; the higher, the more it is needed.
+            count: of the layers that stay.
+
+        Raises:
+            RecipeError: no cut to so many layers is possible.
+        """
+        needed, get = _needed(self, range(self.count)), self.source.get
+        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+        for number, score in enumerate(scores):
+            role, score = _role(self, number, self.count, get), min(score, 1e9)
+            following: dict[int, tuple[float, tuple[int, ...]]] = {}
+            for stay, (loss, kept) in best.items():
+                ways = [] if number in needed else [(stay, (loss + score, kept))]
+                if role == _role(self, stay, count, get):
+                    ways.append((stay + 1, (loss, (*kept, number))))
+                for after, way in ways:
+                    following[after] = min(following.get(after, way), way)
+            best = following
+        if count not in best:
+            what = (
+                f"no {count} of {self.count} layers can stay as they are, but {sorted(best)[-8:]}"
+            )
+            raise _impossible(self, what, "keep one of these numbers")
+        return best[count][1]
+
 
 def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     """Keep some decoder layers.
@@ -173,81 +246,6 @@ def cut_layers(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
         elif int(match[1]) in numbers:
             tensors[f"blk.{numbers[int(match[1])]}.{match[2]}"] = one
     return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
-
-
-def layers_that_stay(layers: FileLayers, scores: Sequence[float], count: int) -> tuple[int, ...]:
-    """The layers that stay when those with the lowest sum of scores go.
-
-    Of all cuts that leave every layer its role, by dynamic programming over the layers: the best
-    loss for each number of layers that stay so far.
-
-    Args:
-        layers: of the file.
-        scores: of each layer; the higher, the more it is needed.
-        count: of the layers that stay.
-
-    Raises:
-        RecipeError: no cut to so many layers is possible.
-    """
-    needed, get = _needed(layers, range(layers.count)), layers.source.get
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for number, score in enumerate(scores):
-        role, score = _role(layers, number, layers.count, get), min(score, 1e9)
-        following: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for stay, (loss, kept) in best.items():
-            ways = [] if number in needed else [(stay, (loss + score, kept))]
-            if role == _role(layers, stay, count, get):
-                ways.append((stay + 1, (loss, (*kept, number))))
-            for after, way in ways:
-                following[after] = min(following.get(after, way), way)
-        best = following
-    if count not in best:
-        what = f"no {count} of {layers.count} layers can stay as they are, but {sorted(best)[-8:]}"
-        raise _impossible(layers, what, "keep one of these numbers")
-    return best[count][1]
-
-
-def layer_influence(
-    engine: LlamaCpp, layers: int, windows: Tensor, progress: Progress
-) -> list[float]:
-    """The mean over all tokens of 1 − cos(input, output) for each layer; of the first, infinity.
-
-    Paper: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You
-    Expect", arXiv:2403.03853. Deviation: llama.cpp gives the input of the first layer no name of
-    its own, so that layer always stays.
-
-    Args:
-        engine: the file that runs.
-        layers: its decoder layers.
-        windows: token ids [windows, length].
-        progress: receives every window.
-
-    Raises:
-        ArchitectureError: llama.cpp does not name the outputs of all layers of this architecture.
-    """
-    sums: defaultdict[int, float] = defaultdict(float)
-    tokens: Counter[int] = Counter()
-    last: dict[str, Tensor] = {}
-
-    def seen(node: Node) -> None:
-        number = int(node.name.rpartition("-")[2])
-        output = node.value().flatten(0, -2)
-        if number:
-            sums[number] += float((1 - cosine_similarity(last["output"], output)).double().sum())
-        tokens[number] += len(output)
-        last["output"] = output
-
-    for _ in engine.run(
-        windows, lambda node: bool(_OUTPUT.fullmatch(node.name)), seen, progress=progress
-    ):
-        pass
-    if set(tokens) != {*range(layers)}:
-        raise ArchitectureError(
-            f"llama.cpp names the outputs of {len(tokens)} of {layers} layers",
-            where=engine.name_or_path,
-            remedy="name the layers that stay: --layers-list 0-11,14",
-        )
-    return [float("inf"), *(sums[number] / tokens[number] for number in range(1, layers))]
 
 
 def _changed_fields(layers: FileLayers, numbers: Mapping[int, int]) -> dict[str, Field]:

@@ -108,6 +108,20 @@ class FileLayout:
     sheets: Mapping[str, tuple[Sheet, ...]]
     unchecked: tuple[str, ...] = ()
 
+    @classmethod
+    def written(cls, file: GGUFSource, model: PackableCheckpoint) -> FileLayout:
+        """The matrices of a model in a GGUF file that was exported from it here."""
+        source = ExportSource(model.reader)
+        described = model_of(source)
+
+        def sheet(name: str) -> Sheet:
+            order = torch.arange(model.shape_of(name)[0])
+            rows = described.arranged(name, order[:, None]).flatten()
+            return Sheet((name,), None if torch.equal(rows, order) else rows)
+
+        planned = (one for one in described.tensors(source) if len(one.shape) > 1)
+        return cls(file, model, {one.name: tuple(map(sheet, one.sources)) for one in planned})
+
     @cached_property
     def places(self) -> dict[str, list[tuple[str, int, Tensor, Tensor, Sheet]]]:
         """Where a matrix of the model is: tensor, sheet, rows there, rows here, and the sheet."""
@@ -250,20 +264,6 @@ def layout_of(file: GGUFSource, model: PackableCheckpoint, progress: Progress) -
             fault = "twice, or only a part of it" if rows else "not"
             raise _refused(file, name, f"the file has this matrix of the model {fault}")
     return layout
-
-
-def written_layout(file: GGUFSource, model: PackableCheckpoint) -> FileLayout:
-    """The matrices of a model in a GGUF file that was exported from it here."""
-    source = ExportSource(model.reader)
-    described = model_of(source)
-
-    def sheet(name: str) -> Sheet:
-        order = torch.arange(model.shape_of(name)[0])
-        rows = described.arranged(name, order[:, None]).flatten()
-        return Sheet((name,), None if torch.equal(rows, order) else rows)
-
-    planned = (one for one in described.tensors(source) if len(one.shape) > 1)
-    return FileLayout(file, model, {one.name: tuple(map(sheet, one.sources)) for one in planned})
 
 
 def _refused(file: GGUFSource, name: str, fault: str) -> RecipeError:

@@ -66,16 +66,8 @@ def _bytes_of(shape: tuple[int, ...], kind: Q) -> int:
     return math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
 
 
-def nearest_types(reader: CheckpointReader) -> dict[str, Q]:
-    """The type of every tensor of a checkpoint that keeps its numbers best at its size.
-
-    Args:
-        reader: of a folder, compressed or not.
-    """
-    return {name: NEAREST.get(_values_of(reader, name), Q.F32) for name in reader.entries}
-
-
-def _values_of(reader: CheckpointReader, name: str) -> str:
+def values_of(reader: CheckpointReader, name: str) -> str:
+    """The values of a tensor, as a folder stores them, compressed or not."""
     layout = reader.layout_of(name) if isinstance(reader, DenseView) else None
     dtype = str(reader.entries[name].dtype).removeprefix("torch.")
     return dtype if layout is None else str(layout["values"])
@@ -269,7 +261,7 @@ class GGUFFile:
             return Q.F32
         wanted = self.wanted(one)
         if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
-            on_grid = any(_values_of(self.source.reader, x) in GRID_BITS for x in one.sources)
+            on_grid = any(values_of(self.source.reader, x) in GRID_BITS for x in one.sources)
             if self.own.keys().isdisjoint(one.sources):
                 wanted = Q.Q4_0 if on_grid else Q.Q8_0
         return _stored_type_of_row(one.shape[-1], wanted)

@@ -107,13 +107,6 @@ OF_32 = ("q8_0", "q5_1", "q5_0", "iq4_nl", "q4_1", "q4_0")
 """The same for other multiples of 32."""
 
 
-def ends_in(formats: Formats) -> str:
-    """How embedding and head are stored, for people."""
-    if EMBEDDINGS in formats:
-        return embedded(formats[EMBEDDINGS])
-    return ", ".join(stored.name for name, stored in formats.items() if ".layers." not in name)
-
-
 def embedded(stored: WeightFormat) -> str:
     """The values of embedding and head in a format. They have no zeros."""
     return EMBEDDED.get(stored.values, "int8")
@@ -265,9 +258,9 @@ class GGUFFolder(PackedFolder):
 
     def read_back(self, folder: Path, model: PackableCheckpoint) -> MixedReader | None:
         """The model with the matrices of the file."""
-        from secateur.exporting.gguf.like import written_layout
+        from secateur.exporting.gguf.like import FileLayout
 
-        return written_layout(self.written(folder), model).weights()
+        return FileLayout.written(self.written(folder), model).weights()
 
     def written(self, folder: Path) -> GGUFSource:
         """The file in a folder."""
@@ -358,6 +351,19 @@ class Costs:
         _, columns = {EMBEDDINGS: (0, 0), **self.outer, **self.shapes}[first]
         own = self.files.offered(columns, zeros=any(name in self.zeros for name in names))
         return own + own[:1] * (len(self.formats) - len(own))
+
+    def ends_in(self, formats: Formats) -> str:
+        """How embedding and head are stored, for people."""
+        if EMBEDDINGS in formats:
+            return embedded(formats[EMBEDDINGS])
+        return ", ".join(formats[name].name for name in self.outer)
+
+    def with_timed_head(self) -> Costs:
+        """The same with seconds of the output head, from the table."""
+        *_, shape = self.outer.values()
+        values = dict.fromkeys(map(embedded, FORMATS))
+        seconds = {one: time_head(shape, as_timed(WeightFormat(one, 0.0))) for one in values}
+        return replace(self, head={one: x - seconds["int8"] for one, x in seconds.items()})
 
     @property
     def aim(self) -> Cost:
@@ -502,13 +508,6 @@ def time_linears(
         raise ArchitectureError(
             error.what, where="--decode-speedup", remedy="leave it out: other bounds are kept too"
         ) from error
-
-
-def time_heads(shape: tuple[int, int]) -> dict[str, float]:
-    """Seconds of an output head [out, in] beyond those in int8, by its values, from the table."""
-    values = dict.fromkeys(map(embedded, FORMATS))
-    seconds = {one: time_head(shape, as_timed(WeightFormat(one, 0.0))) for one in values}
-    return {one: each - seconds["int8"] for one, each in seconds.items()}
 
 
 HALF = 0.5
