@@ -236,37 +236,30 @@ class Blocks:
             RecipeError: there is no such type.
             CheckpointError: a row has no whole number of blocks.
         """
-        grid = BlockGrid(type)
-        if packed.shape[-1] % grid.table.block_bytes:
+        grid, table = BlockGrid(type), BlockGrid(type).table
+        if packed.shape[-1] % table.block_bytes:
             raise CheckpointError(
-                f"a row of {packed.shape[-1]} bytes is no multiple of the "
-                f"{grid.table.block_bytes} of a block of {type}",
+                f"a row of {packed.shape[-1]} bytes is no multiple of the {table.block_bytes} of a "
+                f"block of {type}",
                 remedy="check the type and the shape",
             )
-        rest = packed.reshape(-1, grid.table.block_bytes)
+        rest = packed.reshape(-1, table.block_bytes)
         found: dict[str, Tensor] = {}
-        for field in grid.table.layout:
+        for field in table.layout:
             if isinstance(field, str):
                 found[field], rest = rest[:, :2].contiguous().view(torch.float16), rest[:, 2:]
                 continue
-            width = grid.table.count(field.of) * field.bits // 8
+            width = table.count(field.of) * field.bits // 8
             bits, rest = field.unpack(rest[:, :width]), rest[:, width:]
             found[field.of] = found[field.of] | bits if field.of in found else bits
-        return _assembled(grid, found, packed.shape[:-1])
-
-
-def _assembled(grid: BlockGrid, found: dict[str, Tensor], rows: torch.Size) -> Blocks:
-    """Blocks of what a file stores."""
-    table, d = grid.table, found["d"]
-    s, m = (
-        torch.full((len(d), table.subs), kind[0], dtype=torch.int8, device=d.device)
-        for kind in (table.scales, table.minima)
-    )
-    if table.has_integers:
-        integers = found["scales"].split(table.subs, dim=1)
-        s, m = _read(integers[0], table.scales[0]), _read(integers[1], 0) if integers[1:] else m
-    parts = (_read(found["codes"], table.lowest), d, s, found.get("m", torch.zeros_like(d)), m)
-    return Blocks(grid, *(part.reshape(*rows, -1) for part in parts))
+        d, none = found["d"], torch.zeros_like(found["d"])
+        whole = d.new_ones(len(d), table.subs, dtype=torch.int8)
+        s, m = whole * table.scales[0], whole * table.minima[0]
+        if table.has_integers:
+            integers = found["scales"].split(table.subs, dim=1)
+            s, m = _read(integers[0], table.scales[0]), _read(integers[1], 0) if integers[1:] else m
+        parts = (_read(found["codes"], table.lowest), d, s, found.get("m", none), m)
+        return Blocks(grid, *(part.reshape(*packed.shape[:-1], -1) for part in parts))
 
 
 def _stored(integers: Tensor, lowest: int) -> Tensor:

@@ -141,11 +141,11 @@ class Compress(Step[CompressRecipe, CompressResult]):
             )
         helps = recipe.distillation.epochs or recipe.embeddings in (*GRID_BITS, *BLOCKS)
         helps = helps or _rounds_linears(recipe)
-        odd = {recipe.values, *recipe.overrides.values()} & BITS.keys()
-        if recipe.to == "gguf" and (odd or recipe.embeddings in BITS):
+        odd = {recipe.values, *others} & BITS.keys()
+        if recipe.to == "gguf" and odd:
             raise RecipeError(
                 "a GGUF file for llama.cpp has types of its own, and "
-                f"{', '.join(sorted({*odd, recipe.embeddings} & BITS.keys()))} is none of them",
+                f"{', '.join(sorted(odd))} is none of them",
                 remedy=f"choose from {', '.join(BLOCKS)}",
             )
         if recipe.calibration.source is not None and not helps:
@@ -248,10 +248,8 @@ class Compress(Step[CompressRecipe, CompressResult]):
         if self.needs_float32:
             model = self.opened(self._in_float32())
         if _rounds_linears(recipe):
-            rounds = {**BITS, **{name: name for name in BLOCKS}}
-            bits_of: dict[str, int | str] = {
-                name: rounds[values] for name, values in own.items() if values in rounds
-            }
+            rounds: Mapping[str, int | str] = {**BITS, **dict(zip(BLOCKS, BLOCKS, strict=True))}
+            bits_of = {name: rounds[values] for name, values in own.items() if values in rounds}
             options = {"solver": "obs", "asymmetric": True, "fast_matmuls": True}
             folder = self.place / "rounded"
             self._hold_zeros(model, bits_of, options, folder)

@@ -249,7 +249,6 @@ class LlamaCpp:
 
     Args:
         file: the file, or the first of its parts.
-        threads: as many as torch uses by default.
         vocabulary_only: it is a tokenizer alone, and the file needs no tensors.
 
     Raises:
@@ -259,11 +258,9 @@ class LlamaCpp:
 
     is_fast = False
 
-    def __init__(
-        self, file: Path, threads: int | None = None, *, vocabulary_only: bool = False
-    ) -> None:
+    def __init__(self, file: Path, *, vocabulary_only: bool = False) -> None:
         self.ffi, self.library = load_llama_cpp()
-        self.name_or_path, self.threads = str(file), threads or torch.get_num_threads()
+        self.name_or_path = str(file)
         options = self.library.llama_model_default_params()
         options.n_gpu_layers, options.load_mode = 0, MAPPED
         options.use_extra_bufts = False  # they are copies of the weights
@@ -408,7 +405,7 @@ class LlamaCpp:
         options = self.library.llama_context_default_params()
         options.n_ctx = length
         options.n_batch = options.n_ubatch = min(AT_ONCE, length)
-        options.n_threads = options.n_threads_batch = self.threads
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.type_k = options.type_v = F32
         options.flash_attn_type, options.cb_eval = NO_FLASH, evaluated
         create = self.library.llama_init_from_model
