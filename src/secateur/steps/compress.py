@@ -382,8 +382,9 @@ class Compress(Step[CompressRecipe, CompressResult]):
                     grid = GroupGrid(GRID_BITS[values], recipe.group_size or DEFAULT_GROUP)
                     copy.write(name, grid.dequantize(*grid.quantize(weight)))
                 elif (own := fitting(values, weight.shape[1])) in BLOCKS:
-                    packed = BlockGrid(own).quantize(weight).encode()
-                    blocks[name] = reader.blocks(name) or StoredBlocks(own, packed)
+                    blocks[name] = reader.blocks(name) or StoredBlocks(
+                        own, BlockGrid(own).quantize(weight).encode()
+                    )
                     copy.write(name, blocks[name].stored)
             copy.sync()
             if blocks:

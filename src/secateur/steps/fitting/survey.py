@@ -33,6 +33,7 @@ from secateur.engine.search.sensitivity import ChangedAlone, Ways, pooled
 from secateur.engine.search.survey import LayerView, Survey, grains_of
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.targets import CheckpointTarget
+from secateur.progress import each_step
 from secateur.quantization.blocks import BlockGrid
 from secateur.quantization.groups import GroupGrid
 from secateur.quantization.int8 import quantize_rows
@@ -159,12 +160,11 @@ def _sampled(bench: FitBench) -> tuple[dict[str, dict[str, float]], dict[str, di
         by the names of formats, for linears with zeros. For llama.cpp also of embedding and head.
     """
     coarser, kept = {}, dict[str, dict[str, float]]()
-    model, costs, progress = bench.model, bench.costs, bench.progress
+    model, costs = bench.model, bench.costs
     units = {one: unit for unit, names in costs.members.items() for one in names}
     names = {n: model.linears.get(n, f"{n}.weight") for n in units if n != EMBEDDINGS}
-    progress.start("rounding samples", len(names))
-    for linear, name in names.items():
-        weight = model.weight(name)
+    for linear in each_step(bench.progress, "rounding samples", names):
+        weight = model.weight(names[linear])
         rows = weight[:: max(1, weight.numel() // SAMPLED)]
         offered = {one.values for one in costs.offered(units[linear])}
         probe = PROBE if linear in model.linears else PROBE_OF_ENDS
@@ -180,8 +180,6 @@ def _sampled(bench: FitBench) -> tuple[dict[str, dict[str, float]], dict[str, di
                 pruned = round(one.sparsity * rows.shape[1]) if costs.pruned(linear, one) else 0
                 nonzeros = _nearest(rows * (order >= pruned), one.values).count_nonzero()
                 kept[linear][one.name] = float(nonzeros) / rows.numel()
-        progress.step(note=linear)
-    progress.finish()
     return coarser, kept
 
 
