@@ -60,7 +60,8 @@ def pretended(system: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", slow_but(FEW, CASES))
 def test_a_verb_makes_the_same_files(name: str, sources: Path, tmp_path: Path, system: str) -> None:
-    case, here, there = CASES[name], tmp_path / "linux" / "out", tmp_path / system / "out"
+    case = CASES[name]
+    here, there = (tmp_path / of / case.output for of in ("linux", system))
     for output in (here, there):
         output.parent.mkdir()
     case.call(sources, here, Silent())

@@ -103,7 +103,10 @@ class BlockFiles:
             read: returns a matrix as the checkpoint stores it.
         """
         for file in sorted({*self.places.values()}):
-            own = [name for name, place in self.places.items() if place == file]
-            found = {name: self.read(name) for name in own}
-            new = {name: one.recoded(read(name)) for name, one in found.items() if one is not None}
+            new = dict[str, StoredBlocks]()
+            for name in (name for name, place in self.places.items() if place == file):
+                old = self.read(name)
+                assert old is not None
+                new[name] = old.recoded(read(name))
+                del old  # it maps the file, which Windows then does not replace
             self.write(file.stem, new)
