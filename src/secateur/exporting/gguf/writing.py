@@ -34,14 +34,6 @@ from secateur.runs.output import check_free
 from secateur.runtime.formats import BLOCKS, GRID_BITS, fitting
 from secateur.runtime.install import DenseView
 
-
-def bytes_of_matrix(shape: tuple[int, int], values: str) -> int:
-    """Bytes of a matrix [out, in] whose values are stored so in a packed folder."""
-    rows, columns = shape
-    kind = _stored_type_of_row(columns, NEAREST[values])
-    return _padded_bytes(_bytes_of((rows, columns), kind))
-
-
 BLOCK = 32
 """Weights of a row in one block of Q8_0, Q5_0 and Q4_0."""
 
@@ -225,6 +217,11 @@ class GGUFFile:
             file = Path(scratch) / "header.gguf"
             self.opened(file, plan).close()
             return _padded_bytes(file.stat().st_size) + self.weight_bytes(plan)
+
+    @staticmethod
+    def matrix_bytes(shape: tuple[int, int], values: str) -> int:
+        """Bytes of a matrix [out, in] whose values are stored so in a packed folder."""
+        return _padded_bytes(_bytes_of(shape, _stored_type_of_row(shape[1], NEAREST[values])))
 
     def weight_bytes(self, plan: list[Planned]) -> int:
         """Bytes of all tensors in the file."""

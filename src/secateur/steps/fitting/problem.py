@@ -243,9 +243,9 @@ class GGUFFolder(PackedFolder):
         self, name: str, shape: tuple[int, int], stored: WeightFormat, kept: float | None = None
     ) -> int:
         """Rows of blocks."""
-        from secateur.exporting.gguf.writing import bytes_of_matrix
+        from secateur.exporting.gguf.writing import GGUFFile
 
-        return bytes_of_matrix(shape, stored.values)
+        return GGUFFile.matrix_bytes(shape, stored.values)
 
     def finish(self, folder: Path, progress: Progress) -> int:
         """Export every matrix in the type in which it is stored: `model-stored.gguf`."""
