@@ -51,19 +51,19 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 316,
+    "source files": 332,
     "modules that only their neighbour imports": 11,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.0,
-    "lines of statements": 38521,
-    "functions named in one place": 435,
+    "lines of statements": 41994,
+    "functions named in one place": 434,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 69001,
-    "lines of tests": 54764,
+    "words of documentation": 73278,
+    "lines of tests": 57908,
     "sentences that tests compare": 45,
-    "names of options": 169,
+    "names of options": 173,
 }
 """The most that each number may be."""
 
