@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_rows_of_queries_are_those_that_llama_cpp_interleaves(place: Path) -> No
     (sheet,) = layout.sheets["blk.0.attn_q.weight"]
     head = 8
     halves = torch.arange(32).view(-1, 2, head // 2).swapaxes(1, 2).flatten()
+    assert sheet.rows is not None
+    assert torch.equal(sheet.rows, halves)
+
+
+def test_rows_that_are_equal_are_found_in_the_usual_order(place: Path, tmp_path: Path) -> None:
+    reader = CheckpointReader(place / "llama")
+    tensors = {name: reader.read(name) for name in reader.entries}
+    queries = tensors["model.layers.0.self_attn.q_proj.weight"]
+    queries[8:16] = queries[:8]  # a head is there twice
+    shutil.copytree(place / "llama", tmp_path / "twice")
+    save_file(tensors, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    file = exported(tmp_path, "twice", "q4_k_m")
+    (sheet,) = compared(file, tmp_path / "twice").sheets["blk.0.attn_q.weight"]
+    halves = torch.arange(32).view(-1, 2, 4).swapaxes(1, 2).flatten()
     assert sheet.rows is not None
     assert torch.equal(sheet.rows, halves)
 

@@ -247,9 +247,10 @@ def layout_of(file: GGUFSource, model: PackableCheckpoint, progress: Progress) -
         dict[str, tuple[Sheet, ...]](),
         list[str](),
     )
+    head = int(file.get("rope.dimension_count") or file.get("attention.key_length") or 0)
     for name in each_step(progress, f"comparing with {file.file.name}", file.tensors):
         tensor, own = file.tensors[name], named.get(name, [])
-        found = _sheets(tensor, own, model) if 2 <= len(tensor.shape) <= 3 else None
+        found = _sheets(tensor, own, model, head) if 2 <= len(tensor.shape) <= 3 else None
         if found is not None:
             sheets[name] = found
         elif tensor.type != Q.F32 or (own and not _same_numbers(tensor, own, model.reader)):
@@ -298,9 +299,16 @@ def _expert(name: str) -> int:
 
 
 def _sheets(
-    tensor: StoredTensor, own: Sequence[str], model: PackableCheckpoint
+    tensor: StoredTensor, own: Sequence[str], model: PackableCheckpoint, head: int
 ) -> tuple[Sheet, ...] | None:
-    """The matrices of a tensor of the file; None if the model has none that give it."""
+    """The matrices of a tensor of the file; None if the model has none that give it.
+
+    Args:
+        tensor: of the file.
+        own: what gguf's tables name for it.
+        model: the model.
+        head: channels of a head that are rotated; 0 if the file does not say it.
+    """
     layer = re.match(r"blk\.(\d+)\.", tensor.name)
     number, entries = int(layer[1]) if layer else -1, model.reader.entries
     # layers that predict further tokens follow the last one in the file
@@ -309,7 +317,7 @@ def _sheets(
         for transposed in (False, True):
             found = list[Sheet]()
             for number, pool in enumerate(_pools(tensor, names, model, transposed=transposed)):
-                sheet = _sheet(sheet_of(tensor, number), tensor.type, pool, model, transposed)
+                sheet = _sheet(sheet_of(tensor, number), tensor.type, pool, model, transposed, head)
                 if sheet is None:
                     break
                 found.append(sheet)
@@ -341,7 +349,12 @@ def _layer(name: str) -> int:
 
 
 def _sheet(
-    found: Tensor, kind: Q, names: tuple[str, ...], model: PackableCheckpoint, transposed: bool
+    found: Tensor,
+    kind: Q,
+    names: tuple[str, ...],
+    model: PackableCheckpoint,
+    transposed: bool,
+    head: int,
 ) -> Sheet | None:
     """Where the rows of a matrix of the file are among those of matrices of the model."""
     matrices = {name: model.weight(name) for name in names}
@@ -349,6 +362,10 @@ def _sheet(
     for name, matrix in alike.items():
         if _rounds(found, matrix, kind):
             return Sheet((name,))
+        if head and len(matrix) % head == 0:  # the usual order also where rows are equal
+            usual = torch.arange(len(matrix)).view(-1, 2, head // 2).mT.flatten()
+            if _rounds(found, matrix[usual], kind):
+                return Sheet((name,), usual)
     pool, turned = torch.cat([*matrices.values()]), found.t() if transposed else found
     sizes, rows = [len(matrix) for matrix in matrices.values()], _nearest(turned, pool)
     own = pool[rows].t() if transposed else pool[rows]
