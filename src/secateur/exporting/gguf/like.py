@@ -247,10 +247,9 @@ def layout_of(file: GGUFSource, model: PackableCheckpoint, progress: Progress) -
         dict[str, tuple[Sheet, ...]](),
         list[str](),
     )
-    head = int(file.get("rope.dimension_count") or file.get("attention.key_length") or 0)
     for name in each_step(progress, f"comparing with {file.file.name}", file.tensors):
         tensor, own = file.tensors[name], named.get(name, [])
-        found = _sheets(tensor, own, model, head) if 2 <= len(tensor.shape) <= 3 else None
+        found = _sheets(tensor, own, model) if 2 <= len(tensor.shape) <= 3 else None
         if found is not None:
             sheets[name] = found
         elif tensor.type != Q.F32 or (own and not _same_numbers(tensor, own, model.reader)):
@@ -299,16 +298,9 @@ def _expert(name: str) -> int:
 
 
 def _sheets(
-    tensor: StoredTensor, own: Sequence[str], model: PackableCheckpoint, head: int
+    tensor: StoredTensor, own: Sequence[str], model: PackableCheckpoint
 ) -> tuple[Sheet, ...] | None:
-    """The matrices of a tensor of the file; None if the model has none that give it.
-
-    Args:
-        tensor: of the file.
-        own: what gguf's tables name for it.
-        model: the model.
-        head: channels of a head that are rotated; 0 if the file does not say it.
-    """
+    """The matrices of a tensor of the file; None if the model has none that give it."""
     layer = re.match(r"blk\.(\d+)\.", tensor.name)
     number, entries = int(layer[1]) if layer else -1, model.reader.entries
     # layers that predict further tokens follow the last one in the file
@@ -317,7 +309,7 @@ def _sheets(
         for transposed in (False, True):
             found = list[Sheet]()
             for number, pool in enumerate(_pools(tensor, names, model, transposed=transposed)):
-                sheet = _sheet(sheet_of(tensor, number), tensor.type, pool, model, transposed, head)
+                sheet = _sheet(sheet_of(tensor, number), tensor.type, pool, model, transposed)
                 if sheet is None:
                     break
                 found.append(sheet)
@@ -349,12 +341,7 @@ def _layer(name: str) -> int:
 
 
 def _sheet(
-    found: Tensor,
-    kind: Q,
-    names: tuple[str, ...],
-    model: PackableCheckpoint,
-    transposed: bool,
-    head: int,
+    found: Tensor, kind: Q, names: tuple[str, ...], model: PackableCheckpoint, transposed: bool
 ) -> Sheet | None:
     """Where the rows of a matrix of the file are among those of matrices of the model."""
     matrices = {name: model.weight(name) for name in names}
@@ -362,10 +349,6 @@ def _sheet(
     for name, matrix in alike.items():
         if _rounds(found, matrix, kind):
             return Sheet((name,))
-        if head and len(matrix) % head == 0:  # the usual order also where rows are equal
-            usual = torch.arange(len(matrix)).view(-1, 2, head // 2).mT.flatten()
-            if _rounds(found, matrix[usual], kind):
-                return Sheet((name,), usual)
     pool, turned = torch.cat([*matrices.values()]), found.t() if transposed else found
     sizes, rows = [len(matrix) for matrix in matrices.values()], _nearest(turned, pool)
     own = pool[rows].t() if transposed else pool[rows]
@@ -424,10 +407,22 @@ def _loops(rows: Tensor, forward: bool) -> bool:
 
 
 def _nearest(found: Tensor, pool: Tensor) -> Tensor:
-    """For each row the number of the one with the largest cosine in a pool, int64 [rows]."""
+    """For each row the number of the one with the largest cosine in a pool, int64 [rows].
+
+    Equal rows of the pool are taken in their order.
+    """
     units = [torch.nn.functional.normalize(x[:, :COMPARED]) for x in (found, pool)]
     parts = units[0].split(max(1, AT_ONCE // len(pool)))
-    return torch.cat([(part @ units[1].t()).argmax(dim=1) for part in parts])
+    rows = torch.cat([(part @ units[1].t()).argmax(dim=1) for part in parts])
+    if len(rows.unique()) == len(rows):
+        return rows
+    kinds = pool.unique(dim=0, return_inverse=True)[1]  # equal rows are of one kind
+    wanted, counts = kinds[rows], kinds.bincount()
+    own, place = wanted.bincount(minlength=len(counts)), wanted.argsort(stable=True)
+    rank = torch.empty_like(rows)  # among the rows that want the same kind
+    rank[place] = torch.arange(len(rows)) - (own.cumsum(0) - own)[wanted[place]]
+    first = counts.cumsum(0) - counts
+    return kinds.argsort(stable=True)[first[wanted] + rank.minimum(counts[wanted] - 1)]
 
 
 def _rounds(found: Tensor, weight: Tensor, kind: Q) -> bool:
