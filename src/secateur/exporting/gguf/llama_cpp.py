@@ -24,7 +24,8 @@ from torch import Tensor
 from secateur.calibration.run_windows import WindowReader
 from secateur.errors import CheckpointError, RecipeError, VerificationError, install_extra
 from secateur.exporting import Exported
-from secateur.exporting.gguf.writing import ENDS, dequantized
+from secateur.exporting.gguf.writing import ENDS
+from secateur.models.gguf_file import GGUFSource
 from secateur.progress import Progress, Silent, each_step
 from secateur.recipes.shared import Calibration
 
@@ -189,15 +190,12 @@ def quantized(exact: Path, file: Path, type: str, progress: Progress) -> Exporte
         VerificationError: llama.cpp could not quantize the file.
     """
     quantize(exact, file, MIXES[type])
-    read, after = (
-        {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (exact, file)
-    )
-    types = Counter(tensor.tensor_type.name for tensor in after.values())
+    read, after = (GGUFSource.read(path).tensors for path in (exact, file))
+    types = Counter(tensor.type.name for tensor in after.values())
     made = Exported(types=dict(types), file_bytes=file.stat().st_size, may_lose_zeros=True)
     for name in each_step(progress, "checking", after):
         if len(after[name].shape) > 1 and name not in ENDS:
-            pair = (dequantized(one.data, one.tensor_type) for one in (read[name], after[name]))
-            made.count_matrix(*pair)
+            made.count_matrix(*(decoded(one.read(), one.type) for one in (read[name], after[name])))
     return made
 
 
@@ -245,7 +243,7 @@ class Node:
 class LlamaCpp:
     """A GGUF file that llama.cpp has mapped, to be run on the processor; a context manager.
 
-    As a tokenizer, it is called and asked as one of transformers.
+    It is also a tokenizer, with the calls of one of transformers.
 
     Args:
         file: the file, or the first of its parts.
