@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ OPTIONS = (
 )
 """The options that say something about a cut of bytes."""
 
-TOLD = ("by", "by_weights", "tokens_before", "tokens_after", "covered")
+NOTED = ("by", "by_weights", "tokens_before", "tokens_after", "covered")
 """What the file says of how units were chosen."""
 
 CHOSEN, LEDGER = "chosen.json", "ledger.jsonl"
@@ -90,7 +90,7 @@ class Units(Record):
         """What the file says of the cut: no scores, no paths, and of tokens only their number."""
         found = {}
         for kind, notes in self.notes.items():
-            own = {key: notes[key] for key in TOLD if key in notes}
+            own = {key: notes[key] for key in NOTED if key in notes}
             if kind != "tokens":
                 own["kept"] = getattr(self, kind)
             if calibration := notes.get("calibration"):
@@ -219,12 +219,17 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
         """The bytes of the result, if all tokens stay."""
         return self.planned.edit(self.source).bytes_in(self.source)
 
-    def identity(self) -> dict[str, Any]:
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
         """Everything that affects the result."""
         options = recipe_identity(self.recipe, ("memory", "experts_list", "imatrix"))
         files = {name: getattr(self.recipe, name) for name in ("experts_list", "imatrix")}
         read = {name: file and content_of(file) for name, file in files.items()}
         return {**options, **read, "source_files": self.source.identity()}
+
+    def identity(self) -> dict[str, Any]:
+        """The same."""
+        return self.made_of
 
     def work(self) -> CutFileResult:
         """Choose the units, copy what stays, and read the result."""
@@ -254,7 +259,8 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     def chosen(self) -> Units:
         """The units that stay, by their scores where no list names them."""
         recipe, source, progress = self.recipe, self.source, self.run.progress
-        found, notes = dict(self.planned), self.planned.notes
+        notes = dict[str, dict[str, Any]]()
+        found = {**dict(self.planned), "notes": notes}
         if recipe.experts_list is not None:
             notes["experts"] = {"by": "list"}
         elif self.planned.experts is not None:
@@ -293,7 +299,7 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
             "secateur.version": secateur.__version__,
             "secateur.source": name,
             CUT: json.dumps(cuts),
-            RUN: digest_of(self.identity()),
+            RUN: digest_of(self.made_of),
         }
         edit = units.edit(self.source)
         texts = {key: Field.text(text) for key, text in keys.items()}
