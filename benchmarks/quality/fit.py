@@ -43,7 +43,7 @@ from unittest import mock
 
 import torch
 from benchmarks.hardware import add, heading, watched_memory
-from benchmarks.quality.judged import windows_of
+from benchmarks.quality.judged import arguments, windows_of
 from benchmarks.rivals.llama_types import TYPES, LlamaFiles, types_of
 from benchmarks.stored import known_rows
 from torch import Tensor
@@ -271,7 +271,7 @@ def smollm2(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """SmolLM2: every file, smallest first; an embedding that nobody rounds counts as int8."""
     own = [r for r in rows if r["model"] == "SmolLM2-135M"]
     weights = next(r["weights"] for r in own if "weights" in r)
-    shown = [(r.get("kinder", r["bytes"]), r) for r in own if r["contender"] not in UNSHOWN]
+    shown = [(r.get("kinder", r["bytes"]), r) for r in own if r["contender"] != "dense"]
     lines = [
         [
             f"**{r['contender']}**" if r["contender"].startswith("fit") else r["contender"],
@@ -285,22 +285,12 @@ def smollm2(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["", "MiB", "bits", "WikiText-2", "C4"], lines
 
 
-UNSHOWN = ("dense", "fit 78.30 MiB for llama.cpp, not healed")
-"""Rows that the table leaves out; the file for llama.cpp is judged as a GGUF file."""
-
 TABLES = {"smollm2": smollm2}
 
 
 def main() -> None:
     """Fill the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--name", help="in the table")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--c4", type=Path, required=True)
-    parser.add_argument("--wiki", type=Path, required=True)
-    parser.add_argument("--judged", type=int, default=16, help="windows of each text that judge")
-    parser.add_argument("--work", type=Path, required=True)
+    parser = arguments(__doc__, judged=16)
     parser.add_argument("--sizes", type=float, nargs="*", help="MiB")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.2, 2.6, 3.2, 4.5, 8])
     contenders = ["llama.cpp", "auto-round", "secateur", "fit"]

@@ -47,7 +47,7 @@ import torch
 import transformers
 from benchmarks.hardware import heading, keep, markdown
 from benchmarks.quality.judged import MEASURES as MEASURED
-from benchmarks.quality.judged import Judge, logits_of, windows_of
+from benchmarks.quality.judged import Judge, arguments, logits_of, windows_of
 from benchmarks.rivals.llama_types import PURE, TYPES, LlamaFiles, types_of
 from benchmarks.stored import alone, known_rows
 from torch import Tensor
@@ -340,14 +340,7 @@ TABLES = {"ratios": ratios, **{name: shown(name) for name in MODELS}}
 
 def main() -> None:
     """Fill the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--name", help="in the table")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--c4", type=Path, required=True)
-    parser.add_argument("--wiki", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--judged", type=int, default=32, help="windows of each text that judge")
+    parser = arguments(__doc__, judged=32)
     parser.add_argument("--first", type=int, help="judge so many of them now")
     makes = ("pure", "mixes", "auto-round", "types", "healed", "fit", "like", "files")
     parser.add_argument("--make", nargs="*", default=makes, choices=makes)

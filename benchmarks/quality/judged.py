@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,17 @@ LENGTH = 512
 MEASURES = ("loss", "divergence", "agreement")
 """Of a window: the mean loss of the next token, the mean Kullback-Leibler divergence from the dense
 model's distribution, both in nats, and the share of tokens with the dense model's first choice."""
+
+
+def arguments(described: str, judged: int) -> argparse.ArgumentParser:
+    """The model, its texts, and how many windows of each judge by default."""
+    parser = argparse.ArgumentParser(description=described.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", help="in the table")
+    for name in ("calibration", "c4", "wiki", "work"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--judged", type=int, default=judged, help="windows of each text")
+    return parser
 
 
 def windows_of(source: Path, text: Path, count: int, work: Path) -> Tensor:
