@@ -69,7 +69,7 @@ Row = dict[str, Any]
 
 
 class NotRunError(Exception):
-    """llama.cpp or its converter does not do what it was asked for."""
+    """llama.cpp or its converter has failed."""
 
 
 class Converter:

