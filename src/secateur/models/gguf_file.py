@@ -251,10 +251,10 @@ class GGUFSource:
         tensors = dict(chain.from_iterable(part.tensors.items() for part in parts))
         held, count = sum(len(part.tensors) for part in parts), len(parts)
         for number, part in enumerate(parts):
-            told = [count_of(part, key, -1) for key in (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)]
-            if count > 1 and told != [number, count, held]:
+            own = [count_of(part, key, -1) for key in (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)]
+            if count > 1 and own != [number, count, held]:
                 raise damaged(
-                    f"the file says that it is part {told[0] + 1} of {told[1]}, with {told[2]} "
+                    f"the file says that it is part {own[0] + 1} of {own[1]}, with {own[2]} "
                     f"tensors in all; it is named {number + 1} of {count}, and all have {held}",
                     part.file,
                 )

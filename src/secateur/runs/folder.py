@@ -175,7 +175,7 @@ class RunFolder:
         return replace(made, finished=(found.st_dev, found.st_ino))
 
     def stored(self) -> dict[str, Any]:
-        """What the output says of the run that made it: verb and identity.
+        """Verb and identity of the run that made the output, as its notes have them.
 
         Raises:
             OSError, ValueError, TypeError, KeyError, SecateurError: it says nothing.
