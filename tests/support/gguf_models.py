@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,10 @@ WORDS = 320
 PIECES = 420
 
 
-END = "<|endoftext|>"
-
-
 def byte_level(
-    special: Sequence[str] = (END,), **roles: str
+    special: tuple[str, ...] = ("<|endoftext|>",), **roles: str
 ) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE with the rules of SmolLM2, trained on Python code.
-
-    Args:
-        special: the special tokens.
-        roles: which of them begins a text, ends it, and so on; by default the first does both.
-    """
+    """Byte-level BPE with the rules of SmolLM2; the first special token begins and ends texts."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -51,9 +42,8 @@ def byte_level(
         show_progress=False,
     )
     inner.train_from_iterator([source_text()[:20_000]], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, **(roles or {"eos_token": END, "bos_token": END})
-    )
+    roles = {"eos_token": special[0], "bos_token": special[0], **roles}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **roles)
 
 
 def sentencepiece_model(kind: str = "bpe", **options: Any) -> bytes:
