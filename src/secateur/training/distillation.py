@@ -257,8 +257,8 @@ def distill(
 
     with (
         quiet_transformers(),
-        student.rounded.in_forwards(),
         in_float32(student.model, student.trained),
+        student.rounded.in_forwards(),
     ):
         winner, parameters = kept(WINNER), student.parameters()
         rate, losses = data.highest_rate(student.width), Losses()

@@ -52,3 +52,15 @@ def test_what_rounds_to_zero_stays_known_as_kept(kind: str) -> None:
     assert (weight[:, 1::2] == 0).any()
     assert torch.equal(kept_weights(weight), latent != 0)
     assert torch.equal(kept_weights(weight.bfloat16()), latent != 0)
+
+
+def test_a_stopped_forward_leaves_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded, parameter, _ = rounded_weight("linear")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.functional, "linear", stop)
+    with pytest.raises(KeyboardInterrupt), rounded.in_forwards():
+        rounded.linear.module(torch.zeros(1, 80))
+    assert rounded.linear.module.weight is parameter

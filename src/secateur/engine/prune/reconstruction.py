@@ -423,6 +423,8 @@ class RoundedWeight:
         finally:
             for hook in hooks:
                 hook.remove()
+            for weight in held:  # an interrupted forward did not leave
+                found["weight"] = weight
 
 
 class RoundedWeights:
