@@ -13,16 +13,15 @@ from at_rest import (
     describe_as,
     described,
     from_float8,
+    fused_in_float4,
     in_float8,
     raw,
     save_in,
     stored_tensors,
     text_file,
-    to_microscaled,
 )
 from safetensors.torch import load_file
 from same_logits import assert_same_logits
-from tiny import save_tiny
 from torch import Tensor
 
 import secateur
@@ -179,20 +178,8 @@ def test_the_description_of_a_decoder_inside_gets_the_new_numbers(tmp_path: Path
     assert "quantization_config" not in dense["text_config"]
 
 
-def gpt_oss(folder: Path) -> Path:
-    """A tiny gpt-oss whose experts are in 4-bit floating point."""
-    save_tiny(folder, "gpt_oss", dtype=torch.bfloat16, intermediate_size=32, num_local_experts=4)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
-        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = to_microscaled(tensors.pop(name))
-    save_in(folder, tensors, 1)
-    spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
-    describe_as(folder, {"quant_method": "mxfp4", "modules_to_not_convert": spared})
-    return folder
-
-
 def test_layers_and_experts_of_a_model_in_microscaled_float4(tmp_path: Path) -> None:
-    folder = gpt_oss(tmp_path / "m")
+    folder = fused_in_float4(tmp_path / "m", num_local_experts=4)
     before, kept = stored_tensors(folder), {0: (0, 3), 1: (1, 2), 2: (0, 2)}
     cut_checkpoint(folder, Cut(layers=LAYERS), tmp_path / "c")
     cut_checkpoint(folder, Cut(experts=kept), tmp_path / "e")
@@ -217,7 +204,7 @@ def test_layers_and_experts_of_a_model_in_microscaled_float4(tmp_path: Path) -> 
 
 
 def test_experts_in_microscaled_float4_are_pruned(tmp_path: Path) -> None:
-    folder, text = gpt_oss(tmp_path / "m"), text_file(tmp_path)
+    folder, text = fused_in_float4(tmp_path / "m", num_local_experts=4), text_file(tmp_path)
     secateur.import_model(folder, output=tmp_path / "dense")
     options: dict[str, Any] = {
         "method": "wanda", "sparsity": 0.5, "windows": 3, "sequence_length": 24,

@@ -158,3 +158,133 @@ def everywhere(reader: Any, oracle: Callable[[str], Tensor]) -> None:
         expected = oracle(name)
         assert read.dtype == expected.dtype
         assert torch.equal(raw(read), raw(expected)), name
+
+
+def to_float4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix as NVFP4 (groups of 16) or MXFP4 (of 32): bytes, scales, that of the matrix."""
+    rows, whole = weight.float().unflatten(-1, (-1, group)), torch.tensor(1.0)
+    largest = rows.abs().amax(-1).clamp(min=1e-8) / 6
+    if group == 16:
+        whole = largest.max() / 448
+        scales = (largest / whole).to(torch.float8_e4m3fn)
+        spread = scales.float() * whole
+    else:
+        exponents = torch.log2(largest).ceil()
+        scales, spread = (exponents + 127).to(torch.uint8), torch.exp2(exponents)
+    grid = torch.tensor([*E2M1, *(-x for x in E2M1)])
+    codes = (rows / spread[..., None]).unsqueeze(-1).sub(grid).abs().argmin(-1).to(torch.uint8)
+    pairs = codes.flatten(-2)
+    return pairs[:, 0::2] | (pairs[:, 1::2] << 4), scales, whole
+
+
+def from_float4(pairs: Tensor, scales: Tensor, whole: float) -> Tensor:
+    """The matrix [out, in], number by number, in bfloat16."""
+    exponents = scales.dtype == torch.uint8
+    made = []
+    for row, own in zip(pairs.tolist(), scales.double().tolist(), strict=True):
+        factors = [2.0 ** (scale - 127) if exponents else scale for scale in own]
+        size = 2 * len(row) // len(own)
+        codes = [code for byte in row for code in (byte & 15, byte >> 4)]
+        values = [-E2M1[code - 8] if code >= 8 else E2M1[code] for code in codes]
+        made.append([value * factors[i // size] * whole for i, value in enumerate(values)])
+    return torch.tensor(made, dtype=torch.float64).to(torch.bfloat16)
+
+
+FLOAT4: dict[str, dict[str, Any]] = {
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+    "modelopt beside": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
+    "nvfp4-pack-quantized": {"quant_method": "compressed-tensors"},
+    "mxfp4-pack-quantized": {"quant_method": "compressed-tensors"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+}
+"""How a folder describes experts in 4-bit floating point, one tensor for each matrix."""
+
+
+def in_float4(folder: Path, form: str, family: str, shards: int = 1, **sizes: Any) -> Path:
+    """A tiny mixture with experts in 4-bit floating point; `folder`-dense is its dense twin."""
+    save_tiny(folder, family, dtype=torch.bfloat16, **sizes)
+    tensors, dense = load_file(folder / "model.safetensors"), dict[str, Tensor]()
+    described, group = dict(FLOAT4[form]), 16 if form.startswith(("modelopt", "nv")) else 32
+    for name, weight in list(tensors.items()):
+        dense[name] = weight
+        if ".experts." not in name:
+            continue
+        stem = tensors.pop(name) is weight and name.removesuffix(".weight")
+        pairs, scales, whole = to_float4(weight, group)
+        dense[name] = from_float4(pairs, scales, float(whole))
+        if form.startswith("modelopt"):
+            parts = {"weight": pairs, "weight_scale": scales, "weight_scale_2": whole,
+                     "input_scale": torch.tensor(0.5)}  # fmt: skip
+        elif form == "fp8":
+            exponents = scales.view(torch.float8_e8m0fnu)
+            parts = {"weight": pairs.view(torch.int8), "scale": exponents}
+        else:
+            parts = {"weight_packed": pairs, "weight_scale": scales}
+            if form.startswith("nv"):
+                parts["weight_global_scale"] = 1 / whole.reshape(1)
+                parts["input_global_scale"] = torch.ones(1)
+                dense[name] = from_float4(pairs, scales, 1 / float(1 / whole))
+        tensors |= {f"{stem}.{role}": part for role, part in parts.items()}
+    save_in(folder, tensors, shards)
+    if described.get("quant_method") == "compressed-tensors":
+        described |= {"format": form, "config_groups": {"group_0": _group(form, group)}}
+        described |= {"ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]}
+    if "quant_method" in described:
+        describe_as(folder, described)
+    else:
+        file = {"producer": {"name": "modelopt"}, "quantization": described}
+        (folder / "hf_quant_config.json").write_text(json.dumps(file))
+    twin = folder.with_name(f"{folder.name}-dense")
+    save_tiny(twin, family, dtype=torch.bfloat16, **sizes)
+    save_in(twin, dense, 1)
+    return folder
+
+
+def _group(form: str, size: int) -> dict[str, Any]:
+    """A group of matrices, as compressed-tensors describes it."""
+    strategy = "tensor_group" if form.startswith("nv") else "group"
+    weights = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": size}
+    return {"targets": ["Linear"], "weights": {**weights, "symmetric": True}, "format": form}
+
+
+FUSED_FLOAT4: dict[str, dict[str, Any]] = {
+    "mxfp4": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head",
+        ],
+    },
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+}  # fmt: skip
+"""How a folder describes experts in 4-bit floating point that are one tensor for a layer."""
+
+
+def fused_in_float4(folder: Path, form: str = "mxfp4", **sizes: Any) -> Path:
+    """A tiny gpt-oss with experts in 4-bit floating point; `folder`-dense is its dense twin."""
+    twin = folder.with_name(f"{folder.name}-dense")
+    sizes = {"intermediate_size": 32, **sizes}
+    for place in (folder, twin):
+        save_tiny(place, "gpt_oss", dtype=torch.bfloat16, **sizes)
+    tensors = load_file(folder / "model.safetensors")
+    dense = dict(tensors)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts = tensors.pop(name)
+        if form == "mxfp4":
+            blocks, scales = to_microscaled(experts)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            dense[name] = from_microscaled(blocks, scales)
+            continue
+        # one scale for the tensor, as that of the largest of all experts
+        count, columns, rows = experts.shape
+        pairs, scales, whole = to_float4(experts.transpose(1, 2).flatten(0, 1), 16)
+        made = from_float4(pairs, scales, float(whole))
+        dense[name] = made.view(count, rows, columns).transpose(1, 2).contiguous()
+        apart = {"": pairs, "_weight_scale": scales}
+        for end, part in apart.items():
+            own = part.view(torch.uint8).view(count, rows, -1).transpose(1, 2).contiguous()
+            tensors[name + end] = own.view(part.dtype)
+        tensors |= {f"{name}_weight_scale_2": whole, f"{name}_input_scale": torch.tensor(0.5)}
+    save_in(folder, tensors, 1)
+    save_in(twin, dense, 1)
+    describe_as(folder, FUSED_FLOAT4[form])
+    return folder

@@ -24,6 +24,9 @@ TEXT_PARTS = ("text_config", "decoder", "generator")
 DESCRIPTIONS = ("quantization_config", "compression_config", "sparsity_config")
 """The keys that say how weights are stored."""
 
+OF_MODELOPT = "hf_quant_config.json"
+"""Where NVIDIA's Model-Optimizer describes the weights, in early folders alone."""
+
 LAYERS = "num_hidden_layers"
 WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes for which some stored tensor must have a side at least as long."""
@@ -56,7 +59,7 @@ def trusted_folder(folder: str | Path, trust_remote_code: bool) -> Path:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """The JSON of `config.json`."""
+    """The JSON of `config.json`, with the form of the weights that a file beside it describes."""
     file = folder / "config.json"
     if not file.is_file():
         remedy = "name a folder written by save_pretrained"
@@ -77,6 +80,15 @@ def read_configuration(folder: Path) -> dict[str, Any]:
             where=str(file),
             remedy="name a folder written by save_pretrained",
         )
+    beside = folder / OF_MODELOPT
+    if is_plain(config) and beside.is_file():
+        try:
+            described = checkpoint.parse_json(beside.read_bytes())["quantization"]
+            named = described["quant_algo"]  # None where only the cache of keys is rounded
+        except (ValueError, KeyError, TypeError) as error:
+            raise checkpoint.damaged(f"it does not say quant_algo: {error!r}", beside) from None
+        if named:
+            config["quantization_config"] = {"quant_method": "modelopt", **described}
     return config
 
 

@@ -30,19 +30,18 @@ LOADED = (
 REMEDIES: Mapping[str, str] = {
     **dict.fromkeys(("bitsandbytes", "hqq", "quanto", "eetq", "aqlm", "vptq"), DENSE + LOADED),
     "gguf": "name the .gguf file itself",
-    "modelopt": DENSE + ": nvfp4 and Model-Optimizer's other forms are not read",
 }
 """What to do about forms that are not read."""
 
 
-EXPANDED = ("awq", "fp8", "gptq", "mxfp4")
+EXPANDED = ("awq", "fp8", "gptq", "modelopt", "mxfp4")
 """Forms that our reader expands. compressed-tensors may round activations too: its own library does
 that while the model runs."""
 
 
 def refuse_quantized(folder: Path) -> None:
     """Refuse a checkpoint whose weights are not plain numbers."""
-    method = _method_of(configuration.read_configuration(folder))
+    method = form_of(folder)
     if method is None:
         return
     if method == checkpoint.QUANT_METHOD:
@@ -72,7 +71,8 @@ def _method_of(config: Mapping[str, Any]) -> str | None:
 def form_of(folder: Path) -> str | None:
     """The name of the form in which the weights of a folder are stored; None for plain tensors."""
     method = _method_of(configuration.read_configuration(folder))
-    return "compressed-tensors" if method == "sparseml" else method
+    forms = (at_rest.stored_forms[name] for name in at_rest.stored_forms)
+    return next((form.name for form in forms if method in getattr(form, "aliases", ())), method)
 
 
 def formats_of(source: Path, result: Path) -> dict[str, str] | None:
@@ -135,7 +135,7 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
     loaded: Any
     report: dict[str, Any]
     with skeleton.quiet_transformers(), configuration.transformers_errors(folder):
-        if form_of(folder) in EXPANDED:
+        if form_of(folder) in EXPANDED or _scaled_experts(folder):
             loaded, report = _load_expanded(folder, dtype)
         else:
             trust = isinstance(folder, configuration.TrustedFolder)
@@ -159,6 +159,14 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
     return loaded
 
 
+def _scaled_experts(folder: Path) -> bool:
+    """Whether experts have a scale for a whole matrix; transformers 5.24 loads them without it."""
+    return form_of(folder) is not None and any(
+        ".experts." in name and name.endswith(".weight_global_scale")
+        for name in checkpoint.CheckpointReader(folder).entries
+    )
+
+
 def _load_expanded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """A model whose weights are stored in fewer bits, with what our reader makes of them."""
     from transformers import GenerationConfig
@@ -180,7 +188,7 @@ def _load_expanded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[s
     return loaded, report
 
 
-OF_A_FORM = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+OF_A_FORM = ("quantize_config.json", "quant_config.json", configuration.OF_MODELOPT)
 LEFT_OUT = ("config.json", *checkpoint.INDEX_NAMES, *OF_A_FORM)
 """Files of a source that describe the form of its weights, and do not fit its dense copy."""
 

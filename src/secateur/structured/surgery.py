@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import at_rest, checkpoint, inventory, opening, skeleton
 from secateur.models.architecture import Linear, describe
-from secateur.models.configuration import DESCRIPTIONS
+from secateur.models.configuration import DESCRIPTIONS, OF_MODELOPT
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
 from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
@@ -119,14 +119,9 @@ def cut_checkpoint(
     output_folder.mkdir(parents=True, exist_ok=True)
     _write_other_files(folder, output_folder, made)
     if isinstance(reader, at_rest.AssembledReader):
-        file = output_folder / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if kept is None:  # plain numbers
-            config = at_rest.without_description(config)
-        else:
-            config = _renumbered_description(made, config, reader)
+        _write_descriptions(made, reader, output_folder, dense=kept is None)
+        if kept is not None:
             reader, edits = reader.stored, kept
-        write_json(file, config)
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
 
@@ -303,9 +298,11 @@ def _part_edits(
             name, shape = _renumbered(made, part), entries[part].shape
             assert name is not None
             # A part that holds all experts has them along its first axis, scales too.
-            kept = tuple(first if axis == 0 else None for axis in range(len(shape)))
-            length = shape[:1] if first is None else (len(first),)
-            found[name] = TensorEdit(part, kept, (*length, *shape[1:]))
+            if first is None or shape[:1] != assembly.shape[:1]:
+                found[name] = TensorEdit.copy(part, shape)
+                continue
+            rest = (None,) * (len(shape) - 1)
+            found[name] = TensorEdit(part, (first, *rest), (len(first), *shape[1:]))
     for name in reader.dropped:  # scales of activations: another program may use them
         new = _renumbered(made, name)
         if new is not None:
@@ -313,25 +310,47 @@ def _part_edits(
     return found
 
 
+def _write_descriptions(
+    made: Design, reader: at_rest.AssembledReader, output: Path, *, dense: bool
+) -> None:
+    """Make the files that describe the form of the weights fit the cut model, or drop them."""
+    for name in opening.OF_A_FORM if dense else ():
+        (output / name).unlink(missing_ok=True)
+    for file in (output / "config.json", output / OF_MODELOPT):
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            write_json(
+                file,
+                at_rest.without_description(config)
+                if dense
+                else _renumbered_description(made, config, reader),
+            )
+
+
 def _renumbered_description(
     made: Design, config: Mapping[str, Any], reader: at_rest.AssembledReader
 ) -> dict[str, Any]:
     """A configuration whose description of the form names the modules of the cut model.
 
-    Every list of module names is renumbered. A regular expression with numbers in it is replaced by
-    the names of the modules that it stands for.
+    Every list of module names is renumbered, and every table by module. A regular expression with
+    numbers in it is replaced by the names of the modules that it stands for.
     """
     modules = sorted({name.rpartition(".")[0] for name in reader.entries})
 
     def anew(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: anew(inner) for key, inner in value.items()}
+            return {
+                name: anew(inner)
+                for key, inner in value.items()
+                for name in _names_of(made, key, modules)
+            }
         if isinstance(value, list) and all(isinstance(x, str) for x in value):
             return list(dict.fromkeys(new for x in value for new in _names_of(made, x, modules)))
         return value
 
     def described(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, **{key: anew(part[key]) for key in DESCRIPTIONS if key in part}}
+        keys = (*DESCRIPTIONS, "quantization")
+        return {**part, **{key: anew(part[key]) for key in keys if key in part}}
 
     result, text = described(config), config.get("text_config")
     return result | {"text_config": described(text)} if isinstance(text, Mapping) else result
@@ -356,7 +375,7 @@ def _renumbered(made: Design, name: str) -> str | None:
     """
     leaf, experts = made.architecture.layers_path.rpartition(".")[2], made.architecture.experts
     order = [layer.index for layer in made.layers]
-    found = re.search(rf"(?:^|\.){leaf}\.(\d+)(?=\.|$)", name)
+    found = re.search(rf"(?:^|\.){leaf}\.(\d+)(?=[.*]|$)", name)
     if found and name[: found.start()].rpartition(".")[2] in made.other_stacks:
         return name
     new = _with_new_number(name, found, order)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -32,6 +32,7 @@ __all__ = [
     "SourceFolder",
     "StoredForm",
     "damaged",
+    "float4",
     "powers_of_two",
     "refuse_empty",
     "spread_blocks",
@@ -77,8 +78,9 @@ class Assembly:
         make: returns the dense tensor, in `dtype` or in a wider one with the exact values.
         back: takes new values [shape] and the stored parts; returns the parts for these values,
             with the scales that are stored. Zeros stay zeros. None: the form cannot do this.
-        stacked: whether the first axis of every part is the first axis of the dense tensor, so
-            that some of its entries can be kept without a change of their bytes.
+        stacked: whether the first axis of the dense tensor is the first axis of every part that is
+            as long, so that some of its entries can be kept without a change of their bytes. Parts
+            of another length serve all entries.
     """
 
     parts: Mapping[str, str]
@@ -121,7 +123,7 @@ class AssembledReader(CheckpointReader):
         self.rounded: dict[str, bool] = {}
         self.splits: dict[str, Mapping[str, Tensor]] = {}
         self.owner: dict[str, str] = {}
-        self.recent: dict[str, Tensor] = {}
+        self.recent: dict[tuple[str, int | None], Tensor] = {}
         used = {part for assembly in made.values() for part in assembly.parts.values()}
         gone = used | set(dropped)
         self.entries = {n: entry for n, entry in stored.entries.items() if n not in gone}
@@ -140,18 +142,41 @@ class AssembledReader(CheckpointReader):
     def whole(self, name: str) -> Tensor:
         """A made tensor, also if it is shown as several."""
         assembly = self.made[name]
-        parts = {role: self.stored.read(part) for role, part in assembly.parts.items()}
+        if not assembly.stacked:
+            return self.made_at(name, None)
+        # the parts of one entry are spread out at a time: that takes several times their memory
+        value = torch.empty(assembly.shape, dtype=assembly.dtype)
+        for place, entry in enumerate(value):
+            entry.copy_(self.made_at(name, place)[0])
+        return value
+
+    def made_at(self, name: str, place: int | None) -> Tensor:
+        """A made tensor; or of a stacked one [1, …], the entry at a place of its first axis."""
+        assembly = self.made[name]
+        shape = assembly.shape if place is None else (1, *assembly.shape[1:])
+        parts = {role: self._part(part, assembly, place) for role, part in assembly.parts.items()}
         try:
             exact = assembly.make(parts)
         except CheckpointError as error:
             raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
-        if tuple(exact.shape) != assembly.shape:
-            raise damaged(f"the parts make {list(exact.shape)}, not {list(assembly.shape)}", name)
+        if tuple(exact.shape) != shape:
+            raise damaged(f"the parts make {list(exact.shape)}, not {list(shape)}", name)
         value = exact.to(assembly.dtype)
         if not value.isfinite().all():
             raise damaged(f"the parts make numbers that are not finite in {assembly.dtype}", name)
-        self.rounded[name] = not torch.equal(value.to(exact.dtype), exact)
+        self.rounded[name] = self.rounded.get(name, False) or not torch.equal(
+            value.to(exact.dtype), exact
+        )
         return value.contiguous()
+
+    def _part(self, part: str, assembly: Assembly, place: int | None) -> Tensor:
+        """A stored part, or what an entry of a stacked tensor needs of it."""
+        entry = self.stored.entries[part]
+        if place is None or entry.shape[:1] != assembly.shape[:1]:
+            return self.stored.read(part)
+        size = entry.size_bytes // entry.shape[0]
+        offset, shape = entry.offset + place * size, (1, *entry.shape[1:])
+        return read_entry(replace(entry, offset=offset, size_bytes=size, shape=shape))
 
     def split(self, name: str, views: Mapping[str, Tensor]) -> None:
         """From now on, show a tensor as several; see `CheckpointReader.split`."""
@@ -169,14 +194,19 @@ class AssembledReader(CheckpointReader):
     def part_of(self, owner: str, name: str) -> Tensor:
         """One of the tensors that a made tensor is shown as.
 
-        The two made tensors that were read last are kept, since the experts of a layer are stored
-        in two, and each expert needs both.
+        The two made tensors that were read last are kept, since gate and up lie in one. Of stacked
+        experts they are those of one expert.
         """
-        if owner not in self.recent:
+        assembly, entry, place = self.made[owner], self.entries[name], None
+        if assembly.stacked:
+            size = prod(assembly.shape[1:]) * assembly.dtype.itemsize
+            place = entry.offset // size
+            entry = replace(entry, offset=entry.offset % size)
+        if (owner, place) not in self.recent:
             for old in list(self.recent)[:-1]:
                 del self.recent[old]
-            self.recent[owner] = self.whole(owner)
-        own = view_in(self.recent[owner], self.entries[name])
+            self.recent[owner, place] = self.made_at(owner, place)
+        own = view_in(self.recent[owner, place], entry)
         return own.clone(memory_format=torch.contiguous_format)
 
     def mapped(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -304,6 +334,22 @@ def spread_blocks(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int])
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of 4-bit floating point by code: a sign, two bits of exponent, one of mantissa."""
+
+
+def float4(pairs: Tensor) -> Tensor:
+    """The numbers [..., 2n] of bytes [..., n] that hold two codes each, float32.
+
+    The first number is in the low four bits.
+
+    Example:
+        >>> import torch
+        >>> from secateur.models.at_rest import float4
+        >>> float4(torch.tensor([[0x9F, 0x21]], dtype=torch.uint8)).tolist()
+        [[-6.0, -0.5, 0.5, 1.0]]
+    """
+    codes = unpacked(torch.arange(256, dtype=torch.uint8), 4)  # of every byte
+    both = torch.tensor(E2M1)[codes.to(torch.int32)]
+    return both[pairs.view(torch.uint8).to(torch.int32)].flatten(-2)
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:

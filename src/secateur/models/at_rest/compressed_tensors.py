@@ -16,8 +16,8 @@ weight             int8 or float8 [out, in]                                  or
 weight_packed      int32 [out, ⌈in / F⌉], F = ⌊32 / bits⌋ integers in each word, the lowest first,
                    plus 2^(bits − 1); later releases leave no bits unused: [out, ⌈in · bits / 32⌉].
                    weight_shape has the two sizes
-weight_scale       one; [out, 1]; [out or 1, groups of columns]; [blocks of rows, of columns]; of
-                   mxfp8 bytes e for 2^(e − 127)
+weight_scale       one; [out] or [out, 1]; [out or 1, groups of columns]; [blocks of rows, of
+                   columns]; of mxfp8 bytes e for 2^(e − 127)
 weight_zero_point  in the shape of the scale, or packed along its rows; none: 0
 weight_g_idx       [in], the group of each column; none, or −1: in order
 
@@ -30,6 +30,8 @@ weight_scale         float8 [out, in / 16], or bytes e for 2^(e − 127), [out, 
 weight_global_scale  float32, one number; none: 1
 
 W = E2M1[code] · weight_scale / weight_global_scale
+
+`modelopt.py` has the names of NVIDIA's Model-Optimizer for the same two forms.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from torch import Tensor
 
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models import at_rest
-from secateur.models.checkpoint import CheckpointReader
+from secateur.models.checkpoint import CheckpointReader, TensorEntry
 from secateur.models.configuration import DESCRIPTIONS
 
 OF_ACTIVATIONS = (
@@ -63,9 +65,12 @@ SCALED_PARTS = (
     "weight_zero_point",
     "weight_g_idx",
     "weight_global_scale",
+    "weight_scale_2",
 )
 STORED = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
 """The dtypes of weights that have a scale, and their usual words."""
+GROUPS = {torch.float8_e4m3fn: (16, 32), torch.uint8: (32,)}
+"""How many 4-bit floats of a row may share a scale, by its dtype."""
 
 
 class CompressedTensorsFolder(at_rest.NamedForm):
@@ -218,11 +223,11 @@ def _scaled_assembly(
     for role in ("weight_scale", "weight_zero_point"):
         if role in parts and len(reader.entries[parts[role]].shape) > 2:
             raise at_rest.damaged(f"{role} has more than two dimensions", parts[role])
-    if "weight_packed" in parts and reader.entries[parts["weight_packed"]].dtype == torch.uint8:
-        packed = reader.entries[parts["weight_packed"]].shape
-        if len(packed) != 2:
-            raise at_rest.damaged(f"4-bit floats of shape {list(packed)}", parts["weight_packed"])
-        return at_rest.Assembly(parts, (packed[0], 2 * packed[1]), dtype, "float4", _from_float4)
+    codes = parts.get("weight_packed", parts.get("weight"))
+    if codes is not None and reader.entries[codes].dtype == torch.uint8:
+        packed = reader.entries[codes].shape
+        check_groups(packed, reader.entries[parts["weight_scale"]], codes)
+        return at_rest.Assembly(parts, (packed[0], 2 * packed[1]), dtype, "float4", multiplied)
     if "weight_packed" in parts:
         shape, bits = _packed_shape(reader, parts, widths)
         make, stored_as = partial(_from_words, bits=bits, shape=shape), f"pack-quantized int{bits}"
@@ -243,9 +248,19 @@ def _scaled_assembly(
     _check_dtype(entry.dtype, parts["weight"])
     if len(entry.shape) != 2:
         raise at_rest.damaged(f"a weight of shape {list(entry.shape)} has a scale", parts["weight"])
-    return at_rest.Assembly(
-        parts, entry.shape, dtype, STORED[entry.dtype], lambda p: _scaled(p["weight"], p)
-    )
+    return at_rest.Assembly(parts, entry.shape, dtype, STORED[entry.dtype], multiplied)
+
+
+def check_groups(packed: tuple[int, ...], scale: TensorEntry, where: str) -> None:
+    """Refuse 4-bit floats [out, in / 2] whose scales are not those of a group of columns each."""
+    sizes = GROUPS.get(scale.dtype, ())
+    expected = [[*packed[:-1], 2 * packed[-1] // size] for size in sizes if len(packed) == 2]
+    if list(scale.shape) not in expected:
+        raise at_rest.damaged(
+            f"{list(packed)} bytes of 4-bit numbers with scales {list(scale.shape)} of "
+            f"{scale.dtype}: NVFP4 has one in float8 for 16 numbers of a row, MXFP4 a byte for 32",
+            where,
+        )
 
 
 def _check_dtype(dtype: torch.dtype, where: str) -> None:
@@ -314,21 +329,29 @@ def _unpacked_rows(words: Tensor, bits: int, count: int, *, crossing: bool) -> T
     return unsigned - 2 ** (bits - 1)
 
 
-def _from_float4(parts: at_rest.Parts) -> Tensor:
-    """The matrix of 4-bit floating point, float64."""
-    codes = at_rest.unpacked(parts["weight_packed"], 4).flatten(-2).to(torch.int32)
-    return _scaled(torch.tensor(at_rest.E2M1, dtype=torch.float64)[codes], parts)
+def multiplied(parts: at_rest.Parts) -> Tensor:
+    """The matrix of weights, or of two 4-bit numbers in a byte, times their scales, float64."""
+    stored = parts["weight_packed"] if "weight_packed" in parts else parts["weight"]
+    return _scaled(at_rest.float4(stored) if stored.dtype == torch.uint8 else stored, parts)
 
 
 def _scaled(stored: Tensor, parts: at_rest.Parts) -> Tensor:
     """(q − zero_point) · scale, float64."""
-    scale, whole = parts["weight_scale"], parts.get("weight_global_scale", torch.ones(1))
+    scale, one = parts["weight_scale"], torch.ones(1)
+    wholes = [parts.get(role, one) for role in ("weight_global_scale", "weight_scale_2")]
     if scale.dtype == torch.uint8:  # of the formats whose names begin with mx
         scale = at_rest.powers_of_two(scale)
-    if not (scale.is_floating_point() and whole.is_floating_point()) or whole.numel() != 1:
-        said = f"the scales are {scale.dtype}, that of the matrix {whole.dtype} {list(whole.shape)}"
-        raise at_rest.damaged(said, "weight_scale")
-    scale = scale.to(torch.float64) / whole.to(torch.float64).reshape(())
+    if not all(x.is_floating_point() for x in (scale, *wholes)) or any(
+        x.numel() != 1 for x in wholes
+    ):
+        said = ", ".join(f"{x.dtype} {list(x.shape)}" for x in wholes)
+        raise at_rest.damaged(
+            f"the scales are {scale.dtype}, those of the matrix {said}", "weight_scale"
+        )
+    divisor, factor = (x.to(torch.float64).reshape(()) for x in wholes)
+    scale = scale.to(torch.float64) * factor / divisor
+    if scale.ndim == 1 and scale.numel() == len(stored):
+        scale = scale.unsqueeze(1)
     spread = partial(_spread_out, shape=tuple(stored.shape), order=parts.get("weight_g_idx"))
     value = stored.to(torch.float64)
     zero = parts.get("weight_zero_point")

@@ -6,6 +6,9 @@ weight_scale_inv  float32, bfloat16 or float8_e8m0fnu [⌈out / 128⌉, ⌈in / 
 
 W[i, j] = weight[i, j] · weight_scale_inv[⌊i / 128⌋, ⌊j / 128⌋]
 
+Experts of DeepSeek V4 are MXFP4 beside it: int8 [out, in / 2] holds two codes of e2m1 in a byte,
+the first in its low four bits, and a scale is for 32 numbers of a row.
+
 The product is computed in float32 and rounded to the model's dtype, as in `weight_dequant` of
 DeepSeek V3 (github.com/deepseek-ai/DeepSeek-V3, inference/kernel.py) and in transformers'
 `Fp8Dequantize`. The last block of rows or columns may be shorter. `weight_block_size` of the
@@ -21,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.errors import ArchitectureError
 from secateur.models import at_rest
+from secateur.models.at_rest.mxfp4 import GROUP
 from secateur.models.checkpoint import TensorEntry
 
 FLOAT8 = torch.float8_e4m3fn
@@ -45,7 +48,7 @@ class BlockFloat8(at_rest.NamedForm):
     def assemblies(
         self, source: at_rest.SourceFolder, described: at_rest.Described
     ) -> dict[str, at_rest.Assembly]:
-        """Refuses matrices without scales, and 4-bit floating point."""
+        """Refuses matrices without scales."""
         entries, block = source.reader.entries, _block_of(described, source)
         made = {}
         for name, entry in entries.items():
@@ -55,12 +58,7 @@ class BlockFloat8(at_rest.NamedForm):
             if scale is None or scale == name:
                 continue
             if entry.dtype in (torch.int8, torch.uint8):
-                raise ArchitectureError(
-                    "the matrix is in 4-bit floating point, two numbers in a byte, which is not "
-                    "read beside float8",
-                    where=name,
-                    remedy="name the model in bfloat16, or one whose matrices are all in float8",
-                )
+                made[name] = _float4(name, entry, scale, entries[scale], source.dtype)
             if entry.dtype == FLOAT8:
                 made[name] = _assembly(name, entry, scale, entries[scale], block, source.dtype)
         at_rest.refuse_empty(made, self.name, source)
@@ -123,6 +121,29 @@ def _assembly(
         partial(_rounded_back, block=sizes, dtype=dtype),
         stacked=len(entry.shape) == 3 and len(scale.shape) == 3,
     )
+
+
+def _float4(
+    name: str, entry: TensorEntry, scale_name: str, scale: TensorEntry, dtype: torch.dtype
+) -> at_rest.Assembly:
+    """The matrix of 4-bit numbers."""
+    shape = (*entry.shape[:-1], 2 * entry.shape[-1]) if entry.shape else ()
+    fits = len(shape) == 2 and scale.shape == (shape[0], shape[1] // GROUP)
+    if not fits or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+        raise at_rest.damaged(
+            f"{list(entry.shape)} bytes of 4-bit numbers with scales {list(scale.shape)} of "
+            f"{scale.dtype}: MXFP4 has a power of two for {GROUP} numbers of a row",
+            scale_name,
+        )
+    parts = {"weight": name, "scale": scale_name}
+    return at_rest.Assembly(parts, shape, dtype, "float4", _multiplied4)
+
+
+def _multiplied4(parts: at_rest.Parts) -> Tensor:
+    """The dense matrix of 4-bit numbers, float32."""
+    exponents = parts["scale"].view(torch.uint8).to(torch.int32) - 127
+    groups = at_rest.float4(parts["weight"]).unflatten(-1, (-1, GROUP))
+    return torch.ldexp(groups, exponents.unsqueeze(-1)).flatten(-2)
 
 
 def _fitting_blocks(

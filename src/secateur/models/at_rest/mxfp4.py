@@ -76,11 +76,8 @@ def _assembly(
 def _expanded(parts: at_rest.Parts) -> Tensor:
     """The experts [experts, in, out], float32."""
     blocks, scales = parts["blocks"], parts["scales"]
-    codes = at_rest.unpacked(blocks, 4).flatten(-2)  # [experts, out, groups, 32]
-    values = torch.ldexp(
-        torch.tensor(at_rest.E2M1)[codes.to(torch.int32)],
-        (scales.to(torch.int32) - 127).unsqueeze(-1),
-    )
+    # [experts, out, groups, 32]
+    values = torch.ldexp(at_rest.float4(blocks), (scales.to(torch.int32) - 127).unsqueeze(-1))
     return values.flatten(-2).transpose(1, 2)  # a row of blocks is a column of the experts
 
 
