@@ -64,7 +64,7 @@ NOT_LEARNED = (
 
 Counted = Flag(value="NUMBER", default="all")
 
-ExpertsBy = Literal["reap", "frequency", "aimer", "imatrix", "random", "merge"]
+ExpertsBy = Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random", "merge"]
 
 
 class Depth(Section):
@@ -167,8 +167,9 @@ class _HowToCut(Section):
     learned: Annotated[_LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
     """Learn which units stay by training, in this many steps."""
     experts_by: ExpertsBy = "reap"
-    """How to select experts: by REAP or by how often they are chosen; by their weights alone
-    (aimer); by an importance matrix; or at random. merge averages the others into the most similar
+    """How to select experts: by REAP; by the divergence that their removal makes, which takes a
+    backward pass; by how often they are chosen; by their weights alone (aimer); by an importance
+    matrix; or at random. merge averages the others into the most similar
     expert that stays."""
     imatrix: Annotated[str | None, Flag(value="FILE")] = None
     """The importance matrix of a GGUF file, by llama.cpp: .gguf or .dat."""

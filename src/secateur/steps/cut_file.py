@@ -350,6 +350,8 @@ def _faults(recipe: StructureRecipe) -> Iterator[str]:
             yield f"{option.flag_text}: bytes are copied, and {reason}"
     if recipe.experts_by == "merge":
         yield "--experts-by merge: bytes are copied, and averaged experts are new weights"
+    if recipe.experts_by == "divergence":
+        yield "--experts-by divergence: llama.cpp has no gradients; cut the model it was made from"
     if recipe.experts_scope == "global":
         yield "--experts-scope global: llama.cpp reads one number of experts for all layers"
 

@@ -25,6 +25,7 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import EVOLUTION, choose_depth
+from secateur.engine.search.expert_divergence import divergence_scores
 from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
 from secateur.models.sources import LocalCheckpoint
@@ -87,6 +88,12 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
     if recipe.experts_by == "aimer":
         scores = survey.aimer_scores(target, context.progress)
         noted = {layer: {"aimer": own.tolist()} for layer, own in scores.items()}
+    elif recipe.experts_by == "divergence":
+        scores = divergence_scores(
+            target, context.windows, context.scratch("experts"), context.progress,
+            fast=recipe.fast_matmuls,
+        )  # fmt: skip
+        noted = {layer: {"divergence": own.tolist()} for layer, own in scores.items()}
     else:
         tokens = recipe.memory.micro_batch_tokens
         # The other processes need the windows that this one reads, and the digest of its weights.
@@ -102,6 +109,7 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         experts.per_token(config) or 1,
         groups=experts.divided(config),
         scope=recipe.experts_scope,
+        nats=recipe.experts_by == "divergence",
     )
     if recipe.experts_by == "merge":
         folder = _merge_experts(context, folder, kept, use)

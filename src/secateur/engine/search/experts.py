@@ -1,9 +1,9 @@
 """Scores the experts of a model by how often the router chooses them and how much they add.
 
 Calibration passes once through the dense model, with one decoder layer in memory, and gathers two
-sums for each expert. `aimer` reads the weights alone. `best_experts` chooses the experts of a `Cut`
-by either. As a baseline for their removal, experts can be merged into the most similar ones that
-stay (`merge_experts`).
+sums for each expert. `aimer` reads the weights alone, and `expert_divergence.py` needs gradients.
+`best_experts` chooses the experts of a `Cut` by any of these scores. As a baseline for removal,
+experts can be merged into the most similar ones that stay (`merge_experts`).
 """
 
 from __future__ import annotations
@@ -195,7 +195,13 @@ def scores_of(use: Mapping[int, ExpertUse], name: str = "reap", seed: int = 0) -
 
 
 def best_experts(
-    scores: Mapping[int, Tensor], keep: int, top_k: int, *, groups: int = 1, scope: str = "layer"
+    scores: Mapping[int, Tensor],
+    keep: int,
+    top_k: int,
+    *,
+    groups: int = 1,
+    scope: str = "layer",
+    nats: bool = False,
 ) -> dict[int, tuple[int, ...]]:
     """Return the experts with the highest scores. Ties go to the first expert.
 
@@ -207,6 +213,7 @@ def best_experts(
             keeps the same number.
         scope: `layer`, where each layer keeps the same number; or `global`, where scores compete
             in the whole model, as multiples of the mean of their layer.
+        nats: scores of different layers are comparable, so they compete as they are.
 
     Returns:
         Ascending numbers of experts by layer, as in `Cut.experts`.
@@ -236,16 +243,19 @@ def best_experts(
                 "so layers cannot keep different numbers",
                 remedy="use --experts-scope layer",
             )
-        counts = _global_counts(scores, keep, top_k)
+        counts = _global_counts(scores, keep, top_k, nats=nats)
     return {layer: _best(own, counts[layer], groups) for layer, own in scores.items()}
 
 
-def _global_counts(scores: Mapping[int, Tensor], keep: int, top_k: int) -> dict[int, int]:
+def _global_counts(
+    scores: Mapping[int, Tensor], keep: int, top_k: int, *, nats: bool
+) -> dict[int, int]:
     """How many experts each layer keeps if all compete."""
     ranked = []
     for layer, score in scores.items():
         # a layer's best top_k stay; the others compete as multiples of the layer's mean
-        order = score.sort(descending=True).values / score.mean().clamp_min(1e-300)
+        order = score.sort(descending=True).values
+        order = order if nats else order / score.mean().clamp_min(1e-300)
         ranked += [(-float(value), layer) for value in order[top_k:]]
     counts = dict.fromkeys(scores, top_k)
     for _, layer in sorted(ranked)[: (keep - top_k) * len(scores)]:

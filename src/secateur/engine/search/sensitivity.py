@@ -1,13 +1,14 @@
-"""The divergence that changing each linear alone makes, to second order, in one pass."""
+"""What changes of the dense model cost, to second order, by one forward and one backward."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from secateur.engine.stream.calls import layouts
 from secateur.engine.stream.hidden_states import EmbeddingAndHead
 from secateur.engine.stream.layerwise import LayerwisePass, only_learning
 from secateur.models.architecture import Linear, linears_of
+from secateur.models.targets import Target
+from secateur.progress import Progress
 from secateur.runs.output import write_json
 from secateur.sparsity.allocation import Allocation
 from secateur.sparsity.allocation.budget import Granularity
@@ -31,21 +34,117 @@ ALONE = "alone"
 Ways = Mapping[str, Mapping[str, Tensor]]
 """Ŵ − W of linears, by their full names and by the ways in which they are changed."""
 
+Measured = Callable[[int, nn.Module], AbstractContextManager[dict[str, Any]]]
+"""Number of a layer, and the layer → a context in which its backward runs. The dictionary holds
+what was found once the context has left, as JSON."""
+
+
+class DrawnBackward:
+    """One forward and one backward of the dense model, with one decoder layer in memory.
+
+        loss of a window   Σ_s −log p(y_s),  y_s drawn from the dense model's p
+
+    KL(p ‖ p') is ½ δzᵀ F δz to second order, with the Fisher matrix
+    F = E_y[∇ log p(y) ∇ log p(y)ᵀ], so the gradients of this loss measure what a change costs.
+
+    A killed run continues with the layer in which it stopped.
+
+    Args:
+        target: the dense model.
+        windows: token ids [samples, sequence_length].
+        folder: of hidden states, gradients, and a file for each finished layer.
+        progress: receives every step.
+        fast: whether products may be in bfloat16 (`fast_matmuls`).
+    """
+
+    def __init__(
+        self, target: Target, windows: Tensor, folder: Path, progress: Progress, *, fast: bool
+    ) -> None:
+        self.target, self.folder, self.progress = target, folder, progress
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outer = EmbeddingAndHead(target, windows, folder, fast=fast)
+        self.walk = LayerwisePass(
+            self.outer,
+            range(len(windows)),
+            folder,
+            lambda number, window: self.outer.call(number, [window]),
+            self.outer.matmuls,
+        )
+
+    def records(self, label: str, measured: Measured) -> list[dict[str, Any]]:
+        """What `measured` finds in each layer."""
+        walk, files = self.walk, [self.file(n) for n in range(self.walk.count)]
+        self.progress.start(label, len(walk.windows) * (2 * walk.count + 1))
+        # the backward goes from the last layer down; each finished one has a file
+        if not files[-1].exists() and not walk.gradients.has(walk.count):
+            walk.forward(self._opened_dense)
+            walk.losses(self._loss)
+        opened = partial(self._opened, measured)
+        walk.backward(opened, lambda number: files[number].exists(), lowest=-1)
+        self.progress.finish()
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def outputs(self, number: int, layer: nn.Module) -> Iterator[Tensor]:
+        """The outputs of the current layer for each window, once more."""
+        for place in range(len(self.walk.windows)):
+            yield self.walk.outputs(number, layer, place)
+
+    def file(self, number: int) -> Path:
+        """The file with what is found in a layer."""
+        return self.folder / f"divergence-{number:04d}.json"
+
+    @contextmanager
+    def _opened_dense(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        """A layer for the forward."""
+        with self.target.layer(number) as layer:
+            yield layer, lambda place: self.progress.step(note=f"layer {number}")
+
+    def _loss(self, place: int, hidden: Tensor) -> Tensor:
+        """A number with the gradient of Σ_s −log p(y_s) of a window: p − (1 at y_s) at logits s."""
+        logits = self.outer.head(place, hidden)
+        # One number for each token, of the CPU: all devices draw the same.
+        random = torch.Generator().manual_seed(place)
+        draws = torch.rand(len(logits), 1, generator=random, dtype=torch.float64)
+        draws = draws.to(logits.device)
+        gradient = torch.empty_like(logits)
+        with torch.no_grad():
+            for rows, own, draw in zip(
+                gradient.split(_ROWS), logits.split(_ROWS), draws.split(_ROWS), strict=True
+            ):
+                p = own.float().softmax(-1)  # [tokens, vocabulary]
+                labels = drawn(p, draw)
+                # ∂(−log p(y)) / ∂logits = p − 1 at the drawn token
+                rows.copy_(p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0)))
+        self.progress.step(note="predictions")
+        return torch.dot(logits.flatten(), gradient.flatten())  # d/dlogits is `gradient`
+
+    @contextmanager
+    def _opened(
+        self, measured: Measured, number: int
+    ) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
+        """A layer for the backward; in the end what is found is in a file."""
+        with (
+            self.target.layer(number) as layer,
+            only_learning(layer, []),
+            measured(number, layer) as found,
+        ):
+            yield layer, lambda place: self.progress.step(note=f"layer {number}")
+        write_json(self.file(number), found)
+
 
 class ChangedAlone:
     """The divergence that changing each linear alone makes, to second order.
 
         D_i = ½ mean_t (g_it · (Ŵ_i − W_i) x_it)²
-        g_it = ∂/∂(W_i x_it) of Σ_s −log p(y_s)         y_s drawn from the dense model's p
+        g_it = ∂/∂(W_i x_it) of the loss of `DrawnBackward`
 
     One forward and one backward of the dense model measure all linears in all ways, with one
     decoder layer in memory. Before the backward of a layer its linears are changed, on the inputs
-    of the same windows. A killed run continues with the layer in which it stopped.
+    of the same windows.
 
-    Derivation: the second-order term of KL(p ‖ p') is ½ δzᵀ F δz with the Fisher matrix
-    F = E_y[∇ log p(y) ∇ log p(y)ᵀ], so a drawn y gives an unbiased ½ (Σ_t g_it · δ_it)². The sum of
-    squares leaves the products of different tokens out, whose mean is near 0 and whose noise is
-    large.
+    Derivation: a drawn y gives an unbiased ½ (Σ_t g_it · δ_it)² of the second-order term of
+    KL(p ‖ p'). The sum of squares leaves the products of different tokens out, whose mean is near 0
+    and whose noise is large.
 
     Args:
         survey: gives the model, the calibration tokens, and the folder for the work.
@@ -65,87 +164,42 @@ class ChangedAlone:
     ) -> None:
         assert survey.calibration is not None
         self.survey, self.names, self.grains, self.ways = survey, names, grains, ways
-        self.target, self.folder = survey.target, survey.work / ALONE
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.target = survey.target
         windows = cut_windows(survey.calibration.windows, tokens)
-        self.outer = EmbeddingAndHead(
-            survey.target, windows, self.folder, fast=survey.settings.fast_matmuls
-        )
         self.layouts = layouts(survey.target, windows.shape[1])
-        self.walk = LayerwisePass(
-            self.outer,
-            range(len(windows)),
-            self.folder,
-            lambda number, window: self.outer.call(number, [window]),
-            self.outer.matmuls,
+        self.drawn = DrawnBackward(
+            survey.target,
+            windows,
+            survey.work / ALONE,
+            survey.progress,
+            fast=survey.settings.fast_matmuls,
         )
 
     def divergences(self, label: str) -> dict[str, dict[str, float]]:
         """D_i of each competing linear in each way. Experts that saw no token are left out."""
-        walk, files = self.walk, [self.file(n) for n in range(self.walk.count)]
-        steps = len(walk.windows) * (2 * walk.count + 1)
-        self.survey.progress.start(label, steps)
-        # the backward goes from the last layer down; each finished one has a file
-        if not files[-1].exists() and not walk.gradients.has(walk.count):
-            walk.forward(self.opened_dense)
-            walk.losses(self.loss)
-        walk.backward(self.opened, lambda number: files[number].exists(), lowest=-1)
-        self.survey.progress.finish()
-        layers = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        layers = self.drawn.records(label, self.measured)
         return {name: found for layer in layers for name, found in layer.items()}
 
-    def file(self, number: int) -> Path:
-        """The file with the divergences of a layer."""
-        return self.folder / f"divergence-{number:04d}.json"
-
     @contextmanager
-    def opened_dense(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
-        """A layer for the forward."""
-        with self.target.layer(number) as layer:
-            yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
-
-    def loss(self, place: int, hidden: Tensor) -> Tensor:
-        """A number with the gradient of Σ_s −log p(y_s) of a window: p − (1 at y_s) at logits s."""
-        logits = self.outer.head(place, hidden)
-        # One number for each token, of the CPU: all devices draw the same.
-        random = torch.Generator().manual_seed(place)
-        draws = torch.rand(len(logits), 1, generator=random, dtype=torch.float64)
-        draws = draws.to(logits.device)
-        gradient = torch.empty_like(logits)
-        with torch.no_grad():
-            for rows, own, draw in zip(
-                gradient.split(_ROWS), logits.split(_ROWS), draws.split(_ROWS), strict=True
-            ):
-                p = own.float().softmax(-1)  # [tokens, vocabulary]
-                labels = drawn(p, draw)
-                # ∂(−log p(y)) / ∂logits = p − 1 at the drawn token
-                rows.copy_(p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0)))
-        self.survey.progress.step(note="predictions")
-        return torch.dot(logits.flatten(), gradient.flatten())  # d/dlogits is `gradient`
-
-    @contextmanager
-    def opened(self, number: int) -> Iterator[tuple[nn.Module, Callable[[int], None]]]:
-        """A layer for the backward; in the end the divergences of its linears are in a file."""
-        tokens = self.outer.windows.numel()
-        with self.target.layer(number) as layer, only_learning(layer, []):
-            linears = linears_of(layer, self.target.architecture.layer_name(number))
-            changes = self.changes(number, layer, linears)
-            with _products(linears.values(), changes) as sums:
-                yield layer, lambda place: self.survey.progress.step(note=f"layer {number}")
-        found = {
+    def measured(self, number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
+        """The divergences of the linears of a layer, after its backward."""
+        tokens, found = self.drawn.outer.windows.numel(), dict[str, Any]()
+        linears = linears_of(layer, self.target.architecture.layer_name(number))
+        changes = self.changes(number, layer, linears)
+        with _products(linears.values(), changes) as sums:
+            yield found
+        for name, ways in sums.items():
             # ½ mean_t (g_t · δ_t)²
-            name: {way: 0.5 * float(total) / tokens for way, total in ways.items()}
-            for name, ways in sums.items()
-        }
-        write_json(self.file(number), found)
+            found[name] = {way: 0.5 * float(total) / tokens for way, total in ways.items()}
 
     @torch.no_grad()
     def changes(self, number: int, layer: nn.Module, linears: Linears) -> Ways:
         """Ŵ − W of the competing linears of a layer; no experts that saw no token."""
         survey = self.survey
         # the same windows again, for the statistics that the changes read
-        passes = range(len(self.walk.windows) if self.names else 0)
-        forwards = [partial(self.walk.outputs, number, layer, place) for place in passes]
+        walk = self.drawn.walk
+        passes = range(len(walk.windows) if self.names else 0)
+        forwards = [partial(walk.outputs, number, layer, place) for place in passes]
         shared = survey.gathered(layer, self.layouts[number].groups, linears, self.names, forwards)
         view = LayerView(survey, number, linears, shared, self.grains)
         for name in view.unreached:
