@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from cuts import cut_on_disk, logits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from same_logits import assert_same_logits
 from slow import slow_but
 from tiny import saved
@@ -115,22 +115,6 @@ def test_structure_chooses_experts_by_reap(family: str, tmp_path: Path) -> None:
         source, output=tmp_path / "out", experts=4, calibration=tmp_path / "windows.safetensors"
     )
     assert {n for n in sizes_of(load_whole(tmp_path / "out", CPU)).experts if n} == {4}
-
-
-def test_layers_for_further_tokens_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """transformers does not build them, and their experts would have the uncut number."""
-    model: Any = tiny_model("glm4_moe")
-    model.config.num_nextn_predict_layers = 1
-    source = saved(model, tmp_path / "source")
-    extra = {"model.layers.3.eh_proj.weight": torch.ones(32, 64)}
-    tensors = load_file(source / "model.safetensors")
-    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
-    cut_checkpoint(source, Cut(experts=kept_of(model)), tmp_path / "out")
-    assert "1 stored tensors" in caplog.text
-    assert "model.layers.3.eh_proj.weight" in caplog.text
-    assert load_whole(tmp_path / "out", CPU).config.num_nextn_predict_layers == 0
 
 
 def test_experts_that_are_stored_fused(tmp_path: Path) -> None:

@@ -449,6 +449,18 @@ def setting(config: Any, name: str, default: Any = None) -> Any:
     return getattr(config, name, default) if read is None else read(name, default)
 
 
+FURTHER_COUNTS = (
+    "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules",
+)  # fmt: skip
+"""How configurations call the number of layers that predict further tokens."""
+
+
+def further_counts(config: Any) -> dict[str, int]:
+    """The numbers of layers that predict further tokens in a configuration, where it names some."""
+    found = ((key, setting(text_config(config), key)) for key in FURTHER_COUNTS)
+    return {key: int(value) for key, value in found if value}
+
+
 def _decoder_inside(model: Any, base: str) -> str | None:
     """The path of the decoder of a model that also sees or hears; None for a plain decoder."""
     config = getattr(model, "config", None)

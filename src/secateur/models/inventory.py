@@ -4,6 +4,18 @@ Counts use stored tensors, not modules. A module may occur twice and be stored o
 may belong to no visible module: experts that transformers fuses, a tower for pictures, a layer that
 predicts further tokens. So every floating-point tensor of two or more dimensions is either the
 weight of a linear that can be pruned, or it has a reason why not.
+
+Layers that predict further tokens (MTP) are found by their names:
+
+    model.layers.N.…   N counts on from the decoder layers: DeepSeek V3, GLM-4.5 and later,
+                       MiniMax-M2, Step 3.5
+    mtp.layers.N.…     Qwen3-Next, Qwen3.5, Nemotron-H; also model.mtp_layers.N (MiMo),
+                       model.mtp_block.N (ERNIE 4.5) and the like
+    mtp.…              what serves all of them
+
+Within such a layer, its decoder layer has the names of every other one. Beside it stand norms and a
+projection for the last hidden state and the embedding of the next token, and perhaps a table and a
+head of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +24,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -25,6 +37,7 @@ from secateur.models.architecture import (
     of_unknown_experts,
     stored_linears,
 )
+from secateur.models.expert_layout import Experts
 from secateur.runs.records import SkippedMatrix
 
 EXPERTS = "experts in a layout that is not known"
@@ -201,3 +214,80 @@ def weights_of(matrices: Iterable[StoredMatrix]) -> Iterator[tuple[str, str, int
     for matrix in matrices:
         if matrix.linear is None:
             yield matrix.part or matrix.name, matrix.reason, matrix.weights
+
+
+_APART = re.compile(r"(?:^|\.)mtp\w*(?=\.|$)")
+"""What holds these layers where they are not in the list of decoder layers."""
+
+
+class FurtherPlace(NamedTuple):
+    """Where a name lies within a layer that predicts further tokens.
+
+    Attributes:
+        layer: its number, from 0.
+        inner: the name within the layer.
+        span: where the name has the number of the layer.
+        listed: whether this number counts on from the decoder layers.
+    """
+
+    layer: int
+    inner: str
+    span: tuple[int, int]
+    listed: bool
+
+
+@dataclass(frozen=True)
+class FurtherLayers:
+    """Finds layers that predict further tokens by the names of tensors and modules.
+
+    Attributes:
+        leaf: the last name of the list of decoder layers.
+        depth: how many decoder layers there are.
+        others: the names of what owns other lists of this name, such as a vision tower.
+    """
+
+    leaf: str
+    depth: int
+    others: frozenset[str]
+
+    @classmethod
+    def of(cls, model: Any, architecture: Architecture) -> FurtherLayers:
+        """Those of a model, loaded or a skeleton."""
+        *_, owner, leaf = ["", *architecture.layers_path.split(".")]
+        names = [["", *name.split(".")] for name, _ in model.named_modules()]
+        others = frozenset(name[-2] for name in names if name[-1] == leaf) - {owner}
+        return cls(leaf, len(architecture.layers(model)), others)
+
+    def holds(self, name: str) -> bool:
+        """Whether a name belongs to them, or to what serves all of them."""
+        return _APART.search(name) is not None or self.place(name) is not None
+
+    def listed(self, name: str) -> re.Match[str] | None:
+        """Where a name has the number in the list of layers (group 1), and what follows (2)."""
+        found = re.search(rf"(?:^|\.){re.escape(self.leaf)}\.(\d+)(?:\.(.+)|\*|$)", name)
+        owner = name[: found.start()].rpartition(".")[2] if found else ""
+        return None if _APART.search(name) or owner in self.others else found
+
+    def place(self, name: str) -> FurtherPlace | None:
+        """Where a name lies within one of them; None for any other name."""
+        apart = _APART.search(name)
+        own = re.compile(r"(?:layers\.)?(\d+)(?:\.(.+)|\*|$)")
+        found = own.match(name, apart.end() + 1) if apart else self.listed(name)
+        number = int(found[1]) - (0 if apart else self.depth) if found else -1
+        if found is None or number < 0:
+            return None
+        return FurtherPlace(number, found[2] or "", found.span(1), not apart)
+
+    def experts(self, experts: Experts, names: Iterable[str]) -> dict[int, dict[int, list[str]]]:
+        """The matrices of each expert of these layers, by the numbers of both.
+
+        Args:
+            experts: of the decoder layers.
+            names: of tensors, where each expert has its own (`Experts.split`).
+        """
+        found: dict[int, dict[int, list[str]]] = {}
+        for name in names:
+            place, expert = self.place(name), experts.place_of(name)
+            if place and expert and experts.stored_linear(name):
+                found.setdefault(place.layer, {}).setdefault(int(expert[1]), []).append(name)
+        return found

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchitectureError, CheckpointError, first_line
-from secateur.models.architecture import experts_of, setting, text_config
+from secateur.models.architecture import experts_of, further_counts, setting, text_config
 from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged
 from secateur.models.configuration import TrustedFolder, check_sizes, transformers_errors
 from secateur.models.experts import open_experts
@@ -205,12 +205,6 @@ def _refuse_shape(stored: str, entry: TensorEntry, asked: tuple[int, ...]) -> No
         )
 
 
-MTP_LAYERS = (
-    "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules",
-)  # fmt: skip
-"""How configurations call the number of layers that predict further tokens."""
-
-
 def _refuse_surplus(model: Any, names: Iterable[str], folder: Path) -> None:
     """Refuse stored decoder layers, or modules in them, that the model has no place for.
 
@@ -218,7 +212,7 @@ def _refuse_surplus(model: Any, names: Iterable[str], folder: Path) -> None:
     """
     config = text_config(model.config)
     depth = setting(config, "num_hidden_layers")
-    further = max((setting(config, key) or 0 for key in MTP_LAYERS), default=0)
+    further = max(further_counts(config).values(), default=0)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     decoder = {path for path, length in lists.items() if length == depth}

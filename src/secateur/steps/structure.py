@@ -103,7 +103,8 @@ def plan_structure(
 
         memory = plan_width_run(recipe, plan, source.folder)
     read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
-    check_output(recipe.output, "structure", _disk_bytes(recipe, plan, skeleton), read, call)
+    disk = _disk_bytes(recipe, plan, skeleton, source.folder)
+    check_output(recipe.output, "structure", disk, read, call)
     after = None if unknown else found.after
     return CutPlanResult(
         steps=tuple(steps), before=found.before, after=after, unknown=unknown, plan=memory
@@ -119,12 +120,16 @@ def _unknown_sizes(recipe: StructureRecipe, plan: cut_plan.CutPlan) -> tuple[str
     return tuple(name for name, given in conditions.items() if given)
 
 
-def _disk_bytes(recipe: StructureRecipe, plan: cut_plan.CutPlan, skeleton: Any) -> int:
+def _disk_bytes(
+    recipe: StructureRecipe, plan: cut_plan.CutPlan, skeleton: Any, folder: Path
+) -> int:
     """What the run writes: every step a model no smaller than the result, and the result."""
     found = cut_plan.counted_cut(recipe, plan, skeleton)
     if _unknown_sizes(recipe, plan):
         return found.before.file_bytes
-    return found.after.file_bytes * (1 + len(_steps_of(recipe, plan, skeleton)))
+    # layers for further tokens, which the model does not count
+    more = max(0, CheckpointReader(folder).total_bytes - found.before.file_bytes)
+    return (found.after.file_bytes + more) * (1 + len(_steps_of(recipe, plan, skeleton)))
 
 
 def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, cut_plan.CutPlan]:
@@ -199,7 +204,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
     @property
     def disk_bytes(self) -> int:
         """The models of all steps, and the result."""
-        return _disk_bytes(self.recipe, self.plan, self.skeleton)
+        return _disk_bytes(self.recipe, self.plan, self.skeleton, self.run.source.folder)
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""

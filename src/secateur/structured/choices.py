@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from secateur.calibration.windows import load_windows
 from secateur.engine.plan_memory import PrunePlan
 from secateur.engine.prepared import Prepared, choose_plan, prepare
@@ -28,6 +30,7 @@ from secateur.engine.search.depth import EVOLUTION, choose_depth
 from secateur.engine.search.expert_divergence import divergence_scores
 from secateur.models import checkpoint, opening, skeleton, sources
 from secateur.models.experts import OpenExperts
+from secateur.models.inventory import FurtherLayers
 from secateur.models.sources import LocalCheckpoint
 from secateur.models.targets import CheckpointTarget, walk_layers
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
@@ -103,11 +106,12 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         by = "frequency" if recipe.experts_by == "merge" else recipe.experts_by
         scores = survey.scores_of(use, by, recipe.calibration.seed)
         noted = {layer: own.to_json() for layer, own in use.items()}
+    top_k, groups = experts.per_token(config) or 1, experts.divided(config)
     kept = survey.best_experts(
         scores,
         context.plan.keep_experts,
-        experts.per_token(config) or 1,
-        groups=experts.divided(config),
+        top_k,
+        groups=groups,
         scope=recipe.experts_scope,
         nats=recipe.experts_by == "divergence",
     )
@@ -118,7 +122,15 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         "scope": recipe.experts_scope,
         "use": {str(layer): of_layer for layer, of_layer in noted.items()},
     }
-    return Cut(experts=kept), notes, folder
+    # no forward of the model reaches layers for further tokens, so their weights decide
+    most, layers = max(map(len, kept.values())), FurtherLayers.of(target.model, target.architecture)
+    further = {
+        layer: torch.tensor([survey.aimer(map(target.reader.read, own[e])) for e in sorted(own)])
+        for layer, own in layers.experts(experts, target.reader.entries).items()
+        if len(own) >= most
+    }
+    predicting = survey.best_experts(further, most, top_k, groups=groups) if further else {}
+    return Cut(experts=kept, predicting=predicting), notes, folder
 
 
 def _merge_experts(

@@ -75,6 +75,8 @@ class Cut:
         neurons: FFN neurons, by layer; an empty list removes the FFN sub-block.
         experts: experts, by layer.
         hidden: channels of the residual stream.
+        predicting: experts of layers that predict further tokens, by the number of the layer among
+            these, from 0.
     """
 
     layers: Kept | None = None
@@ -83,6 +85,7 @@ class Cut:
     neurons: Mapping[int, Kept] = field(default_factory=dict)
     experts: Mapping[int, Kept] = field(default_factory=dict)
     hidden: Kept | None = None
+    predicting: Mapping[int, Kept] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,7 +96,7 @@ class Cut:
         """The cut as JSON: keys are text, tuples are lists."""
         of_model = {name: getattr(self, name) for name in ("layers", "hidden")}
         record: dict[str, Any] = {name: list(x) for name, x in of_model.items() if x is not None}
-        for name in (name for name in UNITS if getattr(self, name)):
+        for name in (name for name in (*UNITS, "predicting") if getattr(self, name)):
             record[name] = {str(i): list(kept) for i, kept in getattr(self, name).items()}
         return record
 

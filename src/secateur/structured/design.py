@@ -27,10 +27,16 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models import skeleton as skeletons
-from secateur.models.architecture import Couplings, describe, setting, text_config
+from secateur.models.architecture import (
+    Couplings,
+    describe,
+    further_counts,
+    setting,
+    text_config,
+)
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.counting import layer_caches
-from secateur.models.opening import form_of
+from secateur.models.inventory import FurtherLayers
 from secateur.runs.records import Counts
 from secateur.structured import cut as units
 from secateur.structured.edits import (
@@ -74,16 +80,61 @@ class Design(Blueprint):
     skeleton: Any
 
     @cached_property
-    def other_stacks(self) -> frozenset[str]:
-        """The names of what owns other lists of layers, such as the `encoder` of a vision tower."""
-        *_, owner, leaf = ["", *self.architecture.layers_path.split(".")]
-        names = [["", *name.split(".")] for name, _ in self.uncut.named_modules()]
-        return frozenset(name[-2] for name in names if name[-1] == leaf) - {owner}
+    def further(self) -> FurtherLayers:
+        """Finds layers of the uncut model that predict further tokens."""
+        return FurtherLayers.of(self.uncut, self.architecture)
 
     @property
     def varied(self) -> bool:
         """Whether the result needs its own code to load."""
         return hasattr(self.skeleton.config, "secateur_cut")
+
+    def further_edit(self, stored: str, name: str, shape: tuple[int, ...]) -> TensorEdit:
+        """The edit of a tensor of a layer that predicts further tokens, by its place.
+
+        Args:
+            stored: its name.
+            name: as the model would call it.
+            shape: as it is stored.
+        """
+        edit, place = TensorEdit.copy(stored, shape), self.further.place(name)
+        kept = self.predicting.get(place.layer) if place else None
+        experts, couplings = self.architecture.experts, self.architecture.couplings
+        if place is None or kept is None or experts is None or couplings is None:
+            return edit
+        owner, _, leaf = place.inner.rpartition(".")
+        axes = couplings.layer.get(place.inner) or couplings.layer.get(owner, ())
+        if owner == experts.module and leaf in experts.layout.projections:
+            axes = ("experts",)  # those of all experts
+        axes = axes[: len(shape)]
+        if "experts" not in axes:
+            return edit
+        axis, indices, sizes = axes.index("experts"), [*edit.kept], [*shape]
+        indices[axis], sizes[axis] = kept, len(kept)
+        return replace(edit, kept=tuple(indices), shape=tuple(sizes))
+
+    def misfit(self, edits: Mapping[str, TensorEdit], further: Mapping[str, TensorEdit]) -> str:
+        """Why layers that predict further tokens cannot follow the cut; empty if they can.
+
+        Args:
+            edits: of the tensors that the class builds, by the stored names of the results.
+            further: of those of these layers, in the same way.
+        """
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for name, edit in edits.items():
+            if found := self.further.listed(name):
+                shapes.setdefault(found[2], set()).add(edit.shape)
+        for name, edit in further.items():
+            place = self.further.place(name)
+            there = shapes.get(place.inner) if place else None
+            if there and edit.shape not in there:
+                return f"{name} is {list(edit.shape)}, and {list(max(there))} in decoder layers"
+        experts = self.architecture.experts  # which may be stored in another form than these
+        names = experts.layout.tensors if further and experts else ()
+        fused = (x for x in self.edits.values() if x.source.rpartition(".")[2] in names)
+        if any(kept is not None for x in fused for kept in x.kept[1:]):
+            return "neurons of experts are cut"
+        return ""
 
 
 def design(model: Any, cut: units.Cut) -> Design:
@@ -108,7 +159,8 @@ def design(model: Any, cut: units.Cut) -> Design:
     hidden = None if cut.hidden is None else torch.tensor(cut.hidden, dtype=torch.long)
     if hidden is not None and len(hidden) == sizes.hidden:
         hidden = None
-    blueprint = Blueprint(model, architecture, sizes, hidden, layer_cuts(cut, sizes))
+    predicting = {layer: torch.tensor(kept) for layer, kept in cut.predicting.items()}
+    blueprint = Blueprint(model, architecture, sizes, hidden, layer_cuts(cut, sizes), predicting)
     edits: Mapping[str, TensorEdit] = edits_of(blueprint)
     plain = _built_plain(blueprint, edits)
     if plain is not None:
@@ -174,7 +226,8 @@ def _layer_changes(blueprint: Blueprint) -> dict[str, Any]:
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     changes: dict[str, Any] = {key: len(kept)}
     if count != len(kept):
-        changes |= _kept_settings(config.to_dict(), kept, count)
+        further = max(further_counts(config).values(), default=0)
+        changes |= _kept_settings(config.to_dict(), kept, count, further)
     if getattr(config, "decoder_sparse_step", None) is not None and count != len(kept):
         # Every n-th layer had experts; with layers removed only a list can say which have.
         dense = [new for new, i in enumerate(kept) if not blueprint.sizes.experts[i]]
@@ -186,8 +239,13 @@ def _layer_changes(blueprint: Blueprint) -> dict[str, Any]:
     return changes
 
 
-def _kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) -> dict[str, Any]:
-    """The entries of a configuration that change when only some layers are kept."""
+def _kept_settings(
+    entries: Mapping[str, Any], kept: Sequence[int], count: int, further: int
+) -> dict[str, Any]:
+    """The entries of a configuration that change when only some layers are kept.
+
+    Entries of layers that predict further tokens may follow those of the decoder layers, and stay.
+    """
     new_index = {old: new for new, old in enumerate(kept)}
     found: dict[str, Any] = {}
     for name, value in entries.items():
@@ -207,11 +265,11 @@ def _kept_settings(entries: Mapping[str, Any], kept: Sequence[int], count: int) 
             found[name] = [value[i % len(value)] for i in kept]
         elif (
             isinstance(value, list | tuple | str)  # a value, or a letter, for each layer
-            and len(value) == count
+            and len(value) in (count, count + further)
             and any(part in name for part in _PER_LAYER)
             and not name.startswith("mtp")  # of layers that predict further tokens
         ):
-            own = [value[i] for i in kept]
+            own = [value[i] for i in (*kept, *range(count, len(value)))]
             found[name] = "".join(own) if isinstance(value, str) else type(value)(own)
     return found
 
@@ -616,9 +674,9 @@ def verified(skeleton: Any, source: Path, made: Path, promised: Mapping[str, Any
         accounting(skeleton, units.Cut()).before,
         accounting(written, units.Cut()).before,
     )
-    if form_of(source) is not None:  # in a form at rest, weights take fewer bytes than in memory
-        before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
-        after = after.model_copy(update={"file_bytes": CheckpointReader(made).total_bytes})
+    # weights in a form at rest take fewer bytes than in memory, and layers for further tokens more
+    before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
+    after = after.model_copy(update={"file_bytes": CheckpointReader(made).total_bytes})
     decoder = promised["after"]["decoder"]
     if after.decoder != decoder:
         raise VerificationError(

@@ -22,6 +22,7 @@ A LayerNorm also subtracts the mean, and runs over the kept channels without a c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -127,6 +128,7 @@ class Blueprint:
         sizes: of the uncut model.
         hidden: the kept channels of the residual stream; None = all.
         layers: for each kept layer, the units it keeps.
+        predicting: experts that stay in layers that predict further tokens, as in `Cut`.
     """
 
     uncut: Any
@@ -134,6 +136,7 @@ class Blueprint:
     sizes: Sizes
     hidden: Tensor | None
     layers: list[LayerCut]
+    predicting: Mapping[int, Tensor]
 
     @property
     def channels(self) -> int:

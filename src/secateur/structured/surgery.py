@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.models import at_rest, checkpoint, inventory, opening, skeleton
-from secateur.models.architecture import Linear, describe
+from secateur.models.architecture import Linear, describe, further_counts, text_config
 from secateur.models.configuration import DESCRIPTIONS, OF_MODELOPT
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
@@ -112,8 +112,9 @@ def cut_checkpoint(
     stored = skeleton.stored_names(model, reader, split=False)
     edits = _stored_edits(made, stored, reader)
     _warn_if_varied(made)
-    used = {*stored.values(), *(edit.source for edit in edits.values())}
-    _leave_out_unbuilt(made, sorted(reader.entries.keys() - used))
+    sources = {edit.source for edit in edits.values()}
+    known = {name for name in stored.values() if not made.further.holds(name)}
+    edits |= _further_edits(made, edits, reader, sorted(reader.entries.keys() - sources - known))
     result = account(made)
     kept = _part_edits(made, edits, reader) if isinstance(reader, at_rest.AssembledReader) else None
     output_folder.mkdir(parents=True, exist_ok=True)
@@ -138,24 +139,45 @@ def _warn_if_varied(made: Design) -> None:
         )
 
 
-def _leave_out_unbuilt(made: Design, names: Sequence[str]) -> None:
-    """Name stored tensors that the class does not build, such as layers for further tokens.
+def _further_edits(
+    made: Design,
+    edits: Mapping[str, TensorEdit],
+    reader: checkpoint.CheckpointReader,
+    unbuilt: Sequence[str],
+) -> dict[str, TensorEdit]:
+    """The edits of what the class does not build: layers that predict further tokens.
 
-    The cut cannot follow them, and engines that use them need the uncut sizes. So the result lacks
-    them, and its configuration says so.
+    They stay whole, but for experts that leave. Where their tensors no longer have the shapes that
+    those of a decoder layer have, engines cannot load them. Then the result lacks them, and its
+    configuration says so. All other tensors that the class does not build are left out.
+
+    Args:
+        made: the cut.
+        edits: of all other tensors, by the stored names of the results.
+        reader: the checkpoint.
+        unbuilt: the names of these tensors.
     """
-    if not names:
-        return
-    log.warning(
-        "%d stored tensors are no part of the causal language model (%s, …): the cut model is "
-        "written without them",
-        len(names),
-        names[0],
-    )
-    config = made.skeleton.config
-    for key in skeleton.MTP_LAYERS:
-        if getattr(config, key, None):
+    names, found = skeleton.model_names(made.uncut, reader, split=False), dict[str, TensorEdit]()
+    further = [name for name in unbuilt if made.further.holds(name)]
+    for name in further:
+        target = _renumbered(made, name)
+        if target is not None:  # its expert stays
+            found[target] = made.further_edit(name, names[name], reader.entries[name].shape)
+    left, why = [name for name in unbuilt if name not in set(further)], ""
+    if misfit := made.misfit(edits, found):
+        found, left, why = {}, list(unbuilt), f"; {misfit}"
+        config = text_config(made.skeleton.config)
+        for key in further_counts(config):
             setattr(config, key, 0)
+    if left:
+        log.warning(
+            "%d stored tensors are no part of the causal language model (%s, …): the cut model is "
+            "written without them%s",
+            len(left),
+            left[0],
+            why,
+        )
+    return found
 
 
 def _write_other_files(folder: Path, output: Path, made: Design) -> None:
@@ -303,9 +325,10 @@ def _part_edits(
                 continue
             rest = (None,) * (len(shape) - 1)
             found[name] = TensorEdit(part, (first, *rest), (len(first), *shape[1:]))
+    further = any(made.further.holds(edit.source) for edit in edits.values())
     for name in reader.dropped:  # scales of activations: another program may use them
         new = _renumbered(made, name)
-        if new is not None:
+        if new is not None and (further or not made.further.holds(name)):
             found[new] = TensorEdit.copy(name, entries[name].shape)
     return found
 
@@ -373,16 +396,17 @@ def _renumbered(made: Design, name: str) -> str | None:
     It may lack the base model's prefix. None if its layer or its expert is removed. Layers of
     another part of the model, such as a vision tower, keep their numbers.
     """
-    leaf, experts = made.architecture.layers_path.rpartition(".")[2], made.architecture.experts
-    order = [layer.index for layer in made.layers]
-    found = re.search(rf"(?:^|\.){leaf}\.(\d+)(?=[.*]|$)", name)
-    if found and name[: found.start()].rpartition(".")[2] in made.other_stacks:
-        return name
-    new = _with_new_number(name, found, order)
-    if found is None or new is None or experts is None:
-        return new
-    kept = made.layers[order.index(int(found[1]))].experts
-    if kept is None:
+    experts, order = made.architecture.experts, [layer.index for layer in made.layers]
+    new: str | None
+    if place := made.further.place(name):
+        number = place.layer + len(order) * place.listed
+        new = f"{name[: place.span[0]]}{number}{name[place.span[1] :]}"
+        kept = made.predicting.get(place.layer)
+    else:
+        found = made.further.listed(name)
+        new = _with_new_number(name, found, order)
+        kept = made.layers[order.index(int(found[1]))].experts if found and new else None
+    if new is None or experts is None or kept is None:
         return new
     return _with_new_number(new, experts.place_of(new), kept.tolist())
 

@@ -1,0 +1,108 @@
+"""Cuts of checkpoints with layers that predict further tokens: they follow, or are left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from at_rest import stored_tensors
+from further import FORMS, Predictor, own_tensors, renamed, save_further, start_of
+from same_logits import assert_same_logits
+from slow import slow_but
+from torch import Tensor
+
+from secateur.models.opening import load_whole
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import cut_checkpoint
+
+CPU = torch.device("cpu")
+QUICK = ("glm4_moe", "minimax_m2", "qwen3_5_moe fused")
+ALL = slow_but(QUICK, FORMS)
+
+
+def kept_of(name: str) -> dict[str, Any]:
+    """Experts that stay in the decoder layers, and others in the layer for further tokens."""
+    counts = {"glm4_moe": (1, 2), "deepseek_v3": (1, 2)}
+    if name in counts:  # groups of three
+        return {"experts": dict.fromkeys((1, 2), (0, 2, 3, 5)), "predicting": {0: (1, 2, 3, 4)}}
+    return {"experts": dict.fromkeys(range(3), (0, 2, 4)), "predicting": {0: (1, 3, 4)}}
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Hidden states of two windows, and the tokens after each position."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2, 7, 32, generator=generator)
+    return hidden, torch.randint(3, 96, (2, 7), generator=generator)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_experts_of_the_layer_are_removed(name: str, tmp_path: Path) -> None:
+    """What stays is computed as in the uncut layer whose router does not choose the others."""
+    source, form = save_further(tmp_path / "m", name), FORMS[name]
+    kept = kept_of(name)
+    cut_checkpoint(source, Cut(**kept), tmp_path / "c")
+    chosen = kept["predicting"][0]
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "c")
+    layer, linear = start_of(form), ".w1." if name == "minimax_m2" else ".gate_proj."
+    for own, shape in own_tensors(form).items():
+        assert after[own].shape == shape
+        assert torch.equal(after[own], before[own])
+    there = sorted(n for n in after if n.startswith(layer) and ".experts." in n and linear in n)
+    assert len(there) == (0 if form.fused else len(chosen))
+    for new, number in enumerate(there):
+        old = number.replace(f".experts.{new}.", f".experts.{chosen[new]}.")
+        assert torch.equal(after[number], before[old])
+    router = next(n for n in after if n.startswith(layer) and n.endswith(".gate.weight"))
+    assert torch.equal(after[router], before[router][list(chosen)])
+    assert config_of(tmp_path / "c")[form.counted] == 1
+    off = {*range(before[router].shape[0])} - {*chosen}
+    expected = Predictor(source, name, off).logits(*inputs())
+    assert_same_logits(Predictor(tmp_path / "c", name).logits(*inputs()), expected)
+    load_whole(tmp_path / "c", CPU)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_layer_stays_whole_behind_fewer_layers(name: str, tmp_path: Path) -> None:
+    source, form = save_further(tmp_path / "m", name, shards=3), FORMS[name]
+    cut_checkpoint(source, Cut(layers=(1, 2)), tmp_path / "c")
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "c")
+    own = {n: x for n, x in before.items() if n.startswith((start_of(form), "mtp."))}
+    assert {n for n in after if n.startswith((start_of(form, 2), "mtp."))} == {
+        renamed(n, form, 2) for n in own
+    }
+    assert all(torch.equal(after[renamed(n, form, 2)], x) for n, x in own.items())
+    assert config_of(tmp_path / "c")[form.counted] == 1
+    expected = Predictor(source, name).logits(*inputs())
+    assert torch.equal(Predictor(tmp_path / "c", name).logits(*inputs()), expected)
+    load_whole(tmp_path / "c", CPU)
+
+
+LEFT: list[tuple[str, Cut]] = [
+    ("input_layernorm", Cut(hidden=tuple(range(24)))),
+    ("k_proj", Cut(groups=dict.fromkeys(range(3), (1,)))),
+    ("gate.e_score", Cut(experts=dict.fromkeys((1, 2), (0, 2, 3, 5)))),
+    ("gate.e_score", Cut(experts=dict.fromkeys((1, 2), (0, 2, 3, 5)), predicting={0: (0, 3)})),
+]
+
+
+@pytest.mark.parametrize(("reason", "cut"), LEFT)
+def test_a_layer_that_cannot_follow_is_left_out(
+    reason: str, cut: Cut, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine would read its tensors in the sizes of the cut decoder layers."""
+    source = save_further(tmp_path / "m", "glm4_moe")
+    cut_checkpoint(source, cut, tmp_path / "c")
+    count = sum(n.startswith("model.layers.3.") for n in stored_tensors(source))
+    assert f"{count} stored tensors" in caplog.text
+    assert reason in caplog.text.rpartition(";")[2]
+    assert not any(n.startswith("model.layers.3.") for n in stored_tensors(tmp_path / "c"))
+    assert config_of(tmp_path / "c")["num_nextn_predict_layers"] == 0
+    load_whole(tmp_path / "c", CPU)
