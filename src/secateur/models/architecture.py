@@ -24,6 +24,8 @@ An axis has the name of the units along it:
 | `neurons`   | FFN neurons                                                                     |
 | `state`     | channels of a state space or a convolution, which are not cut                   |
 | `experts`   | experts of a mixture                                                            |
+| `expert_neurons` | neurons of each expert; those of gate and up in one axis                   |
+| `shared_neurons` | neurons of the expert that every token has                                 |
 | `layers`    | what a parameter outside the layers holds for each layer: layers × size         |
 | `-`         | nothing that can be cut (the vocabulary, one head's own channels)               |
 

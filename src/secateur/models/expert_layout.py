@@ -152,6 +152,9 @@ class Experts:
             empty where it stores them alone, or as transformers holds them.
         count: the name that the configuration has for the number of experts of a layer.
         chosen: the name that it has for the number of experts of each token.
+        width: the name that it has for the number of neurons of an expert.
+        shared_width: the name that it has for the number of neurons of the shared expert; empty
+            where that is a multiple of the other experts' number.
         layout: how transformers fuses them.
         scaled_inputs: the model multiplies the input of an expert by the router's weight, instead
             of the output. Every expert is called with all tokens, and those that are not sent to it
@@ -164,6 +167,8 @@ class Experts:
     stacked: str = ""
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    shared_width: str = ""
     layout: ExpertLayout = field(default_factory=ExpertLayout)
     scaled_inputs: bool = False
 
@@ -189,7 +194,8 @@ class Experts:
         """
         axes: dict[str, tuple[str, ...]] = {self.router: ("experts", "hidden")}
         for name, linears in self.layout.tensors.items():
-            matrix = (stream, "-") if linears == ("down_proj",) else ("-", stream)
+            down = linears == ("down_proj",)
+            matrix = (stream, "expert_neurons") if down else ("expert_neurons", stream)
             own = matrix[:1] if name.endswith("_bias") else matrix
             own = own[::-1] if self.layout.transposed else own
             axes[f"{self.module}.{name}"] = ("experts", *own)

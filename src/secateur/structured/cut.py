@@ -18,6 +18,7 @@ from secateur.models.architecture import (
     setting,
     text_config,
 )
+from secateur.models.expert_layout import Experts
 
 QUERIES_OF_A_GROUP = "num_key_value_groups"
 """The name in transformers of the number of query heads that share a key."""
@@ -37,6 +38,8 @@ class Sizes:
         groups: KV groups; 0 where there is no attention.
         neurons: FFN neurons; 0 where there is no FFN, or a mixture of experts.
         experts: experts; 0 where the FFN is dense.
+        shared_neurons: neurons of the expert that every token has; 0 where there is none.
+        expert_neurons: neurons of each other expert; 0 where the FFN is dense.
         expert_groups: the groups into which a router divides them, in their order.
         latent: whether attention is latent, so that what is cached belongs to no head.
     """
@@ -47,6 +50,8 @@ class Sizes:
     groups: tuple[int, ...]
     neurons: tuple[int, ...]
     experts: tuple[int, ...]
+    shared_neurons: tuple[int, ...]
+    expert_neurons: tuple[int, ...]
     expert_groups: int = 1
     latent: bool = False
 
@@ -74,6 +79,9 @@ class Cut:
             attention. Then groups stay whole.
         neurons: FFN neurons, by layer; an empty list removes the FFN sub-block.
         experts: experts, by layer.
+        shared_neurons: neurons of the expert that every token has, by layer.
+        expert_neurons: neurons of each expert of the uncut layer, by layer. Those of a layer keep
+            equally many.
         hidden: channels of the residual stream.
         predicting: experts of layers that predict further tokens, by the number of the layer among
             these, from 0.
@@ -84,6 +92,8 @@ class Cut:
     queries: Mapping[int, Kept] = field(default_factory=dict)
     neurons: Mapping[int, Kept] = field(default_factory=dict)
     experts: Mapping[int, Kept] = field(default_factory=dict)
+    shared_neurons: Mapping[int, Kept] = field(default_factory=dict)
+    expert_neurons: Mapping[int, tuple[Kept, ...]] = field(default_factory=dict)
     hidden: Kept | None = None
     predicting: Mapping[int, Kept] = field(default_factory=dict)
 
@@ -124,9 +134,22 @@ class Cut:
             for layer, kept in getattr(self, name).items():
                 if not 0 <= layer < sizes.layers:
                     yield f"{what} of layer {layer}: there are {sizes.layers} layers"
-                elif name in ("experts", "queries") or kept:
+                elif name == "expert_neurons":
+                    yield from self._faults_of_experts(layer, sizes)
+                elif name in ("experts", "queries", "shared_neurons") or kept:
                     yield from _faults_of(f"{what} of layer {layer}", kept, counts[layer])
         yield from self._uneven(sizes)
+
+    def _faults_of_experts(self, layer: int, sizes: Sizes) -> Iterator[str]:
+        """Sentences about the kept neurons of the experts of a layer."""
+        each, there = self.expert_neurons[layer], sizes.experts[layer]
+        if len(each) != there:
+            yield f"layer {layer}: the cut names neurons of {len(each)} of its {there} experts"
+        for expert, kept in enumerate(each[:there]):
+            what = f"neurons of expert {expert} of layer {layer}"
+            yield from _faults_of(what, kept, sizes.expert_neurons[layer])
+        if len(counts := {*map(len, each)}) > 1:
+            yield f"layer {layer}: some experts keep {min(counts)} neurons, some {max(counts)}"
 
     def _uneven(self, sizes: Sizes) -> Iterator[str]:
         """Sentences about the kept query heads."""
@@ -153,7 +176,12 @@ UNITS = {
     "queries": "query heads",
     "neurons": "FFN neurons",
     "experts": "experts",
+    "shared_neurons": "neurons of the shared expert",
+    "expert_neurons": "neurons of experts",
 }
+
+NEURONS = ("neurons", "shared_neurons", "expert_neurons")
+"""The kinds of units that are neurons."""
 
 
 def _faults_of(what: str, kept: Sequence[int] | None, there: int) -> Iterator[str]:
@@ -180,7 +208,7 @@ def sizes_of(model: Any) -> Sizes:
     config, layers = text_config(model.config), architecture.layers(model)
     couplings, none = architecture.couplings, (0,) * len(layers)
     if couplings is None:
-        return Sizes(hidden_size(model), 0, 1, none, none, none)
+        return Sizes(hidden_size(model), 0, 1, none, none, none, none, none)
     # Attention says itself how many query heads share a key; the configuration counts all heads.
     heads = setting(config, "num_attention_heads") or 1
     per_group = heads // (setting(config, "num_key_value_heads") or heads)
@@ -203,6 +231,8 @@ def sizes_of(model: Any) -> Sizes:
         groups=tuple(_columns(x, couplings.consumer("queries")) // width for x in layers),
         neurons=tuple(_columns(x, couplings.consumer("neurons")) for x in layers),
         experts=tuple(_experts_of(layer, couplings) for layer in layers),
+        shared_neurons=tuple(_columns(x, couplings.consumer("shared_neurons")) for x in layers),
+        expert_neurons=tuple(_expert_neurons(x, architecture.experts) for x in layers),
         expert_groups=architecture.experts.divided(config) if architecture.experts else 1,
         latent=any(
             getattr(find(layer, couplings.attention), "kv_lora_rank", None) for layer in layers
@@ -213,15 +243,20 @@ def sizes_of(model: Any) -> Sizes:
 def consumers(model: Any) -> dict[str, str]:
     """The linears whose input columns are the units, by kind, named within a decoder layer.
 
+    The name for neurons of experts is a glob: such a linear is in every expert.
+
     Raises:
         ArchitectureError: the family declares no couplings.
     """
-    couplings = couplings_of(describe(model))
+    architecture = describe(model)
+    couplings = couplings_of(architecture)
     found = {kind: couplings.consumer(axis) for kind, axis in _CONSUMED.items()}
+    if architecture.experts is not None:
+        found["expert_neurons"] = f"{architecture.experts.module}.*.down_proj"
     return {kind: name for kind, name in found.items() if name is not None}
 
 
-_CONSUMED = {"groups": "queries", "neurons": "neurons"}
+_CONSUMED = {"groups": "queries", "neurons": "neurons", "shared_neurons": "shared_neurons"}
 
 
 def unit_width(sizes: Sizes, kind: str) -> int:
@@ -229,7 +264,7 @@ def unit_width(sizes: Sizes, kind: str) -> int:
 
     Args:
         sizes: of the model.
-        kind: `groups`, `queries` or `neurons`.
+        kind: `groups`, `queries`, or one of `NEURONS`.
     """
     widths = {"groups": sizes.heads_per_group * sizes.head_dim, "queries": sizes.head_dim}
     return widths.get(kind, 1)
@@ -288,6 +323,17 @@ def _experts_of(layer: nn.Module, couplings: Couplings) -> int:
         if "experts" in axes and parameter is not None:
             return int(parameter.shape[axes.index("experts")])
     return 0
+
+
+def _expert_neurons(layer: nn.Module, experts: Experts | None) -> int:
+    """How many neurons each expert of a layer has, fused or opened."""
+    module = find(layer, experts.module) if experts is not None else None
+    if experts is None or module is None:
+        return 0
+    if isinstance(module, nn.ModuleList):
+        return _columns(module[0], "down_proj")
+    shape = module.get_parameter("down_proj").shape
+    return int(shape[1 if experts.layout.transposed else 2])
 
 
 def find(layer: nn.Module, name: str) -> nn.Module | None:

@@ -186,7 +186,7 @@ def _built_plain(blueprint: Blueprint, edits: Mapping[str, TensorEdit]) -> Any:
         # units of each kept layer; 0 in layers of another kind
         sizes = {
             kind: [blueprint.count(layer, kind) for layer in blueprint.layers]
-            for kind in ("groups", "neurons", "experts")
+            for kind in ("groups", "experts", *units.NEURONS)
         }
         forms = [changes | _size_changes(blueprint, couplings, one) for one in _uniform(sizes)]
         heterogeneous = getattr(text_config(model.config), "is_heterogeneous", False)
@@ -317,10 +317,9 @@ def _own_sizes(
     elif couplings.neurons_key:
         for new, neurons in enumerate(sizes["neurons"]):
             own[new] |= {couplings.neurons_key: neurons} if neurons else {}
-    if experts is not None:
-        for new, count in enumerate(sizes["experts"]):
-            own[new] |= {names.get(experts.count, experts.count): count} if count else {}
-    alike = not (_differ(sizes["groups"]) or _differ(sizes["experts"]))
+    for new in range(len(own)) if experts is not None else ():
+        own[new] |= _of_experts(blueprint, {kind: each[new] for kind, each in sizes.items()})
+    alike = not any(_differ(each) for kind, each in sizes.items() if kind != "neurons")
     if of_all and alike and known is None:
         return of_all
     return of_all | {"per_layer_config": own}
@@ -344,12 +343,24 @@ def _size_changes(
             changes["head_dim"] = blueprint.sizes.head_dim
     if sizes["neurons"] and couplings.neurons_key:
         changes |= {couplings.neurons_key: sizes["neurons"], **couplings.with_neurons}
-    if blueprint.architecture.experts is not None:
-        count = blueprint.architecture.experts.count
-        changes[names.get(count, count)] = sizes["experts"]
+    changes |= _of_experts(blueprint, sizes)
     if getattr(config, "word_embed_proj_dim", None) == blueprint.sizes.hidden:
         changes["word_embed_proj_dim"] = channels
     return changes
+
+
+def _of_experts(blueprint: Blueprint, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The entries of the configuration for the number of experts and their sizes."""
+    experts = blueprint.architecture.experts
+    if experts is None:
+        return {}
+    names = text_config(blueprint.uncut.config).attribute_map
+    entries = {
+        experts.count: sizes["experts"],
+        experts.width: sizes["expert_neurons"],
+        experts.shared_width: sizes["shared_neurons"],
+    }
+    return {names.get(key, key): count for key, count in entries.items() if key and count}
 
 
 def _built(model_class: Any, config_class: Any, entries: Mapping[str, Any], like: Any) -> Any:
@@ -525,7 +536,7 @@ def _already_gone(blueprint: Blueprint, couplings: Couplings, layer: LayerCut) -
     sizes, i = blueprint.sizes, layer.index
     groups = None if sizes.groups[i] else empty
     neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
-    gone = gone_of(couplings, LayerCut(i, groups, None, neurons, None))
+    gone = gone_of(couplings, LayerCut(i, groups, None, neurons, None, None, None))
     uncut = blueprint.architecture.layers(blueprint.uncut)[i]  # stand-ins have no parameters
     there = (units.find(uncut, name) for name in gone)
     without = (module is not None and not list(module.parameters()) for module in there)

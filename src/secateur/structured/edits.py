@@ -42,8 +42,11 @@ class TensorEdit:
 
     Attributes:
         source: name of the parameter in the uncut model.
-        kept: for each stored axis the kept indices; None for all.
+        kept: for each stored axis the kept indices; None for all. Of the neurons of experts they
+            are [experts, neurons], those of each expert.
         shape: of the result.
+        interleaved: whether gate and up of experts take turns along the axis of neurons; otherwise
+            all of gate come first.
         scale: factor of the result, applied while `offset` is added.
         offset: the number that the parameter's module adds to it.
     """
@@ -53,6 +56,7 @@ class TensorEdit:
     shape: tuple[int, ...]
     scale: float = 1.0
     offset: float = 0.0
+    interleaved: bool = False
 
     @classmethod
     def copy(cls, source: str, shape: tuple[int, ...]) -> TensorEdit:
@@ -62,13 +66,26 @@ class TensorEdit:
     def __call__(self, parameter: Tensor) -> Tensor:
         """The new values, in their own memory unless nothing changes."""
         for axis, index in enumerate(self.kept):
-            if index is not None:
+            if index is not None and index.ndim == 1:
                 parameter = parameter.index_select(axis, index.to(parameter.device))
+            elif index is not None:
+                parameter = self._of_each(parameter, axis, index)
         if self.scale != 1:
             # A norm that multiplies by 1 + w (Gemma) stores w: the factor is one of 1 + w.
             scaled = (parameter.float() + self.offset) * self.scale - self.offset
             parameter = scaled.to(parameter.dtype)
         return parameter
+
+    def _of_each(self, experts: Tensor, axis: int, neurons: Tensor) -> Tensor:
+        """The values of the neurons [experts, neurons] that each expert keeps along an axis."""
+        parts = self.shape[axis] // neurons.shape[1]  # 2 where gate and up are in one tensor
+        if self.interleaved:
+            rows = _spread(neurons.flatten(), parts).view(len(neurons), -1)
+        else:
+            count = experts.shape[axis] // parts
+            rows = torch.cat([neurons + count * part for part in range(parts)], dim=1)
+        chosen = zip(experts, rows.to(experts.device), strict=True)
+        return torch.stack([one.index_select(axis - 1, own) for one, own in chosen])
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,8 @@ class LayerCut:
         queries: query heads; all groups stay if there are any.
         neurons: FFN neurons; empty: no FFN sub-block.
         experts: experts.
+        shared_neurons: neurons of the shared expert.
+        expert_neurons: neurons of each expert of the uncut layer, [experts, neurons].
     """
 
     index: int
@@ -88,6 +107,8 @@ class LayerCut:
     queries: Tensor | None
     neurons: Tensor | None
     experts: Tensor | None
+    shared_neurons: Tensor | None
+    expert_neurons: Tensor | None
 
 
 _READ_BY = {
@@ -96,7 +117,7 @@ _READ_BY = {
 }
 """The modules that norm what a linear of the attention computes, by the name of the linear."""
 
-_UNCUT = LayerCut(-1, None, None, None, None)
+_UNCUT = LayerCut(-1, *(None,) * len(UNITS))
 """For parameters outside the layers."""
 
 
@@ -109,8 +130,9 @@ def layer_cuts(cut: Cut, sizes: Sizes) -> list[LayerCut]:
     """
 
     def units(kind: str, layer: int) -> Tensor | None:
-        kept: tuple[int, ...] | None = getattr(cut, kind).get(layer)
-        if kept is None or (kept and len(kept) == getattr(sizes, kind)[layer]):
+        kept: Any = getattr(cut, kind).get(layer)
+        number = len(kept[0] if kind == "expert_neurons" else kept) if kept else 0
+        if kept is None or (kept and number == getattr(sizes, kind)[layer]):
             return None
         return torch.tensor(kept, dtype=torch.long)
 
@@ -154,7 +176,7 @@ class Blueprint:
     def count(self, layer: LayerCut, kind: str) -> int:
         """How many units of a kind a layer keeps."""
         kept = getattr(layer, kind)
-        return getattr(self.sizes, kind)[layer.index] if kept is None else len(kept)
+        return getattr(self.sizes, kind)[layer.index] if kept is None else kept.shape[-1]
 
 
 def edits_of(blueprint: Blueprint) -> dict[str, TensorEdit]:
@@ -233,7 +255,11 @@ def _edit(
         _kept_along(axis, size, sizes, layer, stream)
         for axis, size in zip(axes, parameter.shape, strict=True)
     )
-    shape = tuple(n if k is None else len(k) for n, k in zip(parameter.shape, kept, strict=True))
+    inner = sizes.expert_neurons[layer.index]
+    shape = tuple(
+        n if k is None else len(k) if k.ndim == 1 else n // inner * k.shape[1]
+        for n, k in zip(parameter.shape, kept, strict=True)
+    )
     scale, offset = 1.0, 0.0
     if kept[0] is not None and _is_rms_norm(module):
         # Removed channels were zero in the norm: √(D/D'). Removed heads were not.
@@ -245,7 +271,9 @@ def _edit(
     if axes[0] in ("queries", "keys") and stream is not None and normed:
         # ε has grown by D/D' in all norms, so what these norms read grows by its root.
         scale *= sqrt(sizes.hidden / len(stream))
-    return TensorEdit(name, kept, shape, scale, offset)
+    experts = blueprint.architecture.experts
+    interleaved = experts is not None and experts.layout.interleaved
+    return TensorEdit(name, kept, shape, scale, offset, interleaved)
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
@@ -294,7 +322,9 @@ def _kept_along(
         # Parts one behind the other in one matrix (queries, keys, values): each is cut by itself,
         # and its indices begin where it begins.
         full = [
-            sizes.groups[layer.index] * widths[x] if x in widths else sizes.neurons[layer.index]
+            sizes.groups[layer.index] * widths[x]
+            if x in widths
+            else getattr(sizes, x)[layer.index]
             for x in segments
         ]
         parts = [
@@ -317,8 +347,10 @@ def _kept_along(
         if layer.queries is not None:
             return _along_queries(axis, sizes, layer.queries)
         return None if layer.groups is None else _spread(layer.groups, widths[axis])
-    by_name = {"hidden": stream, "neurons": layer.neurons, "experts": layer.experts}
-    return by_name.get(axis)
+    if axis == "expert_neurons" and layer.expert_neurons is not None:
+        every = layer.experts is None
+        return layer.expert_neurons if every else layer.expert_neurons[layer.experts]
+    return stream if axis == "hidden" else getattr(layer, axis, None)
 
 
 def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:

@@ -274,6 +274,10 @@ def _stored_parts(
     parts = list(experts.parts(edit.source, edit.shape, numbers, stored)) if experts else []
     for name, axes, shape, expert in parts:
         kept_of_axes = tuple(edit.kept[axis] for axis in axes)
+        if expert is not None:  # of the neurons of all experts its own
+            kept_of_axes = tuple(
+                x if x is None or x.ndim == 1 else x[expert[1]] for x in kept_of_axes
+            )
         yield expert, replace(edit, source=name, kept=kept_of_axes, shape=shape)
     if not parts:
         yield None, edit

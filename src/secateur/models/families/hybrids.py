@@ -82,6 +82,7 @@ NEMOTRON_EXPERTS = Experts(
     module="mixer.experts",
     router="mixer.gate",
     count="n_routed_experts",
+    shared_width="moe_shared_expert_intermediate_size",
     layout=ExpertLayout(gated=False),
 )
 
@@ -167,6 +168,8 @@ TABLE = {
                 **ffn("mixer.up_proj", "mixer.down_proj"),
                 **over("hidden", "norm"),
                 **NEMOTRON_EXPERTS.axes(stream="-"),
+                **over("shared_neurons hidden", "mixer.shared_experts.up_proj"),
+                **over("hidden shared_neurons", "mixer.shared_experts.down_proj"),
             },
             outside=ends("model.embeddings", "model.norm_f"),
             attention="",  # no layer has it besides something else
@@ -197,13 +200,13 @@ TABLE = {
         couplings=DELTANET_COUPLINGS.plus(
             {
                 **over("state hidden", "linear_attn.in_proj_qkvz linear_attn.in_proj_ba"),
-                **Experts().axes(),
+                **mixtures.SHARED.axes(),
                 **mixtures.GATED_SHARED_EXPERT,
             },
-            attributes=Experts().sizes("hidden_dim"),
+            attributes=mixtures.SHARED.sizes("hidden_dim"),
         ),
         writers=DELTANET_WRITERS,
-        experts=Experts(),
+        experts=mixtures.SHARED,
     ),
 }
 

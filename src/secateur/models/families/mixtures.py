@@ -1,5 +1,6 @@
 """Mixtures of experts with attention in every layer."""
 
+from dataclasses import replace
 from typing import Any
 
 from secateur.models import architecture
@@ -10,7 +11,10 @@ from secateur.models.families import ffn, grouped, llama_like, over
 def _expert(name: str) -> tuple[architecture.Groups, architecture.Axes]:
     """The groups and axes of an expert for every token, which has a gate."""
     inputs, down = f"{name}.gate_proj {name}.up_proj", f"{name}.down_proj"
-    return grouped(inputs, down), {**over("- hidden", inputs), **over("hidden -", down)}
+    return grouped(inputs, down), {
+        **over("shared_neurons hidden", inputs),
+        **over("hidden shared_neurons", down),
+    }
 
 
 SHARED_EXPERT_GROUPS, SHARED_EXPERT = _expert("mlp.shared_expert")
@@ -19,6 +23,10 @@ SHARED_MLP_GROUPS, SHARED_MLP = _expert("mlp.shared_mlp")
 LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _expert("feed_forward.shared_expert")
 _GATE_AND_UP, _DOWN = "feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj"
 FEED_FORWARD_GROUPS, FEED_FORWARD = grouped(_GATE_AND_UP, _DOWN), ffn(_GATE_AND_UP, _DOWN)
+MINIMAX_M3_SHARED = {
+    **over("shared_neurons+shared_neurons -", "mlp.shared_experts.gate_up_proj"),
+    **over("- shared_neurons", "mlp.shared_experts.down_proj"),
+}
 GATED_SHARED_EXPERT = {**SHARED_EXPERT, "mlp.shared_expert_gate": ("-", "hidden")}
 
 LATENT_ATTENTION: architecture.Axes = {
@@ -31,22 +39,23 @@ LATENT_ATTENTION: architecture.Axes = {
 """Queries, keys and values of all heads come from short vectors, which stay whole."""
 
 W132 = ("w1", "w3", "w2")
-LOCAL = Experts(count="num_local_experts")
+LOCAL = Experts(count="num_local_experts", width="intermediate_size")
+WIDE = Experts(width="intermediate_size")
 ROUTED = Experts(count="n_routed_experts")
-STEP3 = Experts(count="n_routed_experts", stacked="moe")
-GRANITE = Experts(
-    module="block_sparse_moe.experts", router="block_sparse_moe.router", count="num_local_experts"
-)
-LLAMA4 = Experts(
+SHARED = Experts(shared_width="shared_expert_intermediate_size")
+STEP3 = Experts(count="n_routed_experts", stacked="moe", shared_width="share_expert_dim")
+GRANITE = replace(LOCAL, module="block_sparse_moe.experts", router="block_sparse_moe.router")
+MINIMAX_M3 = replace(LOCAL, shared_width="shared_intermediate_size")
+LLAMA4 = replace(
+    LOCAL,
     module="feed_forward.experts",
     router="feed_forward.router",
-    count="num_local_experts",
     layout=ExpertLayout(transposed=True),
     scaled_inputs=True,
 )
-GPT_OSS = Experts(
+GPT_OSS = replace(
+    LOCAL,
     router="mlp.router",
-    count="num_local_experts",
     layout=ExpertLayout(transposed=True, interleaved=True, biased=True),
 )
 
@@ -73,18 +82,18 @@ WIDTH = ("hidden_dim",)
 TABLE = {
     # Mistral's attention, and experts of which each token is sent to two.
     "mixtral": _mixture(
-        "mixtral", experts=Experts(stored=W132, count="num_local_experts"), router=WIDTH
+        "mixtral", experts=replace(LOCAL, stored=W132), router=WIDTH
     ),
     # Phi-3.5-MoE: LayerNorms with biases, and a router that picks two experts in turn.
     "phimoe": _mixture(
-        "phimoe", experts=Experts(router="mlp.router", stored=W132, count="num_local_experts")
+        "phimoe", experts=replace(LOCAL, router="mlp.router", stored=W132)
     ),
     # Queries and keys are normalised over all heads; no shared expert.
-    "olmoe": _mixture("olmoe", axes=llama_like.WIDE_NORMS, router=WIDTH),
+    "olmoe": _mixture("olmoe", experts=WIDE, axes=llama_like.WIDE_NORMS, router=WIDTH),
     # A router with a correction; queries and keys normalised over all heads.
     "minimax_m2": _mixture(
         "minimax_m2",
-        experts=Experts(stored=W132, count="num_local_experts"),
+        experts=replace(LOCAL, stored=W132),
         axes={**llama_like.WIDE_NORMS, "mlp.e_score_correction_bias": ("experts",)},
         router=WIDTH,
     ),
@@ -95,6 +104,7 @@ TABLE = {
     # Qwen1.5-MoE and Qwen2-MoE: many small experts, and a shared one. Layers may be dense.
     "qwen2_moe": _mixture(
         "qwen2_moe",
+        experts=SHARED,
         axes=GATED_SHARED_EXPERT,
         router=WIDTH,
         groups=(*architecture.SPLIT_ATTENTION_GATED_FFN, *SHARED_EXPERT_GROUPS),
@@ -129,7 +139,7 @@ TABLE = {
     # A shared expert in every layer; queries and keys normalised after rotation.
     "hunyuan_v1_moe": _mixture(
         "hunyuan_v1_moe",
-        experts=Experts(router="mlp.gate.wg"),
+        experts=replace(WIDE, router="mlp.gate.wg"),
         axes={**llama_like.HUNYUAN_NORMS, **SHARED_MLP},
         groups=(*architecture.SPLIT_ATTENTION_GROUPS, *SHARED_MLP_GROUPS),
         attributes={key: {"num_experts": "experts"} for key in ("mlp.gate", "mlp.experts")},
@@ -170,9 +180,11 @@ TABLE = {
     "minimax_m3": architecture.Family(
         model_types=("minimax_m3_vl_text",),
         couplings=architecture.Couplings(
-            LOCAL.axes(stream="-"), outside={}, attributes=LOCAL.sizes()
+            {**MINIMAX_M3.axes(stream="-"), **MINIMAX_M3_SHARED},
+            outside={},
+            attributes=MINIMAX_M3.sizes(),
         ),
-        experts=LOCAL,
+        experts=MINIMAX_M3,
     ),
 }
 
