@@ -426,6 +426,8 @@ class StepEntry(PartialRecord):
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
+        by_weights: of a width step: by layer the experts that no token reached, whose neurons were
+            chosen by their weights.
         units: of a depth step: layers.
         fitness: of a depth step: the loss of the selected layers.
         scores: of a depth step, one for each unit.
@@ -454,6 +456,7 @@ class StepEntry(PartialRecord):
     score: str | None = None
     solver: str | None = None
     allocation: Any = None
+    by_weights: dict[str, list[int]] | None = None
     units: str | None = None
     fitness: Any = None
     scores: Any = None

@@ -12,11 +12,14 @@ linear. The rows that produced these columns are then unused and are cut as well
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 import torch
 
@@ -43,9 +46,17 @@ from secateur.runs.output import whole_folder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
-from secateur.structured.cut_plan import CutPlan, pattern_text, unit_costs, width_shares
+from secateur.structured.cut_plan import (
+    CutPlan,
+    counts_left,
+    pattern_text,
+    unit_costs,
+    width_shares,
+)
 from secateur.structured.cut_steps import CutContext, Found
 from secateur.structured.surgery import cut_from_zeros
+
+log = logging.getLogger(__name__)
 
 
 def choose_layers(context: CutContext, folder: Path) -> Found:
@@ -206,6 +217,7 @@ def _over_units(
     patterns: Mapping[str, Pattern],
     costs: Mapping[str, int],
     whole: tuple[str, ...],
+    alike: Sequence[str] = (),
 ) -> Prepared:
     """The same run over the linears that read units, from which it removes whole ones.
 
@@ -215,8 +227,10 @@ def _over_units(
         patterns: patterns by the same globs.
         costs: cost of a unit in the budget of an allocation, by linear.
         whole: globs of linears that keep all units.
+        alike: those of the globs whose linears lose equally many, so that no allocation moves them.
     """
     linears = replace(prepared.selection, include=tuple(shares), exclude=whole, starts=shares)
+    linears = replace(linears, overrides={glob: shares[glob] for glob in alike})
     methods = {glob: replace(prepared.method, pattern=x) for glob, x in patterns.items()}
     return replace(prepared, selection=linears, methods=methods, costs=costs)
 
@@ -226,9 +240,12 @@ def over_width(prepared: Prepared, recipe: StructureRecipe, plan: CutPlan) -> Pr
     target = prepared.target
     model, layer_name = target.model, target.architecture.layer_name
     sizes, readers = sizes_of(model), consumers(model)
-    shares = width_shares(plan, sizes, model).items()
     # With a joint target the allocation divides it, so a kind that begins with 0 takes part.
-    cut_kinds = {kind: x for kind, x in shares if x > 0 or plan.joint is not None}
+    cut_kinds = {
+        kind: x
+        for kind, x in width_shares(plan, sizes, model, recipe.multiple).items()
+        if x > 0 or plan.joint is not None
+    }
     cut = plan.narrowed(sizes.layers)
     return _over_units(
         prepared,
@@ -239,33 +256,84 @@ def over_width(prepared: Prepared, recipe: StructureRecipe, plan: CutPlan) -> Pr
         },
         _costs_of(layer_name, readers, sizes, model, recipe),
         tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
+        [f"*.{readers[kind]}" for kind in cut_kinds if kind in ALIKE],
     )
+
+
+ALIKE = ("shared_neurons", "expert_neurons")
+"""The kinds of units of which all layers keep the same number, whatever the allocation."""
 
 
 def choose_width(context: CutContext, folder: Path) -> Found:
     """Choose the heads and neurons to keep, and refit their readers in a folder.
 
-    With a uniform allocation each cut layer keeps the same number: that of the layer that kept
-    most. A layer keeps fewer if some of its units were already dead: their weights were zero before
-    the choice. Some dead units stay, so that all layers have one size.
+    With a uniform allocation each cut layer keeps the same number, and experts do with any. A layer
+    keeps fewer if some of its units were already dead: their weights were zero before the choice.
+    Some dead units stay, so that all layers have one size.
     """
     recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
     allocation = recipe.allocation or "uniform"
     _prune_units(
         context, folder, made, allocation, lambda prepared: over_width(prepared, recipe, plan)
     )
-    cut = cut_from_zeros(checkpoint.CheckpointReader(made))
-    how = {"score": _score_of(recipe), "solver": recipe.solver, "allocation": allocation}
-    if allocation != "uniform":
-        return cut, how, made
-    sizes = sizes_of(skeleton.build_skeleton(made))
+    model = skeleton.build_skeleton(made)
+    sizes, counts = sizes_of(model), counts_left(plan, model, recipe.multiple)
+    kinds = ("groups", "neurons", "shared_neurons")
+    cut = cut_from_zeros(checkpoint.CheckpointReader(made), kinds=kinds)
+    how: dict[str, Any] = {
+        "score": _score_of(recipe), "solver": recipe.solver, "allocation": allocation,
+    }  # fmt: skip
+    for kind in kinds if allocation == "uniform" else ("shared_neurons",):
+        filled: Any = {
+            layer: _filled(getattr(cut, kind).get(layer, ()), range(getattr(sizes, kind)[layer]), n)
+            for layer, n in counts[kind].items()
+        }
+        cut = replace(cut, **{kind: filled})
+    if counts["expert_neurons"]:
+        kept, by_weights = _neurons_of_experts(context.target(made), counts["expert_neurons"])
+        cut = replace(cut, expert_neurons=kept)
+        if by_weights:
+            how["by_weights"] = by_weights
+            log.warning(
+                "neurons of experts that no token reached are chosen by their weights: %s",
+                "; ".join(f"layer {i}: {own}" for i, own in by_weights.items()),
+            )
+    return cut, how, made
 
-    def evened(kept: Mapping[int, tuple[int, ...]], there: tuple[int, ...]) -> dict[int, Any]:
-        most = max(map(len, kept.values()), default=0)
-        return {layer: _filled(units, range(there[layer]), most) for layer, units in kept.items()}
 
-    even = Cut(groups=evened(cut.groups, sizes.groups), neurons=evened(cut.neurons, sizes.neurons))
-    return even, how, made
+@torch.no_grad()
+def _neurons_of_experts(
+    target: CheckpointTarget, counts: Mapping[int, int]
+) -> tuple[dict[int, tuple[tuple[int, ...], ...]], dict[str, list[int]]]:
+    """The neurons of every expert that a pruned model reads.
+
+    An expert that no token reached has all its neurons. Of it those stay whose weights are largest:
+    the product of the norms of what they have in gate, up and down.
+
+    Args:
+        target: the pruned model, with opened experts.
+        counts: how many stay in each expert, by layer.
+
+    Returns:
+        The kept neurons of each expert, by layer; and the experts that were chosen by weights.
+    """
+    found, by_weights = dict[int, tuple[tuple[int, ...], ...]](), dict[str, list[int]]()
+    experts = target.architecture.experts
+    assert experts is not None
+    for index, layer in walk_layers(target, sorted(counts)):
+        kept, number = [], counts[index]
+        for e, expert in enumerate(cast("OpenExperts", layer.get_submodule(experts.module))):
+            *first, down = (p.float() for p in expert.parameters() if p.ndim > 1)
+            used = down.any(0).nonzero().flatten().tolist()
+            if len(used) > number:
+                size = down.norm(dim=0)
+                for rows in first:
+                    size *= rows.norm(dim=1)
+                used = size.argsort(descending=True, stable=True)[:number].tolist()
+                by_weights.setdefault(str(index), []).append(e)
+            kept.append(_filled(used, range(down.shape[1]), number))
+        found[index] = tuple(kept)
+    return found, by_weights
 
 
 def choose_queries(context: CutContext, folder: Path) -> Found:
@@ -333,10 +401,10 @@ def _costs_of(
     # A group is worth a whole number of levels, so that the search can trade it for neurons.
     levels = max(1, round(equal / level))
     step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
-    for kind, reader in readers.items():
+    for kind in readers.keys() - ALIKE:
         for layer, there in enumerate(getattr(sizes, kind)):
             if there:
-                name = f"{layer_name(layer)}.{reader}"
+                name = f"{layer_name(layer)}.{readers[kind]}"
                 named[name] = recipe.multiple if kind == "neurons" else levels * step
     return named
 

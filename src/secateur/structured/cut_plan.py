@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,16 +11,22 @@ from secateur.models.architecture import describe
 from secateur.recipes.options import bytes_of
 from secateur.recipes.structure import TARGETS, Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
-from secateur.structured.cut import Cut, Sizes, couplings_of, sizes_of, unit_width
-from secateur.structured.design import Accounting, accounting, design
+from secateur.structured.cut import (
+    NEURONS,
+    UNITS,
+    Cut,
+    Sizes,
+    couplings_of,
+    sizes_of,
+    unit_width,
+)
+from secateur.structured.design import Accounting, account, accounting, design
 
-UNITS = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
+WITHIN = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""
 
 KINDS = {"kv_groups": "groups", "query_heads": "queries", "ffn": "neurons", "hidden_size": "hidden"}
 """The kind of units that an option cuts."""
-
-_UNIT_NAMES = {"groups": "KV groups", "neurons": "FFN neurons"}
 
 
 def trims_vocabulary(recipe: StructureRecipe) -> bool:
@@ -38,7 +45,7 @@ class CutPlan:
         keep_hidden: number of channels of the residual stream to keep; None keeps all.
         keep_queries: number of query heads to keep in each KV group; None keeps all.
         heads: fraction of KV groups to remove.
-        neurons: fraction of FFN neurons to remove.
+        neurons: fraction of FFN neurons to remove, also of each expert.
         joint: fraction to remove from the parameters of heads and neurons together; None if each
             has its own fraction.
         whole_layers: number of layers at the start and at the end that keep all heads and neurons.
@@ -109,7 +116,7 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         ArchitectureError: the recipe cuts units within layers, and the family does not declare
             them.
     """
-    if any(getattr(recipe, name) is not None for name in UNITS):
+    if any(getattr(recipe, name) is not None for name in WITHIN):
         couplings_of(describe(model), [k for n, k in KINDS.items() if getattr(recipe, n)])
     sizes, drop = sizes_of(model), 0
     layers = sizes.layers
@@ -128,20 +135,22 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
     if recipe.kv_groups is not None:
         heads = 1 - _share(recipe.kv_groups, sizes.groups, "KV groups")
     if recipe.ffn is not None:
-        neurons = 1 - _share(recipe.ffn, sizes.neurons, "FFN neurons")
-    if any(n % recipe.multiple for n in sizes.neurons):
-        raise RecipeError(
-            f"{max(sizes.neurons)} FFN neurons are no multiple of {recipe.multiple}",
-            remedy="choose a number that divides them, such as 8 or 64",
-        )
+        # In a mixture a number is one of an expert's neurons; the others keep the same share.
+        each = sizes.expert_neurons if any(sizes.expert_neurons) else sizes.neurons
+        neurons = 1 - _share(recipe.ffn, each, "FFN neurons")
+    for kind in NEURONS:
+        if odd := [n for n in getattr(sizes, kind) if n % recipe.multiple]:
+            raise RecipeError(
+                f"{odd[0]} {UNITS[kind]} are no multiple of {recipe.multiple}",
+                remedy="choose a number that divides them, such as 8 or 64",
+            )
+    plan = CutPlan(sizes, drop, experts, hidden, queries, heads, neurons, whole_layers=whole_layers)
     aims = any(getattr(recipe, name) is not None for name in TARGETS)
-    if aims and max(sizes.neurons) < 2:
+    if aims and max(max(getattr(sizes, kind)) for kind in NEURONS) < 2:
         raise RecipeError(
-            "the model has no FFN neurons outside its experts, and cuts of whole heads alone "
-            "cannot reach a target",
+            "the model has no FFN neurons, and cuts of whole heads alone cannot reach a target",
             remedy="say how many of each to keep: --kv-groups, --experts, --keep-layers",
         )
-    plan = CutPlan(sizes, drop, experts, hidden, queries, heads, neurons, whole_layers=whole_layers)
     target = _decoder_target(recipe, model)
     if target is not None:
         plan = _with_target(plan, target, model)
@@ -224,10 +233,11 @@ def _decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
 
 def _with_target(plan: CutPlan, target: float, model: Any) -> CutPlan:
     """The plan with the fraction that heads and neurons must lose together."""
-    found = accounting(model, representative(plan))
+    made = design(model, representative(plan))
+    found, sizes = account(made), sizes_of(made.skeleton)
     whole, rest = found.before.decoder, found.after
     # What heads and neurons have after the other cuts; of that a share `joint` has to go.
-    width = rest.ffn + (rest.attention if any(plan.sizes.groups) else 0)
+    width = _parameters_of(unit_costs(sizes, made.skeleton), sizes, range(sizes.layers))
     joint = (rest.decoder - target * whole) / width if width else 0.0
     if not 0 < joint < 1:
         most, least = rest.decoder / whole, (rest.decoder - width) / whole
@@ -296,14 +306,14 @@ def check_width(recipe: StructureRecipe, plan: CutPlan, model: Any) -> None:
     left = design(model, representative(plan)).skeleton
     sizes = sizes_of(left)
     if recipe.allocation not in (None, "uniform"):
-        width_shares(plan, sizes, left)
+        width_shares(plan, sizes, left, recipe.multiple)
         return
-    cut = uniform_cut(plan, left, recipe.multiple)
-    for kind, gone in (("groups", plan.heads), ("neurons", plan.neurons)):
+    counts = counts_left(plan, left, recipe.multiple)
+    for kind, gone in (("groups", plan.heads), *((kind, plan.neurons) for kind in NEURONS)):
         units = getattr(sizes, kind)
-        if gone and all(len(kept) == units[i] for i, kept in getattr(cut, kind).items()):
+        if gone and any(units) and all(n == units[i] for i, n in counts[kind].items()):
             raise RecipeError(
-                f"all {max(units)} {_UNIT_NAMES[kind]} of a layer would stay",
+                f"all {max(units)} {UNITS[kind]} of a layer would stay",
                 remedy="keep less, or in smaller multiples: --multiple",
             )
 
@@ -312,7 +322,17 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
     """A cut that removes the same number of heads and neurons from all layers.
 
     It keeps the first units. A run later selects the units on text; their number, and so size and
-    speed, stay the same.
+    speed, stay the same. Arguments and errors as in `counts_left`.
+    """
+    experts, kept = sizes_of(model).experts, dict[str, Any]()
+    for kind, counts in counts_left(plan, model, multiple).items():
+        kept[kind] = {layer: tuple(range(left)) for layer, left in counts.items()}
+    each = kept["expert_neurons"]
+    return Cut(**kept | {"expert_neurons": {i: (each[i],) * experts[i] for i in each}})
+
+
+def counts_left(plan: CutPlan, model: Any, multiple: int) -> dict[str, dict[int, int]]:
+    """How many units each layer keeps that loses some, by kind and layer.
 
     Args:
         plan: the plan of the cut.
@@ -323,8 +343,8 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
         RecipeError: whole units cannot reach the aim, or no unit of a kind would stay.
     """
     sizes = sizes_of(model)
-    kept: dict[str, Any] = {"groups": {}, "neurons": {}}
-    for kind, gone in width_shares(plan, sizes, model).items():
+    counts: dict[str, dict[int, int]] = {kind: {} for kind in ("groups", *NEURONS)}
+    for kind, gone in width_shares(plan, sizes, model, multiple).items():
         width = unit_width(sizes, kind)
         # The pattern of the later run counts here, so that both agree on every unit.
         pattern = parse_pattern(pattern_text(sizes, kind, multiple))
@@ -334,53 +354,90 @@ def uniform_cut(plan: CutPlan, model: Any, multiple: int) -> Cut:
                 left = units - pattern.pruned((1, units * width), gone) // width
                 if not left:
                     raise RecipeError(
-                        f"none of the {units} {_UNIT_NAMES[kind]} of a layer would stay",
+                        f"none of the {units} {UNITS[kind]} of a layer would stay",
                         remedy="keep more, or drop layers too: --keep-layers",
                     )
-                kept[kind][layer] = tuple(range(left))
-    return Cut(**kept)
+                counts[kind][layer] = left
+    return counts
 
 
-def width_shares(plan: CutPlan, sizes: Sizes, model: Any) -> dict[str, float]:
-    """The fractions of groups and of neurons to remove, before any allocation.
+def width_shares(plan: CutPlan, sizes: Sizes, model: Any, multiple: int) -> dict[str, float]:
+    """The fractions of units to remove by kind, before any allocation; of neurons one for all.
 
     With a joint target, the fraction of groups is rounded down to whole groups, and neurons make
     up the rest: there are hundreds of neurons for each group. The cut layers compensate for the
-    layers that stay whole.
+    layers that stay whole. Where one entry of the configuration has the sizes of shared and other
+    experts, both lose exactly the same share.
     """
-    if plan.joint is None:
-        return {k: x for k, x in (("groups", plan.heads), ("neurons", plan.neurons)) if x}
+    heads, neurons = plan.heads, plan.neurons
+    if plan.joint is not None:
+        heads, neurons = _joint_shares(plan, sizes, model)
+    found = {"groups": heads} if heads or plan.joint is not None else {}
+    found |= {kind: neurons for kind in NEURONS if neurons and any(getattr(sizes, kind))}
+    if "shared_neurons" in found and _tied(model):
+        units = max(sizes.expert_neurons)
+        pattern = parse_pattern(pattern_text(sizes, "expert_neurons", multiple))
+        found["shared_neurons"] = pattern.pruned((1, units), neurons) / units
+    return {kind: share for kind, share in found.items() if any(getattr(sizes, kind))}
+
+
+def _tied(model: Any) -> bool:
+    """Whether one entry of the configuration has the sizes of shared and other experts."""
+    experts = describe(model).experts
+    return experts is not None and not experts.shared_width
+
+
+def _joint_shares(plan: CutPlan, sizes: Sizes, model: Any) -> tuple[float, float]:
+    """The fractions of groups and of neurons to remove for a joint target."""
+    assert plan.joint is not None
     costs = unit_costs(sizes, model)
     cut = plan.narrowed(sizes.layers)
-    gone = plan.joint * sum(costs[kind] * sum(getattr(sizes, kind)) for kind in costs)
-    total = {kind: costs[kind] * sum(getattr(sizes, kind)[i] for i in cut) for kind in costs}
-    found = {}
+    gone = plan.joint * _parameters_of(costs, sizes, range(sizes.layers))
+    heads = 0.0
     if "groups" in costs:
-        most = max(sizes.groups)
-        # The same share of both kinds, rounded down to whole groups; 1e-9 keeps exact ones whole.
-        found["groups"] = int(min(1, gone / sum(total.values())) * most + 1e-9) / most
-    found["neurons"] = (gone - found.get("groups", 0.0) * total.get("groups", 0)) / total["neurons"]
-    if not 0 <= found["neurons"] < 1:
+        most, total = max(sizes.groups), _parameters_of(costs, sizes, cut)
+        # The same share of all kinds, rounded down to whole groups; 1e-9 keeps exact ones whole.
+        heads = int(min(1, gone / total) * most + 1e-9) / most
+        gone -= heads * _parameters_of({"groups": costs.pop("groups")}, sizes, cut)
+    neurons = gone / _parameters_of(costs, sizes, cut)
+    if not 0 <= neurons < 1:
         raise RecipeError(
-            f"{found['neurons']:.0%} of the FFN neurons would have to go",
+            f"{neurons:.0%} of the FFN neurons would have to go",
             remedy="keep more parameters, or drop layers too: --keep-layers",
         )
-    return found
+    return heads, neurons
+
+
+def _parameters_of(costs: Mapping[str, int], sizes: Sizes, layers: Iterable[int]) -> int:
+    """How many parameters the units of some layers have, by what one of each kind has."""
+    return sum(cost * getattr(sizes, kind)[i] for kind, cost in costs.items() for i in layers)
 
 
 def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
     """The pattern of the linear that reads units of a kind."""
-    together = multiple if kind == "neurons" else 1
+    together = multiple if kind in NEURONS else 1
     return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
 
 
 def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
-    """The number of parameters that one unit of each kind removes."""
+    """The number of parameters that one unit of each kind removes.
+
+    One of `expert_neurons` is a neuron of every expert of a layer, with those of the shared expert
+    that have to go with it.
+    """
     found = {}
-    for kind in ("groups", "neurons"):
+    for kind in ("groups", *NEURONS):
         each: tuple[int, ...] = getattr(sizes, kind)
-        if max(each) > 1:  # one unit less in the largest layer, counted
-            fewer: Any = {kind: {each.index(max(each)): tuple(range(max(each) - 1))}}
-            counted = accounting(model, Cut(**fewer))
-            found[kind] = counted.before.decoder - counted.after.decoder
+        if max(each) < 2 or (kind == "shared_neurons" and _tied(model)):
+            continue
+        # One unit less in the largest layer, counted; one less of experts in all layers.
+        fewer: Any = {kind: {each.index(max(each)): tuple(range(max(each) - 1))}}
+        if kind == "expert_neurons":
+            counts = {i: n - 1 for i, n in enumerate(each) if n}
+            fewer = {kind: {i: (tuple(range(n)),) * sizes.experts[i] for i, n in counts.items()}}
+            if _tied(model) and any(sizes.shared_neurons):
+                shared = {i: sizes.shared_neurons[i] // each[i] * n for i, n in counts.items()}
+                fewer["shared_neurons"] = {i: tuple(range(n)) for i, n in shared.items() if n}
+        counted = accounting(model, Cut(**fewer))
+        found[kind] = (counted.before.decoder - counted.after.decoder) // len(fewer[kind])
     return found

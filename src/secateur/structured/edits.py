@@ -255,9 +255,9 @@ def _edit(
         _kept_along(axis, size, sizes, layer, stream)
         for axis, size in zip(axes, parameter.shape, strict=True)
     )
-    inner = sizes.expert_neurons[layer.index]
+    neurons = sizes.expert_neurons[layer.index]
     shape = tuple(
-        n if k is None else len(k) if k.ndim == 1 else n // inner * k.shape[1]
+        n if k is None else len(k) if k.ndim == 1 else n // neurons * k.shape[1]
         for n, k in zip(parameter.shape, kept, strict=True)
     )
     scale, offset = 1.0, 0.0
@@ -322,9 +322,7 @@ def _kept_along(
         # Parts one behind the other in one matrix (queries, keys, values): each is cut by itself,
         # and its indices begin where it begins.
         full = [
-            sizes.groups[layer.index] * widths[x]
-            if x in widths
-            else getattr(sizes, x)[layer.index]
+            sizes.groups[layer.index] * widths[x] if x in widths else getattr(sizes, x)[layer.index]
             for x in segments
         ]
         parts = [

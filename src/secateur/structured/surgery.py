@@ -33,7 +33,7 @@ from secateur.models.architecture import Linear, describe, further_counts, text_
 from secateur.models.configuration import DESCRIPTIONS, OF_MODELOPT
 from secateur.progress import Progress, Silent, each_step
 from secateur.runs.output import write_json, writing
-from secateur.structured.cut import Cut, couplings_of, sizes_of, unit_width
+from secateur.structured.cut import NEURONS, Cut, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Accounting, Design, account, design
 from secateur.structured.edits import TensorEdit
 
@@ -432,7 +432,7 @@ def cut_from_zeros(pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons"))
 
     Args:
         pruned: a `CheckpointReader`, or a loaded model.
-        kinds: of units: `groups` or `queries`, and `neurons`.
+        kinds: of units: `groups` or `queries`, `neurons`, `shared_neurons`.
 
     Raises:
         ArchitectureError: the family declares no couplings.
@@ -446,7 +446,7 @@ def cut_from_zeros(pruned: Any, *, kinds: Sequence[str] = ("groups", "neurons"))
     stored = {} if reader is None else skeleton.stored_names(model, reader)
     found: dict[str, Any] = {kind: {} for kind in kinds}
     for kind in kinds:
-        name = couplings.consumer("neurons" if kind == "neurons" else "queries")
+        name = couplings.consumer(kind if kind in NEURONS else "queries")
         for i, layer in enumerate(architecture.layers(model)):
             count = getattr(sizes, kind)[i]
             if not count or name is None:

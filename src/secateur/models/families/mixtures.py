@@ -81,13 +81,9 @@ WIDTH = ("hidden_dim",)
 
 TABLE = {
     # Mistral's attention, and experts of which each token is sent to two.
-    "mixtral": _mixture(
-        "mixtral", experts=replace(LOCAL, stored=W132), router=WIDTH
-    ),
+    "mixtral": _mixture("mixtral", experts=replace(LOCAL, stored=W132), router=WIDTH),
     # Phi-3.5-MoE: LayerNorms with biases, and a router that picks two experts in turn.
-    "phimoe": _mixture(
-        "phimoe", experts=replace(LOCAL, router="mlp.router", stored=W132)
-    ),
+    "phimoe": _mixture("phimoe", experts=replace(LOCAL, router="mlp.router", stored=W132)),
     # Queries and keys are normalised over all heads; no shared expert.
     "olmoe": _mixture("olmoe", experts=WIDE, axes=llama_like.WIDE_NORMS, router=WIDTH),
     # A router with a correction; queries and keys normalised over all heads.
