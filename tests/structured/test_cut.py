@@ -81,8 +81,12 @@ def test_layers_whose_index_scales_their_attention_are_not_cut() -> None:
 
 
 def test_sizes_are_read_from_the_modules() -> None:
-    assert sizes_of(tiny_model("qwen3")) == Sizes(32, 8, 2, (2,) * 3, (48,) * 3, *((0,) * 3,) * 3)
-    assert sizes_of(tiny_model("gpt2")) == Sizes(32, 8, 1, (4,) * 3, (128,) * 3, *((0,) * 3,) * 3)
+    assert sizes_of(tiny_model("qwen3")) == Sizes(
+        32, 8, 2, (2,) * 3, (48,) * 3, (0,) * 3, ((0, 0),) * 3
+    )
+    assert sizes_of(tiny_model("gpt2")) == Sizes(
+        32, 8, 1, (4,) * 3, (128,) * 3, (0,) * 3, ((0, 0),) * 3
+    )
 
 
 @pytest.mark.parametrize("family", [f for f in CONFIGS if f != "generic"])

@@ -12,7 +12,6 @@ from slow import slow_but
 from zoo import WITH_EXPERTS, tiny_model, tiny_windows
 
 from oracles.fused_experts import TAKEN, standard
-from secateur.errors import RecipeError
 from secateur.models.architecture import describe, text_config
 from secateur.structured.cut import Cut, consumers, sizes_of
 from secateur.structured.surgery import cut_model
@@ -57,7 +56,7 @@ def with_zeros(model: Any, family: str, cut: Cut) -> Any:
 
 @pytest.mark.parametrize("family", slow_but(FORMS, WITH_EXPERTS))
 def test_neurons_are_removed_inside_each_expert(family: str, tmp_path: Path) -> None:
-    """Plain transformers loads the result, which computes what the uncut model does without them."""
+    """Plain transformers loads the result, which computes what the uncut one does without."""
     model: Any = tiny_model(family)
     cut = half_of(model)
     assert cut.expert_neurons

@@ -38,8 +38,8 @@ class Sizes:
         groups: KV groups; 0 where there is no attention.
         neurons: FFN neurons; 0 where there is no FFN, or a mixture of experts.
         experts: experts; 0 where the FFN is dense.
-        shared_neurons: neurons of the expert that every token has; 0 where there is none.
-        expert_neurons: neurons of each other expert; 0 where the FFN is dense.
+        of_experts: neurons of the expert that every token has, and of each other expert; 0 where
+            there is none.
         expert_groups: the groups into which a router divides them, in their order.
         latent: whether attention is latent, so that what is cached belongs to no head.
     """
@@ -50,8 +50,7 @@ class Sizes:
     groups: tuple[int, ...]
     neurons: tuple[int, ...]
     experts: tuple[int, ...]
-    shared_neurons: tuple[int, ...]
-    expert_neurons: tuple[int, ...]
+    of_experts: tuple[tuple[int, int], ...]
     expert_groups: int = 1
     latent: bool = False
 
@@ -64,6 +63,16 @@ class Sizes:
     def queries(self) -> tuple[int, ...]:
         """Query heads of each layer."""
         return tuple(groups * self.heads_per_group for groups in self.groups)
+
+    @property
+    def shared_neurons(self) -> tuple[int, ...]:
+        """Neurons of the shared expert of each layer."""
+        return tuple(shared for shared, _ in self.of_experts)
+
+    @property
+    def expert_neurons(self) -> tuple[int, ...]:
+        """Neurons of each other expert of each layer."""
+        return tuple(each for _, each in self.of_experts)
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,7 @@ def sizes_of(model: Any) -> Sizes:
     config, layers = text_config(model.config), architecture.layers(model)
     couplings, none = architecture.couplings, (0,) * len(layers)
     if couplings is None:
-        return Sizes(hidden_size(model), 0, 1, none, none, none, none, none)
+        return Sizes(hidden_size(model), 0, 1, none, none, none, ((0, 0),) * len(layers))
     # Attention says itself how many query heads share a key; the configuration counts all heads.
     heads = setting(config, "num_attention_heads") or 1
     per_group = heads // (setting(config, "num_key_value_heads") or heads)
@@ -231,8 +240,10 @@ def sizes_of(model: Any) -> Sizes:
         groups=tuple(_columns(x, couplings.consumer("queries")) // width for x in layers),
         neurons=tuple(_columns(x, couplings.consumer("neurons")) for x in layers),
         experts=tuple(_experts_of(layer, couplings) for layer in layers),
-        shared_neurons=tuple(_columns(x, couplings.consumer("shared_neurons")) for x in layers),
-        expert_neurons=tuple(_expert_neurons(x, architecture.experts) for x in layers),
+        of_experts=tuple(
+            (_columns(x, couplings.consumer("shared_neurons")), _inside(x, architecture.experts))
+            for x in layers
+        ),
         expert_groups=architecture.experts.divided(config) if architecture.experts else 1,
         latent=any(
             getattr(find(layer, couplings.attention), "kv_lora_rank", None) for layer in layers
@@ -325,7 +336,7 @@ def _experts_of(layer: nn.Module, couplings: Couplings) -> int:
     return 0
 
 
-def _expert_neurons(layer: nn.Module, experts: Experts | None) -> int:
+def _inside(layer: nn.Module, experts: Experts | None) -> int:
     """How many neurons each expert of a layer has, fused or opened."""
     module = find(layer, experts.module) if experts is not None else None
     if experts is None or module is None:

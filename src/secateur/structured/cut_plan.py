@@ -311,7 +311,8 @@ def check_width(recipe: StructureRecipe, plan: CutPlan, model: Any) -> None:
     counts = counts_left(plan, left, recipe.multiple)
     for kind, gone in (("groups", plan.heads), *((kind, plan.neurons) for kind in NEURONS)):
         units = getattr(sizes, kind)
-        if gone and any(units) and all(n == units[i] for i, n in counts[kind].items()):
+        left = counts[kind]
+        if gone and left and all(n == units[i] for i, n in left.items()):
             raise RecipeError(
                 f"all {max(units)} {UNITS[kind]} of a layer would stay",
                 remedy="keep less, or in smaller multiples: --multiple",
@@ -430,14 +431,15 @@ def unit_costs(sizes: Sizes, model: Any) -> dict[str, int]:
         each: tuple[int, ...] = getattr(sizes, kind)
         if max(each) < 2 or (kind == "shared_neurons" and _tied(model)):
             continue
-        # One unit less in the largest layer, counted; one less of experts in all layers.
-        fewer: Any = {kind: {each.index(max(each)): tuple(range(max(each) - 1))}}
+        # One unit less in every layer, counted, so that a plain class has the sizes.
+        fewer: Any = {kind: {i: tuple(range(n - 1)) for i, n in enumerate(each) if n > 1}}
         if kind == "expert_neurons":
-            counts = {i: n - 1 for i, n in enumerate(each) if n}
-            fewer = {kind: {i: (tuple(range(n)),) * sizes.experts[i] for i, n in counts.items()}}
-            if _tied(model) and any(sizes.shared_neurons):
-                shared = {i: sizes.shared_neurons[i] // each[i] * n for i, n in counts.items()}
-                fewer["shared_neurons"] = {i: tuple(range(n)) for i, n in shared.items() if n}
+            of_shared = {
+                i: sizes.shared_neurons[i] // each[i] * len(x) for i, x in fewer[kind].items()
+            }
+            if _tied(model):
+                fewer["shared_neurons"] = {i: tuple(range(n)) for i, n in of_shared.items() if n}
+            fewer[kind] = {i: (x,) * sizes.experts[i] for i, x in fewer[kind].items()}
         counted = accounting(model, Cut(**fewer))
         found[kind] = (counted.before.decoder - counted.after.decoder) // len(fewer[kind])
     return found

@@ -532,15 +532,14 @@ def _difference(base: Any, blueprint: Blueprint, edits: Mapping[str, TensorEdit]
 
 def _already_gone(blueprint: Blueprint, couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     """Modules of a layer whose sub-blocks the uncut model lacks."""
-    empty = torch.tensor([], dtype=torch.long)
     sizes, i = blueprint.sizes, layer.index
-    groups = None if sizes.groups[i] else empty
-    neurons = None if sizes.neurons[i] or sizes.experts[i] else empty
-    gone = gone_of(couplings, LayerCut(i, groups, None, neurons, None, None, None))
+    there = {"groups": sizes.groups[i], "neurons": sizes.neurons[i] or sizes.experts[i]}
+    empty = {kind: torch.tensor([]) for kind, count in there.items() if not count}
+    gone = gone_of(couplings, LayerCut(i, empty))
     uncut = blueprint.architecture.layers(blueprint.uncut)[i]  # stand-ins have no parameters
-    there = (units.find(uncut, name) for name in gone)
-    without = (module is not None and not list(module.parameters()) for module in there)
-    return tuple(name for name, empty in zip(gone, without, strict=True) if empty)
+    modules = (units.find(uncut, name) for name in gone)
+    without = (module is not None and not list(module.parameters()) for module in modules)
+    return tuple(name for name, own in zip(gone, without, strict=True) if own)
 
 
 def _quantity(blueprint: Blueprint, layer: LayerCut, name: str) -> int:

@@ -22,7 +22,7 @@ A LayerNorm also subtracts the mean, and runs over the kept channels without a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -90,25 +90,21 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class LayerCut:
-    """The units of one decoder layer to keep: None = all.
+    """The units of one decoder layer to keep.
 
     Attributes:
         index: of the layer in the uncut model.
-        groups: KV groups; empty: no attention sub-block.
-        queries: query heads; all groups stay if there are any.
-        neurons: FFN neurons; empty: no FFN sub-block.
-        experts: experts.
-        shared_neurons: neurons of the shared expert.
-        expert_neurons: neurons of each expert of the uncut layer, [experts, neurons].
+        kept: indices by kind; a kind without an entry is kept whole. No groups: no attention
+            sub-block; no neurons: no FFN sub-block. Neurons of experts are [experts, neurons],
+            those of each expert of the uncut layer.
     """
 
     index: int
-    groups: Tensor | None
-    queries: Tensor | None
-    neurons: Tensor | None
-    experts: Tensor | None
-    shared_neurons: Tensor | None
-    expert_neurons: Tensor | None
+    kept: Mapping[str, Tensor]
+
+    def of(self, kind: str) -> Tensor | None:
+        """The kept units of a kind; None for all."""
+        return self.kept.get(kind)
 
 
 _READ_BY = {
@@ -117,7 +113,7 @@ _READ_BY = {
 }
 """The modules that norm what a linear of the attention computes, by the name of the linear."""
 
-_UNCUT = LayerCut(-1, *(None,) * len(UNITS))
+_UNCUT = LayerCut(-1, {})
 """For parameters outside the layers."""
 
 
@@ -129,15 +125,16 @@ def layer_cuts(cut: Cut, sizes: Sizes) -> list[LayerCut]:
         sizes: of the uncut model.
     """
 
-    def units(kind: str, layer: int) -> Tensor | None:
-        kept: Any = getattr(cut, kind).get(layer)
-        number = len(kept[0] if kind == "expert_neurons" else kept) if kept else 0
-        if kept is None or (kept and number == getattr(sizes, kind)[layer]):
-            return None
-        return torch.tensor(kept, dtype=torch.long)
+    def units(layer: int) -> Iterator[tuple[str, Tensor]]:
+        for kind in UNITS:
+            kept: Any = getattr(cut, kind).get(layer)
+            if kept is not None:
+                found = torch.tensor(kept, dtype=torch.long)
+                if not len(found) or found.shape[-1] < getattr(sizes, kind)[layer]:
+                    yield kind, found
 
     indices = range(sizes.layers) if cut.layers is None else cut.layers
-    return [LayerCut(i, **{kind: units(kind, i) for kind in UNITS}) for i in indices]
+    return [LayerCut(i, dict(units(i))) for i in indices]
 
 
 @dataclass(frozen=True)
@@ -169,13 +166,13 @@ class Blueprint:
     def heads_per_group(self) -> int:
         """Remaining query heads of each KV group."""
         for layer in self.layers:
-            if layer.queries is not None:
-                return len(layer.queries) // self.sizes.groups[layer.index]
+            if (queries := layer.of("queries")) is not None:
+                return len(queries) // self.sizes.groups[layer.index]
         return self.sizes.heads_per_group
 
     def count(self, layer: LayerCut, kind: str) -> int:
         """How many units of a kind a layer keeps."""
-        kept = getattr(layer, kind)
+        kept = layer.of(kind)
         return getattr(self.sizes, kind)[layer.index] if kept is None else kept.shape[-1]
 
 
@@ -239,7 +236,7 @@ def _edit(
     parameter: Tensor = getattr(module, leaf)
     axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
     if axes is None:
-        cut = (stream, layer.groups, layer.queries, layer.neurons)
+        cut = (stream, *map(layer.of, ("groups", "queries", "neurons")))
         if any(x is not None for x in cut):
             raise ArchitectureError(
                 "the dimensions of this parameter are not declared, so it cannot be cut",
@@ -284,9 +281,9 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
 def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     """Modules of a layer that are removed with its sub-blocks."""
     gone: tuple[str, ...] = ()
-    if layer.groups is not None and not len(layer.groups):
+    if (groups := layer.of("groups")) is not None and not len(groups):
         gone += (couplings.attention, *couplings.attention_norms)
-    if layer.neurons is not None and not len(layer.neurons):
+    if (neurons := layer.of("neurons")) is not None and not len(neurons):
         gone += (*couplings.ffn, *couplings.ffn_norms)
     return gone
 
@@ -317,7 +314,7 @@ def _kept_along(
         "keys": width,
         "triples": (each + 2) * width,
     }
-    segments = axis.split("+")
+    groups, queries, segments = layer.of("groups"), layer.of("queries"), axis.split("+")
     if len(segments) > 1:
         # Parts one behind the other in one matrix (queries, keys, values): each is cut by itself,
         # and its indices begin where it begins.
@@ -339,16 +336,16 @@ def _kept_along(
             ]
         )
     if axis == "parts":  # of latent attention, whose heads are all groups
-        kept = layer.groups if layer.queries is None else layer.queries
+        kept = groups if queries is None else queries
         return None if kept is None else _spread(kept, size // sizes.groups[layer.index])
     if axis in widths:
-        if layer.queries is not None:
-            return _along_queries(axis, sizes, layer.queries)
-        return None if layer.groups is None else _spread(layer.groups, widths[axis])
-    if axis == "expert_neurons" and layer.expert_neurons is not None:
-        every = layer.experts is None
-        return layer.expert_neurons if every else layer.expert_neurons[layer.experts]
-    return stream if axis == "hidden" else getattr(layer, axis, None)
+        if queries is not None:
+            return _along_queries(axis, sizes, queries)
+        return None if groups is None else _spread(groups, widths[axis])
+    kept, experts = layer.of(axis), layer.of("experts")
+    if axis == "expert_neurons" and kept is not None and experts is not None:
+        return kept[experts]
+    return stream if axis == "hidden" else kept
 
 
 def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:

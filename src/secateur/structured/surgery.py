@@ -409,7 +409,7 @@ def _renumbered(made: Design, name: str) -> str | None:
     else:
         found = made.further.listed(name)
         new = _with_new_number(name, found, order)
-        kept = made.layers[order.index(int(found[1]))].experts if found and new else None
+        kept = made.layers[order.index(int(found[1]))].of("experts") if found and new else None
     if new is None or experts is None or kept is None:
         return new
     return _with_new_number(new, experts.place_of(new), kept.tolist())

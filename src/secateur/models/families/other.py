@@ -223,7 +223,7 @@ TABLE = {
                 **over("-", "pre_feedforward_layernorm_2 layer_scalar"),
             },
             outside=OF_EACH_LAYER,
-            attributes=GEMMA4_EXPERTS.sizes(),
+            attributes={"experts": {"num_experts": "experts"}},
             fixed={
                 "groups": f"global layers have heads of another size, and {LATE_LAYERS_READ}",
                 "hidden": "its router and per-layer embeddings scale with the hidden size",
