@@ -21,8 +21,6 @@ from typing import Any, cast
 
 import torch
 
-import torch
-
 from secateur.calibration.windows import load_windows
 from secateur.engine.plan_memory import PrunePlan
 from secateur.engine.prepared import Prepared, choose_plan, prepare
