@@ -1,4 +1,4 @@
-"""Which experts to keep: REAP, frequency, merging and random, on mixtures that are trained here.
+"""Which experts to keep: REAP, frequency and random, on mixtures that are trained here.
 
     python -m benchmarks.quality.experts --work DIR [--setups …] [--seeds 0 1 2]
 
@@ -18,7 +18,6 @@ again.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 import warnings
@@ -36,7 +35,6 @@ from secateur.engine.search.experts import (
     ExpertUse,
     best_experts,
     expert_use,
-    merge_experts,
     scores_of,
 )
 from secateur.models.experts import opened_experts
@@ -63,7 +61,6 @@ SETUPS = {"each layer": False, "all layers together": True}
 
 STEPS, KEPT, DRAWS, CALIBRATION, JUDGED, ALONE = 3000, (12, 8), 5, 200, 360, 100
 Use = dict[int, ExpertUse]
-Kept = dict[int, tuple[int, ...]]
 
 
 def model_of(setup: str, seed: int, work: Path) -> Any:
@@ -83,20 +80,9 @@ def candidate_cuts(model: Any, use: Use, keep: int) -> Iterator[tuple[str, Any]]
     for score in ("reap", "frequency"):
         kept = best_experts(scores_of(use, score), keep, CHOSEN)
         yield score, cut_model(model, Cut(experts=kept))
-    yield "merge", merged(model, use, kept)
     for draw in range(DRAWS):
         kept = best_experts(scores_of(use, "random", 100 * draw), keep, CHOSEN)
         yield "random", cut_model(model, Cut(experts=kept))
-
-
-def merged(model: Any, use: Use, kept: Kept) -> Any:
-    """Experts that leave are averaged into the most similar ones that stay."""
-    whole = copy.deepcopy(model)
-    with opened_experts(whole):
-        for index, own in kept.items():
-            mlp = whole.model.layers[index].mlp
-            merge_experts(mlp.experts, mlp.gate.weight.detach(), own, use[index].tokens)
-    return cut_model(whole, Cut(experts=kept))
 
 
 def alone(model: Any, use: Use, windows: Tensor) -> dict[str, float]:
@@ -164,7 +150,7 @@ def by_kind(losses: Tensor) -> dict[str, float]:
 
 def kept(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A line for each model and number of experts."""
-    names = ("reap", "frequency", "merge", "random")
+    names = ("reap", "frequency", "random")
     columns = ["balanced over", "seed", "dense", "experts kept", *names, "frequency - REAP"]
     lines = []
     for row in rows:

@@ -1072,7 +1072,7 @@ def structure(
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     allocation: str | None = None,
     learned: int | Mapping[str, Any] | None = None,
-    experts_by: Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random", "merge"]
+    experts_by: Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random"]
     | None = None,
     imatrix: str | Path | None = None,
     experts_scope: Literal["layer", "global"] | None = None,
@@ -1146,8 +1146,7 @@ def structure(
         learned: Learn which units stay by training, in this many steps. [not learned]
         experts_by: How to select experts: by REAP; by the divergence that their removal makes,
             which takes a backward pass; by how often they are chosen; by their weights alone
-            (aimer); by an importance matrix; or at random. merge averages the others into the most
-            similar expert that stays. [reap]
+            (aimer); by an importance matrix; or at random. [reap]
         imatrix: The importance matrix of a GGUF file, by llama.cpp: .gguf or .dat. [none]
         experts_scope: Where experts compete: within their layer, or in the whole model, so that
             layers keep different numbers. [layer]

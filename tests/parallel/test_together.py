@@ -204,17 +204,14 @@ def experts_recipe(place: Path, output: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_processes_share_the_survey_of_experts(place: Path, tmp_path: Path) -> None:
-    criteria = {"reap": "reap", "merge": "merge"}
-    recipes = [
-        experts_recipe(place, tmp_path / "three" / name, experts_by=by)
-        for name, by in criteria.items()
-    ]
+    for by in (criteria := ("reap", "frequency")):
+        carried_out("structure", experts_recipe(place, tmp_path / "one" / by, experts_by=by))
+    recipes = [experts_recipe(place, tmp_path / "three" / by, experts_by=by) for by in criteria]
     run_together(3, together, tmp_path, "structure", recipes, {})
-    for name, by in criteria.items():
-        carried_out("structure", experts_recipe(place, tmp_path / "one" / name, experts_by=by))
-        one, three = (tensors_of(tmp_path / count / name) for count in ("one", "three"))
+    for by in criteria:
+        one, three = (tensors_of(tmp_path / count / by) for count in ("one", "three"))
         assert one.keys() == three.keys()
-        assert all(one[tensor].equal(three[tensor]) for tensor in one), name
+        assert all(one[tensor].equal(three[tensor]) for tensor in one), by
     assert not list((tmp_path / "three").glob("*.partial"))
 
 

@@ -64,7 +64,7 @@ NOT_LEARNED = (
 
 Counted = Flag(value="NUMBER", default="all")
 
-ExpertsBy = Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random", "merge"]
+ExpertsBy = Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random"]
 
 
 class Depth(Section):
@@ -169,8 +169,7 @@ class _HowToCut(Section):
     experts_by: ExpertsBy = "reap"
     """How to select experts: by REAP; by the divergence that their removal makes, which takes a
     backward pass; by how often they are chosen; by their weights alone (aimer); by an importance
-    matrix; or at random. merge averages the others into the most similar
-    expert that stays."""
+    matrix; or at random."""
     imatrix: Annotated[str | None, Flag(value="FILE")] = None
     """The importance matrix of a GGUF file, by llama.cpp: .gguf or .dat."""
     experts_scope: Literal["layer", "global"] = "layer"

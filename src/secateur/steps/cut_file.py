@@ -348,8 +348,6 @@ def _faults(recipe: StructureRecipe) -> Iterator[str]:
             if option.name in WIDTHS:
                 reason = "it would cut through the blocks in which weights are stored"
             yield f"{option.flag_text}: bytes are copied, and {reason}"
-    if recipe.experts_by == "merge":
-        yield "--experts-by merge: bytes are copied, and averaged experts are new weights"
     if recipe.experts_by == "divergence":
         yield "--experts-by divergence: llama.cpp has no gradients; cut the model it was made from"
     if recipe.experts_scope == "global":

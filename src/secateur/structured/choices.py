@@ -13,7 +13,6 @@ linear. The rows that produced these columns are then unused and are cut as well
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,17 +29,15 @@ from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import EVOLUTION, choose_depth
 from secateur.engine.search.expert_divergence import divergence_scores
 from secateur.models import checkpoint, opening, skeleton, sources
-from secateur.models.experts import OpenExperts
 from secateur.models.inventory import FurtherLayers
 from secateur.models.sources import LocalCheckpoint
-from secateur.models.targets import CheckpointTarget, walk_layers
+from secateur.models.targets import CheckpointTarget
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.environment import choose_device
-from secateur.runs.output import whole_folder
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
 from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
@@ -91,12 +88,11 @@ def choose_hidden(context: CutContext, folder: Path) -> Found:
 
 
 def choose_experts(context: CutContext, folder: Path) -> Found:
-    """Choose the experts to keep, and merge the others into them if the recipe says so."""
+    """Choose the experts to keep."""
     target, recipe = context.target(folder), context.recipe
     config, experts = target.model.config, target.architecture.experts
     assert context.plan.keep_experts is not None
     assert experts is not None
-    use: dict[int, survey.ExpertUse] = {}
     if recipe.experts_by == "aimer":
         scores = survey.aimer_scores(target, context.progress)
         noted = {layer: {"aimer": own.tolist()} for layer, own in scores.items()}
@@ -112,8 +108,7 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
         context.ranks.once(lambda: job)
         use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
-        by = "frequency" if recipe.experts_by == "merge" else recipe.experts_by
-        scores = survey.scores_of(use, by, recipe.calibration.seed)
+        scores = survey.scores_of(use, recipe.experts_by, recipe.calibration.seed)
         noted = {layer: own.to_json() for layer, own in use.items()}
     top_k, groups = experts.per_token(config) or 1, experts.divided(config)
     kept = survey.best_experts(
@@ -124,8 +119,6 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         scope=recipe.experts_scope,
         nats=recipe.experts_by == "divergence",
     )
-    if recipe.experts_by == "merge":
-        folder = _merge_experts(context, folder, kept, use)
     notes = {
         "by": recipe.experts_by,
         "scope": recipe.experts_scope,
@@ -140,32 +133,6 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
     }
     predicting = survey.best_experts(further, most, top_k, groups=groups) if further else {}
     return Cut(experts=kept, predicting=predicting), notes, folder
-
-
-def _merge_experts(
-    context: CutContext,
-    folder: Path,
-    kept: Mapping[int, tuple[int, ...]],
-    use: Mapping[int, survey.ExpertUse],
-) -> Path:
-    """Write a copy of a model in which the experts that stay have taken up the others."""
-    made = context.work / "merged"
-    shutil.rmtree(made, ignore_errors=True)
-    with whole_folder(made) as partial:
-        target = context.target(folder)
-        target.output = opening.copy_of(target.reader, partial)
-        target.output.create(context.progress)
-        experts = target.architecture.experts
-        assert experts is not None
-        for index, layer in walk_layers(target, sorted(kept)):
-            router = layer.get_submodule(experts.router).get_parameter("weight")
-            module = layer.get_submodule(experts.module)
-            assert isinstance(module, OpenExperts)
-            survey.merge_experts(module, router, kept[index], use[index].tokens)
-            prefix = f"{target.architecture.layer_name(index)}.{experts.module}"
-            names = (f"{e}.{n}" for e in kept[index] for n, _ in module[e].named_parameters())
-            target.commit(index, [f"{prefix}.{name}" for name in names])
-    return made
 
 
 def share_survey(recipe: StructureRecipe, source: LocalCheckpoint, ranks: Ranks) -> None:

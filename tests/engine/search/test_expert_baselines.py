@@ -1,4 +1,4 @@
-"""Ways to choose experts beside REAP, and merging instead of removal."""
+"""Ways to choose experts beside REAP."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from secateur.calibration.windows import save_windows
 from secateur.engine.search.experts import (
     ExpertUse,
     best_experts,
-    expert_use,
-    merge_experts,
-    most_similar,
     scores_of,
 )
 from secateur.errors import RecipeError
-from secateur.models.experts import opened_experts
 from secateur.models.skeleton import quiet_transformers
-from secateur.models.targets import ModelTarget
-from secateur.progress import Silent
 from secateur.structured.cut import sizes_of
 
 
@@ -57,55 +51,6 @@ def test_experts_that_compete_in_the_whole_model() -> None:
 def test_each_group_keeps_its_best() -> None:
     kept = best_experts(scores_of({0: used(9, 8, 7, 1, 3, 2)}), 4, 2, groups=2)
     assert kept == {0: (0, 1, 4, 5)}
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_merged_experts_are_averages(family: str) -> None:
-    model: Any = tiny_model(family)
-    fused = model.model.layers[0].mlp.experts
-    before = {n: p.detach().clone() for n, p in fused.named_parameters()}
-    router = torch.eye(5, 32)
-    router[1], router[3] = router[0] + 0.1 * router[1], router[4] * 2
-    assert most_similar(router, (0, 2, 4)) == [0, 0, 2, 4, 4]
-    with opened_experts(model):
-        opened = model.model.layers[0].mlp.experts
-        merge_experts(opened, router, (0, 2, 4), torch.tensor([30, 10, 5, 0, 0]))
-    for name, now in fused.named_parameters():
-        was = before[name]
-        torch.testing.assert_close(now[0], 0.75 * was[0] + 0.25 * was[1])
-        for e in (1, 2, 3, 4):  # nobody is merged into 2; 3 and 4 received nothing
-            assert torch.equal(now[e], was[e]), (name, e)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_structure_merges_and_leaves_the_source(family: str, tmp_path: Path) -> None:
-    """Experts that stay hold the averages; the rows of the router are theirs."""
-    model: Any = tiny_model(family)
-    with quiet_transformers():
-        model.save_pretrained(tmp_path / "source")
-    source = (tmp_path / "source" / "model.safetensors").read_bytes()
-    save_windows(tiny_windows(), tmp_path / "windows.safetensors")
-    secateur.structure(
-        tmp_path / "source", output=tmp_path / "out", experts=3, experts_by="merge",
-        calibration=tmp_path / "windows.safetensors",
-    )  # fmt: skip
-    assert (tmp_path / "source" / "model.safetensors").read_bytes() == source
-    with quiet_transformers():
-        found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    path = "mlp.gate" if family == "mixtral" else "mlp.router"
-    with opened_experts(model):
-        use = expert_use(ModelTarget(model), tiny_windows(), 2048, Silent())
-        for index, kept in best_experts(scores_of(use, "frequency"), 3, 2).items():
-            layer = model.model.layers[index]
-            router = layer.get_submodule(path).weight.detach()
-            merge_experts(layer.mlp.experts, router, kept, use[index].tokens)
-            smaller = found.model.layers[index]
-            assert torch.equal(smaller.get_submodule(path).weight, router[list(kept)])
-    for index, kept in best_experts(scores_of(use, "frequency"), 3, 2).items():
-        experts = (m.model.layers[index].mlp.experts for m in (model, found))
-        ours, theirs = (dict(e.named_parameters()) for e in experts)
-        for name, parameter in theirs.items():
-            torch.testing.assert_close(parameter, ours[name][list(kept)])
 
 
 def test_layers_keep_different_numbers_of_experts(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 Calibration passes once through the dense model, with one decoder layer in memory, and gathers two
 sums for each expert. `aimer` reads the weights alone, and `expert_divergence.py` needs gradients.
-`best_experts` chooses the experts of a `Cut` by any of these scores. As a baseline for removal,
-experts can be merged into the most similar ones that stay (`merge_experts`).
+`best_experts` chooses the experts of a `Cut` by any of these scores.
 """
 
 from __future__ import annotations
@@ -270,55 +269,3 @@ def _best(score: Tensor, keep: int, groups: int) -> tuple[int, ...]:
     # numbers within a group become numbers of the layer
     first = [own[: keep // groups] + size * group for group, own in enumerate(order)]
     return tuple(sorted(torch.cat(first).tolist()))
-
-
-def most_similar(router: Tensor, kept: Sequence[int]) -> list[int]:
-    """For each expert the kept one that the router finds most similar; itself if it stays.
-
-    Args:
-        router: its weight [experts, hidden]; experts with similar rows receive similar tokens.
-        kept: numbers of the experts that stay, ascending.
-
-    Example:
-        >>> import torch
-        >>> from secateur.engine.search.experts import most_similar
-        >>> most_similar(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), [0, 2])
-        [0, 0, 2]
-    """
-    rows = nn.functional.normalize(router.float(), dim=-1)
-    near = (rows @ rows[list(kept)].T).argmax(-1).tolist()  # cosines [experts, kept]
-    return [e if e in kept else kept[near[e]] for e in range(len(rows))]
-
-
-@torch.no_grad()
-def merge_experts(
-    experts: OpenExperts, router: Tensor, kept: Sequence[int], tokens: Tensor
-) -> None:
-    """Average experts into those that stay, in place.
-
-        W_k <- sum over e merged into k of |T_e| * W_e, divided by the sum of |T_e|
-
-    T_e are the tokens that are routed to expert e. Paper: Li et al. 2023, "Merge, Then Compress:
-    Demystify Efficient SMoE with Hints from Its Routing Policy", arXiv:2310.01334. Deviations: the
-    similarity is that of the router's rows and not of its logits, neurons are not permuted before
-    they are averaged, and the router keeps the rows of the experts that stay.
-
-    Args:
-        experts: of one layer.
-        router: its weight [experts, hidden].
-        kept: numbers of the experts that stay, ascending.
-        tokens: |T_e|, [experts].
-    """
-    home = most_similar(router, kept)
-    for k in kept:
-        members = [e for e in range(len(home)) if home[e] == k]
-        share = tokens[members].double()
-        if len(members) == 1 or not share.any():  # alone, or no token reached any of them
-            continue
-        share = share / share.sum()
-        for name, parameter in experts[k].named_parameters():
-            parts = (
-                w * experts[e].get_parameter(name).double()
-                for w, e in zip(share.tolist(), members, strict=True)
-            )
-            parameter.copy_(sum(parts))
