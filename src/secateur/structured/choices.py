@@ -29,9 +29,10 @@ from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import EVOLUTION, choose_depth
 from secateur.engine.search.expert_divergence import divergence_scores
 from secateur.models import checkpoint, opening, skeleton, sources
+from secateur.models.experts import OpenExperts
 from secateur.models.inventory import FurtherLayers
 from secateur.models.sources import LocalCheckpoint
-from secateur.models.targets import CheckpointTarget
+from secateur.models.targets import CheckpointTarget, walk_layers
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
