@@ -135,6 +135,9 @@ CASES: Mapping[str, Case] = {
     "structure best": Case(
         "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2, "ffn": 0.75}
     ),
+    "structure experts": Case(
+        "structure", "mixture", {**FAST, "asymmetric": True, "experts": 3}
+    ),
     "structure of a file": Case(
         "structure",
         "mixture.gguf",

@@ -38,6 +38,7 @@ CASES_OF = {
             "prune search",
             "structure",
             "structure best",
+            "structure experts",
             "decompress",
             "fit",
             "fit for llama.cpp",

@@ -413,7 +413,7 @@ class StepEntry(PartialRecord):
     """An entry of `steps.json`.
 
     Attributes:
-        step: vocabulary, depth, experts, hidden, refit, queries, width or learned.
+        step: vocabulary, depth, experts, routers, hidden, refit, queries, width or learned.
         by: how the units were selected; None where `score` and `solver` say it.
         text: of a vocabulary step: where tokens were counted.
         tokens_before: of a vocabulary step: rows of the embedding.
@@ -423,6 +423,8 @@ class StepEntry(PartialRecord):
         covered: of a vocabulary step: share of the text's tokens that stay.
         scope: of a step of experts: where they compete.
         use: of a step of experts: by layer the tokens of each expert, and its score by REAP.
+        errors: of a routers step: by layer the error on held-out windows, at first and after each
+            part of the tuning.
         score: of a width step.
         solver: of a width step.
         allocation: of a width step.
@@ -446,6 +448,7 @@ class StepEntry(PartialRecord):
     step: str
     scope: str | None = None
     use: dict[str, Any] | None = None
+    errors: dict[str, dict[str, float]] | None = None
     by: str | None = None
     text: str | None = None
     tokens_before: int | None = None

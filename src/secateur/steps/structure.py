@@ -46,7 +46,16 @@ from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
 from secateur.steps.runner import RunContext, Step, Way, carry_out, identity_of, source_of, step_of
 from secateur.structured import cut_plan
-from secateur.structured.cut_steps import REFIT, STEP, CutContext, CutStep, cut_step, refit_step
+from secateur.structured.cut_steps import (
+    REFIT,
+    ROUTERS,
+    STEP,
+    CutContext,
+    CutStep,
+    cut_step,
+    refit_step,
+    routers_step,
+)
 from secateur.structured.design import verified
 
 if TYPE_CHECKING:
@@ -384,16 +393,19 @@ def _steps_of(recipe: StructureRecipe, plan: cut_plan.CutPlan, model: Any) -> di
 
     channels = plan.keep_hidden is not None
     refits = recipe.asymmetric and (channels or plan.drop_layers > 0)
+    # aimer reads no text, so there is nothing to learn from
+    tunes = recipe.asymmetric and plan.keep_experts is not None and recipe.experts_by != "aimer"
     steps: dict[str, Any] = {
         "depth": choices.choose_layers if plan.drop_layers else None,
         "experts": choices.choose_experts if plan.keep_experts is not None else None,
+        ROUTERS: routers_step if tunes else None,
         "hidden": choices.choose_hidden if channels else None,
         REFIT: refit_step if refits and can_refit(describe(model), channels=channels) else None,
         "queries": choices.choose_queries if plan.keep_queries is not None else None,
         "width": choices.choose_width if plan.narrows else None,
     }
     return {
-        name: how if name == REFIT else partial(cut_step, name=name, choose=how)
+        name: how if name in (REFIT, ROUTERS) else partial(cut_step, name=name, choose=how)
         for name, how in steps.items()
         if how is not None
     }

@@ -1,12 +1,12 @@
 """The steps of a structured cut. Each step turns one model folder into a smaller one.
 
-    depth ─► experts ─► hidden ─► refit ─► query heads ─► heads and neurons
+    depth ─► experts ─► routers ─► hidden ─► refit ─► query heads ─► heads and neurons
 
 The last two choose units with a run of `secateur prune` (`choices.py`).
 
 A step's folder is complete, or it does not exist, so a killed run resumes after the last finished
 step. The refit comes after a cut of layers or channels: it fits the remaining linears to the uncut
-model.
+model. Routers are tuned after a cut of experts.
 
 Several processes share the survey of experts (`choices.py`).
 """
@@ -26,8 +26,10 @@ from torch import Tensor
 
 from secateur.engine.plan import fitting_plan, memory_budget
 from secateur.engine.plan_memory import PrunePlan, plan_run
-from secateur.engine.prune.refit import Refit
+from secateur.engine.prune.refit import Refit, SideBySide
+from secateur.engine.prune.routers import RouterTuning
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
+from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import PatchedCopy
 from secateur.models.opening import copy_of, open_weights
 from secateur.models.targets import CheckpointTarget
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
 STEP = "step.json"
 """The file that a step writes into the folder of its model."""
 
-REFIT = "refit"
-"""The step that fits linears, and its folder."""
+REFIT, ROUTERS = "refit", "routers"
+"""The steps that fit weights, and their folders."""
 
 
 @dataclass(frozen=True)
@@ -139,31 +141,75 @@ def cut_step(
 
 
 def refit_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Fit linears to the outputs of the uncut model, unless an earlier run did. Sizes stay.
+    """Fit linears to the outputs of the uncut model, unless an earlier run did. Sizes stay."""
+    dense = context.target(context.source)
+    layers = _kept(context, "depth", "layers") or range(len(dense.layers))
+    hidden = _kept(context, "hidden", "hidden")
 
-    A killed refit resumes after the last layer in its ledger.
+    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> SideBySide:
+        return Refit(
+            dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
+        )
+
+    return _fitted(context, folder, REFIT, "least squares", dense, fit)
+
+
+def routers_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Tune routers and experts to the model before the cut of experts. Sizes stay.
+
+    Weights in fewer bits stay as they are stored, so there only the routers learn.
     """
-    made = context.work / REFIT
+    before = context.work / "depth"
+    dense = context.target(before if before.exists() else context.source)
+
+    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> SideBySide:
+        return RouterTuning(
+            dense, cut, range(len(dense.layers)), context.windows, settings, ledger,
+            context.progress, refits=not isinstance(cut.reader, AssembledReader),
+        )  # fmt: skip
+
+    return _fitted(context, folder, ROUTERS, "dense outputs", dense, fit)
+
+
+def _fitted(
+    context: CutContext,
+    folder: Path,
+    name: str,
+    by: str,
+    dense: CheckpointTarget,
+    fit: Callable[[CheckpointTarget, Settings, Ledger], SideBySide],
+) -> tuple[Path, dict[str, Any]]:
+    """Change weights of the model in a folder layer by layer, unless an earlier run did.
+
+    A killed run resumes after the last layer in its ledger.
+
+    Args:
+        context: the inputs of all steps.
+        folder: the model before the step.
+        name: of the step.
+        by: what it fits.
+        dense: the model that it fits to.
+        fit: makes the work.
+    """
+    made = context.work / name
     if not made.exists():
-        partial = context.work / f"{REFIT}.partial"
-        copy = copy_of(open_weights(folder), partial)
-        written = context.scratch(REFIT) / "layers.jsonl"
-        ledger, done = Ledger(written), 0
+        partial, reader = context.work / f"{name}.partial", open_weights(folder)
+        at_rest = name == ROUTERS and isinstance(reader, AssembledReader)
+        # what is in fewer bits stays, so the stored tensors are copied
+        copy = PatchedCopy(reader.stored, partial) if at_rest else copy_of(reader, partial)
+        ledger, done = Ledger(context.scratch(name) / "layers.jsonl"), 0
         if ledger.begun:
             done = ledger.resume()
         else:
             copy.create(context.progress)
             ledger.begin()
-        cut, dense = context.target(folder, copy), context.target(context.source)
-        layers = _kept(context, "depth", "layers") or range(len(dense.layers))
-        hidden = _kept(context, "hidden", "hidden")
-        settings = _refit_settings(context, dense)
-        Refit(
-            dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
-        ).execute(done)
+        cut = context.target(folder, copy)
+        fit(cut, _fit_settings(context, dense, name), ledger).execute(done)
         notes = read_notes(folder)
         record = dict.fromkeys(("before", "after"), notes["after"])
-        record |= {"step": REFIT, "by": "least squares", "varied": notes["varied"]}
+        record |= {"step": name, "by": by, "varied": notes["varied"]}
+        errors = {str(x.layer): x.reconstruction for x in ledger.layers if x.reconstruction}
+        record |= {"errors": errors} if errors else {}
         write_json(partial / STEP, record)
         partial.rename(made)
     return made, read_notes(made)
@@ -175,7 +221,7 @@ def _kept(context: CutContext, step: str, kind: str) -> Sequence[int] | None:
     return read_notes(made)["cut"][kind] if made.exists() else None
 
 
-def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
+def _fit_settings(context: CutContext, dense: CheckpointTarget, name: str) -> Settings:
     """Settings with hidden states on disk if memory cannot hold them."""
     memory = context.recipe.memory
     # a run that fits writers to the uncut model needs the same: two layers and their forwards
@@ -188,7 +234,7 @@ def _refit_settings(context: CutContext, dense: CheckpointTarget) -> Settings:
             fast_matmuls=context.recipe.fast_matmuls,
             micro_batch_tokens=memory.micro_batch_tokens,
             activations=activations,
-            work=context.scratch(REFIT),
+            work=context.scratch(name),
         )
 
     def planned(activations: str) -> PrunePlan:

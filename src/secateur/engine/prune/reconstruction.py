@@ -130,7 +130,7 @@ class LayerTuning:
         _reconstruct(
             self.layer,
             tuned,
-            _draw_steps(count, at_once, self.passes, seed=index),
+            draw_steps(count, at_once, self.passes, seed=index),
             self._examples,
             on_step=self.inputs.step,
             rounded=rounded,
@@ -283,7 +283,7 @@ def _reconstruct(
         on_grid.settle()
 
 
-def _draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
+def draw_steps(windows: int, size: int, passes: int, seed: int) -> list[list[int]]:
     """Return the windows of every step. Each pass reads all windows once, in its own order.
 
     Args:

@@ -61,18 +61,63 @@ def can_refit(architecture: Architecture, *, channels: bool) -> bool:
     return not all(of_expert) and bool(architecture.writers or channels)
 
 
-class Refit:
-    """The refit of one cut model, layer by layer.
+class SideBySide:
+    """The uncut and the cut model, which pass calibration layer by layer in step.
 
     Args:
         dense: the uncut model.
         cut: the cut model; its layers get the new weights.
         layers: kept layers of the uncut model, ascending.
-        channels: kept channels of its residual stream, ascending; None for all.
         windows: calibration tokens [samples, sequence_length].
         settings: how the work is done.
         ledger: record of finished layers.
         progress: receives every forward.
+    """
+
+    def __init__(
+        self,
+        dense: Target,
+        cut: Target,
+        layers: Sequence[int],
+        windows: Tensor,
+        settings: Settings,
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self.settings, self.ledger, self.progress = settings, ledger, progress
+        self.layers = layers
+        places = [settings.work and settings.work / name for name in ("uncut", "cut")]
+        for place in places:
+            if place:
+                place.mkdir(exist_ok=True)
+        self.dense = replace(settings, work=places[0]).stream(dense, windows)
+        self.cut = replace(settings, work=places[1]).stream(cut, windows)
+
+    def open(self, done: int) -> tuple[OpenStream, OpenStream]:
+        """Make the inputs of layer `done` ready in both models, or else those of the first one."""
+        if done:
+            cut = self.cut.open(done)
+            if cut.start == done:
+                dense = self.dense.open(self.layers[done])
+                if dense.start == self.layers[done]:
+                    return dense, cut
+        cut, dense = self.cut.open(), self.dense.open()
+        self.ledger.begin()
+        return dense, cut
+
+    def inputs(self, opened: OpenStream, index: int) -> LayerInputs:
+        """The hidden states of one of the models at one of its layers."""
+        matmuls = partial(self.settings.matmuls, self.dense.target.device)
+        return opened.layer_inputs(
+            index, matmuls, lambda: self.progress.step(note=f"layer {index}")
+        )
+
+
+class Refit(SideBySide):
+    """The refit of one cut model, layer by layer.
+
+    Args, besides those of `SideBySide`:
+        channels: kept channels of the uncut model's residual stream, ascending; None for all.
     """
 
     def __init__(
@@ -86,15 +131,8 @@ class Refit:
         ledger: Ledger,
         progress: Progress,
     ) -> None:
-        self.settings, self.ledger, self.progress = settings, ledger, progress
-        self.layers = layers
+        super().__init__(dense, cut, layers, windows, settings, ledger, progress)
         self.channels = None if channels is None else torch.tensor(channels, device=dense.device)
-        places = [settings.work and settings.work / name for name in ("uncut", "cut")]
-        for place in places:
-            if place:
-                place.mkdir(exist_ok=True)
-        self.dense = replace(settings, work=places[0]).stream(dense, windows)
-        self.cut = replace(settings, work=places[1]).stream(cut, windows)
 
     @torch.no_grad()
     @full_float32()
@@ -105,7 +143,7 @@ class Refit:
             self.progress.finish()
             return
         with reused_pages():
-            dense, cut = self._open(done)
+            dense, cut = self.open(done)
             done = cut.start
             gaps = [self._gap(place) for place in range(done, len(self.layers))]
             missing = range(0 if done else self.layers[0])
@@ -117,31 +155,12 @@ class Refit:
                 self._refit_layer(place, dense, cut)
         self.progress.finish()
 
-    def _open(self, done: int) -> tuple[OpenStream, OpenStream]:
-        """Make the inputs of layer `done` ready in both models, or else those of the first one."""
-        if done:
-            cut = self.cut.open(done)
-            if cut.start == done:
-                dense = self.dense.open(self.layers[done])
-                if dense.start == self.layers[done]:
-                    return dense, cut
-        cut, dense = self.cut.open(), self.dense.open()
-        self.ledger.begin()
-        return dense, cut
-
     def _gap(self, place: int) -> int:
         """The number of removed layers after a layer of the cut model."""
         last = place + 1 == len(self.layers)
         # the next layer that stays, or what would come behind the last one
         following = len(self.dense.target.layers) if last else self.layers[place + 1]
         return following - self.layers[place] - 1
-
-    def inputs(self, opened: OpenStream, index: int) -> LayerInputs:
-        """The hidden states of one of the models at one of its layers."""
-        matmuls = partial(self.settings.matmuls, self.dense.target.device)
-        return opened.layer_inputs(
-            index, matmuls, lambda: self.progress.step(note=f"layer {index}")
-        )
 
     def _refit_layer(self, place: int, dense: OpenStream, cut: OpenStream) -> None:
         """Read, refit and record one layer of the cut model."""

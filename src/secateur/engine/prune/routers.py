@@ -1,0 +1,360 @@
+"""Tunes the mixtures of a cut model, layer by layer, after experts were removed.
+
+    inputs of both models ─► dense layer ─► refit, router, refit ─► inputs of the next layer
+
+The target of a layer is the dense layer's output on the dense model's inputs; its inputs are those
+that it has in the cut model. Both parts minimise the relative error of a token (`output_error`),
+
+    mean_t ‖y_t − ŷ_t‖² / ‖y_t‖²
+
+* **The router.** Its own parameters learn by Adam, through the model's own forward with its own
+  choice of experts. Gradients reach the weights of the chosen experts only. A correction that only
+  chooses has no gradient, so it stays.
+* **The `down_proj` D_e of each expert**, by least squares on the tokens that the router sends to
+  it. With a_t its inputs, g_t the router's weight, ω_t = 1 / ‖y_t‖ and r_t = y_t − ŷ_t:
+
+      min over D_e:  Σ_t ω_t² ‖r_t + g_t (D_e⁰ − D_e) a_t‖² + λ ‖D_e − A_e‖²      (`dense_target`)
+
+  A_e is the weight that the cut left. The experts are solved in turn, each with the residuals that
+  those before it left, and twice. That approaches the joint solution of all experts (block
+  coordinate descent), and only the gram of one expert is in memory. It needs a stream to which the
+  mixture adds its output, perhaps times a constant; where a norm or another linear comes first, the
+  `down_proj` stay.
+
+Every 8th window is held out. A part that does not lower the error on these windows is taken back.
+
+Paper: Hyeon and Do 2026, "Is Retraining-Free Enough? The Necessity of Router Calibration for
+Efficient MoE Compression", arXiv:2603.02217. Deviations: the paper learns from the next-token
+predictions of the dense model with the whole cut model in memory, and no expert changes. Here each
+layer learns from the dense layer. The distillation of a cut model follows with `thorough` and
+`best`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.prune.reconstruction import draw_steps, output_error
+from secateur.engine.prune.refit import SideBySide
+from secateur.engine.stream.calibration_stream import LayerInputs, OpenStream
+from secateur.engine.stream.calls import LayerCall, call_layer
+from secateur.engine.stream.layerwise import only_learning
+from secateur.machine import full_float32, reused_pages
+from secateur.models.architecture import hidden_size
+from secateur.models.expert_layout import Experts
+from secateur.models.experts import OpenExperts, Sent
+from secateur.runs.records import Layer
+from secateur.sparsity.hessian import dense_target
+
+HOLD_OUT = 8
+"""One of so many windows is held out, and one of fewer. With a single window nothing is tuned."""
+
+STEPS = 200
+"""The fewest steps in which a router learns."""
+
+RATE = 0.5
+"""The first learning rate of a router times the hidden size; it falls along a half cosine to 0. A
+step moves a logit by at most about this."""
+
+SWEEPS, DAMPING = 2, 0.01
+"""How often the experts are solved in turn, and λ as a fraction of the gram's mean diagonal."""
+
+FIT_BYTES = 4 << 30
+"""Least squares read so many bytes of experts' inputs and residuals at most."""
+
+_PROBE = 64.0
+
+
+class RouterTuning(SideBySide):
+    """The tuning of the mixtures of one cut model; see the module.
+
+    Args, besides those of `SideBySide`:
+        refits: whether the experts' `down_proj` may change.
+    """
+
+    def __init__(self, *args: Any, refits: bool = True) -> None:
+        super().__init__(*args)
+        self.refits = refits
+
+    @torch.no_grad()
+    @full_float32()
+    def execute(self, done: int = 0) -> None:
+        """Tune every layer of the cut model from number `done` on."""
+        count = len(self.layers)
+        if done == count:
+            return
+        with reused_pages():
+            dense, cut = self.open(done)
+            plan = _Windows.of(len(self.cut.windows), self.cut.windows_at_once)
+            for size in plan.sizes:
+                self.cut.outer.calls(size)  # recorded before any layer has its weights
+            self.progress.start("tuning routers", 2 * (count - cut.start) * len(cut.batches()))
+            for place in range(cut.start, count):
+                self._tune_layer(place, dense, cut, plan)
+            for opened in (dense, cut):
+                opened.hidden.forget(count)
+        self.progress.finish()
+
+    def _tune_layer(self, place: int, dense: OpenStream, cut: OpenStream, plan: _Windows) -> None:
+        """Tune and record one layer."""
+        started, target, errors = time.perf_counter(), self.cut.target, dict[str, float]()
+        outputs, inputs = self.inputs(dense, self.layers[place]), self.inputs(cut, place)
+        with self.dense.target.layer(self.layers[place]) as twin:
+            outputs.pass_through(twin)
+        dense.advance(self.layers[place] + 1)
+        experts = target.architecture.experts
+        with target.layer(place) as layer:
+            assert experts is not None
+            if experts.module in dict(layer.named_modules()) and plan.held_out:
+                rate = RATE / hidden_size(target.model)
+                one = _MixtureTuning(layer, experts, inputs, outputs, plan, rate)
+                errors = one.execute(refits=self.refits)
+                prefix = target.architecture.layer_name(place)
+                target.commit(place, [f"{prefix}.{name}" for name in sorted(one.changed)])
+            inputs.pass_through(layer)
+        cut.advance(place + 1)
+        seconds = time.perf_counter() - started
+        self.ledger.finish_layer(
+            Layer(layer=place, seconds=seconds, linears=(), reconstruction=errors)
+        )
+        dense.forget_before(self.layers[place] + 1)
+        cut.forget_before(place + 1)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """The windows of each forward.
+
+    Attributes:
+        steps: of the learning router.
+        learned: all that are learned from, in micro-batches.
+        held_out: all others, in micro-batches; empty if there are too few windows.
+    """
+
+    steps: Sequence[Sequence[int]]
+    learned: Sequence[Sequence[int]]
+    held_out: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, count: int, at_once: int) -> _Windows:
+        """Divide windows; `at_once` of them are a micro-batch."""
+        held = range(min(HOLD_OUT, count) - 1, count if count > 1 else 0, HOLD_OUT)
+        own = [number for number in range(count) if number not in held]
+        passes = -(-STEPS // -(-len(own) // at_once))
+        drawn = draw_steps(len(own), at_once, passes, seed=0)
+        return cls(
+            [[own[place] for place in places] for places in drawn],
+            [own[start : start + at_once] for start in range(0, len(own), at_once)],
+            [held[start : start + at_once] for start in range(0, len(held), at_once)],
+        )
+
+    @property
+    def sizes(self) -> set[int]:
+        """How many windows a forward has."""
+        return {len(own) for part in (self.learned, self.held_out) for own in part}
+
+
+class _MixtureTuning:
+    """The tuning of one layer.
+
+    Args:
+        layer: the layer, with its experts opened.
+        experts: where they and the router are.
+        inputs: the hidden states of the cut model at the layer.
+        outputs: those of the dense model behind it.
+        plan: the windows of each forward.
+        rate: the learning rate of the router.
+
+    Attributes:
+        changed: names of the parameters that have new values.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        experts: Experts,
+        inputs: LayerInputs,
+        outputs: LayerInputs,
+        plan: _Windows,
+        rate: float,
+    ) -> None:
+        self.layer, self.inputs, self.outputs = layer, inputs, outputs
+        self.plan, self.rate, self.changed = plan, rate, set[str]()
+        module = layer.get_submodule(experts.module)
+        assert isinstance(module, OpenExperts)
+        self.experts = module
+        down, names = experts.layout.projections[-1], dict(layer.named_parameters())
+        self.down = [f"{experts.module}.{e}.{down}.weight" for e in range(len(module))]
+        of_router = (name for name in names if name.startswith(f"{experts.router}."))
+        self.router = [name for name in of_router if names[name].is_floating_point()]
+
+    def execute(self, *, refits: bool) -> dict[str, float]:
+        """Tune the layer. Return its error on the windows that are held out, after each part."""
+        least = self._error()
+        found, scale = {"error_before": least}, self._scale() if refits else None
+        router = ("router", self.router, self._learn)
+        parts: list[tuple[str, Sequence[str], Callable[[], None]]] = [router]
+        if scale is not None:
+            fit = partial(self._fit, scale)
+            parts = [("refit", self.down, fit), router, ("refit_again", self.down, fit)]
+        for part, names, change in parts:
+            before = {name: self.layer.get_parameter(name).clone() for name in names}
+            change()
+            error = self._error()
+            if error < least:
+                least = error
+                self.changed.update(names)
+            else:  # also where it is not a number
+                for name, value in before.items():
+                    self.layer.get_parameter(name).copy_(value)
+            found[f"after_{part}"] = least
+        return found | {"error_after": least}
+
+    def _example(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, LayerCall]:
+        """Inputs, targets and call of some windows."""
+        rows = [slice(window, window + 1) for window in windows]
+        x, y = (torch.cat([own.read(row) for row in rows]) for own in (self.inputs, self.outputs))
+        call = self.inputs.calibration.outer.call(self.inputs.index, windows)
+        return x, call.states(y), call
+
+    def _outputs(self, x: Tensor, call: LayerCall) -> Tensor:
+        """The hidden states behind the layer."""
+        with self.inputs.matmuls():
+            return call.states(call_layer(self.layer, x, call))
+
+    def _error(self) -> float:
+        """The error on the windows that are held out."""
+        total = 0.0
+        for windows in self.plan.held_out:
+            x, y, call = self._example(windows)
+            total += float(output_error(self._outputs(x, call), y)) * len(windows)
+        return total / sum(map(len, self.plan.held_out))
+
+    def _learn(self) -> None:
+        """Let the router learn. It computes in the model's dtype and adds up steps in float32."""
+        own = [self.layer.get_parameter(name) for name in self.router]
+        exact = [nn.Parameter(p.detach().float().clone()) for p in own]
+        optimizer, steps = torch.optim.Adam(exact, lr=self.rate), self.plan.steps
+        with only_learning(self.layer, own):
+            for step, windows in enumerate(steps):
+                x, y, call = self._example(windows)
+                with torch.enable_grad():
+                    error = output_error(self._outputs(x, call), y)
+                if not error.requires_grad:  # no weight depends on the router
+                    return
+                error.backward()
+                for master, p in zip(exact, own, strict=True):
+                    master.grad = None if p.grad is None else p.grad.float()
+                    p.grad = None
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
+                optimizer.step()
+                for master, p in zip(exact, own, strict=True):
+                    p.copy_(master)
+
+    def _scale(self) -> float | None:
+        """The number c in: output of the layer = rest + c · output of the experts; None if none."""
+        x, _, call = self._example(self.plan.held_out[0])
+        before, seen = self._outputs(x, call).float(), list[Tensor]()
+
+        def enlarge(module: nn.Module, args: object, out: Tensor) -> Tensor:
+            seen.append(out)
+            return out * (1 + _PROBE)
+
+        with _hooked(self.experts, enlarge):
+            change = self._outputs(x, call).float() - before
+        # Llama 4 hands every expert all tokens, and adds up what they return
+        added = _PROBE * seen[0].float().view(-1, change[..., 0].numel(), seen[0].shape[-1]).sum(0)
+        if added.numel() != change.numel():
+            return None
+        added = added.view_as(change)
+        scale = float((change * added).sum() / added.square().sum())
+        rest = (change - scale * added).norm()
+        return scale if scale and bool(rest < 0.02 * change.norm()) else None
+
+    def _fit(self, scale: float) -> None:
+        """Refit the `down_proj` of all experts in turn."""
+        fit = _DownFit(len(self.experts))
+        last, seen = self.experts.stages[-1], list[tuple[Tensor, Sent]]()
+        for windows in self.plan.learned:
+            x, y, call = self._example(windows)
+            seen.clear()
+            with _hooked(last, lambda _, args, __: seen.append(args)):
+                left = y.float() - self._outputs(x, call).float()
+            size = y.float().flatten(0, -2).norm(dim=-1, keepdim=True)
+            fit.add(seen, left.flatten(0, -2), size.clamp_min(1e-30))
+            if fit.bytes > FIT_BYTES:
+                break
+        fit.solve([self.layer.get_parameter(name) for name in self.down], scale)
+
+
+class _DownFit:
+    """Least squares of the experts' last linears in turn.
+
+    Args:
+        experts: their number.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.of = [list[tuple[Tensor, Tensor, Tensor]]() for _ in range(experts)]
+        self.left, self.weights = list[Tensor](), list[Tensor]()
+        self.bytes = self.tokens = 0
+
+    def add(self, seen: Sequence[tuple[Tensor, Sent]], left: Tensor, size: Tensor) -> None:
+        """Keep what some windows need.
+
+        Args:
+            seen: inputs of the linears, and who receives them.
+            left: r of each token, float32 [tokens, hidden].
+            size: ‖y‖ of each token, float32 [tokens, 1].
+        """
+        for x, sent in seen:
+            parts = (own.split(sent.counts) for own in (x, sent.rows % len(left), sent.weights))
+            for e, inputs, rows, weights in zip(sent.experts, *parts, strict=True):
+                self.of[e].append((inputs, rows + self.tokens, weights))
+            self.bytes += x.nbytes
+        self.left.append(left / size)
+        self.weights.append(1 / size)
+        self.bytes, self.tokens = self.bytes + left.nbytes, self.tokens + len(left)
+
+    def solve(self, matrices: Sequence[Tensor], scale: float) -> None:
+        """Change the matrices [hidden, neurons] in place; those without tokens stay.
+
+        Args:
+            matrices: of all experts.
+            scale: what the model multiplies the sum of their outputs by.
+        """
+        anchors = [matrix.detach().clone() for matrix in matrices]
+        left, size = torch.cat(self.left), torch.cat(self.weights)
+        for _, (matrix, anchor, own) in product(
+            range(SWEEPS), zip(matrices, anchors, self.of, strict=True)
+        ):
+            if not own:
+                continue
+            inputs, rows, weights = (torch.cat(parts) for parts in zip(*own, strict=True))
+            z = inputs.float() * (scale * weights.float() * size[rows])
+            gram, now = z.T @ z, matrix.to(torch.float32, copy=True)
+            if gram.any():
+                moments = left[rows].T @ z + now @ gram
+                matrix.copy_(dense_target(gram, moments, anchor.float(), DAMPING))
+                left[rows] += z @ (now - matrix.float()).T
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """A context in which a function gets the inputs and outputs of a module."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
