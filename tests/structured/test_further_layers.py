@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from at_rest import stored_tensors
+from at_rest import described, raw, rounded_to_float8, save_in, stored_tensors
 from further import FORMS, Predictor, own_tensors, renamed, save_further, start_of
 from same_logits import assert_same_logits
 from slow import slow_but
@@ -105,4 +105,37 @@ def test_a_layer_that_cannot_follow_is_left_out(
     assert reason in caplog.text.rpartition(";")[2]
     assert not any(n.startswith("model.layers.3.") for n in stored_tensors(tmp_path / "c"))
     assert config_of(tmp_path / "c")["num_nextn_predict_layers"] == 0
+    load_whole(tmp_path / "c", CPU)
+
+
+def test_float8_keeps_its_bytes(tmp_path: Path) -> None:
+    """In three files; scales and lists of modules follow the layer and its experts."""
+    source = save_further(tmp_path / "m", "glm4_moe", dtype=torch.bfloat16)
+    scale = {"model.layers.3.mlp.experts.2.up_proj.activation_scale": torch.tensor(2.0)}
+    save_in(source, stored_tensors(source) | scale, 1)
+    rounded_to_float8(source, shards=3)
+    chosen, decoder = (1, 2, 3, 4), (0, 2, 3, 5)
+    cut = Cut(layers=(0, 2), experts={2: decoder}, predicting={0: chosen})
+    cut_checkpoint(source, cut, tmp_path / "c")
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "c")
+    checked = 0
+    for name, tensor in after.items():
+        if not name.startswith("model.layers.2."):
+            continue
+        old = name.replace("model.layers.2.", "model.layers.3.")
+        for new, expert in reversed([*enumerate(chosen)]):
+            old = old.replace(f".experts.{new}.", f".experts.{expert}.")
+        was = before[old][list(chosen)] if ".mlp.gate." in name else before[old]
+        assert torch.equal(raw(tensor), raw(was)), name
+        checked += tensor.dtype == torch.float8_e4m3fn
+    assert checked == 1 + 4 + 3 + 3 * 4
+    assert "model.layers.2.mlp.experts.1.up_proj.activation_scale" in after
+    layers = [f"model.layers.{n}." for n in (1, 2)]
+    spared = ["embed_tokens", "mlp.gate", "shared_head.head"]
+    assert set(described(tmp_path / "c")["modules_to_not_convert"]) == {
+        "lm_head", f"{layers[0]}mlp.gate", *(layers[1] + name for name in spared),
+    }  # fmt: skip
+    left = Cut(layers=(0, 2), experts={2: decoder})
+    cut_checkpoint(source, left, tmp_path / "d")
+    assert not any(n.startswith("model.layers.2.") for n in stored_tensors(tmp_path / "d"))
     load_whole(tmp_path / "c", CPU)

@@ -82,12 +82,18 @@ def in_float8(
     folder: Path, family: str, block: tuple[int, int] = (16, 16), shards: int = 1, **sizes: Any
 ) -> Path:
     """A tiny model whose decoder matrices are in float8 with block scales; routers are not."""
-    save_tiny(folder, family, dtype=torch.bfloat16, **sizes)
+    return rounded_to_float8(
+        save_tiny(folder, family, dtype=torch.bfloat16, **sizes), block, shards
+    )
+
+
+def rounded_to_float8(folder: Path, block: tuple[int, int] = (16, 16), shards: int = 1) -> Path:
+    """Put the matrices of layers of a folder in float8; routers, tables and heads are not."""
     tensors = load_file(folder / "model.safetensors")
     spared = ["lm_head"]
     for name, weight in list(tensors.items()):
         if weight.ndim == 2 and ".layers." in name:
-            if name.endswith("gate.weight"):
+            if name.endswith(("gate.weight", ".head.weight", "embed_tokens.weight")):
                 spared.append(name.removesuffix(".weight"))
                 continue
             tensors[name], tensors[f"{name}_scale_inv"] = to_float8(weight, block)

@@ -125,7 +125,7 @@ class Design(Blueprint):
             if found := self.further.listed(name):
                 shapes.setdefault(found[2], set()).add(edit.shape)
         for name, edit in further.items():
-            place = self.further.place(name)
+            place = self.further.place(edit.source)
             there = shapes.get(place.inner) if place else None
             if there and edit.shape not in there:
                 return f"{name} is {list(edit.shape)}, and {list(max(there))} in decoder layers"
