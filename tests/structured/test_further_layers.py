@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from at_rest import described, raw, rounded_to_float8, save_in, stored_tensors
+from at_rest import described, raw, rounded_to_float8, save_in, stored_tensors, text_file
 from further import FORMS, Predictor, own_tensors, renamed, save_further, start_of
 from same_logits import assert_same_logits
 from slow import slow_but
 from torch import Tensor
 
+import secateur
+from secateur.models.inventory import FurtherLayers
 from secateur.models.opening import load_whole
 from secateur.structured.cut import Cut
 from secateur.structured.surgery import cut_checkpoint
@@ -139,3 +142,55 @@ def test_float8_keeps_its_bytes(tmp_path: Path) -> None:
     cut_checkpoint(source, left, tmp_path / "d")
     assert not any(n.startswith("model.layers.2.") for n in stored_tensors(tmp_path / "d"))
     load_whole(tmp_path / "c", CPU)
+
+
+def test_the_verb_chooses_experts_by_their_weights(tmp_path: Path) -> None:
+    """Those of one scale have the least score: root of the mean square by the mean magnitude."""
+    source = save_further(tmp_path / "m", "glm4_moe")
+    tensors = stored_tensors(source)
+    for name, weight in tensors.items():  # one of each group has equal magnitudes
+        if re.match(r"model\.layers\.3\.mlp\.experts\.[15]\.", name):
+            weight.copy_(weight.sign())
+    save_in(source, tensors, 2)
+    made = secateur.structure(
+        source, output=tmp_path / "s", calibration=text_file(tmp_path), windows=2,
+        sequence_length=24, keep_layers=2, experts=4, experts_by="frequency", effort="fast",
+    )  # fmt: skip
+    (step,) = json.loads((tmp_path / "s/secateur/steps.json").read_text())[1:]
+    assert step["cut"]["predicting"] == {"0": [0, 2, 3, 4]}
+    after = stored_tensors(tmp_path / "s")
+    assert made.manifest.result.file_bytes == sum(x.nbytes for x in after.values())
+    expected = Predictor(source, "glm4_moe", {1, 5}).logits(*inputs())
+    assert_same_logits(Predictor(tmp_path / "s", "glm4_moe").logits(*inputs()), expected)
+
+
+def test_a_pruned_model_keeps_the_layer_as_it_is(tmp_path: Path) -> None:
+    source = save_further(tmp_path / "m", "glm4_moe")
+    secateur.prune(source, output=tmp_path / "p", method="magnitude", sparsity=0.5)
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "p")
+    own = [n for n in before if n.startswith("model.layers.3.")]
+    assert all(torch.equal(after[name], before[name]) for name in own)
+    left = secateur.inspect(tmp_path / "p").audit.left
+    (entry,) = (x for x in left if x.reason.startswith("stored, but no part"))
+    assert entry.weights == sum(before[n].numel() for n in own if before[n].ndim > 1)
+
+
+NAMES: dict[str, tuple[int, str] | None] = {
+    "model.layers.3.eh_proj.weight": (0, "eh_proj.weight"),
+    "layers.4.mlp.gate": (1, "mlp.gate"),
+    "model.layers.2.mlp.gate.weight": None,
+    "model.vision.layers.7.mlp.fc.weight": None,
+    "mtp.layers.1.mixer.gate.weight": (1, "mixer.gate.weight"),
+    "model.mtp_layers.0.input_proj.weight": (0, "input_proj.weight"),
+    "model.mtp_block.2.mlp.gate.weight": (2, "mlp.gate.weight"),
+    "mtp.0.attn.wq_a.weight": (0, "attn.wq_a.weight"),
+    "mtp.fc.weight": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_published_checkpoints(name: str) -> None:
+    layers = FurtherLayers("layers", 3, frozenset({"vision"}))
+    found = layers.place(name)
+    assert (found and (found.layer, found.inner)) == NAMES[name]
+    assert layers.holds(name) == ("mtp" in name or found is not None)
