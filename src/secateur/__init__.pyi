@@ -616,6 +616,7 @@ def fit(
     context_length: int | None = None,
     decode_speedup: float | None = None,
     max_loss_increase: float | None = None,
+    structure: bool | None = None,
     target: Literal["cpu", "llama.cpp"] | None = None,
     like: str | Path | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
@@ -656,6 +657,7 @@ def fit(
             machine, one sequence at a time. [any]
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
+        structure: Also try fewer experts in more bits. [off]
         target: What runs the result; only what it can store and speed up is used: cpu (our formats
             and kernels), or llama.cpp (a GGUF file beside the packed model). [cpu]
         like: A GGUF file of the same model, by whatever converter and quantizer. The result is this

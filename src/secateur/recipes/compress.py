@@ -124,6 +124,8 @@ class _WhatToFit(Section):
     )
     """Most that the loss of the next token may rise, in nats. Without a size, the result is the
     smallest one found within it."""
+    structure: bool = False
+    """Also try fewer experts in more bits."""
     target: Literal["cpu", "llama.cpp"] = "cpu"
     """What runs the result; only what it can store and speed up is used: cpu (our formats and
     kernels), or llama.cpp (a GGUF file beside the packed model)."""
@@ -155,7 +157,10 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
     """One fit."""
 
     run = shared.Planning
-    needs: ClassVar = {"context_length": ("max_inference_memory",)}
+    needs: ClassVar = {
+        "context_length": ("max_inference_memory",),
+        "structure": ("max_size",),
+    }
     conflicts = (
         Conflict(
             "",

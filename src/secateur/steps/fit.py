@@ -52,6 +52,7 @@ from secateur.steps.fitting.bench import (
     best_of,
     open_model,
 )
+from secateur.steps.fitting.cuts import costs_of_fewest, with_fewer_experts
 from secateur.steps.fitting.like import LikeFolder
 from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
@@ -145,11 +146,11 @@ class Fit(Step[FitRecipe, FitResult]):
         if isinstance(files, LikeFolder):
             made = bench.healed([bench.build(f"like {files.name}", files.own_formats)])
         else:
-            made, problem = _within_bounds(bench, survey_model(bench))
+            bench, made, problem = _within_bounds(bench, survey_model(bench))
             made, problem, corrections = _fast_enough(bench, problem, bench.healed(made))
             frontier = problem.frontier
         winner = best_of(made, bound)
-        packed = bench.pack(winner)
+        costs, packed = bench.costs, bench.pack(winner)
         size = files.finish(folder.model, run.progress)
         like = files.judged(bench, folder.model) if isinstance(files, LikeFolder) else None
         loss = FitLoss(winner.row.file_bytes, *bench.increase(bench.judging, folder.model))
@@ -186,7 +187,8 @@ def _costs_of(recipe: FitRecipe, model: PackableCheckpoint, progress: Progress) 
     """
     if recipe.like is None:
         costs = problems.costs_of(recipe, model, progress)
-        problems.check_feasible(recipe, costs, model.file_bytes)
+        least = costs_of_fewest(costs, model.reader.folder) if recipe.structure else costs
+        problems.check_feasible(recipe, least, model.file_bytes)
         return costs
     files = LikeFolder(layout_of(GGUFSource.read(recipe.like), model, progress))
     size = problems.CostKind(problems.SIZE, files.layout.file.size_bytes, math.inf, exact=True)
@@ -247,8 +249,10 @@ a model that was made before."""
 
 def _within_bounds(
     bench: FitBench, problem: problems.FitProblem
-) -> tuple[list[BuiltCandidate], problems.FitProblem]:
+) -> tuple[FitBench, list[BuiltCandidate], problems.FitProblem]:
     """The candidates within the bounds, and the problem of the best size, after what they lost.
+
+    With fewer experts also the bench of the best one.
 
     Raises:
         VerificationError: no model that was made keeps the bounds.
@@ -259,6 +263,8 @@ def _within_bounds(
         made = [] if built is None else [built]
     else:
         made, problem = _within_loss(bench, problem, bound)
+    if bench.recipe.structure:
+        bench, made, problem = with_fewer_experts(bench, made, problem)
     if not made:
         raise VerificationError(
             "no model that was made keeps the bounds",
@@ -267,7 +273,7 @@ def _within_bounds(
         )
     if bound is not None:
         problem = problem.limited(best_of(made, bound).row.file_bytes)
-    return made, problem
+    return bench, made, problem
 
 
 def _within_loss(

@@ -16,6 +16,7 @@ of the rest of the context is added.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -56,6 +57,7 @@ from secateur.recipes.prune import ChainRecipe, PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
+from secateur.recipes.structure import StructureRecipe
 from secateur.reporting.cards import made_again, shown_place
 from secateur.reporting.fit import FitCheck, FitFinalist, FitLoss
 from secateur.reporting.models import CompressResult
@@ -67,7 +69,15 @@ from secateur.runtime.load import load
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.compress import Compress
-from secateur.steps.fitting.problem import EMBEDDINGS, GROUP, Costs, FitProblem, Formats, embedded
+from secateur.steps.fitting.problem import (
+    EMBEDDINGS,
+    GROUP,
+    Costs,
+    FitProblem,
+    Formats,
+    costs_of,
+    embedded,
+)
 from secateur.steps.runner import RunContext, Step, carry_out, step_of
 
 RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
@@ -150,6 +160,8 @@ class FitBench:
     Attributes:
         target: the layers of the dense model, one at a time.
         work: folder for models, windows and measured values.
+        cut: the options of `structure` that make the model from that of the recipe; None where it
+            is that model.
         time: the time that is left.
         windows_file: the windows that make models, and those that heal them.
         choosing: measures losses on the windows that choose.
@@ -165,6 +177,7 @@ class FitBench:
     ) -> None:
         self.recipe, self.model, self.costs, self.run = recipe, model, costs, run
         self.source, self.progress, self.work = run.source, run.progress, run.folder.work
+        self.cut: Mapping[str, Any] | None = None
         self.time = TimeBudget(recipe.minutes, self.work / "pace.json", run.meter.started)
         self.target = self.opened(model.reader)
         files = [self.work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
@@ -184,6 +197,24 @@ class FitBench:
         self.chosen = DivergenceComparison(
             self.target, self.choosing.windows, self.work / "measured-chosen.jsonl", self.progress
         )
+
+    def of_cut(self, name: str, options: Mapping[str, Any]) -> FitBench:
+        """The same windows and judges, for models made of a cut of the model.
+
+        Args:
+            name: for people, and of its folder.
+            options: of `structure`.
+        """
+        other = copy.copy(self)
+        other.cut = {**options, "calibration": {"source": str(self.windows_file)}}
+        recipe = build_recipe(StructureRecipe, {**other.cut, **self._named})
+        label, place = Labelled(self.progress, name), self.work / "cuts" / name.replace(" ", "-")
+        with self.time.phase("cutting"):
+            folder = self._part(step_of("structure"), recipe, self.source, place, label)
+        other.source = replace(self.source, folder=folder)
+        other.model = PackableCheckpoint.open(folder)
+        other.costs = costs_of(self.recipe, other.model, self.progress)
+        return other
 
     # -- candidates --------------------------------------------------------------------------------
 
@@ -221,7 +252,7 @@ class FitBench:
         Returns:
             The candidate, and the problem with what it has lost.
         """
-        predicted = problem.knapsack.predicted(candidate)
+        predicted = problem.base + problem.knapsack.predicted(candidate)
         made = self.build(name, problem.formats(candidate), predicted)
         return made, problem.after(made.row)
 
@@ -278,6 +309,7 @@ class FitBench:
     def _place(self, formats: Formats) -> Path:
         """The folder of a model, by its formats."""
         lines = "\n".join(f"{linear} {stored.name}" for linear, stored in sorted(formats.items()))
+        lines += "" if self.cut is None else f"\n{self.source.folder.name}"
         return self.work / "mixes" / f"{crc32(lines.encode()):08x}"
 
     def _pruned(self, formats: Formats, place: Path, progress: Progress) -> Path:
@@ -336,7 +368,9 @@ class FitBench:
         (folder.notes / STATE).unlink(missing_ok=True)
         shutil.copyfile(self.windows_file, folder.notes / WINDOWS)
         prune = _prune_options(recipe, self._linears(winner.formats), text)
-        steps = [] if prune is None else [{"prune": prune}]
+        structure = None if self.cut is None else {**self.cut, "calibration": {"source": text}}
+        before = {"structure": structure, "prune": prune}
+        steps = [{verb: options} for verb, options in before.items() if options is not None]
         compress = self._compress_options(winner.formats, text, heals=heals)
         steps.append({"compress": compress})
         chain = {**self._named, "output": f"{recipe.output}-again", "steps": steps}

@@ -560,11 +560,13 @@ class FitProblem:
         costs: of the units, and the bounds.
         losses: what was measured of single units.
         scale: by which they are multiplied.
+        base: the divergence of the model before its units lose anything: that of a cut.
     """
 
     costs: Costs
     losses: UnitLosses
     scale: float = 1.0
+    base: float = 0.0
 
     @functools.cached_property
     def knapsack(self) -> Knapsack:
@@ -649,9 +651,12 @@ class FitProblem:
 
     def after(self, made: FitFinalist) -> FitProblem:
         """The same after a model was made, and lost more or less than predicted."""
-        if made.predicted <= 0 or made.divergence <= 0:
-            return self
-        return replace(self, scale=self.scale * made.divergence / made.predicted)
+        predicted, lost = made.predicted - self.base, made.divergence - self.base
+        return (
+            self
+            if min(predicted, lost) <= 0
+            else replace(self, scale=self.scale * lost / predicted)
+        )
 
 
 OPTION_OF: Mapping[str, str] = {
