@@ -157,10 +157,7 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
     """One fit."""
 
     run = shared.Planning
-    needs: ClassVar = {
-        "context_length": ("max_inference_memory",),
-        "structure": ("max_size",),
-    }
+    needs: ClassVar = {"context_length": ("max_inference_memory",)}
     conflicts = (
         Conflict(
             "",
@@ -171,11 +168,17 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
             unless="max_size or max_inference_memory or decode_speedup or max_loss_increase or "
             "like",
         ),
+        Conflict(
+            "structure",
+            "max_loss_increase",
+            "the smallest size is looked for with all experts",
+            "give --max-size instead",
+        ),
         *(
             Conflict("like", other, "the types of the file decide the size", shared.ONE)
             for other in (
                 *("max_size", "max_inference_memory", "decode_speedup", "max_loss_increase"),
-                "target",
+                *("target", "structure"),
             )
         ),
         *(
