@@ -515,9 +515,9 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     generation: bool | None = None,
     kinds: bool | None = None,
+    task_data: str | Path | None = None,
     sequence_length: int | None = None,
     windows: int | None = None,
-    task_data: str | Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
     trust_remote_code: bool | None = None,
@@ -547,11 +547,11 @@ def evaluate(
         generation: Continue a few prompts, and count repetitions in the texts. [off]
         kinds: Also compare on prose, code, chat and lists, which the dense model writes: how often
             it would accept the tokens of this model as its draft. [off]
+        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         sequence_length: Tokens per window. [2048, or the model's length if that is shorter]
         windows: Evaluate only this many windows of each text, from its start. [all]
-        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         limit: Evaluate only this many items of each task, from its start. [all]
-        shots: Number of solved examples before each question. [0]
+        shots: Number of solved examples before each question. [the task's own, mostly 0]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
@@ -622,6 +622,7 @@ def fit(
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     heal_tokens: int | None = None,
     minutes: float | None = None,
+    task_data: str | Path | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -632,6 +633,8 @@ def fit(
     device: str | None = None,
     max_memory: int | str | None = None,
     output: str | Path | None = None,
+    must_keep: Sequence[str] | None = None,
+    must_keep_items: int | None = None,
     activations: Literal["auto", "gpu", "memory", "disk"] | None = None,
     micro_batch_tokens: int | None = None,
     overwrite: bool | None = None,
@@ -668,6 +671,7 @@ def fit(
             thorough 131,072, best 262,144. [by --effort]
         minutes: Time budget in minutes. If it runs short, candidates and healing are left out; the
             result says what. [no limit]
+        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
@@ -684,6 +688,13 @@ def fit(
         max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
             this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. [required]
+        must_keep: Publish the result only if it keeps this of MODEL, separated by commas:
+            TASK:SHARE of the score in a task of lm-eval (gsm8k:0.97), loops:SHARE of texts that
+            begin to repeat (loops:0.01), divergence@TEXT:NATS and loss@TEXT:NATS per token of a
+            text (divergence@code.jsonl:0.1). Otherwise the exit code is 3, and --resume with other
+            bounds needs no work again. [none]
+        must_keep_items: Judge on this many items of each task, windows of each text, and prompts,
+            from the start. [all items of a task, 64 windows of a text]
         activations: Where to store hidden states between layers: memory of the GPU, of the host, or
             disk; auto uses the first in which they fit. [auto]
         micro_batch_tokens: Tokens in one forward of a layer. [2048]
@@ -835,6 +846,7 @@ def prune(
     scope: Literal["row", "layer", "global"] | None = None,
     allocation: str | None = None,
     on_collapse: Literal["stop", "warn"] | None = None,
+    task_data: str | Path | None = None,
     field: str | None = None,
     windows: int | None = None,
     sequence_length: int | None = None,
@@ -881,6 +893,8 @@ def prune(
     ]
     | None = None,
     keep_format: bool | None = None,
+    must_keep: Sequence[str] | None = None,
+    must_keep_items: int | None = None,
     score: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -940,6 +954,7 @@ def prune(
             layer-sensitivity, divergence, global or search. [the preset's]
         on_collapse: What to do if a linear layer lost most of its output by pruning: stop or warn.
             [warn]
+        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         field: The field of a JSONL line that holds the text. Lines without it may hold
             conversations (`messages`, `conversations`), which the model's chat template writes.
             [text]
@@ -985,6 +1000,13 @@ def prune(
         keep_format: Write a source in FP8, MXFP4 or integers back in its own format, with the
             scales that it has, instead of in bfloat16. Zeros stay zeros; weights that the method
             changes are rounded. [off]
+        must_keep: Publish the result only if it keeps this of MODEL, separated by commas:
+            TASK:SHARE of the score in a task of lm-eval (gsm8k:0.97), loops:SHARE of texts that
+            begin to repeat (loops:0.01), divergence@TEXT:NATS and loss@TEXT:NATS per token of a
+            text (divergence@code.jsonl:0.1). Otherwise the exit code is 3, and --resume with other
+            bounds needs no work again. [none]
+        must_keep_items: Judge on this many items of each task, windows of each text, and prompts,
+            from the start. [all items of a task, 64 windows of a text]
         score: Score that rates the weights, to compose a method of your own instead of naming one.
             [none]
         solver: Solver that adjusts the kept weights, to compose a method of your own. [none]
@@ -1079,6 +1101,7 @@ def structure(
     imatrix: str | Path | None = None,
     experts_scope: Literal["layer", "global"] | None = None,
     depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
+    task_data: str | Path | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
     windows: int | None = None,
@@ -1098,6 +1121,8 @@ def structure(
     device: str | None = None,
     max_memory: int | str | None = None,
     output: str | Path | None = None,
+    must_keep: Sequence[str] | None = None,
+    must_keep_items: int | None = None,
     score: str | None = None,
     solver: str | None = None,
     method_parameters: Mapping[str, int | float] | None = None,
@@ -1154,6 +1179,7 @@ def structure(
             layers keep different numbers. [layer]
         depth_by: How to select layers: by block influence, angular distance, greedy removal, or
             search. [influence]
+        task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:
             code.jsonl=2,math.jsonl=1. [c4, or the text that a sample brings]
@@ -1191,6 +1217,13 @@ def structure(
             this process. A run that needs more does not start. [4/5 of the free memory]
         output: Folder for the new model. It must not exist. If MODEL is a GGUF file, it may be one
             too: the file itself is cut, and its bytes are copied. [required]
+        must_keep: Publish the result only if it keeps this of MODEL, separated by commas:
+            TASK:SHARE of the score in a task of lm-eval (gsm8k:0.97), loops:SHARE of texts that
+            begin to repeat (loops:0.01), divergence@TEXT:NATS and loss@TEXT:NATS per token of a
+            text (divergence@code.jsonl:0.1). Otherwise the exit code is 3, and --resume with other
+            bounds needs no work again. [none]
+        must_keep_items: Judge on this many items of each task, windows of each text, and prompts,
+            from the start. [all items of a task, 64 windows of a text]
         score: Score that selects the units to remove. [the preset's]
         solver: Solver that adjusts the weights that read the removed units. [the preset's]
         method_parameters: Parameters of the score and the solver. [the preset's]

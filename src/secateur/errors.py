@@ -25,7 +25,7 @@ Each message says what happened (with numbers), where, and what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 DISTRIBUTION = "secateur-llm"
@@ -147,6 +147,11 @@ class RankError(SecateurError):
 
 
 class VerificationError(SecateurError):
-    """The result was measured and is not what was asked for."""
+    """The result was measured and is not what was asked for.
+
+    Attributes:
+        measured: what was measured, as JSON values; the message has the same numbers.
+    """
 
     exit_code = 3
+    measured: Sequence[Mapping[str, object]] = ()

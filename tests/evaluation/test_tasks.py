@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from task_rows import LM_EVAL, write_task
 from tiny import tiny_tokenizer
 from zoo import tiny_model
@@ -136,11 +139,51 @@ def test_unknown_task(tmp_path: Path) -> None:
     assert raised.value.where == str(tmp_path)
 
 
-def test_tasks_without_log_likelihoods(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output_type", ["loglikelihood_rolling", "generate_until"])
+def test_tasks_without_a_score_that_is_computed_here(output_type: str, tmp_path: Path) -> None:
     file = write_task(tmp_path, "piqa") / "piqa.yaml"
-    file.write_text(file.read_text() + "output_type: generate_until\n")
-    with pytest.raises(RecipeError, match="generate_until"):
+    metric = "metric_list: [{metric: bleu}]\n"
+    file.write_text(file.read_text() + f"output_type: {output_type}\n{metric}")
+    with pytest.raises(RecipeError, match=output_type):
         prepare_tasks(["piqa"], folder=str(tmp_path))
+
+
+def test_written_answers_as_lm_eval_reads_them(tmp_path: Path) -> None:
+    """As GSM8K: texts until a word, read by two filters, after the task's own examples."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    rows = [{"q": f"what is {n}", "a": letter} for n, letter in enumerate("etaoinsr")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read_by(name: str, pattern: str) -> dict[str, Any]:
+        found = {"function": "regex", "regex_pattern": pattern}
+        return {"name": name, "filter": [found, {"function": "take_first"}]}
+
+    held = {
+        "task": "letters", "dataset_path": "json", "test_split": "test", "num_fewshot": 2,
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "generate_until", "doc_to_text": "{{q}}:", "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["q"], "max_gen_toks": 12, "do_sample": False},
+        "filter_list": [read_by("first", "(\\w)"), read_by("last", "(\\w)\\W*$")],
+    }  # fmt: skip
+    (tmp_path / "letters.yaml").write_text(yaml.safe_dump(held))
+    model, tokenizer = model_of(), tiny_tokenizer(model_max_length=512)
+    prepared = prepare_tasks(["letters"], folder=str(tmp_path))
+    assert prepared[0].protocol["shots"] == 2
+    ours = {x.metric: x for x in run_tasks(model, tokenizer, prepared, None)}
+    with room.quiet_harness():
+        theirs = lm_eval.evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+            {"tasks": {"letters": prepared[0].task}},
+            bootstrap_iters=0,
+        )
+    assert [*ours] == ["exact_match,first", "exact_match,last"]
+    for metric, score in ours.items():
+        assert score.value == theirs["results"]["letters"][metric]
+        samples = [x for x in theirs["samples"]["letters"] if x["filter"] == metric[12:]]
+        assert list(score.outcomes) == [x["exact_match"] for x in samples]
 
 
 @pytest.mark.parametrize("content", [None, "", "{ this is not"])

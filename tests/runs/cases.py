@@ -129,6 +129,9 @@ CASES: Mapping[str, Case] = {
     ),
     "prune behind norms": Case("prune", "norms", ASYMMETRIC),
     "prune experts": Case("prune", "mixture", {**ASYMMETRIC, "activations": "disk"}),
+    "prune with a bound": Case(
+        "prune", "dense", {**WANDA, "must_keep": ("loss@{sources}/text.txt:9",)}
+    ),
     "prune disk": Case("prune", "dense", {**WANDA, "activations": "disk"}),
     "prune search": Case("prune", "dense", {**WANDA, "allocation": "search"}),
     "structure": Case("structure", "dense", {**FAST, "ffn": 0.5, "kv_groups": 0.5}),

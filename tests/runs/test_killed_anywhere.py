@@ -34,6 +34,7 @@ CASES_OF = {
             "prune best in sweeps",
             "prune behind norms",
             "prune experts",
+            "prune with a bound",
             "prune disk",
             "prune search",
             "structure",

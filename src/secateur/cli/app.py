@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from cyclopts import App, CycloptsError, Group, Token, UnknownOptionError, UnusedCliTokensError
 
 import secateur
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, VerificationError
 from secateur.recipes.verbs import STAGES, VERBS, look_for
 
 
@@ -121,7 +121,10 @@ def _exit_with(error: SecateurError) -> NoReturn:
     """Print an error on stderr, with --json also on stdout, and exit with its code."""
     if "--json" in sys.argv:
         kind = type(error).__name__
-        fields = {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}
+        fields: dict[str, Any] = {"kind": kind, "what": error.what}
+        fields |= {"where": error.where, "remedy": error.remedy}
+        if isinstance(error, VerificationError) and error.measured:
+            fields["measured"] = error.measured
         try:
             print(json.dumps({"error": fields}), flush=True)
         except OSError:

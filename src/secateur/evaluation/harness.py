@@ -3,7 +3,8 @@
 lm-eval (`HFLM`) makes the tokens, splits them into context and continuation, adds the first token
 and cuts texts that are too long. This class only computes. It makes logits only for the tokens of a
 continuation, always in float32, and requests that read the same tokens share a forward. On a
-float32 model the results equal those of `HFLM`. On a packed model each text has a forward of its
+float32 model the results equal those of `HFLM`. The texts of generative tasks are written by `HFLM`
+itself. On a packed model each text has a forward of its
 own, as in the server: the last bits depend on the other texts of a forward, and where activations
 are rounded to int8, a changed last bit can move an activation by a whole step.
 """
@@ -11,7 +12,7 @@ are rounded to int8, a changed last bit can move an activation by a whole step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -76,6 +77,14 @@ class HarnessModel(HFLM):
                         answers[i] = _answer(log_p, requests[i])
                 self.tell(sum(map(len, batch)))
         return [found for found in answers if found is not None]
+
+    def written(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
+        """The texts with which the model answers, each written by itself."""
+        found = list[str]()
+        for request in requests:
+            found += self.generate_until([request], disable_tqdm=disable_tqdm)
+            self.tell(1)
+        return found
 
     def warn_of_cuts(self, requests: list[Request]) -> None:
         """Warn how many requests are longer than the model's context."""

@@ -1,4 +1,4 @@
-"""Zero-shot and few-shot tasks, through lm-eval.
+"""Zero-shot and few-shot tasks, by log-likelihoods or by written answers, through lm-eval.
 
 The harness (EleutherAI's lm-evaluation-harness) finds the tasks, reads their data, makes the
 prompts and scores the answers. This module adds what one needs to interpret a score: its standard
@@ -27,7 +27,7 @@ from secateur.progress import Progress, Silent
 from secateur.runs.measured import Score
 
 FEWSHOT_SEED = 1234
-METRICS = ("acc", "acc_norm")
+METRICS = ("acc", "acc_norm", "exact_match")
 
 
 class TaskScore(Score):
@@ -60,9 +60,18 @@ class PreparedTask:
     limit: int | None
     protocol: Mapping[str, Any]
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model answers with texts; otherwise its log-likelihoods are the answer."""
+        return bool(self.task.OUTPUT_TYPE == "generate_until")
+
 
 def prepare_tasks(
-    names: Sequence[str], *, folder: str | None = None, limit: int | None = None, shots: int = 0
+    names: Sequence[str],
+    *,
+    folder: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
 ) -> list[PreparedTask]:
     """Find tasks, read their data and build their requests.
 
@@ -70,10 +79,10 @@ def prepare_tasks(
         names: names of tasks, or of groups of them, in lm-eval.
         folder: holds the tasks, as lm-eval's YAML files; None for those that come with it.
         limit: number of items of each task, from the start; None for all.
-        shots: number of solved examples before each question.
+        shots: number of solved examples before each question; None for the task's own number.
 
     Raises:
-        RecipeError: a task is unknown, or has no log-likelihoods.
+        RecipeError: a task is unknown, or has neither log-likelihoods nor texts to compare.
         SourceError: the data of a task cannot be read.
     """
     if not names:
@@ -107,14 +116,17 @@ def _loaded(manager: Any, names: Sequence[str]) -> dict[str, Any]:
     return tasks
 
 
-def _prepared_task(name: str, task: Any, limit: int | None, shots: int) -> PreparedTask:
+def _prepared_task(name: str, task: Any, limit: int | None, shots: int | None) -> PreparedTask:
     """A task with its requests."""
-    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+    kinds, scored = ("multiple_choice", "loglikelihood", "generate_until"), {*task.aggregation()}
+    if task.OUTPUT_TYPE not in kinds or not scored & {*METRICS}:
         raise RecipeError(
-            f"the task {name} asks for {task.OUTPUT_TYPE}, not for log-likelihoods",
+            f"the task {name} asks for {task.OUTPUT_TYPE} and is scored by "
+            f"{', '.join(sorted(scored))}; only {', '.join(METRICS)} are computed here",
             remedy="serve the model (`secateur serve`), and let lm-eval ask the server",
         )
     config = task.config
+    shots = (config.num_fewshot or 0) if shots is None else shots
     split = config.test_split or config.validation_split
     shots_from = config.fewshot_split or config.training_split or split
     task.set_config("num_fewshot", shots)
@@ -161,7 +173,8 @@ def run_tasks(
         for one in prepared:
             requests = one.task.instances
             progress.start(one.name, len(requests))
-            found = asked.loglikelihood(requests, disable_tqdm=True)
+            answer = asked.written if one.writes else asked.loglikelihood
+            found: Sequence[Any] = answer(requests, disable_tqdm=True)
             progress.finish()
             for request, response in zip(requests, found, strict=True):
                 request.resps, request.filtered_resps = [response], {}
@@ -176,13 +189,15 @@ def _scored(one: PreparedTask, protocol: Mapping[str, Any]) -> Iterator[TaskScor
     by_item = defaultdict[int, list[Any]](list)
     for request in task.instances:
         by_item[request.doc_id].append(request)
-    (kept,) = task.instances[0].filtered_resps  # the name of the task's one filter
+    filters = task.instances[0].filtered_resps
     for number, document in task.doc_iterator(rank=0, limit=one.limit, world_size=1):
         requests = sorted(by_item[number], key=lambda request: request.idx)
-        found = task.process_results(document, [r.filtered_resps[kept] for r in requests])
-        for metric in METRICS:
-            if metric in found:
-                outcomes[metric].append(float(found[metric]))
+        for kept in filters:  # a task that reads texts may read them in several ways
+            found = task.process_results(document, [r.filtered_resps[kept] for r in requests])
+            way = "" if kept == "none" else f",{kept}"
+            for metric in METRICS:
+                if metric in found:
+                    outcomes[f"{metric}{way}"].append(float(found[metric]))
         # items may have different numbers of choices; a text cannot be guessed
         guesses.append(1 / len(requests) if task.OUTPUT_TYPE == "multiple_choice" else 0.0)
     for metric, values in outcomes.items():

@@ -157,7 +157,7 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
     """One fit."""
 
     run = shared.Planning
-    needs: ClassVar = {"context_length": ("max_inference_memory",)}
+    needs: ClassVar = {"context_length": ("max_inference_memory",), **shared.GATED}
     conflicts = (
         Conflict(
             "",
@@ -194,6 +194,7 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
 
     calibration: FitText = FitText()
     memory: shared.Memory = shared.Memory()
+    gate: shared.Gate = shared.Gate()
 
     @property
     def tokens_to_heal(self) -> int:

@@ -34,11 +34,11 @@ class _HowToMeasure(Section):
     """Tokens per window."""
     windows: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
     """Evaluate only this many windows of each text, from its start."""
-    task_data: Annotated[str | None, Flag(value="DIR", default="lm-eval's own")] = None
-    """Folder of tasks in lm-eval's YAML files, whose data may be local."""
     limit: Annotated[int | None, Flag(default="all")] = Field(None, gt=0)
     """Evaluate only this many items of each task, from its start."""
-    shots: Annotated[int, Flag(aliases=("num_fewshot",))] = Field(0, ge=0)
+    shots: Annotated[
+        int | None, Flag(aliases=("num_fewshot",), default="the task's own, mostly 0")
+    ] = Field(None, ge=0)
     """Number of solved examples before each question."""
 
 
@@ -51,7 +51,7 @@ class _EvaluationOutput(Section):
     """JSON file for the results of this call. An existing file is replaced."""
 
 
-class EvaluateRecipe(Device, _HowToMeasure, _EvaluationOutput, Recipe):
+class EvaluateRecipe(Device, _HowToMeasure, shared.TaskData, _EvaluationOutput, Recipe):
     """One evaluation."""
 
     group = Heading.WHAT

@@ -158,7 +158,7 @@ class PruneRecipe(
 
     presets = presets
     run = shared.Planning
-    needs: ClassVar = {"asymmetric_damping": ("asymmetric",), **shared.DISTILLING}
+    needs: ClassVar = {"asymmetric_damping": ("asymmetric",), **shared.DISTILLING, **shared.GATED}
     conflicts = (
         Conflict("keep_format", "compress", "both say how the weights are stored", shared.ONE),
         Conflict(
@@ -194,6 +194,7 @@ class PruneRecipe(
     calibration: shared.Calibration = shared.Calibration()
     memory: shared.Memory = shared.Memory()
     cluster: shared.Cluster = shared.Cluster()
+    gate: shared.Gate = shared.Gate()
 
 
 class _DemoCalibration(Section):

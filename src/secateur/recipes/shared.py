@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Strict as Strictness
 
 from secateur.errors import RecipeError
 from secateur.recipes.options import (
@@ -18,6 +21,7 @@ from secateur.recipes.options import (
     Size,
     bytes_of,
     matching,
+    text_alone,
 )
 
 ONE = "give one of the two"
@@ -279,6 +283,108 @@ class Distill(Section):
     ] = Field(None, ge=0)
     """Distill with one decoder layer in memory, in sweeps over this many windows: all layers
     forward, then all layers backward. 0: both whole models in memory."""
+
+
+class TaskData(Section):
+    """Where the data of tasks come from."""
+
+    group = Heading.HOW
+
+    task_data: Annotated[str | None, Flag(value="DIR", default="lm-eval's own")] = None
+    """Folder of tasks in lm-eval's YAML files, whose data may be local."""
+
+
+MEASURED_ON = {"loops": "SHARE", "divergence": "NATS", "loss": "NATS"}
+"""What `--must-keep` can measure on a text, and the unit of its limit."""
+
+ON_TEXTS = " or ".join(f"{kind}@TEXT:{unit}" for kind, unit in MEASURED_ON.items())
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What the result of a run must keep of its source, or else it is not published.
+
+    | written               | holds if the result                                             |
+    |-----------------------|-----------------------------------------------------------------|
+    | `TASK:SHARE`          | has at least this share of the source's score in a task         |
+    | `loops:SHARE`         | loops in at most this share of the texts that the source writes |
+    |                       | without looping, after prompts of secateur                      |
+    | `loops@TEXT:SHARE`    | the same, after beginnings of passages of a text                |
+    | `divergence@TEXT:NATS`| has at most this KL(source ‖ result) per token of a text        |
+    | `loss@TEXT:NATS`      | loses at most so much more per token of a text                  |
+
+    Attributes:
+        written: by the user.
+        kind: one of `MEASURED_ON`, or task.
+        name: of the task, or the text; empty for the prompts of secateur.
+        limit: the share, or nats per token.
+    """
+
+    written: str
+    kind: str
+    name: str
+    limit: float
+
+    @classmethod
+    def read(cls, written: str) -> Bound:
+        """A bound as the user writes it.
+
+        Raises:
+            ValueError: it is none.
+
+        Example:
+            >>> from secateur.recipes.shared import Bound
+            >>> bound = Bound.read("divergence@code.jsonl:0.1")
+            >>> bound.kind, bound.name, bound.limit
+            ('divergence', 'code.jsonl', 0.1)
+        """
+        what, _, number = written.strip().rpartition(":")
+        kind, at, name = what.partition("@")
+        shares = kind not in MEASURED_ON or kind == "loops"
+        if kind not in MEASURED_ON and not at:
+            kind, name = "task", what
+        if kind not in ("task", *MEASURED_ON) or not (name or (what == "loops")):
+            raise ValueError(f"must be TASK:SHARE, loops:SHARE or {ON_TEXTS}")
+        limit, most = float(number), 1.0 if shares else math.inf
+        if not 0 <= limit <= most or (limit == 0 and kind != "loops"):
+            raise ValueError(f"must end with a number above 0 and at most {most:g}, not {number}")
+        return cls(written, kind, name, limit)
+
+    @property
+    def on_text(self) -> bool:
+        """Whether its name is that of a text."""
+        return self.kind != "task" and self.name != ""
+
+
+def _written(bound: str) -> str:
+    """The same text, unless it is no bound."""
+    return Bound.read(bound).written
+
+
+class Gate(TaskData):
+    """What the result must keep, before it gets its name."""
+
+    group = Heading.OUTPUT
+
+    must_keep: Annotated[
+        Annotated[tuple[Annotated[str, AfterValidator(_written)], ...], Strictness(False)],
+        BeforeValidator(text_alone),
+        Flag(commas=True, value="WHAT:LIMIT"),
+    ] = ()
+    """Publish the result only if it keeps this of MODEL, separated by commas: TASK:SHARE of the
+    score in a task of lm-eval (gsm8k:0.97), loops:SHARE of texts that begin to repeat (loops:0.01),
+    divergence@TEXT:NATS and loss@TEXT:NATS per token of a text (divergence@code.jsonl:0.1).
+    Otherwise the exit code is 3, and --resume with other bounds needs no work again."""
+    must_keep_items: Annotated[
+        int | None, Flag(default="all items of a task, 64 windows of a text")
+    ] = Field(None, gt=0)
+    """Judge on this many items of each task, windows of each text, and prompts, from the start."""
+
+
+GATED: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    ("must_keep_items", "task_data"), ("must_keep",)
+)
+"""What the options of the gate need, as in `Recipe.needs`."""
 
 
 def trial_steps(steps: int) -> int:

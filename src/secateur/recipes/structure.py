@@ -237,6 +237,7 @@ class StructureRecipe(
         **dict.fromkeys(("score", "solver", "allocation", "multiple"), WIDTHS),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),
         **shared.DISTILLING,
+        **shared.GATED,
     }
     conflicts = (
         Conflict(
@@ -287,3 +288,4 @@ class StructureRecipe(
     distillation: shared.Distill = shared.Distill()
     calibration: shared.Calibration = shared.Calibration()
     memory: shared.Memory = shared.Memory()
+    gate: shared.Gate = shared.Gate()

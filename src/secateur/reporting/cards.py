@@ -268,7 +268,7 @@ def shown_place(output: str | Path) -> str:
 
 
 _NAME = r"[^\s/\\\"'`,=|](?:[^/\\\"'`,=|\n]*[^\s/\\\"'`,=|])?"
-_FOLDERS = re.compile(rf"(?<![^\s\"'`=,])(?:/|[A-Z]:\\+)(?:{_NAME}[/\\]+)+(?={_NAME})")
+_FOLDERS = re.compile(rf"(?<![^\s\"'`=,@])(?:/|[A-Z]:\\+)(?:{_NAME}[/\\]+)+(?={_NAME})")
 """The folders of an absolute path, up to its last name."""
 
 

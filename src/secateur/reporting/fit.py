@@ -17,6 +17,7 @@ from secateur.reporting.models import CompressResult
 from secateur.reporting.next_steps import PROMPT, command, conversion, evaluation
 from secateur.reporting.tables import Block, next_steps, plus_minus, signed
 from secateur.runs.measured import Acceptance, Speculation
+from secateur.runs.records import MustKeep
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ class FitResult(FittedResult):
         corrections: winners that were slower than predicted.
         types: of the tensors of the GGUF file, if one was made, by their names.
         like: the file whose types were taken, if any.
+        must_keep: every bound of `--must-keep` beside what was measured.
     """
 
     winner: FitFinalist
@@ -248,6 +250,7 @@ class FitResult(FittedResult):
     corrections: tuple[FitCorrection, ...]
     types: dict[str, str]
     like: FitLike | None
+    must_keep: tuple[MustKeep, ...] = ()
 
     @property
     def tensors(self) -> str:

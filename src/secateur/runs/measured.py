@@ -288,7 +288,8 @@ class Score(Record):
 
     Attributes:
         task: name of the task.
-        metric: acc, or acc_norm: log-likelihoods divided by the length of the answers.
+        metric: acc; acc_norm: log-likelihoods divided by the length of the answers; or exact_match
+            of written answers, with the name of the task's filter that reads them.
         value: the mean over items.
         standard_error: standard error over items; None for one item.
         chance: the mean score of guessing; 0 if there are no choices.

@@ -215,6 +215,26 @@ class SkippedMatrix(Record):
         return f"{self.names}: {self.reason}, {self.weights:,} weights"
 
 
+class MustKeep(Record):
+    """A bound of `--must-keep` beside what was measured.
+
+    Attributes:
+        bound: as the user wrote it.
+        value: a share, or nats per token.
+        standard_error: of the value, over items, texts or windows; None for a single one.
+        measure: what the value is, with the scores that it comes from.
+        protocol_id: of the results in `evaluation.json`; of several tasks, the first one's.
+        holds: whether the value is within the limit.
+    """
+
+    bound: str
+    value: float
+    standard_error: float | None
+    measure: str
+    protocol_id: str
+    holds: bool
+
+
 class Manifest(PartialRecord):
     """`manifest.json`."""
 
@@ -236,6 +256,7 @@ class Manifest(PartialRecord):
     reach: dict[str, Any] = pydantic.Field(default_factory=dict)
     collapsed: tuple[str, ...] = ()
     left: tuple[SkippedMatrix, ...] = ()
+    must_keep: tuple[MustKeep, ...] = ()
 
     @property
     def lost(self) -> float:

@@ -286,7 +286,7 @@ class PruneAndCompress(ChainSteps):
     @classmethod
     def check(cls, recipe: PruneRecipe) -> list[_PlannedStep]:
         """The two steps, checked."""
-        of_both = {"model", "output", "compress", "trust_remote_code"}
+        of_both = {"model", "output", "compress", "gate", "trust_remote_code"}
         options = recipe.model_dump(mode="json", exclude=of_both, exclude_none=True)
         packing = {"values": recipe.compress}
         return checked_steps([{"prune": options}, {"compress": packing}], recipe.model)
@@ -371,6 +371,7 @@ def _checked(number: int, step: Any, model: str) -> _PlannedStep:
                 "compression is a step of its own", where="compress", remedy="add a compress step"
             )
         runner.step_of(verb).check(recipe)
+        runner.judge_of(recipe)
         _check_reads(recipe)
     return _PlannedStep(number, str(verb), recipe)
 

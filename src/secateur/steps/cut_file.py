@@ -347,6 +347,8 @@ def _faults(recipe: StructureRecipe) -> Iterator[str]:
             reason = "nothing is fitted or trained"
             if option.name in WIDTHS:
                 reason = "it would cut through the blocks in which weights are stored"
+            if option.name in ("must_keep", "must_keep_items", "task_data"):
+                reason = "`secateur evaluate FILE --dense SOURCE` judges the file"
             yield f"{option.flag_text}: bytes are copied, and {reason}"
     if recipe.experts_by == "divergence":
         yield "--experts-by divergence: llama.cpp has no gradients; cut the model it was made from"

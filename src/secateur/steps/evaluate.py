@@ -30,6 +30,7 @@ from secateur.evaluation.perplexity import (
     needs_of_whole,
     perplexity,
     protocol_id,
+    reader_of,
     window_progress,
     windows_of,
 )
@@ -66,6 +67,9 @@ NOT_COMPARED: dict[str, Any] = dict.fromkeys(measured.Comparison.model_fields)
 """What a score without a reference says about one."""
 
 BY_DENSE = "written by dense"
+
+Source = nn.Module | Reader | Path
+"""A loaded model, what reads one, or its folder."""
 
 UNUSED = ("device", "trust_remote_code", "max_memory")
 """Options that loaded models cannot use."""
@@ -129,33 +133,35 @@ class _Stored:
 
 
 def _open(
-    asked: Sequence[tuple[str, nn.Module | None]],
+    asked: Sequence[tuple[str, Source]],
     tokenizer: Any,
     recipe: EvaluateRecipe,
     progress: Progress,
     ranks: Ranks,
+    *,
+    writes: bool,
 ) -> list[_Judged]:
     """Open models: whole where all fit in memory, else the last ones layer by layer.
 
     Memory is estimated before any layer is read. All processes take the same way.
 
     Args:
-        asked: the names of the models, each with the model if it is loaded.
+        asked: the models by their names.
         tokenizer: of the loaded ones.
         recipe: says where and in how much memory.
         progress: receives the steps.
         ranks: the processes that share the work.
+        writes: whether models write texts.
 
     Raises:
         MemoryBudgetError: the models do not fit, or they write texts and do not fit whole.
     """
     for _, one in asked:
-        if one is not None:
+        if isinstance(one, nn.Module):
             refuse_foreign(one)
     place, targets = choose_device(recipe.device), list[CheckpointTarget]()
     needs = list[plan.Need]()
-    recipes = [recipe.model_copy(update={"model": x}) for x, one in asked if one is None]
-    stored = [_Stored(x.model, source_of(x, progress, ranks).folder, place) for x in recipes]
+    stored = [_Stored(name, one, place) for name, one in asked if isinstance(one, Path)]
     budget = plan.memory_budget(recipe.memory.max_bytes, place, ranks.here)
     on_gpu, why = place.type != "cpu", ""
     for whole in range(len(stored), -1, -1):  # the first so many are whole
@@ -168,10 +174,11 @@ def _open(
         if not short:
             break
         why = why or short[0]
-        if recipe.generation or recipe.kinds:
+        if writes:
             raise MemoryBudgetError(
-                f"--generation and --kinds write texts, which takes whole models: {why}",
-                remedy="leave them out, and all else goes layer by layer; or raise --max-memory",
+                f"texts are written by whole models: {why}",
+                remedy="leave out what writes texts (--generation, --kinds, loops, tasks such as "
+                "gsm8k), and all else goes layer by layer; or raise --max-memory",
             )
         if not whole:
             raise budget.refusal(planned, f"a model does not fit layer by layer: {short[0]}")
@@ -187,9 +194,14 @@ def _open(
         readers.append(LayerwiseReader(target, states, progress))
     opened = zip(readers, (load_tokenizer(x.folder) for x in stored), strict=True)
     return [
-        _Judged(name, *((WholeReader(x), tokenizer_for(x, tokenizer)) if x else next(opened)))
-        for name, x in asked
+        _Judged(name, *(next(opened) if isinstance(one, Path) else _loaded(one, tokenizer)))
+        for name, one in asked
     ]
+
+
+def _loaded(one: nn.Module | Reader, tokenizer: Any) -> tuple[Reader, Any]:
+    """What reads a loaded model, and its tokenizer."""
+    return reader_of(one), tokenizer_for(one, tokenizer)
 
 
 @takes_options_of(EvaluateRecipe)
@@ -247,10 +259,11 @@ def run_evaluation(
     recipe: EvaluateRecipe,
     progress: Progress,
     *,
-    model: nn.Module | None = None,
-    dense: nn.Module | None = None,
+    model: Source | None = None,
+    dense: Source | None = None,
     tokenizer: Any = None,
     prompts: Sequence[str] = generation.PROMPTS,
+    tasks: Sequence[PreparedTask] = (),
     ranks: Ranks = ALONE,
 ) -> EvaluateResult:
     """Carry out a recipe.
@@ -261,10 +274,11 @@ def run_evaluation(
     Args:
         recipe: recipe of the evaluation.
         progress: receives every step.
-        model: a loaded model in place of the one that the recipe names.
-        dense: a loaded dense model, likewise.
+        model: the model in place of the one that the recipe names.
+        dense: the dense model, likewise.
         tokenizer: tokenizer of the loaded models.
         prompts: the texts that the model continues.
+        tasks: in place of those that the recipe names.
         ranks: the processes that share the windows.
 
     Raises:
@@ -278,7 +292,7 @@ def run_evaluation(
     if recipe.output is not None:
         check_writable(Path(recipe.output), file=True)
     names = recipe.text
-    if not (names or recipe.tasks or recipe.generation or recipe.kinds):
+    if not (names or recipe.tasks or tasks or recipe.generation or recipe.kinds):
         texts_of_sample = own_texts(recipe.model) or own_texts(recipe.dense or "")
         names = (texts_of_sample.judge if texts_of_sample else DEFAULT_TEXT,)
     kept, notes = None, Path(recipe.model) / NOTES
@@ -287,11 +301,14 @@ def run_evaluation(
         if kept.is_file():
             measured.read_evaluation(kept)  # refuse a file to which results cannot be added
     # first, so that a missing task is an error before a model is loaded
-    prepared = prepare_tasks(
+    prepared = tasks or prepare_tasks(
         recipe.tasks, folder=recipe.task_data, limit=recipe.limit, shots=recipe.shots
     )
-    asked = [(recipe.model, model), *([(recipe.dense, dense)] if recipe.dense else [])]
-    own, *others = _open(asked, tokenizer, recipe, progress, ranks)
+    given = ((recipe.model, model), (recipe.dense, dense))
+    named = [(recipe.model_copy(update={"model": name}), one) for name, one in given if name]
+    asked = [(own.model, one or source_of(own, progress, ranks).folder) for own, one in named]
+    writes = recipe.generation or recipe.kinds or any(one.writes for one in prepared)
+    own, *others = _open(asked, tokenizer, recipe, progress, ranks, writes=writes)
     reference = others[0] if others else None
     measure = _Measurement(own, reference, progress, ranks)
     texts = [measure.text(text, recipe.sequence_length, recipe.windows) for text in names]

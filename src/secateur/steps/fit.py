@@ -34,12 +34,14 @@ from typing import Any
 from secateur.errors import VerificationError
 from secateur.exporting.gguf.like import layout_of
 from secateur.models.gguf_file import GGUFSource
+from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
 from secateur.recipes.shared import texts_of
 from secateur.reporting.charts import save_plots
 from secateur.reporting.fit import FitCorrection, FitCost, FitLoss, FitPoint, FitResult
 from secateur.reporting.plan import FitPlanResult
+from secateur.runs.environment import choose_device
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.output import write_json
 from secateur.runs.records import read_record
@@ -55,7 +57,7 @@ from secateur.steps.fitting.bench import (
 from secateur.steps.fitting.cuts import costs_of_fewest, with_fewer_experts
 from secateur.steps.fitting.like import LikeFolder
 from secateur.steps.fitting.survey import survey_model
-from secateur.steps.runner import RunContext, Step, identity_of, source_of
+from secateur.steps.runner import RunContext, Step, identity_of, judge_of, source_of
 
 FIT = "fit.json"
 
@@ -77,6 +79,7 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     Raises:
         SecateurError: as the fit would.
     """
+    judge_of(recipe)
     source = source_of(recipe, progress)
     model = open_model(recipe, source)
     costs = _costs_of(recipe, model, progress)
@@ -108,7 +111,7 @@ class Fit(Step[FitRecipe, FitResult]):
     each of these loses. The best choices are made, healed and measured.
     """
 
-    verb = "fit"
+    verb, measured_in = "fit", FIT
 
     def __init__(self, recipe: FitRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
@@ -126,6 +129,16 @@ class Fit(Step[FitRecipe, FitResult]):
             "formats": [stored.name for stored in problems.FILES[self.recipe.target].formats],
             "like": GGUFSource.read(self.recipe.like).identity() if self.recipe.like else None,
         }
+
+    def read_back(self) -> CheckpointTarget | None:
+        """The layers of the winner as the target's file has them."""
+        if self.recipe.target == "cpu" and self.recipe.like is None:
+            return None
+        files = _costs_of(self.recipe, self.model, self.run.progress).files
+        reader = files.read_back(self.run.folder.model, self.model)
+        assert reader is not None  # of a GGUF file
+        device = choose_device(self.recipe.device)
+        return CheckpointTarget(reader, None, device, dtype=files.dtype)
 
     @classmethod
     def result(cls, output: Path) -> FitResult:

@@ -56,7 +56,7 @@ from secateur.sparsity.methods import Method
 from secateur.sparsity.refinements import refinements
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import COMPRESSION, RunContext, Step, identity_of, source_of
+from secateur.steps.runner import COMPRESSION, RunContext, Step, identity_of, judge_of, source_of
 
 log = logging.getLogger(__name__)
 
@@ -456,6 +456,7 @@ def plan_recipe(recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
     """
     if recipe.compress is not None:
         _and_compress().check(recipe)
+    judge_of(recipe)
     plan = plan_pruning(recipe, progress, recipe.cluster.processes or 1)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "prune", plan.plan.disk_bytes, read, call)

@@ -24,6 +24,7 @@ from secateur.models.block_files import FOLDER as BLOCKS
 from secateur.models.checkpoint import INDEX_NAMES, copy_others, refuse_not_finite, shard_files
 from secateur.models.configuration import TrustedFolder
 from secateur.models.sources import LocalCheckpoint, resolve
+from secateur.models.targets import CheckpointTarget
 from secateur.parallel.ranks import ALONE, Ranks
 from secateur.progress import Progress
 from secateur.recipes.options import Option, Recipe, options_of
@@ -145,6 +146,9 @@ class Step(ABC, Generic[R, T]):
     verb: ClassVar[str]
     """The name on the command line."""
 
+    measured_in: ClassVar[str] = "manifest.json"
+    """The name of the record among its notes that says what was measured."""
+
     def __init__(self, recipe: R, run: RunContext) -> None:
         self.recipe, self.run = recipe, run
 
@@ -192,6 +196,10 @@ class Step(ABC, Generic[R, T]):
     def settled(self) -> Mapping[str, Any]:
         """What else the result depends on. It may change while the run is stopped."""
         return {}
+
+    def read_back(self) -> CheckpointTarget | None:
+        """The layers of the result as its file has them; None if it is a folder that loads."""
+        return None
 
     @abstractmethod
     def work(self) -> T:
@@ -242,7 +250,7 @@ def carry_out(
     folder = way.folder(place, kind.verb, resume=resume, restart=restart, overwrite=overwrite)
     # by the names that the user gave; below also by where the source was found
     folder.keep_apart(values.model, *kind.reads(recipe))
-    checked = kind.check(recipe)
+    checked, judge = kind.check(recipe), judge_of(recipe)
     source = source or way.source or source_of(recipe, progress, ranks)
     output = None if at is None else Path(os.path.abspath(values.output))
     run = RunContext(folder, source, progress, meter, ranks, checked, output)
@@ -253,23 +261,34 @@ def carry_out(
     with folder:
         identity = step.identity()
         if identity is not None:
-            folder.begin(identity, step.settled())
+            bounds = {"must_keep": list(values.gate.must_keep)} if judge else {}
+            folder.begin(identity, {**step.settled(), **bounds})
         if folder.finished:
             ranks.once(lambda: None)  # the other processes have nothing to do
             return step.result(folder.output)
-        result = step.work()
+        result = step.work() if judge is None else judge.work(step)
         folder.finish()  # inside: an error in the rename keeps the work
-    return result
+    return step.result(folder.output) if result is None else result
+
+
+def judge_of(recipe: Any) -> Any:
+    """What judges the result of a recipe, its tasks and texts found; None where nothing does.
+
+    Raises:
+        SecateurError: a task or a text is not to be had.
+    """
+    bounds = recipe.gate.must_keep if hasattr(recipe, "gate") else ()
+    return imported("secateur.steps.gate:Judge").of(recipe) if bounds else None
 
 
 def recipe_identity(recipe: Recipe, without: Iterable[str]) -> dict[str, Any]:
     """A recipe for an identity: texts by their content, and paths without their spelling.
 
     Args:
-        recipe: the recipe. Its model and its output are left out.
+        recipe: the recipe. Its model, its output and its gate are left out.
         without: other fields that are left out.
     """
-    values = recipe.model_dump(mode="json", exclude={"model", "output", *without})
+    values = recipe.model_dump(mode="json", exclude={"model", "output", "gate", *without})
     for option in options_of(type(recipe)):
         *sections, key = option.path
         inner: Any = values

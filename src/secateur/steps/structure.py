@@ -44,7 +44,16 @@ from secateur.runs.output import write_json, write_text
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
 from secateur.sparsity.solvers import solvers
-from secateur.steps.runner import RunContext, Step, Way, carry_out, identity_of, source_of, step_of
+from secateur.steps.runner import (
+    RunContext,
+    Step,
+    Way,
+    carry_out,
+    identity_of,
+    judge_of,
+    source_of,
+    step_of,
+)
 from secateur.structured import cut_plan
 from secateur.structured.cut_steps import (
     REFIT,
@@ -99,6 +108,7 @@ def plan_structure(
 
         return plan_file(recipe, call)
     CutStructure.check(recipe)
+    judge_of(recipe)
     source = source_of(recipe, progress)
     skeleton, plan = _open(recipe, source)
     steps = [*_steps_of(recipe, plan, skeleton)]
