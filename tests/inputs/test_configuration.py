@@ -50,7 +50,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "nonsense"}, "hidden_act is 'nonsense', which transformers does not know"),
     ({"num_hidden_layers": 1}, "2 of 3 stored layers are not in the configuration, which has 1"),
     ({"rope_parameters": 7}, ""),
-    ({"model_type": "no_such_type"}, "transformers cannot build this model"),
+    ({"model_type": "no_such_type"}, "no class for no_such_type"),
     ({"model_type": ["llama"]}, "has no 'model_type'"),
 ]  # fmt: skip
 

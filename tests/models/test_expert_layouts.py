@@ -30,7 +30,8 @@ without gate in a latent space; with a clamped gate; clamped by layer, in a mode
 
 LEFT = (
     "norm", "router", "mlp.gate.", "mixer.gate.", "feed_forward.gate.", "conv1d", "conv.conv",
-    "expert_gate", "_bias", ".bias", "sinks", "A_log", "dt_bias", ".D", "moe_statics",
+    "expert_gate", "_bias", ".bias", "sinks", "A_log", "dt_bias", ".D", "moe_statics", "_hc.",
+    "o_a_proj",
 )  # fmt: skip
 """Parts of the names of parameters of decoder layers that are no prunable matrices."""
 

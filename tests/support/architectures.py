@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo import CONFIGS, DENSE, MIXTURES, SEEING, SETTINGS, SIZES, class_of
 from zoo import config_of as zoo_config
+from zoo import with_routes
 
 SPEECH: dict[str, Any] = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -72,4 +73,4 @@ def tiny_architecture(name: str, seed: int = 0) -> nn.Module:
     """A randomly initialised model of an architecture, in float32."""
     torch.manual_seed(seed)
     config = config_of(name)
-    return class_of(config).from_config(config, dtype=torch.float32).eval()
+    return with_routes(class_of(config).from_config(config, dtype=torch.float32).eval())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from zoo import class_of, config_of
+from zoo import class_of, config_of, with_routes
 
 from secateur.models.skeleton import quiet_transformers
 
@@ -75,7 +75,7 @@ def save_tiny(
     for name, value in overrides.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    saved(class_of(config).from_config(config, dtype=dtype), folder)
+    saved(with_routes(class_of(config).from_config(config, dtype=dtype)), folder)
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     if shards > 1:

@@ -227,6 +227,7 @@ LATENT_ATTENTION: dict[str, Any] = {
     **SIZES, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 16, "num_key_value_heads": 4,
 }  # fmt: skip
+INDEXER: dict[str, Any] = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 64}
 SPARSE_LINEAR: dict[str, Any] = {**LINEAR_ATTENTION, "shared_expert_intermediate_size": 40}
 
 MIXTURES: dict[str, Any] = {
@@ -253,6 +254,15 @@ MIXTURES: dict[str, Any] = {
         **LATENT_ATTENTION, **GROUPED_EXPERTS, topk_method="group_limited_greedy",
     ),
     "deepseek_v3": lambda: t.DeepseekV3Config(**LATENT_ATTENTION, **GROUPED_EXPERTS),
+    "glm_moe_dsa": lambda: t.GlmMoeDsaConfig(**LATENT_ATTENTION, **GROUPED_EXPERTS, **INDEXER),
+    "hy_v3": lambda: t.HYV3Config(
+        **SIZES, **EXPERTS, head_dim=8, num_shared_experts=1, first_k_dense_replace=1,
+    ),
+    "deepseek_v4": lambda: t.DeepseekV4Config(
+        **{**SIZES, "num_key_value_heads": 1}, **INDEXER, head_dim=16, n_routed_experts=6,
+        num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=1, q_lora_rank=16,
+        o_lora_rank=8, o_groups=2, sliding_window=8, mlp_layer_types=["hash_moe", "moe", "moe"],
+    ),
     "dots1": lambda: t.Dots1Config(
         **SIZES, **GROUPED_EXPERTS, head_dim=8, layer_types=["full_attention"] * 3,
     ),
@@ -350,7 +360,9 @@ CUT_MIXTURES: dict[str, tuple[str, ...]] = {
     "lfm2_moe": ("layers", "groups", "neurons"),
     "gemma4": ("layers", "neurons"),
     "granitemoehybrid": ("layers", "groups", "neurons"),
-    **dict.fromkeys(("minimax_m3", "nemotron_h"), ("layers",)),
+    **dict.fromkeys(
+        ("minimax_m3", "nemotron_h", "glm_moe_dsa", "hy_v3", "deepseek_v4"), ("layers",)
+    ),
 }  # fmt: skip
 """What a test cuts of mixtures besides experts; neurons are those of layers without experts."""
 
@@ -394,6 +406,15 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
         for name, buffer in model.named_buffers():
             if "bias" in name:  # of a router, for each expert
                 buffer.add_(0.1 * torch.randn_like(buffer))
+    return with_routes(model)
+
+
+def with_routes(model: nn.Module) -> nn.Module:
+    """A model in whose tables of experts, if it has any, each token has two different ones."""
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):
+            first = torch.randint(6, table.shape[:1])
+            table.copy_(torch.stack([first, (first + torch.randint(1, 6, first.shape)) % 6], 1))
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,8 @@ def audit_checkpoint(
     for stored in [*matrices, *(reader.entries.keys() - matrices.keys())]:
         progress.step(note=stored)
         tensor = reader.read(stored)
-        zeros += tensor.numel() - int(torch.count_nonzero(tensor))
+        if tensor.is_floating_point():  # a table of token ids has no parameters
+            zeros += tensor.numel() - int(torch.count_nonzero(tensor))
         matrix = matrices.get(stored)
         if matrix is None or not matrix.is_decoder_matrix:
             continue
@@ -181,7 +183,7 @@ def audit_checkpoint(
         dtypes[dtype] = dtypes.get(dtype, 0) + entry.size_bytes
     return Audit(
         counts,
-        parameters=sum(e.size_bytes // e.dtype.itemsize for e in reader.entries.values()),
+        parameters=sum(prod(shape) for shape in stored_shapes(reader.entries).values()),
         file_bytes=sum(file.stat().st_size for file in reader.files),
         zeros=zeros,
         left=summary(weights_of(matrices.values())),

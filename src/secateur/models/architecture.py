@@ -252,8 +252,9 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
     """All prunable matrices of a decoder layer, by their name within the layer.
 
     A linear with a single output is a gate (of Qwen's shared expert) and is left out, because no
-    other output could share its loss. So are the linears of routers, and the coefficients with
-    which AltUp mixes the hidden states of a token.
+    other output could share its loss. So are the linears of routers, the coefficients with which
+    AltUp mixes the hidden states of a token, and block-diagonal ones (DeepSeek V4), whose inputs
+    are divided into groups.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -262,6 +263,7 @@ def linears_of(layer: nn.Module, layer_name: str) -> dict[str, Linear]:
         for name, module in layer.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and getattr(module, "out_features", 2) > 1
+        and "Grouped" not in type(module).__name__
         and not is_router(layer, name)
         and not mixes_states(layer, name)
     }

@@ -242,13 +242,21 @@ def transformers_errors(folder: Path) -> Iterator[None]:
         if named:
             said = f"{named[0]} is {first_line(error)[:100]}, which transformers does not know"
             raise checkpoint.damaged(said, folder / "config.json") from error
-        trusting = "; for code that comes with a checkpoint you trust, pass --trust-remote-code"
-        raise ArchitectureError(
-            f"transformers cannot build this model: {first_line(error)[:300]}",
-            where=str(folder / "config.json"),
-            remedy="only decoders that AutoModelForCausalLM knows can be pruned, also inside "
-            f"models of AutoModelForImageTextToText{trusting if 'auto_map' in config else ''}",
-        ) from error
+        said = f"transformers cannot build this model: {first_line(error)[:300]}"
+        remedy = (
+            "only decoders that AutoModelForCausalLM knows can be pruned, also inside models of "
+            "AutoModelForImageTextToText"
+        )
+        if _config_class(config) is None and not isinstance(folder, TrustedFolder):
+            said = f"this release of transformers has no class for {config['model_type']}"
+            remedy = (
+                "update transformers; or cut a GGUF file of the model, which needs no class: "
+                "secateur structure FILE.gguf --experts 0.75 --output SMALLER.gguf"
+            )
+        if "auto_map" in config:
+            remedy += "; for code that comes with a checkpoint you trust, pass --trust-remote-code"
+        where = str(folder / "config.json")
+        raise ArchitectureError(said, where=where, remedy=remedy) from error
 
 
 def check_folder(folder: Path) -> None:

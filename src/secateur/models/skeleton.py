@@ -158,7 +158,8 @@ def model_names(model: Any, reader: CheckpointReader, *, split: bool = True) -> 
 
     def name_of(stored: str) -> str:
         name: str = rename_source_key(stored, renamings, [], prefix, known)[0]
-        return name
+        # a pattern may match a name that is the model's already, as in transformers' own loading
+        return stored if name not in known and stored in known else name
 
     names = {stored: name_of(stored) for stored in reader.entries}
     if experts is not None and split:

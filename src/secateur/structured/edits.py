@@ -49,6 +49,7 @@ class TensorEdit:
             all of gate come first.
         scale: factor of the result, applied while `offset` is added.
         offset: the number that the parameter's module adds to it.
+        routes: for a table of the experts of each token, the numbers of those that stay.
     """
 
     source: str
@@ -57,6 +58,7 @@ class TensorEdit:
     scale: float = 1.0
     offset: float = 0.0
     interleaved: bool = False
+    routes: Tensor | None = None
 
     @classmethod
     def copy(cls, source: str, shape: tuple[int, ...]) -> TensorEdit:
@@ -74,7 +76,29 @@ class TensorEdit:
             # A norm that multiplies by 1 + w (Gemma) stores w: the factor is one of 1 + w.
             scaled = (parameter.float() + self.offset) * self.scale - self.offset
             parameter = scaled.to(parameter.dtype)
-        return parameter
+        return parameter if self.routes is None else rerouted(parameter, self.routes)
+
+
+def rerouted(table: Tensor, kept: Tensor) -> Tensor:
+    """The experts of each token [tokens, chosen] by their new numbers.
+
+    Tokens of an expert that is gone go to those that stay, in turn; no token has one twice.
+
+    Example:
+        >>> import torch
+        >>> from secateur.structured.edits import rerouted
+        >>> rerouted(torch.tensor([[0, 3], [1, 3], [2, 1]]), torch.tensor([0, 2, 3])).tolist()
+        [[0, 2], [1, 2], [1, 0]]
+    """
+    numbers = table.new_full((max(int(table.max()), int(kept.max())) + 1,), -1)
+    numbers[kept] = torch.arange(len(kept), dtype=table.dtype)
+    found = numbers[table.long()]
+    for place in range(table.shape[1]):
+        other = (torch.arange(len(table), dtype=table.dtype) + place) % len(kept)
+        for _ in range(table.shape[1]):
+            other = torch.where((found == other[:, None]).any(1), (other + 1) % len(kept), other)
+        found[:, place] = torch.where(found[:, place] < 0, other, found[:, place])
+    return found
 
     def _of_each(self, experts: Tensor, axis: int, neurons: Tensor) -> Tensor:
         """The values of the neurons [experts, neurons] that each expert keeps along an axis."""
@@ -252,6 +276,8 @@ def _edit(
         _kept_along(axis, size, sizes, layer, stream)
         for axis, size in zip(axes, parameter.shape, strict=True)
     )
+    if axes[-1] == "routes":
+        return TensorEdit(name, kept, tuple(parameter.shape), routes=layer.experts)
     neurons = sizes.expert_neurons[layer.index]
     shape = tuple(
         n if k is None else len(k) if k.ndim == 1 else n // neurons * k.shape[1]

@@ -70,7 +70,8 @@ def decoder_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The matrices of the decoder layers as [out, in]; of experts all in one, [..., in]."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and DECODER.match(name):
+        grouped = "Grouped" in type(module).__name__  # block-diagonal
+        if isinstance(module, (nn.Linear, Conv1D)) and DECODER.match(name) and not grouped:
             found[f"{name}.weight"] = weight_of(module)
         elif name.endswith("experts") and not isinstance(module, nn.ModuleList):
             for leaf, parameter in module.named_parameters(recurse=False):

@@ -58,16 +58,19 @@ class PackedHiddenStates:
 
     Attributes:
         hidden: the hidden size.
-        stacked: n, if the model hands its layers [n, batch, sequence, hidden], as AltUp does in
-            Gemma 3n; 0 if it hands them [batch, sequence, hidden].
+        stacked: n, if the model hands its layers several hidden states for each token; 0 if it
+            hands them [batch, sequence, hidden].
         shared: what one layer computes and later layers read, such as keys and values: by the name
             in the model's dictionary, (heads, head_dim) of each tensor [batch, heads, sequence,
             head_dim]. It is zero until a layer has computed it.
+        axis: where the n hidden states are: first, as AltUp has them in Gemma 3n, or third, as
+            hyper-connections have them in DeepSeek V4.
     """
 
     hidden: int
     stacked: int = 0
     shared: Mapping[str, Sizes] = field(default_factory=dict)
+    axis: int = 0
 
     @classmethod
     def of(
@@ -84,7 +87,9 @@ class PackedHiddenStates:
         Raises:
             ArchitectureError: a tensor has no row for each token.
         """
-        stacked = hidden.shape[0] if hidden.ndim == 4 and hidden.shape[1:3] == tokens else 0
+        axis = 0 if hidden.shape[1:3] == tokens else 2
+        several = hidden.ndim == 4 and tokens in (hidden.shape[1:3], hidden.shape[:2])
+        stacked = hidden.shape[axis] if several else 0
         odd = [] if stacked or hidden.shape[:-1] == tokens else [("hidden states", hidden)]
         shared_ones = [(key, x) for key, tensors in found.items() for x in tensors]
         odd += [(k, x) for k, x in shared_ones if x.ndim != 4 or (x.shape[0], x.shape[2]) != tokens]
@@ -98,7 +103,7 @@ class PackedHiddenStates:
         shared = {
             key: tuple((x.shape[1], x.shape[3]) for x in tensors) for key, tensors in found.items()
         }
-        return cls(hidden.shape[-1], stacked, shared)
+        return cls(hidden.shape[-1], stacked, shared, axis)
 
     @property
     def width(self) -> int:
@@ -111,8 +116,8 @@ class PackedHiddenStates:
 
     def pack(self, hidden: Tensor, shared: Mapping[str, States]) -> Tensor:
         """One tensor from what a layer returned and what has been shared so far."""
-        # [stacked, batch, sequence, hidden] → [batch, sequence, stacked · hidden]
-        parts = [hidden.permute(1, 2, 0, 3).flatten(2) if self.stacked else hidden]
+        # → [batch, sequence, stacked · hidden]
+        parts = [hidden.movedim(self.axis, 2).flatten(2) if self.stacked else hidden]
         batch, length = parts[0].shape[:2]
         for key, sizes in self.shared.items():
             if key in shared:
@@ -126,7 +131,7 @@ class PackedHiddenStates:
         """The hidden states as a layer takes them, and what has been shared so far."""
         hidden = self.states(packed)
         if self.stacked:
-            hidden = hidden.unflatten(-1, (self.stacked, self.hidden)).permute(2, 0, 1, 3)
+            hidden = hidden.unflatten(-1, (self.stacked, self.hidden)).movedim(2, self.axis)
         columns = self.columns(packed)
         shared = {
             key: tuple(
@@ -154,7 +159,7 @@ class LayerCall:
         in_tuple: whether the model expects the layer's output in a tuple.
         packing: how hidden states are packed with what layers share; None if they are plain.
         varying: arguments that depend on the tokens, each by its place among all arguments, with
-            its shape after [batch, sequence].
+            its shape after [batch, sequence]. The ids of the tokens have the shape ().
     """
 
     args: tuple[Any, ...]
@@ -190,19 +195,23 @@ class LayerCall:
     @property
     def columns(self) -> int:
         """How many values of the arguments depend on one token."""
-        return sum(prod(shape) for _, shape in self.varying)
+        return sum(_columns_of(shape) for _, shape in self.varying)
 
     def values(self) -> Tensor:
         """The arguments that depend on the tokens, side by side: [batch, sequence, columns]."""
-        leaves = self.leaves()
-        return torch.cat([leaves[place].flatten(2) for place, _ in self.varying], -1)
+        found = [(self.leaves()[place], shape) for place, shape in self.varying]
+        return torch.cat([x.flatten(2) if shape else _bytes_of(x) for x, shape in found], -1)
 
     def filled(self, values: Tensor | None) -> LayerCall:
         """The call with other arguments that depend on the tokens; None leaves them out."""
-        sizes = [prod(shape) for _, shape in self.varying]
+        sizes = [_columns_of(shape) for _, shape in self.varying]
         parts = [None] * len(sizes) if values is None else values.split(sizes, -1)
         new = {
-            place: part if part is None else part.unflatten(-1, shape)
+            place: part
+            if part is None
+            else part.unflatten(-1, shape)
+            if shape
+            else _number_of(part)
             for (place, shape), part in zip(self.varying, parts, strict=True)
         }
         return self.changed(lambda place, x: new.get(place, x))
@@ -226,6 +235,26 @@ class LayerCall:
     def states(self, hidden: Tensor) -> Tensor:
         """The hidden states [batch, sequence, width] without what layers share."""
         return hidden if self.packing is None else self.packing.states(hidden)
+
+
+ID_BYTES = 3
+"""An id of a token travels as so many bytes, because bfloat16 holds no larger whole numbers."""
+
+
+def _columns_of(shape: tuple[int, ...]) -> int:
+    """How many columns an argument of this shape after [batch, sequence] has."""
+    return prod(shape) if shape else ID_BYTES
+
+
+def _bytes_of(ids: Tensor) -> Tensor:
+    """Ids [batch, sequence] as floating columns [batch, sequence, ID_BYTES], lowest byte first."""
+    return torch.stack([(ids >> 8 * place) & 255 for place in range(ID_BYTES)], -1).float()
+
+
+def _number_of(columns: Tensor) -> Tensor:
+    """The ids whose bytes these are."""
+    places = 256 ** torch.arange(ID_BYTES, device=columns.device)
+    return (columns.long() * places).sum(-1)
 
 
 def call_layer(layer: Callable[..., Any], hidden: Tensor, call: LayerCall) -> Tensor:
@@ -425,7 +454,8 @@ def _differing(
     found = {}
     for place, (a, b) in enumerate(zip(one.leaves(), two.leaves(), strict=True)):
         if isinstance(a, Tensor) and not torch.equal(a, b):  # masks and rotary tables are equal
-            if a.ndim < 3 or a.shape[:2] != tokens or not a.is_floating_point():
+            # ids of tokens, or floating values for each of them
+            if a.shape[:2] != tokens or a.is_floating_point() != (a.ndim > 2):
                 return None
             found[place] = tuple(a.shape[2:])
     return found

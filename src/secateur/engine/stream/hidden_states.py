@@ -159,7 +159,9 @@ class EmbeddingAndHead:
         model, layers, device = self.target.model, self.target.layers, self.target.device
         with self.target.outside():
             return [
-                torch.cat([x, token_values_of_all(model, layers, ids.to(device), calls)], -1)
+                torch.cat(
+                    [x, token_values_of_all(model, layers, ids.to(device), calls).to(x.dtype)], -1
+                )
                 for x, ids in zip(found, (self.windows[rows] for rows in batches), strict=True)
             ]
 

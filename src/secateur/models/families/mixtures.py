@@ -23,7 +23,7 @@ SHARED_MLP_GROUPS, SHARED_MLP = _expert("mlp.shared_mlp")
 LLAMA4_SHARED_GROUPS, LLAMA4_SHARED = _expert("feed_forward.shared_expert")
 _GATE_AND_UP, _DOWN = "feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj"
 FEED_FORWARD_GROUPS, FEED_FORWARD = grouped(_GATE_AND_UP, _DOWN), ffn(_GATE_AND_UP, _DOWN)
-MINIMAX_M3_SHARED = {
+NARROW_SHARED_EXPERTS = {
     **over("shared_neurons+shared_neurons -", "mlp.shared_experts.gate_up_proj"),
     **over("- shared_neurons", "mlp.shared_experts.down_proj"),
 }
@@ -74,6 +74,15 @@ def _mixture(
     changes = {"attributes": experts.sizes(*router), **changes}
     couplings = base.plus({**experts.axes(), **(axes or {})}, **changes)
     return architecture.Family(model_types, "model.layers", groups, writers, experts, couplings)
+
+
+def _experts_alone(
+    *model_types: str, experts: Experts = ROUTED, axes: architecture.Axes | None = None
+) -> architecture.Family:
+    """A family with shared experts, of which layers, experts and their neurons are cut."""
+    axes = {**experts.axes(stream="-"), **NARROW_SHARED_EXPERTS, **(axes or {})}
+    couplings = architecture.Couplings(axes, outside={}, attributes=experts.sizes())
+    return architecture.Family(model_types, couplings=couplings, experts=experts)
 
 
 WIDTH = ("hidden_dim",)
@@ -173,14 +182,18 @@ TABLE = {
         attributes={"self_attn": {"num_heads": "heads"}, **STEP3.sizes(*WIDTH)},
     ),
     # The text model: experts with a clamped gate and a shared one, sparse attention.
-    "minimax_m3": architecture.Family(
-        model_types=("minimax_m3_vl_text",),
-        couplings=architecture.Couplings(
-            {**MINIMAX_M3.axes(stream="-"), **MINIMAX_M3_SHARED},
-            outside={},
-            attributes=MINIMAX_M3.sizes(),
-        ),
-        experts=MINIMAX_M3,
+    "minimax_m3": _experts_alone("minimax_m3_vl_text", experts=MINIMAX_M3),
+    # GLM-5 and DeepSeek V3.2: latent attention to tokens that an indexer chooses.
+    "glm_moe_dsa": _experts_alone("glm_moe_dsa", "deepseek_v32"),
+    # Hy3: a router with a correction beside it.
+    "hy_v3": _experts_alone(
+        "hy_v3", experts=Experts(), axes={"mlp.e_score_correction_bias": ("experts",)}
+    ),
+    # Several hidden states for a token; in the first layers a table of tokens names the experts.
+    "deepseek_v4": _experts_alone(
+        "deepseek_v4",
+        experts=Experts(stored=W132, count="n_routed_experts"),
+        axes={"mlp.gate.tid2eid": ("-", "routes")},
     ),
 }
 
