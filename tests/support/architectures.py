@@ -9,9 +9,8 @@ import torch
 import transformers as t
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from zoo import CONFIGS, DENSE, MIXTURES, SEEING, SETTINGS, SIZES, class_of
+from zoo import CONFIGS, DENSE, MIXTURES, SEEING, SETTINGS, SIZES, class_of, with_routes
 from zoo import config_of as zoo_config
-from zoo import with_routes
 
 SPEECH: dict[str, Any] = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,

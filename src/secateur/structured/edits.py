@@ -78,6 +78,17 @@ class TensorEdit:
             parameter = scaled.to(parameter.dtype)
         return parameter if self.routes is None else rerouted(parameter, self.routes)
 
+    def _of_each(self, experts: Tensor, axis: int, neurons: Tensor) -> Tensor:
+        """The values of the neurons [experts, neurons] that each expert keeps along an axis."""
+        parts = self.shape[axis] // neurons.shape[1]  # 2 where gate and up are in one tensor
+        if self.interleaved:
+            rows = _spread(neurons.flatten(), parts).view(len(neurons), -1)
+        else:
+            count = experts.shape[axis] // parts
+            rows = torch.cat([neurons + count * part for part in range(parts)], dim=1)
+        chosen = zip(experts, rows.to(experts.device), strict=True)
+        return torch.stack([one.index_select(axis - 1, own) for one, own in chosen])
+
 
 def rerouted(table: Tensor, kept: Tensor) -> Tensor:
     """The experts of each token [tokens, chosen] by their new numbers.
@@ -99,17 +110,6 @@ def rerouted(table: Tensor, kept: Tensor) -> Tensor:
             other = torch.where((found == other[:, None]).any(1), (other + 1) % len(kept), other)
         found[:, place] = torch.where(found[:, place] < 0, other, found[:, place])
     return found
-
-    def _of_each(self, experts: Tensor, axis: int, neurons: Tensor) -> Tensor:
-        """The values of the neurons [experts, neurons] that each expert keeps along an axis."""
-        parts = self.shape[axis] // neurons.shape[1]  # 2 where gate and up are in one tensor
-        if self.interleaved:
-            rows = _spread(neurons.flatten(), parts).view(len(neurons), -1)
-        else:
-            count = experts.shape[axis] // parts
-            rows = torch.cat([neurons + count * part for part in range(parts)], dim=1)
-        chosen = zip(experts, rows.to(experts.device), strict=True)
-        return torch.stack([one.index_select(axis - 1, own) for one, own in chosen])
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _edit(
         for axis, size in zip(axes, parameter.shape, strict=True)
     )
     if axes[-1] == "routes":
-        return TensorEdit(name, kept, tuple(parameter.shape), routes=layer.experts)
+        return TensorEdit(name, kept, tuple(parameter.shape), routes=layer.of("experts"))
     neurons = sizes.expert_neurons[layer.index]
     shape = tuple(
         n if k is None else len(k) if k.ndim == 1 else n // neurons * k.shape[1]

@@ -25,8 +25,10 @@ _GATE_AND_UP, _DOWN = "feed_forward.gate_proj feed_forward.up_proj", "feed_forwa
 FEED_FORWARD_GROUPS, FEED_FORWARD = grouped(_GATE_AND_UP, _DOWN), ffn(_GATE_AND_UP, _DOWN)
 NARROW_SHARED_EXPERTS = {
     **over("shared_neurons+shared_neurons -", "mlp.shared_experts.gate_up_proj"),
+    **over("shared_neurons -", "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj"),
     **over("- shared_neurons", "mlp.shared_experts.down_proj"),
 }
+"""Of a stream that is not cut; gate and up may lie in one tensor."""
 GATED_SHARED_EXPERT = {**SHARED_EXPERT, "mlp.shared_expert_gate": ("-", "hidden")}
 
 LATENT_ATTENTION: architecture.Axes = {
