@@ -27,6 +27,11 @@ MARK = "<!-- the card of the dense folder -->"
 REFITTED = ("refit", "queries", "width")
 """Steps after which the weights that read the units were fitted again, unless by `zero`."""
 
+TUNED = (
+    "Layer by layer, routers were tuned to the outputs of the uncut model; so were the last linear "
+    "layers of the experts, unless they are stored in fewer bits. "
+)
+
 VARIED = """# No class of transformers has its sizes; importing secateur adds one.
 # Without secateur, pass trust_remote_code=True: the folder has the modelling file.
 import secateur
@@ -64,7 +69,7 @@ def structure_card(
     assert structure is not None
     names = {step["step"] for step in structure.steps}
     refitted = any(x["step"] in REFITTED and x["by"] != "zero" for x in structure.steps)
-    learned = "" if "learned" in names else "Nothing was trained."
+    learned = "" if names & {"learned", "routers"} else "Nothing was trained."
     if manifest.distillation:
         teacher = manifest.method["distillation"].get("teacher")
         taught = "the uncut model" if teacher is None else f"`{Path(teacher).name}`"
@@ -73,7 +78,8 @@ def structure_card(
     return front_matter(manifest.source, source_folder, tags) + _card(
         "structure", cut(manifest), of=manifest, source=source_name(manifest.source),
         kept=1 - structure.decoder_removed, learned=learned, varied=VARIED * structure.varied,
-        fitted="The weights that read the units were fitted again. " * refitted,
+        fitted="The weights that read the units were fitted again. " * refitted
+        + TUNED * ("routers" in names),
         place=place, again=made_again("structure", recipe_yaml, place),
     )  # fmt: skip
 

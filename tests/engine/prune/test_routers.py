@@ -11,6 +11,7 @@ import pytest
 import torch
 from at_rest import in_float8, raw, stored_tensors
 from slow import slow_but
+from stopped_stage import StopAt, StoppedError
 from tiny import saved
 from torch import Tensor
 from zoo import WITH_EXPERTS, tiny_model, tiny_windows
@@ -168,6 +169,30 @@ def test_routers_follow_a_cut_of_experts(tmp_path: Path, monkeypatch: pytest.Mon
     errors = steps_of(tmp_path / "plain")[1]["errors"]
     assert {*errors} == {"1"}  # the others are dense
     assert errors["1"]["error_after"] < errors["1"]["error_before"]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_stopped_tuning_resumes_to_the_same_bytes(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within the first, the second and the last of three layers, each with two passes."""
+    monkeypatch.setattr(routers, "STEPS", 8)
+    source = saved(tiny_model("mixtral"), tmp_path / "source")
+    save_windows(WINDOWS, tmp_path / "windows.safetensors")
+
+    def run(name: str, **options: Any) -> dict[str, Tensor]:
+        secateur.structure(
+            source, output=tmp_path / name, experts=3, effort="fast", asymmetric=True,
+            calibration=tmp_path / "windows.safetensors", **options,
+        )  # fmt: skip
+        return stored_tensors(tmp_path / name)
+
+    with pytest.raises(StoppedError):
+        run("out", progress=StopAt("tuning routers", steps))
+    resumed, whole = run("out", resume=True), run("whole")
+    assert resumed.keys() == whole.keys()
+    assert not [n for n in whole if not torch.equal(raw(resumed[n]), raw(whole[n]))]
+    assert steps_of(tmp_path / "out")[1]["errors"] == steps_of(tmp_path / "whole")[1]["errors"]
 
 
 def test_experts_in_float8_keep_their_bytes(tmp_path: Path) -> None:
