@@ -118,7 +118,8 @@ class _WhatToCut(Section):
     query_heads: Annotated[Kept | None, Counted] = Field(None, gt=0)
     """Query heads to keep in each KV group: a number or a fraction. The KV cache keeps its size."""
     ffn: Annotated[Kept | None, Counted] = Field(None, ge=0)
-    """FFN neurons to keep in each layer: a number or a fraction."""
+    """FFN neurons to keep in each layer: a number or a fraction. In a mixture, neurons of each
+    expert; a shared expert and dense layers keep the same share."""
     vocabulary: Annotated[str | None, Flag(value="TEXT", default="all tokens stay")] = None
     """Remove the tokens that this text never needs from tokenizer, embedding and head: JSONL or
     text file, folder of texts, hub data set or named text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -129,6 +130,12 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         if not any(sizes.experts):
             raise RecipeError("the model has no experts", remedy="leave --experts out")
         experts = _experts_of(recipe.experts, sizes)
+    narrows = any(getattr(recipe, name) is not None for name in ("ffn", *TARGETS))
+    if recipe.learned is not None and narrows and any(sizes.expert_neurons):
+        raise RecipeError(
+            "learned masks choose no neurons inside experts",
+            remedy="leave --learned out, or cut whole units: --keep-layers, --kv-groups",
+        )
     queries = _queries_of(recipe, sizes)
     heads = neurons = 0.0
     whole_layers = _whole_layers(recipe, layers - drop)
@@ -309,12 +316,12 @@ def check_width(recipe: StructureRecipe, plan: CutPlan, model: Any) -> None:
         width_shares(plan, sizes, left, recipe.multiple)
         return
     counts = counts_left(plan, left, recipe.multiple)
-    for kind, gone in (("groups", plan.heads), *((kind, plan.neurons) for kind in NEURONS)):
-        units = getattr(sizes, kind)
-        left = counts[kind]
-        if gone and left and all(n == units[i] for i, n in left.items()):
+    for gone, kinds in ((plan.heads, ("groups",)), (plan.neurons, NEURONS)):
+        each = [(kind, i, n) for kind in kinds for i, n in counts[kind].items()]
+        if gone and all(n == getattr(sizes, kind)[i] for kind, i, n in each):
+            most = max(max(getattr(sizes, kind)) for kind in kinds)
             raise RecipeError(
-                f"all {max(units)} {UNITS[kind]} of a layer would stay",
+                f"all {most} {UNITS[kinds[0]]} of a layer would stay",
                 remedy="keep less, or in smaller multiples: --multiple",
             )
 
@@ -415,8 +422,14 @@ def _parameters_of(costs: Mapping[str, int], sizes: Sizes, layers: Iterable[int]
 
 
 def pattern_text(sizes: Sizes, kind: str, multiple: int) -> str:
-    """The pattern of the linear that reads units of a kind."""
+    """The pattern of the linear that reads units of a kind.
+
+    Experts keep a multiple of 8 neurons if they have one: `grouped_mm` of torch, by which
+    transformers multiplies by all experts at once, reads 16 bytes at a time.
+    """
     together = multiple if kind in NEURONS else 1
+    if kind == "expert_neurons" and max(sizes.expert_neurons) % 8 == 0:
+        together = lcm(multiple, 8)
     return f"*x{unit_width(sizes, kind)}" + (f"/{together}" if together > 1 else "")
 
 
