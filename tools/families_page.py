@@ -124,7 +124,7 @@ def abilities(name: str) -> tuple[str, ...]:
     words = {"layers": "layers", "groups": "KV groups", "neurons": "FFN", "hidden": "hidden"}
     cut = [word for kind, word in words.items() if kind in can]
     return (
-        ", ".join([*cut, *(["experts"] if name in zoo.WITH_EXPERTS else [])]),
+        ", ".join([*cut, *(["experts", "neurons in experts"] if name in zoo.WITH_EXPERTS else [])]),
         NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
         YES if model_type in FORMS else NO,
         YES if model_type in LLAMA_CPP_FAMILIES else NO,

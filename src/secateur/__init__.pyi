@@ -1151,7 +1151,8 @@ def structure(
             [all]
         query_heads: Query heads to keep in each KV group: a number or a fraction. The KV cache
             keeps its size. [all]
-        ffn: FFN neurons to keep in each layer: a number or a fraction. [all]
+        ffn: FFN neurons to keep in each layer: a number or a fraction. In a mixture, neurons of
+            each expert; a shared expert and dense layers keep the same share. [all]
         vocabulary: Remove the tokens that this text never needs from tokenizer, embedding and head:
             JSONL or text file, folder of texts, hub data set or named text. [all tokens stay]
         vocabulary_size: Keep at most this number of tokens, the most frequent ones of the text;

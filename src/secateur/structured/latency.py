@@ -40,7 +40,7 @@ from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import write_json
 from secateur.runtime.decode import empty_cache
 from secateur.runtime.random_models import LAYER_BYTES, RandomModel, TokenTime
-from secateur.structured.cut import Cut, sizes_of
+from secateur.structured.cut import NEURONS, Cut, sizes_of
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
 from secateur.structured.design import design
 from secateur.timing import alternate
@@ -198,7 +198,7 @@ class Size:
         kept: target fraction of the parameters of heads and neurons; whole units come as near as
             possible.
         groups: maximum number of KV groups in a layer.
-        neurons: maximum number of FFN neurons in a layer.
+        neurons: maximum number of neurons in an FFN or an expert.
         milliseconds: time of a token.
         milliseconds_uncut: time of a token in the uncut model, in the same turns.
     """
@@ -252,7 +252,8 @@ def _time_sizes(
         skeleton = design(narrowable, cut).skeleton
         sizes = sizes_of(skeleton)
         narrowed = plan.narrowed(sizes.layers)
-        units = max(sizes.groups[i] for i in narrowed), max(sizes.neurons[i] for i in narrowed)
+        neurons = (getattr(sizes, kind)[i] for kind in NEURONS for i in narrowed)
+        units = max(sizes.groups[i] for i in narrowed), max(neurons)
         if units not in before:
             made.setdefault(units, (kept, skeleton))
     if not made:
