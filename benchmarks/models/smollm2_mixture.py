@@ -2,19 +2,23 @@
 
     python -m benchmarks.models.smollm2_mixture FOLDER --text c4.jsonl wiki.txt
 
-The 1,536 neurons of a layer become 16 experts of 96, of which a token is sent to 6. The form is
+The 1,536 neurons of a layer become 16 experts, of which a token is sent to 6. The form is
 Mixtral's: its router and its experts compute what those of Qwen3-MoE do, the softmax of the chosen
 experts' logits, and its attention is Llama's. So structure, fit, export and llama.cpp run it.
 Qwen3-MoE normalises each head of queries and keys, which no weights undo; Qwen2-MoE has no such
 norms, but divides the softmax among all experts, so a cut would double what the others add.
 
-    experts   balanced k-means of |h_i| · ‖d_i‖ over tokens: neurons that are large at the same ones
+    core      the 32 neurons with the largest E[h_i²] · ‖d_i‖²: each expert has them
+    experts   94 of the others, by balanced k-means of |h_i| · ‖d_i‖ over tokens: large at the same
     router    ridge regression of the experts' output norms, of which each has the same spread
-    down      the dense columns times the number of chosen experts, whose weights sum to 1
+    down      the dense columns, those outside of the core times the number of chosen experts
 
-h_i is the value of a neuron and d_i its column of the down projection. The router's logits are so
-small that the weights of the chosen experts are nearly equal: with all experts chosen, the mixture
-is nearly the dense model. Then `secateur train` teaches it the predictions and the hidden states of
+h_i is the value of a neuron and d_i its column of the down projection. The weights of the chosen
+experts sum to 1, so what all of them have counts once. In some layers a few neurons of the core
+write states at the first token that are a hundred times as large as others; without them nothing
+works. Two more neurons, which return nothing yet, make an expert 128 wide, for types of llama.cpp.
+The router's logits are so small that the weights of the chosen experts are nearly equal: with all
+experts chosen, the mixture is nearly the dense model. Then `secateur train` teaches it the predictions and the hidden states of
 the dense model, with a slow router. A killed run goes on.
 """
 
@@ -38,7 +42,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.shared import CalibrationWindows
 
-EXPERTS, CHOSEN, LENGTH = 16, 6, 256
+EXPERTS, CHOSEN, CORE, WIDTH, LENGTH = 16, 6, 32, 128, 256
 SPREAD, RIDGE, SEED = 0.3, 0.01, 0
 """The standard deviation of each expert's logits, the part of the mean square in a ridge."""
 
@@ -86,11 +90,17 @@ def mixture_of(mlp: Any, states: Tensor) -> Iterator[tuple[str, Tensor]]:
     gate, up, down = (x.weight for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     values = mlp.act_fn(states @ gate.T) * (states @ up.T)
     added = (values.abs() * down.norm(dim=0)).T  # [neurons, tokens]
-    experts = clusters(normalize(added - added.mean(1, keepdim=True), dim=-1), EXPERTS)
+    order = added.square().mean(1).argsort(descending=True)
+    core, others = order[:CORE], order[CORE:]
+    profiles = added[others] - added[others].mean(1, keepdim=True)
+    experts = others[clusters(normalize(profiles, dim=-1), EXPERTS)]
     norms = torch.stack([(values[:, e] @ down[:, e].T).norm(dim=-1) for e in experts], 1)
     yield "gate.weight", router_of(states, norms)
+    fill = WIDTH - CORE - experts.shape[1]
+    factors = torch.tensor([1.0] * CORE + [CHOSEN] * experts.shape[1] + [0.0] * fill)
     for number, own in enumerate(experts):
-        for name, weight in (("w1", gate[own]), ("w3", up[own]), ("w2", CHOSEN * down[:, own])):
+        rows = torch.cat([core, own, core[:fill]])
+        for name, weight in (("w1", gate[rows]), ("w3", up[rows]), ("w2", down[:, rows] * factors)):
             yield f"experts.{number}.{name}.weight", weight
 
 
@@ -127,8 +137,7 @@ def configuration(dense: Any) -> MixtralConfig:
     return MixtralConfig(
         **{name: getattr(dense, name) for name in names},
         architectures=["MixtralForCausalLM"], dtype="bfloat16", num_local_experts=EXPERTS,
-        num_experts_per_tok=CHOSEN, intermediate_size=dense.intermediate_size // EXPERTS,
-        router_aux_loss_coef=0.0,
+        num_experts_per_tok=CHOSEN, intermediate_size=WIDTH, router_aux_loss_coef=0.0,
     )  # fmt: skip
 
 

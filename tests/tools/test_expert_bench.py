@@ -18,9 +18,9 @@ from secateur.models.tokenizer import load_tokenizer
 def test_with_all_experts_a_mixture_of_neurons_is_the_dense_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smollm2_mixture, "EXPERTS", 5)
-    monkeypatch.setattr(smollm2_mixture, "CHOSEN", 5)
-    monkeypatch.setattr(smollm2_mixture, "SPREAD", 0.0)  # equal weights
+    sizes = {"EXPERTS": 5, "CHOSEN": 5, "CORE": 10, "WIDTH": 42}
+    for name, value in {**sizes, "SPREAD": 0.0}.items():  # equal weights
+        monkeypatch.setattr(smollm2_mixture, name, value)
     dense = untrained().eval()
     windows = source_ids()[:512].view(8, 64)
     expected = dense(windows).logits
