@@ -166,15 +166,16 @@ def main() -> None:
     parser.add_argument(
         "--text", nargs="+", required=True, help="the first one clusters, all teach"
     )
-    parser.add_argument("--windows", type=int, default=32, help=f"of {LENGTH} tokens, to cluster")
-    parser.add_argument("--steps", type=int, default=400, help="of four windows")
+    parser.add_argument("--windows", type=int, default=16, help=f"of {LENGTH} tokens, to cluster")
+    parser.add_argument("--steps", type=int, default=500, help="of four windows")
     args = parser.parse_args()
     source = resolve(args.model).folder
     start = args.folder.with_name(f"{args.folder.name}-clustered")
     write_clustered(source, start, args.text[0], args.windows)
     secateur.train(
         start, output=args.folder, teacher=source, text=args.text, sequence_length=LENGTH,
-        steps=args.steps, batch=4, hidden_weight=1.0, rates={"*.gate.weight": 0.1}, resume=True,
+        steps=args.steps, batch=4, learning_rate=5e-4, hidden_weight=1.0,
+        rates={"*.gate.weight": 0.1}, resume=True,
     )  # fmt: skip
 
 

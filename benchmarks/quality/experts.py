@@ -1,4 +1,4 @@
-"""What a mixture loses with its experts: by every score, merged, tuned, beside neurons and bits.
+"""What a mixture loses with its experts: by every score, tuned, beside neurons and fewer bits.
 
     python -m benchmarks.quality.experts --work DIR
     python -m benchmarks.quality.experts --work DIR --smollm2 FOLDER --calibration C4.jsonl --c4 … --wiki …
@@ -61,6 +61,7 @@ EFFORTS = {"": "fast", ", tuned": "balanced", ", healed": "thorough"}
 """What follows a cut: nothing, the tuning of what stays layer by layer, and end to end after it."""
 HEALED = ("reap", "divergence", "experts and neurons")
 """The cuts that are healed too."""
+CUT_BEFORE_BITS = {"experts_by": "divergence", "experts_scope": "global", "effort": "balanced"}
 WHOLE = {0.75: 0.875, 0.5: 0.75}
 """The experts that stay beside fewer neurons."""
 
@@ -223,7 +224,7 @@ def stored(bench: Bench, kept: float, values: str) -> dict[str, Any]:
     """One row of `bits`: the experts that stay, in fewer bits."""
     folder, place = bench.folder, bench.work / f"cut-{kept}"
     if kept < 1:
-        options = {"experts": kept, "experts_by": "reap", "effort": "balanced"}
+        options = {"experts": kept, **CUT_BEFORE_BITS}
         folder = cut(bench, "bits", options, place) if not place.exists() else place
     packed = bench.work / f"packed-{kept}-{values}"
     made = secateur.compress(

@@ -18,7 +18,7 @@ from secateur.models.tokenizer import load_tokenizer
 def test_with_all_experts_a_mixture_of_neurons_is_the_dense_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"EXPERTS": 5, "CHOSEN": 5, "CORE": 10, "WIDTH": 42}
+    sizes = {"EXPERTS": 5, "CHOSEN": 5, "CORE": 10, "WIDTH": 44}
     for name, value in {**sizes, "SPREAD": 0.0}.items():  # equal weights
         monkeypatch.setattr(smollm2_mixture, name, value)
     dense = untrained().eval()
