@@ -161,11 +161,13 @@ def routers_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any
     """
     before = context.work / "depth"
     dense = context.target(before if before.exists() else context.source)
+    experts = read_notes(folder)["cut"]["experts"]
+    kept = {int(layer): own for layer, own in experts.items()}
 
     def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> SideBySide:
         return RouterTuning(
             dense, cut, range(len(dense.layers)), context.windows, settings, ledger,
-            context.progress, refits=not isinstance(cut.reader, AssembledReader),
+            context.progress, refits=not isinstance(cut.reader, AssembledReader), kept=kept,
         )  # fmt: skip
 
     return _fitted(context, folder, ROUTERS, "dense outputs", dense, fit)

@@ -1,9 +1,9 @@
 """Tunes the mixtures of a cut model, layer by layer, after experts were removed.
 
-    inputs of both models ─► dense layer ─► refit, router, refit ─► inputs of the next layer
+    inputs of both models ─► dense layer ─► refit, adoption, router, refit ─► the next layer
 
 The target of a layer is the dense layer's output on the dense model's inputs; its inputs are those
-that it has in the cut model. Both parts minimise the relative error of a token (`output_error`),
+that it has in the cut model. All parts minimise the relative error of a token (`output_error`),
 
     mean_t ‖y_t − ŷ_t‖² / ‖y_t‖²
 
@@ -21,6 +21,9 @@ that it has in the cut model. Both parts minimise the relative error of a token 
   mixture adds its output, perhaps times a constant; where a norm or another linear comes first, the
   `down_proj` stay.
 
+* **Neurons of removed experts**, which those that stay adopt instead of their own
+  (`adopt`), under the same condition.
+
 Every 8th window is held out. A part that does not lower the error on these windows is taken back.
 
 Paper: Hyeon and Do 2026, "Is Retraining-Free Enough? The Necessity of Router Calibration for
@@ -34,12 +37,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +56,11 @@ from secateur.engine.stream.layerwise import only_learning
 from secateur.machine import full_float32, reused_pages
 from secateur.models.architecture import hidden_size
 from secateur.models.expert_layout import Experts
-from secateur.models.experts import OpenExperts, Sent
+from secateur.models.experts import Expert, ExpertActivation, OpenExperts, Sent
 from secateur.runs.records import Layer
 from secateur.sparsity.hessian import dense_target
+from secateur.sparsity.patterns import parse_pattern
+from secateur.sparsity.solvers.osscar import OSSCAR
 
 HOLD_OUT = 8
 """One of so many windows is held out, and one of fewer. With a single window nothing is tuned."""
@@ -72,6 +78,9 @@ SWEEPS, DAMPING = 2, 0.01
 FIT_BYTES = 4 << 30
 """Least squares read so many bytes of experts' inputs and residuals at most."""
 
+SAMPLE, BATCHES = 2048, 32
+"""So many tokens say which neurons an expert is offered, and half leave in so many batches."""
+
 _PROBE = 64.0
 
 
@@ -79,12 +88,18 @@ class RouterTuning(SideBySide):
     """The tuning of the mixtures of one cut model; see the module.
 
     Args, besides those of `SideBySide`:
-        refits: whether the experts' `down_proj` may change.
+        refits: whether the experts' weights may change.
+        kept: the experts of the uncut model that stay, by number of the layer.
     """
 
-    def __init__(self, *args: Any, refits: bool = True) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        refits: bool = True,
+        kept: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
         super().__init__(*args)
-        self.refits = refits
+        self.refits, self.kept = refits, kept
 
     @torch.no_grad()
     @full_float32()
@@ -109,16 +124,18 @@ class RouterTuning(SideBySide):
         """Tune and record one layer."""
         started, target, errors = time.perf_counter(), self.cut.target, dict[str, float]()
         outputs, inputs = self.inputs(dense, self.layers[place]), self.inputs(cut, place)
-        with self.dense.target.layer(self.layers[place]) as twin:
-            outputs.pass_through(twin)
-        dense.advance(self.layers[place] + 1)
         experts = target.architecture.experts
-        with target.layer(place) as layer:
+        with self.dense.target.layer(self.layers[place]) as twin, target.layer(place) as layer:
+            outputs.pass_through(twin)
+            dense.advance(self.layers[place] + 1)
             assert experts is not None
             if experts.module in dict(layer.named_modules()) and plan.held_out:
                 rate = RATE / hidden_size(target.model)
                 one = _MixtureTuning(layer, experts, inputs, outputs, plan, rate)
-                errors = one.execute(refits=self.refits)
+                every = cast("OpenExperts", twin.get_submodule(experts.module))
+                kept = self.kept.get(self.layers[place], range(len(every)))
+                removed = [each for number, each in enumerate(every) if number not in kept]
+                errors = one.execute(cast("list[Expert]", removed), refits=self.refits)
                 prefix = target.architecture.layer_name(place)
                 target.commit(place, [f"{prefix}.{name}" for name in sorted(one.changed)])
             inputs.pass_through(layer)
@@ -195,10 +212,11 @@ class _MixtureTuning:
         self.experts = module
         down, names = experts.layout.projections[-1], dict(layer.named_parameters())
         self.down = [f"{experts.module}.{e}.{down}.weight" for e in range(len(module))]
+        self.all = [name for name in names if name.startswith(f"{experts.module}.")]
         of_router = (name for name in names if name.startswith(f"{experts.router}."))
         self.router = [name for name in of_router if names[name].is_floating_point()]
 
-    def execute(self, *, refits: bool) -> dict[str, float]:
+    def execute(self, removed: Sequence[Expert], *, refits: bool) -> dict[str, float]:
         """Tune the layer. Return its error on the windows that are held out, after each part."""
         least = self._error()
         found, scale = {"error_before": least}, self._scale() if refits else None
@@ -207,6 +225,8 @@ class _MixtureTuning:
         if scale is not None:
             fit = partial(self._fit, scale)
             parts = [("refit", self.down, fit), router, ("refit_again", self.down, fit)]
+            if removed:
+                parts.insert(1, ("adoption", self.all, partial(self._fit, scale, removed)))
         for part, names, change in parts:
             before = {name: self.layer.get_parameter(name).clone() for name in names}
             change()
@@ -282,24 +302,27 @@ class _MixtureTuning:
         rest = (change - scale * added).norm()
         return scale if scale and bool(rest < 0.02 * change.norm()) else None
 
-    def _fit(self, scale: float) -> None:
-        """Refit the `down_proj` of all experts in turn."""
-        fit = _DownFit(len(self.experts))
-        last, seen = self.experts.stages[-1], list[tuple[Tensor, Sent]]()
+    def _fit(self, scale: float, removed: Sequence[Expert] = ()) -> None:
+        """Refit the `down_proj` of all experts in turn, or let them adopt neurons."""
+        fit, seen = _DownFit(len(self.experts)), list[tuple[Tensor, Sent]]()
+        stage = self.experts.stages[0 if removed else -1]
         for windows in self.plan.learned:
             x, y, call = self._example(windows)
             seen.clear()
-            with _hooked(last, lambda _, args, __: seen.append(args)):
+            with _hooked(stage, lambda _, args, __: seen.append((stage.inputs(*args), args[1]))):
                 left = y.float() - self._outputs(x, call).float()
             size = y.float().flatten(0, -2).norm(dim=-1, keepdim=True)
             fit.add(seen, left.flatten(0, -2), size.clamp_min(1e-30))
             if fit.bytes > FIT_BYTES:
                 break
-        fit.solve([self.layer.get_parameter(name) for name in self.down], scale)
+        if removed:
+            fit.adopt(self.experts, removed, scale)
+        else:
+            fit.solve([self.layer.get_parameter(name) for name in self.down], scale)
 
 
 class _DownFit:
-    """Least squares of the experts' last linears in turn.
+    """Least squares of the experts in turn.
 
     Args:
         experts: their number.
@@ -314,7 +337,7 @@ class _DownFit:
         """Keep what some windows need.
 
         Args:
-            seen: inputs of the linears, and who receives them.
+            seen: inputs of linears [sent, in], and who receives them.
             left: r of each token, float32 [tokens, hidden].
             size: ‖y‖ of each token, float32 [tokens, 1].
         """
@@ -348,6 +371,137 @@ class _DownFit:
                 moments = left[rows].T @ z + now @ gram
                 matrix.copy_(dense_target(gram, moments, anchor.float(), DAMPING))
                 left[rows] += z @ (now - matrix.float()).T
+
+    def adopt(self, experts: OpenExperts, removed: Sequence[Expert], scale: float) -> None:
+        """Let experts adopt neurons of those that were removed; those without tokens stay.
+
+        Args:
+            experts: those that stay; what was added are the inputs of their first linears.
+            removed: those that were removed.
+            scale: as in `solve`.
+        """
+        left, size = torch.cat(self.left), torch.cat(self.weights)
+        (activation,) = experts.activation
+        for expert, own in zip(experts, self.of, strict=True):
+            if own:
+                inputs, rows, weights = (torch.cat(parts) for parts in zip(*own, strict=True))
+                factors = scale * weights.float() * size[rows]
+                left[rows] = adopt(
+                    cast("Expert", expert), removed, activation, inputs, factors, left[rows],
+                    DAMPING,
+                )  # fmt: skip
+
+
+def adopt(
+    expert: Expert,
+    removed: Sequence[Expert],
+    activation: ExpertActivation,
+    inputs: Tensor,
+    weights: Tensor,
+    left: Tensor,
+    damping: float,
+) -> Tensor:
+    """Let an expert that stays adopt neurons of removed ones instead of its own, in place.
+
+    The router sends tokens of removed experts to those that stay. For these tokens let r_t be the
+    residual of the layer, ω_t the weight in the error, and g_t what the model multiplies the
+    output of the expert by. A neuron q of a removed expert, with the value h_q, alone lowers the
+    error by
+
+        ‖Σ_t z_qt ω_t r_t‖² / Σ_t z_qt²,    z_qt = ω_t g_t h_qt
+
+    As many as the expert has, the best on up to `SAMPLE` tokens, are put beside its own. The
+    columns of `down_proj` for all of them are least squares (`dense_target`; anchor: those of the
+    expert, and 0). The solver `osscar` removes half of them again, in about `BATCHES` batches,
+    after each of which the others make up for it. Rows of gate and up, and their biases, go with
+    their neurons.
+
+    Merging as in REAM (Jha et al. 2026, arXiv:2604.04356) averages whole experts. Here the better
+    neurons stay as they are, and only `down_proj` gets new values.
+
+    Args:
+        expert: an expert that stays, with n neurons.
+        removed: the experts that were removed; they do not change.
+        activation: what experts compute between their linears.
+        inputs: x of the tokens that the expert receives, [tokens, in].
+        weights: ω g of each, float32 [tokens, 1].
+        left: ω r of each, float32 [tokens, hidden].
+        damping: λ of the least squares as a fraction of the gram's mean diagonal.
+
+    Returns:
+        `left` after the exchange.
+
+    Raises:
+        NumericalError: the inputs are not finite, or zero everywhere.
+    """
+    *first, last = _linears(expert)
+    neurons = last.weight.shape[1]
+    pool = _pool(expert, removed, _offered(removed, activation, inputs, weights, left, neurons))
+    z = _values(pool, activation, inputs) * weights
+    gram, now = z.T @ z, nn.functional.pad(last.weight.float(), (0, neurons))
+    if not gram.any():
+        return left
+    best = dense_target(gram, left.T @ z + now @ gram, now, damping)
+    solver = OSSCAR(damping, max(OSSCAR.batch, neurons // BATCHES))
+    found = solver.choose(best, solver.prepare({"gram": gram}), parse_pattern("*x1"), 0.5)
+    stays, place = found.mask[0], torch.arange(neurons, device=z.device)
+    # what is adopted takes the places of what goes
+    place[~stays[:neurons]] = neurons + stays[neurons:].nonzero().flatten()
+    for linear, (weight, bias) in zip(first, pool, strict=True):
+        linear.weight.copy_(weight[place])
+        if bias is not None:
+            linear.bias.copy_(bias[place])
+    last.weight.copy_(found.weight[:, place])
+    return left + z @ now.T - z[:, place] @ last.weight.float().T
+
+
+_Rows = list[tuple[Tensor, Tensor | None]]
+"""Weight and bias of some neurons, in each linear before the activation."""
+
+
+def _linears(expert: Expert) -> list[Any]:
+    return list(expert.children())
+
+
+def _offered(
+    removed: Sequence[Expert],
+    activation: ExpertActivation,
+    inputs: Tensor,
+    weights: Tensor,
+    left: Tensor,
+    count: int,
+) -> Tensor:
+    """Which neurons of the removed experts alone lower the error most, bool [all their neurons]."""
+    some = slice(None, None, max(1, -(-len(inputs) // SAMPLE)))
+    gains = []
+    for expert in removed:
+        rows: _Rows = [(linear.weight, linear.bias) for linear in _linears(expert)[:-1]]
+        z = _values(rows, activation, inputs[some]) * weights[some]
+        energy = z.square().sum(0)
+        gains.append((left[some].T @ z).square().sum(0) / energy.clamp_min(1e-30))
+    every = torch.cat(gains)
+    order = every.argsort(descending=True, stable=True)
+    return torch.zeros_like(every, dtype=torch.bool).index_fill_(0, order[:count], True)
+
+
+def _pool(expert: Expert, removed: Sequence[Expert], offered: Tensor) -> _Rows:
+    """The neurons of an expert, then those that it is offered."""
+    rows: _Rows = []
+    parts = offered.split(len(offered) // len(removed))
+    for own, *others in zip(*(_linears(one)[:-1] for one in (expert, *removed)), strict=True):
+        pairs = list(zip(others, parts, strict=True))
+        weight = torch.cat([own.weight, *(one.weight[part] for one, part in pairs)])
+        bias = own.bias
+        if bias is not None:
+            bias = torch.cat([bias, *(one.bias[part] for one, part in pairs)])
+        rows.append((weight, bias))
+    return rows
+
+
+def _values(rows: _Rows, activation: ExpertActivation, inputs: Tensor) -> Tensor:
+    """What neurons give for inputs [tokens, in], float32 [tokens, neurons]."""
+    found: Tensor = activation(*(nn.functional.linear(inputs, *pair) for pair in rows))
+    return found.float()
 
 
 @contextmanager
