@@ -99,6 +99,10 @@ def page() -> Iterator[str]:
     yield "on every decoder whose layers are made of linear layers, `structure` removes whole"
     yield "layers, and what cannot be done is refused with the reason."
     yield ""
+    yield "Some names differ: GLM-5 is `glm_moe_dsa`, Hy3 `hy_v3`, Qwen3.6 and Qwen3.8 are"
+    yield "`qwen3_5`. Where the installed transformers has no class, as 5.24 for Kimi K3, cut a"
+    yield "[GGUF file](gguf.md) of the model, which needs none."
+    yield ""
     for title, kinds, said in KINDS:
         yield f"## {title}"
         yield ""
