@@ -139,7 +139,9 @@ CASES: Mapping[str, Case] = {
         "structure", "deep", {**BEST, **REFIT, **LEARNT, "keep_layers": 2, "ffn": 0.75}
     ),
     "structure experts": Case(
-        "structure", "mixture", {**FAST, "asymmetric": True, "experts": 3}
+        "structure",
+        "mixture",
+        {**FAST, "asymmetric": True, "experts": 3, "experts_by": "divergence"},
     ),
     "structure of a file": Case(
         "structure",

@@ -267,6 +267,7 @@ REFUSED: Mapping[str, dict[str, Any]] = {
     "distill_epochs": {"distill_epochs": 1, "experts": 2},
     "device": {"device": "cuda:0", "experts": 2},
     "dtype": {"dtype": "bfloat16", "experts": 2},
+    "experts_by divergence": {"experts_by": "divergence", "experts": 2},
     "experts_scope global": {"experts_scope": "global", "experts": 2},
     "depth_by": {"depth_by": "search", "keep_layers": 2},
     "layers_list": {"layers_list": "0-1,x"},

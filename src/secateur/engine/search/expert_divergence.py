@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def removal_scores(listed: Listed, count: int) -> Tensor:
 
     S_t(K) are the experts that the router chooses for a token among those that stay, K, and w_i
     their new weights. From all experts the one goes whose removal adds least to D, then the next.
-    What it adds is its score, or that of the one before if this is higher.
+    What it adds is its score, and never less than the score of the one before.
 
     A token whose listed experts are all gone gets nothing.
 
@@ -73,17 +74,21 @@ def removal_scores(listed: Listed, count: int) -> Tensor:
     Returns:
         Float64 [experts], higher = keep. The last ones, as many as the router chooses, stay.
     """
-    search = _Removal(listed, count)
+    removal = _Removal(listed, count)
     found, highest = torch.zeros(count, dtype=torch.float64), 0.0
     for _ in range(count - listed.weights.shape[1]):
-        costs = search.costs()
+        costs = removal.costs()
         worst = int(costs.argmin())
-        highest = max(highest, float(costs[worst]))
-        found[worst] = highest
-        search.remove(worst)
-    stay = search.stays.cpu()
-    found[stay] = search.costs().cpu()[stay].clamp_min(highest)
+        found[worst] = highest = max(float(costs[worst]), _above(highest))
+        removal.remove(worst)
+    stay = removal.stays.cpu()
+    found[stay] = removal.costs().cpu()[stay].clamp_min(_above(highest))
     return found
+
+
+def _above(score: float) -> float:
+    """The next larger number, so that the order of removal stays."""
+    return math.nextafter(score, math.inf)
 
 
 class _Removal:
@@ -91,19 +96,19 @@ class _Removal:
 
     def __init__(self, listed: Listed, count: int) -> None:
         self.listed, self.chosen = listed, listed.weights.shape[1]
-        self.stays = torch.ones(count, dtype=torch.bool, device=listed.experts.device)
+        places = listed.experts.flatten()
+        self.stays = torch.ones(count, dtype=torch.bool, device=places.device)
+        self.order, self.lengths = places.argsort(stable=True), places.bincount(minlength=count)
         self.scale = listed.weights.sum(-1, keepdim=True) if listed.is_normalised else None
-        self.dense = nn.functional.pad(
-            listed.weights, (0, listed.experts.shape[1] - self.chosen)
-        )  # [tokens, listed]
-        every = torch.arange(len(listed.experts), device=listed.experts.device)
+        missing = listed.experts.shape[1] - self.chosen
+        self.dense = nn.functional.pad(listed.weights, (0, missing))  # [tokens, listed]
         self.added = torch.zeros_like(listed.gates)  # by the removal of each listed expert
-        self._measure(every)
+        self._measure(torch.arange(len(listed.experts), device=places.device))
 
     def costs(self) -> Tensor:
         """What each expert would add to D, float64 [experts]; infinite for those that are gone."""
-        total = torch.zeros(len(self.stays), dtype=torch.float64, device=self.added.device)
-        total.index_add_(0, self.listed.experts.flatten(), self.added.flatten().double())
+        added = self.added.flatten()[self.order].double()
+        total = torch.segment_reduce(added, "sum", lengths=self.lengths)
         return (0.5 * total / len(self.added)).masked_fill(~self.stays, torch.inf)
 
     def remove(self, expert: int) -> None:
@@ -120,26 +125,35 @@ class _Removal:
         here = self.stays[experts]  # [rows, listed]
         place = here.cumsum(-1)
         now, following = here & (place <= self.chosen), here & (place == self.chosen + 1)
-        # the chosen ones, each once without: [rows, chosen, listed]
+        # the chosen ones, and each time without one of them: [rows, 1 + chosen, listed]
         each = now.byte().argsort(dim=-1, descending=True, stable=True)[:, : self.chosen]
         without = (now | following)[:, None].repeat(1, self.chosen, 1)
         without.scatter_(2, each[:, :, None], value=False)
-        both = torch.cat((now[:, None], without), 1)
-        change = self._weights(rows, both) - self.dense[rows, None]
+        gates = self.listed.gates[rows, None] * torch.cat((now[:, None], without), 1)
+        change = gates / self._divisors(rows, gates, experts.gather(1, each))
+        change -= self.dense[rows, None]
         # δ · F δ of each, from the products of the outputs
         value = ((change @ self.listed.products[rows]) * change).sum(-1)
         added = (value[:, 1:] - value[:, :1]) * now.gather(1, each)
         self.added[rows] = torch.zeros_like(self.dense[rows]).scatter_(1, each, added)
 
-    def _weights(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        """The weights of the listed experts if some are chosen, [rows, …, listed]."""
-        gates = self.listed.gates[rows, None] * chosen
+    def _divisors(self, rows: Tensor, gates: Tensor, leaving: Tensor) -> Tensor:
+        """What the router divides gates by, [rows, 1 + chosen, 1].
+
+        Args:
+            rows: the tokens.
+            gates: of those that are chosen, zero for others.
+            leaving: the numbers of the experts of which each is left out in turn, [rows, chosen].
+        """
         if self.scale is not None:
-            return self.scale[rows, None] * gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
-        if self.listed.shares is None:
-            return gates
-        left = (self.listed.shares[rows] * self.stays).sum(-1)
-        return gates / left.clamp_min(1e-20)[:, None, None]
+            found = gates.sum(-1) / self.scale[rows]
+        elif self.listed.shares is not None:
+            shares = self.listed.shares[rows] * self.stays
+            left = shares.sum(-1, keepdim=True)
+            found = torch.cat((left, left - shares.gather(1, leaving)), 1)
+        else:
+            found = torch.ones_like(gates[..., 0])
+        return found.clamp_min(1e-20)[..., None]
 
 
 def divergence_scores(
@@ -154,6 +168,9 @@ def divergence_scores(
 
     The outputs of twice as many experts as the router chooses are computed for each token, in
     another forward of the layer. A killed run continues with the layer in which it stopped.
+
+    Approximations: a token does not count for experts that it did not choose; Gemma 4's scale of
+    each expert counts in the sum by which the router divides.
 
     Args:
         target: the dense model, with opened experts.

@@ -34,9 +34,10 @@ class ExpertUse:
     the weight by which the model multiplies it. An expert without tokens has the score 0.
 
     Paper: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE
-    Compression", arXiv:2510.13999. If a model normalises the weights of the chosen experts
-    (Mixtral, most of Qwen3), g_j are the normalised weights, as in the released code since March
-    2026.
+    Compression", arXiv:2510.13999. Deviation: the released code takes the softmax of all logits for
+    g_j, divided by its sum over the chosen experts where the configuration has `norm_topk_prob`
+    (since March 2026). Those are the model's weights in Qwen and OLMoE, but not where a model
+    divides without that entry (Mixtral) or takes sigmoids (GLM-4.5, DeepSeek V3, Llama 4).
 
     Attributes:
         tokens: |T_j|, int64 [experts].
@@ -84,7 +85,8 @@ class _UseHooks:
         added = sent.weights[:, 0].double() * out.double().norm(dim=-1)
         here = list(sent.experts)
         self.tokens[here] += torch.tensor(sent.counts)
-        self.outputs[here] += torch.stack([own.sum() for own in added.split(sent.counts)])
+        lengths = torch.tensor(sent.counts, device=added.device)
+        self.outputs[here] += torch.segment_reduce(added, "sum", lengths=lengths)
 
     def close(self) -> ExpertUse:
         """Remove the hook and return the sums."""
