@@ -171,6 +171,12 @@ def test_the_text_that_made_the_result(place: Path) -> None:
         secateur.prune(place / "dense", **options)
 
 
+def test_a_text_that_the_result_reads_as_other_tokens(place: Path) -> None:
+    options = options_of(place, "loss@other:1") | {"vocabulary": str(place / "made.txt")}
+    with pytest.raises(RecipeError, match="tokens"):
+        secateur.structure(place / "dense", **options)
+
+
 def test_how_bounds_are_read() -> None:
     found = [Bound.read(x) for x in ("loops:0", "loops@a:b.txt:0.5", "hub/x:1", "loss@c@d:3")]
     assert [(x.kind, x.name, x.limit) for x in found] == [

@@ -74,13 +74,17 @@ class Judge:
         """
         how, bounds = recipe.gate, tuple(map(Bound.read, recipe.gate.must_keep))
         made_it = {os.path.realpath(text) for text in texts_of(recipe.calibration.source)}
-        for text in (bound.name for bound in bounds if bound.on_text):
-            check_text(text)
-            if os.path.exists(text) and os.path.realpath(text) in made_it:
+        trims = getattr(recipe, "vocabulary", None) or getattr(recipe, "vocabulary_size", None)
+        for bound in (bound for bound in bounds if bound.on_text):
+            check_text(bound.name)
+            made = os.path.exists(bound.name) and os.path.realpath(bound.name) in made_it
+            if made or (trims and bound.kind != "loops"):
                 raise RecipeError(
-                    "a text that made the result cannot judge it",
-                    where=f"--must-keep, {text}",
-                    remedy="name a text that is no calibration text",
+                    "a text that made the result cannot judge it"
+                    if made
+                    else "with fewer tokens the result reads a text as other tokens",
+                    where=f"--must-keep {bound.written}",
+                    remedy="name a text that is no calibration text" if made else "bound tasks",
                 )
         asked = {"folder": how.task_data, "limit": how.must_keep_items}
         names = [bound.name for bound in bounds if bound.kind == "task"]

@@ -268,7 +268,7 @@ def carry_out(
             return step.result(folder.output)
         result = step.work() if judge is None else judge.work(step)
         folder.finish()  # inside: an error in the rename keeps the work
-    return step.result(folder.output) if result is None else result
+        return step.result(folder.output) if result is None else result
 
 
 def judge_of(recipe: Any) -> Any:
