@@ -100,7 +100,7 @@ def test_experts_of_a_layer_in_one_tensor(form: str, tmp_path: Path) -> None:
     assert described(tmp_path / "s") == described(folder)
 
 
-BY = ("reap", "frequency", "aimer", "random")
+BY = ("reap", "frequency", "aimer", "random", "divergence")
 
 
 @pytest.mark.parametrize("by", slow_but((), BY))
