@@ -28,8 +28,9 @@ REFITTED = ("refit", "queries", "width")
 """Steps after which the weights that read the units were fitted again, unless by `zero`."""
 
 TUNED = (
-    "Layer by layer, routers were tuned to the outputs of the uncut model; so were the last linear "
-    "layers of the experts, unless they are stored in fewer bits. "
+    "Layer by layer, routers were tuned to the outputs of the uncut model; so were the experts, "
+    "unless they are stored in fewer bits: their last linear layers were fitted, and neurons of "
+    "removed experts took the places of some of theirs. "
 )
 
 VARIED = """# No class of transformers has its sizes; importing secateur adds one.
