@@ -32,8 +32,8 @@ from secateur.structured.surgery import cut_model
 WINDOWS = tiny_windows(2, 24).repeat(8, 1)
 """Those that are held out are among the others, so that what is learned must help."""
 HELD_OUT = WINDOWS[7::8]
-NOT_ADDED = {"gemma4", "nemotron_h"}
-"""A norm or a projection follows their experts before the stream."""
+NOT_ADDED = {"gemma4", "nemotron_h", "deepseek_v4"}
+"""A norm, a projection or a mixing of streams follows their experts. Routers learn alone."""
 
 
 def tuned(dense: Any, left: Any, **options: Any) -> list[dict[str, float]]:
@@ -58,7 +58,8 @@ def error(dense: Any, left: Any, index: int) -> float:
         model(input_ids=HELD_OUT, use_cache=False)
         handle.remove()
         states.append(seen[0][0] if isinstance(seen[0], tuple) else seen[0])
-    wanted, found = states
+    # [windows, tokens, streams, hidden] of a model with several streams
+    wanted, found = (x.flatten(2) for x in states)
     return float(((wanted - found).square().sum(-1) / wanted.square().sum(-1)).mean())
 
 
@@ -69,7 +70,7 @@ def error(dense: Any, left: Any, index: int) -> float:
 def test_no_layer_gets_worse_on_windows_that_are_held_out(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routers, "STEPS", 8)
+    monkeypatch.setattr(routers, "STEPS", 60 if family in NOT_ADDED else 8)
     dense = tiny_model(family)
     counts = {i: n for i, n in enumerate(sizes_of(dense).experts) if n}
     kept = {i: (0, 2, 3, 5) if n == 6 else (0, 2, 4) for i, n in counts.items()}
