@@ -165,9 +165,16 @@ def routers_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any
     kept = {int(layer): own for layer, own in experts.items()}
 
     def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> SideBySide:
+        reader = cut.reader
+
+        def writable(name: str) -> bool:
+            stored = cut.stored[name]
+            at_rest = isinstance(reader, AssembledReader)
+            return not at_rest or reader.owner.get(stored, stored) not in reader.made
+
         return RouterTuning(
             dense, cut, range(len(dense.layers)), context.windows, settings, ledger,
-            context.progress, refits=not isinstance(cut.reader, AssembledReader), kept=kept,
+            context.progress, writable=writable, kept=kept,
         )  # fmt: skip
 
     return _fitted(context, folder, ROUTERS, "dense outputs", dense, fit)

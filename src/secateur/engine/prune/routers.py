@@ -88,18 +88,18 @@ class RouterTuning(SideBySide):
     """The tuning of the mixtures of one cut model; see the module.
 
     Args, besides those of `SideBySide`:
-        refits: whether the experts' weights may change.
+        writable: whether the parameter of a name may change.
         kept: the experts of the uncut model that stay, by number of the layer.
     """
 
     def __init__(
         self,
         *args: Any,
-        refits: bool = True,
+        writable: Callable[[str], bool] = lambda name: True,
         kept: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         super().__init__(*args)
-        self.refits, self.kept = refits, kept
+        self.writable, self.kept = writable, kept
 
     @torch.no_grad()
     @full_float32()
@@ -135,8 +135,10 @@ class RouterTuning(SideBySide):
                 every = cast("OpenExperts", twin.get_submodule(experts.module))
                 kept = self.kept.get(self.layers[place], range(len(every)))
                 removed = [each for number, each in enumerate(every) if number not in kept]
-                errors = one.execute(cast("list[Expert]", removed), refits=self.refits)
                 prefix = target.architecture.layer_name(place)
+                errors = one.execute(
+                    cast("list[Expert]", removed), lambda name: self.writable(f"{prefix}.{name}")
+                )
                 target.commit(place, [f"{prefix}.{name}" for name in sorted(one.changed)])
             inputs.pass_through(layer)
         cut.advance(place + 1)
@@ -181,6 +183,10 @@ class _Windows:
         return {len(own) for part in (self.learned, self.held_out) for own in part}
 
 
+_Part = tuple[str, Sequence[str], Callable[[], None]]
+"""A part of the tuning: its name, the parameters that it changes, the work."""
+
+
 class _MixtureTuning:
     """The tuning of one layer.
 
@@ -216,15 +222,22 @@ class _MixtureTuning:
         of_router = (name for name in names if name.startswith(f"{experts.router}."))
         self.router = [name for name in of_router if names[name].is_floating_point()]
 
-    def execute(self, removed: Sequence[Expert], *, refits: bool) -> dict[str, float]:
-        """Tune the layer. Return its error on the windows that are held out, after each part."""
-        least = self._error()
-        found, scale = {"error_before": least}, self._scale() if refits else None
-        router = ("router", self.router, self._learn)
-        parts: list[tuple[str, Sequence[str], Callable[[], None]]] = [router]
+    def execute(
+        self, removed: Sequence[Expert], writable: Callable[[str], bool]
+    ) -> dict[str, float]:
+        """Tune the layer. Return its error on the windows that are held out, after each part.
+
+        Args:
+            removed: the experts of the uncut layer that went.
+            writable: whether the parameter of a name may change.
+        """
+        least, scale = self._error(), self._scale() if all(map(writable, self.all)) else None
+        found, parts = {"error_before": least}, list[_Part]()
+        if own := [name for name in self.router if writable(name)]:
+            parts = [("router", own, partial(self._learn, own))]
         if scale is not None:
             fit = partial(self._fit, scale)
-            parts = [("refit", self.down, fit), router, ("refit_again", self.down, fit)]
+            parts = [("refit", self.down, fit), *parts, ("refit_again", self.down, fit)]
             if removed:
                 parts.insert(1, ("adoption", self.all, partial(self._fit, scale, removed)))
         for part, names, change in parts:
@@ -260,9 +273,9 @@ class _MixtureTuning:
             total += float(output_error(self._outputs(x, call), y)) * len(windows)
         return total / sum(map(len, self.plan.held_out))
 
-    def _learn(self) -> None:
+    def _learn(self, names: Sequence[str]) -> None:
         """Let the router learn. It computes in the model's dtype and adds up steps in float32."""
-        own = [self.layer.get_parameter(name) for name in self.router]
+        own = [self.layer.get_parameter(name) for name in names]
         exact = [nn.Parameter(p.detach().float().clone()) for p in own]
         optimizer, steps = torch.optim.Adam(exact, lr=self.rate), self.plan.steps
         with only_learning(self.layer, own):
