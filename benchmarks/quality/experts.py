@@ -49,7 +49,8 @@ sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
 from mixtures import save_mixture, trained_mixture, windows_of
 
 MEASURES = (
-    "src/secateur/engine/search/experts.py", "src/secateur/exporting/gguf/expert_scores.py",
+    "src/secateur/engine/search/experts.py", "src/secateur/engine/search/expert_divergence.py",
+    "src/secateur/engine/prune/routers.py", "src/secateur/exporting/gguf/expert_scores.py",
     "src/secateur/structured",
 )  # fmt: skip
 
