@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import lcm
+from math import ceil, lcm
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -374,18 +374,24 @@ def width_shares(plan: CutPlan, sizes: Sizes, model: Any, multiple: int) -> dict
 
     With a joint target, the fraction of groups is rounded down to whole groups, and neurons make
     up the rest: there are hundreds of neurons for each group. The cut layers compensate for the
-    layers that stay whole. Where one entry of the configuration has the sizes of shared and other
-    experts, both lose exactly the same share.
+    layers that stay whole. Experts lose whole multiples; where one entry of the configuration has
+    the sizes of shared and other experts, both lose exactly the same share.
     """
     heads, neurons = plan.heads, plan.neurons
     if plan.joint is not None:
         heads, neurons = _joint_shares(plan, sizes, model)
     found = {"groups": heads} if heads or plan.joint is not None else {}
     found |= {kind: neurons for kind in NEURONS if neurons and any(getattr(sizes, kind))}
-    if "shared_neurons" in found and _tied(model):
+    if "expert_neurons" in found:
         units = max(sizes.expert_neurons)
         pattern = parse_pattern(pattern_text(sizes, "expert_neurons", multiple))
-        found["shared_neurons"] = pattern.pruned((1, units), neurons) / units
+        gone = pattern.pruned((1, units), neurons)
+        if plan.joint is not None:  # at least as many as the target needs; 1e-9 as for groups
+            step = pattern.step((1, units))
+            gone = step * ceil(neurons * units / step - 1e-9)
+        found["expert_neurons"] = gone / units
+        if "shared_neurons" in found and _tied(model):
+            found["shared_neurons"] = found["expert_neurons"]
     return {kind: share for kind, share in found.items() if any(getattr(sizes, kind))}
 
 
