@@ -285,7 +285,7 @@ def lost(rows: Rows, way: str, kept: float, *, smollm2: bool) -> str:
 
 def cuts(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """A line for each way; without and with tuning."""
-    groups = {"three mixtures": False, "SmolLM2": True}
+    groups = {"mixtures": False, "SmolLM2": True}
     columns = [f"{group}{after}" for group in groups for after in EFFORTS]
     lines = []
     for way in ways():
