@@ -26,7 +26,7 @@ from torch import Tensor
 
 from secateur.engine.plan import fitting_plan, memory_budget
 from secateur.engine.plan_memory import PrunePlan, plan_run
-from secateur.engine.prune.refit import Refit, SideBySide
+from secateur.engine.prune.refit import Refit
 from secateur.engine.prune.routers import RouterTuning
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.models.at_rest import AssembledReader
@@ -146,7 +146,7 @@ def refit_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]
     layers = _kept(context, "depth", "layers") or range(len(dense.layers))
     hidden = _kept(context, "hidden", "hidden")
 
-    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> SideBySide:
+    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> Refit:
         return Refit(
             dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
         )
@@ -164,13 +164,12 @@ def routers_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any
     experts = read_notes(folder)["cut"]["experts"]
     kept = {int(layer): own for layer, own in experts.items()}
 
-    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> SideBySide:
-        reader = cut.reader
-
+    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> RouterTuning:
         def writable(name: str) -> bool:
-            stored = cut.stored[name]
-            at_rest = isinstance(reader, AssembledReader)
-            return not at_rest or reader.owner.get(stored, stored) not in reader.made
+            stored, reader = cut.stored[name], cut.reader
+            if isinstance(reader, AssembledReader):
+                return reader.owner.get(stored, stored) not in reader.made
+            return True
 
         return RouterTuning(
             dense, cut, range(len(dense.layers)), context.windows, settings, ledger,
@@ -186,7 +185,7 @@ def _fitted(
     name: str,
     by: str,
     dense: CheckpointTarget,
-    fit: Callable[[CheckpointTarget, Settings, Ledger], SideBySide],
+    fit: Callable[[CheckpointTarget, Settings, Ledger], Refit | RouterTuning],
 ) -> tuple[Path, dict[str, Any]]:
     """Change weights of the model in a folder layer by layer, unless an earlier run did.
 
@@ -203,9 +202,9 @@ def _fitted(
     made = context.work / name
     if not made.exists():
         partial, reader = context.work / f"{name}.partial", open_weights(folder)
-        at_rest = name == ROUTERS and isinstance(reader, AssembledReader)
-        # what is in fewer bits stays, so the stored tensors are copied
-        copy = PatchedCopy(reader.stored, partial) if at_rest else copy_of(reader, partial)
+        copy = copy_of(reader, partial)
+        if name == ROUTERS and isinstance(reader, AssembledReader):
+            copy = PatchedCopy(reader.stored, partial)  # what is in fewer bits stays so
         ledger, done = Ledger(context.scratch(name) / "layers.jsonl"), 0
         if ledger.begun:
             done = ledger.resume()
