@@ -9,7 +9,7 @@ differences of the model:
 
     base_model_type   the model type of the base class
     secateur_cut
-      shapes          {module or parameter: the shape of its weight, as it is stored}
+      shapes          {module, parameter or buffer: the shape of its weight, as it is stored}
       attributes      {module: {attribute: value}}; `config.x` is what the module reads as config.x
       absent          {module: "attention" | "ffn" | "norm"}
 """
@@ -133,10 +133,11 @@ def _resize(model: Any, config: Any, differences: Mapping[str, Any]) -> None:
 
 
 def _reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
-    """Give the weight and bias of a module, or a parameter, another shape."""
+    """Give the weight and bias of a module, or a parameter or a buffer, another shape."""
     owner, _, leaf = path.rpartition(".")
-    if leaf in getattr(model.get_submodule(owner), "_parameters", {}):
-        module, leaves = model.get_submodule(owner), {leaf: shape}
+    module = model.get_submodule(owner)
+    if leaf in {**module._parameters, **module._buffers}:
+        leaves = {leaf: shape}
     else:
         module = model.get_submodule(path)
         leaves = {"weight": shape}
@@ -145,7 +146,8 @@ def _reshape(model: Any, path: str, shape: tuple[int, ...]) -> None:
         _name_sizes(module, shape)
     for name, size in leaves.items():
         old = getattr(module, name)
-        setattr(module, name, nn.Parameter(torch.empty(size, dtype=old.dtype, device=old.device)))
+        made = torch.empty(size, dtype=old.dtype, device=old.device)
+        setattr(module, name, made if name in module._buffers else nn.Parameter(made))
     model._init_weights(module)
 
 

@@ -521,7 +521,8 @@ def _difference(base: Any, blueprint: Blueprint, edits: Mapping[str, TensorEdit]
             if own:
                 attributes[f"{name}.{path}"] = own
     shapes: dict[str, list[int]] = {}
-    for name, parameter in base.named_parameters():
+    tensors = dict(base.named_parameters()) | skeletons.stored_buffers(base)
+    for name, parameter in tensors.items():
         edit = edits.get(base.all_tied_weights_keys.get(name, name))
         owner, _, leaf = name.rpartition(".")
         if edit is None or edit.shape == tuple(parameter.shape) or leaf == "bias":
