@@ -224,6 +224,15 @@ class Experts:
         """The number of groups of experts, in their order; 1 where the router knows no groups."""
         return getattr(config, "n_group", None) or 1
 
+    def fewest(self, config: Any) -> int:
+        """How few experts a layer can have: what a token chooses, in the groups that are open.
+
+        Two are needed to rate a group.
+        """
+        chosen, groups = self.per_token(config) or 1, self.divided(config)
+        open_groups = getattr(config, "topk_group", None) or groups
+        return chosen if groups == 1 else groups * max(2, -(-chosen // open_groups))
+
     def holds(self, name: str) -> bool:
         """Whether a linear, under any of its names, belongs to an expert."""
         return re.search(rf"(^|\.){re.escape(self.module)}\.\d+\.", name) is not None

@@ -111,11 +111,11 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
         scores = survey.scores_of(use, recipe.experts_by, recipe.calibration.seed)
         noted = {layer: own.to_json() for layer, own in use.items()}
-    top_k, groups = experts.per_token(config) or 1, experts.divided(config)
+    fewest, groups = experts.fewest(config), experts.divided(config)
     kept = survey.best_experts(
         scores,
         context.plan.keep_experts,
-        top_k,
+        fewest,
         groups=groups,
         scope=recipe.experts_scope,
         nats=recipe.experts_by == "divergence",
@@ -132,7 +132,7 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         for layer, own in layers.experts(experts, target.reader.entries).items()
         if len(own) >= most
     }
-    predicting = survey.best_experts(further, most, top_k, groups=groups) if further else {}
+    predicting = survey.best_experts(further, most, fewest, groups=groups) if further else {}
     return Cut(experts=kept, predicting=predicting), notes, folder
 
 

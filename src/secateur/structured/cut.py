@@ -372,7 +372,8 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
                 f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
                 remedy=f"keep {needed} experts or more in each layer",
             )
-        _refuse_uneven_groups(config, kept, sizes, layer)
+        if experts is not None and sizes.expert_groups > 1:
+            _refuse_uneven_groups(experts.fewest(config), kept, sizes, layer)
     if (cut.groups or cut.queries) and architecture.couplings is not None:
         attention = [find(x, architecture.couplings.attention) for x in architecture.layers(model)]
         named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
@@ -398,7 +399,7 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
         )
 
 
-def _refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
+def _refuse_uneven_groups(fewest: int, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
     """Refuse a cut that leaves the groups of experts uneven, or too small for the router.
 
     A router that picks groups first (`n_group`) divides the experts into groups of one size, in
@@ -406,13 +407,10 @@ def _refuse_uneven_groups(config: Any, kept: Sequence[int], sizes: Sizes, layer:
     """
     # Expert e is in group e · groups // count.
     groups, count = sizes.expert_groups, sizes.experts[layer]
-    if groups == 1 or not count:
+    if not count:
         return
     own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
-    chosen = config.num_experts_per_tok
-    open_groups = getattr(config, "topk_group", None) or groups
-    # Two are needed to rate a group, and the open groups must hold all that a token chooses.
-    least = max(2, -(-chosen // open_groups))
+    least = fewest // groups
     if len(set(own)) > 1 or own[0] < least:
         raise RecipeError(
             f"layer {layer}: the cut keeps {own} experts of the {groups} groups between which the "

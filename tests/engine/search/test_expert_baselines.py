@@ -42,8 +42,6 @@ def test_experts_that_compete_in_the_whole_model() -> None:
     # Layer 1 needs two, of which one is nearly nothing; the free ones go by value over mean:
     # layer 0 has 1, 1; layer 2 has 0.5, 0.5; layer 1 has 0.1, 0.1.
     assert kept == {0: (0, 1, 2, 3), 1: (0, 3), 2: (0, 1, 3)}
-    with pytest.raises(RecipeError, match="2 groups of experts"):
-        best_experts(scores_of(use), 2, 2, groups=2, scope="global")
     with pytest.raises(RecipeError, match="3 experts"):
         best_experts(scores_of(use), 3, 2, groups=2)
 
@@ -51,6 +49,9 @@ def test_experts_that_compete_in_the_whole_model() -> None:
 def test_each_group_keeps_its_best() -> None:
     kept = best_experts(scores_of({0: used(9, 8, 7, 1, 3, 2)}), 4, 2, groups=2)
     assert kept == {0: (0, 1, 4, 5)}
+    use = {0: used(9, 8, 7, 6, 6, 7, 8, 9), 1: used(9, 0, 1, 8, 1, 0, 8, 9)}
+    kept = best_experts(scores_of(use), 6, 4, groups=2, scope="global")
+    assert kept == {0: (0, 1, 2, 3, 4, 5, 6, 7), 1: (0, 3, 6, 7)}
 
 
 def test_layers_keep_different_numbers_of_experts(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ class _Router:
         else:
             _, weights, chosen = out
         if chosen.shape[-1] != count:
-            raise self._unknown(f"it chooses {chosen.shape[-1]} experts, one after another")
+            raise self._unknown(f"it chooses {chosen.shape[-1]} experts, and no other number")
         every = torch.full((len(chosen), self.count), torch.nan, device=chosen.device)
         return every.scatter_(1, chosen, weights.float())
 

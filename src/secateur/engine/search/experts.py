@@ -209,9 +209,10 @@ def best_experts(
     Args:
         scores: of all experts, [experts] by number of the layer.
         keep: number of experts to keep in each layer; with the scope `global` on average.
-        top_k: number of experts that the router chooses for each token; no layer keeps fewer.
-        groups: number of groups into which the router divides the experts, in their order. Each
-            keeps the same number.
+        top_k: number of experts that each layer keeps at least, as `Experts.fewest` of the family:
+            the router chooses as many for each token.
+        groups: number of groups into which the router divides the experts, in their order. Those
+            of a layer keep the same number each.
         scope: `layer`, where each layer keeps the same number; or `global`, where scores compete
             in the whole model, as multiples of the mean of their layer.
         nats: scores of different layers are comparable, so they compete as they are.
@@ -226,8 +227,8 @@ def best_experts(
     fewest = min(map(len, scores.values()))
     if not top_k <= keep <= fewest:
         raise RecipeError(
-            f"{keep} experts cannot be kept: the router sends each token to {top_k}, and a "
-            f"layer has {fewest}",
+            f"{keep} experts cannot be kept: the router needs {top_k} of a layer, which has "
+            f"{fewest}",
             remedy=f"keep from {top_k} to {fewest}",
         )
     if keep % groups:
@@ -238,29 +239,24 @@ def best_experts(
         )
     counts = dict.fromkeys(scores, keep)
     if scope == "global":
-        if groups > 1:
-            raise RecipeError(
-                f"the router chooses between {groups} groups of experts, which stay equally large, "
-                "so layers cannot keep different numbers",
-                remedy="use --experts-scope layer",
-            )
-        counts = _global_counts(scores, keep, top_k, nats=nats)
+        counts = _global_counts(scores, keep, top_k, groups, nats=nats)
     return {layer: _best(own, counts[layer], groups) for layer, own in scores.items()}
 
 
 def _global_counts(
-    scores: Mapping[int, Tensor], keep: int, top_k: int, *, nats: bool
+    scores: Mapping[int, Tensor], keep: int, top_k: int, groups: int, *, nats: bool
 ) -> dict[int, int]:
-    """How many experts each layer keeps if all compete."""
+    """How many experts each layer keeps if all compete; those of one rank in each group do so."""
+    keep, least = keep // groups, -(-top_k // groups)
     ranked = []
     for layer, score in scores.items():
         # a layer's best top_k stay; the others compete as multiples of the layer's mean
-        order = score.sort(descending=True).values
+        order = score.view(groups, -1).sort(descending=True).values.sum(0)
         order = order if nats else order / score.mean().clamp_min(1e-300)
-        ranked += [(-float(value), layer) for value in order[top_k:]]
-    counts = dict.fromkeys(scores, top_k)
-    for _, layer in sorted(ranked)[: (keep - top_k) * len(scores)]:
-        counts[layer] += 1
+        ranked += [(-float(value), layer) for value in order[least:]]
+    counts = dict.fromkeys(scores, least * groups)
+    for _, layer in sorted(ranked)[: (keep - least) * len(scores)]:
+        counts[layer] += groups
     return counts
 
 
