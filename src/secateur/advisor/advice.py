@@ -40,14 +40,7 @@ import psutil
 from pydantic import InstanceOf
 from pydantic_core import to_jsonable_python
 
-from secateur.advisor.facts import (
-    THIS_MACHINE,
-    Efficiency,
-    Estimate,
-    Facts,
-    Hardware,
-    read_facts,
-)
+from secateur.advisor.facts import THIS_MACHINE, Efficiency, Estimate, Facts, Hardware, read_facts
 from secateur.advisor.options import CompressionWay, options_for
 from secateur.errors import RecipeError, SourceError
 from secateur.models.configuration import trusted_folder

@@ -25,15 +25,7 @@ from secateur.models.skeleton import build_skeleton, refuse_missing, stored_name
 from secateur.progress import Progress, each_step
 from secateur.recipes.compress import CompressRecipe
 from secateur.runtime import formats as packing
-from secateur.runtime.formats import (
-    BITS,
-    BLOCKS,
-    GRID_BITS,
-    Layout,
-    PartSpec,
-    fitting,
-    formats,
-)
+from secateur.runtime.formats import BITS, BLOCKS, GRID_BITS, Layout, PartSpec, fitting, formats
 from secateur.runtime.formats.kept import kept_mask
 from secateur.runtime.packed import PlannedFile
 from secateur.types import FLOATS

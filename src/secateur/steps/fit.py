@@ -47,13 +47,7 @@ from secateur.runs.output import write_json
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting import problem as problems
-from secateur.steps.fitting.bench import (
-    TIMING_ERROR,
-    BuiltCandidate,
-    FitBench,
-    best_of,
-    open_model,
-)
+from secateur.steps.fitting.bench import TIMING_ERROR, BuiltCandidate, FitBench, best_of, open_model
 from secateur.steps.fitting.cuts import costs_of_fewest, with_fewer_experts
 from secateur.steps.fitting.like import LikeFolder
 from secateur.steps.fitting.survey import survey_model

@@ -54,17 +54,7 @@ from secateur.steps.runner import (
     source_of,
     step_of,
 )
-from secateur.structured import cut_plan
-from secateur.structured.cut_steps import (
-    REFIT,
-    ROUTERS,
-    STEP,
-    CutContext,
-    CutStep,
-    cut_step,
-    refit_step,
-    routers_step,
-)
+from secateur.structured import cut_plan, cut_steps
 from secateur.structured.design import verified
 
 if TYPE_CHECKING:
@@ -175,7 +165,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         super().__init__(recipe, run)
         self.skeleton, self.plan = _open(recipe, run.source)
         self.device, work = choose_device(recipe.device), run.folder.work
-        run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{STEP}")))
+        run.folder.worth_resuming = lambda: bool(list(work.glob(f"*/{cut_steps.STEP}")))
 
     @classmethod
     def way(cls, recipe: StructureRecipe) -> Way[StructureRecipe, StructureResult | CutFileResult]:
@@ -246,7 +236,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
 
             latency = find_latency(recipe, plan, trimmed, self.device, folder.work, progress)
             plan = replace(plan, joint=latency["joint"])
-        context = CutContext(
+        context = cut_steps.CutContext(
             recipe,
             plan,
             base.folder,
@@ -264,7 +254,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
             steps.append(notes)
         stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
         copy_of(stored, folder.model).create(progress)
-        (folder.model / STEP).unlink(missing_ok=True)
+        (folder.model / cut_steps.STEP).unlink(missing_ok=True)
         losses = self._distill(base, windows) if recipe.distillation.epochs else None
         manifest = self._manifest(self._structure(steps, latency), losses, windows)
         write_json(folder.notes / STEPS, [records.StepEntry(**step).to_json() for step in steps])
@@ -393,29 +383,34 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         write_text(folder.model / "README.md", card)
 
 
-def _steps_of(recipe: StructureRecipe, plan: cut_plan.CutPlan, model: Any) -> dict[str, CutStep]:
+def _steps_of(
+    recipe: StructureRecipe, plan: cut_plan.CutPlan, model: Any
+) -> dict[str, cut_steps.CutStep]:
     """The steps that a plan needs, by name and in order. The model is the uncut skeleton."""
     if recipe.learned is not None:
         from secateur.structured.learned import choose_learned
 
-        return {"learned": partial(cut_step, name="learned", choose=choose_learned)}
+        return {"learned": partial(cut_steps.cut_step, name="learned", choose=choose_learned)}
     from secateur.structured import choices
 
     channels = plan.keep_hidden is not None
     refits = recipe.asymmetric and (channels or plan.drop_layers > 0)
+    refits = refits and can_refit(describe(model), channels=channels)
     # aimer reads no text, so there is nothing to learn from
     tunes = recipe.asymmetric and plan.keep_experts is not None and recipe.experts_by != "aimer"
     steps: dict[str, Any] = {
         "depth": choices.choose_layers if plan.drop_layers else None,
         "experts": choices.choose_experts if plan.keep_experts is not None else None,
-        ROUTERS: routers_step if tunes else None,
+        cut_steps.ROUTERS: cut_steps.fit_step if tunes else None,
         "hidden": choices.choose_hidden if channels else None,
-        REFIT: refit_step if refits and can_refit(describe(model), channels=channels) else None,
+        cut_steps.REFIT: cut_steps.fit_step if refits else None,
         "queries": choices.choose_queries if plan.keep_queries is not None else None,
         "width": choices.choose_width if plan.narrows else None,
     }
     return {
-        name: how if name in (REFIT, ROUTERS) else partial(cut_step, name=name, choose=how)
+        name: partial(how, name=name)
+        if how is cut_steps.fit_step
+        else partial(cut_steps.cut_step, name=name, choose=how)
         for name, how in steps.items()
         if how is not None
     }

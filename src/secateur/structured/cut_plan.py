@@ -12,15 +12,7 @@ from secateur.models.architecture import describe
 from secateur.recipes.options import bytes_of
 from secateur.recipes.structure import TARGETS, Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
-from secateur.structured.cut import (
-    NEURONS,
-    UNITS,
-    Cut,
-    Sizes,
-    couplings_of,
-    sizes_of,
-    unit_width,
-)
+from secateur.structured.cut import NEURONS, UNITS, Cut, Sizes, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Accounting, account, accounting, design
 
 WITHIN = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")

@@ -140,85 +140,51 @@ def cut_step(
     return made, read_notes(made)
 
 
-def refit_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Fit linears to the outputs of the uncut model, unless an earlier run did. Sizes stay."""
-    dense = context.target(context.source)
-    layers = _kept(context, "depth", "layers") or range(len(dense.layers))
-    hidden = _kept(context, "hidden", "hidden")
-
-    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> Refit:
-        return Refit(
-            dense, cut, layers, hidden, context.windows, settings, ledger, context.progress
-        )
-
-    return _fitted(context, folder, REFIT, "least squares", dense, fit)
-
-
-def routers_step(context: CutContext, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Tune routers and experts to the model before the cut of experts. Sizes stay.
-
-    Weights in fewer bits stay as they are stored, so there only the routers learn.
-    """
-    before = context.work / "depth"
-    dense = context.target(before if before.exists() else context.source)
-    experts = read_notes(folder)["cut"]["experts"]
-    kept = {int(layer): own for layer, own in experts.items()}
-
-    def fit(cut: CheckpointTarget, settings: Settings, ledger: Ledger) -> RouterTuning:
-        def writable(name: str) -> bool:
-            stored, reader = cut.stored[name], cut.reader
-            if isinstance(reader, AssembledReader):
-                return reader.owner.get(stored, stored) not in reader.made
-            return True
-
-        return RouterTuning(
-            dense, cut, range(len(dense.layers)), context.windows, settings, ledger,
-            context.progress, writable=writable, kept=kept,
-        )  # fmt: skip
-
-    return _fitted(context, folder, ROUTERS, "dense outputs", dense, fit)
-
-
-def _fitted(
-    context: CutContext,
-    folder: Path,
-    name: str,
-    by: str,
-    dense: CheckpointTarget,
-    fit: Callable[[CheckpointTarget, Settings, Ledger], Refit | RouterTuning],
-) -> tuple[Path, dict[str, Any]]:
+def fit_step(context: CutContext, folder: Path, *, name: str) -> tuple[Path, dict[str, Any]]:
     """Change weights of the model in a folder layer by layer, unless an earlier run did.
 
-    A killed run resumes after the last layer in its ledger.
+    A killed run resumes after the last layer in its ledger. Sizes stay.
 
     Args:
         context: the inputs of all steps.
         folder: the model before the step.
-        name: of the step.
-        by: what it fits.
-        dense: the model that it fits to.
-        fit: makes the work.
+        name: `REFIT`, which fits linears to the outputs of the uncut model; or `ROUTERS`, which
+            tunes routers and experts to the model before the cut of experts.
     """
-    made = context.work / name
+    made, partial = context.work / name, context.work / f"{name}.partial"
     if not made.exists():
-        partial, reader = context.work / f"{name}.partial", open_weights(folder)
-        copy = copy_of(reader, partial)
-        if name == ROUTERS and isinstance(reader, AssembledReader):
-            copy = PatchedCopy(reader.stored, partial)  # what is in fewer bits stays so
+        reader, uncut = open_weights(folder), context.source
+        copy, depth = copy_of(reader, partial), context.work / "depth"
+        if name == ROUTERS:
+            uncut = depth if depth.exists() else uncut
+            if isinstance(reader, AssembledReader):
+                copy = PatchedCopy(reader.stored, partial)  # what is in fewer bits stays so
+        dense, cut = context.target(uncut), context.target(folder, copy)
+        settings = _fit_settings(context, dense, name)
         ledger, done = Ledger(context.scratch(name) / "layers.jsonl"), 0
         if ledger.begun:
             done = ledger.resume()
         else:
             copy.create(context.progress)
             ledger.begin()
-        cut = context.target(folder, copy)
-        fit(cut, _fit_settings(context, dense, name), ledger).execute(done)
+        layers: Sequence[int] = range(len(dense.layers))
+        shared = context.windows, settings, ledger, context.progress
         notes = read_notes(folder)
-        record = dict.fromkeys(("before", "after"), notes["after"])
-        record |= {"step": name, "by": by, "varied": notes["varied"]}
+        if name == ROUTERS:
+            kept = {int(layer): own for layer, own in notes["cut"]["experts"].items()}
+            own, fixed = cut.reader, set[str]()
+            if isinstance(own, AssembledReader):
+                fixed = {n for n, x in cut.stored.items() if own.owner.get(x, x) in own.made}
+            RouterTuning(dense, cut, layers, *shared, fixed=fixed, kept=kept).execute(done)
+        else:
+            layers = _kept(context, "depth", "layers") or layers
+            hidden = _kept(context, "hidden", "hidden")
+            Refit(dense, cut, layers, *shared, channels=hidden).execute(done)
+        by = "dense outputs" if name == ROUTERS else "least squares"
+        record = {"step": name, "by": by, "varied": notes["varied"]}
+        record |= dict.fromkeys(("before", "after"), notes["after"])
         errors = {str(x.layer): x.reconstruction for x in ledger.layers if x.reconstruction}
-        record |= {"errors": errors} if errors else {}
-        write_json(partial / STEP, record)
+        write_json(partial / STEP, record | ({"errors": errors} if errors else {}))
         partial.rename(made)
     return made, read_notes(made)
 

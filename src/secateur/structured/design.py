@@ -27,13 +27,7 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models import skeleton as skeletons
-from secateur.models.architecture import (
-    Couplings,
-    describe,
-    further_counts,
-    setting,
-    text_config,
-)
+from secateur.models.architecture import Couplings, describe, further_counts, setting, text_config
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.counting import layer_caches
 from secateur.models.inventory import FurtherLayers

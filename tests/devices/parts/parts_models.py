@@ -175,8 +175,8 @@ def test_refit(cut: Cut) -> None:
     left = copy.deepcopy(cut_model(dense, cut))
     layers = range(3) if cut.layers is None else cut.layers
     Refit(
-        ModelTarget(dense), ModelTarget(left), layers, cut.hidden, WINDOWS, Settings(),
-        Ledger(), Silent(),
+        ModelTarget(dense), ModelTarget(left), layers, WINDOWS, Settings(),
+        Ledger(), Silent(), channels=cut.hidden,
     ).execute()  # fmt: skip
     assert all(isinstance(p, OnCuda) for p in left.parameters())
 

@@ -25,8 +25,8 @@ from secateur.structured.surgery import cut_model
 DAMPING = 0.01
 ADOPT = ("gpt_oss", "llama4")
 """Families of which a tiny model adopts; others are exact on these few tokens without."""
-NOT_ADDED = {"gemma4", "nemotron_h"}
-"""A norm or a projection follows their experts before the stream."""
+NOT_ADDED = {"gemma4", "nemotron_h", "deepseek_v4"}
+"""A norm, a projection or a mixing of streams follows their experts."""
 
 
 def of(expert: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -49,8 +49,8 @@ def refitted(dense: nn.Module, left: nn.Module, cut: Cut, settings: Settings = S
     """Refit in place."""
     layers = range(3) if cut.layers is None else cut.layers
     Refit(
-        ModelTarget(dense), ModelTarget(left), layers, cut.hidden, tiny_windows(), settings,
-        Ledger(), Silent(),
+        ModelTarget(dense), ModelTarget(left), layers, tiny_windows(), settings,
+        Ledger(), Silent(), channels=cut.hidden,
     ).execute()  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,19 +121,10 @@ class Refit(SideBySide):
         channels: kept channels of the uncut model's residual stream, ascending; None for all.
     """
 
-    def __init__(
-        self,
-        dense: Target,
-        cut: Target,
-        layers: Sequence[int],
-        channels: Sequence[int] | None,
-        windows: Tensor,
-        settings: Settings,
-        ledger: Ledger,
-        progress: Progress,
-    ) -> None:
-        super().__init__(dense, cut, layers, windows, settings, ledger, progress)
-        self.channels = None if channels is None else torch.tensor(channels, device=dense.device)
+    def __init__(self, *args: Any, channels: Sequence[int] | None = None) -> None:
+        super().__init__(*args)
+        device = self.dense.target.device
+        self.channels = None if channels is None else torch.tensor(channels, device=device)
 
     @torch.no_grad()
     @full_float32()

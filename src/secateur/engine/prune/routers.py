@@ -37,13 +37,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,18 +88,18 @@ class RouterTuning(SideBySide):
     """The tuning of the mixtures of one cut model; see the module.
 
     Args, besides those of `SideBySide`:
-        writable: whether the parameter of a name may change.
+        fixed: names of parameters that may not change.
         kept: the experts of the uncut model that stay, by number of the layer.
     """
 
     def __init__(
         self,
         *args: Any,
-        writable: Callable[[str], bool] = lambda name: True,
+        fixed: Iterable[str] = (),
         kept: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         super().__init__(*args)
-        self.writable, self.kept = writable, kept
+        self.fixed, self.kept = fixed, kept
 
     @torch.no_grad()
     @full_float32()
@@ -132,14 +132,12 @@ class RouterTuning(SideBySide):
             if experts.module in dict(layer.named_modules()) and plan.held_out:
                 rate = RATE / hidden_size(target.model)
                 one = _MixtureTuning(layer, experts, inputs, outputs, plan, rate)
-                every = cast("OpenExperts", twin.get_submodule(experts.module))
+                every: Any = twin.get_submodule(experts.module)
                 kept = self.kept.get(self.layers[place], range(len(every)))
                 removed = [each for number, each in enumerate(every) if number not in kept]
-                prefix = target.architecture.layer_name(place)
-                errors = one.execute(
-                    cast("list[Expert]", removed), lambda name: self.writable(f"{prefix}.{name}")
-                )
-                target.commit(place, [f"{prefix}.{name}" for name in sorted(one.changed)])
+                prefix = f"{target.architecture.layer_name(place)}."
+                errors = one.execute(removed, {n.removeprefix(prefix) for n in self.fixed})
+                target.commit(place, [prefix + name for name in sorted(one.changed)])
             inputs.pass_through(layer)
         cut.advance(place + 1)
         seconds = time.perf_counter() - started
@@ -222,18 +220,16 @@ class _MixtureTuning:
         of_router = (name for name in names if name.startswith(f"{experts.router}."))
         self.router = [name for name in of_router if names[name].is_floating_point()]
 
-    def execute(
-        self, removed: Sequence[Expert], writable: Callable[[str], bool]
-    ) -> dict[str, float]:
+    def execute(self, removed: Sequence[Expert], fixed: set[str]) -> dict[str, float]:
         """Tune the layer. Return its error on the windows that are held out, after each part.
 
         Args:
             removed: the experts of the uncut layer that went.
-            writable: whether the parameter of a name may change.
+            fixed: names of parameters that may not change.
         """
-        least, scale = self._error(), self._scale() if all(map(writable, self.all)) else None
+        least, scale = self._error(), None if fixed.intersection(self.all) else self._scale()
         found, parts = {"error_before": least}, list[_Part]()
-        if own := [name for name in self.router if writable(name)]:
+        if own := [name for name in self.router if name not in fixed]:
             parts = [("router", own, partial(self._learn, own))]
         if scale is not None:
             fit = partial(self._fit, scale)
@@ -371,19 +367,15 @@ class _DownFit:
             scale: what the model multiplies the sum of their outputs by.
         """
         anchors = [matrix.detach().clone() for matrix in matrices]
-        left, size = torch.cat(self.left), torch.cat(self.weights)
-        for _, (matrix, anchor, own) in product(
-            range(SWEEPS), zip(matrices, anchors, self.of, strict=True)
-        ):
-            if not own:
-                continue
-            inputs, rows, weights = (torch.cat(parts) for parts in zip(*own, strict=True))
-            z = inputs.float() * (scale * weights.float() * size[rows])
-            gram, now = z.T @ z, matrix.to(torch.float32, copy=True)
-            if gram.any():
-                moments = left[rows].T @ z + now @ gram
-                matrix.copy_(dense_target(gram, moments, anchor.float(), DAMPING))
-                left[rows] += z @ (now - matrix.float()).T
+        left = torch.cat(self.left)
+        for _ in range(SWEEPS):
+            for e, inputs, rows, factors in self._each(scale):
+                matrix, z = matrices[e], inputs.float() * factors
+                gram, now = z.T @ z, matrix.to(torch.float32, copy=True)
+                if gram.any():
+                    moments = left[rows].T @ z + now @ gram
+                    matrix.copy_(dense_target(gram, moments, anchors[e].float(), DAMPING))
+                    left[rows] += z @ (now - matrix.float()).T
 
     def adopt(self, experts: OpenExperts, removed: Sequence[Expert], scale: float) -> None:
         """Let experts adopt neurons of those that were removed; those without tokens stay.
@@ -393,16 +385,18 @@ class _DownFit:
             removed: those that were removed.
             scale: as in `solve`.
         """
-        left, size = torch.cat(self.left), torch.cat(self.weights)
-        (activation,) = experts.activation
-        for expert, own in zip(experts, self.of, strict=True):
+        left, (activation,) = torch.cat(self.left), experts.activation
+        for e, inputs, rows, factors in self._each(scale):
+            expert: Any = experts[e]
+            left[rows] = adopt(expert, removed, activation, inputs, factors, left[rows], DAMPING)
+
+    def _each(self, scale: float) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Each expert that has tokens: its number, their inputs, their rows, and c ω g of each."""
+        size = torch.cat(self.weights)
+        for e, own in enumerate(self.of):
             if own:
                 inputs, rows, weights = (torch.cat(parts) for parts in zip(*own, strict=True))
-                factors = scale * weights.float() * size[rows]
-                left[rows] = adopt(
-                    cast("Expert", expert), removed, activation, inputs, factors, left[rows],
-                    DAMPING,
-                )  # fmt: skip
+                yield e, inputs, rows, scale * weights.float() * size[rows]
 
 
 def adopt(
@@ -447,9 +441,25 @@ def adopt(
     Raises:
         NumericalError: the inputs are not finite, or zero everywhere.
     """
-    *first, last = _linears(expert)
+    last, rows = _rows(expert)
     neurons = last.weight.shape[1]
-    pool = _pool(expert, removed, _offered(removed, activation, inputs, weights, left, neurons))
+    some, gains = slice(None, None, max(1, -(-len(inputs) // SAMPLE))), []
+    for other in removed:
+        z = _values(_rows(other)[1], activation, inputs[some]) * weights[some]
+        gains.append((left[some].T @ z).square().sum(0) / z.square().sum(0).clamp_min(1e-30))
+    order = torch.cat(gains).argsort(descending=True, stable=True)[:neurons]
+    offered = torch.zeros(sum(map(len, gains)), dtype=torch.bool, device=order.device)
+    parts = offered.index_fill(0, order, True).split([*map(len, gains)])
+    # in each linear before the last, its own neurons, then those that it is offered
+    pool: _Rows = [
+        [
+            None
+            if own is None
+            else torch.cat([own, *(x[part] for x, part in zip(others, parts, strict=True))])
+            for own, *others in zip(*pairs, strict=True)
+        ]
+        for pairs in zip(rows, *(_rows(other)[1] for other in removed), strict=True)
+    ]
     z = _values(pool, activation, inputs) * weights
     gram, now = z.T @ z, nn.functional.pad(last.weight.float(), (0, neurons))
     if not gram.any():
@@ -460,55 +470,21 @@ def adopt(
     stays, place = found.mask[0], torch.arange(neurons, device=z.device)
     # what is adopted takes the places of what goes
     place[~stays[:neurons]] = neurons + stays[neurons:].nonzero().flatten()
-    for linear, (weight, bias) in zip(first, pool, strict=True):
-        linear.weight.copy_(weight[place])
-        if bias is not None:
-            linear.bias.copy_(bias[place])
+    for old, new in zip(chain(*rows), chain(*pool), strict=True):
+        if old is not None:
+            old.copy_(new[place])
     last.weight.copy_(found.weight[:, place])
     return left + z @ now.T - z[:, place] @ last.weight.float().T
 
 
-_Rows = list[tuple[Tensor, Tensor | None]]
+_Rows = Sequence[Sequence[Any]]
 """Weight and bias of some neurons, in each linear before the activation."""
 
 
-def _linears(expert: Expert) -> list[Any]:
-    return list(expert.children())
-
-
-def _offered(
-    removed: Sequence[Expert],
-    activation: ExpertActivation,
-    inputs: Tensor,
-    weights: Tensor,
-    left: Tensor,
-    count: int,
-) -> Tensor:
-    """Which neurons of the removed experts alone lower the error most, bool [all their neurons]."""
-    some = slice(None, None, max(1, -(-len(inputs) // SAMPLE)))
-    gains = []
-    for expert in removed:
-        rows: _Rows = [(linear.weight, linear.bias) for linear in _linears(expert)[:-1]]
-        z = _values(rows, activation, inputs[some]) * weights[some]
-        energy = z.square().sum(0)
-        gains.append((left[some].T @ z).square().sum(0) / energy.clamp_min(1e-30))
-    every = torch.cat(gains)
-    order = every.argsort(descending=True, stable=True)
-    return torch.zeros_like(every, dtype=torch.bool).index_fill_(0, order[:count], True)
-
-
-def _pool(expert: Expert, removed: Sequence[Expert], offered: Tensor) -> _Rows:
-    """The neurons of an expert, then those that it is offered."""
-    rows: _Rows = []
-    parts = offered.split(len(offered) // len(removed))
-    for own, *others in zip(*(_linears(one)[:-1] for one in (expert, *removed)), strict=True):
-        pairs = list(zip(others, parts, strict=True))
-        weight = torch.cat([own.weight, *(one.weight[part] for one, part in pairs)])
-        bias = own.bias
-        if bias is not None:
-            bias = torch.cat([bias, *(one.bias[part] for one, part in pairs)])
-        rows.append((weight, bias))
-    return rows
+def _rows(expert: Expert) -> tuple[Any, _Rows]:
+    """The last linear of an expert, and the neurons before it."""
+    *first, last = expert.children()
+    return last, [(linear.weight, linear.bias) for linear in first]
 
 
 def _values(rows: _Rows, activation: ExpertActivation, inputs: Tensor) -> Tensor:

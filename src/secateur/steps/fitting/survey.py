@@ -46,14 +46,7 @@ from secateur.runtime.formats import BLOCKS, GRID_BITS
 from secateur.runtime.storage_plan import MixedReader
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.steps.fitting.bench import FitBench, shared_options
-from secateur.steps.fitting.problem import (
-    EMBEDDINGS,
-    GROUP,
-    HALF,
-    FitProblem,
-    UnitLosses,
-    embedded,
-)
+from secateur.steps.fitting.problem import EMBEDDINGS, GROUP, HALF, FitProblem, UnitLosses, embedded
 from secateur.types import FLOATS, Weight
 
 TOKENS = 4096
