@@ -94,23 +94,22 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
     config, experts = target.model.config, target.architecture.experts
     assert context.plan.keep_experts is not None
     assert experts is not None
-    if recipe.experts_by == "aimer":
+    by, noted = recipe.experts_by, dict[int, dict[str, Any]]()
+    if by == "aimer":
         scores = survey.aimer_scores(target, context.progress)
-        noted = {layer: {"aimer": own.tolist()} for layer, own in scores.items()}
-    elif recipe.experts_by == "divergence":
+    elif by == "divergence":
         scores = divergence_scores(
             target, context.windows, context.scratch("experts"), context.progress,
             fast=recipe.fast_matmuls,
         )  # fmt: skip
-        noted = {layer: {"divergence": own.tolist()} for layer, own in scores.items()}
     else:
         tokens = recipe.memory.micro_batch_tokens
         # The other processes need the windows that this one reads, and the digest of its weights.
         job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
         context.ranks.once(lambda: job)
-        use = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
-        scores = survey.scores_of(use, recipe.experts_by, recipe.calibration.seed)
-        noted = {layer: own.to_json() for layer, own in use.items()}
+        each = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
+        scores = survey.scores_of(each, by, recipe.calibration.seed)
+        noted = {layer: own.to_json() for layer, own in each.items()}
     fewest, groups = experts.fewest(config), experts.divided(config)
     kept = survey.best_experts(
         scores,
@@ -118,13 +117,10 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         fewest,
         groups=groups,
         scope=recipe.experts_scope,
-        nats=recipe.experts_by == "divergence",
+        nats=by == "divergence",
     )
-    notes = {
-        "by": recipe.experts_by,
-        "scope": recipe.experts_scope,
-        "use": {str(layer): of_layer for layer, of_layer in noted.items()},
-    }
+    use = {str(layer): noted.get(layer, {by: x.tolist()}) for layer, x in scores.items()}
+    notes = {"by": by, "scope": recipe.experts_scope, "use": use}
     # no forward of the model reaches layers for further tokens, so their weights decide
     most, layers = max(map(len, kept.values())), FurtherLayers.of(target.model, target.architecture)
     further = {

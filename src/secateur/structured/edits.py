@@ -355,12 +355,8 @@ def _kept_along(
             return None
         # Where each part begins.
         starts = [sum(full[:n]) for n in range(len(full))]
-        return torch.cat(
-            [
-                torch.arange(start, start + count) if part is None else part + start
-                for part, start, count in zip(parts, starts, full, strict=True)
-            ]
-        )
+        within = [torch.arange(n) if x is None else x for x, n in zip(parts, full, strict=True)]
+        return torch.cat([x + start for x, start in zip(within, starts, strict=True)])
     if axis == "parts":  # of latent attention, whose heads are all groups
         kept = groups if queries is None else queries
         return None if kept is None else _spread(kept, size // sizes.groups[layer.index])

@@ -170,13 +170,8 @@ def _further_edits(
         for key in further_counts(config):
             setattr(config, key, 0)
     if left:
-        log.warning(
-            "%d stored tensors are no part of the causal language model (%s, …): the cut model is "
-            "written without them%s",
-            len(left),
-            left[0],
-            why,
-        )
+        said = "%d stored tensors are no part of the causal language model (%s, …): the cut model "
+        log.warning(said + "is written without them%s", len(left), left[0], why)
     return found
 
 
@@ -317,8 +312,8 @@ def _part_edits(
             continue
         first, *others = edit.kept
         # Scaled values, or part of a matrix: then its integers and scales no longer fit.
-        within = edit.scale != 1 or any(kept is not None for kept in others)
-        if within or (first is not None and not assembly.stacked):
+        whole = others if assembly.stacked else edit.kept
+        if edit.scale != 1 or any(kept is not None for kept in whole):
             return None
         for part in assembly.parts.values():
             name, shape = _renumbered(made, part), entries[part].shape
@@ -346,12 +341,8 @@ def _write_descriptions(
     for file in (output / "config.json", output / OF_MODELOPT):
         if file.is_file():
             config = json.loads(file.read_text(encoding="utf-8"))
-            write_json(
-                file,
-                at_rest.without_description(config)
-                if dense
-                else _renumbered_description(made, config, reader),
-            )
+            plain = at_rest.without_description(config)
+            write_json(file, plain if dense else _renumbered_description(made, config, reader))
 
 
 def _renumbered_description(

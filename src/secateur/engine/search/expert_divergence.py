@@ -75,20 +75,16 @@ def removal_scores(listed: Listed, count: int) -> Tensor:
         Float64 [experts], higher = keep. The last ones, as many as the router chooses, stay.
     """
     removal = _Removal(listed, count)
-    found, highest = torch.zeros(count, dtype=torch.float64), 0.0
+    found, least = torch.zeros(count, dtype=torch.float64), 0.0
     for _ in range(count - listed.weights.shape[1]):
         costs = removal.costs()
         worst = int(costs.argmin())
-        found[worst] = highest = max(float(costs[worst]), _above(highest))
+        found[worst] = max(float(costs[worst]), least)
+        least = math.nextafter(float(found[worst]), math.inf)  # so that the order stays
         removal.remove(worst)
     stay = removal.stays.cpu()
-    found[stay] = removal.costs().cpu()[stay].clamp_min(_above(highest))
+    found[stay] = removal.costs().cpu()[stay].clamp_min(least)
     return found
-
-
-def _above(score: float) -> float:
-    """The next larger number, so that the order of removal stays."""
-    return math.nextafter(score, math.inf)
 
 
 class _Removal:
@@ -212,11 +208,6 @@ def divergence_scores(
     return scores
 
 
-def _tokens_in(experts: OpenExperts, rows: Tensor) -> int:
-    """How many tokens there are, from a row for each that goes into experts or comes out."""
-    return len(rows) // (len(experts) if isinstance(experts, ScaledExperts) else 1)
-
-
 @contextmanager
 def _fisher(experts: OpenExperts) -> Iterator[Tensor]:
     """A context in which every backward adds Σ_t g_t g_tᵀ at the experts' output, [out, out]."""
@@ -226,7 +217,8 @@ def _fisher(experts: OpenExperts) -> Iterator[Tensor]:
     def watch(module: OpenExperts, args: Any, out: Tensor) -> None:
         def add(gradient: Tensor) -> None:
             # where inputs are scaled, all experts have outputs of their own, with equal gradients
-            own = gradient[: _tokens_in(experts, gradient)].float()
+            copies = len(experts) if isinstance(experts, ScaledExperts) else 1
+            own = gradient[: len(gradient) // copies].float()
             total.addmm_(own.t(), own)
 
         if out.requires_grad:
@@ -352,10 +344,8 @@ class _Lists:
         self.order, self.gates, self.weights = self.router.order(out, args, kwargs)
         self.shares = None if self.router.scaled else _shares(out[0], self.order, self.weights)
         places = torch.arange(self.order.shape[1], device=self.order.device)
-        self.places = torch.zeros(len(self.order), self.router.count, dtype=torch.int64)
-        self.places = self.places.to(places.device).scatter_(
-            1, self.order, places.expand_as(self.order)
-        )
+        self.places = places.new_zeros(len(self.order), self.router.count)
+        self.places.scatter_(1, self.order, places.expand_as(self.order))
         self.outputs = self.fisher.new_zeros(*self.order.shape, len(self.fisher))
 
     def _take(self, stage: nn.Module, args: tuple[Tensor, Sent], outs: list[Tensor]) -> None:

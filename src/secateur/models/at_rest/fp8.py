@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from secateur.models import at_rest
-from secateur.models.at_rest.mxfp4 import GROUP
+from secateur.models.at_rest.mxfp4 import GROUP, microscaled
 from secateur.models.checkpoint import TensorEntry
 
 FLOAT8 = torch.float8_e4m3fn
@@ -135,15 +135,8 @@ def _float4(
             f"{scale.dtype}: MXFP4 has a power of two for {GROUP} numbers of a row",
             scale_name,
         )
-    parts = {"weight": name, "scale": scale_name}
-    return at_rest.Assembly(parts, shape, dtype, "float4", _multiplied4)
-
-
-def _multiplied4(parts: at_rest.Parts) -> Tensor:
-    """The dense matrix of 4-bit numbers, float32."""
-    exponents = parts["scale"].view(torch.uint8).to(torch.int32) - 127
-    groups = at_rest.float4(parts["weight"]).unflatten(-1, (-1, GROUP))
-    return torch.ldexp(groups, exponents.unsqueeze(-1)).flatten(-2)
+    parts = {"blocks": name, "scales": scale_name}
+    return at_rest.Assembly(parts, shape, dtype, "float4", microscaled)
 
 
 def _fitting_blocks(

@@ -73,12 +73,16 @@ def _assembly(
     )
 
 
+def microscaled(parts: at_rest.Parts) -> Tensor:
+    """The numbers [..., 32 groups] of rows of blocks, with scales [..., groups], float32."""
+    exponents = parts["scales"].view(torch.uint8).to(torch.int32) - 127
+    numbers = at_rest.float4(parts["blocks"]).view(*exponents.shape, GROUP)
+    return torch.ldexp(numbers, exponents.unsqueeze(-1)).flatten(-2)
+
+
 def _expanded(parts: at_rest.Parts) -> Tensor:
     """The experts [experts, in, out], float32."""
-    blocks, scales = parts["blocks"], parts["scales"]
-    # [experts, out, groups, 32]
-    values = torch.ldexp(at_rest.float4(blocks), (scales.to(torch.int32) - 127).unsqueeze(-1))
-    return values.flatten(-2).transpose(1, 2)  # a row of blocks is a column of the experts
+    return microscaled(parts).transpose(1, 2)  # a row of blocks is a column of the experts
 
 
 def _rounded_back(values: Tensor, parts: at_rest.Parts, dtype: torch.dtype) -> dict[str, Tensor]:

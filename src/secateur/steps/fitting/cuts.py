@@ -139,14 +139,11 @@ def _problem_of(bench: FitBench, problem: FitProblem) -> FitProblem:
     steps = json.loads((bench.source.folder / NOTES / "steps.json").read_text(encoding="utf-8"))
     kept = next(step["cut"]["experts"] for step in steps if step["step"] == "experts")
 
-    def before(linear: str) -> str:
-        match = _EXPERT.fullmatch(linear)
-        if match is None:
-            return linear
+    def before(match: re.Match[str]) -> str:
         return f"{match['before']}{kept[match['layer']][int(match['expert'])]}{match['after']}"
 
     losses, names = problem.losses, [n for unit in bench.costs.members.values() for n in unit]
-    own = {n: before(n) for n in names}
+    own = {name: _EXPERT.sub(before, name) for name in names}
     parts = {
         part: {n: x[was] for n, was in own.items() if was in x}
         for part in ("rounded", "pruned", "coarser", "kept")
