@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -355,20 +355,13 @@ def rehearse(layer: nn.Module, groups: Groups, hidden: Tensor, call: LayerCall) 
     live = LiveTensors(permanent, find_peak=True)
     halted = [0]
     linears = linears_of(layer, "")
-    handles = [
-        linears[group[0]].module.register_forward_pre_hook(
-            lambda module, args: halted.append(live.live_bytes())
-        )
-        for group in groups
-    ]
-    try:
-        with torch.no_grad(), live, AttentionOfPlan():
-            x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
-            with on_meta(layer):
-                call_layer(layer, x, call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), live, AttentionOfPlan():
+        for group in groups:
+            halt = linears[group[0]].module.register_forward_pre_hook
+            hooks.enter_context(halt(lambda module, args: halted.append(live.live_bytes())))
+        x = torch.empty(hidden.shape, dtype=hidden.dtype, device=meta)
+        with on_meta(layer):
+            call_layer(layer, x, call)
     return live.peak_bytes, max(halted)
 
 

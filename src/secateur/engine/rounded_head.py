@@ -105,11 +105,10 @@ def head_gram(target: CheckpointTarget, windows: Tensor, progress: Progress) -> 
         for number, layer in walk_layers(target):
             hidden = [outer.run(number, layer, one) for one in hidden]
         # the hook sees what enters the head: hidden states after the last norm
-        with outer.outside(), fast_matmuls(target.device):
-            hook = head.register_forward_pre_hook(lambda _, x: gram.update(x[0].flatten(0, -2)))
+        hook = head.register_forward_pre_hook(lambda _, x: gram.update(x[0].flatten(0, -2)))
+        with hook, outer.outside(), fast_matmuls(target.device):
             for row, states in zip(rows, hidden, strict=True):
                 outer.head(row, states)
-            hook.remove()
         progress.step(len(rows))
     progress.finish()
     return gram.value()

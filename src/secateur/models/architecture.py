@@ -590,12 +590,8 @@ def head_alone(model: Any) -> nn.Linear | None:
     if not isinstance(head, nn.Linear):
         return None
     given: list[Tensor] = []
-    handle = head.register_forward_hook(lambda *call: given.append(call[2]))
-    try:
-        with torch.no_grad():
-            # a scale or a cap changes the logits of any token, so a few are enough
-            ids = torch.arange(_PROBE_TOKENS, device=head.weight.device) % head.out_features
-            logits = model(input_ids=ids[None], use_cache=False).logits
-    finally:
-        handle.remove()
+    with torch.no_grad(), head.register_forward_hook(lambda *call: given.append(call[2])):
+        # a scale or a cap changes the logits of any token, so a few are enough
+        ids = torch.arange(_PROBE_TOKENS, device=head.weight.device) % head.out_features
+        logits = model(input_ids=ids[None], use_cache=False).logits
     return head if len(given) == 1 and torch.equal(given[0], logits) else None

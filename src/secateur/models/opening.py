@@ -126,7 +126,8 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
     from transformers import AutoConfig
 
     configuration.check_sizes(folder)
-    if form_of(folder) == "compressed-tensors" and find_spec("compressed_tensors") is None:
+    form = form_of(folder)
+    if form == "compressed-tensors" and find_spec("compressed_tensors") is None:
         raise RecipeError(
             "compressed-tensors, which computes this model, is not installed",
             where=str(folder),
@@ -135,7 +136,12 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
     loaded: Any
     report: dict[str, Any]
     with skeleton.quiet_transformers(), configuration.transformers_errors(folder):
-        if form_of(folder) in EXPANDED or _scaled_experts(folder):
+        # transformers 5.24 loads experts without the scale that they have for a whole matrix
+        scaled = form is not None and any(
+            ".experts." in name and name.endswith(".weight_global_scale")
+            for name in checkpoint.CheckpointReader(folder).entries
+        )
+        if form in EXPANDED or scaled:
             loaded, report = _load_expanded(folder, dtype)
         else:
             trust = isinstance(folder, configuration.TrustedFolder)
@@ -145,9 +151,9 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
                 dtype=dtype or "auto",
                 trust_remote_code=trust,
                 output_loading_info=True,
-                ignore_mismatched_sizes=form_of(folder) is None,
+                ignore_mismatched_sizes=form is None,
             )
-            if form_of(folder) is None:
+            if form is None:
                 skeleton.stored_names(loaded, checkpoint.CheckpointReader(folder), split=False)
     # transformers draws missing ones at random, and says so only in its log
     skeleton.refuse_missing(sorted(report["missing_keys"]), {}, folder)
@@ -157,14 +163,6 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
         with torch.no_grad():
             loaded(torch.zeros(1, 1, dtype=torch.long, device=device))
     return loaded
-
-
-def _scaled_experts(folder: Path) -> bool:
-    """Whether experts have a scale for a whole matrix; transformers 5.24 loads them without it."""
-    return form_of(folder) is not None and any(
-        ".experts." in name and name.endswith(".weight_global_scale")
-        for name in checkpoint.CheckpointReader(folder).entries
-    )
 
 
 def _load_expanded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:

@@ -356,18 +356,16 @@ class Bound:
         return self.kind != "task" and self.name != ""
 
 
-def _written(bound: str) -> str:
-    """The same text, unless it is no bound."""
-    return Bound.read(bound).written
-
-
 class Gate(TaskData):
     """What the result must keep, before it gets its name."""
 
     group = Heading.OUTPUT
 
     must_keep: Annotated[
-        Annotated[tuple[Annotated[str, AfterValidator(_written)], ...], Strictness(False)],
+        Annotated[
+            tuple[Annotated[str, AfterValidator(lambda bound: Bound.read(bound).written)], ...],
+            Strictness(False),
+        ],
         BeforeValidator(text_alone),
         Flag(commas=True, value="WHAT:LIMIT"),
     ] = ()

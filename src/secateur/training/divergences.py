@@ -35,7 +35,7 @@ Paper: Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Lar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -337,12 +337,10 @@ def outputs_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
     def keep(module: nn.Module, inputs: Any, output: Any, *, number: int) -> None:
         seen[number] = output[0] if isinstance(output, tuple) else output
 
-    handles = [x.register_forward_hook(partial(keep, number=n)) for n, x in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for number, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, number=number)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_loss(

@@ -38,7 +38,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -300,7 +299,7 @@ class _MixtureTuning:
             seen.append(out)
             return out * (1 + _PROBE)
 
-        with _hooked(self.experts, enlarge):
+        with self.experts.register_forward_hook(enlarge):
             change = self._outputs(x, call).float() - before
         # Llama 4 hands every expert all tokens, and adds up what they return
         added = _PROBE * seen[0].float().view(-1, change[..., 0].numel(), seen[0].shape[-1]).sum(0)
@@ -314,11 +313,15 @@ class _MixtureTuning:
     def _fit(self, scale: float, removed: Sequence[Expert] = ()) -> None:
         """Refit the `down_proj` of all experts in turn, or let them adopt neurons."""
         fit, seen = _DownFit(len(self.experts)), list[tuple[Tensor, Sent]]()
-        stage = self.experts.stages[0 if removed else -1]
+        stage: Any = self.experts.stages[0 if removed else -1]
+
+        def keep(module: nn.Module, args: tuple[Tensor, Sent], out: object) -> None:
+            seen.append((stage.inputs(*args), args[1]))
+
         for windows in self.plan.learned:
             x, y, call = self._example(windows)
             seen.clear()
-            with _hooked(stage, lambda _, args, __: seen.append((stage.inputs(*args), args[1]))):
+            with stage.register_forward_hook(keep):
                 left = y.float() - self._outputs(x, call).float()
             size = y.float().flatten(0, -2).norm(dim=-1, keepdim=True)
             fit.add(seen, left.flatten(0, -2), size.clamp_min(1e-30))
@@ -491,13 +494,3 @@ def _values(rows: _Rows, activation: ExpertActivation, inputs: Tensor) -> Tensor
     """What neurons give for inputs [tokens, in], float32 [tokens, neurons]."""
     found: Tensor = activation(*(nn.functional.linear(inputs, *pair) for pair in rows))
     return found.float()
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    """A context in which a function gets the inputs and outputs of a module."""
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

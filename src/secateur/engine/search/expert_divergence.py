@@ -224,11 +224,8 @@ def _fisher(experts: OpenExperts) -> Iterator[Tensor]:
         if out.requires_grad:
             out.register_hook(add)
 
-    handle = experts.register_forward_hook(watch)
-    try:
+    with experts.register_forward_hook(watch):
         yield total
-    finally:
-        handle.remove()
 
 
 class _Router:
@@ -320,18 +317,13 @@ class _Lists:
     @contextmanager
     def listening(self) -> Iterator[_Lists]:
         """A context in which the router chooses more experts than it would."""
-        down = self.experts.stages[-1]
-        handles = (
+        with (
             self.router.module.register_forward_hook(self._route, with_kwargs=True),
-            down.register_forward_hook(self._take),
+            self.experts.stages[-1].register_forward_hook(self._take),
             self.experts.register_forward_hook(self._finish),
-        )
-        try:
-            with self.router.choosing(self.router.listed):
-                yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+            self.router.choosing(self.router.listed),
+        ):
+            yield self
 
     def all(self) -> Listed:
         """Of all windows."""

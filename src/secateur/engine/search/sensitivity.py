@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,12 +244,10 @@ def _products(linears: Iterable[Linear], changes: Ways) -> Iterator[dict[str, di
 
         return after
 
-    hooks = [x.module.register_forward_hook(watching(x.name)) for x in linears if x.name in sums]
-    try:
+    with ExitStack() as hooks:
+        for x in (x for x in linears if x.name in sums):
+            hooks.enter_context(x.module.register_forward_hook(watching(x.name)))
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def pooled(found: Mapping[str, float], grains: Mapping[str, Granularity]) -> dict[str, float]:

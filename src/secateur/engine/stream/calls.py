@@ -21,7 +21,7 @@ their weights, on the meta device. So a model that cannot be pruned is refused b
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -653,10 +653,8 @@ def find_groups(linears: Sequence[Linear], forward: Callable[[], object]) -> lis
 
         return before
 
-    handles = [linear.module.register_forward_pre_hook(watch(linear)) for linear in linears]
-    try:
+    with ExitStack() as hooks:
+        for linear in linears:
+            hooks.enter_context(linear.module.register_forward_pre_hook(watch(linear)))
         forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(arrivals.values())

@@ -93,7 +93,15 @@ class CompressedTensorsFolder(at_rest.NamedForm):
         made: dict[str, at_rest.Assembly] = {}
         for name, parts in _grouped(stored).items():
             try:
-                made[name] = _assembled(source, parts, widths)
+                sparse = {role: x for role, x in parts.items() if role in BITMASK_PARTS}
+                scaled = {role: x for role, x in parts.items() if role in SCALED_PARTS}
+                if sparse and "weight" in parts:
+                    raise at_rest.damaged("the weight is stored, and so is its bitmask", name)
+                made[name] = (
+                    _scaled_assembly(source.reader, scaled, sparse, source.dtype, widths)
+                    if scaled
+                    else _sparse_assembly(source.reader, sparse)
+                )
             except CheckpointError as error:
                 raise CheckpointError(error.what, where=name, remedy=error.remedy) from None
         return made
@@ -143,19 +151,6 @@ def _grouped(stored: Iterable[str]) -> dict[str, dict[str, str]]:
     for dense in found.keys() & set(stored):
         found[dense]["weight"] = dense
     return found
-
-
-def _assembled(
-    source: at_rest.SourceFolder, parts: Mapping[str, str], widths: frozenset[int]
-) -> at_rest.Assembly:
-    """The dense tensor of some parts."""
-    sparse = {role: name for role, name in parts.items() if role in BITMASK_PARTS}
-    scaled = {role: name for role, name in parts.items() if role in SCALED_PARTS}
-    if sparse and "weight" in parts:
-        raise at_rest.damaged("the weight is stored, and so is its bitmask", parts["weight"])
-    if scaled:
-        return _scaled_assembly(source.reader, scaled, sparse, source.dtype, widths)
-    return _sparse_assembly(source.reader, sparse)
 
 
 def _sparse_assembly(reader: CheckpointReader, parts: Mapping[str, str]) -> at_rest.Assembly:
