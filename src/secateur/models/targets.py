@@ -250,12 +250,11 @@ def _rows_in_use(
         table.weight = nn.Parameter(taken, requires_grad=False)
         return (places, *args[1:])
 
-    handle = table.register_forward_pre_hook(take)
     table.padding_idx = None  # it is the number of a row of the whole; only training uses it
     try:
-        yield
+        with table.register_forward_pre_hook(take):
+            yield
     finally:
-        handle.remove()
         table.weight, table.padding_idx = empty, padding
 
 

@@ -379,9 +379,7 @@ class Gate(TaskData):
     """Judge on this many items of each task, windows of each text, and prompts, from the start."""
 
 
-GATED: Mapping[str, tuple[str, ...]] = dict.fromkeys(
-    ("must_keep_items", "task_data"), ("must_keep",)
-)
+GATED = dict.fromkeys(("must_keep_items", "task_data"), ("must_keep",))
 """What the options of the gate need, as in `Recipe.needs`."""
 
 

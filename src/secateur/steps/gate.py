@@ -87,8 +87,8 @@ class Judge:
                     remedy="name a text that is no calibration text" if made else "bound tasks",
                 )
         asked = {"folder": how.task_data, "limit": how.must_keep_items}
-        names = [bound.name for bound in bounds if bound.kind == "task"]
-        return cls(recipe, bounds, {name: prepare_tasks([name], **asked) for name in names})
+        tasks = {x.name: prepare_tasks([x.name], **asked) for x in bounds if x.kind == "task"}
+        return cls(recipe, bounds, tasks)
 
     def work(self, step: Any) -> None:
         """Let a step work, unless an earlier run has, and judge what it has made.

@@ -237,17 +237,9 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
             latency = find_latency(recipe, plan, trimmed, self.device, folder.work, progress)
             plan = replace(plan, joint=latency["joint"])
         context = cut_steps.CutContext(
-            recipe,
-            plan,
-            base.folder,
-            windows.calibration,
-            folder.work / WINDOWS,
-            self.device,
-            folder.work,
-            progress,
-            self._prune,
-            self.run.ranks,
-        )
+            recipe, plan, base.folder, windows.calibration, folder.work / WINDOWS, self.device,
+            folder.work, progress, self._prune, self.run.ranks,
+        )  # fmt: skip
         made = base.folder
         for step in _steps_of(recipe, plan, trimmed).values():
             made, notes = step(context, made)

@@ -92,9 +92,9 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
     """Choose the experts to keep."""
     target, recipe = context.target(folder), context.recipe
     config, experts = target.model.config, target.architecture.experts
-    assert context.plan.keep_experts is not None
+    keep, by, noted = context.plan.keep_experts, recipe.experts_by, dict[int, dict[str, Any]]()
+    assert keep is not None
     assert experts is not None
-    by, noted = recipe.experts_by, dict[int, dict[str, Any]]()
     if by == "aimer":
         scores = survey.aimer_scores(target, context.progress)
     elif by == "divergence":
@@ -112,12 +112,7 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
         noted = {layer: own.to_json() for layer, own in each.items()}
     fewest, groups = experts.fewest(config), experts.divided(config)
     kept = survey.best_experts(
-        scores,
-        context.plan.keep_experts,
-        fewest,
-        groups=groups,
-        scope=recipe.experts_scope,
-        nats=by == "divergence",
+        scores, keep, fewest, groups=groups, scope=recipe.experts_scope, nats=by == "divergence"
     )
     use = {str(layer): noted.get(layer, {by: x.tolist()}) for layer, x in scores.items()}
     notes = {"by": by, "scope": recipe.experts_scope, "use": use}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +111,6 @@ def read_notes(made: Path) -> dict[str, Any]:
     return found
 
 
-def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
-    """Write the notes of a step beside its model."""
-    (folder / STEP).write_text(json.dumps(notes), encoding="utf-8", newline="\n")
-
-
 def cut_step(
     context: CutContext, folder: Path, *, name: str, choose: Choice
 ) -> tuple[Path, dict[str, Any]]:
@@ -134,7 +129,8 @@ def cut_step(
             # the result reports once that layers differ
             warnings.simplefilter("ignore", VariedSizesWarning)
             found = cut_checkpoint(kept, cut, partial, progress=context.progress)
-            write_notes(partial, {"step": name, "cut": cut.to_json(), **how, **found.to_json()})
+            notes = {"step": name, "cut": cut.to_json(), **how, **found.to_json()}
+            write_json(partial / STEP, notes)
         if kept != folder:
             shutil.rmtree(kept)
     return made, read_notes(made)

@@ -101,11 +101,7 @@ class Design(Blueprint):
         if owner == experts.module and leaf in experts.layout.projections:
             axes = ("experts",)  # those of all experts
         axes = axes[: len(shape)]
-        if "experts" not in axes:
-            return edit
-        axis, indices, sizes = axes.index("experts"), [*edit.kept], [*shape]
-        indices[axis], sizes[axis] = kept, len(kept)
-        return replace(edit, kept=tuple(indices), shape=tuple(sizes))
+        return edit.keeping(axes.index("experts"), kept) if "experts" in axes else edit
 
     def misfit(self, edits: Mapping[str, TensorEdit], further: Mapping[str, TensorEdit]) -> str:
         """Why layers that predict further tokens cannot follow the cut; empty if they can.

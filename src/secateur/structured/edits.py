@@ -65,6 +65,12 @@ class TensorEdit:
         """An edit that changes nothing."""
         return cls(source, (None,) * len(shape), shape)
 
+    def keeping(self, axis: int, entries: Tensor) -> TensorEdit:
+        """The edit that keeps only these entries of an axis."""
+        kept, shape = [*self.kept], [*self.shape]
+        kept[axis], shape[axis] = entries, len(entries)
+        return replace(self, kept=tuple(kept), shape=tuple(shape))
+
     def __call__(self, parameter: Tensor) -> Tensor:
         """The new values, in their own memory unless nothing changes."""
         for axis, index in enumerate(self.kept):
@@ -240,10 +246,7 @@ def _of_layers(blueprint: Blueprint, edit: TensorEdit, declared: Axes) -> Tensor
     if "layers" not in axes or len(kept) == count:
         return edit
     axis = axes.index("layers")
-    entries = _spread(torch.tensor(kept), edit.shape[axis] // count)
-    indices, shape = list(edit.kept), list(edit.shape)
-    indices[axis], shape[axis] = entries, len(entries)
-    return replace(edit, kept=tuple(indices), shape=tuple(shape))
+    return edit.keeping(axis, _spread(torch.tensor(kept), edit.shape[axis] // count))
 
 
 def _edit(

@@ -318,12 +318,10 @@ def _part_edits(
         for part in assembly.parts.values():
             name, shape = _renumbered(made, part), entries[part].shape
             assert name is not None
+            found[name] = TensorEdit.copy(part, shape)
             # A part that holds all experts has them along its first axis, scales too.
-            if first is None or shape[:1] != assembly.shape[:1]:
-                found[name] = TensorEdit.copy(part, shape)
-                continue
-            rest = (None,) * (len(shape) - 1)
-            found[name] = TensorEdit(part, (first, *rest), (len(first), *shape[1:]))
+            if first is not None and shape[:1] == assembly.shape[:1]:
+                found[name] = found[name].keeping(0, first)
     further = any(made.further.holds(edit.source) for edit in edits.values())
     for name in reader.dropped:  # scales of activations: another program may use them
         new = _renumbered(made, name)

@@ -32,7 +32,7 @@ from secateur.recipes.shared import texts_of
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import whole_folder, write_json, writing
 from secateur.structured.cut import Cut
-from secateur.structured.cut_steps import read_notes, write_notes
+from secateur.structured.cut_steps import STEP, read_notes
 from secateur.structured.design import Accounting, accounting
 from secateur.structured.edits import TensorEdit
 from secateur.structured.surgery import write_tensors
@@ -499,5 +499,5 @@ def trimmed_source(
                 progress=progress,
             )
             by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"
-            write_notes(partial, {"step": "vocabulary", "by": by, "text": text, **found})
+            write_json(partial / STEP, {"step": "vocabulary", "by": by, "text": text, **found})
     return replace(source, folder=made), read_notes(made)

@@ -414,17 +414,13 @@ class RoundedWeight:
         def leave(module: nn.Module, args: object, output: object) -> None:
             found["weight"] = held.pop()
 
-        hooks = [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for weight in held:  # an interrupted forward did not leave
-                found["weight"] = weight
+        leaving = module.register_forward_hook(leave, always_call=True)
+        with module.register_forward_pre_hook(enter), leaving:
+            try:
+                yield
+            finally:
+                for weight in held:  # an interrupted forward did not leave
+                    found["weight"] = weight
 
 
 class RoundedWeights:

@@ -129,8 +129,7 @@ class RouterTuning(SideBySide):
             dense.advance(self.layers[place] + 1)
             assert experts is not None
             if experts.module in dict(layer.named_modules()) and plan.held_out:
-                rate = RATE / hidden_size(target.model)
-                one = _MixtureTuning(layer, experts, inputs, outputs, plan, rate)
+                one = _MixtureTuning(layer, experts, inputs, outputs, plan)
                 every: Any = twin.get_submodule(experts.module)
                 kept = self.kept.get(self.layers[place], range(len(every)))
                 removed = [each for number, each in enumerate(every) if number not in kept]
@@ -193,7 +192,6 @@ class _MixtureTuning:
         inputs: the hidden states of the cut model at the layer.
         outputs: those of the dense model behind it.
         plan: the windows of each forward.
-        rate: the learning rate of the router.
 
     Attributes:
         changed: names of the parameters that have new values.
@@ -206,10 +204,10 @@ class _MixtureTuning:
         inputs: LayerInputs,
         outputs: LayerInputs,
         plan: _Windows,
-        rate: float,
     ) -> None:
         self.layer, self.inputs, self.outputs = layer, inputs, outputs
-        self.plan, self.rate, self.changed = plan, rate, set[str]()
+        self.plan, self.changed = plan, set[str]()
+        self.rate = RATE / hidden_size(inputs.calibration.target.model)
         module = layer.get_submodule(experts.module)
         assert isinstance(module, OpenExperts)
         self.experts = module
@@ -313,15 +311,12 @@ class _MixtureTuning:
     def _fit(self, scale: float, removed: Sequence[Expert] = ()) -> None:
         """Refit the `down_proj` of all experts in turn, or let them adopt neurons."""
         fit, seen = _DownFit(len(self.experts)), list[tuple[Tensor, Sent]]()
-        stage: Any = self.experts.stages[0 if removed else -1]
-
-        def keep(module: nn.Module, args: tuple[Tensor, Sent], out: object) -> None:
-            seen.append((stage.inputs(*args), args[1]))
-
+        stage = self.experts.stages[0 if removed else -1]
+        watch = stage.register_forward_hook
         for windows in self.plan.learned:
             x, y, call = self._example(windows)
             seen.clear()
-            with stage.register_forward_hook(keep):
+            with watch(lambda _, args, __: seen.append((stage.inputs(*args), args[1]))):
                 left = y.float() - self._outputs(x, call).float()
             size = y.float().flatten(0, -2).norm(dim=-1, keepdim=True)
             fit.add(seen, left.flatten(0, -2), size.clamp_min(1e-30))

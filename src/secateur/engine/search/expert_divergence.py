@@ -49,12 +49,6 @@ class Listed:
     products: Tensor
     shares: Tensor | None
 
-    @property
-    def is_normalised(self) -> bool:
-        """Whether the router divides weights by the sum of the gates that it chooses."""
-        chosen = self.weights.shape[1]
-        return not torch.allclose(self.gates[:, :chosen], self.weights, rtol=1e-2, atol=1e-6)
-
 
 def removal_scores(listed: Listed, count: int) -> Tensor:
     """The nats that each expert of a layer costs when it goes, after all that cost less.
@@ -95,7 +89,9 @@ class _Removal:
         places = listed.experts.flatten()
         self.stays = torch.ones(count, dtype=torch.bool, device=places.device)
         self.order, self.lengths = places.argsort(stable=True), places.bincount(minlength=count)
-        self.scale = listed.weights.sum(-1, keepdim=True) if listed.is_normalised else None
+        # where they differ, the router divides by the sum of the gates that it chooses
+        own = torch.allclose(listed.gates[:, : self.chosen], listed.weights, rtol=1e-2, atol=1e-6)
+        self.scale = None if own else listed.weights.sum(-1, keepdim=True)
         missing = listed.experts.shape[1] - self.chosen
         self.dense = nn.functional.pad(listed.weights, (0, missing))  # [tokens, listed]
         self.added = torch.zeros_like(listed.gates)  # by the removal of each listed expert

@@ -7,7 +7,8 @@ sums for each expert. `aimer` reads the weights alone, and `expert_divergence.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,32 +67,23 @@ class ExpertUse:
         return {"tokens": self.tokens.tolist(), "reap": self.score("reap").tolist()}
 
 
-class _UseHooks:
-    """A hook on the experts of a layer that adds up the outputs of each expert.
+@contextmanager
+def _measured(experts: OpenExperts) -> Iterator[ExpertUse]:
+    """A context in which every forward adds to the use of opened experts."""
+    count, device = len(experts), next(experts.parameters()).device
+    outputs = torch.zeros(count, dtype=torch.float64, device=device)
+    use = ExpertUse(torch.zeros(count, dtype=torch.int64), outputs)
 
-    Args:
-        experts: the opened experts.
-    """
-
-    def __init__(self, experts: OpenExperts) -> None:
-        count, device = len(experts), next(experts.parameters()).device
-        self.tokens = torch.zeros(count, dtype=torch.int64)
-        self.outputs = torch.zeros(count, dtype=torch.float64, device=device)
-        self.handle = experts.stages[-1].register_forward_hook(self.add)
-
-    def add(self, stage: nn.Module, args: tuple[Tensor, Sent], outs: Sequence[Tensor]) -> None:
-        """Add g_j(t) · ‖f_j(t)‖₂ of all tokens that some experts have received."""
+    def add(stage: nn.Module, args: tuple[Tensor, Sent], outs: Sequence[Tensor]) -> None:
         (_, sent), (out,) = args, outs
+        # g_j(t) · ‖f_j(t)‖₂ of all tokens that some experts have received
         added = sent.weights[:, 0].double() * out.double().norm(dim=-1)
-        here = list(sent.experts)
-        self.tokens[here] += torch.tensor(sent.counts)
-        lengths = torch.tensor(sent.counts, device=added.device)
-        self.outputs[here] += torch.segment_reduce(added, "sum", lengths=lengths)
+        here, lengths = list(sent.experts), torch.tensor(sent.counts)
+        use.tokens[here] += lengths
+        outputs[here] += torch.segment_reduce(added, "sum", lengths=lengths.to(device))
 
-    def close(self) -> ExpertUse:
-        """Remove the hook and return the sums."""
-        self.handle.remove()
-        return ExpertUse(self.tokens, self.outputs.cpu())
+    with experts.stages[-1].register_forward_hook(add):
+        yield use
 
 
 @torch.no_grad()
@@ -121,13 +113,14 @@ def expert_use(
     found: dict[int, ExpertUse] = {}
     progress.start("experts", len(target.layers))
     for number, layer in calibration.walk():
-        hooks = [_UseHooks(m) for m in layer.modules() if isinstance(m, OpenExperts)]
-        calibration.layer_inputs(number).pass_through(layer)
-        for hook in hooks:
-            use = hook.close()
-            ranks.total(use.tokens)
-            ranks.total(use.outputs)
-            found[number] = use
+        opened = [module for module in layer.modules() if isinstance(module, OpenExperts)]
+        with ExitStack() as stack:
+            uses = [stack.enter_context(_measured(experts)) for experts in opened]
+            calibration.layer_inputs(number).pass_through(layer)
+        for use in uses:
+            found[number] = ExpertUse(use.tokens, use.outputs.cpu())
+            ranks.total(found[number].tokens)
+            ranks.total(found[number].outputs)
         progress.step(note=f"layer {number}")
     progress.finish()
     if not found:

@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from secateur.calibration.windows import load_windows
 from secateur.engine.search.expert_divergence import divergence_scores
 from secateur.engine.search.experts import best_experts
@@ -83,7 +81,8 @@ def with_fewer_experts(
 
 def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, int]]:
     """The predicted divergence with each number of experts that can stay and fits."""
-    scores, model = _scores(bench), bench.target.model
+    model, windows = bench.target.model, load_windows(bench.windows_file)
+    scores = divergence_scores(bench.target, windows, bench.work / "experts", bench.progress)
     experts: Any = bench.target.architecture.experts
     chosen, groups = experts.per_token(model.config) or 1, experts.divided(model.config)
     for count in _counts(model):
@@ -115,13 +114,6 @@ def _counts(model: Any) -> list[int]:
             "the model has no experts that can go", where="--structure", remedy="leave it out"
         )
     return found
-
-
-def _scores(bench: FitBench) -> dict[int, Tensor]:
-    """The nats that the removal of each expert adds, [experts], by layer."""
-    folder, windows = bench.work / "experts", load_windows(bench.windows_file)
-    folder.mkdir(exist_ok=True)
-    return divergence_scores(bench.target, windows, folder, bench.progress)
 
 
 def _costs_with(costs: Costs, kept: Experts) -> Costs:
