@@ -207,7 +207,7 @@ def test_every_score_has_every_layer(
             sequence_length=32,
         )  # fmt: skip
         assert cut.manifest.calibration["sha256"] == record["sha256"]
-        [step] = json.loads((tmp_path / "cut/secateur/steps.json").read_text())
+        step, *_ = json.loads((tmp_path / "cut/secateur/steps.json").read_text())
         for layer, own in step["use"].items():
             assert own["reap"] == pytest.approx(notes["scores"][int(layer)], rel=1e-3)
             assert own["reap"] == pytest.approx(found[int(layer)].tolist(), rel=1e-4)

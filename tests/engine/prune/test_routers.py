@@ -172,7 +172,7 @@ def test_routers_follow_a_cut_of_experts(tmp_path: Path, monkeypatch: pytest.Mon
     assert errors["1"]["error_after"] < errors["1"]["error_before"]
 
 
-@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("steps", slow_but((3,), (2, 3, 5)))
 def test_a_stopped_tuning_resumes_to_the_same_bytes(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
