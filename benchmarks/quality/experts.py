@@ -285,7 +285,10 @@ def lost(rows: Rows, way: str, kept: float, *, smollm2: bool) -> str:
 
 def cuts(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """A line for each way; without and with tuning."""
-    groups = {"mixtures": False, "SmolLM2": True}
+    measured = {row["model"] == "smollm2" for row in rows}
+    groups = {
+        name: of for name, of in {"mixtures": False, "SmolLM2": True}.items() if of in measured
+    }
     columns = [f"{group}{after}" for group in groups for after in EFFORTS]
     lines = []
     for way in ways():
