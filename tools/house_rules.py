@@ -51,19 +51,19 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 332,
+    "source files": 337,
     "modules that only their neighbour imports": 11,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.0,
-    "lines of statements": 42004,
+    "lines of statements": 43249,
     "functions named in one place": 434,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 73260,
-    "lines of tests": 57923,
+    "words of documentation": 76900,
+    "lines of tests": 60036,
     "sentences that tests compare": 45,
-    "names of options": 173,
+    "names of options": 176,
 }
 """The most that each number may be."""
 
