@@ -43,6 +43,8 @@ WAYS = (
      "fit MODEL --max-size 60MiB --output SMALL"),
     ("a file for llama.cpp, at a given size", "[GGUF files](gguf.md#a-size)",
      "fit MODEL --target llama.cpp --max-size 4.5GB --output SMALL"),
+    ("a mixture of experts, made smaller", "[experts](methods/experts.md)",
+     "structure MIXTURE --experts 0.75 --calibration TEXT --output FEWER"),
     ("a GGUF file of a mixture, made smaller", "[fewer experts](gguf.md#a-file-is-cut)",
      "structure FILE.gguf --experts 0.75 --output SMALLER.gguf"),
     ("speed on a CPU", "[int4](#int8-int4-and-zeros)",

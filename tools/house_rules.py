@@ -60,7 +60,7 @@ RATCHETS: Mapping[str, float] = {
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 76900,
+    "words of documentation": 76919,
     "lines of tests": 60036,
     "sentences that tests compare": 45,
     "names of options": 176,
