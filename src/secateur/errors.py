@@ -147,7 +147,7 @@ class RankError(SecateurError):
 
 
 class VerificationError(SecateurError):
-    """The result was measured and is not what was asked for.
+    """A result does not pass its check: a file, a count, or a bound of the recipe.
 
     Attributes:
         measured: what was measured, as JSON values; the message has the same numbers.

@@ -91,7 +91,7 @@ class Judge:
         return cls(recipe, bounds, tasks)
 
     def work(self, step: Any) -> None:
-        """Let a step work, unless an earlier run has, and judge what it has made.
+        """Run a step, or take the work of a stopped run, and judge the result.
 
         Raises:
             VerificationError: a bound is broken; with all numbers. The work stays.

@@ -137,7 +137,7 @@ def cut_step(
 
 
 def fit_step(context: CutContext, folder: Path, *, name: str) -> tuple[Path, dict[str, Any]]:
-    """Change weights of the model in a folder layer by layer, unless an earlier run did.
+    """Fit the weights of a cut model to those of the uncut one, layer by layer.
 
     A killed run resumes after the last layer in its ledger. Sizes stay.
 

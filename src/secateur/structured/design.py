@@ -108,7 +108,7 @@ class Design(Blueprint):
 
         Args:
             edits: of the tensors that the class builds, by the stored names of the results.
-            further: of those of these layers, in the same way.
+            further: of the tensors of these layers, by the stored names of the results.
         """
         shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, edit in edits.items():

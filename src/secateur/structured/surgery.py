@@ -157,8 +157,8 @@ def _further_edits(
         reader: the checkpoint.
         unbuilt: the names of these tensors.
     """
-    names, found = skeleton.model_names(made.uncut, reader, split=False), dict[str, TensorEdit]()
-    further = [name for name in unbuilt if made.further.holds(name)]
+    found, further = dict[str, TensorEdit](), [x for x in unbuilt if made.further.holds(x)]
+    names = skeleton.model_names(made.uncut, reader, split=False) if further else {}
     for name in further:
         target = _renumbered(made, name)
         if target is not None:  # its expert stays

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from secateur.engine.search.experts import best_experts
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.models.skeleton import build_skeleton
+from secateur.reporting.tables import layer_of
 from secateur.runs.folder import NOTES
 from secateur.steps.fitting.bench import BuiltCandidate, FitBench
 from secateur.steps.fitting.problem import Costs, FitProblem, UnitLosses
@@ -31,14 +31,6 @@ from secateur.structured.cut import sizes_of
 SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Of the experts of a layer, that may stay."""
 
-_EXPERT = re.compile(
-    r"(?P<before>.*\.(?P<layer>\d+)\.(?:.*\.)?experts\.)(?P<expert>\d+)(?P<after>\..*)"
-)
-"""The name of a linear of an expert."""
-
-Experts = Mapping[int, tuple[int, ...]]
-"""Numbers of experts, by layer."""
-
 
 def costs_of_fewest(costs: Costs, folder: Path) -> Costs:
     """The costs with the fewest experts that a fit tries.
@@ -46,9 +38,9 @@ def costs_of_fewest(costs: Costs, folder: Path) -> Costs:
     Raises:
         ArchitectureError: the model has no experts, or none can go.
     """
-    counts = _counts(build_skeleton(folder))
-    kept = dict.fromkeys(range(len(costs.shapes)), tuple(range(counts[0])))
-    return _costs_with(costs, kept)
+    model = build_skeleton(folder)
+    fewest = range(_counts(model)[0])
+    return _costs_with(costs, model, dict.fromkeys(range(sizes_of(model).layers), fewest))
 
 
 def with_fewer_experts(
@@ -84,11 +76,11 @@ def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, in
     model, windows = bench.target.model, load_windows(bench.windows_file)
     scores = divergence_scores(bench.target, windows, bench.work / "experts", bench.progress)
     experts: Any = bench.target.architecture.experts
-    chosen, groups = experts.per_token(model.config) or 1, experts.divided(model.config)
+    fewest, groups = experts.fewest(model.config), experts.divided(model.config)
     for count in _counts(model):
-        kept = best_experts(scores, count, chosen, groups=groups)
+        kept = best_experts(scores, count, fewest, groups=groups)
         lost = sum(float(own.sum() - own[list(kept[n])].sum()) for n, own in scores.items())
-        fewer = replace(problem, costs=_costs_with(problem.costs, kept))
+        fewer = replace(problem, costs=_costs_with(problem.costs, model, kept))
         candidate = fewer.knapsack.best(fewer.costs.aim)
         if candidate is not None:
             yield lost + fewer.knapsack.predicted(candidate), count
@@ -105,10 +97,10 @@ def _counts(model: Any) -> list[int]:
     """
     experts, found = describe(model).experts, list[int]()
     if experts is not None:
-        fewest = min(filter(None, sizes_of(model).experts), default=0)
-        least, groups = experts.per_token(model.config) or 1, experts.divided(model.config)
-        tried = {round(fewest * share) for share in SHARES}
-        found = [x for x in sorted(tried) if least <= x < fewest and not x % groups]
+        there = min(filter(None, sizes_of(model).experts), default=0)
+        fewest, groups = experts.fewest(model.config), experts.divided(model.config)
+        tried = {round(there * share) for share in SHARES}
+        found = [x for x in sorted(tried) if fewest <= x < there and not x % groups]
     if not found:
         raise ArchitectureError(
             "the model has no experts that can go", where="--structure", remedy="leave it out"
@@ -116,12 +108,13 @@ def _counts(model: Any) -> list[int]:
     return found
 
 
-def _costs_with(costs: Costs, kept: Experts) -> Costs:
-    """The costs of a model without the linears of other experts."""
+def _costs_with(costs: Costs, model: Any, kept: Mapping[int, Sequence[int]]) -> Costs:
+    """The costs of a model without the linears of other experts than those kept in each layer."""
+    experts: Any = describe(model).experts
 
     def stays(linear: str) -> bool:
-        match = _EXPERT.fullmatch(linear)
-        return match is None or int(match["expert"]) in kept[int(match["layer"])]
+        place = experts.place_of(linear)
+        return place is None or int(place[1]) in kept[layer_of(linear)]
 
     return replace(costs, shapes={name: x for name, x in costs.shapes.items() if stays(name)})
 
@@ -131,11 +124,15 @@ def _problem_of(bench: FitBench, problem: FitProblem) -> FitProblem:
     steps = json.loads((bench.source.folder / NOTES / "steps.json").read_text(encoding="utf-8"))
     kept = next(step["cut"]["experts"] for step in steps if step["step"] == "experts")
 
-    def before(match: re.Match[str]) -> str:
-        return f"{match['before']}{kept[match['layer']][int(match['expert'])]}{match['after']}"
+    experts: Any = bench.target.architecture.experts
+
+    def before(name: str) -> str:
+        place = experts.place_of(name)
+        was = place and kept[str(layer_of(name))][int(place[1])]
+        return f"{name[: place.start(1)]}{was}{name[place.end(1) :]}" if place else name
 
     losses, names = problem.losses, [n for unit in bench.costs.members.values() for n in unit]
-    own = {name: _EXPERT.sub(before, name) for name in names}
+    own = {name: before(name) for name in names}
     parts = {
         part: {n: x[was] for n, was in own.items() if was in x}
         for part in ("rounded", "pruned", "coarser", "kept")
