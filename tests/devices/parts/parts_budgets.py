@@ -87,6 +87,8 @@ MIXTURE: dict[str, Mixture] = {
     "fast": Mixture(14, 0, 600, 45),
     "balanced": Mixture(170, 6.5, 2800, 135),
     "experts": Mixture(4.3, 0, 5.8, 0),
+    # neurons adopted, the down projections and the router refitted, each of which waits to decide
+    "tuned experts": Mixture(31.5, 0, 1100, 29),
     "evaluate": Mixture(0, 0, 0, 0),
 }
 
@@ -97,7 +99,8 @@ RUNS: dict[str, Callable[..., Any]] = {
     "balanced": partial(secateur.prune, effort="balanced", sparsity=0.5, **SMALL),
     "compress": partial(secateur.compress, values="int4", **SMALL),
     "structure": partial(secateur.structure, ffn=0.5, **SMALL),
-    "experts": partial(secateur.structure, experts=0.5, **SMALL),
+    "experts": partial(secateur.structure, experts=0.5, effort="fast", **SMALL),
+    "tuned experts": partial(secateur.structure, experts=0.5, **SMALL),
     "train": partial(secateur.train, batch=1, epochs=1, validations=1, device="cuda"),
     "evaluate": partial(secateur.evaluate, device="cuda"),
     "diagnose": partial(secateur.diagnose, device="cuda"),
