@@ -12,7 +12,7 @@ from zoo import tiny_model, tiny_windows
 from secateur.errors import NumericalError
 from secateur.evaluation import perplexity as room
 from secateur.evaluation.acceptance import acceptance, speculation
-from secateur.runs.measured import Speculation
+from secateur.runs.measured import Drawing, Speculation
 
 
 def pair(family: str) -> tuple[nn.Module, nn.Module]:
@@ -138,20 +138,24 @@ def test_not_a_number() -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("draft_seconds", [0.02, 0.3, 0.6])
-def test_speed_by_simulation(rate: float, draft_seconds: float) -> None:
+@pytest.mark.parametrize("drawing", [Drawing(0.0, 0.0), Drawing(0.2, 0.4)], ids=str)
+def test_speed_by_simulation(rate: float, draft_seconds: float, drawing: Drawing) -> None:
+    """Every token of the text is drawn, and every proposed one."""
     costs = [1.0 + 0.1 * n for n in range(8)]
-    got = speculation([rate**i for i in range(1, 8)], costs, draft_seconds)
+    runs = [rate**i for i in range(1, 8)]
+    got = speculation(runs, costs, draft_seconds, drawing=drawing)
     speedups = []
     for k in range(8):
         generator, tokens, seconds = random.Random(k), 0, 0.0
         for _ in range(20_000):
-            seconds += k * draft_seconds + costs[k]
+            seconds += k * (draft_seconds + drawing.proposed) + costs[k] + drawing.judged
             tokens += 1
             for _ in range(k):
                 if generator.random() >= rate:
                     break
+                seconds += drawing.judged
                 tokens += 1
-        speedups.append(tokens / seconds * costs[0])
+        speedups.append(tokens / seconds * (costs[0] + drawing.judged))
     assert got.speedup == pytest.approx(max(speedups), rel=0.02)
     assert speedups[got.k] == pytest.approx(max(speedups), rel=0.02)
     assert got.accepted == pytest.approx(sum(rate**i for i in range(1, got.k + 1)))

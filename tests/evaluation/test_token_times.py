@@ -22,6 +22,7 @@ from secateur.evaluation.token_times import (
     MatrixTimes,
     how_many,
     machine,
+    time_drawing,
     time_matrices,
     time_tokens,
 )
@@ -257,3 +258,13 @@ def test_real_kernels_and_loops_are_timed(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in times.layers.values())
     assert all(0 < share < 1 for share in times.shares.values())
     assert 0 < times.rest < times.base
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drawing_is_timed_once(tmp_path: Path, temperature: float) -> None:
+    file = tmp_path / "times.json"
+    for rows in (None, 40):
+        found = time_drawing(temperature, 96, rows, file=file)
+        assert min(found.proposed, found.judged) > 0
+        assert time_drawing(temperature, 96, rows, file=file) == found
+    assert len(json.loads(file.read_text())[machine()]) == 2

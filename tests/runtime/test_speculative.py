@@ -29,6 +29,7 @@ from secateur.runtime.speculative import (
     Pace,
     accepted_or_drawn,
     frequent_tokens,
+    guessed,
     open_drafter,
     speculated,
     verified,
@@ -250,7 +251,7 @@ def test_a_head_over_frequent_tokens(tmp_path: Path) -> None:
     drafter = drafter_of(draft, ids=ids)
     expected = [*continued(Decoder(parent, ROOM), text, 40)]
     assert [*speculated(Decoder(parent, ROOM), drafter, text, 40, sampling=GREEDY)] == expected
-    guess = drafter.guess(Draws(Sampling(temperature=1.0)), few[0], [])
+    guess = guessed(Draws(Sampling(temperature=1.0)), few[0], 96, ids)
     assert guess.chances is not None
     assert set(guess.chances.nonzero()[0].tolist()) <= set(ids.tolist())
     assert float(guess.chances.sum()) == pytest.approx(1, abs=1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.evaluation.token_times import BASE, MatrixTimes
+from secateur.runs.measured import Drawing
 from secateur.runtime.formats import WeightFormat
 from secateur.steps import draft as drafts
 from secateur.steps.draft import Times
@@ -36,6 +37,11 @@ def head_time(shape: tuple[int, int], stored: WeightFormat) -> float:
     return SECOND * math.prod(shape) * stored.bits / 8
 
 
+def drawing_time(temperature: float, vocabulary: int, rows: int | None = None) -> Drawing:
+    """The tokens that a draft and its parent are drawn from; nothing in greedy decoding."""
+    return Drawing(1e-5 * temperature * (rows or vocabulary), 1e-5 * temperature * vocabulary)
+
+
 def use_fixed_times(draft: float = 0.3, replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """Use these times, and so many seconds for one token of any draft.
 
@@ -51,3 +57,4 @@ def use_fixed_times(draft: float = 0.3, replace: Callable[[Any, str, Any], None]
     for module in (problem, drafts):
         replace(module, "time_head", head_time)
     replace(drafts, "time_calls", calls)
+    replace(drafts, "time_drawing", drawing_time)

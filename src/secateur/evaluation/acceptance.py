@@ -17,11 +17,14 @@ Nothing is generated: both models read the same held-out windows once. In text t
 writes itself a_t is higher than in text that people wrote, because the parent is surer of it.
 
 A round costs k calls of the draft and one call of k + 1 tokens of the parent, and gives one token
-more than it takes: the parent's own, where a token is refused and after the last one.
+more than it takes: the parent's own, where a token is refused and after the last one. Each token of
+the draft is drawn from its logits, and each token of the text from those of the parent.
 
-    speed-up(k) = (1 + accepted(k)) · c(1) / (k · c_draft + c(k + 1))
+    speed-up(k) = (1 + accepted(k)) · (c(1) + judged)
+                  / (k · (c_draft + proposed) + c(k + 1) + (1 + accepted(k)) · judged)
 
-c(n) are the seconds of one call of the parent with n tokens. For k = 0 it is 1.
+c(n) are the seconds of one call of the parent with n tokens, `proposed` and `judged` those of
+drawing a token. For k = 0 it is 1.
 
 A draft may have a head over some tokens only: q is then renormalised over these, and 0 elsewhere.
 """
@@ -36,7 +39,7 @@ from torch import Tensor, nn
 from secateur.errors import NumericalError
 from secateur.evaluation.perplexity import numbers_of
 from secateur.evaluation.uncertainty import mean_of, standard_error
-from secateur.runs.measured import Acceptance, Speculation
+from secateur.runs.measured import Acceptance, Drawing, Speculation
 from secateur.types import Windows
 
 MOST_PROPOSED = 7
@@ -140,8 +143,17 @@ def _runs(rates: Tensor) -> tuple[float, ...]:
     return tuple(found)
 
 
+FREE = Drawing(0.0, 0.0)
+"""Tokens are drawn in no time."""
+
+
 def speculation(
-    runs: Sequence[float], parent_seconds: Sequence[float], draft_seconds: float, *, least: int = 0
+    runs: Sequence[float],
+    parent_seconds: Sequence[float],
+    draft_seconds: float,
+    *,
+    drawing: Drawing = FREE,
+    least: int = 0,
 ) -> Speculation:
     """The number of proposed tokens with the largest expected speed-up.
 
@@ -150,6 +162,7 @@ def speculation(
             `Acceptance.greedy_runs`).
         parent_seconds: c(1), c(2), …: seconds of one call of the parent with so many tokens.
         draft_seconds: of one token of the draft.
+        drawing: seconds of drawing tokens, at the temperature of `runs`.
         least: the fewest proposed tokens; 1 says what a draft that does not pay would bring.
 
     Example:
@@ -161,8 +174,9 @@ def speculation(
     found, accepted = [Speculation(0, 0.0, 1.0)], 0.0  # k = 0: without a draft
     for k, (run, verify) in enumerate(zip(runs, parent_seconds[1:], strict=False), start=1):
         accepted += run
-        seconds = k * draft_seconds + verify
-        found.append(Speculation(k, accepted, (1 + accepted) * parent_seconds[0] / seconds))
+        alone = (1 + accepted) * (parent_seconds[0] + drawing.judged)
+        drawn = k * drawing.proposed + (1 + accepted) * drawing.judged
+        found.append(Speculation(k, accepted, alone / (k * draft_seconds + verify + drawn)))
     return max(found[least:], key=lambda one: one.speedup)
 
 

@@ -36,7 +36,9 @@ import torch
 
 from secateur.models.cache import cache_folder, writing_cache
 from secateur.progress import Progress
+from secateur.recipes.deploy import Sampling
 from secateur.runs.environment import environment
+from secateur.runs.measured import Drawing
 from secateur.runs.output import write_json
 from secateur.runtime import random_models
 from secateur.runtime.formats import WeightFormat
@@ -44,6 +46,8 @@ from secateur.runtime.kernels.dispatch import by_kernel
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.random_models import LAYER_BYTES, FormatTimer, TokenTime
+from secateur.runtime.sampling import Draws
+from secateur.runtime.speculative import guessed, verified
 from secateur.timing import alternate, seconds_of
 
 TURNS = 3
@@ -59,6 +63,9 @@ BASE = WeightFormat("int8", 0.0)
 """How linears are stored in the loop that is timed. Speed-ups are relative to it."""
 
 LEAST_MATRICES, PASSES, LOOP_TURNS = 2, 12, 7
+
+SPREAD, DRAWN = 3.0, 50
+"""Of the logits that tokens are drawn from, and how many tokens are drawn."""
 
 MOST_HEADS = 16
 """Different matrices that an output head is timed on, at most."""
@@ -290,6 +297,34 @@ def time_head(shape: Shape, stored: WeightFormat, *, file: Path | None = None) -
     name = f"{_entry(shape, stored)}, a head"
     seconds: float = _TimeTable(file).seconds(name, lambda: timed(shape, stored, count))
     return seconds
+
+
+@torch.inference_mode()
+def time_drawing(
+    temperature: float, vocabulary: int, rows: int | None = None, *, file: Path | None = None
+) -> Drawing:
+    """Seconds of drawing a token of a draft, and of judging it, from the table or measured.
+
+    Args:
+        temperature: at which both are drawn.
+        vocabulary: number of tokens of the parent.
+        rows: of the draft's head; None for the whole vocabulary.
+        file: the table; None for the file in the cache.
+    """
+
+    def measure() -> list[float]:
+        ids = None if rows is None else torch.arange(rows)
+        draws = Draws(Sampling(temperature=temperature))
+        logits = SPREAD * torch.randn(2, vocabulary)
+        guesses = [guessed(draws, logits[0, :rows], vocabulary, ids)]
+        calls = (
+            lambda: guessed(draws, logits[0, :rows], vocabulary, ids),
+            lambda: [*verified(draws, logits[1:], guesses)],
+        )
+        return alternate(calls, seconds_of, statistics.median, turns=DRAWN)
+
+    name = f"drawing of {rows or vocabulary} and {vocabulary} tokens at temperature {temperature:g}"
+    return Drawing(*_TimeTable(file).seconds(name, measure))
 
 
 def how_many(counts: Mapping[Shape, int], shape: Shape, stored: WeightFormat) -> int:

@@ -269,6 +269,19 @@ class Acceptance(Record):
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """Seconds of drawing tokens from logits, at some temperature.
+
+    Attributes:
+        proposed: of one token of a draft.
+        judged: of one token of the parent: a proposed one is taken, or another one drawn.
+    """
+
+    proposed: float
+    judged: float
+
+
+@dataclass(frozen=True)
 class Speculation:
     """What a draft gains with some number of proposed tokens.
 

@@ -250,7 +250,8 @@ class Drafter:
             rows = self.step([(texts[n].slot, unread[n]) for n in left])
             for n, logits in zip(left, rows, strict=True):
                 unread[n] = []
-                guess = self.guess(texts[n].draws, logits, [x.token for x in found[n]])
+                before = [guess.token for guess in found[n]]
+                guess = guessed(texts[n].draws, logits, self.vocabulary, self.ids, before)
                 size = len(texts) + sum(map(len, found))
                 # what the parent's call takes longer with one token more
                 more = self.pace.parent.seconds(size + 1) - self.pace.parent.seconds(size)
@@ -294,24 +295,6 @@ class Drafter:
             self.texts[slot] += ids
         return self.decoder.step(tokens)
 
-    def guess(self, draws: Draws, row: Float[Tensor, " drafted"], before: Sequence[int]) -> Guess:
-        """Draw a token from the draft's probabilities."""
-        logits = row.numpy()
-        if self.ids is not None or len(logits) != self.vocabulary:
-            # what the draft cannot propose has probability 0 in q, and all of p remains for it
-            every = np.full(self.vocabulary, -np.inf, dtype=np.float32)
-            at = np.arange(len(logits)) if self.ids is None else self.ids.numpy()
-            known = at < self.vocabulary
-            every[at[known]] = logits[known]
-            logits = every
-        if draws.temperature == 0:
-            logits = draws.penalised(logits, before)
-            chances = softmax(logits)
-            token = int(logits.argmax())
-            return Guess(token, None, float(chances[token]))
-        chances = draws.chances(logits, before)
-        return Guess(draws.any_of(chances), chances, float(chances.max()))
-
     def judged(self, guesses: Sequence[Guess], tokens: int) -> None:
         """Note that a proposal of a text gave so many tokens; the last one is the parent's own."""
         for number, guess in enumerate(guesses[:tokens], start=1):
@@ -330,6 +313,39 @@ class Drafter:
         if self.drafting:
             usual = self.pace.parent.seconds(size) + self.drafting
             self.pace.round(len(guesses), usual, tokens)
+
+
+def guessed(
+    draws: Draws,
+    row: Float[Tensor, " drafted"],
+    vocabulary: int,
+    ids: Int64[Tensor, " drafted"] | None = None,
+    before: Sequence[int] = (),
+) -> Guess:
+    """Draw a token from a draft's probabilities.
+
+    Args:
+        draws: draws the tokens of the text.
+        row: the draft's logits.
+        vocabulary: tokens of the parent.
+        ids: the token of each logit, ascending; None where they are the same.
+        before: tokens that are proposed already.
+    """
+    logits = row.numpy()
+    if ids is not None or len(logits) != vocabulary:
+        # what the draft cannot propose has probability 0 in q, and all of p remains for it
+        every = np.full(vocabulary, -np.inf, dtype=np.float32)
+        at = np.arange(len(logits)) if ids is None else ids.numpy()
+        known = at < vocabulary
+        every[at[known]] = logits[known]
+        logits = every
+    if draws.temperature == 0:
+        logits = draws.penalised(logits, before)
+        chances = softmax(logits)
+        token = int(logits.argmax())
+        return Guess(token, None, float(chances[token]))
+    chances = draws.chances(logits, before)
+    return Guess(draws.any_of(chances), chances, float(chances.max()))
 
 
 def verified(

@@ -7,6 +7,8 @@ to be fast, and taken often. Both are known before anything is generated (`evalu
 
     speed-up(k) = (1 + accepted(k)) · c(1) / (k · c_draft + c(k + 1))
 
+and the seconds of drawing tokens count in both times.
+
 The search is that of a fit, with the seconds of a token as its only bound. For each of several
 bounds the knapsack chooses the formats that are predicted to diverge least from the parent. By
 Pinsker, a divergence D means a refusal of at most
@@ -48,9 +50,9 @@ from torch import Tensor
 
 from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError
-from secateur.evaluation.acceptance import MOST_PROPOSED, acceptance, speculation, too_fast
+from secateur.evaluation.acceptance import FREE, MOST_PROPOSED, acceptance, speculation, too_fast
 from secateur.evaluation.perplexity import window_progress
-from secateur.evaluation.token_times import time_head
+from secateur.evaluation.token_times import time_drawing, time_head
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -60,7 +62,7 @@ from secateur.recipes.shared import texts_of
 from secateur.reporting import fit as reports
 from secateur.reporting.plan import DraftPlanResult
 from secateur.runs.folder import NOTES, check_output
-from secateur.runs.measured import Acceptance
+from secateur.runs.measured import Acceptance, Drawing, Speculation
 from secateur.runs.output import write_bytes, write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runtime.decode import SlotDecoder, Token
@@ -190,10 +192,7 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         if head is not None:
             write_bytes(folder.notes / FREQUENT, save({"ids": head}))
         taken = bench.judged(winner, head)
-        sampled, greedy = (
-            speculation(runs, winner.parent, place.seconds, least=1)
-            for runs in (taken.runs, taken.greedy_runs)
-        )
+        sampled, greedy = bench.gains(taken, winner.parent, place.seconds, place.tokens)
         formats = winner.built.formats
         result = reports.DraftResult(
             output=folder.output,
@@ -230,12 +229,14 @@ class Prediction:
         parent: c(1), c(2), …
         refused: (1 − acceptance) / √(D / 2).
         slower: seconds of a draft over those by the table.
+        drawing: seconds of drawing tokens at temperature 1.
     """
 
     problem: FitProblem
     parent: Sequence[float]
     refused: float = REFUSED
     slower: float = 1.0
+    drawing: Drawing = FREE
 
     def table_seconds(self, candidate: Candidate) -> float:
         """Seconds of a token of a draft, by the table of times."""
@@ -248,7 +249,7 @@ class Prediction:
         seconds = self.slower * self.table_seconds(candidate)
         # as if tokens were taken independently
         runs = [taken**i for i in range(1, MOST_PROPOSED + 1)]
-        expected = speculation(runs, self.parent, seconds, least=1)
+        expected = speculation(runs, self.parent, seconds, drawing=self.drawing, least=1)
         return reports.DraftPoint(seconds, divergence, taken, expected)
 
     def choices(self) -> dict[Candidate, reports.DraftPoint]:
@@ -269,7 +270,7 @@ class Prediction:
         if divergence > 0:
             refused = (1 - head.acceptance.mean) / math.sqrt(divergence / 2)
         slower = head.seconds / self.table_seconds(candidate)
-        return Prediction(problem, measured.parent, refused, slower)
+        return Prediction(problem, measured.parent, refused, slower, self.drawing)
 
 
 def _make_drafts(
@@ -282,7 +283,7 @@ def _make_drafts(
     """
     made = dict[Candidate, _MeasuredDraft]()
     alone, _ = bench.times(None)
-    prediction = Prediction(problem, alone)
+    prediction = Prediction(problem, alone, drawing=time_drawing(1.0, bench.vocabulary))
     while True:
         choices = prediction.choices()
         best = max(choices, key=lambda one: choices[one].expected.speedup)
@@ -494,6 +495,24 @@ class DraftBench(FitBench):
         [found] = self.acceptances(folder, judging.windows, judging.start, "judged", [head])
         return found
 
+    def gains(
+        self, taken: Acceptance, parent: Sequence[float], seconds: float, tokens: int
+    ) -> tuple[Speculation, Speculation]:
+        """What a draft gains at temperature 1, and in greedy decoding.
+
+        Args:
+            taken: what the parent takes of it.
+            parent: c(1), c(2), …
+            seconds: of one token of the draft.
+            tokens: that its head can propose.
+        """
+        rows = None if tokens == self.vocabulary else tokens
+        sampled, greedy = (time_drawing(t, self.vocabulary, rows) for t in (1.0, 0.0))
+        return (
+            speculation(taken.runs, parent, seconds, drawing=sampled, least=1),
+            speculation(taken.greedy_runs, parent, seconds, drawing=greedy, least=1),
+        )
+
     def measured(self, built: BuiltCandidate) -> _MeasuredDraft:
         """A draft with each of the heads, on the windows that choose."""
         choosing, values = self.choosing, embedded(built.formats[EMBEDDINGS])
@@ -511,9 +530,8 @@ class DraftBench(FitBench):
         seconds = [max(draft - each[0] + one, draft / 10) for one in each]
         heads = []
         for count, taken, own in zip(rows, found, seconds, strict=True):
-            both = [taken.runs, taken.greedy_runs]
-            gains = [speculation(runs, parents, own, least=1).speedup for runs in both]
-            heads.append(reports.DraftHead(count, taken, own, math.sqrt(math.prod(gains))))
+            both = [one.speedup for one in self.gains(taken, parents, own, count)]
+            heads.append(reports.DraftHead(count, taken, own, math.sqrt(math.prod(both))))
         whole, row = heads[0], built.row
         numbers = reports.DraftCandidate(
             row.name,
@@ -522,8 +540,7 @@ class DraftBench(FitBench):
             row.healed is not None,
             whole.acceptance,
             whole.seconds,
-            speculation(whole.acceptance.runs, parents, whole.seconds, least=1),
-            speculation(whole.acceptance.greedy_runs, parents, whole.seconds, least=1),
+            *self.gains(whole.acceptance, parents, whole.seconds, whole.tokens),
         )
         return _MeasuredDraft(built, numbers, tuple(heads), parents)
 

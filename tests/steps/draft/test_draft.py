@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from commands import runner
-from fixed_times import PARENT, use_fixed_times
+from fixed_times import PARENT, drawing_time, use_fixed_times
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from with_kernels import needs_kernels
@@ -101,14 +101,16 @@ def test_what_is_said_is_what_the_folder_does(place: Path, result: DraftResult) 
 
 def test_the_speed_up_is_that_of_the_formula(result: DraftResult) -> None:
     assert result.parent_seconds == PARENT
-    for found, runs in (
-        (result.sampled, result.acceptance.runs),
-        (result.greedy, result.acceptance.greedy_runs),
+    for found, runs, temperature in (
+        (result.sampled, result.acceptance.runs, 1.0),
+        (result.greedy, result.acceptance.greedy_runs, 0.0),
     ):
-        by_k = {
-            k: (1 + sum(runs[:k])) * PARENT[0] / (k * result.draft_seconds + PARENT[k])
-            for k in range(1, 8)
-        }
+        drawing, by_k = drawing_time(temperature, 96, result.head_tokens), dict[int, float]()
+        for k in range(1, 8):
+            tokens = 1 + sum(runs[:k])
+            seconds = k * (result.draft_seconds + drawing.proposed) + PARENT[k]
+            alone = PARENT[0] + drawing.judged
+            by_k[k] = tokens * alone / (seconds + tokens * drawing.judged)
         assert found.speedup == pytest.approx(max(by_k.values()))
         assert by_k[found.k] == found.speedup
         assert found.accepted == pytest.approx(sum(runs[: found.k]))
