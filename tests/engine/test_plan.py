@@ -32,9 +32,10 @@ from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.machine import fast_dtype, fast_matmuls
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.opening import load_whole
+from secateur.models.skeleton import empty_cache
 from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
-from secateur.runtime.decode import SlotDecoder, empty_cache
+from secateur.runtime.decode import SlotDecoder
 from secateur.sparsity.methods import compose
 from secateur.training.batches import Batch, Batches
 from secateur.training.divergences import last_hidden

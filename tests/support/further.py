@@ -186,7 +186,6 @@ class Predictor:
         scale = self.tensor(name) + self.form.offset
         return scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits [windows, length, vocabulary] of the tokens after `tokens`.
 
@@ -194,6 +193,18 @@ class Predictor:
             hidden: what the last norm of the decoder returned for each position.
             tokens: the token that follows each position.
         """
+        return self.head(self.outputs(hidden, tokens))
+
+    @torch.no_grad()
+    def head(self, out: Tensor) -> Tensor:
+        """Logits, of what `outputs` returns."""
+        apart = self.form.apart
+        head = self.model.lm_head.weight if apart else self.tensor("shared_head.head")
+        return self.norm("norm" if apart else "shared_head.norm", out) @ head.T
+
+    @torch.no_grad()
+    def outputs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the decoder layer returns, before the norm; arguments as of `logits`."""
         apart, core = self.form.apart, self.model.model
         table = core.embed_tokens.weight if apart else self.tensor("embed_tokens")
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden") if apart else ("enorm", "hnorm")
@@ -204,9 +215,23 @@ class Predictor:
         given = positions[None].expand(3, 1, -1) if apart and "5" in self.form.family else positions
         rotary = core.rotary_emb(x, given)
         out = self.layer(x, position_embeddings=rotary, attention_mask=None, position_ids=positions)
-        x = out[0] if isinstance(out, tuple) else out
-        head = self.model.lm_head.weight if apart else self.tensor("shared_head.head")
-        return self.norm("norm" if apart else "shared_head.norm", x) @ head.T
+        return out[0] if isinstance(out, tuple) else out
+
+    def chain(self, hidden: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
+        """Logits of the places of one chain, after all of `hidden`, read anew for each place.
+
+        Args:
+            hidden: of one window, [1, length, hidden].
+            tokens: those after it, and those that the chain reads: `steps` − 1 more.
+            steps: how many places.
+        """
+        found, raw = [], self.form.family.startswith("deepseek")
+        for _ in range(steps):
+            out = self.outputs(hidden, tokens[:, : hidden.shape[1]])[:, -1:]
+            found.append(self.head(out)[0, 0])
+            norm = self.norm("norm" if self.form.apart else "shared_head.norm", out)
+            hidden = torch.cat([hidden, out if raw else norm], 1)
+        return found
 
 
 def renamed(name: str, form: Form, depth: int) -> str:

@@ -39,9 +39,9 @@ from secateur.machine import fast_dtype
 from secateur.models.architecture import text_config
 from secateur.models.counting import layer_caches
 from secateur.models.opening import load_whole, open_weights
-from secateur.models.skeleton import build_skeleton, parameters_of
+from secateur.models.skeleton import build_skeleton, empty_cache, parameters_of
 from secateur.quantization.int8 import AT_ONCE as ROUNDED_AT_ONCE
-from secateur.runtime.decode import SlotDecoder, empty_cache
+from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.install import install_rounded, rounded_matrices
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import MOVED_BYTES

@@ -44,11 +44,12 @@ from torch import Tensor, nn
 
 from secateur.errors import KernelError, SecateurError
 from secateur.machine import give_back
+from secateur.models.skeleton import empty_cache
 from secateur.progress import Progress, Silent
 from secateur.quantization.int8 import quantize_rows
 from secateur.runs.environment import usable_processors
 from secateur.runs.measured import TimingEntry
-from secateur.runtime.decode import Decoder, empty_cache
+from secateur.runtime.decode import Decoder
 from secateur.runtime.install import rounded
 from secateur.runtime.kernels.library import library
 from secateur.runtime.kernels.linear import PackedLinear

@@ -13,6 +13,7 @@ in memory.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
@@ -332,6 +333,15 @@ def auto_class(config: Any) -> Any:
     saved = getattr(config, "architectures", None) or [seeing]
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if saved[0] == seeing or not known else AutoModelForCausalLM
+
+
+def empty_cache(model: Any) -> dict[str, Any]:
+    """The argument of a model's forward for an empty cache; transformers 5.24 renamed it."""
+    from transformers import DynamicCache
+
+    known = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 def text_part(config: Any) -> str | None:

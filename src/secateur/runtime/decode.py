@@ -11,7 +11,6 @@ Other models go token by token through transformers' `generate`.
 from __future__ import annotations
 
 import ctypes
-import inspect
 import math
 import mmap
 import sys
@@ -266,15 +265,6 @@ def continued(
         yield token
         if number + 1 < max_new_tokens:
             logits = steps.step(token)
-
-
-def empty_cache(model: Any) -> dict[str, Any]:
-    """The argument of a model's forward for an empty cache; transformers 5.24 renamed it."""
-    from transformers import DynamicCache
-
-    known = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"
-    return {name: DynamicCache(config=model.config)}
 
 
 class Token(NamedTuple):

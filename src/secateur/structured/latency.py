@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from secateur.engine.stream.calls import StandIn, replaced_layers
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe
-from secateur.models.skeleton import assign, parameters_of, quiet_transformers
+from secateur.models.skeleton import assign, empty_cache, parameters_of, quiet_transformers
 from secateur.progress import Progress
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import write_json
-from secateur.runtime.decode import empty_cache
 from secateur.runtime.random_models import LAYER_BYTES, RandomModel, TokenTime
 from secateur.structured.cut import NEURONS, Cut, sizes_of
 from secateur.structured.cut_plan import CutPlan, representative, uniform_cut
