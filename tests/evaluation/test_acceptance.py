@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from zoo import tiny_model, tiny_windows
 
 from secateur.errors import NumericalError
 from secateur.evaluation import perplexity as room
-from secateur.evaluation.acceptance import acceptance, speculation
+from secateur.evaluation.acceptance import Chains, acceptance, chained_acceptance, speculation
 from secateur.runs.measured import Drawing, Speculation
 
 
@@ -163,3 +164,39 @@ def test_speed_by_simulation(rate: float, draft_seconds: float, drawing: Drawing
 
 def test_no_draft_is_the_answer_where_none_pays() -> None:
     assert speculation([0.5, 0.25], [1.0, 1.5, 2.0], 0.9) == Speculation(0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("start", "first"), [(0, 0), (4, 2)])
+def test_chains_are_followed_one_by_one(start: int, first: int) -> None:
+    """Against a loop over windows, positions and places; two batches, two heads."""
+    torch.manual_seed(0)
+    places, positions, vocabulary = 3, 5, 8
+    draft, parent = torch.randn(4, vocabulary), torch.randn(4, vocabulary)
+    some = torch.tensor([1, 2, 5])
+
+    def batch(windows: int) -> Chains:
+        own = [torch.randn(windows, positions, 4) for _ in range(places)]
+        states = torch.randn(windows, positions + places, 4)
+        return Chains(own, lambda x: x @ draft, states, lambda x: x @ parent)
+
+    batches = [batch(2), batch(1)]
+    found = chained_acceptance(batches, heads=(None, some), start_tokens=start)
+    for result, ids in zip(found, (torch.arange(vocabulary), some), strict=True):
+        chains = []
+        for one in batches:
+            for window in range(len(one.states)):
+                for t in range(first, positions):
+                    p = [
+                        (one.states[window, t + 1 + i] @ parent).softmax(-1) for i in range(places)
+                    ]
+                    q = [(one.places[i][window, t] @ draft)[ids].softmax(-1) for i in range(places)]
+                    pairs = [*zip(p, q, strict=True)]
+                    taken = [torch.minimum(x[ids], y).sum().item() for x, y in pairs]
+                    same = [float(x.argmax() == ids[y.argmax()]) for x, y in pairs]
+                    chains.append((taken, same))
+        for i in range(places):
+            for runs, kind in ((result.runs, 0), (result.greedy_runs, 1)):
+                products = [math.prod(chain[kind][: i + 1]) for chain in chains]
+                assert runs[i] == pytest.approx(sum(products) / len(products), abs=1e-6)
+        assert result.mean == pytest.approx(result.runs[0], abs=1e-6)
+        assert result.tokens == len(chains)

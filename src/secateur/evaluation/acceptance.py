@@ -27,17 +27,22 @@ c(n) are the seconds of one call of the parent with n tokens, `proposed` and `ju
 drawing a token. For k = 0 it is 1.
 
 A draft may have a head over some tokens only: q is then renormalised over these, and 0 elsewhere.
+
+A draft head and an MTP layer read the parent's hidden states, and further on in a chain their own.
+So a_{t+j} is another number in every chain: for each position t, one chain of the text's own tokens
+begins there, and the products are those of its places (`chained_acceptance`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import NumericalError
-from secateur.evaluation.perplexity import numbers_of
+from secateur.evaluation.perplexity import LOGITS_BYTES, numbers_of
 from secateur.evaluation.uncertainty import mean_of, standard_error
 from secateur.runs.measured import Acceptance, Drawing, Speculation
 from secateur.types import Windows
@@ -89,6 +94,60 @@ def acceptance(
     return [_summary(*values) for values in found.unflatten(0, (len(heads), 2))]
 
 
+class Chains(NamedTuple):
+    """What is known of a batch of windows: chains of so many places, and their parent.
+
+    Attributes:
+        places: for each place what `draft` reads, [windows, positions, …]: place i of the chain at
+            position t proposes token t + 2 + i.
+        draft: gives logits [tokens, vocabulary].
+        states: of the parent at all positions, [windows, positions + places, hidden], which
+            `parent` reads.
+        parent: gives logits [tokens, vocabulary].
+    """
+
+    places: Sequence[Tensor]
+    draft: Callable[[Tensor], Tensor]
+    states: Tensor
+    parent: Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def chained_acceptance(
+    batches: Iterable[Chains], *, heads: Sequence[Tensor | None] = (None,), start_tokens: int = 0
+) -> list[Acceptance]:
+    """Measure what a parent takes of chains.
+
+    Args:
+        batches: of windows.
+        heads: as in `acceptance`.
+        start_tokens: number of start tokens in each window; none of them is predicted.
+
+    Returns:
+        An acceptance for each of the heads. Its mean is that of the first place.
+
+    Raises:
+        NumericalError: an acceptance is not a number.
+    """
+    found = []
+    for places, draft, states, parent in batches:
+        (windows, positions), first = places[0].shape[:2], max(0, start_tokens - 2)
+        chunk = 0
+        rows = list[Tensor]()
+        for place, own in enumerate(places, start=1):
+            theirs = states[:, place + first : place + positions].flatten(0, 1)
+            own = own[:, first:].flatten(0, 1)
+            # float32 logits of so many tokens take at most 64 MiB
+            chunk = chunk or max(1, LOGITS_BYTES // (4 * parent(theirs[:1]).shape[-1]))
+            for some, p in zip(own.split(chunk), theirs.split(chunk), strict=True):
+                logits, p = draft(some).float(), torch.softmax(parent(p).float(), dim=-1)
+                rows.append(torch.cat([_of_tokens(logits, p, only) for only in heads]))
+        # [heads, rate or agreement, places, windows, positions]
+        shape = (len(heads), 2, len(places), windows, -1)
+        found.append(torch.cat(rows, dim=1).reshape(shape).cpu())
+    return [_summary(*values) for values in torch.cat(found, dim=3)]
+
+
 def _of_tokens(logits: Tensor, p: Tensor, only: Tensor | None) -> Tensor:
     """a_t and agreement of a few tokens, float32 [2, tokens], with the draft's head on some ids.
 
@@ -113,8 +172,14 @@ def _of_tokens(logits: Tensor, p: Tensor, only: Tensor | None) -> Tensor:
 
 
 def _summary(rates: Tensor, agreements: Tensor) -> Acceptance:
-    """The numbers of one head by its values at all positions [windows, positions]."""
+    """The numbers of one head by its values at all positions.
+
+    They are [windows, positions], or [places, windows, positions] of chains.
+    """
     rates, agreements = rates.double().clamp(max=1.0), agreements.double()
+    runs, greedy = (_runs(x) if x.ndim == 2 else _runs_of_chains(x) for x in (rates, agreements))
+    if rates.ndim == 3:
+        rates, agreements = rates[0], agreements[0]
     means, same = rates.mean(dim=1).tolist(), agreements.mean(dim=1).tolist()
     if not bool(rates.isfinite().all()):
         where = rates.isfinite().all(dim=1).tolist().index(False)
@@ -128,10 +193,15 @@ def _summary(rates: Tensor, agreements: Tensor) -> Acceptance:
         standard_error=standard_error(means),
         agreement=mean_of(same),
         agreement_standard_error=standard_error(same),
-        runs=_runs(rates),
-        greedy_runs=_runs(agreements),
+        runs=runs,
+        greedy_runs=greedy,
         tokens=rates.numel(),
     )
+
+
+def _runs_of_chains(rates: Tensor) -> tuple[float, ...]:
+    """mean_t Π_{j<i} a_{t,j} for i = 1, 2, … [places, windows, positions]."""
+    return tuple(rates.cumprod(dim=0).flatten(1).mean(dim=1).tolist())
 
 
 def _runs(rates: Tensor) -> tuple[float, ...]:
