@@ -295,6 +295,7 @@ class SlotDecoder:
         cache: the type of keys and values, `bf16` or `int8`; None is bf16 for models of bfloat16,
             float32 for others.
         head: the tokens whose logits are computed, int64; None for all.
+        taps: after how many layers the residual stream is kept (`tap`).
 
     Attributes:
         vocabulary: ids that a token may have.
@@ -303,6 +304,7 @@ class SlotDecoder:
 
     Raises:
         ArchitectureError: one call cannot decode the model; `why_not` gives the reason.
+        ShapeError: a tap is after more layers than the model has.
     """
 
     together = MAX_BATCH
@@ -315,6 +317,7 @@ class SlotDecoder:
         *,
         cache: str | None = None,
         head: Int64[Tensor, " answers"] | None = None,
+        taps: Sequence[int] = (),
     ) -> None:
         reason = why_not(model, capacity)
         if reason is not None:
@@ -339,6 +342,7 @@ class SlotDecoder:
         )
         self._kernel_model = KernelModel(model, capacity, exact=self.dtype != torch.bfloat16)
         self.c = self._kernel_model.decoder(self.cache.dtype, self.cache.place, head)
+        self.tap(taps)
         self.vocabulary = model.get_output_embeddings().out_features
         self._embed = model.get_input_embeddings()
         self._embedding_factor = getattr(model.model, "embedding_multiplier", 1.0)  # of Granite
@@ -347,6 +351,23 @@ class SlotDecoder:
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self._logit_factor: float = factor
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """Keep the residual stream of every new token, until `take_states` takes it.
+
+        Args:
+            layers: after how many layers: 3 is the input of the fourth one, all layers the input of
+                the last norm.
+
+        Raises:
+            ShapeError: there are fewer layers.
+        """
+        if any(not 0 <= tap <= self.c.layers for tap in layers):
+            raise ShapeError(f"states after {list(layers)} layers of a model of {self.c.layers}")
+        self._taps = (ctypes.c_int64 * len(layers))(*layers)  # C holds the address
+        self.c.taps, self.c.tap = len(layers), ctypes.addressof(self._taps)
+        self._states = [list[Tensor]() for _ in self.lengths]  # of the last positions of a slot
+        self._unchanged = [0] * len(self.lengths)  # so many positions, since `take_states`
 
     def check(self, ids: Sequence[int]) -> None:
         """Refuse tokens that are not in the vocabulary.
@@ -376,21 +397,47 @@ class SlotDecoder:
                 f"{len(ids)} tokens after {begin} of a prompt, for a cache of {self.capacity}"
             )
         self.check(ids.tolist())
-        hidden = self._embedded(ids)
+        tokens = [Token(slot, begin + n, id) for n, id in enumerate(ids.tolist())]
+        hidden = self._embedded(tokens)
         logits = torch.empty(len(ids) if every else 1, self.c.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), slot, begin
-        if kernels().sct_read(*given, len(ids), len(logits), logits.data_ptr()) != 0:
+        states, answers = self._room(len(ids)), (len(logits), logits.data_ptr())
+        if kernels().sct_read(*given, len(ids), *answers, states.data_ptr()) != 0:
             raise KernelError(f"a prompt of {len(ids)} tokens could not be read: memory ran out")
+        self._keep(states, tokens)
         self.lengths[slot] = end
         return self._scaled(logits)
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def _embedded(self, tokens: Sequence[Token]) -> Tensor:
         """What the first layer reads [tokens, hidden], float32."""
         with torch.inference_mode():
-            found: Tensor = self._embed(ids)
+            found: Tensor = self._embed(torch.tensor([token.id for token in tokens]))
             if self._embedding_factor != 1.0:
                 found = found * self._embedding_factor
         return found.float().contiguous()
+
+    def _room(self, tokens: int) -> Float[Tensor, "tokens taps hidden"]:
+        """Memory for the states of some tokens; nothing without taps."""
+        return torch.empty(tokens, self.c.taps, self.c.hidden)
+
+    def _keep(self, states: Float[Tensor, "tokens taps hidden"], tokens: Sequence[Token]) -> None:
+        """Keep the states of new tokens."""
+        if self.c.taps:
+            pairs = zip(tokens, states, strict=True)
+            for token, row in sorted(pairs, key=lambda pair: pair[0].position):
+                self._states[token.slot].append(row)
+
+    def take_states(self, slot: int) -> tuple[int, Float[Tensor, "tokens taps hidden"]]:
+        """The residual streams of the newest tokens of a slot, and forget them here.
+
+        Returns:
+            How many of the first positions are unchanged since the last call of this; and the
+            states of the last positions, float32: of all that are new, or of those after what
+            `copy_in` gave.
+        """
+        found, self._states[slot] = self._states[slot], []
+        unchanged, self._unchanged[slot] = self._unchanged[slot], self.lengths[slot]
+        return unchanged, torch.stack(found) if found else self._room(0)
 
     def _scaled(self, logits: Tensor) -> Tensor:
         """The logits as the model gives them, after what follows its head."""
@@ -428,13 +475,15 @@ class SlotDecoder:
             lengths[token.slot] += 1
         # C answers the first tokens of a call; a stable sort keeps the order within a slot
         ordered = sorted(tokens, key=lambda token: not token.answered)
-        answers = sum(token.answered for token in tokens)
-        hidden = self._embedded(torch.tensor([token.id for token in ordered]))
+        answers, states = sum(token.answered for token in tokens), self._room(len(tokens))
+        hidden = self._embedded(ordered)
         places = (CToken * len(ordered))(*((token.slot, token.position) for token in ordered))
         logits = torch.empty(answers, self.c.vocabulary)
         given = ctypes.byref(self.c), hidden.data_ptr(), places
-        if kernels().sct_decode(*given, len(ordered), answers, logits.data_ptr()) != 0:
+        found = answers, logits.data_ptr(), states.data_ptr()
+        if kernels().sct_decode(*given, len(ordered), *found) != 0:
             raise KernelError(f"{len(tokens)} tokens could not be decoded: memory ran out")
+        self._keep(states, ordered)
         self.lengths = lengths
         return self._scaled(logits)
 
@@ -458,13 +507,16 @@ class SlotDecoder:
         if not 1 <= count <= len(self.lengths) or max(self.lengths[:count]) >= self.capacity:
             raise ShapeError(f"{count} tokens for {len(self.lengths)} slots of {self.capacity}")
         self.check(ids.tolist())
-        hidden = self._embedded(ids)
         # slot n is the n-th token, behind all that the slot has
-        places = (CToken * count)(*enumerate(self.lengths[:count]))
+        tokens = [Token(n, self.lengths[n], id) for n, id in enumerate(ids.tolist())]
+        hidden = self._embedded(tokens)
+        places = (CToken * count)(*((token.slot, token.position) for token in tokens))
         logits = torch.empty(count if answered else 0, self.c.vocabulary)
-        given = ctypes.byref(self.c), hidden.data_ptr(), places, count
-        if kernels().sct_advance(*given, logits.data_ptr() if answered else None) != 0:
+        given, states = (ctypes.byref(self.c), hidden.data_ptr(), places, count), self._room(count)
+        found = logits.data_ptr() if answered else None, states.data_ptr()
+        if kernels().sct_advance(*given, *found) != 0:
             raise KernelError(f"{count} tokens could not be decoded: memory ran out")
+        self._keep(states, tokens)
         self.lengths[:count] = [length + 1 for length in self.lengths[:count]]
         return self._scaled(logits)
 
@@ -492,6 +544,9 @@ class SlotDecoder:
             raise ShapeError(f"slot {slot} no longer has the keys that token {length} sees")
         # an empty slot is written from the beginning again, so nothing of it is lost
         self._reached[slot] = self.reached(slot) if length else 0
+        kept = length - (self.lengths[slot] - len(self._states[slot]))
+        del self._states[slot][max(0, kept) :]
+        self._unchanged[slot] = min(self._unchanged[slot], length)
         self.lengths[slot] = length
 
     def copy_out(self, slot: int, begin: int, end: int) -> Tensor | None:
@@ -507,6 +562,7 @@ class SlotDecoder:
         if end > self.capacity:
             raise ShapeError(f"the cache of {self.capacity} tokens is full")
         self.cache.put_rows(slot, begin, known)
+        self._states[slot] = []
         self.lengths[slot] = end
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 10
+ABI = 11
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -102,6 +102,9 @@ class CDecoder(ctypes.Structure):
         ("routed_scale", _FLOAT),
         *((name, _I64) for name in ("rotary", "interleaved", "qk_norm", "norm_rotated")),
         *((name, _FLOAT) for name in ("attention_scale", "softcap", "clip")),
+        ("taps", _I64),
+        ("tap", _POINTER),
+        ("token_norm", CNorm),
     )
 
 
@@ -176,10 +179,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "sct_prompt": product,
         "sct_expand": [matrix, _I64, _I64, _POINTER],
         "sct_gather": [matrix, _POINTER, _I64, _POINTER],
-        "sct_read": [decoder, _POINTER, _I64, _I64, _I64, _I64, _POINTER],
+        "sct_read": [decoder, _POINTER, _I64, _I64, _I64, _I64, _POINTER, _POINTER],
         "sct_attention_alone": [decoder, tokens, _I64, _I64, _I64, _POINTER],
-        "sct_decode": [decoder, _POINTER, tokens, _I64, _I64, _POINTER],
-        "sct_advance": [decoder, _POINTER, tokens, _I64, _POINTER],
+        "sct_decode": [decoder, _POINTER, tokens, _I64, _I64, _POINTER, _POINTER],
+        "sct_advance": [decoder, _POINTER, tokens, _I64, _POINTER, _POINTER],
     }
     for name, arguments in signatures.items():
         function = getattr(loaded, name)

@@ -19,6 +19,7 @@ typedef struct {
     float *inner, *up; /* [tokens · places, neurons]: between the matrices of feed-forwards */
     float *router;     /* [tokens, experts] */
     float *logits;     /* [answers, vocabulary] */
+    float *states;     /* [tokens, taps, hidden], or NULL */
     char *own;         /* a part for each thread */
     size_t own_bytes, input_bytes, wide_bytes, router_bytes, choice_bytes;
 } sct_call;
@@ -90,7 +91,7 @@ static sct_floats normed(const sct_worker *w, const sct_norm_weights *norm, int6
     const sct_call *c = w->c;
     if (!norm->weight) return sct_each(&c->at, c->at.x);
     for (int64_t b = 0; b < tokens; b++)
-        sct_norm(c->d, norm, sct_vector(&c->at, c->at.x, b), w->wide + b * c->sizes.columns);
+        sct_normed(c->d, norm, &c->at, b, w->wide + b * c->sizes.columns);
     return (sct_floats){w->wide, c->sizes.columns};
 }
 
@@ -248,7 +249,12 @@ static void run(void *context, int thread, int threads) {
     w.router = (float *)(memory += c->wide_bytes);
     w.choices = (sct_choice *)(memory += c->router_bytes);
     w.sent = (sct_sent *)(memory += c->choice_bytes);
-    for (int64_t l = 0; l < d->layers; l++) pass(&w, d->layer + l);
+    int64_t begin, end;
+    even_share(&w, &begin, &end);
+    for (int64_t l = 0; l <= d->layers; l++) {
+        sct_write_states(d, &c->at, l, c->tokens, begin, end, c->states);
+        if (l < d->layers) pass(&w, d->layer + l);
+    }
     if (c->answers == 0) return;
     project(&w, &d->head_matrix, normed(&w, &d->final_norm, c->answers), c->answers, NULL,
             c->logits, d->vocabulary);
@@ -266,10 +272,10 @@ static void measure(sct_call *c) {
 }
 
 int sct_decode(const sct_decoder *d, const float *hidden, const sct_token *token, int64_t tokens,
-               int64_t answers, float *logits) {
+               int64_t answers, float *logits, float *states) {
     sct_vectors at = sct_vectors_of(d);
     sct_call c = {.d = d, .code = sct_code(), .tokens = tokens, .answers = answers, .at = at,
-                  .sizes = sct_sizes_of(d), .logits = logits};
+                  .sizes = sct_sizes_of(d), .logits = logits, .states = states};
     sct_attention attention = {.d = d, .code = c.code, .token = token, .tokens = tokens,
                                .stride = at.floats};
     if (!c.code) return -1;

@@ -11,14 +11,30 @@ sct_vectors sct_vectors_of(const sct_decoder *d) {
     at.k = at.mixed + query;
     at.v = at.k + key;
     at.sum = at.v + key;
-    at.floats = at.sum + sct_padded(d->hidden);
+    at.embedded = at.sum + sct_padded(d->hidden);
+    at.floats = at.embedded + (d->token_norm.weight ? sct_padded(d->hidden) : 0);
     return at;
 }
 
 void sct_take_embedded(const sct_decoder *d, const sct_vectors *v, const float *hidden,
                        int64_t tokens) {
-    for (int64_t b = 0; b < tokens; b++)
-        memcpy(sct_vector(v, v->x, b), hidden + b * d->hidden, sizeof(float) * (size_t)d->hidden);
+    const size_t bytes = sizeof(float) * (size_t)d->hidden;
+    for (int64_t b = 0; b < tokens; b++) {
+        if (d->token_norm.weight) {
+            memcpy(sct_vector(v, v->embedded, b), hidden, bytes);
+            hidden += d->hidden;
+        }
+        memcpy(sct_vector(v, v->x, b), hidden, bytes);
+        hidden += d->hidden;
+    }
+}
+
+void sct_write_states(const sct_decoder *d, const sct_vectors *v, int64_t layers, int64_t tokens,
+                      int64_t begin, int64_t end, float *states) {
+    for (int64_t t = 0; states && t < d->taps; t++)
+        for (int64_t b = 0; d->tap[t] == layers && b < tokens; b++)
+            memcpy(states + (b * d->taps + t) * d->hidden + begin,
+                   sct_vector(v, v->x, b) + begin, sizeof(float) * (size_t)(end - begin));
 }
 
 void sct_attend_to(sct_attention *a, const sct_vectors *v) {
@@ -52,7 +68,8 @@ static int widen(void *context, const sct_matrix *m) {
 }
 
 sct_sizes sct_sizes_of(const sct_decoder *d) {
-    sct_sizes s = {.columns = d->hidden, .places = 1};
+    const int64_t read = d->hidden * (d->token_norm.weight ? 2 : 1);
+    sct_sizes s = {.columns = read, .normed = sct_padded(read), .places = 1};
     for (int64_t l = 0; l < d->layers; l++) {
         const sct_layer *layer = d->layer + l;
         const int64_t every = layer->ffn.up.rows > 0;
@@ -72,6 +89,15 @@ void sct_norm(const sct_decoder *d, const sct_norm_weights *norm, const float *x
     if (d->centered)
         sct_layer_norm(x, norm->weight, norm->bias, d->hidden, d->epsilon, out);
     else sct_rms_norm(x, norm->weight, d->hidden, d->epsilon, out);
+}
+
+void sct_normed(const sct_decoder *d, const sct_norm_weights *norm, const sct_vectors *v,
+                int64_t b, float *out) {
+    if (d->token_norm.weight && norm == &d->layer->attention_in) { /* a head has one layer */
+        sct_norm(d, &d->token_norm, sct_vector(v, v->embedded, b), out);
+        out += d->hidden;
+    }
+    sct_norm(d, norm, sct_vector(v, v->x, b), out);
 }
 
 static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

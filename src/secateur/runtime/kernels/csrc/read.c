@@ -14,7 +14,7 @@ typedef struct {
     int64_t tokens;
     sct_vectors at;
     sct_sizes sizes;
-    float *normed;     /* [tokens, hidden] */
+    float *normed;     /* [tokens, columns that the next matrices read] */
     float *inner, *up; /* [tokens, neurons] */
     float *gathered, *given; /* [tokens, hidden]: what an expert reads and writes */
     float *router;           /* [tokens, experts] */
@@ -40,11 +40,11 @@ static void tokens_of(int64_t tokens, int thread, int threads, int64_t *begin, i
 
 static void norm_tokens(void *context, int thread, int threads) {
     const sct_piece *p = context;
-    const sct_floats to = rows_at(p->normed, p->d->hidden);
+    const sct_floats to = rows_at(p->normed, p->sizes.normed);
     int64_t begin, end;
     tokens_of(p->tokens, thread, threads, &begin, &end);
     for (int64_t b = begin; b < end; b++)
-        sct_norm(p->d, p->next, sct_vector(&p->at, p->at.x, b), to.x + b * to.stride);
+        sct_normed(p->d, p->next, &p->at, b, to.x + b * to.stride);
 }
 
 /* The residual stream as the next matrices read it. */
@@ -52,7 +52,7 @@ static sct_floats normed(sct_piece *p, const sct_norm_weights *norm) {
     if (!norm->weight) return sct_each(&p->at, p->at.x);
     p->next = norm;
     sct_parallel(norm_tokens, p);
-    return rows_at(p->normed, p->d->hidden);
+    return rows_at(p->normed, p->sizes.normed);
 }
 
 static void add_tokens(void *context, int thread, int threads) {
@@ -247,7 +247,7 @@ static size_t lay_out(sct_piece *p, int64_t tokens, size_t blocks, char *memory)
         at += sct_rounded((count) * sizeof(*p->field));                                        \
     } while (0)
     PLACE(at.memory, n * (size_t)p->at.floats);
-    PLACE(normed, n * hidden);
+    PLACE(normed, n * (size_t)p->sizes.normed);
     PLACE(inner, n * neurons);
     PLACE(up, n * neurons);
     PLACE(gathered, some * hidden);
@@ -278,14 +278,19 @@ static char *begin(sct_piece *p, const sct_decoder *d, const sct_token *token, i
     return memory;
 }
 
-static void pass_layers(sct_piece *p, const float *hidden) {
-    sct_take_embedded(p->d, &p->at, hidden, p->tokens);
-    for (int64_t l = 0; l < p->d->layers && !p->failed; l++) read_layer(p, p->d->layer + l);
+static void pass_layers(sct_piece *p, const float *hidden, float *states) {
+    const sct_decoder *d = p->d;
+    sct_take_embedded(d, &p->at, hidden, p->tokens);
+    for (int64_t l = 0; l <= d->layers && !p->failed; l++) {
+        sct_write_states(d, &p->at, l, p->tokens, 0, d->hidden, states);
+        if (l < d->layers) read_layer(p, d->layer + l);
+    }
 }
 
 int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t first,
-             int64_t tokens, int64_t answers, float *logits) {
+             int64_t tokens, int64_t answers, float *logits, float *states) {
     const int64_t most = sct_smaller(tokens, SCT_PIECE), skipped = tokens - answers;
+    const int64_t columns = d->hidden * (d->token_norm.weight ? 2 : 1);
     sct_piece p;
     char *memory = begin(&p, d, NULL, most);
     if (!memory) return -1;
@@ -293,7 +298,8 @@ int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t fi
     for (int64_t done = 0; done < tokens && !p.failed; done += p.tokens) {
         p.tokens = p.attention.tokens = sct_smaller(tokens - done, most);
         p.attention.first = first + done;
-        pass_layers(&p, hidden + done * d->hidden);
+        pass_layers(&p, hidden + done * columns,
+                    states ? states + done * d->taps * d->hidden : NULL);
         const int64_t asked = sct_larger(0, skipped - done); /* those before want no answer */
         if (asked < p.tokens)
             answer(&p, asked, logits + (done + asked - skipped) * d->vocabulary);
@@ -303,11 +309,11 @@ int sct_read(const sct_decoder *d, const float *hidden, int64_t slot, int64_t fi
 }
 
 int sct_advance(const sct_decoder *d, const float *hidden, const sct_token *token, int64_t tokens,
-                float *logits) {
+                float *logits, float *states) {
     sct_piece p;
     char *memory = begin(&p, d, token, tokens);
     if (!memory) return -1;
-    pass_layers(&p, hidden);
+    pass_layers(&p, hidden, states);
     if (logits && !p.failed)
         multiply(&p, &d->head_matrix, normed(&p, &d->final_norm),
                  (sct_floats){logits, d->vocabulary}, tokens, NULL);

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 10
+#define SCT_ABI 11
 
 #if defined(_WIN32)
 #define SCT_API __declspec(dllexport)
@@ -171,6 +171,12 @@ typedef struct {
     float attention_scale;
     float softcap; /* c: scores are c · tanh(score / c); 0: as they are */
     float clip;    /* queries, keys and values are at most so large; 0: as they are */
+    /* The residual stream is written out after so many layers. */
+    int64_t taps;
+    const int64_t *tap; /* [taps], each from 0 to layers */
+    /* Of a draft head: a token has its embedding e and a vector h, together [2 hidden]. The residual
+     * stream begins with h, and attention reads [token_norm(e), attention_in(h)]. */
+    sct_norm_weights token_norm;
 } sct_decoder;
 
 /* Where a token stands: every sequence has its slot of the caches. */
@@ -180,24 +186,26 @@ typedef struct {
 
 /* Up to 8 tokens at once. hidden [tokens, hidden] are embedded; no two have the same place. In each
  * slot keys and values of all positions before a token are in the caches, or the token is in this
- * call. logits [answers, vocabulary] are those of the first `answers` tokens. What is computed for a
- * token does not depend on the others, to the last bit. Returns 0, or -1 if memory ran out. */
+ * call. logits [answers, vocabulary] are those of the first `answers` tokens; states [tokens, taps,
+ * hidden], or NULL, the residual streams of all. What is computed for a token does not depend on the
+ * others, to the last bit. Returns 0, or -1 if memory ran out. */
 SCT_API int sct_decode(const sct_decoder *decoder, const float *hidden, const sct_token *token,
-                       int64_t tokens, int64_t answers, float *logits);
+                       int64_t tokens, int64_t answers, float *logits, float *states);
 
 #define SCT_PIECE 512
 
 /* Any number of tokens that follow each other in a slot, from position `first` on. They pass a layer
- * together, up to SCT_PIECE at once. logits [answers, vocabulary] are those of the last `answers` tokens.
- * Returns 0, or -1 if memory ran out or this tier has no kernels. */
+ * together, up to SCT_PIECE at once. logits [answers, vocabulary] are those of the last `answers` tokens;
+ * states as in `sct_decode`. Returns 0, or -1 if memory ran out or this tier has no kernels. */
 SCT_API int sct_read(const sct_decoder *decoder, const float *hidden, int64_t slot, int64_t first,
-                     int64_t tokens, int64_t answers, float *logits);
+                     int64_t tokens, int64_t answers, float *logits, float *states);
 
 /* Any number of tokens, no two of one slot, each behind all tokens of its slot. They pass a layer
  * together, by blocks as in `sct_read`, which is faster than `sct_decode` from about 16 tokens on.
- * logits [tokens, vocabulary], or NULL: none are asked for. Returns as `sct_read`. */
+ * logits [tokens, vocabulary], or NULL: none are asked for; states as in `sct_decode`. Returns as
+ * `sct_read`. */
 SCT_API int sct_advance(const sct_decoder *decoder, const float *hidden, const sct_token *token,
-                        int64_t tokens, float *logits);
+                        int64_t tokens, float *logits, float *states);
 
 /* Attention of the first layer alone, to test and to measure it. vectors [tokens, 2 heads + 2 kv
  * heads, head] are the products of each token with W_q, W_k and W_v, which are changed, and behind
