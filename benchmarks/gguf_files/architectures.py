@@ -47,7 +47,7 @@ from secateur.errors import ArchitectureError, RecipeError
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers
-from secateur.exporting.gguf.cut_tokens import tokens_of_text
+from secateur.exporting.gguf.cut_tokens import tokens_of_texts
 from secateur.exporting.gguf.edit import written
 from secateur.exporting.gguf.llama_cpp import MIXES, quantize
 from secateur.models.gguf_file import GGUFSource
@@ -302,7 +302,7 @@ class Check:
     def tokens(self) -> list[Row]:
         """A cut of tokens, by a text."""
         try:
-            kept, _ = tokens_of_text(self.source, [TEXT], None, Silent())
+            kept, _ = tokens_of_texts(self.source, [("text", 1.0, [TEXT])], None, Silent())
         except (ArchitectureError, RecipeError) as error:
             return [refused("tokens", error)]
         words = len(self.source.fields["tokenizer.ggml.tokens"].value)

@@ -1086,7 +1086,7 @@ def structure(
     query_heads: int | float | None = None,
     ffn: int | float | None = None,
     vocabulary: str | Path | None = None,
-    vocabulary_size: int | None = None,
+    vocabulary_size: int | float | str | None = None,
     keep_parameters: float | None = None,
     max_size: int | str | None = None,
     decode_latency: float | None = None,
@@ -1154,9 +1154,12 @@ def structure(
         ffn: FFN neurons to keep in each layer: a number or a fraction. In a mixture, neurons of
             each expert; a shared expert and dense layers keep the same share. [all]
         vocabulary: Remove the tokens that this text never needs from tokenizer, embedding and head:
-            JSONL or text file, folder of texts, hub data set or named text. [all tokens stay]
-        vocabulary_size: Keep at most this number of tokens, the most frequent ones of the text;
-            without --vocabulary, of the calibration text. [all that the text has]
+            JSONL or text file, folder of texts, hub data set or named text. Or several with
+            weights: de.jsonl=2,code.jsonl=1. [all tokens stay]
+        vocabulary_size: Keep the most frequent tokens of the text; without --vocabulary, of the
+            calibration text: at most a number (16384), as many as the weight files may have bytes
+            for (2GiB), or so many that this share of the text's tokens is lost (0.01). [all that
+            the text has]
         keep_parameters: Fraction of the decoder's parameters to keep. KV groups and FFN neurons are
             cut until it is reached. [all]
         max_size: Largest size of the weight files, such as 90MiB. KV groups and FFN neurons are cut
@@ -1166,7 +1169,7 @@ def structure(
             [no limit]
         whole_first: Number of first decoder layers that keep all heads and neurons. [0]
         whole_last: Number of last decoder layers that keep all heads and neurons. [0]
-        multiple: Round the FFN width to a multiple of this number. [1]
+        multiple: Round the FFN width, and the number of tokens, to a multiple of this number. [1]
         effort: Preset: fast, balanced, thorough or best. It fills in the options that you do not
             give. [balanced, if no score is given]
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity,

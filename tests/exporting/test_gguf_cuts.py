@@ -21,7 +21,7 @@ from secateur.errors import ArchitectureError, RecipeError, SecateurError
 from secateur.exporting.gguf.cut import cut_of, cuttable
 from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers
-from secateur.exporting.gguf.cut_tokens import tokens_of_text
+from secateur.exporting.gguf.cut_tokens import tokens_of_texts
 from secateur.exporting.gguf.edit import written
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.models.gguf_file import Field, FilePart, GGUFSource, StoredTensor
@@ -74,7 +74,7 @@ def test_layers_that_leave_are_as_if_they_returned_their_input(
 
 def test_all_three_cuts_together(file: Path, tmp_path: Path) -> None:
     source = GGUFSource.read(file)
-    tokens, notes = tokens_of_text(source, DOCUMENTS, None, Silent())
+    tokens, notes = tokens_of_texts(source, [("text", 1.0, DOCUMENTS)], None, Silent())
     assert (notes["same_documents"], notes["covered"]) == (len(DOCUMENTS), 1)
     assert notes["tokens_after"] == len(tokens) < notes["tokens_before"]
     kept = dict.fromkeys(range(3), (0, 1, 2, 3))
@@ -131,7 +131,7 @@ def ids_of(file: Path, texts: list[str]) -> list[list[int]]:
 
 def test_lines_whose_tokens_stay_keep_them(words: Path, tmp_path: Path) -> None:
     source = GGUFSource.read(words)
-    kept, notes = tokens_of_text(source, DOCUMENTS[:1], None, Silent())
+    kept, notes = tokens_of_texts(source, [("text", 1.0, DOCUMENTS[:1])], None, Silent())
     assert len(kept) == notes["tokens_after"] < notes["tokens_before"]
     [made, *_] = written(source, cut_of(source, tokens=kept), tmp_path / "cut.gguf")
     lines = [*source_text()[3000:20_000].splitlines(), "naïve café \u2603", "a\tb  c"]
@@ -150,7 +150,7 @@ def test_lines_whose_tokens_stay_keep_them(words: Path, tmp_path: Path) -> None:
 
 def test_ids_follow_their_tokens(file: Path) -> None:
     source = GGUFSource.read(file)
-    kept, _ = tokens_of_text(source, ["a b"], None, Silent())
+    kept, _ = tokens_of_texts(source, [("text", 1.0, ["a b"])], None, Silent())
     edit, tokens = cut_of(source, tokens=kept), "tokenizer.ggml.tokens"
     before, after = (x.fields[tokens].value for x in (source, edit))
     assert after == [before[old] for old in kept]

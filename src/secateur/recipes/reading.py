@@ -309,7 +309,7 @@ def _read_entry(option: Option, text: str) -> tuple[str, Any]:
 
 
 NUMBERS: Mapping[Any, tuple[Callable[[str], float], ...]] = {
-    int: (int,), float: (float,), int | float: (int, float),
+    int: (int,), float: (float,), int | float: (int, float), int | float | str: (int, float),
 }  # fmt: skip
 """How a text becomes a number of a type."""
 

@@ -8,10 +8,19 @@ from itertools import combinations, product
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from secateur.recipes import shared
-from secateur.recipes.options import Conflict, Flag, Heading, Recipe, Section, Size, Texts
+from secateur.recipes.options import (
+    Conflict,
+    Flag,
+    Heading,
+    Recipe,
+    Section,
+    Size,
+    Texts,
+    bytes_of,
+)
 from secateur.recipes.prune import Effort, Fitting
 
 
@@ -44,6 +53,23 @@ def _listed(text: str) -> str:
 
 Kept = Annotated[int | float, AfterValidator(_number_or_fraction)]
 """A number of units to keep, or a fraction of them (a float of at most 1)."""
+
+
+def _tokens_loss_or_bytes(value: Any) -> Any:
+    """The same value, if it is a number of tokens, a share of a text, or a size with its unit."""
+    whole = isinstance(value, int) and value > 0
+    unit = isinstance(value, str) and not value.strip().isdecimal() and bytes_of(value) > 0
+    if not (whole or unit or (isinstance(value, float) and 0 < value < 1)):
+        raise ValueError(
+            "must be a number of tokens, a share of the text between 0 and 1 that may be lost, or "
+            "bytes of the weight files with their unit, such as 2GiB"
+        )
+    return value
+
+
+VocabularySize = Annotated[int | float | str, BeforeValidator(_tokens_loss_or_bytes)]
+"""How much of a vocabulary stays: a number of tokens; a float, the share of the text's tokens that
+may be lost; or bytes of the weight files, with their unit."""
 
 TARGETS = ("keep_parameters", "max_size", "decode_latency")
 """Options that say how much of the whole model is to remain, and leave open what goes."""
@@ -122,12 +148,14 @@ class _WhatToCut(Section):
     expert; a shared expert and dense layers keep the same share."""
     vocabulary: Annotated[str | None, Flag(value="TEXT", default="all tokens stay")] = None
     """Remove the tokens that this text never needs from tokenizer, embedding and head: JSONL or
-    text file, folder of texts, hub data set or named text."""
-    vocabulary_size: Annotated[int | None, Flag(value="N", default="all that the text has")] = (
-        Field(None, gt=0)
-    )
-    """Keep at most this number of tokens, the most frequent ones of the text; without --vocabulary,
-    of the calibration text."""
+    text file, folder of texts, hub data set or named text. Or several with weights:
+    de.jsonl=2,code.jsonl=1."""
+    vocabulary_size: Annotated[
+        VocabularySize | None, Flag(value="SIZE", default="all that the text has")
+    ] = None
+    """Keep the most frequent tokens of the text; without --vocabulary, of the calibration text: at
+    most a number (16384), as many as the weight files may have bytes for (2GiB), or so many that
+    this share of the text's tokens is lost (0.01)."""
     keep_parameters: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
         None, gt=0, lt=1
     )
@@ -146,7 +174,7 @@ class _WhatToCut(Section):
     whole_last: int = Field(0, ge=0)
     """Number of last decoder layers that keep all heads and neurons."""
     multiple: int = Field(1, ge=1)
-    """Round the FFN width to a multiple of this number."""
+    """Round the FFN width, and the number of tokens, to a multiple of this number."""
 
 
 class _HowToCut(Section):
@@ -235,7 +263,8 @@ class StructureRecipe(
     needs: ClassVar = {
         "depth_by": ("keep_layers", *TARGETS),
         **dict.fromkeys(("experts_by", "experts_scope", "imatrix"), ("experts",)),
-        **dict.fromkeys(("score", "solver", "allocation", "multiple"), WIDTHS),
+        **dict.fromkeys(("score", "solver", "allocation"), WIDTHS),
+        "multiple": (*WIDTHS, "vocabulary", "vocabulary_size"),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),
         **shared.DISTILLING,
         **shared.GATED,

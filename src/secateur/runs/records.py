@@ -442,6 +442,11 @@ class StepEntry(PartialRecord):
         documents: of a vocabulary step: documents of the text.
         same_documents: of a vocabulary step: those whose tokens all stay.
         covered: of a vocabulary step: share of the text's tokens that stay.
+        texts: of a vocabulary step: name and weight of each text, its documents, how many tokens
+            it takes before and after, and the share of its tokens that stay.
+        among_kept: of a vocabulary step: the loss on a few windows, of the uncut model, of the same
+            among the tokens that stay, and of the smaller model; and by how much the logits of
+            these two differ at most, as a fraction of the largest.
         scope: of a step of experts: where they compete.
         use: of a step of experts: by layer the tokens of each expert, and its score by REAP.
         errors: of a routers step: by layer the error on held-out windows, at first and after each
@@ -477,6 +482,8 @@ class StepEntry(PartialRecord):
     documents: int | None = None
     same_documents: int | None = None
     covered: float | None = None
+    texts: list[dict[str, Any]] | None = None
+    among_kept: dict[str, float] | None = None
     score: str | None = None
     solver: str | None = None
     allocation: Any = None

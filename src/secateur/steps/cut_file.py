@@ -21,13 +21,12 @@ import pydantic
 import torch
 
 import secateur
-from secateur.calibration.documents import read_documents
 from secateur.engine.search.experts import best_experts
 from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.exporting.gguf.cut import cut_of
 from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers
-from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_text
+from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_texts
 from secateur.exporting.gguf.edit import Edit, written
 from secateur.exporting.gguf.expert_scores import READING, expert_scores
 from secateur.exporting.gguf.importance import ImportanceMatrix
@@ -45,14 +44,14 @@ from secateur.runs.output import NO_REPLACE, check_replaceable, rename, write_js
 from secateur.runs.records import Record, Source
 from secateur.steps.runner import RunContext, Step, Way, recipe_identity
 from secateur.structured.cut_plan import count, trims_vocabulary
-from secateur.structured.vocabulary import counted_text
+from secateur.structured.vocabulary import counted_text, read_texts
 
 CUT = "secateur.cut"
 """The key of the metadata that lists the cuts of a file, as JSON."""
 
 OPTIONS = (
     *("model", "output", "experts", "experts_by", "experts_list", "experts_scope", "imatrix"),
-    *("keep_layers", "layers_list", "vocabulary", "vocabulary_size"),
+    *("keep_layers", "layers_list", "vocabulary", "vocabulary_size", "multiple"),
     *("calibration", "field", "windows", "sequence_length", "seed", "packing"),
 )
 """The options that say something about a cut of bytes."""
@@ -211,8 +210,9 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
     @classmethod
     def reads(cls, recipe: StructureRecipe) -> Iterable[str | Path | None]:
         """Texts, the list of experts and the importance matrix."""
-        texts = texts_of(recipe.calibration.source)
-        return [*texts, recipe.vocabulary, recipe.experts_list, recipe.imatrix]
+        named = [recipe.calibration.source, *filter(None, [recipe.vocabulary])]
+        texts = [text for each in named for text in texts_of(each)]
+        return [*texts, recipe.experts_list, recipe.imatrix]
 
     @property
     def disk_bytes(self) -> int:
@@ -283,10 +283,9 @@ class CutFile(Step[StructureRecipe, StructureResult | CutFileResult]):
             found["layers"] = layers.best(influence, fewer)
             notes["layers"] = {"by": recipe.depth.by, "calibration": record}
         if trims_vocabulary(recipe):
-            texts, field = texts_of(counted_text(recipe)), recipe.calibration.field
-            documents = [each for text in texts for each in read_documents(text, field=field)]
-            found["tokens"], notes["tokens"] = tokens_of_text(
-                source, documents, recipe.vocabulary_size, progress
+            texts = read_texts(counted_text(recipe), recipe.calibration.field)
+            found["tokens"], notes["tokens"] = tokens_of_texts(
+                source, texts, recipe.vocabulary_size, progress, multiple=recipe.multiple
             )
         return Units(**found)
 

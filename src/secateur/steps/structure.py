@@ -208,7 +208,8 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
     def reads(cls, recipe: StructureRecipe) -> Iterable[str]:
         """The calibration text, and those of other domains."""
         domains = recipe.learned.domains if recipe.learned is not None else ()
-        return [*texts_of(recipe.calibration.source), *domains]
+        named = [recipe.calibration.source, *filter(None, [recipe.vocabulary])]
+        return [*(text for each in named for text in texts_of(each)), *domains]
 
     @property
     def disk_bytes(self) -> int:

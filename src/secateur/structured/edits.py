@@ -50,6 +50,7 @@ class TensorEdit:
         scale: factor of the result, applied while `offset` is added.
         offset: the number that the parameter's module adds to it.
         routes: for a table of the experts of each token, the numbers of those that stay.
+        value: the result itself, where it is not made from the parameter's values.
     """
 
     source: str
@@ -59,6 +60,7 @@ class TensorEdit:
     offset: float = 0.0
     interleaved: bool = False
     routes: Tensor | None = None
+    value: Tensor | None = None
 
     @classmethod
     def copy(cls, source: str, shape: tuple[int, ...]) -> TensorEdit:
@@ -73,6 +75,8 @@ class TensorEdit:
 
     def __call__(self, parameter: Tensor) -> Tensor:
         """The new values, in their own memory unless nothing changes."""
+        if self.value is not None:
+            return self.value
         for axis, index in enumerate(self.kept):
             if index is not None and index.ndim == 1:
                 parameter = parameter.index_select(axis, index.to(parameter.device))

@@ -19,8 +19,9 @@ can still be encoded. A tokenizer without bytes keeps all single characters.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain, pairwise
+from math import fsum, inf
 from typing import Any
 
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
@@ -209,16 +210,23 @@ Pieces = MergedPieces | ScoredPieces
 
 
 def kept_tokens(
-    pieces: Pieces, counts: Mapping[int, int], always: Set[int], size: int | None = None
+    pieces: Pieces,
+    shares: Mapping[int, float],
+    always: Set[int],
+    size: int | float | None = None,
+    multiple: int = 1,
 ) -> tuple[int, ...]:
     """The ids that stay, ascending.
 
     Args:
         pieces: of the tokenizer.
-        counts: how often the text has each token, by id.
+        shares: how much of the text each token is, by id; of one text also how often it has it.
         always: ids that stay whatever the text has: special tokens, ids in configurations.
         size: keep at most this number, the most frequent ones first, each with all tokens on the
-            way to it; None keeps every token that the text has.
+            way to it. A float is the share of the text that may be lost. None keeps every token
+            that the text has.
+        multiple: the number of tokens is a multiple of this: at most `size`, else rounded up, with
+            the next tokens of the text, then those of the lowest ids.
 
     Raises:
         RecipeError: fewer tokens than have to stay.
@@ -226,22 +234,42 @@ def kept_tokens(
     names = {number: token for token, number in pieces.ids.items()}
     kept = {pieces.ids[token] for token in pieces.always()} | always
 
-    def needed(number: int) -> set[int]:
+    def missing(number: int) -> set[int]:
         if number not in names:  # it was added to the tokenizer, which does not make it
-            return {number}
-        return {pieces.ids[token] for token in pieces.parts_of(names[number])}
+            return {number} - kept
+        return {pieces.ids[token] for token in pieces.parts_of(names[number])} - kept
 
-    if size is not None and len(kept) > size:
+    def fill(numbers: Iterable[int], most: float) -> None:
+        # A rare one may still fit after a frequent one that brings too many parts.
+        for number in numbers:
+            if len(kept) >= most:
+                break
+            more = missing(number)
+            if len(kept) + len(more) <= most:
+                kept.update(more)
+
+    most = size - size % multiple if isinstance(size, int) else inf
+    if len(kept) > most:
         raise RecipeError(
             f"{len(kept)} tokens have to stay: bytes or letters, special tokens, and those that "
             "configurations name",
             where="--vocabulary-size",
-            remedy=f"give a number of at least {len(kept)}",
+            remedy=f"give a number of at least {-(-len(kept) // multiple) * multiple}, or as many "
+            "bytes as that takes",
         )
-    # The most frequent first; of equally frequent ones the lower id. A rare one may still fit after
-    # a frequent one that brings too many parts.
-    for number in sorted(counts, key=lambda token: (-counts[token], token)):
-        more = needed(number) - kept
-        if size is None or len(kept) + len(more) <= size:
+    # The most frequent first; of equally frequent ones the lower id.
+    order = sorted(shares, key=lambda token: (-shares[token], token))
+    if isinstance(size, float):
+        lost = fsum(share for token, share in shares.items() if token not in kept)
+        budget = size * fsum(shares.values())
+        for number in order:
+            if lost <= budget:
+                break
+            more = missing(number)
             kept |= more
+            lost -= fsum(shares.get(token, 0) for token in more)
+    else:
+        fill(order, most)
+    others = (number for number in sorted(names) if number not in shares)
+    fill(chain(order, others), -(-len(kept) // multiple) * multiple)
     return tuple(sorted(kept))

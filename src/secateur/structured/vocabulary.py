@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from math import fsum, log1p, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +27,13 @@ from torch import nn
 from secateur.calibration.chats import Document
 from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
-from secateur.models import at_rest, checkpoint, configuration, opening, sources
-from secateur.models.skeleton import build_skeleton, model_names, refuse_missing
+from secateur.models import at_rest, checkpoint, opening, sources
+from secateur.models.architecture import text_config
+from secateur.models.skeleton import build_skeleton, model_names, refuse_missing, stored_buffers
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
-from secateur.progress import Progress
-from secateur.recipes.shared import texts_of
+from secateur.progress import Progress, Silent
+from secateur.recipes.options import bytes_of
+from secateur.recipes.shared import parts_of, texts_of
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.output import whole_folder, write_json, writing
 from secateur.structured.cut import Cut
@@ -48,7 +53,7 @@ _LEFT_OUT = (
 """The same vocabulary in older forms, which would contradict the trimmed one."""
 
 
-_OF_IDS = re.compile(r"_token_(id|ids|index|idx)$")
+_OF_IDS = re.compile(r"_token_(id|ids|index|idx)$|^vocab_offset$")
 
 
 _LISTS = (
@@ -57,7 +62,27 @@ _LISTS = (
 """Keys of configurations whose values are token ids, besides those that `_OF_IDS` finds."""
 
 
-_GENERATION = "generation_config.json"
+_CONFIGS = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+
+_RESERVED = re.compile("unused|reserved", re.IGNORECASE)
+"""In the names of added tokens that no program uses."""
+
+_PER_LAYER = "embed_tokens_per_layer"
+"""The table of Gemma 3n and Gemma 4 E with a row of each layer's inputs for each token."""
+
+_ROUTES = ".tid2eid"
+"""The table of DeepSeek V4 with the experts of each token."""
+
+_SHAPE = "weight_shape"
+_BY_ROW = (
+    "weight", "weight_packed", "weight_scale", "weight_zero_point", "scale", "blocks", "scales",
+)  # fmt: skip
+"""Parts of a matrix in fewer bits, which may have a row for each of its rows."""
+
+_METADATA = 64
+"""Bytes by which the header of a written file may be longer than that of its source."""
 
 _TOKEN_WORDS = ("token", "vocab", "wte", "word")
 """In the names of embeddings of tokens."""
@@ -67,9 +92,14 @@ BATCH = 256
 
 
 class _TokenTables(NamedTuple):
-    """The names of the parameters with a row for each token, and how many rows they have."""
+    """The parameters with a row for each token.
 
-    names: tuple[str, ...]
+    Attributes:
+        names: how many rows each of them has, by its name.
+        rows: of the embedding; a table for the first tokens only may have fewer.
+    """
+
+    names: Mapping[str, int]
     rows: int
 
 
@@ -88,8 +118,9 @@ def _token_tables(model: Any) -> _TokenTables:
             f"the embedding of {type(model).__name__} is no plain table",
             remedy="leave the vocabulary as it is",
         )
-    rows, found = embedding.num_embeddings, []
+    rows, found = embedding.num_embeddings, dict[str, int]()
     for path, module in model.named_modules():
+        leaf = path.rpartition(".")[2]
         if module is embedding or (head is not None and module is head):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.shape[0] != rows:
@@ -98,90 +129,278 @@ def _token_tables(model: Any) -> _TokenTables:
                         where=f"{path}.{name}",
                         remedy="leave the vocabulary as it is",
                     )
-                found.append(f"{path}.{name}")
+                found[f"{path}.{name}"] = rows
+        elif isinstance(module, nn.Embedding) and leaf == _PER_LAYER:
+            found[f"{path}.weight"] = module.num_embeddings
         elif (
             isinstance(module, nn.Embedding)
             and "position" not in path
-            and any(word in path.rpartition(".")[2] for word in _TOKEN_WORDS)
+            and any(word in leaf for word in _TOKEN_WORDS)
         ):
             raise ArchitectureError(
                 "another table has a row for each token",
                 where=path,
                 remedy="leave the vocabulary of this family as it is",
             )
-    return _TokenTables(tuple(found), rows)
+    routes = (name for name in stored_buffers(model) if name.endswith(_ROUTES))
+    return _TokenTables({**found, **dict.fromkeys(routes, rows)}, rows)
+
+
+@dataclass(frozen=True)
+class CountedText:
+    """A text, and how often it has each token.
+
+    Attributes:
+        name: as the user named it.
+        weight: its share among the texts, as a number above 0.
+        documents: of the text.
+        counts: by id.
+    """
+
+    name: str
+    weight: float
+    documents: Sequence[Document]
+    counts: Counter[int]
+
+
+ReadText = tuple[str, float, Sequence[Document]]
+"""The name of a text, its weight, and its documents."""
+
+
+def read_texts(named: str, field: str = "text") -> list[ReadText]:
+    """The documents of texts that are named with or without weights: `de.jsonl=2,code.jsonl`."""
+    return [(x, weight, [*read_documents(x, field=field)]) for x, weight in parts_of(named)]
+
+
+def counted_texts(
+    tokenizer: Tokenizer, texts: Sequence[ReadText], progress: Progress
+) -> tuple[CountedText, ...]:
+    """Count the tokens of texts.
+
+    Raises:
+        RecipeError: a text has no tokens.
+    """
+    found = tuple(CountedText(*x, token_counts(tokenizer, x[2], progress)) for x in texts)
+    for text in found:
+        if not text.counts:
+            raise RecipeError(
+                "the text has no tokens", where=text.name, remedy="name a text that has some"
+            )
+    return found
+
+
+def weighted_shares(texts: Sequence[CountedText]) -> dict[int, float]:
+    """How much of the texts each token is, by id: the mean of its shares by the texts' weights."""
+    found, weights = dict[int, float](), fsum(text.weight for text in texts)
+    for text in texts:
+        tokens = text.counts.total()
+        for token, count in text.counts.items():
+            found[token] = found.get(token, 0) + text.weight / weights * (count / tokens)
+    return found
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a checkpoint, what texts need of them, and what stores them.
+
+    Attributes:
+        folder: of the checkpoint.
+        texts: in which tokens were counted.
+        pieces: of the tokenizer.
+        tables: the parameters with a row for each token.
+        stored: the stored tensors with a row for each token, and how many rows they have.
+        always: ids that stay whatever the texts have.
+        reader: of the tensors as they are stored.
+        config: of the model, with its defaults.
+
+    Example:
+        Which tokens a smaller vocabulary has, and what it saves and costs::
+
+            vocabulary = Vocabulary.counted(folder, "de.jsonl=2,code.jsonl=1")
+            kept = vocabulary.kept(16384)
+            vocabulary.saved_bytes(kept), vocabulary.lost(kept), vocabulary.divergence(kept)
+    """
+
+    folder: Path
+    texts: tuple[CountedText, ...]
+    pieces: Pieces
+    tables: _TokenTables
+    stored: Mapping[str, int]
+    always: frozenset[int]
+    reader: checkpoint.CheckpointReader
+    config: Any
+
+    @classmethod
+    def counted(
+        cls,
+        folder: Path,
+        texts: str,
+        *,
+        field: str = "text",
+        progress: Progress | None = None,
+    ) -> Vocabulary:
+        """Count the tokens of texts, each perhaps with a weight: `de.jsonl=2,code.jsonl=1`.
+
+        Raises:
+            SecateurError: the vocabulary cannot be trimmed, or a text cannot be read.
+        """
+        tokenizer = load_tokenizer(folder)
+        pieces = pieces_of(read_tokenizer(folder), str(folder))
+        skeleton = build_skeleton(folder, opened=False)
+        tables = _token_tables(skeleton)
+        opened = opening.open_weights(folder)
+        # in whatever form they are stored, all other tensors keep their bytes
+        reader = opened.stored if isinstance(opened, at_rest.AssembledReader) else opened
+        stored = _stored_tables(skeleton, tables, opened)
+        found = counted_texts(tokenizer, read_texts(texts, field), progress or Silent())
+        counts = {token for text in found for token in text.counts}
+        always = _staying(folder, pieces, counts, tables, skeleton.config)
+        return cls(folder, found, pieces, tables, stored, always, reader, skeleton.config)
+
+    @cached_property
+    def shares(self) -> dict[int, float]:
+        """How much of the texts each token is, by id, the texts by their weights."""
+        return weighted_shares(self.texts)
+
+    def kept(self, size: int | float | str | None = None, multiple: int = 1) -> tuple[int, ...]:
+        """The ids that stay, ascending.
+
+        Args:
+            size: as `VocabularySize`; None for all tokens that the texts have.
+            multiple: the number of tokens is a multiple of this.
+
+        Raises:
+            RecipeError: fewer tokens than have to stay, or no vocabulary has so few bytes.
+        """
+        if isinstance(size, str):
+            size = tokens_within(size, self.tables.rows, self._bytes_with)
+        return kept_tokens(self.pieces, self.shares, self.always, size, multiple)
+
+    def lost(self, kept: Sequence[int]) -> float:
+        """The share of the texts' tokens that are not kept."""
+        there = {*kept}
+        return fsum(share for token, share in self.shares.items() if token not in there)
+
+    def divergence(self, kept: Sequence[int]) -> float:
+        """The expected divergence from the uncut model on the texts, nats per token.
+
+        The trimmed model divides each probability by that of all kept tokens together, m. So its
+        divergence from the uncut model is −ln m. On average a calibrated model gives the lost
+        tokens as much probability as the texts do: m = 1 − `lost`.
+        """
+        return -log1p(-min(self.lost(kept), 1 - 1e-12))
+
+    def saved_bytes(self, kept: Sequence[int]) -> int:
+        """By how many bytes the weight files shrink, but for their headers."""
+        edits = self.edits(torch.tensor(kept))
+        return sum(
+            entry.size_bytes - entry.dtype.itemsize * prod(edits[name].shape)
+            for name, entry in self.reader.entries.items()
+        )
+
+    def edits(self, index: torch.Tensor) -> dict[str, TensorEdit]:
+        """The edit of every stored tensor, where tokens of these ids stay."""
+        edits = {
+            name: TensorEdit.copy(name, entry.shape) for name, entry in self.reader.entries.items()
+        }
+        for name, rows in self.stored.items():
+            kept = index[index < rows]
+            if name.endswith(_SHAPE):  # the numbers of rows and columns of a matrix
+                shape = self.reader.read(name)
+                shape.view(-1)[0] = len(kept)
+                edits[name] = replace(edits[name], value=shape)
+            else:
+                edits[name] = edits[name].keeping(0, kept)
+        return edits
+
+    def _bytes_with(self, tokens: int) -> int:
+        """The bytes of the weight files with so many tokens, or a few more."""
+        rows = self.tables.rows
+        late = min(tokens, sum(token >= min(self.tables.names.values()) for token in self.always))
+        kept = [*range(tokens - late), *range(rows - late, rows)]
+        files = self.reader.files
+        # headers change in the numbers of shapes and places alone
+        whole = sum(file.stat().st_size + _METADATA for file in files)
+        return whole - self.saved_bytes(kept)
+
+
+def tokens_within(size: str, rows: int, bytes_with: Callable[[int], int]) -> int:
+    """The largest number of tokens whose files have at most some bytes.
+
+    Args:
+        size: with its unit, such as `2GiB`.
+        rows: tokens there are.
+        bytes_with: the bytes of the files with a number of tokens.
+
+    Raises:
+        RecipeError: the files are larger without any token, or smaller already.
+    """
+    limit = bytes_of(size)
+    if not bytes_with(0) <= limit < bytes_with(rows):
+        raise RecipeError(
+            f"{limit:,} bytes are asked for: the weight files have {bytes_with(rows):,}, and "
+            f"without any token {bytes_with(0):,}",
+            where="--vocabulary-size",
+            remedy="give a size between them",
+        )
+    return bisect_right(range(rows), limit, key=bytes_with) - 1
 
 
 def _trim_vocabulary(
-    folder: Path,
+    vocabulary: Vocabulary,
     output: Path,
-    documents: Sequence[Document],
-    size: int | None,
+    kept: tuple[int, ...],
     *,
-    where: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write a checkpoint without the tokens that a text does not need.
-
-    At most `size` tokens stay, or all that the text has. `where` names the text in messages.
+    """Write a checkpoint with some of the tokens only.
 
     Returns:
         Numbers of tokens, of documents that keep their tokens, and of parameters.
     """
-    tokenizer = load_tokenizer(folder)
-    pieces = pieces_of(read_tokenizer(folder), str(folder))
-    skeleton = build_skeleton(folder, opened=False)
-    tables = _token_tables(skeleton)
-    rows = tables.rows
-    counts = token_counts(tokenizer, documents, progress)
-    total = sum(counts.values())
-    kept = kept_tokens(pieces, counts, _staying(folder, pieces, counts, rows), size)
-    if len(kept) == rows:
-        raise RecipeError(
-            f"the text needs all {rows} tokens",
-            where=where,
-            remedy="give --vocabulary-size, or a text that needs fewer",
-        )
-    opened = opening.open_weights(folder)
-    # in whatever form they are stored, all other tensors keep their bytes
-    reader = opened.stored if isinstance(opened, at_rest.AssembledReader) else opened
-    edits = _row_edits(skeleton, tables, reader, torch.tensor(kept))
-    if isinstance(opened, at_rest.AssembledReader):
-        _refuse_packed_tables(opened, edits, tables.names)
+    folder, rows = vocabulary.folder, vocabulary.tables.rows
     with writing(output):
-        _write_files(folder, output, pieces, kept, tables)
-    write_tensors(reader, edits, output, progress)
-    same = check_tokens(tokenizer, load_tokenizer(output), documents, kept, progress)
-    before = accounting(skeleton, Cut()).before
-    made = build_skeleton(output)
+        _write_files(vocabulary, output, kept)
+    write_tensors(vocabulary.reader, vocabulary.edits(torch.tensor(kept)), output, progress)
+    tokenizers = load_tokenizer(folder), load_tokenizer(output)
+    notes = checked_texts(*tokenizers, vocabulary.texts, kept, progress)
+    skeleton, made = build_skeleton(folder, opened=False), build_skeleton(output)
+    before, after = (accounting(model, Cut()).before for model in (skeleton, made))
     varied = hasattr(skeleton.config, "secateur_cut")
-    return {
-        "tokens_before": rows,
-        "tokens_after": len(kept),
-        "documents": len(documents),
-        "same_documents": same,
-        "covered": sum(counts[token] for token in kept) / total if total else 1.0,
-        **Accounting(before, accounting(made, Cut()).before, varied).to_json(),
-    }
+    counts = Accounting(before, after, varied).to_json()
+    return {"tokens_before": rows, "tokens_after": len(kept), **notes, **counts}
 
 
-def _staying(folder: Path, pieces: Pieces, counts: Counter[int], rows: int) -> frozenset[int]:
-    """Ids that stay whatever the text has.
+def _staying(
+    folder: Path, pieces: Pieces, counted: Set[int], tables: _TokenTables, config: Any
+) -> frozenset[int]:
+    """Ids that stay whatever the texts have.
 
     These are special tokens, added tokens that a chat template or the tokenizer's configuration
-    mentions, and the ids in configurations.
+    mentions, and the ids in configurations. Processors of pictures and sounds write tokens that
+    nothing mentions: with them all added tokens stay, but for those that are reserved. Tokens
+    beyond a smaller table read its first row, which stays then.
     """
-    texts = _texts_that_name_tokens(folder)
+    rows, texts = tables.rows, _texts_that_name_tokens(folder)
+    seeing = text_config(config) is not config
     found = {
         token["id"]
         for token in read_tokenizer(folder).get("added_tokens") or ()
-        if token.get("special") or token["content"] in texts or counts[token["id"]]
+        if token.get("special")
+        or token["content"] in texts
+        or token["id"] in counted
+        or (seeing and not _RESERVED.search(token["content"]))
     }
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            named: list[int] = []
-            _each_id(checkpoint.parse_json((folder / name).read_bytes()), named.append)
-            found |= {number for number in named if number < rows}
+    named, whole = list[int](), config.to_dict()
+    for content in (whole, *_read_configs(folder).values()):
+        _each_id(content, named.append)
+    found |= {number for number in named if number < rows}
+    for part in (whole, *(x for x in whole.values() if isinstance(x, Mapping))):
+        if "vocab_offset" in part:  # tokens of pictures or sounds, from this number on
+            first = part["vocab_offset"]
+            found |= {*range(first, min(first + part["vocab_size"], rows))}
+    if min(tables.names.values()) < rows:
+        found.add(0)
     highest = max([*pieces.ids.values(), *found])
     if highest >= rows:
         raise CheckpointError(
@@ -214,98 +433,131 @@ def _encoded(
         progress.step()
 
 
-def check_tokens(
+def checked_texts(
     old: Tokenizer,
     new: Tokenizer,
-    documents: Sequence[Document],
+    texts: Sequence[CountedText],
     kept: tuple[int, ...],
     progress: Progress,
-) -> int:
-    """Encode every document with both tokenizers. Return how many keep all their tokens.
+) -> dict[str, Any]:
+    """Encode every document of the texts with both tokenizers.
+
+    Returns:
+        Numbers of documents and tokens of each text, and how many of them stay.
 
     Raises:
         VerificationError: a document whose tokens all stay is cut into others.
     """
     number = {before: after for after, before in enumerate(kept)}  # new ids by old ones
-    progress.start("checking tokens", 2 * -(-len(documents) // BATCH))
-    same = 0
-    both = (_encoded(tokenizer, documents, progress) for tokenizer in (old, new))
-    for place, (before, after) in enumerate(zip(*both, strict=True)):
-        if all(token in number for token in before):
+    progress.start("checking tokens", sum(2 * -(-len(text.documents) // BATCH) for text in texts))
+    found, shares = list[dict[str, Any]](), weighted_shares(texts)
+    for text in texts:
+        same, tokens = 0, 0
+        both = (_encoded(tokenizer, text.documents, progress) for tokenizer in (old, new))
+        for place, (before, after) in enumerate(zip(*both, strict=True)):
+            tokens += len(after)
+            if not all(token in number for token in before):
+                continue
             same += 1
             if [number[token] for token in before] != after:
                 raise VerificationError(
-                    f"document {place} of the text becomes {len(after)} tokens, and not the same "
-                    f"{len(before)} as before",
+                    f"document {place} of {text.name} becomes {len(after)} tokens, and not the "
+                    f"same {len(before)} as before",
                     where=str(old.name_or_path),
                     remedy="this tokenizer cannot be trimmed: leave the vocabulary as it is, and "
                     "please report it",
                 )
+        total = text.counts.total()
+        found.append(
+            {
+                "text": text.name,
+                "weight": text.weight,
+                "documents": len(text.documents),
+                "same_documents": same,
+                "tokens_before": total,
+                "tokens_after": tokens,
+                "covered": sum(text.counts[token] for token in kept) / total,
+            }
+        )
     progress.finish()
-    return same
+    return {
+        **{key: sum(x[key] for x in found) for key in ("documents", "same_documents")},
+        "covered": 1 - fsum(share for token, share in shares.items() if token not in number),
+        "texts": found,
+    }
 
 
-def _row_edits(
-    model: Any, tables: _TokenTables, reader: checkpoint.CheckpointReader, index: torch.Tensor
-) -> dict[str, TensorEdit]:
-    """The edit of every stored tensor.
+def _stored_tables(
+    model: Any, tables: _TokenTables, opened: checkpoint.CheckpointReader
+) -> dict[str, int]:
+    """The stored tensors with a row for each token, or the shape of such a one; and their rows.
 
     Copies of the tables that the model does not know, such as those of layers that predict several
     tokens, are recognised by their names and rows.
+
+    Raises:
+        ArchitectureError: rows of a table share what stores them.
     """
-    names, known = model_names(model, reader, split=False), set(model.state_dict())
+    names, known = model_names(model, opened, split=False), set(model.state_dict())
     # The last name of each table's module, such as `embed_tokens`, and `head` of DeepSeek's copies.
     leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables.names} | {"head"}
-    edits, found = {}, 0
-    for stored, entry in reader.entries.items():
-        owner, edit = (
-            stored.rpartition(".")[0].rpartition(".")[2],
-            TensorEdit.copy(stored, entry.shape),
-        )
-        copy = names[stored] not in known and owner in leaves and entry.shape[:1] == (tables.rows,)
-        own = names[stored] in tables.names
-        found += own
-        if own or copy:
-            edit = TensorEdit(stored, (index, *edit.kept[1:]), (len(index), *entry.shape[1:]))
-        edits[stored] = edit
-    if not found:
-        refuse_missing(tables.names[:1], {}, reader.folder)
-    return edits
+    made = opened.made if isinstance(opened, at_rest.AssembledReader) else {}
+    found, own = dict[str, int](), False
+    for stored, entry in opened.entries.items():
+        owner, name = stored.rpartition(".")[0].rpartition(".")[2], names[stored]
+        copy = name not in known and owner in leaves and entry.shape[:1] == (tables.rows,)
+        own = own or name in tables.names
+        if name in tables.names or copy:
+            rows = tables.names.get(name, tables.rows)
+            parts = [stored]
+            if stored in made:
+                parts = _parts_with_rows(stored, made[stored], opened, rows)
+            found |= dict.fromkeys(parts, rows)
+    if not own:
+        refuse_missing([*tables.names][:1], {}, opened.folder)
+    return found
 
 
-def _refuse_packed_tables(
-    opened: at_rest.AssembledReader, edits: Mapping[str, TensorEdit], tables: tuple[str, ...]
-) -> None:
-    """Refuse an embedding or a head that is stored in fewer bits."""
-    cut = {name for name, edit in edits.items() if any(kept is not None for kept in edit.kept)}
-    for name, assembly in opened.made.items():
-        if cut & {name, *assembly.parts.values()} or name in tables:
+def _parts_with_rows(name: str, assembly: at_rest.Assembly, opened: Any, rows: int) -> list[str]:
+    """The parts of a table in fewer bits that have a row for each token, and its shape.
+
+    Raises:
+        ArchitectureError: rows share a scale, a zero point or a word.
+    """
+    found = []
+    for role, part in assembly.parts.items():
+        shape = opened.stored.entries[part].shape
+        if role == _SHAPE or (role in _BY_ROW and shape[:1] == (rows,)):
+            found.append(part)
+        # one number, or a row of them, serves all rows
+        elif prod(shape) != 1 and role != "weight_g_idx" and shape[:-1] != (1,):
             raise ArchitectureError(
-                f"the table is stored as {assembly.stored_as}, of which rows cannot be removed yet",
+                f"the table is stored as {assembly.stored_as}, and rows of tokens share entries of "
+                f"{role} {list(shape)}",
                 where=name,
                 remedy="expand the model first: secateur import DIR --output DENSE",
             )
+    return found
 
 
-def _write_files(
-    folder: Path, output: Path, pieces: Pieces, kept: tuple[int, ...], tables: _TokenTables
-) -> None:
+def _write_files(vocabulary: Vocabulary, output: Path, kept: tuple[int, ...]) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
+    folder, tables = vocabulary.folder, vocabulary.tables
     new = {old: number for number, old in enumerate(kept)}
-    config = _renumbered_config(
-        configuration.read_configuration(folder), new, tables.rows, len(kept)
-    )
+    sizes = {rows: sum(token < rows for token in kept) for rows in tables.names.values()}
+    renumbered = partial(_renumbered_config, new=new, rows=tables.rows, sizes=sizes)
+    written: dict[str, Any] = {
+        name: renumbered(content) for name, content in _read_configs(folder).items()
+    }
+    whole = vocabulary.config.to_dict()  # names what a file leaves to the defaults of its class
+    config = written["config.json"] = _completed(written["config.json"], whole, renumbered(whole))
     # A varied model lists the shapes that differ from its base class; they have the rows too.
     shapes = config.get("secateur_cut", {}).get("shapes", {})  # of `models/varied.py`
     for owner in {name.rpartition(".")[0] for name in tables.names} & shapes.keys():
         shapes[owner] = [len(kept), *shapes[owner][1:]]
-    tokenizer = _renumbered_tokenizer(read_tokenizer(folder), pieces, new)
-    written = {_TOKENIZER: tokenizer, "config.json": config}
-    for name in (_TOKENIZER_CONFIG, _GENERATION):
-        if (folder / name).is_file():
-            written[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-    if _GENERATION in written:
-        written[_GENERATION] = _renumbered_config(written[_GENERATION], new, tables.rows, len(kept))
+    written[_TOKENIZER] = _renumbered_tokenizer(read_tokenizer(folder), vocabulary.pieces, new)
+    if (folder / _TOKENIZER_CONFIG).is_file():
+        written[_TOKENIZER_CONFIG] = json.loads((folder / _TOKENIZER_CONFIG).read_text("utf-8"))
     tokens = written.get(_TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
     if isinstance(tokens, Mapping):
         written[_TOKENIZER_CONFIG]["added_tokens_decoder"] = {
@@ -314,6 +566,15 @@ def _write_files(
     checkpoint.copy_others(folder, output, (*written, *_LEFT_OUT, checkpoint.INDEX_NAME))
     for name, content in written.items():
         write_json(output / name, content)
+
+
+def _read_configs(folder: Path) -> dict[str, Any]:
+    """The configurations of a folder that may hold ids of tokens, by file."""
+    return {
+        name: checkpoint.parse_json((folder / name).read_bytes())
+        for name in _CONFIGS
+        if (folder / name).is_file()
+    }
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -353,7 +614,7 @@ def _texts_that_name_tokens(folder: Path) -> str:
                 yield from texts(inner)
 
     found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))]
-    for name in (_TOKENIZER_CONFIG, "chat_template.json"):
+    for name in (_TOKENIZER_CONFIG, "chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
             content = checkpoint.parse_json((folder / name).read_bytes())
             found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
@@ -395,20 +656,46 @@ def _renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
 
 
 def _renumbered_config(
-    config: Mapping[str, Any], new: Mapping[int, int], rows: int, count: int
+    config: Mapping[str, Any], *, new: Mapping[int, int], rows: int, sizes: Mapping[int, int]
 ) -> dict[str, Any]:
-    """A configuration for the smaller vocabulary."""
+    """A configuration for the smaller vocabulary.
+
+    Args:
+        config: or a part of it.
+        new: ids by old ids. An id beyond the table stays as far beyond it.
+        rows: of the embedding.
+        sizes: the new rows of a table by its old ones.
+    """
 
     def sized(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        own = {"vocab_size": {rows}, "vocab_size_per_layer_input": sizes}
+        offset = "vocab_offset" in value  # its size is that of another table
         return {
-            key: count if key == "vocab_size" and inner == rows else sized(inner)
+            key: sizes[inner]
+            if not offset and not isinstance(inner, Mapping | list) and inner in own.get(key, ())
+            else sized(inner)
             for key, inner in value.items()
         }
 
-    result: dict[str, Any] = sized(_each_id(config, new.__getitem__))
+    result: dict[str, Any] = sized(
+        _each_id(config, lambda old: new.get(old, old - rows + len(new)))
+    )
     return result
+
+
+def _completed(
+    written: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A written configuration with the changes of a whole one."""
+    found = dict(written)
+    for key, value in after.items():
+        if value != before[key]:
+            if isinstance(value, Mapping):
+                value = _completed(written.get(key) or {}, before[key], value)
+            found[key] = value
+    return found
 
 
 def _each_id(value: Any, change: Any) -> Any:
@@ -457,7 +744,8 @@ def check_vocabulary(
         ArchitectureError: the tokenizer or the model is of a kind that cannot be trimmed.
     """
     pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
-    rows = _token_tables(skeleton).rows
+    tables, size = _token_tables(skeleton), recipe.vocabulary_size
+    _stored_tables(skeleton, tables, opening.open_weights(source.folder))
     counted_text(recipe)
     if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
         raise RecipeError(
@@ -465,9 +753,9 @@ def check_vocabulary(
             where=recipe.calibration.source,
             remedy="calibrate on a text, or trim the vocabulary in a run of its own",
         )
-    if recipe.vocabulary_size is not None and recipe.vocabulary_size >= rows:
+    if isinstance(size, int) and size >= tables.rows:
         raise RecipeError(
-            f"the vocabulary has {rows} tokens, the recipe keeps {recipe.vocabulary_size}",
+            f"the vocabulary has {tables.rows} tokens, the recipe keeps {size}",
             where="--vocabulary-size",
             remedy="give a smaller number",
         )
@@ -485,19 +773,26 @@ def trimmed_source(
         RecipeError: fewer tokens than have to stay, or none is removed.
         VerificationError: a text is cut into other tokens than before.
     """
-    made, calibration = work / "vocabulary", recipe.calibration
-    text, field = recipe.vocabulary or calibration.source, calibration.field
+    made, calibration, size = work / "vocabulary", recipe.calibration, recipe.vocabulary_size
+    text = recipe.vocabulary or calibration.source
     if not made.exists():
-        with whole_folder(made) as partial:
-            documents = [d for x in texts_of(text) for d in read_documents(x, field=field)]
-            found = _trim_vocabulary(
-                source.folder,
-                partial,
-                documents,
-                recipe.vocabulary_size,
-                where=text,
-                progress=progress,
+        with whole_folder(made) as folder:
+            vocabulary = Vocabulary.counted(
+                source.folder, text, field=calibration.field, progress=progress
             )
-            by = "use in a text" if recipe.vocabulary_size is None else "frequency in a text"
-            write_json(partial / STEP, {"step": "vocabulary", "by": by, "text": text, **found})
+            kept = vocabulary.kept(size, recipe.multiple)
+            if len(kept) == vocabulary.tables.rows:
+                raise needs_all(len(kept), text)
+            found = _trim_vocabulary(vocabulary, folder, kept, progress=progress)
+            by = "use in a text" if size is None else "frequency in a text"
+            write_json(folder / STEP, {"step": "vocabulary", "by": by, "text": text, **found})
     return replace(source, folder=made), read_notes(made)
+
+
+def needs_all(rows: int, text: str) -> RecipeError:
+    """An error: no token can go."""
+    return RecipeError(
+        f"the text needs all {rows} tokens",
+        where=text,
+        remedy="give --vocabulary-size, or a text that needs fewer",
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from gguf import TokenType
 
-from secateur.calibration.chats import Document
 from secateur.errors import RecipeError
 from secateur.exporting.gguf.cut_experts import refused
 from secateur.exporting.gguf.cut_layers import keys_of_deepseek2, picked
@@ -40,7 +39,14 @@ from secateur.structured.token_pieces import (
     ScoredPieces,
     kept_tokens,
 )
-from secateur.structured.vocabulary import check_tokens, token_counts
+from secateur.structured.vocabulary import (
+    ReadText,
+    checked_texts,
+    counted_texts,
+    needs_all,
+    tokens_within,
+    weighted_shares,
+)
 
 _refused = partial(refused, units="tokens")
 _TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
@@ -102,55 +108,66 @@ def cut_tokens(source: GGUFSource, edit: Edit, kept: Sequence[int]) -> Edit:
     return replace(edit, fields={**edit.fields, **changed}, tensors=tensors)
 
 
-def tokens_of_text(
-    source: GGUFSource, documents: Sequence[Document], size: int | None, progress: Progress
+def tokens_of_texts(
+    source: GGUFSource,
+    read: Sequence[ReadText],
+    size: int | float | str | None,
+    progress: Progress,
+    *,
+    multiple: int = 1,
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The tokens that a text needs, as llama.cpp cuts it.
+    """The tokens that texts need, as llama.cpp cuts them.
 
     The result is checked: a file with the smaller vocabulary and no tensors cuts every document,
     whose tokens all stay, into the same tokens.
 
     Args:
         source: the file.
-        documents: the text.
-        size: keep at most this number, the most frequent ones first; None keeps all of the text.
+        read: the texts.
+        size: as `VocabularySize`, the most frequent tokens first; None keeps all of the texts.
         progress: receives the batches.
+        multiple: the number of tokens is a multiple of this.
 
     Returns:
         The ids that stay, ascending, and notes: numbers of tokens and documents, and the share of
-        the text's tokens that stay.
+        the texts' tokens that stay.
 
     Raises:
         ArchitectureError: tokens of this file cannot be cut.
-        RecipeError: llama.cpp is not installed, all tokens stay, or more have to than `size`.
+        RecipeError: llama.cpp is not installed, all tokens stay, or more have to than the size
+            says.
         VerificationError: a document is cut into other tokens.
     """
     pieces = check_vocabulary(source)
     rows = len(source.fields[_TOKENS].value)
+    if isinstance(size, str):
+        size = tokens_within(size, rows, partial(_bytes_with, source))
     with _tokenizer(source.file) as old:
-        counts = token_counts(old, documents, progress)
-        kept = kept_tokens(pieces, counts, _staying(source, counts), size)
+        texts = counted_texts(old, read, progress)
+        counted = {token for text in texts for token in text.counts}
+        always = _staying(source, counted)
+        kept = kept_tokens(pieces, weighted_shares(texts), always, size, multiple)
         if len(kept) == rows:
-            raise RecipeError(
-                f"the text needs all {rows} tokens",
-                where=str(source.file),
-                remedy="give --vocabulary-size, or a text that needs fewer",
-            )
+            raise needs_all(rows, str(source.file))
         with tempfile.TemporaryDirectory() as scratch:
             edit = cut_tokens(source, Edit.of(source), kept)
             fields = {x: field for x, field in edit.fields.items() if not x.startswith("split.")}
             smaller = Edit(fields, {})
             [file, *_] = written(source, smaller, Path(scratch) / "vocabulary.gguf")
             with _tokenizer(file) as new:
-                same = check_tokens(old, new, documents, kept, progress)
-    total = sum(counts.values())
-    return kept, {
-        "tokens_before": rows,
-        "tokens_after": len(kept),
-        "documents": len(documents),
-        "same_documents": same,
-        "covered": sum(counts[token] for token in kept) / total if total else 1.0,
+                notes = checked_texts(old, new, texts, kept, progress)
+    return kept, {"tokens_before": rows, "tokens_after": len(kept), **notes}
+
+
+def _bytes_with(source: GGUFSource, tokens: int) -> int:
+    """The bytes of the files with so many tokens, if their texts took as much room as now."""
+    edit = Edit.of(source)
+    tables = {
+        name: replace(one, rows=tuple(range(tokens)))
+        for name, one in edit.tensors.items()
+        if _TABLES.fullmatch(one.source)
     }
+    return replace(edit, tensors={**edit.tensors, **tables}).bytes_in(source)
 
 
 def _tokenizer(file: Path) -> Any:
@@ -221,7 +238,7 @@ _KINDS: Mapping[str, Callable[[GGUFSource, Mapping[str, int]], Pieces]] = {
 """How tokens are made, by `tokenizer.ggml.model`."""
 
 
-def _staying(source: GGUFSource, counts: Mapping[int, int]) -> frozenset[int]:
+def _staying(source: GGUFSource, counted: Set[int]) -> frozenset[int]:
     """Ids that stay whatever the text has."""
     words, fields = source.fields[_TOKENS].value, source.fields
     types = fields[_TYPES].value if _TYPES in fields else ()
@@ -232,7 +249,7 @@ def _staying(source: GGUFSource, counts: Mapping[int, int]) -> frozenset[int]:
         str(field.value) for name, field in fields.items() if "chat_template" in name
     )
     added = (token for token, kind in enumerate(types) if kind == TokenType.USER_DEFINED)
-    found |= {token for token in added if words[token] in templates or counts.get(token)}
+    found |= {token for token in added if words[token] in templates or token in counted}
     found |= _named(source)
     if model == "bert":  # the first letter of a word has a mark before it
         found |= {n for n, word in enumerate(words) if word[:1] == SPACE and len(word) == 2}
