@@ -192,7 +192,7 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         if head is not None:
             write_bytes(folder.notes / FREQUENT, save({"ids": head}))
         taken = bench.judged(winner, head)
-        sampled, greedy = bench.gains(taken, winner.parent, place.seconds, place.tokens)
+        sampled, greedy = gains(taken, winner.parent, place.seconds, place.tokens, bench.vocabulary)
         formats = winner.built.formats
         result = reports.DraftResult(
             output=folder.output,
@@ -495,24 +495,6 @@ class DraftBench(FitBench):
         [found] = self.acceptances(folder, judging.windows, judging.start, "judged", [head])
         return found
 
-    def gains(
-        self, taken: Acceptance, parent: Sequence[float], seconds: float, tokens: int
-    ) -> tuple[Speculation, Speculation]:
-        """What a draft gains at temperature 1, and in greedy decoding.
-
-        Args:
-            taken: what the parent takes of it.
-            parent: c(1), c(2), …
-            seconds: of one token of the draft.
-            tokens: that its head can propose.
-        """
-        rows = None if tokens == self.vocabulary else tokens
-        sampled, greedy = (time_drawing(t, self.vocabulary, rows) for t in (1.0, 0.0))
-        return (
-            speculation(taken.runs, parent, seconds, drawing=sampled, least=1),
-            speculation(taken.greedy_runs, parent, seconds, drawing=greedy, least=1),
-        )
-
     def measured(self, built: BuiltCandidate) -> _MeasuredDraft:
         """A draft with each of the heads, on the windows that choose."""
         choosing, values = self.choosing, embedded(built.formats[EMBEDDINGS])
@@ -528,10 +510,7 @@ class DraftBench(FitBench):
         each = [time_head((n, hidden), stored) for n in rows] if len(rows) > 1 else [0.0]
         # never less than what the rest of the draft takes at least
         seconds = [max(draft - each[0] + one, draft / 10) for one in each]
-        heads = []
-        for count, taken, own in zip(rows, found, seconds, strict=True):
-            both = [one.speedup for one in self.gains(taken, parents, own, count)]
-            heads.append(reports.DraftHead(count, taken, own, math.sqrt(math.prod(both))))
+        heads = judged_heads(rows, found, seconds, parents, self.vocabulary)
         whole, row = heads[0], built.row
         numbers = reports.DraftCandidate(
             row.name,
@@ -540,9 +519,52 @@ class DraftBench(FitBench):
             row.healed is not None,
             whole.acceptance,
             whole.seconds,
-            *self.gains(whole.acceptance, parents, whole.seconds, whole.tokens),
+            *gains(whole.acceptance, parents, whole.seconds, whole.tokens, self.vocabulary),
         )
-        return _MeasuredDraft(built, numbers, tuple(heads), parents)
+        return _MeasuredDraft(built, numbers, heads, parents)
+
+
+def gains(
+    taken: Acceptance, parent: Sequence[float], seconds: float, tokens: int, vocabulary: int
+) -> tuple[Speculation, Speculation]:
+    """What a draft gains at temperature 1, and in greedy decoding.
+
+    Args:
+        taken: what the parent takes of it.
+        parent: c(1), c(2), …
+        seconds: of one token of the draft.
+        tokens: that its head can propose.
+        vocabulary: tokens of the parent.
+    """
+    rows = None if tokens == vocabulary else tokens
+    sampled, greedy = (time_drawing(t, vocabulary, rows) for t in (1.0, 0.0))
+    return (
+        speculation(taken.runs, parent, seconds, drawing=sampled, least=1),
+        speculation(taken.greedy_runs, parent, seconds, drawing=greedy, least=1),
+    )
+
+
+def judged_heads(
+    sizes: Sequence[int],
+    found: Sequence[Acceptance],
+    seconds: Sequence[float],
+    parent: Sequence[float],
+    vocabulary: int,
+) -> tuple[reports.DraftHead, ...]:
+    """What a draft gains with each of some heads.
+
+    Args:
+        sizes: tokens of each head.
+        found: what the parent takes with each.
+        seconds: of one token of the draft with each.
+        parent: c(1), c(2), …
+        vocabulary: tokens of the parent.
+    """
+    heads = []
+    for size, taken, own in zip(sizes, found, seconds, strict=True):
+        both = [one.speedup for one in gains(taken, parent, own, size, vocabulary)]
+        heads.append(reports.DraftHead(size, taken, own, math.sqrt(math.prod(both))))
+    return tuple(heads)
 
 
 def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: int) -> Tensor:
