@@ -24,7 +24,8 @@ import secateur
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.structured.token_pieces import pieces_of
 
-KINDS = ("byte-level", "llama 3", "characters", "unigram")
+BYTES = ("byte-level", "llama 3", "characters", "unigram")
+KINDS = (*BYTES, "unigram of letters", "clip", "bert", "words")
 HALF = documents()[:4]
 """The text that tokens are counted in."""
 
@@ -97,19 +98,28 @@ def test_texts_become_the_same_pieces_with_the_same_logits(kind: str, trimmed) -
     assert small.config.pad_token_id == cut.convert_tokens_to_ids("<unk>")
 
 
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_can_still_be_encoded(kind: str, trimmed) -> None:
+def test_every_text_can_still_be_encoded(kind: str, count: int, trimmed) -> None:
     source, output, _ = trimmed(kind)
     tokenizer, cut = (AutoTokenizer.from_pretrained(folder) for folder in (source, output))
-    texts = [*documents(), *random_texts(3000 if kind == "byte-level" else 300)]
+    texts = [*documents(), *random_texts(count)]
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    ids = cut(texts, add_special_tokens=False)["input_ids"]
-    assert cut.batch_decode(ids, **options) == tokenizer.batch_decode(
-        tokenizer(texts, add_special_tokens=False)["input_ids"], **options
-    )
+    uncut, ids = (x(texts, add_special_tokens=False)["input_ids"] for x in (tokenizer, cut))
+    assert max(max(row, default=0) for row in ids) < len(cut)
+    if kind != "words":  # those that leave become unknown
+        assert cut.batch_decode(ids, **options) == tokenizer.batch_decode(uncut, **options)
     if kind in ("byte-level", "llama 3"):
         assert cut.batch_decode(ids, **options) == texts
-    assert max(max(row) for row in ids) < len(cut)
+    # Unknown words stay unknown, and words whose tokens all stay keep them.
+    words = [word for text in texts for word in text.split()]
+    uncut, ids = (x(words, add_special_tokens=False)["input_ids"] for x in (tokenizer, cut))
+    new = {tokenizer.convert_tokens_to_ids(token): n for token, n in cut.get_vocab().items()}
+    whole = [(a, b) for a, b in zip(uncut, ids, strict=True) if new.keys() >= {*a}]
+    assert all([new[token] for token in before] == after for before, after in whole)
+    unknown = sum(tokenizer.unk_token_id in before for before, _ in whole)
+    assert unknown > 50 or kind in (*BYTES, "clip")
+    assert len(whole) > 0.5 * len(words)
 
 
 def test_a_size_keeps_the_most_frequent_tokens(tmp_path: Path) -> None:
@@ -238,6 +248,8 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
     words = save_tiny(tmp_path / "words", "llama")
+    file = words / "tokenizer.json"
+    file.write_text(file.read_text().replace('"unk_token":"<unk>"', '"unk_token":"none"'))
     with pytest.raises(ArchitectureError, match="WordLevel"):
         trim(words, tmp_path / "out")
     (words / "tokenizer.json").unlink()
@@ -267,6 +279,6 @@ def test_damaged_tokenizers_are_refused(model: Any) -> None:
 
 
 def test_affixes_are_refused_by_name() -> None:
-    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "end_of_word_suffix": "</w>"}
-    with pytest.raises(ArchitectureError, match="end_of_word_suffix"):
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "@"}
+    with pytest.raises(ArchitectureError, match="continuing_subword_prefix"):
         pieces_of({"model": model}, "here")

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -23,9 +32,11 @@ def documents() -> list[str]:
 
 
 def tokenizer_of(kind: str, size: int = 700) -> Tokenizer:
-    """A tokenizer of a kind: byte-level, Llama 3's, characters with bytes, or unigram."""
-    if kind == "unigram":
-        return unigram(size)
+    """A tokenizer of a kind: that of Llama 3, CLIP, XLM-R or BERT, and others by their model."""
+    if kind.startswith("unigram"):
+        return unigram(size, by_bytes=kind == "unigram")
+    if kind in ("bert", "words"):
+        return of_words(kind, size)
     if kind == "characters":
         return with_characters(size)
     inner = Tokenizer(models.BPE())
@@ -37,6 +48,7 @@ def tokenizer_of(kind: str, size: int = 700) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        **({"end_of_word_suffix": "</w>"} if kind == "clip" else {}),
     )  # fmt: skip
     inner.train_from_iterator(documents(), trainer)
     if kind == "llama 3":  # tokens are added behind the vocabulary, and words are looked up whole
@@ -73,8 +85,28 @@ def with_characters(size: int) -> Tokenizer:
     return inner
 
 
-def unigram(size: int) -> Tokenizer:
-    """A Unigram model with bytes for what it does not know."""
+def of_words(kind: str, size: int) -> Tokenizer:
+    """WordPiece as BERT has it, or whole words."""
+    options: dict[str, Any] = {
+        "vocab_size": size, "special_tokens": SPECIAL, "show_progress": False
+    }  # fmt: skip
+    if kind == "words":
+        inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        inner.train_from_iterator(documents(), trainers.WordLevelTrainer(**options))
+        return inner
+    inner = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    inner.normalizer = normalizers.BertNormalizer()
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.train_from_iterator(documents(), trainers.WordPieceTrainer(**options))
+    inner.decoder = decoders.WordPiece()
+    ends = [(token, inner.token_to_id(token)) for token in ("</s>", "<s>")]
+    inner.post_processor = processors.BertProcessing(*ends)
+    return inner
+
+
+def unigram(size: int, by_bytes: bool = True) -> Tokenizer:
+    """A Unigram model, with bytes for what it does not know or with one token for all that."""
     inner = Tokenizer(models.Unigram())
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
     trainer = trainers.UnigramTrainer(
@@ -83,8 +115,9 @@ def unigram(size: int) -> Tokenizer:
     inner.train_from_iterator(documents(), trainer)
     description = json.loads(inner.to_str())
     vocab = description["model"]["vocab"]
-    vocab[3:3] = [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
-    description["model"] |= {"byte_fallback": True, "unk_id": 0}
+    if by_bytes:
+        vocab[3:3] = [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
+    description["model"] |= {"byte_fallback": by_bytes, "unk_id": 0}
     inner = Tokenizer.from_str(json.dumps(description))
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -12,6 +12,13 @@ Unigram (Kudo 2018, arXiv:1804.10959) takes the most probable way to cut a text 
 pieces stay, it is still there and still the most probable. An unknown character costs the lowest
 score of all pieces and 10 more, so a piece of the lowest score stays too.
 
+WordPiece (Schuster and Nakajima 2012; Devlin et al. 2019, arXiv:1810.04805) takes the longest piece
+that a word begins with, then the longest that its rest begins with. If this piece stays, it is
+still the longest, for none was added. So a word whose pieces stay is cut as before. A word in which
+no piece fits is unknown as a whole. Trainers make each letter of a piece a piece too. Then these
+are the words with a letter that is none. All single letters stay, so the same words are unknown,
+and no other. WordLevel has only whole words; those that leave become unknown.
+
 Bytes always stay: as 256 letters of a byte-level tokenizer, or as <0x00> to <0xFF>. So every text
 can still be encoded. A tokenizer without bytes keeps all single characters.
 """
@@ -44,28 +51,30 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
         raise _damaged_tokenizer("it has no model", where)
     kind = model.get("type")
     if kind is None:  # files of early releases do not say it
-        kind = "BPE" if "merges" in model else "Unigram" if "unk_id" in model else "unknown"
+        marks = {"merges": "BPE", "unk_id": "Unigram", "continuing_subword_prefix": "WordPiece"}
+        kind = next((marks[key] for key in marks if key in model), "unknown")
     try:
         if kind == "BPE":
-            for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-                if model.get(name):  # it marks the inside or the end of words in its tokens
-                    raise ArchitectureError(
-                        f"tokens of a BPE tokenizer with {name} {model[name]!r} cannot be removed "
-                        "yet",
-                        where=where,
-                        remedy="leave the vocabulary as it is",
-                    )
+            if prefix := model.get("continuing_subword_prefix"):  # of tokens within words
+                raise ArchitectureError(
+                    f"tokens of a BPE tokenizer with continuing_subword_prefix {prefix!r} cannot "
+                    "be removed yet",
+                    where=where,
+                    remedy="leave the vocabulary as it is",
+                )
             parts = json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")])
             return MergedPieces(model, '"ByteLevel"' in parts)
         if kind == "Unigram":
             return ScoredPieces(model)
+        if kind in ("WordPiece", "WordLevel") and model.get("unk_token") in model["vocab"]:
+            return LongestPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
     raise ArchitectureError(
         f"tokens of a {kind} tokenizer cannot be removed yet",
         where=where,
-        remedy="byte-level BPE, BPE with byte fallback and Unigram are known; leave the vocabulary "
-        "as it is",
+        remedy="BPE, Unigram, WordPiece and WordLevel with a token for unknown words are known; "
+        "leave the vocabulary as it is",
     )
 
 
@@ -89,6 +98,7 @@ class MergedPieces:
 
     def __init__(self, model: Mapping[str, Any], byte_level: bool, letters: bool = True) -> None:
         self.model, self.byte_level, self.letters = model, byte_level, letters
+        self.suffix = str(model.get("end_of_word_suffix") or "")  # of the last letter of a word
         self.ids: Mapping[str, int] = dict(model["vocab"])
         self.merges = [_pair_of(merge) for merge in model["merges"]]
         # Reversed, so that of a pair that is there twice the lower rank stays.
@@ -100,10 +110,11 @@ class MergedPieces:
         unknown = self.model.get("unk_token")
         found = {str(unknown)} & self.ids.keys() if unknown is not None else set()
         if self.byte_level:
-            return found | ({*byte_letters()} & self.ids.keys())
+            letters = {letter + end for letter in byte_letters() for end in ("", self.suffix)}
+            return found | (letters & self.ids.keys())
         if self.model.get("byte_fallback") and self.ids.keys() >= BYTE_TOKENS:
             return found | BYTE_TOKENS
-        return found | {token for token in self.ids if len(token) == 1}
+        return found | {token for token in self.ids if len(token.removesuffix(self.suffix)) == 1}
 
     def rank(self, pair: tuple[str, str]) -> float | None:
         """The place of a merge among all, the lowest first; None if there is no such merge."""
@@ -112,11 +123,16 @@ class MergedPieces:
     def parts_of(self, token: str) -> set[str]:
         """What BPE makes of the token's letters; a token that it never reaches stays alone.
 
-        Such a token is found whole in the vocabulary (`ignore_merges`).
+        Such a token is found whole in the vocabulary (`ignore_merges`). The last letter of a word
+        has the suffix.
         """
         if token not in self.known_parts:
             # As BPE does it: the pair of lowest rank, leftmost of equal ones, until none is left.
-            parts, made = list(token), set(token)
+            parts, ends = list(token), bool(self.suffix) and token.endswith(self.suffix)
+            if ends and token != self.suffix:
+                parts = list(token.removesuffix(self.suffix))
+                parts[-1] += self.suffix
+            made = set(parts)
             while len(parts) > 1:
                 ranked = [
                     (rank, place)
@@ -205,7 +221,33 @@ class ScoredPieces:
         }
 
 
-Pieces = MergedPieces | ScoredPieces
+class LongestPieces:
+    """The pieces of WordPiece, or the words of WordLevel.
+
+    Args:
+        model: of `tokenizer.json`, or as there. The prefix marks pieces within words; those of
+            llama.cpp mark where a word begins.
+    """
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model, self.ids = model, dict[str, int](model["vocab"])
+        self.prefix = str(model.get("continuing_subword_prefix") or "")
+
+    def always(self) -> set[str]:
+        """The unknown token, and all single characters, with the prefix and without."""
+        found = {str(self.model.get("unk_token"))} & self.ids.keys()  # llama.cpp names none
+        return found | {piece for piece in self.ids if len(piece.removeprefix(self.prefix)) == 1}
+
+    def parts_of(self, token: str) -> set[str]:
+        """The token alone."""
+        return {token}
+
+    def trimmed(self, kept: Mapping[str, int]) -> dict[str, Any]:
+        """Pieces in the order of their ids."""
+        return {**self.model, "vocab": dict(sorted(kept.items(), key=lambda entry: entry[1]))}
+
+
+Pieces = MergedPieces | ScoredPieces | LongestPieces
 """The tokens that a tokenizer makes from text, without those that were added to it."""
 
 

@@ -33,6 +33,7 @@ from secateur.models.gguf_file import Field, GGUFSource
 from secateur.models.tokenizer import BYTE_TOKENS
 from secateur.progress import Progress
 from secateur.structured.token_pieces import (
+    LongestPieces,
     MergedByScore,
     MergedPieces,
     Pieces,
@@ -229,7 +230,7 @@ def _most_probable(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:
 
 def _longest(source: GGUFSource, ids: Mapping[str, int]) -> Pieces:
     """WordPiece: the longest piece that a word begins with, again and again."""
-    return ScoredPieces({"vocab": [(word, 0.0) for word in source.fields[_TOKENS].value]})
+    return LongestPieces({"vocab": ids, "continuing_subword_prefix": SPACE})
 
 
 _KINDS: Mapping[str, Callable[[GGUFSource, Mapping[str, int]], Pieces]] = {
@@ -251,8 +252,6 @@ def _staying(source: GGUFSource, counted: Set[int]) -> frozenset[int]:
     added = (token for token, kind in enumerate(types) if kind == TokenType.USER_DEFINED)
     found |= {token for token in added if words[token] in templates or token in counted}
     found |= _named(source)
-    if model == "bert":  # the first letter of a word has a mark before it
-        found |= {n for n, word in enumerate(words) if word[:1] == SPACE and len(word) == 2}
     if model == "t5":
         normal = [n for n, kind in enumerate(types) if kind == TokenType.NORMAL]
         found |= {min(normal, key=lambda token: fields[_SCORES].value[token])}
