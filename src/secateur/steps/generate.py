@@ -27,6 +27,7 @@ from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.layer_forms import longest, refuse_options, why_not
 from secateur.runtime.load import load
+from secateur.runtime.mtp import ModuleDecoder, is_mtp, open_mtp
 from secateur.runtime.packed import device_for
 from secateur.runtime.sampling import TextStream, end_tokens, sampling_in, sampling_with
 from secateur.runtime.speculative import Drafter, open_drafter, speculated
@@ -259,17 +260,23 @@ class Conversation:
 
     def _steps(self, tokens: int) -> tuple[Decoder | SteppedGeneration, str]:
         """What computes a text of so many tokens, and its name."""
-        reason = why_not(self.model, tokens)
+        reason, mtp = why_not(self.model, tokens), self.draft is not None and is_mtp(self.draft)
         if reason is not None:
-            refuse_options(reason, kv_cache=self.kv_cache, draft=self.draft)
-            return SteppedGeneration(self.model), f"transformers: {reason}"
+            refuse_options(reason, kv_cache=self.kv_cache, draft=None if mtp else self.draft)
+            if not mtp:
+                return SteppedGeneration(self.model), f"transformers: {reason}"
         if self.decoder is None or self.decoder.capacity < tokens:
             most = longest(self.model.config) or ROOM_TOKENS
             room = max(tokens, min(ROOM_TOKENS, most, self.positions or tokens))
-            self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
-            if self.draft is not None:
+            if reason is None:
+                self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
+            else:
+                self.decoder = ModuleDecoder(self.model, room)
+            if mtp and self.draft is not None:
+                self.drafter = open_mtp(self.draft, self.folder, self.decoder.slots)
+            elif self.draft is not None:
                 self.drafter = open_drafter(self.draft, self.decoder.slots, self.tokenizer)
-        return self.decoder, ONE_CALL
+        return self.decoder, ONE_CALL if reason is None else f"transformers with MTP: {reason}"
 
 
 def _refuse_idle(given: Mapping[str, Any]) -> None:
