@@ -355,20 +355,30 @@ def time_calls(parent: Any, draft: Any, prompt: Tensor) -> Times:
         proposing.rewind(0, before)
         return statistics.mean(seconds)
 
-    calls: list[Callable[[], float]] = [
-        *(partial(verify, n + 1) for n in range(SlotDecoder.together)),
-        propose,
-    ]
+    parents, [own] = time_turns(verify, [propose])
+    return parents, own
+
+
+def time_turns(
+    verify: Callable[[int], float], drafts: Sequence[Callable[[], float]]
+) -> tuple[tuple[float, ...], list[float]]:
+    """The lowest seconds of calls that take turns: of the parent, and of each draft.
+
+    Args:
+        verify: times a call of the parent with so many tokens.
+        drafts: each times one token of a draft.
+    """
+    most = SlotDecoder.together
+    calls = [*(partial(verify, n + 1) for n in range(most)), *drafts]
     for call in calls:  # the first ones touch all memory
         call()
     found = [math.inf] * len(calls)
     for _ in range(TRIALS):
         again = alternate(calls, lambda call: call(), min, turns=TURNS)
         found = [min(pair) for pair in zip(found, again, strict=True)]
-        if too_fast(found[:-1]) is None:
+        if too_fast(found[:most]) is None:
             break
-    *parents, own = found
-    return tuple(parents), own
+    return tuple(found[:most]), found[most:]
 
 
 @dataclass(frozen=True)
