@@ -30,12 +30,14 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, RecipeError
+from secateur.models.draft_head import is_head, read_head
 from secateur.models.tokenizer import refuse_other_words
 from secateur.recipes.deploy import Sampling
 from secateur.runs.folder import NOTES
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
 from secateur.runtime.grammar import Grammar
+from secateur.runtime.heads import HeadDecoder
 from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.load import load
 from secateur.runtime.sampling import Draws, Numbers, softmax
@@ -246,7 +248,7 @@ class Drafter:
         unread = [self.unread(text) if text.most > 0 else [] for text in texts]
         value, usual = self.pace.value(len(texts)), self.pace.usual
         while left := [n for n, ids in enumerate(unread) if ids]:
-            began = self.clock()
+            began, read = self.clock(), sum(len(unread[n]) for n in left)
             rows = self.step([(texts[n].slot, unread[n]) for n in left])
             for n, logits in zip(left, rows, strict=True):
                 unread[n] = []
@@ -262,8 +264,8 @@ class Drafter:
                 cost = self.pace.draft.seconds(len(left)) / len(left)
                 if len(found[n]) < texts[n].most and reach[n] * usual[0] / usual[1] * value > cost:
                     unread[n] = [guess.token]
-            self.pace.draft.note(len(left), self.clock() - began)
-            self.drafting += self.pace.draft.seconds(len(left))
+            self.pace.draft.note(read, self.clock() - began)
+            self.drafting += self.pace.draft.seconds(read)
         return found
 
     def unread(self, text: DraftedText) -> list[int]:
@@ -346,6 +348,51 @@ def guessed(
         return Guess(token, None, float(chances[token]))
     chances = draws.chances(logits, before)
     return Guess(draws.any_of(chances), chances, float(chances.max()))
+
+
+class HeadDrafter(Drafter):
+    """Proposes with a head that reads the parent's states.
+
+    A head has no text of its own: what it reads before it proposes are the states that the parent
+    has computed since, in one call. Where the parent knows the beginning of a text without having
+    computed it (`SlotDecoder.copy_in`), the head knows the text from there on.
+
+    Args:
+        decoder: decodes the head.
+        parent: its decoder.
+        ids: the token of each logit of the head, int64.
+        clock: seconds.
+    """
+
+    decoder: HeadDecoder
+
+    def __init__(
+        self,
+        decoder: HeadDecoder,
+        parent: SlotDecoder,
+        ids: Int64[Tensor, " drafted"],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(decoder, parent.vocabulary, ids, clock)
+        self.states = parent
+        self.begins = [0] * len(decoder.lengths)
+        """The parent's position of the first one of each slot."""
+
+    def unread(self, text: DraftedText) -> list[int]:
+        """The tokens after the states that the head has not read; most of many are read here."""
+        slot, ids = text.slot, text.ids
+        unchanged, states = self.states.take_states(slot)
+        first = len(ids) - 1 - len(states)  # the last token is in no cache
+        if not self.begins[slot] <= first == unchanged:
+            self.begins[slot] = first
+        self.decoder.rewind(slot, first - self.begins[slot])
+        self.decoder.give(slot, states)
+        self.texts[slot] = []
+        rest = [*ids[first + 1 :]]
+        if len(rest) > MAX_BATCH:
+            self.decoder.read(slot, torch.tensor(rest[:-1]))
+            rest = rest[-1:]
+        return rest
 
 
 def verified(
@@ -435,15 +482,33 @@ def open_drafter(folder: Path, parent: SlotDecoder, tokenizer: Any) -> Drafter:
         tokenizer: of the parent.
 
     Raises:
-        RecipeError: the draft has another vocabulary.
+        RecipeError: the draft has another vocabulary, or is a head of another parent.
         ArchitectureError: our loop cannot decode it.
-        CheckpointError: its frequent tokens cannot be read.
+        CheckpointError: its frequent tokens, or a head, cannot be read.
     """
+    if is_head(folder):
+        return _head_drafter(folder, parent)
     refuse_other_words(tokenizer, folder, roles=("model", "draft"))
     model = load(folder)
     ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
     slots = len(parent.lengths)
     return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)
+
+
+def _head_drafter(folder: Path, parent: SlotDecoder) -> HeadDrafter:
+    """Load a head for a parent, of which it reads states from now on."""
+    head = read_head(folder)
+    own = {"hidden size": head.config.hidden_size, "tokens": head.config.vocab_size}
+    parents = {"hidden size": parent.c.hidden, "tokens": parent.vocabulary}
+    if own != parents or max(head.taps) > parent.c.layers:
+        raise RecipeError(
+            f"this draft head is one of another model: {own}, and it reads states after "
+            f"{max(head.taps)} layers; the model has {parents} and {parent.c.layers} layers",
+            where=str(folder),
+            remedy="make one of this model: secateur draft MODEL --head",
+        )
+    parent.tap(head.taps)
+    return HeadDrafter(HeadDecoder(head, parent), parent, head.ids)
 
 
 def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] | None:
