@@ -19,7 +19,7 @@ from secateur.errors import RecipeError
 from secateur.models.draft_head import DraftHead, head_config, write_head
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
-from secateur.runtime.heads import HeadDecoder
+from secateur.runtime.heads import HeadDecoder, chain_seconds
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import (
     DraftedText,
@@ -250,6 +250,22 @@ def test_requests_that_are_served_together(pair: tuple[Any, DraftHead], prefix_b
     assert texts == expected
     assert 0 < drafter.accepted < drafter.proposed
     assert (scheduler.counts["prompt_tokens_cached"] > 0) == (prefix_bytes > 0)
+
+
+def test_a_chain_that_is_timed_leaves_no_trace(pair: tuple[Any, DraftHead]) -> None:
+    parent, head = pair
+    slots = SlotDecoder(parent, ROOM, taps=head.taps)
+    slots.read(0, torch.tensor([5, 17, 80]))
+    decoder, states = HeadDecoder(head, slots), slots.take_states(0)[1]
+    rows = []
+    for timed in (False, True):
+        decoder.rewind(0)
+        decoder.give(0, states[:2])
+        decoder.read(0, torch.tensor([17, 80]))
+        assert not timed or 0 < chain_seconds(decoder, 4) < 1
+        decoder.give(0, states[2:])
+        rows.append(decoder.step([Token(0, 2, 9)]))
+    assert torch.equal(*rows)
 
 
 def test_it_is_used_where_it_pays(pair: tuple[Any, DraftHead]) -> None:

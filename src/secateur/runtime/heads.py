@@ -22,6 +22,7 @@ from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.formats import BITS, GRID_BITS, VALUES
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix, to_large_pages
+from secateur.timing import seconds_of
 
 GROUP = 32
 """Weights of a row that share a scale, where matrices of a head have 4 bits."""
@@ -68,6 +69,28 @@ class HeadDecoder(SlotDecoder):
             if known:
                 hidden[known] = self.model.model.fc(torch.stack(states))
             return torch.cat([super()._embedded(tokens), hidden], 1)
+
+
+def chain_seconds(decoder: HeadDecoder, places: int, read: int = 3) -> float:
+    """Seconds of a token of a chain, after what the first slot has; the slot is the same after it.
+
+    Args:
+        decoder: of the head.
+        places: tokens of the chain.
+        read: so many new states of the parent are read by the first call.
+    """
+    begin, states = decoder.lengths[0], torch.ones(read, 1, decoder.model.model.fc.in_features)
+    calls = [[Token(0, begin + n, 0, n == read - 1) for n in range(read)]]
+    calls += [[Token(0, begin + read + n, 0)] for n in range(places - 1)]
+
+    def chain() -> None:
+        decoder.give(0, states)
+        for tokens in calls:
+            decoder.step(tokens)
+
+    seconds = seconds_of(chain)
+    decoder.rewind(0, begin)
+    return seconds / places
 
 
 class _StoredHead(nn.Module):
