@@ -24,6 +24,7 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import Decoder
 from secateur.runtime.load import load
+from secateur.runtime.sampling import Chances
 from secateur.runtime.speculative import DraftedText, Drafter, Guess, open_drafter
 from secateur.steps.bench import drafted_speed
 
@@ -54,10 +55,8 @@ class NGrams(Drafter):
 
     def certain(self, token: int, text: DraftedText) -> Guess:
         """A proposal that is drawn with probability 1."""
-        chances = None
-        if text.draws.temperature:
-            chances = np.zeros(self.vocabulary, dtype=np.float32)
-            chances[token] = 1.0
+        certain = np.zeros(1, np.float32), np.array([token])
+        chances = Chances(text.draws, *certain) if text.draws.temperature else None
         return Guess(token, chances, 0.5)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
+from with_kernels import needs_kernels
 
-from secateur.errors import RecipeError
+from runtime.kernel_examples import TIERS
+from secateur.errors import KernelError, NumericalError, RecipeError
 from secateur.recipes.deploy import Sampling
-from secateur.runtime.sampling import Draws, sampling_with
+from secateur.runtime.kernels.library import kernel_info, use_tier
+from secateur.runtime.sampling import Chances, Draws, sampling_with
 
+Result = TypeVar("Result")
 CHANCES = torch.tensor([0.1, 0.5, 0.05, 0.25, 0.1])
 
 
@@ -165,3 +171,151 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt]), logits[None].clone())
     found = Draws(Sampling(repetition_penalty=1.3), prompt).penalised(logits.numpy())
     assert torch.equal(torch.from_numpy(found), expected[0])
+
+
+FEW: tuple[dict[str, Any], ...] = ({"top_k": 40}, {"top_p": 0.3}, {"min_p": 0.05})
+SHAPES: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.3},
+    *FEW,
+    {"top_k": 5000},
+    {"top_p": 0.9999},
+    {"min_p": 1e-9, "top_p": 0.5},
+    {"top_k": 700, "top_p": 0.99, "temperature": 1.7},
+)
+
+
+def uneven(count: int, seed: int = 0) -> torch.Tensor:
+    """Logits of which some are equal, and some are -inf."""
+    logits = 2 * torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    logits[::3] = logits[::3].round()
+    logits[1::50] = -torch.inf
+    return logits
+
+
+def probabilities(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """Top-k, top-p and min-p in float64, written out token by token."""
+    chances = (logits.double() / options.get("temperature", 1.0)).softmax(-1)
+    order = sorted(range(len(chances)), key=lambda token: (-chances[token], token))
+    order = order[: options.get("top_k")]
+    whole, before, kept = float(chances[order].sum()), 0.0, []
+    for token in order:
+        if before >= options.get("top_p", 1.0) * whole:
+            break
+        if chances[token] < options.get("min_p", 0.0) * chances[order[0]]:
+            break
+        kept.append(token)
+        before += float(chances[token])
+    found = torch.zeros_like(chances)
+    found[kept] = chances[kept] / chances[kept].sum()
+    return found
+
+
+def with_every_tier(compute: Callable[[], Result]) -> list[Result]:
+    """What comes out with each of this processor's instruction sets."""
+    best, found = kernel_info().tier, []
+    for tier in {*TIERS, best}:
+        try:
+            use_tier(tier)
+        except KernelError:
+            continue
+        found.append(compute())
+    use_tier(best)
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_the_kernels_have_the_probabilities_of_the_definition(options: dict[str, Any]) -> None:
+    """And the same bits with every instruction set."""
+    logits = uneven(1300)
+    draws = Draws(Sampling(**{"temperature": 1.0, **options}))
+
+    def compute() -> list[float]:
+        chances = Chances(draws, logits.numpy())
+        assert chances.token == int(logits.argmax())
+        assert chances.sure == chances.of(chances.token)
+        return [chances.of(token) for token in range(1300)]
+
+    first, *others = with_every_tier(compute)
+    assert all(other == first for other in others)
+    found, expected = torch.tensor(first, dtype=torch.float64), probabilities(logits, options)
+    assert abs(float(found.sum()) - 1) < 1e-7
+    assert torch.equal(found > 0, expected > 0)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.3}, *FEW], ids=str)
+@pytest.mark.parametrize("count", [9, 512, 5000])
+def test_a_seed_gives_the_same_text_without_kernels(options: dict[str, Any], count: int) -> None:
+    """But for the order of tokens whose probabilities are equal to rounding."""
+    texts = []
+    for by_kernels in (True, False):
+        draws = Draws(Sampling(**{"temperature": 1.0, **options, "seed": 7}))
+        draws.by_kernels = by_kernels
+        texts.append([draws.draw(uneven(count, seed)) for seed in range(60)])
+    assert texts[0] == texts[1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("head", [None, 300])
+def test_what_a_draft_leaves_is_drawn_by_its_sums(
+    options: dict[str, Any], head: int | None
+) -> None:
+    """Against sums in float64, with a draft that proposes any token or 300 of them."""
+    logits, sampling = uneven(1300), Sampling(temperature=1.0, **options)
+    guessed = logits + torch.randn(1300, generator=torch.Generator().manual_seed(3))
+    draws, ids = Draws(sampling), torch.arange(head or 1300) * (4 if head else 1)
+    p = Chances(draws, logits.numpy())
+    q = Chances(draws, guessed[ids].numpy(), None if head is None else ids.numpy())
+    assert sum(q.of(token) for token in range(1300)) == pytest.approx(1, abs=1e-7)
+    assert head is None or q.of(5) == 0
+    left = np.array([max(p.of(token) - q.of(token), 0.0) for token in range(1300)])
+
+    def place(shares: Any, part: float) -> int:
+        return int((shares.cumsum() <= part * shares.sum()).sum())
+
+    for block, part in np.random.default_rng(0).random((1000, 2)):
+        if p.c.keeps:  # the likeliest first
+            order = sorted(left.nonzero()[0], key=lambda token: (-p.of(token), token))
+            points, expected = iter([part]), order[place(left[order], part)]
+        else:
+            begin = 512 * place(np.add.reduceat(left, [0, 512, 1024]), block)
+            points = iter([block, part])
+            expected = begin + place(left[begin : begin + 512], part)
+        draws.point = points.__next__  # type: ignore[method-assign]
+        assert p.draw(less=q) == expected
+
+
+@needs_kernels
+def test_of_equal_distributions_nothing_is_left_so_one_is_drawn_from_them() -> None:
+    draws = Draws(Sampling(temperature=1.0))
+    p, q = (Chances(draws, CHANCES.log().numpy()) for _ in range(2))
+    found = Counter(p.draw(less=q) for _ in range(2000))
+    assert found[1] / 2000 == pytest.approx(0.5, abs=0.05)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 1300])
+def test_one_token_that_is_left_and_numbers_that_are_none(
+    options: dict[str, Any], count: int
+) -> None:
+    def compute() -> None:
+        draws = Draws(Sampling(temperature=1.0, **options))
+        one = torch.full((count,), -torch.inf)
+        with pytest.raises(NumericalError):
+            draws.draw(one)
+        one[count // 2] = -3.0
+        assert {draws.draw(one) for _ in range(20)} == {count // 2}
+        assert Chances(draws, one.numpy()).of(count // 2) == 1.0
+        for wrong in (torch.nan, torch.inf):
+            for place in {0, count // 2, count - 1}:
+                odd = torch.zeros(count)
+                odd[place] = wrong
+                with pytest.raises(NumericalError):
+                    draws.draw(odd)
+
+    assert with_every_tier(compute)

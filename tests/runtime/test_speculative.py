@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
-from secateur.runtime.sampling import Draws
+from secateur.runtime.sampling import Chances, Draws
 from secateur.runtime.speculative import (
     TRIALS,
     CallSeconds,
@@ -152,18 +153,20 @@ def check_draws(options: dict[str, Any], draft: str, count: int) -> None:
     noise = torch.randn(9, generator=random)
     guessed = {"near": logits + 0.3 * noise, "far": logits + 3 * noise, "opposite": -logits}[draft]
     draws = Draws(Sampling(**options, seed=5))
-    p, q = draws.chances(logits.numpy()), draws.chances(guessed.numpy())
+    parent, own = (Chances(draws, x.numpy()) for x in (logits, guessed))
+    p, q = (np.array([x.of(n) for n in range(9)]) for x in (parent, own))
     found, accepted = Counter[int](), 0
     for _ in range(count):
-        guess = Guess(draws.any_of(q), q, 0.0)
-        token = accepted_or_drawn(draws, p, guess)
+        guess = Guess(own.draw(), own, 0.0)
+        token = accepted_or_drawn(parent, guess)
         found[token] += 1
         accepted += token == guess.token
     drawable = [n for n in range(9) if p[n] > 0]
     assert set(found) <= {*drawable}
-    expected = p[drawable].astype(float) / p[drawable].astype(float).sum()
+    assert p.sum() == pytest.approx(1, abs=1e-7)
+    expected = p[drawable] / p[drawable].sum()
     assert chisquare([found[n] for n in drawable], count * expected).pvalue > 1e-3
-    rate = sum(min(float(a), float(b)) for a, b in zip(p, q, strict=True))
+    rate = float(np.minimum(p, q).sum())
     assert accepted / count == pytest.approx(rate, abs=4 * (0.25 / count) ** 0.5)
 
 
@@ -253,8 +256,9 @@ def test_a_head_over_frequent_tokens(tmp_path: Path) -> None:
     assert [*speculated(Decoder(parent, ROOM), drafter, text, 40, sampling=GREEDY)] == expected
     guess = guessed(Draws(Sampling(temperature=1.0)), few[0], 96, ids)
     assert guess.chances is not None
-    assert set(guess.chances.nonzero()[0].tolist()) <= set(ids.tolist())
-    assert float(guess.chances.sum()) == pytest.approx(1, abs=1e-5)
+    chances = [guess.chances.of(token) for token in range(96)]
+    assert {token for token, chance in enumerate(chances) if chance} <= set(ids.tolist())
+    assert sum(chances) == pytest.approx(1, abs=1e-7)
 
 
 @pytest.mark.parametrize("values", ["int8", "int4", "float32"])

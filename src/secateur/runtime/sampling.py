@@ -6,6 +6,7 @@ characters only, and never by a part of a stop text.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, KernelError, NumericalError, RecipeError
 from secateur.models.tokenizer import Tokenizer
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.grammar import Grammar
+from secateur.runtime.kernels.library import CChances, kernel_info
+from secateur.runtime.kernels.matrix import kernels
 
 Numbers = NDArray[Any]
 """Logits or probabilities, float32 [vocabulary], or ids of tokens."""
@@ -31,7 +34,56 @@ FIRST_LOOK = 1e-4
 them takes long."""
 
 BLOCK = 512
-"""Tokens of which one is drawn when their block has been."""
+"""Tokens of which one is drawn when their block has been, `SCT_BLOCK` in csrc/secateur.h."""
+
+
+class Chances:
+    """The probabilities of a token, computed by the kernels where they are needed (csrc/sample.c).
+
+    They are softmax(logits / temperature) over the tokens that top-k, top-p and min-p keep.
+
+    Args:
+        draws: has the options, and gives random numbers.
+        logits: float32, with penalties. They are read later too, so they must not change.
+        ids: the token of each logit, int64, ascending; None where they are the same.
+
+    Attributes:
+        token: the most likely one.
+        sure: its probability; at temperature 0 that of temperature 1.
+
+    Raises:
+        NumericalError: a logit is not a number, or no token can follow.
+        KernelError: memory ran out, or there are no kernels.
+    """
+
+    def __init__(self, draws: Draws, logits: Numbers, ids: Numbers | None = None) -> None:
+        count, cuts = len(logits), draws.cuts and draws.temperature > 0
+        self.draws = draws
+        self.memory = logits, ids, np.empty(-(-count // BLOCK)), np.empty(count if cuts else 0, int)
+        places = [None if x is None else x.ctypes.data for x in self.memory]
+        self.c = CChances(
+            *(places[0], count, places[1], draws.temperature or 1.0),
+            *(draws.top_p, draws.min_p, draws.top_k or 0, places[2], places[3] if cuts else None),
+        )
+        self.given = ctypes.byref(self.c)
+        failed = kernels().sct_weigh(self.given)
+        if failed == -2:
+            raise NumericalError("the logits of the next token are not numbers, or all are -inf")
+        if failed:
+            raise KernelError("no token could be drawn: memory ran out")
+        self.token = self.c.best if ids is None else int(ids[self.c.best])
+        self.sure = 1 / self.c.total
+
+    def of(self, token: int) -> float:
+        """The probability of a token."""
+        return float(kernels().sct_chance(self.given, token))
+
+    def draw(self, less: Chances | None = None) -> int:
+        """A token by its probability, or by the positive part of the probabilities − `less`."""
+        # without cuts one number chooses a block of tokens, and one a token of the block
+        block = 0.0 if self.c.keeps else self.draws.point()
+        other = None if less is None else less.given
+        return int(kernels().sct_draw(self.given, other, block, self.draws.point()))
 
 
 class Draws:
@@ -51,8 +103,8 @@ class Draws:
     probability (Nguyen et al., Turning Up the Heat, ICLR 2025, arXiv 2407.01082). The rest is never
     drawn.
 
-    All arithmetic is numpy's: the threads of torch's, which begin at 32,768 numbers, would wait
-    busily on the processors that the kernels need for the next token.
+    The kernels draw a token (`Chances`). Without kernels all arithmetic is numpy's: the threads of
+    torch's, which begin at 32,768 numbers, would wait busily. But for rounding both draw the same.
 
     Args:
         sampling: how tokens are drawn. What is None changes nothing, and neither does `top_k` 0.
@@ -67,6 +119,8 @@ class Draws:
         self.temperature, self.top_k = sampling.temperature or 0.0, sampling.top_k or None
         self.top_p, self.min_p = sampling.top_p or 1.0, sampling.min_p or 0.0
         self.repetition_penalty = sampling.repetition_penalty or 1.0
+        self.cuts = self.top_k is not None or self.top_p < 1 or self.min_p > 0
+        self.by_kernels = kernel_info().tier != "none"
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.text, self.known = list[int](), {*prompt}
         self.seen = sorted(self.known)
@@ -94,6 +148,13 @@ class Draws:
             self.seen.append(token)
         self.text.append(token)
 
+    @property
+    def penalises(self) -> bool:
+        """Whether `penalised` changes anything."""
+        s = self.sampling
+        others = s.presence_penalty or s.frequency_penalty or self.grammar is not None
+        return bool(self.repetition_penalty != 1 or others)
+
     def penalised(self, logits: Numbers, more: Sequence[int] = ()) -> Numbers:
         """The logits after all penalties, and -inf where the grammar forbids a token.
 
@@ -118,29 +179,15 @@ class Draws:
 
     def chosen(self, logits: Numbers) -> int:
         """A token by its probability among those that may be drawn."""
+        if self.by_kernels:
+            return Chances(self, logits).draw()
         shares, tokens = self.drawable(logits)
         return self.any_of(shares) if tokens is None else int(tokens[self.place(shares)])
-
-    def chances(self, logits: Numbers, more: Sequence[int] = ()) -> Numbers:
-        """The probability of every token to be drawn after the text and `more`.
-
-        At temperature 0 the most likely token has all of it.
-        """
-        logits = self.penalised(logits, more)
-        found = np.zeros_like(logits)
-        if self.temperature == 0:
-            found[logits.argmax()] = 1.0
-            return found
-        shares, tokens = self.drawable(logits)
-        if tokens is None:
-            return shares
-        found[tokens] = shares / shares.sum()
-        return found
 
     def drawable(self, logits: Numbers) -> tuple[Numbers, Numbers | None]:
         """Shares of the tokens that may be drawn, and these tokens; None for all of them."""
         chances = softmax(logits, self.temperature)
-        if self.top_k is None and self.top_p >= 1 and self.min_p == 0:
+        if not self.cuts:
             return chances, None
         ordered, tokens = self.likeliest(chances)
         if self.top_k is not None:
@@ -193,7 +240,7 @@ class Draws:
         return chances[tokens], tokens
 
 
-def softmax(logits: Numbers, temperature: float = 1.0) -> Numbers:
+def softmax(logits: Numbers, temperature: float) -> Numbers:
     """Probabilities of all tokens, float32."""
     chances: Numbers = np.exp((logits - logits.max()) / np.float32(temperature))
     chances /= chances.sum()

@@ -40,7 +40,7 @@ from secateur.runtime.grammar import Grammar
 from secateur.runtime.heads import HeadDecoder
 from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.load import load
-from secateur.runtime.sampling import Draws, Numbers, softmax
+from secateur.runtime.sampling import Chances, Draws
 
 FREQUENT = "frequent_tokens.safetensors"
 """File in the notes of a draft: the tokens that it may propose, `ids` int64, ascending."""
@@ -51,13 +51,13 @@ class Guess(NamedTuple):
 
     Args:
         token: its id.
-        chances: the draft's probabilities, from which it was drawn [vocabulary]; None at
-            temperature 0, where it is the most likely token.
+        chances: the draft's probabilities, from which it was drawn; None at temperature 0, where
+            it is the most likely token.
         sure: the largest of those probabilities; at temperature 0 that of a softmax of the logits.
     """
 
     token: int
-    chances: Numbers | None
+    chances: Chances | None
     sure: float
 
 
@@ -333,21 +333,18 @@ def guessed(
         ids: the token of each logit, ascending; None where they are the same.
         before: tokens that are proposed already.
     """
-    logits = row.numpy()
-    if ids is not None or len(logits) != vocabulary:
-        # what the draft cannot propose has probability 0 in q, and all of p remains for it
+    logits, at = row.numpy(), None if ids is None else ids.numpy()
+    known = vocabulary if at is None else int(at.searchsorted(vocabulary))
+    logits, at = logits[:known], None if at is None else at[:known]
+    if draws.penalises and (at is not None or len(logits) < vocabulary):
+        # penalties and grammars count tokens by their number
         every = np.full(vocabulary, -np.inf, dtype=np.float32)
-        at = np.arange(len(logits)) if ids is None else ids.numpy()
-        known = at < vocabulary
-        every[at[known]] = logits[known]
-        logits = every
+        every[slice(len(logits)) if at is None else at] = logits
+        logits, at = every, None
+    chances = Chances(draws, draws.penalised(logits, before), at)
     if draws.temperature == 0:
-        logits = draws.penalised(logits, before)
-        chances = softmax(logits)
-        token = int(logits.argmax())
-        return Guess(token, None, float(chances[token]))
-    chances = draws.chances(logits, before)
-    return Guess(draws.any_of(chances), chances, float(chances.max()))
+        return Guess(chances.token, None, chances.sure)
+    return Guess(chances.draw(), chances, chances.sure)
 
 
 class HeadDrafter(Drafter):
@@ -410,14 +407,14 @@ def verified(
         if guess is None or guess.chances is None:
             token = draws.draw(row)
         else:
-            token = accepted_or_drawn(draws, draws.chances(row.numpy()), guess)
+            token = accepted_or_drawn(Chances(draws, draws.penalised(row.numpy())), guess)
             draws.note(token)
         yield token
         if guess is None or token != guess.token:
             return
 
 
-def accepted_or_drawn(draws: Draws, p: Numbers, guess: Guess) -> int:
+def accepted_or_drawn(p: Chances, guess: Guess) -> int:
     """A token with probabilities p: the proposed one, or one of the positive part of p − q.
 
     Both can be the same token only if it was accepted, because p is less than q where a token is
@@ -426,11 +423,8 @@ def accepted_or_drawn(draws: Draws, p: Numbers, guess: Guess) -> int:
     q = guess.chances
     assert q is not None
     # u < p / q, written without a division by a probability that may be 0
-    if draws.point() * float(q[guess.token]) < float(p[guess.token]):
-        return guess.token
-    rest = np.maximum(p - q, 0)
-    # equal to rounding, p − q may have no positive part
-    return draws.any_of(rest if rest.any() else p)
+    accepted = p.draws.point() * q.of(guess.token) < p.of(guess.token)
+    return guess.token if accepted else p.draw(less=q)
 
 
 def speculated(

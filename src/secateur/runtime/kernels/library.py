@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 11
+ABI = 12
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -35,7 +35,8 @@ SUFFIXES = (".so", ".dylib", ".pyd", ".dll")
 LIBRARY_VARIABLE = "SECATEUR_KERNELS"
 """Environment variable that names another build of the library, or `none`."""
 
-_I64, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 
 
 class CMatrix(ctypes.Structure):
@@ -114,6 +115,19 @@ class CToken(ctypes.Structure):
     _fields_ = (("slot", _I64), ("position", _I64))
 
 
+class CChances(ctypes.Structure):
+    """`sct_chances`: the probabilities of a token."""
+
+    _fields_ = (
+        *(("logits", _POINTER), ("count", _I64), ("ids", _POINTER)),
+        *((name, _FLOAT) for name in ("temperature", "top_p", "min_p")),
+        *(("top_k", _I64), ("sums", _POINTER), ("kept", _POINTER)),
+        *((name, _I64) for name in ("best", "keeps", "last")),
+        *((name, _FLOAT) for name in ("most", "factor", "least")),
+        ("total", _DOUBLE),
+    )
+
+
 @dataclass(frozen=True)
 class KernelInfo:
     """The kernels that multiply packed matrices on this machine.
@@ -168,7 +182,8 @@ def library() -> ctypes.CDLL | None:
 
 def _declare(loaded: ctypes.CDLL) -> None:
     """The signatures of csrc/secateur.h."""
-    matrix, decoder, tokens = map(ctypes.POINTER, (CMatrix, CDecoder, CToken))
+    structs = CMatrix, CDecoder, CToken, CChances
+    matrix, decoder, tokens, chances = map(ctypes.POINTER, structs)
     product = [matrix, _I64, _POINTER, _I64, _POINTER, _I64, _I64]
     signatures: dict[str, list[Any]] = {
         "sct_tier": [],
@@ -183,11 +198,15 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "sct_attention_alone": [decoder, tokens, _I64, _I64, _I64, _POINTER],
         "sct_decode": [decoder, _POINTER, tokens, _I64, _I64, _POINTER, _POINTER],
         "sct_advance": [decoder, _POINTER, tokens, _I64, _POINTER, _POINTER],
+        "sct_weigh": [chances],
+        "sct_chance": [chances, _I64],
+        "sct_draw": [chances, chances, _DOUBLE, _DOUBLE],
     }
     for name, arguments in signatures.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = ctypes.c_int, arguments
-    loaded.sct_tier.restype = ctypes.c_char_p  # all others return a number
+    loaded.sct_tier.restype = ctypes.c_char_p
+    loaded.sct_chance.restype, loaded.sct_draw.restype = _DOUBLE, _I64
 
 
 def kernel_info() -> KernelInfo:

@@ -31,6 +31,7 @@ SCT_TARGET_BEGIN("avx2,fma,f16c,popcnt,bmi,bmi2")
 #include "batches.inc"
 #include "vector_math.inc"
 #include "attention.inc"
+#include "sample.inc"
 
 static void attend(const sct_queries *q) { attend_by(q, in_floats); }
 
@@ -264,5 +265,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_avx2 = {
     "avx2", {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx2}, NULL, expand,
-    prepare, attend, activate};
+    prepare, attend, activate, highest, shares, rest};
 #endif

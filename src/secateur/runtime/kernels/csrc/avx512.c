@@ -19,6 +19,7 @@ SCT_TARGET_BEGIN(SCT_AVX512)
 #include "vector_math.inc"
 #include "attention.inc"
 #include "attention_avx512.inc"
+#include "sample.inc"
 
 SCT_INLINE const uint64_t *mask_of(const sct_matrix *m, int64_t row) {
     return m->mask + row * m->words;
@@ -304,7 +305,9 @@ SCT_TARGET_END
 
 #define ROWS {rows_floats, rows_pairs, rows_halves, rows_bytes, sct_rows_int4_avx512}
 
-const sct_tier_code sct_code_avx512 = {"avx512", ROWS, NULL, expand, prepare, attend, activate};
+const sct_tier_code sct_code_avx512 = {"avx512", ROWS,     NULL,    expand, prepare,
+                                       attend,   activate, highest, shares, rest};
 const sct_tier_code sct_code_avx512bf16 = {"avx512bf16", ROWS,   rows_bfloats, expand,
-                                           prepare,      attend_bfloats, activate};
+                                           prepare,      attend_bfloats, activate,     highest,
+                                           shares,       rest};
 #endif

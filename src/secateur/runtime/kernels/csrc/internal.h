@@ -105,6 +105,9 @@ typedef struct {
     void (*attend)(const sct_queries *);
     /* x = act(x) · up, or act(x) without up, as `activation` says */
     void (*activate)(const sct_decoder *, float *x, const float *up, int64_t count);
+    float (*highest)(const float *x, int64_t count); /* these three: sample.inc */
+    double (*shares)(const float *x, int64_t count, float most, float factor, float *out);
+    double (*rest)(float *p, const float *q, int64_t count, float a, float b);
 } sct_tier_code;
 
 SCT_HIDDEN sct_rows sct_rows_int4_avx512, sct_rows_int4_avx2;

@@ -13,6 +13,7 @@ SCT_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #include "neon.inc"
 #include "vector_math.inc"
 #include "attention.inc"
+#include "sample.inc"
 
 static void attend(const sct_queries *q) { attend_by(q, in_floats); }
 
@@ -272,5 +273,5 @@ SCT_TARGET_END
 
 const sct_tier_code sct_code_neon = {
     "neon", {rows_floats, rows_pairs, rows_halves, rows_bytes, rows_fours}, NULL, expand,
-    prepare, attend, activate};
+    prepare, attend, activate, highest, shares, rest};
 #endif

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 11
+#define SCT_ABI 12
 
 #if defined(_WIN32)
 #define SCT_API __declspec(dllexport)
@@ -213,5 +213,37 @@ SCT_API int sct_advance(const sct_decoder *decoder, const float *hidden, const s
  * of them in `slot` from position `first` on. Returns 0, or -1 if memory ran out. */
 SCT_API int sct_attention_alone(const sct_decoder *decoder, const sct_token *token, int64_t slot,
                                 int64_t first, int64_t tokens, float *vectors);
+
+#define SCT_BLOCK 512
+
+/* The probabilities of a token: softmax(logits / temperature) over the tokens that top-k, top-p and
+ * min-p keep. Shares e^((logit − most) / temperature) are computed again where they are needed, so
+ * nothing of the size of the vocabulary is written. */
+typedef struct {
+    const float *logits;
+    int64_t count;
+    const int64_t *ids; /* of the token of each logit, ascending; NULL: 0, 1, ... */
+    float temperature, top_p, min_p; /* 1 and 0 keep all tokens */
+    int64_t top_k;                   /* 0 keeps all */
+    double *sums;  /* room for the shares of each SCT_BLOCK logits */
+    int64_t *kept; /* room for `count` places, or NULL if all tokens are kept */
+    /* What sct_weigh finds: the places of the largest logit, and of those that are kept, the likeliest
+     * first (0 are kept: all); the smallest share that is kept, and of equal ones the last place; Σ. */
+    int64_t best, keeps, last;
+    float most, factor, least;
+    double total;
+} sct_chances;
+
+/* Returns 0; -1 if memory ran out or this tier has no kernels; -2 if a logit is NaN or +∞, or all of
+ * them are −∞. The numbers that come out are those of one thread, on every tier. */
+SCT_API int sct_weigh(sct_chances *chances);
+
+/* The probability of a token. */
+SCT_API double sct_chance(const sct_chances *chances, int64_t token);
+
+/* The token that two random numbers of [0, 1) choose: a block of tokens and one of the block. Where
+ * some tokens are kept, the second chooses among these. With `less`: by the positive part of chances −
+ * less, or by chances if it has none; these have no `ids`, and both keep all tokens or some. */
+SCT_API int64_t sct_draw(sct_chances *chances, const sct_chances *less, double block, double place);
 
 #endif
