@@ -436,6 +436,7 @@ def draft(
     *,
     progress: Progress | None = None,
     runs_as: str | None = None,
+    mtp: bool | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     heal_tokens: int | None = None,
     minutes: float | None = None,
@@ -469,6 +470,8 @@ def draft(
         progress: receives every step.
         runs_as: Folder of the same model as it runs, if it is packed: the draft is measured and
             timed beside it. [MODEL]
+        mtp: Make no model, but use the layers that predict further tokens (MTP) of the model
+            itself: measure what they bring, and choose the tokens that they propose. [off]
         effort: The preset that prunes, and that decides how much is healed. [balanced]
         heal_tokens: Tokens of the calibration text on which the best models learn from the dense
             one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,

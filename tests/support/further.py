@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from at_rest import stored_tensors
+from at_rest import save_in, stored_tensors
 from safetensors.torch import save_file
 from tiny import save_tiny, split_shards
 from torch import Tensor, nn
@@ -98,6 +98,31 @@ def save_further(folder: Path, name: str, shards: int = 1, **changes: Any) -> Pa
     if shards > 1:
         split_shards(folder, shards)
     return folder
+
+
+def save_foreseen(folder: Path, name: str, **changes: Any) -> Path:
+    """As `save_further`, but a token depends on the one before alone, and the layer knows it."""
+    save_further(folder, name, **changes)
+    form, tensors = FORMS[name], stored_tensors(folder)
+    ends = ("o_proj.weight", "down_proj.weight", "down_proj", "out_proj.weight", ".w2.weight")
+    tensors |= {n: torch.zeros_like(x) for n, x in tensors.items() if n.endswith(ends)}
+    embedded, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    start = "mtp." if form.apart else start_of(form)
+    names = ("pre_fc_norm_embedding", "fc", "norm") if form.apart else NAMES
+    hidden = embedded.shape[1]
+    tensors |= {
+        f"{start}{names[0]}.weight": torch.full((hidden,), 1.0 - form.offset, dtype=head.dtype),
+        f"{start}{names[1]}.weight": torch.eye(hidden, 2 * hidden, dtype=head.dtype),
+        f"{start}{names[2]}.weight": tensors["model.norm.weight"].clone(),
+    }
+    if not form.apart:
+        own = {"embed_tokens": embedded, "shared_head.head": head}
+        tensors |= {f"{start}{n}.weight": x.clone() for n, x in own.items()}
+    save_in(folder, tensors, 1)
+    return folder
+
+
+NAMES = ("enorm", "eh_proj", "shared_head.norm")
 
 
 def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -160,6 +161,13 @@ class MTP(nn.Module):
         return [self.head(z) for z in self.chain(states, ids, steps)]
 
 
+def head_of(weight: Float[Tensor, "tokens hidden"]) -> nn.Linear:
+    """A head with these rows."""
+    head = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    return head
+
+
 def read_mtp(parent: Any, reader: CheckpointReader, dtype: torch.dtype | None = None) -> MTP:
     """Read the layers of a checkpoint.
 
@@ -171,6 +179,18 @@ def read_mtp(parent: Any, reader: CheckpointReader, dtype: torch.dtype | None = 
     Raises:
         ArchitectureError: there are no such layers, or they have another form.
     """
+    parts = stored_layers(reader, dtype)
+    embed, head = parts[0].module("embed"), parts[0].module("head")
+    found = MTP(
+        [one.layer() for one in parts],
+        embed or parent.get_input_embeddings(),
+        head or parent.get_output_embeddings(),
+    )
+    return found.eval().requires_grad_(False)
+
+
+def stored_layers(reader: CheckpointReader, dtype: torch.dtype | None = None) -> list[StoredLayer]:
+    """The layers of a checkpoint, not read yet; arguments and errors as of `read_mtp`."""
     model = skeleton.build_skeleton(reader.folder, dtype=dtype)
     architecture = describe(model)
     names, further = skeleton.model_names(model, reader), FurtherLayers.of(model, architecture)
@@ -188,28 +208,25 @@ def read_mtp(parent: Any, reader: CheckpointReader, dtype: torch.dtype | None = 
             where=str(reader.folder),
             remedy="train a head of its own: secateur draft MODEL --head",
         )
-    parts = [_Parts(model, reader, shared | own[n]) for n in sorted(own)]
-    embed, head = parts[0].module("embed"), parts[0].module("head")
-    found = MTP(
-        [one.layer(architecture.layers_path) for one in parts],
-        embed or parent.get_input_embeddings(),
-        head or parent.get_output_embeddings(),
-    )
-    return found.eval().requires_grad_(False)
+    path = architecture.layers_path
+    return [StoredLayer(model, path, reader, shared | own[n]) for n in sorted(own)]
 
 
-class _Parts:
+@dataclass(frozen=True)
+class StoredLayer:
     """The tensors of one layer.
 
-    Args:
+    Attributes:
         model: a skeleton.
+        path: of its decoder layers.
         reader: of the checkpoint.
         stored: their names in the checkpoint, by those within the layer.
     """
 
-    def __init__(self, model: Any, reader: CheckpointReader, stored: Mapping[str, str]) -> None:
-        self.model, self.reader, self.stored = model, reader, stored
-        self.dtype = model.dtype
+    model: Any
+    path: str
+    reader: CheckpointReader
+    stored: Mapping[str, str]
 
     def role(self, role: str) -> str | None:
         """The name within the layer of what plays a role; None where nothing does."""
@@ -220,7 +237,7 @@ class _Parts:
         name = self.role(role)
         if name is None:
             raise self.unknown(f"it has no {' or '.join(ROLES[role])}")
-        return self.reader.read(self.stored[f"{name}.weight"]).to(self.dtype)
+        return self.reader.read(self.stored[f"{name}.weight"]).to(self.model.dtype)
 
     def module(self, role: str) -> nn.Module | None:
         """The layer's own embedding or head; None where it has the parent's."""
@@ -229,9 +246,7 @@ class _Parts:
         weight = self.weight(role)
         if role == "embed":
             return nn.Embedding.from_pretrained(weight)
-        head = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-        head.weight = nn.Parameter(weight, requires_grad=False)
-        return head
+        return head_of(weight)
 
     def unknown(self, why: str) -> ArchitectureError:
         """The error for a layer of another form."""
@@ -241,9 +256,9 @@ class _Parts:
             remedy="the engines that know this family use it: vLLM, SGLang, llama.cpp",
         )
 
-    def layer(self, path: str) -> MTPLayer:
+    def layer(self) -> MTPLayer:
         """The layer, with its weights."""
-        owner, _, leaf = path.rpartition(".")
+        owner, _, leaf = self.path.rpartition(".")
         core = copy.copy(self.model.get_submodule(owner))
         core._modules = dict(core._modules)
         number = self._like(core.get_submodule(leaf))
@@ -252,7 +267,7 @@ class _Parts:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = 0
         skeleton.fill(block, "", self.reader, {f".{n}": s for n, s in self.stored.items()},
-                      torch.device("cpu"), self.dtype)  # fmt: skip
+                      torch.device("cpu"), self.model.dtype)  # fmt: skip
         for name, buffer in skeleton.stored_buffers(block).items():
             buffer.copy_(self.reader.read(self.stored[name]))
         core.config = copy.deepcopy(text_config(self.model.config))

@@ -212,12 +212,19 @@ class _WhatToDraft(Section):
     runs_as: Annotated[str | None, Flag(value="FOLDER", default="MODEL")] = None
     """Folder of the same model as it runs, if it is packed: the draft is measured and timed beside
     it."""
+    mtp: bool = False
+    """Make no model, but use the layers that predict further tokens (MTP) of the model itself:
+    measure what they bring, and choose the tokens that they propose."""
 
 
 class DraftRecipe(shared.Device, HowToSearch, _WhatToDraft, shared.OutputFolder, Recipe):
     """One draft."""
 
     run = shared.Planning
+    conflicts = tuple(
+        Conflict("mtp", name, "no model is made", "leave one of them out")
+        for name in ("runs_as", "heal_tokens", "minutes")
+    )
 
     calibration: FitText = FitText()
     memory: shared.Memory = shared.Memory()

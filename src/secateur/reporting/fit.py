@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from abc import ABC, abstractmethod
@@ -384,37 +385,34 @@ class DraftHead:
     gain: float
 
 
-class DraftResult(FittedResult):
-    """A draft, what it gains, and what it won against: `draft.json`.
+class DraftedResult(Result):
+    """What proposes tokens to a parent, and what it gains.
 
     Attributes:
+        output: its folder.
+        seconds: wall time.
         parent: the model that it proposes to.
         head_tokens: the tokens that its head can propose.
         vocabulary: the tokens of the parent.
         parent_seconds: c(1), c(2), …: seconds of one call of the parent with so many tokens.
         draft_seconds: of one token of the draft.
-        unhealed: what the parent takes before healing, on text that was used for nothing else; None
-            where nothing was healed.
-        acceptance: the same of the draft.
+        acceptance: what the parent takes, on text that was used for nothing else.
         sampled: what the draft gains at temperature 1, by `acceptance`.
         greedy: what it gains in greedy decoding, by `acceptance`.
-        candidates: the drafts that were made, with their whole head.
-        heads: the heads that were tried with the best of them.
-        frontier: drafts that are predicted for other times of a token.
+        heads: the heads that were tried.
     """
 
+    output: Path
+    seconds: float
     parent: str
     head_tokens: int
     vocabulary: int
     parent_seconds: tuple[float, ...]
     draft_seconds: float
-    unhealed: Acceptance | None
     acceptance: Acceptance
     sampled: Speculation
     greedy: Speculation
-    candidates: tuple[DraftCandidate, ...]
     heads: tuple[DraftHead, ...]
-    frontier: tuple[DraftPoint, ...]
 
     @property
     def cost(self) -> float:
@@ -429,12 +427,6 @@ class DraftResult(FittedResult):
         return f"{self.head_tokens:,} of {self.vocabulary:,} tokens"
 
     @property
-    def taken(self) -> list[tuple[str, Acceptance]]:
-        """What the parent takes, before and after healing."""
-        found = ("before healing", self.unhealed), ("the draft", self.acceptance)
-        return [(name, one) for name, one in found if one is not None]
-
-    @property
     def calls(self) -> list[tuple[int, float, float]]:
         """The tokens of a call of the parent, its seconds, and those over c(1)."""
         first = self.parent_seconds[0]
@@ -444,12 +436,20 @@ class DraftResult(FittedResult):
     def costed(self) -> dict[str, list[dict[str, Any]]]:
         """What was searched, by the name of the field; each entry with its cost over c(1)."""
         first = self.parent_seconds[0]
-        found: dict[str, tuple[Any, ...]] = {
-            "candidates": self.candidates, "heads": self.heads, "frontier": self.frontier,
-        }  # fmt: skip
         return {
-            name: [{"of": x, "cost": x.seconds / first} for x in own] for name, own in found.items()
+            name: [{"of": x, "cost": x.seconds / first} for x in getattr(self, name)]
+            for name in ("candidates", "heads", "frontier")
+            if hasattr(self, name)
         }
+
+    @property
+    def places(self) -> list[tuple[int, float, float]]:
+        """Each place of a chain, and how often the parent takes a token there."""
+        pairs = [(1.0, 1.0), *zip(self.acceptance.runs, self.acceptance.greedy_runs, strict=True)]
+        return [
+            (place, *(now / before if before else 0.0 for now, before in zip(*both, strict=True)))
+            for place, both in enumerate(zip(pairs[1:], pairs, strict=False), start=1)
+        ]
 
     @property
     def broken(self) -> list[str]:
@@ -474,6 +474,11 @@ class DraftResult(FittedResult):
             f"reads {k + 1} tokens in {verify:.2f} times the time of one"
         ]
 
+    @property
+    def exit_code(self) -> int:
+        """3 if the draft does not pay."""
+        return 3 * bool(self.broken)
+
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
         notes, beside = self.output / "secateur", ("--draft", self.output)
@@ -488,3 +493,78 @@ class DraftResult(FittedResult):
             return next_steps(places, {"measure how fast the model writes with it": measuring})
         used = {"let the model write faster": writing, "measure by how much": measuring}
         return next_steps(places, {**used, "give the draft to llama.cpp": conversion(self.output)})
+
+
+class DraftResult(DraftedResult, FittedResult):
+    """A draft, what it gains, and what it won against: `draft.json`.
+
+    Attributes:
+        unhealed: what the parent takes before healing, on text that was used for nothing else; None
+            where nothing was healed.
+        candidates: the drafts that were made, with their whole head.
+        frontier: drafts that are predicted for other times of a token.
+    """
+
+    unhealed: Acceptance | None
+    candidates: tuple[DraftCandidate, ...]
+    frontier: tuple[DraftPoint, ...]
+
+    @property
+    def taken(self) -> list[tuple[str, Acceptance]]:
+        """What the parent takes, before and after healing."""
+        found = ("before healing", self.unhealed), ("the draft", self.acceptance)
+        return [(name, one) for name, one in found if one is not None]
+
+
+class HeadResult(DraftedResult):
+    """A head that reads its parent's states: `draft.json`.
+
+    Attributes:
+        taps: after how many of the parent's layers it reads states.
+        tokens: of the text that it has learned on.
+        steps: of the optimizer.
+        values: how its matrices are stored where it runs.
+        formats: with how many tokens it gains most in each, and what.
+    """
+
+    taps: tuple[int, int, int]
+    tokens: int
+    steps: int
+    values: str
+    formats: dict[str, DraftHead]
+
+
+class MTPResult(DraftedResult):
+    """The model's own MTP layers as its draft: `draft.json`.
+
+    Attributes:
+        layers: how many there are.
+        loop: why transformers computes the parent; empty where our own loop does.
+    """
+
+    layers: int
+    loop: str
+
+    @property
+    def chain(self) -> int:
+        """How many proposed tokens bring most."""
+        return max(self.sampled, self.greedy, key=lambda one: one.speedup).k
+
+    @property
+    def uses(self) -> dict[str, str]:
+        """The command of each engine that uses the layers."""
+        name = Path(self.parent).name
+        given = json.dumps({"method": "mtp", "num_speculative_tokens": self.chain})
+        file = f"{name}.gguf --spec-type draft-mtp --spec-draft-n-max {self.chain}"
+        return {
+            "secateur": command(
+                "generate", self.parent, "--draft", self.output, "--prompt", PROMPT
+            ),
+            "vLLM": shlex.join(["vllm", "serve", name, "--speculative-config", given]),
+            "llama.cpp, for the model in GGUF with these layers": f"llama-server -m {file}",
+        }
+
+    def following(self) -> list[Block]:
+        """Where the files are, and the next commands."""
+        places = {"the tokens": self.output, "every head": self.output / "secateur" / "draft.json"}
+        return next_steps(places, {} if self.broken else self.uses)

@@ -214,3 +214,15 @@ class DraftPlanResult(FitPlanResult):
     def shown_heads(self) -> list[str]:
         """The numbers as people write them."""
         return [f"{n:,}" for n in self.heads]
+
+
+class MTPPlanResult(Result):
+    """What the measuring of MTP layers would try.
+
+    Attributes:
+        layers: of the checkpoint.
+        heads: as of `DraftPlanResult`.
+    """
+
+    layers: int
+    heads: tuple[int, ...]

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from secateur.errors import ArchitectureError
 from secateur.models import skeleton
 from secateur.models.architecture import describe
-from secateur.models.checkpoint import damaged, parse_json
-from secateur.models.mtp import MTP, read_mtp
+from secateur.models.checkpoint import CheckpointReader, damaged, parse_json
+from secateur.models.mtp import MTP, head_of, read_mtp
 from secateur.models.opening import open_weights
 from secateur.runs.output import write_bytes, write_json
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
@@ -38,7 +38,7 @@ from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.packed import PackedCheckpoint, is_packed
 from secateur.runtime.speculative import DraftedText, Drafter
 
-CONFIG, WEIGHTS, KIND = "config.json", "model.safetensors", '"draft_type": "mtp"'
+CONFIG, WEIGHTS, KIND = "config.json", "model.safetensors", '"model_type": "mtp"'
 
 
 def is_mtp(folder: Path) -> bool:
@@ -47,21 +47,32 @@ def is_mtp(folder: Path) -> bool:
     return file.is_file() and KIND in file.read_text(encoding="utf-8")
 
 
-def write_mtp(folder: Path, mtp: MTP, ids: Tensor | None, parent: str, proposed: int) -> None:
+def rows_of(head: Any, ids: Tensor) -> nn.Linear:
+    """A head for some tokens only."""
+    return head_of(head.weight[ids].contiguous())
+
+
+def write_mtp(folder: Path, head: Any, ids: Tensor | None, parent: str, proposed: int) -> None:
     """Write what the layers propose.
 
     Args:
         folder: an existing one.
-        mtp: the layers.
+        head: of the layers, whole.
         ids: the tokens, ascending; None for all.
         parent: name or folder of the model.
         proposed: tokens of a chain that bring most.
     """
-    weight: Any = mtp.head.weight
-    tensors = {} if ids is None else {"ids": ids, "lm_head.weight": weight[ids].contiguous()}
+    count, tensors = head.out_features, dict[str, Tensor]()
+    if ids is not None:
+        count, tensors = len(ids), {"ids": ids, "lm_head.weight": rows_of(head, ids).weight.data}
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    config = {"draft_type": "mtp", "parent": parent, "num_speculative_tokens": proposed}
-    write_json(folder / CONFIG, {**config, "draft_vocab_size": len(weight if ids is None else ids)})
+    config = {"model_type": "mtp", "parent": parent, "num_speculative_tokens": proposed}
+    write_json(folder / CONFIG, {**config, "draft_vocab_size": count})
+
+
+def reader_of(folder: Path) -> CheckpointReader:
+    """Shows the dense tensors of a folder, compressed or not."""
+    return DenseView(PackedCheckpoint(folder)) if is_packed(folder) else open_weights(folder)
 
 
 def mtp_of(parent: Any, folder: Path, draft: Path | None = None) -> tuple[MTP, Tensor | None]:
@@ -76,8 +87,7 @@ def mtp_of(parent: Any, folder: Path, draft: Path | None = None) -> tuple[MTP, T
         ArchitectureError: the model has none, or in another form.
         CheckpointError: the draft is damaged, or of another model.
     """
-    reader = DenseView(PackedCheckpoint(folder)) if is_packed(folder) else open_weights(folder)
-    mtp = read_mtp(parent, reader, parent.dtype)
+    mtp = read_mtp(parent, reader_of(folder), parent.dtype)
     if draft is None:
         return mtp, None
     try:
@@ -91,8 +101,7 @@ def mtp_of(parent: Any, folder: Path, draft: Path | None = None) -> tuple[MTP, T
             raise ValueError(f"{list(weight.shape)} weights for {len(ids)} tokens of another model")
     except Exception as error:  # safetensors raises several kinds
         raise damaged(f"the draft cannot be read: {error}", draft) from None
-    mtp.head = nn.Linear(weight.shape[1], count, bias=False, device="meta")
-    mtp.head.weight = nn.Parameter(weight.to(parent.dtype), requires_grad=False)
+    mtp.head = head_of(weight.to(parent.dtype))
     return mtp, ids
 
 

@@ -59,6 +59,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
 from secateur.recipes.compress import DraftRecipe, FitRecipe
 from secateur.recipes.shared import texts_of
+from secateur.recipes.verbs import imported
 from secateur.reporting import fit as reports
 from secateur.reporting.plan import DraftPlanResult
 from secateur.runs.folder import NOTES, check_output
@@ -77,7 +78,7 @@ from secateur.steps.fitting import problem as fit_problem
 from secateur.steps.fitting.bench import BuiltCandidate, FitBench, open_model
 from secateur.steps.fitting.problem import EMBEDDINGS, Costs, FitProblem, embedded
 from secateur.steps.fitting.survey import survey_model
-from secateur.steps.runner import RunContext, Step, identity_of, source_of
+from secateur.steps.runner import RunContext, Step, Way, identity_of, source_of
 from secateur.timing import alternate, seconds_of
 from secateur.types import Windows
 
@@ -107,6 +108,8 @@ def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any])
     Raises:
         SecateurError: as the run would.
     """
+    if recipe.mtp:
+        return imported("secateur.steps.draft_mtp:plan_mtp")(recipe, progress, call)
     source = source_of(recipe, progress)
     model = open_model(recipe.fitted, source)
     _refuse_parent(recipe, source)
@@ -159,6 +162,11 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         trust = recipe.trust_remote_code
         runs_as = recipe.runs_as or str(run.source.folder)
         self.parent = resolve(runs_as, trust_remote_code=trust, progress=run.progress).folder
+
+    @classmethod
+    def way(cls, recipe: DraftRecipe) -> Way[DraftRecipe, reports.DraftResult]:
+        """Another step measures the layers that the model has."""
+        return Way(imported("secateur.steps.draft_mtp:DraftMTP") if recipe.mtp else cls)
 
     @classmethod
     def reads(cls, recipe: DraftRecipe) -> Iterable[str]:
@@ -369,7 +377,7 @@ def time_turns(
         drafts: each times one token of a draft.
     """
     most = SlotDecoder.together
-    calls = [*(partial(verify, n + 1) for n in range(most)), *drafts]
+    calls: list[Callable[[], float]] = [*(partial(verify, n + 1) for n in range(most)), *drafts]
     for call in calls:  # the first ones touch all memory
         call()
     found = [math.inf] * len(calls)
