@@ -167,7 +167,8 @@ class CutFileResult(Result):
         title = "cut" if self.output else "plan of the cut"
         chosen = [{"kind": kind, **own} for kind, own in self.cut.items()]
         table = Table.of(title, ("", "before", "after", "left"), rows)
-        return [table, *blocks_of("CutFileResult", self, chosen=chosen)]
+        texts = self.cut.get("tokens", {}).get("texts", ())
+        return [table, *blocks_of("CutFileResult", self, chosen=chosen, texts=texts)]
 
     def following(self) -> list[Block]:
         """Commands for the file. A model in parts is not expanded, so it cannot be evaluated."""

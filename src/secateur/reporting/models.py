@@ -116,6 +116,8 @@ def cut(manifest: records.Manifest) -> list[Block]:
         "CutManifest",
         manifest,
         steps=[{**step, "left": left(step)} for step in structure.steps],
+        texts=[text for step in structure.steps for text in step.get("texts", ())],
+        tokens=next((step for step in structure.steps if "covered" in step), {}),
         text=_text_of(manifest.calibration, manifest.source.name),
         loader="secateur, or trust_remote_code" if structure.varied else "plain transformers",
     )

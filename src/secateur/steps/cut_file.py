@@ -56,7 +56,7 @@ OPTIONS = (
 )
 """The options that say something about a cut of bytes."""
 
-NOTED = ("by", "by_weights", "tokens_before", "tokens_after", "covered")
+NOTED = ("by", "by_weights", "tokens_before", "tokens_after", "covered", "texts")
 """What the file says of how units were chosen."""
 
 CHOSEN, LEDGER = "chosen.json", "ledger.jsonl"
@@ -90,7 +90,9 @@ class Units(Record):
         found = {}
         for kind, notes in self.notes.items():
             own = {key: notes[key] for key in NOTED if key in notes}
-            if kind != "tokens":
+            if kind == "tokens":
+                own["texts"] = [{**x, "text": Path(x["text"]).name} for x in notes["texts"]]
+            else:
                 own["kept"] = getattr(self, kind)
             if calibration := notes.get("calibration"):
                 texts = texts_of(calibration["source"])

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
-from secateur.errors import RecipeError
+from secateur.engine.stream.hidden_states import STATES_BYTES
+from secateur.engine.stream.layerwise import LayerwiseReader
+from secateur.errors import RecipeError, VerificationError
+from secateur.evaluation.perplexity import read_by
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
@@ -61,6 +65,9 @@ if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
 
 log = logging.getLogger(__name__)
+
+SAME = 1e-5
+"""Logits that differ by less, as a fraction of the largest, are equal."""
 
 STEPS, MANIFEST = "steps.json", "manifest.json"
 
@@ -227,7 +234,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         if cut_plan.trims_vocabulary(recipe):
             from secateur.structured.vocabulary import trimmed_source
 
-            base, notes = trimmed_source(recipe, base, folder.work, progress)
+            base, notes = trimmed_source(recipe, base, folder.work, progress, self._same_logits)
             steps = [notes]
         trimmed = build_skeleton(base.folder)
         plan = cut_plan.plan_cut(recipe, trimmed) if steps else self.plan
@@ -296,6 +303,47 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         return RunWindows.cut(reader, options, recipe.distillation).complete(
             work, base.folder, self.device, options.seed, self.run.progress
         )
+
+    @torch.no_grad()
+    def _same_logits(
+        self, made: Path, windows: Sequence[Sequence[int]], kept: Sequence[int]
+    ) -> dict[str, float]:
+        """Compare the model with fewer tokens with the uncut one, layer by layer.
+
+        Returns:
+            Losses, and by how much the logits of tokens that stay differ at most, as a fraction of
+            the largest; nothing without windows.
+
+        Raises:
+            VerificationError: they differ by more than rounding.
+        """
+        index = torch.tensor(kept)
+        old = [torch.tensor(ids)[None] for ids in windows]
+        new = [torch.searchsorted(index, ids) for ids in old]
+        if not windows:
+            return {}
+        logits, eps = list[torch.Tensor](), 0.0
+        for folder, batches in ((self.run.source.folder, old), (made, new)):
+            target = CheckpointTarget(open_weights(folder), None, self.device)
+            reader = LayerwiseReader(target, STATES_BYTES, self.run.progress)
+            read = (
+                parts.head(x)[0, :-1].float().cpu() for [(x, parts)] in read_by([reader], batches)
+            )
+            logits.append(torch.cat([*read]))
+            eps = torch.finfo(target.dtype).eps
+        before, after, largest = logits[0][:, index], logits[1], float(logits[0].abs().max())
+        apart = float((before - after).abs().max()) / max(largest, 1e-30)
+        if not apart <= max(SAME, 4 * eps):
+            raise VerificationError(
+                f"logits of tokens that stay differ by {apart:.2g} of the largest",
+                where=str(made),
+                remedy="this is a fault in secateur; please report it",
+            )
+        targets = [torch.cat([ids[0, 1:] for ids in each]) for each in (old, new)]
+        pairs = zip((logits[0], before, after), (targets[0], targets[1], targets[1]), strict=True)
+        losses = [float(cross_entropy(x, following)) for x, following in pairs]
+        names = ("uncut", "uncut_among_kept", "trimmed", "apart", "tokens")
+        return dict(zip(names, (*losses, apart, len(after)), strict=True))
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""
@@ -411,7 +459,8 @@ def _steps_of(
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:
     """The notes of a step without its lists of indices, which `steps.json` keeps."""
-    tokens = {k: step[k] for k in ("tokens_before", "tokens_after", "covered") if k in step}
+    of_tokens = ("tokens_before", "tokens_after", "covered", "texts", "among_kept")
+    tokens = {key: step[key] for key in of_tokens if key in step}
     return {
         "step": step["step"],
         "by": step.get("by", step.get("solver")),

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from math import fsum, log1p, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,13 @@ _TOKEN_WORDS = ("token", "vocab", "wte", "word")
 
 BATCH = 256
 """Documents that are encoded at once."""
+
+WINDOWS, WINDOW = 4, 64
+"""How many windows of how many tokens at most the uncut and the smaller model are compared on."""
+
+Comparison = Callable[[Path, Sequence[Sequence[int]], Sequence[int]], dict[str, float]]
+"""Compares a smaller model with the uncut one: its folder, windows of old ids, and the ids that
+stay."""
 
 
 class _TokenTables(NamedTuple):
@@ -275,6 +283,17 @@ class Vocabulary:
         if isinstance(size, str):
             size = tokens_within(size, self.tables.rows, self._bytes_with)
         return kept_tokens(self.pieces, self.shares, self.always, size, multiple)
+
+    def windows(self, kept: Sequence[int]) -> list[list[int]]:
+        """A few beginnings of documents, as ids of tokens that all stay."""
+        tokenizer, there = load_tokenizer(self.folder), {*kept}
+        firsts = [x.documents[n] for x in self.texts for n in range(min(BATCH, len(x.documents)))]
+        whole = (
+            [*takewhile(there.__contains__, ids[:WINDOW])]
+            for ids in text_tokens(tokenizer, firsts, ())
+        )
+        # the longest ones, in their order
+        return sorted((ids for ids in whole if len(ids) > 1), key=len, reverse=True)[:WINDOWS]
 
     def lost(self, kept: Sequence[int]) -> float:
         """The share of the texts' tokens that are not kept."""
@@ -762,7 +781,11 @@ def check_vocabulary(
 
 
 def trimmed_source(
-    recipe: StructureRecipe, source: sources.LocalCheckpoint, work: Path, progress: Progress
+    recipe: StructureRecipe,
+    source: sources.LocalCheckpoint,
+    work: Path,
+    progress: Progress,
+    compare: Comparison,
 ) -> tuple[sources.LocalCheckpoint, dict[str, Any]]:
     """The model with the smaller vocabulary, and the notes of the step.
 
@@ -771,7 +794,8 @@ def trimmed_source(
 
     Raises:
         RecipeError: fewer tokens than have to stay, or none is removed.
-        VerificationError: a text is cut into other tokens than before.
+        VerificationError: a text is cut into other tokens than before, or a token that stays has
+            other logits.
     """
     made, calibration, size = work / "vocabulary", recipe.calibration, recipe.vocabulary_size
     text = recipe.vocabulary or calibration.source
@@ -784,6 +808,7 @@ def trimmed_source(
             if len(kept) == vocabulary.tables.rows:
                 raise needs_all(len(kept), text)
             found = _trim_vocabulary(vocabulary, folder, kept, progress=progress)
+            found["among_kept"] = compare(folder, vocabulary.windows(kept), kept)
             by = "use in a text" if size is None else "frequency in a text"
             write_json(folder / STEP, {"step": "vocabulary", "by": by, "text": text, **found})
     return replace(source, folder=made), read_notes(made)
