@@ -79,7 +79,9 @@ def own_tensors(form: Form, hidden: int = 32, tokens: int = 96) -> dict[str, tup
     }
 
 
-def save_further(folder: Path, name: str, shards: int = 1, **changes: Any) -> Path:
+def save_further(
+    folder: Path, name: str, shards: int = 1, tokens: int = 96, **changes: Any
+) -> Path:
     """Write a tiny model of one of `FORMS` with one layer for further tokens."""
     form = FORMS[name]
     save_tiny(folder, form.family, **{form.counted: 1}, **changes)
@@ -89,7 +91,7 @@ def save_further(folder: Path, name: str, shards: int = 1, **changes: Any) -> Pa
     old, new = f"model.layers.{form.like}.", start_of(form)
     made = {new + n.removeprefix(old): x for n, x in other.items() if n.startswith(old)}
     dtype = next(iter(made.values())).dtype
-    for own, shape in own_tensors(form).items():
+    for own, shape in own_tensors(form, tokens=tokens).items():
         values = torch.randn(shape) * (0.3 if len(shape) > 1 else 0.1)
         made[own] = (values + (len(shape) == 1 and not form.offset)).to(dtype)
     if form.fused:
