@@ -250,7 +250,10 @@ def test_what_cannot_be_trimmed_is_refused(tmp_path: Path) -> None:
     words = save_tiny(tmp_path / "words", "llama")
     file = words / "tokenizer.json"
     file.write_text(file.read_text().replace('"unk_token":"<unk>"', '"unk_token":"none"'))
-    with pytest.raises(ArchitectureError, match="WordLevel"):
+    tokenizer = json.loads((words / "tokenizer.json").read_text())
+    tokenizer["model"]["type"] = "Syllables"
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ArchitectureError, match="Syllables"):
         trim(words, tmp_path / "out")
     (words / "tokenizer.json").unlink()
     with pytest.raises(ArchitectureError, match=r"no.*|has none"):

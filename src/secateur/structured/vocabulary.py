@@ -808,7 +808,8 @@ def trimmed_source(
             if len(kept) == vocabulary.tables.rows:
                 raise needs_all(len(kept), text)
             found = _trim_vocabulary(vocabulary, folder, kept, progress=progress)
-            found["among_kept"] = compare(folder, vocabulary.windows(kept), kept)
+            if "similarity" not in found:  # of embedding models, which have no logits
+                found["among_kept"] = compare(folder, vocabulary.windows(kept), kept)
             by = "use in a text" if size is None else "frequency in a text"
             write_json(folder / STEP, {"step": "vocabulary", "by": by, "text": text, **found})
     return replace(source, folder=made), read_notes(made)
