@@ -497,8 +497,23 @@ def _shown_experts(model: Any) -> Experts | None:
     return None
 
 
+def only_embeds(model: Any) -> bool:
+    """Whether a model of transformers makes states of tokens, and predicts no next token.
+
+    It is an encoder, or a decoder without its head.
+    """
+    own = type(model).__module__.startswith("transformers.models.")
+    return own and not model.can_generate()
+
+
 def describe(model: Any) -> Architecture:
     """Describe a causal language model."""
+    if only_embeds(model):
+        raise ArchitectureError(
+            f"{type(model).__name__} makes embeddings and predicts no next token, so only tokens "
+            "can be removed from it",
+            remedy="secateur structure DIR --vocabulary TEXT --output SMALLER",
+        )
     family = family_of(model)
     if family is not None:
         groups, experts, layers = family.groups, family.experts, family.layers

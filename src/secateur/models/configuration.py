@@ -27,6 +27,9 @@ DESCRIPTIONS = ("quantization_config", "compression_config", "sparsity_config")
 OF_MODELOPT = "hf_quant_config.json"
 """Where NVIDIA's Model-Optimizer describes the weights, in early folders alone."""
 
+PIPELINE = "modules.json"
+"""The modules of an embedding model, in the order in which sentence-transformers calls them."""
+
 LAYERS = "num_hidden_layers"
 WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes for which some stored tensor must have a side at least as long."""
@@ -64,8 +67,11 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         remedy = "name a folder written by save_pretrained"
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        inner = sorted(p.parent for p in folder.glob("*/config.json"))
         if (folder / "adapter_config.json").is_file():
             remedy = "this is an adapter: merge it into its base model, then name the merged folder"
+        elif (folder / PIPELINE).is_file() and inner:
+            remedy = f"name the folder of the model within it: {inner[0]}"
         elif ggufs:
             remedy = f"name the GGUF file itself: {folder / ggufs[0]}"
         raise CheckpointError("the folder has no config.json", where=str(folder), remedy=remedy)

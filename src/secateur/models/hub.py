@@ -39,8 +39,9 @@ FILES = [
     "README.md",
 ]
 CONFIGURATION = ["config.json", "LICENSE*", "README.md"]
-# folders inside a repository contain other formats, and "consolidated" files repeat the weights
-IGNORED = ["*/*", "consolidated*"]
+# Folders inside a repository contain other formats, unless they are modules of an embedding model
+# (1_Pooling). "consolidated" files repeat the weights.
+IGNORED = ["[!0-9]*/*", "?[!_]*/*", "consolidated*"]
 
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

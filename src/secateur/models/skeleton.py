@@ -31,7 +31,12 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import ArchitectureError, CheckpointError, first_line
 from secateur.models.architecture import experts_of, further_counts, setting, text_config
 from secateur.models.checkpoint import CheckpointReader, TensorEntry, damaged
-from secateur.models.configuration import TrustedFolder, check_sizes, transformers_errors
+from secateur.models.configuration import (
+    PIPELINE,
+    TrustedFolder,
+    check_sizes,
+    transformers_errors,
+)
 from secateur.models.experts import open_experts
 
 LARGE = 2**24
@@ -108,16 +113,17 @@ def build_skeleton(
         ArchitectureError: transformers has no causal language model of this type, or the checkpoint
             needs code of its own and the folder is not trusted.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     check_sizes(folder, alone=alone)
     trust = isinstance(folder, TrustedFolder)
     with quiet_transformers(), transformers_errors(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        kind = auto_class(config)
+        if kind is AutoModelForCausalLM and (folder / PIPELINE).is_file():
+            kind = AutoModel  # the head of an embedding model is not used, and often not stored
         with without_weights():
-            model = auto_class(config).from_config(
-                config, dtype=dtype or config.dtype, trust_remote_code=trust
-            )
+            model = kind.from_config(config, dtype=dtype or config.dtype, trust_remote_code=trust)
     if opened and experts_of(model):
         open_experts(model)
     return model.eval()
@@ -319,20 +325,33 @@ def assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class of a configuration: for causal language models, or for models that see.
+    """The Auto class of a configuration: for causal language models, encoders, or models that see.
 
     A model that reads pictures is often no causal language model for transformers, or one without
-    its tower for pictures. So the class that the checkpoint was saved with decides.
+    its tower for pictures. An encoder has a head for words or for labels, or none. So the class
+    that the checkpoint was saved with decides.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForImageTextToText._model_mapping or own_code:
-        return AutoModelForCausalLM
+        return _encoder_class(config) or AutoModelForCausalLM
     seeing = str(getattr(AutoModelForImageTextToText._model_mapping[type(config)], "__name__", ""))
     saved = getattr(config, "architectures", None) or [seeing]
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if saved[0] == seeing or not known else AutoModelForCausalLM
+
+
+def _encoder_class(config: Any) -> Any:
+    """The Auto class with which an encoder was saved; None for other models."""
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    if type(config) not in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
+        return None
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    kinds = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModel)
+    named = {str(getattr(k._model_mapping.get(type(config), ""), "__name__", "")): k for k in kinds}
+    return named.get(saved)
 
 
 def empty_cache(model: Any) -> dict[str, Any]:

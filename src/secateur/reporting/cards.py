@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.models.samples import MODELS
-from secateur.reporting.models import cut, imported, packed, pruned, trained
+from secateur.reporting.models import cut, imported, packed, pruned, similarity_of, trained
 from secateur.reporting.tables import Block, markdown
 from secateur.runs.records import Compression, Import, Manifest, Source, Training
 
@@ -75,10 +75,14 @@ def structure_card(
         teacher = manifest.method["distillation"].get("teacher")
         taught = "the uncut model" if teacher is None else f"`{Path(teacher).name}`"
         learned = f"The cut model learned from {taught} on the same windows."
-    tags = ["pruned", "structured-pruning"]
-    return front_matter(manifest.source, source_folder, tags) + _card(
+    tags, embeds = ["pruned", "structured-pruning"], similarity_of(structure) is not None
+    task = "feature-extraction" if embeds else "text-generation"
+    return front_matter(manifest.source, source_folder, tags, task) + _card(
         "structure", cut(manifest), of=manifest, source=source_name(manifest.source),
-        kept=1 - structure.decoder_removed, learned=learned, varied=VARIED * structure.varied,
+        kept=1 - (structure.removed if embeds else structure.decoder_removed),
+        whole="weights" if embeds else "decoder",
+        auto="AutoModel" if embeds else "AutoModelForCausalLM",
+        learned=learned, varied=VARIED * structure.varied,
         fitted="The weights that read the units were fitted again. " * refitted
         + TUNED * ("routers" in names),
         place=place, again=made_again("structure", recipe_yaml, place),
@@ -178,7 +182,9 @@ def _body(folder: Path) -> str:
 # -- the YAML block at the head ------------------------------------------------------------------
 
 
-def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
+def front_matter(
+    source: Source, folder: Path, tags: Sequence[str], task: str = "text-generation"
+) -> str:
     """The block with its fences: base model, licence, language, library and tags.
 
     The base model is included if it is a model on the hub. Licence and language come from the card
@@ -188,6 +194,7 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
         source: the source model, as in a manifest.
         folder: folder of the source model.
         tags: tags of the new model.
+        task: what the hub calls the task of the model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -210,7 +217,7 @@ def front_matter(source: Source, folder: Path, tags: Sequence[str]) -> str:
         license_link=known.get("license_link"),
         language=known.get("language"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=list(dict.fromkeys([*earlier, *tags, OURS])),
     )
     return f"---\n{data.to_yaml()}\n---\n"

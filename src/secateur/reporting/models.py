@@ -103,6 +103,11 @@ def compared(title: str, before: records.Counts, after: records.Counts | None) -
     return Table.of(title, ("", "before", "after", "left"), rows)
 
 
+def similarity_of(structure: records.Structure) -> float | None:
+    """How alike embeddings are before and after; None if the model predicts tokens."""
+    return next((step["similarity"] for step in structure.steps if "similarity" in step), None)
+
+
 def cut(manifest: records.Manifest) -> list[Block]:
     """What a cut removed in total and in each step, and what it took."""
     structure = manifest.structure
@@ -188,6 +193,8 @@ class StructureResult(Result):
 
     def following(self) -> list[Block]:
         """Commands for the folder."""
+        if similarity_of(self.structure) is not None:  # no other verb takes an embedding model
+            return []
         return _commands(self.output, self.manifest.result.decoder_sparsity)
 
 

@@ -442,6 +442,8 @@ class StepEntry(PartialRecord):
         documents: of a vocabulary step: documents of the text.
         same_documents: of a vocabulary step: those whose tokens all stay.
         covered: of a vocabulary step: share of the text's tokens that stay.
+        similarity: of a vocabulary step of an embedding model: the lowest cosine similarity of last
+            hidden states, and of their means, before and after, on the first documents.
         texts: of a vocabulary step: name and weight of each text, its documents, how many tokens
             it takes before and after, and the share of its tokens that stay.
         among_kept: of a vocabulary step: the loss on a few windows, of the uncut model, of the same
@@ -482,6 +484,7 @@ class StepEntry(PartialRecord):
     documents: int | None = None
     same_documents: int | None = None
     covered: float | None = None
+    similarity: float | None = None
     texts: list[dict[str, Any]] | None = None
     among_kept: dict[str, float] | None = None
     score: str | None = None

@@ -60,6 +60,7 @@ from secateur.steps.runner import (
 )
 from secateur.structured import cut_plan, cut_steps
 from secateur.structured.design import verified
+from secateur.structured.embedders import copy_modules
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
@@ -254,6 +255,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
             steps.append(notes)
         stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
         copy_of(stored, folder.model).create(progress)
+        copy_modules(self.run.source.folder, folder.model)
         (folder.model / cut_steps.STEP).unlink(missing_ok=True)
         losses = self._distill(base, windows) if recipe.distillation.epochs else None
         manifest = self._manifest(self._structure(steps, latency), losses, windows)
@@ -459,7 +461,7 @@ def _steps_of(
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:
     """The notes of a step without its lists of indices, which `steps.json` keeps."""
-    of_tokens = ("tokens_before", "tokens_after", "covered", "texts", "among_kept")
+    of_tokens = ("tokens_before", "tokens_after", "covered", "texts", "among_kept", "similarity")
     tokens = {key: step[key] for key in of_tokens if key in step}
     return {
         "step": step["step"],

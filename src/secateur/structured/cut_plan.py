@@ -8,12 +8,13 @@ from math import ceil, lcm
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.models.architecture import describe
+from secateur.models.architecture import describe, hidden_size, only_embeds
 from secateur.recipes.options import bytes_of
 from secateur.recipes.structure import TARGETS, Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.cut import NEURONS, UNITS, Cut, Sizes, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Accounting, account, accounting, design
+from secateur.structured.embedders import check_embedder
 
 WITHIN = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
 """Options that cut within layers. They need a family that declares its units."""
@@ -109,6 +110,9 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         ArchitectureError: the recipe cuts units within layers, and the family does not declare
             them.
     """
+    if only_embeds(model):
+        check_embedder(recipe, model)
+        return CutPlan(Sizes(hidden_size(model), 0, 1, (), (), (), ()))
     if any(getattr(recipe, name) is not None for name in WITHIN):
         couplings_of(describe(model), [k for n, k in KINDS.items() if getattr(recipe, n)])
     sizes, drop = sizes_of(model), 0

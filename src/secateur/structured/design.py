@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError, VerificationError
 from secateur.models import skeleton as skeletons
-from secateur.models.architecture import Couplings, describe, further_counts, setting, text_config
+from secateur.models.architecture import (
+    Couplings,
+    describe,
+    further_counts,
+    only_embeds,
+    setting,
+    text_config,
+)
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.counting import layer_caches
 from secateur.models.inventory import FurtherLayers
@@ -601,7 +608,24 @@ def accounting(model: Any, cut: units.Cut) -> Accounting:
     Raises:
         RecipeError: the cut is impossible.
     """
+    if only_embeds(model):
+        counts = _counts_of_embedder(model)
+        return Accounting(counts, counts, False)
     return account(design(model, cut))
+
+
+def _counts_of_embedder(model: Any) -> Counts:
+    """Count a model of which only tokens are cut: all but its tables of tokens is its decoder."""
+    rows, found = model.get_input_embeddings().num_embeddings, Counter[str]()
+    for name, parameter in skeletons.parameters_of(model).items():
+        norm = "Norm" in type(model.get_submodule(name.rpartition(".")[0])).__name__
+        table = tuple(parameter.shape[:1]) == (rows,)
+        found["embeddings" if table else "norms" if norm else "other"] += parameter.numel()
+        found["decoder"] += parameter.numel() * (not table)
+        found["file_bytes"] += parameter.numel() * parameter.itemsize
+    counted = {name: found[name] for name in (*_KINDS, "decoder", "file_bytes")}
+    total = sum(found[kind] for kind in _KINDS)
+    return Counts(**counted, kv_cache_bytes_per_token=0, parameters=total)
 
 
 def account(made: Design) -> Accounting:

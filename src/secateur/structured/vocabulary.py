@@ -29,7 +29,7 @@ from secateur.calibration.chats import Document
 from secateur.calibration.documents import read_documents
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
 from secateur.models import at_rest, checkpoint, opening, sources
-from secateur.models.architecture import text_config
+from secateur.models.architecture import only_embeds, text_config
 from secateur.models.skeleton import build_skeleton, model_names, refuse_missing, stored_buffers
 from secateur.models.tokenizer import Tokenizer, load_tokenizer, text_tokens
 from secateur.progress import Progress, Silent
@@ -41,6 +41,7 @@ from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import STEP, read_notes
 from secateur.structured.design import Accounting, accounting
 from secateur.structured.edits import TensorEdit
+from secateur.structured.embedders import TEXTS, before_positions, further_modules, least_similarity
 from secateur.structured.surgery import write_tensors
 from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of
 
@@ -143,6 +144,7 @@ def _token_tables(model: Any) -> _TokenTables:
         elif (
             isinstance(module, nn.Embedding)
             and "position" not in path
+            and "token_type" not in leaf  # first and second sentence of BERT
             and any(word in leaf for word in _TOKEN_WORDS)
         ):
             raise ArchitectureError(
@@ -150,6 +152,9 @@ def _token_tables(model: Any) -> _TokenTables:
                 where=path,
                 remedy="leave the vocabulary of this family as it is",
             )
+    # the bias of a head may be stored under the name of the module around it
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found |= {tied[name]: rows for name in [*found] if name in tied}
     routes = (name for name in stored_buffers(model) if name.endswith(_ROUTES))
     return _TokenTables({**found, **dict.fromkeys(routes, rows)}, rows)
 
@@ -263,6 +268,7 @@ class Vocabulary:
         found = counted_texts(tokenizer, read_texts(texts, field), progress or Silent())
         counts = {token for text in found for token in text.counts}
         always = _staying(folder, pieces, counts, tables, skeleton.config)
+        always |= {*before_positions(skeleton)}
         return cls(folder, found, pieces, tables, stored, always, reader, skeleton.config)
 
     @cached_property
@@ -384,6 +390,11 @@ def _trim_vocabulary(
     tokenizers = load_tokenizer(folder), load_tokenizer(output)
     notes = checked_texts(*tokenizers, vocabulary.texts, kept, progress)
     skeleton, made = build_skeleton(folder, opened=False), build_skeleton(output)
+    if only_embeds(skeleton):
+        documents = [document for text in vocabulary.texts for document in text.documents[:TEXTS]]
+        ids = text_tokens(tokenizers[0], documents[:TEXTS], ())
+        new = {old: number for number, old in enumerate(kept)}
+        notes["similarity"] = least_similarity(folder, output, ids, new)
     before, after = (accounting(model, Cut()).before for model in (skeleton, made))
     varied = hasattr(skeleton.config, "secateur_cut")
     counts = Accounting(before, after, varied).to_json()
@@ -524,7 +535,8 @@ def _stored_tables(
     found, own = dict[str, int](), False
     for stored, entry in opened.entries.items():
         owner, name = stored.rpartition(".")[0].rpartition(".")[2], names[stored]
-        copy = name not in known and owner in leaves and entry.shape[:1] == (tables.rows,)
+        copy = name not in known and entry.shape[:1] == (tables.rows,)
+        copy = copy and (owner in leaves or only_embeds(model))  # a head that it is built without
         own = own or name in tables.names
         if name in tables.names or copy:
             rows = tables.names.get(name, tables.rows)
@@ -766,6 +778,7 @@ def check_vocabulary(
     tables, size = _token_tables(skeleton), recipe.vocabulary_size
     _stored_tables(skeleton, tables, opening.open_weights(source.folder))
     counted_text(recipe)
+    further_modules(source.folder)  # refuses those that depend on tokens
     if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
         raise RecipeError(
             "windows of token ids would have other ids after the vocabulary is trimmed",
