@@ -23,6 +23,8 @@ from tokenizers import (
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+"""Tokens that transformers adds to a tokenizer of BERT without them."""
 
 
 def documents() -> list[str]:
@@ -98,9 +100,10 @@ def of_words(kind: str, size: int) -> Tokenizer:
     inner = Tokenizer(models.WordPiece(unk_token="<unk>"))
     inner.normalizer = normalizers.BertNormalizer()
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    options["special_tokens"] = [*SPECIAL, *OF_BERT]
     inner.train_from_iterator(documents(), trainers.WordPieceTrainer(**options))
     inner.decoder = decoders.WordPiece()
-    ends = [(token, inner.token_to_id(token)) for token in ("</s>", "<s>")]
+    ends = [(token, inner.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
     inner.post_processor = processors.BertProcessing(*ends)
     return inner
 
