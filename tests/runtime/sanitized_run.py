@@ -15,11 +15,13 @@ from runtime.kernel_examples import TIERS
 from runtime.packed_examples import LAYOUTS, SMALL_GRIDS, packed_folder
 from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
+from secateur.models.draft_head import DraftHead, head_config
 from secateur.quantization.groups import GROUPS, Scales
 from secateur.runtime import decode
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.formats import Layout, formats
 from secateur.runtime.formats.bits import pack_bits
+from secateur.runtime.heads import HeadDecoder
 from secateur.runtime.install import matrix_of
 from secateur.runtime.kernels import library as lib
 from secateur.runtime.kernels import matrix as matrices
@@ -114,9 +116,10 @@ def decoding(folder: Path) -> None:
                         decoder.prefill(torch.arange(75))
                         while decoder.length < decoder.capacity:
                             decoder.step(7)
-                    several = SlotDecoder(model, 3, slots=8)
+                    several = SlotDecoder(model, 3, slots=8, taps=(0, 1, 3))
                     for at in range(3):
                         several.step([Token(slot, at, 5 + slot, slot > 2) for slot in range(8)])
+                    heads(several, values)
     windowed = packed_model(
         folder / "windowed", "mistral", values="int8", sliding_window=70,
         max_position_embeddings=1400, **sizes,
@@ -128,6 +131,19 @@ def decoding(folder: Path) -> None:
             while decoder.length < length + 9:
                 decoder.step(7)
         assert decoder.slots.copy_out(0, 1300, 1399) is not None
+
+
+def heads(parent: SlotDecoder, values: str) -> None:
+    """A draft head beside a parent that has read a few tokens: a prompt, and a chain."""
+    head = DraftHead(head_config(parent.model.config, 150), (0, 1, 3), torch.arange(1, 96, 2))
+    decoder = HeadDecoder(head, parent, values)
+    states = parent.take_states(1)[1]
+    for slot in range(2):
+        decoder.give(slot, states)
+        decoder.read(slot, torch.tensor([6, 7]))
+        decoder.step([Token(slot, 2, 8)])
+        decoder.rewind(slot, 1)
+    decoder.step([Token(slot, 1, 8, slot > 0) for slot in range(2)])
 
 
 def hostile(folder: Path, layouts: Mapping[str, Layout], files: int) -> None:
