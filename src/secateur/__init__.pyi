@@ -760,7 +760,7 @@ def generate(
         stop: Stop before the model writes this text; may be repeated. [none]
         kv_cache: Type of the KV cache. int8 takes half the memory of bf16. [bf16, or float32 if the
             model is]
-        draft: A smaller model with the same vocabulary, or a head of this model; `secateur draft`
+        draft: A smaller model with the same vocabulary, or a head of this model: `secateur draft`
             makes both. It proposes tokens, and the model checks several in one call: faster, and
             with the same output (speculative decoding). [none]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]

@@ -89,9 +89,9 @@ class _Drafted(Section):
         str | None,
         Flag(aliases=("assistant_model", "model_draft"), value="DRAFT", default="none"),
     ] = None
-    """A smaller model with the same vocabulary, or a head of this model; `secateur draft` makes both.
-    It proposes tokens, and the model checks several in one call: faster, and with the same output
-    (speculative decoding)."""
+    """A smaller model with the same vocabulary, or a head of this model: `secateur draft` makes
+    both. It proposes tokens, and the model checks several in one call: faster, and with the same
+    output (speculative decoding)."""
 
 
 class _Decoding(Device, _Drafted, _KeysAndValues):
