@@ -27,7 +27,13 @@ from secateur.errors import RecipeError, VerificationError
 from secateur.evaluation.perplexity import read_by
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
-from secateur.models.opening import copy_of, formats_of, open_weights, refuse_quantized
+from secateur.models.opening import (
+    computed_dtype,
+    copy_of,
+    formats_of,
+    open_weights,
+    refuse_quantized,
+)
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
 from secateur.models.targets import CheckpointTarget
@@ -321,31 +327,31 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         """
         index = torch.tensor(kept)
         old = [torch.tensor(ids)[None] for ids in windows]
-        new = [torch.searchsorted(index, ids) for ids in old]
-        if not windows:
+        if not old:
             return {}
-        logits, eps = list[torch.Tensor](), 0.0
-        for folder, batches in ((self.run.source.folder, old), (made, new)):
+
+        def logits_of(folder: Path, ids: list[torch.Tensor]) -> torch.Tensor:
             target = CheckpointTarget(open_weights(folder), None, self.device)
-            reader = LayerwiseReader(target, STATES_BYTES, self.run.progress)
-            read = (
-                parts.head(x)[0, :-1].float().cpu() for [(x, parts)] in read_by([reader], batches)
-            )
-            logits.append(torch.cat([*read]))
-            eps = torch.finfo(target.dtype).eps
-        before, after, largest = logits[0][:, index], logits[1], float(logits[0].abs().max())
-        apart = float((before - after).abs().max()) / max(largest, 1e-30)
-        if not apart <= max(SAME, 4 * eps):
+            read = read_by([LayerwiseReader(target, STATES_BYTES, self.run.progress)], ids)
+            return torch.cat([x.head(states)[0, :-1].float().cpu() for [(states, x)] in read])
+
+        whole = logits_of(self.run.source.folder, old)
+        after = logits_of(made, [torch.searchsorted(index, ids) for ids in old])
+        before, next_old = whole[:, index], torch.cat([ids[0, 1:] for ids in old])
+        next_new = torch.searchsorted(index, next_old)
+        apart = float((before - after).abs().max() / whole.abs().max().clamp(min=1e-30))
+        if not apart <= max(SAME, 4 * torch.finfo(computed_dtype(made)).eps):
             raise VerificationError(
                 f"logits of tokens that stay differ by {apart:.2g} of the largest",
                 where=str(made),
                 remedy="this is a fault in secateur; please report it",
             )
-        targets = [torch.cat([ids[0, 1:] for ids in each]) for each in (old, new)]
-        pairs = zip((logits[0], before, after), (targets[0], targets[1], targets[1]), strict=True)
-        losses = [float(cross_entropy(x, following)) for x, following in pairs]
-        names = ("uncut", "uncut_among_kept", "trimmed", "apart", "tokens")
-        return dict(zip(names, (*losses, apart, len(after)), strict=True))
+        losses = {
+            "uncut": float(cross_entropy(whole, next_old)),
+            "uncut_among_kept": float(cross_entropy(before, next_new)),
+            "trimmed": float(cross_entropy(after, next_new)),
+        }
+        return {**losses, "apart": apart, "tokens": len(after)}
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""

@@ -262,7 +262,7 @@ def kept_tokens(
 
     Args:
         pieces: of the tokenizer.
-        shares: how much of the text each token is, by id; of one text also how often it has it.
+        shares: how much of the text each token is, by id; together 1.
         always: ids that stay whatever the text has: special tokens, ids in configurations.
         size: keep at most this number, the most frequent ones first, each with all tokens on the
             way to it. A float is the share of the text that may be lost. None keeps every token
@@ -303,9 +303,8 @@ def kept_tokens(
     order = sorted(shares, key=lambda token: (-shares[token], token))
     if isinstance(size, float):
         lost = fsum(share for token, share in shares.items() if token not in kept)
-        budget = size * fsum(shares.values())
         for number in order:
-            if lost <= budget:
+            if lost <= size:
                 break
             more = missing(number)
             kept |= more

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from math import fsum, log1p, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +88,8 @@ _METADATA = 64
 _TOKEN_WORDS = ("token", "vocab", "wte", "word")
 """In the names of embeddings of tokens."""
 
+_SILENT = Silent()
+
 BATCH = 256
 """Documents that are encoded at once."""
 
@@ -123,21 +124,15 @@ def _token_tables(model: Any) -> _TokenTables:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise ArchitectureError(
-            f"the embedding of {type(model).__name__} is no plain table",
-            remedy="leave the vocabulary as it is",
-        )
+        raise _untrimmed(f"the embedding of {type(model).__name__} is no plain table")
     rows, found = embedding.num_embeddings, dict[str, int]()
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
         if module is embedding or (head is not None and module is head):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.shape[0] != rows:
-                    raise ArchitectureError(
-                        f"it has {parameter.shape[0]} rows, the embedding has {rows}",
-                        where=f"{path}.{name}",
-                        remedy="leave the vocabulary as it is",
-                    )
+                    what = f"it has {parameter.shape[0]} rows, the embedding has {rows}"
+                    raise _untrimmed(what, f"{path}.{name}")
                 found[f"{path}.{name}"] = rows
         elif isinstance(module, nn.Embedding) and leaf == _PER_LAYER:
             found[f"{path}.weight"] = module.num_embeddings
@@ -147,16 +142,17 @@ def _token_tables(model: Any) -> _TokenTables:
             and "token_type" not in leaf  # first and second sentence of BERT
             and any(word in leaf for word in _TOKEN_WORDS)
         ):
-            raise ArchitectureError(
-                "another table has a row for each token",
-                where=path,
-                remedy="leave the vocabulary of this family as it is",
-            )
+            raise _untrimmed("another table has a row for each token", path)
     # the bias of a head may be stored under the name of the module around it
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     found |= {tied[name]: rows for name in [*found] if name in tied}
     routes = (name for name in stored_buffers(model) if name.endswith(_ROUTES))
     return _TokenTables({**found, **dict.fromkeys(routes, rows)}, rows)
+
+
+def _untrimmed(what: str, where: str | None = None) -> ArchitectureError:
+    """An error: tokens of this model cannot be removed."""
+    return ArchitectureError(what, where=where, remedy="leave the vocabulary as it is")
 
 
 @dataclass(frozen=True)
@@ -193,13 +189,15 @@ def counted_texts(
     Raises:
         RecipeError: a text has no tokens.
     """
-    found = tuple(CountedText(*x, token_counts(tokenizer, x[2], progress)) for x in texts)
-    for text in found:
-        if not text.counts:
-            raise RecipeError(
-                "the text has no tokens", where=text.name, remedy="name a text that has some"
-            )
-    return found
+    found, remedy = list[CountedText](), "name a text that has some"
+    progress.start("counting tokens", sum(-(-len(documents) // BATCH) for *_, documents in texts))
+    for name, weight, documents in texts:
+        counts = Counter(chain.from_iterable(_encoded(tokenizer, documents, progress)))
+        if not counts:
+            raise RecipeError("the text has no tokens", where=name, remedy=remedy)
+        found.append(CountedText(name, weight, documents, counts))
+    progress.finish()
+    return tuple(found)
 
 
 def weighted_shares(texts: Sequence[CountedText]) -> dict[int, float]:
@@ -245,12 +243,7 @@ class Vocabulary:
 
     @classmethod
     def counted(
-        cls,
-        folder: Path,
-        texts: str,
-        *,
-        field: str = "text",
-        progress: Progress | None = None,
+        cls, folder: Path, texts: str, *, field: str = "text", progress: Progress = _SILENT
     ) -> Vocabulary:
         """Count the tokens of texts, each perhaps with a weight: `de.jsonl=2,code.jsonl=1`.
 
@@ -265,7 +258,7 @@ class Vocabulary:
         # in whatever form they are stored, all other tensors keep their bytes
         reader = opened.stored if isinstance(opened, at_rest.AssembledReader) else opened
         stored = _stored_tables(skeleton, tables, opened)
-        found = counted_texts(tokenizer, read_texts(texts, field), progress or Silent())
+        found = counted_texts(tokenizer, read_texts(texts, field), progress)
         counts = {token for text in found for token in text.counts}
         always = _staying(folder, pieces, counts, tables, skeleton.config)
         always |= {*before_positions(skeleton)}
@@ -287,7 +280,10 @@ class Vocabulary:
             RecipeError: fewer tokens than have to stay, or no vocabulary has so few bytes.
         """
         if isinstance(size, str):
-            size = tokens_within(size, self.tables.rows, self._bytes_with)
+            # headers change in the numbers of shapes and places alone
+            whole = sum(file.stat().st_size + _METADATA for file in self.reader.files)
+            rows = self.tables.rows
+            size = tokens_within(size, rows, whole, self.saved_bytes(range(1, rows)))
         return kept_tokens(self.pieces, self.shares, self.always, size, multiple)
 
     def windows(self, kept: Sequence[int]) -> list[list[int]]:
@@ -338,37 +334,27 @@ class Vocabulary:
                 edits[name] = edits[name].keeping(0, kept)
         return edits
 
-    def _bytes_with(self, tokens: int) -> int:
-        """The bytes of the weight files with so many tokens, or a few more."""
-        rows = self.tables.rows
-        late = min(tokens, sum(token >= min(self.tables.names.values()) for token in self.always))
-        kept = [*range(tokens - late), *range(rows - late, rows)]
-        files = self.reader.files
-        # headers change in the numbers of shapes and places alone
-        whole = sum(file.stat().st_size + _METADATA for file in files)
-        return whole - self.saved_bytes(kept)
 
-
-def tokens_within(size: str, rows: int, bytes_with: Callable[[int], int]) -> int:
+def tokens_within(size: str, rows: int, whole: int, each: int) -> int:
     """The largest number of tokens whose files have at most some bytes.
 
     Args:
         size: with its unit, such as `2GiB`.
         rows: tokens there are.
-        bytes_with: the bytes of the files with a number of tokens.
+        whole: bytes of the files with all of them.
+        each: bytes of one.
 
     Raises:
-        RecipeError: the files are larger without any token, or smaller already.
+        RecipeError: the files are larger without any token, or small enough already.
     """
-    limit = bytes_of(size)
-    if not bytes_with(0) <= limit < bytes_with(rows):
+    gone = -(-(whole - bytes_of(size)) // each)
+    if not 0 < gone <= rows:
         raise RecipeError(
-            f"{limit:,} bytes are asked for: the weight files have {bytes_with(rows):,}, and "
-            f"without any token {bytes_with(0):,}",
+            f"the weight files have {whole:,} bytes, and {whole - rows * each:,} without any token",
             where="--vocabulary-size",
             remedy="give a size between them",
         )
-    return bisect_right(range(rows), limit, key=bytes_with) - 1
+    return rows - gone
 
 
 def _trim_vocabulary(
@@ -441,18 +427,6 @@ def _staying(
     return frozenset(found)
 
 
-def token_counts(
-    tokenizer: Tokenizer, documents: Sequence[Document], progress: Progress
-) -> Counter[int]:
-    """How often the documents have each token."""
-    progress.start("counting tokens", -(-len(documents) // BATCH))
-    counts: Counter[int] = Counter()
-    for ids in _encoded(tokenizer, documents, progress):
-        counts.update(ids)
-    progress.finish()
-    return counts
-
-
 def _encoded(
     tokenizer: Tokenizer, documents: Sequence[Document], progress: Progress
 ) -> Iterator[list[int]]:
@@ -480,16 +454,15 @@ def checked_texts(
     """
     number = {before: after for after, before in enumerate(kept)}  # new ids by old ones
     progress.start("checking tokens", sum(2 * -(-len(text.documents) // BATCH) for text in texts))
-    found, shares = list[dict[str, Any]](), weighted_shares(texts)
+    found = list[dict[str, Any]]()
     for text in texts:
         same, tokens = 0, 0
         both = (_encoded(tokenizer, text.documents, progress) for tokenizer in (old, new))
         for place, (before, after) in enumerate(zip(*both, strict=True)):
             tokens += len(after)
-            if not all(token in number for token in before):
-                continue
-            same += 1
-            if [number[token] for token in before] != after:
+            whole = [number[token] for token in before if token in number]
+            same += len(whole) == len(before)
+            if len(whole) == len(before) and whole != after:
                 raise VerificationError(
                     f"document {place} of {text.name} becomes {len(after)} tokens, and not the "
                     f"same {len(before)} as before",
@@ -497,22 +470,16 @@ def checked_texts(
                     remedy="this tokenizer cannot be trimmed: leave the vocabulary as it is, and "
                     "please report it",
                 )
-        total = text.counts.total()
-        found.append(
-            {
-                "text": text.name,
-                "weight": text.weight,
-                "documents": len(text.documents),
-                "same_documents": same,
-                "tokens_before": total,
-                "tokens_after": tokens,
-                "covered": sum(text.counts[token] for token in kept) / total,
-            }
-        )
+        found.append({
+            "text": text.name, "weight": text.weight, "documents": len(text.documents),
+            "same_documents": same, "tokens_before": text.counts.total(), "tokens_after": tokens,
+            "covered": sum(text.counts[token] for token in kept) / text.counts.total(),
+        })  # fmt: skip
     progress.finish()
+    weights = sum(text.weight for text in texts)
     return {
         **{key: sum(x[key] for x in found) for key in ("documents", "same_documents")},
-        "covered": 1 - fsum(share for token, share in shares.items() if token not in number),
+        "covered": sum(x["weight"] / weights * x["covered"] for x in found),
         "texts": found,
     }
 
@@ -575,7 +542,9 @@ def _write_files(vocabulary: Vocabulary, output: Path, kept: tuple[int, ...]) ->
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
     folder, tables = vocabulary.folder, vocabulary.tables
     new = {old: number for number, old in enumerate(kept)}
-    sizes = {rows: sum(token < rows for token in kept) for rows in tables.names.values()}
+    own = {rows: sum(token < rows for token in kept) for rows in tables.names.values()}
+    sizes = {("vocab_size", tables.rows): len(kept)}
+    sizes |= {("vocab_size_per_layer_input", rows): count for rows, count in own.items()}
     renumbered = partial(_renumbered_config, new=new, rows=tables.rows, sizes=sizes)
     written: dict[str, Any] = {
         name: renumbered(content) for name, content in _read_configs(folder).items()
@@ -687,7 +656,7 @@ def _renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
 
 
 def _renumbered_config(
-    config: Mapping[str, Any], *, new: Mapping[int, int], rows: int, sizes: Mapping[int, int]
+    config: Mapping[str, Any], *, new: Mapping[int, int], rows: int, sizes: Mapping[Any, int]
 ) -> dict[str, Any]:
     """A configuration for the smaller vocabulary.
 
@@ -695,58 +664,41 @@ def _renumbered_config(
         config: or a part of it.
         new: ids by old ids. An id beyond the table stays as far beyond it.
         rows: of the embedding.
-        sizes: the new rows of a table by its old ones.
+        sizes: the new sizes of tables by the keys and the old sizes.
     """
-
-    def sized(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        own = {"vocab_size": {rows}, "vocab_size_per_layer_input": sizes}
-        offset = "vocab_offset" in value  # its size is that of another table
-        return {
-            key: sizes[inner]
-            if not offset and not isinstance(inner, Mapping | list) and inner in own.get(key, ())
-            else sized(inner)
-            for key, inner in value.items()
-        }
-
-    result: dict[str, Any] = sized(
-        _each_id(config, lambda old: new.get(old, old - rows + len(new)))
-    )
-    return result
+    return dict(_each_id(config, lambda old: new.get(old, old - rows + len(new)), sizes))
 
 
 def _completed(
     written: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A written configuration with the changes of a whole one."""
-    found = dict(written)
-    for key, value in after.items():
-        if value != before[key]:
-            if isinstance(value, Mapping):
-                value = _completed(written.get(key) or {}, before[key], value)
-            found[key] = value
-    return found
+    changed = {key: value for key, value in after.items() if value != before[key]}
+    for key, value in changed.items():
+        if isinstance(value, Mapping):
+            changed[key] = _completed(written.get(key) or {}, before[key], value)
+    return {**written, **changed}
 
 
-def _each_id(value: Any, change: Any) -> Any:
-    """A configuration in which every token id from 0 is replaced by what `change` makes of it."""
+def _each_id(value: Any, change: Any, sizes: Mapping[Any, int] | None = None) -> Any:
+    """A configuration in which every token id from 0 is replaced by what `change` makes of it.
 
-    def changed(inner: Any) -> Any:
-        if isinstance(inner, bool) or inner is None:
-            return inner
-        if isinstance(inner, int):
-            return change(inner) if inner >= 0 else inner
-        return [changed(x) for x in inner] if isinstance(inner, list) else inner
+    Sizes of tables are replaced by `sizes`, but for those of tables of pictures and sounds.
+    """
 
-    if isinstance(value, Mapping):
-        return {
-            key: changed(inner)
-            if isinstance(inner, int | list) and (_OF_IDS.search(key) or key in _LISTS)
-            else _each_id(inner, change)
-            for key, inner in value.items()
-        }
-    return value
+    def changed(key: str, inner: Any) -> Any:
+        if isinstance(inner, int) and (key, inner) in own:
+            return own[key, inner]
+        if not isinstance(inner, int | list) or not (_OF_IDS.search(key) or key in _LISTS):
+            return _each_id(inner, change, sizes)
+        if isinstance(inner, list):
+            return [changed(key, x) for x in inner]
+        return change(inner) if inner >= 0 and not isinstance(inner, bool) else inner
+
+    if not isinstance(value, Mapping):
+        return value
+    own: Mapping[Any, int] = {} if "vocab_offset" in value else sizes or {}
+    return {key: changed(key, inner) for key, inner in value.items()}
 
 
 def counted_text(recipe: StructureRecipe) -> str:

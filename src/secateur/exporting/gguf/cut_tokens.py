@@ -142,7 +142,9 @@ def tokens_of_texts(
     pieces = check_vocabulary(source)
     rows = len(source.fields[_TOKENS].value)
     if isinstance(size, str):
-        size = tokens_within(size, rows, partial(_bytes_with, source))
+        # the texts of tokens leave too, which takes more than the notes of the cut and padding add
+        each = sum(x.row_bytes for name, x in source.tensors.items() if _TABLES.fullmatch(name))
+        size = tokens_within(size, rows, source.size_bytes, each)
     with _tokenizer(source.file) as old:
         texts = counted_texts(old, read, progress)
         counted = {token for text in texts for token in text.counts}
@@ -158,17 +160,6 @@ def tokens_of_texts(
             with _tokenizer(file) as new:
                 notes = checked_texts(old, new, texts, kept, progress)
     return kept, {"tokens_before": rows, "tokens_after": len(kept), **notes}
-
-
-def _bytes_with(source: GGUFSource, tokens: int) -> int:
-    """The bytes of the files with so many tokens, if their texts took as much room as now."""
-    edit = Edit.of(source)
-    tables = {
-        name: replace(one, rows=tuple(range(tokens)))
-        for name, one in edit.tensors.items()
-        if _TABLES.fullmatch(one.source)
-    }
-    return replace(edit, tensors={**edit.tensors, **tables}).bytes_in(source)
 
 
 def _tokenizer(file: Path) -> Any:
