@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers import AutoTokenizer
 from weight_files import digest
 
 import secateur
-from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.errors import ArchitectureError, CheckpointError, RecipeError, SecateurError
 from secateur.structured.token_pieces import pieces_of
+from secateur.structured.vocabulary import Vocabulary
 
 BYTES = ("byte-level", "llama 3", "characters", "unigram")
 KINDS = (*BYTES, "unigram of letters", "clip", "bert", "words")
@@ -172,6 +174,78 @@ def test_too_small_a_size_is_refused(tmp_path: Path) -> None:
     assert "at least 259" in str(caught.value)
     with pytest.raises(RecipeError, match="keeps 5000"):
         trim(source, tmp_path / "out2", vocabulary_size=5000)
+
+
+def test_a_size_may_be_a_share_or_bytes_and_a_multiple(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level", tie_word_embeddings=False)
+    text = text_of(tmp_path, HALF)
+    vocabulary = Vocabulary.counted(source, str(text))
+    shares, rows = vocabulary.shares, vocabulary.tables.rows
+    assert sum(shares.values()) == pytest.approx(1)
+    for share in (0.5, 0.1, 0.01):
+        kept = vocabulary.kept(share)
+        lost = sum(x for token, x in shares.items() if token not in kept)
+        fewer = [token for token in kept if token in shares and token not in vocabulary.always]
+        rarest = min(fewer, key=lambda token: shares[token], default=None)
+        assert vocabulary.lost(kept) == pytest.approx(lost)
+        assert lost <= share < (1 if rarest is None else lost + 2 * shares[rarest] + 1e-9) + share
+        assert vocabulary.divergence(kept) == pytest.approx(-math.log(1 - lost))
+    each = vocabulary.saved_bytes(range(1, rows))
+    assert each == 2 * 4 * 32  # a row of the embedding and one of the head
+    whole = (source / "model.safetensors").stat().st_size
+    fits = vocabulary.kept(f"{whole - 200 * each}B")
+    assert rows - 202 <= len(fits) <= rows - 200
+    for size in (None, 400, 0.2, f"{whole - 200 * each}B"):
+        some = vocabulary.kept(size, 64)
+        assert len(some) % 64 == 0
+        assert not isinstance(size, int) or len(some) == 384
+    assert {*vocabulary.kept()} <= {*vocabulary.kept(None, 64)}
+
+
+def test_files_have_no_more_bytes_than_asked(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    limit = (source / "model.safetensors").stat().st_size - 20_000
+    trim(source, tmp_path / "out", vocabulary_size=f"{limit}B")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert limit - 2 * 4 * 32 - 128 < size <= limit
+    for size in ("1kB", "1GiB"):
+        with pytest.raises(RecipeError, match="without any token"):
+            trim(source, tmp_path / "never", vocabulary_size=size)
+
+
+def test_weights_say_how_much_each_text_counts(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    names = []
+    for name, text in (("one", "parser " * 400), ("two", "wrapped lines " * 5)):
+        names.append(tmp_path / f"{name}.txt")
+        names[-1].write_text(text, encoding="utf-8")
+    made = secateur.structure(
+        source, output=tmp_path / "out", vocabulary=f"{names[0]}=1,{names[1]}=3", multiple=8
+    )
+    step = made.manifest.structure.steps[0]
+    assert [text["weight"] for text in step["texts"]] == [1, 3]
+    assert [text["covered"] for text in step["texts"]] == [1, 1] == [step["covered"]] * 2
+    assert step["tokens_after"] % 8 == 0
+    vocabulary = Vocabulary.counted(source, f"{names[0]}=1,{names[1]}=3")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    one, two = (Counter(tokenizer(x.read_text()).input_ids) for x in names)
+    for token, share in vocabulary.shares.items():
+        expected = one[token] / one.total() / 4 + 3 * two[token] / two.total() / 4
+        assert share == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [0, -3, 1.0, 0.0, "12345", "0B", "2 furlongs", True])
+def test_sizes_that_mean_nothing_are_refused(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="vocabulary_size"):
+        secateur.structure("x", output=tmp_path / "out", vocabulary="t", vocabulary_size=size)
+
+
+def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "m", "byte-level")
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n', encoding="utf-8")
+    with pytest.raises(SecateurError, match=r"none\.jsonl"):
+        secateur.structure(source, output=tmp_path / "out", vocabulary=str(tmp_path / "none.jsonl"))
+    assert not (tmp_path / "out").exists()
 
 
 def merged(word: str, merges: list[tuple[str, str]]) -> list[str]:

@@ -58,7 +58,8 @@ Kept = Annotated[int | float, AfterValidator(_number_or_fraction)]
 def _tokens_loss_or_bytes(value: Any) -> Any:
     """The same value, if it is a number of tokens, a share of a text, or a size with its unit."""
     unit = isinstance(value, str) and not value.strip().isdecimal() and bytes_of(value) > 0
-    if not (unit or (isinstance(value, int | float) and (value % 1 == 0 < value or 0 < value < 1))):
+    share = isinstance(value, float) and 0 < value < 1
+    if not (unit or share or (isinstance(value, int) and value > 0)):
         raise ValueError(
             "must be a number of tokens, a share of the text between 0 and 1 that may be lost, or "
             "bytes of the weight files with their unit, such as 2GiB"
