@@ -10,7 +10,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, hidden_size, only_embeds
 from secateur.recipes.options import bytes_of
-from secateur.recipes.structure import TARGETS, Kept, StructureRecipe
+from secateur.recipes.structure import TARGETS, WIDTHS, Kept, StructureRecipe
 from secateur.sparsity.patterns import parse_pattern
 from secateur.structured.cut import NEURONS, UNITS, Cut, Sizes, couplings_of, sizes_of, unit_width
 from secateur.structured.design import Accounting, account, accounting, design
@@ -141,7 +141,7 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         # In a mixture a number is one of an expert's neurons; the others keep the same share.
         each = sizes.expert_neurons if any(sizes.expert_neurons) else sizes.neurons
         neurons = 1 - _share(recipe.ffn, each, "FFN neurons")
-    for kind in NEURONS:
+    for kind in NEURONS if any(getattr(recipe, name) is not None for name in WIDTHS) else ():
         if odd := [n for n in getattr(sizes, kind) if n % recipe.multiple]:
             raise RecipeError(
                 f"{odd[0]} {UNITS[kind]} are no multiple of {recipe.multiple}",
