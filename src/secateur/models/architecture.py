@@ -562,7 +562,7 @@ def refuse_non_decoders(model: Any, layers: nn.Module) -> None:
         raise ArchitectureError(
             f"{type(model).__name__} is an encoder, not a causal decoder: its tokens see those "
             "behind them",
-            remedy=remedy,
+            remedy=f"{remedy}; of an encoder only tokens can be removed: structure --vocabulary",
         )
 
 

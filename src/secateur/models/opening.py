@@ -165,6 +165,15 @@ def load_whole(folder: Path, device: torch.device, *, dtype: torch.dtype | None 
     return loaded
 
 
+def load_body(folder: Path) -> Any:
+    """Load a model without its head, in the dtype in which it is stored."""
+    from transformers import AutoModel
+
+    trust = isinstance(folder, configuration.TrustedFolder)
+    with skeleton.quiet_transformers(), configuration.transformers_errors(folder):
+        return AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=trust).eval()
+
+
 def _load_expanded(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
     """A model whose weights are stored in fewer bits, with what our reader makes of them."""
     from transformers import GenerationConfig

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError, RecipeError, VerificationError
 from secateur.models import checkpoint
-from secateur.models.configuration import PIPELINE, TrustedFolder, transformers_errors
-from secateur.models.skeleton import quiet_transformers
+from secateur.models.configuration import PIPELINE
+from secateur.models.opening import load_body
 from secateur.recipes.structure import CUTS, StructureRecipe
 
 _BODY = "Transformer"
@@ -44,7 +44,7 @@ def check_embedder(recipe: StructureRecipe, model: Any) -> None:
         raise RecipeError(
             f"{type(model).__name__} makes embeddings, and only its tokens can be cut",
             where=f"--{given[0].replace('_', '-')}",
-            remedy="leave it out, and name a text with --vocabulary",
+            remedy="leave it out (--effort may bring it), and name a text with --vocabulary",
         )
 
 
@@ -129,10 +129,6 @@ def least_similarity(
 @torch.no_grad()
 def _states(folder: Path, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The last hidden states of each text and their mean: float64 [tokens + 1, hidden]."""
-    from transformers import AutoModel
-
-    with quiet_transformers(), transformers_errors(folder):
-        trust = isinstance(folder, TrustedFolder)
-        model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=trust).eval()
+    model = load_body(folder)
     found = [model(input_ids=torch.tensor([ids])).last_hidden_state[0].double() for ids in texts]
     return [torch.cat([states, states.mean(0, keepdim=True)]) for states in found]
