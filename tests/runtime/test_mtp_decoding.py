@@ -19,7 +19,14 @@ from secateur.errors import ArchitectureError, CheckpointError
 from secateur.models.opening import load_whole
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, Token, continued
-from secateur.runtime.mtp import ModuleDecoder, ModuleSlots, MTPDrafter, mtp_of, open_mtp, write_mtp
+from secateur.runtime.mtp import (
+    ModuleDecoder,
+    ModuleSlots,
+    MTPDrafter,
+    mtp_of,
+    open_draft,
+    write_mtp,
+)
 from secateur.runtime.speculative import DraftedText, speculated
 
 GREEDY = Sampling(temperature=0)
@@ -139,8 +146,7 @@ def written(tmp_path: Path) -> tuple[Path, Path, Any]:
 
 def test_a_list_of_tokens_comes_back(written: tuple[Path, Path, Any]) -> None:
     folder, made, model = written
-    found = open_mtp(made, folder, ModuleSlots(model, 20))
-    assert found.ids is not None
+    found: Any = open_draft(made, folder, ModuleSlots(model, 20), None)
     assert found.ids.tolist() == [2, 5, 7]
     whole: Any = mtp_of(model, folder)[0].head
     assert torch.equal(found.mtp.head.weight, whole.weight[[2, 5, 7]])
@@ -158,7 +164,7 @@ def test_a_damaged_draft_is_refused(fault: str, written: tuple[Path, Path, Any])
     if fault == "file":
         (made / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        open_mtp(made, folder, ModuleSlots(model, 20))
+        open_draft(made, folder, ModuleSlots(model, 20), None)
 
 
 def test_several_layers_are_refused(tmp_path: Path) -> None:

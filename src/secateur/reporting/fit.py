@@ -567,4 +567,6 @@ class MTPResult(DraftedResult):
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
         places = {"the tokens": self.output, "every head": self.output / "secateur" / "draft.json"}
-        return next_steps(places, {} if self.broken else self.uses)
+        measuring = command("bench", self.parent, "--draft", self.output)
+        uses = {} if self.broken else self.uses
+        return next_steps(places, {**uses, "measure how fast the model writes": measuring})

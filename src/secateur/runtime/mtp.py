@@ -36,7 +36,7 @@ from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
 from secateur.runtime.install import DenseView
 from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.packed import PackedCheckpoint, is_packed
-from secateur.runtime.speculative import DraftedText, Drafter
+from secateur.runtime.speculative import DraftedText, Drafter, open_drafter
 
 CONFIG, WEIGHTS, KIND = "config.json", "model.safetensors", '"model_type": "mtp"'
 
@@ -269,12 +269,18 @@ class MTPDrafter(Drafter):
         return torch.cat(rows)
 
 
-def open_mtp(draft: Path, folder: Path, slots: Any) -> MTPDrafter:
-    """The MTP layer of a model as its draft; arguments and errors as of `mtp_of`.
+def open_draft(draft: Path, folder: Path, slots: Any, tokenizer: Any) -> Drafter:
+    """Load what proposes tokens to a model: a smaller one, a head, or its own MTP layer.
 
     Args:
-        draft: of `secateur draft --mtp`.
+        draft: its folder.
         folder: of the model.
-        slots: decode it.
+        slots: decode the model.
+        tokenizer: of the model.
+
+    Raises:
+        SecateurError: as `open_drafter` and `mtp_of`.
     """
-    return MTPDrafter(slots, *mtp_of(slots.model, folder, draft))
+    if is_mtp(draft):
+        return MTPDrafter(slots, *mtp_of(slots.model, folder, draft))
+    return open_drafter(draft, slots, tokenizer)

@@ -30,8 +30,9 @@ from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
+from secateur.runtime.mtp import ModuleDecoder, is_mtp, open_draft
 from secateur.runtime.packed import device_for, is_packed
-from secateur.runtime.speculative import Drafter, open_drafter, speculated
+from secateur.runtime.speculative import Drafter, speculated
 from secateur.steps.generate import positions_in
 
 MOST_SECONDS = 30.0
@@ -139,9 +140,10 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     prompts = prompts_of_kinds(tokenizer)
     new_tokens = recipe.new_tokens or DRAFTED_TOKENS
     model, room = load(folder), new_tokens + max(len(x) for own in prompts.values() for x in own)
-    refuse_options(why_not(model, room), draft=draft)
-    decoder = Decoder(model, room)
-    drafter = open_drafter(resolve(draft).folder, decoder.slots, tokenizer)
+    own, reason = resolve(draft).folder, why_not(model, room)
+    refuse_options(reason, draft=None if is_mtp(own) else draft)
+    decoder = (ModuleDecoder if reason else Decoder)(model, room)
+    drafter = open_draft(own, folder, decoder.slots, tokenizer)
     speeds = []
     progress.start("measuring", 2 * len(prompts))
     for temperature in (0.0, 1.0):

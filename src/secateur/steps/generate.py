@@ -27,10 +27,10 @@ from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.layer_forms import longest, refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.mtp import ModuleDecoder, is_mtp, open_mtp
+from secateur.runtime.mtp import ModuleDecoder, is_mtp, open_draft
 from secateur.runtime.packed import device_for
 from secateur.runtime.sampling import TextStream, end_tokens, sampling_in, sampling_with
-from secateur.runtime.speculative import Drafter, open_drafter, speculated
+from secateur.runtime.speculative import Drafter, speculated
 
 POSITIONS = "max_position_embeddings"
 
@@ -272,10 +272,9 @@ class Conversation:
                 self.decoder = Decoder(self.model, room, continues=True, cache=self.kv_cache)
             else:
                 self.decoder = ModuleDecoder(self.model, room)
-            if mtp and self.draft is not None:
-                self.drafter = open_mtp(self.draft, self.folder, self.decoder.slots)
-            elif self.draft is not None:
-                self.drafter = open_drafter(self.draft, self.decoder.slots, self.tokenizer)
+            if self.draft is not None:
+                given = self.draft, self.folder, self.decoder.slots, self.tokenizer
+                self.drafter = open_draft(*given)
         return self.decoder, ONE_CALL if reason is None else f"transformers with MTP: {reason}"
 
 
