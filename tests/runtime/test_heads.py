@@ -15,7 +15,7 @@ from with_kernels import needs_kernels
 
 import secateur
 from runtime.packed_models import packed_model, settled
-from secateur.errors import RecipeError
+from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.draft_head import DraftHead, head_config, write_head
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
@@ -297,6 +297,8 @@ def test_heads_of_other_parents_are_refused(tmp_path: Path, pair: tuple[Any, Dra
     drafter = open_drafter(folder, slots, None)
     assert isinstance(drafter, HeadDrafter)
     assert drafter.decoder.vocabulary == 96
+    with pytest.raises(ArchitectureError, match="draft head"):
+        secateur.load(folder)
     for name, value in (("hidden_size", 64), ("num_hidden_layers", 2), ("vocab_size", 128)):
         other = parent_of(tmp_path / name, **{name: value})
         with pytest.raises(RecipeError, match="another model"):

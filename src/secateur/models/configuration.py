@@ -259,6 +259,9 @@ def transformers_errors(folder: Path) -> Iterator[None]:
                 "update transformers; or cut a GGUF file of the model, which needs no class: "
                 "secateur structure FILE.gguf --experts 0.75 --output SMALLER.gguf"
             )
+        if config.get("model_type") == "speculator_model":
+            said = "this is a draft head, which is no model by itself"
+            remedy = "name its model, and the head as its draft: secateur bench MODEL --draft HEAD"
         if "auto_map" in config:
             remedy += "; for code that comes with a checkpoint you trust, pass --trust-remote-code"
         where = str(folder / "config.json")
