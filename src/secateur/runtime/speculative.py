@@ -282,6 +282,116 @@ class Drafter:
         return rest
 
     def step(self, texts: Sequence[tuple[int, list[int]]]) -> Float[Tensor, "texts vocabulary"]:
+        """Read a few tokens of each text; returns the logits after the last one."""
+        tokens = []
+        for slot, ids in texts:
+            first = self.decoder.lengths[slot]
+            last = len(ids) - 1
+            tokens += [Token(slot, first + n, token, n == last) for n, token in enumerate(ids)]
+            self.texts[slot] += ids
+        calls = [tokens[n : n + MAX_BATCH] for n in range(0, len(tokens), MAX_BATCH)]
+        return torch.cat([self.decoder.step(call) for call in calls])
+
+    def judged(self, guess: Guess, accepted: bool) -> None:
+        """Note what became of a token that the parent has judged."""
+        for counts in (self.right[self.place(guess.sure)], self.usual):
+            counts[0] = FORGETTING * counts[0] + accepted
+            counts[1] = FORGETTING * counts[1] + 1
+
+    def round(self, texts: int, seconds: float, tokens: int) -> None:
+        """Note what a round with a draft took and gave; the draft may fall asleep."""
+        self.spent, self.gained = 0.9 * self.spent + seconds, 0.9 * self.gained + tokens
+        self.tried += 1
+        if self.tried < TRIALS:
+            return
+        if self.spent > self.gained * self.token_seconds(texts):
+            self.asleep, self.nap = self.nap, min(4 * self.nap, NAPS[1])
+            self.spent = self.gained = 0.0
+            self.tried = 0
+        elif self.tried > PLAIN_EVERY:
+            self.nap = NAPS[0]
+
+
+class Drafter:
+    """Proposes the next tokens of one or several texts.
+
+    Args:
+        decoder: decodes the draft, with a slot for each one of the parent.
+        vocabulary: tokens of the parent.
+        ids: the token of each logit of the draft, int64; None where they are the same.
+        clock: seconds.
+
+    Attributes:
+        proposed, accepted: tokens so far.
+        pace: how many tokens it proposes.
+    """
+
+    def __init__(
+        self,
+        decoder: SlotDecoder,
+        vocabulary: int,
+        ids: Int64[Tensor, " drafted"] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.decoder, self.vocabulary, self.ids, self.clock = decoder, vocabulary, ids, clock
+        self.texts = [list[int]() for _ in decoder.lengths]
+        self.pace = Pace()
+        self.proposed = self.accepted = 0
+        self.drafting = 0.0
+
+    def propose(self, texts: Sequence[DraftedText], room: int) -> list[list[Guess]]:
+        """What the draft thinks that comes next, for each text.
+
+        Args:
+            texts: at most as many as a call takes.
+            room: how many tokens may be proposed for all of them together.
+
+        Returns:
+            The proposals of each text; nothing where it does not pay.
+        """
+        found = [list[Guess]() for _ in texts]
+        self.drafting = 0.0
+        if room < 1 or not self.pace.awake():
+            return found
+        # the probability that the parent accepts all tokens that are proposed so far
+        reach = [1.0] * len(texts)
+        unread = [self.unread(text) if text.most > 0 else [] for text in texts]
+        value, usual = self.pace.value(len(texts)), self.pace.usual
+        while left := [n for n, ids in enumerate(unread) if ids]:
+            began, read = self.clock(), sum(len(unread[n]) for n in left)
+            rows = self.step([(texts[n].slot, unread[n]) for n in left])
+            for n, logits in zip(left, rows, strict=True):
+                unread[n] = []
+                before = [guess.token for guess in found[n]]
+                guess = guessed(texts[n].draws, logits, self.vocabulary, self.ids, before)
+                size = len(texts) + sum(map(len, found))
+                # what the parent's call takes longer with one token more
+                more = self.pace.parent.seconds(size + 1) - self.pace.parent.seconds(size)
+                reach[n] *= self.pace.accepts(guess.sure)
+                if size == len(texts) + room or reach[n] * value < more:
+                    continue
+                found[n].append(guess)
+                cost = self.pace.draft.seconds(len(left)) / len(left)
+                if len(found[n]) < texts[n].most and reach[n] * usual[0] / usual[1] * value > cost:
+                    unread[n] = [guess.token]
+            self.pace.draft.note(read, self.clock() - began)
+            self.drafting += self.pace.draft.seconds(read)
+        return found
+
+    def unread(self, text: DraftedText) -> list[int]:
+        """One or two tokens of a text that the draft has not read; others are read here."""
+        known, ids = self.texts[text.slot], [*text.ids]
+        # rejected tokens are in the draft's cache too: it goes back to what both have in common
+        begin = self.decoder.kept(text.slot, min(shared_length(known, ids), len(ids) - 1))
+        self.decoder.rewind(text.slot, begin)
+        rest = ids[begin:]
+        if len(rest) > 2:
+            self.decoder.read(text.slot, torch.tensor(rest[:-1]))
+            rest = rest[-1:]
+        self.texts[text.slot] = ids[: self.decoder.lengths[text.slot]]
+        return rest
+
+    def step(self, texts: Sequence[tuple[int, list[int]]]) -> Float[Tensor, "texts vocabulary"]:
         """Read one or two tokens of each text; returns the logits after the last one."""
         if sum(len(ids) for _, ids in texts) > MAX_BATCH:
             for slot, ids in texts:
