@@ -125,7 +125,9 @@ class _WhatToFit(Section):
     """Most that the loss of the next token may rise, in nats. Without a size, the result is the
     smallest one found within it."""
     structure: bool = False
-    """Also try fewer experts in more bits."""
+    """Also try fewer experts and fewer FFN neurons in more bits."""
+    vocabulary: Annotated[str | None, Flag(value="TEXT", default="all tokens stay")] = None
+    """First remove the tokens that this text never needs; what they take is spent on the rest."""
     target: Literal["cpu", "llama.cpp"] = "cpu"
     """What runs the result; only what it can store and speed up is used: cpu (our formats and
     kernels), or llama.cpp (a GGUF file beside the packed model)."""
@@ -171,14 +173,14 @@ class FitRecipe(shared.Device, HowToSearch, _WhatToFit, shared.OutputFolder, Rec
         Conflict(
             "structure",
             "max_loss_increase",
-            "the smallest size is looked for with all experts",
+            "the smallest size is looked for with all experts and neurons",
             "give --max-size instead",
         ),
         *(
             Conflict("like", other, "the types of the file decide the size", shared.ONE)
             for other in (
                 *("max_size", "max_inference_memory", "decode_speedup", "max_loss_increase"),
-                *("target", "structure"),
+                *("target", "structure", "vocabulary"),
             )
         ),
         *(

@@ -83,7 +83,8 @@ CUTS = ("keep_layers", "experts", *BY_HAND, *WIDTHS, "vocabulary", "vocabulary_s
 """Options that cut."""
 
 NOT_LEARNED = (
-    *("effort", "experts", "query_heads", "decode_latency", "whole_first", "whole_last"),
+    *("effort", "experts", "experts_list", "query_heads", "decode_latency"),
+    *("whole_first", "whole_last"),
     *("allocation", "score", "solver", "asymmetric"),
 )
 """Options that control the choice of units by a score, or name units without gates."""
@@ -131,8 +132,7 @@ class _WhatToCut(Section):
     experts: Annotated[Kept | None, Counted] = Field(None, gt=0)
     """Experts to keep in each layer: a number or a fraction."""
     experts_list: Annotated[str | None, Flag(value="FILE", default="chosen by a score")] = None
-    """Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3, 7]}, by layer.
-    For a GGUF file as output."""
+    """Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3]}, by layer."""
     layers_list: Annotated[
         Annotated[str, AfterValidator(_listed)] | None, Flag(value="LIST", default="chosen")
     ] = None
@@ -159,11 +159,11 @@ class _WhatToCut(Section):
     keep_parameters: Annotated[float | None, Flag(value="FRACTION", default="all")] = Field(
         None, gt=0, lt=1
     )
-    """Fraction of the decoder's parameters to keep. KV groups and FFN neurons are cut until it is
-    reached."""
+    """Fraction of the decoder's parameters to keep. Experts, KV groups and FFN neurons are cut
+    until it is reached."""
     max_size: Annotated[Size | None, Flag(value="SIZE", default="no limit")] = None
-    """Largest size of the weight files, such as 90MiB. KV groups and FFN neurons are cut until they
-    fit."""
+    """Largest size of the weight files, such as 90MiB. Experts, KV groups and FFN neurons are cut
+    until they fit."""
     decode_latency: Annotated[float | None, Flag(value="FRACTION", default="no limit")] = Field(
         None, gt=0, lt=1
     )
@@ -262,7 +262,8 @@ class StructureRecipe(
     run = shared.Planning
     needs: ClassVar = {
         "depth_by": ("keep_layers", *TARGETS),
-        **dict.fromkeys(("experts_by", "experts_scope", "imatrix"), ("experts",)),
+        **dict.fromkeys(("experts_by", "imatrix"), ("experts",)),
+        "experts_scope": ("experts", "keep_parameters", "max_size"),
         **dict.fromkeys(("score", "solver", "allocation"), WIDTHS),
         "multiple": (*WIDTHS, "vocabulary", "vocabulary_size"),
         **dict.fromkeys(("whole_first", "whole_last"), NARROWING),

@@ -43,7 +43,7 @@ from secateur.runs.ledger import Ledger
 from secateur.runs.output import NO_REPLACE, check_replaceable, rename, write_json
 from secateur.runs.records import Record, Source
 from secateur.steps.runner import RunContext, Step, Way, recipe_identity
-from secateur.structured.cut_plan import count, trims_vocabulary
+from secateur.structured.cut_plan import count, experts_in, trims_vocabulary
 from secateur.structured.vocabulary import counted_text, read_texts
 
 CUT = "secateur.cut"
@@ -430,16 +430,7 @@ def _planned_experts(
             remedy="leave --experts and --experts-list out",
         )
     if recipe.experts_list is not None:
-        file = Path(recipe.experts_list).expanduser()
-        try:
-            return Units(experts=json.loads(file.read_bytes())).experts
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it is no JSON object of lists of numbers"
-            raise RecipeError(
-                f"the list of experts cannot be read: {why}",
-                where=str(file),
-                remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
-            ) from None
+        return experts_in(recipe.experts_list)
     assert recipe.experts is not None
     keep = count(recipe.experts, experts.count, "experts")
     if keep == experts.count:

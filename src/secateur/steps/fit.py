@@ -28,12 +28,15 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import VerificationError
 from secateur.exporting.gguf.like import layout_of
 from secateur.models.gguf_file import GGUFSource
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import LocalCheckpoint
 from secateur.models.targets import CheckpointTarget
 from secateur.progress import Progress
 from secateur.recipes.compress import FitRecipe
@@ -47,8 +50,15 @@ from secateur.runs.output import write_json
 from secateur.runs.records import read_record
 from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.steps.fitting import problem as problems
-from secateur.steps.fitting.bench import TIMING_ERROR, BuiltCandidate, FitBench, best_of, open_model
-from secateur.steps.fitting.cuts import costs_of_fewest, with_fewer_experts
+from secateur.steps.fitting.bench import (
+    TIMING_ERROR,
+    BuiltCandidate,
+    FitBench,
+    best_of,
+    open_model,
+    trimming_of,
+)
+from secateur.steps.fitting.cuts import costs_of_fewest, with_cuts
 from secateur.steps.fitting.like import LikeFolder
 from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, identity_of, judge_of, source_of
@@ -76,8 +86,11 @@ def plan_fit(recipe: FitRecipe, progress: Progress, call: Mapping[str, Any]) -> 
     judge_of(recipe)
     source = source_of(recipe, progress)
     model = open_model(recipe, source)
-    costs = _costs_of(recipe, model, progress)
-    read = [recipe.model, str(source.folder), *texts_of(recipe.calibration.source)]
+    if recipe.vocabulary is None:
+        costs = _costs_of(recipe, model, progress)
+    else:  # tokens go first, and nobody knows yet how many
+        costs = problems.costs_of(recipe, model, progress)
+    read = [recipe.model, str(source.folder), *Fit.reads(recipe)]
     check_output(recipe.output, "fit", 0, read, call)
     bounds = {}
     for place, kind in enumerate(costs.kinds):
@@ -110,11 +123,29 @@ class Fit(Step[FitRecipe, FitResult]):
     def __init__(self, recipe: FitRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
         self.model = open_model(recipe, run.source)
+        if recipe.vocabulary is not None:
+            from secateur.structured.vocabulary import check_vocabulary
+
+            check_vocabulary(trimming_of(recipe), run.source, build_skeleton(run.source.folder))
+
+    @cached_property
+    def dense(self) -> tuple[LocalCheckpoint, PackableCheckpoint]:
+        """The model that is fitted, with its matrices: without the tokens that may go."""
+        recipe, run = self.recipe, self.run
+        if recipe.vocabulary is None:
+            return run.source, self.model
+        from secateur.structured.vocabulary import trimmed_source
+
+        how = trimming_of(recipe)
+        source, _ = trimmed_source(how, run.source, run.folder.work, run.progress)
+        return source, open_model(recipe, source)
 
     @classmethod
     def reads(cls, recipe: FitRecipe) -> Iterable[str]:
-        """The calibration texts, and the file whose types it takes."""
-        return [*texts_of(recipe.calibration.source), *filter(None, [recipe.like])]
+        """The texts, and the file whose types it takes."""
+        named = [recipe.calibration.source, *filter(None, [recipe.vocabulary])]
+        texts = (text for each in named for text in texts_of(each))
+        return [*texts, *filter(None, [recipe.like])]
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
@@ -128,8 +159,9 @@ class Fit(Step[FitRecipe, FitResult]):
         """The layers of the winner as the target's file has them."""
         if self.recipe.target == "cpu" and self.recipe.like is None:
             return None
-        files = _costs_of(self.recipe, self.model, self.run.progress).files
-        reader = files.read_back(self.run.folder.model, self.model)
+        _, model = self.dense
+        files = _costs_of(self.recipe, model, self.run.progress).files
+        reader = files.read_back(self.run.folder.model, model)
         assert reader is not None  # of a GGUF file
         device = choose_device(self.recipe.device)
         return CheckpointTarget(reader, None, device, dtype=files.dtype)
@@ -146,9 +178,10 @@ class Fit(Step[FitRecipe, FitResult]):
             RecipeError: no model can keep the bounds.
             VerificationError: no model that was made keeps them.
         """
-        run, folder, bound = self.run, self.run.folder, self.recipe.max_loss_increase
-        costs = _costs_of(self.recipe, self.model, run.progress)
-        bench, files = FitBench(self.recipe, self.model, costs, run), costs.files
+        (source, model), bound = self.dense, self.recipe.max_loss_increase
+        run, folder = replace(self.run, source=source), self.run.folder
+        costs = _costs_of(self.recipe, model, run.progress)
+        bench, files = FitBench(self.recipe, model, costs, run), costs.files
         frontier, corrections = tuple[FitPoint, ...](), tuple[FitCorrection, ...]()
         if isinstance(files, LikeFolder):
             made = bench.healed([bench.build(f"like {files.name}", files.own_formats)])
@@ -259,7 +292,7 @@ def _within_bounds(
 ) -> tuple[FitBench, list[BuiltCandidate], problems.FitProblem]:
     """The candidates within the bounds, and the problem of the best size, after what they lost.
 
-    With fewer experts also the bench of the best one.
+    Where it may cut, also the bench of the best cut.
 
     Raises:
         VerificationError: no model that was made keeps the bounds.
@@ -271,7 +304,7 @@ def _within_bounds(
     else:
         made, problem = _within_loss(bench, problem, bound)
     if bench.recipe.structure:
-        bench, made, problem = with_fewer_experts(bench, made, problem)
+        bench, made, problem = with_cuts(bench, made, problem)
     if not made:
         raise VerificationError(
             "no model that was made keeps the bounds",

@@ -42,14 +42,14 @@ from secateur.progress import Progress, Silent
 from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.recipe_files import dump_recipe
 from secateur.recipes.shared import texts_of
-from secateur.recipes.structure import BY_HAND, CUTS, StructureRecipe
+from secateur.recipes.structure import CUTS, StructureRecipe
 from secateur.reporting.cards import structure_card
 from secateur.reporting.gguf_files import CutFileResult
 from secateur.reporting.models import StructureResult
 from secateur.reporting.plan import CutPlanResult
 from secateur.runs import records
 from secateur.runs.environment import choose_device, environment
-from secateur.runs.folder import NOTES, check_output
+from secateur.runs.folder import NOTES, check_output, content_of
 from secateur.runs.output import write_json, write_text
 from secateur.sparsity.allocation import allocations
 from secateur.sparsity.scores import scores
@@ -78,7 +78,7 @@ SAME = 1e-5
 
 STEPS, MANIFEST = "steps.json", "manifest.json"
 
-OF_FILES = (*BY_HAND, "imatrix")
+OF_FILES = ("layers_list", "imatrix")
 """Options of a cut that copies the bytes of a GGUF file."""
 
 VARIED = (
@@ -117,7 +117,8 @@ def plan_structure(
     skeleton, plan = _open(recipe, source)
     steps = [*_steps_of(recipe, plan, skeleton)]
     trimmed = cut_plan.trims_vocabulary(recipe)
-    steps = ["vocabulary"] * trimmed + steps + ["distillation"] * bool(recipe.distillation.epochs)
+    first = ["vocabulary"] * trimmed + ["experts or neurons"] * _weighs(recipe, plan)
+    steps = first + steps + ["distillation"] * bool(recipe.distillation.epochs)
     found = cut_plan.counted_cut(recipe, plan, skeleton)
     unknown = _unknown_sizes(recipe, plan)
     memory = None
@@ -152,7 +153,8 @@ def _disk_bytes(
         return found.before.file_bytes
     # layers for further tokens, which the model does not count
     more = max(0, CheckpointReader(folder).total_bytes - found.before.file_bytes)
-    return (found.after.file_bytes + more) * (1 + len(_steps_of(recipe, plan, skeleton)))
+    made = 1 + len(_steps_of(recipe, plan, skeleton)) + 2 * _weighs(recipe, plan)
+    return (found.after.file_bytes + more) * made
 
 
 def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, cut_plan.CutPlan]:
@@ -220,10 +222,11 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
 
     @classmethod
     def reads(cls, recipe: StructureRecipe) -> Iterable[str]:
-        """The calibration text, and those of other domains."""
+        """The calibration text, those of other domains, and a list of experts."""
         domains = recipe.learned.domains if recipe.learned is not None else ()
         named = [recipe.calibration.source, *filter(None, [recipe.vocabulary])]
-        return [*(text for each in named for text in texts_of(each)), *domains]
+        listed = filter(None, [recipe.experts_list])
+        return [*(text for each in named for text in texts_of(each)), *domains, *listed]
 
     @property
     def disk_bytes(self) -> int:
@@ -232,7 +235,9 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
-        return identity_of(self.recipe, (), shard_files(self.run.source.folder), self.run.progress)
+        found = identity_of(self.recipe, (), shard_files(self.run.source.folder), self.run.progress)
+        listed = self.recipe.experts_list
+        return found if listed is None else {**found, "experts_list": content_of(listed)}
 
     def work(self) -> StructureResult | CutFileResult:
         """Run all steps that no earlier run finished, and write the result."""
@@ -255,8 +260,12 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
             recipe, plan, base.folder, windows.calibration, folder.work / WINDOWS, self.device,
             folder.work, progress, self._prune, self.run.ranks,
         )  # fmt: skip
+        if _weighs(recipe, plan):
+            from secateur.structured.choices import one_budget
+
+            context = replace(context, plan=one_budget(context))
         made = base.folder
-        for step in _steps_of(recipe, plan, trimmed).values():
+        for step in _steps_of(recipe, context.plan, trimmed).values():
             made, notes = step(context, made)
             steps.append(notes)
         stored = open_weights(made) if recipe.distillation.epochs else CheckpointReader(made)
@@ -299,7 +308,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
     def _windows(self, base: LocalCheckpoint, config: Any, plan: cut_plan.CutPlan) -> RunWindows:
         """The windows of the run, or of a stopped one; none where nothing reads text."""
         recipe, work = self.recipe, self.run.folder.work
-        by_weights = plan.keep_experts is not None and recipe.experts_by == "aimer"
+        by_weights = plan.sheds and recipe.experts_by == "aimer"
         others = replace(plan, keep_experts=None) if by_weights else plan
         if not (others.cuts or recipe.decode_latency or recipe.distillation.epochs):
             none = torch.empty((0, 0), dtype=torch.int64)
@@ -432,6 +441,12 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         write_text(folder.model / "README.md", card)
 
 
+def _weighs(recipe: StructureRecipe, plan: cut_plan.CutPlan) -> bool:
+    """Whether experts and neurons share one budget of size."""
+    sized = recipe.keep_parameters is not None or recipe.max_size is not None
+    return sized and not plan.sheds and any(plan.sizes.experts)
+
+
 def _steps_of(
     recipe: StructureRecipe, plan: cut_plan.CutPlan, model: Any
 ) -> dict[str, cut_steps.CutStep]:
@@ -446,10 +461,10 @@ def _steps_of(
     refits = recipe.asymmetric and (channels or plan.drop_layers > 0)
     refits = refits and can_refit(describe(model), channels=channels)
     # aimer reads no text, so there is nothing to learn from
-    tunes = recipe.asymmetric and plan.keep_experts is not None and recipe.experts_by != "aimer"
+    tunes = recipe.asymmetric and plan.sheds and recipe.experts_by != "aimer"
     steps: dict[str, Any] = {
         "depth": choices.choose_layers if plan.drop_layers else None,
-        "experts": choices.choose_experts if plan.keep_experts is not None else None,
+        "experts": choices.choose_experts if plan.sheds else None,
         cut_steps.ROUTERS: cut_steps.fit_step if tunes else None,
         "hidden": choices.choose_hidden if channels else None,
         cut_steps.REFIT: cut_steps.fit_step if refits else None,

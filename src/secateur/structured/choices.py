@@ -13,8 +13,11 @@ linear. The rows that produced these columns are then unused and are cut as well
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +30,18 @@ from secateur.engine.prune.tasks import Settings
 from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
 from secateur.engine.search.depth import EVOLUTION, choose_depth
-from secateur.engine.search.expert_divergence import divergence_scores
+from secateur.engine.search.expert_divergence import (
+    REMOVED,
+    TOKENS,
+    divergence_scores,
+    removals,
+)
+from secateur.engine.search.sensitivity import ChangedAlone, Ways
+from secateur.engine.search.survey import LayerView, Survey, grains_of
+from secateur.errors import RecipeError
 from secateur.models import checkpoint, opening, skeleton, sources
+from secateur.models.architecture import describe
+from secateur.models.expert_layout import Experts
 from secateur.models.experts import OpenExperts
 from secateur.models.inventory import FurtherLayers
 from secateur.models.sources import LocalCheckpoint
@@ -39,17 +52,21 @@ from secateur.recipes.prune import PruneRecipe
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
 from secateur.runs.environment import choose_device
+from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.structured.cut import Cut, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.cut import NEURONS, Cut, Kept, Sizes, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import (
     CutPlan,
     counts_left,
     pattern_text,
+    representative,
     unit_costs,
     width_shares,
+    with_target,
 )
 from secateur.structured.cut_steps import CutContext, Found
+from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 
 log = logging.getLogger(__name__)
@@ -89,33 +106,26 @@ def choose_hidden(context: CutContext, folder: Path) -> Found:
 
 
 def choose_experts(context: CutContext, folder: Path) -> Found:
-    """Choose the experts to keep."""
+    """Choose the experts to keep, or keep those that the plan names."""
     target, recipe = context.target(folder), context.recipe
     config, experts = target.model.config, target.architecture.experts
-    keep, by, noted = context.plan.keep_experts, recipe.experts_by, dict[int, dict[str, Any]]()
-    assert keep is not None
     assert experts is not None
-    if by == "aimer":
-        scores = survey.aimer_scores(target, context.progress)
-    elif by == "divergence":
-        scores = divergence_scores(
-            target, context.windows, context.scratch("experts"), context.progress,
-            fast=recipe.fast_matmuls,
-        )  # fmt: skip
-    else:
-        tokens = recipe.memory.micro_batch_tokens
-        # The other processes need the windows that this one reads, and the digest of its weights.
-        job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
-        context.ranks.once(lambda: job)
-        each = survey.expert_use(target, context.windows, tokens, context.progress, context.ranks)
-        scores = survey.scores_of(each, by, recipe.calibration.seed)
-        noted = {layer: own.to_json() for layer, own in each.items()}
     fewest, groups = experts.fewest(config), experts.divided(config)
-    kept = survey.best_experts(
-        scores, keep, fewest, groups=groups, scope=recipe.experts_scope, nats=by == "divergence"
-    )
-    use = {str(layer): noted.get(layer, {by: x.tolist()}) for layer, x in scores.items()}
-    notes = {"by": by, "scope": recipe.experts_scope, "use": use}
+    if context.plan.named is not None:
+        by = "divergence" if recipe.experts_list is None else "list"
+        named, order = context.plan.named, context.kept("depth", "layers")
+        order = range(len(target.layers)) if order is None else order
+        kept = {new: named[old] for new, old in enumerate(order) if old in named}
+        notes: dict[str, Any] = {"by": by}
+    else:
+        by, scores, noted = recipe.experts_by, *_expert_scores(context, target)
+        keep = context.plan.keep_experts
+        assert keep is not None
+        kept = survey.best_experts(
+            scores, keep, fewest, groups=groups, scope=recipe.experts_scope, nats=by == "divergence"
+        )
+        use = {str(layer): noted.get(layer, {by: x.tolist()}) for layer, x in scores.items()}
+        notes = {"by": by, "scope": recipe.experts_scope, "use": use}
     # no forward of the model reaches layers for further tokens, so their weights decide
     most, layers = max(map(len, kept.values())), FurtherLayers.of(target.model, target.architecture)
     further = {
@@ -125,6 +135,28 @@ def choose_experts(context: CutContext, folder: Path) -> Found:
     }
     predicting = survey.best_experts(further, most, fewest, groups=groups) if further else {}
     return Cut(experts=kept, predicting=predicting), notes, folder
+
+
+def _expert_scores(
+    context: CutContext, target: CheckpointTarget
+) -> tuple[dict[int, torch.Tensor], dict[int, dict[str, Any]]]:
+    """The scores of all experts by number of the layer, and what else is noted of them."""
+    recipe, progress = context.recipe, context.progress
+    if recipe.experts_by == "aimer":
+        return survey.aimer_scores(target, progress), {}
+    if recipe.experts_by == "divergence":
+        found = divergence_scores(
+            target, context.windows, context.scratch("experts"), progress,
+            fast=recipe.fast_matmuls,
+        )  # fmt: skip
+        return found, {}
+    tokens = recipe.memory.micro_batch_tokens
+    # The other processes need the windows that this one reads, and the digest of its weights.
+    job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
+    context.ranks.once(lambda: job)
+    each = survey.expert_use(target, context.windows, tokens, progress, context.ranks)
+    scores = survey.scores_of(each, recipe.experts_by, recipe.calibration.seed)
+    return scores, {layer: own.to_json() for layer, own in each.items()}
 
 
 def share_survey(recipe: StructureRecipe, source: LocalCheckpoint, ranks: Ranks) -> None:
@@ -148,6 +180,137 @@ def share_survey(recipe: StructureRecipe, source: LocalCheckpoint, ranks: Ranks)
         target = CheckpointTarget(reader, None, choose_device(recipe.device))
         tokens = recipe.memory.micro_batch_tokens
         survey.expert_use(target, load_windows(file), tokens, Silent(), ranks)
+
+
+PROBES = (0.25, 0.5)
+"""The survey of a cut removes so much of the units of each linear that reads some, alone."""
+
+SHARES = (15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 9 / 16, 1 / 2)
+"""Of the experts of a layer, that may stay where a budget decides."""
+
+
+@dataclass(frozen=True)
+class CutLosses:
+    """What the divergence from the dense model rises when experts, neurons or heads go, in nats.
+
+    Units other than experts are removed by their OBS score, and the others make up for them by
+    least squares. In between, and further, the divergence of a linear without a share s of its
+    units is a power of s: half · (2 s)^p with 2^p = half / quarter.
+
+    Attributes:
+        experts: of each expert of a layer after all that cost less, by number of the layer.
+        units: of each linear that reads units without the `PROBES` of them, by its name.
+    """
+
+    experts: Mapping[str, Sequence[float]]
+    units: Mapping[str, Sequence[float]]
+
+    @classmethod
+    def of(cls, found: Mapping[str, Mapping[str, Any]]) -> CutLosses:
+        """From what `ChangedAlone` has found with `removals` and the ways of `without_units`."""
+        first, _ = ways = [f"{share:g}" for share in PROBES]
+        return cls(
+            {layer: own[REMOVED] for layer, own in found.items() if REMOVED in own},
+            {name: [own[way] for way in ways] for name, own in found.items() if first in own},
+        )
+
+    def best(self, keep: int, experts: Experts, config: Any, scope: str) -> dict[int, Kept]:
+        """The experts whose removal costs least; `keep` in each layer, or on average."""
+        scores = {int(n): torch.tensor(own, dtype=torch.float64) for n, own in self.experts.items()}
+        fewest, groups = experts.fewest(config), experts.divided(config)
+        return survey.best_experts(scores, keep, fewest, groups=groups, scope=scope, nats=True)
+
+    def of_experts(self, kept: Mapping[int, Sequence[int]]) -> float:
+        """Without all experts but these of each layer."""
+        return sum(
+            sum(own) - sum(own[expert] for expert in kept[int(layer)])
+            for layer, own in self.experts.items()
+        )
+
+    def of_units(self, share: float, reader: str = "*") -> float:
+        """Without this share of the units of all linears of a glob."""
+        own = [x for name, x in self.units.items() if fnmatchcase(name, reader)]
+        quarter, half = (sum(each) for each in zip(*own, strict=True)) if own else (0.0, 0.0)
+        power = max(1.0, math.log2(half / quarter)) if quarter > 0 else 2.0
+        return half * (share / PROBES[1]) ** power
+
+
+NO_CUTS = CutLosses({}, {})
+"""Where nothing was surveyed."""
+
+
+def readers_of(model: Any, kinds: Iterable[str]) -> dict[str, Method]:
+    """What removes units of the kinds that can go, by the globs of the linears that read them."""
+    couplings = describe(model).couplings
+    if couplings is None:
+        return {}
+    sizes, names = sizes_of(model), consumers(model)
+    return {
+        f"*.{names[kind]}": compose(
+            None, f"*x{unit_width(sizes, kind)}", score="obs", solver="least-squares"
+        )
+        for kind in kinds
+        if kind in names and kind not in couplings.fixed and any(getattr(sizes, kind))
+    }
+
+
+def without_units(view: LayerView, readers: Mapping[str, Method]) -> Ways:
+    """Ŵ − W of the linears of a layer that read units, without the `PROBES` of them."""
+    own = {n: how for n in view.weights for glob, how in readers.items() if fnmatchcase(n, glob)}
+    return {
+        name: {f"{x:g}": view.solved(name, how, x) - view.weights[name] for x in PROBES}
+        for name, how in own.items()
+    }
+
+
+def one_budget(context: CutContext) -> CutPlan:
+    """The plan of a target that names the experts whose removal leaves least to lose.
+
+    With fewer experts, fewer heads and neurons have to go. Of some numbers of experts (`SHARES`)
+    that one is taken with which experts, heads and neurons together are predicted to lose least.
+    """
+    recipe, model = context.recipe, skeleton.build_skeleton(context.source)
+    experts, readers = describe(model).experts, consumers(model)
+    assert experts is not None
+    losses, there = _survey_cuts(context, model), max(context.plan.sizes.experts)
+    best, least = context.plan, math.inf
+    for keep in dict.fromkeys((there, *(round(there * share) for share in SHARES))):
+        if keep < experts.fewest(model.config) or keep % experts.divided(model.config):
+            continue
+        kept = losses.best(keep, experts, model.config, recipe.experts_scope)
+        try:
+            plan = with_target(context.plan.with_experts(kept), recipe, model)
+            left = design(model, representative(plan)).skeleton
+            gone = width_shares(plan, sizes_of(left), left, recipe.multiple)
+        except RecipeError:  # too few, or too many, heads and neurons would have to go
+            continue
+        units = (losses.of_units(share, f"*.{readers[kind]}") for kind, share in gone.items())
+        if (lost := losses.of_experts(kept) + sum(units)) < least:
+            best, least = plan, lost
+    return best
+
+
+def _survey_cuts(context: CutContext, model: Any) -> CutLosses:
+    """What experts, heads and neurons cost, by one forward and one backward of the uncut model."""
+    readers, work = readers_of(model, ("groups", *NEURONS)), context.scratch("survey")
+    values = _pruning_values(context.recipe, "divergence") | {
+        "model": str(context.source), "output": str(work), "score": "obs",
+        "solver": "least-squares", "method_parameters": {}, "asymmetric": False,
+        "calibration": {"source": str(context.windows_file)},
+    }  # fmt: skip
+    recipe = build_recipe(PruneRecipe, values)
+    source = sources.resolve(str(context.source), trust_remote_code=recipe.trust_remote_code)
+    shares = dict.fromkeys(readers, PROBES[-1])
+    patterns = {glob: how.pattern for glob, how in readers.items()}
+    opened = _over_units(prepare(recipe, source), shares, patterns, {}, ())
+    tasks, settings = opened.tasks(), Settings.of(recipe, "disk", work)
+    walk = Survey(opened.target, tasks, opened.stream(settings), settings, context.progress)
+    alone = ChangedAlone(
+        walk, TOKENS, walk.statistics_for(opened.allocation), grains_of(tasks, opened.allocation),
+        partial(without_units, readers=readers),
+    )  # fmt: skip
+    alone.others = removals(alone.drawn)
+    return CutLosses.of(alone.divergences("surveying experts and neurons"))
 
 
 LEVEL = 0.05

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, lcm
+from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from secateur.errors import RecipeError
 from secateur.models.architecture import describe, hidden_size, only_embeds
@@ -16,7 +19,7 @@ from secateur.structured.cut import NEURONS, UNITS, Cut, Sizes, couplings_of, si
 from secateur.structured.design import Accounting, account, accounting, design
 from secateur.structured.embedders import check_embedder
 
-WITHIN = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts")
+WITHIN = (*TARGETS, "kv_groups", "ffn", "query_heads", "hidden_size", "experts", "experts_list")
 """Options that cut within layers. They need a family that declares its units."""
 
 KINDS = {"kv_groups": "groups", "query_heads": "queries", "ffn": "neurons", "hidden_size": "hidden"}
@@ -36,6 +39,7 @@ class CutPlan:
         sizes: sizes of the uncut model.
         drop_layers: number of decoder layers to remove.
         keep_experts: number of experts to keep in each layer; None keeps all.
+        named: the experts that stay where they are named, by number of the layer; else None.
         keep_hidden: number of channels of the residual stream to keep; None keeps all.
         keep_queries: number of query heads to keep in each KV group; None keeps all.
         heads: fraction of KV groups to remove.
@@ -48,6 +52,7 @@ class CutPlan:
     sizes: Sizes
     drop_layers: int = 0
     keep_experts: int | None = None
+    named: Mapping[int, tuple[int, ...]] | None = None
     keep_hidden: int | None = None
     keep_queries: int | None = None
     heads: float = 0.0
@@ -67,8 +72,18 @@ class CutPlan:
     @property
     def cuts(self) -> bool:
         """Whether the plan cuts anything."""
-        kept = self.keep_experts, self.keep_hidden, self.keep_queries
-        return bool(self.drop_layers or self.narrows or kept != (None, None, None))
+        kept = self.keep_hidden, self.keep_queries
+        return self.drop_layers > 0 or self.narrows or self.sheds or kept != (None, None)
+
+    @property
+    def sheds(self) -> bool:
+        """Whether the plan cuts experts."""
+        return self.keep_experts is not None or self.named is not None
+
+    def with_experts(self, kept: Mapping[int, tuple[int, ...]]) -> CutPlan:
+        """The same where these experts stay, or all where each layer names all."""
+        fewer = any(len(own) < self.sizes.experts[layer] for layer, own in kept.items())
+        return replace(self, keep_experts=None, named=kept if fewer else None)
 
 
 def count(kept: Kept, total: int, what: str) -> int:
@@ -132,6 +147,10 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
             "learned masks choose no neurons inside experts",
             remedy="leave --learned out, or cut whole units: --keep-layers, --kv-groups",
         )
+    named = None
+    if recipe.experts_list is not None:
+        named = experts_in(recipe.experts_list)
+        Cut(experts=named).check(sizes)
     queries = _queries_of(recipe, sizes)
     heads = neurons = 0.0
     whole_layers = _whole_layers(recipe, layers - drop)
@@ -147,22 +166,40 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
                 f"{odd[0]} {UNITS[kind]} are no multiple of {recipe.multiple}",
                 remedy="choose a number that divides them, such as 8 or 64",
             )
-    plan = CutPlan(sizes, drop, experts, hidden, queries, heads, neurons, whole_layers=whole_layers)
+    plan = CutPlan(
+        sizes, drop, experts, named, hidden, queries, heads, neurons, whole_layers=whole_layers
+    )
     aims = any(getattr(recipe, name) is not None for name in TARGETS)
     if aims and max(max(getattr(sizes, kind)) for kind in NEURONS) < 2:
         raise RecipeError(
             "the model has no FFN neurons, and cuts of whole heads alone cannot reach a target",
             remedy="say how many of each to keep: --kv-groups, --experts, --keep-layers",
         )
-    target = _decoder_target(recipe, model)
-    if target is not None:
-        plan = _with_target(plan, target, model)
+    plan = with_target(plan, recipe, model)
     if not plan.cuts and recipe.decode_latency is None and not trims_vocabulary(recipe):
         raise RecipeError(
             "the recipe cuts nothing: the model already has these sizes",
             remedy="give a smaller number, or a fraction below 1 such as 0.75",
         )
     return plan
+
+
+def experts_in(file: str) -> dict[int, tuple[int, ...]]:
+    """The experts that stay, by number of the layer, from a JSON file.
+
+    Raises:
+        RecipeError: it cannot be read, or has something else.
+    """
+    place = Path(file).expanduser()
+    try:
+        return TypeAdapter(dict[int, tuple[int, ...]]).validate_json(place.read_bytes())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is no JSON object of lists of numbers"
+        raise RecipeError(
+            f"the list of experts cannot be read: {why}",
+            where=str(place),
+            remedy='write the numbers of the experts that stay by layer: {"0": [1, 2, 5], …}',
+        ) from None
 
 
 def _experts_of(wanted: int | float, sizes: Sizes) -> int | None:
@@ -234,8 +271,20 @@ def _decoder_target(recipe: StructureRecipe, model: Any) -> float | None:
     return left
 
 
-def _with_target(plan: CutPlan, target: float, model: Any) -> CutPlan:
-    """The plan with the fraction that heads and neurons must lose together."""
+def with_target(plan: CutPlan, recipe: StructureRecipe, model: Any) -> CutPlan:
+    """The plan with the fraction that heads and neurons must lose together.
+
+    Args:
+        plan: the plan of the other cuts.
+        recipe: gives the target; perhaps none.
+        model: the uncut skeleton.
+
+    Raises:
+        RecipeError: no fraction of heads and neurons meets the target.
+    """
+    target = _decoder_target(recipe, model)
+    if target is None:
+        return plan
     made = design(model, representative(plan))
     found, sizes = account(made), sizes_of(made.skeleton)
     whole, rest = found.before.decoder, found.after
@@ -256,7 +305,9 @@ def representative(plan: CutPlan) -> Cut:
     """A cut that keeps the planned numbers of layers, experts, channels, query heads: the first."""
     layers = range(plan.sizes.layers - plan.drop_layers)
     experts = {}
-    if plan.keep_experts is not None:
+    if plan.named is not None:
+        experts = {i: kept for i, kept in plan.named.items() if i in layers}
+    elif plan.keep_experts is not None:
         each = plan.sizes.expert_groups  # which keep the same number
         experts = {
             # e · each mod n counts through a group in steps of `each`: the first of every group.

@@ -17,17 +17,17 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from secateur.engine.plan import fitting_plan, memory_budget
+from secateur.engine.plan import PRUNING, Need, fitting_plan, memory_budget
 from secateur.engine.plan_memory import PrunePlan, plan_run
 from secateur.engine.prune.refit import Refit
-from secateur.engine.prune.routers import RouterTuning
+from secateur.engine.prune.routers import RouterTuning, mixture_bytes
 from secateur.engine.prune.tasks import Selection, Settings, tasks_of
 from secateur.models.at_rest import AssembledReader
 from secateur.models.checkpoint import PatchedCopy
@@ -53,6 +53,9 @@ STEP = "step.json"
 
 REFIT, ROUTERS = "refit", "routers"
 """The steps that fit weights, and their folders."""
+
+FEWER = "use fewer --windows, or --effort fast, which tunes nothing"
+"""What to do where experts cannot be fitted."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class CutContext:
         folder = self.work / f"{name}-notes"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def kept(self, step: str, kind: str) -> Sequence[int] | None:
+        """The units of one kind that an earlier step kept; None for all."""
+        made = self.work / step
+        return read_notes(made)["cut"][kind] if made.exists() else None
 
 
 Found = tuple[Cut, dict[str, Any], Path]
@@ -173,8 +181,8 @@ def fit_step(context: CutContext, folder: Path, *, name: str) -> tuple[Path, dic
                 fixed = {n for n, x in cut.stored.items() if own.owner.get(x, x) in own.made}
             RouterTuning(dense, cut, layers, *shared, fixed=fixed, kept=kept).execute(done)
         else:
-            layers = _kept(context, "depth", "layers") or layers
-            hidden = _kept(context, "hidden", "hidden")
+            layers = context.kept("depth", "layers") or layers
+            hidden = context.kept("hidden", "hidden")
             Refit(dense, cut, layers, *shared, channels=hidden).execute(done)
         by = "dense outputs" if name == ROUTERS else "least squares"
         record = {"step": name, "by": by, "varied": notes["varied"]}
@@ -183,12 +191,6 @@ def fit_step(context: CutContext, folder: Path, *, name: str) -> tuple[Path, dic
         write_json(partial / STEP, record | ({"errors": errors} if errors else {}))
         partial.rename(made)
     return made, read_notes(made)
-
-
-def _kept(context: CutContext, step: str, kind: str) -> Sequence[int] | None:
-    """The units of one kind that an earlier step kept; None for all."""
-    made = context.work / step
-    return read_notes(made)["cut"][kind] if made.exists() else None
 
 
 def _fit_settings(context: CutContext, dense: CheckpointTarget, name: str) -> Settings:
@@ -207,8 +209,12 @@ def _fit_settings(context: CutContext, dense: CheckpointTarget, name: str) -> Se
             work=context.scratch(name),
         )
 
+    mixture = mixture_bytes(dense, context.windows.numel()) if name == ROUTERS else 0
+    fit = Need("mixture", mixture, (PRUNING,), "least squares of experts", FEWER)
+
     def planned(activations: str) -> PrunePlan:
-        return plan_run(dense, tasks, context.windows, settings(activations), uniform)
+        plan = plan_run(dense, tasks, context.windows, settings(activations), uniform)
+        return replace(plan, needs=(*plan.needs, fit))
 
     # Memory first, disk if that is too much, unless the recipe says which.
     budget = memory_budget(memory.max_bytes, dense.device)

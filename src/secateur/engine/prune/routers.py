@@ -56,6 +56,8 @@ from secateur.machine import full_float32, reused_pages
 from secateur.models.architecture import hidden_size
 from secateur.models.expert_layout import Experts
 from secateur.models.experts import Expert, ExpertActivation, OpenExperts, Sent
+from secateur.models.targets import Target
+from secateur.registry import float32_bytes
 from secateur.runs.records import Layer
 from secateur.sparsity.hessian import dense_target
 from secateur.sparsity.patterns import parse_pattern
@@ -144,6 +146,33 @@ class RouterTuning(SideBySide):
         )
         dense.forget_before(self.layers[place] + 1)
         cut.forget_before(place + 1)
+
+
+def mixture_bytes(target: Target, tokens: int) -> int:
+    """What tuning a mixture takes besides two layers and their forwards, at most.
+
+    These are the weights that are taken back, what the least squares read (`FIT_BYTES`), and
+    the largest system: the neurons of an expert and as many that it is offered.
+
+    Args:
+        target: the uncut model, layers on the meta device.
+        tokens: of the calibration.
+    """
+    described, most = target.architecture.experts, 0
+    for layer in target.layers:
+        opened: Any = next((m for m in layer.modules() if isinstance(m, OpenExperts)), None)
+        if opened is None or described is None:
+            continue
+        hidden, neurons = opened[0].down_proj.weight.shape
+        weights = sum(p.numel() for p in opened.parameters()) * target.dtype.itemsize
+        sent = tokens * (described.per_token(target.model.config) or len(opened))
+        read = sent * max(hidden, neurons) * target.dtype.itemsize + 2 * tokens * hidden * 4
+        # values of the neurons for the tokens of an expert that has twice as many as the mean
+        values = 2 * sent // len(opened) * 2 * neurons * 4
+        shape = hidden, 2 * neurons
+        system = OSSCAR(DAMPING).working_bytes(shape) + float32_bytes((2 * neurons, 2 * neurons))
+        most = max(most, weights + min(read, FIT_BYTES) + min(values, FIT_BYTES) + system)
+    return most
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.search.candidate_evaluator import cut_windows
-from secateur.engine.search.sensitivity import DrawnBackward
+from secateur.engine.search.sensitivity import DrawnBackward, Measured
 from secateur.errors import ArchitectureError
 from secateur.machine import exact_matmuls
 from secateur.models.expert_layout import Experts
@@ -25,6 +25,9 @@ from secateur.progress import Progress
 
 TOKENS = 16_384
 """Calibration tokens to measure on."""
+
+REMOVED = "removed"
+"""The way in which an expert is changed: it goes."""
 
 _LISTED = 2  # a token's list has so many times the experts that the router chooses for it
 
@@ -174,16 +177,30 @@ def divergence_scores(
     Raises:
         ArchitectureError: no layer has experts, or a router chooses in a way that is not known.
     """
-    experts = target.architecture.experts
-    assert experts is not None
     drawn = DrawnBackward(target, cut_windows(windows, TOKENS), folder, progress, fast=fast)
-    tokens = drawn.outer.windows.numel()
+    layers = drawn.records("experts: divergence", removals(drawn))
+    scores = {
+        int(n): torch.tensor(x[REMOVED], dtype=torch.float64)
+        for found in layers
+        for n, x in found.items()
+    }
+    if not scores:
+        raise ArchitectureError(
+            f"no decoder layer of {type(target.model).__name__} has experts",
+            remedy="the model is dense",
+        )
+    return scores
+
+
+def removals(drawn: DrawnBackward) -> Measured:
+    """What finds the scores of the experts of a layer: `REMOVED`, by the number of the layer."""
+    experts, tokens = drawn.target.architecture.experts, drawn.outer.windows.numel()
 
     @contextmanager
     def measured(number: int, layer: nn.Module) -> Iterator[dict[str, Any]]:
         found = dict[str, Any]()
         opened = next((m for m in layer.modules() if isinstance(m, OpenExperts)), None)
-        if opened is None:
+        if opened is None or experts is None:
             yield found
             return
         router = _Router(layer, experts, len(opened))
@@ -192,16 +209,10 @@ def divergence_scores(
         with torch.no_grad(), _Lists(router, opened, total / tokens).listening() as lists:
             for _ in drawn.outputs(number, layer):
                 pass
-        found["divergence"] = removal_scores(lists.all(), len(opened)).tolist()
+        scores = removal_scores(lists.all(), len(opened))
+        found[f"{number}"] = {REMOVED: scores.tolist()}
 
-    layers = enumerate(drawn.records("experts: divergence", measured))
-    scores = {n: torch.tensor(x["divergence"], dtype=torch.float64) for n, x in layers if x}
-    if not scores:
-        raise ArchitectureError(
-            f"no decoder layer of {type(target.model).__name__} has experts",
-            remedy="the model is dense",
-        )
-    return scores
+    return measured
 
 
 @contextmanager

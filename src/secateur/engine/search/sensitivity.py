@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,9 @@ class ChangedAlone:
         names: the statistics of the inputs that `ways` reads.
         grains: grains of the competing linears.
         ways: a layer → Ŵ − W of its linears in each way. Experts that saw no token are left out.
+
+    Attributes:
+        others: what else the same backward finds; nothing at first.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class ChangedAlone:
         assert survey.calibration is not None
         self.survey, self.names, self.grains, self.ways = survey, names, grains, ways
         self.target = survey.target
+        self.others: Measured = lambda number, layer: nullcontext({})
         windows = cut_windows(survey.calibration.windows, tokens)
         self.layouts = layouts(survey.target, windows.shape[1])
         self.drawn = DrawnBackward(
@@ -176,7 +180,10 @@ class ChangedAlone:
         )
 
     def divergences(self, label: str) -> dict[str, dict[str, float]]:
-        """D_i of each competing linear in each way. Experts that saw no token are left out."""
+        """D_i of each competing linear in each way, and what else was found, by its name.
+
+        Experts that saw no token are left out.
+        """
         layers = self.drawn.records(label, self.measured)
         return {name: found for layer in layers for name, found in layer.items()}
 
@@ -186,8 +193,9 @@ class ChangedAlone:
         tokens, found = self.drawn.outer.windows.numel(), dict[str, Any]()
         linears = linears_of(layer, self.target.architecture.layer_name(number))
         changes = self.changes(number, layer, linears)
-        with _products(linears.values(), changes) as sums:
+        with _products(linears.values(), changes) as sums, self.others(number, layer) as others:
             yield found
+        found.update(others)
         for name, ways in sums.items():
             # ½ mean_t (g_t · δ_t)²
             found[name] = {way: 0.5 * float(total) / tokens for way, total in ways.items()}

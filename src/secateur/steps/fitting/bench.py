@@ -80,7 +80,10 @@ from secateur.steps.fitting.problem import (
 )
 from secateur.steps.runner import RunContext, Step, carry_out, step_of
 
-RECIPE, WINDOWS = "recipe.yaml", "windows.safetensors"
+RECIPE, WINDOWS, EXPERTS = "recipe.yaml", "windows.safetensors", "experts.json"
+
+TRIMMING = "trimming.yaml"
+"""The recipe that makes the model that is fitted, where tokens have gone."""
 
 LESS = 0.95
 """A mix has zeros only if it is predicted to lose less than so much of what the best one without
@@ -108,6 +111,18 @@ def open_model(recipe: FitRecipe, source: LocalCheckpoint) -> PackableCheckpoint
         check_text(text)
     refuse_quantized(source.folder)
     return PackableCheckpoint.open(source.folder)
+
+
+def trimming_of(recipe: FitRecipe) -> StructureRecipe:
+    """The recipe that removes the tokens that the text of a fit never needs."""
+    options = {
+        "model": recipe.model,
+        "output": f"{recipe.output}-trimmed",
+        "trust_remote_code": recipe.trust_remote_code,
+        "vocabulary": recipe.vocabulary,
+        "calibration": {"source": recipe.calibration.source, "field": recipe.calibration.field},
+    }
+    return build_recipe(StructureRecipe, options)
 
 
 @dataclass(frozen=True)
@@ -332,7 +347,12 @@ class FitBench:
         heals: bool = False,
     ) -> Path:
         """A model rounded and packed; if it heals, it learns from the dense one before."""
-        options = self._compress_options(formats, str(self.windows_file), heals=heals)
+        teacher = self.recipe.model
+        if self.recipe.vocabulary is not None:  # only that one has the same tokens
+            teacher = str(self.run.source.folder)
+        options = self._compress_options(
+            formats, str(self.windows_file), teacher if heals else None
+        )
         recipe = build_recipe(CompressRecipe, {**options, **self._named})
         source = replace(self.source, folder=sparse)
         return self._part(_CompressBeside, recipe, source, output, Labelled(progress, "rounding"))
@@ -369,16 +389,26 @@ class FitBench:
         shutil.copyfile(self.windows_file, folder.notes / WINDOWS)
         prune = _prune_options(recipe, self._linears(winner.formats), text)
         structure = None if self.cut is None else {**self.cut, "calibration": {"source": text}}
+        if structure and "experts_list" in structure:
+            shutil.copyfile(structure["experts_list"], folder.notes / EXPERTS)
+            structure["experts_list"] = f"{recipe.output}/{NOTES}/{EXPERTS}"
         before = {"structure": structure, "prune": prune}
         steps = [{verb: options} for verb, options in before.items() if options is not None]
-        compress = self._compress_options(winner.formats, text, heals=heals)
+        trimming = None if recipe.vocabulary is None else trimming_of(recipe)
+        model = recipe.model if trimming is None else str(trimming.output)
+        compress = self._compress_options(winner.formats, text, model if heals else None)
         steps.append({"compress": compress})
-        chain = {**self._named, "output": f"{recipe.output}-again", "steps": steps}
+        chain = {**self._named, "model": model, "output": f"{recipe.output}-again", "steps": steps}
         again = dump_recipe(build_recipe(ChainRecipe, chain))
         write_text(folder.notes / RECIPE, again)
         card, place = folder.model / "README.md", shown_place(str(recipe.output))
-        section = made_again("chain", again, f"{place}-again")
-        write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}\n")
+        sections = [card.read_text(encoding="utf-8").rstrip()]
+        if trimming is not None:
+            first = dump_recipe(trimming)
+            write_text(folder.notes / TRIMMING, first)
+            sections.append(made_again("structure", first, f"{place}-trimmed"))
+        sections.append(made_again("chain", again, f"{place}-again"))
+        write_text(card, "\n\n".join(sections) + "\n")
         packed: CompressResult = step_of("compress").result(folder.model)
         return packed.model_copy(update={"output": folder.output})
 
@@ -386,8 +416,8 @@ class FitBench:
         """The formats of the linears alone."""
         return {name: one for name, one in formats.items() if name in self.costs.shapes}
 
-    def _compress_options(self, formats: Formats, text: str, *, heals: bool) -> dict[str, Any]:
-        """The options of `compress` that give every unit its values."""
+    def _compress_options(self, formats: Formats, text: str, teacher: str | None) -> dict[str, Any]:
+        """The options of `compress` that give every unit its values; with a teacher it heals."""
         recipe, linears = self.recipe, self._linears(formats)
         wanted = {name: stored.values for name, stored in linears.items()}
         common = Counter(wanted.values()).most_common(1)[0][0]
@@ -400,10 +430,10 @@ class FitBench:
         if GRID_BITS.keys() & values:
             options["group_size"] = GROUP
         rounded = {*BITS, *BLOCKS} & {*wanted.values(), *ends.values()}
-        if rounded or GRID_BITS.keys() & values or heals:
+        if rounded or GRID_BITS.keys() & values or teacher:
             options |= {"calibration": {"source": text}, **shared_options(recipe)}
-        if heals:
-            learning = {**HEALING, "tokens": recipe.tokens_to_heal, "teacher": recipe.model}
+        if teacher is not None:
+            learning = {**HEALING, "tokens": recipe.tokens_to_heal, "teacher": teacher}
             options["distillation"] = learning
         return options
 

@@ -1,52 +1,157 @@
-"""A fit that may remove experts: all of them in few bits, or fewer of them in more.
+"""A fit that may cut: all units in few bits, or fewer of them in more.
 
-Fewer experts leave more bytes to those that stay. What their removal adds to the divergence is
-predicted in the same nats as what rounding adds (`engine.search.expert_divergence`). So the
-knapsack chooses formats for each number of experts, and both predictions are added up. The best
-number is made as `secateur structure --experts` makes it, with its routers tuned, and its mix
-competes with the mix of all experts as a real model.
+| lever   | what goes                                                                  |
+|---------|----------------------------------------------------------------------------|
+| experts | of the whole model those that cost least; of each layer as many (llama.cpp) |
+| neurons | of every FFN, and of every expert, the same share                          |
+| both    |                                                                            |
+
+A cut leaves more bytes to what stays. The survey of a fit says what experts and neurons add to the
+divergence when they go (`structured.choices.CutLosses`), in the same nats as what rounding adds. So
+the knapsack chooses formats for every cut, and both predictions are added up. The best cuts are
+made as `secateur structure` makes them, and tuned; their mixes compete with the mix of the whole
+model as real models.
+
+What a linear loses by rounding falls with its neurons. It does not fall with fewer experts, because
+each token still passes as many of them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from secateur.calibration.windows import load_windows
-from secateur.engine.search.expert_divergence import divergence_scores
-from secateur.engine.search.experts import best_experts
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
 from secateur.models.skeleton import build_skeleton
 from secateur.reporting.tables import layer_of
-from secateur.runs.folder import NOTES
+from secateur.runs.output import write_json
 from secateur.steps.fitting.bench import BuiltCandidate, FitBench
-from secateur.steps.fitting.problem import Costs, FitProblem, UnitLosses
-from secateur.structured.cut import sizes_of
+from secateur.steps.fitting.problem import Costs, FitProblem
+from secateur.structured.choices import readers_of
+from secateur.structured.cut import NEURONS, consumers, sizes_of
+from secateur.structured.cut_plan import CutPlan, counts_left
 
 SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
-"""Of the experts of a layer, that may stay."""
+"""Of the experts of a layer, and of the neurons, that may stay."""
+
+MADE = 3
+"""Cuts that are made, at most."""
+
+TUNED = 0.5
+"""What a cut is expected to cost, of what the survey says; tuning makes up for the rest. After a
+cut was made, it is what that one has cost."""
+
+
+@dataclass(frozen=True)
+class FitCut:
+    """A cut that a fit may make.
+
+    Attributes:
+        experts: those that stay, by number of the layer; None for all.
+        neurons: the share of neurons that stays.
+        lost: what the survey says that it adds to the divergence.
+    """
+
+    experts: Mapping[int, Sequence[int]] | None = None
+    neurons: float = 1.0
+    lost: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        parts = [f"{self.neurons:.1%} of the neurons"] if self.neurons < 1 else []
+        if self.experts is not None:
+            counts = [*map(len, self.experts.values())]
+            mean = f"{sum(counts) / len(counts):g} experts"
+            parts.insert(0, mean if len({*counts}) == 1 else f"{mean} on average")
+        return ", ".join(parts)
+
+    def options(self, folder: Path) -> dict[str, Any]:
+        """The options of `structure` that make it; a list of experts lies in a folder."""
+        found: dict[str, Any] = {"ffn": self.neurons} if self.neurons < 1 else {}
+        if self.experts is not None:
+            file = folder / f"{self.name.replace(' ', '-')}.json"
+            folder.mkdir(exist_ok=True)
+            write_json(file, {str(layer): [*kept] for layer, kept in self.experts.items()})
+            found["experts_list"] = str(file)
+        return found
+
+    def shapes(self, costs: Costs, model: Any) -> dict[str, tuple[int, int]]:
+        """The shapes of the linears that it leaves, by their names in the whole model."""
+        architecture, sizes, readers = describe(model), sizes_of(model), consumers(model)
+        plan = CutPlan(sizes, neurons=1 - self.neurons)
+        left = counts_left(plan, model, 1) if self.neurons < 1 else {}
+        found = {}
+        for name, (rows, columns) in costs.shapes.items():
+            layer, place = (
+                layer_of(name),
+                architecture.experts and architecture.experts.place_of(name),
+            )
+            if place and self.experts is not None and int(place[1]) not in self.experts[layer]:
+                continue
+            inner = name.removeprefix(f"{architecture.layer_name(layer)}.")
+            for kind in (kind for kind, counts in left.items() if layer in counts):
+                there, now = getattr(sizes, kind)[layer], left[kind][layer]
+                if fnmatchcase(inner, readers[kind]):
+                    columns = columns * now // there
+                elif fnmatchcase(*(x.rpartition(".")[0] for x in (inner, readers[kind]))):
+                    rows = rows * now // there  # it makes the neurons
+            found[name] = rows, columns
+        return found
+
+    def problem(self, whole: FitProblem, model: Any) -> FitProblem:
+        """The choice of formats for what it leaves, by the names of the whole model."""
+        costs, losses, experts = whole.costs, whole.losses, describe(model).experts
+        shapes = self.shapes(costs, model)
+
+        def factor(name: str) -> float:
+            if name not in shapes:
+                return 1.0
+            share = math.prod(shapes[name]) / math.prod(costs.shapes[name])
+            if self.experts is None or experts is None or experts.place_of(name) is None:
+                return share
+            layer = layer_of(name)
+            return share * sizes[layer] / len(self.experts[layer])
+
+        sizes = sizes_of(model).experts
+        rounded, pruned = (
+            {name: lost * factor(name) for name, lost in part.items()}
+            for part in (losses.rounded, losses.pruned)
+        )
+        losses = replace(losses, rounded=rounded, pruned=pruned)
+        return replace(whole, costs=replace(costs, shapes=shapes), losses=losses)
 
 
 def costs_of_fewest(costs: Costs, folder: Path) -> Costs:
-    """The costs with the fewest experts that a fit tries.
+    """The costs with the smallest cut that a fit tries.
 
     Raises:
-        ArchitectureError: the model has no experts, or none can go.
+        ArchitectureError: nothing of the model can go.
     """
     model = build_skeleton(folder)
-    fewest = range(_counts(model)[0])
-    return _costs_with(costs, model, dict.fromkeys(range(sizes_of(model).layers), fewest))
+    counts, shares = _counts(model), _shares(costs, model)
+    if not counts and len(shares) == 1:
+        raise ArchitectureError(
+            "the model has no experts and no neurons that can go"
+            if costs.times is None
+            else "the model has no experts that can go, and with neurons no speed is predicted",
+            where="--structure",
+            remedy="leave it out",
+        )
+    experts = dict.fromkeys(range(sizes_of(model).layers), range(counts[0])) if counts else None
+    return replace(costs, shapes=FitCut(experts, shares[-1]).shapes(costs, model))
 
 
-def with_fewer_experts(
+def with_cuts(
     bench: FitBench, made: list[BuiltCandidate], problem: FitProblem
 ) -> tuple[FitBench, list[BuiltCandidate], FitProblem]:
-    """Also make the mix with the best number of experts, if it is predicted to diverge less.
+    """Also make the mixes of the cuts that are predicted to diverge less.
 
     Args:
         bench: of the whole model.
@@ -54,90 +159,91 @@ def with_fewer_experts(
         problem: after they were made.
 
     Returns:
-        The bench of the better model, all candidates, and its problem.
+        The bench of the best model, all candidates, and its problem.
     """
     best = min((one.row.divergence for one in made), default=math.inf)
-    predicted, count = min(_predicted(bench, problem), default=(best, 0))
-    if predicted >= best or not bench.time.allows("fewer experts", "making"):
-        return bench, made, problem
-    name = f"{count} experts"
-    other = bench.of_cut(name, {"experts": count, "experts_by": "divergence"})
-    base = bench.chosen.of(bench.opened(other.model.reader), name)
-    own = replace(_problem_of(other, problem), base=base)
-    built, after = other.mix(f"the mix, {name}", own)
-    if built is None:
-        return bench, made, problem
-    every = [*made, built]
-    return (other, every, after) if built.row.divergence < best else (bench, every, problem)
+    winner, every, scale = (bench, problem), [*made], TUNED
+    left = [*_predicted(bench, problem)]
+    for _ in range(MADE):
+        rise, cut, own = min(
+            left, key=lambda one: one[0] + scale * one[1].lost, default=(best, FitCut(), problem)
+        )
+        if rise + scale * cut.lost >= best or not bench.time.allows("a cut", "making"):
+            break
+        left = [one for one in left if one[1] is not cut]
+        other = bench.of_cut(cut.name, cut.options(bench.work / "cuts"))
+        base = bench.chosen.of(bench.opened(other.model.reader), cut.name)
+        scale = base / cut.lost if cut.lost > 0 else scale
+        own = replace(_renamed(own, other, cut), base=base)
+        built, after = other.mix(f"the mix, {cut.name}", own)
+        if built is not None:
+            every.append(built)
+            if built.row.divergence < best:
+                best, winner = built.row.divergence, (other, after)
+    return winner[0], every, winner[1]
 
 
-def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, int]]:
-    """The predicted divergence with each number of experts that can stay and fits."""
-    model, windows = bench.target.model, load_windows(bench.windows_file)
-    scores = divergence_scores(bench.target, windows, bench.work / "experts", bench.progress)
-    experts: Any = bench.target.architecture.experts
-    fewest, groups = experts.fewest(model.config), experts.divided(model.config)
-    for count in _counts(model):
-        kept = best_experts(scores, count, fewest, groups=groups)
-        lost = sum(float(own.sum() - own[list(kept[n])].sum()) for n, own in scores.items())
-        fewer = replace(problem, costs=_costs_with(problem.costs, model, kept))
-        candidate = fewer.knapsack.best(fewer.costs.aim)
-        if candidate is not None:
-            yield lost + fewer.knapsack.predicted(candidate), count
+def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, FitCut, FitProblem]]:
+    """The cuts that fit, each with what its best formats are predicted to lose, and its problem."""
+    model, losses, experts = (
+        bench.target.model,
+        problem.losses.cuts,
+        describe(bench.target.model).experts,
+    )
+    kept: list[Mapping[int, Sequence[int]] | None] = [None]
+    if experts is not None and losses.experts:
+        scope = "layer" if bench.recipe.target == "llama.cpp" else "global"
+        kept += [losses.best(n, experts, model.config, scope) for n in _counts(model)]
+    for own, share in product(kept, _shares(problem.costs, model)):
+        lost = losses.of_units(1 - share) + (losses.of_experts(own) if own else 0.0)
+        cut = FitCut(own, share, lost)
+        if cut.name:
+            fewer = cut.problem(problem, model)
+            candidate = fewer.knapsack.best(fewer.costs.aim)
+            if candidate is not None:
+                yield fewer.knapsack.predicted(candidate), cut, fewer
+
+
+def _shares(costs: Costs, model: Any) -> tuple[float, ...]:
+    """The shares of neurons that may stay, largest first.
+
+    Seconds are predicted for matrices of the whole model alone, so then all neurons stay.
+    """
+    narrows = costs.times is None and readers_of(model, NEURONS)
+    return (1.0, *SHARES) if narrows else (1.0,)
 
 
 def _counts(model: Any) -> list[int]:
-    """How many experts may stay in each layer, ascending.
+    """How many experts may stay in each layer, ascending; none where none can go.
 
     Args:
         model: its skeleton is enough.
-
-    Raises:
-        ArchitectureError: it has no experts, or none can go.
     """
-    experts, found = describe(model).experts, list[int]()
-    if experts is not None:
-        there = min(filter(None, sizes_of(model).experts), default=0)
-        fewest, groups = experts.fewest(model.config), experts.divided(model.config)
-        tried = {round(there * share) for share in SHARES}
-        found = [x for x in sorted(tried) if fewest <= x < there and not x % groups]
-    if not found:
-        raise ArchitectureError(
-            "the model has no experts that can go", where="--structure", remedy="leave it out"
-        )
-    return found
+    experts = describe(model).experts
+    if experts is None:
+        return []
+    there = min(filter(None, sizes_of(model).experts), default=0)
+    fewest, groups = experts.fewest(model.config), experts.divided(model.config)
+    tried = {round(there * share) for share in SHARES}
+    return [x for x in sorted(tried) if fewest <= x < there and not x % groups]
 
 
-def _costs_with(costs: Costs, model: Any, kept: Mapping[int, Sequence[int]]) -> Costs:
-    """The costs of a model without the linears of other experts than those kept in each layer."""
-    experts: Any = describe(model).experts
-
-    def stays(linear: str) -> bool:
-        place = experts.place_of(linear)
-        return place is None or int(place[1]) in kept[layer_of(linear)]
-
-    return replace(costs, shapes={name: x for name, x in costs.shapes.items() if stays(name)})
-
-
-def _problem_of(bench: FitBench, problem: FitProblem) -> FitProblem:
-    """The same for a cut: what its linears lose is what they lose in the whole model."""
-    steps = json.loads((bench.source.folder / NOTES / "steps.json").read_text(encoding="utf-8"))
-    kept = next(step["cut"]["experts"] for step in steps if step["step"] == "experts")
-
-    experts: Any = bench.target.architecture.experts
+def _renamed(problem: FitProblem, bench: FitBench, cut: FitCut) -> FitProblem:
+    """The same for a cut that was made: its linears have the names of the smaller model."""
+    experts = bench.target.architecture.experts
 
     def before(name: str) -> str:
-        place = experts.place_of(name)
-        was = place and kept[str(layer_of(name))][int(place[1])]
-        return f"{name[: place.start(1)]}{was}{name[place.end(1) :]}" if place else name
+        place = experts and experts.place_of(name)
+        if not place or cut.experts is None:
+            return name
+        was = cut.experts[layer_of(name)][int(place[1])]
+        return f"{name[: place.start(1)]}{was}{name[place.end(1) :]}"
 
     losses, names = problem.losses, [n for unit in bench.costs.members.values() for n in unit]
     own = {name: before(name) for name in names}
-    parts = {
+    parts: dict[str, Any] = {
         part: {n: x[was] for n, was in own.items() if was in x}
         for part in ("rounded", "pruned", "coarser", "kept")
         for x in [getattr(losses, part)]
     }
-    return replace(
-        problem, costs=bench.costs, losses=UnitLosses(**parts, embeddings=losses.embeddings)
-    )
+    return replace(problem, costs=bench.costs, losses=replace(losses, **parts))

@@ -59,6 +59,7 @@ from secateur.runtime.packed import header_bytes
 from secateur.runtime.storage_plan import DENSE, MixedReader, PackableCheckpoint
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.sparsity.evolution import Candidate
+from secateur.structured.choices import NO_CUTS, CutLosses
 
 if TYPE_CHECKING:
     from secateur.models.gguf_file import GGUFSource
@@ -532,6 +533,7 @@ class UnitLosses:
             values.
         kept: the fraction of nonzeros of each linear, by the names of formats with zeros.
         embeddings: the divergence with embedding and head in these values.
+        cuts: what experts and neurons cost; nothing where they may not go.
     """
 
     rounded: dict[str, float]
@@ -539,6 +541,7 @@ class UnitLosses:
     coarser: dict[str, dict[str, float]]
     kept: dict[str, dict[str, float]]
     embeddings: dict[str, float]
+    cuts: CutLosses = NO_CUTS
 
     def rise(self, name: str, stored: WeightFormat, share: float) -> float:
         """What a unit adds to the divergence in a format that prunes a share of its weights."""

@@ -29,6 +29,8 @@ from secateur.calibration.windows import load_windows, stored_extra
 from secateur.engine.prepared import prepare
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.rounded_head import head_gram, round_head
+from secateur.engine.search.expert_divergence import TOKENS as OF_EXPERTS
+from secateur.engine.search.expert_divergence import removals
 from secateur.engine.search.sensitivity import ChangedAlone, Ways, pooled
 from secateur.engine.search.survey import LayerView, Survey, grains_of
 from secateur.models.checkpoint import CheckpointReader
@@ -47,6 +49,8 @@ from secateur.runtime.storage_plan import MixedReader
 from secateur.sparsity.allocation.divergence import ByDivergence
 from secateur.steps.fitting.bench import FitBench, shared_options
 from secateur.steps.fitting.problem import EMBEDDINGS, GROUP, HALF, FitProblem, UnitLosses, embedded
+from secateur.structured.choices import CutLosses, readers_of, without_units
+from secateur.structured.cut import NEURONS
 from secateur.types import FLOATS, Weight
 
 TOKENS = 4096
@@ -71,19 +75,22 @@ def survey_model(bench: FitBench) -> FitProblem:
     """Measure what every unit loses, unless an earlier run has."""
     file = bench.work / "survey.json"
     if not file.exists():
-        rounded, pruned = _divergences(bench)
+        rounded, pruned, cuts = _divergences(bench)
         coarser, kept = _sampled(bench)
         embeddings = _of_embeddings(bench) if EMBEDDINGS in bench.costs.units else {}
         if not embeddings:
             rounded |= _of_ends(bench)
         found = {"rounded": rounded, "pruned": pruned, "coarser": coarser, "kept": kept}
-        write_json(file, {**found, "embeddings": embeddings})
-    losses = UnitLosses(**json.loads(file.read_text(encoding="utf-8")))
+        write_json(file, {**found, "embeddings": embeddings, "cuts": vars(cuts)})
+    read = json.loads(file.read_text(encoding="utf-8"))
+    losses = UnitLosses(**{**read, "cuts": CutLosses(**read["cuts"])})
     return FitProblem(bench.costs, losses)
 
 
-def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
-    """The divergence of every linear, rounded to the probe and without half of its weights."""
+def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float], CutLosses]:
+    """The divergence of every linear, rounded to the probe and without half of its weights; and
+    what experts and neurons cost, where they may go.
+    """
     zeros, prunes = bench.costs.zeros, any(one.sparsity for one in bench.costs.formats)
     probe = {
         **_named(bench, "survey"),
@@ -99,7 +106,8 @@ def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
     stream = opened.stream(settings)
     survey = Survey(opened.target, tasks, stream, settings, bench.progress)
     part = ByDivergence(judged_tokens=TOKENS)
-    grains = grains_of(tasks, part)
+    grains, cut = grains_of(tasks, part), bench.recipe.structure
+    readers = readers_of(opened.target.model, NEURONS) if cut else {}
 
     def ways(view: LayerView) -> Ways:
         found: dict[str, dict[str, Tensor]] = {name: {} for name in view.weights}
@@ -110,16 +118,23 @@ def _divergences(bench: FitBench) -> tuple[dict[str, float], dict[str, float]]:
                 # zeros that are there stay, and a share of the others is pruned
                 solved = view.solved(name, method, own + (1 - own) * share)
                 found[name][way] = solved - weight
+        for name, narrower in without_units(view, readers).items():
+            found[name] |= narrower
         return found
 
-    names = survey.statistics_for(part)
-    alone = ChangedAlone(survey, TOKENS, names, grains, ways).divergences("surveying the layers")
+    names, mixture = survey.statistics_for(part), opened.target.architecture.experts is not None
+    tokens = OF_EXPERTS if cut and mixture else TOKENS
+    alone = ChangedAlone(survey, tokens, names, grains, ways)
+    if cut and mixture:
+        alone.others = removals(alone.drawn)
+    every = alone.divergences("surveying the layers")
 
     def of_linears(way: str) -> dict[str, float]:
-        slopes = pooled({name: found[way] for name, found in alone.items()}, grains)
+        slopes = pooled({n: found[way] for n, found in every.items() if n in grains}, grains)
         return {name: slope * grains[name].total for name, slope in slopes.items()}
 
-    return of_linears("rounded"), of_linears("pruned") if prunes else {}
+    rounded, pruned = of_linears("rounded"), of_linears("pruned") if prunes else {}
+    return rounded, pruned, CutLosses.of(every)
 
 
 ROUNDING: dict[str, Any] = {
