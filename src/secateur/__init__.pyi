@@ -620,6 +620,7 @@ def fit(
     decode_speedup: float | None = None,
     max_loss_increase: float | None = None,
     structure: bool | None = None,
+    vocabulary: str | Path | None = None,
     target: Literal["cpu", "llama.cpp"] | None = None,
     like: str | Path | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
@@ -663,7 +664,9 @@ def fit(
             machine, one sequence at a time. [any]
         max_loss_increase: Most that the loss of the next token may rise, in nats. Without a size,
             the result is the smallest one found within it. [any]
-        structure: Also try fewer experts in more bits. [off]
+        structure: Also try fewer experts and fewer FFN neurons in more bits. [off]
+        vocabulary: First remove the tokens that this text never needs; what they take is spent on
+            the rest. [all tokens stay]
         target: What runs the result; only what it can store and speed up is used: cpu (our formats
             and kernels), or llama.cpp (a GGUF file beside the packed model). [cpu]
         like: A GGUF file of the same model, by whatever converter and quantizer. The result is this
@@ -1145,8 +1148,8 @@ def structure(
         progress: receives every step.
         keep_layers: Decoder layers to keep: a number, or a fraction such as 0.8. [all]
         experts: Experts to keep in each layer: a number or a fraction. [all]
-        experts_list: Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3,
-            7]}, by layer. For a GGUF file as output. [chosen by a score]
+        experts_list: Experts to keep, by number: a JSON file such as {"0": [1, 2, 5], "1": [0, 3]},
+            by layer. [chosen by a score]
         layers_list: Decoder layers to keep, by number, such as 0-11,14,16-31. For a GGUF file as
             output. [chosen]
         hidden_size: Channels of the residual stream to keep: a number or a fraction. [all]
@@ -1163,10 +1166,10 @@ def structure(
             calibration text: at most a number (16384), as many as the weight files may have bytes
             for (2GiB), or so many that this share of the text's tokens is lost (0.01). [all that
             the text has]
-        keep_parameters: Fraction of the decoder's parameters to keep. KV groups and FFN neurons are
-            cut until it is reached. [all]
-        max_size: Largest size of the weight files, such as 90MiB. KV groups and FFN neurons are cut
-            until they fit. [no limit]
+        keep_parameters: Fraction of the decoder's parameters to keep. Experts, KV groups and FFN
+            neurons are cut until it is reached. [all]
+        max_size: Largest size of the weight files, such as 90MiB. Experts, KV groups and FFN
+            neurons are cut until they fit. [no limit]
         decode_latency: Largest time per token, as a fraction of the uncut model's, measured on this
             machine in transformers at batch 1. KV groups and FFN neurons are cut until it is met.
             [no limit]

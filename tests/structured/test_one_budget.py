@@ -52,9 +52,10 @@ def structured(source: Path, output: Path, **options: Any) -> list[dict[str, Any
 def test_a_loss_is_a_power_of_the_share() -> None:
     losses = CutLosses({"0": [0.0, 3.0, 1.0]}, {"0.fc2": [1.0, 4.0], "1.fc2": [2.0, 8.0]})
     found = [losses.of_units(share) for share in (0.0, 0.25, 0.375, 0.5)]
-    assert found == pytest.approx([0.0, 3.0, 12.0 * 0.75**2, 12.0])
-    assert losses.of_units(0.5, "1.*") == 8.0
-    assert losses.of_experts({0: (1,)}) == 1.0
+    factor = choices.COSTS[1]
+    assert found == pytest.approx([0.0, 3 * factor, 12 * 0.75**2 * factor, 12 * factor])
+    assert losses.of_units(0.5, "1.*") == 8.0 * factor
+    assert losses.of_experts({0: (1,)}) == choices.COSTS[0]
     assert CutLosses({}, {}).of_units(0.5) == 0.0
 
 

@@ -444,7 +444,8 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
 def _weighs(recipe: StructureRecipe, plan: cut_plan.CutPlan) -> bool:
     """Whether experts and neurons share one budget of size."""
     sized = recipe.keep_parameters is not None or recipe.max_size is not None
-    return sized and not plan.sheds and any(plan.sizes.experts)
+    free = recipe.experts is None and not plan.sheds
+    return sized and free and any(plan.sizes.experts)
 
 
 def _steps_of(

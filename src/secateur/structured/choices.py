@@ -189,13 +189,21 @@ SHARES = (15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 9 / 16, 1 / 2)
 """Of the experts of a layer, that may stay where a budget decides."""
 
 
+COSTS = (0.75, 1.3)
+"""What cuts of experts, and of other units, cost after their tuning, over what the survey says: on
+mixtures of four layers of 16 experts, from a quarter to a half of the units
+(`benchmarks/quality/experts.py`). Tuning makes up for experts; units of many linears go together,
+and the survey removes those of one."""
+
+
 @dataclass(frozen=True)
 class CutLosses:
     """What the divergence from the dense model rises when experts, neurons or heads go, in nats.
 
     Units other than experts are removed by their OBS score, and the others make up for them by
-    least squares. In between, and further, the divergence of a linear without a share s of its
-    units is a power of s: half · (2 s)^p with 2^p = half / quarter.
+    least squares. In between, and further, the divergence without a share s of the units is a power
+    of s: half · (2 s)^p with 2^p = half / quarter. Sums are multiplied by what cuts have cost after
+    their tuning, over what the survey said (`COSTS`).
 
     Attributes:
         experts: of each expert of a layer after all that cost less, by number of the layer.
@@ -222,7 +230,7 @@ class CutLosses:
 
     def of_experts(self, kept: Mapping[int, Sequence[int]]) -> float:
         """Without all experts but these of each layer."""
-        return sum(
+        return COSTS[0] * sum(
             sum(own) - sum(own[expert] for expert in kept[int(layer)])
             for layer, own in self.experts.items()
         )
@@ -232,7 +240,12 @@ class CutLosses:
         own = [x for name, x in self.units.items() if fnmatchcase(name, reader)]
         quarter, half = (sum(each) for each in zip(*own, strict=True)) if own else (0.0, 0.0)
         power = max(1.0, math.log2(half / quarter)) if quarter > 0 else 2.0
-        return half * (share / PROBES[1]) ** power
+        return COSTS[1] * half * (share / PROBES[1]) ** power
+
+    def of_shares(self, gone: Mapping[str, float], model: Any) -> float:
+        """Without these shares of the units of each kind."""
+        readers = consumers(model)
+        return sum(self.of_units(share, f"*.{readers[kind]}") for kind, share in gone.items())
 
 
 NO_CUTS = CutLosses({}, {})
@@ -270,7 +283,7 @@ def one_budget(context: CutContext) -> CutPlan:
     that one is taken with which experts, heads and neurons together are predicted to lose least.
     """
     recipe, model = context.recipe, skeleton.build_skeleton(context.source)
-    experts, readers = describe(model).experts, consumers(model)
+    experts = describe(model).experts
     assert experts is not None
     losses, there = _survey_cuts(context, model), max(context.plan.sizes.experts)
     best, least = context.plan, math.inf
@@ -284,8 +297,7 @@ def one_budget(context: CutContext) -> CutPlan:
             gone = width_shares(plan, sizes_of(left), left, recipe.multiple)
         except RecipeError:  # too few, or too many, heads and neurons would have to go
             continue
-        units = (losses.of_units(share, f"*.{readers[kind]}") for kind, share in gone.items())
-        if (lost := losses.of_experts(kept) + sum(units)) < least:
+        if (lost := losses.of_experts(kept) + losses.of_shares(gone, model)) < least:
             best, least = plan, lost
     return best
 

@@ -59,7 +59,9 @@ def test_units_go_where_the_fewest_bits_do_not_fit(
     lever: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuts, "MADE", 1)
-    monkeypatch.setattr(CutLosses, "of_units", lambda self, share: share * (lever == "experts"))
+    monkeypatch.setattr(
+        CutLosses, "of_units", lambda self, share, *of: share * (lever == "experts")
+    )
     monkeypatch.setattr(CutLosses, "of_experts", lambda self, kept: float(lever == "neurons"))
     options = {
         "effort": "fast",
@@ -153,7 +155,7 @@ def test_a_killed_fit_goes_on(
     stage: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuts, "MADE", 1)
-    monkeypatch.setattr(CutLosses, "of_units", lambda self, share: 9.0 * share)
+    monkeypatch.setattr(CutLosses, "of_units", lambda self, share, *of: 9.0 * share)
     options: dict[str, Any] = {
         "effort": "fast", "max_size": SIZE, "target": "llama.cpp", "structure": True,
         "calibration": place / "windows.safetensors",

@@ -2,7 +2,7 @@
 
 | lever   | what goes                                                                  |
 |---------|----------------------------------------------------------------------------|
-| experts | of the whole model those that cost least; of each layer as many (llama.cpp) |
+| experts | those that cost least, of the whole model; for llama.cpp as many of each layer |
 | neurons | of every FFN, and of every expert, the same share                          |
 | both    |                                                                            |
 
@@ -28,24 +28,20 @@ from typing import Any
 
 from secateur.errors import ArchitectureError
 from secateur.models.architecture import describe
-from secateur.models.skeleton import build_skeleton
+from secateur.models.skeleton import build_skeleton, text_part
 from secateur.reporting.tables import layer_of
 from secateur.runs.output import write_json
 from secateur.steps.fitting.bench import BuiltCandidate, FitBench
 from secateur.steps.fitting.problem import Costs, FitProblem
 from secateur.structured.choices import readers_of
 from secateur.structured.cut import NEURONS, consumers, sizes_of
-from secateur.structured.cut_plan import CutPlan, counts_left
+from secateur.structured.cut_plan import CutPlan, counts_left, width_shares
 
 SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 """Of the experts of a layer, and of the neurons, that may stay."""
 
 MADE = 3
 """Cuts that are made, at most."""
-
-TUNED = 0.5
-"""What a cut is expected to cost, of what the survey says; tuning makes up for the rest. After a
-cut was made, it is what that one has cost."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def costs_of_fewest(costs: Costs, folder: Path) -> Costs:
             remedy="leave it out",
         )
     experts = dict.fromkeys(range(sizes_of(model).layers), range(counts[0])) if counts else None
-    return replace(costs, shapes=FitCut(experts, shares[-1]).shapes(costs, model))
+    return replace(costs, shapes=FitCut(experts, min(shares)).shapes(costs, model))
 
 
 def with_cuts(
@@ -162,7 +158,7 @@ def with_cuts(
         The bench of the best model, all candidates, and its problem.
     """
     best = min((one.row.divergence for one in made), default=math.inf)
-    winner, every, scale = (bench, problem), [*made], TUNED
+    winner, every, scale = (bench, problem), [*made], 1.0
     left = [*_predicted(bench, problem)]
     for _ in range(MADE):
         rise, cut, own = min(
@@ -185,17 +181,15 @@ def with_cuts(
 
 def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, FitCut, FitProblem]]:
     """The cuts that fit, each with what its best formats are predicted to lose, and its problem."""
-    model, losses, experts = (
-        bench.target.model,
-        problem.losses.cuts,
-        describe(bench.target.model).experts,
-    )
+    model, losses = bench.target.model, problem.losses.cuts
+    experts, couplings = describe(model).experts, describe(model).couplings
     kept: list[Mapping[int, Sequence[int]] | None] = [None]
     if experts is not None and losses.experts:
-        scope = "layer" if bench.recipe.target == "llama.cpp" else "global"
+        alike = bench.recipe.target == "llama.cpp" or text_part(model.config) is not None
+        scope = "layer" if alike or couplings is None or couplings.alike else "global"
         kept += [losses.best(n, experts, model.config, scope) for n in _counts(model)]
-    for own, share in product(kept, _shares(problem.costs, model)):
-        lost = losses.of_units(1 - share) + (losses.of_experts(own) if own else 0.0)
+    for own, (share, gone) in product(kept, _shares(problem.costs, model).items()):
+        lost = losses.of_shares(gone, model) + (losses.of_experts(own) if own else 0.0)
         cut = FitCut(own, share, lost)
         if cut.name:
             fewer = cut.problem(problem, model)
@@ -204,13 +198,20 @@ def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, Fi
                 yield fewer.knapsack.predicted(candidate), cut, fewer
 
 
-def _shares(costs: Costs, model: Any) -> tuple[float, ...]:
-    """The shares of neurons that may stay, largest first.
+def _shares(costs: Costs, model: Any) -> dict[float, dict[str, float]]:
+    """The shares of neurons that may stay, largest first, and what goes of each kind of them.
 
-    Seconds are predicted for matrices of the whole model alone, so then all neurons stay.
+    Experts keep whole multiples. Seconds are predicted for matrices of the whole model alone, so
+    with a bound on them all neurons stay.
     """
-    narrows = costs.times is None and readers_of(model, NEURONS)
-    return (1.0, *SHARES) if narrows else (1.0,)
+    found: dict[float, dict[str, float]] = {1.0: {}}
+    if costs.times is None and readers_of(model, NEURONS):
+        for share in SHARES:
+            gone = width_shares(
+                CutPlan(sizes := sizes_of(model), neurons=1 - share), sizes, model, 1
+            )
+            found.setdefault(1 - max(gone.values()), gone)
+    return found
 
 
 def _counts(model: Any) -> list[int]:
