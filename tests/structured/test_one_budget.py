@@ -15,15 +15,16 @@ from zoo import tiny_model, tiny_windows
 
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
+from secateur.engine.prune.routers import mixture_bytes
 from secateur.engine.search.expert_divergence import divergence_scores
-from secateur.errors import RecipeError
+from secateur.errors import MemoryBudgetError, RecipeError
 from secateur.models.opening import open_weights
 from secateur.models.skeleton import build_skeleton
 from secateur.models.targets import CheckpointTarget
 from secateur.progress import Silent
 from secateur.recipes.reading import build_recipe
 from secateur.recipes.structure import StructureRecipe
-from secateur.structured import choices
+from secateur.structured import choices, cut_steps
 from secateur.structured.choices import CutLosses, readers_of, without_units
 from secateur.structured.cut import NEURONS, sizes_of
 
@@ -156,3 +157,16 @@ def test_a_list_that_cannot_be_kept_is_refused(content: str, source: Path, tmp_p
     with pytest.raises(RecipeError, match=BAD[content]):
         structured(source, tmp_path / "out", experts_list=listed)
     assert not (tmp_path / "out").exists()
+
+
+def test_least_squares_of_experts_are_in_the_plan(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = CheckpointTarget(open_weights(source), None, torch.device("cpu"))
+    few, many = (mixture_bytes(target, tokens) for tokens in (1000, 2000))
+    # inputs of two experts for each token, as wide as the stream, and twice its residual
+    hidden = target.model.config.hidden_size
+    assert many - few >= 1000 * (2 * hidden * target.dtype.itemsize + 2 * hidden * 4)
+    monkeypatch.setattr(cut_steps, "mixture_bytes", lambda target, tokens: 2**60)
+    with pytest.raises(MemoryBudgetError, match="least squares of experts"):
+        structured(source, tmp_path / "out", experts=4, effort="balanced")
