@@ -54,7 +54,7 @@ def same_again(found: Any, place: Path) -> None:
         assert (place / "again" / one.name).read_bytes() == one.read_bytes()
 
 
-@pytest.mark.parametrize("lever", slow_but(["both"], ["experts", "neurons", "both"]))
+@pytest.mark.parametrize("lever", slow_but(["experts"], ["experts", "neurons", "both"]))
 def test_units_go_where_the_fewest_bits_do_not_fit(
     lever: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +90,7 @@ def test_units_go_where_the_fewest_bits_do_not_fit(
     same_again(found, tmp_path)
 
 
+@pytest.mark.slow
 def test_all_units_stay_where_that_is_predicted_to_lose_less(place: Path, tmp_path: Path) -> None:
     found = secateur.fit(
         place / "mixture", output=tmp_path / "out", structure=True, effort="fast",
