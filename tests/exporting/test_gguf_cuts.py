@@ -88,6 +88,7 @@ def test_all_three_cuts_together(file: Path, tmp_path: Path) -> None:
 
 # -- tokens --------------------------------------------------------------------------------------
 
+TOKEN_TABLES = ("token_embd.weight", "output.weight")
 
 KINDS = {"is_unknown": 2, "is_control": 3, "is_byte": 6}
 """Types of tokens, by what SentencePiece calls them."""
@@ -146,6 +147,24 @@ def test_lines_whose_tokens_stay_keep_them(words: Path, tmp_path: Path) -> None:
     for kind in KINDS.values():  # bytes, control tokens and the unknown one stay
         stay = [(x.fields[types].value == kind).sum() for x in (source, read)]
         assert stay[0] == stay[1]
+
+
+def test_texts_with_weights_and_sizes_choose_the_tokens(file: Path, tmp_path: Path) -> None:
+    source = GGUFSource.read(file)
+    texts = [("one", 1.0, DOCUMENTS[:1]), ("two", 3.0, DOCUMENTS[1:])]
+    kept, notes = tokens_of_texts(source, texts, 0.1, Silent(), multiple=8)
+    assert [(x["text"], x["weight"]) for x in notes["texts"]] == [("one", 1.0), ("two", 3.0)]
+    one, two = (x["covered"] for x in notes["texts"])
+    assert notes["covered"] == pytest.approx(one / 4 + 3 * two / 4)
+    assert 0.9 <= notes["covered"] < 1
+    assert len(kept) % 8 == 0
+    limit = source.size_bytes - 40 * sum(
+        x.row_bytes for name, x in source.tensors.items() if name in TOKEN_TABLES
+    )
+    kept, notes = tokens_of_texts(source, texts, f"{limit}B", Silent())
+    [made, *_] = written(source, cut_of(source, tokens=kept), tmp_path / "cut.gguf")
+    assert made.stat().st_size <= limit
+    assert notes["tokens_before"] - 60 < notes["tokens_after"] <= notes["tokens_before"] - 40
 
 
 def test_ids_follow_their_tokens(file: Path) -> None:
