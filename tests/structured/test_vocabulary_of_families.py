@@ -147,6 +147,29 @@ def test_texts_keep_their_tokens_and_these_their_logits(
     assert all(torch.equal(raw(stored[name]), raw(written[name])) for name in others)
 
 
+def test_a_model_that_reads_no_text_alone_is_trimmed_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers 5.24 runs Llama 4 only with a picture."""
+    source = save_family(tmp_path / "m", "llama4 vision")
+    made = trimmed(source, tmp_path / "out")
+    kept, tables = kept_of(source, tmp_path / "out"), 0
+    assert made.manifest.structure.steps[0]["among_kept"] == {}
+    assert "not compared" in caplog.text
+    written = stored_tensors(tmp_path / "out")
+    for name, tensor in stored_tensors(source).items():
+        table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        assert torch.equal(tensor[kept] if table else tensor, written[name]), name
+        tables += table
+    assert tables == 2
+    assert loaded(tmp_path / "out").config.image_token_index == kept.index(source_words(source))
+
+
+def source_words(folder: Path) -> int:
+    """The number of tokens of a tokenizer: the first id behind them is that of pictures."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
 def of_integers(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """A table in integers with a scale for each row, of 4 bits packed eight in a word."""
     scale = weight.float().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)

@@ -23,7 +23,7 @@ from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choi
 from secateur.engine.prune.refit import can_refit
 from secateur.engine.stream.hidden_states import STATES_BYTES
 from secateur.engine.stream.layerwise import LayerwiseReader
-from secateur.errors import RecipeError, VerificationError
+from secateur.errors import RecipeError, VerificationError, first_line
 from secateur.evaluation.perplexity import read_by
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
@@ -329,7 +329,7 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
 
         Returns:
             Losses, and by how much the logits of tokens that stay differ at most, as a fraction of
-            the largest; nothing without windows.
+            the largest; nothing without windows, and of a model that cannot read text alone.
 
         Raises:
             VerificationError: they differ by more than rounding.
@@ -344,7 +344,11 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
             read = read_by([LayerwiseReader(target, STATES_BYTES, self.run.progress)], ids)
             return torch.cat([x.head(states)[0, :-1].float().cpu() for [(states, x)] in read])
 
-        whole = logits_of(self.run.source.folder, old)
+        try:
+            whole = logits_of(self.run.source.folder, old)
+        except Exception as error:  # a class of transformers may not read text alone
+            log.warning("logits before and after are not compared: %s", first_line(error))
+            return {}
         after = logits_of(made, [torch.searchsorted(index, ids) for ids in old])
         before, next_old = whole[:, index], torch.cat([ids[0, 1:] for ids in old])
         next_new = torch.searchsorted(index, next_old)

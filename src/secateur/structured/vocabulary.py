@@ -282,8 +282,12 @@ class Vocabulary:
         if isinstance(size, str):
             # headers change in the numbers of shapes and places alone
             whole = sum(file.stat().st_size + _METADATA for file in self.reader.files)
-            rows = self.tables.rows
-            size = tokens_within(size, rows, whole, self.saved_bytes(range(1, rows)))
+            # ids beyond a smaller table have fewer bytes; those that need not stay leave first
+            late = range(min(self.tables.names.values()), self.tables.rows)
+            first = [*range(late.start), *(token for token in late if token in self.always)]
+            gone = self.saved_bytes(first)
+            each = self.saved_bytes(first[1:]) - gone
+            size = tokens_within(size, len(first), whole - gone, each)
         return kept_tokens(self.pieces, self.shares, self.always, size, multiple)
 
     def windows(self, kept: Sequence[int]) -> list[list[int]]:
