@@ -21,7 +21,7 @@ from secateur.reporting.evaluate import (
     EvaluateResult,
     GenerateResult,
 )
-from secateur.reporting.fit import DraftResult, FitResult
+from secateur.reporting.fit import DraftedResult, FitResult
 from secateur.reporting.gguf_files import CutFileResult
 from secateur.reporting.models import (
     ChainResult,
@@ -39,6 +39,8 @@ from secateur.reporting.plan import (
     CutPlanResult,
     DraftPlanResult,
     FitPlanResult,
+    HeadPlanResult,
+    MTPPlanResult,
     PlanResult,
     TrainPlanResult,
 )
@@ -429,7 +431,7 @@ def draft(
     *,
     dry_run: Literal[True],
     **options: Any,
-) -> DraftPlanResult: ...
+) -> DraftPlanResult | HeadPlanResult | MTPPlanResult: ...
 @overload
 def draft(
     model: str | Path,
@@ -437,6 +439,7 @@ def draft(
     progress: Progress | None = None,
     runs_as: str | None = None,
     mtp: bool | None = None,
+    head: bool | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     heal_tokens: int | None = None,
     minutes: float | None = None,
@@ -456,7 +459,7 @@ def draft(
     resume: bool | None = None,
     restart: bool | None = None,
     dry_run: Literal[False] | None = None,
-) -> DraftResult:
+) -> DraftedResult:
     """Find and make the draft of a model that makes it decode fastest.
 
     The text of the model stays exactly the same: a draft proposes tokens, and the model takes or
@@ -472,6 +475,9 @@ def draft(
             timed beside it. [MODEL]
         mtp: Make no model, but use the layers that predict further tokens (MTP) of the model
             itself: measure what they bring, and choose the tokens that they propose. [off]
+        head: Train a head that reads the hidden states of the model, in place of a smaller model.
+            It learns on --heal-tokens tokens, of which the model writes most. By --effort: fast
+            131,072, balanced 524,288, thorough 1,048,576, best 2,097,152. [off]
         effort: The preset that prunes, and that decides how much is healed. [balanced]
         heal_tokens: Tokens of the calibration text on which the best models learn from the dense
             one, on their own grids and masks. 0: none. By --effort: fast 0, balanced 65,536,

@@ -98,6 +98,7 @@ def continue_windows(
     *,
     seed: int,
     start: Sequence[int] = (),
+    greedy: float = 0.0,
     done: Int64[Tensor, "ready sequence_length"] | None = None,
     on_token: Callable[[], None] = lambda: None,
     on_batch: Callable[[Tensor], None] = lambda _: None,
@@ -114,6 +115,7 @@ def continue_windows(
         seed: of the beginnings and of the draws.
         start: tokens that the model's tokenizer puts in front of a text. A new window begins with
             them and does not contain them again.
+        greedy: the share of the windows, spread evenly, that have the most likely tokens.
         done: the first batches of the same windows, from a call that did not end.
         on_token: called for every token of a batch of at most 64 windows.
         on_batch: called with all windows so far.
@@ -153,7 +155,10 @@ def continue_windows(
             words = text[rows[:, None], places + torch.arange(PREFIX)]
             beginnings = torch.cat([heads[: len(rows)], words], dim=1)
             writer.begin()
-            new = _continued(writer, beginnings, length, never, on_token)
+            # the greedy ones of all windows up to each, less those up to the one before
+            numbers = torch.arange(first, first + len(rows) + 1, dtype=torch.float64) * greedy
+            surest = numbers.floor().diff().bool()
+            new = _continued(writer, beginnings, length, never, surest, on_token)
             written = torch.cat([written, new])
             on_batch(written)
     return written
@@ -164,6 +169,7 @@ def _continued(
     beginnings: Tensor,
     length: int,
     never: Tensor,
+    surest: Tensor,
     on_token: Callable[[], None],
 ) -> Tensor:
     """Continue [windows, given] tokens to [windows, length].
@@ -179,7 +185,10 @@ def _continued(
         logits = writer.after(tokens[:, place], asked)
         if asked:
             logits[:, never.to(logits.device)] = -torch.inf
-            tokens[:, place + 1] = drawn(logits).to(tokens.device)
+            found = drawn(logits)
+            if surest.any():
+                found = logits.argmax(1).where(surest.to(logits.device), found)
+            tokens[:, place + 1] = found.to(tokens.device)
             on_token()
     return tokens
 

@@ -212,6 +212,7 @@ class RunWindows:
         record: the source of the windows.
         ungenerated: number of calibration windows that the dense model must still generate.
         stored: the folder of a stopped run that has them.
+        greedy: the share of the generated windows that have the model's most likely tokens.
     """
 
     calibration: Tensor
@@ -219,6 +220,7 @@ class RunWindows:
     record: dict[str, Any]
     ungenerated: int = 0
     stored: Path | None = None
+    greedy: float = 0.0
 
     @classmethod
     def cut(
@@ -329,6 +331,7 @@ class RunWindows:
                 count,
                 seed=seed,
                 start=start,
+                greedy=self.greedy,
                 done=done,
                 on_token=progress.step,
                 on_batch=store,

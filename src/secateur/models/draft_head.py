@@ -23,6 +23,7 @@ place in `lm_head` to get its token, and `t2d` [vocabulary] says which tokens ha
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -40,16 +42,23 @@ from secateur.runs.output import write_bytes, write_json
 
 KIND, WEIGHTS = "speculators_model_type", "model.safetensors"
 
+FAULTS = (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError)
+"""What a damaged folder may raise."""
+
+VALUES = "secateur_values"
+"""Our own key of a head's `config.json`: `DraftHead.values`."""
+
+COLUMNS = 64
+"""The feed-forward has a multiple of so many columns."""
+
 REFUSED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 """Options of EAGLE-3 in speculators that change the formula."""
 
 
-def head_config(parent: Any, intermediate: int) -> Any:
-    """The configuration of the head's layer.
+def head_config(parent: Any) -> Any:
+    """The configuration of the head's layer, by that of the parent.
 
-    Args:
-        parent: the configuration of the parent.
-        intermediate: columns of the feed-forward.
+    The feed-forward has 8 / 3 · hidden columns, as in Llama: a parent may have experts.
     """
     from transformers import LlamaConfig
 
@@ -61,7 +70,7 @@ def head_config(parent: Any, intermediate: int) -> Any:
     return LlamaConfig(
         vocab_size=own.vocab_size,
         hidden_size=own.hidden_size,
-        intermediate_size=intermediate,
+        intermediate_size=-(-8 * own.hidden_size // (3 * COLUMNS)) * COLUMNS,
         num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=getattr(own, "num_key_value_heads", None) or heads,
@@ -100,9 +109,11 @@ class DraftHead(nn.Module):
     Attributes:
         config, taps, ids: as given.
         layers: the one decoder layer; its q, k and v have 2 · hidden columns.
+        values: how our loop stores its matrices: bfloat16, int8 or int4.
     """
 
     ids: Tensor
+    values = "int8"
 
     def __init__(self, config: Any, taps: Sequence[int], ids: Int64[Tensor, " drafted"]) -> None:
         from transformers.models.llama import modeling_llama as llama
@@ -121,6 +132,15 @@ class DraftHead(nn.Module):
         self.norm = llama.LlamaRMSNorm(hidden, config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, len(ids), bias=False)
         self.rotary = llama.LlamaRotaryEmbedding(config)
+
+    def proposing(self, ids: Int64[Tensor, " fewer"]) -> DraftHead:
+        """The same head for some of its tokens only, ascending."""
+        head = copy.copy(self)
+        head._modules = dict(self._modules)
+        head._buffers = {**self._buffers, "ids": ids}
+        head.lm_head = nn.Linear(self.config.hidden_size, len(ids), bias=False, device="meta")
+        head.lm_head.weight = nn.Parameter(self.lm_head.weight[torch.isin(self.ids, ids)])
+        return head
 
     def forward(
         self,
@@ -229,6 +249,7 @@ def write_head(
             "verifier": {"name_or_path": parent, "architectures": [architecture]},
         },
         "dtype": "bfloat16",
+        VALUES: head.values,
     }
     chosen = torch.zeros(head.config.vocab_size, dtype=torch.bool)
     chosen[head.ids] = True
@@ -275,9 +296,10 @@ def read_head(folder: Path) -> DraftHead:
         head.load_state_dict(tensors, assign=True)
         if any(not x.is_floating_point() for x in head.parameters()):
             raise ValueError("a weight is no floating-point number")
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except FAULTS as error:
         raise checkpoint.damaged(f"the head cannot be read: {error}", folder) from None
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     head.ids, head.rotary = ids, LlamaRotaryEmbedding(layer)
+    head.values = str(config.get(VALUES, head.values))
     return head.eval()

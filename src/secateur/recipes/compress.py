@@ -217,6 +217,13 @@ class _WhatToDraft(Section):
     mtp: bool = False
     """Make no model, but use the layers that predict further tokens (MTP) of the model itself:
     measure what they bring, and choose the tokens that they propose."""
+    head: bool = False
+    """Train a head that reads the hidden states of the model, in place of a smaller model. It
+    learns on --heal-tokens tokens, of which the model writes most. By --effort: fast 131,072,
+    balanced 524,288, thorough 1,048,576, best 2,097,152."""
+
+
+TOKENS_OF_HEADS = {"fast": 2**17, "balanced": 2**19, "thorough": 2**20, "best": 2**21}
 
 
 class DraftRecipe(shared.Device, HowToSearch, _WhatToDraft, shared.OutputFolder, Recipe):
@@ -225,11 +232,16 @@ class DraftRecipe(shared.Device, HowToSearch, _WhatToDraft, shared.OutputFolder,
     run = shared.Planning
     conflicts = tuple(
         Conflict("mtp", name, "no model is made", "leave one of them out")
-        for name in ("runs_as", "heal_tokens", "minutes")
+        for name in ("runs_as", "heal_tokens", "minutes", "head")
     )
 
     calibration: FitText = FitText()
     memory: shared.Memory = shared.Memory()
+
+    @property
+    def tokens_to_learn(self) -> int:
+        """Tokens on which a head learns."""
+        return TOKENS_OF_HEADS[self.effort] if self.heal_tokens is None else self.heal_tokens
 
     @property
     def fitted(self) -> FitRecipe:

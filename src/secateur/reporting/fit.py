@@ -369,7 +369,7 @@ class DraftCandidate:
 
 
 @dataclass(frozen=True)
-class DraftHead:
+class TriedHead:
     """An output head over some tokens only, with the draft that was chosen.
 
     Attributes:
@@ -412,7 +412,7 @@ class DraftedResult(Result):
     acceptance: Acceptance
     sampled: Speculation
     greedy: Speculation
-    heads: tuple[DraftHead, ...]
+    heads: tuple[TriedHead, ...]
 
     @property
     def cost(self) -> float:
@@ -531,7 +531,7 @@ class HeadResult(DraftedResult):
     tokens: int
     steps: int
     values: str
-    formats: dict[str, DraftHead]
+    formats: dict[str, TriedHead]
 
 
 class MTPResult(DraftedResult):

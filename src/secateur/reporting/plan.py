@@ -226,3 +226,27 @@ class MTPPlanResult(Result):
 
     layers: int
     heads: tuple[int, ...]
+
+
+class HeadPlanResult(Result):
+    """What the training of a head that reads states would make and take.
+
+    Attributes:
+        weights: of the head, with those of its largest list of tokens.
+        taps: after how many of the parent's layers it reads states.
+        tokens: that it learns on.
+        written: of these, the ones that the parent writes.
+        steps: of the optimizer, if the time lasts.
+        disk_bytes: of the parent's states.
+        minutes: time that the run keeps; None for no limit.
+        heads: numbers of tokens that it may propose.
+    """
+
+    weights: int
+    taps: tuple[int, int, int]
+    tokens: int
+    written: int
+    steps: int
+    disk_bytes: int
+    minutes: float | None
+    heads: tuple[int, ...]

@@ -497,7 +497,7 @@ def _head_drafter(folder: Path, parent: SlotDecoder) -> HeadDrafter:
             remedy="make one of this model: secateur draft MODEL --head",
         )
     parent.tap(head.taps)
-    return HeadDrafter(HeadDecoder(head, parent), parent, head.ids)
+    return HeadDrafter(HeadDecoder(head, parent, head.values), parent, head.ids)
 
 
 def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] | None:

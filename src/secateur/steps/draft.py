@@ -61,7 +61,7 @@ from secateur.recipes.compress import DraftRecipe, FitRecipe
 from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import imported
 from secateur.reporting import fit as reports
-from secateur.reporting.plan import DraftPlanResult
+from secateur.reporting.plan import DraftPlanResult, HeadPlanResult, MTPPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.measured import Acceptance, Drawing, Speculation
 from secateur.runs.output import write_bytes, write_json, write_text
@@ -97,7 +97,9 @@ REFUSED = 0.7
 """s, until a draft is measured. Pinsker's inequality is a bound, so it is below 1."""
 
 
-def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> DraftPlanResult:
+def plan_draft(
+    recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]
+) -> DraftPlanResult | HeadPlanResult | MTPPlanResult:
     """Check a recipe, and show what making the draft would try.
 
     Args:
@@ -115,6 +117,8 @@ def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any])
     _refuse_parent(recipe, source)
     read = [recipe.model, str(source.folder), *Draft.reads(recipe)]
     check_output(recipe.output, "draft", 0, read, call)
+    if recipe.head:
+        return imported("secateur.steps.draft_head:plan_head")(recipe, source.folder)
     costs = Costs((), model.shapes)
     config = build_skeleton(source.folder).config
     return DraftPlanResult(
@@ -144,7 +148,7 @@ def _refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
         )
 
 
-class Draft(Step[DraftRecipe, reports.DraftResult]):
+class Draft(Step[DraftRecipe, reports.DraftedResult]):
     """Find and make the draft of a model that makes it decode fastest.
 
     The text of the model stays exactly the same: a draft proposes tokens, and the model takes or
@@ -164,9 +168,11 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         self.parent = resolve(runs_as, trust_remote_code=trust, progress=run.progress).folder
 
     @classmethod
-    def way(cls, recipe: DraftRecipe) -> Way[DraftRecipe, reports.DraftResult]:
-        """Another step measures the layers that the model has."""
-        return Way(imported("secateur.steps.draft_mtp:DraftMTP") if recipe.mtp else cls)
+    def way(cls, recipe: DraftRecipe) -> Way[DraftRecipe, reports.DraftedResult]:
+        """Other steps measure the layers that the model has, and train a head."""
+        if recipe.mtp:
+            return Way(imported("secateur.steps.draft_mtp:DraftMTP"))
+        return Way(imported("secateur.steps.draft_head:HeadDraft") if recipe.head else cls)
 
     @classmethod
     def reads(cls, recipe: DraftRecipe) -> Iterable[str]:
@@ -178,11 +184,11 @@ class Draft(Step[DraftRecipe, reports.DraftResult]):
         return identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress)
 
     @classmethod
-    def result(cls, output: Path) -> reports.DraftResult:
+    def result(cls, output: Path) -> reports.DraftedResult:
         """Read the result of a finished run from its notes."""
         return read_record(reports.DraftResult, output / NOTES / DRAFT)
 
-    def work(self) -> reports.DraftResult:
+    def work(self) -> reports.DraftedResult:
         """Survey the parent, make drafts and measure them beside it, heal and judge the best."""
         run, folder, fitted = self.run, self.run.folder, self.recipe.fitted
         costs = fit_problem.costs_of(fitted, self.model, run.progress).with_timed_head()
@@ -343,28 +349,40 @@ def time_calls(parent: Any, draft: Any, prompt: Tensor) -> Times:
         draft: another one.
         prompt: token ids that both have read before [tokens].
     """
-    ids, before = prompt.tolist(), len(prompt)
-    decoders = [SlotDecoder(model, before + SlotDecoder.together) for model in (parent, draft)]
-    for decoder in decoders:
+    room = len(prompt) + SlotDecoder.together
+    verifying, proposing = (SlotDecoder(model, room) for model in (parent, draft))
+    for decoder in (verifying, proposing):
         decoder.read(0, prompt)
-    verifying, proposing = decoders
+    parents, [own] = time_turns(verified_in(verifying, prompt), [proposed_in(proposing, prompt)])
+    return parents, own
+
+
+def verified_in(decoder: SlotDecoder, prompt: Tensor) -> Callable[[int], float]:
+    """Times a call of a parent with so many tokens, after what it has read."""
+    ids, before = prompt.tolist(), decoder.lengths[0]
 
     def verify(count: int) -> float:
-        some = [Token(0, before + n, ids[n % before]) for n in range(count)]
-        seconds = seconds_of(lambda: verifying.step(some))
-        verifying.rewind(0, before)
+        some = [Token(0, before + n, ids[n % len(ids)]) for n in range(count)]
+        seconds = seconds_of(lambda: decoder.step(some))
+        decoder.rewind(0, before)
         return seconds
+
+    return verify
+
+
+def proposed_in(decoder: SlotDecoder, prompt: Tensor) -> Callable[[], float]:
+    """Times one token of a draft, after what it has read."""
+    ids, before = prompt.tolist(), decoder.lengths[0]
 
     def propose() -> float:
         seconds = [
-            seconds_of(partial(proposing.step, [Token(0, before + n, ids[n % before])]))
+            seconds_of(partial(decoder.step, [Token(0, before + n, ids[n % len(ids)])]))
             for n in range(DRAFT_CALLS)
         ]
-        proposing.rewind(0, before)
+        decoder.rewind(0, before)
         return statistics.mean(seconds)
 
-    parents, [own] = time_turns(verify, [propose])
-    return parents, own
+    return propose
 
 
 def time_turns(
@@ -402,7 +420,7 @@ class _MeasuredDraft:
 
     built: BuiltCandidate
     row: reports.DraftCandidate
-    heads: tuple[reports.DraftHead, ...]
+    heads: tuple[reports.TriedHead, ...]
     parent: tuple[float, ...]
 
     @property
@@ -568,7 +586,7 @@ def judged_heads(
     seconds: Sequence[float],
     parent: Sequence[float],
     vocabulary: int,
-) -> tuple[reports.DraftHead, ...]:
+) -> tuple[reports.TriedHead, ...]:
     """What a draft gains with each of some heads.
 
     Args:
@@ -581,7 +599,7 @@ def judged_heads(
     heads = []
     for size, taken, own in zip(sizes, found, seconds, strict=True):
         both = [one.speedup for one in gains(taken, parent, own, size, vocabulary)]
-        heads.append(reports.DraftHead(size, taken, own, math.sqrt(math.prod(both))))
+        heads.append(reports.TriedHead(size, taken, own, math.sqrt(math.prod(both))))
     return tuple(heads)
 
 

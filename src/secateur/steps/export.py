@@ -7,7 +7,9 @@ from pathlib import Path
 
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
+from secateur.exporting.gguf.writing import TYPES
 from secateur.models.configuration import read_configuration
+from secateur.models.draft_head import is_head
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import refuse_other_words, start_tokens_of
@@ -34,8 +36,11 @@ class Export(Step[ExportRecipe, ExportResult]):
         folder = run.source.folder
         named = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or folder.name
         self.source = ExportSource(open_checkpoint(folder), named)
-        skeleton = build_skeleton(folder, opened=False)
-        stored_names(skeleton, self.source.reader, split=False)  # refuses damage
+        if is_head(folder):
+            self.refuse_target()
+        else:
+            skeleton = build_skeleton(folder, opened=False)
+            stored_names(skeleton, self.source.reader, split=False)  # refuses damage
         if recipe.draft_of is not None:
             self.refuse_other_vocabulary(recipe.draft_of)
 
@@ -53,6 +58,19 @@ class Export(Step[ExportRecipe, ExportResult]):
     def reads(cls, recipe: ExportRecipe) -> tuple[str | None, ...]:
         """The parent of a draft."""
         return (recipe.draft_of,)
+
+    def refuse_target(self) -> None:
+        """Refuse what a draft head cannot become.
+
+        Raises:
+            RecipeError: another target than `gguf`, or a type that llama.cpp makes.
+        """
+        if self.recipe.to != "gguf" or self.type not in TYPES:
+            raise RecipeError(
+                f"a draft head has no form of {self.recipe.to} {self.type}",
+                where=str(self.source.folder),
+                remedy=f"export it --to gguf --type {', '.join(TYPES)}; vLLM reads its folder",
+            )
 
     def refuse_other_vocabulary(self, name: str) -> None:
         """Refuse a parent that could not take the tokens of this model as its draft's.

@@ -183,11 +183,14 @@ def loss_of(model: Any, head: nn.Linear | None, ids: Tensor, rows: Rows) -> Tens
         logits = model(input_ids=ids, use_cache=False).logits
         return _OfLogits.apply(logits.flatten(0, -2), rows)
 
-    def of(hidden: Tensor) -> Tensor:
-        return _OfHead.apply(hidden.flatten(0, -2), head.weight, head.bias, rows)
-
-    with _instead(head, of):
+    with _instead(head, lambda hidden: loss_of_hidden(hidden, head, rows)):
         loss: Tensor = model(input_ids=ids, use_cache=False).logits
+    return loss
+
+
+def loss_of_hidden(hidden: Tensor, head: nn.Linear, rows: Rows) -> Tensor:
+    """Return the differentiable loss from what an output head reads [windows, length, width]."""
+    loss: Tensor = _OfHead.apply(hidden.flatten(0, -2), head.weight, head.bias, rows)
     return loss
 
 

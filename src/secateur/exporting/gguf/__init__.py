@@ -9,8 +9,10 @@ from typing import ClassVar
 import gguf
 
 from secateur.exporting import Exported, ExportSource, targets
+from secateur.exporting.gguf.draft_head import write_head_file
 from secateur.exporting.gguf.llama_cpp import MIXES, load_llama_cpp, quantized
 from secateur.exporting.gguf.writing import NEAREST, STORED, TYPES, GGUFFile, values_of
+from secateur.models.draft_head import is_head
 from secateur.progress import Progress
 
 __all__ = ["GGUF"]
@@ -30,6 +32,9 @@ class GGUF:
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file."""
+        if is_head(source.folder):
+            kind = TYPES.get(type, gguf.GGMLQuantizationType.BF16)
+            return write_head_file(source.folder, kind, output / f"{source.name}-{type}.gguf")
         if type in MIXES:
             load_llama_cpp()  # before anything is written
         kind, own = TYPES.get(type, gguf.GGMLQuantizationType.F32), {}

@@ -221,7 +221,7 @@ class GGUFFile:
     @staticmethod
     def matrix_bytes(shape: tuple[int, int], values: str) -> int:
         """Bytes of a matrix [out, in] whose values are stored so in a packed folder."""
-        return _padded_bytes(_bytes_of(shape, _stored_type_of_row(shape[1], NEAREST[values])))
+        return _padded_bytes(_bytes_of(shape, type_of_row(shape[1], NEAREST[values])))
 
     def weight_bytes(self, plan: list[Planned]) -> int:
         """Bytes of all tensors in the file."""
@@ -261,7 +261,7 @@ class GGUFFile:
             on_grid = any(values_of(self.source.reader, x) in GRID_BITS for x in one.sources)
             if self.own.keys().isdisjoint(one.sources):
                 wanted = Q.Q4_0 if on_grid else Q.Q8_0
-        return _stored_type_of_row(one.shape[-1], wanted)
+        return type_of_row(one.shape[-1], wanted)
 
     def notes(self, plan: list[Planned]) -> list[str]:
         """What a user must know about the file."""
@@ -286,7 +286,7 @@ class GGUFFile:
         return notes
 
 
-def _stored_type_of_row(columns: int, wanted: Q) -> Q:
+def type_of_row(columns: int, wanted: Q) -> Q:
     """The type of a matrix with so many columns, as llama.cpp's quantizer falls back."""
     return NEAREST[fitting(wanted.name.lower(), columns)] if wanted in OWN.values() else wanted
 

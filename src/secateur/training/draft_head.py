@@ -1,0 +1,236 @@
+"""How a draft head learns: on text that its parent writes, and on the parent's hidden states.
+
+The parent reads every window once. Its three states that the head reads, and what its own output
+head reads, are kept in files in bfloat16, so that more epochs cost the head alone:
+
+    bytes = tokens · 2 · 4 · hidden            4.6 kB for a token of a parent of width 576
+
+The loss is a divergence between the parent's probabilities p and the head's q, both over the tokens
+that the head proposes, at every place of a chain:
+
+    loss = Σ_i w^i · mean_t KL(p_{t+1+i} ‖ q_i,t) / Σ_i w^i          i = 0 … `PLACES` − 1
+
+A later place reads the head's own state instead of the parent's, as in use. So it is trained as it
+is used: EAGLE-3's training-time test (arXiv 2503.01840). The tokens are those of the text. p comes
+from the kept states and the rows of the parent's output head, so the parent is not in memory.
+
+The head begins with the parent's state of the last tap as h, the rows of its output head and its
+last norm. Everything else begins small and at random: a layer that begins as the parent's last one
+learns more slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.models.architecture import family_of, setting
+from secateur.models.draft_head import DraftHead, head_config
+from secateur.training.batches import Batch
+from secateur.training.divergences import divergence_rows, loss_of_hidden
+from secateur.training.saved import write_whole
+from secateur.types import Windows
+
+PLACES, WEIGHT = 3, 0.8
+"""Places of a chain in training, and w: what a place counts, over the one before."""
+
+SPREAD = 0.02
+"""Standard deviation of what begins at random."""
+
+STATES = 4
+"""Residual streams that are stored of each token: those that the head reads, and the last one."""
+
+STORED, AT_ONCE = 64, 8
+"""Windows whose states are in one file, and that are computed together."""
+
+
+class ParentTables:
+    """Embedding and output head of a loaded parent of a family that our loop decodes.
+
+    Args:
+        parent: the model.
+
+    Attributes:
+        embedding, output: its modules.
+    """
+
+    def __init__(self, parent: Any) -> None:
+        self.embedding: nn.Module = parent.get_input_embeddings()
+        self.output: Any = parent.get_output_embeddings()
+        config = parent.config
+        self._factor = setting(config, "logit_scale", 1.0) / setting(config, "logits_scaling", 1.0)
+        self._cap = setting(config, "final_logit_softcapping")
+
+    def logits(self, last: Tensor, ids: Int64[Tensor, " some"] | None = None) -> Tensor:
+        """The parent's logits, float32, by what its output head reads.
+
+        Args:
+            last: [..., hidden].
+            ids: the tokens, for a parent that is not packed; None for all.
+        """
+        if ids is None:
+            found = self.output(last).float()
+        else:
+            bias = None if self.output.bias is None else self.output.bias[ids]
+            found = functional.linear(last, self.output.weight[ids], bias).float()
+        found = found * self._factor
+        return found if self._cap is None else self._cap * torch.tanh(found / self._cap)
+
+
+def _readers(parent: Any) -> list[nn.Module]:
+    """What reads the residual stream after 0, 1, … layers: the next layer, or the last norm."""
+    inner = parent.model
+    return [*inner.layers, getattr(inner, "norm", None) or inner.final_layernorm]
+
+
+@contextmanager
+def tapped(parent: Any, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """A context that keeps the parent's residual streams after so many of its decoder layers."""
+    readers, seen = _readers(parent), dict[int, Tensor]()
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], *, tap: int) -> None:
+        seen[tap] = inputs[0]
+
+    with ExitStack() as hooks:
+        for tap in taps:
+            reading = partial(keep, tap=tap)
+            hooks.enter_context(readers[tap].register_forward_pre_hook(reading))
+        yield seen
+
+
+@torch.inference_mode()
+def states_of(
+    parent: Any, ids: Int64[Tensor, "windows length"], taps: Sequence[int]
+) -> tuple[Float[Tensor, "windows length taps_hidden"], Float[Tensor, "windows length hidden"]]:
+    """The states of a parent at every position: those of the taps, side by side; of its head."""
+    with tapped(parent, taps) as seen:
+        last = parent.model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.cat([seen[tap] for tap in taps], -1), last
+
+
+def store_states(
+    parent: Any,
+    windows: Windows,
+    taps: Sequence[int],
+    folder: Path,
+    on_windows: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Compute the states of windows in files, `STORED` windows in each; files that exist stay.
+
+    Args:
+        parent: a loaded model.
+        windows: token ids [windows, length].
+        taps: after how many layers.
+        folder: of the files.
+        on_windows: called with the number of windows of each file.
+    """
+    for number, part in enumerate(windows.split(STORED)):
+        file = folder / f"states-{number:04d}.safetensors"
+        if not file.exists():
+            found = [states_of(parent, some, taps) for some in part.split(AT_ONCE)]
+            read, last = (torch.cat(x).bfloat16() for x in zip(*found, strict=True))
+            write_whole(file, {"read": read, "last": last})
+        on_windows(len(part))
+
+
+class StoredStates:
+    """The states in the files of `store_states`."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("states-*.safetensors"))
+        self.files = [safe_open(file, framework="pt") for file in files]
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Those of some windows, as `states_of`, in bfloat16."""
+        both = [
+            [self.files[n // STORED].get_slice(part)[n % STORED] for n in numbers]
+            for part in ("read", "last")
+        ]
+        return torch.stack(both[0]), torch.stack(both[1])
+
+
+class HeadLearner(nn.Module):
+    """A head, and what its training knows of the parent. Only the head has parameters."""
+
+    def __init__(self, head: DraftHead, tables: ParentTables) -> None:
+        super().__init__()
+        self.head = head
+        self._tables = (tables,)  # in a tuple, so that its modules are no modules of this one
+
+    @property
+    def tables(self) -> ParentTables:
+        """Of the parent."""
+        return self._tables[0]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the parent."""
+        return self.tables.embedding
+
+
+@dataclass(frozen=True)
+class ChainLoss:
+    """The loss of a batch of windows: see the head of this module.
+
+    Args:
+        states: of the same windows.
+        kind: of `divergences.KINDS`.
+    """
+
+    states: StoredStates
+    kind: str = "forward"
+
+    def __call__(self, learner: HeadLearner, batch: Batch) -> Tensor:
+        """See `training.objectives.Objective`."""
+        head, tables = learner.head, learner.tables
+        read, last = self.states.read(batch.numbers)
+        tokens = batch.ids.shape[1] - PLACES
+        with torch.no_grad():
+            embedded = tables.embedding(batch.ids[:, 1:]).float()
+            log_p = tables.logits(last, head.ids).log_softmax(-1).bfloat16()
+        total, sums = torch.zeros(()), 0.0
+        for place, hidden in enumerate(head.chain(read[:, :tokens].float(), embedded, PLACES)):
+            own = log_p[:, place + 1 : place + 1 + tokens].flatten(0, 1)
+            rows = divergence_rows(self.kind, 1.0, len(own), lambda at, _, own=own: own[at].float())
+            weight = WEIGHT**place
+            total, sums = (
+                total + weight * loss_of_hidden(head.norm(hidden), head.lm_head, rows),
+                sums + weight,
+            )
+        return total / sums
+
+
+def begin_head(
+    parent: Any, taps: Sequence[int], ids: Int64[Tensor, " drafted"], seed: int
+) -> DraftHead:
+    """A head before training, in float32: see the head of this module.
+
+    Args:
+        parent: a loaded model.
+        taps: after how many of its layers the head reads states.
+        ids: the tokens that it proposes, ascending.
+        seed: of what begins at random.
+    """
+    config = head_config(parent.config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        head = DraftHead(config, taps, ids)
+        for parameter in head.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, SPREAD)
+        hidden = config.hidden_size
+        head.fc.weight[:, -hidden:] += torch.eye(hidden)
+        head.lm_head.weight.copy_(parent.get_output_embeddings().weight[ids])
+        family = family_of(parent)
+        offset = family.couplings.norm_offset if family and family.couplings else 0.0
+        head.norm.weight.copy_(_readers(parent)[-1].weight + offset)
+    return head.eval()
