@@ -181,3 +181,24 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         decoder.read(0, torch.tensor([5] * 5))
     with pytest.raises(ShapeError, match="not 2"):
         decoder.rewind(0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("embeddings", ["keep", "int8", "int4"])
+@pytest.mark.parametrize("factor", [None, "Gemma", 7.3])
+def test_embeddings_have_the_bits_of_the_module(
+    tmp_path: Path, factor: Any, embeddings: str, dtype: torch.dtype
+) -> None:
+    """Rounded to bfloat16 after each product, as torch does."""
+    options = {"values": "int4", "embeddings": embeddings, "group_size": 32, "dtype": dtype}
+    options["hidden_size"] = 64  # rows of whole words
+    model = model_of(tmp_path, "gemma3" if factor == "Gemma" else "llama", **options)
+    if isinstance(factor, float):
+        model.model.embedding_multiplier = factor  # of Granite
+    decoder = SlotDecoder(model, LENGTH)
+    # dense embeddings of Gemma are of a class of its own, which has the factor
+    assert (decoder._rows is None) == (factor == "Gemma" and embeddings == "keep")
+    tokens = [Token(0, place, id) for place, id in enumerate([0, 95, 7, 8, 41, 7])]
+    found, decoder._rows = decoder._embedded(tokens), None
+    assert found.dtype == torch.float32
+    assert torch.equal(found, decoder._embedded(tokens))

@@ -8,7 +8,7 @@ import pytest
 from tiny import save_tiny
 
 import secateur
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.generation import KINDS
 from secateur.reporting.evaluate import GAIN
 
@@ -17,7 +17,14 @@ def test_a_draft_is_timed_beside_the_model_alone(tmp_path: Path) -> None:
     sizes = {"head_dim": 16, "max_position_embeddings": 512}
     model = save_tiny(tmp_path / "m", "llama", **sizes)
     secateur.compress(model, values="int4", group_size=32, output=tmp_path / "draft")
+    notes = tmp_path / "draft" / "secateur" / "draft.json"
+    notes.write_text('{"greedy": {"speedup": 1.5}, "sampled": {}}')
+    with pytest.raises(CheckpointError, match="promised"):
+        secateur.bench(str(model), draft=str(tmp_path / "draft"), new_tokens=2)
+    notes.write_text('{"greedy": {"speedup": 1.5}, "sampled": {"speedup": 1.27}}')
     found = secateur.bench(str(model), draft=str(tmp_path / "draft"), new_tokens=20)
+    assert found.expected == (1.5, 1.27)
+    assert str(found).count("1.27") >= 4
     assert [(x.kind, x.temperature) for x in found.speeds] == [
         (kind, temperature) for temperature in (0.0, 1.0) for kind in KINDS
     ]

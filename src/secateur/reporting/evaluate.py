@@ -203,12 +203,15 @@ class DraftedBenchResult(Result):
     Attributes:
         model: the name from the user.
         draft: the name of the draft from the user.
+        expected: the speed-ups at temperature 0 and 1 that making the draft promised; None of a
+            model that was not made as a draft.
         speeds: a measurement for each kind of text and temperature.
         protocol: how and on which machine it was measured.
     """
 
     model: str
     draft: str
+    expected: tuple[float, float] | None
     speeds: tuple[DraftedSpeed, ...]
     protocol: dict[str, Any]
 
@@ -220,6 +223,7 @@ class DraftedBenchResult(Result):
                 "of": x,
                 "alone": x.tokens / x.alone_seconds,
                 "drafted": x.tokens / x.drafted_seconds,
+                "expected": self.expected[x.temperature > 0] if self.expected else None,
                 "taken": x.accepted / x.proposed if x.proposed else None,
                 "call": x.tokens / x.calls,
                 "equal": {None: None, True: "yes", False: "NO"}[x.equal],

@@ -346,6 +346,7 @@ class SlotDecoder:
         self.vocabulary = model.get_output_embeddings().out_features
         self._embed = model.get_input_embeddings()
         self._embedding_factor = getattr(model.model, "embedding_multiplier", 1.0)  # of Granite
+        self._rows = self._kernel_model.embedding(self._embed, self._embedding_factor)
         bias = model.get_output_embeddings().bias
         self._head_bias = None if bias is None else bias.detach()[... if head is None else head]
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
@@ -410,6 +411,14 @@ class SlotDecoder:
 
     def _embedded(self, tokens: Sequence[Token]) -> Tensor:
         """What the first layer reads [tokens, hidden], float32."""
+        if self._rows is not None:
+            matrix, *rounding = self._rows
+            hidden = torch.empty(len(tokens), matrix.columns)
+            ids = (ctypes.c_int64 * len(tokens))(*(token.id for token in tokens))
+            given = ctypes.byref(matrix.c), ids, len(tokens), *rounding, hidden.data_ptr()
+            if kernels().sct_embed(*given) != 0:
+                raise KernelError(f"{len(tokens)} tokens could not be embedded: memory ran out")
+            return hidden
         with torch.inference_mode():
             found: Tensor = self._embed(torch.tensor([token.id for token in tokens]))
             if self._embedding_factor != 1.0:

@@ -21,8 +21,13 @@ from secateur.models.architecture import family_of
 from secateur.models.experts import OpenExperts, opened_form
 from secateur.runtime.kernels import library
 from secateur.runtime.kernels.library import TYPES, CFeedForward, CNorm, address
-from secateur.runtime.kernels.linear import InferenceLinear, IntegerLinear, PackedLinear
-from secateur.runtime.kernels.matrix import KernelMatrix
+from secateur.runtime.kernels.linear import (
+    InferenceLinear,
+    IntegerLinear,
+    PackedEmbedding,
+    PackedLinear,
+)
+from secateur.runtime.kernels.matrix import WORD, KernelMatrix
 
 PRE = ("input", "", "post_attention", "")
 POST = ("", "post_attention", "", "post_feedforward")
@@ -455,6 +460,24 @@ class KernelModel:
             matrix = KernelMatrix(weight if weight.dtype in TYPES else weight.float())
         self.alive.append(matrix)
         return matrix
+
+    def embedding(self, module: Any, factor: float) -> tuple[KernelMatrix, float, bool] | None:
+        """What `sct_embed` reads; None where the module has to be called.
+
+        Returns:
+            The matrix, what its rows are multiplied with, and whether they are bfloat16.
+        """
+        if isinstance(module, PackedEmbedding):
+            matrix, dtype = module.matrix, module.dtype
+            own = 1.0 if module.factor is None else float(module.factor)
+        elif type(module) is torch.nn.Embedding and module.embedding_dim % WORD == 0:
+            matrix, dtype, own = KernelMatrix(module.weight.detach()), module.weight.dtype, 1.0
+        else:
+            return None
+        if torch.float16 in (matrix.dtype, dtype) or (own != 1.0 and factor != 1.0):
+            return None
+        self.alive.append(matrix)
+        return matrix, own * factor, dtype == torch.bfloat16
 
     def bias(self, linear: Any, begin: int, end: int) -> int | None:
         """Some entries of the bias of a linear."""

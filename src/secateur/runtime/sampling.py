@@ -37,6 +37,10 @@ BLOCK = 512
 """Tokens of which one is drawn when their block has been, `SCT_BLOCK` in csrc/secateur.h."""
 
 
+POINTS = 64
+"""Random numbers that are made at once: a call of torch takes as long as drawing a token."""
+
+
 class Chances:
     """The probabilities of a token, computed by the kernels where they are needed (csrc/sample.c).
 
@@ -58,12 +62,13 @@ class Chances:
 
     def __init__(self, draws: Draws, logits: Numbers, ids: Numbers | None = None) -> None:
         count, cuts = len(logits), draws.cuts and draws.temperature > 0
-        self.draws = draws
-        self.memory = logits, ids, np.empty(-(-count // BLOCK)), np.empty(count if cuts else 0, int)
-        places = [None if x is None else x.ctypes.data for x in self.memory]
+        self.draws, sums = draws, (ctypes.c_double * -(-count // BLOCK))()
+        self.memory = logits, ids, sums, (ctypes.c_int64 * count)() if cuts else None
+        # numpy's own ways to an address take longer than the softmax
+        places = [x and ctypes.addressof(x) for x in self.memory[2:]]
         self.c = CChances(
-            *(places[0], count, places[1], draws.temperature or 1.0),
-            *(draws.top_p, draws.min_p, draws.top_k or 0, places[2], places[3] if cuts else None),
+            *(_address(logits), count, None if ids is None else _address(ids)),
+            *(draws.temperature or 1.0, draws.top_p, draws.min_p, draws.top_k or 0, *places),
         )
         self.given = ctypes.byref(self.c)
         failed = kernels().sct_weigh(self.given)
@@ -84,6 +89,11 @@ class Chances:
         block = 0.0 if self.c.keeps else self.draws.point()
         other = None if less is None else less.given
         return int(kernels().sct_draw(self.given, other, block, self.draws.point()))
+
+
+def _address(numbers: Numbers) -> int:
+    """Where an array begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(numbers)))
 
 
 class Draws:
@@ -121,6 +131,7 @@ class Draws:
         self.repetition_penalty = sampling.repetition_penalty or 1.0
         self.cuts = self.top_k is not None or self.top_p < 1 or self.min_p > 0
         self.by_kernels = kernel_info().tier != "none"
+        self.points = list[float]()
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.text, self.known = list[int](), {*prompt}
         self.seen = sorted(self.known)
@@ -211,7 +222,10 @@ class Draws:
 
     def point(self) -> float:
         """A random number from 0 on, below 1."""
-        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
+        if not self.points:  # the same numbers as one by one
+            self.points = torch.rand(POINTS, generator=self.generator, dtype=torch.float64).tolist()
+            self.points.reverse()
+        return self.points.pop()
 
     def place(self, shares: Numbers) -> int:
         """A place by its share of the sum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -144,7 +145,7 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     refuse_options(reason, draft=None if is_mtp(own) else draft)
     decoder = (ModuleDecoder if reason else Decoder)(model, room)
     drafter = open_draft(own, folder, decoder.slots, tokenizer)
-    speeds = []
+    speeds, expected = [], _promised(own / NOTES / "draft.json")
     progress.start("measuring", 2 * len(prompts))
     for temperature in (0.0, 1.0):
         for kind, texts in prompts.items():
@@ -154,8 +155,27 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     protocol = {"batch": 1, "new_tokens": new_tokens, "kernels": kernel_info().tier,
                 **environment(torch.device("cpu"))}  # fmt: skip
     return DraftedBenchResult(
-        model=recipe.model, draft=draft, speeds=tuple(speeds), protocol=protocol
+        model=recipe.model,
+        draft=draft,
+        expected=expected,
+        speeds=tuple(speeds),
+        protocol=protocol,
     )
+
+
+def _promised(notes: Path) -> tuple[float, float] | None:
+    """The speed-ups at temperature 0 and 1 that the record of a draft expects, if there is one."""
+    if not notes.exists():
+        return None
+    try:
+        found = json.loads(notes.read_text(encoding="utf-8"))
+        return float(found["greedy"]["speedup"]), float(found["sampled"]["speedup"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"what the draft promised cannot be read: {error!r}",
+            where=str(notes),
+            remedy="delete the file: the bench then shows measured speeds alone",
+        ) from None
 
 
 def drafted_speed(

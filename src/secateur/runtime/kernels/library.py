@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.errors import KernelError
 
-ABI = 12
+ABI = 13
 MAX_BATCH = 8
 """The most rows of activations for one call of a kernel."""
 
@@ -194,6 +194,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "sct_prompt": product,
         "sct_expand": [matrix, _I64, _I64, _POINTER],
         "sct_gather": [matrix, _POINTER, _I64, _POINTER],
+        "sct_embed": [matrix, _POINTER, _I64, _FLOAT, _I64, _POINTER],
         "sct_read": [decoder, _POINTER, _I64, _I64, _I64, _I64, _POINTER, _POINTER],
         "sct_attention_alone": [decoder, tokens, _I64, _I64, _I64, _POINTER],
         "sct_decode": [decoder, _POINTER, tokens, _I64, _I64, _POINTER, _POINTER],

@@ -169,3 +169,27 @@ int sct_gather(const sct_matrix *matrix, const int64_t *rows, int64_t count, voi
     else sct_parallel(look_up, &job);
     return 0;
 }
+
+/* A value of a tile. Of int8 it is an integer, of int4 the weight, both as bfloat16. */
+static float value_at(const sct_matrix *m, const void *tile, int64_t column) {
+    return m->type == SCT_FLOAT32 ? ((const float *)tile)[column]
+                                  : sct_from_bfloat(((const uint16_t *)tile)[column]);
+}
+
+int sct_embed(const sct_matrix *m, const int64_t *rows, int64_t count, float factor,
+              int64_t bfloat, float *out) {
+    const sct_tier_code *code = sct_code();
+    void *tile = code ? sct_memory(tile_row_bytes(m)) : NULL;
+    if (!tile) return -1;
+    for (int64_t i = 0; i < count; i++, out += m->columns) {
+        const float scale = m->scale ? m->scale[rows[i]] : 1.0f;
+        code->expand(m, rows[i], rows[i] + 1, tile);
+        for (int64_t c = 0; c < m->columns; c++) {
+            const float x = value_at(m, tile, c) * scale;
+            out[c] = factor * (bfloat ? sct_from_bfloat(sct_to_bfloat(x)) : x);
+            if (bfloat) out[c] = sct_from_bfloat(sct_to_bfloat(out[c]));
+        }
+    }
+    sct_free(tile);
+    return 0;
+}

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define SCT_ABI 12
+#define SCT_ABI 13
 
 #if defined(_WIN32)
 #define SCT_API __declspec(dllexport)
@@ -96,6 +96,11 @@ SCT_API int sct_expand(const sct_matrix *matrix, int64_t begin, int64_t end, voi
 
 /* The same for `count` rows in any order, each as often as it is named. */
 SCT_API int sct_gather(const sct_matrix *matrix, const int64_t *rows, int64_t count, void *tile);
+
+/* The same as a model reads them: float32 [count, columns], times `factor`. With `bfloat` each product
+ * is rounded to bfloat16. Returns 0, or -1 if memory ran out or this tier has no kernel. */
+SCT_API int sct_embed(const sct_matrix *matrix, const int64_t *rows, int64_t count, float factor,
+                      int64_t bfloat, float *out);
 
 /* A cache of keys or values is [slots, kv heads, tiles], a tile for 64 positions: position p is in tile
  * p / 64 modulo the tiles of the layer. There are as many as all positions need; or, of a layer with a
