@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import saved, tensors_of
 from tokenizers_of_kinds import documents, save_tokenizer
 
 import secateur
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
+from secateur.models.hub import FILES, IGNORED
 from secateur.structured.embedders import least_similarity
 
 HALF = documents()[:4]
@@ -54,6 +56,8 @@ FORMS: dict[str, tuple[str, str, dict[str, Any], str, tuple[str, ...]]] = {
 }  # fmt: skip
 SPECIAL = {"BertTokenizer": ("[PAD]", "[MASK]"), "Qwen2Tokenizer": ("<|endoftext|>", "<mask>")}
 """Tokens for padding and for masked words, which these classes add where they are missing."""
+
+PROMPTS = {"query": "Instruct: find texts that answer the quick brown fox. Query: ", "document": ""}
 
 PIPELINES = [form for form in FORMS if FORMS[form][-1]]
 HEADS = [form for form in FORMS if "head" in form]
@@ -106,6 +110,7 @@ def pipeline(folder: Path, modules: tuple[str, ...]) -> None:
             save_file({"linear.weight": torch.randn(32, 32)}, folder / path / "model.safetensors")
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 512}')
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS}))
 
 
 def trim(source: Path, output: Path, **options: Any) -> Any:
@@ -200,6 +205,28 @@ def test_sentence_transformers_loads_the_folder(form: str, trimmed) -> None:
     assert float(torch.cosine_similarity(before, after).min()) >= 1 - 1e-5
 
 
+@pytest.mark.parametrize("form", PIPELINES)
+def test_tokens_of_prompts_stay(form: str, trimmed) -> None:
+    source, output, _ = trimmed(form)
+    old, new, number = new_ids(source, output)
+    ids = old(PROMPTS["query"]).input_ids
+    assert [number.get(x) for x in ids] == new(PROMPTS["query"]).input_ids
+    assert {*ids} - {x for text in HALF for x in old(text).input_ids}
+
+
+def test_modules_of_embedding_models_are_fetched() -> None:
+    names = ["1_Pooling/config.json", "2_Dense/model.safetensors", "modules.json"]
+    others = ["onnx/config.json", "openvino/x.json", "original/1_a/x.json", "2_Dense/x.bin"]
+    found = filter_repo_objects([*names, *others], allow_patterns=FILES, ignore_patterns=IGNORED)
+    assert [*found] == names
+
+
+def test_models_of_few_positions_are_compared(tmp_path: Path) -> None:
+    source = embedder(tmp_path / "m", "XLM-R with a head", max_position_embeddings=30)
+    made = trim(source, tmp_path / "out")
+    assert made.structure.steps[0]["similarity"] == pytest.approx(1, abs=1e-9)
+
+
 def test_an_embedding_that_changed_is_refused(trimmed, tmp_path: Path) -> None:
     source, output, _ = trimmed("mBERT")
     old, _, number = new_ids(source, output)
@@ -251,6 +278,14 @@ def test_other_modules_are_refused(change: Any, error: str | None, tmp_path: Pat
     with pytest.raises(CheckpointError if error else ArchitectureError, match=error or "module"):
         trim(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"prompts": [1]}'])
+def test_damaged_prompts_are_refused(content: str, tmp_path: Path) -> None:
+    source = embedder(tmp_path / "m", "mBERT")
+    (source / "config_sentence_transformers.json").write_text(content)
+    with pytest.raises(CheckpointError, match="prompts"):
+        trim(source, tmp_path / "out")
 
 
 def test_a_model_in_a_folder_within_is_named(tmp_path: Path) -> None:

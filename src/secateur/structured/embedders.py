@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError, RecipeError, VerificationError
 from secateur.models import checkpoint
+from secateur.models.architecture import positions_of
 from secateur.models.configuration import PIPELINE
 from secateur.models.opening import load_body
+from secateur.models.tokenizer import Tokenizer, encoded
 from secateur.recipes.structure import CUTS, StructureRecipe
+from secateur.structured.token_pieces import Pieces
 
-_BODY = "Transformer"
+_SETTINGS, _BODY = "config_sentence_transformers.json", "Transformer"
 _MODULES = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "WeightedLayerPooling")
 """Modules that know nothing of tokens."""
 
@@ -87,12 +90,26 @@ def copy_modules(source: Path, output: Path) -> None:
 
 def before_positions(model: Any) -> range:
     """The ids up to that of padding, if positions are counted from it on (RoBERTa, MPNet)."""
-    tables = (
-        m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in n
-    )
-    return range(
-        max([-1 if x.padding_idx is None else x.padding_idx for x in tables], default=-1) + 1
-    )
+    tables = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    padding = [m.padding_idx for n, m in tables if "position" in n and m.padding_idx is not None]
+    return range(max(padding, default=-1) + 1)
+
+
+def prompt_pieces(folder: Path, tokenizer: Tokenizer, pieces: Pieces) -> set[int]:
+    """The tokens of the prompts that an embedding model puts before texts, and what makes them.
+
+    Raises:
+        CheckpointError: the file of prompts is damaged.
+    """
+    file = folder / _SETTINGS
+    try:
+        found = checkpoint.parse_json(file.read_bytes()) if file.is_file() else {}
+        texts = [x for x in (found.get("prompts") or {}).values() if isinstance(x, str)]
+    except (ValueError, AttributeError) as error:
+        raise checkpoint.damaged(f"prompts cannot be read: {error!r}", file) from None
+    tokens = {n for ids in encoded(tokenizer, texts) for n in ids}
+    parts = (pieces.parts_of(token) for token, n in pieces.ids.items() if n in tokens)
+    return {pieces.ids[part] for own in parts for part in own}
 
 
 def least_similarity(
@@ -112,10 +129,11 @@ def least_similarity(
     Raises:
         VerificationError: it is below 1 − 1e-5.
     """
-    old = [ids for text in texts if (ids := [token for token in text if token in kept][:TOKENS])]
+    old = [ids for text in texts if (ids := [token for token in text if token in kept])]
     new = [[kept[token] for token in ids] for ids in old]
     pairs = zip(_states(before, old), _states(after, new), strict=True)
-    lowest = min((float(torch.cosine_similarity(*pair).min()) for pair in pairs), default=1.0)
+    found = [torch.cosine_similarity(*pair) for pair in pairs]
+    lowest = float(torch.cat([torch.ones(1), *found]).min())  # NaN is the lowest
     if not lowest >= 1 - _TOLERANCE:
         raise VerificationError(
             f"an embedding of a text whose tokens all stay changed: cosine similarity {lowest:.6f}",
@@ -130,5 +148,7 @@ def least_similarity(
 def _states(folder: Path, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The last hidden states of each text and their mean: float64 [tokens + 1, hidden]."""
     model = load_body(folder)
-    found = [model(input_ids=torch.tensor([ids])).last_hidden_state[0].double() for ids in texts]
+    places = positions_of(model.config) or TOKENS + len(before_positions(model))
+    cut = [ids[: min(TOKENS, places - len(before_positions(model)))] for ids in texts]
+    found = [model(input_ids=torch.tensor([ids])).last_hidden_state[0].double() for ids in cut]
     return [torch.cat([states, states.mean(0, keepdim=True)]) for states in found]

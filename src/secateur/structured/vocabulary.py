@@ -40,7 +40,13 @@ from secateur.structured.cut import Cut
 from secateur.structured.cut_steps import STEP, read_notes
 from secateur.structured.design import Accounting, accounting
 from secateur.structured.edits import TensorEdit
-from secateur.structured.embedders import TEXTS, before_positions, further_modules, least_similarity
+from secateur.structured.embedders import (
+    TEXTS,
+    before_positions,
+    further_modules,
+    least_similarity,
+    prompt_pieces,
+)
 from secateur.structured.surgery import write_tensors
 from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of
 
@@ -261,7 +267,7 @@ class Vocabulary:
         found = counted_texts(tokenizer, read_texts(texts, field), progress)
         counts = {token for text in found for token in text.counts}
         always = _staying(folder, pieces, counts, tables, skeleton.config)
-        always |= {*before_positions(skeleton)}
+        always |= {*before_positions(skeleton)} | prompt_pieces(folder, tokenizer, pieces)
         return cls(folder, found, pieces, tables, stored, always, reader, skeleton.config)
 
     @cached_property
