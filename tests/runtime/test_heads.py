@@ -200,6 +200,14 @@ def test_a_conversation_goes_on_where_it_ended(pair: tuple[Any, DraftHead]) -> N
     )
     assert one.token == other.token
     assert one.sure == pytest.approx(other.sure, abs=0.02)
+    # states that were taken and never read, as where a call was interrupted
+    decoder.slots.step([Token(0, len(ids) - 1, ids[-1])])
+    decoder.slots.take_states(0)
+    decoder.slots.step([Token(0, len(ids), 7)])
+    ids += [7, 9]
+    [[guess]] = drafter.propose([DraftedText(0, ids, Draws(GREEDY, ids), 1)], 1)
+    assert drafter.begins == [len(ids) - 2]
+    assert 0 < guess.sure <= 1
 
 
 def fresh(parent: Any, head: DraftHead, ids: list[int]) -> HeadDrafter:

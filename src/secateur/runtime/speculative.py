@@ -375,7 +375,8 @@ class HeadDrafter(Drafter):
         slot, ids = text.slot, text.ids
         unchanged, states = self.states.take_states(slot)
         first = len(ids) - 1 - len(states)  # the last token is in no cache
-        if not self.begins[slot] <= first == unchanged:
+        known = self.begins[slot] + self.decoder.lengths[slot]
+        if not self.begins[slot] <= first == unchanged <= known:
             self.begins[slot] = first
         self.decoder.rewind(slot, first - self.begins[slot])
         self.decoder.give(slot, states)
