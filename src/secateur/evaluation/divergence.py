@@ -19,22 +19,34 @@ computed for a few tokens at a time and take at most 64 MiB; see `perplexity`.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.errors import NumericalError
+from secateur.engine.stream.hidden_states import STATES_BYTES
+from secateur.engine.stream.layerwise import LayerwiseReader
+from secateur.errors import NumericalError, VerificationError, first_line
 from secateur.evaluation import perplexity
 from secateur.evaluation.perplexity import Reader
 from secateur.evaluation.uncertainty import mean_of, standard_error
+from secateur.models.opening import computed_dtype, open_weights
+from secateur.models.targets import CheckpointTarget
 from secateur.parallel.ranks import ALONE, Ranks
+from secateur.progress import Progress
 from secateur.runs.measured import Divergence
 from secateur.types import Windows
+
+log = logging.getLogger(__name__)
+
+SAME = 1e-5
+"""Logits that differ by less, as a fraction of the largest, are equal."""
 
 
 class DivergenceResult(Divergence):
@@ -151,3 +163,65 @@ def _token_numbers(logits: Tensor, dense_logits: Tensor, targets: Tensor) -> Ten
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     acceptance = torch.minimum(log_p, log_q).exp().sum(dim=-1).clamp(max=1)  # a rounded sum
     return torch.stack([kl, agreement, acceptance, *losses])
+
+
+@torch.no_grad()
+def among_kept(
+    before: Path,
+    after: Path,
+    windows: Sequence[Sequence[int]],
+    kept: Sequence[int],
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, float]:
+    """Compare a model with fewer tokens with the uncut one, layer by layer.
+
+    Args:
+        before: folder of the uncut model.
+        after: folder of the smaller one.
+        windows: texts as ids of the uncut model, all of tokens that stay.
+        kept: the old ids of these tokens, ascending.
+        device: where layers run.
+        progress: receives the layers.
+
+    Returns:
+        The loss of the uncut model, the same among the tokens that stay, and that of the smaller
+        model, in nats per token; by how much the logits of these two differ at most, as a fraction
+        of the largest; and the number of predicted tokens. Nothing without windows, and of a model
+        that cannot read text alone.
+
+    Raises:
+        VerificationError: the logits differ by more than rounding.
+    """
+    index = torch.tensor(kept)
+    old = [torch.tensor(ids)[None] for ids in windows]
+    if not old:
+        return {}
+
+    def logits_of(folder: Path, batches: list[Tensor]) -> Tensor:
+        target = CheckpointTarget(open_weights(folder), None, device)
+        read = perplexity.read_by([LayerwiseReader(target, STATES_BYTES, progress)], batches)
+        return torch.cat([x.head(states)[0, :-1].float().cpu() for [(states, x)] in read])
+
+    try:
+        whole = logits_of(before, old)
+    except Exception as error:  # a class of transformers may not read text alone
+        log.warning("logits before and after are not compared: %s", first_line(error))
+        return {}
+    smaller = logits_of(after, [torch.searchsorted(index, ids) for ids in old])
+    among, next_old = whole[:, index], torch.cat([ids[0, 1:] for ids in old])
+    next_new = torch.searchsorted(index, next_old)
+    apart = float((among - smaller).abs().max() / whole.abs().max().clamp(min=1e-30))
+    if not apart <= max(SAME, 4 * torch.finfo(computed_dtype(after)).eps):
+        raise VerificationError(
+            f"logits of tokens that stay differ by {apart:.2g} of the largest",
+            where=str(after),
+            remedy="this is a fault in secateur; please report it",
+        )
+    losses = {
+        "uncut": float(functional.cross_entropy(whole, next_old)),
+        "uncut_among_kept": float(functional.cross_entropy(among, next_new)),
+        "trimmed": float(functional.cross_entropy(smaller, next_new)),
+    }
+    return {**losses, "apart": apart, "tokens": len(smaller)}

@@ -28,11 +28,12 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import VerificationError
+from secateur.evaluation.divergence import among_kept
 from secateur.exporting.gguf.like import layout_of
 from secateur.models.gguf_file import GGUFSource
 from secateur.models.skeleton import build_skeleton
@@ -136,8 +137,9 @@ class Fit(Step[FitRecipe, FitResult]):
             return run.source, self.model
         from secateur.structured.vocabulary import trimmed_source
 
-        how = trimming_of(recipe)
-        source, _ = trimmed_source(how, run.source, run.folder.work, run.progress)
+        how, device = trimming_of(recipe), choose_device(recipe.device)
+        compare = partial(among_kept, device=device, progress=run.progress)
+        source, _ = trimmed_source(how, run.source, run.folder.work, run.progress, compare)
         return source, open_model(recipe, source)
 
     @classmethod

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
-from secateur.engine.stream.hidden_states import STATES_BYTES
-from secateur.engine.stream.layerwise import LayerwiseReader
-from secateur.errors import RecipeError, VerificationError, first_line
-from secateur.evaluation.perplexity import read_by
+from secateur.errors import RecipeError
+from secateur.evaluation.divergence import among_kept
 from secateur.models.architecture import describe
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import (
-    computed_dtype,
     copy_of,
     formats_of,
     open_weights,
@@ -72,9 +68,6 @@ if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
 
 log = logging.getLogger(__name__)
-
-SAME = 1e-5
-"""Logits that differ by less, as a fraction of the largest, are equal."""
 
 STEPS, MANIFEST = "steps.json", "manifest.json"
 
@@ -246,7 +239,8 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         if cut_plan.trims_vocabulary(recipe):
             from secateur.structured.vocabulary import trimmed_source
 
-            base, notes = trimmed_source(recipe, base, folder.work, progress, self._same_logits)
+            compare = partial(among_kept, device=self.device, progress=progress)
+            base, notes = trimmed_source(recipe, base, folder.work, progress, compare)
             steps = [notes]
         trimmed = build_skeleton(base.folder)
         plan = cut_plan.plan_cut(recipe, trimmed) if steps else self.plan
@@ -320,51 +314,6 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         return RunWindows.cut(reader, options, recipe.distillation).complete(
             work, base.folder, self.device, options.seed, self.run.progress
         )
-
-    @torch.no_grad()
-    def _same_logits(
-        self, made: Path, windows: Sequence[Sequence[int]], kept: Sequence[int]
-    ) -> dict[str, float]:
-        """Compare the model with fewer tokens with the uncut one, layer by layer.
-
-        Returns:
-            Losses, and by how much the logits of tokens that stay differ at most, as a fraction of
-            the largest; nothing without windows, and of a model that cannot read text alone.
-
-        Raises:
-            VerificationError: they differ by more than rounding.
-        """
-        index = torch.tensor(kept)
-        old = [torch.tensor(ids)[None] for ids in windows]
-        if not old:
-            return {}
-
-        def logits_of(folder: Path, ids: list[torch.Tensor]) -> torch.Tensor:
-            target = CheckpointTarget(open_weights(folder), None, self.device)
-            read = read_by([LayerwiseReader(target, STATES_BYTES, self.run.progress)], ids)
-            return torch.cat([x.head(states)[0, :-1].float().cpu() for [(states, x)] in read])
-
-        try:
-            whole = logits_of(self.run.source.folder, old)
-        except Exception as error:  # a class of transformers may not read text alone
-            log.warning("logits before and after are not compared: %s", first_line(error))
-            return {}
-        after = logits_of(made, [torch.searchsorted(index, ids) for ids in old])
-        before, next_old = whole[:, index], torch.cat([ids[0, 1:] for ids in old])
-        next_new = torch.searchsorted(index, next_old)
-        apart = float((before - after).abs().max() / whole.abs().max().clamp(min=1e-30))
-        if not apart <= max(SAME, 4 * torch.finfo(computed_dtype(made)).eps):
-            raise VerificationError(
-                f"logits of tokens that stay differ by {apart:.2g} of the largest",
-                where=str(made),
-                remedy="this is a fault in secateur; please report it",
-            )
-        losses = {
-            "uncut": float(cross_entropy(whole, next_old)),
-            "uncut_among_kept": float(cross_entropy(before, next_new)),
-            "trimmed": float(cross_entropy(after, next_new)),
-        }
-        return {**losses, "apart": apart, "tokens": len(after)}
 
     def _distill(self, base: LocalCheckpoint, windows: RunWindows) -> dict[str, float] | None:
         """Distill the uncut model into the cut one, and overwrite its weights with the result."""

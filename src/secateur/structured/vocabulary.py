@@ -102,9 +102,9 @@ BATCH = 256
 WINDOWS, WINDOW = 4, 64
 """How many windows of how many tokens at most the uncut and the smaller model are compared on."""
 
-Comparison = Callable[[Path, Sequence[Sequence[int]], Sequence[int]], dict[str, float]]
-"""Compares a smaller model with the uncut one: its folder, windows of old ids, and the ids that
-stay."""
+Comparison = Callable[[Path, Path, Sequence[Sequence[int]], Sequence[int]], dict[str, float]]
+"""Compares the uncut model with the smaller one: both folders, windows of old ids, and the ids that
+stay; as `evaluation.divergence.among_kept`."""
 
 
 class _TokenTables(NamedTuple):
@@ -784,7 +784,7 @@ def trimmed_source(
                 raise needs_all(len(kept), text)
             found = _trim_vocabulary(vocabulary, folder, kept, progress=progress)
             if "similarity" not in found:  # of embedding models, which have no logits
-                found["among_kept"] = compare(folder, vocabulary.windows(kept), kept)
+                found["among_kept"] = compare(source.folder, folder, vocabulary.windows(kept), kept)
             by = "use in a text" if size is None else "frequency in a text"
             write_json(folder / STEP, {"step": "vocabulary", "by": by, "text": text, **found})
     return replace(source, folder=made), read_notes(made)
