@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from further import save_further
 from gguf_bytes import SOUND, U32, key, number
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_tiny
@@ -24,6 +25,7 @@ def make_sources(place: Path) -> None:
     save_tiny(place / "dense", shards=2, num_hidden_layers=2)
     save_tiny(place / "deep", num_hidden_layers=3)
     save_tiny(place / "norms", "gemma3")
+    save_further(place / "further", "glm4_moe")
     save_tiny(place / "mixture", "mixtral", num_hidden_layers=2)
     secateur.prune(place / "dense", output=place / "pruned", method="magnitude", sparsity=0.5)
     secateur.compress(place / "pruned", output=place / "small")
@@ -195,6 +197,7 @@ CASES: Mapping[str, Case] = {
     "draft": Case(
         "draft", "dense", {"effort": "fast", "heal_tokens": 128, **WINDOWS}
     ),
+    "draft mtp": Case("draft", "further", {"mtp": True, **WINDOWS}),
     "export": Case("export", "bytes", {"type": "f16"}, resumes=False),
     "import": Case("import_model", "dense", MASKED, resumes=False),
     "sweep": Case(

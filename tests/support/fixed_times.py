@@ -57,4 +57,5 @@ def use_fixed_times(draft: float = 0.3, replace: Callable[[Any, str, Any], None]
     for module in (problem, drafts):
         replace(module, "time_head", head_time)
     replace(drafts, "time_calls", calls)
+    replace(drafts, "time_turns", lambda verify, own: (PARENT, [draft] * len(own)))
     replace(drafts, "time_drawing", drawing_time)
