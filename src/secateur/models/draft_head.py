@@ -209,7 +209,7 @@ class DraftHead(nn.Module):
         mixed = shares[..., :tokens] @ values
         for number, (_, x) in enumerate(own):
             mixed = mixed + shares[..., tokens + number, None] * x
-        return attention.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
+        return attention.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 def is_head(folder: Path) -> bool:

@@ -66,6 +66,9 @@ LENGTH = 256
 EPOCHS, BATCH, RATE, RATE_TIMES_WIDTH = 4, 8, 3e-3, 1.75
 """How often each window is read, windows of a step, and what bounds the highest learning rate."""
 
+ALONE = 0.75
+"""The share of the steps that train the first place of a chain alone."""
+
 LEARNED = 16384
 """Tokens that a head learns to propose, at most: the most frequent ones."""
 
@@ -210,11 +213,11 @@ class HeadDraft(draft.Draft):
         text, *others = map(load_windows, files)
         sizes = sizes._replace(length=text.shape[1])  # that of ready windows
         written = self._written(files[0], text, sizes.written, GREEDY)
-        beside = [
+        chosen, judged = (
             self._written(file, some, len(some))
             for file, some in zip(files[1:], others, strict=True)
-        ]
-        return torch.cat([text[: sizes.windows - sizes.written], written]), *beside
+        )
+        return torch.cat([text[: sizes.windows - sizes.written], written]), chosen, judged
 
     def _written(self, file: Path, text: Windows, count: int, greedy: float = 0.0) -> Windows:
         """Windows that the parent writes after beginnings of others, unless they are there."""
@@ -247,24 +250,27 @@ class HeadDraft(draft.Draft):
         head = learning.begin_head(parent, sizes.taps, self.lists[0], recipe.calibration.seed)
         tables = learning.ParentTables(parent)
         del parent
-        task = TrainingTask(
-            learning.HeadLearner(head, tables),
-            Batches(learned, BATCH, recipe.calibration.seed),
-            learning.ChainLoss(learning.StoredStates(states)),
-        )
+        batches = Batches(learned, BATCH, recipe.calibration.seed)
+        read, step = learning.StoredStates(states), 0
+        steps = max(2, EPOCHS * len(learned) // BATCH)
+        turn = round(ALONE * steps)
         spent = (time.perf_counter() - run.meter.started) / 60
-        length: dict[str, Any] = {"steps": max(1, EPOCHS * len(learned) // BATCH)}
-        if recipe.minutes is not None:
-            length = {"minutes": max(recipe.minutes - spent, recipe.minutes / 4)}
+        left = None if recipe.minutes is None else max(recipe.minutes - spent, recipe.minutes / 4)
         rate = min(RATE, RATE_TIMES_WIDTH / head.config.hidden_size)
-        plan = TrainingPlan(**length, learning_rate=rate, save_minutes=1.0)
-        saved = run.folder.work / "training"
-        outcome = Loop(
-            task, plan, saved=saved, progress=run.progress, label="training the head"
-        ).run()
+        for places, first, last in ((1, 0, turn), (learning.PLACES, turn, steps)):
+            task = TrainingTask(
+                learning.HeadLearner(head, tables), batches, learning.ChainLoss(read, places)
+            )
+            length: dict[str, Any] = {"steps": steps, "first_step": first, "last_step": last}
+            plan = TrainingPlan(
+                **(length if left is None else {"minutes": left / 2}),
+                learning_rate=rate, save_minutes=1.0,
+            )  # fmt: skip
+            saved, label = run.folder.work / f"training-{places}", f"training {places} places"
+            step += Loop(task, plan, saved=saved, progress=run.progress, label=label).run().step
         for parameter in head.parameters():  # as the file will have them
             parameter.data = parameter.data.bfloat16()
-        return head.eval(), outcome.step
+        return head.eval(), step if left is not None else steps
 
     def _once(self, name: str, measure: Callable[[], Any]) -> Any:
         """A measured value, from a file or measured."""

@@ -11,8 +11,9 @@ that the head proposes, at every place of a chain:
     loss = Σ_i w^i · mean_t KL(p_{t+1+i} ‖ q_i,t) / Σ_i w^i          i = 0 … `PLACES` − 1
 
 A later place reads the head's own state instead of the parent's, as in use. So it is trained as it
-is used: EAGLE-3's training-time test (arXiv 2503.01840). The tokens are those of the text. p comes
-from the kept states and the rows of the parent's output head, so the parent is not in memory.
+is used: EAGLE-3's training-time test (arXiv 2503.01840). Its steps take more than twice as long, so
+most steps train the first place alone, and the last ones all. The tokens are those of the text. p
+comes from the kept states and the rows of the parent's output head, so the parent is not in memory.
 
 The head begins with the parent's state of the last tap as h, the rows of its output head and its
 last norm. Everything else begins small and at random: a layer that begins as the parent's last one
@@ -87,7 +88,7 @@ class ParentTables:
         return found if self._cap is None else self._cap * torch.tanh(found / self._cap)
 
 
-def _readers(parent: Any) -> list[nn.Module]:
+def _readers(parent: Any) -> list[Any]:
     """What reads the residual stream after 0, 1, … layers: the next layer, or the last norm."""
     inner = parent.model
     return [*inner.layers, getattr(inner, "norm", None) or inner.final_layernorm]
@@ -183,22 +184,24 @@ class ChainLoss:
 
     Args:
         states: of the same windows.
+        places: of a chain.
         kind: of `divergences.KINDS`.
     """
 
     states: StoredStates
+    places: int = PLACES
     kind: str = "forward"
 
     def __call__(self, learner: HeadLearner, batch: Batch) -> Tensor:
         """See `training.objectives.Objective`."""
         head, tables = learner.head, learner.tables
         read, last = self.states.read(batch.numbers)
-        tokens = batch.ids.shape[1] - PLACES
+        tokens = batch.ids.shape[1] - self.places
         with torch.no_grad():
             embedded = tables.embedding(batch.ids[:, 1:]).float()
             log_p = tables.logits(last, head.ids).log_softmax(-1).bfloat16()
         total, sums = torch.zeros(()), 0.0
-        for place, hidden in enumerate(head.chain(read[:, :tokens].float(), embedded, PLACES)):
+        for place, hidden in enumerate(head.chain(read[:, :tokens].float(), embedded, self.places)):
             own = log_p[:, place + 1 : place + 1 + tokens].flatten(0, 1)
             rows = divergence_rows(self.kind, 1.0, len(own), lambda at, _, own=own: own[at].float())
             weight = WEIGHT**place
