@@ -135,7 +135,7 @@ def decoding(folder: Path) -> None:
 
 def heads(parent: SlotDecoder, values: str) -> None:
     """A draft head beside a parent that has read a few tokens: a prompt, and a chain."""
-    head = DraftHead(head_config(parent.model.config, 150), (0, 1, 3), torch.arange(1, 96, 2))
+    head = DraftHead(head_config(parent.model.config), (0, 1, 3), torch.arange(1, 96, 2))
     decoder = HeadDecoder(head, parent, values)
     states = parent.take_states(1)[1]
     for slot in range(2):

@@ -57,7 +57,7 @@ def parent_of(folder: Path, values: str = "bfloat16", family: str = "llama", **m
 
 def head_of(parent: Any, ids: torch.Tensor, seed: int = 0) -> DraftHead:
     torch.manual_seed(seed)
-    head = DraftHead(head_config(parent.config, 48), (0, 1, 3), ids)
+    head = DraftHead(head_config(parent.config), (0, 1, 3), ids)
     for parameter in head.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 1.0, 0.2)
@@ -256,7 +256,7 @@ def test_requests_that_are_served_together(pair: tuple[Any, DraftHead], prefix_b
     while len(ends) < len(prompts):
         scheduler.step()
     assert texts == expected
-    assert 0 < drafter.accepted < drafter.proposed
+    assert 20 < drafter.accepted <= drafter.proposed
     assert (scheduler.counts["prompt_tokens_cached"] > 0) == (prefix_bytes > 0)
 
 
