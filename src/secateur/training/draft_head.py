@@ -185,12 +185,10 @@ class ChainLoss:
     Args:
         states: of the same windows.
         places: of a chain.
-        kind: of `divergences.KINDS`.
     """
 
     states: StoredStates
     places: int = PLACES
-    kind: str = "forward"
 
     def __call__(self, learner: HeadLearner, batch: Batch) -> Tensor:
         """See `training.objectives.Objective`."""
@@ -203,7 +201,7 @@ class ChainLoss:
         total, sums = torch.zeros(()), 0.0
         for place, hidden in enumerate(head.chain(read[:, :tokens].float(), embedded, self.places)):
             own = log_p[:, place + 1 : place + 1 + tokens].flatten(0, 1)
-            rows = divergence_rows(self.kind, 1.0, len(own), lambda at, _, own=own: own[at].float())
+            rows = divergence_rows("forward", 1.0, len(own), lambda at, _, own=own: own[at].float())
             weight = WEIGHT**place
             total, sums = (
                 total + weight * loss_of_hidden(head.norm(hidden), head.lm_head, rows),
