@@ -17,6 +17,7 @@ from runtime.test_hostile_files import DAMAGES, FORGERIES
 from secateur.errors import CheckpointError, KernelError
 from secateur.models.draft_head import DraftHead, head_config
 from secateur.quantization.groups import GROUPS, Scales
+from secateur.recipes.deploy import Sampling
 from secateur.runtime import decode
 from secateur.runtime.decode import Decoder, SlotDecoder, Token
 from secateur.runtime.formats import Layout, formats
@@ -28,6 +29,7 @@ from secateur.runtime.kernels import matrix as matrices
 from secateur.runtime.kernels.dispatch import by_blocks
 from secateur.runtime.kernels.matrix import KernelMatrix
 from secateur.runtime.packed import PackedCheckpoint
+from secateur.runtime.sampling import Chances, Draws
 
 SHAPES = ((1, 1), (2, 63), (5, 64), (3, 65), (33, 130), (7, 577), (6, 700), (4, 1000))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -100,6 +102,7 @@ def decoding(folder: Path) -> None:
     """Some tokens of small models, in all tiers, on several threads."""
     from runtime.packed_models import packed_model
 
+    drawing()
     sizes = {"head_dim": 16, "hidden_size": 100, "intermediate_size": 150}
     for values in ("float32", "bfloat16", "int8", "int4"):
         packed_model(
@@ -131,6 +134,19 @@ def decoding(folder: Path) -> None:
             while decoder.length < length + 9:
                 decoder.step(7)
         assert decoder.slots.copy_out(0, 1300, 1399) is not None
+
+
+def drawing() -> None:
+    """Tokens of vocabularies of any size, and what is left of them after those of a draft."""
+    for _ in tiers():
+        for count in (1, 15, 511, 513, 1300):
+            for options in ({}, {"top_k": 7}, {"top_p": 0.9}):
+                draws = Draws(Sampling(temperature=1.0, **options))
+                logits, ids = torch.randn(2, count), torch.arange(0, count, 3)
+                p = Chances(draws, logits[0].numpy().copy())
+                q = Chances(draws, logits[1][ids].numpy(), ids.numpy())
+                tokens = {q.draw(), p.draw(), p.draw(less=q), p.token, count - 1}
+                assert all(0 <= p.of(token) <= 1 and token < count for token in tokens)
 
 
 def heads(parent: SlotDecoder, values: str) -> None:

@@ -91,9 +91,9 @@ class Chances:
         return int(kernels().sct_draw(self.given, other, block, self.draws.point()))
 
 
-def _address(numbers: Numbers) -> int:
+def _address(numbers: Any) -> int:
     """Where an array begins."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(numbers)))
+    return ctypes.addressof(ctypes.c_char.from_buffer(numbers))
 
 
 class Draws:
