@@ -30,7 +30,6 @@ from torch import Tensor
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.calibration.windows import START, load_windows, stored_start
 from secateur.evaluation.acceptance import MOST_PROPOSED, Chains, chained_acceptance
-from secateur.evaluation.token_times import time_head
 from secateur.machine import fast_dtype
 from secateur.models.architecture import positions_of, text_config
 from secateur.models.checkpoint import INDEX_NAMES, copy_others
@@ -46,12 +45,10 @@ from secateur.runs.measured import Acceptance
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runtime.decode import SlotDecoder
-from secateur.runtime.formats import WeightFormat
 from secateur.runtime.heads import HeadDecoder, chain_seconds
 from secateur.runtime.load import load
 from secateur.runtime.sampling import end_tokens
 from secateur.steps import draft
-from secateur.steps.fitting.problem import as_timed
 from secateur.training import draft_head as learning
 from secateur.training.batches import Batches
 from secateur.training.loop import Loop, TrainingTask
@@ -281,35 +278,33 @@ class HeadDraft(draft.Draft):
 
     def _formats(self, head: DraftHead) -> dict[str, tuple[reports.TriedHead, ...]]:
         """What the head gains with every list, for each way to store its matrices."""
-        parents, own = self._times(head)
-        hidden, found = head.config.hidden_size, {}
+        parents, seconds = self._times(head)
+        found = {}
         for values in VALUES:
             taken = self._acceptances(head, values, self.choosing, self.lists, "chosen")
-            stored = as_timed(WeightFormat(values, 0.0))
-            each = [time_head((n, hidden), stored) for n in self.sizes.lists]
-            # never less than what the rest of the head takes at least
-            seconds = [max(own[values] - each[0] + one, own[values] / 10) for one in each]
             found[values] = draft.judged_heads(
-                self.sizes.lists, taken, seconds, parents, self.vocabulary
+                self.sizes.lists, taken, seconds[values], parents, self.vocabulary
             )
         return found
 
-    def _times(self, head: DraftHead) -> tuple[tuple[float, ...], dict[str, float]]:
-        """Seconds of the parent's calls, and of one token of the head with its largest list."""
+    def _times(self, head: DraftHead) -> tuple[tuple[float, ...], dict[str, list[float]]]:
+        """Seconds of the parent's calls, and of one token of the head with each list."""
 
         def measure() -> dict[str, Any]:
             prompt = self.choosing.flatten()[: draft.PROMPT_TOKENS]
             parent = SlotDecoder(self.running, 2 * draft.PROMPT_TOKENS, taps=head.taps)
             parent.read(0, prompt)
             _, states = parent.take_states(0)
-            heads = [HeadDecoder(head, parent, values) for values in VALUES]
+            some = [head.proposing(ids) for ids in self.lists]
+            heads = [HeadDecoder(one, parent, values) for values in VALUES for one in some]
             for one in heads:
                 one.give(0, states[:-1])
                 one.read(0, prompt[1:])
             proposing = [partial(chain_seconds, one, draft.DRAFT_CALLS) for one in heads]
             with torch.inference_mode():
                 calls, own = draft.time_turns(draft.verified_in(parent, prompt), proposing)
-            return {"parent": calls, "heads": dict(zip(VALUES, own, strict=True))}
+            each = iter(own)
+            return {"parent": calls, "heads": {x: [next(each) for _ in some] for x in VALUES}}
 
         known = self._once("times", measure)
         return tuple(known["parent"]), known["heads"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import runner
-from fixed_times import PARENT, drawing_time, head_time
+from fixed_times import PARENT, drawing_time
 from test_draft import TOKENS, parent, text
 from tiny import save_tiny
 from with_kernels import needs_kernels
@@ -39,12 +39,11 @@ def fixed_times() -> Iterator[None]:
     """Times that are the same on every machine."""
 
     def turns(verify: Any, measured: list[Any]) -> Any:
-        return PARENT, [*TOKEN.values()]
+        return PARENT, [x - 0.01 * n for x in TOKEN.values() for n in range(3)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafts, "time_turns", turns)
         patch.setattr(drafts, "time_drawing", drawing_time)
-        patch.setattr(heads, "time_head", head_time)
         patch.setattr(drafts, "HEADS", (48, TOKENS))
         yield
 
@@ -182,7 +181,7 @@ def test_a_plan_says_what_it_would_take(
 def test_where_nothing_pays_the_exit_code_is_3(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drafts, "time_turns", lambda *_: (PARENT, [1.1] * 3))
+    monkeypatch.setattr(drafts, "time_turns", lambda *_: (PARENT, [1.1] * 9))
     assert train(place, tmp_path / "made").exit_code == 3
     assert read_head(tmp_path / "made").ids.numel()
 
