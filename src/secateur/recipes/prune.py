@@ -197,13 +197,28 @@ class PruneRecipe(
     gate: shared.Gate = shared.Gate()
 
 
-class _DemoCalibration(Section):
-    """How much text the demo reads to prune."""
+class _WhatToShow(Section):
+    """The model."""
+
+    group = Heading.WHAT
+
+    model: Annotated[str, Flag(value="MODEL", positional=True)] = "smollm2-135m"
+    """Hub id, folder, GGUF file or named sample."""
+
+
+class _DemoTexts(Section):
+    """The texts, and how much of them is read."""
 
     group = Heading.CALIBRATION
 
-    windows: int = Field(20, ge=1)
+    source: Annotated[str, Flag("calibration", value="TEXT")] = "boolq-calibration"
+    """Calibration text."""
+    windows: int = Field(32, ge=1)
     """Calibration windows of 512 tokens."""
+    text: Annotated[str, Flag(value="TEXT")] = "boolq-held-out"
+    """Text to judge on."""
+    text_windows: int = Field(8, ge=1)
+    """Windows of 512 tokens to judge on."""
 
 
 class _DemoOutput(Section):
@@ -212,20 +227,17 @@ class _DemoOutput(Section):
     group = Heading.OUTPUT
 
     output: Annotated[str, Flag(short="-o", value="DIR")] = "demo-run"
-    """Folder for the packed model and the report. It is replaced."""
+    """Folder for the models and the result. A demo that was stopped goes on there."""
 
 
-class DemoRecipe(_DemoOutput, _DemoCalibration, Recipe):
+class DemoRecipe(_DemoOutput, _DemoTexts, _WhatToShow, Recipe):
     """One demo."""
 
     group = Heading.HOW
 
-    sparsity: float = Field(0.5, gt=0, lt=1)
-    """Fraction of zeros."""
-    effort: Effort = "balanced"
-    """Preset: fast, balanced, thorough or best."""
-    text_windows: int = Field(8, ge=1)
-    """Windows of 512 tokens to judge on."""
+    effort: Effort = "fast"
+    """fast shows int8, int4, llama.cpp's types, a cut and a draft. The other presets also show
+    `fit` at two sizes, and zeros."""
 
 
 class MethodsRecipe(Recipe):

@@ -1,167 +1,375 @@
-"""`secateur demo`: prune, pack, time, evaluate and report a real model, without a hub."""
+"""`secateur demo`: what compression brings for a model on this machine, beside llama.cpp's types.
+
+Each way is what a user would type: one verb or two. What it makes is judged on held-out text beside
+the dense model, and all of it decodes in turns. Then the model in int4 drafts for the dense one.
+With `balanced` and above, `fit` meets two sizes below that of int4, and half of the weights become
+zeros.
+
+A finished way is kept with its numbers, so a stopped demo goes on. `demo.json` has everything, with
+protocol, versions and machine.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-from secateur.models.samples import TEXTS
+import psutil
+import torch
+
+from secateur.calibration.documents import read_documents
+from secateur.errors import RecipeError, SecateurError
+from secateur.evaluation.speed import take_turns
+from secateur.models.architecture import experts_of
+from secateur.models.checkpoint import shard_files
+from secateur.models.counting import counted
+from secateur.models.skeleton import build_skeleton
+from secateur.models.sources import resolve
+from secateur.models.tokenizer import load_tokenizer, text_tokens
 from secateur.progress import Labelled, Progress
 from secateur.recipes.keywords import public_function
 from secateur.recipes.prune import DemoRecipe
-from secateur.recipes.verbs import imported
-from secateur.reporting.evaluate import BenchResult, EvaluateResult
-from secateur.reporting.fields import Result, blocks_of
-from secateur.reporting.models import CompressResult, PruneResult
-from secateur.reporting.next_steps import command, generation
-from secateur.reporting.tables import Block, Table, binary_size, next_steps
-from secateur.steps.evaluate import evaluate
-from secateur.steps.prune import prune
+from secateur.reporting import charts
+from secateur.reporting.evaluate import DraftedBenchResult
+from secateur.reporting.fields import Result
+from secateur.reporting.next_steps import command, free_place, generation
+from secateur.reporting.tables import Block, next_steps
+from secateur.runs.environment import environment
+from secateur.runs.output import write_json
+from secateur.runs.records import BFLOAT16_BYTES, Record, read_record
+from secateur.runtime.kernels.library import kernel_info
 
-MODEL = "smollm2-135m"
-CALIBRATION, JUDGING = "boolq-calibration", "boolq-held-out"
-BACKENDS = ("packed", "dense int8", "dense bf16", "torch bf16")
-"""The timed backends: the packed model, our kernels on dense weights, and torch."""
-PAGE = "report.html"
-PROMPTS = (
-    "The Eiffel Tower is a famous landmark in",
-    "Once upon a time, in a village by the sea, there lived an old woman who",
-)
+RESULT, PICTURE = "demo.json", "curve"
+LENGTH, PROMPT, NEW_TOKENS, ROUNDS, DRAFTED = 512, 16, 32, 5, 32
+"""Tokens of a window, of the prompt that is timed, and after it; rounds; tokens after each prompt
+with a draft."""
+DENSE, INT4, Q4 = "dense", "int4", "llama.cpp Q4_0"
+MEMORY = 0.7
+"""The part of the free memory that models which are timed together may take."""
+SMALLER = (0.85, 0.7)
+"""The sizes that `fit` meets, as shares of that of int4."""
+
+Call = tuple[str, dict[str, Any]]
+"""A verb, and its options in Python's spelling."""
+
+
+class Way(NamedTuple):
+    """How a model is made smaller: verbs, each on what the one before it made."""
+
+    name: str
+    calls: tuple[Call, ...]
+
+    @property
+    def folders(self) -> list[str]:
+        """The names of the folders that its verbs write."""
+        name = re.sub(r"[^\w.]+", "-", self.name)
+        return [f"{name}-cut" for _ in self.calls[1:]] + [name]
+
+    def commands(self, model: str) -> tuple[str, ...]:
+        """What a user types."""
+        place, typed = model, list[str]()
+        for verb, options in self.calls:
+            flags = (x for n, v in options.items() for x in ("--" + n.replace("_", "-"), v))
+            output = free_place(self.folders[len(typed)])
+            typed.append(command(verb, place, *flags, "--output", output))
+            place = output
+        return tuple(typed)
+
+
+class DemoRow(Record):
+    """What one way makes of the model.
+
+    Attributes:
+        way: its name.
+        commands: how it is made.
+        place: its folder or file, within the demo's folder.
+        file_bytes: of the weights.
+        perplexity: on the held-out text, for each token of the dense model.
+        divergence: from the dense model, in nats; None where the tokens are others.
+        tokens_per_second: after a prompt, one sequence; None if it was not timed.
+        failure: why it could not be made; all numbers are missing then.
+    """
+
+    way: str
+    commands: tuple[str, ...]
+    place: str = ""
+    file_bytes: int | None = None
+    perplexity: float | None = None
+    divergence: float | None = None
+    tokens_per_second: float | None = None
+    failure: str | None = None
+
+    @property
+    def size_mib(self) -> float:
+        """MiB of the weights."""
+        return (self.file_bytes or 0) / 2**20
+
+    @property
+    def backend(self) -> str:
+        """What runs it, by its name in `evaluation.speed`."""
+        if self.place.endswith(".gguf"):
+            return self.place
+        return "packed" if self.commands else "dense bf16"
 
 
 def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
-    """Run the four steps, then write the report.
+    """Make every way that is not there yet, judge it, and time all of them in turns.
 
-    The dense model in int8 is judged beside the pruned one: it is what a user would take instead.
-    Its speed is that of the contender `dense int8`; its files are deleted.
+    Raises:
+        RecipeError: the output is the folder of something else, or of another demo.
+        SecateurError: the model cannot be opened.
     """
-    bench, compress = public_function("bench"), public_function("compress")
-    folder = Path(recipe.output)
-    pruned = prune(
-        MODEL,
-        output=folder,
-        effort=recipe.effort,
-        sparsity=recipe.sparsity,
-        calibration=CALIBRATION,
-        windows=recipe.windows,
-        sequence_length=512,
-        compress="int8",
-        progress=Labelled(listener, "1 of 4, prune and pack"),
-        restart=True,
-        overwrite=(folder / PAGE).is_file(),  # only what a demo made
-    )
-    timed = bench(
-        folder,
-        contenders=BACKENDS,
-        prompt_tokens=16,
-        new_tokens=32,
-        rounds=3,
-        progress=Labelled(listener, "2 of 4, time"),
-    )
-    held_out: dict[str, Any] = {
-        "text": JUDGING,
-        "sequence_length": 512,
-        "windows": recipe.text_windows,
-    }
-    judged = evaluate(
-        folder,
-        dense=MODEL,
-        generation=True,
-        prompts=PROMPTS,
-        progress=Labelled(listener, "3 of 4, judge"),
-        **held_out,
-    )
-    listener = Labelled(listener, "4 of 4, the dense model in int8")
-    with TemporaryDirectory() as scratch:
-        output = Path(scratch) / "int8"
-        rounded = compress(MODEL, output=output, values="int8", progress=listener)
-        rounded_judged = evaluate(output, progress=listener, **held_out)
-    page = imported("secateur.report_page.report:report")([folder], folder / PAGE).page
-    return DemoResult(
-        model=MODEL, pruned=pruned, bench=timed, judged=judged, rounded=rounded,
-        rounded_judged=rounded_judged, page=page,
-    )  # fmt: skip
+    demo = Demo(recipe, listener)
+    for way in demo.ways():
+        demo.make(way)
+    demo.time()
+    demo.draft()
+    charts.save_plots([demo.result.chart], demo.folder / PICTURE)
+    return demo.result
+
+
+class Demo:
+    """One demo and its folder.
+
+    Args:
+        recipe: of it.
+        progress: receives every step.
+    """
+
+    def __init__(self, recipe: DemoRecipe, progress: Progress) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.folder = Path(recipe.output)
+        self.source = resolve(recipe.model, progress=progress).folder
+        self.text = {"calibration": recipe.source, "windows": recipe.windows}
+        self.text |= {"sequence_length": LENGTH}
+        protocol = {
+            **{name: str(value) for name, value in recipe if name != "output"},
+            "sequence_length": LENGTH, "prompt_tokens": PROMPT, "new_tokens": NEW_TOKENS,
+            "rounds": ROUNDS, "kernels": kernel_info().tier, **environment(torch.device("cpu")),
+        }  # fmt: skip
+        self.result = self._known(
+            DemoResult(model=recipe.model, output=self.folder, protocol=protocol)
+        )
+
+    def _known(self, new: DemoResult) -> DemoResult:
+        """What an earlier call has finished."""
+        file = self.folder / RESULT
+        if not self.folder.exists():
+            return new
+        if not file.is_file():
+            raise RecipeError(
+                "it exists and is no demo",
+                where=str(self.folder),
+                remedy="name another folder with --output",
+            )
+        known = read_record(DemoResult, file)
+        if (known.model, known.protocol) != (new.model, new.protocol):
+            raise RecipeError(
+                "the folder has a demo of another model, or with other options or versions",
+                where=str(self.folder),
+                remedy="delete it, or name another folder with --output",
+            )
+        return known
+
+    def keep(self, **fields: Any) -> None:
+        """Put fields into the result, and the result into its file."""
+        self.result = self.result.model_copy(update=fields)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / RESULT, self.result.to_json())
+
+    def ways(self) -> Iterator[Way]:
+        """All ways, the dense model first."""
+        text = self.text
+        int4: Call = ("compress", {"values": "int4", **text})
+        yield Way(DENSE, ())
+        yield Way("int8", (("compress", {"values": "int8"}),))
+        yield Way(INT4, (int4,))
+        for type in ("q8_0", "q4_0"):
+            yield Way(f"llama.cpp {type.upper()}", (("export", {"to": "gguf", "type": type}),))
+        if experts_of(build_skeleton(self.source)) is not None:
+            yield Way("3/4 of the experts, int4", (("structure", {"experts": 0.75, **text}), int4))
+        else:
+            needed = {"vocabulary": self.recipe.source}
+            yield Way("tokens of the text, int4", (("structure", needed), int4))
+        if self.recipe.effort == "fast":
+            return
+        size, effort = self.result.row(INT4).file_bytes, {"effort": self.recipe.effort, **text}
+        for share in SMALLER if size else ():
+            fitted = {"max_size": int(share * size), **effort}
+            yield Way(f"fit, {share:.0%} of int4", (("fit", fitted),))
+        zeros = {"sparsity": 0.5, "compress": "int8", **effort}
+        yield Way("half of the weights zero, int8", (("prune", zeros),))
+
+    def make(self, way: Way) -> None:
+        """Make and judge what a way gives, unless it is there."""
+        if any(row.way == way.name for row in self.result.rows):
+            return
+        progress = Labelled(self.progress, way.name)
+        row = DemoRow(way=way.name, commands=way.commands(self.recipe.model))
+        try:
+            row = self.judged(row, self.made(way, progress), progress)
+        except SecateurError as error:
+            row = row.model_copy(update={"failure": error.what})
+        self.keep(rows=(*self.result.rows, row))
+
+    def made(self, way: Way, progress: Progress) -> Path:
+        """What the verbs make: a folder, or a GGUF file. What lies between them is removed."""
+        place = self.source
+        for (verb, options), name in zip(way.calls, way.folders, strict=False):
+            before, output = place, self.folder / name
+            shutil.rmtree(output, ignore_errors=True)  # of a call that was stopped
+            given = self.recipe.model if before == self.source else before
+            public_function(verb)(given, output=output, progress=progress, **options)
+            place = next(iter(output.glob("*.gguf")), output)
+            if before != self.source:
+                shutil.rmtree(before)
+        return place
+
+    def judged(self, row: DemoRow, place: Path, progress: Progress) -> DemoRow:
+        """The row with size and quality."""
+        if row.commands:
+            files = [place] if place.is_file() else shard_files(place)
+            size = sum(file.stat().st_size for file in files)
+        else:
+            size = BFLOAT16_BYTES * counted("", build_skeleton(self.source)).parameters
+        same = not any("--vocabulary" in each for each in row.commands)
+        found = public_function("evaluate")(
+            place, dense=self.source if same else None, text=self.recipe.text,
+            windows=self.recipe.text_windows, sequence_length=LENGTH, progress=progress,
+        )  # fmt: skip
+        longer = 1.0 if same else self.tokens(place) / self.tokens(self.source)
+        return row.model_copy(
+            update={
+                "place": str(place),
+                "file_bytes": size,
+                "perplexity": math.exp(found.mean_loss * longer),
+                "divergence": found.divergence[0].kl if found.divergence else None,
+            }
+        )
+
+    def tokens(self, folder: Path) -> int:
+        """How many tokens the held-out text has."""
+        documents = read_documents(self.recipe.text)
+        return sum(map(len, text_tokens(load_tokenizer(folder), documents, ())))
+
+    def time(self) -> None:
+        """Time all rows that have no speed yet, in turns; as many at once as memory holds."""
+        waiting = [row for row in self.result.rows if not (row.failure or row.tokens_per_second)]
+        while waiting:
+            free, group = MEMORY * psutil.virtual_memory().available, list[DemoRow]()
+            while waiting and (not group or (waiting[0].file_bytes or 0) < free):
+                group.append(waiting.pop(0))
+                free -= group[-1].file_bytes or 0
+            speeds = take_turns(
+                [(row.backend, Path(row.place)) for row in group],
+                prompt=[*range(PROMPT)], new_tokens=NEW_TOKENS, rounds=ROUNDS,
+                progress=Labelled(self.progress, "time"),
+            )  # fmt: skip
+            found = {
+                row.way: speed.tokens_per_second
+                for row, speed in zip(group, speeds, strict=True)
+                if speed.failure is None
+            }
+            self.keep(
+                rows=tuple(
+                    row.model_copy(update={"tokens_per_second": found[row.way]})
+                    if row.way in found
+                    else row
+                    for row in self.result.rows
+                )
+            )
+
+    def draft(self) -> None:
+        """Let the model in int4 draft for the dense one, where our loop decodes both."""
+        int4 = self.result.row(INT4)
+        if int4.failure or self.result.draft is not None:
+            return
+        try:
+            found = public_function("bench")(
+                self.source, draft=int4.place, new_tokens=DRAFTED,
+                progress=Labelled(self.progress, "draft"),
+            )  # fmt: skip
+        except SecateurError as error:
+            self.keep(undrafted=error.what)
+        else:
+            self.keep(draft=found)
 
 
 class DemoResult(Result):
-    """A model that was pruned, packed, timed and evaluated.
+    """The ways to make a model smaller, side by side: `demo.json`.
 
     Attributes:
-        model: the name of the dense model.
-        pruned: the result of `prune`; it contains the result of `compress`.
-        bench: the result of `bench`.
-        judged: the result of `evaluate`, on one text and some prompts.
-        rounded: the result of `compress` for the dense model in int8.
-        rounded_judged: the result of `evaluate` for it, on the same text.
-        page: the report.
+        model: the name from the user.
+        output: the folder of the demo.
+        protocol: options, versions and machine.
+        rows: a row for each way.
+        draft: the dense model with int4 as its draft; None where it cannot have one.
+        undrafted: why not.
     """
 
     model: str
-    pruned: PruneResult
-    bench: BenchResult
-    judged: EvaluateResult
-    rounded: CompressResult
-    rounded_judged: EvaluateResult
-    page: Path
+    output: Path
+    protocol: dict[str, Any]
+    rows: tuple[DemoRow, ...] = ()
+    draft: DraftedBenchResult | None = None
+    undrafted: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, by verb."""
-        return {
-            "report": str(self.page),
-            "prune": self.pruned.to_json(),
-            "bench": self.bench.to_json(),
-            "evaluation": self.judged.to_json(),
-            "dense_int8": {
-                "compress": self.rounded.to_json(),
-                "evaluation": self.rounded_judged.to_json(),
-            },
-        }
+    def row(self, way: str) -> DemoRow:
+        """The row of a way."""
+        return next(row for row in self.rows if row.way == way)
 
-    def tables(self) -> list[Block]:
-        """Size, speed, quality and texts of the dense model, in int8 too, and of the pruned one."""
-        [text], packed, manifest = self.judged.texts, self.pruned.compression, self.pruned.manifest
-        assert packed is not None
-        assert manifest is not None
-        rates = {x.contender: x.tokens_per_second for x in self.bench.contenders}
-        speeds = (rates.get(name) for name in ("dense bf16", "dense int8", "packed"))
-        sizes = (packed.bfloat16_bytes, self.rounded.file_bytes, packed.file_bytes)
-        perplexities = (text.reference_perplexity, self.rounded_judged.perplexity, text.perplexity)
-        rows = [
-            ("weight files", *map(binary_size, sizes)),
-            ("tokens per second, our kernels", *(f"{x:.0f}" if x else "" for x in speeds)),
-            ("perplexity", *(f"{number:.2f}" for number in perplexities)),
-            ("zeros in decoder matrices", "", "", f"{packed.sparsity:.2%}"),
-            ("time to prune", "", "", f"{manifest.cost.seconds:.0f} s"),
-            ("peak memory", "", "", binary_size(manifest.cost.peak_resident_bytes)),
-        ]
-        columns = ("", "dense, bfloat16", "dense, int8", "pruned, int8")
-        first = self.judged.generation[0].samples[0]
-        dense = first.prompt + (first.reference_text or "")
-        said = blocks_of("DemoResult", self, written=dense, kept=first.prompt + first.text)
-        return [Table.of(self.model, columns, rows), *said]
+    @property
+    def found(self) -> list[DemoRow]:
+        """The rows with numbers."""
+        return [row for row in self.rows if row.failure is None]
+
+    @property
+    def failures(self) -> list[DemoRow]:
+        """The rows without."""
+        return [row for row in self.rows if row.failure is not None]
+
+    @property
+    def point(self) -> str | None:
+        """A sentence: int4 beside llama.cpp's file of four bits; None if one of them failed."""
+        if any(self.row(way).failure for way in (DENSE, INT4, Q4)):
+            return None
+        dense, *both = (self.row(way).model_dump() for way in (DENSE, INT4, Q4))
+        size, loss, rate = "file_bytes", "perplexity", "tokens_per_second"
+        ours, theirs = (math.log(one[loss] / dense[loss]) for one in both)
+        bytes_ratio, speed = (both[0][x] / both[1][x] if both[1][x] else 0 for x in (size, rate))
+        said = (
+            f"int4 has {bytes_ratio:.2f} of the bytes of {Q4}; it loses {ours:.3f} nats, and {Q4} "
+            f"{theirs:.3f}"
+        )
+        return said + f"; it decodes {speed:.2f} times as fast" * bool(speed)
+
+    @property
+    def drafted(self) -> str | None:
+        """A sentence: what a draft brings the dense model."""
+        return None if self.draft is None else self.draft.verdict
+
+    @property
+    def chart(self) -> charts.LineChart:
+        """The loss of each way against its bytes."""
+        return charts.LineChart(
+            "demo", f"{self.model}: what a size costs", "MiB of weight files",
+            "perplexity on held-out text",
+            tuple(
+                charts.Series(x.way, ((x.size_mib, x.perplexity or 0),), joined=False)
+                for x in self.found
+            ),
+        )  # fmt: skip
 
     def following(self) -> list[Block]:
         """Where the files are, and what to try next."""
-        assert self.pruned.output is not None
-        return places(self.pruned.output, self.page)
-
-
-def places(folder: Path, page: Path) -> list[Block]:
-    """Where the files are, and what to try next."""
-    own = ("prune", "MODEL", "--sparsity", "0.5", "--calibration", TEXTS[0])
-    return next_steps(
-        {
-            "the packed model": folder,
-            "its card": folder / "README.md",
-            "the report": page.resolve(),
-        },
-        {
-            **generation(folder),
-            "time it in more ways": command("bench", folder),
-            "see what pruning your own model needs": command(*own, "--dry-run"),
-            "prune your own model, a folder or a hub id": command(
-                *own, "--compress", "int8", "--output", "MODEL-pruned"
-            ),
-        },
-    )
+        commands = {f"make {x.way}": " && ".join(x.commands) for x in self.found if x.commands}
+        if not (small := self.row(INT4)).failure:
+            commands |= generation(Path(small.place))
+        chart = self.output / f"{PICTURE}.svg"
+        return next_steps(
+            {"all numbers, with the protocol": self.output / RESULT, "the chart": chart}, commands
+        )
