@@ -57,7 +57,7 @@ Call = tuple[str, dict[str, Any]]
 """A verb, and its options in Python's spelling."""
 
 
-class Way(NamedTuple):
+class DemoWay(NamedTuple):
     """How a model is made smaller: verbs, each on what the one before it made."""
 
     name: str
@@ -181,30 +181,32 @@ class Demo:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / RESULT, self.result.to_json())
 
-    def ways(self) -> Iterator[Way]:
+    def ways(self) -> Iterator[DemoWay]:
         """All ways, the dense model first."""
         text = self.text
         int4: Call = ("compress", {"values": "int4", **text})
-        yield Way(DENSE, ())
-        yield Way("int8", (("compress", {"values": "int8"}),))
-        yield Way(INT4, (int4,))
+        yield DemoWay(DENSE, ())
+        yield DemoWay("int8", (("compress", {"values": "int8"}),))
+        yield DemoWay(INT4, (int4,))
         for type in ("q8_0", "q4_0"):
-            yield Way(f"llama.cpp {type.upper()}", (("export", {"to": "gguf", "type": type}),))
+            yield DemoWay(f"llama.cpp {type.upper()}", (("export", {"to": "gguf", "type": type}),))
         if experts_of(build_skeleton(self.source)) is not None:
-            yield Way("3/4 of the experts, int4", (("structure", {"experts": 0.75, **text}), int4))
+            yield DemoWay(
+                "3/4 of the experts, int4", (("structure", {"experts": 0.75, **text}), int4)
+            )
         else:
             needed = {"vocabulary": self.recipe.source}
-            yield Way("tokens of the text, int4", (("structure", needed), int4))
+            yield DemoWay("tokens of the text, int4", (("structure", needed), int4))
         if self.recipe.effort == "fast":
             return
         size, effort = self.result.row(INT4).file_bytes, {"effort": self.recipe.effort, **text}
         for share in SMALLER if size else ():
-            fitted = {"max_size": int(share * size), **effort}
-            yield Way(f"fit, {share:.0%} of int4", (("fit", fitted),))
+            fitted = {"max_size": int(share * (size or 0)), **effort}
+            yield DemoWay(f"fit, {share:.0%} of int4", (("fit", fitted),))
         zeros = {"sparsity": 0.5, "compress": "int8", **effort}
-        yield Way("half of the weights zero, int8", (("prune", zeros),))
+        yield DemoWay("half of the weights zero, int8", (("prune", zeros),))
 
-    def make(self, way: Way) -> None:
+    def make(self, way: DemoWay) -> None:
         """Make and judge what a way gives, unless it is there."""
         if any(row.way == way.name for row in self.result.rows):
             return
@@ -216,7 +218,7 @@ class Demo:
             row = row.model_copy(update={"failure": error.what})
         self.keep(rows=(*self.result.rows, row))
 
-    def made(self, way: Way, progress: Progress) -> Path:
+    def made(self, way: DemoWay, progress: Progress) -> Path:
         """What the verbs make: a folder, or a GGUF file. What lies between them is removed."""
         place = self.source
         for (verb, options), name in zip(way.calls, way.folders, strict=False):
