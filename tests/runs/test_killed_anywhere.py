@@ -45,6 +45,7 @@ CASES_OF = {
             "fit for llama.cpp",
             "fit like",
             "draft",
+            "draft mtp",
             "import",
         ],
         ["train", "train with a teacher", "compress", "compress int8", "compress to gguf"],

@@ -17,8 +17,7 @@ from tiny import byte_tokenizer, save_tiny
 import secateur
 from secateur.calibration import documents
 from secateur.reporting.next_steps import command, dense_model, free_place
-from secateur.reporting.tables import plain_text
-from secateur.steps.demo import places
+from secateur.steps.demo import DemoWay
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on; " * 60
 OWN = ("--calibration", "my text.txt", "--windows", 4, "--sequence-length", 16)
@@ -143,10 +142,12 @@ def test_next_lines_of_a_sweep_make_its_best_point(run: Run) -> None:
     assert (made["method"]["name"], made["method"]["pattern"]) == (best["method"], best["pattern"])
 
 
-def test_next_lines_of_the_demo_name_a_text_without_a_hub(run: Run) -> None:
-    commands = commands_in(plain_text(places(Path("pruned"), Path("page.html"))))
-    own = next(words for words in commands if words[0] == "prune")
-    follow(run, [[word.replace("MODEL", "dense") for word in own]])
+def test_the_commands_of_a_demo_make_its_model(run: Run) -> None:
+    text = {"calibration": "my text.txt", "windows": 4, "sequence_length": 16}
+    calls = (("structure", {"ffn": 0.5, **text}), ("compress", {"values": "int4", **text}))
+    typed = DemoWay("narrower, int4", calls).commands("dense")
+    follow(run, [shlex.split(line)[1:] for line in typed])
+    assert Path("narrower-int4/secateur.safetensors").is_file()
 
 
 def test_a_packed_model_is_not_advised_to_be_packed(run: Run) -> None:

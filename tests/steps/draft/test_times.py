@@ -46,6 +46,7 @@ def timed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     class Decoder:
         together = len(PARENT)
+        lengths = (8,)
 
         def __init__(self, model: str, capacity: int) -> None:
             self.model = model
