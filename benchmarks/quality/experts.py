@@ -16,7 +16,7 @@ divergence is from the uncut mixture; both in nats. `random` is the mean of five
 in every expert, as many weights as whole experts have; `experts and neurons` takes both. Ways with
 `llama.cpp` choose in a float32 GGUF file by what llama.cpp computes, or by an importance matrix
 that it has collected, and llama.cpp judges them. The ways of `bits` cut SmolLM2 and store what is
-left in fewer bits, rounded on the same text. Every cell is kept in `results/experts.json` at once
+left in fewer bits, rounded on the same text; `uncut` compares the mixture with SmolLM2. Every cell is kept in `results/experts.json` at once
 and skipped when it is there; a killed cut goes on. DIR keeps trained models and stopped runs.
 """
 
@@ -43,6 +43,7 @@ from torch import Tensor
 import secateur
 from secateur.calibration.windows import load_windows, save_windows
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
+from secateur.models.sources import resolve
 from secateur.recipes.structure import ExpertsBy
 
 sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
@@ -240,6 +241,16 @@ def stored(bench: Bench, kept: float, values: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def whole(bench: Bench) -> dict[str, Any]:
+    """One row: the uncut mixture beside the dense model that it was made of."""
+    work = bench.work / "dense"
+    work.mkdir(exist_ok=True)
+    dense = Bench("dense", resolve("smollm2-135m").folder, {}, bench.texts, work)
+    return row_of(dense, dense.measured_at(bench.folder)) | {
+        "model": bench.name, "way": "uncut", "kept": 1.0
+    }  # fmt: skip
+
+
 def remove(made: Path) -> None:
     """Remove a folder or a file."""
     if made.is_dir():
@@ -265,7 +276,10 @@ def cells(bench: Bench) -> Iterator[tuple[Mapping[str, Any], Callable[[], dict[s
         for kept in KEPT:
             if bench.name != "smollm2" or not way.endswith("llama.cpp"):
                 yield {"way": way, "kept": kept}, partial(cell, bench, way, kept, options(kept))
-    for kept in (1.0, *KEPT) if bench.name == "smollm2" else ():
+    if bench.name != "smollm2":
+        return
+    yield {"way": "uncut", "kept": 1.0}, partial(whole, bench)
+    for kept in (1.0, *KEPT):
         for values in BITS:
             named = {"way": "bits", "kept": kept, "values": values}
             yield named, partial(stored, bench, kept, values)
@@ -275,32 +289,28 @@ Rows = list[dict[str, Any]]
 
 
 def lost(rows: Rows, way: str, kept: float, *, smollm2: bool) -> str:
-    """The loss above the uncut mixture's, the mean over models."""
+    """The loss above the uncut mixture's, the mean over models; of SmolLM2's, whose own loss is
+    high, the divergence from it."""
     found = [
-        row["above"] for row in rows
+        row["divergence" if smollm2 else "above"] for row in rows
         if (row["way"], row["kept"]) == (way, kept) and (row["model"] == "smollm2") == smollm2
     ]  # fmt: skip
     return f"{sum(found) / len(found):.3f}" if found else ""
 
 
 def cuts(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """A line for each way; without and with tuning."""
-    measured = {row["model"] == "smollm2" for row in rows}
-    groups = {
-        name: of for name, of in {"mixtures": False, "SmolLM2": True}.items() if of in measured
-    }
-    columns = [f"{group}{after}" for group in groups for after in EFFORTS]
+    """A line for each way; without and with tuning. Columns without a number are left out."""
+    groups = {"mixtures": False, "SmolLM2": True}
+    columns = [(group, of, after) for group, of in groups.items() for after in EFFORTS]
     lines = []
     for way in ways():
         for kept in KEPT:
-            losses = [
-                lost(rows, f"{way}{after}", kept, smollm2=of)
-                for of in groups.values()
-                for after in EFFORTS
-            ]
+            losses = [lost(rows, f"{way}{after}", kept, smollm2=of) for _, of, after in columns]
             if not way.endswith((*EFFORTS,)[1:]) and any(losses):
                 lines.append([way, f"{1 - kept:.0%}", *losses])
-    return ["chosen by", "goes", *columns], lines
+    filled = [n for n, cells in enumerate(zip(*lines, strict=True)) if any(cells)]
+    names = ["chosen by", "goes", *(f"{group}{after}" for group, _, after in columns)]
+    return [names[n] for n in filled], [[line[n] for n in filled] for line in lines]
 
 
 def bits(rows: Rows) -> tuple[list[str], list[list[str]]]:
