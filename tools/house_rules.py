@@ -51,19 +51,19 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 337,
-    "modules that only their neighbour imports": 11,
+    "source files": 346,
+    "modules that only their neighbour imports": 12,
     "pairs of classes with five equal fields": 4,
-    "percent of lines that import": 6.0,
-    "lines of statements": 43249,
-    "functions named in one place": 434,
+    "percent of lines that import": 6.1,
+    "lines of statements": 45458,
+    "functions named in one place": 455,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 76919,
-    "lines of tests": 60036,
-    "sentences that tests compare": 45,
-    "names of options": 176,
+    "words of documentation": 78400,
+    "lines of tests": 62771,
+    "sentences that tests compare": 49,
+    "names of options": 178,
 }
 """The most that each number may be."""
 
