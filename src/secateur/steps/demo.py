@@ -91,6 +91,7 @@ class DemoRow(Record):
         perplexity: on the held-out text, for each token of the dense model.
         divergence: from the dense model, in nats; None where the tokens are others.
         tokens_per_second: after a prompt, one sequence; None if it was not timed.
+        untimed: why not.
         failure: why it could not be made; all numbers are missing then.
     """
 
@@ -101,6 +102,7 @@ class DemoRow(Record):
     perplexity: float | None = None
     divergence: float | None = None
     tokens_per_second: float | None = None
+    untimed: str | None = None
     failure: str | None = None
 
     @property
@@ -260,7 +262,11 @@ class Demo:
 
     def time(self) -> None:
         """Time all rows that have no speed yet, in turns; as many at once as memory holds."""
-        waiting = [row for row in self.result.rows if not (row.failure or row.tokens_per_second)]
+        waiting = [
+            row
+            for row in self.result.rows
+            if not (row.failure or row.untimed or row.tokens_per_second)
+        ]
         while waiting:
             free, group = MEMORY * psutil.virtual_memory().available, list[DemoRow]()
             while waiting and (not group or (waiting[0].file_bytes or 0) < free):
@@ -272,18 +278,13 @@ class Demo:
                 progress=Labelled(self.progress, "time"),
             )  # fmt: skip
             found = {
-                row.way: speed.tokens_per_second
+                row.way: {"untimed": speed.failure}
+                if speed.failure
+                else {"tokens_per_second": speed.tokens_per_second}
                 for row, speed in zip(group, speeds, strict=True)
-                if speed.failure is None
             }
-            self.keep(
-                rows=tuple(
-                    row.model_copy(update={"tokens_per_second": found[row.way]})
-                    if row.way in found
-                    else row
-                    for row in self.result.rows
-                )
-            )
+            rows = (row.model_copy(update=found.get(row.way, {})) for row in self.result.rows)
+            self.keep(rows=tuple(rows))
 
     def draft(self) -> None:
         """Let the model in int4 draft for the dense one, where our loop decodes both."""
