@@ -51,17 +51,17 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 346,
+    "source files": 347,
     "modules that only their neighbour imports": 12,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.1,
-    "lines of statements": 45458,
+    "lines of statements": 45455,
     "functions named in one place": 455,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 78700,
-    "lines of tests": 62771,
+    "words of documentation": 78627,
+    "lines of tests": 62762,
     "sentences that tests compare": 49,
     "names of options": 178,
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from benchmarks.hardware import add, heading, markdown
-from benchmarks.quality.vocabulary import random_strings
+from benchmarks.quality.vocabulary import decoded, random_strings, sizes_of
 from benchmarks.stored import known_rows
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
@@ -66,17 +66,10 @@ def measured(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
     whole = torch.tensor([kept.issuperset(line) for line in pieces[0]])
     pair = [embeddings(x, lines) for x in (args.model, folder)]
     alike = torch.cosine_similarity(*pair)
-    strings = random_strings()
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    backs = [x.batch_decode(x(strings)["input_ids"], **options) for x in (old, new)]
+    backs = decoded((old, new), random_strings())
     return {
         "size": size,
-        "tokens": step["tokens_after"],
-        "tokens_before": step["tokens_before"],
-        "parameters": made.structure.after.parameters,
-        "parameters_before": made.structure.before.parameters,
-        "file_bytes": made.structure.after.file_bytes,
-        "file_bytes_before": made.structure.before.file_bytes,
+        **sizes_of(made),
         "covered": step["covered"],
         "similarity": step["similarity"],
         "covered_of_text": sum(t in kept for x in pieces[0] for t in x) / sum(map(len, pieces[0])),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,10 @@ def measured(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
         loss_of(AutoModelForCausalLM.from_pretrained(folder), renamed),
     ]
     strings = random_strings()
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    backs = [x.batch_decode(x(strings)["input_ids"], **options) for x in (old, new)]
+    backs = decoded((old, new), strings)
     return {
         "size": size,
-        "tokens": step["tokens_after"],
-        "tokens_before": step["tokens_before"],
-        "parameters": made.structure.after.parameters,
-        "parameters_before": made.structure.before.parameters,
-        "file_bytes": made.structure.after.file_bytes,
-        "file_bytes_before": made.structure.before.file_bytes,
+        **sizes_of(made),
         "covered": step["covered"],
         "covered_of_text": sum(t in kept for t in old.convert_ids_to_tokens(ids)) / len(ids),
         "windows": len(windows),
@@ -111,6 +106,22 @@ def measured(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
         "decoded_alike": sum(a == b for a, b in zip(*backs, strict=True)),
         "seconds": made.cost.seconds,
     }
+
+
+def sizes_of(made: Any) -> dict[str, int]:
+    """Tokens, weights and bytes before and after a cut of tokens."""
+    structure, [step] = made.structure, made.structure.steps[:1]
+    found = {"tokens": step["tokens_after"], "tokens_before": step["tokens_before"]}
+    for name in ("parameters", "file_bytes"):
+        found[name] = getattr(structure.after, name)
+        found[f"{name}_before"] = getattr(structure.before, name)
+    return found
+
+
+def decoded(tokenizers: Iterable[Any], strings: list[str]) -> list[list[str]]:
+    """Strings as each tokenizer reads them back."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [x.batch_decode(x(strings)["input_ids"], **options) for x in tokenizers]
 
 
 def chunks(text: Path) -> list[str]:

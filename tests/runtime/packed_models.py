@@ -17,6 +17,7 @@ from zoo import CONFIGS, matrices, weight_of
 import secateur
 from secateur.models.skeleton import quiet_transformers
 from secateur.runtime.kernels.dispatch import KernelChoice
+from secateur.runtime.speculative import Pace
 
 IDS = torch.tensor([[5, 17, 80, 33, 4, 61, 29], [9, 40, 77, 12, 90, 3, 55]])
 
@@ -75,6 +76,16 @@ def packed_model(folder: Path, family: str = "llama", **options: Any) -> Path:
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the timings of this moment, matrices stay packed and few tokens take the kernel."""
     monkeypatch.setattr("secateur.runtime.install.choose", lambda *_: KernelChoice(64, 10.0))
+
+
+class Eager(Pace):
+    """Proposes as many tokens as it may, whatever they cost."""
+
+    def awake(self) -> bool:
+        return True
+
+    def value(self, texts: int) -> float:
+        return float("inf")
 
 
 def python(

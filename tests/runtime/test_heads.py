@@ -14,7 +14,7 @@ from torch import nn
 from with_kernels import needs_kernels
 
 import secateur
-from runtime.packed_models import packed_model, settled
+from runtime.packed_models import Eager, packed_model, settled
 from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.draft_head import DraftHead, head_config, write_head
 from secateur.recipes.deploy import Sampling
@@ -35,16 +35,6 @@ __all__ = ["settled"]
 
 ROOM = 80
 GREEDY = Sampling(temperature=0.0)
-
-
-class Eager(Pace):
-    """Proposes as many tokens as it may, whatever they cost."""
-
-    def awake(self) -> bool:
-        return True
-
-    def value(self, texts: int) -> float:
-        return float("inf")
 
 
 def parent_of(folder: Path, values: str = "bfloat16", family: str = "llama", **more: Any) -> Any:

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from with_kernels import needs_kernels
 
 import secateur
-from runtime.packed_models import packed_model, settled
+from runtime.packed_models import Eager, packed_model, settled
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import Sampling
@@ -41,16 +41,6 @@ __all__ = ["settled"]
 
 ROOM = 80
 GREEDY = Sampling(temperature=0.0)
-
-
-class Eager(Pace):
-    """Proposes as many tokens as it may, whatever they cost."""
-
-    def awake(self) -> bool:
-        return True
-
-    def value(self, texts: int) -> float:
-        return float("inf")
 
 
 def parent_and_draft(

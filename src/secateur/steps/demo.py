@@ -1,8 +1,8 @@
 """`secateur demo`: what compression brings for a model on this machine, beside llama.cpp's types.
 
 Each way is what a user would type: one verb or two. What it makes is judged on held-out text beside
-the dense model, and all of it decodes in turns. Then the model in int4 drafts for the dense one.
-With `balanced` and above, `fit` meets two sizes below that of int4, and half of the weights become
+the dense model, and all models take turns to decode. Then int4 drafts for the dense model. With
+`balanced` and above, `fit` meets two sizes below that of int4, and half of the weights become
 zeros.
 
 A finished way is kept with its numbers, so a stopped demo goes on. `demo.json` has everything, with
@@ -119,7 +119,7 @@ class DemoRow(Record):
 
 
 def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
-    """Make every way that is not there yet, judge it, and time all of them in turns.
+    """Make every way that is not there yet, judge it, and time all models.
 
     Raises:
         RecipeError: the output is the folder of something else, or of another demo.
@@ -241,8 +241,9 @@ class Demo:
         else:
             size = BFLOAT16_BYTES * counted("", build_skeleton(self.source)).parameters
         same = not any("--vocabulary" in each for each in row.commands)
+        compared = same and bool(row.commands)
         found = public_function("evaluate")(
-            place, dense=self.source if same else None, text=self.recipe.text,
+            place, dense=self.source if compared else None, text=self.recipe.text,
             windows=self.recipe.text_windows, sequence_length=LENGTH, progress=progress,
         )  # fmt: skip
         longer = 1.0 if same else self.tokens(place) / self.tokens(self.source)
@@ -251,7 +252,7 @@ class Demo:
                 "place": str(place),
                 "file_bytes": size,
                 "perplexity": math.exp(found.mean_loss * longer),
-                "divergence": found.divergence[0].kl if found.divergence else None,
+                "divergence": found.divergence[0].kl if compared else 0.0 if same else None,
             }
         )
 
@@ -261,7 +262,7 @@ class Demo:
         return sum(map(len, text_tokens(load_tokenizer(folder), documents, ())))
 
     def time(self) -> None:
-        """Time all rows that have no speed yet, in turns; as many at once as memory holds."""
+        """Time all rows without a speed. As many models as memory holds take turns."""
         waiting = [
             row
             for row in self.result.rows

@@ -53,6 +53,7 @@ from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import FREE, MOST_PROPOSED, acceptance, speculation, too_fast
 from secateur.evaluation.perplexity import window_progress
 from secateur.evaluation.token_times import time_drawing, time_head
+from secateur.models.architecture import text_config
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
@@ -467,11 +468,8 @@ class DraftBench(FitBench):
     @cached_property
     def heads(self) -> tuple[Tensor | None, ...]:
         """The token ids of every head, largest first; None for the whole vocabulary."""
-        tokenizer = load_tokenizer(self.source.folder)
-        always = {*tokenizer.all_special_ids, *end_tokens(self.parent)}
-        read, most = load_windows(self.windows_file), self.vocabulary
-        sizes = [n for n in HEADS if n < most]
-        return (None, *(frequent_tokens(read, always, most, n) for n in sizes))
+        read, sizes = load_windows(self.windows_file), [n for n in HEADS if n < self.vocabulary]
+        return (None, *frequent_lists(self.source.folder, self.parent, read, sizes))
 
     @property
     def vocabulary(self) -> int:
@@ -601,6 +599,22 @@ def judged_heads(
         both = [one.speedup for one in gains(taken, parent, own, size, vocabulary)]
         heads.append(reports.TriedHead(size, taken, own, math.sqrt(math.prod(both))))
     return tuple(heads)
+
+
+def frequent_lists(
+    folder: Path, parent: Any, windows: Windows, sizes: Iterable[int]
+) -> list[Tensor]:
+    """Lists of the tokens that a text uses most, each with all special tokens.
+
+    Args:
+        folder: of the tokenizer.
+        parent: the model, loaded.
+        windows: the text.
+        sizes: numbers of tokens.
+    """
+    always = {*load_tokenizer(folder).all_special_ids, *end_tokens(parent)}
+    vocabulary = text_config(parent.config).vocab_size
+    return [frequent_tokens(windows, always, vocabulary, count) for count in sizes]
 
 
 def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: int) -> Tensor:

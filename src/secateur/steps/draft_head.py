@@ -36,7 +36,6 @@ from secateur.models.checkpoint import INDEX_NAMES, copy_others
 from secateur.models.draft_head import DraftHead, head_config, tapped_layers, write_head
 from secateur.models.opening import load_whole
 from secateur.models.skeleton import build_skeleton
-from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.compress import DraftRecipe
 from secateur.recipes.recipe_files import dump_recipe
 from secateur.reporting import fit as reports
@@ -47,7 +46,6 @@ from secateur.runs.records import read_record
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.heads import HeadDecoder, chain_seconds
 from secateur.runtime.load import load
-from secateur.runtime.sampling import end_tokens
 from secateur.steps import draft
 from secateur.training import draft_head as learning
 from secateur.training.batches import Batches
@@ -229,11 +227,8 @@ class HeadDraft(draft.Draft):
 
     def _lists(self, learned: Windows) -> list[Tensor]:
         """The tokens of every head, largest first."""
-        special = load_tokenizer(self.run.source.folder).all_special_ids
-        always = {*special, *end_tokens(self.running)}
-        return [
-            draft.frequent_tokens(learned, always, self.vocabulary, n) for n in self.sizes.lists
-        ]
+        folder = self.run.source.folder
+        return draft.frequent_lists(folder, self.running, learned, self.sizes.lists)
 
     def _trained(self, learned: Windows) -> tuple[DraftHead, int]:
         """The head, and the steps that it took."""

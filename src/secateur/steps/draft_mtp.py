@@ -26,7 +26,6 @@ from secateur.evaluation.acceptance import MOST_PROPOSED, Chains, chained_accept
 from secateur.evaluation.perplexity import TOKENS_PER_FORWARD, WholeReader, read_by, window_progress
 from secateur.models.architecture import text_config
 from secateur.models.mtp import MTP, stored_layers
-from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
 from secateur.recipes.compress import DraftRecipe
 from secateur.recipes.deploy import Sampling
@@ -37,11 +36,11 @@ from secateur.runs.folder import NOTES, check_output
 from secateur.runs.measured import Acceptance
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import read_record
-from secateur.runtime.decode import Decoder, SlotDecoder, Token
+from secateur.runtime.decode import Decoder, SlotDecoder
 from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.mtp import ModuleDecoder, MTPDrafter, mtp_of, reader_of, rows_of, write_mtp
-from secateur.runtime.sampling import Draws, end_tokens
+from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import DraftedText
 from secateur.steps import draft
 from secateur.steps.runner import RunContext, Step, identity_of, source_of
@@ -123,11 +122,10 @@ class DraftMTP(Step[DraftRecipe, reports.MTPResult]):
 
     def heads(self) -> list[Tensor | None]:
         """The token ids of every head, largest first; None for the whole vocabulary."""
-        special = load_tokenizer(self.folder).all_special_ids
-        always, read = {*special, *end_tokens(self.parent)}, load_windows(self.windows[0])
         plain = isinstance(self.mtp.head, nn.Linear)  # a packed one has no rows to take
         sizes = [n for n in draft.HEADS if n < self.vocabulary and plain]
-        return [None, *(draft.frequent_tokens(read, always, self.vocabulary, n) for n in sizes)]
+        read = load_windows(self.windows[0])
+        return [None, *draft.frequent_lists(self.folder, self.parent, read, sizes)]
 
     def acceptances(self, file: Path, heads: Sequence[Tensor | None]) -> list[Acceptance]:
         """What the parent takes with each of some heads, on the windows of a file."""
@@ -167,12 +165,6 @@ class DraftMTP(Step[DraftRecipe, reports.MTPResult]):
         [state], whole = drafter.states, self.mtp.head
         every = [whole if rows is None else rows_of(whole, rows) for rows in heads]
 
-        def verify(count: int) -> float:
-            some = [Token(0, before + n, ids[n % before]) for n in range(count)]
-            seconds = seconds_of(lambda: slots.step(some))
-            slots.rewind(0, before)
-            return seconds
-
         def propose(head: nn.Module) -> float:
             drafter.unread(text)
             mtp.head, drafter.states[0] = head, state
@@ -180,7 +172,9 @@ class DraftMTP(Step[DraftRecipe, reports.MTPResult]):
             return mean(seconds_of(partial(drafter.step, [one])) for one in calls)
 
         with torch.inference_mode():
-            return draft.time_turns(verify, [partial(propose, head) for head in every])
+            return draft.time_turns(
+                draft.verified_in(slots, prompt), [partial(propose, head) for head in every]
+            )
 
 
 def plan_mtp(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> MTPPlanResult:

@@ -2,6 +2,6 @@
 
 The order of reading: `cut_plan` (how many units stay) → `cut` (which stay) → `edits` (what happens
 to a parameter) → `design` (the smaller model, and what it lost) → `surgery` (loaded models and
-checkpoints). Tokens are cut apart from the rest: `token_pieces` (how a tokenizer makes them) →
-`vocabulary`.
+checkpoints). Tokens are cut apart from the rest: `token_texts` (which ones texts need) →
+`token_pieces` (how a tokenizer makes them) → `vocabulary`.
 """

@@ -1,4 +1,4 @@
-"""`draft --head`: what it says of a head is what an oracle finds; kills and bad input."""
+"""`draft --head`: its numbers are those of an oracle; kills resume, bad input is refused."""
 
 from __future__ import annotations
 

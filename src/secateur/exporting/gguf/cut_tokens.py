@@ -40,7 +40,7 @@ from secateur.structured.token_pieces import (
     ScoredPieces,
     kept_tokens,
 )
-from secateur.structured.vocabulary import (
+from secateur.structured.token_texts import (
     ReadText,
     checked_texts,
     counted_texts,
