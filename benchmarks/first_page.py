@@ -258,7 +258,7 @@ SHOWN = {
     "no zeros, int4": "no zeros, int4",
     "50 % zeros, int8": "balanced, int8",
     "50 % zeros, int4": "balanced, int4",
-    **{row: row for row in (*GGUF, OWN_FILE)},
+    **{row: row for row in GGUF},
 }
 
 

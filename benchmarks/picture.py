@@ -1,22 +1,20 @@
-"""The README's picture, drawn from the results that other benchmarks kept.
+"""The README's picture, drawn from the results that `quality/gguf_types.py` kept.
 
     python -m benchmarks.picture            writes docs/pictures/measured.svg
     python -m benchmarks.picture --check    fails if that file differs from the results
 
-Both parts show SmolLM2-135M. Above: excess loss on WikiText-2 at 50 % zeros before quantization:
-published methods as means of all seeds, the presets with one, in `results/presets.json`. Below: tokens per second of stored models in
-`results/first-page.json`. It measures nothing.
+Divergence on WikiText-2 against the bytes of GGUF files, all of one model (SmolLM2-135M in 768
+channels), calibrated with one text and judged by one program. Files by auto-round are drawn once
+`results/gguf-types.json` has them. It measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from io import StringIO
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -26,92 +24,89 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "docs" / "pictures" / "measured.svg"
-OURS, OTHERS, PAGE, INK = "#0f7a52", "#9aa5aa", "#ffffff", "#1f2937"
-DARK = (
-    "<style>@media (prefers-color-scheme: dark) {"
-    f' [style*="fill: {PAGE}"] {{ fill: #1e2129 !important }}'
-    f' [style*="fill: {INK}"] {{ fill: #e2e4e9 !important }}'
-    f' [style*="fill: {OURS}"] {{ fill: #2dae80 !important }}'
-    " }</style>"
-)
+MODEL = "smollm2-768"
+OURS, OTHERS, THIRD, GRID = "#0f7a52", "#6b7280", "#b45309", "#e5e7eb"
+PAGE, INK = "#ffffff", "#1f2937"
+NIGHT = {PAGE: "#0d1117", INK: "#e2e4e9", OURS: "#2dae80", OTHERS: "#9aa3b2", THIRD: "#f59e0b",
+         GRID: "#2f353f"}  # fmt: skip
 """The colours of a dark page."""
-METHODS = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "alps": "ALPS",
-    "fast": "secateur fast",
-    "balanced": "secateur balanced",
-    "thorough": "secateur thorough",
-    "best": "secateur best",
-}
-"""The bars of the upper part, by row."""
-ENGINES = {
-    "no zeros, bfloat16, torch": "torch bfloat16",
-    "llama.cpp Q8_0": "llama.cpp Q8_0",
-    "llama.cpp Q4_0": "llama.cpp Q4_0",
-    "no zeros, int8": "secateur int8",
-    "balanced, int8": "secateur int8, 50 % zeros",
-    "no zeros, int4": "secateur int4",
-    "balanced, int4": "secateur int4, 50 % zeros",
-}
+MAKERS = {
+    "secateur": (OURS, "o-", ("secateur Q2_K", "fit 3.5 bits", "secateur Q3_K", "secateur IQ4_XS",
+                              "secateur Q4_K")),
+    "llama.cpp, one type": (OTHERS, "s-", ("llama.cpp pure Q2_K", "llama.cpp pure Q3_K",
+                                           "llama.cpp pure IQ4_XS", "llama.cpp pure Q4_K")),
+    "llama.cpp, its mixes": (OTHERS, "D", ("llama.cpp Q2_K", "llama.cpp Q3_K_M",
+                                           "llama.cpp IQ4_XS", "llama.cpp Q4_K_M")),
+    "auto-round": (THIRD, "^", tuple(f"auto-round {x}" for x in ("Q2_K_S", "Q3_K_S", "Q4_K_S",
+                                                                 "Q4_K_M"))),
+}  # fmt: skip
+"""Colour, marks and files of each maker."""
+UNNAMED = ("secateur Q3_K",)
+"""Points beside another one."""
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    """The rows of a benchmark."""
-    found: list[dict[str, Any]] = json.loads((HERE / "results" / f"{name}.json").read_text())[
-        "rows"
+def points(files: tuple[str, ...]) -> list[tuple[float, float, str]]:
+    """MiB, divergence and name of each file that was measured."""
+    content = json.loads((HERE / "results" / "gguf-types.json").read_text(encoding="utf-8"))
+    known: dict[str, dict[str, Any]] = {
+        row["contender"]: row for row in content["rows"] if row["model"] == MODEL
+    }
+    return [
+        (known[file]["file"] / 2**20, known[file]["wiki"]["divergence"], file)
+        for file in files
+        if file in known
     ]
-    return found
 
 
-def excess() -> dict[str, float]:
-    """Excess loss of each method at 50 %, nats per token."""
-
-    measured = rows("presets")
-
-    def loss(row: str, column: str) -> float:
-        wanted = (r for r in measured if (r["row"], r["column"]) == (row, column))
-        return mean(math.log(r["perplexity"]["wikitext2"]) for r in wanted)
-
-    dense = loss("dense", "")
-    return {label: loss(row, "50 %") - dense for row, label in METHODS.items()}
-
-
-def speed() -> dict[str, float]:
-    """Tokens per second of each engine and kind of weights."""
-    by = {r["row"]: r.get("tokens_per_second") for r in rows("first-page")}
-    return {label: by[name] for name, label in ENGINES.items()}
-
-
-def bars(axes: Any, values: dict[str, float], form: str, title: str, below: str) -> None:
-    """Horizontal bars with their numbers; below them what was measured on what."""
-    labels = list(values)
-    colors = [OURS if "secateur" in label else OTHERS for label in labels]
-    drawn = axes.barh(labels, list(values.values()), color=colors)
-    axes.bar_label(drawn, labels=[form.format(v) for v in values.values()], padding=3)
-    axes.invert_yaxis()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlim(0, 1.18 * max(values.values()))
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.tick_params(left=False, bottom=False, labelbottom=False)
-    axes.set_xlabel(below, loc="left", fontsize=9)
+def night() -> str:
+    """The style of a dark page."""
+    rules = (
+        f' [style*="{part}: {light}"] {{ {part}: {dark} !important }}'
+        for light, dark in NIGHT.items()
+        for part in ("fill", "stroke")
+    )
+    return f"<style>@media (prefers-color-scheme: dark) {{{''.join(rules)} }}</style>"
 
 
 def picture() -> str:
     """The picture as SVG; the same text for the same results."""
-    colors = dict.fromkeys(("text.color", "axes.labelcolor", "ytick.labelcolor"), INK)
-    plt.rcParams.update(
-        {"svg.hashsalt": "secateur", "font.size": 11, "axes.edgecolor": OTHERS, **colors}
-    )
+    words = ("text.color", "axes.labelcolor", "ytick.labelcolor", "xtick.labelcolor")
+    plt.rcParams.update({"svg.hashsalt": "secateur", "font.size": 12, **dict.fromkeys(words, INK)})
     # as narrow as a phone, where wider pictures have letters too small to read
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.8, 5.8), layout="constrained")
-    title = "Loss added by 50 % zeros (lower is better)"
-    bars(upper, excess(), "{:.2f}", title, "SmolLM2-135M, WikiText-2, nats per token")
-    title = "Tokens per second (higher is better)"
-    bars(lower, speed(), "{:.0f}", title, "SmolLM2-135M, one text at a time, two CPU cores")
+    figure, axes = plt.subplots(figsize=(6.2, 4.8), layout="constrained")
+    for maker, (color, marks, files) in MAKERS.items():
+        found = points(files)
+        sizes, heights = [x for x, _, _ in found], [y for _, y, _ in found]
+        if found:
+            axes.plot(sizes, heights, marks, color=color, label=maker, markersize=7, linewidth=2.2)
+        for size, height, file in found:
+            label(axes, (size, height), file, color, above="-" not in marks)
+    heights = (0.05, 0.1, 0.2, 0.5, 1, 1.5)
+    axes.set_yscale("log")
+    axes.set_yticks(heights, labels=[f"{x:g}" for x in heights])
+    axes.set_yticks((), minor=True)
+    axes.margins(x=0.12, y=0.1)
+    axes.grid(axis="y", color=GRID)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    title = "Divergence from the original model, nats: lower is better"
+    axes.set_title(title, loc="left", fontsize=12.5)
+    axes.set_xlabel("size of the file, MiB: further left is smaller", loc="left")
+    axes.legend(frameon=False, loc="upper right")
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue().replace(" <metadata>", f" {DARK}\n <metadata>", 1)
+    return text.getvalue().replace(" <metadata>", f" {night()}\n <metadata>", 1)
+
+
+def label(axes: Any, place: tuple[float, float], file: str, color: str, above: bool) -> None:
+    """The name of a file beside its point: above, or below it."""
+    if file in UNNAMED:
+        return
+    for maker in ("secateur ", "llama.cpp ", "pure ", "auto-round "):
+        file = file.removeprefix(maker)
+    side, ways = (6, ("left", "bottom")) if above else (-6, ("right", "top"))
+    axes.annotate(file, place, (side, side), textcoords="offset points", color=color,
+                  fontsize=10.5, ha=ways[0], va=ways[1])  # fmt: skip
 
 
 def main() -> None:

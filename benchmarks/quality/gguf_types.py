@@ -335,7 +335,25 @@ def shown(model: str) -> Callable[[list[dict[str, Any]]], tuple[list[str], list[
 
 
 MODELS = ("smollm2-768", "wide-qwen", "wide-gemma", "smollm2-135m")
-TABLES = {"ratios": ratios, **{name: shown(name) for name in MODELS}}
+
+
+def readme(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A fit beside llama.cpp's files of its size and of its quality, on WikiText-2."""
+    known = {row["contender"]: row for row in rows if row["model"] == "smollm2-768"}
+    lines = []
+    for label, name in FIRST.items():
+        judged, size = known[name]["wiki"], known[name]["file"] / 2**20
+        numbers = (f"{size:.1f}", f"{judged['divergence']:.2f}", f"{judged['agreement']:.0%}")
+        lines.append([label, *numbers])
+    return ["", "MiB", "divergence", "same next token"], lines
+
+
+FIRST = {
+    "llama.cpp, Q3_K throughout": "llama.cpp pure Q3_K",
+    "**`fit`**": "fit 3.5 bits",
+    "llama.cpp, Q3_K_M": "llama.cpp Q3_K_M",
+}
+TABLES = {"readme": readme, "ratios": ratios, **{name: shown(name) for name in MODELS}}
 
 
 def main() -> None:

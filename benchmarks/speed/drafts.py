@@ -111,8 +111,14 @@ def bfloat16(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["draft", "temperature", *KINDS], lines
 
 
+def readme(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The speed-ups of our own draft."""
+    columns, lines = bfloat16(rows)
+    return columns[1:], [line[1:] for line in lines if line[0] == BEST]
+
+
 BEST = "secateur draft"
-TABLES = {"bfloat16": bfloat16}
+TABLES = {"readme": readme, "bfloat16": bfloat16}
 
 
 def main() -> None:
