@@ -60,7 +60,7 @@ RATCHETS: Mapping[str, float] = {
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 78627,
+    "words of documentation": 78480,
     "lines of tests": 62762,
     "sentences that tests compare": 49,
     "names of options": 178,
