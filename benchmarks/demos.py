@@ -17,6 +17,7 @@ from secateur.runs.records import read_record
 from secateur.steps.demo import DemoResult
 
 MEASURES = ("src/secateur/steps/demo.py",)
+MINUTES = 10
 
 
 def rows_of(result: DemoResult, day: str) -> Rows:

@@ -50,6 +50,7 @@ MEASURES = (
     "src/secateur/quantization",
     "src/secateur/runtime",
 )
+MINUTES = 150
 
 MODEL = "smollm2-135m"
 INT8: dict[str, Any] = {"values": "int8", "embeddings": "int8"}

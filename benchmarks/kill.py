@@ -31,6 +31,7 @@ from cases import CASES, make_sources  # noqa: E402
 from contents import contents  # noqa: E402
 
 MEASURES = ("src/secateur/runs",)
+MINUTES = 240
 
 CHILD = """
 import json, sys

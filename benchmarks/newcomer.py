@@ -24,7 +24,8 @@ from typing import Any
 from benchmarks.hardware import heading, keep
 from benchmarks.stored import known_rows
 
-MEASURES = ("src/secateur/cli", "src/secateur/steps/demo.py")
+MEASURES = ("src/secateur/steps/prune.py", "src/secateur/steps/compress.py")
+MINUTES = 20
 
 REPOSITORY = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?\n"

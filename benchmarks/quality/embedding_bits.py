@@ -1,7 +1,6 @@
 """What embedding and head lose with fewer bits, what they take, and how fast a model decodes.
 
     python -m benchmarks.quality.embedding_bits MODEL --text FILE --calibration FILE [--windows 8]
-    python -m benchmarks.quality.embedding_bits MODEL --text FILE --pairs [--windows 16]
 
 MODEL (SmolLM2-135M, whose one matrix is both) is stored with linears in bfloat16, and embeddings in
 bfloat16, in int8, and in int4 with groups of 32, 64 and 128, rounded to the nearest value or with
@@ -15,18 +14,11 @@ time. The machine was busy, and only the fastest of several hundred tokens says 
 
 The other rows of int4 linears have the linears of the one with int4 embeddings. Every finished row
 is kept in `results/embedding-bits.json` at once, and skipped when it is there.
-
-`--pairs` asks whether int8 embeddings cost anything beside linears in int8 and in int4 (rounded to
-the nearest value): the loss with them minus the loss with bfloat16 embeddings, window by window,
-the mean and its standard error. Windows are of 1024 tokens of the text for MODEL, and 128 of 256
-letters of held-out files for the small Llama of `tests/support/trained.py`. Both run in bfloat16 as users
-run them. The rows are in `results/embedding-pairs.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +28,6 @@ from benchmarks.hardware import add, heading, keep, markdown
 from benchmarks.stored import known_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoTokenizer
 
 import secateur
@@ -44,10 +35,9 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.runtime.decode import Decoder
 from secateur.timing import alternate, seconds_of
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
-from trained import save_trained, source_ids
-
 MEASURES = ("src/secateur/quantization", "src/secateur/runtime/packed.py")
+PROOF = ("llama/int8", "llama/int4", "llama/embeddings")
+MINUTES = 40
 
 LENGTH, PROMPT, STEPS, TURNS = 512, 64, 3, 144
 GROUPS = (32, 64, 128)
@@ -121,43 +111,6 @@ def fastest_tokens(folders: list[Path], prompt: Tensor) -> list[float]:
     return alternate(decoders, some_tokens, min, turns=TURNS)
 
 
-@torch.inference_mode()
-def losses(folder: Path, windows: Tensor) -> Tensor:
-    """The loss of every window [windows], as the model runs."""
-    model = secateur.load(folder)
-    found = (model(input_ids=w[None]).logits[0, :-1].float() for w in windows)
-    pairs = zip(found, windows, strict=True)
-    return torch.stack([functional.cross_entropy(x, w[1:]) for x, w in pairs]).double()
-
-
-def compare_pairs(args: argparse.Namespace, scratch: Path) -> None:
-    """What int8 embeddings cost beside linears of integers, in both models."""
-    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(encoding="utf-8"))
-    text = torch.tensor(ids["input_ids"])[: args.windows * 1024].view(-1, 1024)
-    letters = source_ids(held_out=True)[: 128 * 256].view(-1, 256)
-    small = save_trained(scratch / "trained")
-    for name, model, windows in (("trained", small, letters), ("smollm2", args.model, text)):
-        for linears in ("int8", "int4"):
-            judged = {}
-            for embeddings in ("keep", "int8"):
-                folder = scratch / f"{name}-{linears}-{embeddings}"
-                made = secateur.compress(
-                    model, output=folder, values=linears, embeddings=embeddings
-                )
-                judged[embeddings] = losses(folder, windows), made.file_bytes
-            (kept, larger), (rounded, smaller) = judged.values()
-            paired = rounded - kept
-            row = {
-                "model": name, "linears": linears, "windows": len(windows),
-                "tokens": windows.shape[1], "loss": float(kept.mean()),
-                "difference": float(paired.mean()),
-                "standard_error": float(paired.std()) / len(paired) ** 0.5,
-                "bytes_kept": larger, "bytes_int8": smaller,
-            }  # fmt: skip
-            add("embedding-pairs", {"protocol": __doc__}, row)
-            print(row, flush=True)
-
-
 def bits(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Loss and divergence by how embedding and head are stored, linears in bfloat16."""
     of = {(r["embeddings"], r["group"], r["calibrated"]): r for r in rows
@@ -173,17 +126,7 @@ def bits(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return [*columns, "with text: loss, KL"], lines
 
 
-def pairs(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """What int8 embeddings add to the loss, beside linears of integers."""
-    lines = [
-        [row["model"], row["linears"], f"{row['difference']:+.4f} ± {row['standard_error']:.4f}",
-         f"{row['bytes_kept'] / 1e6:.2f} → {row['bytes_int8'] / 1e6:.2f} MB"]
-        for row in rows
-    ]  # fmt: skip
-    return ["model", "beside", "loss", "files"], lines
-
-
-TABLES = {"bits": bits, "pairs": pairs}
+TABLES = {"bits": bits}
 
 
 def main() -> None:
@@ -191,15 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--pairs", action="store_true")
+    parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="keeps the folders for the next call")
     args = parser.parse_args()
-    if args.pairs:
-        with tempfile.TemporaryDirectory() as temporary:
-            compare_pairs(args, Path(temporary))
-        return
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"])
     windows = ids[: args.windows * LENGTH].view(args.windows, LENGTH)

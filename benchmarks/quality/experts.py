@@ -57,6 +57,7 @@ MEASURES = (
 
 STEPS, CALIBRATION, JUDGED, DRAWS = 2000, 128, 180, 5
 KEPT, BITS = (0.75, 0.5), ("int8", "int4", "int3", "int2")
+MINUTES = 110
 GLOBAL = ("reap", "divergence", "frequency")
 """Scores that compare layers."""
 EFFORTS = {"": "fast", ", tuned": "balanced", ", healed": "thorough"}

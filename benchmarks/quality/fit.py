@@ -54,6 +54,8 @@ from secateur.models.sources import resolve
 from secateur.steps.fitting.bench import FitBench, best_of
 
 MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting", "src/secateur/quantization")
+PROOF = ("llama/fit", "llama/loss fit")
+MINUTES = 270
 
 TABLE = "fit-rivals"
 PROTOCOL = {"judged": "excess loss in nats; see benchmarks/quality/fit.py"}

@@ -33,6 +33,8 @@ from secateur.steps.fitting.problem import FitProblem
 from secateur.steps.fitting.survey import survey_model
 
 MEASURES = ("src/secateur/steps/fit.py", "src/secateur/steps/fitting")
+PROOF = ("llama/fit", "llama/loss fit")
+MINUTES = 27
 
 MIB = 2**20
 

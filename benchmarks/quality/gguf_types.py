@@ -63,6 +63,7 @@ MEASURES = (
     "src/secateur/steps/fitting",
     "src/secateur/exporting/gguf",
 )
+MINUTES = 95
 
 TABLE = "gguf-types"
 PROTOCOL = {"judged": "see benchmarks/quality/gguf_types.py"}

@@ -23,7 +23,8 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.decode import SlotDecoder
 
-MEASURES = ("src/secateur/runtime/decode.py",)
+MEASURES = ("src/secateur/runtime/decode.py", "src/secateur/runtime/kernels/csrc/attention.c")
+MINUTES = 3
 
 CACHES = (None, "bf16", "int8")
 

@@ -45,6 +45,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
 from trained import save_trained, source_text
 
 MEASURES = ("src/secateur/quantization", "src/secateur/sparsity/solvers")
+PROOF = ("llama/joint", "llama/int4", "llama/int3")
+MINUTES = 150
 
 COLUMNS: dict[str, tuple[str, dict[str, int]]] = {
     "50 % + int8": ("unstructured", {"bits": 8}),

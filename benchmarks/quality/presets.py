@@ -47,6 +47,8 @@ from secateur.recipes.prune import presets
 from secateur.recipes.reading import filled_in
 
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity")
+PROOF = ("llama/wanda", "llama/sparsegpt", "llama/alps", "llama/balanced", "llama/best")
+MINUTES = 600
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
            "4:8": (0.5, "4:8"), "8:16": (0.5, "8:16"), "6:8": (0.25, "6:8")}  # fmt: skip

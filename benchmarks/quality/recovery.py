@@ -33,6 +33,8 @@ from benchmarks.stored import alone, known_rows
 import secateur
 
 MEASURES = ("src/secateur/training",)
+PROOF = ("llama/balanced", "llama/train", "llama/teacher")
+MINUTES = 140
 
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,7 @@ and ALPS run in the papers' order (`--sequential layer`), with the parameters of
 Float32, one thread, no times.
 
 Every finished row is kept in `results/bench-balanced.json` at once and skipped when it is there;
-`--name` keeps rows of another training of the models apart. In `results/bench-hidden.json` are the
-weights of the loss on hidden states.
+`--name` keeps rows of another training of the models apart.
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
@@ -35,6 +34,8 @@ from benchmarks.stored import known_rows
 import secateur
 
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity", "src/secateur/training/distillation.py")
+PROOF = ("llama/sequential", "llama/alps", "llama/balanced")
+MINUTES = 90
 
 NAME = "bench-balanced"
 MODELS = ("gemma", "gpt2", "qwen", "experts")
@@ -51,8 +52,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "best": {"effort": "best"},
     "balanced, uniform": UNIFORM,
     "thorough": {"effort": "thorough"},
-    "thorough, hidden 0": {"effort": "thorough", "distill_hidden": 0.0},
-    "thorough, hidden 10": {"effort": "thorough", "distill_hidden": 10.0},
     "balanced, damping 0.05": {**UNIFORM, "asymmetric_damping": 0.05},
     "balanced, damping 0.8": {**UNIFORM, "asymmetric_damping": 0.8},
     "balanced, symmetric": {**UNIFORM, "asymmetric": False},
@@ -69,15 +68,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "best, not distilled": {"effort": "best", "distill_epochs": 0},
     "best, sweeps of 4": {"effort": "best", "distill_sweep_windows": 4},
     "best, sweeps of 16": {"effort": "best", "distill_sweep_windows": 16},
-    **{
-        f"best, {tokens:,} tokens, 1/{part} of the highest rate": {
-            "effort": "best",
-            "distill_tokens": tokens,
-            "distill_learning_rate": 0.25 / 96 / part,
-        }
-        for tokens in (49_152, 262_144)
-        for part in (1, 4, 16, 64)
-    },
 }
 MAIN = ("SparseGPT", "ALPS", "balanced", "best")
 LENGTH, WINDOWS = 256, 64
@@ -171,34 +161,7 @@ def families(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["", "ALPS", "balanced", "with uniform sparsity", "balanced, of ALPS"], lines
 
 
-def hidden(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Excess loss on held-out text and WikiText-2 by the weight of hidden states."""
-    named = {
-        "balanced": "`balanced`",
-        "thorough, hidden 0": "`thorough` with b = 0",
-        "thorough": "`thorough`, b = 3",
-        "thorough, hidden 10": "`thorough` with b = 10",
-    }
-    lines = [
-        [shown, *(_both(rows, m, row) for m in ("gemma", "qwen"))] for row, shown in named.items()
-    ]
-    return ["50 %", "Gemma", "Qwen"], lines
-
-
-def rates(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Excess loss of a small Gemma by the number of steps of 256 tokens, and the rate."""
-    parts, lines = ("1/1", "1/4", "1/16", "1/64"), []
-    for tokens in (49_152, 262_144):
-        names = [f"best, {tokens:,} tokens, {part} of the highest rate" for part in parts]
-        lines.append([str(tokens // 256), *(_both(rows, "gemma", name) for name in names)])
-    return ["steps", "0.25 / hidden size", "a quarter", "a 16th", "a 64th"], lines
-
-
-def _both(rows: Rows, model: str, row: str) -> str:
-    return ", ".join(f"{x:.3f}" for x in excess(rows, model, row, "50 %").values())
-
-
-TABLES = {"families": families, "hidden": hidden, "rates": rates}
+TABLES = {"families": families}
 
 
 def losers(rows: Rows) -> list[str]:

@@ -32,6 +32,8 @@ from secateur.recipes.reading import filled_in
 from secateur.recipes.structure import structure_presets
 
 MEASURES = ("src/secateur/structured", "src/secateur/engine/search")
+PROOF = ("llama/layers", "llama/osscar", "llama/hidden", "llama/recovered")
+MINUTES = 360
 
 MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
 LEVELS = (0.1, 0.2, 0.3, 0.5)

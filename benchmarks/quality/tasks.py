@@ -27,7 +27,8 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.load import load
 
-MEASURES = ("src/secateur/evaluation",)
+MEASURES = ("src/secateur/evaluation/tasks.py", "src/secateur/evaluation/harness.py")
+MINUTES = 10
 
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 

@@ -37,6 +37,7 @@ from secateur.training.lora import attach
 from secateur.training.masks import Masks
 
 MEASURES = ("src/secateur/training/callback.py", "src/secateur/training/masks.py")
+MINUTES = 21
 
 LENGTH, BATCH = 256, 4
 CPU = torch.device("cpu")

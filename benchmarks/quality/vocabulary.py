@@ -30,7 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.models.sources import resolve
 
-MEASURES = ("src/secateur/structured",)
+MEASURES = ("src/secateur/structured/vocabulary.py", "src/secateur/structured/token_pieces.py")
+PROOF = ("llama/vocabulary", "llama/vocabulary size")
+MINUTES = 4
 
 MODEL, LENGTH, WINDOWS, STRINGS = "smollm2-135m", 64, 200, 10_000
 

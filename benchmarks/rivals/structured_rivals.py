@@ -38,7 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-MEASURES = ("src/secateur/structured",)
+MEASURES = ()  # published code, none of ours
+MINUTES = 90
 
 STORED = "structured-rivals"
 LEVELS = (0.1, 0.2, 0.3, 0.5)

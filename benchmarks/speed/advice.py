@@ -34,7 +34,8 @@ from secateur.models.skeleton import build_skeleton
 from secateur.runtime.formats import WeightFormat
 from secateur.runtime.random_models import FormatTimer
 
-MEASURES = ("src/secateur/advisor",)
+MEASURES = ("src/secateur/advisor/advice.py", "src/secateur/runtime/random_models.py")
+MINUTES = 60
 
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 NAMES = [name for name in STORED if name.startswith(("50 %", "dense"))]

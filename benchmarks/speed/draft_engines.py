@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 MEASURES = ("src/secateur/steps/draft.py",)
+MINUTES = 30
 
 HERE, NAME, SAMPLE = Path(__file__).parent, "draft-engines", "smollm2-135m"
 TOKENS, PROPOSED = 48, 3

@@ -29,6 +29,7 @@ from secateur.runtime.speculative import DraftedText, Drafter, Guess, open_draft
 from secateur.steps.bench import drafted_speed
 
 MEASURES = ("src/secateur/runtime/speculative.py", "src/secateur/steps/draft.py")
+MINUTES = 40
 
 NAME = "drafts"
 PROTOCOL = {"calls": 8, "prompt_tokens": 64, "script": "benchmarks/speed/drafts.py"}

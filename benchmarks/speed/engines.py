@@ -37,6 +37,7 @@ from benchmarks.stored import known_rows
 import secateur
 
 MEASURES = ("src/secateur/exporting",)
+MINUTES = 120
 
 HERE, NAME = Path(__file__).parent, "engines"
 SAMPLE, TOKENS, TIMED, THREADS = "smollm2-135m", 24, 48, 2

@@ -40,6 +40,7 @@ from secateur.exporting.gguf.edit import Edit, Kept, written
 from secateur.models.gguf_file import GGUFSource, block_bytes
 
 MEASURES = ("src/secateur/exporting/gguf/edit.py", "src/secateur/models/gguf_file.py")
+MINUTES = 15
 Q = gguf.GGMLQuantizationType
 HIDDEN, NEURONS, EXPERTS, KEPT, WORDS = 2048, 768, 64, 48, 151_936
 PIECE_BYTES = 2**22

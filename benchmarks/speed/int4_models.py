@@ -30,7 +30,8 @@ import secateur
 from secateur.evaluation.speed import take_turns
 from secateur.runtime.packed import PackedCheckpoint, PlannedFile, write_packed
 
-MEASURES = ("src/secateur/runtime",)
+MEASURES = ("src/secateur/runtime/kernels/csrc", "src/secateur/runtime/decode.py")
+MINUTES = 45
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 SHAPES: dict[str, dict[str, Any]] = {

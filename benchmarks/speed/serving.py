@@ -45,7 +45,8 @@ from benchmarks.hardware import heading, keep, markdown, watched_memory
 import secateur
 from secateur.models.tokenizer import load_tokenizer
 
-MEASURES = ("src/secateur/serving", "src/secateur/runtime")
+MEASURES = ("src/secateur/serving/scheduler.py", "src/secateur/runtime/kernels/csrc")
+MINUTES = 60
 
 CLIENTS = (1, 4, 8, 16)
 NEW_TOKENS, PROMPT_TOKENS, LONG_TOKENS = 96, 60, 512

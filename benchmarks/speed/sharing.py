@@ -24,6 +24,7 @@ from secateur.sparsity.shifted_inverse import ShiftedInverse
 from secateur.sparsity.solvers.alps import ALPS
 
 MEASURES = ("src/secateur/sparsity/shared_rows.py", "src/secateur/parallel/ranks.py")
+MINUTES = 1
 COUNTS = (1, 2, 4, 8)
 
 

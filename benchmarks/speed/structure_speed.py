@@ -50,7 +50,8 @@ from secateur.structured.cut_plan import plan_cut, representative, uniform_cut
 from secateur.structured.design import Accounting, design
 from secateur.structured.surgery import cut_checkpoint
 
-MEASURES = ("src/secateur/structured", "src/secateur/runtime")
+MEASURES = ("src/secateur/structured/surgery.py", "src/secateur/runtime/kernels/csrc")
+MINUTES = 60
 
 MULTIPLE = 32
 KINDS = {

@@ -19,8 +19,8 @@ class WrittenOut(TorchFunctionMode):
     """Within this context, attention is two products and a softmax, all in bfloat16.
 
     torch's fused kernel for CPUs reaches a fraction of the speed of its bfloat16 products, so this
-    is faster on short windows (`benchmarks/speed/attention.py`). The costs: probabilities
-    are kept for the backward, and scores are rounded to 8 bits before the softmax.
+    is faster on short windows. The costs: probabilities are kept for the backward, and scores are
+    rounded to 8 bits before the softmax.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,6 +76,6 @@ def writes_out(device: torch.device, length: int) -> bool:
     """Whether training writes the scores out for windows of this many tokens.
 
     It does on processors with bfloat16 products, up to `LONGEST` tokens. At 1024 tokens it is not
-    faster (`benchmarks/speed/attention.py`), and the probabilities grow with its square.
+    faster, and the probabilities grow with its square.
     """
     return device.type == "cpu" and fast_dtype(device) is not None and length <= LONGEST

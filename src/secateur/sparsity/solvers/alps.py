@@ -75,8 +75,7 @@ class ALPS(RoundingSolver):
     Large Language Models", arXiv:2406.07831. Deviations: ρ follows a fixed course; the released
     code raises it by the change of the support. (A + ρI)⁻¹ is a sum of a few inverses in float32
     (`ShiftedInverse`); the released code computes it for each ρ from an eigendecomposition in
-    float64. Weights may also compete within rows or blocks. Counts are exact. Errors are no larger
-    than those of the released code (see `benchmarks/`).
+    float64. Weights may also compete within rows or blocks. Counts are exact.
 
     Args:
         iterations: of ADMM, at most.
