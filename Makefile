@@ -55,7 +55,7 @@ audit: $(READY)
 	$(BIN)/python tools/audit.py --strict
 
 numbers: $(READY)
-	$(BIN)/python tools/measured_tables.py --old
+	$(BIN)/python tools/old_results.py
 
 docs: $(READY)
 	$(BIN)/python tools/build_site.py

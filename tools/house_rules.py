@@ -61,7 +61,7 @@ RATCHETS: Mapping[str, float] = {
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
     "words of documentation": 78480,
-    "lines of tests": 62762,
+    "lines of tests": 62809,
     "sentences that tests compare": 49,
     "names of options": 178,
 }

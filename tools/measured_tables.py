@@ -2,7 +2,6 @@
 
     python tools/measured_tables.py
     python tools/measured_tables.py --check       # fail for what is out of date or shown nowhere
-    python tools/measured_tables.py --old         # results older than the code that they measure
     python tools/measured_tables.py --unwritten   # tables of numbers that no script writes
 
 A table stands between `<!-- measured: RESULT TABLE -->` and `<!-- end -->`. RESULT is a file of
@@ -22,7 +21,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -66,6 +64,8 @@ class Result(NamedTuple):
         when = " to ".join(sorted({min(days), max(days)}))
         script = self.content["script"].replace(".", "/") + ".py"
         last = f"commit {self.content['commit']}: {machine}; {', '.join(torch)}"
+        same = self.content.get("same_as")
+        last += f"; commit {same['commit']} writes the same weights" if same else ""
         return f"<sub>`{script}`, {when}, {last}.</sub>"
 
     def lines(self, name: str) -> Iterator[str]:
@@ -122,19 +122,6 @@ def lonely(results: Iterable[str]) -> list[str]:
     return [name for name in results if not users(name)]
 
 
-def old(results: dict[str, Result]) -> Iterator[str]:
-    """Each result that is older than the code that it measures, with the number of changes."""
-    for result in results.values():
-        paths = list(result.script.MEASURES)
-        since = f"{result.content['commit']}..HEAD"
-        command = ["git", "-C", str(ROOT), "log", "--oneline", since, "--", *paths]
-        changes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        if changes:
-            count = len(changes.splitlines())
-            day = result.content["heading"].rpartition("; ")[2]
-            yield f"{result.name}: of {day}; {count} changes since in {' '.join(paths)}"
-
-
 def is_number(cell: str) -> bool:
     """Whether a cell has numbers and units, and nothing else."""
     return any(map(str.isdigit, cell)) and set(PUNCTUATION.sub(" ", cell).split()) <= UNITS
@@ -156,8 +143,8 @@ def main() -> None:
     """Write the pages, check them, or list what is old or unwritten."""
     sys.path.insert(0, str(ROOT))
     results = read_results()
-    if "--old" in sys.argv or "--unwritten" in sys.argv:
-        print("\n".join(old(results) if "--old" in sys.argv else unwritten()))
+    if "--unwritten" in sys.argv:
+        print("\n".join(unwritten()))
         return
     texts = {
         page.relative_to(ROOT): written(page.read_text(encoding="utf-8"), results)

@@ -67,9 +67,10 @@ FILES = {
 
 def pretend() -> None:
     """Fix the clock and the machine. Modules that keep the real ones are imported before."""
-    libraries = ("matplotlib.pyplot", "psutil", "torch", "transformers", "yaml")
-    for name in (*libraries, "secateur.advisor.facts"):  # a field of its models is a date
+    for name in ("matplotlib.pyplot", "psutil", "torch", "transformers", "yaml"):
         importlib.import_module(name)
+    with contextlib.suppress(ImportError):  # older code has no such module
+        importlib.import_module("secateur.advisor.facts")  # a field of its models is a date
     import psutil
 
     time.time, time.perf_counter, time.monotonic = CLOCKS

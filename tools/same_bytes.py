@@ -3,12 +3,15 @@
     python tools/same_bytes.py --write FILE      # at the commit before the change
     python tools/same_bytes.py --compare FILE    # after it: names what changed, and exits with 1
     python tools/same_bytes.py --compare FILE --only 'llama/*,help' --keep FOLDER
+    python tools/same_bytes.py --write FILE --only 'llama/*' --source CHECKOUT
 
 It runs the command lines of `same_bytes.yaml` on tiny models, kills the cases of
 `tests/runs/cases.py` at a few points and resumes them, and reads every `--help`. A digest stands
-for a file, or for an entry at the top of a JSON file, so the comparison names the entry. `--keep`
-copies all files to a folder; `diff -r` of two such folders shows what is different. `--only` takes
-names such as `llama/wanda`, `killed/prune`, `help`, `options.md`, `python` and `refused`.
+for a file, or for an entry at the top of a JSON file, so the comparison names the entry; a second
+one of a safetensors file for its tensors alone. `--keep` copies all files to a folder; `diff -r` of
+two such folders shows what is different. `--only` takes names such as `llama/wanda`,
+`killed/prune`, `help`, `options.md`, `python` and `refused`.
+`--source` runs the command lines with the code of another checkout, on inputs that this one makes.
 
 Only what is public is called: the command line, functions of `secateur`, models and cases of the
 tests. Clock and hardware are pretended (`pretended_machine.py`), and all files lie in one folder.
@@ -37,7 +40,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from option_files import pages as option_pages
 from pretended_machine import REAL_CLOCK, in_fork, pretend
 from same_bytes_inputs import loaded_values, make_inputs, mistakes
 
@@ -158,40 +160,70 @@ def entries(file: Path, kind: str, name: str) -> Digests:
             if isinstance(values, dict) and values:
                 parts = {f"{name}#": [*values], **{f"{name}#{k}": x for k, x in values.items()}}
                 return {key: digest(json.dumps(x).encode()) for key, x in parts.items()}
-    return {name: digest(content)}
+    found = {name: digest(content)}
+    if kind == "safetensors":
+        with contextlib.suppress(ValueError):  # a case may write half a file
+            found[f"{name}#tensors"] = digest(tensors(content))
+    return found
 
 
-def documents() -> Iterator[tuple[str, Digests]]:
-    """The digests of every help, of the page of options, and of every public function."""
-    import secateur
+def tensors(content: bytes) -> bytes:
+    """The content of a safetensors file without what its header says beside the tensors."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header.pop("__metadata__", None)
+    return json.dumps(header, sort_keys=True).encode() + content[8 + size :]
+
+
+def helps() -> Digests:
+    """The digests of every help."""
     from secateur.recipes.verbs import VERBS
 
-    out, err = PRINTED / "python.out", PRINTED / "python.err"
-    in_fork(partial(loaded_values, SOURCES), out, err)
-    values = entries(out, "json", "values")
-    helps: Digests = {}
+    found: Digests = {}
     for verb in ("secateur", *VERBS):
         words = [*([verb] if verb in VERBS else []), "--help"]
         out, err = (PRINTED / "help" / f"{verb}.{x}" for x in ("out", "err"))
         in_fork(partial(command, *words), out, err)
-        helps[verb] = digest(out.read_bytes())
-    yield "help", helps
-    yield "options.md", {file: digest(text.encode()) for file, text in option_pages().items()}
+        found[verb] = digest(out.read_bytes())
+    return found
+
+
+def options() -> Digests:
+    """The digests of the page of options."""
+    from option_files import pages as option_pages
+
+    return {file: digest(text.encode()) for file, text in option_pages().items()}
+
+
+def public() -> Digests:
+    """The digests of every public function, and of what those without a command line give."""
+    import secateur
+
+    out, err = PRINTED / "python.out", PRINTED / "python.err"
+    in_fork(partial(loaded_values, SOURCES), out, err)
     shown = {"names": digest(repr(secateur.__all__).encode())}
     for name in secateur.__all__:
-        public = getattr(secateur, name)
-        if inspect.isfunction(public):
-            parameters = inspect.signature(public).parameters.values()
+        function = getattr(secateur, name)
+        if inspect.isfunction(function):
+            parameters = inspect.signature(function).parameters.values()
             each = [(p.name, str(p.kind), repr(p.default)) for p in parameters]
-            text = re.sub(" at 0x[0-9a-f]+", "", f"{each} {inspect.getdoc(public)}")
+            text = re.sub(" at 0x[0-9a-f]+", "", f"{each} {inspect.getdoc(function)}")
             shown[name] = digest(text.encode())
-    yield "python", shown | values
-    refused: Digests = {}
+    return shown | entries(out, "json", "values")
+
+
+def refusals() -> Digests:
+    """The digests of what is said of mistakes."""
+    out, err = PRINTED / "refused.out", PRINTED / "refused.err"
+    found: Digests = {}
     for line in mistakes():
         if not line.startswith("serve"):
             in_fork(partial(command, *shlex.split(line)), out, err)
-            refused[line] = digest(out.read_bytes() + err.read_bytes())
-    yield "refused", refused
+            found[line] = digest(out.read_bytes() + err.read_bytes())
+    return found
+
+
+DOCUMENTS = {"help": helps, "options.md": options, "python": public, "refused": refusals}
 
 
 class Events:
@@ -268,7 +300,7 @@ def digests(only: str) -> Digests:
     from cases import CASES
 
     lines, done, parts = command_lines(), dict[str, Digests](), dict[str, Digests]()
-    parts |= {name: found for name, found in documents() if is_asked(name, only)}
+    parts |= {name: read() for name, read in DOCUMENTS.items() if is_asked(name, only)}
     for name in [*lines, *(f"killed/{x}" for x in CASES)]:
         if not is_asked(name, only):
             continue
@@ -294,17 +326,36 @@ def compare(before: Digests, after: Digests) -> int:
     return int(before != after)
 
 
-def environment() -> dict[str, str]:
-    """The environment that everything runs in."""
+def start(source: Path, stage: str) -> None:
+    """Run this program anew, in the environment that everything runs in, with a checkout's code."""
     tests = sorted({x.parent for x in (ROOT / "tests").rglob("*.py")})
-    folders = [ROOT / "src", ROOT / "tools", *tests]
+    folders = [source / "src", ROOT / "tools", *tests]
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON")}
-    return {
+    ours = {name: value for name, value in os.environ.items() if name.startswith("SECATEUR_")}
+    environment = ours | {
         "PATH": os.environ["PATH"], "HOME": str(PLACE / "home"), "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join(map(str, folders)), "COLUMNS": "100",
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "0",
-        "MPLBACKEND": "agg", "LANG": "C.UTF-8", "TZ": "UTC", "SAME_BYTES": "1", **threads,
+        "MPLBACKEND": "agg", "LANG": "C.UTF-8", "TZ": "UTC", "SAME_BYTES": stage, **threads,
     }  # fmt: skip
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def prepare(source: Path) -> None:
+    """Make the inputs with the code of this checkout, and fill what forks would fill anew."""
+    pretend()
+    if os.environ["SAME_BYTES"] == "own":
+        shutil.rmtree(PLACE, ignore_errors=True)
+        (PLACE / "home").mkdir(parents=True)
+        importlib.import_module("everywhere").warm_up()
+        out, err = PRINTED / "inputs.out", PRINTED / "inputs.err"
+        if in_fork(partial(make_inputs, SOURCES, families()), out, err):
+            sys.exit(err.read_text())
+        if source != ROOT:
+            start(source, "other")
+    warm_up()
+    gc.collect()
+    gc.freeze()  # or the first collection in a fork copies every page
 
 
 def main() -> int:
@@ -315,21 +366,13 @@ def main() -> int:
     what.add_argument("--compare", type=Path, metavar="FILE", help="compare with such a file")
     parser.add_argument("--only", default="*", metavar="PATTERNS", help="only names like these")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy all files to there")
+    parser.add_argument("--source", type=Path, default=ROOT, metavar="CHECKOUT", help="whose code")
     args = parser.parse_args()
     if "SAME_BYTES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment())
+        start(ROOT, "own")
     with PLACE.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run uses the same folder
-        shutil.rmtree(PLACE, ignore_errors=True)
-        (PLACE / "home").mkdir(parents=True)
-        pretend()
-        importlib.import_module("everywhere").warm_up()
-        out, err = PRINTED / "inputs.out", PRINTED / "inputs.err"
-        if in_fork(partial(make_inputs, SOURCES, families()), out, err):
-            parser.exit(2, err.read_text())
-        warm_up()
-        gc.collect()
-        gc.freeze()  # or the first collection in a fork copies every page
+        prepare(args.source)
         found = digests(args.only)
         if args.keep:
             shutil.copytree(PLACE, args.keep, symlinks=True, dirs_exist_ok=True)

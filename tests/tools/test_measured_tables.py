@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import measured_tables
 from house_numbers import pages
-from measured_tables import ROOT, Result, lonely, old, read_results, unwritten, written
+from measured_tables import ROOT, Result, lonely, read_results, unwritten, written
 
 RESULTS = read_results()
 
@@ -24,22 +23,13 @@ def test_a_page_says_what_was_measured(page: Path) -> None:
 @pytest.mark.parametrize("result", RESULTS.values(), ids=[*RESULTS])
 def test_a_result_names_its_script_and_what_it_measures(result: Result) -> None:
     assert len(result.content["commit"]) >= 8
-    paths = result.script.MEASURES
-    assert paths
-    assert all((ROOT / path).exists() for path in paths)
+    assert all((ROOT / path).exists() for path in result.script.MEASURES)
+    assert result.script.MINUTES > 0
 
 
 def test_every_result_is_shown() -> None:
     assert lonely(RESULTS) == []
     assert lonely(["nowhere"]) == ["nowhere"]
-
-
-def test_a_result_is_old_when_what_it_measures_has_changed() -> None:
-    command = ["git", "-C", str(ROOT), "rev-list", "--max-parents=0", "HEAD"]
-    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    content = RESULTS["presets"].content
-    results = {x: Result(x, {**content, "commit": x}) for x in (first, "HEAD")}
-    assert [line.partition(":")[0] for line in old(results)] == [first]
 
 
 def test_tables_of_numbers_that_no_script_writes_are_found(
