@@ -89,6 +89,8 @@ def weights(commit: str, cases: Sequence[str]) -> dict[str, Digests]:
     checkout, found = KEPT / commit, KEPT / "found.json"
     KEPT.mkdir(parents=True, exist_ok=True)
     git("worktree", "add", "--detach", str(checkout), commit)
+    version = [sys.executable, "setup.py", "-q", "egg_info"]  # runs record it
+    subprocess.run(version, check=True, cwd=checkout, capture_output=True)
     command = [sys.executable, str(ROOT / "tools/same_bytes.py"), "--source", str(checkout)]
     command += ["--only", ",".join(wanted), "--write", str(found)]
     subprocess.run(command, check=True, env={**os.environ, "SECATEUR_KERNELS": "none"})
