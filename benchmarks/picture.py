@@ -73,7 +73,7 @@ def picture() -> str:
     words = ("text.color", "axes.labelcolor", "ytick.labelcolor", "xtick.labelcolor")
     plt.rcParams.update({"svg.hashsalt": "secateur", "font.size": 12, **dict.fromkeys(words, INK)})
     # as narrow as a phone, where wider pictures have letters too small to read
-    figure, axes = plt.subplots(figsize=(6.2, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.2, 4.8), constrained_layout=True)
     for maker, (color, marks, files) in MAKERS.items():
         found = points(files)
         sizes, heights = [x for x, _, _ in found], [y for _, y, _ in found]
@@ -81,9 +81,9 @@ def picture() -> str:
             axes.plot(sizes, heights, marks, color=color, label=maker, markersize=7, linewidth=2.2)
         for size, height, file in found:
             label(axes, (size, height), file, color, above="-" not in marks)
-    heights = (0.05, 0.1, 0.2, 0.5, 1, 1.5)
+    marked = (0.05, 0.1, 0.2, 0.5, 1, 1.5)
     axes.set_yscale("log")
-    axes.set_yticks(heights, labels=[f"{x:g}" for x in heights])
+    axes.set_yticks(marked, labels=[f"{x:g}" for x in marked])
     axes.set_yticks((), minor=True)
     axes.margins(x=0.12, y=0.1)
     axes.grid(axis="y", color=GRID)
