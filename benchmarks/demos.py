@@ -21,7 +21,7 @@ MINUTES = 10
 
 
 def rows_of(result: DemoResult, day: str) -> Rows:
-    """A row for each way, and one for the draft."""
+    """A row for each way that has numbers."""
     e = result.protocol
     measured = (
         f"{e['cpu']}, {e['cpu_count']} cores, {e['threads']} threads; python {e['python']}, "
@@ -29,13 +29,7 @@ def rows_of(result: DemoResult, day: str) -> Rows:
     )
     named: dict[str, Any] = {"model": Path(result.model).name, "machine": e["cpu"]}
     named["measured"] = measured
-    found = [{**named, **row.to_json()} for row in result.found]
-    if result.draft is not None:
-        speed = next(x for x in found if x["way"] == "dense")["tokens_per_second"]
-        drafted = {"way": "dense, with int4 as its draft"}
-        drafted["tokens_per_second"] = speed * result.draft.speedup(0.0)
-        found.append({**named, **drafted})
-    return found
+    return [{**named, **row.to_json()} for row in result.rows if row.failure is None]
 
 
 def shown(rows: Rows) -> tuple[list[str], list[list[str]]]:

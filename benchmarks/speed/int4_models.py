@@ -8,8 +8,8 @@ the numbers of one random layer, each in memory of its own; speed does not depen
 Gemma 3 is of the shape of google/gemma-3-1b, and the mixtures have about a billion parameters.
 Contenders of a model take turns in one run: int8 and int4 in groups of 64, stored dense and with a
 bitmask, with 50 % and 70 % zeros in each row of the decoder's linears, or two of four; llama.cpp
-(xllamacpp) with every matrix in Q4_0. Embedding and head have the bits of the others. A prompt of
-`--prompt` tokens, 32 new ones, medians over rounds; llama.cpp times itself.
+with every matrix in Q4_0. Embedding and head have the bits of the others. A prompt of `--prompt`
+tokens, 32 new ones, medians over rounds.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ none whose layers differ.
 
 Engines: transformers in float32 and bfloat16, Secateur's own loop with bfloat16 weights and with
 int8 ones (`secateur compress --values int8 --embeddings int8` of the dense, cut model), and
-llama.cpp (xllamacpp) with Q8_0.
+llama.cpp with Q8_0.
 
 Each model is a process of its own. Within an engine the models take turns
 (`secateur.evaluation.speed`): a prompt of 256 tokens, then 32 new ones; medians over rounds, ratios
@@ -248,8 +248,9 @@ def main() -> None:
         args.work = args.work or Path(scratch)
         made: dict[str, list[Model]] = {}
         for name in args.engines:
-            if name.startswith("llama.cpp") and importlib.util.find_spec("xllamacpp") is None:
-                print(f"{name}: left out, xllamacpp is not installed", flush=True)
+            package = importlib.util.find_spec("llama_cpp_py_sync")
+            if name.startswith("llama.cpp") and package is None:
+                print(f"{name}: left out, it is not installed", flush=True)
                 continue
             if any(row["engine"] == name for row in rows):
                 continue

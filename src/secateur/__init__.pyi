@@ -170,7 +170,8 @@ def bench(
         contenders: Ways to run the model, separated by commas: packed, packed in transformers,
             dense bf16, dense int8, torch bf16, torch int8; or all. On a GPU packed in transformers
             and torch bf16 run. [packed, dense bf16, dense int8, torch bf16]
-        gguf: Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated. [none]
+        gguf: Also time this GGUF file in llama.cpp (needs the extra llamacpp); may be repeated.
+            [none]
         draft: Time the model as it is, with this draft and without, on prompts of four kinds:
             prose, code, chat, lists; at temperature 0 and 1. [none]
         prompt_tokens: Tokens in the prompt. [32]

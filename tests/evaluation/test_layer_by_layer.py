@@ -15,7 +15,8 @@ from zoo import CONFIGS, tiny_model, tiny_windows
 
 import secateur
 from secateur.engine import plan
-from secateur.engine.stream.layerwise import LayerwiseReader
+from secateur.engine.stream import layerwise
+from secateur.engine.stream.layerwise import LayerwiseReader, RememberingReader
 from secateur.errors import MemoryBudgetError
 from secateur.evaluation.divergence import divergence
 from secateur.evaluation.perplexity import computed_by, perplexity
@@ -87,6 +88,22 @@ def test_two_models_pass_in_the_same_portions(dense: Path, pruned: Path) -> None
         for one, other in ((found.model, expected.model), (found.reference, expected.reference)):
             assert vars(one) | same == vars(other) | same
         assert (found.kl, found.acceptance) == (expected.kl, expected.acceptance)
+
+
+def test_batches_are_remembered_and_others_are_read(
+    dense: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, walk = [], layerwise.walk_layers
+    reader = RememberingReader(by_layers(dense).target, STATES * 100)
+    monkeypatch.setattr(layerwise, "walk_layers", lambda x: read.append(x) or walk(x))
+    first = perplexity(reader, WINDOWS).losses
+    assert (first, len(read)) == (perplexity(load(dense), WINDOWS).losses, 1)
+    expected = divergence(load(pruned), load(dense), WINDOWS)
+    assert divergence(load(pruned), reader, WINDOWS).kl == expected.kl
+    assert len(read) == 1
+    other = WINDOWS.flip(1)
+    assert perplexity(reader, other).losses == perplexity(load(dense), other).losses
+    assert len(read) == 2
 
 
 def test_answers_of_a_task(tmp_path: Path) -> None:

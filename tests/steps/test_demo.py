@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from tiny import save_tiny
 from trained import source_text
 
 from secateur import evaluate
+from secateur.evaluation.speed import Speed
 from secateur.models.skeleton import quiet_transformers
+from secateur.progress import Silent
+from secateur.recipes.prune import DemoRecipe
+from secateur.reporting import charts
+from secateur.steps import demo
 
 Command = Callable[..., Outcome]
+
+SIZES = {"vocab_size": 320, "max_position_embeddings": 512, "hidden_size": 64}
+"""As `byte_level` and the windows of a demo need it."""
 
 
 @pytest.fixture
@@ -26,8 +35,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words of a small demo, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     tokenizer = byte_level()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "hidden_size": 64}
-    model = save_tiny(tmp_path / "model", tokenizer=False, **sizes)
+    model = save_tiny(tmp_path / "model", tokenizer=False, **SIZES)
     with quiet_transformers():
         tokenizer.save_pretrained(model)
     (tmp_path / "text.txt").write_text(source_text()[:40_000], encoding="utf-8")
@@ -61,13 +69,13 @@ def test_every_way_is_made_judged_and_timed(
             size = 2 * sum(tensor.numel() for tensor in load_file(files[0]).values())
         assert row["file_bytes"] == size
         assert row["perplexity"] > 1
+        assert row["tokens_per_second"] > 0
         assert f"{row['perplexity']:.2f}" in ended.out
     judged = evaluate(rows["int4"]["place"], text="other.txt", sequence_length=512, windows=2)
     assert math.isclose(judged.perplexity, rows["int4"]["perplexity"])
     assert (
         rows["dense"]["divergence"] == 0 < rows["int8"]["divergence"] < rows["int4"]["divergence"]
     )
-    assert rows["dense"]["tokens_per_second"] > 0
     assert (tmp_path / "demo-run/curve.svg").is_file()
 
 
@@ -77,7 +85,7 @@ def test_a_stopped_demo_goes_on(tmp_path: Path, asked: list[str], secateur: Comm
     folder = tmp_path / "demo-run"
     known = json.loads((folder / "demo.json").read_text())
     made = (folder / "int4/secateur.safetensors").stat().st_mtime_ns
-    stopped = {**known, "rows": known["rows"][:3], "draft": None}
+    stopped = {**known, "rows": known["rows"][:3]}
     (folder / "demo.json").write_text(json.dumps(stopped))
     (folder / "llama.cpp-Q8_0/half").write_text("of a call that was stopped")
     assert secateur(*asked).code == 0
@@ -94,7 +102,95 @@ def test_presets_above_fast_fit_and_prune_too(
     assert ended.code == 0, ended.err
     rows = {row["way"]: row for row in json.loads(ended.out)["rows"]}
     assert rows["fit, 85% of int4"]["file_bytes"] <= 0.85 * rows["int4"]["file_bytes"]
-    assert rows["half of the weights zero, int8"]["file_bytes"] < rows["int8"]["file_bytes"]
+    assert rows["half zeros, int8"]["file_bytes"] < rows["int8"]["file_bytes"]
+
+
+@pytest.mark.slow
+def test_a_mixture_loses_a_quarter_of_its_experts(
+    tmp_path: Path, asked: list[str], secateur: Command
+) -> None:
+    model = save_tiny(tmp_path / "mixture", "qwen3_moe", tokenizer=False, **SIZES)
+    byte_level().save_pretrained(model)
+    ended = secateur("demo", str(model), *asked[2:], "--json")
+    assert ended.code == 0, ended.err
+    rows = {row["way"]: row for row in json.loads(ended.out)["rows"]}
+    cut = rows["3/4 of the experts, int4"]
+    assert cut["failure"] is None
+    assert cut["file_bytes"] < rows["int4"]["file_bytes"]
+    config = json.loads((tmp_path / cut["place"] / "config.json").read_text())
+    assert config["num_experts"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("room", "name", "call"),
+    [
+        (demo, "public_function", 2),  # between two verbs of a way
+        (demo, "run_evaluation", 1),  # the dense model is judged
+        (demo, "run_evaluation", 2),  # another one is
+        (demo, "take_turns", 1),
+        (charts, "save_plots", 1),
+    ],
+)
+def test_a_demo_that_is_killed_in_any_phase_goes_on(
+    room: Any, name: str, call: int, tmp_path: Path, asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    text = {"calibration": "text.txt", "windows": 2, "sequence_length": 64}
+    calls = ("structure", {"ffn": 0.5, **text}), ("compress", {"values": "int8"})
+    ways = demo.DemoWay("dense", ()), demo.DemoWay("narrower, int8", calls)
+    monkeypatch.setattr(demo.Demo, "ways", lambda _: ways)
+    speed = Speed("a model", (0.5,))
+    monkeypatch.setattr(demo, "take_turns", lambda backends, **_: [speed] * len(backends))
+    texts = {"source": "text.txt", "text": "other.txt", "text_windows": 1}
+    recipe = DemoRecipe(model=asked[1], output="mine", **texts)
+    whole = demo.run_demo(recipe.model_copy(update={"output": "whole"}), Silent())
+    seen, function = count(1), getattr(room, name)
+
+    def killed(*given: Any, **options: Any) -> Any:
+        if next(seen) == call:
+            raise KeyboardInterrupt
+        return function(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(recipe, Silent())
+    again = demo.run_demo(recipe, Silent())
+    same = ("way", "commands", "file_bytes", "perplexity", "divergence", "failure")
+    for one, other in zip(again.rows, whole.rows, strict=True):
+        assert [getattr(one, x) for x in same] == [getattr(other, x) for x in same]
+    assert {row.tokens_per_second for row in again.rows} == {2.0}
+    made = {file.name for file in (tmp_path / "mine").iterdir()}
+    assert made == {"demo.json", "curve.svg", "curve.png", "narrower-int8"}
+
+
+def test_what_no_way_could_do_is_refused_before_any_work(
+    tmp_path: Path, asked: list[str], secateur: Command
+) -> None:
+    ended = secateur(*asked, "--text", "missing.txt")
+    assert (ended.code, "missing.txt" in ended.err) == (2, True)
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    ended = secateur(*asked)
+    assert (ended.code, "tokenizer" in ended.err) == (1, True)
+    assert not (tmp_path / "demo-run").exists()
+
+
+def test_the_sentences_are_what_the_rows_say() -> None:
+    named = (("dense", 400, 10.0, 1.0, 50.0), ("int4", 100, 11.0, 1.0, 150.0),
+             ("tokens of the text, int4", 80, 12.0, 1.25, 225.0),
+             ("llama.cpp Q4_0", 120, 12.0, 1.0, None))  # fmt: skip
+    fields = ("way", "file_bytes", "perplexity", "longer", "tokens_per_second")
+    rows = tuple(demo.DemoRow(**dict(zip(fields, row, strict=True)), commands=()) for row in named)
+    result = demo.DemoResult(
+        model="m", output=Path("mine"), protocol={"cpu": "a processor"}, rows=rows
+    )
+    said = str(result)
+    assert "int4 beside dense: 4.00x smaller, 3.00x as fast, 0.095 nats lost against 0.000" in said
+    assert "int4 beside llama.cpp Q4_0: 1.20x smaller, 0.095 nats lost against 0.182" in said
+    # 225 tokens are those of 180 tokens of the dense model
+    assert "int4 beside int4: 1.25x smaller, 1.20x as fast, 0.182 nats" in said
 
 
 def test_a_demo_goes_on_only_where_the_same_demo_began(

@@ -24,6 +24,7 @@ Those in transformers run on a GPU too, but for torch's int8.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -42,7 +43,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import KernelError, SecateurError
+from secateur.errors import KernelError, SecateurError, install_extra
 from secateur.machine import give_back
 from secateur.models.skeleton import empty_cache
 from secateur.progress import Progress, Silent
@@ -309,26 +310,28 @@ def _in_our_loop(model: Any, capacity: int) -> Run:
 
 
 def _in_llama_cpp(file: Path, capacity: int, threads: int) -> Run:
-    """A GGUF file in llama.cpp, through the package xllamacpp; the times are llama.cpp's own."""
+    """A GGUF file in llama.cpp, called token by token as our own loop is."""
     try:
-        import xllamacpp
+        from llama_cpp_py_sync import Llama
     except ImportError as error:
-        raise KernelError(
-            "llama.cpp is not installed", remedy="pip install xllamacpp, or leave it out"
-        ) from error
-    options = xllamacpp.CommonParams()
-    options.model.path = str(file)
-    options.n_ctx, options.n_parallel = capacity, 1
-    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-    options.n_predict, options.warmup = -1, False
-    server = xllamacpp.Server(options)
+        remedy = install_extra("llamacpp")
+        raise KernelError("llama.cpp is not installed", remedy=remedy) from error
+    engine = Llama(str(file), n_ctx=capacity, n_threads=threads)
+
+    def after(tokens: Any, past: int) -> int:
+        engine._eval_tokens(tokens, past)
+        logits = engine._lib.llama_get_logits_ith(engine._ctx, -1)
+        row = engine._ffi.buffer(logits, 4 * engine.n_vocab)
+        return int(torch.frombuffer(row, dtype=torch.float32).argmax())
 
     def run(prompt: Tensor, new_tokens: int) -> Round:
-        asked = {"prompt": prompt.tolist(), "n_predict": new_tokens, "temperature": 0.0}
-        asked |= {"ignore_eos": True, "cache_prompt": False}
-        times = server.handle_completions(asked)["timings"]
-        first, each = (times[f"{what}_ms"] / 1e3 for what in ("prompt", "predicted_per_token"))
-        return {"first_token": first, "each_token": each}
+        engine._clear_context_state()
+        past = itertools.count(len(prompt))
+        return _timed(
+            lambda: after(prompt.tolist(), 0),
+            lambda token: after([token], next(past)),
+            new_tokens,
+        )
 
     return run
 

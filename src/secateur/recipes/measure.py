@@ -142,7 +142,7 @@ class BenchRecipe(Place, _TimedRounds, Recipe):
     """Ways to run the model, separated by commas: packed, packed in transformers, dense bf16, dense
     int8, torch bf16, torch int8; or all. On a GPU packed in transformers and torch bf16 run."""
     gguf: Annotated[Texts, Flag(value="FILE")] = ()
-    """Also time this GGUF file in llama.cpp (needs xllamacpp); may be repeated."""
+    """Also time this GGUF file in llama.cpp (needs the extra llamacpp); may be repeated."""
     draft: Annotated[str | None, Flag(value="DRAFT", default="none")] = None
     """Time the model as it is, with this draft and without, on prompts of four kinds: prose, code,
     chat, lists; at temperature 0 and 1."""

@@ -236,8 +236,8 @@ class DemoRecipe(_DemoOutput, _DemoTexts, _WhatToShow, Recipe):
     group = Heading.HOW
 
     effort: Effort = "fast"
-    """fast shows int8, int4, llama.cpp's types, a cut and a draft. The other presets also show
-    `fit` at two sizes, and zeros."""
+    """fast shows int8, int4, llama.cpp's types and a cut. The other presets also show `fit` at two
+    sizes, and zeros."""
 
 
 class MethodsRecipe(Recipe):

@@ -1,9 +1,8 @@
 """`secateur demo`: what compression brings for a model on this machine, beside llama.cpp's types.
 
 Each way is what a user would type: one verb or two. What it makes is judged on held-out text beside
-the dense model, and all models take turns to decode. Then int4 drafts for the dense model. With
-`balanced` and above, `fit` meets two sizes below that of int4, and half of the weights become
-zeros.
+the dense model, and all models take turns to decode. With `balanced` and above, `fit` meets two
+sizes below that of int4, and half of the weights become zeros.
 
 A finished way is kept with its numbers, so a stopped demo goes on. `demo.json` has everything, with
 protocol, versions and machine.
@@ -22,6 +21,8 @@ import psutil
 import torch
 
 from secateur.calibration.documents import read_documents
+from secateur.engine.stream.hidden_states import STATES_BYTES
+from secateur.engine.stream.layerwise import RememberingReader
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.speed import take_turns
 from secateur.models.architecture import experts_of
@@ -32,22 +33,23 @@ from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer, text_tokens
 from secateur.progress import Labelled, Progress
 from secateur.recipes.keywords import public_function
+from secateur.recipes.measure import EvaluateRecipe
 from secateur.recipes.prune import DemoRecipe
 from secateur.reporting import charts
-from secateur.reporting.evaluate import DraftedBenchResult
 from secateur.reporting.fields import Result
 from secateur.reporting.next_steps import command, free_place, generation
 from secateur.reporting.tables import Block, next_steps
-from secateur.runs.environment import environment
+from secateur.runs.environment import choose_device, environment
 from secateur.runs.output import write_json
 from secateur.runs.records import BFLOAT16_BYTES, Record, read_record
 from secateur.runtime.kernels.library import kernel_info
+from secateur.steps.evaluate import Stored, run_evaluation
 
 RESULT, PICTURE = "demo.json", "curve"
-LENGTH, PROMPT, NEW_TOKENS, ROUNDS, DRAFTED = 512, 16, 32, 5, 32
-"""Tokens of a window, of the prompt that is timed, and after it; rounds; tokens after each prompt
-with a draft."""
+LENGTH, PROMPT, NEW_TOKENS, ROUNDS = 512, 16, 32, 5
+"""Tokens of a window, of the prompt that is timed, and after it; rounds."""
 DENSE, INT4, Q4 = "dense", "int4", "llama.cpp Q4_0"
+TOKENS, EXPERTS = "tokens of the text, int4", "3/4 of the experts, int4"
 MEMORY = 0.7
 """The part of the free memory that models which are timed together may take."""
 SMALLER = (0.85, 0.7)
@@ -90,25 +92,27 @@ class DemoRow(Record):
         file_bytes: of the weights.
         perplexity: on the held-out text, for each token of the dense model.
         divergence: from the dense model, in nats; None where the tokens are others.
+        longer: the tokens of this text, by those of the dense model.
         tokens_per_second: after a prompt, one sequence; None if it was not timed.
         untimed: why not.
-        failure: why it could not be made; all numbers are missing then.
+        failure: why it could not be made; it has no numbers then.
     """
 
     way: str
     commands: tuple[str, ...]
     place: str = ""
-    file_bytes: int | None = None
-    perplexity: float | None = None
+    file_bytes: int = 0
+    perplexity: float = 0.0
     divergence: float | None = None
+    longer: float = 1.0
     tokens_per_second: float | None = None
     untimed: str | None = None
     failure: str | None = None
 
     @property
-    def size_mib(self) -> float:
-        """MiB of the weights."""
-        return (self.file_bytes or 0) / 2**20
+    def speed(self) -> float | None:
+        """Tokens of the dense model per second: fewer where a text takes more tokens."""
+        return self.tokens_per_second and self.tokens_per_second / self.longer
 
     @property
     def backend(self) -> str:
@@ -129,7 +133,6 @@ def run_demo(recipe: DemoRecipe, listener: Progress) -> DemoResult:
     for way in demo.ways():
         demo.make(way)
     demo.time()
-    demo.draft()
     charts.save_plots([demo.result.chart], demo.folder / PICTURE)
     return demo.result
 
@@ -146,6 +149,9 @@ class Demo:
         self.recipe, self.progress = recipe, progress
         self.folder = Path(recipe.output)
         self.source = resolve(recipe.model, progress=progress).folder
+        self.tokenizer: Any = load_tokenizer(self.source)
+        stored = Stored(DENSE, self.source, choose_device("auto"))
+        self.dense = RememberingReader(stored.target(), STATES_BYTES, progress)
         self.text = {"calibration": recipe.source, "windows": recipe.windows}
         self.text |= {"sequence_length": LENGTH}
         protocol = {
@@ -193,23 +199,25 @@ class Demo:
         for type in ("q8_0", "q4_0"):
             yield DemoWay(f"llama.cpp {type.upper()}", (("export", {"to": "gguf", "type": type}),))
         if experts_of(build_skeleton(self.source)) is not None:
-            yield DemoWay(
-                "3/4 of the experts, int4", (("structure", {"experts": 0.75, **text}), int4)
-            )
+            yield DemoWay(EXPERTS, (("structure", {"experts": 0.75, **text}), int4))
         else:
-            needed = {"vocabulary": self.recipe.source}
-            yield DemoWay("tokens of the text, int4", (("structure", needed), int4))
+            yield DemoWay(TOKENS, (("structure", {"vocabulary": self.recipe.source}), int4))
         if self.recipe.effort == "fast":
             return
-        size, effort = self.result.row(INT4).file_bytes, {"effort": self.recipe.effort, **text}
+        size = next(row.file_bytes for row in self.result.rows if row.way == INT4)
+        effort = {"effort": self.recipe.effort, **text}
         for share in SMALLER if size else ():
-            fitted = {"max_size": int(share * (size or 0)), **effort}
+            fitted = {"max_size": int(share * size), **effort}
             yield DemoWay(f"fit, {share:.0%} of int4", (("fit", fitted),))
         zeros = {"sparsity": 0.5, "compress": "int8", **effort}
-        yield DemoWay("half of the weights zero, int8", (("prune", zeros),))
+        yield DemoWay("half zeros, int8", (("prune", zeros),))
 
     def make(self, way: DemoWay) -> None:
-        """Make and judge what a way gives, unless it is there."""
+        """Make and judge what a way gives, unless it is there.
+
+        Raises:
+            SecateurError: the dense model cannot be judged.
+        """
         if any(row.way == way.name for row in self.result.rows):
             return
         progress = Labelled(self.progress, way.name)
@@ -217,6 +225,8 @@ class Demo:
         try:
             row = self.judged(row, self.made(way, progress), progress)
         except SecateurError as error:
+            if not way.calls:
+                raise
             row = row.model_copy(update={"failure": error.what})
         self.keep(rows=(*self.result.rows, row))
 
@@ -235,44 +245,45 @@ class Demo:
 
     def judged(self, row: DemoRow, place: Path, progress: Progress) -> DemoRow:
         """The row with size and quality."""
-        if row.commands:
-            files = [place] if place.is_file() else shard_files(place)
-            size = sum(file.stat().st_size for file in files)
+        files, how = [place] if place.is_file() else shard_files(place), dict[str, Any]()
+        size, longer = sum(file.stat().st_size for file in files), 1.0
+        if place == self.source:
+            how = {"model": self.dense}
+            size = BFLOAT16_BYTES * counted("", build_skeleton(place)).parameters
+        if same := not any("--vocabulary" in each for each in row.commands):
+            how |= {"dense": self.dense, "tokenizer": self.tokenizer}
         else:
-            size = BFLOAT16_BYTES * counted("", build_skeleton(self.source)).parameters
-        same = not any("--vocabulary" in each for each in row.commands)
-        compared = same and bool(row.commands)
-        found = public_function("evaluate")(
-            place, dense=self.source if compared else None, text=self.recipe.text,
-            windows=self.recipe.text_windows, sequence_length=LENGTH, progress=progress,
+            longer = self.tokens(load_tokenizer(place)) / self.tokens(self.tokenizer)
+        recipe = EvaluateRecipe(
+            model=str(place), dense=self.recipe.model if same else None, text=(self.recipe.text,),
+            windows=self.recipe.text_windows, sequence_length=LENGTH,
         )  # fmt: skip
-        longer = 1.0 if same else self.tokens(place) / self.tokens(self.source)
+        found = run_evaluation(recipe, progress, **how)
+        if place.is_file():  # a GGUF file was read by its conversion, in the cache
+            shutil.rmtree(resolve(str(place)).folder)
         return row.model_copy(
             update={
                 "place": str(place),
                 "file_bytes": size,
                 "perplexity": math.exp(found.mean_loss * longer),
-                "divergence": found.divergence[0].kl if compared else 0.0 if same else None,
+                "divergence": found.divergence[0].kl if same else None,
+                "longer": longer,
             }
         )
 
-    def tokens(self, folder: Path) -> int:
+    def tokens(self, tokenizer: Any) -> int:
         """How many tokens the held-out text has."""
-        documents = read_documents(self.recipe.text)
-        return sum(map(len, text_tokens(load_tokenizer(folder), documents, ())))
+        return sum(map(len, text_tokens(tokenizer, read_documents(self.recipe.text), ())))
 
     def time(self) -> None:
         """Time all rows without a speed. As many models as memory holds take turns."""
-        waiting = [
-            row
-            for row in self.result.rows
-            if not (row.failure or row.untimed or row.tokens_per_second)
-        ]
+        timed = ("failure", "untimed", "tokens_per_second")
+        waiting = [x for x in self.result.rows if not any(getattr(x, name) for name in timed)]
         while waiting:
             free, group = MEMORY * psutil.virtual_memory().available, list[DemoRow]()
-            while waiting and (not group or (waiting[0].file_bytes or 0) < free):
+            while waiting and (not group or waiting[0].file_bytes < free):
                 group.append(waiting.pop(0))
-                free -= group[-1].file_bytes or 0
+                free -= group[-1].file_bytes
             speeds = take_turns(
                 [(row.backend, Path(row.place)) for row in group],
                 prompt=[*range(PROMPT)], new_tokens=NEW_TOKENS, rounds=ROUNDS,
@@ -287,21 +298,6 @@ class Demo:
             rows = (row.model_copy(update=found.get(row.way, {})) for row in self.result.rows)
             self.keep(rows=tuple(rows))
 
-    def draft(self) -> None:
-        """Let the model in int4 draft for the dense one, where our loop decodes both."""
-        int4 = self.result.row(INT4)
-        if int4.failure or self.result.draft is not None:
-            return
-        try:
-            found = public_function("bench")(
-                self.source, draft=int4.place, new_tokens=DRAFTED,
-                progress=Labelled(self.progress, "draft"),
-            )  # fmt: skip
-        except SecateurError as error:
-            self.keep(undrafted=error.what)
-        else:
-            self.keep(draft=found)
-
 
 class DemoResult(Result):
     """The ways to make a model smaller, side by side: `demo.json`.
@@ -311,68 +307,63 @@ class DemoResult(Result):
         output: the folder of the demo.
         protocol: options, versions and machine.
         rows: a row for each way.
-        draft: the dense model with int4 as its draft; None where it cannot have one.
-        undrafted: why not.
     """
 
     model: str
     output: Path
     protocol: dict[str, Any]
     rows: tuple[DemoRow, ...] = ()
-    draft: DraftedBenchResult | None = None
-    undrafted: str | None = None
-
-    def row(self, way: str) -> DemoRow:
-        """The row of a way."""
-        return next(row for row in self.rows if row.way == way)
-
-    @property
-    def found(self) -> list[DemoRow]:
-        """The rows with numbers."""
-        return [row for row in self.rows if row.failure is None]
 
     @property
     def failures(self) -> list[DemoRow]:
-        """The rows without."""
+        """The rows without numbers."""
         return [row for row in self.rows if row.failure is not None]
 
-    @property
-    def point(self) -> str | None:
-        """A sentence: int4 beside llama.cpp's file of four bits; None if one of them failed."""
-        if any(self.row(way).failure for way in (DENSE, INT4, Q4)):
-            return None
-        dense, *both = (self.row(way).model_dump() for way in (DENSE, INT4, Q4))
-        size, loss, rate = "file_bytes", "perplexity", "tokens_per_second"
-        ours, theirs = (math.log(one[loss] / dense[loss]) for one in both)
-        bytes_ratio, speed = (both[0][x] / both[1][x] if both[1][x] else 0 for x in (size, rate))
-        said = (
-            f"int4 has {bytes_ratio:.2f} of the bytes of {Q4}; it loses {ours:.3f} nats, and {Q4} "
-            f"{theirs:.3f}"
-        )
-        return said + f"; it decodes {speed:.2f} times as fast" * bool(speed)
+    def beside(self, *others: tuple[str, str]) -> list[dict[str, Any]]:
+        """Ways and others, as far as both have numbers: how much smaller and faster each is.
+
+        What is lost is the rise of the loss of a token of the dense model, in nats.
+        """
+        known = {row.way: row for row in self.rows if row.failure is None}
+        pairs = [(known[a], known[b]) for a, b in others if {a, b} <= {*known}]
+        return [
+            {
+                "own": own,
+                "other": other,
+                "smaller": other.file_bytes / own.file_bytes,
+                "faster": own.speed / other.speed if own.speed and other.speed else None,
+                "lost": math.log(own.perplexity / known[DENSE].perplexity),
+                "against": math.log(other.perplexity / known[DENSE].perplexity),
+            }
+            for own, other in pairs
+        ]
 
     @property
-    def drafted(self) -> str | None:
-        """A sentence: what a draft brings the dense model."""
-        return None if self.draft is None else self.draft.verdict
+    def found(self) -> list[dict[str, Any]]:
+        """The ways with numbers, each beside the dense model."""
+        return self.beside(*((row.way, DENSE) for row in self.rows))
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """What the demo is made for: int4 beside others, and what a cut adds to it."""
+        return self.beside((INT4, DENSE), (INT4, Q4), (TOKENS, INT4), (EXPERTS, INT4))
 
     @property
     def chart(self) -> charts.LineChart:
         """The loss of each way against its bytes."""
+        points = {x["own"].way: (x["own"].file_bytes / 2**20, x["lost"]) for x in self.found}
         return charts.LineChart(
             "demo", f"{self.model}: what a size costs", "MiB of weight files",
-            "perplexity on held-out text",
-            tuple(
-                charts.Series(x.way, ((x.size_mib, x.perplexity or 0),), joined=False)
-                for x in self.found
-            ),
+            "nats lost per token of held-out text",
+            tuple(charts.Series(way, (point,), joined=False) for way, point in points.items()),
         )  # fmt: skip
 
     def following(self) -> list[Block]:
         """Where the files are, and what to try next."""
-        commands = {f"make {x.way}": " && ".join(x.commands) for x in self.found if x.commands}
-        if not (small := self.row(INT4)).failure:
-            commands |= generation(Path(small.place))
+        made = [x["own"] for x in self.found if x["own"].backend == "packed"]
+        commands = {f"make {row.way}": " && ".join(row.commands) for row in made}
+        for row in made:
+            commands |= generation(Path(row.place)) if row.way == INT4 else {}
         chart = self.output / f"{PICTURE}.svg"
         return next_steps(
             {"all numbers, with the protocol": self.output / RESULT, "the chart": chart}, commands

@@ -91,7 +91,7 @@ class _Judged:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A checkpoint that is judged, not opened yet."""
 
     name: str
@@ -161,7 +161,7 @@ def _open(
             refuse_foreign(one)
     place, targets = choose_device(recipe.device), list[CheckpointTarget]()
     needs = list[plan.Need]()
-    stored = [_Stored(name, one, place) for name, one in asked if isinstance(one, Path)]
+    stored = [Stored(name, one, place) for name, one in asked if isinstance(one, Path)]
     budget = plan.memory_budget(recipe.memory.max_bytes, place, ranks.here)
     on_gpu, why = place.type != "cpu", ""
     for whole in range(len(stored), -1, -1):  # the first so many are whole

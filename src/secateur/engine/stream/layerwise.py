@@ -368,13 +368,8 @@ class LayerwiseReader:
         ends = accumulate(map(len, batches), initial=0)
         return outer, outer.embedded_in([slice(*rows) for rows in pairwise(ends)])
 
-    @contextmanager
-    def passed(self, batches: Sequence[Tensor]) -> Iterator[Continuing]:
-        """A context in which the model continues from what its last layer returns.
-
-        Args:
-            batches: token ids [windows, sequence_length], of any shapes.
-        """
+    def through(self, batches: Sequence[Tensor]) -> dict[int, tuple[EmbeddingAndHead, Tensor]]:
+        """What the last layer returns for each batch, and what knows how the model goes on."""
         read = dict[int, tuple[EmbeddingAndHead, Tensor]]()
         for length in dict.fromkeys(ids.shape[1] for ids in batches):
             own = {place: ids for place, ids in enumerate(batches) if ids.shape[1] == length}
@@ -384,6 +379,16 @@ class LayerwiseReader:
             self.progress.step(0, note=f"layer {number + 1} of {len(self.target.layers)}")
             for place, (outer, hidden) in read.items():
                 read[place] = outer, outer.run(number, layer, hidden)
+        return read
+
+    @contextmanager
+    def passed(self, batches: Sequence[Tensor]) -> Iterator[Continuing]:
+        """A context in which the model continues from what its last layer returns.
+
+        Args:
+            batches: token ids [windows, sequence_length], of any shapes.
+        """
+        read = self.through(batches)
 
         def continuing(place: int, tokens: int | None = None) -> AbstractContextManager[None]:
             outer, hidden = read[place]
@@ -391,3 +396,21 @@ class LayerwiseReader:
 
         with self.target.outside():
             yield continuing
+
+
+class RememberingReader(LayerwiseReader):
+    """A reader that keeps what its last layer returned: batches read again cost only the head.
+
+    Arguments are those of `LayerwiseReader`; what is kept has no bound.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.known: dict[Any, dict[int, tuple[EmbeddingAndHead, Tensor]]] = {}
+
+    def through(self, batches: Sequence[Tensor]) -> dict[int, tuple[EmbeddingAndHead, Tensor]]:
+        """What the last layer returns, or has returned."""
+        key = tuple((ids.shape, ids.cpu().numpy().tobytes()) for ids in batches)
+        if key not in self.known:
+            self.known[key] = super().through(batches)
+        return self.known[key]
