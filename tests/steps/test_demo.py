@@ -21,7 +21,6 @@ from secateur.evaluation.speed import Speed
 from secateur.models.skeleton import quiet_transformers
 from secateur.progress import Silent
 from secateur.recipes.prune import DemoRecipe
-from secateur.reporting import charts
 from secateur.steps import demo
 
 Command = Callable[..., Outcome]
@@ -80,21 +79,6 @@ def test_every_way_is_made_judged_and_timed(
 
 
 @pytest.mark.slow
-def test_a_stopped_demo_goes_on(tmp_path: Path, asked: list[str], secateur: Command) -> None:
-    assert secateur(*asked).code == 0
-    folder = tmp_path / "demo-run"
-    known = json.loads((folder / "demo.json").read_text())
-    made = (folder / "int4/secateur.safetensors").stat().st_mtime_ns
-    stopped = {**known, "rows": known["rows"][:3]}
-    (folder / "demo.json").write_text(json.dumps(stopped))
-    (folder / "llama.cpp-Q8_0/half").write_text("of a call that was stopped")
-    assert secateur(*asked).code == 0
-    assert (folder / "int4/secateur.safetensors").stat().st_mtime_ns == made
-    assert not (folder / "llama.cpp-Q8_0/half").exists()
-    assert [*rows_of(folder)] == [row["way"] for row in known["rows"]]
-
-
-@pytest.mark.slow
 def test_presets_above_fast_fit_and_prune_too(
     tmp_path: Path, asked: list[str], secateur: Command
 ) -> None:
@@ -106,9 +90,7 @@ def test_presets_above_fast_fit_and_prune_too(
 
 
 @pytest.mark.slow
-def test_a_mixture_loses_experts(
-    tmp_path: Path, asked: list[str], secateur: Command
-) -> None:
+def test_a_mixture_loses_experts(tmp_path: Path, asked: list[str], secateur: Command) -> None:
     model = save_tiny(tmp_path / "mixture", "qwen3_moe", tokenizer=False, **SIZES)
     byte_level().save_pretrained(model)
     ended = secateur("demo", str(model), *asked[2:], "--json")
@@ -121,31 +103,24 @@ def test_a_mixture_loses_experts(
     assert config["num_local_experts"] == 4  # of five
 
 
+# between two verbs of a way; while the dense model is judged, and another one; while all are timed
+PHASES = [("public_function", 2), ("run_evaluation", 1), ("run_evaluation", 2), ("take_turns", 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("room", "name", "call"),
-    [
-        (demo, "public_function", 2),  # between two verbs of a way
-        (demo, "run_evaluation", 1),  # the dense model is judged
-        (demo, "run_evaluation", 2),  # another one is
-        (demo, "take_turns", 1),
-        (charts, "save_plots", 1),
-    ],
-)
-def test_a_demo_that_is_killed_in_any_phase_goes_on(
-    room: Any, name: str, call: int, tmp_path: Path, asked: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.mark.parametrize(("name", "call"), PHASES)
+def test_a_demo_that_is_killed_goes_on(
+    name: str, call: int, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = {"calibration": "text.txt", "windows": 2, "sequence_length": 64}
     calls = ("structure", {"ffn": 0.5, **text}), ("compress", {"values": "int8"})
     ways = demo.DemoWay("dense", ()), demo.DemoWay("narrower, int8", calls)
     monkeypatch.setattr(demo.Demo, "ways", lambda _: ways)
     speed = Speed("a model", (0.5,))
     monkeypatch.setattr(demo, "take_turns", lambda backends, **_: [speed] * len(backends))
-    texts = {"source": "text.txt", "text": "other.txt", "text_windows": 1}
-    recipe = DemoRecipe(model=asked[1], output="mine", **texts)
+    recipe = DemoRecipe(model=asked[1], source="text.txt", text="other.txt", text_windows=1)
     whole = demo.run_demo(recipe.model_copy(update={"output": "whole"}), Silent())
-    seen, function = count(1), getattr(room, name)
+    seen, function = count(1), getattr(demo, name)
 
     def killed(*given: Any, **options: Any) -> Any:
         if next(seen) == call:
@@ -153,15 +128,14 @@ def test_a_demo_that_is_killed_in_any_phase_goes_on(
         return function(*given, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, name, killed)
+        patch.setattr(demo, name, killed)
         with pytest.raises(KeyboardInterrupt):
             demo.run_demo(recipe, Silent())
     again = demo.run_demo(recipe, Silent())
-    same = ("way", "commands", "file_bytes", "perplexity", "divergence", "failure")
-    for one, other in zip(again.rows, whole.rows, strict=True):
-        assert [getattr(one, x) for x in same] == [getattr(other, x) for x in same]
-    assert {row.tokens_per_second for row in again.rows} == {2.0}
-    made = {file.name for file in (tmp_path / "mine").iterdir()}
+    assert [row.model_copy(update={"place": ""}) for row in again.rows] == [
+        row.model_copy(update={"place": ""}) for row in whole.rows
+    ]
+    made = {file.name for file in (tmp_path / "demo-run").iterdir()}
     assert made == {"demo.json", "curve.svg", "curve.png", "narrower-int8"}
 
 
@@ -182,25 +156,10 @@ def test_the_sentences_are_what_the_rows_say() -> None:
              ("tokens of the text, int4", 80, 12.0, 1.25, 225.0),
              ("llama.cpp Q4_0", 120, 12.0, 1.0, None))  # fmt: skip
     fields = ("way", "file_bytes", "perplexity", "longer", "tokens_per_second")
-    rows = tuple(demo.DemoRow(**dict(zip(fields, row, strict=True)), commands=()) for row in named)
-    result = demo.DemoResult(
-        model="m", output=Path("mine"), protocol={"cpu": "a processor"}, rows=rows
-    )
-    said = str(result)
+    rows = [dict(zip(fields, row, strict=True)) | {"commands": ()} for row in named]
+    known = {"model": "m", "output": "mine", "protocol": {"cpu": "a processor"}, "rows": rows}
+    said = str(demo.DemoResult.model_validate(known, strict=False))
     assert "int4 beside dense: 4.00x smaller, 3.00x as fast, 0.095 nats lost against 0.000" in said
     assert "int4 beside llama.cpp Q4_0: 1.20x smaller, 0.095 nats lost against 0.182" in said
     # 225 tokens are those of 180 tokens of the dense model
     assert "int4 beside int4: 1.25x smaller, 1.20x as fast, 0.182 nats" in said
-
-
-def test_a_demo_goes_on_only_where_the_same_demo_began(
-    tmp_path: Path, asked: list[str], secateur: Command
-) -> None:
-    ended = secateur(*asked, "--output", "model")
-    assert (ended.code, "exists" in ended.err) == (2, True)
-    assert (tmp_path / "model/model.safetensors").is_file()
-    (tmp_path / "mine").mkdir()
-    other = {"model": "another", "output": "mine", "protocol": {}}
-    (tmp_path / "mine/demo.json").write_text(json.dumps(other))
-    ended = secateur(*asked, "--output", "mine")
-    assert (ended.code, "other options" in ended.err) == (2, True)

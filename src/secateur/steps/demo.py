@@ -314,11 +314,6 @@ class DemoResult(Result):
     protocol: dict[str, Any]
     rows: tuple[DemoRow, ...] = ()
 
-    @property
-    def failures(self) -> list[DemoRow]:
-        """The rows without numbers."""
-        return [row for row in self.rows if row.failure is not None]
-
     def beside(self, *others: tuple[str, str]) -> list[dict[str, Any]]:
         """Ways and others, as far as both have numbers: how much smaller and faster each is.
 
