@@ -99,8 +99,6 @@ SMALLER = {
     "--max-size 60MiB": "400KiB",
     "--generated-windows 128": "4",
     "--generated-windows 192": "4",
-    "--learned 1000": "4",
-    "--windows 4096": "8",
     "--distill-epochs 2": "1",
     "--tune-passes 6": "1",
     "iterative.rewind_step=50": "iterative.rewind_step=1",
@@ -123,8 +121,6 @@ def shortened(words: list[str]) -> list[str]:
         place = words.index("--minutes")
         words = words[:place] + words[place + 2 :]
     options = SHORT.get(verb, {})
-    if "--learned" in words:
-        options = options | {"--windows": "32"}
     if verb in ("compress", "diagnose") and {"--calibration", "--dense"} & set(words):
         options = {name: text for name, text in CALIBRATED.items() if name != "--calibration"}
     if verb == "bench" and "--draft" in words:

@@ -2,15 +2,14 @@
 
     python -m benchmarks.quality.doors --calibration c4.jsonl --train wiki-train.txt --text wiki.txt
 
-Protocol: all rows of the first group end at `--sparsity` in every matrix of the decoder; all rows
-of the second keep `--keep` of the decoder's parameters. `one-shot` rows are not trained. All others
-take `--steps` steps of the optimizer in total, of one window of `--length` tokens each, from the
-file of `--train`, with the embeddings frozen, the default learning rate and no validation; so
-they read the same number of tokens, and what differs is when the zeros come. Iterative pruning
-divides the steps among four rounds, or, with rewound weights, among a training before them and two
-rounds. One-shot pruning and cutting calibrate on 16 windows of 512 tokens of `--calibration`, seed
-0. Judged by the first `--windows` windows of 1024 tokens of the text, float32. The judged text is
-not trained on.
+Protocol: all rows end at `--sparsity` in every matrix of the decoder. `one-shot` rows are not
+trained. All others take `--steps` steps of the optimizer in total, of one window of `--length`
+tokens each, from the file of `--train`, with the embeddings frozen, the default learning rate and
+no validation; so they read the same number of tokens, and what differs is when the zeros come.
+Iterative pruning divides the steps among four rounds, or, with rewound weights, among a training
+before them and two rounds. One-shot pruning calibrates on 16 windows of 512 tokens of
+`--calibration`, seed 0. Judged by the first `--windows` windows of 1024 tokens of the text,
+float32. The judged text is not trained on.
 
 Every finished row is kept in `results/doors.json` at once, and skipped when it is there. The times
 are not compared: other work ran on the machine.
@@ -20,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,6 @@ class Doors:
             "iterative, weights rewound": lambda output: self.rounds(
                 output, 2, 3, rewind="weights"
             ),
-            "cut by wanda, one-shot": self.cut,
-            "cut by wanda, then train": lambda output: self.train(output, "cut by wanda, one-shot"),
-            "cut by learned masks": self.learned,
         }
 
     def place(self, name: str) -> Path:
@@ -94,27 +90,6 @@ class Doors:
         options = {"method": "wanda", "sparsity": self.args.sparsity, **self.calibration}
         secateur.prune(MODEL, output=output, **options)
         return 0
-
-    def cut(self, output: Path) -> int:
-        """Heads and neurons by the preset `fast`."""
-        options = {"keep_parameters": self.args.keep, "effort": "fast", **self.calibration}
-        secateur.structure(MODEL, output=output, **options)
-        return 0
-
-    def learned(self, output: Path) -> int:
-        """Heads and neurons by masks that are learned with the weights."""
-        args = self.args
-        secateur.structure(
-            MODEL,
-            output=output,
-            calibration=args.train,
-            windows=256,
-            sequence_length=args.length,
-            keep_parameters=args.keep,
-            learned={"steps": args.steps, "batch": 1, "mask_learning_rate": args.mask_rate},
-            resume=True,
-        )
-        return int(args.steps * args.length)
 
     def rounds(self, output: Path, rounds: int, trainings: int, **how: Any) -> int:
         """Iterative pruning; the steps are divided among the trainings."""
@@ -160,21 +135,11 @@ class Doors:
 
 
 def zeros(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """The models with zeros."""
-    return _table(row for row in rows if "cut" not in row["name"])
+    """The perplexity of every row."""
+    return ["", "perplexity"], [[row["name"], f"{row['perplexity']:.1f}"] for row in rows]
 
 
-def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """The models that are cut."""
-    return _table(row for row in rows if "cut" in row["name"])
-
-
-def _table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    lines = [[row["name"], f"{row['perplexity']:.1f}"] for row in rows]
-    return ["", "perplexity"], lines
-
-
-TABLES = {"zeros": zeros, "cuts": cuts}
+TABLES = {"zeros": zeros}
 
 
 def main() -> None:
@@ -185,15 +150,13 @@ def main() -> None:
     parser.add_argument("--text", default="boolq-held-out")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.6)
-    parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--steps", type=int, default=96, help="a multiple of 12")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--mask-rate", type=float, default=0.2)
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--only", nargs="*", help="names of rows")
     args = parser.parse_args()
     print(heading(), flush=True)
-    named = ("windows", "sparsity", "keep", "steps", "length", "mask_rate")
+    named = ("windows", "sparsity", "steps", "length")
     protocol = {name: getattr(args, name) for name in named}
     protocol |= {"trained on": Path(args.train).name, "judged on": Path(args.text).name}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1108,7 +1108,6 @@ def structure(
     multiple: int | None = None,
     effort: Literal["fast", "balanced", "thorough", "best"] | None = None,
     allocation: str | None = None,
-    learned: int | Mapping[str, Any] | None = None,
     experts_by: Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random"]
     | None = None,
     imatrix: str | Path | None = None,
@@ -1187,7 +1186,6 @@ def structure(
             give. [balanced, if no score is given]
         allocation: How to divide the cut among the layers: uniform, owl, layer-sensitivity,
             divergence, global or search. [uniform]
-        learned: Learn which units stay by training, in this many steps. [not learned]
         experts_by: How to select experts: by REAP; by the divergence that their removal makes,
             which takes a backward pass; by how often they are chosen; by their weights alone
             (aimer); by an importance matrix; or at random. [reap]

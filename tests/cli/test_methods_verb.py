@@ -17,11 +17,10 @@ from secateur.training.methods import training_methods
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and two texts."""
+    """A model and a text."""
     place = tmp_path_factory.mktemp("methods")
     save_tiny(place / "model")
     (place / "text.txt").write_text(source_text()[:30_000])
-    (place / "more.txt").write_text(source_text(held_out=True)[:30_000])
     return place
 
 
@@ -47,23 +46,16 @@ def test_the_command_of_each_works(
     """On a tiny model, with one or two steps in place of a real budget."""
     verb, model, *words = shlex.split(training_methods[name].command)[1:]
     assert model in ("MODEL", "PRUNED")
-    words = [word.replace("TEXT", str(places / "more.txt")) for word in words]
     words = [word.replace("DENSE", str(places / "model")) for word in words]
     for flag, value in {"--minutes": 0.01, "--steps": 4}.items():
         if flag in words:
             words[words.index(flag) + 1] = str(value)
     small: list[Any] = ["--sequence-length", 32]
-    if verb == "structure":
-        small += ["--calibration", places / "text.txt", "--set", "learned.steps=2"]
-        small += ["--set", "learned.batch=2"]
-    else:
-        small += ["--text", places / "text.txt", "--set", "validation_windows=0"]
-        small += ["--set", "iterative.rewind_step=2"] if name == "lottery-ticket" else []
+    small += ["--text", places / "text.txt", "--set", "validation_windows=0"]
+    small += ["--set", "iterative.rewind_step=2"] if name == "lottery-ticket" else []
     command = runner(monkeypatch, capsys)
     ended = command(verb, places / "model", "-o", tmp_path / "out", *words, *small, "--json")
     assert ended.code == 0, ended.err
     record = json.loads(ended.out)
-    if verb == "structure":
-        assert record["structure"]["steps"][0]["by"] == "learned masks"
-    elif "gradual" in words[0] or "iterative" in words[0]:
+    if "gradual" in words[0] or "iterative" in words[0]:
         assert record["result"]["decoder_sparsity"] == pytest.approx(0.8, abs=1e-3)

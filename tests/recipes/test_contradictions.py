@@ -127,7 +127,6 @@ def test_every_row_of_conflicts_names_options(verb: str) -> None:
     ("kind", "given", "message"),
     [
         ("prune", {"asymmetric": True, "sequential": "layer"}, "asymmetric with sequential layer"),
-        ("structure", {"learned": 9, "ffn": 2, "allocation": "owl"}, "learned with allocation"),
         ("fit", {"max_size": "1MB", "decode_speedup": 2.0, "target": "llama.cpp"},
          "decode_speedup with target"),
         ("evaluate", {"tasks": ("piqa",), "windows": 4}, "windows with tasks"),

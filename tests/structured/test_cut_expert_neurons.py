@@ -105,7 +105,6 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"ffn": 25}, "24"),
     ({"ffn": 0.5, "multiple": 7}, "multiple of 7"),
     ({"ffn": 0.9, "multiple": 24}, "would stay"),
-    ({"ffn": 0.5, "learned": 10}, "learned"),
     ({"experts": 4, "keep_parameters": 0.99}, "cannot be met"),
 ]
 

@@ -1,4 +1,4 @@
-"""Gradual pruning, adapters and gates in the library's own training loop."""
+"""Gradual pruning and adapters in the library's own training loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from zoo import tiny_model, tiny_windows, zeros_of
 
 from secateur.recipes.train import GradualOptions
 from secateur.sparsity.schedules import schedules
-from secateur.structured.learned import LearnedMasks
 from secateur.training.batches import Batches
 from secateur.training.gradual import Criterion, GradualPruning
 from secateur.training.loop import Loop, TrainingTask
@@ -62,13 +61,3 @@ def test_adapters_are_trained_alone():
         merged = merge(adapted)
         torch.testing.assert_close(merged(input_ids=WINDOWS).logits, function, rtol=1e-4, atol=1e-4)
     assert all(bool((zeros_of(merged)[name] | ~gone).all()) for name, gone in before.items())
-
-
-def test_gates_are_learned_beside_the_weights():
-    model = tiny_model("llama")
-    masks = LearnedMasks(model, {"neurons": 24})
-    objective = masks.objective(next_token(model))
-    torch.manual_seed(0)
-    outcome = Loop(TrainingTask(model, BATCHES, objective, hooks=[masks]), plan()).run()
-    assert outcome.step == 12
-    assert all(len(units) == 24 for units in masks.settle().neurons.values())

@@ -116,9 +116,9 @@ parameters either. Parameters alone are added to those of the preset."""
 def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Add the values of the preset that a recipe does not have itself.
 
-    Without an effort, method, score, solver or learned masks, the effort is `balanced`. An unknown
-    effort adds nothing; the recipe refuses it. An allocation is left out where the pattern or the
-    scope leave it nothing to decide.
+    Without an effort, method, score or solver, the effort is `balanced`. An unknown effort adds
+    nothing; the recipe refuses it. An allocation is left out where the pattern or the scope leave
+    it nothing to decide.
 
     Args:
         values: the values of the recipe.
@@ -128,7 +128,7 @@ def filled_in(values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]])
     composed = _COMPOSITION & given.keys()
     effort = given.get("effort")
     if effort is None:
-        if composed & {"method", "score", "solver"} or "learned" in given:
+        if composed & {"method", "score", "solver"}:
             return given
         effort = "balanced"
     preset = known.get(effort, {}) if isinstance(effort, str) else {}

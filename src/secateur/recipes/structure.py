@@ -18,7 +18,6 @@ from secateur.recipes.options import (
     Recipe,
     Section,
     Size,
-    Texts,
     bytes_of,
 )
 from secateur.recipes.prune import Effort, Fitting
@@ -82,13 +81,6 @@ BY_HAND = ("experts_list", "layers_list")
 CUTS = ("keep_layers", "experts", *BY_HAND, *WIDTHS, "vocabulary", "vocabulary_size")
 """Options that cut."""
 
-NOT_LEARNED = (
-    *("effort", "experts", "experts_list", "query_heads", "decode_latency"),
-    *("whole_first", "whole_last"),
-    *("allocation", "score", "solver", "asymmetric"),
-)
-"""Options that control the choice of units by a score, or name units without gates."""
-
 Counted = Flag(value="NUMBER", default="all")
 
 ExpertsBy = Literal["reap", "divergence", "frequency", "aimer", "imatrix", "random"]
@@ -101,23 +93,6 @@ class Depth(Section):
         "influence"
     )
     """How to select layers: by block influence, angular distance, greedy removal, or search."""
-
-
-class _LearnedOptions(Section):
-    """Learned masks: training decides which units stay, and trains the weights too."""
-
-    alone: ClassVar = {int: "steps"}
-
-    steps: int = Field(400, gt=0)
-    """Optimizer steps."""
-    batch: int = Field(4, gt=0)
-    """Windows per step."""
-    learning_rate: float | None = Field(None, gt=0, lt=1)
-    """Learning rate of the weights; without it, as in training."""
-    mask_learning_rate: float = Field(0.1, gt=0)
-    """Learning rate of the gates and the multipliers."""
-    domains: Texts = ()
-    """Further texts. With the calibration text they are the domains of dynamic batch loading."""
 
 
 class _WhatToCut(Section):
@@ -193,8 +168,6 @@ class _HowToCut(Section):
     allocation: Annotated[str | None, Flag(default="uniform")] = None
     """How to divide the cut among the layers: uniform, owl, layer-sensitivity, divergence, global
     or search."""
-    learned: Annotated[_LearnedOptions | None, Flag(value="STEPS", default="not learned")] = None
-    """Learn which units stay by training, in this many steps."""
     experts_by: ExpertsBy = "reap"
     """How to select experts: by REAP; by the divergence that their removal makes, which takes a
     backward pass; by how often they are chosen; by their weights alone (aimer); by an importance
@@ -307,12 +280,6 @@ class StructureRecipe(
                 "leave --whole-first and --whole-last out, or --query-heads",
             )
             for whole in ("whole_first", "whole_last")
-        ),
-        *(
-            Conflict(
-                "learned", name, "learned masks choose the units", "leave it out, or --learned"
-            )
-            for name in NOT_LEARNED
         ),
     )
 

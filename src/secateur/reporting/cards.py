@@ -70,7 +70,7 @@ def structure_card(
     assert structure is not None
     names = {step["step"] for step in structure.steps}
     refitted = any(x["step"] in REFITTED and x["by"] != "zero" for x in structure.steps)
-    learned = "" if names & {"learned", "routers"} else "Nothing was trained."
+    learned = "" if "routers" in names else "Nothing was trained."
     if manifest.distillation:
         teacher = manifest.method["distillation"].get("teacher")
         taught = "the uncut model" if teacher is None else f"`{Path(teacher).name}`"

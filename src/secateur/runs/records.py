@@ -434,7 +434,7 @@ class StepEntry(PartialRecord):
     """An entry of `steps.json`.
 
     Attributes:
-        step: vocabulary, depth, experts, routers, hidden, refit, queries, width or learned.
+        step: vocabulary, depth, experts, routers, hidden, refit, queries or width.
         by: how the units were selected; None where `score` and `solver` say it.
         text: of a vocabulary step: where tokens were counted.
         tokens_before: of a vocabulary step: rows of the embedding.
@@ -461,12 +461,6 @@ class StepEntry(PartialRecord):
         units: of a depth step: layers.
         fitness: of a depth step: the loss of the selected layers.
         scores: of a depth step, one for each unit.
-        steps: of a learned step: optimizer steps.
-        tokens: of a learned step: tokens read.
-        learning_rate: of a learned step, at its peak.
-        references: of dynamic batch loading: the loss that each domain should reach.
-        losses: of dynamic batch loading: the loss that each domain reached.
-        proportions: of dynamic batch loading: the share of each domain over time.
         cut: the units that stay, as `structured.cut.Cut` writes them; None for a refit.
         before: parameters by kind.
         after: parameters by kind.
@@ -494,12 +488,6 @@ class StepEntry(PartialRecord):
     units: str | None = None
     fitness: Any = None
     scores: Any = None
-    steps: int | None = None
-    tokens: int | None = None
-    learning_rate: float | None = None
-    references: Any = None
-    losses: Any = None
-    proportions: Any = None
     cut: dict[str, Any] | None = None
     before: dict[str, int]
     after: dict[str, int]

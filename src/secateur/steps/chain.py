@@ -378,8 +378,7 @@ def _checked(number: int, step: Any, model: str) -> _PlannedStep:
 
 def _check_reads(recipe: Any) -> None:
     """Check that the texts, masks and teacher of a step can be found; reads none."""
-    learned = getattr(recipe, "learned", None)
-    texts = [*getattr(recipe, "text", ()), *(learned.domains if learned else ())]
+    texts = [*getattr(recipe, "text", ())]
     texts += [getattr(recipe, name, None) for name in ("validation_text", "vocabulary")]
     calibration = getattr(recipe, "calibration", None)
     if calibration is not None and calibration.source is not None:

@@ -28,7 +28,6 @@ from secateur.models.opening import (
     copy_of,
     formats_of,
     open_weights,
-    refuse_quantized,
 )
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint
@@ -115,7 +114,7 @@ def plan_structure(
     found = cut_plan.counted_cut(recipe, plan, skeleton)
     unknown = _unknown_sizes(recipe, plan)
     memory = None
-    if plan.narrows and recipe.learned is None:
+    if plan.narrows:
         from secateur.structured.choices import plan_width_run
 
         memory = plan_width_run(recipe, plan, source.folder)
@@ -153,8 +152,6 @@ def _disk_bytes(
 def _open(recipe: StructureRecipe, source: LocalCheckpoint) -> tuple[Any, cut_plan.CutPlan]:
     """Open the model and check the recipe: the skeleton, and the plan in units."""
     open_weights(source.folder)  # refuses what is not read
-    if recipe.learned is not None:
-        refuse_quantized(source.folder)
     skeleton = build_skeleton(source.folder)
     plan = cut_plan.plan_cut(recipe, skeleton)
     cut_plan.check_width(recipe, plan, skeleton)
@@ -215,11 +212,10 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
 
     @classmethod
     def reads(cls, recipe: StructureRecipe) -> Iterable[str]:
-        """The calibration text, those of other domains, and a list of experts."""
-        domains = recipe.learned.domains if recipe.learned is not None else ()
+        """The calibration text, and a list of experts."""
         named = [recipe.calibration.source, *filter(None, [recipe.vocabulary])]
         listed = filter(None, [recipe.experts_list])
-        return [*(text for each in named for text in texts_of(each)), *domains, *listed]
+        return [*(text for each in named for text in texts_of(each)), *listed]
 
     @property
     def disk_bytes(self) -> int:
@@ -405,10 +401,6 @@ def _steps_of(
     recipe: StructureRecipe, plan: cut_plan.CutPlan, model: Any
 ) -> dict[str, cut_steps.CutStep]:
     """The steps that a plan needs, by name and in order. The model is the uncut skeleton."""
-    if recipe.learned is not None:
-        from secateur.structured.learned import choose_learned
-
-        return {"learned": partial(cut_steps.cut_step, name="learned", choose=choose_learned)}
     from secateur.structured import choices
 
     channels = plan.keep_hidden is not None

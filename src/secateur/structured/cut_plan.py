@@ -141,12 +141,6 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
         if not any(sizes.experts):
             raise RecipeError("the model has no experts", remedy="leave --experts out")
         experts = _experts_of(recipe.experts, sizes)
-    narrows = any(getattr(recipe, name) is not None for name in ("ffn", *TARGETS))
-    if recipe.learned is not None and narrows and any(sizes.expert_neurons):
-        raise RecipeError(
-            "learned masks choose no neurons inside experts",
-            remedy="leave --learned out, or cut whole units: --keep-layers, --kv-groups",
-        )
     named = None
     if recipe.experts_list is not None:
         named = experts_in(recipe.experts_list)

@@ -19,7 +19,6 @@ class TrainingMethod(NamedTuple):
     paper: str
 
 
-_LEARNED = "secateur structure MODEL --keep-parameters 0.75 --learned 1000"
 _GRADUAL = "secateur train MODEL --gradual 0.8 --steps 1000"
 _ROUNDS = "secateur train MODEL --iterative 0.8 --steps 500"
 _TICKET = f"{_ROUNDS} --set iterative.rewind=weights --set iterative.rewind_step=50"
@@ -43,11 +42,5 @@ training_methods = {name: TrainingMethod(*row) for name, *row in (
     ("lottery-ticket", _TICKET,
      "the same, and the weights go back to an early step before each training",
      "Frankle et al. 2020, arXiv:1912.05671"),
-    ("learned-masks", _LEARNED,
-     "learns which layers, heads, neurons and channels stay, with the weights",
-     "Xia et al. 2023, arXiv:2310.06694"),
-    ("dynamic-batch-loading", f"{_LEARNED} --set learned.domains=[TEXT]",
-     "learned masks that read more text of the domains that lag behind",
-     "Xia et al. 2023, arXiv:2310.06694"),
 )}
 """The methods by name."""

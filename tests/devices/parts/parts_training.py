@@ -20,7 +20,6 @@ from secateur.recipes.train import GradualOptions, IterativeOptions, LoraOptions
 from secateur.sparsity.patterns import parse_pattern, patterns
 from secateur.sparsity.schedules import schedules
 from secateur.sparsity.scores import scores
-from secateur.structured.learned import HardConcrete, LearnedMasks
 from secateur.training.batches import Batches
 from secateur.training.divergences import KINDS
 from secateur.training.gradual import Criterion, GradualPruning, Rounds
@@ -119,29 +118,6 @@ def test_criterion(name: str) -> None:
         return  # its scores may be negative, so they have no global order
     globally = Criterion(score(), parse_pattern("unstructured", "global"), windows)
     globally.masks(model, kept, 0.3)
-
-
-def test_gates(both: Any, waited: list[str]) -> None:
-    gates = HardConcrete(6, 4, "cuda")
-    gates.log_alpha.data.copy_(torch.tensor([0.5, 2.0, 0.5, -1.0, 3.0, 0.0]))
-    gates.sample(torch.Generator().manual_seed(0)).sum().backward()
-    gates.open_share().backward()
-    assert gates.kept().tolist() == [0, 1, 2, 4]
-    settled = gates.settled()
-    waited.clear()
-    again = gates.settled()
-    assert not waited, "a forward with settled gates waits for the GPU"
-    assert isinstance(again, OnCuda)
-    assert again.tolist() == settled.tolist()
-
-
-def test_learned_masks(tmp_path: Path) -> None:
-    model = pruned()
-    masks = LearnedMasks(model, {"groups": 1, "neurons": 20, "layers": 2, "hidden": 24})
-    objective = masks.objective(next_token(model))
-    learn(model, objective, None, tmp_path, hooks=(masks,))
-    masks.settle()
-    model(input_ids=WINDOWS.to("cuda"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
