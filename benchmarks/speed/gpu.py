@@ -83,13 +83,11 @@ def rows_of(scale: Any, scratch: Path, layers: int, few: int) -> list[Row]:
         for s in scale.shapes
     ]
     cores = [
-        Row(named(p, s), 15, partial(measure.sparse_core_row, scale, s, p))
-        for p in measure.PATTERNS
-        for s in scale.shapes
+        Row(named("2:4", s), 15, partial(measure.sparse_core_row, scale, s)) for s in scale.shapes
     ]
     models = [
         Row(f"model {c}", 75, partial(measure.model_row, scale, c))
-        for c in (*measure.VALUES, "2:4", "6:8")
+        for c in (*measure.VALUES, "2:4")
     ]
     judged = [
         Row(f"evaluate {v}", 150, partial(measure.evaluate_row, scale, v, few, scratch))

@@ -29,13 +29,11 @@ from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
 from secateur.runtime.kernels.gpu.integers import GpuIntegers
 from secateur.runtime.kernels.gpu.linear import Call, Clock, GpuLinear, GpuMatrix, race
 from secateur.runtime.kernels.linear import IntegerLinear
-from secateur.runtime.semi_structured.layout import StoredParts, split, window_columns
-from secateur.runtime.semi_structured.load import SparseLinear
+from secateur.runtime.semi_structured import stored_by_torch
 from secateur.timing import alternate, seconds_of
 
 GROUP = 64
 VALUES = ("bf16", "int8", "int4")
-PATTERNS = ("2:4", "6:8")
 WHOLE_LAYERS = 32
 """Layers of a model of 7 billion parameters."""
 
@@ -123,29 +121,28 @@ def dense_integers(weight: Tensor, values: str) -> Callable[[Tensor], Tensor]:
     return four_bits
 
 
-def sparse_core_row(scale: Scale, shape: tuple[int, int], pattern: str) -> dict:
-    """Seconds of a product on sparse tensor cores and of the dense one, for each prompt."""
+def sparse_core_row(scale: Scale, shape: tuple[int, int]) -> dict:
+    """Seconds of a 2:4 product on sparse tensor cores and of the dense one, for each prompt."""
     weight = torch.randn(shape, device=scale.device).bfloat16()
-    linear = SparseLinear(random_parts(weight, pattern), None)
+    sparse = two_of_four(weight)
 
     def calls(tokens: int) -> dict[str, Call]:
         x = torch.randn(tokens, shape[1], device=scale.device).bfloat16()
-        return {"dense": lambda: functional.linear(x, weight), "ours": lambda: linear(x)}
+        return {
+            "dense": lambda: functional.linear(x, weight),
+            "2:4": lambda: functional.linear(x, sparse),
+        }
 
     seconds = race(scale.prompts, calls, scale.clock)
-    return {"shape": list(shape), "pattern": pattern, "seconds": seconds}
+    return {"shape": list(shape), "seconds": seconds}
 
 
-def random_parts(weight: Tensor, pattern: str) -> StoredParts:
-    """A matrix of a pattern with random zeros and the numbers of a dense one."""
-    n, m = map(int, pattern.split(":"))
-    blocks = weight.view(len(weight), -1, m)
-    order = torch.rand(blocks.shape, device=weight.device).argsort(2)
-    kept = (blocks * (order < n)).view_as(weight)
-    if pattern == "2:4":
-        return StoredParts.of(kept, weight.shape[1])
-    columns = window_columns(weight.shape[1]).to(weight.device)
-    return StoredParts.of(split(kept), weight.shape[1], columns)
+def two_of_four(weight: Tensor) -> Tensor:
+    """The numbers of a dense matrix with random 2:4 zeros, as torch stores them on a GPU."""
+    blocks = weight.view(len(weight), -1, 4)
+    kept = torch.rand(blocks.shape, device=weight.device).argsort(2) < 2
+    stored: Tensor = stored_by_torch(weight.device).from_dense((blocks * kept).view_as(weight))
+    return stored
 
 
 def model_row(scale: Scale, storage: str) -> dict:
@@ -200,12 +197,9 @@ def replace_linears(model: Any, storage: str, scale: Scale) -> None:
             if not isinstance(linear, nn.Linear):
                 continue
             shape = linear.weight.shape
-            if storage in PATTERNS:
-                if shape not in made:
-                    made[shape] = random_parts(linear.weight.detach(), storage)
-                parts = made[shape]
-                own = replace(parts, packed=parts.packed.clone(), meta=parts.meta.clone())
-                layer.set_submodule(name, SparseLinear(own, None))
+            if storage == "2:4":
+                sparse = two_of_four(linear.weight.detach())
+                linear.weight = nn.Parameter(sparse, requires_grad=False)
             else:
                 if shape not in made:
                     made[shape] = random_matrix(linear.weight.detach(), storage, 0.5)
@@ -220,9 +214,11 @@ def another(matrix: GpuMatrix) -> GpuMatrix:
 
 def stored_bytes(model: Any) -> int:
     """Bytes of the weights of a model."""
-    parts = (GpuLinear, SparseLinear)
-    packed = sum(x.nbytes for x in model.modules() if isinstance(x, parts))
-    return packed + sum(p.nbytes for p in model.parameters())
+    packed = sum(x.nbytes for x in model.modules() if isinstance(x, GpuLinear))
+    # torch's 2:4 tensors name the bytes of their dense shape
+    held = [getattr(p, "packed", p).nbytes for p in model.parameters()]
+    places = [p.meta.nbytes for p in model.parameters() if getattr(p, "meta", None) is not None]
+    return packed + sum(held) + sum(places)
 
 
 def windows_of(scale: Scale) -> Tensor:

@@ -65,7 +65,7 @@ HOMES = {
     "compose": "secateur.sparsity.methods",
     "kernel_info": "secateur.runtime.kernels.library",
     "load": "secateur.runtime.load",
-    "load_semi_structured": "secateur.runtime.semi_structured.load",
+    "load_semi_structured": "secateur.runtime.semi_structured",
     "merge": "secateur.training.lora",
     "refinements": "secateur.sparsity.refinements",
     "scores": "secateur.sparsity.scores",

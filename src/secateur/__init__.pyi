@@ -47,7 +47,7 @@ from secateur.reporting.plan import (
 from secateur.reporting.sweep import SweepResult
 from secateur.runtime.kernels.library import kernel_info as kernel_info
 from secateur.runtime.load import load as load
-from secateur.runtime.semi_structured.load import load_semi_structured as load_semi_structured
+from secateur.runtime.semi_structured import load_semi_structured as load_semi_structured
 from secateur.sparsity.allocation import allocations as allocations
 from secateur.sparsity.methods import Method
 from secateur.sparsity.methods import compose as compose
@@ -579,7 +579,7 @@ def export(
     model: str | Path,
     *,
     progress: Progress | None = None,
-    to: Literal["gguf", "compressed-tensors", "onnx", "openvino", "semi-structured"] | None = None,
+    to: Literal["gguf", "compressed-tensors", "onnx", "openvino"] | None = None,
     type: str | None = None,
     draft_of: str | Path | None = None,
     output: str | Path | None = None,
@@ -594,12 +594,12 @@ def export(
     Args:
         model: Folder (compressed or not), hub id, GGUF file or named sample.
         progress: receives every step.
-        to: The target: gguf, compressed-tensors, onnx, openvino, semi-structured. [gguf]
+        to: The target: gguf, compressed-tensors, onnx, openvino. [gguf]
         type: How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder
             has them), and with the extra llamacpp its own mixes: q6_k, q5_k_m, q4_k_m, iq4_xs,
             q3_k_m, q2_k and others, most of which lose exact zeros. compressed-tensors: w8a8,
-            w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16,
-            f16. [the first that the target names]
+            w4a16, w8a16. onnx: fp32, int8, int4. openvino: q8_0, f16, q4_0. [the first that the
+            target names]
         draft_of: The parent of this draft. The export is refused unless both have the same
             tokenizer and as many tokens, which every engine asks of a draft model. [none]
         output: Folder for the new model. It must not exist. [required]

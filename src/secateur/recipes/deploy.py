@@ -196,15 +196,14 @@ class ExportRecipe(OutputFolder, Recipe):
     model: Annotated[str, Flag(value="MODEL")]
     """Folder (compressed or not), hub id, GGUF file or named sample."""
     to: Annotated[
-        Literal["gguf", "compressed-tensors", "onnx", "openvino", "semi-structured"],
-        Flag(value="TARGET"),
+        Literal["gguf", "compressed-tensors", "onnx", "openvino"], Flag(value="TARGET")
     ] = "gguf"
-    """The target: gguf, compressed-tensors, onnx, openvino, semi-structured."""
+    """The target: gguf, compressed-tensors, onnx, openvino."""
     type: Annotated[str | None, Flag(default="the first that the target names")] = None
     """How matrices are stored. gguf: q8_0, f16, bf16, f32, q5_0, q4_0, stored (as the folder has
     them), and with the extra llamacpp its own mixes: q6_k, q5_k_m, q4_k_m, iq4_xs, q3_k_m, q2_k and
     others, most of which lose exact zeros. compressed-tensors: w8a8, w4a16, w8a16. onnx: fp32,
-    int8, int4. openvino: q8_0, f16, q4_0. semi-structured: bf16, f16."""
+    int8, int4. openvino: q8_0, f16, q4_0."""
     draft_of: Annotated[str | None, Flag(value="MODEL", default="none")] = None
     """The parent of this draft. The export is refused unless both have the same tokenizer and as
     many tokens, which every engine asks of a draft model."""

@@ -21,7 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from secateur.runtime.kernels.gpu import bitmask, integers, two_of_four_kernel
+from secateur.runtime.kernels.gpu import bitmask, integers
 
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}
 STORED = {"mask": "*u8", "starts": "*i64", "values": ""}
@@ -33,8 +33,6 @@ TYPES = {
               "words": "i32"},
     "few": {"q": "*i8", "steps": "*fp32", "y": "*fp32", "codes": "*i8", "scales": "*fp32"}
     | dict.fromkeys(("rows", "words", "tokens", "words_each"), "i32"),
-    "2:4": {"x": "", "y": "*fp32", "packed": "", "meta": "*i16", "columns": "*i32"}
-    | dict.fromkeys(("rows", "quads", "width", "tokens", "tiles_each"), "i32"),
 }  # fmt: skip
 
 
@@ -42,17 +40,9 @@ def compiled(architecture: int, name: str) -> dict[str, Any]:
     """What a kernel takes on an architecture.
 
     `name` is values and what is done: `one`, `many` or `expand` for the bitmask, `round`; `few` or
-    `many` for int8, int4 and int4x2 (two scales for 64 columns); `2:4` or `6:8`, and tokens.
+    `many` for int8, int4 and int4x2 (two scales for 64 columns).
     """
-    values, how, *tokens = name.split("-")
-    if tokens:
-        constants = {
-            "TOKENS": int(tokens[0]), "SPLIT": how == "6:8", "ROWS": two_of_four_kernel.ROWS,
-            "QUADS": two_of_four_kernel.QUADS,
-        }  # fmt: skip
-        weights = two_of_four_kernel.ROWS * two_of_four_kernel.QUADS * 4
-        kernel, types = two_of_four_kernel.two_of_four_product, TYPES["2:4"]
-        return made(kernel, filled(types, values), constants, architecture, weights)
+    values, how = name.split("-")
     if values.startswith("int"):
         tile = integers.FEW if how == "few" else integers.MANY
         runs = {"int8": 0, "int4": 1, "int4x2": 2}[values]

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install '.[gp
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from secateur.runtime.kernels.gpu import bitmask, integers, linear, two_of_four_kernel
+from secateur.runtime.kernels.gpu import bitmask, integers, linear
 from secateur.runtime.kernels.gpu.bitmask import GpuBitmask
 from secateur.runtime.kernels.gpu.integers import GpuIntegers
 from secateur.runtime.kernels.linear import IntegerLinear
@@ -146,13 +146,11 @@ def launches() -> dict[str, Callable[[], object]]:
     """Every function that launches a kernel."""
     weight, x = torch.ones(8, 128), torch.ones(1, 128)
     floats = GpuBitmask.of(weight > 0, weight.flatten(), "cpu")
-    pairs = torch.ones(32, 64), torch.zeros(32, 8, dtype=torch.int16)
     return {
         "bitmask_product": lambda: floats.multiply(x),
         "bitmask_expand": lambda: floats.dense(torch.float32),
         "integer_product": lambda: integer_matrix(64).multiply(x),
         "rounded": lambda: integer_matrix(None).multiply(x),
-        "two_of_four_product": lambda: two_of_four_kernel.multiply_two_of_four(x, *pairs),
     }
 
 
@@ -182,7 +180,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: seen.append([*current])
 
-    for module in (bitmask, integers, two_of_four_kernel):
+    for module in (bitmask, integers):
         for kernel in set(launches()) & set(vars(module)):
             monkeypatch.setattr(module, kernel, Kernel())
     launches()[name]()

@@ -20,12 +20,6 @@ bfloat16-one     60/13.3   48/13.4   56/13.1   48/13.7
 bfloat16-many    96/24.7   86/25.0   80/25.8   72/26.8
 bfloat16-expand  48/17.2   48/18.0   40/18.0   40/18.0
 bfloat16-round   23/68.0   25/68.0   23/70.0   23/68.0
-bfloat16-2:4-1   48/9.9    48/10.1   48/10.1   48/10.1
-bfloat16-2:4-2   56/12.1   64/12.7   64/12.2   64/12.0
-bfloat16-2:4-4   80/17.2   96/19.6   96/17.2   96/16.8
-bfloat16-6:8-1   48/11.9   48/12.1   48/12.4   48/12.1
-bfloat16-6:8-2   56/14.1   64/15.1   64/14.2   64/14.1
-bfloat16-6:8-4   80/19.2   88/21.7   96/19.2   96/19.1
 int8-few         80/2.0    76/2.0    78/2.0    78/2.0
 int8-many        128/5.2   110/5.3   128/6.1   254/24.1
 int4-few         72/2.7    72/2.7    80/2.8    79/2.7
@@ -36,7 +30,7 @@ int4x2-many      152/11.1  151/11.1  170/11.7  227/17.5
 """Registers of a thread, and instructions of a thread for each weight, by architecture."""
 
 TABLE = {name: cells for name, *cells in map(str.split, LIMITS.strip().splitlines())}
-FEW = ("bfloat16-one", "bfloat16-expand", "bfloat16-round", "int4-few", "bfloat16-2:4-1")
+FEW = ("bfloat16-one", "bfloat16-expand", "bfloat16-round", "int4-few")
 ALL = tuple(TABLE) + tuple(x[1:] for x in TABLE if x.startswith("bfloat16"))
 
 
