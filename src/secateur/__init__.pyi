@@ -874,12 +874,11 @@ def prune(
     distill_next_token: float | None = None,
     distill_hidden: float | None = None,
     distill_sweep_windows: int | None = None,
+    processes: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     trust_remote_code: bool | None = None,
     device: str | None = None,
     max_memory: int | str | None = None,
-    ray: str | None = None,
-    processes: int | None = None,
     output: str | Path | None = None,
     compress: Literal[
         "auto",
@@ -997,15 +996,13 @@ def prune(
         distill_sweep_windows: Distill with one decoder layer in memory, in sweeps over this many
             windows: all layers forward, then all layers backward. 0: both whole models in memory.
             [0 if both models fit, else 16]
+        processes: With --dry-run: plan one of so many processes on this machine. torchrun starts
+            them. [one]
         dtype: Type for the weights of a GGUF file. [float32; other sources keep theirs]
         trust_remote_code: Allow Python code that comes with the checkpoint. [off]
         device: Where to compute: auto, cpu, cuda or cuda:N. [auto]
         max_memory: Largest peak memory, such as 6GiB: of the GPU if the run computes there, else of
             this process. A run that needs more does not start. [4/5 of the free memory]
-        ray: Work in several processes of a Ray cluster: its address, `auto`, or `local` for
-            processes on this machine. [no cluster]
-        processes: How many processes Ray starts; with --dry-run, plan one of so many on this
-            machine. [the cluster's GPUs, or its machines if it has none]
         output: Folder for the new model. It must not exist. [required]
         compress: Also compress the result like `secateur compress --values VALUES`: auto, keep,
             bfloat16, float16, float32, int8, int4, int3, int2, or a type of llama.cpp such as q4_k.

@@ -21,7 +21,7 @@ USELESS: list[dict[str, Any]] = [
     {"compress": "int8"}, {"compress": {"values": "int8"}}, {"resume": True}, {"restart": True},
     {"overwrite": True}, {"output": "o"}, {"dry_run": True}, {"keep_format": True},
     {"device": "cpu"}, {"dtype": "float16"}, {"trust_remote_code": True}, {"max_memory": "4GiB"},
-    {"memory": {"activations": "disk"}}, {"ray": "local"},
+    {"memory": {"activations": "disk"}}, {"processes": 2},
 ]  # fmt: skip
 
 

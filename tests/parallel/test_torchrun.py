@@ -12,7 +12,6 @@ import pytest
 import torch
 from commands import Outcome, launched
 from page_blocks import ROOT
-from test_ray import FakeRay, installed
 from tiny import save_tiny, tensors_of
 from trained import source_text
 
@@ -31,7 +30,6 @@ def commands_of_pages(program: str) -> list[str]:
 
 
 TORCHRUN = commands_of_pages("torchrun")
-RAY = [command for command in commands_of_pages("secateur") if "--ray" in command]
 
 
 @pytest.fixture(scope="module")
@@ -149,24 +147,5 @@ def test_a_torchrun_command_of_a_page(place: Path, tmp_path: Path, command: str)
     assert tensors_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize("command", RAY)
-def test_a_ray_command_of_a_page(
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    secateur: Callable[..., Outcome],
-    command: str,
-) -> None:
-    fake = FakeRay()
-    installed(monkeypatch, fake)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    words = on_tiny(command, place, tmp_path / "out")
-    ended = secateur(*words)
-    assert ended.code == 0, ended.err
-    assert fake.calls["scaling"]["num_workers"] == int(words[words.index("--processes") + 1])
-    assert tensors_of(tmp_path / "out")
-
-
 def test_the_pages_have_such_commands() -> None:
     assert len(TORCHRUN) >= 4
-    assert len(RAY) >= 2

@@ -204,7 +204,7 @@ def test_an_option_with_its_default_is_read_or_refused_by_name(
 @pytest.mark.parametrize(
     ("verb", "given", "message"),
     [
-        ("prune", {"processes": "2"}, "--processes without --ray"),
+        ("prune", {"processes": "2"}, "--processes without --dry-run"),
         ("train", {"kind": "forward"}, "--kind: .*--teacher"),
         ("train", {"steps": "3", "epochs": "1"}, "--steps with --epochs"),
         ("bench", {"draft": "d", "rounds": "5"}, "--rounds with --draft"),

@@ -1,4 +1,4 @@
-"""What torchrun or Ray tell a process about its place. Imports no torch: every command reads it."""
+"""What torchrun tells a process about its place. Imports no torch: every command reads it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Launched:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launched:
-        """Read the variables that torchrun, Ray and PyTorch's operators for clusters set.
+        """Read the variables that torchrun and PyTorch's operators for clusters set.
 
         Raises:
             RecipeError: a variable is missing, or is no such number.

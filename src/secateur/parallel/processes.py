@@ -1,4 +1,4 @@
-"""The processes that torchrun, a cluster's scheduler or Ray has started for one run.
+"""The processes that torchrun or a cluster's scheduler has started for one run.
 
 The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `joined` reads them.
 
@@ -110,8 +110,7 @@ class Processes(Ranks):
 
     def __init__(self, launched: Launched, backend: str) -> None:
         super().__init__(launched.rank, launched.count, launched.here, launched.place)
-        if not dist.is_initialized():  # Ray has already made the group
-            _meet(launched, backend)
+        _meet(launched, backend)
         # Kept, because its server may be in this process and must outlive the group.
         self.store = dist.distributed_c10d._get_default_store()
         shared: Any = dist.PrefixStore("secateur", self.store)  # the stubs lack `clone`
@@ -145,9 +144,7 @@ class Processes(Ranks):
     def __enter__(self) -> Processes:
         self.watchdog.start()
         self.wait()  # every process has a number before another one looks at it
-        self.before: Any = None
-        if _in_main_thread():  # only there a signal can be handled
-            self.before = signal.signal(signal.SIGTERM, self.terminated)
+        self.before = signal.signal(signal.SIGTERM, self.terminated)
         return self
 
     def __exit__(
@@ -171,8 +168,7 @@ class Processes(Ranks):
                 self.fail(error, fault.rank, fault.error())
         finally:
             self.watchdog.stop()
-            if self.before is not None:
-                signal.signal(signal.SIGTERM, self.before)
+            signal.signal(signal.SIGTERM, self.before)
         if lost is not None:
             raise lost
 
@@ -189,8 +185,6 @@ class Processes(Ranks):
             self.watchdog.acknowledged(others, HEARING_SECONDS)
             if rank != 0:
                 raise reason from error
-            return
-        if not _in_main_thread():  # Ray collects the errors of all
             return
         if self.watchdog.acknowledged([0], HEARING_SECONDS):
             time.sleep(PRINTING_SECONDS)
@@ -226,11 +220,6 @@ def _meet(launched: Launched, backend: str) -> None:
             remedy="start all processes at once, and check that they reach this address",
         ) from error
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=WORKING)
-
-
-def _in_main_thread() -> bool:
-    """Whether the work runs in the main thread. Ray runs it in another one."""
-    return threading.current_thread() is threading.main_thread()
 
 
 BEAT_SECONDS = 0.5

@@ -147,6 +147,7 @@ class PruneRecipe(
     # pydantic lists the fields of the last base first
     shared.Device,
     shared.GgufDtype,
+    shared.Planned,
     Fitting,
     _HowToPrune,
     _WhatToPrune,
@@ -176,16 +177,9 @@ class PruneRecipe(
         ),
         Conflict(
             "processes",
-            "ray=None",
-            "torchrun itself says how many processes it starts",
-            "give --ray, or --dry-run to plan for so many",
-            unless="dry_run",
-        ),
-        Conflict(
-            "dry_run",
-            "ray",
-            "a dry run plans for one process, and Ray would start several",
-            "leave --ray out; --processes plans for several",
+            "dry_run=False",
+            "torchrun says how many processes it starts",
+            "give --dry-run to plan for so many",
         ),
     )
 
@@ -193,7 +187,6 @@ class PruneRecipe(
     distillation: shared.Distill = shared.Distill()
     calibration: shared.Calibration = shared.Calibration()
     memory: shared.Memory = shared.Memory()
-    cluster: shared.Cluster = shared.Cluster()
     gate: shared.Gate = shared.Gate()
 
 

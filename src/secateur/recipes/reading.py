@@ -411,8 +411,9 @@ def _conflicts_in(
             yield row.reason, row.remedy
         elif (one := counting(row.option)) and (two := counting(row.other)):
             names = _name_of(one[0], two[0], spelled), _name_of(two[0], one[0], spelled)
-            value = two[1] if two[1] != "None" else ""
-            pair = (" without " if two[1] == "None" else " with ").join(names)
+            missing = two[1] in ("None", "False")
+            value = "" if missing else two[1]
+            pair = (" without " if missing else " with ").join(names)
             yield f"{pair}{value and ' '}{value}: {row.reason}", row.remedy
 
 

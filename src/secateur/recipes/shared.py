@@ -394,15 +394,10 @@ def trial_steps(steps: int) -> int:
     return max(1, min(64, steps // 8))
 
 
-class Cluster(Section):
-    """The cluster that starts the processes of a run. torchrun needs no options."""
+class Planned(Section):
+    """What a plan is for."""
 
     group = Heading.MEMORY
 
-    ray: Annotated[str | None, Flag(value="ADDRESS", default="no cluster")] = None
-    """Work in several processes of a Ray cluster: its address, `auto`, or `local` for processes on
-    this machine."""
-    processes: Annotated[
-        int | None, Flag(default="the cluster's GPUs, or its machines if it has none")
-    ] = Field(None, gt=0)
-    """How many processes Ray starts; with --dry-run, plan one of so many on this machine."""
+    processes: Annotated[int | None, Flag(default="one")] = Field(None, gt=0)
+    """With --dry-run: plan one of so many processes on this machine. torchrun starts them."""

@@ -120,9 +120,6 @@ class Verb:
         if dry_run:
             with showing() as progress:
                 return imported(self.plan)(recipe, progress, options)
-        cluster = getattr(recipe, "cluster", None)
-        if cluster is not None and cluster.ray is not None:
-            return self._run_on_ray(recipe, call, showing)
         work, share = step, _share_of(step)
         ranks: Ranks | None = None
         if hasattr(step, "caller"):  # a class for the runner
@@ -159,21 +156,6 @@ class Verb:
                     + ", or leave this option to a second run" * (option not in ("", "--dry-run")),
                 )
         return launched
-
-    def _run_on_ray(self, recipe: Any, call: Mapping[str, Any], showing: Showing) -> Any:
-        """Carry out a recipe in processes that Ray starts. All machines see its files."""
-        from secateur.parallel.ray_launcher import launch
-
-        cluster = recipe.cluster
-        # in the processes nothing is left to start, and the result names no cluster
-        own = recipe.model_copy(update={"cluster": type(cluster)()})
-        launch(
-            cluster.ray,
-            cluster.processes,
-            recipe.device,
-            partial(self.run, own, dict(call), showing, command=True),
-        )
-        return imported(self.step).result(Path(recipe.output).absolute())
 
 
 def _on_device_of(recipe: Any) -> AbstractContextManager[Any]:

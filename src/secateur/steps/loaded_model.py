@@ -40,7 +40,7 @@ UNUSED = (
     *("output", "overwrite", "resume", "restart", "dry_run", "compress", "keep_format"),
     *("dtype", "device", "trust_remote_code", "max_memory", "activations"),
     *("must_keep", "must_keep_items", "task_data"),
-    *("ray", "processes", "distill_sweep_windows", "distill_teacher"),
+    *("processes", "distill_sweep_windows", "distill_teacher"),
 )
 """Options that a loaded model cannot use."""
 

@@ -66,7 +66,7 @@ MANY_MORE = 0.005
 
 LEDGER, MANIFEST = "layers.jsonl", "manifest.json"
 
-NO_PART = {"output", "compress", "memory", "on_collapse", "cluster"}
+NO_PART = {"output", "compress", "memory", "on_collapse", "processes"}
 """Fields of a recipe that do not affect the pruned weights."""
 
 
@@ -117,9 +117,7 @@ def prune(
         )
     own = {"model": model, "calibration": calibration}
     recipe, call = recipe_of(PruneRecipe, own, options)
-    # what Ray starts hears of no listener here
-    heard: Any = listener(progress) if recipe.cluster.ray is None else Silent()
-    showing: Any = partial(nullcontext, heard)
+    showing: Any = partial(nullcontext, listener(progress))
     result: PruneResult | PlanResult = VERBS["prune"].run(recipe, call, showing)
     return result
 
@@ -147,14 +145,7 @@ class Prune(Step[PruneRecipe, PruneResult]):
 
     @classmethod
     def check(cls, recipe: PruneRecipe) -> Any:
-        """Check the parts of the method, and refuse a cluster: only the verb itself starts one."""
-        if recipe.cluster.ray is not None:
-            raise RecipeError(
-                "only `secateur prune` starts processes on a Ray cluster, and torchrun starts them "
-                "without one",
-                where=f"--ray {recipe.cluster.ray}",
-                remedy="leave out --ray",
-            )
+        """Check the parts of the method."""
         method, _ = method_of(recipe)
         own_methods(recipe)
         allocation_of(recipe, method)
@@ -457,7 +448,7 @@ def plan_recipe(recipe: PruneRecipe, progress: Progress, call: Mapping[str, Any]
     if recipe.compress is not None:
         _and_compress().check(recipe)
     judge_of(recipe)
-    plan = plan_pruning(recipe, progress, recipe.cluster.processes or 1)
+    plan = plan_pruning(recipe, progress, recipe.processes or 1)
     read = recipe.model, *texts_of(recipe.calibration.source)
     check_output(recipe.output, "prune", plan.plan.disk_bytes, read, call)
     return plan
