@@ -83,7 +83,6 @@ def hidden(**more: Any) -> Callable[[float], Options]:
 ROWS: dict[str, Callable[[float], Options]] = {
     "depth, influence": depth("influence", effort="fast"),
     "depth, greedy": depth("greedy", effort="balanced", asymmetric=False),
-    "depth, search": depth("search", effort="balanced", asymmetric=False),
     "depth, influence, refitted": depth("influence", effort="balanced"),
     "depth, greedy, refitted": depth("greedy", effort="balanced"),
     "depth, best": depth("influence", effort="best"),

@@ -1109,7 +1109,7 @@ def structure(
     | None = None,
     imatrix: str | Path | None = None,
     experts_scope: Literal["layer", "global"] | None = None,
-    depth_by: Literal["influence", "angular", "greedy", "search"] | None = None,
+    depth_by: Literal["influence", "angular", "greedy"] | None = None,
     task_data: str | Path | None = None,
     calibration: str | Path | Iterable[str] | None = None,
     field: str | None = None,
@@ -1189,8 +1189,8 @@ def structure(
         imatrix: The importance matrix of a GGUF file, by llama.cpp: .gguf or .dat. [none]
         experts_scope: Where experts compete: within their layer, or in the whole model, so that
             layers keep different numbers. [layer]
-        depth_by: How to select layers: by block influence, angular distance, greedy removal, or
-            search. [influence]
+        depth_by: How to select layers: by block influence, angular distance, or greedy removal.
+            [influence]
         task_data: Folder of tasks in lm-eval's YAML files, whose data may be local. [lm-eval's own]
         calibration: Calibration text: JSONL or text file, folder of texts, hub data set, named
             text, or safetensors file of windows. Or several with weights:

@@ -65,7 +65,7 @@ MISTAKES = {
     "structure m --ffn 1.5 -o o": "--ffn 1.5:",
     "structure m --ffn 1e-9 --calibration t.txt -o o": "keeps 1e-09 FFN neurons of a layer, but",
     "structure m --keep-layers 2 --score wanda -o o": "--score: changes nothing without",
-    "structure m --ffn 0.5 --depth-by search -o o": "changes nothing without one of --keep-layers",
+    "structure m --ffn 0.5 --depth-by greedy -o o": "changes nothing without one of --keep-layers",
     "structure m --ffn 0.5 --multiple 7 -o o": "no multiple of 7",
     # training
     "train sparse --text t.txt --steps 3 --minutes 2 -o o": "--steps with",

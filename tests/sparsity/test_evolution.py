@@ -26,7 +26,7 @@ def distance(candidates, tokens, draw):
 
 
 def test_it_ends_at_the_best_candidate_from_the_better_start():
-    evolution = Evolution(30, 4, STAGES, seed=0, tries=4, revisits=True)
+    evolution = Evolution(30, 4, STAGES, seed=0)
     leaders = list(evolution.climb([(0, 0), (3, 0)], step, distance))
     assert (leaders[0].candidate, leaders[0].fitness) == ((3, 0), 5.0)
     assert (leaders[-1].candidate, leaders[-1].fitness) == ((2, 2), 0.0)
@@ -34,25 +34,9 @@ def test_it_ends_at_the_best_candidate_from_the_better_start():
 
 
 def test_of_equal_starts_the_first_is_taken_and_equal_mutants_replace_nothing():
-    evolution = Evolution(5, 4, STAGES, seed=0, tries=4, revisits=True)
+    evolution = Evolution(5, 4, STAGES, seed=0)
     flat = evolution.climb([(1, 0), (0, 1)], step, lambda c, t, d: [7.0] * len(c))
     assert {leader.candidate for leader in flat} == {(1, 0)}
-
-
-@pytest.mark.parametrize("revisits", [True, False])
-def test_without_revisits_no_candidate_is_measured_in_two_generations(revisits: bool):
-    generations: dict[int, set] = {}
-
-    def watched(candidates, tokens, draw):
-        generations.setdefault(draw, set()).update(candidates)
-        return distance(candidates, tokens, draw)
-
-    evolution = Evolution(20, 3, STAGES, seed=0, tries=8, revisits=revisits)
-    leaders = list(evolution.climb([(0, 0)], step, watched))
-    measured = [c for candidates in generations.values() for c in candidates]
-    assert (len(measured) == len(set(measured))) is not revisits
-    # Without revisits the search ends when the 16 candidates near the best are used up.
-    assert (len(leaders) == 21) is revisits
 
 
 def test_tokens_are_those_of_all_stages():
@@ -62,7 +46,7 @@ def test_tokens_are_those_of_all_stages():
         seen.append(len(candidates) * tokens)
         return distance(candidates, tokens, draw)
 
-    evolution = Evolution(6, 3, STAGES, seed=0, tries=20, revisits=True)
+    evolution = Evolution(6, 3, STAGES, seed=0)
     list(evolution.climb([(1, 1, 1, 1, 1, 1)], step, counted))
     assert sum(seen[1:]) == evolution.tokens == 6 * (3 * 10 + 2 * 40)
 
@@ -84,6 +68,6 @@ def test_what_is_not_a_number_comes_last():
     ],
 )
 def test_parameters_out_of_range_are_refused(options: dict, said: str):
-    good = {"generations": 3, "offspring": 4, "stages": STAGES, "seed": 0, "tries": 4}
+    good = {"generations": 3, "offspring": 4, "stages": STAGES, "seed": 0}
     with pytest.raises(RecipeError, match=said):
-        Evolution(**{**good, **options}, revisits=True)
+        Evolution(**{**good, **options})

@@ -269,7 +269,7 @@ REFUSED: Mapping[str, dict[str, Any]] = {
     "dtype": {"dtype": "bfloat16", "experts": 2},
     "experts_by divergence": {"experts_by": "divergence", "experts": 2},
     "experts_scope global": {"experts_scope": "global", "experts": 2},
-    "depth_by": {"depth_by": "search", "keep_layers": 2},
+    "depth_by": {"depth_by": "greedy", "keep_layers": 2},
     "layers_list": {"layers_list": "0-1,x"},
     "experts.json": {"experts_list": "experts.json"},
     "layers": {"layers_list": "0-7"},

@@ -89,10 +89,8 @@ ExpertsBy = Literal["reap", "divergence", "frequency", "aimer", "imatrix", "rand
 class Depth(Section):
     """How to select decoder layers."""
 
-    by: Annotated[Literal["influence", "angular", "greedy", "search"], Flag("depth_by")] = (
-        "influence"
-    )
-    """How to select layers: by block influence, angular distance, greedy removal, or search."""
+    by: Annotated[Literal["influence", "angular", "greedy"], Flag("depth_by")] = "influence"
+    """How to select layers: by block influence, angular distance, or greedy removal."""
 
 
 class _WhatToCut(Section):

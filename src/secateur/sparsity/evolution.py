@@ -1,8 +1,7 @@
 """Evolutionary search over candidates of any kind, with a selection in stages.
 
 This is the pure part: who mutates, who survives, and in what order. Candidates are tuples of
-integers, and the caller says what they mean: levels of sparsity (`allocation.search`) or dropped
-layers (`engine.search.depth`). A function measures how good they are.
+integers, and the caller says what they mean. A function measures how good they are.
 """
 
 from __future__ import annotations
@@ -30,6 +29,10 @@ The last stage sees all its tokens. An earlier stage sees a part of them, and `d
 
 Mutation = Callable[[Candidate, Random], Candidate]
 """(candidate, random) → a candidate like it; the same one if nothing can change."""
+
+
+TRIES = 4
+"""Mutations to try for each mutant."""
 
 
 class Leader(NamedTuple):
@@ -65,9 +68,6 @@ class Evolution(CheckedPart):
         offspring: mutants in a generation.
         stages: (survivors, tokens) of each stage of selection; the last keeps 1.
         seed: of the mutations.
-        tries: mutations to try for each mutant.
-        revisits: whether a generation may try candidates of earlier ones again. If not, the
-            search ends when it finds no new candidate.
 
     Raises:
         RecipeError: a parameter is out of range, or the stages do not narrow down to one.
@@ -77,8 +77,6 @@ class Evolution(CheckedPart):
     offspring: Count
     stages: Stages
     seed: int
-    tries: int
-    revisits: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,32 +122,24 @@ class Evolution(CheckedPart):
         first = ordered(values)[0]
         best = Leader(0, starts[first], values[first])
         yield best
-        seen = {best.candidate}
         for generation in range(self.generations):
             random = Random(f"{self.seed} {generation}")  # no state from the generation before
-            if self.revisits:
-                seen = {best.candidate}
-            mutants = self._mutants(best.candidate, seen, mutate, random)
+            mutants = self._mutants(best.candidate, mutate, random)
             candidate, value = best.candidate, best.fitness
             if mutants:
                 survivor, lowest = self._select(mutants, fitness, generation)
                 if lowest < value:
                     candidate, value = survivor, lowest
-            elif not self.revisits:
-                return
             best = Leader(generation + 1, candidate, value)
             yield best
 
-    def _mutants(
-        self, parent: Candidate, seen: set[Candidate], mutate: Mutation, random: Random
-    ) -> list[Candidate]:
-        """Mutants that are not in `seen`, which takes them; fewer if not enough are found."""
+    def _mutants(self, parent: Candidate, mutate: Mutation, random: Random) -> list[Candidate]:
+        """Different mutants; fewer if not enough are found."""
         found: list[Candidate] = []
-        for _ in range(self.tries * self.offspring):
+        for _ in range(TRIES * self.offspring):
             mutant = mutate(parent, random)
-            if mutant not in seen:
+            if mutant not in (parent, *found):
                 found.append(mutant)
-                seen.add(mutant)
             if len(found) == self.offspring:
                 break
         return found

@@ -29,7 +29,7 @@ from secateur.engine.prepared import Prepared, choose_plan, prepare
 from secateur.engine.prune.tasks import Settings
 from secateur.engine.search import experts as survey
 from secateur.engine.search.channels import hidden_scores
-from secateur.engine.search.depth import EVOLUTION, choose_depth
+from secateur.engine.search.depth import choose_depth
 from secateur.engine.search.expert_divergence import (
     REMOVED,
     TOKENS,
@@ -82,7 +82,6 @@ def choose_layers(context: CutContext, folder: Path) -> Found:
         context.scratch("depth"),
         context.progress,
         method=by,
-        evolution=replace(EVOLUTION, seed=context.recipe.calibration.seed),
         fast_matmuls=context.recipe.fast_matmuls,
     )
     notes = {"by": by, "units": "layers", "fitness": dropped.fitness, "scores": dropped.scores}

@@ -25,7 +25,6 @@ from secateur.sparsity.hessian import relative_output_error
 
 _MOST_MOVES = 16  # linears that one trade may change
 _PAIRS = 50  # pairs of linears that are drawn until one can trade
-_TRIES = 4
 
 
 class Ladder(NamedTuple):
@@ -163,9 +162,7 @@ class Search(CheckedPart):
     @property
     def evolution(self) -> Evolution:
         """The search over candidates."""
-        return Evolution(
-            self.generations, self.offspring, self.stages, self.seed, _TRIES, revisits=True
-        )
+        return Evolution(self.generations, self.offspring, self.stages, self.seed)
 
     @property
     def reach(self) -> float:
