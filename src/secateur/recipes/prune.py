@@ -147,7 +147,7 @@ class PruneRecipe(
     # pydantic lists the fields of the last base first
     shared.Device,
     shared.GgufDtype,
-    shared.Planned,
+    shared.PlanFor,
     Fitting,
     _HowToPrune,
     _WhatToPrune,

@@ -394,7 +394,7 @@ def trial_steps(steps: int) -> int:
     return max(1, min(64, steps // 8))
 
 
-class Planned(Section):
+class PlanFor(Section):
     """What a plan is for."""
 
     group = Heading.MEMORY
