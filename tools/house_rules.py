@@ -51,7 +51,7 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 341,
+    "source files": 340,
     "modules that only their neighbour imports": 12,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.1,

@@ -39,9 +39,9 @@ from secateur.runtime.decode import SlotDecoder
 from secateur.sparsity.methods import compose
 from secateur.training.batches import Batch, Batches
 from secateur.training.divergences import last_hidden
-from secateur.training.memory import plan_needs
 from secateur.training.objectives import Distil, ModelTeacher
 from secateur.training.process_group import ProcessGroup
+from secateur.training.setup import plan_needs
 from secateur.training.training_plan import TrainingPlan
 
 GIB = 2**30
@@ -147,7 +147,7 @@ def test_no_remedy_is_named_that_cannot_be_enough() -> None:
 def test_a_training_is_held_against_the_memory_of_its_device(
     machine: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.training.memory.resident_bytes", lambda: GIB)
+    monkeypatch.setattr("secateur.training.setup.resident_bytes", lambda: GIB)
     folder, batches = tiny_llama(tmp_path), Batches(tiny_windows(4, 20), 4)
     target, recipe = CheckpointTarget(CheckpointReader(folder), None, CPU), TrainRecipe(model="m")
     here, there = (

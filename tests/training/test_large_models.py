@@ -21,8 +21,8 @@ from secateur.models.checkpoint import CheckpointReader
 from secateur.models.targets import CheckpointTarget
 from secateur.recipes.train import TrainRecipe
 from secateur.training.batches import Batches
-from secateur.training.memory import plan_needs
 from secateur.training.process_group import ProcessGroup
+from secateur.training.setup import plan_needs
 from secateur.training.training_plan import TrainingPlan, shared_batch
 
 GIB = 2**30
@@ -81,7 +81,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     for name, answer in {
         "torch.cuda.mem_get_info": lambda device: (79 * GIB, 80 * GIB),
         "torch.cuda.is_bf16_supported": lambda **options: True,
-        "secateur.training.memory.resident_bytes": lambda: GIB,
+        "secateur.training.setup.resident_bytes": lambda: GIB,
         "secateur.engine.plan.resident_bytes": lambda: GIB,
     }.items():
         monkeypatch.setattr(name, answer)

@@ -30,7 +30,7 @@ from secateur.models.sources import resolve
 from secateur.progress import Silent
 from secateur.recipes.train import TrainRecipe
 from secateur.steps.train import Train
-from secateur.training import memory
+from secateur.training import setup
 from secateur.training.process_group import ProcessGroup, load
 from secateur.training.setup import TrainingSetup
 from secateur.training.training_plan import NEED_ALL, optimizers, shared_batch
@@ -240,7 +240,7 @@ def test_a_process_holds_its_part_of_a_teacher_and_two_whole_layers(tmp_path: Pa
     count = sum(p.numel() for p in model.parameters())  # tied ones once
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     alone, shared = (
-        memory._teacher_bytes(teacher, SimpleNamespace(count=n, device=torch.device("cpu")))
+        setup._teacher_bytes(teacher, SimpleNamespace(count=n, device=torch.device("cpu")))
         for n in (1, 3)
     )
     assert shared * count == alone * (count - 6 * layer + 2 * layer + 2 * layer)

@@ -110,7 +110,7 @@ def test_what_would_not_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # the process that runs the tests may have grown beyond any need of this training
-    monkeypatch.setattr("secateur.training.memory.resident_bytes", lambda: 2**28)
+    monkeypatch.setattr("secateur.training.setup.resident_bytes", lambda: 2**28)
     chosen = {**options(places, **more), "windows": 200}
     with pytest.raises(MemoryBudgetError) as error:
         secateur.train(places / "wide", output=tmp_path / "out", **chosen)
