@@ -55,15 +55,15 @@ RATCHETS: Mapping[str, float] = {
     "modules that only their neighbour imports": 12,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.1,
-    "lines of statements": 45453,
-    "functions named in one place": 455,
+    "lines of statements": 44725,
+    "functions named in one place": 445,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 78480,
-    "lines of tests": 62880,
-    "sentences that tests compare": 49,
-    "names of options": 178,
+    "words of documentation": 76131,
+    "lines of tests": 61957,
+    "sentences that tests compare": 47,
+    "names of options": 176,
 }
 """The most that each number may be."""
 
