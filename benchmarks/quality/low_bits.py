@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
 from trained import save_trained, source_text
 
 MEASURES = ("src/secateur/quantization", "src/secateur/sparsity/solvers")
-PROOF = ("llama/joint", "llama/int4", "llama/int3")
+PROOF = ("llama/alps", "llama/joint", "llama/linears alone")
 MINUTES = 150
 
 COLUMNS: dict[str, tuple[str, dict[str, int]]] = {
