@@ -1,9 +1,8 @@
 """Finds the largest cut with which a token takes at most a part of its time: `--decode-latency`.
 
 A token is timed in transformers at batch 1. Sizes are timed, not calculated, because time depends
-on the processor, its memory, and the dtype. There are three passes. In each pass, a few sizes take
-turns with the uncut model. The next pass searches between the largest size that met the target and
-the next larger size.
+on the processor, its memory, and the dtype. Each size takes turns with the uncut model, and the
+next one halves the range between the largest that met the target and the smallest that did not.
 
 The layers that are timed are spread evenly (`random_models` says how those of the whole model
 follow). The weights are random, with the right shapes and dtype.
@@ -12,7 +11,7 @@ the parts outside its layers. A model whose layers have less than `LAYER_BYTES` 
 Weights in the processor's caches are read faster, so the timed weights must be larger than the
 caches.
 
-The models take turns, so that other load on the machine affects all of them alike. Each time is a
+The models take turns, so that other load on the machine affects both alike. Each time is a
 median over all turns.
 """
 
@@ -24,7 +23,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,13 +178,9 @@ class _Running(RandomModel):
         return replaced_layers(self.there, nothing)
 
 
-FIRST = (0.85, 0.7, 0.5, 0.3, 0.1)
-"""Fractions of heads and neurons to keep in the first pass."""
-
-PASSES = 3
-
-BETWEEN = 4
-"""Sizes of each later pass: three passes distinguish fractions of 1 %."""
+LEAST, ROUNDS = 0.1, 7
+"""The smallest fraction of heads and neurons that is tried, and how often the range is halved: then
+fractions of 1 % are told apart."""
 
 
 @dataclass(frozen=True)
@@ -214,56 +208,6 @@ class Size:
         return self.milliseconds / self.milliseconds_uncut
 
 
-TimeSizes = Callable[[Sequence[float], Collection[Size]], tuple[list[Size], int]]
-"""Times fractions to keep, but for the sizes that are known (`_time_sizes`)."""
-
-
-def _time_sizes(
-    plan: CutPlan,
-    models: tuple[Any, Any],
-    multiple: int,
-    timer: Callable[[Sequence[Any]], Timed],
-    fractions: Sequence[float],
-    known: Collection[Size],
-) -> tuple[list[Size], int]:
-    """Time sizes, largest first, and each number of units once.
-
-    Args:
-        plan: the plan of the other cuts.
-        models: skeletons of the uncut model, and of the model after the other cuts.
-        multiple: the number of kept neurons is a multiple of this.
-        timer: times models in turns.
-        fractions: fractions of heads and neurons to keep. Sizes that whole units cannot make are
-            skipped.
-        known: sizes that are already timed; skipped too.
-
-    Returns:
-        The sizes, and how many tokens were in the cache.
-    """
-    whole, narrowable = models
-    before = {(size.groups, size.neurons) for size in known}
-    made: dict[tuple[int, int], tuple[float, Any]] = {}
-    for kept in fractions:
-        try:
-            cut = uniform_cut(replace(plan, joint=1 - kept), narrowable, multiple)
-        except RecipeError:  # the size is too small for whole units
-            continue
-        skeleton = design(narrowable, cut).skeleton
-        sizes = sizes_of(skeleton)
-        narrowed = plan.narrowed(sizes.layers)
-        neurons = (getattr(sizes, kind)[i] for kind in NEURONS for i in narrowed)
-        units = max(sizes.groups[i] for i in narrowed), max(neurons)
-        if units not in before:
-            made.setdefault(units, (kept, skeleton))
-    if not made:
-        return [], 0
-    (uncut, *seconds), context = timer([whole, *(skeleton for _, skeleton in made.values())])
-    return [
-        Size(kept, *units, 1e3 * each, 1e3 * uncut)
-        for (units, (kept, _)), each in zip(made.items(), seconds, strict=True)
-    ], context
-
-
 def find_latency(
     recipe: StructureRecipe,
     plan: CutPlan,
@@ -288,18 +232,29 @@ def find_latency(
     Raises:
         RecipeError: no size meets the target, or the other cuts alone meet it.
     """
-    kept = work / "latency.json"
-    if kept.exists():
-        measured: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    file, target = work / "latency.json", recipe.decode_latency
+    if file.exists():
+        measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return measured
-    assert recipe.decode_latency is not None
-    models = design(model, Cut()).skeleton, design(model, representative(plan)).skeleton
-    timer = partial(time_steps, device=device, progress=progress)
-    timed = partial(_time_sizes, plan, models, recipe.multiple, timer)
-    first = (1.0, *FIRST) if plan.cuts else FIRST
-    best, sizes, context = _largest(timed, first, recipe.decode_latency)
+    assert target is not None
+    whole, narrowable = (design(model, x).skeleton for x in (Cut(), representative(plan)))
+    sizes, context, low, high = dict[tuple[int, int], Size](), 0, LEAST, 1.0
+    for kept in (1.0,) * plan.cuts + (None,) * ROUNDS:
+        tried = kept or (low + high) / 2
+        try:
+            cut = uniform_cut(replace(plan, joint=1 - tried), narrowable, recipe.multiple)
+        except RecipeError:  # the size is too small for whole units
+            low = tried
+            continue
+        skeleton = design(narrowable, cut).skeleton
+        units = _most_units(plan, skeleton)
+        if units not in sizes:
+            (uncut, own), context = time_steps([whole, skeleton], device, progress)
+            sizes[units] = Size(tried, *units, 1e3 * own, 1e3 * uncut)
+        low, high = (tried, high) if sizes[units].left <= target else (low, tried)
+    best = _largest(sizes.values(), target)
     found: dict[str, Any] = {
-        "target": recipe.decode_latency,
+        "target": target,
         "joint": 1 - best.kept,
         "milliseconds_before": best.milliseconds_uncut,
         "milliseconds_after": best.milliseconds,
@@ -308,43 +263,40 @@ def find_latency(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "candidates": [asdict(size) for size in sizes],
+        "candidates": sorted(map(asdict, sizes.values()), key=lambda size: -size["kept"]),
     }
-    write_json(kept, found)
+    write_json(file, found)
     return found
 
 
-def _largest(
-    time_sizes: TimeSizes, first: Sequence[float], target: float
-) -> tuple[Size, list[Size], int]:
-    """The largest size within the target, all timed sizes, and the length of the context."""
-    sizes, context = time_sizes(first, ())
-    within = [size for size in sizes if size.left <= target]
+def _most_units(plan: CutPlan, model: Any) -> tuple[int, int]:
+    """The most KV groups, and the most neurons, of a layer that is narrowed."""
+    sizes = sizes_of(model)
+    narrowed = plan.narrowed(sizes.layers)
+    neurons = (getattr(sizes, kind)[i] for kind in NEURONS for i in narrowed)
+    return max(sizes.groups[i] for i in narrowed), max(neurons)
+
+
+def _largest(sizes: Collection[Size], target: float) -> Size:
+    """The largest size within the target."""
     if not sizes:
         raise RecipeError(
             "heads and neurons cannot be cut to any size between a tenth and all of them",
             remedy="choose a smaller --multiple, or drop layers: --keep-layers",
         )
-    if not within:
-        least = sizes[-1]
+    least = min(sizes, key=lambda size: size.kept)
+    best = max((x for x in sizes if x.left <= target), key=lambda size: size.kept, default=None)
+    if best is None:
         raise RecipeError(
             f"a token is to take {target:.0%} of its time; with {least.groups} KV groups and "
             f"{least.neurons} neurons a layer, the smallest size measured, it takes "
             f"{least.left:.1%} ({least.milliseconds:.2f} of {least.milliseconds_uncut:.2f} ms)",
             remedy="ask for more than that, or drop layers too: --keep-layers",
         )
-    best = within[0]
     if best.kept == 1:
         raise RecipeError(
             f"a token is to take {target:.0%} of its time; with all heads and neurons it takes "
             f"{best.left:.1%}",
             remedy="leave the target out, or choose a smaller one",
         )
-    timed, above = list(sizes), next((s.kept for s in reversed(sizes) if s.kept > best.kept), 1.0)
-    for _ in range(PASSES - 1):
-        step = (above - best.kept) / (BETWEEN + 1)
-        sizes, _ = time_sizes([above - step * (i + 1) for i in range(BETWEEN)], timed)
-        timed += sizes
-        best = max((s for s in timed if s.left <= target), key=lambda size: size.kept)
-        above = min((s.kept for s in timed if s.kept > best.kept), default=1.0)
-    return best, sorted(timed, key=lambda size: -size.kept), context
+    return best

@@ -116,7 +116,7 @@ def check_largest(source: Path, timer: Known, result: StructureResult, allocatio
     found = AutoModelForCausalLM.from_pretrained(source.with_name("out"))
     dense = timer.seconds(AutoModelForCausalLM.from_pretrained(source))
     left = timer.seconds(found) / dense
-    # passes of a fifth of a fifth of at most 0.2, and whole neurons
+    # 0.9 is halved seven times; and whole neurons
     assert target - 0.02 < left <= target + (0.001 if allocation == "global" else 0)
     assert latency["milliseconds_before"] == pytest.approx(1e3 * dense)
     if allocation == "uniform":
@@ -124,7 +124,7 @@ def check_largest(source: Path, timer: Known, result: StructureResult, allocatio
     assert (latency["target"], latency["context_tokens"]) == (target, 17)
     assert (latency["dtype"], latency["device"]) == ("float32", "cpu")
     assert latency["threads"] == torch.get_num_threads()
-    assert timer.asked == 3
+    assert timer.asked == 7
     sizes = latency["candidates"]
     assert [s["kept"] for s in sizes] == sorted((s["kept"] for s in sizes), reverse=True)
     within = [s for s in sizes if s["milliseconds"] <= target * s["milliseconds_uncut"]]
