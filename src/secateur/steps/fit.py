@@ -376,7 +376,8 @@ def _fast_enough(
         return made, after, corrections
     again = bench.healed([built])
     reached = bench.speedup(again[0].packed, len(corrections) + 1)
-    correction = FitCorrection(predicted, speed, tighter.costs.speedup, reached)
+    wanted = tighter.costs.table.base / tighter.costs.kinds[-1].limit
+    correction = FitCorrection(predicted, speed, wanted, reached)
     if reached is None or reached <= speed * error:  # it has lost more, and for nothing
         return made, after, (*corrections, correction)
     return _fast_enough(bench, after, again, (*corrections, correction))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,7 @@ from secateur.reporting.cards import with_measurements, without_folders
 from secateur.reporting.fields import blocks_of, filled
 from secateur.runs.folder import content_of
 from secateur.runs.measured import FILE_NAME, EvaluationRecord, SampleRecord, TaskRecord
+from secateur.runs.measured import KINDS as RESULTS
 from secateur.runs.output import write_json, write_text
 from secateur.runs.records import MustKeep, parsed
 from secateur.steps.evaluate import run_evaluation
@@ -107,7 +108,7 @@ class Judge:
         else:
             step.run.ranks.once(lambda: None)  # the other processes have nothing to do
         folder.whole = True
-        rows = [_row(bound, self.measured(bound, step)) for bound in self.bounds]
+        rows = [*map(_row, self.bounds, self.measured(step))]
         numbers = [row.to_json() for row in rows]
         if broken := [row for row in rows if not row.holds]:
             lines = (f"\n    {'kept' if x.holds else 'BROKEN'}: {filled(LINE, x)}" for x in rows)
@@ -124,40 +125,68 @@ class Judge:
         section = {"What it had to keep": blocks_of("MustKeep", {"must_keep": rows})}
         write_text(card, without_folders(with_measurements(made["card"], section)))
 
-    def measured(self, bound: Bound, step: Any) -> EvaluationRecord:
-        """What the result of a step and its source score, from a file or else measured."""
-        folder, recipe, how = step.run.folder, self.recipe, self.recipe.gate
-        file, length = folder.work / NUMBERS, recipe.calibration.sequence_length
+    def measured(self, step: Any) -> list[EvaluationRecord]:
+        """What the result of a step and its source score for each bound, from a file or measured.
+
+        Both are opened once for all bounds, and again only for other prompts.
+        """
+        folder, how = step.run.folder, self.recipe.gate
+        file, data = folder.work / NUMBERS, how.task_data and content_of(how.task_data)
         found = json.loads(file.read_bytes()) if file.exists() else {}
-        kind = "text" if bound.kind in ("divergence", "loss") else bound.kind
-        name = content_of(bound.name) if bound.on_text else bound.name
-        data = how.task_data and content_of(how.task_data)
-        key = fingerprint([kind, name, how.must_keep_items, data, length])
-        if key not in found:
-            evaluation = EvaluateRecipe(
-                model=str(recipe.output or step.run.place),
-                dense=recipe.model,
-                text=(bound.name,) if kind == "text" else (),
-                windows=how.must_keep_items or WINDOWS,
-                sequence_length=length,
-                generation=kind == "loops",
-                device=recipe.device,
-                trust_remote_code=recipe.trust_remote_code,
-                memory=MemoryLimit(max_memory=recipe.memory.max_memory),
-            )
-            prompts = _prompts(bound.name)[: how.must_keep_items] if kind == "loops" else ()
-            tasks = self.tasks[bound.name] if kind == "task" else []
-            writes = kind == "loops" or any(one.writes for one in tasks)
-            with _result_of(step, writes=writes) as (model, tokenizer):
-                made = run_evaluation(
-                    evaluation, step.run.progress, model=model, dense=step.run.source.folder,
-                    tokenizer=tokenizer, prompts=prompts, tasks=tasks,
-                )  # fmt: skip
-            found[key] = made.to_json()
+        shared = how.must_keep_items, data, self.recipe.calibration.sequence_length
+        names = (content_of(x.name) if x.on_text else x.name for x in self.bounds)
+        keys = [
+            fingerprint([_kind(x), n, *shared]) for x, n in zip(self.bounds, names, strict=True)
+        ]
+        asked = dict(zip(keys, self.bounds, strict=True))
+        while missing := {key: x for key, x in asked.items() if key not in found}:
+            found |= self._evaluated(step, missing)
             write_json(file, found)
-        record = parsed(EvaluationRecord, json.dumps(found[key]), str(file))
-        record.add_to(folder.notes / FILE_NAME)
-        return record
+        records = [parsed(EvaluationRecord, json.dumps(found[key]), str(file)) for key in keys]
+        for record in records:
+            record.add_to(folder.notes / FILE_NAME)
+        return records
+
+    def _evaluated(self, step: Any, missing: Mapping[str, Bound]) -> dict[str, Any]:
+        """The parts of one evaluation, by the keys of bounds; of those with prompts the first."""
+        recipe, how = self.recipe, self.recipe.gate
+        texts, loops, tasks = (
+            [key for key, bound in missing.items() if _kind(bound) == own]
+            for own in ("text", "loops", "task")
+        )
+        prepared = {x.name: x for key in tasks for x in self.tasks[missing[key].name]}
+        prompts = [x for key in loops[:1] for x in _prompts(missing[key].name)]
+        evaluation = EvaluateRecipe(
+            model=str(recipe.output or step.run.place),
+            dense=recipe.model,
+            text=tuple(missing[key].name for key in texts),
+            windows=how.must_keep_items or WINDOWS,
+            sequence_length=recipe.calibration.sequence_length,
+            generation=bool(loops),
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+            memory=MemoryLimit(max_memory=recipe.memory.max_memory),
+        )
+        writes = bool(loops) or any(one.writes for one in prepared.values())
+        with _result_of(step, writes=writes) as (model, tokenizer):
+            made = run_evaluation(
+                evaluation, step.run.progress, model=model, dense=step.run.source.folder,
+                tokenizer=tokenizer, prompts=prompts[: how.must_keep_items],
+                tasks=[*prepared.values()],
+            ).record  # fmt: skip
+        pairs = zip(texts, made.perplexity, made.divergence, strict=True)
+        parts: dict[str, Any] = {key: {"perplexity": [x], "divergence": [y]} for key, x, y in pairs}
+        parts |= {key: {"generation": made.generation} for key in loops[:1]}
+        for key in tasks:
+            own = {x.name for x in self.tasks[missing[key].name]}
+            parts[key] = {"tasks": [one for one in made.tasks if one.task in own]}
+        none: dict[str, Any] = {kind: [] for kind in RESULTS}
+        return {k: made.model_copy(update=none | part).to_json() for k, part in parts.items()}
+
+
+def _kind(bound: Bound) -> str:
+    """What is measured for a bound: a text, a task or loops."""
+    return bound.kind if bound.kind in ("task", "loops") else "text"
 
 
 @contextmanager

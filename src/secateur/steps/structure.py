@@ -20,9 +20,9 @@ import torch
 from secateur.calibration.run_windows import WINDOWS, RunWindows, WindowReader
 from secateur.engine.plan_memory import choose_sweeps, store_choice, stored_choice
 from secateur.engine.prune.refit import can_refit
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, first_line
 from secateur.evaluation.divergence import among_kept
-from secateur.models.architecture import describe
+from secateur.models.architecture import describe, only_embeds
 from secateur.models.checkpoint import CheckpointReader, shard_files
 from secateur.models.opening import (
     copy_of,
@@ -129,11 +129,8 @@ def plan_structure(
 
 def _unknown_sizes(recipe: StructureRecipe, plan: cut_plan.CutPlan) -> tuple[str, ...]:
     """The options for which the size of the cut model is not known before it is made."""
-    conditions = {
-        "--vocabulary": cut_plan.trims_vocabulary(recipe),
-        "--decode-latency": recipe.decode_latency is not None,
-    }
-    return tuple(name for name, given in conditions.items() if given)
+    timed = recipe.decode_latency is not None
+    return ("--vocabulary",) * cut_plan.trims_vocabulary(recipe) + ("--decode-latency",) * timed
 
 
 def _disk_bytes(
@@ -263,6 +260,8 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
         copy_modules(self.run.source.folder, folder.model)
         (folder.model / cut_steps.STEP).unlink(missing_ok=True)
         losses = self._distill(base, windows) if recipe.distillation.epochs else None
+        if cut_plan.trims_vocabulary(recipe) and not only_embeds(self.skeleton):
+            latency = latency or self._times()
         manifest = self._manifest(self._structure(steps, latency), losses, windows)
         write_json(folder.notes / STEPS, [records.StepEntry(**step).to_json() for step in steps])
         if windows.record:
@@ -328,6 +327,18 @@ class CutStructure(Step[StructureRecipe, StructureResult | CutFileResult]):
             store_choice(folder.work, size)
         data = DistillationData(windows.all, how, recipe.calibration.seed)
         return distill_checkpoint(dense, folder.model, None, data, size, folder.work, progress)
+
+    def _times(self) -> dict[str, Any] | None:
+        """What a token takes before and after; None if the model cannot decode text alone."""
+        from secateur.structured.latency import recorded, time_steps
+
+        models = self.skeleton, build_skeleton(self.run.folder.model)
+        try:
+            timed = time_steps(models, self.device, self.run.progress)
+        except Exception as error:  # a class of transformers may not read text alone
+            log.warning("a token is not timed: %s", first_line(error))
+            return None
+        return recorded(timed, models[0].dtype, self.device)
 
     def _structure(
         self, steps: list[dict[str, Any]], latency: dict[str, Any] | None
@@ -408,22 +419,17 @@ def _steps_of(
     refits = refits and can_refit(describe(model), channels=channels)
     # aimer reads no text, so there is nothing to learn from
     tunes = recipe.asymmetric and plan.sheds and recipe.experts_by != "aimer"
-    steps: dict[str, Any] = {
-        "depth": choices.choose_layers if plan.drop_layers else None,
-        "experts": choices.choose_experts if plan.sheds else None,
-        cut_steps.ROUTERS: cut_steps.fit_step if tunes else None,
-        "hidden": choices.choose_hidden if channels else None,
-        cut_steps.REFIT: cut_steps.fit_step if refits else None,
-        "queries": choices.choose_queries if plan.keep_queries is not None else None,
-        "width": choices.choose_width if plan.narrows else None,
+    cut, fit = cut_steps.cut_step, cut_steps.fit_step
+    steps = {
+        "depth": (plan.drop_layers, partial(cut, choose=choices.choose_layers)),
+        "experts": (plan.sheds, partial(cut, choose=choices.choose_experts)),
+        cut_steps.ROUTERS: (tunes, fit),
+        "hidden": (channels, partial(cut, choose=choices.choose_hidden)),
+        cut_steps.REFIT: (refits, fit),
+        "queries": (plan.keep_queries is not None, partial(cut, choose=choices.choose_queries)),
+        "width": (plan.narrows, partial(cut, choose=choices.choose_width)),
     }
-    return {
-        name: partial(how, name=name)
-        if how is cut_steps.fit_step
-        else partial(cut_steps.cut_step, name=name, choose=how)
-        for name, how in steps.items()
-        if how is not None
-    }
+    return {name: partial(how, name=name) for name, (wanted, how) in steps.items() if wanted}
 
 
 def _summary(step: Mapping[str, Any]) -> dict[str, Any]:

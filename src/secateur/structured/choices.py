@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -45,7 +45,7 @@ from secateur.models.expert_layout import Experts
 from secateur.models.experts import OpenExperts
 from secateur.models.inventory import FurtherLayers
 from secateur.models.sources import LocalCheckpoint
-from secateur.models.targets import CheckpointTarget, walk_layers
+from secateur.models.targets import CheckpointTarget, Target, walk_layers
 from secateur.parallel.ranks import Ranks, refuse_another_disk, refuse_another_model
 from secateur.progress import Silent
 from secateur.recipes.prune import PruneRecipe
@@ -55,7 +55,7 @@ from secateur.runs.environment import choose_device
 from secateur.sparsity.methods import Method, compose
 from secateur.sparsity.patterns import Pattern, parse_pattern
 from secateur.sparsity.solvers import solvers
-from secateur.structured.cut import NEURONS, Cut, Kept, Sizes, consumers, sizes_of, unit_width
+from secateur.structured.cut import NEURONS, Cut, Kept, consumers, sizes_of, unit_width
 from secateur.structured.cut_plan import (
     CutPlan,
     counts_left,
@@ -65,7 +65,7 @@ from secateur.structured.cut_plan import (
     width_shares,
     with_target,
 )
-from secateur.structured.cut_steps import CutContext, Found
+from secateur.structured.cut_steps import ChangeOfRun, CutContext, Found
 from secateur.structured.design import design
 from secateur.structured.surgery import cut_from_zeros
 
@@ -144,11 +144,8 @@ def _expert_scores(
     if recipe.experts_by == "aimer":
         return survey.aimer_scores(target, progress), {}
     if recipe.experts_by == "divergence":
-        found = divergence_scores(
-            target, context.windows, context.scratch("experts"), progress,
-            fast=recipe.fast_matmuls,
-        )  # fmt: skip
-        return found, {}
+        work, fast = context.scratch("experts"), recipe.fast_matmuls
+        return divergence_scores(target, context.windows, work, progress, fast=fast), {}
     tokens = recipe.memory.micro_batch_tokens
     # The other processes need the windows that this one reads, and the digest of its weights.
     job = {"windows": str(context.windows_file), "source": target.reader.tensor_digest}
@@ -275,6 +272,21 @@ def without_units(view: LayerView, readers: Mapping[str, Method]) -> Ways:
     }
 
 
+def expert_counts(model: Any, shares: Iterable[float]) -> list[int]:
+    """How many experts may stay in each layer, ascending; none where none can go.
+
+    Args:
+        model: its skeleton is enough.
+        shares: of them that are asked for.
+    """
+    experts, there = describe(model).experts, min(filter(None, sizes_of(model).experts), default=0)
+    if experts is None:
+        return []
+    fewest, groups = experts.fewest(model.config), experts.divided(model.config)
+    tried = {round(there * share) for share in shares}
+    return [x for x in sorted(tried) if fewest <= x < there and not x % groups]
+
+
 def one_budget(context: CutContext) -> CutPlan:
     """The plan of a target that names the experts whose removal leaves least to lose.
 
@@ -286,9 +298,7 @@ def one_budget(context: CutContext) -> CutPlan:
     assert experts is not None
     losses, there = _survey_cuts(context, model), max(context.plan.sizes.experts)
     best, least = context.plan, math.inf
-    for keep in dict.fromkeys((there, *(round(there * share) for share in SHARES))):
-        if keep < experts.fewest(model.config) or keep % experts.divided(model.config):
-            continue
+    for keep in (there, *reversed(expert_counts(model, SHARES))):
         kept = losses.best(keep, experts, model.config, recipe.experts_scope)
         try:
             plan = with_target(context.plan.with_experts(kept), recipe, model)
@@ -311,9 +321,8 @@ def _survey_cuts(context: CutContext, model: Any) -> CutLosses:
     }  # fmt: skip
     recipe = build_recipe(PruneRecipe, values)
     source = sources.resolve(str(context.source), trust_remote_code=recipe.trust_remote_code)
-    shares = dict.fromkeys(readers, PROBES[-1])
-    patterns = {glob: how.pattern for glob, how in readers.items()}
-    opened = _over_units(prepare(recipe, source), shares, patterns, {}, ())
+    cut = {glob: (PROBES[-1], how.pattern) for glob, how in readers.items()}
+    opened = _over_units(prepare(recipe, source), cut)
     tasks, settings = opened.tasks(), Settings.of(recipe, "disk", work)
     walk = Survey(opened.target, tasks, opened.stream(settings), settings, context.progress)
     alone = ChangedAlone(
@@ -344,51 +353,42 @@ def _score_of(recipe: StructureRecipe) -> str | None:
 
 def _over_units(
     prepared: Prepared,
-    shares: Mapping[str, float],
-    patterns: Mapping[str, Pattern],
-    costs: Mapping[str, int],
-    whole: tuple[str, ...],
+    cut: Mapping[str, tuple[float, Pattern]],
+    whole: tuple[str, ...] = (),
     alike: Sequence[str] = (),
 ) -> Prepared:
     """The same run over the linears that read units, from which it removes whole ones.
 
     Args:
         prepared: a run that is ready.
-        shares: fraction of units to remove before any allocation, by glob of linears.
-        patterns: patterns by the same globs.
-        costs: cost of a unit in the budget of an allocation, by linear.
+        cut: fraction of units to remove before any allocation, and the pattern, by glob of linears.
         whole: globs of linears that keep all units.
         alike: those of the globs whose linears lose equally many, so that no allocation moves them.
     """
+    shares = {glob: share for glob, (share, _) in cut.items()}
     linears = replace(prepared.selection, include=tuple(shares), exclude=whole, starts=shares)
     linears = replace(linears, overrides={glob: shares[glob] for glob in alike})
-    methods = {glob: replace(prepared.method, pattern=x) for glob, x in patterns.items()}
-    return replace(prepared, selection=linears, methods=methods, costs=costs)
+    methods = {
+        glob: replace(prepared.method, pattern=pattern) for glob, (_, pattern) in cut.items()
+    }
+    return replace(prepared, selection=linears, methods=methods)
 
 
 def over_width(prepared: Prepared, recipe: StructureRecipe, plan: CutPlan) -> Prepared:
     """The same run over the linears that read heads and neurons."""
-    target = prepared.target
-    model, layer_name = target.model, target.architecture.layer_name
+    model, layer_name = prepared.target.model, prepared.target.architecture.layer_name
     sizes, readers = sizes_of(model), consumers(model)
     # With a joint target the allocation divides it, so a kind that begins with 0 takes part.
-    cut_kinds = {
-        kind: x
+    cut = {
+        f"*.{readers[kind]}": (x, parse_pattern(pattern_text(sizes, kind, recipe.multiple)))
         for kind, x in width_shares(plan, sizes, model, recipe.multiple).items()
         if x > 0 or plan.joint is not None
     }
-    cut = plan.narrowed(sizes.layers)
-    return _over_units(
-        prepared,
-        {f"*.{readers[kind]}": x for kind, x in cut_kinds.items()},
-        {
-            f"*.{readers[kind]}": parse_pattern(pattern_text(sizes, kind, recipe.multiple))
-            for kind in cut_kinds
-        },
-        _costs_of(layer_name, readers, sizes, model, recipe),
-        tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in cut),
-        [f"*.{readers[kind]}" for kind in cut_kinds if kind in ALIKE],
-    )
+    narrowed = plan.narrowed(sizes.layers)
+    whole = tuple(f"{layer_name(i)}.*" for i in range(sizes.layers) if i not in narrowed)
+    alike = {f"*.{readers[kind]}" for kind in readers.keys() & ALIKE}
+    opened = _over_units(prepared, cut, whole, [glob for glob in cut if glob in alike])
+    return replace(opened, costs=_costs_of(prepared.target, recipe.multiple))
 
 
 ALIKE = ("shared_neurons", "expert_neurons")
@@ -404,9 +404,8 @@ def choose_width(context: CutContext, folder: Path) -> Found:
     """
     recipe, plan, made = context.recipe, context.plan, context.work / "narrowed"
     allocation = recipe.allocation or "uniform"
-    _prune_units(
-        context, folder, made, allocation, lambda prepared: over_width(prepared, recipe, plan)
-    )
+    over = partial(over_width, recipe=recipe, plan=plan)
+    _prune_units(context, folder, made, allocation, over)
     model = skeleton.build_skeleton(made)
     sizes, counts = sizes_of(model), counts_left(plan, model, recipe.multiple)
     kinds = ("groups", "neurons", "shared_neurons")
@@ -481,7 +480,7 @@ def choose_queries(context: CutContext, folder: Path) -> Found:
         each = sizes.heads_per_group
         # As wide as a query head, as many among those of each KV group.
         pattern = parse_pattern(f"*x{unit_width(sizes, 'queries')}@{each}")
-        return _over_units(prepared, {reader: 1 - heads / each}, {reader: pattern}, {}, ())
+        return _over_units(prepared, {reader: (1 - heads / each, pattern)})
 
     _prune_units(context, folder, made, "uniform", over_heads)
     cut = cut_from_zeros(checkpoint.CheckpointReader(made), kinds=("queries",))
@@ -497,11 +496,7 @@ def choose_queries(context: CutContext, folder: Path) -> Found:
 
 
 def _prune_units(
-    context: CutContext,
-    folder: Path,
-    made: Path,
-    allocation: str,
-    over: Callable[[Prepared], Prepared],
+    context: CutContext, folder: Path, made: Path, allocation: str, over: ChangeOfRun
 ) -> None:
     """Prune whole units of a model folder into another, unless an earlier run did."""
     if made.exists():
@@ -512,31 +507,26 @@ def _prune_units(
     context.prune(recipe, over)
 
 
-def _costs_of(
-    layer_name: Callable[[int], str],
-    readers: Mapping[str, str],
-    sizes: Sizes,
-    model: Any,
-    recipe: StructureRecipe,
-) -> dict[str, int]:
+def _costs_of(target: Target, multiple: int) -> dict[str, int]:
     """The cost of a unit of each linear in the budget of an allocation, in neurons.
 
     A group costs the number of neurons with as many parameters, rounded to a few levels of a
     search, so that groups and neurons are exchangeable.
     """
-    costs, named = unit_costs(sizes, model), {}
+    sizes, readers = sizes_of(target.model), consumers(target.model)
+    costs, named = unit_costs(sizes, target.model), {}
     if "neurons" not in costs:
         return {}
     level = LEVEL * max(sizes.neurons)  # in neurons
     equal = costs.get("groups", 0) / costs["neurons"]  # neurons with a group's parameters
     # A group is worth a whole number of levels, so that the search can trade it for neurons.
     levels = max(1, round(equal / level))
-    step = max(1, round(equal / levels / recipe.multiple)) * recipe.multiple
+    step = max(1, round(equal / levels / multiple)) * multiple
     for kind in readers.keys() - ALIKE:
         for layer, there in enumerate(getattr(sizes, kind)):
             if there:
-                name = f"{layer_name(layer)}.{readers[kind]}"
-                named[name] = recipe.multiple if kind == "neurons" else levels * step
+                name = f"{target.architecture.layer_name(layer)}.{readers[kind]}"
+                named[name] = multiple if kind == "neurons" else levels * step
     return named
 
 

@@ -358,8 +358,12 @@ def find(layer: nn.Module, name: str) -> nn.Module | None:
 def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
     """Refuse a cut that the configuration makes impossible.
 
+    A router that picks groups first (`n_group`) divides the experts into groups of one size, in
+    their order, and rates a group by its two best experts.
+
     Raises:
-        RecipeError: fewer experts than each token needs.
+        RecipeError: fewer experts than each token needs, or than the router needs of a group, or
+            groups of different sizes.
         ArchitectureError: the index of a layer has a meaning in this model.
     """
     config = text_config(model.config)
@@ -372,8 +376,17 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
                 f"layer {layer}: the cut keeps {len(kept)} experts, but each token needs {needed}",
                 remedy=f"keep {needed} experts or more in each layer",
             )
-        if experts is not None and sizes.expert_groups > 1:
-            _refuse_uneven_groups(experts.fewest(config), kept, sizes, layer)
+        groups, count = sizes.expert_groups, sizes.experts[layer]
+        if experts is not None and groups > 1 and count:
+            # expert e is in group e · groups // count
+            own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
+            least = experts.fewest(config) // groups
+            if len(set(own)) > 1 or own[0] < least:
+                raise RecipeError(
+                    f"layer {layer}: the cut keeps {own} experts of the {groups} groups between "
+                    "which the router chooses",
+                    remedy=f"keep the same number in every group, {least} or more",
+                )
     if (cut.groups or cut.queries) and architecture.couplings is not None:
         attention = [find(x, architecture.couplings.attention) for x in architecture.layers(model)]
         named = (getattr(module, QUERIES_OF_A_GROUP, None) for module in attention)
@@ -396,24 +409,4 @@ def check_configuration(model: Any, cut: Cut, sizes: Sizes) -> None:
         raise ArchitectureError(
             "attention is scaled by the index of its layer, so layers cannot be cut",
             remedy="cut heads, neurons or hidden channels",
-        )
-
-
-def _refuse_uneven_groups(fewest: int, kept: Sequence[int], sizes: Sizes, layer: int) -> None:
-    """Refuse a cut that leaves the groups of experts uneven, or too small for the router.
-
-    A router that picks groups first (`n_group`) divides the experts into groups of one size, in
-    their order, and rates a group by its two best experts.
-    """
-    # Expert e is in group e · groups // count.
-    groups, count = sizes.expert_groups, sizes.experts[layer]
-    if not count:
-        return
-    own = [sum(e * groups // count == group for e in kept) for group in range(groups)]
-    least = fewest // groups
-    if len(set(own)) > 1 or own[0] < least:
-        raise RecipeError(
-            f"layer {layer}: the cut keeps {own} experts of the {groups} groups between which the "
-            "router chooses",
-            remedy=f"keep the same number in every group, {least} or more",
         )

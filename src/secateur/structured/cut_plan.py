@@ -107,9 +107,9 @@ def count(kept: Kept, total: int, what: str) -> int:
     return int(number)
 
 
-def _fewer(kept: Kept, total: int, what: str) -> int | None:
+def _fewer(kept: Kept | None, total: int, what: str) -> int | None:
     """How many units to keep; None for all. Arguments and errors as in `count`."""
-    number = count(kept, total, what)
+    number = total if kept is None else count(kept, total, what)
     return number if number < total else None
 
 
@@ -134,13 +134,10 @@ def plan_cut(recipe: StructureRecipe, model: Any) -> CutPlan:
     layers = sizes.layers
     if recipe.keep_layers is not None:
         drop = layers - count(recipe.keep_layers, layers, "decoder layers")
-    hidden = experts = None
-    if recipe.hidden_size is not None:
-        hidden = _fewer(recipe.hidden_size, sizes.hidden, "channels of the residual stream")
-    if recipe.experts is not None:
-        if not any(sizes.experts):
-            raise RecipeError("the model has no experts", remedy="leave --experts out")
-        experts = _experts_of(recipe.experts, sizes)
+    hidden = _fewer(recipe.hidden_size, sizes.hidden, "channels of the residual stream")
+    if recipe.experts is not None and not any(sizes.experts):
+        raise RecipeError("the model has no experts", remedy="leave --experts out")
+    experts = _experts_of(recipe.experts, sizes)
     named = None
     if recipe.experts_list is not None:
         named = experts_in(recipe.experts_list)
@@ -196,7 +193,7 @@ def experts_in(file: str) -> dict[int, tuple[int, ...]]:
         ) from None
 
 
-def _experts_of(wanted: int | float, sizes: Sizes) -> int | None:
+def _experts_of(wanted: Kept | None, sizes: Sizes) -> int | None:
     """How many experts each layer keeps; as many of each group between which a router chooses."""
     kept, groups = _fewer(wanted, max(sizes.experts), "experts of a layer"), sizes.expert_groups
     if kept is None or kept % groups == 0:

@@ -58,6 +58,10 @@ FEWER = "use fewer --windows, or --effort fast, which tunes nothing"
 """What to do where experts cannot be fitted."""
 
 
+ChangeOfRun = Callable[["Prepared"], "Prepared"]
+"""Changes a run of `secateur prune` that is ready."""
+
+
 @dataclass(frozen=True)
 class CutContext:
     """The inputs that all steps share.
@@ -83,7 +87,7 @@ class CutContext:
     device: torch.device
     work: Path
     progress: Progress
-    prune: Callable[[PruneRecipe, Callable[[Prepared], Prepared]], None]
+    prune: Callable[[PruneRecipe, ChangeOfRun], None]
     ranks: Ranks = ALONE
 
     def target(self, folder: Path, output: PatchedCopy | None = None) -> CheckpointTarget:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -514,7 +515,9 @@ def _difference(base: Any, blueprint: Blueprint, edits: Mapping[str, TensorEdit]
             if hasattr(module, units.QUERIES_OF_A_GROUP):
                 quantities[units.QUERIES_OF_A_GROUP] = "heads_per_group"
             own = {a: _quantity(blueprint, layer, q) for a, q in quantities.items()}
-            own = {a: v for a, v in own.items() if v != _read(base, module, a)}
+            # the base has the configuration that its modules read
+            there = {a: attrgetter(a)(base if a.startswith("config.") else module) for a in own}
+            own = {a: v for a, v in own.items() if v != there[a]}
             if own:
                 attributes[f"{name}.{path}"] = own
     shapes: dict[str, list[int]] = {}
@@ -551,13 +554,6 @@ def _quantity(blueprint: Blueprint, layer: LayerCut, name: str) -> int:
         "queries": heads * blueprint.sizes.head_dim,
         "heads_per_group": blueprint.heads_per_group,
     }[name]
-
-
-def _read(base: Any, module: nn.Module, attribute: str) -> Any:
-    """An attribute of a module, or of the configuration it reads."""
-    if attribute.startswith("config."):
-        return getattr(base.config, attribute.removeprefix("config."))
-    return getattr(module, attribute)
 
 
 # -- what a cut removes ---------------------------------------------------------------------------
@@ -608,24 +604,11 @@ def accounting(model: Any, cut: units.Cut) -> Accounting:
     Raises:
         RecipeError: the cut is impossible.
     """
-    if only_embeds(model):
-        counts = _counts_of_embedder(model)
+    if only_embeds(model):  # of which only tokens are cut: all but their tables is its decoder
+        sizes = {name: p.itemsize for name, p in skeletons.parameters_of(model).items()}
+        counts = _counts(model, None, sizes)
         return Accounting(counts, counts, False)
     return account(design(model, cut))
-
-
-def _counts_of_embedder(model: Any) -> Counts:
-    """Count a model of which only tokens are cut: all but its tables of tokens is its decoder."""
-    rows, found = model.get_input_embeddings().num_embeddings, Counter[str]()
-    for name, parameter in skeletons.parameters_of(model).items():
-        norm = "Norm" in type(model.get_submodule(name.rpartition(".")[0])).__name__
-        table = tuple(parameter.shape[:1]) == (rows,)
-        found["embeddings" if table else "norms" if norm else "other"] += parameter.numel()
-        found["decoder"] += parameter.numel() * (not table)
-        found["file_bytes"] += parameter.numel() * parameter.itemsize
-    counted = {name: found[name] for name in (*_KINDS, "decoder", "file_bytes")}
-    total = sum(found[kind] for kind in _KINDS)
-    return Counts(**counted, kv_cache_bytes_per_token=0, parameters=total)
 
 
 def account(made: Design) -> Accounting:
@@ -638,22 +621,23 @@ def account(made: Design) -> Accounting:
     )
 
 
-def _counts(model: Any, made: Design, itemsizes: Mapping[str, int]) -> Counts:
+def _counts(model: Any, made: Design | None, itemsizes: Mapping[str, int]) -> Counts:
     """Count a model, whose weights are stored in numbers of these sizes."""
     from secateur.models.varied import NoAttention
 
-    prefix = made.architecture.layers_path + "."
-    found: Counter[str] = Counter()
+    prefix = made.architecture.layers_path + "." if made else ""
+    rows = None if made else model.get_input_embeddings().num_embeddings
+    couplings, found = made.architecture.couplings if made else None, Counter[str]()
     for name, parameter in skeletons.parameters_of(model).items():
-        values = parameter.numel()
-        inner = name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else None
+        values, inside = parameter.numel(), name.startswith(prefix) and len(parameter) != rows
+        inner = name.removeprefix(prefix).partition(".")[2] if inside else None
         module = model.get_submodule(name.rpartition(".")[0])
-        found[_kind_of(inner, module, parameter, made.architecture.couplings)] += values
+        found[_kind_of(inner, module, parameter, couplings)] += values
         found["decoder"] += values * (inner is not None)
         found["file_bytes"] += values * itemsizes[name]
     # A stand-in for attention caches one number of each token, so that the cache has its length.
     removed = sum(isinstance(module, NoAttention) for module in model.modules())
-    values = sum(cache.values for cache in layer_caches(model))
+    values = sum(cache.values for cache in layer_caches(model)) if made else 0
     cache = values * model.dtype.itemsize + removed * _UNCUT_BYTES
     return Counts(
         **{name: found[name] for name in (*_KINDS, "decoder", "file_bytes")},
@@ -695,10 +679,7 @@ def verified(skeleton: Any, source: Path, made: Path, promised: Mapping[str, Any
         VerificationError: the numbers differ.
     """
     written = skeletons.build_skeleton(made)
-    before, after = (
-        accounting(skeleton, units.Cut()).before,
-        accounting(written, units.Cut()).before,
-    )
+    before, after = (accounting(x, units.Cut()).before for x in (skeleton, written))
     # weights in a form at rest take fewer bytes than in memory, and layers for further tokens more
     before = before.model_copy(update={"file_bytes": CheckpointReader(source).total_bytes})
     after = after.model_copy(update={"file_bytes": CheckpointReader(made).total_bytes})

@@ -136,10 +136,6 @@ class LayerCut:
     index: int
     kept: Mapping[str, Tensor]
 
-    def of(self, kind: str) -> Tensor | None:
-        """The kept units of a kind; None for all."""
-        return self.kept.get(kind)
-
 
 _READ_BY = {
     "q_proj": ("q_norm", "query_layernorm", "qk_norm"),
@@ -200,13 +196,13 @@ class Blueprint:
     def heads_per_group(self) -> int:
         """Remaining query heads of each KV group."""
         for layer in self.layers:
-            if (queries := layer.of("queries")) is not None:
+            if (queries := layer.kept.get("queries")) is not None:
                 return len(queries) // self.sizes.groups[layer.index]
         return self.sizes.heads_per_group
 
     def count(self, layer: LayerCut, kind: str) -> int:
         """How many units of a kind a layer keeps."""
-        kept = layer.of(kind)
+        kept = layer.kept.get(kind)
         return getattr(self.sizes, kind)[layer.index] if kept is None else kept.shape[-1]
 
 
@@ -267,7 +263,7 @@ def _edit(
     parameter: Tensor = getattr(module, leaf)
     axes = declared.get(inner) or declared.get(inner.rpartition(".")[0])
     if axes is None:
-        cut = (stream, *map(layer.of, ("groups", "queries", "neurons")))
+        cut = (stream, *map(layer.kept.get, ("groups", "queries", "neurons")))
         if any(x is not None for x in cut):
             raise ArchitectureError(
                 "the dimensions of this parameter are not declared, so it cannot be cut",
@@ -284,7 +280,7 @@ def _edit(
         for axis, size in zip(axes, parameter.shape, strict=True)
     )
     if axes[-1] == "routes":
-        return TensorEdit(name, kept, tuple(parameter.shape), routes=layer.of("experts"))
+        return TensorEdit(name, kept, tuple(parameter.shape), routes=layer.kept.get("experts"))
     neurons = sizes.expert_neurons[layer.index]
     shape = tuple(
         n if k is None else len(k) if k.ndim == 1 else n // neurons * k.shape[1]
@@ -314,9 +310,9 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
 def gone_of(couplings: Couplings, layer: LayerCut) -> tuple[str, ...]:
     """Modules of a layer that are removed with its sub-blocks."""
     gone: tuple[str, ...] = ()
-    if (groups := layer.of("groups")) is not None and not len(groups):
+    if (groups := layer.kept.get("groups")) is not None and not len(groups):
         gone += (couplings.attention, *couplings.attention_norms)
-    if (neurons := layer.of("neurons")) is not None and not len(neurons):
+    if (neurons := layer.kept.get("neurons")) is not None and not len(neurons):
         gone += (*couplings.ffn, *couplings.ffn_norms)
     return gone
 
@@ -347,7 +343,7 @@ def _kept_along(
         "keys": width,
         "triples": (each + 2) * width,
     }
-    groups, queries, segments = layer.of("groups"), layer.of("queries"), axis.split("+")
+    groups, queries, segments = layer.kept.get("groups"), layer.kept.get("queries"), axis.split("+")
     if len(segments) > 1:
         # Parts one behind the other in one matrix (queries, keys, values): each is cut by itself,
         # and its indices begin where it begins.
@@ -371,7 +367,7 @@ def _kept_along(
         if queries is not None:
             return _along_queries(axis, sizes, queries)
         return None if groups is None else _spread(groups, widths[axis])
-    kept, experts = layer.of(axis), layer.of("experts")
+    kept, experts = layer.kept.get(axis), layer.kept.get("experts")
     if axis == "expert_neurons" and kept is not None and experts is not None:
         return kept[experts]
     return stream if axis == "hidden" else kept
@@ -379,13 +375,10 @@ def _kept_along(
 
 def _along_queries(axis: str, sizes: Sizes, kept: Tensor) -> Tensor | None:
     """Kept indices along an axis of heads, if query heads are removed; None = all."""
-    if axis == "heads":
-        return kept
-    if axis == "pairs":
-        return _spread(kept, 2 * sizes.head_dim)
-    if axis != "triples":
-        return _spread(kept, sizes.head_dim) if axis == "queries" else None
     each, size = sizes.heads_per_group, sizes.head_dim
+    widths = {"heads": 1, "queries": size, "pairs": 2 * size}
+    if axis != "triples":
+        return _spread(kept, widths[axis]) if axis in widths else None
     # A group is stored as its query heads, then its key, then its value: each + 2 heads.
     parts = []
     for group in range(int(kept[-1]) // each + 1):  # its query heads, and its key and value

@@ -253,20 +253,29 @@ def find_latency(
             sizes[units] = Size(tried, *units, 1e3 * own, 1e3 * uncut)
         low, high = (tried, high) if sizes[units].left <= target else (low, tried)
     best = _largest(sizes.values(), target)
-    found: dict[str, Any] = {
+    seconds = best.milliseconds_uncut / 1e3, best.milliseconds / 1e3
+    found = {
         "target": target,
         "joint": 1 - best.kept,
-        "milliseconds_before": best.milliseconds_uncut,
-        "milliseconds_after": best.milliseconds,
-        "batch": 1,
-        "context_tokens": context,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
+        **recorded(Timed(seconds, context), model.dtype, device),
         "candidates": sorted(map(asdict, sizes.values()), key=lambda size: -size["kept"]),
     }
     write_json(file, found)
     return found
+
+
+def recorded(timed: Timed, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The record of the times of a token in the uncut model and in the cut one."""
+    before, after = (1e3 * each for each in timed.seconds)
+    return {
+        "milliseconds_before": before,
+        "milliseconds_after": after,
+        "batch": 1,
+        "context_tokens": timed.context_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _most_units(plan: CutPlan, model: Any) -> tuple[int, int]:

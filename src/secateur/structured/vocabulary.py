@@ -15,11 +15,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
-from math import fsum, log1p, prod
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,20 +111,10 @@ Comparison = Callable[[Path, Path, Sequence[Sequence[int]], Sequence[int]], dict
 stay; as `evaluation.divergence.among_kept`."""
 
 
-class _TokenTables(NamedTuple):
-    """The parameters with a row for each token.
+def _token_tables(model: Any) -> dict[str, int]:
+    """The parameters of a model that have a row for each token, and how many rows each has.
 
-    Attributes:
-        names: how many rows each of them has, by its name.
-        rows: of the embedding; a table for the first tokens only may have fewer.
-    """
-
-    names: Mapping[str, int]
-    rows: int
-
-
-def _token_tables(model: Any) -> _TokenTables:
-    """The parameters of a model that have a row for each token.
+    The embedding has the most; a table for the first tokens only may have fewer.
 
     Args:
         model: loaded or a skeleton.
@@ -157,7 +147,7 @@ def _token_tables(model: Any) -> _TokenTables:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     found |= {tied[name]: rows for name in [*found] if name in tied}
     routes = (name for name in stored_buffers(model) if name.endswith(_ROUTES))
-    return _TokenTables({**found, **dict.fromkeys(routes, rows)}, rows)
+    return found | dict.fromkeys(routes, rows)
 
 
 def _untrimmed(what: str, where: str | None = None) -> ArchitectureError:
@@ -173,24 +163,24 @@ class Vocabulary:
         folder: of the checkpoint.
         texts: in which tokens were counted.
         pieces: of the tokenizer.
-        tables: the parameters with a row for each token.
+        tables: the parameters with a row for each token, and how many rows each has.
         stored: the stored tensors with a row for each token, and how many rows they have.
         always: ids that stay whatever the texts have.
         reader: of the tensors as they are stored.
         config: of the model, with its defaults.
 
     Example:
-        Which tokens a smaller vocabulary has, and what it saves and costs::
+        Which tokens a smaller vocabulary has, and what it saves::
 
             vocabulary = Vocabulary.counted(folder, "de.jsonl=2,code.jsonl=1")
             kept = vocabulary.kept(16384)
-            vocabulary.saved_bytes(kept), vocabulary.lost(kept), vocabulary.divergence(kept)
+            vocabulary.saved_bytes(kept)
     """
 
     folder: Path
     texts: tuple[CountedText, ...]
     pieces: Pieces
-    tables: _TokenTables
+    tables: Mapping[str, int]
     stored: Mapping[str, int]
     always: frozenset[int]
     reader: checkpoint.CheckpointReader
@@ -198,7 +188,7 @@ class Vocabulary:
 
     @classmethod
     def counted(
-        cls, folder: Path, texts: str, *, field: str = "text", progress: Progress = _SILENT
+        cls, folder: Path, texts: str, field: str = "text", progress: Progress = _SILENT
     ) -> Vocabulary:
         """Count the tokens of texts, each perhaps with a weight: `de.jsonl=2,code.jsonl=1`.
 
@@ -219,6 +209,11 @@ class Vocabulary:
         always |= {*before_positions(skeleton)} | prompt_pieces(folder, tokenizer, pieces)
         return cls(folder, found, pieces, tables, stored, always, reader, skeleton.config)
 
+    @property
+    def rows(self) -> int:
+        """Of the embedding."""
+        return max(self.tables.values())
+
     @cached_property
     def shares(self) -> dict[int, float]:
         """How much of the texts each token is, by id, the texts by their weights."""
@@ -238,7 +233,7 @@ class Vocabulary:
             # headers change in the numbers of shapes and places alone
             whole = sum(file.stat().st_size + _METADATA for file in self.reader.files)
             # ids beyond a smaller table have fewer bytes; those that need not stay leave first
-            late = range(min(self.tables.names.values()), self.tables.rows)
+            late = range(min(self.tables.values()), self.rows)
             first = [*range(late.start), *(token for token in late if token in self.always)]
             gone = self.saved_bytes(first)
             each = self.saved_bytes(first[1:]) - gone
@@ -255,20 +250,6 @@ class Vocabulary:
         )
         # the longest ones, in their order
         return sorted((ids for ids in whole if len(ids) > 1), key=len, reverse=True)[:WINDOWS]
-
-    def lost(self, kept: Sequence[int]) -> float:
-        """The share of the texts' tokens that are not kept."""
-        there = {*kept}
-        return fsum(share for token, share in self.shares.items() if token not in there)
-
-    def divergence(self, kept: Sequence[int]) -> float:
-        """The expected divergence from the uncut model on the texts, nats per token.
-
-        The trimmed model divides each probability by that of all kept tokens together, m. So its
-        divergence from the uncut model is −ln m. On average a calibrated model gives the lost
-        tokens as much probability as the texts do: m = 1 − `lost`.
-        """
-        return -log1p(-min(self.lost(kept), 1 - 1e-12))
 
     def saved_bytes(self, kept: Sequence[int]) -> int:
         """By how many bytes the weight files shrink, but for their headers."""
@@ -295,18 +276,14 @@ class Vocabulary:
 
 
 def _trim_vocabulary(
-    vocabulary: Vocabulary,
-    output: Path,
-    kept: tuple[int, ...],
-    *,
-    progress: Progress,
+    vocabulary: Vocabulary, output: Path, kept: tuple[int, ...], progress: Progress
 ) -> dict[str, Any]:
     """Write a checkpoint with some of the tokens only.
 
     Returns:
         Numbers of tokens, of documents that keep their tokens, and of parameters.
     """
-    folder, rows = vocabulary.folder, vocabulary.tables.rows
+    folder = vocabulary.folder
     with writing(output):
         _write_files(vocabulary, output, kept)
     write_tensors(vocabulary.reader, vocabulary.edits(torch.tensor(kept)), output, progress)
@@ -319,13 +296,12 @@ def _trim_vocabulary(
         new = {old: number for number, old in enumerate(kept)}
         notes["similarity"] = least_similarity(folder, output, ids, new)
     before, after = (accounting(model, Cut()).before for model in (skeleton, made))
-    varied = hasattr(skeleton.config, "secateur_cut")
-    counts = Accounting(before, after, varied).to_json()
-    return {"tokens_before": rows, "tokens_after": len(kept), **notes, **counts}
+    counts = Accounting(before, after, hasattr(skeleton.config, "secateur_cut")).to_json()
+    return {"tokens_before": vocabulary.rows, "tokens_after": len(kept), **notes, **counts}
 
 
 def _staying(
-    folder: Path, pieces: Pieces, counted: Set[int], tables: _TokenTables, config: Any
+    folder: Path, pieces: Pieces, counted: Set[int], tables: Mapping[str, int], config: Any
 ) -> frozenset[int]:
     """Ids that stay whatever the texts have.
 
@@ -334,7 +310,7 @@ def _staying(
     nothing mentions: with them all added tokens stay, but for those that are reserved. Tokens
     beyond a smaller table read its first row, which stays then.
     """
-    rows, texts = tables.rows, _texts_that_name_tokens(folder)
+    rows, texts = max(tables.values()), _texts_that_name_tokens(folder)
     seeing = text_config(config) is not config
     found = {
         token["id"]
@@ -352,7 +328,7 @@ def _staying(
         if "vocab_offset" in part:  # tokens of pictures or sounds, from this number on
             first = part["vocab_offset"]
             found |= {*range(first, min(first + part["vocab_size"], rows))}
-    if min(tables.names.values()) < rows:
+    if min(tables.values()) < rows:
         found.add(0)
     highest = max([*pieces.ids.values(), *found])
     if highest >= rows:
@@ -365,7 +341,7 @@ def _staying(
 
 
 def _stored_tables(
-    model: Any, tables: _TokenTables, opened: checkpoint.CheckpointReader
+    model: Any, tables: Mapping[str, int], opened: checkpoint.CheckpointReader
 ) -> dict[str, int]:
     """The stored tensors with a row for each token, or the shape of such a one; and their rows.
 
@@ -377,22 +353,20 @@ def _stored_tables(
     """
     names, known = model_names(model, opened, split=False), set(model.state_dict())
     # The last name of each table's module, such as `embed_tokens`, and `head` of DeepSeek's copies.
-    leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables.names} | {"head"}
+    leaves = {name.rpartition(".")[0].rpartition(".")[2] for name in tables} | {"head"}
     made = opened.made if isinstance(opened, at_rest.AssembledReader) else {}
-    found, own = dict[str, int](), False
+    found, most = dict[str, int](), max(tables.values())
     for stored, entry in opened.entries.items():
         owner, name = stored.rpartition(".")[0].rpartition(".")[2], names[stored]
-        copy = name not in known and entry.shape[:1] == (tables.rows,)
+        copy = name not in known and entry.shape[:1] == (most,)
         copy = copy and (owner in leaves or only_embeds(model))  # a head that it is built without
-        own = own or name in tables.names
-        if name in tables.names or copy:
-            rows = tables.names.get(name, tables.rows)
-            parts = [stored]
+        if name in tables or copy:
+            rows, parts = tables.get(name, most), [stored]
             if stored in made:
                 parts = _parts_with_rows(stored, made[stored], opened, rows)
             found |= dict.fromkeys(parts, rows)
-    if not own:
-        refuse_missing([*tables.names][:1], {}, opened.folder)
+    if tables.keys().isdisjoint(names[stored] for stored in opened.entries):
+        refuse_missing([*tables][:1], {}, opened.folder)
     return found
 
 
@@ -420,20 +394,22 @@ def _parts_with_rows(name: str, assembly: at_rest.Assembly, opened: Any, rows: i
 
 def _write_files(vocabulary: Vocabulary, output: Path, kept: tuple[int, ...]) -> None:
     """Write the tokenizer and the configurations with new ids, and copy all other files."""
-    folder, tables = vocabulary.folder, vocabulary.tables
+    folder, tables, rows = vocabulary.folder, vocabulary.tables, vocabulary.rows
     new = {old: number for number, old in enumerate(kept)}
-    own = {rows: sum(token < rows for token in kept) for rows in tables.names.values()}
-    sizes = {("vocab_size", tables.rows): len(kept)}
-    sizes |= {("vocab_size_per_layer_input", rows): count for rows, count in own.items()}
-    renumbered = partial(_renumbered_config, new=new, rows=tables.rows, sizes=sizes)
-    written: dict[str, Any] = {
-        name: renumbered(content) for name, content in _read_configs(folder).items()
-    }
+    sizes = {("vocab_size", rows): len(kept)}
+    for each in tables.values():
+        sizes["vocab_size_per_layer_input", each] = sum(token < each for token in kept)
+
+    def renumbered(config: Any) -> dict[str, Any]:
+        # an id beyond the table stays as far beyond it
+        return dict(_each_id(config, lambda old: new.get(old, old - rows + len(kept)), sizes))
+
+    written = {name: renumbered(content) for name, content in _read_configs(folder).items()}
     whole = vocabulary.config.to_dict()  # names what a file leaves to the defaults of its class
     config = written["config.json"] = _completed(written["config.json"], whole, renumbered(whole))
     # A varied model lists the shapes that differ from its base class; they have the rows too.
     shapes = config.get("secateur_cut", {}).get("shapes", {})  # of `models/varied.py`
-    for owner in {name.rpartition(".")[0] for name in tables.names} & shapes.keys():
+    for owner in {name.rpartition(".")[0] for name in tables} & shapes.keys():
         shapes[owner] = [len(kept), *shapes[owner][1:]]
     written[_TOKENIZER] = _renumbered_tokenizer(read_tokenizer(folder), vocabulary.pieces, new)
     if (folder / _TOKENIZER_CONFIG).is_file():
@@ -535,20 +511,6 @@ def _renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
     return result
 
 
-def _renumbered_config(
-    config: Mapping[str, Any], *, new: Mapping[int, int], rows: int, sizes: Mapping[Any, int]
-) -> dict[str, Any]:
-    """A configuration for the smaller vocabulary.
-
-    Args:
-        config: or a part of it.
-        new: ids by old ids. An id beyond the table stays as far beyond it.
-        rows: of the embedding.
-        sizes: the new sizes of tables by the keys and the old sizes.
-    """
-    return dict(_each_id(config, lambda old: new.get(old, old - rows + len(new)), sizes))
-
-
 def _completed(
     written: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -563,7 +525,8 @@ def _completed(
 def _each_id(value: Any, change: Any, sizes: Mapping[Any, int] | None = None) -> Any:
     """A configuration in which every token id from 0 is replaced by what `change` makes of it.
 
-    Sizes of tables are replaced by `sizes`, but for those of tables of pictures and sounds.
+    Sizes of tables are replaced by `sizes`, by their keys and old sizes, but for those of tables of
+    pictures and sounds.
     """
 
     def changed(key: str, inner: Any) -> Any:
@@ -587,14 +550,15 @@ def counted_text(recipe: StructureRecipe) -> str:
     Raises:
         RecipeError: it is a file of windows.
     """
-    text = recipe.vocabulary or recipe.calibration.source
-    if any(each.endswith(".safetensors") for each in texts_of(text)):
-        raise RecipeError(
-            "tokens are counted in a text, and this is a file of windows",
-            where=text,
-            remedy="name a text with --vocabulary",
-        )
-    return text
+    named = [recipe.vocabulary or recipe.calibration.source, recipe.calibration.source]
+    for each in (x for text in named for x in texts_of(text)):
+        if each.endswith(".safetensors"):
+            raise RecipeError(
+                "windows have the ids of all tokens, and a text is needed to remove some",
+                where=each,
+                remedy="name texts with --vocabulary and --calibration",
+            )
+    return named[0]
 
 
 def check_vocabulary(
@@ -608,18 +572,13 @@ def check_vocabulary(
     """
     pieces_of(read_tokenizer(source.folder), str(source.folder))  # refuses other tokenizers
     tables, size = _token_tables(skeleton), recipe.vocabulary_size
+    rows = max(tables.values())
     _stored_tables(skeleton, tables, opening.open_weights(source.folder))
     counted_text(recipe)
     further_modules(source.folder)  # refuses those that depend on tokens
-    if any(text.endswith(".safetensors") for text in texts_of(recipe.calibration.source)):
+    if isinstance(size, int) and size >= rows:
         raise RecipeError(
-            "windows of token ids would have other ids after the vocabulary is trimmed",
-            where=recipe.calibration.source,
-            remedy="calibrate on a text, or trim the vocabulary in a run of its own",
-        )
-    if isinstance(size, int) and size >= tables.rows:
-        raise RecipeError(
-            f"the vocabulary has {tables.rows} tokens, the recipe keeps {size}",
+            f"the vocabulary has {rows} tokens, the recipe keeps {size}",
             where="--vocabulary-size",
             remedy="give a smaller number",
         )
@@ -646,13 +605,11 @@ def trimmed_source(
     text = recipe.vocabulary or calibration.source
     if not made.exists():
         with whole_folder(made) as folder:
-            vocabulary = Vocabulary.counted(
-                source.folder, text, field=calibration.field, progress=progress
-            )
+            vocabulary = Vocabulary.counted(source.folder, text, calibration.field, progress)
             kept = vocabulary.kept(size, recipe.multiple)
-            if len(kept) == vocabulary.tables.rows:
+            if len(kept) == vocabulary.rows:
                 raise needs_all(len(kept), text)
-            found = _trim_vocabulary(vocabulary, folder, kept, progress=progress)
+            found = _trim_vocabulary(vocabulary, folder, kept, progress)
             if "similarity" not in found:  # of embedding models, which have no logits
                 found["among_kept"] = compare(source.folder, folder, vocabulary.windows(kept), kept)
             by = "use in a text" if size is None else "frequency in a text"

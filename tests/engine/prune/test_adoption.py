@@ -155,7 +155,7 @@ def test_rows_come_from_experts_of_the_uncut_model(
     with opened_experts(dense), opened_experts(left):
         RouterTuning(
             ModelTarget(dense), ModelTarget(left), layers, windows,
-            Settings(), ledger, Silent(), kept=kept,
+            Settings(), ledger, Silent(), kept=kept, fixed=(),
         ).execute()  # fmt: skip
         adopted = 0
         for index, own in kept.items():

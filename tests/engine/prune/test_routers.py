@@ -42,7 +42,7 @@ def tuned(dense: Any, left: Any, **options: Any) -> list[dict[str, float]]:
     with opened_experts(dense), opened_experts(left):
         RouterTuning(
             ModelTarget(dense), ModelTarget(left), layers, WINDOWS, Settings(), ledger, Silent(),
-            **options,
+            **{"kept": {}, "fixed": (), **options},
         ).execute()  # fmt: skip
     return [layer.reconstruction for layer in ledger.layers]
 

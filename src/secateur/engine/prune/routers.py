@@ -41,7 +41,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,16 +88,11 @@ class RouterTuning(SideBySide):
     """The tuning of the mixtures of one cut model; see the module.
 
     Args, besides those of `SideBySide`:
-        fixed: names of parameters that may not change.
         kept: the experts of the uncut model that stay, by number of the layer.
+        fixed: names of parameters that may not change.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        fixed: Iterable[str] = (),
-        kept: Mapping[int, Sequence[int]] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, *args: Any, kept: Mapping[int, Sequence[int]], fixed: Iterable[str]) -> None:
         super().__init__(*args)
         self.fixed, self.kept = fixed, kept
 
@@ -112,7 +106,7 @@ class RouterTuning(SideBySide):
         with reused_pages():
             dense, cut = self.open(done)
             plan = _Windows.of(len(self.cut.windows), self.cut.windows_at_once)
-            for size in plan.sizes:
+            for size in {len(own) for own in (*plan.learned, *plan.held_out)}:
                 self.cut.outer.calls(size)  # recorded before any layer has its weights
             self.progress.start("tuning routers", 2 * (count - cut.start) * len(cut.batches()))
             for place in range(cut.start, count):
@@ -201,11 +195,6 @@ class _Windows:
             [own[start : start + at_once] for start in range(0, len(own), at_once)],
             [held[start : start + at_once] for start in range(0, len(held), at_once)],
         )
-
-    @property
-    def sizes(self) -> set[int]:
-        """How many windows a forward has."""
-        return {len(own) for part in (self.learned, self.held_out) for own in part}
 
 
 _Part = tuple[str, Sequence[str], Callable[[], None]]

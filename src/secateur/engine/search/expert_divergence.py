@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,21 +175,12 @@ def divergence_scores(
         fast: whether products may be in bfloat16.
 
     Raises:
-        ArchitectureError: no layer has experts, or a router chooses in a way that is not known.
+        ArchitectureError: a router chooses in a way that is not known.
     """
     drawn = DrawnBackward(target, cut_windows(windows, TOKENS), folder, progress, fast=fast)
     layers = drawn.records("experts: divergence", removals(drawn))
-    scores = {
-        int(n): torch.tensor(x[REMOVED], dtype=torch.float64)
-        for found in layers
-        for n, x in found.items()
-    }
-    if not scores:
-        raise ArchitectureError(
-            f"no decoder layer of {type(target.model).__name__} has experts",
-            remedy="the model is dense",
-        )
-    return scores
+    every = chain.from_iterable(found.items() for found in layers)
+    return {int(n): torch.tensor(x[REMOVED], dtype=torch.float64) for n, x in every}
 
 
 def removals(drawn: DrawnBackward) -> Measured:

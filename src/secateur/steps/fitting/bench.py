@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import torch
@@ -79,6 +79,8 @@ from secateur.steps.fitting.problem import (
     embedded,
 )
 from secateur.steps.runner import RunContext, Step, carry_out, step_of
+
+T = TypeVar("T")
 
 RECIPE, WINDOWS, EXPERTS = "recipe.yaml", "windows.safetensors", "experts.json"
 
@@ -222,7 +224,7 @@ class FitBench:
         """
         other = copy.copy(self)
         other.cut = {**options, "calibration": {"source": str(self.windows_file)}}
-        recipe = build_recipe(StructureRecipe, {**other.cut, **self._named})
+        recipe = build_recipe(StructureRecipe, {**other.cut, **self.named})
         label, place = Labelled(self.progress, name), self.work / "cuts" / name.replace(" ", "-")
         with self.time.phase("cutting"):
             folder = self._part(step_of("structure"), recipe, self.source, place, label)
@@ -333,7 +335,7 @@ class FitBench:
         options = _prune_options(self.recipe, self._linears(formats), str(self.windows_file))
         if options is None:
             return self.source.folder
-        recipe = build_recipe(PruneRecipe, {**options, **self._named})
+        recipe = build_recipe(PruneRecipe, {**options, **self.named})
         label = Labelled(progress, "pruning")
         return self._part(step_of("prune"), recipe, self.source, place / "pruned", label)
 
@@ -353,19 +355,16 @@ class FitBench:
         options = self._compress_options(
             formats, str(self.windows_file), teacher if heals else None
         )
-        recipe = build_recipe(CompressRecipe, {**options, **self._named})
+        recipe = build_recipe(CompressRecipe, {**options, **self.named})
         source = replace(self.source, folder=sparse)
         return self._part(_CompressBeside, recipe, source, output, Labelled(progress, "rounding"))
 
     @property
-    def _named(self) -> dict[str, Any]:
+    def named(self) -> dict[str, Any]:
         """What records and cards of candidates name: the model and the output of the fit."""
         own = self.recipe
-        return {
-            "model": own.model,
-            "output": str(own.output),
-            "trust_remote_code": own.trust_remote_code,
-        }
+        named = {"model": own.model, "output": str(own.output)}
+        return {**named, "trust_remote_code": own.trust_remote_code}
 
     def _part(
         self,
@@ -398,7 +397,7 @@ class FitBench:
         model = recipe.model if trimming is None else str(trimming.output)
         compress = self._compress_options(winner.formats, text, model if heals else None)
         steps.append({"compress": compress})
-        chain = {**self._named, "model": model, "output": f"{recipe.output}-again", "steps": steps}
+        chain = {**self.named, "model": model, "output": f"{recipe.output}-again", "steps": steps}
         again = dump_recipe(build_recipe(ChainRecipe, chain))
         write_text(folder.notes / RECIPE, again)
         card, place = folder.model / "README.md", shown_place(str(recipe.output))
@@ -494,14 +493,13 @@ class FitBench:
         """
         if self.recipe.decode_speedup is None:
             return None
-        file = self.work / f"speedup-{number}.json"
-        if not file.exists():
+
+        def ratio() -> float | None:
             ours, dense = self.race(folder)
             failed = ours.failure or dense.failure
-            ratio = None if failed else ours.tokens_per_second / dense.tokens_per_second
-            write_json(file, {"speedup": ratio})
-        found: float | None = json.loads(file.read_text(encoding="utf-8"))["speedup"]
-        return found
+            return None if failed else ours.tokens_per_second / dense.tokens_per_second
+
+        return self.chosen.once(f"the speed-up, {number}", ratio)
 
     def race(self, folder: Path) -> list[Speed]:
         """A packed model, and for a speed-up the source as dense int8, timed in turns.
@@ -568,10 +566,10 @@ class DivergenceComparison:
         """Of a packed model, as it runs in the kernels."""
         return self.once(name, lambda: self._running(folder))
 
-    def once(self, name: str, measure: Callable[[], float]) -> float:
+    def once(self, name: str, measure: Callable[[], T]) -> T:
         """A value of a model, from the file or else measured."""
         self.progress.start(f"measuring {name}", 1)
-        found: float = self.values.noted(name, measure)
+        found: T = self.values.noted(name, measure)
         self.progress.finish()
         return found
 

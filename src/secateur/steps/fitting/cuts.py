@@ -33,7 +33,7 @@ from secateur.reporting.tables import layer_of
 from secateur.runs.output import write_json
 from secateur.steps.fitting.bench import BuiltCandidate, FitBench
 from secateur.steps.fitting.problem import Costs, FitProblem
-from secateur.structured.choices import readers_of
+from secateur.structured.choices import expert_counts, readers_of
 from secateur.structured.cut import NEURONS, consumers, sizes_of
 from secateur.structured.cut_plan import CutPlan, counts_left, width_shares
 
@@ -131,7 +131,7 @@ def costs_of_fewest(costs: Costs, folder: Path) -> Costs:
         ArchitectureError: nothing of the model can go.
     """
     model = build_skeleton(folder)
-    counts, shares = _counts(model), _shares(costs, model)
+    counts, shares = expert_counts(model, SHARES), _shares(costs, model)
     if not counts and len(shares) == 1:
         raise ArchitectureError(
             "the model has no experts and no neurons that can go"
@@ -187,7 +187,7 @@ def _predicted(bench: FitBench, problem: FitProblem) -> Iterator[tuple[float, Fi
     if experts is not None and losses.experts:
         alike = bench.recipe.target == "llama.cpp" or text_part(model.config) is not None
         scope = "layer" if alike or couplings is None or couplings.alike else "global"
-        kept += [losses.best(n, experts, model.config, scope) for n in _counts(model)]
+        kept += [losses.best(n, experts, model.config, scope) for n in expert_counts(model, SHARES)]
     for own, (share, gone) in product(kept, _shares(problem.costs, model).items()):
         lost = losses.of_shares(gone, model) + (losses.of_experts(own) if own else 0.0)
         cut = FitCut(own, share, lost)
@@ -212,21 +212,6 @@ def _shares(costs: Costs, model: Any) -> dict[float, dict[str, float]]:
             )
             found.setdefault(1 - max(gone.values()), gone)
     return found
-
-
-def _counts(model: Any) -> list[int]:
-    """How many experts may stay in each layer, ascending; none where none can go.
-
-    Args:
-        model: its skeleton is enough.
-    """
-    experts = describe(model).experts
-    if experts is None:
-        return []
-    there = min(filter(None, sizes_of(model).experts), default=0)
-    fewest, groups = experts.fewest(model.config), experts.divided(model.config)
-    tried = {round(there * share) for share in SHARES}
-    return [x for x in sorted(tried) if fewest <= x < there and not x % groups]
 
 
 def _renamed(problem: FitProblem, bench: FitBench, cut: FitCut) -> FitProblem:

@@ -382,11 +382,6 @@ class Costs:
         assert self.times is not None
         return self.times
 
-    @property
-    def speedup(self) -> float:
-        """The bound on seconds, as a speed-up over dense int8."""
-        return self.table.base / self.kinds[-1].limit
-
     def predicted_speedup(self, stored: Formats) -> float:
         """The speed-up over dense int8 that the table of times predicts."""
         taken = sum(self.of(name, own)[-1] for name, own in stored.items())
@@ -655,11 +650,9 @@ class FitProblem:
     def after(self, made: FitFinalist) -> FitProblem:
         """The same after a model was made, and lost more or less than predicted."""
         predicted, lost = made.predicted - self.base, made.divergence - self.base
-        return (
-            self
-            if min(predicted, lost) <= 0
-            else replace(self, scale=self.scale * lost / predicted)
-        )
+        if min(predicted, lost) <= 0:
+            return self
+        return replace(self, scale=self.scale * lost / predicted)
 
 
 OPTION_OF: Mapping[str, str] = {
@@ -669,11 +662,15 @@ OPTION_OF: Mapping[str, str] = {
 }
 """The option that bounds each kind of cost."""
 
-_NEAREST: Mapping[str, str] = {
-    SIZE: "the smallest possible size is",
-    MEMORY: "the smallest possible memory is",
-    SECONDS: "the largest speed-up by the table of timed matrices is",
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    SIZE: ("fits into {0}", "the smallest possible size is"),
+    MEMORY: ("runs in {0} with {1} tokens of context", "the smallest possible memory is"),
+    SECONDS: (
+        "decodes {0} times as fast as dense int8 on this machine",
+        "the largest speed-up by the table of timed matrices is",
+    ),
 }
+"""What no model does, and how the nearest bound is called."""
 
 
 def check_feasible(recipe: FitRecipe, costs: Costs, source: int) -> None:
@@ -713,17 +710,13 @@ def _impossible(
         return RecipeError(
             f"no model keeps {others} together", where=OPTION_OF[name], remedy="leave one out"
         )
-    given = getattr(recipe, OPTION_OF[name])
-    fault = {
-        SIZE: f"no model fits into {given}",
-        MEMORY: f"no model runs in {given} with {recipe.context_length} tokens of context",
-        SECONDS: f"no model decodes {given} times as fast as dense int8 on this machine",
-    }[name]
-    nearest = f"{_NEAREST[name]} {as_option(costs, name, least)}"
+    fault, nearest = _REFUSED[name]
+    fault = fault.format(getattr(recipe, OPTION_OF[name]), recipe.context_length)
     return RecipeError(
-        fault + ("" if alone else f" with this {others}"),
+        f"no model {fault}" + ("" if alone else f" with this {others}"),
         where=OPTION_OF[name],
-        remedy=f"{nearest}; or cut the model first with `secateur structure`",
+        remedy=f"{nearest} {as_option(costs, name, least)}; or cut the model first with "
+        "`secateur structure`",
     )
 
 

@@ -150,12 +150,8 @@ ROUNDING: dict[str, Any] = {
 
 def _named(bench: FitBench, name: str) -> dict[str, Any]:
     """The options that all runs of the survey share; none of them writes its output."""
-    return {
-        **shared_options(bench.recipe),
-        "model": str(bench.source.folder),
-        "output": str(bench.work / name),
-        "trust_remote_code": bench.recipe.trust_remote_code,
-    }
+    own = {"model": str(bench.source.folder), "output": str(bench.work / name)}
+    return {**bench.named, **shared_options(bench.recipe), **own}
 
 
 def _sampled(bench: FitBench) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
