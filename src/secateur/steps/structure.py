@@ -420,7 +420,7 @@ def _steps_of(
     # aimer reads no text, so there is nothing to learn from
     tunes = recipe.asymmetric and plan.sheds and recipe.experts_by != "aimer"
     cut, fit = cut_steps.cut_step, cut_steps.fit_step
-    steps = {
+    steps: dict[str, tuple[Any, Callable[..., Any]]] = {
         "depth": (plan.drop_layers, partial(cut, choose=choices.choose_layers)),
         "experts": (plan.sheds, partial(cut, choose=choices.choose_experts)),
         cut_steps.ROUTERS: (tunes, fit),

@@ -301,7 +301,8 @@ def one_budget(context: CutContext) -> CutPlan:
     for keep in (there, *reversed(expert_counts(model, SHARES))):
         kept = losses.best(keep, experts, model.config, recipe.experts_scope)
         try:
-            plan = with_target(context.plan.with_experts(kept), recipe, model)
+            named = replace(context.plan, named=kept if keep < there else None)
+            plan = with_target(named, recipe, model)
             left = design(model, representative(plan)).skeleton
             gone = width_shares(plan, sizes_of(left), left, recipe.multiple)
         except RecipeError:  # too few, or too many, heads and neurons would have to go

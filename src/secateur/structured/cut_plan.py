@@ -80,11 +80,6 @@ class CutPlan:
         """Whether the plan cuts experts."""
         return self.keep_experts is not None or self.named is not None
 
-    def with_experts(self, kept: Mapping[int, tuple[int, ...]]) -> CutPlan:
-        """The same where these experts stay, or all where each layer names all."""
-        fewer = any(len(own) < self.sizes.experts[layer] for layer, own in kept.items())
-        return replace(self, keep_experts=None, named=kept if fewer else None)
-
 
 def count(kept: Kept, total: int, what: str) -> int:
     """How many of `total` units to keep.

@@ -11,9 +11,8 @@ tokenizers library needs it.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -71,14 +70,19 @@ _OF_IDS = re.compile(r"_token_(id|ids|index|idx)$|^vocab_offset$")
 
 
 _LISTS = (
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "force_words_ids",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "force_words_ids", "ids",
 )  # fmt: skip
-"""Keys of configurations whose values are token ids, besides those that `_OF_IDS` finds."""
+"""Keys of configurations whose values are token ids, besides those that `_OF_IDS` finds; the last
+is one of what adds special tokens to a text."""
+
+_PAIRS = ("sep", "cls")
+"""Keys of a token and its id, where BERT and RoBERTa add special tokens."""
 
 
 _CONFIGS = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+"""Files that may hold ids of tokens."""
 
 _RESERVED = re.compile("unused|reserved", re.IGNORECASE)
 """In the names of added tokens that no program uses."""
@@ -321,7 +325,7 @@ def _staying(
         or (seeing and not _RESERVED.search(token["content"]))
     }
     named, whole = list[int](), config.to_dict()
-    for content in (whole, *_read_configs(folder).values()):
+    for content in (whole, *_read_files(folder, _CONFIGS).values()):
         _each_id(content, named.append)
     found |= {number for number in named if number < rows}
     for part in (whole, *(x for x in whole.values() if isinstance(x, Mapping))):
@@ -404,7 +408,7 @@ def _write_files(vocabulary: Vocabulary, output: Path, kept: tuple[int, ...]) ->
         # an id beyond the table stays as far beyond it
         return dict(_each_id(config, lambda old: new.get(old, old - rows + len(kept)), sizes))
 
-    written = {name: renumbered(content) for name, content in _read_configs(folder).items()}
+    written = {name: renumbered(x) for name, x in _read_files(folder, _CONFIGS).items()}
     whole = vocabulary.config.to_dict()  # names what a file leaves to the defaults of its class
     config = written["config.json"] = _completed(written["config.json"], whole, renumbered(whole))
     # A varied model lists the shapes that differ from its base class; they have the rows too.
@@ -412,8 +416,7 @@ def _write_files(vocabulary: Vocabulary, output: Path, kept: tuple[int, ...]) ->
     for owner in {name.rpartition(".")[0] for name in tables} & shapes.keys():
         shapes[owner] = [len(kept), *shapes[owner][1:]]
     written[_TOKENIZER] = _renumbered_tokenizer(read_tokenizer(folder), vocabulary.pieces, new)
-    if (folder / _TOKENIZER_CONFIG).is_file():
-        written[_TOKENIZER_CONFIG] = json.loads((folder / _TOKENIZER_CONFIG).read_text("utf-8"))
+    written |= _read_files(folder, [_TOKENIZER_CONFIG])
     tokens = written.get(_TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
     if isinstance(tokens, Mapping):
         written[_TOKENIZER_CONFIG]["added_tokens_decoder"] = {
@@ -424,13 +427,10 @@ def _write_files(vocabulary: Vocabulary, output: Path, kept: tuple[int, ...]) ->
         write_json(output / name, content)
 
 
-def _read_configs(folder: Path) -> dict[str, Any]:
-    """The configurations of a folder that may hold ids of tokens, by file."""
-    return {
-        name: checkpoint.parse_json((folder / name).read_bytes())
-        for name in _CONFIGS
-        if (folder / name).is_file()
-    }
+def _read_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The JSON files of a folder that are there, by their names."""
+    there = (name for name in names if (folder / name).is_file())
+    return {name: checkpoint.parse_json((folder / name).read_bytes()) for name in there}
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -470,10 +470,9 @@ def _texts_that_name_tokens(folder: Path) -> str:
                 yield from texts(inner)
 
     found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))]
-    for name in (_TOKENIZER_CONFIG, "chat_template.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = checkpoint.parse_json((folder / name).read_bytes())
-            found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
+    names = (_TOKENIZER_CONFIG, "chat_template.json", "processor_config.json")
+    for content in _read_files(folder, names).values():
+        found += texts({k: v for k, v in content.items() if k != "added_tokens_decoder"})
     return "\0".join(found)
 
 
@@ -488,26 +487,10 @@ def _renumbered_tokenizer(
         if token["id"] in new
     ]
     result = {**tokenizer, "model": pieces.trimmed(kept), "added_tokens": added}
-    result["post_processor"] = _renumbered_processor(tokenizer.get("post_processor"), new)
+    result["post_processor"] = _each_id(tokenizer.get("post_processor"), new.__getitem__)
     padding = tokenizer.get("padding")
     if isinstance(padding, Mapping) and padding.get("pad_id") in new:
         result["padding"] = {**padding, "pad_id": new[padding["pad_id"]]}
-    return result
-
-
-def _renumbered_processor(processor: Any, new: Mapping[int, int]) -> Any:
-    """What adds special tokens to a text, with their new ids."""
-    if isinstance(processor, list):
-        return [_renumbered_processor(inner, new) for inner in processor]
-    if not isinstance(processor, Mapping):
-        return processor
-    result = {key: _renumbered_processor(inner, new) for key, inner in processor.items()}
-    for key in ("sep", "cls"):  # of BERT and RoBERTa: the token and its id
-        if isinstance(processor.get(key), list):
-            token, number = processor[key]
-            result[key] = [token, new[number]]
-    if isinstance(processor.get("ids"), list):
-        result["ids"] = [new[number] for number in processor["ids"]]
     return result
 
 
@@ -523,7 +506,8 @@ def _completed(
 
 
 def _each_id(value: Any, change: Any, sizes: Mapping[Any, int] | None = None) -> Any:
-    """A configuration in which every token id from 0 is replaced by what `change` makes of it.
+    """A configuration, or what adds special tokens to a text, in which every token id from 0 is
+    replaced by what `change` makes of it.
 
     Sizes of tables are replaced by `sizes`, by their keys and old sizes, but for those of tables of
     pictures and sounds.
@@ -532,12 +516,16 @@ def _each_id(value: Any, change: Any, sizes: Mapping[Any, int] | None = None) ->
     def changed(key: str, inner: Any) -> Any:
         if isinstance(inner, int) and (key, inner) in own:
             return own[key, inner]
+        if key in _PAIRS and isinstance(inner, list):
+            return [inner[0], change(inner[1])]
         if not isinstance(inner, int | list) or not (_OF_IDS.search(key) or key in _LISTS):
             return _each_id(inner, change, sizes)
         if isinstance(inner, list):
             return [changed(key, x) for x in inner]
         return change(inner) if inner >= 0 and not isinstance(inner, bool) else inner
 
+    if isinstance(value, list):
+        return [_each_id(inner, change, sizes) for inner in value]
     if not isinstance(value, Mapping):
         return value
     own: Mapping[Any, int] = {} if "vocab_offset" in value else sizes or {}

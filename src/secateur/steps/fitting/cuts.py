@@ -81,14 +81,11 @@ class FitCut:
     def shapes(self, costs: Costs, model: Any) -> dict[str, tuple[int, int]]:
         """The shapes of the linears that it leaves, by their names in the whole model."""
         architecture, sizes, readers = describe(model), sizes_of(model), consumers(model)
-        plan = CutPlan(sizes, neurons=1 - self.neurons)
+        plan, experts = CutPlan(sizes, neurons=1 - self.neurons), architecture.experts
         left = counts_left(plan, model, 1) if self.neurons < 1 else {}
         found = {}
         for name, (rows, columns) in costs.shapes.items():
-            layer, place = (
-                layer_of(name),
-                architecture.experts and architecture.experts.place_of(name),
-            )
+            layer, place = layer_of(name), experts and experts.place_of(name)
             if place and self.experts is not None and int(place[1]) not in self.experts[layer]:
                 continue
             inner = name.removeprefix(f"{architecture.layer_name(layer)}.")
@@ -204,12 +201,10 @@ def _shares(costs: Costs, model: Any) -> dict[float, dict[str, float]]:
     Experts keep whole multiples. Seconds are predicted for matrices of the whole model alone, so
     with a bound on them all neurons stay.
     """
-    found: dict[float, dict[str, float]] = {1.0: {}}
+    found, sizes = dict[float, dict[str, float]]({1.0: {}}), sizes_of(model)
     if costs.times is None and readers_of(model, NEURONS):
         for share in SHARES:
-            gone = width_shares(
-                CutPlan(sizes := sizes_of(model), neurons=1 - share), sizes, model, 1
-            )
+            gone = width_shares(CutPlan(sizes, neurons=1 - share), sizes, model, 1)
             found.setdefault(1 - max(gone.values()), gone)
     return found
 
