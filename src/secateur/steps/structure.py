@@ -62,6 +62,7 @@ from secateur.steps.runner import (
 from secateur.structured import cut_plan, cut_steps
 from secateur.structured.design import verified
 from secateur.structured.embedders import copy_modules
+from secateur.structured.surgery import VARIED
 
 if TYPE_CHECKING:
     from secateur.engine.prepared import Prepared
@@ -72,12 +73,6 @@ STEPS, MANIFEST = "steps.json", "manifest.json"
 
 OF_FILES = ("layers_list", "imatrix")
 """Options of a cut that copies the bytes of a GGUF file."""
-
-VARIED = (
-    "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
-    "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
-    "other engines do not load it"
-)
 
 
 def edits_file(recipe: StructureRecipe) -> bool:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError, RecipeError, VerificationError
+from secateur.errors import RecipeError, VerificationError
 from secateur.models import checkpoint
 from secateur.models.architecture import positions_of
 from secateur.models.configuration import PIPELINE
 from secateur.models.opening import load_body
 from secateur.models.tokenizer import Tokenizer, encoded
 from secateur.recipes.structure import CUTS, StructureRecipe
-from secateur.structured.token_pieces import Pieces
+from secateur.structured.token_pieces import Pieces, untrimmed
 
 _SETTINGS, _BODY = "config_sentence_transformers.json", "Transformer"
 _MODULES = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "WeightedLayerPooling")
@@ -68,12 +68,9 @@ def further_modules(folder: Path) -> list[str]:
     for place, (path, kind) in enumerate(named):
         name = kind.rpartition(".")[2]
         if name not in (_MODULES if place else (_BODY,)) or bool(path) != bool(place):
-            raise ArchitectureError(
-                f"module {place} is {kind} in {path or 'the folder itself'}; known are {_BODY} in "
-                f"the folder itself as the first, then {', '.join(_MODULES)}",
-                where=str(file),
-                remedy="leave the vocabulary as it is",
-            )
+            known = f"{_BODY} in the folder itself as the first, then {', '.join(_MODULES)}"
+            what = f"module {place} is {kind} in {path or 'the folder itself'}; known are {known}"
+            raise untrimmed(what, str(file))
         if path and (Path(path).name != path or path == ".."):
             raise checkpoint.damaged(f"{path} is no folder within it", file)
         found += [path] * bool(path)

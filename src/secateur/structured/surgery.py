@@ -40,6 +40,12 @@ from secateur.structured.edits import TensorEdit
 _PATTERN = "re:"
 """How compressed-tensors marks a name as a regular expression."""
 
+VARIED = (
+    "no class of transformers has these sizes (layers that differ, or heads that do not divide the "
+    "hidden size): the result loads once secateur is imported, or with trust_remote_code=True; "
+    "other engines do not load it"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +65,8 @@ def cut_model(model: Any, cut: Cut) -> Any:
         ArchitectureError: the family does not declare what the cut needs.
     """
     made = design(model, cut)
-    _warn_if_varied(made)
+    if made.varied:
+        warnings.warn(VARIED, VariedSizesWarning, stacklevel=2)
     result = made.skeleton
     there, buffers = dict(model.named_parameters()), skeleton.stored_buffers(model)
     with torch.no_grad():
@@ -111,7 +118,8 @@ def cut_checkpoint(
     made = design(model, cut)
     stored = skeleton.stored_names(model, reader, split=False)
     edits = _stored_edits(made, stored, reader)
-    _warn_if_varied(made)
+    if made.varied:
+        warnings.warn(VARIED, VariedSizesWarning, stacklevel=2)
     sources = {edit.source for edit in edits.values()}
     known = {name for name in stored.values() if not made.further.holds(name)}
     edits |= _further_edits(made, edits, reader, sorted(reader.entries.keys() - sources - known))
@@ -125,18 +133,6 @@ def cut_checkpoint(
             reader, edits = reader.stored, kept
     write_tensors(reader, edits, output_folder, progress or Silent())
     return result
-
-
-def _warn_if_varied(made: Design) -> None:
-    """Warn about what loading a varied model needs."""
-    if made.varied:
-        warnings.warn(
-            "no plain class of transformers has these sizes: transformers loads the result with "
-            "trust_remote_code=True (its code is stored with the weights) or once secateur is "
-            "imported; other engines do not",
-            VariedSizesWarning,
-            stacklevel=3,
-        )
 
 
 def _further_edits(

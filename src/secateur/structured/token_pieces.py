@@ -31,7 +31,8 @@ from itertools import chain, pairwise
 from math import fsum, inf
 from typing import Any
 
-from secateur.errors import ArchitectureError, CheckpointError, RecipeError
+from secateur.errors import ArchitectureError, RecipeError
+from secateur.models.checkpoint import damaged
 from secateur.models.tokenizer import BYTE_TOKENS, byte_letters
 
 
@@ -48,7 +49,7 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     """
     model = tokenizer.get("model")
     if not isinstance(model, Mapping):
-        raise _damaged_tokenizer("it has no model", where)
+        raise damaged("the tokenizer cannot be read: it has no model", where)
     kind = model.get("type")
     if kind is None:  # files of early releases do not say it
         marks = {"merges": "BPE", "unk_id": "Unigram", "continuing_subword_prefix": "WordPiece"}
@@ -56,12 +57,8 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     try:
         if kind == "BPE":
             if prefix := model.get("continuing_subword_prefix"):  # of tokens within words
-                raise ArchitectureError(
-                    f"tokens of a BPE tokenizer with continuing_subword_prefix {prefix!r} cannot "
-                    "be removed yet",
-                    where=where,
-                    remedy="leave the vocabulary as it is",
-                )
+                what = f"a BPE tokenizer with continuing_subword_prefix {prefix!r}"
+                raise untrimmed(f"tokens of {what} cannot be removed yet", where)
             parts = json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")])
             return MergedPieces(model, '"ByteLevel"' in parts)
         if kind == "Unigram":
@@ -69,7 +66,8 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
         if kind in ("WordPiece", "WordLevel") and model.get("unk_token") in model["vocab"]:
             return LongestPieces(model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged_tokenizer(f"{type(error).__name__}: {error}", where) from error
+        what = f"the tokenizer cannot be read: {type(error).__name__}: {error}"
+        raise damaged(what, where) from error
     raise ArchitectureError(
         f"tokens of a {kind} tokenizer cannot be removed yet",
         where=where,
@@ -78,13 +76,9 @@ def pieces_of(tokenizer: Mapping[str, Any], where: str) -> Pieces:
     )
 
 
-def _damaged_tokenizer(what: str, where: str) -> CheckpointError:
-    """An error about a tokenizer that contradicts itself."""
-    return CheckpointError(
-        f"the tokenizer cannot be read: {what}",
-        where=where,
-        remedy="copy or download the tokenizer's files again",
-    )
+def untrimmed(what: str, where: str | None = None) -> ArchitectureError:
+    """An error: tokens of this model cannot be removed."""
+    return ArchitectureError(what, where=where, remedy="leave the vocabulary as it is")
 
 
 class MergedPieces:

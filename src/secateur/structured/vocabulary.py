@@ -44,7 +44,7 @@ from secateur.structured.embedders import (
     prompt_pieces,
 )
 from secateur.structured.surgery import write_tensors
-from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of
+from secateur.structured.token_pieces import Pieces, kept_tokens, pieces_of, untrimmed
 from secateur.structured.token_texts import (
     BATCH,
     CountedText,
@@ -128,7 +128,7 @@ def _token_tables(model: Any) -> dict[str, int]:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise _untrimmed(f"the embedding of {type(model).__name__} is no plain table")
+        raise untrimmed(f"the embedding of {type(model).__name__} is no plain table")
     rows, found = embedding.num_embeddings, dict[str, int]()
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
@@ -136,7 +136,7 @@ def _token_tables(model: Any) -> dict[str, int]:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.shape[0] != rows:
                     what = f"it has {parameter.shape[0]} rows, the embedding has {rows}"
-                    raise _untrimmed(what, f"{path}.{name}")
+                    raise untrimmed(what, f"{path}.{name}")
                 found[f"{path}.{name}"] = rows
         elif isinstance(module, nn.Embedding) and leaf == _PER_LAYER:
             found[f"{path}.weight"] = module.num_embeddings
@@ -146,17 +146,12 @@ def _token_tables(model: Any) -> dict[str, int]:
             and "token_type" not in leaf  # first and second sentence of BERT
             and any(word in leaf for word in _TOKEN_WORDS)
         ):
-            raise _untrimmed("another table has a row for each token", path)
+            raise untrimmed("another table has a row for each token", path)
     # the bias of a head may be stored under the name of the module around it
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     found |= {tied[name]: rows for name in [*found] if name in tied}
     routes = (name for name in stored_buffers(model) if name.endswith(_ROUTES))
     return found | dict.fromkeys(routes, rows)
-
-
-def _untrimmed(what: str, where: str | None = None) -> ArchitectureError:
-    """An error: tokens of this model cannot be removed."""
-    return ArchitectureError(what, where=where, remedy="leave the vocabulary as it is")
 
 
 @dataclass(frozen=True)
@@ -538,15 +533,18 @@ def counted_text(recipe: StructureRecipe) -> str:
     Raises:
         RecipeError: it is a file of windows.
     """
-    named = [recipe.vocabulary or recipe.calibration.source, recipe.calibration.source]
-    for each in (x for text in named for x in texts_of(text)):
-        if each.endswith(".safetensors"):
-            raise RecipeError(
-                "windows have the ids of all tokens, and a text is needed to remove some",
-                where=each,
-                remedy="name texts with --vocabulary and --calibration",
-            )
-    return named[0]
+    return _no_windows(recipe.vocabulary or recipe.calibration.source)
+
+
+def _no_windows(text: str) -> str:
+    """A text, or an error if it is a file of windows."""
+    if any(each.endswith(".safetensors") for each in texts_of(text)):
+        raise RecipeError(
+            "windows have the ids of all tokens, and a text is needed to remove some",
+            where=text,
+            remedy="name texts with --vocabulary and --calibration",
+        )
+    return text
 
 
 def check_vocabulary(
@@ -563,6 +561,7 @@ def check_vocabulary(
     rows = max(tables.values())
     _stored_tables(skeleton, tables, opening.open_weights(source.folder))
     counted_text(recipe)
+    _no_windows(recipe.calibration.source)
     further_modules(source.folder)  # refuses those that depend on tokens
     if isinstance(size, int) and size >= rows:
         raise RecipeError(
