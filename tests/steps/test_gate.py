@@ -206,12 +206,15 @@ def test_on_the_command_line(
     assert values == [one["value"] for one in error["measured"]]
 
 
-def test_a_task_and_the_compressed_result(place: Path) -> None:
-    """Of `prune --compress` the packed folder is judged."""
+def test_a_task_and_the_compressed_result(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `prune --compress` the packed folder is judged, and opened once for all bounds."""
+    calls, run = list[Any](), room.run_evaluation
+    monkeypatch.setattr(room, "run_evaluation", lambda *a, **o: calls.append(a) or run(*a, **o))
     write_task(place / "rows", "piqa", 6)
     options = options_of(place, "piqa:0.01", "divergence@other:9") | VERBS["prune"]
     options |= {"must_keep_items": None, "task_data": place / "rows", "compress": "int4"}
     result = secateur.prune(place / "dense", **options)
+    assert len(calls) == 1
     found = secateur.evaluate(
         place / "out", dense=place / "dense", text=place / "other.txt", windows=64,
         sequence_length=LENGTH, tasks=["piqa"], task_data=place / "rows",
