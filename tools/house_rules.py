@@ -55,7 +55,7 @@ RATCHETS: Mapping[str, float] = {
     "modules that only their neighbour imports": 12,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.1,
-    "lines of statements": 44725,
+    "lines of statements": 44572,
     "functions named in one place": 445,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
