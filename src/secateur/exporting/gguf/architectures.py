@@ -1,17 +1,15 @@
-"""What a model is in llama.cpp: its description, its fields and its tensors.
+"""The families that llama.cpp computes like transformers, and a folder as a model of one.
 
-Families are described where llama.cpp and transformers compute alike: the constants that llama.cpp
-reads, and the reasons for which it would compute a model differently. Such a model is refused, and
-so are rotary positions of a kind that llama.cpp computes differently. Its factors divide the
-frequencies of the pairs of channels: θ_i = base^(−2i/d) / factor_i.
+Families have the constants that llama.cpp reads, the order in which it wants weights, and the
+reasons for which it would compute a model differently. Such a model is refused. Of a model that
+sees or hears the part for text is described.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -22,211 +20,60 @@ from torch import Tensor
 from secateur.errors import ExportError
 from secateur.exporting import ExportSource
 from secateur.exporting.folder import ELSEWHERE
+from secateur.exporting.gguf.model import (
+    LAYER,
+    OF_MTP,
+    LlamaCppFamily,
+    LlamaCppModel,
+    rope_differences,
+)
 from secateur.models.architecture import family_of_type
-from secateur.models.checkpoint import CheckpointReader
 from secateur.models.configuration import transformers_errors
-from secateur.models.shape import DecoderSizes
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaCppModel(DecoderSizes):
-    """A model in the terms of llama.cpp.
-
-    Attributes:
-        arch: its architecture there.
-        family: how llama.cpp computes it.
-        config: the configuration of the base class, with the defaults of transformers.
-        head: channels of a head.
-        heads: query heads of each layer; 0 where there is no attention.
-        kv_heads: KV heads of each layer.
-        ffn: FFN neurons of each layer, or of each expert; 0 where there is no FFN.
-    """
-
-    arch: gguf.MODEL_ARCH
-    family: _LlamaCppFamily
-    config: Any
-    head: int
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    ffn: tuple[int, ...]
-
-    @property
-    def varied(self) -> bool:
-        """Whether its layers differ in size or lack a sub-block."""
-        return any(
-            len(set(each)) > 1 or 0 in each for each in (self.heads, self.kv_heads, self.ffn)
-        )
-
-    @property
-    def window(self) -> int | None:
-        """The sliding window of some or all layers; None if there is none."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds and "sliding_attention" not in kinds:
-            return None
-        return getattr(self.config, "sliding_window", None) or None
-
-    @property
-    def window_period(self) -> int | None:
-        """The period p, where every p-th layer sees all positions; None without such a period."""
-        sliding = [kind == "sliding_attention" for kind in self.config.layer_types]
-        layers = range(len(sliding))
-        # a period beyond the last layer: all of them slide
-        for period in range(1, len(sliding) + 2):
-            if sliding == [layer % period < period - 1 for layer in layers]:
-                return period
-        return None
-
-    @property
-    def ignored_window(self) -> int | None:
-        """The sliding window, where llama.cpp does not apply it."""
-        return None if self.family.windows else self.window
-
-    @property
-    def context(self) -> int:
-        """The positions for which llama.cpp computes like transformers."""
-        positions = int(self.config.max_position_embeddings)
-        return min(positions, self.ignored_window or positions, self.stretched_from or positions)
-
-    @property
-    def stretched_from(self) -> int | None:
-        """The longest context in which llama.cpp rotates as transformers does with LongRoPE.
-
-        transformers takes the short factors for texts up to the original context, llama.cpp for
-        contexts up to that. None for other kinds.
-        """
-        long = _rope_of(self.config)["rope_type"] == "longrope"
-        return _original_context(self) if long else None
-
-    def fields(self) -> dict[str, Any]:
-        """The sizes and constants that llama.cpp reads, as in `LlamaCppVocabulary.fields`."""
-        per_layer = self.arch == self.family.varied
-        fields = {
-            "block_count": self.layers,
-            "context_length": self.context,
-            "embedding_length": self.hidden,
-            "vocab_size": self.vocabulary,
-            "key_length": self.head,
-            "value_length": self.head,
-            "layer_norm_rms_eps": self.config.rms_norm_eps,
-            **_rope_constants(self),
-            **self.family.constants(self),
-        }
-        sizes = {
-            "head_count": self.heads,
-            "head_count_kv": self.kv_heads,
-            "feed_forward_length": [width or LEAST_FFN for width in self.ffn],
-        }
-        return fields | {name: list(of) if per_layer else of[0] for name, of in sizes.items()}
-
-    def tensors(self, source: ExportSource) -> Iterator[Planned]:
-        """Every tensor of the file that the source stores.
-
-        Raises:
-            ExportError: llama.cpp has no place for a tensor.
-        """
-        names = gguf.get_tensor_name_map(self.arch, self.layers)
-        entries = source.reader.entries
-        stacked = _stacked_experts(source)
-        of_experts = {name for group in stacked.values() for name in group}
-        plain = {name: (name,) for name in entries if name not in of_experts}
-        if self.tied:  # the file has no head then, unless llama.cpp looks for one
-            plain.pop("lm_head.weight", None)
-            if self.family.own_head:
-                plain["lm_head.weight"] = ("model.embed_tokens.weight",)
-        for name, group in {**plain, **stacked}.items():
-            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if known is None:
-                raise ExportError(
-                    f"llama.cpp has no place for the tensor {name!r}",
-                    where=str(source.folder),
-                    remedy=ELSEWHERE,
-                )
-            shape = entries[group[0]].shape
-            yield Planned(known, group, (len(group), *shape) if name in stacked else shape)
-
-    def extra_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that the source does not store."""
-        hidden = self.hidden
-        for layer, width in enumerate(self.ffn):
-            if width == 0:
-                yield f"blk.{layer}.ffn_norm.weight", torch.ones(hidden)
-                for name in ("gate", "up"):
-                    yield f"blk.{layer}.ffn_{name}.weight", torch.zeros(LEAST_FFN, hidden)
-                yield f"blk.{layer}.ffn_down.weight", torch.zeros(hidden, LEAST_FFN)
-        yield from _rope_tensors(self)
-
-    def read(self, reader: CheckpointReader, one: Planned) -> Tensor:
-        """A tensor of the source as llama.cpp expects it, float32."""
-        parts = [self.arranged(name, reader.read(name)).float() for name in one.sources]
-        return torch.stack(parts) if len(one.shape) == 3 else parts[0]
-
-    def arranged(self, name: str, weight: Tensor) -> Tensor:
-        """A tensor of the source with its channels in llama.cpp's order, norms with their shift.
-
-        Args:
-            name: in the source.
-            weight: [out, in], or [out] for a bias or a norm.
-        """
-        owner = name.rpartition(".")[0]
-        if self.family.norm_shift and owner.endswith("norm"):
-            return weight.float() + self.family.norm_shift
-        if not self.family.interleaved or not owner.endswith(("q_proj", "k_proj")):
-            return weight
-        # [heads, 2, half of a head, …]: transformers rotates the two halves, llama.cpp neighbours
-        halves = weight.reshape(-1, 2, self.head // 2, *weight.shape[1:])
-        return halves.swapaxes(1, 2).reshape(weight.shape)
-
 
 A = gguf.MODEL_ARCH
-SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
-
-
-@dataclass(frozen=True)
-class _LlamaCppFamily:
-    """A family of models in llama.cpp.
-
-    Attributes:
-        arch: its architecture.
-        interleaved: whether llama.cpp rotates neighbouring channels of a head. transformers rotates
-            its halves.
-        activations: names of the activation that llama.cpp computes.
-        norm_shift: what transformers adds to the weights of norms. llama.cpp adds nothing.
-        windows: whether llama.cpp applies sliding windows.
-        varied: the architecture for layers of different sizes, if there is one.
-        own_head: whether the file must have a head, even if it is the embedding.
-        constants: `{field: value}`; a field is what follows `add_` in the writer of gguf.
-        differences: why llama.cpp would compute a model differently.
-    """
-
-    arch: gguf.MODEL_ARCH
-    interleaved: bool = False
-    activations: tuple[str, ...] = SILU
-    norm_shift: float = 0.0
-    windows: bool = False
-    varied: gguf.MODEL_ARCH | None = None
-    own_head: bool = False
-    constants: Callable[[LlamaCppModel], dict[str, Any]] = lambda model: {}
-    differences: Callable[[LlamaCppModel], Iterator[str]] = lambda model: iter(())
-
+GELU_TANH = ("gelu_pytorch_tanh",)
 
 LARGEST_GEMMA = {A.GEMMA2: 46, A.GEMMA3: 62}
 """The layers by which llama.cpp recognises the 27B models, whose attention scale differs."""
 
 
-def _gemma_constants(model: LlamaCppModel) -> dict[str, Any]:
-    """Soft caps and sliding windows of Gemma 2 and 3."""
-    config = model.config
-    found: dict[str, Any] = {}
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, name) is not None:
-            found[name] = float(getattr(config, name))
-    if model.window:
-        found |= {
-            "sliding_window": model.window,
-            "sliding_window_pattern": model.window_period,
-            "rope_freq_base_swa": float(_rope_of(config, "sliding_attention")["rope_theta"]),
-        }
-    return found
+def _windows(model: LlamaCppModel) -> dict[str, Any]:
+    """Sliding windows of Gemma 2 and 3."""
+    if not model.window:
+        return {}
+    return {
+        "sliding_window": model.window,
+        "sliding_window_pattern": model.period("sliding_attention"),
+        "rope_freq_base_swa": float(model.rope("sliding_attention")["rope_theta"]),
+    }
+
+
+def _two_heads(model: LlamaCppModel) -> dict[str, Any]:
+    """Windows of Gemma 4, where heads have another size."""
+    local = model.layers_of("sliding_attention")
+    size = model.heads_of[local[0]] if local else model.head
+    return {
+        **_windows(model),
+        "sliding_window_pattern": [layer in local for layer in range(model.layers)],
+        **dict.fromkeys(("key_length_swa", "value_length_swa", "rope_dimension_count_swa"), size),
+        "rope_dimension_count": model.head,
+        **({"expert_used_count": model.config.top_k_experts} if model.experts else {}),
+        "embedding_length_per_layer_input": model.config.hidden_size_per_layer_input or 0,
+    }
+
+
+def _gemma4_differences(model: LlamaCppModel) -> Iterator[str]:
+    """What llama.cpp takes for granted of Gemma 4."""
+    local, first = model.layers_of("sliding_attention"), model.layers
+    if getattr(model.config, "use_bidirectional_attention", None) == "all":
+        yield "its tokens see those behind them"
+    if 0 in (*model.heads, *model.ffn):
+        yield "a layer has no attention or no FFN"
+    if shared := model.config.num_kv_shared_layers:
+        first -= shared  # llama.cpp reads the keys of the last two layers before
+        if first < 2 or [layer in local for layer in (first - 2, first - 1)] != [True, False]:
+            yield "its last layers share the keys of others than the two before them"
+    yield from _must_be_tied(model)
 
 
 def _gemma_differences(model: LlamaCppModel) -> Iterator[str]:
@@ -240,7 +87,7 @@ def _gemma_differences(model: LlamaCppModel) -> Iterator[str]:
             f"it divides attention scores by the root of {config.query_pre_attn_scalar}, llama.cpp "
             f"by that of {theirs}"
         )
-    if model.window and model.window_period is None:
+    if model.window and model.period("sliding_attention") is None:
         yield "its layers with a sliding window follow no period"
     caps = config.attn_logit_softcapping, config.final_logit_softcapping
     if arch == A.GEMMA2 and None in caps:
@@ -249,7 +96,7 @@ def _gemma_differences(model: LlamaCppModel) -> Iterator[str]:
         yield "it has a soft cap on attention scores"
     if getattr(config, "use_bidirectional_attention", None):
         yield "its tokens see those behind them"
-    local = _rope_of(config, "sliding_attention").get("rope_type")
+    local = model.rope("sliding_attention").get("rope_type")
     if arch == A.GEMMA3 and model.window and local != "default":
         yield f"the rotary positions of its local layers are of the kind {local!r}"
     yield from _must_be_tied(model)
@@ -268,17 +115,6 @@ def _narrow_differences(model: LlamaCppModel) -> Iterator[str]:
         yield f"its heads have {width} channels and its hidden states {model.hidden}"
 
 
-def _granite_constants(model: LlamaCppModel) -> dict[str, Any]:
-    """The four multipliers of Granite."""
-    config = model.config
-    return {
-        "attention_scale": float(config.attention_multiplier),
-        "embedding_scale": float(config.embedding_multiplier),
-        "residual_scale": float(config.residual_multiplier),
-        "logit_scale": float(config.logits_scaling),
-    }
-
-
 def _smollm3_differences(model: LlamaCppModel) -> Iterator[str]:
     """llama.cpp rotates all layers of SmolLM3 but every fourth."""
     if [int(x) for x in model.config.no_rope_layers] != [
@@ -287,15 +123,59 @@ def _smollm3_differences(model: LlamaCppModel) -> Iterator[str]:
         yield "its layers without rotary positions are not every fourth"
 
 
-def _expert_constants(model: LlamaCppModel) -> dict[str, Any]:
-    """Numbers and sizes of experts."""
-    found = {
-        "expert_count": model.experts,
-        "expert_used_count": model.config.num_experts_per_tok,
-        "expert_feed_forward_length": model.ffn[0],
+def _sigmoid(model: LlamaCppModel) -> dict[str, Any]:
+    """Experts that a sigmoid and a correction choose."""
+    return {
+        "leading_dense_block_count": model.dense,
+        "expert_weights_norm": bool(model.config.norm_topk_prob),
+        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
     }
-    shared = getattr(model.config, "shared_expert_intermediate_size", None)
-    return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def _glm_differences(model: LlamaCppModel) -> Iterator[str]:
+    """llama.cpp derives the size of GLM's shared expert."""
+    expected = model.config.n_shared_experts * model.expert_ffn
+    for name, shape in model.shapes.items():
+        if name.endswith("shared_experts.down_proj.weight") and shape[1] != expected:
+            yield f"a shared expert has {shape[1]} neurons, and llama.cpp expects {expected}"
+
+
+def _delta(model: LlamaCppModel) -> dict[str, Any]:
+    """Gated DeltaNet in most layers, and positions of three kinds, which are equal for text."""
+    config, period = model.config, model.period("linear_attention")
+    recurrent = [layer in model.layers_of("linear_attention") for layer in range(model.blocks)]
+    return {
+        "ssm_inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+        "rope_dimension_sections": [*(model.rope().get("mrope_section") or (11, 11, 10)), 0][:4],
+        **({"full_attention_interval": period} if period else {RECURRENT: recurrent}),
+    }
+
+
+RECURRENT = "attention.recurrent_layers"
+
+
+def _delta_differences(model: LlamaCppModel) -> Iterator[str]:
+    """llama.cpp has one size for the keys and values of DeltaNet."""
+    if model.config.linear_key_head_dim != model.config.linear_value_head_dim:
+        yield "the keys and values of its recurrent layers differ in size"
+
+
+def _delta_arranged(model: LlamaCppModel, name: str, weight: Tensor) -> Tensor:
+    """The value heads of DeltaNet take turns: the first of each key head, then the second."""
+    config, part = model.config, name.partition(".linear_attn.")[2]
+    if part == "A_log":
+        weight = -weight.float().exp()
+    if part == "conv1d.weight" and weight.ndim == 3:
+        weight = weight.squeeze(1)
+    dim, keys = int(part == "out_proj.weight"), config.linear_num_key_heads
+    if not part or part == "norm.weight" or weight.shape[dim] == 1:
+        return weight
+    before = 0  # queries and keys, which stay
+    if part in ("in_proj_qkv.weight", "conv1d.weight"):
+        before = 2 * keys * config.linear_key_head_dim
+    first, values = weight.split([before, weight.shape[dim] - before], dim)
+    each = values.unflatten(dim, (keys, config.linear_num_value_heads // keys, -1))
+    return torch.cat([first, each.transpose(dim, dim + 1).flatten(dim, dim + 2)], dim)
 
 
 def _qwen_moe_differences(model: LlamaCppModel) -> Iterator[str]:
@@ -308,65 +188,44 @@ def _qwen_moe_differences(model: LlamaCppModel) -> Iterator[str]:
         yield from _narrow_differences(model)
 
 
-GEMMA2 = _LlamaCppFamily(
-    A.GEMMA2,
-    activations=GELU_TANH,
-    norm_shift=1.0,
-    windows=True,
-    constants=_gemma_constants,
+QWEN35 = LlamaCppFamily(
+    A.QWEN35, norm_shift=1.0, partial=True, predicts=True, arranged=_delta_arranged,
+    constants=_delta, differences=_delta_differences,
+)  # fmt: skip
+GEMMA2 = LlamaCppFamily(
+    A.GEMMA2, activations=GELU_TANH, norm_shift=1.0, windows=True, constants=_windows,
     differences=_gemma_differences,
-)
+)  # fmt: skip
 
-LLAMA_CPP_FAMILIES = MappingProxyType(
-    {
-        "llama": _LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
-        "mistral": _LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
-        "qwen2": _LlamaCppFamily(A.QWEN2),
-        "qwen3": _LlamaCppFamily(A.QWEN3),
-        "gemma": _LlamaCppFamily(
-            A.GEMMA, activations=GELU_TANH, norm_shift=1.0, differences=_must_be_tied
-        ),
-        "gemma2": GEMMA2,
-        "gemma3_text": replace(GEMMA2, arch=A.GEMMA3),
-        "phi3": _LlamaCppFamily(A.PHI3, differences=_narrow_differences),
-        "granite": _LlamaCppFamily(A.GRANITE, interleaved=True, constants=_granite_constants),
-        "smollm3": _LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=_smollm3_differences),
-        "mixtral": _LlamaCppFamily(A.LLAMA, interleaved=True, constants=_expert_constants),
-        "qwen2_moe": _LlamaCppFamily(
-            A.QWEN2MOE,
-            own_head=True,
-            constants=_expert_constants,
-            differences=_qwen_moe_differences,
-        ),
-        "qwen3_moe": _LlamaCppFamily(
-            A.QWEN3MOE, constants=_expert_constants, differences=_qwen_moe_differences
-        ),
-    }
-)
+LLAMA_CPP_FAMILIES = MappingProxyType({
+    "llama": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
+    "mistral": LlamaCppFamily(A.LLAMA, interleaved=True, varied=A.DECI),
+    "qwen2": LlamaCppFamily(A.QWEN2),
+    "qwen3": LlamaCppFamily(A.QWEN3),
+    "gemma": replace(GEMMA2, arch=A.GEMMA, windows=False, differences=_must_be_tied),
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(GEMMA2, arch=A.GEMMA3),
+    "gemma4_text": LlamaCppFamily(
+        A.GEMMA4, activations=GELU_TANH, windows=True, partial=True, varied=A.GEMMA4,
+        constants=_two_heads, differences=_gemma4_differences,
+    ),
+    "phi3": LlamaCppFamily(A.PHI3, partial=True, differences=_narrow_differences),
+    "granite": LlamaCppFamily(A.GRANITE, interleaved=True),
+    "smollm3": LlamaCppFamily(A.SMOLLM3, interleaved=True, differences=_smollm3_differences),
+    "mixtral": LlamaCppFamily(A.LLAMA, interleaved=True),
+    "qwen2_moe": LlamaCppFamily(A.QWEN2MOE, own_head=True, differences=_qwen_moe_differences),
+    "qwen3_moe": LlamaCppFamily(A.QWEN3MOE, differences=_qwen_moe_differences),
+    "qwen3_5_text": QWEN35,
+    "qwen3_5_moe_text": replace(QWEN35, arch=A.QWEN35MOE),
+    "glm4_moe": LlamaCppFamily(
+        A.GLM4_MOE, partial=True, dense_first=True, predicts=True, constants=_sigmoid,
+        differences=_glm_differences,
+    ),
+})  # fmt: skip
 """By the model type of transformers."""
-
-
-LEAST_FFN = 32
-"""llama.cpp skips a layer whose FFN is 0 wide, so a missing FFN becomes this many zeros."""
 
 OURS = ("model_type", "base_model_type", "architectures", "secateur_cut", "quantization_config")
 """Keys of `config.json` that the configuration of the base class does not have."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor of the file.
-
-    Attributes:
-        name: in GGUF.
-        sources: its name in the source; one for each expert where the file stacks experts; none for
-            a tensor that the source does not store.
-        shape: its shape.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    shape: tuple[int, ...]
 
 
 def model_of(source: ExportSource) -> LlamaCppModel:
@@ -377,163 +236,111 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     """
     from transformers import AutoConfig
 
-    kind = model_type(source)
+    own = dict(source.config.get("text_config", source.config))
+    kind = str(own.get("base_model_type", own.get("model_type")))
     family = LLAMA_CPP_FAMILIES.get(kind)
     if family is None:
         raise _differs(source, f"models of type {kind!r} are not described for it here")
-    declared = family_of_type(kind)
-    if declared and declared.experts:
-        declared.experts.split(source.reader, {name: name for name in source.reader.entries})
-    own = {key: value for key, value in source.config.items() if key not in OURS}
     with transformers_errors(source.folder):
-        config = AutoConfig.for_model(kind, **own)
+        given = {key: value for key, value in own.items() if key not in OURS}
+        config = AutoConfig.for_model(kind, **given)
     model = _sizes_of(source, family, config)
-    if model.varied:
-        if family.varied is None:
-            raise _differs(source, f"its layers differ in size, which it does not allow of {kind}")
-        model = replace(model, arch=family.varied)
+    if model.varied and family.varied is None:
+        raise _differs(source, f"its layers differ in size, which it does not allow of {kind}")
     names = ("hidden_activation", "hidden_act")
     activation = next(filter(None, (getattr(config, name, None) for name in names)), None)
     if activation not in family.activations:
         raise _differs(source, f"the activation is {activation}")
-    for why in (*_rope_differences(model), *family.differences(model)):
+    if model.blocks - model.layers > int(family.predicts):
+        raise _differs(source, f"{model.blocks - model.layers} layers predict further tokens")
+    for why in (*rope_differences(model), *family.differences(model)):
         raise _differs(source, why)
     list(model.tensors(source))  # refuses tensors without a place
     return model
 
 
-def model_type(source: ExportSource) -> str:
-    """The type of the base class."""
-    return str(source.config.get("base_model_type", source.config.get("model_type")))
+def text_names(source: ExportSource, layers: int) -> dict[str, str]:
+    """What a model of text alone calls each stored tensor, but those of other parts.
 
-
-def _sizes_of(source: ExportSource, family: _LlamaCppFamily, config: Any) -> LlamaCppModel:
-    """The sizes of a model, read off its tensors."""
-    entries, layers = source.reader.entries, range(config.num_hidden_layers)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    stacked = _stacked_experts(source)
-
-    def side(part: str, number: int) -> tuple[int, ...]:
-        names = [f"model.layers.{layer}.{part}.weight" for layer in layers]
-        return tuple(entries[name].shape[number] if name in entries else 0 for name in names)
-
-    heads = tuple(width // head for width in side("self_attn.o_proj", 1))
-    fused = tuple(rows // head for rows in side("self_attn.qkv_proj", 0))
-    separate = tuple(rows // head for rows in side("self_attn.k_proj", 0))
-    # a fused projection has the queries, then as many keys as values
-    kv_heads = tuple((f - h) // 2 for f, h in zip(fused, heads, strict=True))
-    ffn, count = side("mlp.down_proj", 1), 0
-    if stacked:
-        downs = [stacked.get(f"model.layers.{n}.mlp.experts.down_proj.weight", ()) for n in layers]
-        ffn = tuple(entries[down[0]].shape[1] if down else 0 for down in downs)
-        counts = {len(down) for down in downs}
-        if len(counts) > 1:
-            raise _differs(source, f"its layers have {sorted(counts)} experts")
-        (count,) = counts
-    return LlamaCppModel(
-        arch=family.arch,
-        family=family,
-        config=config,
-        layers=len(layers),
-        hidden=config.hidden_size,
-        head=head,
-        heads=heads,
-        kv_heads=kv_heads if any(fused) else separate,
-        ffn=ffn,
-        vocabulary=entries["model.embed_tokens.weight"].shape[0],
-        tied=bool(config.tie_word_embeddings) or "lm_head.weight" not in entries,
-        experts=count,
-    )
-
-
-def _stacked_experts(source: ExportSource) -> dict[str, tuple[str, ...]]:
-    """The experts' matrices that the file stacks: {name of the stack: names in the source}."""
-    family = family_of_type(model_type(source))
-    experts = family and family.experts
-    if not experts:
-        return {}
-    found: dict[str, dict[int, str]] = {}
-    for name in source.reader.entries:
-        layer = re.match(r"model\.layers\.\d+", name)
-        place, linear = experts.place_of(name), experts.stored_linear(name)
-        if layer and place and linear:
-            stack = f"{layer[0]}.mlp.experts.{linear}.weight"
-            found.setdefault(stack, {})[int(place[1])] = name
-    return {stack: tuple(of[e] for e in sorted(of)) for stack, of in found.items()}
-
-
-KINDS = ("default", "linear", "yarn", "llama3", "longrope")
-
-
-def _rope_of(config: Any, kind: str = "full_attention") -> dict[str, Any]:
-    """The parameters of the rotary positions."""
-    found = config.rope_parameters
-    return dict(found.get(kind, found))
-
-
-def _rotated(model: LlamaCppModel) -> int:
-    """The channels of a head that are rotated."""
-    return int(model.head * _rope_of(model.config).get("partial_rotary_factor", 1.0))
-
-
-def _original_context(model: LlamaCppModel) -> int:
-    """The context of the model before its positions were stretched."""
-    config, rope = model.config, _rope_of(model.config)
-    stretched = rope.get("original_max_position_embeddings")
-    return int(stretched or config.original_max_position_embeddings)
-
-
-def _rope_constants(model: LlamaCppModel) -> dict[str, Any]:
-    """The fields of the rotary positions."""
-    rope = _rope_of(model.config)
-    found: dict[str, Any] = {
-        "rope_dimension_count": _rotated(model),
-        "rope_freq_base": float(rope["rope_theta"]),
-    }
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        found["rope_scaling_type"] = gguf.RopeScalingType(kind)
-        found["rope_scaling_factor"] = float(rope["factor"])
-    if kind in ("yarn", "longrope"):
-        found["rope_scaling_orig_ctx_len"] = _original_context(model)
-    if kind == "longrope":
-        # LongRoPE multiplies sine and cosine by √(1 + ln s / ln original), s the stretching
-        original, factor = _original_context(model), rope.get("attention_factor")
-        stretched = rope.get("factor") or model.config.max_position_embeddings / original
-        if factor is None:
-            more = math.log(stretched) / math.log(original) if stretched > 1 else 0.0
-            factor = math.sqrt(1 + more)
-        found["rope_scaling_attn_factors"] = float(factor)
+    The layers for further tokens have the names of GLM-4.5, behind so many decoder layers.
+    """
+    found, mixed = {}, "text_config" in source.config
+    for stored in source.reader.entries:
+        text = re.sub(r"^(?:model\.)?language_model\.(?:model\.)?", "model.", stored)
+        name = text.replace("model.lm_head", "lm_head")
+        if mixed and stored == name and not name.startswith(("lm_head.", "mtp.")):
+            continue
+        apart = re.fullmatch(r"mtp\.(?:layers\.(\d+)\.(.+)|(.+)\.weight)", name)
+        if apart:
+            inner = apart[2] or f"{OF_MTP.get(apart[3], apart[3])}.weight"
+            name = f"model.layers.{layers + int(apart[1] or 0)}.{inner}"
+        found[stored] = name
     return found
 
 
-def _rope_tensors(model: LlamaCppModel) -> Iterator[tuple[str, Tensor]]:
-    """The factors of the frequencies, float32 [rotated / 2]."""
-    rope = _rope_of(model.config)
-    if rope["rope_type"] == "llama3":  # slow pairs are stretched by `factor`, fast ones not at all
-        powers = torch.arange(0, _rotated(model), 2, dtype=torch.float64) / _rotated(model)
-        factor, context = rope["factor"], rope["original_max_position_embeddings"]
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        # how often each pair of channels turns around within the original context
-        turns = context * (1 / rope["rope_theta"] ** powers) / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        yield "rope_freqs.weight", (1 / ((1 - smooth) / factor + smooth)).float()
-    if rope["rope_type"] == "longrope":
-        for length in ("long", "short"):
-            yield f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]).float()
+def _sizes_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> LlamaCppModel:
+    """The sizes of a model, read off its tensors."""
+    layers, declared = config.num_hidden_layers, family_of_type(config.model_type)
+    experts = declared and declared.experts
+    if experts:
+        experts.split(source.reader, text_names(source, layers))
+    names = text_names(source, layers)
+    shapes = {name: tuple(source.reader.entries[stored].shape) for stored, name in names.items()}
+    inside = [(int(at[1]), at[2]) for at in map(LAYER.fullmatch, shapes) if at]
+    blocks = max([layers, *(block + 1 for block, _ in inside)])
+    behind = ["full_attention"] * (blocks - layers)
+    kinds = [*(getattr(config, "layer_types", None) or ["full_attention"] * layers), *behind]
+    stacks = _stacks(names, experts)
+    downs = [stacks.get(f"blk.{n}.ffn_down_exps.weight", ()) for n in range(blocks)]
+    dense = next((n for n, down in enumerate(downs) if down), blocks)
+    counts = {len(down) for down in downs[dense * family.dense_first :]}
+    widths = {shapes[names[stored]][1] for down in downs for stored in down}
+    if len(counts) > 1 or len(widths) > 1:
+        raise _differs(source, f"its layers have {sorted(counts)} experts of {sorted(widths)}")
+
+    def side(part: str, number: int, of: Sequence[int] = ()) -> list[int]:
+        parts = [f"model.layers.{block}.{part}.weight" for block in range(blocks)]
+        found = [shapes[name][number] if name in shapes else 0 for name in parts]
+        return [size // one for size, one in zip(found, of, strict=True)] if of else found
+
+    def filled(sizes: list[int], gaps: set[int], other: int = 0) -> tuple[int, ...]:
+        """Sizes, also where blocks have none by their kind: llama.cpp reads one for all."""
+        known = {kind: size for kind, size in zip(kinds, sizes, strict=True) if size}
+        other = other or next(iter(known.values()), 0)
+        for n in gaps:
+            sizes[n] = sizes[n] or known.get(kinds[n], other)
+        return tuple(sizes)
+
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads_of = tuple(own or size for own in side("self_attn.q_norm", 0))
+    heads = side("self_attn.o_proj", 1, heads_of)
+    keys, fused = (side(f"self_attn.{x}_proj", 0, heads_of) for x in ("k", "qkv"))
+    # a fused projection has the queries, then as many keys as values
+    keys = [k or max(0, f - h) // 2 for k, f, h in zip(keys, fused, heads, strict=True)]
+    recurrent = {block for block, name in inside if name.startswith("linear_attn.")}
+    asking = {block for block, name in inside if name == "self_attn.q_proj.weight"}
+    with_experts, wide = {n for n, down in enumerate(downs) if down}, max(widths, default=0)
+    width = getattr(config, "intermediate_size", None) or wide
+    return LlamaCppModel(
+        family=family, config=config, names=names, shapes=shapes, stacks=stacks, layers=layers,
+        blocks=blocks, hidden=config.hidden_size, heads_of=heads_of,
+        heads=filled(heads, recurrent), kv_heads=filled(keys, recurrent | asking),
+        ffn=filled(side("mlp.down_proj", 1), with_experts, width), expert_ffn=wide, dense=dense,
+        vocabulary=shapes["model.embed_tokens.weight"][0], experts=max(counts, default=0),
+        tied=bool(config.tie_word_embeddings) or "lm_head.weight" not in shapes,
+    )  # fmt: skip
 
 
-def _rope_differences(model: LlamaCppModel) -> Iterator[str]:
-    """Why llama.cpp would compute other rotary positions."""
-    rope = _rope_of(model.config)
-    kind, arch = rope["rope_type"], model.arch
-    if kind not in KINDS or (kind == "longrope") > (arch == gguf.MODEL_ARCH.PHI3):
-        yield f"its rotary positions are of the kind {kind!r}"
-    odd = sorted({"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & rope.keys())
-    if kind == "yarn" and odd:
-        yield f"its rotary positions set {', '.join(odd)}"
-    if _rotated(model) != model.head and arch != gguf.MODEL_ARCH.PHI3:
-        yield "only a part of each head is rotated"
+def _stacks(names: Mapping[str, str], experts: Any) -> dict[str, tuple[str, ...]]:
+    """The stored tensors of experts that the file stacks, by the name of the stack."""
+    found: dict[str, dict[int, str]] = {}
+    for stored, name in names.items() if experts else ():
+        layer, place = LAYER.fullmatch(name), experts.place_of(name)
+        linear = experts.stored_linear(name)
+        if layer and place and linear:
+            stack = f"blk.{layer[1]}.ffn_{linear.removesuffix('_proj')}_exps.weight"
+            found.setdefault(stack, {})[int(place[1])] = stored
+    return {stack: tuple(of[e] for e in sorted(of)) for stack, of in found.items()}
 
 
 def _differs(source: ExportSource, why: str) -> ExportError:

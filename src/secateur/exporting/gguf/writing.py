@@ -24,7 +24,8 @@ from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.exporting import Exported, ExportSource
-from secateur.exporting.gguf.architectures import LlamaCppModel, Planned, model_of
+from secateur.exporting.gguf.architectures import model_of
+from secateur.exporting.gguf.model import LlamaCppModel, Planned
 from secateur.exporting.gguf.tokenizer import LlamaCppVocabulary, read_vocabulary
 from secateur.models.checkpoint import CheckpointReader
 from secateur.progress import Progress, each_step
@@ -117,8 +118,8 @@ ENDS = ("token_embd.weight", "output.weight")
 """Embedding and head. With fewer than 8 bits they become Q8_0, because every token reads them. If
 the source stores 2 to 4 bits, Q4_0 is exact."""
 
-ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
-"""What sends tokens to experts; float32, as llama.cpp's own files have it."""
+EXACT = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
+"""Routers and convolutions; float32, as llama.cpp's own files have them."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,10 @@ class GGUFFile:
         writer.add_file_type(FILE_TYPES[self.kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, value in {**self.model.fields(), **self.vocabulary.fields}.items():
-            getattr(writer, f"add_{name}")(value)
+            if "." in name:
+                writer.add_array(f"{writer.arch}.{name}", value)
+            else:
+                getattr(writer, f"add_{name}")(value)
         for one in plan:
             kind = self.type_of(one)
             size, dtype = _bytes_of(one.shape, kind), np.dtype(np.float32)  # `kind` counts
@@ -254,7 +258,7 @@ class GGUFFile:
 
     def type_of(self, one: Planned) -> Q:
         """The type of a tensor."""
-        if len(one.shape) == 1 or one.name.endswith(ROUTERS):
+        if len(one.shape) == 1 or one.name.endswith(EXACT):
             return Q.F32
         wanted = self.wanted(one)
         if one.name in ENDS and wanted in (Q.Q4_0, Q.Q5_0):
