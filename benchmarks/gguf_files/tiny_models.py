@@ -32,7 +32,9 @@ from secateur.exporting.gguf.tokenizer import SPACE
 from secateur.models.skeleton import quiet_transformers
 
 sys.path.append(str(Path(__file__).parents[2] / "tests/support"))
-from gguf_models import byte_level, sentencepiece_model
+from gguf_models import byte_level, predicted, sentencepiece_model
+
+__all__ = ["predicted"]
 
 SPECIAL = (
     "<|endoftext|>", "<pad>", "<unk>", "<bos>", "<eos>", "[gMASK]", "<|user|>", "<|observation|>",
@@ -244,6 +246,11 @@ MODELS: dict[str, Tiny] = {
         "chunk_size": 8,
     }),
     "qwen35": Tiny("qwen3_5_text", LINEAR, options=("--no-mtp",)),
+    "qwen35 mtp": Tiny("qwen3_5_text", LINEAR, {"mtp_num_hidden_layers": 1}, mtp="mtp"),
+    "qwen35moe mtp": Tiny(
+        "qwen3_5_moe_text", {**EXPERTS, **SHARED, **LINEAR}, {"mtp_num_hidden_layers": 1},
+        mtp="mtp",
+    ),
     "smollm3": Tiny("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
 }  # fmt: skip
 """By llama.cpp's architecture; a word after it tells variants apart."""

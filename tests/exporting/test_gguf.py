@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_models import PROMPTS, assert_alike, byte_level, fields, save, texts
+from gguf_models import PROMPTS, WORDS, assert_alike, byte_level, fields, save, texts
 from tiny import save_tiny
 from zoo import SIZES
 
@@ -241,6 +241,12 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", NO_DENSE_LAYER),
     "qwen2_moe, tied": ("qwen2_moe", {**NO_DENSE_LAYER, "tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {"decoder_sparse_step": 1}),
+    **{name: (name, {"head_dim": 32}) for name in (
+        "qwen3_5_text", "qwen3_5_moe", "glm4_moe", "gemma4", "gemma4_text", "qwen3_5 vision",
+    )},
+    "gemma4_text small": ("gemma4_text small", {"vocab_size_per_layer_input": WORDS}),
+    "gemma3 vision": ("gemma3 vision", {}),
+    "gemma4 vision": ("gemma4 vision", {}),
 }  # fmt: skip
 
 
@@ -263,8 +269,8 @@ def test_llama_cpp_continues_like_transformers(name, tokenizer, tmp_path: Path) 
     assert_alike(file, model, tokenizer)
     stored, expected = fields(file), STORED.get(name, {})
     assert {field: stored[field] for field in expected} == expected
-    notes = ["256" in note for note in found.exported.notes]
-    assert notes == ([True] if name == "phi3 with LongRoPE" else [])
+    assert any("256" in x for x in found.exported.notes) == (name == "phi3 with LongRoPE")
+    assert any("see or hear" in x for x in found.exported.notes) == name.endswith("vision")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -295,6 +301,9 @@ def test_compressed_mixtures_too(family, tokenizer, tmp_path: Path) -> None:
         ("llama", {"rope_parameters": {**STRETCHED, "factor": 2.0}}, "'longrope'"),
         ("llama", {"rope_parameters": DYNAMIC}, "'dynamic'"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("gemma4_text shared", {}, "share the keys"),
+        ("gemma4_text small", {}, "table of 96 tokens"),
+        ("qwen3_5_text", {}, "its heads have 8 channels"),
         ("gpt_neox", {}, "'gpt_neox'"),
     ],
 )

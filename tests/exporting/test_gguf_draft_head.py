@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from gguf_models import byte_level, save
+from gguf_models import byte_level, predicted, save
 
 import secateur
 from secateur.errors import RecipeError
@@ -65,27 +65,7 @@ def test_its_logits_are_ours(place: Path) -> None:
     with torch.no_grad():
         embedded = parent.get_input_embeddings()(ids)[None].float()
         [expected], hidden = head(states, embedded), head.fc(states)[0].contiguous()
-    with LlamaCpp(file_of(place, "parent")) as large, LlamaCpp(file_of(place, "head")) as small:
-        ffi, library = small.ffi, small.library
-        options = library.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = 64
-        other = library.llama_init_from_model(large.model, options)
-        options.ctx_other = other
-        context = library.llama_init_from_model(small.model, options)
-        batch = library.llama_batch_init(TOKENS, head.config.hidden_size, 1)
-        tokens = ffi.new("llama_token[]", ids.tolist())
-        ffi.memmove(batch.embd, hidden.numpy().tobytes(), 4 * hidden.numel())
-        batch.token, batch.n_tokens = tokens, TOKENS
-        for i in range(TOKENS):
-            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = i, 1, 0, 1
-        assert library.llama_decode(context, batch) == 0
-        size = 4 * TOKENS * head.config.vocab_size
-        raw = bytearray(ffi.buffer(library.llama_get_logits(context), size))
-        got = torch.frombuffer(raw, dtype=torch.float32).view(TOKENS, -1)
-        batch.token = ffi.NULL
-        library.llama_batch_free(batch)
-        library.llama_free(context)
-        library.llama_free(other)
+    got = predicted(file_of(place, "head"), hidden, ids.tolist(), file_of(place, "parent"))
     torch.testing.assert_close(got[:, head.ids], expected[0], rtol=2e-2, atol=2e-2)
     out = torch.ones(head.config.vocab_size, dtype=torch.bool)
     out[head.ids] = False

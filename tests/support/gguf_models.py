@@ -15,8 +15,9 @@ from llama_cpp_py_sync import Llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from trained import source_text
-from zoo import config_of
+from zoo import class_of, config_of
 
+from secateur.exporting.gguf.llama_cpp import load_llama_cpp, silence
 from secateur.models.checkpoint import CheckpointReader
 from secateur.models.gguf_file import GGUFSource
 from secateur.models.skeleton import quiet_transformers
@@ -70,9 +71,9 @@ def save(folder: Path, tokenizer: Any, family: Any, **changes: Any) -> Path:
     config = config_of(family) if isinstance(family, str) else family
     own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     for name, value in {**own, **changes}.items():
-        setattr(config, name, value)
+        setattr(config.get_text_config(), name, value)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = class_of(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -176,3 +177,45 @@ def of_quince(folder: Path) -> dict[str, Tensor]:
     if "lm_head" in weight:
         found["output.weight"] = weight["lm_head"]
     return found
+
+
+def predicted(file: Path, states: Tensor, ids: list[int], parent: Path | None = None) -> Tensor:
+    """llama.cpp's logits [tokens, vocabulary] of the layer for further tokens (MTP), or of a head.
+
+    Args:
+        file: loaded with that layer.
+        states: of the parent, float32 [tokens, hidden].
+        ids: the token that follows each.
+        parent: of a draft head: its context has the embeddings.
+    """
+    ffi, library = load_llama_cpp()
+    with silence(ffi, library):
+        options, settings = (
+            getattr(library, f"llama_{x}_default_params")() for x in ("model", "context")
+        )
+        options.n_gpu_layers, options.load_mtp = 0, parent is None
+        models = [library.llama_model_load_from_file(str(x).encode(), options)
+                  for x in (parent, file) if x]  # fmt: skip
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = 64
+        settings.type_k = settings.type_v = settings.flash_attn_type = 0  # float32
+        if parent:
+            settings.ctx_other = library.llama_init_from_model(models[0], settings)
+        else:
+            settings.ctx_type = library.LLAMA_CONTEXT_TYPE_MTP
+        context = library.llama_init_from_model(models[-1], settings)
+        batch = library.llama_batch_init(len(ids), states.shape[1], 1)
+        tokens = ffi.new("llama_token[]", ids)
+        ffi.memmove(batch.embd, states.contiguous().numpy().tobytes(), 4 * states.numel())
+        batch.token, batch.n_tokens = tokens, len(ids)
+        for i in range(len(ids)):
+            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = i, 1, 0, 1
+        assert library.llama_decode(context, batch) == 0
+        words = library.llama_vocab_n_tokens(library.llama_model_get_vocab(models[-1]))
+        raw = bytearray(ffi.buffer(library.llama_get_logits(context), 4 * len(ids) * words))
+        batch.token = ffi.NULL
+        library.llama_batch_free(batch)
+        for one in (context, settings.ctx_other):
+            library.llama_free(one)
+        for model in models:
+            library.llama_model_free(model)
+    return torch.frombuffer(raw, dtype=torch.float32).view(len(ids), -1)

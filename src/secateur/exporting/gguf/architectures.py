@@ -67,6 +67,9 @@ def _gemma4_differences(model: LlamaCppModel) -> Iterator[str]:
     local, first = model.layers_of("sliding_attention"), model.layers
     if getattr(model.config, "use_bidirectional_attention", None) == "all":
         yield "its tokens see those behind them"
+    [rows, *_] = model.shapes.get("model.embed_tokens_per_layer.weight", [model.vocabulary])
+    if rows != model.vocabulary:
+        yield f"its layers have a table of {rows} tokens, and the vocabulary {model.vocabulary}"
     if 0 in (*model.heads, *model.ffn):
         yield "a layer has no attention or no FFN"
     if shared := model.config.num_kv_shared_layers:
@@ -155,7 +158,9 @@ RECURRENT = "attention.recurrent_layers"
 
 
 def _delta_differences(model: LlamaCppModel) -> Iterator[str]:
-    """llama.cpp has one size for the keys and values of DeltaNet."""
+    """llama.cpp has one size for keys and values of DeltaNet, and heads of 32 channels at least."""
+    if model.head < 32:  # three kinds of positions have so many places
+        yield f"its heads have {model.head} channels"
     if model.config.linear_key_head_dim != model.config.linear_value_head_dim:
         yield "the keys and values of its recurrent layers differ in size"
 
@@ -283,7 +288,8 @@ def _sizes_of(source: ExportSource, family: LlamaCppFamily, config: Any) -> Llam
     layers, declared = config.num_hidden_layers, family_of_type(config.model_type)
     experts = declared and declared.experts
     if experts:
-        experts.split(source.reader, text_names(source, layers))
+        every = {stored: stored for stored in source.reader.entries}
+        experts.split(source.reader, every | text_names(source, layers))
     names = text_names(source, layers)
     shapes = {name: tuple(source.reader.entries[stored].shape) for stored, name in names.items()}
     inside = [(int(at[1]), at[2]) for at in map(LAYER.fullmatch, shapes) if at]

@@ -281,6 +281,8 @@ class GGUFFile:
                 f"llama.cpp ignores the sliding window of {self.model.ignored_window} tokens, so "
                 "the context is limited to it"
             )
+        if "text_config" in self.source.config:
+            notes.append("the parts that see or hear are not in the file: llama.cpp reads another")
         stretched = self.model.stretched_from
         if stretched:
             notes.append(

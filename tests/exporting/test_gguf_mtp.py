@@ -1,0 +1,51 @@
+"""GGUF files with the layer for further tokens, after cuts too: llama.cpp computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from further import save_further
+from gguf_models import assert_alike, byte_level, fields, predicted
+
+import secateur
+from secateur.models.mtp import read_mtp
+from secateur.models.opening import open_weights
+from secateur.structured.cut import Cut
+from secateur.structured.surgery import cut_checkpoint
+
+CUTS = {
+    "glm4_moe": Cut(
+        layers=(1, 2), experts=dict.fromkeys((1, 2), (0, 2, 3, 5)), predicting={0: (1, 2, 3, 4)}
+    ),
+    "qwen3_5_moe fused": Cut(
+        layers=(1, 2), experts=dict.fromkeys((1, 2), (0, 2, 4)), predicting={0: (1, 3, 4)}
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", CUTS)
+def test_layer_and_model_are_computed_alike(name: str, cut: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    source = save_further(tmp_path / "m", name, tokens=len(tokenizer), head_dim=32, **words)
+    tokenizer.save_pretrained(source)
+    if cut:
+        cut_checkpoint(source, CUTS[name], tmp_path / "c")
+        source = tmp_path / "c"
+    found = secateur.export(source, output=tmp_path / "out", type="f32")
+    file = tmp_path / "out" / found.files[0]
+    stored = fields(file)
+    arch = stored["general.architecture"]
+    assert stored[f"{arch}.nextn_predict_layers"] == 1
+    assert stored[f"{arch}.block_count"] == (3 if cut else 4)
+    parent = secateur.load(source)
+    assert_alike(file, parent, tokenizer)
+    torch.manual_seed(0)
+    states, ids = torch.randn(1, 9, 32), torch.randint(3, len(tokenizer), (1, 9))
+    [expected] = read_mtp(parent, open_weights(source), torch.float32)(states, ids)
+    torch.testing.assert_close(
+        predicted(file, states[0], ids[0].tolist()), expected[0], rtol=1e-4, atol=1e-4
+    )
