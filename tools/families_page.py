@@ -121,6 +121,7 @@ def abilities(name: str) -> tuple[str, ...]:
     import zoo
 
     from secateur.exporting.gguf.architectures import LLAMA_CPP_FAMILIES
+    from secateur.models.architecture import text_config
     from secateur.runtime.layer_forms import FORMS
 
     family, model_type = declared(name)
@@ -131,7 +132,7 @@ def abilities(name: str) -> tuple[str, ...]:
         ", ".join([*cut, *(["experts", "neurons in experts"] if name in zoo.WITH_EXPERTS else [])]),
         NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
         YES if model_type in FORMS else NO,
-        YES if model_type in LLAMA_CPP_FAMILIES else NO,
+        YES if text_config(zoo.config_of(name)).model_type in LLAMA_CPP_FAMILIES else NO,
     )
 
 

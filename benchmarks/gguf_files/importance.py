@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.exporting.gguf.importance import COUNTS, SUMS, ImportanceMatrix
+from secateur.exporting.gguf.expert_scores import COUNTS, SUMS, ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import F32, LlamaCpp, Node, load_llama_cpp
 
 LAYER, HEADS = "blk.", ("output.weight", "token_embd.weight")

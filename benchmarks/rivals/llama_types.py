@@ -19,7 +19,7 @@ from benchmarks.gguf_files.importance import HEADS, chosen, collected, means, wr
 from torch import Tensor
 
 from secateur import export
-from secateur.exporting.gguf.importance import ImportanceMatrix
+from secateur.exporting.gguf.expert_scores import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, quantize
 
 F = gguf.LlamaFileType

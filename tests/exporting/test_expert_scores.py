@@ -21,7 +21,7 @@ import secateur
 from secateur.engine.search import experts as survey
 from secateur.errors import ArchitectureError, CheckpointError
 from secateur.exporting.gguf import expert_scores as scores_of_file
-from secateur.exporting.gguf.importance import ImportanceMatrix
+from secateur.exporting.gguf.expert_scores import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, Node
 from secateur.models.experts import opened_experts
 from secateur.models.gguf_file import GGUFSource

@@ -14,7 +14,7 @@ import torch
 import transformers
 from gguf_models import PROMPTS, WORDS, assert_alike, byte_level, fields, save, texts
 from tiny import save_tiny
-from zoo import SIZES
+from zoo import SIZES, class_of
 
 import secateur
 from secateur.errors import ExportError, RecipeError
@@ -213,6 +213,7 @@ LONG = {
 
 
 NO_DENSE_LAYER = {"mlp_only_layers": []}
+SEEING = ("gemma3 vision", "gemma4 vision", "llava", "mistral3", "smolvlm")
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with Llama 3 positions": ("llama", {"rope_parameters": {
@@ -245,8 +246,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
         "qwen3_5_text", "qwen3_5_moe", "glm4_moe", "gemma4", "gemma4_text", "qwen3_5 vision",
     )},
     "gemma4_text small": ("gemma4_text small", {"vocab_size_per_layer_input": WORDS}),
-    "gemma3 vision": ("gemma3 vision", {}),
-    "gemma4 vision": ("gemma4 vision", {}),
+    **{name: (name, {}) for name in SEEING},
 }  # fmt: skip
 
 
@@ -265,12 +265,13 @@ def test_llama_cpp_continues_like_transformers(name, tokenizer, tmp_path: Path) 
     source = save(tmp_path / "model", tokenizer, deepcopy(family), **changes)
     found = secateur.export(source, output=tmp_path / "out", type="f32")
     file = tmp_path / "out" / found.files[0]
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    assert_alike(file, model, tokenizer)
+    kind = class_of(transformers.AutoConfig.from_pretrained(source))
+    assert_alike(file, kind.from_pretrained(source, dtype=torch.float32), tokenizer)
     stored, expected = fields(file), STORED.get(name, {})
     assert {field: stored[field] for field in expected} == expected
     assert any("256" in x for x in found.exported.notes) == (name == "phi3 with LongRoPE")
-    assert any("see or hear" in x for x in found.exported.notes) == name.endswith("vision")
+    sees = name in (*SEEING, "qwen3_5 vision")
+    assert any("see or hear" in x for x in found.exported.notes) == sees
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import CheckpointError, SourceError
-from secateur.exporting.gguf.importance import ImportanceMatrix
+from secateur.exporting.gguf.expert_scores import ImportanceMatrix
 from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.models.experts import opened_experts
 

@@ -28,8 +28,7 @@ from secateur.exporting.gguf.cut_experts import experts_of
 from secateur.exporting.gguf.cut_layers import FileLayers
 from secateur.exporting.gguf.cut_tokens import check_vocabulary, tokens_of_texts
 from secateur.exporting.gguf.edit import Edit, written
-from secateur.exporting.gguf.expert_scores import READING, expert_scores
-from secateur.exporting.gguf.importance import ImportanceMatrix
+from secateur.exporting.gguf.expert_scores import READING, ImportanceMatrix, expert_scores
 from secateur.exporting.gguf.llama_cpp import LlamaCpp, load_llama_cpp
 from secateur.models.gguf_file import Field, GGUFSource, part_name, read_part
 from secateur.models.sources import LocalCheckpoint

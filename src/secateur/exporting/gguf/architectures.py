@@ -126,43 +126,31 @@ def _smollm3_differences(model: LlamaCppModel) -> Iterator[str]:
         yield "its layers without rotary positions are not every fourth"
 
 
-def _sigmoid(model: LlamaCppModel) -> dict[str, Any]:
-    """Experts that a sigmoid and a correction choose."""
-    return {
-        "leading_dense_block_count": model.dense,
-        "expert_weights_norm": bool(model.config.norm_topk_prob),
-        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
-    }
-
-
-def _glm_differences(model: LlamaCppModel) -> Iterator[str]:
-    """llama.cpp derives the size of GLM's shared expert."""
-    expected = model.config.n_shared_experts * model.expert_ffn
-    for name, shape in model.shapes.items():
-        if name.endswith("shared_experts.down_proj.weight") and shape[1] != expected:
-            yield f"a shared expert has {shape[1]} neurons, and llama.cpp expects {expected}"
-
-
 def _delta(model: LlamaCppModel) -> dict[str, Any]:
     """Gated DeltaNet in most layers, and positions of three kinds, which are equal for text."""
     config, period = model.config, model.period("linear_attention")
     recurrent = [layer in model.layers_of("linear_attention") for layer in range(model.blocks)]
+    listed = {"attention.recurrent_layers": recurrent}
     return {
         "ssm_inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
         "rope_dimension_sections": [*(model.rope().get("mrope_section") or (11, 11, 10)), 0][:4],
-        **({"full_attention_interval": period} if period else {RECURRENT: recurrent}),
+        **({"full_attention_interval": period} if period else listed),
     }
 
 
-RECURRENT = "attention.recurrent_layers"
-
-
-def _delta_differences(model: LlamaCppModel) -> Iterator[str]:
-    """llama.cpp has one size for keys and values of DeltaNet, and heads of 32 channels at least."""
-    if model.head < 32:  # three kinds of positions have so many places
-        yield f"its heads have {model.head} channels"
-    if model.config.linear_key_head_dim != model.config.linear_value_head_dim:
-        yield "the keys and values of its recurrent layers differ in size"
+def _derived_differences(model: LlamaCppModel) -> Iterator[str]:
+    """Sizes that llama.cpp takes for equal, in DeltaNet, or derives, of GLM's shared expert."""
+    config = model.config
+    if model.layers_of("linear_attention"):
+        if config.linear_key_head_dim != config.linear_value_head_dim:
+            yield "the keys and values of its recurrent layers differ in size"
+        if model.head < 32:  # three kinds of positions have so many places
+            yield f"its heads have {model.head} channels"
+    for name, shape in model.shapes.items():
+        if name.endswith("shared_experts.down_proj.weight"):
+            expected = config.n_shared_experts * model.expert_ffn
+            if shape[1] != expected:
+                yield f"a shared expert has {shape[1]} neurons, and llama.cpp expects {expected}"
 
 
 def _delta_arranged(model: LlamaCppModel, name: str, weight: Tensor) -> Tensor:
@@ -195,7 +183,7 @@ def _qwen_moe_differences(model: LlamaCppModel) -> Iterator[str]:
 
 QWEN35 = LlamaCppFamily(
     A.QWEN35, norm_shift=1.0, partial=True, predicts=True, arranged=_delta_arranged,
-    constants=_delta, differences=_delta_differences,
+    constants=_delta, differences=_derived_differences,
 )  # fmt: skip
 GEMMA2 = LlamaCppFamily(
     A.GEMMA2, activations=GELU_TANH, norm_shift=1.0, windows=True, constants=_windows,
@@ -223,8 +211,12 @@ LLAMA_CPP_FAMILIES = MappingProxyType({
     "qwen3_5_text": QWEN35,
     "qwen3_5_moe_text": replace(QWEN35, arch=A.QWEN35MOE),
     "glm4_moe": LlamaCppFamily(
-        A.GLM4_MOE, partial=True, dense_first=True, predicts=True, constants=_sigmoid,
-        differences=_glm_differences,
+        A.GLM4_MOE, partial=True, dense_first=True, predicts=True, constants=lambda model: {
+            "leading_dense_block_count": model.dense,
+            "expert_weights_norm": bool(model.config.norm_topk_prob),
+            "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
+        },
+        differences=_derived_differences,
     ),
 })  # fmt: skip
 """By the model type of transformers."""
@@ -271,7 +263,7 @@ def text_names(source: ExportSource, layers: int) -> dict[str, str]:
     """
     found, mixed = {}, "text_config" in source.config
     for stored in source.reader.entries:
-        text = re.sub(r"^(?:model\.)?language_model\.(?:model\.)?", "model.", stored)
+        text = re.sub(r"^(?:model\.)?(?:language|text)_model\.(?:model\.)?", "model.", stored)
         name = text.replace("model.lm_head", "lm_head")
         if mixed and stored == name and not name.startswith(("lm_head.", "mtp.")):
             continue

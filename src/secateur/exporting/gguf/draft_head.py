@@ -18,7 +18,14 @@ from torch import Tensor
 
 from secateur.exporting import Exported
 from secateur.exporting.gguf.tokenizer import read_vocabulary
-from secateur.exporting.gguf.writing import FILE_TYPES, Q, dequantized, stored_blocks, type_of_row
+from secateur.exporting.gguf.writing import (
+    FILE_TYPES,
+    Q,
+    add_fields,
+    dequantized,
+    stored_blocks,
+    type_of_row,
+)
 from secateur.models.draft_head import read_head
 
 ARCHITECTURE = "eagle3"
@@ -55,22 +62,17 @@ def write_head_file(folder: Path, kind: Q, file: Path) -> Exported:
         writer.add_name(file.stem)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for name, value in {
-            "vocab_size": config.vocab_size,
-            "context_length": config.max_position_embeddings,
-            "embedding_length": config.hidden_size,
-            "block_count": 1,
+        own_fields = {
+            "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size, "block_count": 1,
             "feed_forward_length": config.intermediate_size,
-            "head_count": config.num_attention_heads,
-            "head_count_kv": config.num_key_value_heads,
-            "key_length": config.head_dim,
-            "value_length": config.head_dim,
+            "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+            "key_length": config.head_dim, "value_length": config.head_dim,
             "rope_dimension_count": config.head_dim,
             "rope_freq_base": float(config.rope_parameters["rope_theta"]),
             "layer_norm_rms_eps": config.rms_norm_eps,
-            **vocabulary.fields,
-        }.items():
-            getattr(writer, f"add_{name}")(value)
+        }  # fmt: skip
+        add_fields(writer, {**own_fields, **vocabulary.fields})
         writer.add_array(f"{ARCHITECTURE}.target_layers", [*head.taps])
         writer.add_uint32(f"{ARCHITECTURE}.target_hidden_size", config.hidden_size)
         writer.add_bool(f"{ARCHITECTURE}.norm_before_residual", False)

@@ -29,15 +29,8 @@ from secateur.models.gguf_file import GGUFSource
 from secateur.progress import Progress, Silent, each_step
 from secateur.recipes.shared import Calibration
 
-MIXES = MappingProxyType(
-    {
-        name: gguf.LlamaFileType[f"MOSTLY_{name.upper()}"]
-        for name in (
-            "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s",
-            "q2_k",
-        )
-    }
-)  # fmt: skip
+_MIXES = "q6_k q5_k_m q5_k_s q4_k_m q4_k_s iq4_xs q3_k_l q3_k_m q3_k_s q2_k"
+MIXES = MappingProxyType({x: gguf.LlamaFileType[f"MOSTLY_{x.upper()}"] for x in _MIXES.split()})
 """The mixes that need no importance matrix, by their names in llama.cpp."""
 
 AT_ONCE = 512

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -236,11 +237,7 @@ class GGUFFile:
         writer.add_name(f"phi-3 {self.source.name}" if strips else self.source.name)
         writer.add_file_type(FILE_TYPES[self.kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for name, value in {**self.model.fields(), **self.vocabulary.fields}.items():
-            if "." in name:
-                writer.add_array(f"{writer.arch}.{name}", value)
-            else:
-                getattr(writer, f"add_{name}")(value)
+        add_fields(writer, {**self.model.fields(), **self.vocabulary.fields})
         for one in plan:
             kind = self.type_of(one)
             size, dtype = _bytes_of(one.shape, kind), np.dtype(np.float32)  # `kind` counts
@@ -290,6 +287,15 @@ class GGUFFile:
                 "the long factors of LongRoPE for short texts too"
             )
         return notes
+
+
+def add_fields(writer: gguf.GGUFWriter, fields: Mapping[str, Any]) -> None:
+    """Add fields, each by what follows `add_` in the writer of gguf, or arrays by their key."""
+    for name, value in fields.items():
+        if "." in name:
+            writer.add_array(f"{writer.arch}.{name}", value)
+        else:
+            getattr(writer, f"add_{name}")(value)
 
 
 def type_of_row(columns: int, wanted: Q) -> Q:
