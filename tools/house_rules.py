@@ -51,17 +51,17 @@ SHARED_CLASS_NAMES: Mapping[str, str] = {
 TO_FIX: frozenset[str] = frozenset({})
 
 RATCHETS: Mapping[str, float] = {
-    "source files": 340,
+    "source files": 339,
     "modules that only their neighbour imports": 12,
     "pairs of classes with five equal fields": 4,
     "percent of lines that import": 6.1,
-    "lines of statements": 44688,
-    "functions named in one place": 445,
+    "lines of statements": 44390,
+    "functions named in one place": 436,
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 76532,
-    "lines of tests": 62041,
+    "words of documentation": 76528,
+    "lines of tests": 62035,
     "sentences that tests compare": 47,
     "names of options": 176,
 }

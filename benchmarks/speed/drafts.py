@@ -1,75 +1,32 @@
-"""What drafts gain, measured on SmolLM2.
+"""What drafts gain: smaller models, heads and MTP layers, beside parents in any format.
 
-    python -m benchmarks.speed.drafts --parent NAME=DIR --draft NAME=DIR --draft n-gram ...
+    python -m benchmarks.speed.drafts --parent NAME=DIR --draft NAME=DIR --draft NAME=DIR ...
 
-Times a parent with a draft and without, as `secateur bench --draft`: 64 tokens after each of four
-prompts of four kinds, at temperature 0 and 1, without the draft and then with it. The draft
-`n-gram` proposes what followed the last three tokens, or two, when they last occurred.
+Times a parent with each draft and without, as `secateur bench --draft`: 64 tokens after each of
+four prompts of four kinds, at temperature 0 and 1, each text without the draft and then with it. What
+`secateur draft` has promised stands beside what was measured. Each call adds rows.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
-from types import SimpleNamespace
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from benchmarks.hardware import add, heading, keep
 from benchmarks.stored import known_rows
 
-from secateur.evaluation.generation import KINDS, prompts_of_kinds
-from secateur.models.sources import resolve
-from secateur.models.tokenizer import load_tokenizer
-from secateur.runtime.decode import Decoder
-from secateur.runtime.load import load
-from secateur.runtime.sampling import Chances
-from secateur.runtime.speculative import DraftedText, Drafter, Guess, open_drafter
-from secateur.steps.bench import drafted_speed
+import secateur
+from secateur.evaluation.generation import KINDS
 
-MEASURES = ("src/secateur/runtime/speculative.py", "src/secateur/steps/draft.py")
-MINUTES = 40
+MEASURES = tuple(
+    f"src/secateur/{x}.py" for x in ("runtime/speculative", "runtime/heads", "steps/draft")
+)
+MINUTES = 90
 
 NAME = "drafts"
-PROTOCOL = {"calls": 8, "prompt_tokens": 64, "script": "benchmarks/speed/drafts.py"}
-NGRAM, LONGEST, NEW_TOKENS = "n-gram", 3, 64
-
-
-class NGrams(Drafter):
-    """A draft without a model: what followed the last tokens when they last occurred."""
-
-    def __init__(self, vocabulary: int) -> None:
-        no_model: Any = SimpleNamespace(lengths=[0])
-        super().__init__(no_model, vocabulary)
-
-    def propose(self, texts: Sequence[DraftedText], room: int) -> list[list[Guess]]:
-        """The tokens after an earlier occurrence; at most four."""
-        [text] = texts
-        self.drafting = 0.0
-        if not self.pace.awake():
-            return [[]]
-        began = self.clock()
-        found = [self.certain(token, text) for token in continuation(text.ids)[: min(room, 4)]]
-        self.drafting = self.clock() - began
-        return [found]
-
-    def certain(self, token: int, text: DraftedText) -> Guess:
-        """A proposal that is drawn with probability 1."""
-        certain = np.zeros(1, np.float32), np.array([token])
-        chances = Chances(text.draws, *certain) if text.draws.temperature else None
-        return Guess(token, chances, 0.5)
-
-
-def continuation(ids: Sequence[int]) -> list[int]:
-    """What followed the last three tokens of a text, or two, when they last occurred in it."""
-    text = list(ids)
-    for length in range(LONGEST, 1, -1):
-        last = text[-length:]
-        for begin in range(len(text) - length - 1, -1, -1):
-            if text[begin : begin + length] == last:
-                return text[begin + length :]
-    return []
+PROTOCOL = {"new_tokens": 64, "script": "benchmarks/speed/drafts.py"}
 
 
 def measured(parent: str, drafts: list[str]) -> None:
@@ -77,56 +34,72 @@ def measured(parent: str, drafts: list[str]) -> None:
     if not known_rows(NAME, PROTOCOL):
         keep(NAME, PROTOCOL, [])
     name, _, place = parent.partition("=")
-    folder = resolve(place).folder
-    tokenizer: Any = load_tokenizer(folder)
-    prompts = prompts_of_kinds(tokenizer)
-    room = NEW_TOKENS + max(len(ids) for own in prompts.values() for ids in own)
-    decoder = Decoder(load(folder), room)
     for draft in drafts:
         label, _, where = draft.partition("=")
-        vocabulary = decoder.slots.vocabulary
-        for temperature in (0.0, 1.0):
-            for kind, texts in prompts.items():
-                drafter = (
-                    NGrams(vocabulary)
-                    if label == NGRAM
-                    else open_drafter(resolve(where).folder, decoder.slots, tokenizer)
-                )
-                found = drafted_speed(decoder, drafter, kind, texts, NEW_TOKENS, temperature)
-                row = {"part": "measured", "parent": name, "draft": label, **asdict(found)}
-                add(NAME, PROTOCOL, {**row, "speedup": found.speedup})
-                print(name, label, kind, temperature, f"{found.speedup:.2f}", flush=True)
+        found = secateur.bench(place, draft=where, new_tokens=PROTOCOL["new_tokens"])
+        for one in found.speeds:
+            assert one.equal is not False, f"{label} has changed the text of {name}"
+            expected = found.expected[one.temperature > 0] if found.expected else None
+            row = {"parent": name, "draft": label, **one.to_json(), "expected": expected}
+            add(NAME, PROTOCOL, {**row, "speedup": one.speedup})
+            print(name, label, one.kind, one.temperature, f"{one.speedup:.2f}", flush=True)
 
 
-def bfloat16(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Each draft beside the parent in bfloat16: the speed-ups by kind of text."""
-    found: dict[tuple[str, float], dict[str, str]] = {}
+@dataclass
+class Line:
+    """A line of the table: the speed-up by kind of text, and what was expected."""
+
+    kinds: dict[str, float] = field(default_factory=dict)
+    expected: float | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        """With the geometric mean, where every kind was measured."""
+        found = [self.kinds.get(kind) for kind in KINDS]
+        mean = math.prod(self.kinds.values()) ** (1 / len(KINDS)) if None not in found else None
+        return [f"{x:.2f}" if x else "" for x in (*found, mean, self.expected)]
+
+
+def every(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """How many times as fast as without the draft; of two measurements the newer one counts."""
+    lines: dict[tuple[str, str, float], Line] = {}
     for row in rows:
-        if row["parent"] == "SmolLM2 bfloat16":
-            own = found.setdefault((row["draft"], row["temperature"]), {})
-            own[row["kind"]] = f"{row['speedup']:.2f}"
-    lines = [
-        [draft, f"{temperature:g}", *(own.get(kind, "") for kind in KINDS)]
-        for (draft, temperature), own in sorted(found.items(), key=lambda x: x[0][0] != BEST)
+        line = lines.setdefault((row["parent"], row["draft"], row["temperature"]), Line())
+        line.kinds[row["kind"]], line.expected = row["speedup"], row.get("expected")
+    columns = ["parent", "draft", "temperature", *KINDS, "geometric mean", "expected"]
+    return columns, [
+        [parent, draft, f"{temperature:g}", *line.cells]
+        for (parent, draft, temperature), line in lines.items()
     ]
-    return ["draft", "temperature", *KINDS], lines
+
+
+def gains(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """All, where every kind of text was measured; a name stands in its first line."""
+    columns, lines = every(rows)
+    lines = [line for line in lines if all(line[:-1])]
+    shown, before = [], ["", ""]
+    for parent, draft, *rest in lines:
+        names = [parent if parent != before[0] else "", draft if [parent, draft] != before else ""]
+        shown.append([*names, *rest])
+        before = [parent, draft]
+    return columns, shown
 
 
 def readme(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The speed-ups of our own draft."""
-    columns, lines = bfloat16(rows)
-    return columns[1:], [line[1:] for line in lines if line[0] == BEST]
+    """The speed-ups of our own smaller model beside the parent in bfloat16."""
+    columns, lines = every(rows)
+    own = [line[2:-2] for line in lines if line[:2] == ["SmolLM2 bfloat16", "secateur draft"]]
+    return columns[2:-2], own
 
 
-BEST = "secateur draft"
-TABLES = {"readme": readme, "bfloat16": bfloat16}
+TABLES = {"readme": readme, "gains": gains}
 
 
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parent", default="float32=smollm2-135m", help="NAME=FOLDER")
-    parser.add_argument("--draft", action="append", default=[], help="NAME=FOLDER, or n-gram")
+    parser.add_argument("--parent", required=True, help="NAME=FOLDER")
+    parser.add_argument("--draft", action="append", required=True, help="NAME=FOLDER")
     given = parser.parse_args()
     print(heading())
     measured(given.parent, given.draft)

@@ -21,6 +21,7 @@ from secateur.reporting.evaluate import (
     EvaluateResult,
     GenerateResult,
 )
+from secateur.reporting.fields import Result
 from secateur.reporting.fit import DraftedResult, FitResult
 from secateur.reporting.gguf_files import CutFileResult
 from secateur.reporting.models import (
@@ -37,10 +38,7 @@ from secateur.reporting.models import (
 from secateur.reporting.plan import (
     ChainPlanResult,
     CutPlanResult,
-    DraftPlanResult,
     FitPlanResult,
-    HeadPlanResult,
-    MTPPlanResult,
     PlanResult,
     TrainPlanResult,
 )
@@ -432,7 +430,7 @@ def draft(
     *,
     dry_run: Literal[True],
     **options: Any,
-) -> DraftPlanResult | HeadPlanResult | MTPPlanResult: ...
+) -> Result: ...
 @overload
 def draft(
     model: str | Path,

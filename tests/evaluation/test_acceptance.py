@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -84,9 +85,9 @@ def test_against_the_oracle(family: str, chunk_tokens: int, monkeypatch) -> None
         assert got.tokens == 5 * 9
         for k in range(1, 8):
             expected = sum(run_of(rates, i) for i in range(1, k + 1))
-            assert got.accepted(k) == pytest.approx(expected, rel=1e-5)
+            assert sum(got.runs[:k]) == pytest.approx(expected, rel=1e-5)
             expected = sum(run_of(greedy, i) for i in range(1, k + 1))
-            assert got.accepted(k, greedy=True) == pytest.approx(expected)
+            assert sum(got.greedy_runs[:k]) == pytest.approx(expected)
     assert 0.2 < some.mean < whole.mean < 0.999
 
 
@@ -114,7 +115,7 @@ def test_a_model_takes_all_of_its_own_text() -> None:
         model, model, tiny_windows(1, 9), progress=lambda done, total: steps.append((done, total))
     )
     assert (got.mean, got.agreement) == (pytest.approx(1.0, abs=1e-6), 1.0)
-    assert got.accepted(7, greedy=True) == 7.0
+    assert sum(got.greedy_runs) == 7.0
     assert got.standard_error is None
     assert steps == [(1, 1)]
 
@@ -168,7 +169,7 @@ def test_no_draft_is_the_answer_where_none_pays() -> None:
 
 @pytest.mark.parametrize(("start", "first"), [(0, 0), (4, 2)])
 def test_chains_are_followed_one_by_one(start: int, first: int) -> None:
-    """Against a loop over windows, positions and places; two batches, two heads."""
+    """Against a loop over windows, positions and places; two batches, drafts and heads."""
     torch.manual_seed(0)
     places, positions, vocabulary = 3, 5, 8
     draft, parent = torch.randn(4, vocabulary), torch.randn(4, vocabulary)
@@ -177,11 +178,13 @@ def test_chains_are_followed_one_by_one(start: int, first: int) -> None:
     def batch(windows: int) -> Chains:
         own = [torch.randn(windows, positions, 4) for _ in range(places)]
         states = torch.randn(windows, positions + places, 4)
-        return Chains(own, lambda x: x @ draft, states, lambda x: x @ parent)
+        worse = own, lambda x: x @ -draft
+        return Chains([(own, lambda x: x @ draft), worse], states, lambda x: x @ parent)
 
     batches = [batch(2), batch(1)]
     found = chained_acceptance(batches, heads=(None, some), start_tokens=start)
-    for result, ids in zip(found, (torch.arange(vocabulary), some), strict=True):
+    kinds = itertools.product((draft, -draft), (torch.arange(vocabulary), some))
+    for result, (own, ids) in zip(found, kinds, strict=True):
         chains = []
         for one in batches:
             for window in range(len(one.states)):
@@ -189,7 +192,8 @@ def test_chains_are_followed_one_by_one(start: int, first: int) -> None:
                     p = [
                         (one.states[window, t + 1 + i] @ parent).softmax(-1) for i in range(places)
                     ]
-                    q = [(one.places[i][window, t] @ draft)[ids].softmax(-1) for i in range(places)]
+                    read = [one.drafts[0][0][i][window, t] for i in range(places)]
+                    q = [(x @ own)[ids].softmax(-1) for x in read]
                     pairs = [*zip(p, q, strict=True)]
                     taken = [torch.minimum(x[ids], y).sum().item() for x, y in pairs]
                     same = [float(x.argmax() == ids[y.argmax()]) for x, y in pairs]

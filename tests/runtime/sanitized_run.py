@@ -152,8 +152,8 @@ def drawing() -> None:
 def heads(parent: SlotDecoder, values: str) -> None:
     """A draft head beside a parent that has read a few tokens: a prompt, and a chain."""
     head = DraftHead(head_config(parent.model.config), (0, 1, 3), torch.arange(1, 96, 2))
-    decoder = HeadDecoder(head, parent, values)
     states = parent.take_states(1)[1]
+    decoder = HeadDecoder(head, parent, values)
     for slot in range(2):
         decoder.give(slot, states)
         decoder.read(slot, torch.tensor([6, 7]))

@@ -19,7 +19,7 @@ from secateur.errors import ArchitectureError, RecipeError
 from secateur.models.draft_head import DraftHead, head_config, write_head
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, SlotDecoder, Token, continued
-from secateur.runtime.heads import HeadDecoder, chain_seconds
+from secateur.runtime.heads import HeadDecoder
 from secateur.runtime.sampling import Draws
 from secateur.runtime.speculative import (
     DraftedText,
@@ -29,6 +29,7 @@ from secateur.runtime.speculative import (
     speculated,
 )
 from secateur.serving.scheduler import PrefixCache, Request, Scheduler, ServingJob
+from secateur.steps.draft import proposed_in
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("settled")]
 __all__ = ["settled"]
@@ -89,7 +90,6 @@ def taught(parent: Any, ids: torch.Tensor) -> DraftHead:
 def drafter_of(
     head: DraftHead, parent: SlotDecoder, values: str = "int8", pace: Pace | None = None
 ) -> HeadDrafter:
-    parent.tap(head.taps)
     drafter = HeadDrafter(HeadDecoder(head, parent, values), parent, head.ids)
     drafter.pace = pace or Eager()
     return drafter
@@ -252,15 +252,16 @@ def test_requests_that_are_served_together(pair: tuple[Any, DraftHead], prefix_b
 
 def test_a_chain_that_is_timed_leaves_no_trace(pair: tuple[Any, DraftHead]) -> None:
     parent, head = pair
-    slots = SlotDecoder(parent, ROOM, taps=head.taps)
-    slots.read(0, torch.tensor([5, 17, 80]))
-    decoder, states = HeadDecoder(head, slots), slots.take_states(0)[1]
+    slots, prompt = SlotDecoder(parent, ROOM), torch.tensor([5, 17, 80])
+    decoder = HeadDecoder(head, slots)
+    slots.read(0, prompt)
+    states = slots.take_states(0)[1]
     rows = []
     for timed in (False, True):
         decoder.rewind(0)
         decoder.give(0, states[:2])
         decoder.read(0, torch.tensor([17, 80]))
-        assert not timed or 0 < chain_seconds(decoder, 4) < 1
+        assert not timed or 0 < proposed_in(decoder, prompt, states)() < 1
         decoder.give(0, states[2:])
         rows.append(decoder.step([Token(0, 2, 9)]))
     assert torch.equal(*rows)
@@ -271,7 +272,6 @@ def test_it_is_used_where_it_pays(pair: tuple[Any, DraftHead]) -> None:
     parent, head = pair
     for cost, pays in ((0.02, True), (2.0, False)):
         now, decoder = [0.0], Decoder(parent, 400)
-        decoder.slots.tap(head.taps)
         drafter = HeadDrafter(
             HeadDecoder(head, decoder.slots), decoder.slots, head.ids, lambda now=now: now[0]
         )
@@ -292,7 +292,7 @@ def test_heads_of_other_parents_are_refused(tmp_path: Path, pair: tuple[Any, Dra
     folder.mkdir()
     write_head(folder, head, "parent", "LlamaForCausalLM", 5)
     slots = SlotDecoder(parent, ROOM)
-    drafter = open_drafter(folder, slots, None)
+    drafter = open_drafter(folder, folder, slots, None)
     assert isinstance(drafter, HeadDrafter)
     assert drafter.decoder.vocabulary == 96
     with pytest.raises(ArchitectureError, match="draft head"):
@@ -300,4 +300,4 @@ def test_heads_of_other_parents_are_refused(tmp_path: Path, pair: tuple[Any, Dra
     for name, value in (("hidden_size", 64), ("num_hidden_layers", 2), ("vocab_size", 128)):
         other = parent_of(tmp_path / name, **{name: value})
         with pytest.raises(RecipeError, match="another model"):
-            open_drafter(folder, SlotDecoder(other, ROOM), None)
+            open_drafter(folder, folder, SlotDecoder(other, ROOM), None)

@@ -15,19 +15,12 @@ from same_logits import assert_same_logits
 from slow import slow_but
 from with_kernels import needs_kernels
 
-from secateur.errors import ArchitectureError, CheckpointError
+from secateur.errors import CheckpointError
 from secateur.models.opening import load_whole
 from secateur.recipes.deploy import Sampling
 from secateur.runtime.decode import Decoder, Token, continued
-from secateur.runtime.mtp import (
-    ModuleDecoder,
-    ModuleSlots,
-    MTPDrafter,
-    mtp_of,
-    open_draft,
-    write_mtp,
-)
-from secateur.runtime.speculative import DraftedText, speculated
+from secateur.runtime.mtp import ModuleDecoder, ModuleSlots, MTPDecoder, mtp_of, write_mtp
+from secateur.runtime.speculative import DraftedText, HeadDrafter, open_drafter, speculated
 
 GREEDY = Sampling(temperature=0)
 QUICK = ("glm4_moe", "qwen3_5_moe fused")
@@ -37,8 +30,10 @@ def opened(folder: Path) -> Any:
     return load_whole(folder, torch.device("cpu"), dtype=torch.float32)
 
 
-def always(drafter: MTPDrafter) -> MTPDrafter:
+def drafter_of(slots: Any, folder: Path) -> HeadDrafter:
     """It proposes as many tokens as fit, however long they take."""
+    mtp, ids = mtp_of(slots.model, folder)
+    drafter = HeadDrafter(MTPDecoder(mtp, slots), slots, ids)
     pace: Any = drafter.pace
     pace.awake, pace.accepts, pace.value = lambda: True, lambda sure: 1.0, lambda texts: 1.0
     return drafter
@@ -50,7 +45,7 @@ def test_the_text_is_the_same(name: str, tmp_path: Path) -> None:
     folder = save_further(tmp_path / "m", name)
     model, proposed = opened(folder), list[tuple[list[int], Any]]()
     decoder, alone = ModuleDecoder(model, 200), Predictor(folder, name)
-    drafter: Any = always(MTPDrafter(decoder.slots, *mtp_of(model, folder)))
+    drafter: Any = drafter_of(decoder.slots, folder)
     step = drafter.step
 
     def seen(texts: list[tuple[int, list[int]]]) -> torch.Tensor:
@@ -77,7 +72,7 @@ def test_a_parent_that_one_call_decodes(tmp_path: Path) -> None:
     folder = save_foreseen(tmp_path / "m", "minimax_m2")
     model, prompt = opened(folder), torch.arange(5, 20)
     decoder = Decoder(model, 200)
-    drafter = always(MTPDrafter(decoder.slots, *mtp_of(model, folder)))
+    drafter = drafter_of(decoder.slots, folder)
     found = [*speculated(decoder, drafter, prompt, 40, sampling=GREEDY)]
     assert found == [*continued(Decoder(model, 200), prompt, 40, sampling=GREEDY)]
     assert drafter.accepted == drafter.proposed > 20
@@ -88,7 +83,7 @@ def test_what_the_layer_knows_is_taken(name: str, tmp_path: Path) -> None:
     folder = save_foreseen(tmp_path / "m", name)
     model, prompt = opened(folder), torch.arange(5, 20)
     decoder = ModuleDecoder(model, 200)
-    drafter = always(MTPDrafter(decoder.slots, *mtp_of(model, folder)))
+    drafter = drafter_of(decoder.slots, folder)
     found = [*speculated(decoder, drafter, prompt, 40, sampling=GREEDY)]
     assert found == [*continued(ModuleDecoder(model, 200), prompt, 40, sampling=GREEDY)]
     assert drafter.accepted == drafter.proposed > 20
@@ -124,14 +119,14 @@ def test_states_that_are_missing_begin_the_layer_anew(tmp_path: Path) -> None:
     folder = save_further(tmp_path / "m", "glm4_moe")
     model = opened(folder)
     slots = ModuleSlots(model, 50)
-    drafter = MTPDrafter(slots, *mtp_of(model, folder))
+    drafter = drafter_of(slots, folder)
     slots.read(0, torch.arange(5, 12))
     slots.take_states(0)
     slots.read(0, torch.arange(12, 15))
     text: Any = DraftedText(0, [*range(5, 16)], None, 3)
     assert drafter.unread(text) == [13, 14, 15]
     drafter.step([(0, [13, 14, 15])])
-    assert drafter.spans == [[7, 10, 10]]
+    assert (drafter.begins, drafter.decoder.lengths) == ([7], [3])
 
 
 @pytest.fixture
@@ -146,10 +141,10 @@ def written(tmp_path: Path) -> tuple[Path, Path, Any]:
 
 def test_a_list_of_tokens_comes_back(written: tuple[Path, Path, Any]) -> None:
     folder, made, model = written
-    found: Any = open_draft(made, folder, ModuleSlots(model, 20), None)
+    found: Any = open_drafter(made, folder, ModuleSlots(model, 20), None)
     assert found.ids.tolist() == [2, 5, 7]
     whole: Any = mtp_of(model, folder)[0].head
-    assert torch.equal(found.mtp.head.weight, whole.weight[[2, 5, 7]])
+    assert torch.equal(found.decoder.head.weight, whole.weight[[2, 5, 7]])
 
 
 @pytest.mark.parametrize("fault", ["ids", "rows", "file"])
@@ -164,16 +159,20 @@ def test_a_damaged_draft_is_refused(fault: str, written: tuple[Path, Path, Any])
     if fault == "file":
         (made / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        open_draft(made, folder, ModuleSlots(model, 20), None)
+        open_drafter(made, folder, ModuleSlots(model, 20), None)
 
 
-def test_several_layers_are_refused(tmp_path: Path) -> None:
-    source = save_further(tmp_path / "m", "glm4_moe")
+def test_of_several_layers_the_first_proposes(tmp_path: Path) -> None:
+    source = save_foreseen(tmp_path / "m", "glm4_moe")
     tensors = stored_tensors(source)
-    more = {n.replace(".3.", ".4.", 1): x.clone() for n, x in tensors.items() if ".layers.3." in n}
+    more = {
+        n.replace(".3.", ".4.", 1): torch.randn_like(x) for n, x in tensors.items()
+        if ".layers.3." in n
+    }  # fmt: skip
     save_in(source, tensors | more, 1)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
-    model = opened(source)
-    with pytest.raises(ArchitectureError, match="one MTP layer"):
-        MTPDrafter(ModuleSlots(model, 20), *mtp_of(model, source))
+    decoder, prompt = ModuleDecoder(opened(source), 200), torch.arange(5, 20)
+    drafter = drafter_of(decoder.slots, source)
+    assert len([*speculated(decoder, drafter, prompt, 40, sampling=GREEDY)]) == 40
+    assert drafter.accepted == drafter.proposed > 20

@@ -98,16 +98,15 @@ class Chains(NamedTuple):
     """What is known of a batch of windows: chains of so many places, and their parent.
 
     Attributes:
-        places: for each place what `draft` reads, [windows, positions, …]: place i of the chain at
-            position t proposes token t + 2 + i.
-        draft: gives logits [tokens, vocabulary].
+        drafts: for each draft, what its head reads at each place, [windows, positions, …], and the
+            head, which gives logits [tokens, vocabulary]. Place i of the chain at position t
+            proposes token t + 2 + i.
         states: of the parent at all positions, [windows, positions + places, hidden], which
             `parent` reads.
         parent: gives logits [tokens, vocabulary].
     """
 
-    places: Sequence[Tensor]
-    draft: Callable[[Tensor], Tensor]
+    drafts: Sequence[tuple[Sequence[Tensor], Callable[[Tensor], Tensor]]]
     states: Tensor
     parent: Callable[[Tensor], Tensor]
 
@@ -116,7 +115,7 @@ class Chains(NamedTuple):
 def chained_acceptance(
     batches: Iterable[Chains], *, heads: Sequence[Tensor | None] = (None,), start_tokens: int = 0
 ) -> list[Acceptance]:
-    """Measure what a parent takes of chains.
+    """Measure what a parent takes of chains. Its probabilities are computed once for all drafts.
 
     Args:
         batches: of windows.
@@ -124,26 +123,28 @@ def chained_acceptance(
         start_tokens: number of start tokens in each window; none of them is predicted.
 
     Returns:
-        An acceptance for each of the heads. Its mean is that of the first place.
+        Of each draft, an acceptance for each of the heads. Its mean is that of the first place.
 
     Raises:
         NumericalError: an acceptance is not a number.
     """
     found = []
-    for places, draft, states, parent in batches:
-        (windows, positions), first = places[0].shape[:2], max(0, start_tokens - 2)
-        chunk = 0
-        rows = list[Tensor]()
-        for place, own in enumerate(places, start=1):
-            theirs = states[:, place + first : place + positions].flatten(0, 1)
-            own = own[:, first:].flatten(0, 1)
+    for drafts, states, parent in batches:
+        places, (windows, positions) = len(drafts[0][0]), drafts[0][0][0].shape[:2]
+        chunk, first, rows = 0, max(0, start_tokens - 2), list[Tensor]()
+        for place in range(places):
+            theirs = states[:, place + 1 + first : place + 1 + positions].flatten(0, 1)
             # float32 logits of so many tokens take at most 64 MiB
             chunk = chunk or max(1, LOGITS_BYTES // (4 * parent(theirs[:1]).shape[-1]))
-            for some, p in zip(own.split(chunk), theirs.split(chunk), strict=True):
-                logits, p = draft(some).float(), torch.softmax(parent(p).float(), dim=-1)
-                rows.append(torch.cat([_of_tokens(logits, p, only) for only in heads]))
-        # [heads, rate or agreement, places, windows, positions]
-        shape = (len(heads), 2, len(places), windows, -1)
+            own = [read[place][:, first:].flatten(0, 1).split(chunk) for read, _ in drafts]
+            for p, *some in zip(theirs.split(chunk), *own, strict=True):
+                p, every = torch.softmax(parent(p).float(), dim=-1), []
+                for x, (_, head) in zip(some, drafts, strict=True):
+                    logits = head(x).float()
+                    every += [_of_tokens(logits, p, only) for only in heads]
+                rows.append(torch.cat(every))
+        # [drafts and heads, rate or agreement, places, windows, positions]
+        shape = (len(drafts) * len(heads), 2, places, windows, -1)
         found.append(torch.cat(rows, dim=1).reshape(shape).cpu())
     return [_summary(*values) for values in torch.cat(found, dim=3)]
 
@@ -177,7 +178,7 @@ def _summary(rates: Tensor, agreements: Tensor) -> Acceptance:
     They are [windows, positions], or [places, windows, positions] of chains.
     """
     rates, agreements = rates.double().clamp(max=1.0), agreements.double()
-    runs, greedy = (_runs(x) if x.ndim == 2 else _runs_of_chains(x) for x in (rates, agreements))
+    runs, greedy = (_runs(x) for x in (rates, agreements))
     if rates.ndim == 3:
         rates, agreements = rates[0], agreements[0]
     means, same = rates.mean(dim=1).tolist(), agreements.mean(dim=1).tolist()
@@ -199,13 +200,13 @@ def _summary(rates: Tensor, agreements: Tensor) -> Acceptance:
     )
 
 
-def _runs_of_chains(rates: Tensor) -> tuple[float, ...]:
-    """mean_t Π_{j<i} a_{t,j} for i = 1, 2, … [places, windows, positions]."""
-    return tuple(rates.cumprod(dim=0).flatten(1).mean(dim=1).tolist())
-
-
 def _runs(rates: Tensor) -> tuple[float, ...]:
-    """mean_t Π_{j<i} a_{t+j} for i = 1 to 7. A run that no window is long enough for has 0."""
+    """mean_t Π_{j<i} a_{t+j} for i = 1 to 7, or for the places of chains.
+
+    A run that no window is long enough for has 0.
+    """
+    if rates.ndim == 3:
+        return tuple(rates.cumprod(dim=0).flatten(1).mean(dim=1).tolist())
     product, found = rates, []
     for place in range(1, MOST_PROPOSED + 1):
         found.append(float(product.mean()) if product.numel() else 0.0)

@@ -58,7 +58,7 @@ from secateur.models.targets import CheckpointTarget
 from secateur.models.tokenizer import start_tokens
 from secateur.parallel.ranks import ALONE, Ranks, micro_batches, rows_of
 from secateur.progress import Progress
-from secateur.runs.output import write_json
+from secateur.runs.output import kept
 from secateur.runtime.kernels.linear import activations_of
 from secateur.runtime.load import PackedTarget
 from secateur.types import Windows
@@ -544,11 +544,12 @@ class LossComparison:
 
     def dense(self) -> list[float]:
         """The loss of the dense model on each window, from a file or measured."""
-        kept = self.file.with_suffix(".dense.json")
-        if not kept.exists():
+
+        def measure() -> Sequence[float]:
             reader = LayerwiseReader(self.target, STATES_BYTES, self.progress)
-            write_json(kept, self._losses(reader, "judging the dense model"))
-        found: list[float] = json.loads(kept.read_text(encoding="utf-8"))
+            return self._losses(reader, "judging the dense model")
+
+        found: list[float] = kept(self.file.with_suffix(".dense.json"), measure)
         return found
 
     def increase(self, model: nn.Module | Reader) -> tuple[float, float | None]:

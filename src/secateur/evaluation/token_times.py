@@ -292,9 +292,8 @@ def time_head(shape: Shape, stored: WeightFormat, *, file: Path | None = None) -
         file: the table; None for the file in the cache.
     """
     rows, columns = shape
-    count = min(
-        MOST_HEADS, max(LEAST_MATRICES, round(8 * LAYER_BYTES / stored.bits / rows / columns))
-    )
+    fit = round(8 * LAYER_BYTES / stored.bits / rows / columns)
+    count = min(MOST_HEADS, max(LEAST_MATRICES, fit))
     name = f"{_entry(shape, stored)}, a head"
     seconds: float = _TimeTable(file).seconds(name, lambda: timed(shape, stored, count))
     return seconds

@@ -36,6 +36,9 @@ WIDTHS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_hea
 
 MAX_POSITIONS = 2**31
 
+HEAD, MTP = "speculator_model", "mtp"
+"""The model types of drafts that are no models: heads, and rows for MTP layers."""
+
 MOST_LAYERS, MOST_SIDE = 1024, 2**22
 """The most that a configuration without weights may say: several times the largest known model."""
 
@@ -96,6 +99,11 @@ def read_configuration(folder: Path) -> dict[str, Any]:
         if named:
             config["quantization_config"] = {"quant_method": "modelopt", **described}
     return config
+
+
+def type_of(folder: Path) -> str:
+    """The model type that the configuration of a folder names."""
+    return str(read_configuration(folder)["model_type"])
 
 
 def check_sizes(folder: Path, *, alone: bool = False) -> None:
@@ -259,7 +267,7 @@ def transformers_errors(folder: Path) -> Iterator[None]:
                 "update transformers; or cut a GGUF file of the model, which needs no class: "
                 "secateur structure FILE.gguf --experts 0.75 --output SMALLER.gguf"
             )
-        if config.get("model_type") == "speculator_model":
+        if config["model_type"] in (HEAD, MTP):
             said = "this is a draft head, which is no model by itself"
             remedy = "name its model, and the head as its draft: secateur bench MODEL --draft HEAD"
         if "auto_map" in config:

@@ -24,7 +24,6 @@ place in `lm_head` to get its token, and `t2d` [vocabulary] says which tokens ha
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from secateur.errors import CheckpointError
 from secateur.models import checkpoint
 from secateur.models.architecture import text_config
+from secateur.models.configuration import HEAD, read_configuration
+from secateur.models.skeleton import empty_cache
 from secateur.runs.output import write_bytes, write_json
 
 KIND, WEIGHTS = "speculators_model_type", "model.safetensors"
@@ -123,6 +123,7 @@ class DraftHead(nn.Module):
         self.register_buffer("ids", ids, persistent=False)
         hidden, head = config.hidden_size, config.head_dim
         self.fc = nn.Linear(3 * hidden, hidden, bias=False)
+        config._attn_implementation = "sdpa"
         layer: Any = llama.LlamaDecoderLayer(config, 0)
         layer.hidden_norm = llama.LlamaRMSNorm(hidden, config.rms_norm_eps)
         queries, groups = config.num_attention_heads, config.num_key_value_heads
@@ -133,22 +134,26 @@ class DraftHead(nn.Module):
         self.lm_head = nn.Linear(hidden, len(ids), bias=False)
         self.rotary = llama.LlamaRotaryEmbedding(config)
 
-    def proposing(self, ids: Int64[Tensor, " fewer"]) -> DraftHead:
-        """The same head for some of its tokens only, ascending."""
-        head = copy.copy(self)
+    def proposing(self, ids: Int64[Tensor, " fewer"] | None) -> DraftHead:
+        """The same head for some of its tokens only, ascending; for all with None."""
+        ids, head = self.ids if ids is None else ids, copy.copy(self)
         head._modules = dict(self._modules)
         head._buffers = {**self._buffers, "ids": ids}
         head.lm_head = nn.Linear(self.config.hidden_size, len(ids), bias=False, device="meta")
         head.lm_head.weight = nn.Parameter(self.lm_head.weight[torch.isin(self.ids, ids)])
         return head
 
-    def forward(
+    def forward(self, *given: Any) -> list[Float[Tensor, "batch tokens drafted"]]:
+        """The logits of every place in chains, by what `chain` is given."""
+        return [self.lm_head(read) for read in self.chain(*given)]
+
+    def chain(
         self,
         states: Float[Tensor, "batch tokens three_hidden"],
         embedded: Float[Tensor, "batch tokens_and_more hidden"],
         steps: int = 1,
-    ) -> list[Float[Tensor, "batch tokens drafted"]]:
-        """The logits of every place in chains that begin after each position.
+    ) -> list[Float[Tensor, "batch tokens hidden"]]:
+        """What `lm_head` reads at every place in chains that begin after each position.
 
         Args:
             states: of the parent at positions t = 0, 1, …, the three side by side.
@@ -157,65 +162,46 @@ class DraftHead(nn.Module):
             steps: places of a chain.
 
         Returns:
-            For each place i, the logits of token t + 2 + i, given tokens up to t + 1 + i and states
-            up to t.
+            For each place i, what gives the logits of token t + 2 + i, given tokens up to t + 1 + i
+            and states up to t.
         """
-        return [self.lm_head(self.norm(h)) for h in self.chain(states, embedded, steps)]
-
-    def chain(
-        self,
-        states: Float[Tensor, "batch tokens three_hidden"],
-        embedded: Float[Tensor, "batch tokens_and_more hidden"],
-        steps: int = 1,
-    ) -> list[Float[Tensor, "batch tokens hidden"]]:
-        """h2 of every place, as `forward`."""
         layer: Any = self.layers[0]
-        hidden, tokens, found = self.fc(states), states.shape[1], []
-        known: list[tuple[Tensor, Tensor]] = []
+        hidden, tokens, found = self.fc(states.float()), states.shape[1], []
+        cache = empty_cache(layer.self_attn)
         for place in range(steps):
-            read = layer.input_layernorm(embedded[:, place : place + tokens])
-            both = torch.cat([read, layer.hidden_norm(hidden)], -1)
-            hidden = hidden + self._attention(both, place, known)
+            read = layer.input_layernorm(embedded[:, place : place + tokens].float())
+            at = torch.arange(place, place + tokens, device=read.device)[None]
+            mixed, _ = layer.self_attn(
+                torch.cat([read, layer.hidden_norm(hidden)], -1),
+                position_embeddings=self.rotary(hidden, at),
+                attention_mask=chain_mask(tokens, place, hidden),
+                **cache,
+            )
+            hidden = hidden + mixed
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            found.append(hidden)
+            found.append(self.norm(hidden))
         return found
 
-    def _attention(self, both: Tensor, place: int, known: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """What attention adds at one place of all chains; its keys and values join the known ones.
-
-        A chain that begins after position t sees the first keys up to t, and then its own.
-        """
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        attention: Any = self.layers[0].self_attn
-        batch, tokens, _ = both.shape
-        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        q, k, v = (
-            project(both).view(batch, tokens, count, -1).transpose(1, 2)
-            for project, count in (
-                (attention.q_proj, heads),
-                (attention.k_proj, groups),
-                (attention.v_proj, groups),
-            )
-        )
-        at = torch.arange(place, place + tokens, device=both.device)[None]
-        q, k = apply_rotary_pos_emb(q, k, *self.rotary(both, at))
-        known.append(tuple(x.repeat_interleave(heads // groups, 1) for x in (k, v)))
-        (first, values), *own = known
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=both.device).triu(1)
-        scores = (q @ first.transpose(2, 3)).masked_fill(later, -math.inf)
-        scores = torch.cat([scores, *((q * x).sum(-1, keepdim=True) for x, _ in own)], -1)
-        shares = torch.softmax(scores.float() / math.sqrt(self.config.head_dim), -1).to(v.dtype)
-        mixed = shares[..., :tokens] @ values
-        for number, (_, x) in enumerate(own):
-            mixed = mixed + shares[..., tokens + number, None] * x
-        return attention.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    def logits(self, read: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
+        """Of all tokens of the parent, by what `lm_head` reads: −∞ for those it never proposes."""
+        every = torch.full((len(read), self.config.vocab_size), -torch.inf)
+        every[:, self.ids] = self.lm_head(read).float()
+        return every
 
 
-def is_head(folder: Path) -> bool:
-    """Whether a folder is that of a draft head in EAGLE-3's form."""
-    file = folder / "config.json"
-    return file.is_file() and f'"{KIND}": "eagle3"' in file.read_text(encoding="utf-8")
+def chain_mask(tokens: int, place: int, like: Tensor) -> Float[Tensor, "1 1 tokens keys"]:
+    """What attention adds to its scores at a place of chains, 0 or the least number.
+
+    A chain that begins after position t sees the first keys up to t, and then its own.
+
+    Args:
+        tokens: positions after which chains begin.
+        place: from 0; each has so many keys.
+        like: of the dtype and the device.
+    """
+    own = torch.eye(tokens, dtype=torch.bool, device=like.device)
+    seen = torch.cat([torch.ones_like(own).tril(), *[own] * place], 1)
+    return like.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
 
 
 def write_head(
@@ -237,7 +223,7 @@ def write_head(
         "architectures": ["Eagle3Speculator"],
         KIND: "eagle3",
         "speculators_version": "0.9.0",
-        "model_type": "speculator_model",
+        "model_type": HEAD,
         "draft_vocab_size": len(head.ids),
         "eagle_aux_hidden_state_layer_ids": [*head.taps],
         **dict.fromkeys(REFUSED, False),
@@ -266,23 +252,14 @@ def read_head(folder: Path) -> DraftHead:
         CheckpointError: the folder has no head, a damaged one, or one of another formula.
     """
     from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    if not is_head(folder):
-        raise CheckpointError(
-            "this is no draft head in EAGLE-3's form",
-            where=str(folder),
-            remedy="make one: secateur draft MODEL --head",
-        )
+    config = read_configuration(folder)
     try:
-        config = checkpoint.parse_json((folder / "config.json").read_text(encoding="utf-8"))
-        own = config["transformer_layer_config"]
-        other = [name for name in REFUSED if config.get(name)]
-        if other or own["num_hidden_layers"] != 1 or own.get("model_type") != "llama":
-            raise CheckpointError(
-                f"this head computes another formula ({', '.join(other) or own.get('model_type')})",
-                where=str(folder),
-                remedy="use it with the program that made it",
-            )
+        own, odd = config["transformer_layer_config"], [x for x in REFUSED if config.get(x)]
+        form = [config[KIND], own["model_type"], own["num_hidden_layers"], *odd]
+        if form != ["eagle3", "llama", 1]:
+            raise ValueError(f"it computes another formula than EAGLE-3's: {form}")
         layer = LlamaConfig(**own)
         tensors = load_file(folder / WEIGHTS)
         tensors.pop("t2d", None)
@@ -294,12 +271,10 @@ def read_head(folder: Path) -> DraftHead:
         with torch.device("meta"):
             head = DraftHead(layer, config["eagle_aux_hidden_state_layer_ids"], ids)
         head.load_state_dict(tensors, assign=True)
+        head.ids, head.rotary = ids, LlamaRotaryEmbedding(layer)
         if any(not x.is_floating_point() for x in head.parameters()):
             raise ValueError("a weight is no floating-point number")
     except FAULTS as error:
         raise checkpoint.damaged(f"the head cannot be read: {error}", folder) from None
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    head.ids, head.rotary = ids, LlamaRotaryEmbedding(layer)
     head.values = str(config.get(VALUES, head.values))
     return head.eval()

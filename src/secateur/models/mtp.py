@@ -16,8 +16,7 @@ h_t is the parent's last hidden state, after its last norm, and x_{t+1} the toke
 Embedding and head are the parent's where the layer has none of its own. Checkpoints differ in what
 a chain carries: z for GLM, Qwen and MiMo, and y for DeepSeek (vLLM's `deepseek_mtp.py`,
 `glm4_moe_mtp.py`, `qwen3_5_mtp.py` and `mimo_mtp.py`, with pull request 46075; llama.cpp's
-`qwen35.cpp` and `glm4-moe.cpp`). One layer is applied again and again. Of several layers each has
-its own place in a chain, and reads the places before it anew, as llama.cpp's `draft-mtp` does.
+`qwen35.cpp` and `glm4-moe.cpp`). Of several layers the first one proposes, again and again.
 
 Deviation: vLLM multiplies the embedding at position 0 by 0. Neither SGLang nor llama.cpp does, and
 it changes one key.
@@ -27,18 +26,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import ArchitectureError
 from secateur.models import skeleton
 from secateur.models.architecture import describe, text_config
 from secateur.models.checkpoint import CheckpointReader
+from secateur.models.draft_head import chain_mask
 from secateur.models.inventory import FurtherLayers
 
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -52,28 +52,32 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 """What a layer has besides a decoder layer, and how checkpoints call it."""
 
 
-class MTPLayer(nn.Module):
-    """One layer.
+class MTP(nn.Module):
+    """A layer, with embedding and head. A chain applies it again and again.
 
     Args:
         core: the family's decoder with one decoder layer, and without embedding and last norm.
         norm: a norm of the family.
+        embed, head: of the layer, or of the parent.
         hidden_first: whether `eh_proj` reads the hidden state before the embedding.
+
+    Attributes:
         carries_norm: whether a chain goes on with what the norm returns.
     """
 
-    def __init__(self, core: Any, norm: nn.Module, *, hidden_first: bool, carries_norm: bool):
+    def __init__(self, core: Any, norm: Any, embed: Any, head: Any, hidden_first: bool) -> None:
         super().__init__()
         hidden, dtype = core.config.hidden_size, next(norm.parameters()).dtype
-        self.core, self.hidden_first, self.carries_norm = core, hidden_first, carries_norm
+        self.core, self.embed, self.head, self.hidden_first = core, embed, head, hidden_first
+        self.carries_norm = not core.config.model_type.startswith("deepseek")
         self.enorm, self.hnorm, self.norm = (copy.deepcopy(norm) for _ in range(3))
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False, dtype=dtype, device="meta")
 
-    def forward(
+    def step(
         self,
         states: Float[Tensor, "batch tokens hidden"],
         embedded: Float[Tensor, "batch tokens hidden"],
-        positions: Int64[Tensor, "batch tokens"],
+        first: int,
         cache: Mapping[str, Any],
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -82,83 +86,40 @@ class MTPLayer(nn.Module):
         Args:
             states: the parent's, or what the place before has returned.
             embedded: of the tokens that follow.
-            positions: of the states.
+            first: the position of the first state.
             cache: of this layer; it receives the keys.
             mask: 0 or −∞ for each key, [1, 1, tokens, keys]; None: no later keys.
         """
         both = [self.enorm(embedded), self.hnorm(states)]
         x = self.eh_proj(torch.cat(both[::-1] if self.hidden_first else both, -1))
-        given = {"attention_mask": mask, "position_ids": positions, "use_cache": True, **cache}
+        at = torch.arange(first, first + x.shape[1], device=x.device).expand(len(x), -1)
+        given = {"attention_mask": mask, "position_ids": at, "use_cache": True, **cache}
         y = self.core(inputs_embeds=x, **given).last_hidden_state
         z = self.norm(y)
         return z, z if self.carries_norm else y
 
-
-class MTP(nn.Module):
-    """All layers, with embedding and head.
-
-    Args:
-        layers: in the order of their places in a chain.
-        embed, head: of the layers, or of the parent.
-    """
-
-    def __init__(self, layers: Sequence[MTPLayer], embed: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.layers, self.embed, self.head = nn.ModuleList(layers), embed, head
-
     def chain(
         self,
         states: Float[Tensor, "batch tokens hidden"],
-        ids: Int64[Tensor, "batch tokens_and_more"],
+        embedded: Float[Tensor, "batch tokens_and_more hidden"],
         steps: int = 1,
     ) -> list[Float[Tensor, "batch tokens hidden"]]:
-        """What the head reads at every place in chains that begin after each position.
-
-        Args:
-            states: of the parent at positions t = 0, 1, ….
-            ids: the tokens of positions 1, 2, …: `steps` − 1 more than there are states.
-            steps: places of a chain.
-
-        Returns:
-            For each place i, what gives the logits of token t + 2 + i, given tokens up to t + 1 + i
-            and states up to t.
-        """
-        tokens, found, read = states.shape[1], [], [states]
-        embedded, caches = (
-            self.embed(ids),
-            [skeleton.empty_cache(layer.core) for layer in self.layers],
-        )
-        # a chain that begins after position t sees the first keys up to t, and then its own
-        own = torch.eye(tokens, dtype=torch.bool, device=states.device)
-        seen = torch.cat([own.cumsum(1).t().bool(), *[own] * (steps - 1)], 1)
+        """What the head reads at every place in chains: see `DraftHead.chain`."""
+        tokens, found, cache = states.shape[1], [], skeleton.empty_cache(self.core)
         for place in range(steps):
-            number = place % len(self.layers)
-            # one layer has the keys of the places before; another one computes them anew
-            first = place if len(self.layers) == 1 else 0
-            blocks = range(first, place + 1)
-            keys = tokens * (place + 1)
-            rows = [seen[:, :keys] & (torch.arange(keys) < tokens * (b + 1)) for b in blocks]
-            mask = torch.zeros(1, 1, tokens * len(rows), keys, dtype=states.dtype)
-            mask.masked_fill_(~torch.cat(rows), torch.finfo(states.dtype).min)
-            z, carried = self.layers[number](
-                torch.cat(read[first:], 1),
-                torch.cat([embedded[:, b : b + tokens] for b in blocks], 1),
-                torch.cat([torch.arange(b, b + tokens) for b in blocks])[None].expand(len(ids), -1),
-                caches[number],
-                mask,
-            )
-            found.append(z[:, -tokens:])
-            read.append(carried[:, -tokens:])
+            mask = chain_mask(tokens, place, states)
+            z, states = self.step(states, embedded[:, place : place + tokens], place, cache, mask)
+            found.append(z)
         return found
 
-    def forward(
-        self,
-        states: Float[Tensor, "batch tokens hidden"],
-        ids: Int64[Tensor, "batch tokens_and_more"],
-        steps: int = 1,
-    ) -> list[Float[Tensor, "batch tokens vocabulary"]]:
-        """The logits of every place, as `chain`."""
-        return [self.head(z) for z in self.chain(states, ids, steps)]
+    def forward(self, *given: Any) -> list[Float[Tensor, "batch tokens vocabulary"]]:
+        """The logits of every place, by what `chain` is given."""
+        return [self.logits(z) for z in self.chain(*given)]
+
+    def logits(self, read: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
+        """By what the head reads."""
+        found: Tensor = self.head(read)
+        return found
 
 
 def head_of(weight: Float[Tensor, "tokens hidden"]) -> nn.Linear:
@@ -169,24 +130,17 @@ def head_of(weight: Float[Tensor, "tokens hidden"]) -> nn.Linear:
 
 
 def read_mtp(parent: Any, reader: CheckpointReader, dtype: torch.dtype | None = None) -> MTP:
-    """Read the layers of a checkpoint.
+    """Read the first layer of a checkpoint.
 
     Args:
-        parent: the same model, loaded: it gives embedding and head where a layer has none.
+        parent: the same model, loaded: it gives embedding and head where the layer has none.
         reader: of its folder; shows dense tensors.
         dtype: of the computation; None for that of the checkpoint.
 
     Raises:
         ArchitectureError: there are no such layers, or they have another form.
     """
-    parts = stored_layers(reader, dtype)
-    embed, head = parts[0].module("embed"), parts[0].module("head")
-    found = MTP(
-        [one.layer() for one in parts],
-        embed or parent.get_input_embeddings(),
-        head or parent.get_output_embeddings(),
-    )
-    return found.eval().requires_grad_(False)
+    return stored_layers(reader, dtype)[0].read(parent).eval().requires_grad_(False)
 
 
 def stored_layers(reader: CheckpointReader, dtype: torch.dtype | None = None) -> list[StoredLayer]:
@@ -228,25 +182,10 @@ class StoredLayer:
     reader: CheckpointReader
     stored: Mapping[str, str]
 
-    def role(self, role: str) -> str | None:
-        """The name within the layer of what plays a role; None where nothing does."""
-        return next((x for x in ROLES[role] if f"{x}.weight" in self.stored), None)
-
-    def weight(self, role: str) -> Tensor:
-        """A weight besides those of the decoder layer."""
-        name = self.role(role)
-        if name is None:
-            raise self.unknown(f"it has no {' or '.join(ROLES[role])}")
-        return self.reader.read(self.stored[f"{name}.weight"]).to(self.model.dtype)
-
-    def module(self, role: str) -> nn.Module | None:
-        """The layer's own embedding or head; None where it has the parent's."""
-        if self.role(role) is None:
-            return None
-        weight = self.weight(role)
-        if role == "embed":
-            return nn.Embedding.from_pretrained(weight)
-        return head_of(weight)
+    def weight(self, role: str) -> Tensor | None:
+        """A weight besides those of the decoder layer; None where nothing plays the role."""
+        stored = [self.stored[n] for x in ROLES[role] if (n := f"{x}.weight") in self.stored]
+        return self.reader.read(stored[0]).to(self.model.dtype) if stored else None
 
     def unknown(self, why: str) -> ArchitectureError:
         """The error for a layer of another form."""
@@ -256,8 +195,8 @@ class StoredLayer:
             remedy="the engines that know this family use it: vLLM, SGLang, llama.cpp",
         )
 
-    def layer(self) -> MTPLayer:
-        """The layer, with its weights."""
+    def read(self, parent: Any) -> MTP:
+        """The layer, with its weights, and with embedding and head of the parent if it has none."""
         owner, _, leaf = self.path.rpartition(".")
         core = copy.copy(self.model.get_submodule(owner))
         core._modules = dict(core._modules)
@@ -277,11 +216,16 @@ class StoredLayer:
         norm = core.norm
         core._modules |= {leaf: nn.ModuleList([block]), "norm": nn.Identity()}
         core._modules.pop("embed_tokens")
-        hidden_first = self.role("eh_proj") == "input_proj"
-        raw = core.config.model_type.startswith("deepseek")
-        made = MTPLayer(core, norm, hidden_first=hidden_first, carries_norm=not raw)
+        rows, outputs = self.weight("embed"), self.weight("head")
+        embed, head = parent.get_input_embeddings(), parent.get_output_embeddings()
+        embed = embed if rows is None else nn.Embedding.from_pretrained(rows)
+        head = head if outputs is None else head_of(outputs)
+        made = MTP(core, norm, embed, head, "input_proj.weight" in self.stored)
         for role in ("enorm", "hnorm", "norm", "eh_proj"):
-            made.get_submodule(role).weight = nn.Parameter(self.weight(role), requires_grad=False)
+            weight = self.weight(role)
+            if weight is None:
+                raise self.unknown(f"it has no {' or '.join(ROLES[role])}")
+            made.get_submodule(role).weight = nn.Parameter(weight, requires_grad=False)
         return made
 
     def _like(self, layers: nn.ModuleList) -> int:

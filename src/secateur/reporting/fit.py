@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.evaluation.acceptance import too_fast
 from secateur.reporting.charts import LineChart, Series
@@ -322,6 +321,9 @@ class FitResult(FittedResult):
         )
 
 
+DRAFT = "draft.json"
+"""The record of a draft."""
+
 LEAST_SPEEDUP = 1.05
 """A draft pays from here on: less is the error of timing, and not worth a second model."""
 
@@ -433,16 +435,6 @@ class DraftedResult(Result):
         return [(n, one, one / first) for n, one in enumerate(self.parent_seconds, 1)]
 
     @property
-    def costed(self) -> dict[str, list[dict[str, Any]]]:
-        """What was searched, by the name of the field; each entry with its cost over c(1)."""
-        first = self.parent_seconds[0]
-        return {
-            name: [{"of": x, "cost": x.seconds / first} for x in getattr(self, name)]
-            for name in ("candidates", "heads", "frontier")
-            if hasattr(self, name)
-        }
-
-    @property
     def places(self) -> list[tuple[int, float, float]]:
         """Each place of a chain, and how often the parent takes a token there."""
         pairs = [(1.0, 1.0), *zip(self.acceptance.runs, self.acceptance.greedy_runs, strict=True)]
@@ -450,6 +442,11 @@ class DraftedResult(Result):
             (place, *(now / before if before else 0.0 for now, before in zip(*both, strict=True)))
             for place, both in enumerate(zip(pairs[1:], pairs, strict=False), start=1)
         ]
+
+    @property
+    def chain(self) -> int:
+        """How many proposed tokens bring most."""
+        return max(self.sampled, self.greedy, key=lambda one: one.speedup).k
 
     @property
     def broken(self) -> list[str]:
@@ -462,10 +459,9 @@ class DraftedResult(Result):
                 f"{few}, and one with {many}. Other programs disturbed every measurement; try "
                 "again on a quieter machine"
             ]
-        best, k = max((self.sampled.speedup, self.sampled.k), (self.greedy.speedup, self.greedy.k))
+        best, k = max(self.sampled.speedup, self.greedy.speedup), max(self.chain, 1)
         if best >= LEAST_SPEEDUP:
             return []
-        k = max(k, 1)
         verify = self.parent_seconds[min(k, len(self.parent_seconds) - 1)] / self.parent_seconds[0]
         return [
             f"no draft pays here: the best one is expected to bring {best:.2f} x. The parent takes "
@@ -479,20 +475,23 @@ class DraftedResult(Result):
         """3 if the draft does not pay."""
         return 3 * bool(self.broken)
 
+    @property
+    def engines(self) -> dict[str, str]:
+        """The command of each engine besides ours that uses the draft."""
+        return {"give the draft to llama.cpp": conversion(self.output)}
+
     def following(self) -> list[Block]:
         """Where the files are, and the next commands."""
-        notes, beside = self.output / "secateur", ("--draft", self.output)
-        measuring = command("bench", self.parent, *beside)
-        writing = command("generate", self.parent, *beside, "--prompt", PROMPT)
+        notes, beside = self.output / "secateur", (self.parent, "--draft", self.output)
         places = {
             "the draft": self.output,
-            "every candidate": notes / "draft.json",
+            "every candidate": notes / DRAFT,
             "the recipe": notes / "recipe.yaml",
         }
-        if self.broken:
-            return next_steps(places, {"measure how fast the model writes with it": measuring})
-        used = {"let the model write faster": writing, "measure by how much": measuring}
-        return next_steps(places, {**used, "give the draft to llama.cpp": conversion(self.output)})
+        writing = {"let the model write faster": command("generate", *beside, "--prompt", PROMPT)}
+        measuring = {"measure how fast the model writes with it": command("bench", *beside)}
+        used = {} if self.broken else writing | self.engines
+        return next_steps(places, measuring | used)
 
 
 class DraftResult(DraftedResult, FittedResult):
@@ -509,12 +508,6 @@ class DraftResult(DraftedResult, FittedResult):
     candidates: tuple[DraftCandidate, ...]
     frontier: tuple[DraftPoint, ...]
 
-    @property
-    def taken(self) -> list[tuple[str, Acceptance]]:
-        """What the parent takes, before and after healing."""
-        found = ("before healing", self.unhealed), ("the draft", self.acceptance)
-        return [(name, one) for name, one in found if one is not None]
-
 
 class HeadResult(DraftedResult):
     """A head that reads its parent's states: `draft.json`.
@@ -522,14 +515,12 @@ class HeadResult(DraftedResult):
     Attributes:
         taps: after how many of the parent's layers it reads states.
         tokens: of the text that it has learned on.
-        steps: of the optimizer.
         values: how its matrices are stored where it runs.
         formats: with how many tokens it gains most in each, and what.
     """
 
     taps: tuple[int, int, int]
     tokens: int
-    steps: int
     values: str
     formats: dict[str, TriedHead]
 
@@ -546,27 +537,12 @@ class MTPResult(DraftedResult):
     loop: str
 
     @property
-    def chain(self) -> int:
-        """How many proposed tokens bring most."""
-        return max(self.sampled, self.greedy, key=lambda one: one.speedup).k
-
-    @property
-    def uses(self) -> dict[str, str]:
-        """The command of each engine that uses the layers."""
+    def engines(self) -> dict[str, str]:
+        """The command of each engine besides ours that uses the layers of the model itself."""
         name = Path(self.parent).name
         given = json.dumps({"method": "mtp", "num_speculative_tokens": self.chain})
         file = f"{name}.gguf --spec-type draft-mtp --spec-draft-n-max {self.chain}"
         return {
-            "secateur": command(
-                "generate", self.parent, "--draft", self.output, "--prompt", PROMPT
-            ),
             "vLLM": shlex.join(["vllm", "serve", name, "--speculative-config", given]),
             "llama.cpp, for the model in GGUF with these layers": f"llama-server -m {file}",
         }
-
-    def following(self) -> list[Block]:
-        """Where the files are, and the next commands."""
-        places = {"the tokens": self.output, "every head": self.output / "secateur" / "draft.json"}
-        measuring = command("bench", self.parent, "--draft", self.output)
-        uses = {} if self.broken else self.uses
-        return next_steps(places, {**uses, "measure how fast the model writes": measuring})

@@ -210,11 +210,6 @@ class DraftPlanResult(FitPlanResult):
 
     heads: tuple[int, ...] = ()
 
-    @property
-    def shown_heads(self) -> list[str]:
-        """The numbers as people write them."""
-        return [f"{n:,}" for n in self.heads]
-
 
 class MTPPlanResult(Result):
     """What the measuring of MTP layers would try.
@@ -229,24 +224,18 @@ class MTPPlanResult(Result):
 
 
 class HeadPlanResult(Result):
-    """What the training of a head that reads states would make and take.
+    """What the training of a head that reads states would take.
 
     Attributes:
-        weights: of the head, with those of its largest list of tokens.
         taps: after how many of the parent's layers it reads states.
         tokens: that it learns on.
-        written: of these, the ones that the parent writes.
-        steps: of the optimizer, if the time lasts.
         disk_bytes: of the parent's states.
         minutes: time that the run keeps; None for no limit.
         heads: numbers of tokens that it may propose.
     """
 
-    weights: int
     taps: tuple[int, int, int]
     tokens: int
-    written: int
-    steps: int
     disk_bytes: int
     minutes: float | None
     heads: tuple[int, ...]

@@ -256,17 +256,6 @@ class Acceptance(Record):
     greedy_runs: tuple[float, ...]
     tokens: int
 
-    def accepted(self, k: int, *, greedy: bool = False) -> float:
-        """The expected number of tokens that are taken of k proposed ones.
-
-            accepted(k) = Σ_{i=1..k} mean_t Π_{j<i} a_{t+j}
-
-        Args:
-            k: at most as many as there are `runs`.
-            greedy: in greedy decoding; otherwise at temperature 1.
-        """
-        return sum((self.greedy_runs if greedy else self.runs)[:k])
-
 
 @dataclass(frozen=True)
 class Drawing:

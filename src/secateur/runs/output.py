@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -288,6 +288,13 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write content as JSON, completely or not at all."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def kept(file: Path, measure: Callable[[], Any]) -> Any:
+    """A measured value, from its file or else measured, as JSON has it."""
+    if not file.exists():
+        write_json(file, measure())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_record(file: Path, content: Any) -> None:

@@ -22,7 +22,6 @@ from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.formats import BITS, GRID_BITS, VALUES
 from secateur.runtime.kernels.linear import PackedLinear
 from secateur.runtime.kernels.matrix import KernelMatrix, to_large_pages
-from secateur.timing import seconds_of
 
 GROUP = 32
 """Weights of a row that share a scale, where matrices of a head have 4 bits."""
@@ -32,19 +31,22 @@ class HeadDecoder(SlotDecoder):
     """Decodes up to eight tokens of chains of several texts with one call.
 
     `give` has the parent's states at the next positions of a slot. A token beyond them reads what
-    the layer gave at the position before.
+    the layer gave at the position before. `proposer` is the head with its matrices as stored here.
 
     Args:
         head: what is decoded.
-        parent: decodes its parent; the head gets as many slots of the same length.
+        parent: decodes its parent, and gives its states from here on; the head gets as many slots
+            of the same length.
         values: how the head's matrices are stored: `float32`, `bfloat16`, `int8` or `int4`. `fc` is
             bfloat16 where others are integers, because a few numbers of a state are much larger
             than the rest.
     """
 
     def __init__(self, head: DraftHead, parent: SlotDecoder, values: str = "int8") -> None:
+        parent.tap(head.taps)
         model = _StoredHead(head, parent.model.get_input_embeddings(), values)
         super().__init__(model, parent.capacity, len(parent.lengths), taps=(1,))
+        self.proposer, self.embed, self.tokens = model.model, model.embed, len(head.ids)
         layer, norm = self.c.layer[0], self._kernel_model.norm(model.model.layers[0].hidden_norm)
         self.c.token_norm, layer.attention_in = layer.attention_in, norm
         self.vocabulary = parent.vocabulary  # of the tokens that it reads
@@ -69,28 +71,6 @@ class HeadDecoder(SlotDecoder):
             if known:
                 hidden[known] = self.model.model.fc(torch.stack(states))
             return torch.cat([super()._embedded(tokens), hidden], 1)
-
-
-def chain_seconds(decoder: HeadDecoder, places: int, read: int = 3) -> float:
-    """Seconds of a token of a chain, after what the first slot has; the slot is the same after it.
-
-    Args:
-        decoder: of the head.
-        places: tokens of the chain.
-        read: so many new states of the parent are read by the first call.
-    """
-    begin, states = decoder.lengths[0], torch.ones(read, 1, decoder.model.model.fc.in_features)
-    calls = [[Token(0, begin + n, 0, n == read - 1) for n in range(read)]]
-    calls += [[Token(0, begin + read + n, 0)] for n in range(places - 1)]
-
-    def chain() -> None:
-        decoder.give(0, states)
-        for tokens in calls:
-            decoder.step(tokens)
-
-    seconds = seconds_of(chain)
-    decoder.rewind(0, begin)
-    return seconds / places
 
 
 class _StoredHead(nn.Module):

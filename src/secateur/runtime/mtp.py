@@ -15,41 +15,32 @@ the head for these. The layers are read from the model's own folder.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from secateur.errors import ArchitectureError
 from secateur.models import skeleton
 from secateur.models.architecture import describe
-from secateur.models.checkpoint import CheckpointReader, damaged, parse_json
+from secateur.models.checkpoint import damaged
+from secateur.models.configuration import MTP as KIND
 from secateur.models.mtp import MTP, head_of, read_mtp
-from secateur.models.opening import open_weights
 from secateur.runs.output import write_bytes, write_json
-from secateur.runtime.decode import Decoder, SlotDecoder, Token, shared_length
-from secateur.runtime.install import DenseView
+from secateur.runtime.decode import Decoder, SlotDecoder, Token
+from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import MAX_BATCH
-from secateur.runtime.packed import PackedCheckpoint, is_packed
-from secateur.runtime.speculative import DraftedText, Drafter, open_drafter
 
-CONFIG, WEIGHTS, KIND = "config.json", "model.safetensors", '"model_type": "mtp"'
+WEIGHTS = "model.safetensors"
 
 
-def is_mtp(folder: Path) -> bool:
-    """Whether a folder is one of `secateur draft --mtp`."""
-    file = folder / CONFIG
-    return file.is_file() and KIND in file.read_text(encoding="utf-8")
-
-
-def rows_of(head: Any, ids: Tensor) -> nn.Linear:
-    """A head for some tokens only."""
-    return head_of(head.weight[ids].contiguous())
+def rows_of(head: Any, ids: Tensor | None) -> Any:
+    """A head for some tokens only; itself for None."""
+    return head if ids is None else head_of(head.weight[ids].contiguous())
 
 
 def write_mtp(folder: Path, head: Any, ids: Tensor | None, parent: str, proposed: int) -> None:
@@ -62,17 +53,11 @@ def write_mtp(folder: Path, head: Any, ids: Tensor | None, parent: str, proposed
         parent: name or folder of the model.
         proposed: tokens of a chain that bring most.
     """
-    count, tensors = head.out_features, dict[str, Tensor]()
-    if ids is not None:
-        count, tensors = len(ids), {"ids": ids, "lm_head.weight": rows_of(head, ids).weight.data}
+    own = rows_of(head, ids)
+    tensors = {} if ids is None else {"ids": ids, "lm_head.weight": own.weight.data}
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    config = {"model_type": "mtp", "parent": parent, "num_speculative_tokens": proposed}
-    write_json(folder / CONFIG, {**config, "draft_vocab_size": count})
-
-
-def reader_of(folder: Path) -> CheckpointReader:
-    """Shows the dense tensors of a folder, compressed or not."""
-    return DenseView(PackedCheckpoint(folder)) if is_packed(folder) else open_weights(folder)
+    config = {"model_type": KIND, "parent": parent, "num_speculative_tokens": proposed}
+    write_json(folder / "config.json", {**config, "draft_vocab_size": own.out_features})
 
 
 def mtp_of(parent: Any, folder: Path, draft: Path | None = None) -> tuple[MTP, Tensor | None]:
@@ -87,22 +72,32 @@ def mtp_of(parent: Any, folder: Path, draft: Path | None = None) -> tuple[MTP, T
         ArchitectureError: the model has none, or in another form.
         CheckpointError: the draft is damaged, or of another model.
     """
-    mtp = read_mtp(parent, reader_of(folder), parent.dtype)
+    mtp = read_mtp(parent, open_checkpoint(folder), parent.dtype)
     if draft is None:
         return mtp, None
     try:
-        count = parse_json((draft / CONFIG).read_bytes())["draft_vocab_size"]
         tensors = load_file(draft / WEIGHTS)
         if not tensors:
             return mtp, None
         ids, weight = tensors["ids"], tensors["lm_head.weight"]
-        known = 0 <= int(ids.min()) <= int(ids.max()) < parent.config.vocab_size
-        if not known or weight.shape != (count, parent.config.hidden_size) or len(ids) != count:
+        check_tokens(ids, parent.config.vocab_size)
+        if weight.shape != (len(ids), parent.config.hidden_size):
             raise ValueError(f"{list(weight.shape)} weights for {len(ids)} tokens of another model")
     except Exception as error:  # safetensors raises several kinds
         raise damaged(f"the draft cannot be read: {error}", draft) from None
     mtp.head = head_of(weight.to(parent.dtype))
     return mtp, ids
+
+
+def check_tokens(ids: Tensor, vocabulary: int) -> None:
+    """Refuse a list of tokens of a draft that is not int64, ascending, and of the vocabulary.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    within = ids.ndim == 1 and 0 <= int(ids[0]) <= int(ids[-1]) < vocabulary
+    if ids.dtype != torch.int64 or not within or not bool((ids.diff() > 0).all()):
+        raise ValueError(f"{ids.dtype} {list(ids.shape)}, not ascending below {vocabulary}")
 
 
 class ModuleSlots:
@@ -200,87 +195,55 @@ class ModuleDecoder(Decoder):
         self.capacity, self.continues, self.text = capacity, True, list[int]()
 
 
-class MTPDrafter(Drafter):
-    """Proposes tokens with the parent's own MTP layer.
+class MTPDecoder:
+    """Decodes a parent's MTP layer in transformers' modules, with the members of `HeadDecoder`.
 
     Args:
-        slots: decode the parent.
-        mtp: one layer.
-        ids: as of `Drafter`.
-        clock: seconds.
+        mtp: the layer.
+        parent: decodes the parent, and gives its states from here on.
+        head: in place of the layer's whole one.
     """
 
-    def __init__(
-        self,
-        slots: Any,
-        mtp: MTP,
-        ids: Int64[Tensor, " drafted"] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        super().__init__(slots, slots.vocabulary, ids, clock)
-        if len(mtp.layers) > 1:
-            raise ArchitectureError(
-                f"our loop decodes with one MTP layer, and this model has {len(mtp.layers)}",
-                remedy="leave --draft out, or use an engine that chains them: llama.cpp, vLLM",
-            )
-        self.mtp: Any = mtp
-        self.layer: Any = mtp.layers[0]
-        self.norm: Any = None
-        if isinstance(slots, SlotDecoder):  # which gives the input of the last norm
-            slots.tap([slots.c.layers])
-            self.norm = slots.model.model.norm
-        empty = skeleton.empty_cache
-        self.caches = [empty(self.layer.core) for _ in slots.lengths]
-        # where a cache begins, how many positions of it the parent has confirmed, and where it ends
-        self.spans = [[0, 0, 0] for _ in slots.lengths]
-        self.states = [torch.empty(0) for _ in slots.lengths]
-
-    def unread(self, text: DraftedText) -> list[int]:
-        """The tokens that follow the states which the layer has not read."""
-        slot, ids = text.slot, [*text.ids]
-        _, states = self.decoder.take_states(slot)
-        if self.norm is not None:
-            states = self.norm(states.flatten(1).to(self.layer.eh_proj.weight.dtype))
-        start, confirmed, end = self.spans[slot]
-        begin = min(confirmed, max(0, shared_length(self.texts[slot], ids) - 1))
-        first = len(ids) - 1 - len(states)
-        if not start <= first <= begin:  # another text, or keys that were copied in
-            self.caches[slot] = skeleton.empty_cache(self.layer.core)
-            start = begin = end = first
-        for cache in self.caches[slot].values():
-            for layer in cache.layers:
-                layer.crop(begin - end)
-        self.texts[slot], self.states[slot] = ids, states[begin - first :]
-        self.spans[slot] = [start, len(ids) - 1, begin]
-        return ids[begin + 1 :]
+    def __init__(self, mtp: MTP, parent: Any, head: Any = None) -> None:
+        self.proposer, self.embed, self.head = mtp, mtp.embed, head or mtp.head
+        self.tokens = self.head.out_features
+        self.norm: Any = nn.Identity()
+        if isinstance(parent, SlotDecoder):  # which gives the input of the last norm
+            parent.tap([parent.c.layers])
+            self.norm = parent.model.model.norm
+        self.lengths = [0 for _ in parent.lengths]
+        self.caches = [skeleton.empty_cache(mtp.core) for _ in parent.lengths]
+        self.states = [torch.empty(0) for _ in parent.lengths]
 
     @torch.inference_mode()
-    def step(self, texts: Sequence[tuple[int, list[int]]]) -> Float[Tensor, "texts drafted"]:
-        """Read a few states of each text, and the tokens after them; logits after the last one."""
+    def give(self, slot: int, states: Tensor) -> None:
+        """As `HeadDecoder.give`."""
+        self.states[slot] = self.norm(states.flatten(1).to(self.proposer.eh_proj.weight.dtype))
+
+    def rewind(self, slot: int, length: int = 0) -> None:
+        """As `SlotDecoder.rewind`."""
+        for cache in self.caches[slot].values():
+            for layer in cache.layers:
+                layer.crop(length - self.lengths[slot])
+        self.lengths[slot] = length
+
+    def read(self, slot: int, ids: Tensor) -> Tensor:
+        """As `SlotDecoder.read`."""
+        last = len(ids) - 1
+        return self.step([Token(slot, n, x, n == last) for n, x in enumerate(ids.tolist())])
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[Token]) -> Float[Tensor, "answered drafted"]:
+        """As `SlotDecoder.step`, of any number of tokens. Those of a slot stand together."""
         rows = []
-        for slot, ids in texts:
-            end = self.spans[slot][2]
-            embedded = self.mtp.embed(torch.tensor([ids], device=self.states[slot].device))
-            positions = torch.arange(end, end + len(ids), device=embedded.device)[None]
-            given = self.states[slot][None], embedded, positions, self.caches[slot]
-            z, carried = self.layer(*given)
-            self.states[slot], self.spans[slot][2] = carried[0, -1:], end + len(ids)
-            rows.append(self.mtp.head(z[0, -1:]).float().cpu())
+        for slot, some in itertools.groupby(tokens, lambda token: token.slot):
+            own = [*some]
+            ids = torch.tensor([[token.id for token in own]], device=self.states[slot].device)
+            given = self.states[slot][None, : len(own)], self.embed(ids), self.lengths[slot]
+            z, carried = self.proposer.step(*given, self.caches[slot])
+            # beyond the parent's states a chain goes on with its own
+            rest = self.states[slot][len(own) :]
+            self.states[slot] = rest if len(rest) else carried[0, -1:]
+            self.lengths[slot] += len(own)
+            rows.append(self.head(z[0, [token.answered for token in own]]).float().cpu())
         return torch.cat(rows)
-
-
-def open_draft(draft: Path, folder: Path, slots: Any, tokenizer: Any) -> Drafter:
-    """Load what proposes tokens to a model: a smaller one, a head, or its own MTP layer.
-
-    Args:
-        draft: its folder.
-        folder: of the model.
-        slots: decode the model.
-        tokenizer: of the model.
-
-    Raises:
-        SecateurError: as `open_drafter` and `mtp_of`.
-    """
-    if is_mtp(draft):
-        return MTPDrafter(slots, *mtp_of(slots.model, folder, draft))
-    return open_drafter(draft, slots, tokenizer)

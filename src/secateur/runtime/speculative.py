@@ -31,7 +31,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.models.draft_head import is_head, read_head
+from secateur.models.configuration import HEAD, MTP, type_of
+from secateur.models.draft_head import read_head
 from secateur.models.tokenizer import refuse_other_words
 from secateur.recipes.deploy import Sampling
 from secateur.runs.folder import NOTES
@@ -40,6 +41,7 @@ from secateur.runtime.grammar import Grammar
 from secateur.runtime.heads import HeadDecoder
 from secateur.runtime.kernels.library import MAX_BATCH
 from secateur.runtime.load import load
+from secateur.runtime.mtp import MTPDecoder, check_tokens, mtp_of
 from secateur.runtime.sampling import Chances, Draws
 
 FREQUENT = "frequent_tokens.safetensors"
@@ -218,7 +220,7 @@ class Drafter:
 
     def __init__(
         self,
-        decoder: SlotDecoder,
+        decoder: Any,
         vocabulary: int,
         ids: Int64[Tensor, " drafted"] | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -343,26 +345,26 @@ def guessed(
 
 
 class HeadDrafter(Drafter):
-    """Proposes with a head that reads the parent's states.
+    """Proposes with a head, or an MTP layer, that reads the parent's states.
 
-    A head has no text of its own: what it reads before it proposes are the states that the parent
-    has computed since, in one call. Where the parent knows the beginning of a text without having
+    It has no text of its own: what it reads before it proposes are the states that the parent has
+    computed since, in one call. Where the parent knows the beginning of a text without having
     computed it (`SlotDecoder.copy_in`), the head knows the text from there on.
 
     Args:
         decoder: decodes the head.
         parent: its decoder.
-        ids: the token of each logit of the head, int64.
+        ids: as of `Drafter`.
         clock: seconds.
     """
 
-    decoder: HeadDecoder
+    decoder: Any
 
     def __init__(
         self,
-        decoder: HeadDecoder,
-        parent: SlotDecoder,
-        ids: Int64[Tensor, " drafted"],
+        decoder: HeadDecoder | MTPDecoder,
+        parent: Any,
+        ids: Int64[Tensor, " drafted"] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__(decoder, parent.vocabulary, ids, clock)
@@ -463,42 +465,40 @@ def speculated(
         drafter.called([guesses], seconds, len(tokens))
 
 
-def open_drafter(folder: Path, parent: SlotDecoder, tokenizer: Any) -> Drafter:
-    """Load a draft for a parent.
+def open_drafter(draft: Path, folder: Path, parent: Any, tokenizer: Any) -> Drafter:
+    """Load what proposes tokens to a model: a smaller one, a head, or its own MTP layer.
 
     Args:
-        folder: the draft, compressed or not.
-        parent: decodes the parent; the draft gets as many slots of the same length.
-        tokenizer: of the parent.
+        draft: its folder; a smaller model may be compressed.
+        folder: of the model.
+        parent: decodes the model; the draft gets as many slots of the same length.
+        tokenizer: of the model.
 
     Raises:
         RecipeError: the draft has another vocabulary, or is a head of another parent.
-        ArchitectureError: our loop cannot decode it.
-        CheckpointError: its frequent tokens, or a head, cannot be read.
+        ArchitectureError: our loop cannot decode it, or the model has no MTP layers.
+        CheckpointError: its tokens, or a head, cannot be read.
     """
-    if is_head(folder):
-        return _head_drafter(folder, parent)
-    refuse_other_words(tokenizer, folder, roles=("model", "draft"))
-    model = load(folder)
-    ids = frequent_tokens(folder, model.get_output_embeddings().out_features)
+    kind = type_of(draft)
+    if kind == MTP:
+        mtp, ids = mtp_of(parent.model, folder, draft)
+        return HeadDrafter(MTPDecoder(mtp, parent), parent, ids)
+    if kind == HEAD:
+        head = read_head(draft)
+        own = head.config.hidden_size, head.config.vocab_size
+        if own != (parent.c.hidden, parent.vocabulary) or max(head.taps) > parent.c.layers:
+            raise RecipeError(
+                f"this draft head is one of another model, of hidden size {own[0]} with {own[1]} "
+                f"tokens, and it reads states after {max(head.taps)} layers",
+                where=str(draft),
+                remedy="make one of this model: secateur draft MODEL --head",
+            )
+        return HeadDrafter(HeadDecoder(head, parent, head.values), parent, head.ids)
+    refuse_other_words(tokenizer, draft, roles=("model", "draft"))
+    model = load(draft)
+    ids = frequent_tokens(draft, model.get_output_embeddings().out_features)
     slots = len(parent.lengths)
     return Drafter(SlotDecoder(model, parent.capacity, slots, head=ids), parent.vocabulary, ids)
-
-
-def _head_drafter(folder: Path, parent: SlotDecoder) -> HeadDrafter:
-    """Load a head for a parent, of which it reads states from now on."""
-    head = read_head(folder)
-    own = {"hidden size": head.config.hidden_size, "tokens": head.config.vocab_size}
-    parents = {"hidden size": parent.c.hidden, "tokens": parent.vocabulary}
-    if own != parents or max(head.taps) > parent.c.layers:
-        raise RecipeError(
-            f"this draft head is one of another model: {own}, and it reads states after "
-            f"{max(head.taps)} layers; the model has {parents} and {parent.c.layers} layers",
-            where=str(folder),
-            remedy="make one of this model: secateur draft MODEL --head",
-        )
-    parent.tap(head.taps)
-    return HeadDrafter(HeadDecoder(head, parent, head.values), parent, head.ids)
 
 
 def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] | None:
@@ -512,9 +512,7 @@ def frequent_tokens(folder: Path, vocabulary: int) -> Int64[Tensor, " drafted"] 
         return None
     try:
         ids = load_file(file)["ids"]
-        within = ids.ndim == 1 and 0 <= int(ids[0]) <= int(ids[-1]) < vocabulary
-        if ids.dtype != torch.int64 or not within or not bool((ids.diff() > 0).all()):
-            raise ValueError(f"{ids.dtype} {list(ids.shape)}, not ascending below {vocabulary}")
+        check_tokens(ids, vocabulary)
     except Exception as error:  # safetensors raises several kinds
         raise CheckpointError(
             f"the draft's frequent tokens cannot be used: {error}",

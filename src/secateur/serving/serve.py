@@ -19,9 +19,9 @@ from secateur.runs.environment import choose_device
 from secateur.runtime.decode import SlotDecoder
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.mtp import open_draft
 from secateur.runtime.packed import device_for
 from secateur.runtime.sampling import end_tokens, sampling_in
+from secateur.runtime.speculative import open_drafter
 from secateur.serving import scheduler
 from secateur.serving.service import Service, Worker
 
@@ -131,7 +131,7 @@ def _serving(recipe: ServeRecipe) -> tuple[Service, list[str]]:
     drafter = None
     if recipe.draft is not None and isinstance(engine, SlotDecoder):
         draft = resolve(recipe.draft, trust_remote_code=trust).folder
-        drafter = open_draft(draft, folder, engine, tokenizer)
+        drafter = open_drafter(draft, folder, engine, tokenizer)
     order = scheduler.Scheduler(
         engine,
         queue_limit=recipe.queue,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.generation import prompts_of_kinds
 from secateur.evaluation.speed import BACKENDS, USUAL_BACKENDS, on_gpu, take_turns
 from secateur.models.checkpoint import shard_files
-from secateur.models.configuration import read_configuration
+from secateur.models.configuration import MTP, read_configuration, type_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
@@ -31,9 +30,10 @@ from secateur.runtime.install import open_checkpoint
 from secateur.runtime.kernels.library import kernel_info
 from secateur.runtime.layer_forms import refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.mtp import ModuleDecoder, is_mtp, open_draft
+from secateur.runtime.mtp import ModuleDecoder
 from secateur.runtime.packed import device_for, is_packed
-from secateur.runtime.speculative import Drafter, speculated
+from secateur.runtime.speculative import Drafter, open_drafter, speculated
+from secateur.steps.draft import promised
 from secateur.steps.generate import positions_in
 
 MOST_SECONDS = 30.0
@@ -142,10 +142,9 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     new_tokens = recipe.new_tokens or DRAFTED_TOKENS
     model, room = load(folder), new_tokens + max(len(x) for own in prompts.values() for x in own)
     own, reason = resolve(draft).folder, why_not(model, room)
-    refuse_options(reason, draft=None if is_mtp(own) else draft)
+    refuse_options(reason, draft=None if type_of(own) == MTP else draft)
     decoder = (ModuleDecoder if reason else Decoder)(model, room)
-    drafter = open_draft(own, folder, decoder.slots, tokenizer)
-    speeds, expected = [], _promised(own / NOTES / "draft.json")
+    drafter, speeds = open_drafter(own, folder, decoder.slots, tokenizer), []
     progress.start("measuring", 2 * len(prompts))
     for temperature in (0.0, 1.0):
         for kind, texts in prompts.items():
@@ -157,25 +156,10 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     return DraftedBenchResult(
         model=recipe.model,
         draft=draft,
-        expected=expected,
+        expected=promised(own),
         speeds=tuple(speeds),
         protocol=protocol,
     )
-
-
-def _promised(notes: Path) -> tuple[float, float] | None:
-    """The speed-ups at temperature 0 and 1 that the record of a draft expects, if there is one."""
-    if not notes.exists():
-        return None
-    try:
-        found = json.loads(notes.read_text(encoding="utf-8"))
-        return float(found["greedy"]["speedup"]), float(found["sampled"]["speedup"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"what the draft promised cannot be read: {error!r}",
-            where=str(notes),
-            remedy="delete the file: the bench then shows measured speeds alone",
-        ) from None
 
 
 def drafted_speed(

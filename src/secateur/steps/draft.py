@@ -34,15 +34,13 @@ What was measured is kept in files, so a resumed run decides the same.
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save
@@ -51,21 +49,23 @@ from torch import Tensor
 from secateur.calibration.windows import load_windows
 from secateur.errors import ArchitectureError
 from secateur.evaluation.acceptance import FREE, MOST_PROPOSED, acceptance, speculation, too_fast
-from secateur.evaluation.perplexity import window_progress
+from secateur.evaluation.perplexity import LossComparison, window_progress
 from secateur.evaluation.token_times import time_drawing, time_head
 from secateur.models.architecture import text_config
+from secateur.models.checkpoint import shard_files
 from secateur.models.skeleton import build_skeleton
 from secateur.models.sources import LocalCheckpoint, resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.progress import Progress
-from secateur.recipes.compress import DraftRecipe, FitRecipe
+from secateur.recipes.compress import DraftRecipe
 from secateur.recipes.shared import texts_of
 from secateur.recipes.verbs import imported
 from secateur.reporting import fit as reports
-from secateur.reporting.plan import DraftPlanResult, HeadPlanResult, MTPPlanResult
+from secateur.reporting.fields import Result
+from secateur.reporting.plan import DraftPlanResult
 from secateur.runs.folder import NOTES, check_output
 from secateur.runs.measured import Acceptance, Drawing, Speculation
-from secateur.runs.output import write_bytes, write_json, write_text
+from secateur.runs.output import kept, write_bytes, write_json, write_text
 from secateur.runs.records import read_record
 from secateur.runtime.decode import SlotDecoder, Token
 from secateur.runtime.formats import WeightFormat
@@ -73,17 +73,14 @@ from secateur.runtime.layer_forms import why_not
 from secateur.runtime.load import load
 from secateur.runtime.sampling import end_tokens
 from secateur.runtime.speculative import FREQUENT
-from secateur.runtime.storage_plan import PackableCheckpoint
 from secateur.sparsity.evolution import Candidate
 from secateur.steps.fitting import problem as fit_problem
 from secateur.steps.fitting.bench import BuiltCandidate, FitBench, open_model
-from secateur.steps.fitting.problem import EMBEDDINGS, Costs, FitProblem, embedded
+from secateur.steps.fitting.problem import EMBEDDINGS, Costs, FitProblem, as_timed, embedded
 from secateur.steps.fitting.survey import survey_model
 from secateur.steps.runner import RunContext, Step, Way, identity_of, source_of
 from secateur.timing import alternate, seconds_of
 from secateur.types import Windows
-
-DRAFT = "draft.json"
 
 BOUNDS = 9
 """Times of a token that drafts are chosen for: from the fastest one to that of dense int8."""
@@ -98,9 +95,7 @@ REFUSED = 0.7
 """s, until a draft is measured. Pinsker's inequality is a bound, so it is below 1."""
 
 
-def plan_draft(
-    recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]
-) -> DraftPlanResult | HeadPlanResult | MTPPlanResult:
+def plan_draft(recipe: DraftRecipe, progress: Progress, call: Mapping[str, Any]) -> Result:
     """Check a recipe, and show what making the draft would try.
 
     Args:
@@ -111,42 +106,10 @@ def plan_draft(
     Raises:
         SecateurError: as the run would.
     """
-    if recipe.mtp:
-        return imported("secateur.steps.draft_mtp:plan_mtp")(recipe, progress, call)
-    source = source_of(recipe, progress)
-    model = open_model(recipe.fitted, source)
-    _refuse_parent(recipe, source)
-    read = [recipe.model, str(source.folder), *Draft.reads(recipe)]
+    source, kind = source_of(recipe, progress), Draft.kind(recipe)
+    read = [recipe.model, str(source.folder), *kind.reads(recipe)]
     check_output(recipe.output, "draft", 0, read, call)
-    if recipe.head:
-        return imported("secateur.steps.draft_head:plan_head")(recipe, source.folder)
-    costs = Costs((), model.shapes)
-    config = build_skeleton(source.folder).config
-    return DraftPlanResult(
-        linears=len(model.shapes),
-        file_bytes=model.file_bytes,
-        bounds={},
-        formats=tuple(stored.name for stored in costs.formats),
-        tokens_to_heal=recipe.fitted.tokens_to_heal,
-        minutes=recipe.minutes,
-        heads=(config.vocab_size, *(n for n in HEADS if n < config.vocab_size)),
-    )
-
-
-def _refuse_parent(recipe: DraftRecipe, source: LocalCheckpoint) -> None:
-    """Refuse a parent that our loop does not decode.
-
-    Raises:
-        ArchitectureError: says why.
-    """
-    reason = why_not(build_skeleton(source.folder))
-    if reason is not None:
-        raise ArchitectureError(
-            f"a draft of this model would not be used: {reason}",
-            where=recipe.model,
-            remedy="drafts are for families that one call decodes (docs/families.md); "
-            "transformers drafts by itself: generate(prompt_lookup_num_tokens=…)",
-        )
+    return kind.plan(recipe, source)
 
 
 class Draft(Step[DraftRecipe, reports.DraftedResult]):
@@ -159,21 +122,56 @@ class Draft(Step[DraftRecipe, reports.DraftedResult]):
     """
 
     verb = "draft"
+    record: ClassVar[type[reports.DraftedResult]] = reports.DraftResult
 
     def __init__(self, recipe: DraftRecipe, run: RunContext) -> None:
         super().__init__(recipe, run)
-        self.model: PackableCheckpoint = open_model(recipe.fitted, run.source)
-        _refuse_parent(recipe, run.source)
+        self.model = self.checked(recipe, run.source)
         trust = recipe.trust_remote_code
         runs_as = recipe.runs_as or str(run.source.folder)
         self.parent = resolve(runs_as, trust_remote_code=trust, progress=run.progress).folder
 
     @classmethod
+    def kind(cls, recipe: DraftRecipe) -> type[Draft]:
+        """The step: another one trains a head, or measures the layers that the model has."""
+        other = "HeadDraft" if recipe.head else "MTPDraft" if recipe.mtp else None
+        return cls if other is None else imported(f"secateur.steps.draft_head:{other}")
+
+    @classmethod
     def way(cls, recipe: DraftRecipe) -> Way[DraftRecipe, reports.DraftedResult]:
-        """Other steps measure the layers that the model has, and train a head."""
-        if recipe.mtp:
-            return Way(imported("secateur.steps.draft_mtp:DraftMTP"))
-        return Way(imported("secateur.steps.draft_head:HeadDraft") if recipe.head else cls)
+        """By `kind`."""
+        return Way(cls.kind(recipe))
+
+    @classmethod
+    def checked(cls, recipe: DraftRecipe, source: LocalCheckpoint) -> Any:
+        """What the draft is made of, its texts there.
+
+        Raises:
+            ArchitectureError: our loop does not decode the parent; says why.
+        """
+        model, reason = open_model(recipe.fitted, source), why_not(build_skeleton(source.folder))
+        if reason is not None:
+            raise ArchitectureError(
+                f"a draft of this model would not be used: {reason}",
+                where=recipe.model,
+                remedy="drafts are for families that one call decodes (docs/families.md); "
+                "transformers drafts by itself: generate(prompt_lookup_num_tokens=…)",
+            )
+        return model
+
+    @classmethod
+    def plan(cls, recipe: DraftRecipe, source: LocalCheckpoint) -> Result:
+        """What making the draft would try."""
+        model = cls.checked(recipe, source)
+        return DraftPlanResult(
+            linears=len(model.shapes),
+            file_bytes=model.file_bytes,
+            bounds={},
+            formats=tuple(stored.name for stored in Costs((), model.shapes).formats),
+            tokens_to_heal=recipe.fitted.tokens_to_heal,
+            minutes=recipe.minutes,
+            heads=sizes_of(build_skeleton(source.folder).config.vocab_size),
+        )
 
     @classmethod
     def reads(cls, recipe: DraftRecipe) -> Iterable[str]:
@@ -182,18 +180,19 @@ class Draft(Step[DraftRecipe, reports.DraftedResult]):
 
     def identity(self) -> dict[str, Any]:
         """Everything that affects the result."""
-        return identity_of(self.recipe, {"minutes"}, self.model.reader.files, self.run.progress)
+        files = shard_files(self.run.source.folder)
+        return identity_of(self.recipe, {"minutes"}, files, self.run.progress)
 
     @classmethod
     def result(cls, output: Path) -> reports.DraftedResult:
         """Read the result of a finished run from its notes."""
-        return read_record(reports.DraftResult, output / NOTES / DRAFT)
+        return read_record(cls.record, output / NOTES / reports.DRAFT)
 
     def work(self) -> reports.DraftedResult:
         """Survey the parent, make drafts and measure them beside it, heal and judge the best."""
         run, folder, fitted = self.run, self.run.folder, self.recipe.fitted
         costs = fit_problem.costs_of(fitted, self.model, run.progress).with_timed_head()
-        bench = DraftBench(fitted, self.model, costs, run, self.parent)
+        bench = DraftBench(self.parent, fitted, self.model, costs, run)
         found, points = _make_drafts(bench, survey_model(bench))
         unhealed = max(found, key=lambda one: one.gain)
         [built] = bench.healed([unhealed.built])
@@ -207,32 +206,48 @@ class Draft(Step[DraftRecipe, reports.DraftedResult]):
         if head is not None:
             write_bytes(folder.notes / FREQUENT, save({"ids": head}))
         taken = bench.judged(winner, head)
-        sampled, greedy = gains(taken, winner.parent, place.seconds, place.tokens, bench.vocabulary)
         formats = winner.built.formats
         result = reports.DraftResult(
-            output=folder.output,
-            parent=self.recipe.runs_as or self.recipe.model,
-            seconds=time.perf_counter() - run.meter.started,
+            **self.drafted(bench.vocabulary, place, taken, winner.parent),
             dropped=tuple(bench.time.dropped),
             kind_of={n: stored.name for n, stored in formats.items() if n != EMBEDDINGS},
             embeddings=embedded(formats[EMBEDDINGS]),
-            head_tokens=place.tokens,
-            vocabulary=bench.vocabulary,
-            parent_seconds=winner.parent,
-            draft_seconds=place.seconds,
             unhealed=None if winner is unhealed else bench.judged(unhealed, head),
-            acceptance=taken,
-            sampled=sampled,
-            greedy=greedy,
             candidates=tuple(one.row for one in found),
             heads=winner.heads,
             frontier=tuple(points),
             packed=packed,
         )
-        write_json(folder.notes / DRAFT, result.to_json())
-        card = folder.model / "README.md"
-        write_text(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{_draft_section(result)}")
+        write_json(folder.notes / reports.DRAFT, result.to_json())
+        card, about = folder.model / "README.md", told(result, "It is a model of its own.")
+        text = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## A draft\n\n{about}"
+        write_text(card, text)
         return result
+
+    def drafted(
+        self, vocabulary: int, place: reports.TriedHead, taken: Acceptance, parent: Sequence[float]
+    ) -> dict[str, Any]:
+        """The fields that the results of all drafts have.
+
+        Args:
+            vocabulary: tokens of the parent.
+            place: its head, as it was chosen.
+            taken: what the parent takes, on text that was used for nothing else.
+            parent: c(1), c(2), …
+        """
+        sampled, greedy = gains(taken, parent, place.seconds, place.tokens, vocabulary)
+        return {
+            "output": self.run.folder.output,
+            "seconds": time.perf_counter() - self.run.meter.started,
+            "parent": self.recipe.runs_as or self.recipe.model,
+            "head_tokens": place.tokens,
+            "vocabulary": vocabulary,
+            "parent_seconds": parent,
+            "draft_seconds": place.seconds,
+            "acceptance": taken,
+            "sampled": sampled,
+            "greedy": greedy,
+        }
 
 
 @dataclass(frozen=True)
@@ -276,16 +291,14 @@ class Prediction:
         found = [knapsack.best((math.inf, bound)) for bound in bounds]
         return {candidate: self.of(candidate) for candidate in found if candidate is not None}
 
-    def after(
-        self, measured: _MeasuredDraft, candidate: Candidate, problem: FitProblem
-    ) -> Prediction:
+    def after(self, made: _MeasuredDraft, candidate: Candidate, problem: FitProblem) -> Prediction:
         """The same after a draft was made and measured; `problem` is what its loss has made it."""
-        head, divergence = measured.heads[measured.best_head], measured.built.row.last
+        head, divergence = made.heads[made.best_head], made.built.row.last
         refused = self.refused
         if divergence > 0:
             refused = (1 - head.acceptance.mean) / math.sqrt(divergence / 2)
         slower = head.seconds / self.table_seconds(candidate)
-        return Prediction(problem, measured.parent, refused, slower, self.drawing)
+        return Prediction(problem, made.parent, refused, slower, self.drawing)
 
 
 def _make_drafts(
@@ -313,18 +326,23 @@ def _make_drafts(
     return [*made.values()], [*choices.values()]
 
 
-def _draft_section(result: reports.DraftResult) -> str:
-    """The part of the model card that says whose draft it is."""
-    taken, head = result.acceptance, ""
-    if result.head_tokens < result.vocabulary:
-        head = f" Its head proposes {result.head_tokens:,} frequent tokens (`{NOTES}/{FREQUENT}`)."
+def told(result: reports.DraftedResult, what: str) -> str:
+    """What a model card says of a draft."""
+    name, taken = Path(result.parent).name, result.acceptance
     return (
-        f"## A draft\n\nThis model is a draft of {Path(result.parent).name} for speculative "
-        f"decoding: it proposes tokens, and {Path(result.parent).name} takes or refuses them, so "
-        f"the text stays exactly its own. On text that was used for nothing else, it takes "
-        f"{taken.mean:.0%} of the tokens at temperature 1 and {taken.agreement:.0%} in greedy "
-        f"decoding.{head}\n"
+        f"This is a draft of {name} for speculative decoding. {what} It proposes {result.head}; "
+        f"{name} takes or refuses them, so the text stays exactly its own. On text that was used "
+        f"for nothing else, it takes {taken.mean:.0%} of the first tokens at temperature 1 and "
+        f"{taken.agreement:.0%} in greedy decoding.\n"
     )
+
+
+def promised(draft: Path) -> tuple[float, float] | None:
+    """The speed-ups at temperature 0 and 1 that the record of a draft expects, if it has one."""
+    if not (draft / NOTES / reports.DRAFT).is_file():
+        return None
+    record = read_record(reports.DraftedResult, draft / NOTES / reports.DRAFT)
+    return record.greedy.speedup, record.sampled.speedup
 
 
 HEADS = (32768, 16384, 8192, 4096)
@@ -371,17 +389,33 @@ def verified_in(decoder: SlotDecoder, prompt: Tensor) -> Callable[[int], float]:
     return verify
 
 
-def proposed_in(decoder: SlotDecoder, prompt: Tensor) -> Callable[[], float]:
-    """Times one token of a draft, after what it has read."""
-    ids, before = prompt.tolist(), decoder.lengths[0]
+def proposed_in(
+    decoder: Any, prompt: Tensor, states: Sequence[Any] | Tensor = ()
+) -> Callable[[], float]:
+    """Times one token of a draft, after what it has read.
+
+    Args:
+        decoder: of the draft.
+        prompt: tokens that it reads.
+        states: of the parent, which a head or an MTP layer reads with the first token of a chain.
+    """
+    ids, before, read = prompt.tolist(), decoder.lengths[0], max(1, len(states))
+    tokens = [
+        Token(0, before + n, ids[n % len(ids)], n + 1 >= read)
+        for n in range(read + DRAFT_CALLS - 1)
+    ]
+    calls = [tokens[:read], *([one] for one in tokens[read:])]
+
+    def chain() -> None:
+        if len(states):
+            decoder.give(0, states)
+        for call in calls:
+            decoder.step(call)
 
     def propose() -> float:
-        seconds = [
-            seconds_of(partial(decoder.step, [Token(0, before + n, ids[n % len(ids)])]))
-            for n in range(DRAFT_CALLS)
-        ]
+        seconds = seconds_of(chain)
         decoder.rewind(0, before)
-        return statistics.mean(seconds)
+        return seconds / DRAFT_CALLS
 
     return propose
 
@@ -439,37 +473,24 @@ class DraftBench(FitBench):
     """Makes drafts, and measures them beside their parent.
 
     Args:
-        recipe: of the fit that makes them.
-        model: the parent, and its matrices that can be packed.
-        costs: what a draft pays with.
-        run: the run that this is a part of.
         folder: of the parent, as it runs.
+        given: as of `FitBench`.
     """
 
-    def __init__(
-        self,
-        recipe: FitRecipe,
-        model: PackableCheckpoint,
-        costs: Costs,
-        run: RunContext,
-        folder: Path,
-    ) -> None:
-        super().__init__(recipe, model, costs, run)
+    def __init__(self, folder: Path, *given: Any) -> None:
+        super().__init__(*given)
         self.folder = folder
 
     @cached_property
     def parent(self) -> Any:
         """The parent, whole in memory."""
-        return self._loaded(self.folder)
-
-    def _loaded(self, folder: Path) -> Any:
-        return load(folder)
+        return load(self.folder)
 
     @cached_property
     def heads(self) -> tuple[Tensor | None, ...]:
         """The token ids of every head, largest first; None for the whole vocabulary."""
-        read, sizes = load_windows(self.windows_file), [n for n in HEADS if n < self.vocabulary]
-        return (None, *frequent_lists(self.source.folder, self.parent, read, sizes))
+        given = self.parent, load_windows(self.windows_file), self.vocabulary
+        return (None, *frequent_lists(self.source.folder, *given)[1:])
 
     @property
     def vocabulary(self) -> int:
@@ -477,29 +498,27 @@ class DraftBench(FitBench):
         return int(self.parent.config.vocab_size)
 
     def acceptances(
-        self, folder: Path, windows: Windows, start: int, name: str, heads: Sequence[Tensor | None]
+        self, folder: Path, text: LossComparison, heads: Sequence[Tensor | None]
     ) -> list[Acceptance]:
         """What the parent takes of a draft with each of some heads, from a file or measured.
 
         Args:
             folder: of the draft, packed.
-            windows: token ids [windows, length].
-            start: start tokens of a window.
-            name: of the windows.
+            text: the windows, with their file.
             heads: the token ids of each head.
         """
-        file = self._file("acceptance", folder, name)
-        if not file.exists():
-            label, count = f"what the parent takes of {folder.parent.name}", len(windows)
+
+        def measure() -> list[dict[str, Any]]:
+            label, count = f"what the parent takes of {folder.parent.name}", len(text.windows)
             with window_progress(self.progress, label, count) as report:
                 found = acceptance(
-                    self._loaded(folder), self.parent, windows, heads=heads, start_tokens=start,
+                    load(folder), self.parent, text.windows, heads=heads, start_tokens=text.start,
                     progress=report,
                 )  # fmt: skip
-            write_json(file, [one.to_json() for one in found])
-        return [
-            Acceptance.model_validate(one) for one in json.loads(file.read_text(encoding="utf-8"))
-        ]
+            return [one.to_json() for one in found]
+
+        name = f"acceptance-{self._name_of(folder)}-{text.file.stem}.json"
+        return [*map(Acceptance.model_validate, kept(self.work / name, measure))]
 
     def times(self, folder: Path | None) -> Times:
         """The times of the parent and of a draft, from a file or measured.
@@ -507,54 +526,36 @@ class DraftBench(FitBench):
         Args:
             folder: of the draft, packed; None for the parent as a draft of its own.
         """
-        file = self._file("times", folder or self.work / "parent", "")
-        if not file.exists():
-            self.progress.start("timing parent and draft", 1)
-            draft = self.parent if folder is None else self._loaded(folder)
-            prompt = self.choosing.windows.flatten()[:PROMPT_TOKENS]
-            parents, own = time_calls(self.parent, draft, prompt)
-            write_json(file, {"parent": parents, "draft": own})
-            self.progress.finish()
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return tuple(known["parent"]), known["draft"]
 
-    def _file(self, what: str, folder: Path, name: str) -> Path:
-        """Where a measured value of a folder among the work of the run is kept."""
-        parts = folder.relative_to(self.work).parts
-        return self.work / f"{'-'.join(filter(None, (what, *parts, name)))}.json"
+        def measure() -> Times:
+            self.progress.start("timing parent and draft", 1)
+            draft = self.parent if folder is None else load(folder)
+            found = time_calls(self.parent, draft, self.choosing.windows.flatten()[:PROMPT_TOKENS])
+            self.progress.finish()
+            return found
+
+        name = self._name_of(folder or self.folder)
+        parents, own = kept(self.work / f"times-{name}.json", measure)
+        return tuple(parents), own
 
     def judged(self, draft: _MeasuredDraft, head: Tensor | None) -> Acceptance:
         """What the parent takes of a draft on text that was used for nothing else."""
-        judging, folder = self.judging, draft.built.packed
-        [found] = self.acceptances(folder, judging.windows, judging.start, "judged", [head])
-        return found
+        return self.acceptances(draft.built.packed, self.judging, [head])[0]
 
     def measured(self, built: BuiltCandidate) -> _MeasuredDraft:
         """A draft with each of the heads, on the windows that choose."""
-        choosing, values = self.choosing, embedded(built.formats[EMBEDDINGS])
-        found = self.acceptances(
-            built.packed, choosing.windows, choosing.start, "chosen", self.heads
-        )
-        parents, draft = self.times(built.packed)
-        hidden, stored = (
-            self.parent.config.hidden_size,
-            fit_problem.as_timed(WeightFormat(values, 0.0)),
-        )
+        found = self.acceptances(built.packed, self.choosing, self.heads)
+        (parents, draft), values = self.times(built.packed), embedded(built.formats[EMBEDDINGS])
+        hidden, stored = self.parent.config.hidden_size, as_timed(WeightFormat(values, 0.0))
         rows = [self.vocabulary if ids is None else len(ids) for ids in self.heads]
         each = [time_head((n, hidden), stored) for n in rows] if len(rows) > 1 else [0.0]
         # never less than what the rest of the draft takes at least
         seconds = [max(draft - each[0] + one, draft / 10) for one in each]
         heads = judged_heads(rows, found, seconds, parents, self.vocabulary)
         whole, row = heads[0], built.row
-        numbers = reports.DraftCandidate(
-            row.name,
-            row.file_bytes,
-            row.last,
-            row.healed is not None,
-            whole.acceptance,
-            whole.seconds,
-            *gains(whole.acceptance, parents, whole.seconds, whole.tokens, self.vocabulary),
-        )
+        said = row.name, row.file_bytes, row.last, row.healed is not None
+        both = gains(whole.acceptance, parents, whole.seconds, whole.tokens, self.vocabulary)
+        numbers = reports.DraftCandidate(*said, whole.acceptance, whole.seconds, *both)
         return _MeasuredDraft(built, numbers, heads, parents)
 
 
@@ -601,20 +602,23 @@ def judged_heads(
     return tuple(heads)
 
 
-def frequent_lists(
-    folder: Path, parent: Any, windows: Windows, sizes: Iterable[int]
-) -> list[Tensor]:
-    """Lists of the tokens that a text uses most, each with all special tokens.
+def sizes_of(most: int) -> tuple[int, ...]:
+    """Numbers of tokens that a head may propose, by the most that it can."""
+    return most, *(n for n in HEADS if n < most)
+
+
+def frequent_lists(folder: Path, parent: Any, windows: Windows, most: int) -> list[Tensor]:
+    """Lists of the tokens that a text uses most, each with all special tokens, largest first.
 
     Args:
         folder: of the tokenizer.
         parent: the model, loaded.
         windows: the text.
-        sizes: numbers of tokens.
+        most: tokens of the first list.
     """
     always = {*load_tokenizer(folder).all_special_ids, *end_tokens(parent)}
     vocabulary = text_config(parent.config).vocab_size
-    return [frequent_tokens(windows, always, vocabulary, count) for count in sizes]
+    return [frequent_tokens(windows, always, vocabulary, count) for count in sizes_of(most)]
 
 
 def frequent_tokens(windows: Windows, always: set[int], vocabulary: int, count: int) -> Tensor:

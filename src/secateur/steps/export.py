@@ -8,8 +8,7 @@ from pathlib import Path
 from secateur.errors import RecipeError, VerificationError
 from secateur.exporting import ExportSource, targets
 from secateur.exporting.gguf.writing import TYPES
-from secateur.models.configuration import read_configuration
-from secateur.models.draft_head import is_head
+from secateur.models.configuration import HEAD, read_configuration, type_of
 from secateur.models.skeleton import build_skeleton, stored_names
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import refuse_other_words, start_tokens_of
@@ -36,7 +35,7 @@ class Export(Step[ExportRecipe, ExportResult]):
         folder = run.source.folder
         named = Path(recipe.model.partition("@")[0]).name.removesuffix(".gguf") or folder.name
         self.source = ExportSource(open_checkpoint(folder), named)
-        if is_head(folder):
+        if type_of(folder) == HEAD:
             self.refuse_target()
         else:
             skeleton = build_skeleton(folder, opened=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.errors import RecipeError, first_line
 from secateur.models.checkpoint import parse_json
-from secateur.models.configuration import read_configuration
+from secateur.models.configuration import MTP, read_configuration, type_of
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 from secateur.recipes.deploy import ChatRecipe, GenerateRecipe
@@ -27,10 +27,10 @@ from secateur.runtime.decode import Decoder, SteppedGeneration, continued
 from secateur.runtime.grammar import Grammars, json_text
 from secateur.runtime.layer_forms import longest, refuse_options, why_not
 from secateur.runtime.load import load
-from secateur.runtime.mtp import ModuleDecoder, is_mtp, open_draft
+from secateur.runtime.mtp import ModuleDecoder
 from secateur.runtime.packed import device_for
 from secateur.runtime.sampling import TextStream, end_tokens, sampling_in, sampling_with
-from secateur.runtime.speculative import Drafter, speculated
+from secateur.runtime.speculative import Drafter, open_drafter, speculated
 
 POSITIONS = "max_position_embeddings"
 
@@ -260,7 +260,10 @@ class Conversation:
 
     def _steps(self, tokens: int) -> tuple[Decoder | SteppedGeneration, str]:
         """What computes a text of so many tokens, and its name."""
-        reason, mtp = why_not(self.model, tokens), self.draft is not None and is_mtp(self.draft)
+        reason, mtp = (
+            why_not(self.model, tokens),
+            self.draft is not None and type_of(self.draft) == MTP,
+        )
         if reason is not None:
             refuse_options(reason, kv_cache=self.kv_cache, draft=None if mtp else self.draft)
             if not mtp:
@@ -274,7 +277,7 @@ class Conversation:
                 self.decoder = ModuleDecoder(self.model, room)
             if self.draft is not None:
                 given = self.draft, self.folder, self.decoder.slots, self.tokenizer
-                self.drafter = open_draft(*given)
+                self.drafter = open_drafter(*given)
         return self.decoder, ONE_CALL if reason is None else f"transformers with MTP: {reason}"
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -55,39 +55,6 @@ STORED, AT_ONCE = 64, 8
 """Windows whose states are in one file, and that are computed together."""
 
 
-class ParentTables:
-    """Embedding and output head of a loaded parent of a family that our loop decodes.
-
-    Args:
-        parent: the model.
-
-    Attributes:
-        embedding, output: its modules.
-    """
-
-    def __init__(self, parent: Any) -> None:
-        self.embedding: nn.Module = parent.get_input_embeddings()
-        self.output: Any = parent.get_output_embeddings()
-        config = parent.config
-        self._factor = setting(config, "logit_scale", 1.0) / setting(config, "logits_scaling", 1.0)
-        self._cap = setting(config, "final_logit_softcapping")
-
-    def logits(self, last: Tensor, ids: Int64[Tensor, " some"] | None = None) -> Tensor:
-        """The parent's logits, float32, by what its output head reads.
-
-        Args:
-            last: [..., hidden].
-            ids: the tokens, for a parent that is not packed; None for all.
-        """
-        if ids is None:
-            found = self.output(last).float()
-        else:
-            bias = None if self.output.bias is None else self.output.bias[ids]
-            found = functional.linear(last, self.output.weight[ids], bias).float()
-        found = found * self._factor
-        return found if self._cap is None else self._cap * torch.tanh(found / self._cap)
-
-
 def _readers(parent: Any) -> list[Any]:
     """What reads the residual stream after 0, 1, … layers: the next layer, or the last norm."""
     inner = parent.model
@@ -97,7 +64,7 @@ def _readers(parent: Any) -> list[Any]:
 @contextmanager
 def tapped(parent: Any, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """A context that keeps the parent's residual streams after so many of its decoder layers."""
-    readers, seen = _readers(parent), dict[int, Tensor]()
+    seen = dict[int, Tensor]()
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], *, tap: int) -> None:
         seen[tap] = inputs[0]
@@ -105,20 +72,11 @@ def tapped(parent: Any, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     with ExitStack() as hooks:
         for tap in taps:
             reading = partial(keep, tap=tap)
-            hooks.enter_context(readers[tap].register_forward_pre_hook(reading))
+            hooks.enter_context(_readers(parent)[tap].register_forward_pre_hook(reading))
         yield seen
 
 
 @torch.inference_mode()
-def states_of(
-    parent: Any, ids: Int64[Tensor, "windows length"], taps: Sequence[int]
-) -> tuple[Float[Tensor, "windows length taps_hidden"], Float[Tensor, "windows length hidden"]]:
-    """The states of a parent at every position: those of the taps, side by side; of its head."""
-    with tapped(parent, taps) as seen:
-        last = parent.model(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.cat([seen[tap] for tap in taps], -1), last
-
-
 def store_states(
     parent: Any,
     windows: Windows,
@@ -138,7 +96,11 @@ def store_states(
     for number, part in enumerate(windows.split(STORED)):
         file = folder / f"states-{number:04d}.safetensors"
         if not file.exists():
-            found = [states_of(parent, some, taps) for some in part.split(AT_ONCE)]
+            found = []
+            for ids in part.split(AT_ONCE):
+                with tapped(parent, taps) as seen:
+                    last = parent.model(input_ids=ids, use_cache=False).last_hidden_state
+                found.append((torch.cat([seen[tap] for tap in taps], -1), last))
             read, last = (torch.cat(x).bfloat16() for x in zip(*found, strict=True))
             write_whole(file, {"read": read, "last": last})
         on_windows(len(part))
@@ -152,7 +114,7 @@ class StoredStates:
         self.files = [safe_open(file, framework="pt") for file in files]
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Those of some windows, as `states_of`, in bfloat16."""
+        """Those of some windows, in bfloat16: of the taps, side by side; of the parent's head."""
         both = [
             [self.files[n // STORED].get_slice(part)[n % STORED] for n in numbers]
             for part in ("read", "last")
@@ -161,21 +123,33 @@ class StoredStates:
 
 
 class HeadLearner(nn.Module):
-    """A head, and what its training knows of the parent. Only the head has parameters."""
+    """A head, and what its training knows of the parent. Only the head has parameters.
 
-    def __init__(self, head: DraftHead, tables: ParentTables) -> None:
+    Args:
+        head: that learns.
+        parent: a loaded model of a family that our loop decodes, not packed.
+    """
+
+    def __init__(self, head: DraftHead, parent: Any) -> None:
         super().__init__()
-        self.head = head
-        self._tables = (tables,)  # in a tuple, so that its modules are no modules of this one
-
-    @property
-    def tables(self) -> ParentTables:
-        """Of the parent."""
-        return self._tables[0]
+        output, config = parent.get_output_embeddings(), parent.config
+        self.head, ids = head, head.ids
+        # in a tuple, so that it is no module of this one
+        self._embedding = (parent.get_input_embeddings(),)
+        self._weight = output.weight.detach()[ids]
+        self._bias = None if output.bias is None else output.bias.detach()[ids]
+        self._factor = setting(config, "logit_scale", 1.0) / setting(config, "logits_scaling", 1.0)
+        self._cap = setting(config, "final_logit_softcapping")
 
     def get_input_embeddings(self) -> nn.Module:
         """Those of the parent."""
-        return self.tables.embedding
+        return self._embedding[0]
+
+    def parent_logits(self, last: Tensor) -> Tensor:
+        """The parent's logits of the head's tokens, float32, by what its own head reads."""
+        last = last.to(self._weight.dtype)
+        found = functional.linear(last, self._weight, self._bias).float() * self._factor
+        return found if self._cap is None else self._cap * torch.tanh(found / self._cap)
 
 
 @dataclass(frozen=True)
@@ -192,21 +166,19 @@ class ChainLoss:
 
     def __call__(self, learner: HeadLearner, batch: Batch) -> Tensor:
         """See `training.objectives.Objective`."""
-        head, tables = learner.head, learner.tables
+        head = learner.head
         read, last = self.states.read(batch.numbers)
         tokens = batch.ids.shape[1] - self.places
         with torch.no_grad():
-            embedded = tables.embedding(batch.ids[:, 1:]).float()
-            log_p = tables.logits(last, head.ids).log_softmax(-1).bfloat16()
+            embedded = learner.get_input_embeddings()(batch.ids[:, 1:])
+            log_p = learner.parent_logits(last).log_softmax(-1).bfloat16()
         total, sums = torch.zeros(()), 0.0
-        for place, hidden in enumerate(head.chain(read[:, :tokens].float(), embedded, self.places)):
+        for place, hidden in enumerate(head.chain(read[:, :tokens], embedded, self.places)):
             own = log_p[:, place + 1 : place + 1 + tokens].flatten(0, 1)
             rows = divergence_rows("forward", 1.0, len(own), lambda at, _, own=own: own[at].float())
             weight = WEIGHT**place
-            total, sums = (
-                total + weight * loss_of_hidden(head.norm(hidden), head.lm_head, rows),
-                sums + weight,
-            )
+            total = total + weight * loss_of_hidden(hidden, head.lm_head, rows)
+            sums += weight
         return total / sums
 
 

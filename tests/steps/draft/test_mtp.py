@@ -56,7 +56,7 @@ def test_a_layer_that_knows_the_text(tmp_path: Path) -> None:
     assert [place[0] for place in made.places] == [*range(1, 8)]
     assert made.exit_code == 0
     assert load_file(tmp_path / "o/model.safetensors") == {}
-    assert '"num_speculative_tokens": 7' in made.uses["vLLM"]
+    assert '"num_speculative_tokens": 7' in made.engines["vLLM"]
     given = {"prompt": "some words", "max_new_tokens": 30}
     alone = secateur.generate(model, **given)
     with_layer = secateur.generate(model, draft=tmp_path / "o", **given)
@@ -109,7 +109,7 @@ def test_the_places_are_those_of_the_chain(tmp_path: Path, monkeypatch: pytest.M
     with torch.inference_mode():
         states = parent.model(judged).last_hidden_state
         p = parent(judged).logits.softmax(-1)
-        chain = [x.softmax(-1) for x in mtp(states[:, :13], judged[:, 1:], 7)]
+        chain = [x.softmax(-1) for x in mtp(states[:, :13], mtp.embed(judged[:, 1:]), 7)]
     product = torch.ones(1, 13)
     for place, q in enumerate(chain, start=1):
         product = product * torch.minimum(p[:, place : place + 13], q).sum(-1)

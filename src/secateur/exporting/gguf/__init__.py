@@ -12,7 +12,7 @@ from secateur.exporting import Exported, ExportSource, targets
 from secateur.exporting.gguf.draft_head import write_head_file
 from secateur.exporting.gguf.llama_cpp import MIXES, load_llama_cpp, quantized
 from secateur.exporting.gguf.writing import NEAREST, STORED, TYPES, GGUFFile, values_of
-from secateur.models.draft_head import is_head
+from secateur.models.configuration import HEAD, type_of
 from secateur.progress import Progress
 
 __all__ = ["GGUF"]
@@ -32,7 +32,7 @@ class GGUF:
 
     def write(self, source: ExportSource, type: str, output: Path, progress: Progress) -> Exported:
         """Write the file."""
-        if is_head(source.folder):
+        if type_of(source.folder) == HEAD:
             kind = TYPES.get(type, gguf.GGMLQuantizationType.BF16)
             return write_head_file(source.folder, kind, output / f"{source.name}-{type}.gguf")
         if type in MIXES:

@@ -80,10 +80,8 @@ def write_head_file(folder: Path, kind: Q, file: Path) -> Exported:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight = _in_pairs(weight, config.head_dim)
             own = type_of_row(weight.shape[-1], kind) if weight.ndim == 2 else Q.F32
-            stored = stored_blocks(weight, own)
-            writer.add_tensor(
-                f"{NAMES[name.removesuffix('.weight')]}.weight", stored, raw_dtype=own
-            )
+            stored, named = stored_blocks(weight, own), NAMES[name.removesuffix(".weight")]
+            writer.add_tensor(f"{named}.weight", stored, raw_dtype=own)
             made.count_tensor(own.name)
             if weight.ndim == 2:
                 made.count_matrix(weight, dequantized(stored, own))

@@ -200,13 +200,9 @@ class FitBench:
         files = [self.work / f"{name}.safetensors" for name in ("fitted", "chosen", "judged")]
         config = self.target.model.config
         WindowReader.of_folder(self.source.folder, config).save_parts(
-            str(recipe.calibration.source),
-            recipe.calibration,
-            files,
-            "make models, choose among them and judge",
-            self.progress,
-            recipe.tokens_to_heal,
-        )
+            str(recipe.calibration.source), recipe.calibration, files,
+            "make models, choose among them and judge", self.progress, recipe.tokens_to_heal,
+        )  # fmt: skip
         self.windows_file = files[0]
         self.choosing, self.judging = (
             LossComparison(self.target, file, self.progress) for file in files[1:]
