@@ -20,6 +20,7 @@ sleeps for some tokens, each time for longer.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,48 +89,44 @@ PRIOR = 4.0
 FORGETTING = 0.98
 """What was accepted counts so much less with each later proposal of its bin."""
 
-TRIALS = 4
-"""Rounds before the draft may fall asleep."""
+LOST = 4.0
+"""The draft falls asleep when it has lost the seconds of so many tokens."""
 
 NAPS = (128, 2048)
 """Calls of the first sleep and of the longest one; each is four times as long as the one before."""
+
+RECENT = 64
+"""So many calls say what a call takes."""
 
 PLAIN_EVERY = 32
 """One call in so many has no proposal, so that it is known what a token takes without a draft."""
 
 
 class CallSeconds:
-    """Seconds of a call = fixed + each · tokens, by least squares of the relative errors.
+    """Seconds of a call by its number of tokens: the least of such calls among the last `RECENT`.
 
-    Newer calls count more. Until calls of several numbers of tokens are known, each is 0.
+    The least, because a call that the machine interrupted is no measure of what one costs. A number
+    of tokens that was not among them counts as the next smaller one, so that it is tried.
 
     Attributes:
-        known: whether there was a call.
+        least: by number of tokens.
     """
 
     def __init__(self) -> None:
-        self.known = False
-        self.sums = [0.0] * 5
+        self.calls = deque[tuple[int, float]](maxlen=RECENT)
+        self.least = dict[int, float]()
 
     def note(self, tokens: int, seconds: float) -> None:
         """Add a call."""
-        # relative errors: a long prompt must not outweigh a hundred short calls
-        weight = seconds**-2
-        # the sums of weighted least squares; 0.97 halves a call's weight in 23 calls
-        new = (1, tokens, tokens**2, seconds, tokens * seconds)
-        pairs = zip(self.sums, new, strict=True)
-        self.known, self.sums = True, [0.97 * old + weight * x for old, x in pairs]
+        self.calls.append((tokens, seconds))
+        self.least = {}
+        for count, taken in self.calls:
+            self.least[count] = min(taken, self.least.get(count, taken))
 
     def seconds(self, tokens: int) -> float:
-        """What a call of so many tokens takes."""
-        if not self.known:
-            return 0.0
-        count, first, second, taken, product = self.sums
-        spread = count * second - first**2
-        # of calls that all had one number, rounding leaves a little
-        each = (count * product - first * taken) / spread if spread > 1e-6 * first**2 else 0.0
-        each = max(0.0, each)
-        return (taken - each * first) / count + each * tokens
+        """What a call of so many tokens takes; 0 before the first call."""
+        known = max((n for n in self.least if n <= tokens), default=min(self.least, default=0))
+        return self.least.get(known, 0.0)
 
 
 class Pace:
@@ -154,7 +151,7 @@ class Pace:
         # accepted and proposed, for each bin
         self.right = [[PRIOR * (place + 0.5) / BINS, PRIOR] for place in range(BINS)]
         self.usual = [PRIOR / 2, PRIOR]
-        self.spent = self.gained = 0.0
+        self.spent = self.gained = self.lost = 0.0
         self.rounds = self.tried = self.asleep = 0
         self.nap = NAPS[0]
 
@@ -164,7 +161,7 @@ class Pace:
             self.asleep -= 1
             return False
         self.rounds += 1
-        return self.parent.known and self.rounds % PLAIN_EVERY != 0
+        return bool(self.parent.least) and self.rounds % PLAIN_EVERY != 0
 
     def token_seconds(self, texts: int) -> float:
         """What a token takes in a call without proposals."""
@@ -194,11 +191,12 @@ class Pace:
         """Note what a round with a draft took and gave; the draft may fall asleep."""
         self.spent, self.gained = 0.9 * self.spent + seconds, 0.9 * self.gained + tokens
         self.tried += 1
-        if self.tried < TRIALS:
-            return
-        if self.spent > self.gained * self.token_seconds(texts):
+        # what was gained long ago does not count: a text may change
+        plain = self.token_seconds(texts)
+        self.lost = max(0.0, self.lost + seconds - tokens * plain)
+        if self.lost > LOST * plain:
             self.asleep, self.nap = self.nap, min(4 * self.nap, NAPS[1])
-            self.spent = self.gained = 0.0
+            self.spent = self.gained = self.lost = 0.0
             self.tried = 0
         elif self.tried > PLAIN_EVERY:
             self.nap = NAPS[0]
