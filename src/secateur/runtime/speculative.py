@@ -290,7 +290,9 @@ class Drafter:
             tokens += [Token(slot, first + n, token, n == last) for n, token in enumerate(ids)]
             self.texts[slot] += ids
         calls = [tokens[n : n + MAX_BATCH] for n in range(0, len(tokens), MAX_BATCH)]
-        return torch.cat([self.decoder.step(call) for call in calls])
+        rows = [self.decoder.step(call) for call in calls]
+        # torch copies large rows with threads that wait awake for milliseconds, in the parent's way
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def judged(self, guesses: Sequence[Guess], tokens: int) -> None:
         """Note that a proposal of a text gave so many tokens; the last one is the parent's own."""
