@@ -18,6 +18,7 @@ from zoo import SIZES, class_of
 
 import secateur
 from secateur.errors import ExportError, RecipeError
+from secateur.exporting.gguf.llama_cpp import LlamaCpp
 from secateur.exporting.gguf.tokenizer import split_rules
 from secateur.exporting.gguf.writing import dequantized, stored_blocks
 from secateur.quantization.groups import GroupGrid
@@ -284,6 +285,22 @@ def test_compressed_mixtures_too(family, tokenizer, tmp_path: Path) -> None:
     assert made.zeros_kept == made.zeros > 0.45 * made.weights
     (file,) = (tmp_path / "out").iterdir()
     assert_alike(file, secateur.load(tmp_path / "packed", expand=True), tokenizer, PROMPTS[:2])
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_blocks_across_heads_that_change_places(size: int, tokenizer, tmp_path: Path) -> None:
+    """Heads of 8 channels share blocks of 32, so llama.cpp's order needs other blocks."""
+    sizes = {"linear_key_head_dim": size, "linear_value_head_dim": size, "head_dim": 32}
+    source = save(tmp_path / "model", tokenizer, "qwen3_5_text", **sizes)
+    packed = secateur.compress(source, output=tmp_path / "packed", values="q4_0").output
+    secateur.export(packed, output=tmp_path / "out", type="q4_0")
+    (file,) = (tmp_path / "out").iterdir()
+    model, prompt = secateur.load(packed, expand=True), "a b"
+    expected = model(tokenizer(prompt, return_tensors="pt")["input_ids"]).logits[0, -1]
+    with LlamaCpp(file) as engine:
+        (found,) = engine.run(tokenizer(prompt, return_tensors="pt")["input_ids"], logits=True)
+    error = (found[-1] - expected).norm() / expected.norm()
+    assert error < 0.05  # llama.cpp rounds what multiplies a row
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,12 @@ class LlamaCppModel(DecoderSizes):
         halves = weight.reshape(-1, 2, self.head // 2, *weight.shape[1:])
         return halves.swapaxes(1, 2).reshape(weight.shape)
 
+    def moves_whole(self, stored: str, columns: int, size: int) -> bool:
+        """Whether llama.cpp's order of a tensor's columns keeps each `size` of them together."""
+        places = torch.arange(columns)
+        moved = self.family.arranged(self, self.names[stored], places[None]).view(-1, size)
+        return bool((moved == moved[:, :1] // size * size + places[:size]).all())
+
 
 LEAST_FFN = 32
 """llama.cpp skips a layer whose FFN is 0 wide, so a missing FFN becomes this many zeros."""

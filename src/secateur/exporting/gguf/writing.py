@@ -171,6 +171,9 @@ class GGUFFile:
 
     def blocks(self, one: Planned, kind: Q) -> Tensor | None:
         """The bytes of a tensor, if the source has all its matrices in blocks of this type."""
+        size = gguf.GGML_QUANT_SIZES[kind][0]
+        if not all(self.model.moves_whole(name, one.shape[-1], size) for name in one.sources):
+            return None
         found = [self.source.reader.blocks(name) for name in one.sources if kind in OWN.values()]
         parts = [
             self.model.arranged(name, own.packed)
