@@ -30,6 +30,7 @@ from secateur.models.opening import load_whole, open_weights
 MEASURES = tuple(
     f"src/secateur/exporting/gguf/{name}.py" for name in ("architectures", "model", "writing")
 )
+MINUTES = 10
 RESULT = "gguf-exports"
 NAMES = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4", "gemma4 moe", "phi3", "smollm3",
@@ -63,7 +64,7 @@ def measured(name: str, work: Path, converter: cuts.Converter) -> cuts.Row:
         states = torch.randn(1, TOKENS, parent.config.hidden_size, generator=generator)
         ids = torch.randint(9, words, (1, TOKENS), generator=generator)
         theirs_of_mtp = predicted(ours, states[0], ids[0].tolist())
-        row["mtp"] = float((mtp(states, ids)[0][0] - theirs_of_mtp).abs().max())
+        row["mtp"] = float((mtp(states, mtp.embed(ids))[0][0] - theirs_of_mtp).abs().max())
     return row
 
 

@@ -319,7 +319,7 @@ def test_blocks_across_heads_that_change_places(size: int, tokenizer, tmp_path: 
         ("llama", {"rope_parameters": {**STRETCHED, "factor": 2.0}}, "'longrope'"),
         ("llama", {"rope_parameters": DYNAMIC}, "'dynamic'"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
-        ("gemma4_text shared", {}, "share the keys"),
+        ("gemma4_text shared", {"vocab_size_per_layer_input": WORDS}, "share the keys"),
         ("gemma4_text small", {}, "table of 96 tokens"),
         ("qwen3_5_text", {}, "its heads have 8 channels"),
         ("gpt_neox", {}, "'gpt_neox'"),

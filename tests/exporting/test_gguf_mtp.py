@@ -45,7 +45,8 @@ def test_layer_and_model_are_computed_alike(name: str, cut: bool, tmp_path: Path
     assert_alike(file, parent, tokenizer)
     torch.manual_seed(0)
     states, ids = torch.randn(1, 9, 32), torch.randint(3, len(tokenizer), (1, 9))
-    [expected] = read_mtp(parent, open_weights(source), torch.float32)(states, ids)
+    mtp = read_mtp(parent, open_weights(source), torch.float32)
+    [expected] = mtp(states, mtp.embed(ids))
     torch.testing.assert_close(
         predicted(file, states[0], ids[0].tolist()), expected[0], rtol=1e-4, atol=1e-4
     )

@@ -211,20 +211,20 @@ def _stored_edits(
     """
     found: dict[str, TensorEdit] = {}
     copied = _copied_parts(made, stored, reader)
-    for edit in made.edits.values():
+    for name, edit in made.edits.items():
         whole = edit.source in stored  # experts may be stored fused, as transformers holds them
         if not whole and _part_of(made, edit.source) in copied:
             continue
-        for part in [edit] if whole else _stored_parts(made, edit, stored):
+        for expert, part in [(None, edit)] if whole else _stored_parts(made, edit, stored):
             if part.source not in stored:
                 raise CheckpointError(
                     f"the checkpoint does not contain {part.source}",
                     where=str(reader.folder),
                     remedy="the file is incomplete, or of another model than config.json says",
                 )
-            target = _renumbered(made, stored[part.source])
-            assert target is not None
-            found[target] = replace(part, source=stored[part.source])
+            source = stored[part.source]
+            target = _renumbered_name(made, source, edit.source, name, expert)
+            found[target] = replace(part, source=source)
     for names in copied.values():
         for name in names:
             found[name] = TensorEdit.copy(name, reader.entries[name].shape)
@@ -254,8 +254,8 @@ def _part_of(made: Design, name: str) -> str:
 
 def _stored_parts(
     made: Design, edit: TensorEdit, stored: Mapping[str, str]
-) -> Iterator[TensorEdit]:
-    """The edits of the tensors that hold a parameter.
+) -> Iterator[tuple[tuple[int, int] | None, TensorEdit]]:
+    """The edits of the tensors that hold a parameter, with the expert's old and new number.
 
     A checkpoint may store the experts of a layer otherwise than the model holds them; other
     parameters are whole.
@@ -269,9 +269,26 @@ def _stored_parts(
             kept_of_axes = tuple(
                 x if x is None or x.ndim == 1 else x[expert[1]] for x in kept_of_axes
             )
-        yield replace(edit, source=name, kept=kept_of_axes, shape=shape)
+        yield expert, replace(edit, source=name, kept=kept_of_axes, shape=shape)
     if not parts:
-        yield edit
+        yield None, edit
+
+
+def _renumbered_name(
+    made: Design, stored: str, source: str, target: str, expert: tuple[int, int] | None
+) -> str:
+    """A stored name with the new number of its layer, and of its expert."""
+    prefix = made.architecture.layers_path + "."
+    if not source.startswith(prefix):
+        return stored
+    old, new = (name.removeprefix(prefix).partition(".")[0] for name in (source, target))
+    # The first number is the layer's; that of an expert comes after it.
+    stored = re.sub(rf"(^|\.){old}\.", rf"\g<1>{new}.", stored, count=1)
+    experts = made.architecture.experts
+    place = experts.place_of(stored) if experts else None
+    if place and expert:
+        return f"{stored[: place.start(1)]}{expert[1]}{stored[place.end(1) :]}"
+    return stored
 
 
 def _part_edits(
