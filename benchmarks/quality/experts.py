@@ -15,8 +15,9 @@ above the uncut mixture's on the same windows, so its error is that of the diffe
 divergence is from the uncut mixture; both in nats. `random` is the mean of five draws. Neurons go
 in every expert, as many weights as whole experts have; `experts and neurons` takes both. Ways with
 `llama.cpp` choose in a float32 GGUF file by what llama.cpp computes, or by an importance matrix
-that it has collected, and llama.cpp judges them. The ways of `bits` cut SmolLM2 and store what is
-left in fewer bits, rounded on the same text; `uncut` compares the mixture with SmolLM2. Every cell is kept in `results/experts.json` at once
+that it has collected, and llama.cpp judges them. The ways of `bits` cut by
+`divergence`, global and tuned, and store what is left in fewer bits, rounded on the same text;
+`uncut` compares SmolLM2's mixture with SmolLM2. Every cell is kept in `results/experts.json` at once
 and skipped when it is there; a killed cut goes on. DIR keeps trained models and stopped runs.
 """
 
@@ -277,9 +278,8 @@ def cells(bench: Bench) -> Iterator[tuple[Mapping[str, Any], Callable[[], dict[s
         for kept in KEPT:
             if bench.name != "smollm2" or not way.endswith("llama.cpp"):
                 yield {"way": way, "kept": kept}, partial(cell, bench, way, kept, options(kept))
-    if bench.name != "smollm2":
-        return
-    yield {"way": "uncut", "kept": 1.0}, partial(whole, bench)
+    if bench.name == "smollm2":
+        yield {"way": "uncut", "kept": 1.0}, partial(whole, bench)
     for kept in (1.0, *KEPT):
         for values in BITS:
             named = {"way": "bits", "kept": kept, "values": values}
@@ -315,21 +315,19 @@ def cuts(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def bits(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """SmolLM2 by size: the experts that stay, and the values that store them."""
-    found = sorted((row for row in rows if row["way"] == "bits"), key=lambda row: -row["bytes"])
-    return ["MiB", "experts that stay", "values", "loss above the mixture's"], [
-        [f"{row['bytes'] / 2**20:.1f}", f"{row['kept']:.0%}", row["values"], f"{row['above']:.3f}"]
-        for row in found
-    ]
+    """The mixtures by size: the experts that stay, and the values that store them; means."""
+    found: dict[tuple[float, str], Rows] = {}
+    for row in rows:
+        if row["way"] == "bits" and row["model"] != "smollm2":
+            found.setdefault((row["kept"], row["values"]), []).append(row)
 
+    def mean(key: tuple[float, str], name: str) -> float:
+        return sum(row[name] for row in found[key]) / len(found[key])
 
-def readme(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """What the default loses on the mixtures, by what learns afterwards."""
-    lines = [
-        [f"{1 - kept:.0%}", *(lost(rows, f"reap{after}", kept, smollm2=False) for after in EFFORTS)]
-        for kept in KEPT
+    return ["KiB", "experts that stay", "values", "nats lost"], [
+        [f"{mean(key, 'bytes') / 2**10:.0f}", f"{key[0]:.0%}", key[1], f"{mean(key, 'above'):.3f}"]
+        for key in sorted(found, key=lambda key: -mean(key, "bytes"))
     ]
-    return ["experts that go", "only cut", "tuned (the default)", "healed"], lines
 
 
 TABLES = {"readme": readme, "cuts": cuts, "bits": bits}

@@ -365,4 +365,5 @@ def write_draft(folder: Path, *, speedup: float = 1.42) -> Path:
         "candidates": [candidate], "heads": [], "frontier": [],
     }  # fmt: skip
     (folder / "secateur" / "draft.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder

@@ -11,12 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.errors import SourceError
+from secateur.models.configuration import HEAD, MTP, type_of
 from secateur.reporting import models
 from secateur.reporting.cards import source_name, without_folders
 from secateur.reporting.diagnose import diagnosis
 from secateur.reporting.evaluate import evaluation, timing
 from secateur.reporting.fields import Result
-from secateur.reporting.fit import DraftResult, FitResult
+from secateur.reporting.fit import (
+    DraftedResult,
+    DraftResult,
+    FitResult,
+    FittedResult,
+    HeadResult,
+    MTPResult,
+)
 from secateur.reporting.sweep import SweepResult
 from secateur.reporting.tables import COMMAND, Block, Line, bare_name
 from secateur.runs import measured, records
@@ -197,9 +205,13 @@ def read_run(folder: Path, name: str) -> ReportedRun:
         return read_record(record, place) if place.is_file() else None
 
     manifest, chain = read(records.Manifest, "manifest.json"), read(records.Chain, "chain.json")
-    fit, draft = read(FitResult, "fit.json"), read(DraftResult, "draft.json")
-    chosen = fit or draft
-    packed = read(models.CompressResult, "compression.json") or (chosen.packed if chosen else None)
+    fit, draft = read(FitResult, "fit.json"), notes / "draft.json"
+    drafts: dict[str, type[DraftedResult]] = {HEAD: HeadResult, MTP: MTPResult}
+    kind = drafts.get(type_of(folder), DraftResult) if draft.is_file() else DraftResult
+    chosen = fit or read(kind, draft.name)
+    packed = read(models.CompressResult, "compression.json")
+    if isinstance(chosen, FittedResult):
+        packed = packed or chosen.packed
     lines, trained = notes / "layers.jsonl", notes / "training.json"
     swept = folder / "sweep.json"
     sweep = read_record(measured.Sweep, swept) if swept.is_file() else None

@@ -134,6 +134,8 @@ def test_acceptance_is_that_of_the_folder(place: Path, result: HeadResult) -> No
 def test_a_finished_head_is_shown_again(place: Path, result: HeadResult) -> None:
     assert train(place, place / "made", resume=True) == result
     assert "temperature 1" in str(result)
+    secateur.report([place / "made"], output=place / "page.html")
+    assert f"{result.acceptance.mean:.3f}" in (place / "page.html").read_text()
 
 
 @pytest.mark.parametrize("killed", [4, 11])  # of 12 steps, of which the last three train chains
