@@ -330,6 +330,15 @@ def bits(rows: Rows) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def readme(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """What the default loses on the mixtures, by what learns afterwards."""
+    lines = [
+        [f"{1 - kept:.0%}", *(lost(rows, f"reap{after}", kept, smollm2=False) for after in EFFORTS)]
+        for kept in KEPT
+    ]
+    return ["experts that go", "only cut", "tuned (the default)", "healed"], lines
+
+
 TABLES = {"readme": readme, "cuts": cuts, "bits": bits}
 
 
