@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -380,26 +381,36 @@ def refused(cut: str, error: ArchitectureError | RecipeError) -> Row:
     return {"cut": cut, "refused": str(error).splitlines()[0]}
 
 
-def main() -> None:
-    """Make, cut, compare, show."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def asked(about: str, names: Collection[str]) -> tuple[Path, list[str], Converter]:
+    """The folder and the models that a command line names, and the converter.
+
+    Args:
+        about: what the script does.
+        names: the models, where the command line names none.
+    """
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--source", type=Path, help="llama.cpp's source tree")
-    parser.add_argument("--only", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--only", nargs="*", default=list(names), choices=MODELS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     source = args.source or fetched(args.work)
-    converter = Converter(source, args.work / "converter.log")
+    return args.work, args.only, Converter(source, args.work / "converter.log")
+
+
+def main() -> None:
+    """Make, cut, compare, show."""
+    work, names, converter = asked(__doc__.splitlines()[0], MODELS)
     protocol = {
         "converter": PACKAGE, "llama_cpp": version("llama-cpp-py-sync"), "windows": WINDOWS,
         "length": LENGTH, "experts_kept": 0.75, "mixes": list(CUT_MIXES),
         "logits": "largest absolute difference; usual: median over tokens",
     }  # fmt: skip
-    for name in args.only:
+    for name in names:
         if name in {row["model"] for row in known_rows(RESULT, protocol)}:
             continue
-        start, folder = time.perf_counter(), args.work / name.replace(" ", "-")
+        start, folder = time.perf_counter(), work / name.replace(" ", "-")
         try:
             check = Check(name, folder, converter)
             row = {"model": name, "architecture": check.source.architecture, "cuts": check.rows()}

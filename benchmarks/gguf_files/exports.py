@@ -10,7 +10,6 @@ of its layer for further tokens (MTP) from random states; transformers and our o
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -70,21 +69,14 @@ def measured(name: str, work: Path, converter: cuts.Converter) -> cuts.Row:
 
 def main() -> None:
     """Write, compare, show."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--source", type=Path, help="llama.cpp's source tree")
-    parser.add_argument("--only", nargs="*", default=list(NAMES), choices=MODELS)
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    converter = cuts.Converter(args.source or cuts.fetched(args.work), args.work / "converter.log")
+    work, names, converter = cuts.asked(__doc__.splitlines()[0], NAMES)
     protocol = {
         "converter": cuts.PACKAGE, "llama_cpp": version("llama-cpp-py-sync"),
         "windows": cuts.WINDOWS, "length": cuts.LENGTH, "mtp_tokens": TOKENS,
     }  # fmt: skip
-    for name in args.only:
+    for name in names:
         if name not in {row["model"] for row in known_rows(RESULT, protocol)}:
-            add(RESULT, protocol, measured(name, args.work / name.replace(" ", "-"), converter))
+            add(RESULT, protocol, measured(name, work / name.replace(" ", "-"), converter))
             print(name, flush=True)
     print(markdown(*exports(known_rows(RESULT, protocol))))
 

@@ -219,8 +219,8 @@ class Draft(Step[DraftRecipe, reports.DraftedResult]):
             packed=packed,
         )
         write_json(folder.notes / reports.DRAFT, result.to_json())
-        card, about = folder.model / "README.md", told(result, "It is a model of its own.")
-        text = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## A draft\n\n{about}"
+        card, said = folder.model / "README.md", about(result, "It is a model of its own.")
+        text = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## A draft\n\n{said}"
         write_text(card, text)
         return result
 
@@ -326,7 +326,7 @@ def _make_drafts(
     return [*made.values()], [*choices.values()]
 
 
-def told(result: reports.DraftedResult, what: str) -> str:
+def about(result: reports.DraftedResult, what: str) -> str:
     """What a model card says of a draft."""
     name, taken = Path(result.parent).name, result.acceptance
     return (

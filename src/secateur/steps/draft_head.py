@@ -179,7 +179,7 @@ class StatesDraft(draft.Draft):
         write_json(run.folder.notes / reports.DRAFT, result.to_json())
         write_text(run.folder.notes / "recipe.yaml", dump_recipe(recipe))
         uses = "".join(f"- {name}: `{how}`\n" for name, how in result.engines.items())
-        write_text(made / "README.md", f"# A draft\n\n{draft.told(result, self.about)}\n{uses}")
+        write_text(made / "README.md", f"# A draft\n\n{draft.about(result, self.about)}\n{uses}")
         return result
 
     def acceptances(
