@@ -60,6 +60,7 @@ def test_every_way_is_made_judged_and_timed(
     whole = rows.pop("tokens of the text, int4")
     assert "all 320 tokens" in whole["failure"]
     assert "all 320 tokens" in ended.out
+    assert ended.out.count("be made") == 1
     for row in rows.values():
         place = Path(row["place"])
         files = [place] if place.is_file() else [*place.glob("*.safetensors")]
