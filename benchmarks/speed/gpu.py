@@ -82,8 +82,10 @@ def rows_of(scale: Any, scratch: Path, layers: int, few: int) -> list[Row]:
         for v, z in (("bf16", 0.5), ("int8", 0), ("int4", 0), ("bf16", 0.7))
         for s in scale.shapes
     ]
-    cores = [
-        Row(named("2:4", s), 15, partial(measure.sparse_core_row, scale, s)) for s in scale.shapes
+    cores = [  # torch has no such tensors on a CPU
+        Row(named("2:4", s), 15, partial(measure.sparse_core_row, scale, s))
+        for s in scale.shapes
+        if scale.device == "cuda"
     ]
     models = [
         Row(f"model {c}", 75, partial(measure.model_row, scale, c))

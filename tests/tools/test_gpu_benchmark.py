@@ -78,7 +78,7 @@ def test_rows_of_every_kind_run_in_the_interpreter(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
     assert not [row for row in rows if "failure" in row]
     kinds = Counter(row["name"].split()[0] for row in rows)
-    assert kinds == {"product": 6, "model": 1, "evaluate": 2, "prune": 4}
+    assert kinds == {"product": 4, "model": 1, "evaluate": 2, "prune": 4}
     again = subprocess.run(command, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (0, done.stdout)
     assert not [row for row in rows if f"{row['name']}: " in again.stderr]
