@@ -1,11 +1,11 @@
-"""Walk a newcomer's path with a clock: clone, `make setup`, `make demo`, then docs/start.md.
+"""Walk a newcomer's path with a clock: clone, then docs/start.md.
 
-    python -m benchmarks.newcomer FOLDER [--parts make start] [--repository DIR] [--python python3]
+    python -m benchmarks.newcomer FOLDER [--repository DIR] [--python python3]
 
 FOLDER must not exist; it holds the clone, the commands' files and `walk.log` with all that was
 printed. The commands of docs/start.md are those of its `bash` blocks, typed one after the other
-into one shell. The environment that they make is beside that of `make`. Packages come from the
-index of pip or from its cache; the sample model too, unless it is there.
+into one shell. Packages come from the index of pip or from its cache; the sample model too, unless
+it is there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import heading, keep
-from benchmarks.stored import known_rows
 
 MEASURES = ("src/secateur/steps/prune.py", "src/secateur/steps/compress.py")
-MINUTES = 20
+MINUTES = 8
 
 REPOSITORY = Path(__file__).parents[1]
 QUESTION = "What is the capital of France?\n"
@@ -58,9 +57,11 @@ def walk(lines: list[str], folder: Path, log: Path) -> list[dict[str, Any]]:
     Raises:
         SystemExit: a command failed.
     """
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     shell = subprocess.Popen(
         ["bash", "-c", script(lines)],
         cwd=folder,
+        env=own,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -111,7 +112,7 @@ def start(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
-    shown = [row for row in rows if row["part"] == "start" and row["seconds"] >= 1]
+    shown = [row for row in rows if row["seconds"] >= 1]
     shown = [row for row in shown if row["command"].startswith(("pip", "secateur"))]
     lines = [
         [words(r["command"]), clock(r["seconds"]), clock(r["processor_seconds"])] for r in shown
@@ -128,33 +129,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repository", type=Path, default=REPOSITORY)
     parser.add_argument("--python", default="python3")
-    parser.add_argument("--parts", nargs="+", default=["make", "start"], choices=["make", "start"])
     chosen = parser.parse_args()
     folder, python = chosen.folder.resolve(), shlex.quote(chosen.python)
     folder.mkdir(parents=True)
     repository = chosen.repository.resolve()
     here = shlex.quote(str(repository))
-    typed = {
-        "make": [
-            f"git clone --quiet {here} made",
-            "cd made",
-            f"make setup PYTHON={python}",
-            "make demo",
-        ],
-        "start": [
-            f"git clone --quiet {here} secateur",
-            "cd secateur",
-            *(
-                line.replace("python3 ", f"{python} ")
-                for line in commands(repository / "docs" / "start.md")
-            ),
-        ],
-    }
-    rows = [row for row in known_rows("newcomer") if row["part"] not in chosen.parts]
-    for part in chosen.parts:
-        walked = walk(typed[part], folder, folder / "walk.log")
-        conditions = {"part": part, "measured": heading(), "running": round(os.getloadavg()[2], 1)}
-        rows += [{**conditions, **row} for row in walked]
+    page = commands(repository / "docs" / "start.md")
+    typed = [f"git clone --quiet {here} secateur", "cd secateur"]
+    typed += [line.replace("python3 ", f"{python} ") for line in page]
+    rows = walk(typed, folder, folder / "walk.log")
+    conditions = {"measured": heading(), "running": round(os.getloadavg()[2], 1)}
+    rows = [{**conditions, **row} for row in rows]
     for row in rows:
         row["command"] = row["command"].replace(here, "REPOSITORY")
     protocol = {

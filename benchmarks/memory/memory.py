@@ -23,7 +23,7 @@ from benchmarks.hardware import heading, keep, markdown
 from safetensors.torch import save_file
 
 MEASURES = ("src/secateur/engine/stream", "src/secateur/engine/prune")
-MINUTES = 49
+MINUTES = 14
 
 SHAPES = {"1b": (2048, 5632, 8), "7b": (4096, 11008, 32), "tiny": (64, 96, 8)}
 """Hidden width, FFN width and KV heads: TinyLlama's with twice its KV heads, Llama-2-7B's, and a

@@ -1,6 +1,6 @@
 """Our way to a task score beside lm-eval's own, item for item: `docs/evaluation.md`.
 
-    python -m benchmarks.quality.tasks                          # five tasks, the first 200 items of each
+    python -m benchmarks.quality.tasks                          # five tasks, the first 100 items of each
     python -m benchmarks.quality.tasks --tasks hellaswag sciq       # more; what is there already is kept
 
 lm-eval loads the checkpoint by itself (`simple_evaluate`, `hf`, float32, batches of one) and reads
@@ -28,7 +28,7 @@ from secateur.models.tokenizer import load_tokenizer
 from secateur.runtime.load import load
 
 MEASURES = ("src/secateur/evaluation/tasks.py", "src/secateur/evaluation/harness.py")
-MINUTES = 10
+MINUTES = 6
 
 FIVE = ("winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tasks", nargs="*", default=FIVE, choices=TASKS)
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--name", default="tasks")
     args = parser.parse_args()
     print(heading())

@@ -1,9 +1,9 @@
 """What `secateur advise` predicts for this machine, beside what `secateur bench` measures.
 
-    python -m benchmarks.speed.advice [--work DIR] [--rounds 7] [--models 1.1b 360m smollm2]
+    python -m benchmarks.speed.advice [--work DIR] [--rounds 3] [--models 1.1b smollm2]
 
-Three shapes with random weights (`int4_models.py` writes them): TinyLlama's 1.1 B, SmolLM2's 360M
-and 135M. Each is stored in four ways. In every round each way is first predicted as `advise` does
+Two shapes with random weights (`int4_models.py` writes them, into the same `--work`): TinyLlama's
+1.1 B and SmolLM2-135M's. Each is stored in four ways. In every round each way is first predicted as `advise` does
 it, with random matrices in this process; right after it the real packed folder decodes in a process
 of its own: a prompt of 64 tokens and 32 new ones. So other work on the machine affects both alike.
 Numbers are medians over rounds, and the error of the speed is the median of the errors of rounds.
@@ -35,7 +35,7 @@ from secateur.runtime.formats import WeightFormat
 from secateur.runtime.random_models import FormatTimer
 
 MEASURES = ("src/secateur/advisor/advice.py", "src/secateur/runtime/random_models.py")
-MINUTES = 60
+MINUTES = 9
 
 ZEROS_OF = {"bitmask": ("50%", 0.5), "dense": ("dense", 0.0)}
 NAMES = [name for name in STORED if name.startswith(("50 %", "dense"))]
@@ -77,7 +77,7 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
 
 def forecasts(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The errors of forecasts of each shape, over the ways to store it."""
-    names, lines = {"smollm2": "135M", "360m": "360M", "1.1b": "1.1 B"}, []
+    names, lines = {"smollm2": "135M", "1.1b": "1.1 B"}, []
     for model, name in names.items():
         own = [row for row in rows if row["model"] == model]
         memory = [row["predicted_bytes"] / row["measured_bytes"] - 1 for row in own]
@@ -96,7 +96,7 @@ def main() -> None:
     """Make the models, predict, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder for the models, kept")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=[*SHAPES], default=[*SHAPES])
     parser.add_argument("--name", default="advice", help="of the file with the rows")
     args = parser.parse_args()

@@ -1,23 +1,19 @@
-"""Our server under load, and beside llama.cpp's.
+"""Our server beside llama.cpp's, under load.
 
-    python -m benchmarks.speed.serving speed --dense SMOLLM2 --pruned SMOLLM2 --work DIR [--rounds 2]
-    python -m benchmarks.speed.serving load --pruned SMOLLM2 --work DIR [--seconds 60]
+    python -m benchmarks.speed.serving --dense SMOLLM2 --pruned SMOLLM2 --work DIR [--rounds 2]
+        [--llama PYTHON]
 
 `--pruned` is SmolLM2-135M with 50 % zeros, `--dense` without. They are packed with int8 and with
 int4 values (groups of 64), with an int8 embedding, and the dense one is exported as Q8_0 and Q4_0
-for llama.cpp (`xllamacpp`). Every server is a process of its own with as many threads as
+for llama.cpp (`xllamacpp`, in the environment of `--llama`). Every server is a process of its own with as many threads as
 processors, 20 slots and else its defaults, and answers over HTTP.
 
-`speed`: 1, 4, 8 and 16 clients stream greedy answers of 96 tokens to prompts of 60 tokens, one
+1, 8 and 16 clients stream greedy answers of 96 tokens to prompts of 60 tokens, one
 after the other. Every two seconds another client sends a prompt of 512 tokens and takes one token
 of the answer. All prompts are different. A round has all servers and numbers of clients, five
 seconds each, the servers in turns; then all connections are closed. Tokens a second are those that
 the streaming clients received. A gap is the time between two tokens of an answer. The clients' own
 work is in all times.
-
-`load`: 200 streamed requests from 16 clients, spread over 60 seconds, eight slots, and a prefix
-cache of 32 MiB, which is soon full. Every answer is compared with that of the same request when
-the server has nothing else to do. The memory of the process is read twice a second.
 """
 
 from __future__ import annotations
@@ -39,16 +35,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-from benchmarks.hardware import heading, keep, markdown, watched_memory
+from benchmarks.hardware import heading, keep, markdown
 
 import secateur
 from secateur.models.tokenizer import load_tokenizer
 
 MEASURES = ("src/secateur/serving/scheduler.py", "src/secateur/runtime/kernels/csrc")
-MINUTES = 60
+MINUTES = 7
 
-CLIENTS = (1, 4, 8, 16)
+CLIENTS = (1, 8, 16)
 NEW_TOKENS, PROMPT_TOKENS, LONG_TOKENS = 96, 60, 512
 SLOTS, WINDOW_SECONDS, LONG_EVERY = 20, 5.0, 2.0
 PROMPT_WORDS = 45
@@ -75,11 +70,11 @@ time.sleep(3600)
 class Server:
     """A process that answers."""
 
-    def __init__(self, script: str, model: Path, log: Path, *options: str) -> None:
+    def __init__(self, python: str, script: str, model: Path, log: Path, *options: str) -> None:
         self.log = log.open("w")
         environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script, str(model), *options],
+            [python, "-c", script, str(model), *options],
             stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -245,8 +240,10 @@ def speed(args: argparse.Namespace) -> None:
     servers: dict[str, Server] = {}
     try:
         for number, (name, (script, model)) in enumerate(ready.items()):
-            options = ("--slots", str(SLOTS)) if script is OURS else ()
-            servers[name] = Server(script, model, args.work / f"{number}.log", *options)
+            ours, log = script is OURS, args.work / f"{number}.log"
+            options = ("--slots", str(SLOTS)) if ours else ()
+            python = sys.executable if ours else args.llama
+            servers[name] = Server(python, script, model, log, *options)
             window(servers[name].host, 4, prompts, Received(), 2.0)
         for round in range(args.rounds):
             for clients in CLIENTS:
@@ -284,7 +281,7 @@ def servers(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     of = {(row["server"], row["clients"]): row for row in rows}
     lines = []
     for name in dict.fromkeys(row["server"] for row in rows):
-        speeds = [f"{of[name, clients]['tokens_per_second']:.0f}" for clients in (1, 8, 16)]
+        speeds = [f"{of[name, clients]['tokens_per_second']:.0f}" for clients in CLIENTS]
         gaps = [f"{of[name, clients]['gap_99']:.0f} ms" for clients in (8, 16)]
         first = f"{of[name, 8]['first_token_median']:.0f} ms"
         lines.append([name, *speeds, *gaps, first])
@@ -295,84 +292,15 @@ def servers(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 TABLES = {"servers": servers}
 
 
-def streamed(client: httpx.Client, address: str, number: int) -> str:
-    """The text of one streamed answer. Its pieces are in the order in which they came."""
-    body = {
-        "prompt": PROMPTS[number % len(PROMPTS)],
-        "max_tokens": 16 + number * 7 % 80,
-        "temperature": 0.0,
-        "stream": True,
-    }
-    text, ended = [], False
-    with client.stream("POST", f"{address}/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines():
-            if line == "data: [DONE]":
-                ended = True
-            elif line:
-                text.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
-    assert ended, f"answer {number} has no end"
-    return "".join(text)
-
-
-def load(args: argparse.Namespace) -> None:
-    """Many clients for a while: nothing is lost, nothing is mixed up, memory stays."""
-    args.work.mkdir(parents=True, exist_ok=True)
-    model = packed(args, args.pruned, "int8", "int8")
-    server = Server(OURS, model, args.work / "load.log", "--prefix-cache", "32MiB")
-    try:
-        with httpx.Client(timeout=300) as client:
-            for number in range(8):  # before anything is measured, all slots have been used
-                streamed(client, server.address, 300 + number)
-            began = time.perf_counter()
-            seconds: list[float] = []
-
-            def work(number: int) -> str:
-                due = began + args.seconds * number / args.requests
-                time.sleep(max(0.0, due - time.perf_counter()))
-                asked = time.perf_counter()
-                text = streamed(client, server.address, number)
-                seconds.append(time.perf_counter() - asked)
-                return text
-
-            with watched_memory(server.process.pid) as seen, ThreadPoolExecutor(16) as pool:
-                texts = [*pool.map(work, range(args.requests))]
-            wall = time.perf_counter() - began
-            alone = [streamed(client, server.address, number) for number in range(args.requests)]
-            metrics = client.get(f"{server.address}/metrics").text
-    finally:
-        server.stop()
-    memory = [resident / 2**20 for resident in seen]
-    half = len(memory) // 2
-    row: dict[str, Any] = {
-        "requests": args.requests,
-        "answered": len(texts),
-        "as_alone": sum(a == b for a, b in zip(texts, alone, strict=True)),
-        "wall_seconds": wall,
-        "median_seconds": statistics.median(seconds),
-        "slowest_seconds": max(seconds),
-        "memory_mib_first_half": max(memory[:half]),
-        "memory_mib_second_half": max(memory[half:]),
-        "exit_code": server.process.returncode,
-    }
-    keep("serving-load", {"protocol": __doc__, "seconds": args.seconds}, [row])
-    print(heading())
-    print(json.dumps(row, indent=1))
-    print("\n".join(line for line in metrics.splitlines() if "ended" in line and line[0] != "#"))
-
-
 def main() -> None:
-    """Run one part."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["speed", "load"])
+    """Make the models, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pruned", type=Path, required=True)
-    parser.add_argument("--dense", type=Path)
+    parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--requests", type=int, default=200)
-    args = parser.parse_args()
-    {"speed": speed, "load": load}[args.part](args)
+    parser.add_argument("--llama", default=sys.executable, help="a python that has xllamacpp")
+    speed(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
     python -m benchmarks.speed.structure_speed [--work DIR] [--rounds 3] [--engines "llama.cpp, Q8_0" …]
 
-Cuts: none, and the kinds of `structure.py`, each to about 90, 80, 70 and 50 % of the decoder's
-parameters. The first units stay: which ones go does not matter for speed, so nothing is calibrated
+Cuts: none, and width, depth and the middle of `structure.py`, each to about 90, 80 and 70 % of the
+decoder's parameters. The first units stay: which ones go does not matter for speed, so nothing is calibrated
 (`secateur.structured.surgery` alone), and texts are worthless. Neurons stay in multiples of 32, a
-block of llama.cpp's Q8_0. llama.cpp gets no cut of the hidden size, then no multiple of 32, and
-none whose layers differ.
+block of llama.cpp's Q8_0. llama.cpp gets no cut of the middle, whose layers differ.
 
-Engines: transformers in float32 and bfloat16, Secateur's own loop with bfloat16 weights and with
-int8 ones (`secateur compress --values int8 --embeddings int8` of the dense, cut model), and
-llama.cpp with Q8_0.
+Engines: transformers in float32, and llama.cpp with Q8_0.
 
 Each model is a process of its own. Within an engine the models take turns
 (`secateur.evaluation.speed`): a prompt of 256 tokens, then 32 new ones; medians over rounds, ratios
@@ -33,11 +30,10 @@ from typing import Any
 import torch
 from benchmarks.hardware import heading, keep, markdown
 from benchmarks.models.random_models import write_gguf
-from benchmarks.quality.structure import LEVELS, MODEL, depth, hidden, middle, mixed, width
+from benchmarks.quality.structure import MODEL, depth, middle, width
 from benchmarks.stored import known_rows
 from safetensors.torch import load_file
 
-import secateur
 from secateur.evaluation.speed import take_turns
 from secateur.models.checkpoint import shard_files
 from secateur.models.skeleton import build_skeleton
@@ -51,14 +47,12 @@ from secateur.structured.design import Accounting, design
 from secateur.structured.surgery import cut_checkpoint
 
 MEASURES = ("src/secateur/structured/surgery.py", "src/secateur/runtime/kernels/csrc")
-MINUTES = 60
+MINUTES = 9
 
-MULTIPLE = 32
+MULTIPLE, LEVELS = 32, (0.1, 0.2, 0.3)
 KINDS = {
     "width": width(),
     "depth": depth("influence"),
-    "mixed": mixed(),
-    "hidden": hidden(),
     "middle": middle(),
 }
 
@@ -75,14 +69,6 @@ class Model:
 def as_stored(model: Model, work: Path) -> tuple[Path, Path]:
     """The folder itself."""
     return model.folder, model.folder
-
-
-def int8(model: Model, work: Path) -> tuple[Path, Path]:
-    """The folder compressed."""
-    output = work / f"{model.folder.name}-int8"
-    if not output.exists():
-        secateur.compress(model.folder, values="int8", embeddings="int8", output=output)
-    return output, output
 
 
 def q8_0(model: Model, work: Path) -> tuple[Path, Path]:
@@ -117,10 +103,7 @@ class Engine:
 
 ENGINES = {
     "transformers, float32": Engine("float32", "packed in transformers", as_stored),
-    "transformers, bfloat16": Engine("bfloat16", "packed in transformers", as_stored),
-    "secateur, bfloat16": Engine("bfloat16", "packed", as_stored),
-    "secateur, int8": Engine("bfloat16", "packed", int8),
-    "llama.cpp, Q8_0": Engine("bfloat16", None, q8_0, ("hidden", "middle")),
+    "llama.cpp, Q8_0": Engine("bfloat16", None, q8_0, ("middle",)),
 }
 """Of what is not packed, the contenders `packed` run what is stored."""
 

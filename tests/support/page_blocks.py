@@ -25,7 +25,7 @@ BLOCK = re.compile(
 )
 OTHERS = {
     "git": "benchmarks/newcomer.py clones, with a clock",
-    "make": "benchmarks/newcomer.py sets up and runs the demo, with a clock",
+    "make": "tests install no packages; tests/steps/test_demo.py runs the demo",
     "pip": "tests install no packages",
     "python": "tests make no environments",
     "python3": "tests make no environments",
