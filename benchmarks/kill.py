@@ -3,8 +3,8 @@
     python -m benchmarks.kill [--times 1] [--seed 0] [--cases prune fit]
 
 The cases are those of `tests/runs/cases.py`: every verb that writes a folder, and every way through
-it, on tiny models. Each is killed `--times` times, a run that ended before its kill not counted. Each
-run is a process of its own. The moment is drawn uniformly from the time that an uninterrupted run
+it, on tiny models. Each is killed `--times` times; a run that ends before its kill does not count.
+Each run is a process of its own. The moment is drawn uniformly from the time that an uninterrupted run
 takes between its first line of work and its end. Then the same verb runs again, with `resume` where
 it has one. The folder must be that of the uninterrupted run: weights and configuration byte for
 byte, and the same names of notes.

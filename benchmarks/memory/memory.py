@@ -1,7 +1,9 @@
 """Planned and measured memory of pruning Llama-shaped checkpoints with random weights.
 
     python -m benchmarks.memory.memory [--shape 1b] [--layers 16 24] [--method wanda] [--samples 32]
-    python -m benchmarks.memory.memory --shape 7b --layers 32 --activations disk     needs 28 GB of disk
+    python -m benchmarks.memory.memory --shape 7b --layers 32 --activations disk --samples 2
+
+The last needs 28 GB of disk.
 
 Weights in bfloat16, windows of 512 random tokens. Each run is a process of its own, so that its
 peak is its own; the peak is the operating system's high-water mark of resident memory. Rows say

@@ -3,9 +3,9 @@
     python -m benchmarks.speed.structure_speed [--work DIR] [--rounds 3] [--engines "llama.cpp, Q8_0" …]
 
 Cuts: none, and width, depth and the middle of `structure.py`, each to about 90, 80 and 70 % of the
-decoder's parameters. The first units stay: which ones go does not matter for speed, so nothing is calibrated
-(`secateur.structured.surgery` alone), and texts are worthless. Neurons stay in multiples of 32, a
-block of llama.cpp's Q8_0. llama.cpp gets no cut of the middle, whose layers differ.
+decoder's parameters. The first units stay: which ones go does not matter for speed, so nothing is
+calibrated (`secateur.structured.surgery` alone), and texts are worthless. Neurons stay in multiples
+of 32, a block of llama.cpp's Q8_0. llama.cpp gets no cut of the middle, whose layers differ.
 
 Engines: transformers in float32, and llama.cpp with Q8_0.
 
