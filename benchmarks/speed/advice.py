@@ -52,7 +52,7 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
     timer = FormatTimer(AutoConfig.from_pretrained(folder), WeightFormat(how["values"], sparsity))
     process = Process(backend, folder)
     try:
-        process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS)
+        process.load([300 + i for i in range(PROMPT_TOKENS)], NEW_TOKENS, "cpu")
         if "failure" in process.ready:
             raise RuntimeError(f"{model}, {name}: {process.ready['failure']}")
         pairs = [(timer.turn(), process.ask("round")) for _ in range(rounds)]
