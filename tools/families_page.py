@@ -4,15 +4,17 @@ python tools/families_page.py          # write the page
 python tools/families_page.py --check  # fail if it is out of date
 
 A yes stands for a test: every model of `tests/support/zoo.py` is pruned, saved and loaded by
-`tests/steps/prune/test_zoo.py`, cut by the tests in `tests/structured`, and packed by
-`tests/runtime/test_load_every_model.py`.
+`tests/steps/prune/test_zoo.py`, cut by the tests in `tests/structured`, packed by
+`tests/runtime/test_load_every_model.py`, and written as GGUF by `tests/exporting/test_gguf.py`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from written_files import table, write_or_check
@@ -91,7 +93,7 @@ def page() -> Iterator[str]:
     yield "  same."
     yield "- **fast decoding**: one call of Secateur's kernels computes a token, and one a prompt."
     yield "  The others are decoded by transformers, whose linear layers may be packed."
-    yield "- **GGUF**: `secateur export --to gguf` writes it."
+    yield "- **GGUF**: `secateur export --to gguf` writes it; the last section has its refusals."
     yield ""
     yield "Tests of `gemma3n vision` run where `timm` is installed."
     yield ""
@@ -120,8 +122,6 @@ def abilities(name: str) -> tuple[str, ...]:
     """What works with a model of the zoo."""
     import zoo
 
-    from secateur.exporting.gguf.architectures import LLAMA_CPP_FAMILIES
-    from secateur.models.architecture import text_config
     from secateur.runtime.layer_forms import FORMS
 
     family, model_type = declared(name)
@@ -132,8 +132,34 @@ def abilities(name: str) -> tuple[str, ...]:
         ", ".join([*cut, *(["experts", "neurons in experts"] if name in zoo.WITH_EXPERTS else [])]),
         NO if name in (*zoo.NOT_LOADED, *zoo.NOT_RUN) else YES,
         YES if model_type in FORMS else NO,
-        YES if text_config(zoo.config_of(name)).model_type in LLAMA_CPP_FAMILIES else NO,
+        YES if gguf_refusal(name) == "" else NO,
     )
+
+
+@cache
+def gguf_refusal(name: str) -> str | None:
+    """Why a model of the zoo is not written as GGUF; "" if it is, None if no model of its type."""
+    import zoo
+
+    from secateur.errors import ExportError
+    from secateur.exporting import ExportSource
+    from secateur.exporting.gguf.architectures import LLAMA_CPP_FAMILIES, model_of
+    from secateur.models.architecture import text_config
+    from secateur.models.skeleton import quiet_transformers
+    from secateur.runtime.install import open_checkpoint
+
+    config = zoo.config_of(name)
+    if text_config(config).model_type not in LLAMA_CPP_FAMILIES:
+        return None
+    for key, value in zoo.FOR_LLAMA_CPP.get(name, {}).items():
+        setattr(text_config(config), key, value)
+    with TemporaryDirectory() as folder, quiet_transformers():
+        zoo.class_of(config).from_config(config).save_pretrained(folder)
+        try:
+            model_of(ExportSource(open_checkpoint(Path(folder))))
+        except ExportError as error:
+            return error.what.rpartition(": ")[2]
+    return ""
 
 
 def declared(name: str) -> tuple[Any, str]:
@@ -209,6 +235,13 @@ def reasons() -> Iterator[str]:
         ("model", "reason"),
         ((f"`{name}`", said.replace("\\", "")) for name, said in sorted(zoo.NOT_LOADED.items())),
     )
+    yield "`secateur export --to gguf` refuses, beside types that it does not know:"
+    yield ""
+    alike: dict[str, list[str]] = {}
+    for name in sorted({*zoo.ZOO, *zoo.SEEING_MIXTURES}):
+        if why := gguf_refusal(name):
+            alike.setdefault(why, []).append(f"`{name}`")
+    yield from (f"- {', '.join(names)}: {why}" for why, names in alike.items())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GGUF files with the layer for further tokens, after cuts too: llama.cpp computes the same."""
+"""GGUF files with the layer for further tokens: llama.cpp computes the same, cut or not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from further import save_further
-from gguf_models import assert_alike, byte_level, fields, predicted
+from gguf_models import PROMPTS, WORDS, assert_alike, byte_level, fields, predicted
+from transformers import AutoTokenizer
 
 import secateur
 from secateur.models.mtp import read_mtp
@@ -33,20 +34,23 @@ def test_layer_and_model_are_computed_alike(name: str, cut: bool, tmp_path: Path
     source = save_further(tmp_path / "m", name, tokens=len(tokenizer), head_dim=32, **words)
     tokenizer.save_pretrained(source)
     if cut:
-        cut_checkpoint(source, CUTS[name], tmp_path / "c")
+        (tmp_path / "text.txt").write_text("\n".join(PROMPTS))
+        few = secateur.structure(source, output=tmp_path / "t", vocabulary=tmp_path / "text.txt")
+        cut_checkpoint(few.output, CUTS[name], tmp_path / "c")
         source = tmp_path / "c"
+        tokenizer = AutoTokenizer.from_pretrained(source)
     found = secateur.export(source, output=tmp_path / "out", type="f32")
     file = tmp_path / "out" / found.files[0]
     stored = fields(file)
     arch = stored["general.architecture"]
     assert stored[f"{arch}.nextn_predict_layers"] == 1
     assert stored[f"{arch}.block_count"] == (3 if cut else 4)
+    assert stored[f"{arch}.vocab_size"] == len(tokenizer) == (268 if cut else WORDS)
     parent = secateur.load(source)
     assert_alike(file, parent, tokenizer)
     torch.manual_seed(0)
     states, ids = torch.randn(1, 9, 32), torch.randint(3, len(tokenizer), (1, 9))
     mtp = read_mtp(parent, open_weights(source), torch.float32)
     [expected] = mtp(states, mtp.embed(ids))
-    torch.testing.assert_close(
-        predicted(file, states[0], ids[0].tolist()), expected[0], rtol=1e-4, atol=1e-4
-    )
+    found_there = predicted(file, states[0], ids[0].tolist())
+    torch.testing.assert_close(found_there, expected[0], rtol=1e-4, atol=1e-4)

@@ -343,6 +343,14 @@ NOT_LOADED = dict.fromkeys(
 """What `secateur.load` does not load from a compressed folder, and what it says: transformers
 stores a part beside the decoder in another form than it computes with."""
 
+FULL = ["full_attention"]
+FOR_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"mlp_only_layers": []}, "qwen3_moe": {"decoder_sparse_step": 1},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "layer_types": FULL * 4},
+    **{name: {"head_dim": 32} for name in ("qwen3_5_text", "qwen3_5 vision", "qwen3_5_moe")},
+}  # fmt: skip
+"""What llama.cpp needs of a type: published models have it, and the tiny ones here do not."""
+
 ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
 """Everything that tests/steps/prune/test_zoo.py prunes, saves and loads."""
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from secateur.errors import ExportError
 from secateur.exporting import ExportSource
-from secateur.exporting.folder import ELSEWHERE
 from secateur.exporting.gguf.model import (
     LAYER,
     OF_MTP,
     LlamaCppFamily,
     LlamaCppModel,
     rope_differences,
+    unwritten,
 )
 from secateur.models.architecture import family_of_type
 from secateur.models.configuration import transformers_errors
@@ -237,7 +237,7 @@ def model_of(source: ExportSource) -> LlamaCppModel:
     kind = str(own.get("base_model_type", own.get("model_type")))
     family = LLAMA_CPP_FAMILIES.get(kind)
     if family is None:
-        raise _differs(source, f"models of type {kind!r} are not described for it here")
+        raise unwritten(source, f"no GGUF file is written of models of type {kind!r}")
     with transformers_errors(source.folder):
         given = {key: value for key, value in own.items() if key not in OURS}
         config = AutoConfig.for_model(kind, **given)
@@ -343,11 +343,7 @@ def _stacks(names: Mapping[str, str], experts: Any) -> dict[str, tuple[str, ...]
 
 def _differs(source: ExportSource, why: str) -> ExportError:
     """The error for a model that llama.cpp would not compute alike."""
-    return ExportError(
-        f"llama.cpp would not compute this model like transformers: {why}",
-        where=str(source.folder),
-        remedy=ELSEWHERE,
-    )
+    return unwritten(source, f"llama.cpp would not compute this model like transformers: {why}")
 
 
 def refused(why: str, where: str) -> ExportError:

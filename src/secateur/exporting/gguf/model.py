@@ -248,11 +248,7 @@ class LlamaCppModel(DecoderSizes):
             if layer and own:
                 known = f"blk.{layer[1]}.{own}"
             if known is None:
-                raise ExportError(
-                    f"llama.cpp has no place for the tensor {stored!r}",
-                    where=str(source.folder),
-                    remedy=ELSEWHERE,
-                )
+                raise unwritten(source, f"llama.cpp has no place for the tensor {stored!r}")
             weight = torch.empty(self.shapes[self.names[stored]], device="meta")
             yield Planned(known, (stored,), tuple(self.arranged(stored, weight).shape))
         for name, group in self.stacks.items():
@@ -316,6 +312,11 @@ class Planned:
     name: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
+
+
+def unwritten(source: ExportSource, why: str) -> ExportError:
+    """The error for a model of which no file is written."""
+    return ExportError(why, where=str(source.folder), remedy=ELSEWHERE)
 
 
 KINDS = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
