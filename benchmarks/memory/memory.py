@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,7 @@ def random_checkpoint(folder: Path, shape: str, layers: int) -> int:
     config.architectures = ["LlamaForCausalLM"]
     folder.mkdir()
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    weight = random_weight()
 
     def outer() -> dict[str, torch.Tensor]:
         return {
@@ -71,13 +69,24 @@ def random_checkpoint(folder: Path, shape: str, layers: int) -> int:
             p + "post_attention_layernorm.weight": torch.ones(h).bfloat16(),
         }
 
+    return save_shards(folder, layers + 1, lambda n: layer(n - 1) if n else outer())
+
+
+def random_weight() -> Callable[..., torch.Tensor]:
+    """A function from a shape to normal weights, always the same in the same order."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+
+
+def save_shards(folder: Path, count: int, shard: Callable[[int], dict[str, torch.Tensor]]) -> int:
+    """Write a checkpoint, a shard at a time; returns its size in bytes."""
     size, index = 0, {}
-    for number in range(layers + 1):
-        shard = layer(number - 1) if number else outer()
-        name = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        size += sum(t.numel() * 2 for t in shard.values())
+    for number in range(count):
+        tensors = shard(number)
+        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+        size += sum(tensor.nbytes for tensor in tensors.values())
     content = {"metadata": {"total_size": size}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     return size

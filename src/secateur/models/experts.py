@@ -11,6 +11,7 @@ is not declared, the class of transformers says it itself.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,10 @@ def open_experts(model: nn.Module) -> dict[str, nn.Module]:
     family, replaced = family_of(model), dict[str, nn.Module]()
     if family is not None and family.experts is None:
         return replaced
+    # Experts receive any number of rows. For each one oneDNN prepares a product of 0.3 MiB, and
+    # torch would keep 2,048 of them. It reads these names before its first product.
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
     declared = family.experts if family else None
     for path, module in list(model.named_modules()):
         form = _form_of(path, module, declared)
@@ -218,8 +223,7 @@ class ExpertStage(nn.Module):
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a linear is nothing but its weight and bias, and nobody listens."""
-    listened = linear._forward_pre_hooks or linear._forward_hooks
-    return type(linear) is nn.Linear and not listened
+    return type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
 
 
 def _product(linear: Any, x: Tensor) -> Tensor:
@@ -245,10 +249,8 @@ def _grouped(linears: Sequence[Any], x: Tensor, counts: Sequence[int]) -> Tensor
     dtype = torch.get_autocast_dtype("cuda") if rounded else x.dtype
     able = torch.cuda.get_device_capability(x.device) >= (8, 0)
     rows, columns = linears[0].weight.shape
-    # It reads 16 bytes at a time.
-    if dtype != torch.bfloat16 or not able or rows % 8 or columns % 8:
-        return None
-    if not all(map(_is_plain, linears)):
+    fits = rows % 8 == columns % 8 == 0  # it reads 16 bytes at a time
+    if dtype != torch.bfloat16 or not able or not fits or not all(map(_is_plain, linears)):
         return None
     weights = torch.stack([own.weight for own in linears]).to(dtype)
     ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(x.device)
