@@ -32,16 +32,20 @@ def known_rows(name: str, protocol: dict[str, Any] | None = None, heading: str =
 
 
 def write_rows(name: str, heading: str, protocol: dict[str, Any], rows: Rows) -> Path:
-    """Write all rows, with the script that runs and the commit that it measures; returns the file."""
+    """Write all rows, with the script that runs; a new row with the commit that it measures.
+
+    Returns:
+        The file.
+    """
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"]
     head = subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+    rows = [{**row, "commit": row.get("commit", head or "unknown")} for row in rows]
     script = sys.modules["__main__"].__spec__
     assert script is not None, "run it as python -m benchmarks.FOLDER.SCRIPT"
     content = {
-        "heading": heading, "script": script.name, "commit": head or "unknown",
-        "protocol": protocol, "rows": rows,
+        "heading": heading, "script": script.name, "protocol": protocol, "rows": rows,
     }  # fmt: skip
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return file

@@ -72,6 +72,7 @@ TRAINED = {
     "--validation-windows": "2",
 }
 SHORT = {
+    "demo": {"--calibration": "TEXT.txt", "--text": "HELD-OUT.txt", "--text-windows": "2"},
     "prune": CALIBRATED,
     "structure": CALIBRATED,
     "fit": CALIBRATED | {"--heal-tokens": "0"},
@@ -120,6 +121,8 @@ def shortened(words: list[str]) -> list[str]:
     if "--minutes" in words and verb != "fit":
         place = words.index("--minutes")
         words = words[:place] + words[place + 2 :]
+    if verb == "demo" and words[2:3] != ["MODEL"]:  # its default is a real model
+        words.insert(2, "MODEL")
     options = SHORT.get(verb, {})
     if verb in ("compress", "diagnose") and {"--calibration", "--dense"} & set(words):
         options = {name: text for name, text in CALIBRATED.items() if name != "--calibration"}

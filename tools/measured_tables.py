@@ -54,6 +54,12 @@ class Result(NamedTuple):
         return importlib.import_module(self.content["script"])
 
     @property
+    def commits(self) -> str:
+        """The commits that were measured."""
+        found = sorted({row["commit"] for row in self.content["rows"]})
+        return f"commit {found[0]}" if len(found) == 1 else f"{len(found)} commits"
+
+    @property
     def provenance(self) -> str:
         """Where the numbers come from, in one line."""
         rows = self.content["rows"]
@@ -63,9 +69,9 @@ class Result(NamedTuple):
         torch = sorted({x for one in versions for x in one.split(", ") if x.startswith("torch")})
         when = " to ".join(sorted({min(days), max(days)}))
         script = self.content["script"].replace(".", "/") + ".py"
-        last = f"commit {self.content['commit']}: {machine}; {', '.join(torch)}"
-        same = self.content.get("same_as")
-        last += f"; commit {same['commit']} writes the same weights" if same else ""
+        last = f"{self.commits}: {machine}; {', '.join(torch)}"
+        same = sorted({row["same_as"] for row in rows if "same_as" in row})
+        last += f"; commit {', '.join(same)} writes the same weights" if same else ""
         return f"<sub>`{script}`, {when}, {last}.</sub>"
 
     def lines(self, name: str) -> Iterator[str]:
@@ -111,7 +117,7 @@ def listed(results: dict[str, Result]) -> Iterator[str]:
     for result in sorted(results.values(), key=lambda result: result.content["script"]):
         script = result.content["script"].removeprefix("benchmarks.").replace(".", "/") + ".py"
         shown = [f"[{user.stem}](../{user.relative_to(ROOT)})" for user in users(result.name)]
-        when = f"{result.content['heading'].rpartition('; ')[2]}, {result.content['commit']}"
+        when = f"{result.content['heading'].rpartition('; ')[2]}, {result.commits}"
         own = f"[{result.name}](results/{result.name}.json)"
         lines.append((f"[{script}]({script})", own, ", ".join(shown), when))
     yield from table(("script", "result", "shown by", "measured"), lines)

@@ -4,15 +4,15 @@
     python tools/old_results.py --prove NAME NAME     # do both versions write the same weights?
 
 A script says what it measures: `MEASURES`, files and folders, and `MINUTES`, how long it takes on
-one quiet core. A result is old if their code has changed since its commit; comments and docstrings
-are not code.
+one quiet core. A row is old if their code has changed since its commit; comments and docstrings are
+not code. Where some rows are those of other tools, `ours(row)` says whether a row is not.
 
 A script whose numbers follow from the weights that the code writes also names command lines of
-`same_bytes.yaml` that write such weights: `PROOF`. `--prove` runs them with the code of the
-result's commit and with the code of this branch, on the same inputs, without kernels. If all files
-of weights are the same bytes, the result says so (`same_as`) and is as new as that commit. Digests
-are kept in `build/same_bytes`, so a proof that was stopped goes on. Numbers that are times have no
-such proof: they are measured again.
+`same_bytes.yaml` that write such weights: `PROOF`, or `proof(row)`. `--prove` runs them with the
+code of the row's commit and with the code of this branch, on the same inputs, without kernels. If
+all files of weights are the same bytes, the row says so (`same_as`) and is as new as that commit.
+Digests are kept in `build/same_bytes`, so a proof that was stopped goes on. Numbers that are times
+have no such proof: they are measured again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
 
 from measured_tables import RESULTS, ROOT, Result, read_results
 
@@ -67,16 +69,36 @@ def changed(commit: str, paths: Sequence[str]) -> Iterator[str]:
                 yield file
 
 
+Row = dict[str, Any]
+
+
+def commit_of(row: Row) -> str:
+    """The newest commit of which a row is known to be true."""
+    return str(row.get("same_as", row["commit"]))
+
+
+def why_old(result: Result, commit: str) -> str:
+    """Why rows of a commit are old; nothing if they are not."""
+    if not git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"):
+        return f"commit {commit} is not here"
+    return next((f"{x} has changed" for x in changed(commit, result.script.MEASURES)), "")
+
+
+def old_rows(result: Result) -> Iterator[tuple[Row, str]]:
+    """Each row that is older than the code that it measures, and why."""
+    ours = getattr(result.script, "ours", lambda _: True)
+    reason = cache(partial(why_old, result))
+    for row in filter(ours, result.content["rows"]):
+        if why := reason(commit_of(row)):
+            yield row, why
+
+
 def old(results: Iterable[Result]) -> Iterator[str]:
-    """Each result that is older than the code that it measures, the cheapest first, and why."""
+    """Each result with rows that are older than the code that they measure, the cheapest first."""
     for result in sorted(results, key=lambda result: result.script.MINUTES):
-        commit = result.content.get("same_as", {}).get("commit", result.content["commit"])
-        why = next((f"{x} has changed" for x in changed(commit, result.script.MEASURES)), "")
-        if not git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"):
-            why = f"commit {commit} is not here"
-        if why:
-            day = result.content["heading"].rpartition("; ")[2]
-            yield f"{result.script.MINUTES:5} min  {result.name}, of {day}: {why}"
+        if found := [*old_rows(result)]:
+            count = f"{len(found)} of {len(result.content['rows'])} rows"
+            yield f"{result.script.MINUTES:5} min  {result.name}, {count}: {found[0][1]}"
 
 
 def weights(commit: str, cases: Sequence[str]) -> dict[str, Digests]:
@@ -105,25 +127,23 @@ def weights(commit: str, cases: Sequence[str]) -> dict[str, Digests]:
 
 
 def prove(results: Sequence[Result]) -> Iterator[str]:
-    """Compare each with the code of this branch; writes `same_as` where all weights are equal."""
+    """Compare each with the code of this branch; old rows whose weights are equal say so."""
     here = git("merge-base", "main", "HEAD")
     if git("diff", "--name-only", "HEAD", "--", "src") or any(changed(here, ["src"])):
         sys.exit("src differs from main: land it, then prove")
-    after = weights(here, [*dict.fromkeys(x for one in results for x in one.script.PROOF)])
     for result in results:
-        cases = result.script.PROOF
-        before = weights(result.content["commit"], cases)
-        other = [case for case in cases if not after[case] or before[case] != after[case]]
-        if other:
-            yield f"{result.name}: other weights, or none, from {', '.join(other)}"
-            continue
-        count = sum(len(after[case]) for case in cases)
-        proof = f"{count} equal files of weights, written by {', '.join(cases)} of same_bytes.yaml"
-        content = {**result.content, "same_as": {"commit": here[:8], "proof": proof}}
-        content["rows"] = content.pop("rows")  # they stay last
+        script = result.script
+        proof = getattr(script, "proof", lambda _: getattr(script, "PROOF", ()))  # noqa: B023
+        found = [(row, proof(row)) for row, _ in old_rows(result)]
+        every = [*dict.fromkeys(case for _, cases in found for case in cases)]
+        after, proven = weights(here, every), 0
+        for row, cases in found:
+            before = weights(row["commit"], every)
+            if cases and all(after[case] and before[case] == after[case] for case in cases):
+                row["same_as"], proven = here[:8], proven + 1
         file = RESULTS / f"{result.name}.json"
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        yield f"{result.name}: {proof}"
+        file.write_text(json.dumps(result.content, indent=2) + "\n", encoding="utf-8")
+        yield f"{result.name}: {proven} of {len(found)} old rows have the same weights"
 
 
 def main() -> None:

@@ -58,6 +58,13 @@ PROOF = ("llama/fit", "llama/loss fit")
 MINUTES = 270
 
 TABLE = "fit-rivals"
+
+
+def ours(row: dict[str, Any]) -> bool:
+    """Whether our code has made the model of a row."""
+    return row["contender"].startswith(("fit", "secateur"))
+
+
 PROTOCOL = {"judged": "excess loss in nats; see benchmarks/quality/fit.py"}
 MIB = 2**20
 

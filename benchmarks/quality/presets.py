@@ -47,7 +47,6 @@ from secateur.recipes.prune import presets
 from secateur.recipes.reading import filled_in
 
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity")
-PROOF = ("llama/wanda", "llama/sparsegpt", "llama/alps", "llama/balanced", "llama/best")
 MINUTES = 600
 
 COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
@@ -78,12 +77,31 @@ OURS: dict[str, dict[str, Any]] = {
     "Wanda + swaps": {"method": "wanda", "refine": "swaps"},
     "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
 }
+WRITE = {
+    "our ALPS": ("alps",), "our ALPS, papers' order": ("alps", "sequential"),
+    "ALPS + asymmetric": ("alps", "asymmetric"), "SparseGPT + asymmetric": ("asymmetric",),
+    "SparseGPT + tuning": ("sparsegpt", "tuned"), "SparseGPT + OWL": ("sparsegpt", "owl"),
+    "SparseGPT + layer sensitivity": ("layer sensitivity",),
+    "SparseGPT + search": ("sparsegpt", "search"), "Wanda + swaps": ("swaps",),
+    "Wanda + swaps + ADMM": ("swaps", "admm"),
+}  # fmt: skip
+"""What writes weights as a row does, in `same_bytes.yaml`; without these, the presets do."""
 PUBLISHED = {
     "wanda": "Wanda, published code",
     "sparsegpt": "SparseGPT, published code",
     "alps": "ALPS, published code",
 }
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
+
+
+def ours(row: dict[str, Any]) -> bool:
+    """Whether our code has pruned the model of a row."""
+    return row["row"] in OURS
+
+
+def proof(row: dict[str, Any]) -> list[str]:
+    """The command lines that write weights as a row does."""
+    return [f"llama/{case}" for case in WRITE.get(row["row"], ("balanced", "best"))]
 
 
 def runs_of(rows: Rows, row: str, column: str) -> Rows:

@@ -32,13 +32,20 @@ from secateur.recipes.reading import filled_in
 from secateur.recipes.structure import structure_presets
 
 MEASURES = ("src/secateur/structured", "src/secateur/engine/search")
-PROOF = ("llama/layers", "llama/osscar", "llama/hidden", "llama/recovered")
 MINUTES = 360
 
 MODEL, LAYERS, HIDDEN = "smollm2-135m", 30, 576
 LEVELS = (0.1, 0.2, 0.3, 0.5)
 
 Options = dict[str, Any]
+
+
+def proof(row: dict[str, Any]) -> list[str]:
+    """The command lines that write weights as a row does."""
+    kind, _, effort = row["row"].partition(", ")
+    cut = {"depth": ["layers", "layers greedy"], "hidden": ["hidden"]}.get(kind, ["parameters"])
+    learns = ["recovered"] if "best" in effort else ["osscar"]
+    return [f"llama/{case}" for case in (*cut, *learns)]
 
 
 def depth(by: str, **more: Any) -> Callable[[float], Options]:

@@ -207,11 +207,11 @@ class _DemoTexts(Section):
     source: Annotated[str, Flag("calibration", value="TEXT")] = "boolq-calibration"
     """Calibration text."""
     windows: int = Field(32, ge=1)
-    """Calibration windows of 512 tokens."""
+    """Calibration windows of 512 tokens, or of as many as the model reads."""
     text: Annotated[str, Flag(value="TEXT")] = "boolq-held-out"
     """Text to judge on."""
     text_windows: int = Field(8, ge=1)
-    """Windows of 512 tokens to judge on."""
+    """Windows to judge on, as long."""
 
 
 class _DemoOutput(Section):

@@ -25,7 +25,7 @@ from secateur.engine.stream.hidden_states import STATES_BYTES
 from secateur.engine.stream.layerwise import RememberingReader
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.speed import take_turns
-from secateur.models.architecture import experts_of
+from secateur.models.architecture import experts_of, positions_of
 from secateur.models.checkpoint import shard_files
 from secateur.models.counting import counted
 from secateur.models.skeleton import build_skeleton
@@ -47,7 +47,7 @@ from secateur.steps.evaluate import Stored, run_evaluation
 
 RESULT, PICTURE = "demo.json", "curve"
 LENGTH, PROMPT, NEW_TOKENS, ROUNDS = 512, 16, 32, 5
-"""Tokens of a window, of the prompt that is timed, and after it; rounds."""
+"""At most so many tokens of a window; tokens of the prompt that is timed, and after it; rounds."""
 DENSE, INT4, Q4 = "dense", "int4", "llama.cpp Q4_0"
 TOKENS, EXPERTS = "tokens of the text, int4", "3/4 of the experts, int4"
 MEMORY = 0.7
@@ -152,11 +152,12 @@ class Demo:
         self.tokenizer: Any = load_tokenizer(self.source)
         stored = Stored(DENSE, self.source, choose_device("auto"))
         self.dense = RememberingReader(stored.target(), STATES_BYTES, progress)
+        self.length = min(LENGTH, positions_of(build_skeleton(self.source).config) or LENGTH)
         self.text = {"calibration": recipe.source, "windows": recipe.windows}
-        self.text |= {"sequence_length": LENGTH}
+        self.text |= {"sequence_length": self.length}
         protocol = {
             **{name: str(value) for name, value in recipe if name != "output"},
-            "sequence_length": LENGTH, "prompt_tokens": PROMPT, "new_tokens": NEW_TOKENS,
+            "sequence_length": self.length, "prompt_tokens": PROMPT, "new_tokens": NEW_TOKENS,
             "rounds": ROUNDS, "kernels": kernel_info().tier, **environment(torch.device("cpu")),
         }  # fmt: skip
         self.result = self._known(
@@ -191,21 +192,20 @@ class Demo:
 
     def ways(self) -> Iterator[DemoWay]:
         """All ways, the dense model first."""
-        text = self.text
-        int4: Call = ("compress", {"values": "int4", **text})
+        int4: Call = ("compress", {"values": "int4", **self.text})
         yield DemoWay(DENSE, ())
         yield DemoWay("int8", (("compress", {"values": "int8"}),))
         yield DemoWay(INT4, (int4,))
         for type in ("q8_0", "q4_0"):
             yield DemoWay(f"llama.cpp {type.upper()}", (("export", {"to": "gguf", "type": type}),))
         if experts_of(build_skeleton(self.source)) is not None:
-            yield DemoWay(EXPERTS, (("structure", {"experts": 0.75, **text}), int4))
+            yield DemoWay(EXPERTS, (("structure", {"experts": 0.75, **self.text}), int4))
         else:
             yield DemoWay(TOKENS, (("structure", {"vocabulary": self.recipe.source}), int4))
         if self.recipe.effort == "fast":
             return
         size = next(row.file_bytes for row in self.result.rows if row.way == INT4)
-        effort = {"effort": self.recipe.effort, **text}
+        effort = {"effort": self.recipe.effort, **self.text}
         for share in SMALLER if size else ():
             fitted = {"max_size": int(share * size), **effort}
             yield DemoWay(f"fit, {share:.0%} of int4", (("fit", fitted),))
@@ -256,7 +256,7 @@ class Demo:
             longer = self.tokens(load_tokenizer(place)) / self.tokens(self.tokenizer)
         recipe = EvaluateRecipe(
             model=str(place), dense=self.recipe.model if same else None, text=(self.recipe.text,),
-            windows=self.recipe.text_windows, sequence_length=LENGTH,
+            windows=self.recipe.text_windows, sequence_length=self.length,
         )  # fmt: skip
         found = run_evaluation(recipe, progress, **how)
         if place.is_file():  # a GGUF file was read by its conversion, in the cache
