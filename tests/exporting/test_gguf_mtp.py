@@ -29,8 +29,8 @@ CUTS = {
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", CUTS)
 def test_layer_and_model_are_computed_alike(name: str, cut: bool, tmp_path: Path) -> None:
-    tokenizer = byte_level()
-    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    tokenizer = byte_level(("<|endoftext|>", "<|user|>", "<|observation|>"))
+    words = {"vocab_size": len(tokenizer), "eos_token_id": [0, 1, 2]}
     source = save_further(tmp_path / "m", name, tokens=len(tokenizer), head_dim=32, **words)
     tokenizer.save_pretrained(source)
     if cut:
@@ -40,12 +40,12 @@ def test_layer_and_model_are_computed_alike(name: str, cut: bool, tmp_path: Path
         source = tmp_path / "c"
         tokenizer = AutoTokenizer.from_pretrained(source)
     found = secateur.export(source, output=tmp_path / "out", type="f32")
-    file = tmp_path / "out" / found.files[0]
-    stored = fields(file)
+    stored = fields(file := tmp_path / "out" / found.files[0])
     arch = stored["general.architecture"]
     assert stored[f"{arch}.nextn_predict_layers"] == 1
     assert stored[f"{arch}.block_count"] == (3 if cut else 4)
-    assert stored[f"{arch}.vocab_size"] == len(tokenizer) == (268 if cut else WORDS)
+    assert stored[f"{arch}.vocab_size"] == len(tokenizer) == (270 if cut else WORDS)
+    assert [stored[f"tokenizer.ggml.{x}_token_id"] for x in ("eos", "eot", "eom")] == [0, 1, 2]
     parent = secateur.load(source)
     assert_alike(file, parent, tokenizer)
     torch.manual_seed(0)

@@ -24,6 +24,9 @@ from secateur.models.tokenizer import load_tokenizer, start_tokens
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
+TURNS = {"eot_token_id": "<|user|>", "eom_token_id": "<|observation|>"}
+"""With these GLM ends its turn. llama.cpp does not know it by their texts, as it does others."""
+
 NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>"}
 """The tokens of Phi-3 that keep the spaces behind them."""
 
@@ -72,10 +75,11 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
         }
     else:
         raise refused(f"the tokenizer is of the kind {content['model']['type']}, not BPE", where)
-    for name in SPECIAL:
-        special_id: int | None = getattr(tokenizer, f"{name}_id", None)
-        if special_id is not None:
-            found.fields[f"{name}_id"] = special_id
+    known, config = tokenizer.get_vocab(), json.loads((folder / "config.json").read_bytes())
+    ends = x if isinstance(x := config.get("eos_token_id"), list) else []
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_id", None) for name in SPECIAL}
+    ids |= {name: known[text] for name, text in TURNS.items() if known.get(text) in ends}
+    found.fields |= {name: number for name, number in ids.items() if number is not None}
     found.fields["add_bos_token"] = bool(start_tokens(tokenizer))
     if isinstance(tokenizer.chat_template, str):
         found.fields["chat_template"] = tokenizer.chat_template
@@ -85,17 +89,15 @@ def read_vocabulary(folder: Path, rows: int) -> LlamaCppVocabulary:
 
 def _words_of(tokenizer: Any, rows: int, where: str) -> tuple[list[str], list[gguf.TokenType]]:
     """The text and the type of each token."""
-    added = tokenizer.added_tokens_decoder
+    added, kind = tokenizer.added_tokens_decoder, gguf.TokenType
     # the embedding may have more rows than the tokenizer has tokens
-    words, kinds = [f"[PAD{i}]" for i in range(rows)], [gguf.TokenType.UNUSED] * rows
+    words, kinds = [f"[PAD{i}]" for i in range(rows)], [kind.UNUSED] * rows
     for word, index in tokenizer.get_vocab().items():
         if index >= rows:
             raise refused(f"token {index} has no row in the embedding of {rows}", where)
-        kind = gguf.TokenType.NORMAL
+        words[index], kinds[index] = word, kind.NORMAL
         if index in added:
-            special = added[index].special
-            kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
-        words[index], kinds[index] = word, kind
+            kinds[index] = kind.CONTROL if added[index].special else kind.USER_DEFINED
     return words, kinds
 
 
