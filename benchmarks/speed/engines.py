@@ -5,17 +5,19 @@
     python -m benchmarks.speed.engines time WORK --engine ...      on a quiet machine
     python -m benchmarks.speed.engines show
 
-Models: SmolLM2-135M dense, pruned to 50 % and to 2:4 by Wanda, with 24 of 30 layers, and with three
-quarters of its FFN neurons. `prepare` makes them, exports each to every engine and type, and lets
-transformers write greedy texts in float32: 24 tokens after each of 10 prompts. `check` runs every
-engine in a process of its own, in the environment of PYTHON. A row says how many of the ten texts
-are equal, how many of the 240 tokens agree up to the first difference of their text, the bytes of
-the files, and how many zeros they keep. The texts are compared with those of the same weights: for
-quantized GGUF with those that transformers reads from the file. ONNX int8 and int4 are compared
-with the source, because transformers cannot read them. Engines that round activations, too, are
-secateur, onnxruntime and llama.cpp with int8 and int4 weights, and vLLM with `w8a8`. vLLM computes
-in float32, `w4a16` in float16 and `w8a8` in bfloat16: its kernels take no others. `time` measures
-tokens/s of one sequence after its first token, for the dense and the 50 % model.
+Models: SmolLM2-135M dense, pruned to 50 % by Wanda (half), and with 24 of its 30 layers (depth).
+`prepare` makes them, exports each to every engine and type, and lets transformers write greedy
+texts in float32: 24 tokens after each of 10 prompts. Its Python needs the extra `onnx`, too.
+`check` runs every engine in a process of its own, in the environment of PYTHON. A row says how many
+of the ten texts are equal, how many of the 240 tokens agree up to the first difference of their
+text, the bytes of the files, and how many zeros they keep. The texts are compared with those of the
+same weights: for quantized GGUF with those that transformers reads from the file. ONNX int8 and
+int4 are compared with the source, because transformers cannot read them. Engines that round
+activations, too, are secateur, onnxruntime and llama.cpp with int8 and int4 weights, and vLLM with
+`w8a8`. vLLM computes in float32, `w4a16` in float16 and `w8a8` in bfloat16: its kernels take no
+others. `time` measures tokens/s of one sequence after its first token, for the dense and the 50 %
+model, in one type of 8 bits of every engine. The first type of an engine runs all three models, the
+timed one those two, others the 50 % model alone.
 
 Rows are kept at once and skipped when they are there.
 """
@@ -32,12 +34,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import add, heading, keep, markdown
+from benchmarks.speed.engines_worker import transformers_stream
 from benchmarks.stored import known_rows
 
 import secateur
 
 MEASURES = ("src/secateur/exporting",)
-MINUTES = 120
+MINUTES = 20
 
 HERE, NAME = Path(__file__).parent, "engines"
 SAMPLE, TOKENS, TIMED, THREADS = "smollm2-135m", 24, 48, 2
@@ -54,10 +57,17 @@ PROMPTS = (
     "Photosynthesis is the process by which",
     "A triangle has",
 )
-MODELS = ("dense", "half", "2-4", "depth", "width")
+MODELS = ("dense", "half", "depth")
 TIMED_MODELS = MODELS[:2]
+TIMED_TYPES = {
+    "secateur": "int8",
+    "llama.cpp": "q8_0",
+    "openvino": "q8_0",
+    "onnxruntime": "int8",
+    "vllm": "w8a8",
+}
 EXPORTS = {
-    "secateur": dict.fromkeys(("float32", "bfloat16", "int8"), "compress"),
+    "secateur": dict.fromkeys(("float32", "int8"), "compress"),
     "llama.cpp": dict.fromkeys(("f32", "q8_0", "q4_0"), "gguf"),
     "openvino": dict.fromkeys(("f16", "q8_0", "q4_0"), "gguf"),
     "onnxruntime": dict.fromkeys(("fp32", "int8", "int4"), "onnx"),
@@ -74,26 +84,20 @@ PROTOCOL = {
     "prompts": len(PROMPTS),
     "tokens": TOKENS,
     "timed": TIMED,
+    "timed_types": TIMED_TYPES,
     "threads": THREADS,
     "calibration": CALIBRATION,
 }
 
 
 def make_models(work: Path) -> dict[str, Path]:
-    """The five models, made once."""
+    """The three models, made once."""
     made = {name: work / name for name in MODELS}
-    wanted: dict[str, Any] = {
-        "half": (secateur.prune, {"method": "wanda", "sparsity": 0.5}),
-        "2-4": (secateur.prune, {"method": "wanda", "pattern": "2:4"}),
-        "depth": (secateur.structure, {"keep_layers": 24, "effort": "fast", "distill_epochs": 0}),
-        "width": (
-            secateur.structure,
-            {"ffn": 0.75, "effort": "fast", "distill_epochs": 0, "multiple": 32},
-        ),
-    }
-    for name, (verb, options) in wanted.items():
-        if not made[name].exists():
-            verb(SAMPLE, output=made[name], **options, **CALIBRATION)
+    if not made["half"].exists():
+        secateur.prune(SAMPLE, output=made["half"], method="wanda", sparsity=0.5, **CALIBRATION)
+    if not made["depth"].exists():
+        fast: dict[str, Any] = {"effort": "fast", "distill_epochs": 0, **CALIBRATION}
+        secateur.structure(SAMPLE, output=made["depth"], keep_layers=24, **fast)
     if not made["dense"].exists():
         from secateur.models.sources import resolve
 
@@ -156,9 +160,9 @@ def expected(work: Path, path: str) -> list[list[int]]:
     """The texts of transformers in float32 for the weights of a folder or file, made once."""
     note = work / f"texts-{Path(path).name}.json"
     if not note.exists():
-        asked = {"engine": "transformers", "model": path, "prompts": prompt_ids(work), "threads": 1}
-        found = answer(sys.executable, [HERE / "engines_worker.py"], {**asked, "tokens": TOKENS})
-        note.write_text(json.dumps(found["tokens"]), encoding="utf-8")
+        stream = transformers_stream({"model": path, "threads": 1})
+        texts = [list(stream(prompt, TOKENS)) for prompt in prompt_ids(work)]
+        note.write_text(json.dumps(texts), encoding="utf-8")
     return list(json.loads(note.read_text(encoding="utf-8")))
 
 
@@ -170,7 +174,7 @@ def reference_of(work: Path, model: str, engine: str, type: str, found: dict[str
         if not plain.exists():
             secateur.import_model(found["path"], output=plain)
         return str(plain)
-    own = target == "compress" or type in ("f16", "q8_0", "q4_0")
+    own = (target, type) in (("compress", "int8"), ("gguf", "q8_0"), ("gguf", "q4_0"))
     return found["path"] if own else str(work / model)
 
 
@@ -184,13 +188,14 @@ def compared(theirs: list[list[int]], ours: list[list[int]]) -> dict[str, int]:
 
 
 def cells() -> list[tuple[str, str, str]]:
-    """(model, engine, type), the cells of the table."""
-    return [
-        (model, engine, type)
-        for engine, types in EXPORTS.items()
-        for type in types
-        for model in MODELS
-    ]
+    """(model, engine, type): all in the first type of an engine, fewer in others."""
+    found = []
+    for engine, types in EXPORTS.items():
+        for type in types:
+            models = TIMED_MODELS if type == TIMED_TYPES[engine] else MODELS[1:2]
+            models = MODELS if type == next(iter(types)) else models
+            found += [(model, engine, type) for model in models]
+    return found
 
 
 def prepare(work: Path, only: list[str]) -> None:
@@ -205,19 +210,16 @@ def prepare(work: Path, only: list[str]) -> None:
             print(model, engine, type, f"{time.perf_counter() - begun:.0f} s", flush=True)
 
 
-def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) -> None:
-    """Measure the missing rows until the time is over: texts, or speeds."""
-    begun, prompts = time.perf_counter(), prompt_ids(work)
+def measure(work: Path, pythons: dict[str, str], timed: bool) -> None:
+    """Measure the missing rows: texts, or speeds."""
+    prompts = prompt_ids(work)
     key = ("model", "engine", "type", "timed")
     done = {tuple(row[k] for k in key) for row in known_rows(NAME, PROTOCOL)}
     for model, engine, type in cells():
         target = EXPORTS[engine][type]
-        ready = target == "dense" or (work / f"{model}-{target}-{type}.json").exists()
-        skipped = (model, engine, type, timed) in done or (timed and model not in TIMED_MODELS)
-        if engine not in pythons or skipped or not ready:
+        wanted = not timed or (model in TIMED_MODELS and TIMED_TYPES[engine] == type)
+        if engine not in pythons or not wanted or (model, engine, type, timed) in done:
             continue
-        if time.perf_counter() - begun > seconds:
-            return
         found = exported(work, model, engine, type)
         script = "engines_vllm.py" if engine == "vllm" else "engines_worker.py"
         asked = {"engine": engine, "model": found["path"], "threads": THREADS if timed else 1}
@@ -240,17 +242,14 @@ def measure(work: Path, pythons: dict[str, str], timed: bool, seconds: float) ->
         print(row, flush=True)
 
 
-SHOWN = ("dense", "half", "depth")
-
-
 def engines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A row for each engine and type, a column for each model of `SHOWN`."""
+    """A row for each engine and type, a column for each model."""
     texts = {(r["engine"], r["type"], r["model"]): r for r in rows if not r["timed"]}
     speeds = {(r["engine"], r["type"], r["model"]): r for r in rows if r["timed"]}
     lines = []
     for engine, types in EXPORTS.items():
         for type in types:
-            found = [texts.get((engine, type, model)) for model in SHOWN]
+            found = [texts.get((engine, type, model)) for model in MODELS]
             if not any(found):
                 continue
             pace = [
@@ -259,7 +258,7 @@ def engines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             size = [f"{r['bytes'] / 2**20:.0f}" if r else "" for r in found]
             own = [engine, type, *map(alike, found), size[0], size[1]]
             lines.append([*own, *(f"{one:.0f}" if one else "" for one in pace)])
-    columns = ["engine", "type", *(f"{name}: equal" for name in SHOWN)]
+    columns = ["engine", "type", *(f"{name}: equal" for name in MODELS)]
     columns += [f"{name}: MiB" for name in TIMED_MODELS]
     return [*columns, *(f"{name}: tokens/s" for name in TIMED_MODELS)], lines
 
@@ -288,7 +287,6 @@ def main() -> None:
     parser.add_argument("what", choices=("prepare", "check", "time", "show"))
     parser.add_argument("work", type=Path, nargs="?", default=Path("engines-work"))
     parser.add_argument("--engine", action="append", default=[], help="NAME or NAME=PYTHON")
-    parser.add_argument("--seconds", type=float, default=1e9)
     given = parser.parse_args()
     pythons = {n: p or sys.executable for n, _, p in (e.partition("=") for e in given.engine)}
     if given.what == "prepare":
@@ -296,7 +294,7 @@ def main() -> None:
     elif given.what != "show":
         if not known_rows(NAME, PROTOCOL):
             keep(NAME, PROTOCOL, [])
-        measure(given.work.resolve(), pythons, given.what == "time", given.seconds)
+        measure(given.work.resolve(), pythons, given.what == "time")
     else:
         print(heading())
         show()
