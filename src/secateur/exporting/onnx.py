@@ -41,7 +41,8 @@ class ONNX:
     """A folder with `model.onnx`, its weights, `genai_config.json` and the tokenizer.
 
     `int8` and `int4` are symmetric blocks of 32 weights with a float32 scale; activations are
-    rounded to int8 by ONNX Runtime. Embedding and norms stay float32.
+    rounded to int8 by ONNX Runtime. Embedding and norms stay float32, but with `int4` an embedding
+    that is also the head has its 4 bits.
     """
 
     name: ClassVar[str] = "onnx"
