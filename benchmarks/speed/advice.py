@@ -78,12 +78,12 @@ def measured(model: str, name: str, work: Path, rounds: int) -> dict[str, Any]:
 def forecasts(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The errors of forecasts of each shape, over the ways to store it."""
     names, lines = {"smollm2": "135M", "1.1b": "1.1 B"}, []
-    for model, name in names.items():
+    for model in dict.fromkeys(row["model"] for row in rows if row["model"] in names):
         own = [row for row in rows if row["model"] == model]
         memory = [row["predicted_bytes"] / row["measured_bytes"] - 1 for row in own]
         times = sorted(row["time_error"] for row in own)
         lines.append([
-            name, ", ".join(row["stored"] for row in own), f"{times[0]:+.0%} to {times[-1]:+.0%}",
+            names[model], ", ".join(row["stored"] for row in own), f"{times[0]:+.0%} to {times[-1]:+.0%}",
             f"{min(memory):+.0%} to {max(memory):+.0%}",
         ])  # fmt: skip
     return ["shape", "stored", "error of ms/token", "error of memory"], lines
