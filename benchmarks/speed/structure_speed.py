@@ -114,7 +114,8 @@ def cuts(folder: Path, levels: list[float]) -> dict[str, Cut]:
     found = {"uncut": Cut()}
     for kind, options in KINDS.items():
         for level in levels:
-            asked = {"model": str(folder), "multiple": MULTIPLE, **options(level)}
+            asked = {"model": str(folder), **options(level)}
+            asked |= {} if kind == "depth" else {"multiple": MULTIPLE}
             plan = plan_cut(build_recipe(StructureRecipe, nested(StructureRecipe, asked)), skeleton)
             cut = representative(plan)
             narrowed = uniform_cut(plan, design(skeleton, cut).skeleton, MULTIPLE)
