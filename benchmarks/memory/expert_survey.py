@@ -126,14 +126,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(heading())
-    rows = []
+    protocol = {"windows": WINDOWS, "sequence_length": LENGTH, "experts": EXPERTS,
+                "chosen": CHOSEN, "hidden": HIDDEN, "neurons": NEURONS, "kept": 0.75}  # fmt: skip
+    rows: list[dict[str, Any]] = []
     for layers in args.layers:
         with tempfile.TemporaryDirectory(dir=args.work) as scratch:
             rows.append(measure(layers, Path(scratch)))
         print(rows[-1], flush=True)
-    protocol = {"windows": WINDOWS, "sequence_length": LENGTH, "experts": EXPERTS,
-                "chosen": CHOSEN, "hidden": HIDDEN, "neurons": NEURONS, "kept": 0.75}  # fmt: skip
-    print(f"written to {keep('expert-survey', protocol, rows)}")
+        keep("expert-survey", protocol, rows)
     print(markdown(*peaks(rows)))
 
 
