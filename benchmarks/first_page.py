@@ -1,21 +1,17 @@
 """The first page's table: what zeros and rounding cost and bring, after everything is stored.
 
     python -m benchmarks.first_page --calibration c4.jsonl --text wiki.txt --work WORK \\
-        [--rivals-python OTHER/bin/python --wanda CHECKOUT --alps CHECKOUT] [--only ROW ...]
+        [--parts make judge time]
 
 One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol for every row:
 
 - Calibration is 64 windows of 512 tokens (`random-crop`, seed 0) of one file, for pruning and for
-  rounding. `best` reads more windows of the same file. `fit` has 64 consecutive ones, and heals on
-  more of them. The published code of Wanda, SparseGPT and ALPS gets the same windows (`rivals.py`,
-  an environment of its own); what it wrote is rounded and stored by the same `secateur compress` as
-  ours, because its own files are as large as dense ones.
+  rounding.
 - Perplexity is that of the stored files as they run: weights rounded, activations rounded by our
   kernels; non-overlapping windows of 2048 tokens, the loss over each window's own next tokens, the
   first windows of the text. llama.cpp's perplexity comes from its own logits, on the same windows.
 - Tokens per second: batch 1, a prompt of 64 tokens, 32 new ones, each row in a process of its own,
-  rounds interleaved, medians, nothing else on the machine. llama.cpp times itself. Two rows that
-  differ only in which weights are zero have the same speed, so only one of them is timed.
+  rounds interleaved, medians, nothing else on the machine. llama.cpp times itself.
 
 Folders stay in WORK, and every finished number in `results/first-page.json`: a run goes on where
 another one stopped.
@@ -25,10 +21,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +34,6 @@ from benchmarks.stored import Rows, known_rows
 import secateur
 from secateur.calibration.documents import read_text
 from secateur.evaluation.speed import take_turns
-from secateur.models.samples import MODELS
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 
@@ -50,72 +43,33 @@ MEASURES = (
     "src/secateur/quantization",
     "src/secateur/runtime",
 )
-MINUTES = 150
+MINUTES = 35
 
 MODEL = "smollm2-135m"
 INT8: dict[str, Any] = {"values": "int8", "embeddings": "int8"}
 INT4: dict[str, Any] = {"values": "int4", "embeddings": "int8"}
-ALL_INT4: dict[str, Any] = {"values": "int4", "embeddings": "int4"}
-PRUNED = {
-    "fast": {"effort": "fast"},
-    "balanced": {"effort": "balanced"},
-    "best": {"effort": "best"},
-    "wanda": {},
-    "sparsegpt": {},
-    "alps": {},
-}
-RIVALS = ("wanda", "sparsegpt", "alps")
 STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "no zeros, bfloat16": (MODEL, {"values": "bfloat16"}),
     "no zeros, int8": (MODEL, INT8),
     "no zeros, int4": (MODEL, INT4),
-    "no zeros, int4, embedding too": (MODEL, ALL_INT4),
-    "fast, int8": ("fast", INT8),
     "balanced, int8": ("balanced", INT8),
-    "best, int8": ("best", INT8),
     "balanced, int4": ("balanced", INT4),
-    "balanced, int4, embedding too": ("balanced", ALL_INT4),
-    "best, int4": ("best", INT4),
-    "wanda, int8": ("wanda", INT8),
-    "sparsegpt, int8": ("sparsegpt", INT8),
-    "alps, int8": ("alps", INT8),
 }
-FITTED = {"fit, 75 MiB": 75 * 2**20, "fit, 60 MiB": 60 * 2**20}
 GGUF = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
-OWN_FILE = "llama.cpp Q4_1, the source"
-TIMED = (
-    "no zeros, int8",
-    "no zeros, int4",
-    "no zeros, int4, embedding too",
-    "balanced, int8",
-    "balanced, int4",
-    "balanced, int4, embedding too",
-    *FITTED,
-)
+TIMED = ("no zeros, int8", "no zeros, int4", "balanced, int8", "balanced, int4")
 TORCH = "no zeros, bfloat16, torch"
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 
 
-def prune(args: argparse.Namespace, name: str, output: Path) -> None:
-    """Make one folder with 50 % zeros, with our presets or with published code."""
-    if name not in RIVALS:
-        secateur.prune(
-            MODEL, output=output, sparsity=0.5, calibration=args.calibration, windows=64,
-            sequence_length=512, packing="random-crop", seed=0, **PRUNED[name],
-        )  # fmt: skip
-        return
-    checkout = args.alps if name == "alps" else args.wanda
-    script = Path(__file__).parent / "rivals/rivals.py"
-    windows = windows_file(args, 0, args.work)
-    command = [args.rivals_python, script, name, checkout, resolve(MODEL).folder, windows, output]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([*map(str, command), "--sparsity", "0.5"], check=True, env=environment)
-
-
 def store(args: argparse.Namespace, row: str, output: Path) -> None:
-    """Round and store what a row needs; integers with calibration."""
+    """Prune, round and store what a row needs; integers with calibration."""
     source, values = STORED[row]
     folder = MODEL if source == MODEL else args.work / source
+    if source != MODEL and not folder.exists():
+        secateur.prune(
+            MODEL, output=folder, sparsity=0.5, effort=source, calibration=args.calibration,
+            windows=64, sequence_length=512, packing="random-crop", seed=0,
+        )  # fmt: skip
     calibration: dict[str, Any] = {}
     if values["values"] in ("int8", "int4"):
         calibration = {"calibration": windows_file(args, 0, args.work)}
@@ -182,52 +136,28 @@ class Table:
 
 def make(args: argparse.Namespace, table: Table) -> None:
     """All folders and files."""
-    for name in PRUNED:
-        if table.missing(name, "pruned") and wanted(args, name):
-            shutil.rmtree(args.work / name, ignore_errors=True)
-            prune(args, name, args.work / name)
-            table.put(name, pruned=True)
     for row in STORED:
-        source = STORED[row][0]
-        there = source == MODEL or not table.missing(source, "pruned")
-        if there and table.missing(row, "file_bytes") and wanted(args, row):
-            output = args.work / row
-            shutil.rmtree(output, ignore_errors=True)
-            store(args, row, output)
-            table.put(row, file_bytes=file_bytes(output))
-    for row, size in FITTED.items():
-        if table.missing(row, "file_bytes") and wanted(args, row):
-            secateur.fit(
-                MODEL, output=args.work / row, resume=True, max_size=size,
-                calibration=args.calibration, windows=64, sequence_length=512,
-            )  # fmt: skip
+        if table.missing(row, "file_bytes"):
+            shutil.rmtree(args.work / row, ignore_errors=True)
+            store(args, row, args.work / row)
             table.put(row, file_bytes=file_bytes(args.work / row))
     for row, type in GGUF.items():
-        if table.missing(row, "file_bytes") and wanted(args, row):
+        if table.missing(row, "file_bytes"):
             shutil.rmtree(args.work / row, ignore_errors=True)
             secateur.export(MODEL, output=args.work / row, to="gguf", type=type)
             table.put(row, file_bytes=file_bytes(gguf_of(args, row)))
-    if table.missing(OWN_FILE, "file_bytes"):
-        table.put(OWN_FILE, file_bytes=file_bytes(gguf_of(args, OWN_FILE)))
 
 
 def gguf_of(args: argparse.Namespace, row: str) -> Path:
     """The file that llama.cpp runs."""
-    return MODELS[MODEL].fetch() if row == OWN_FILE else next((args.work / row).glob("*.gguf"))
-
-
-def wanted(args: argparse.Namespace, row: str) -> bool:
-    """Whether this call makes a row."""
-    if row.partition(",")[0] in RIVALS and args.rivals_python is None:
-        return False
-    return not args.only or row.partition(",")[0] in args.only or row in args.only
+    return next((args.work / row).glob("*.gguf"))
 
 
 def time_rows(args: argparse.Namespace, table: Table) -> None:
     """Speed of all models, interleaved; anew where one is missing."""
     timed = [("torch bf16", args.work / "no zeros, bfloat16")]
     timed += [("packed", args.work / row) for row in TIMED]
-    engines = [*GGUF, OWN_FILE]
+    engines = [*GGUF]
     timed += [(str(gguf_of(args, row)), args.work) for row in engines]
     names = [TORCH, *TIMED, *engines]
     if not any(table.missing(row, "tokens_per_second") for row in names):
@@ -241,14 +171,14 @@ def time_rows(args: argparse.Namespace, table: Table) -> None:
 
 def judge(args: argparse.Namespace, table: Table) -> None:
     """Perplexity of every row whose folder is there."""
-    for row in (*STORED, *FITTED):
+    for row in STORED:
         if table.missing(row, "perplexity") and not table.missing(row, "file_bytes"):
             found = secateur.evaluate(
                 args.work / row, text=str(args.text), sequence_length=2048, windows=args.windows
             )
             table.put(row, perplexity=found.perplexity)
     windows = windows_of(str(args.text), args.windows)
-    for row in [*GGUF, OWN_FILE]:
+    for row in GGUF:
         if table.missing(row, "perplexity"):
             table.put(row, perplexity=math.exp(llama_cpp_loss(gguf_of(args, row), windows)))
 
@@ -288,11 +218,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, kept")
     parser.add_argument("--windows", type=int, default=20, help="of 2048 tokens, judged")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--parts", nargs="*", default=["make", "time", "judge"])
-    parser.add_argument("--rivals-python", type=Path)
-    parser.add_argument("--wanda", type=Path)
-    parser.add_argument("--alps", type=Path)
     args = parser.parse_args()
     args.model = MODEL
     args.work.mkdir(parents=True, exist_ok=True)
