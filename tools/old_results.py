@@ -30,7 +30,7 @@ from typing import Any
 from measured_tables import RESULTS, ROOT, Result, read_results
 
 KEPT = ROOT / "build/same_bytes"
-WEIGHTS = (".safetensors#tensors", ".gguf")
+WEIGHTS = "#tensors"
 
 Digests = dict[str, str]
 

@@ -8,8 +8,8 @@
 It runs the command lines of `same_bytes.yaml` on tiny models, kills the cases of
 `tests/runs/cases.py` at a few points and resumes them, and reads every `--help`. A digest stands
 for a file, or for an entry at the top of a JSON file, so the comparison names the entry; a second
-one of a safetensors file for its tensors alone. `--keep` copies all files to a folder; `diff -r` of
-two such folders shows what is different. `--only` takes names such as `llama/wanda`,
+one of a safetensors or GGUF file for its tensors alone. `--keep` copies all files to a folder;
+`diff -r` of two such folders shows what is different. `--only` takes names such as `llama/wanda`,
 `killed/prune`, `help`, `options.md`, `python` and `refused`.
 `--source` runs the command lines with the code of another checkout, on inputs that this one makes.
 
@@ -39,6 +39,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from gguf import GGUFReader
 
 from pretended_machine import REAL_CLOCK, in_fork, pretend
 from same_bytes_inputs import loaded_values, make_inputs, mistakes
@@ -161,6 +163,9 @@ def entries(file: Path, kind: str, name: str) -> Digests:
                 parts = {f"{name}#": [*values], **{f"{name}#{k}": x for k, x in values.items()}}
                 return {key: digest(json.dumps(x).encode()) for key, x in parts.items()}
     found = {name: digest(content)}
+    if kind == "gguf":
+        read = GGUFReader(file).tensors
+        found[f"{name}#tensors"] = digest(repr([(x.name, x.data.tobytes()) for x in read]).encode())
     if kind == "safetensors":
         with contextlib.suppress(ValueError):  # a case may write half a file
             found[f"{name}#tensors"] = digest(tensors(content))

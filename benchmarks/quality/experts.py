@@ -56,6 +56,13 @@ MEASURES = (
     "src/secateur/structured",
 )  # fmt: skip
 
+PROOF = tuple(
+    f"mixtral/experts{way}"
+    for way in (
+        "", " anywhere", " tuned", " healed", " by divergence", " by norms", " at random",
+        " and neurons",
+    )
+)  # fmt: skip
 STEPS, CALIBRATION, JUDGED, DRAWS = 2000, 128, 180, 5
 KEPT, BITS = (0.75, 0.5), ("int8", "int4", "int3", "int2")
 MINUTES = 110

@@ -63,7 +63,14 @@ MEASURES = (
     "src/secateur/steps/fitting",
     "src/secateur/exporting/gguf",
 )
+PROOF = ("llama/gguf q4_0", "llama/gguf rounded", "llama/gguf fit")
 MINUTES = 95
+
+
+def ours(row: dict[str, Any]) -> bool:
+    """Whether our code has made the file of a row."""
+    return not row["contender"].startswith("llama.cpp")
+
 
 TABLE = "gguf-types"
 PROTOCOL = {"judged": "see benchmarks/quality/gguf_types.py"}
