@@ -71,7 +71,7 @@ class Result(NamedTuple):
         script = self.content["script"].replace(".", "/") + ".py"
         last = f"{self.commits}: {machine}; {', '.join(torch)}"
         same = sorted({row["same_as"] for row in rows if "same_as" in row})
-        last += f"; commit {', '.join(same)} writes the same weights" if same else ""
+        last += f"; same weights: {', '.join(same)}" if same else ""
         return f"<sub>`{script}`, {when}, {last}.</sub>"
 
     def lines(self, name: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ def test_a_draft_is_timed_beside_the_model_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Field required"):
         secateur.bench(str(model), draft=str(tmp_path / "draft"), new_tokens=2)
     known = json.loads((write_draft(tmp_path / "other") / "secateur" / "draft.json").read_text())
-    known["greedy"]["speedup"], known["sampled"]["speedup"] = 1.5, 1.27
+    known["greedy"]["speedup"], known["sampled"]["speedup"], known["parent"] = 1.5, 1.27, str(model)
     notes.write_text(json.dumps(known))
     found = secateur.bench(str(model), draft=str(tmp_path / "draft"), new_tokens=20)
     assert found.expected == (1.5, 1.27)

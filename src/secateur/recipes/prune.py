@@ -206,7 +206,7 @@ class _DemoTexts(Section):
 
     source: Annotated[str, Flag("calibration", value="TEXT")] = "boolq-calibration"
     """Calibration text."""
-    windows: int = Field(32, ge=1)
+    windows: int = Field(16, ge=1)
     """Calibration windows of 512 tokens, or of as many as the model reads."""
     text: Annotated[str, Flag(value="TEXT")] = "boolq-held-out"
     """Text to judge on."""

@@ -156,7 +156,7 @@ def _bench_draft(recipe: BenchRecipe, draft: str, progress: Progress) -> Drafted
     return DraftedBenchResult(
         model=recipe.model,
         draft=draft,
-        expected=promised(own),
+        expected=promised(own, recipe.model),
         speeds=tuple(speeds),
         protocol=protocol,
     )

@@ -337,12 +337,12 @@ def about(result: reports.DraftedResult, what: str) -> str:
     )
 
 
-def promised(draft: Path) -> tuple[float, float] | None:
-    """The speed-ups at temperature 0 and 1 that the record of a draft expects, if it has one."""
+def promised(draft: Path, parent: str) -> tuple[float, float] | None:
+    """The speed-ups at temperature 0 and 1 that a draft's record expects beside this parent."""
     if not (draft / NOTES / reports.DRAFT).is_file():
         return None
     record = read_record(reports.DraftedResult, draft / NOTES / reports.DRAFT)
-    return record.greedy.speedup, record.sampled.speedup
+    return (record.greedy.speedup, record.sampled.speedup) if record.parent == parent else None
 
 
 HEADS = (32768, 16384, 8192, 4096)
