@@ -4,7 +4,8 @@ python tools/families_page.py          # write the page
 python tools/families_page.py --check  # fail if it is out of date
 
 A yes stands for a test: every model of `tests/support/zoo.py` is pruned, saved and loaded by
-`tests/steps/prune/test_zoo.py`, cut by the tests in `tests/structured`, packed by
+`tests/steps/prune/test_zoo.py`, cut by the tests in `tests/structured`, trimmed by
+`tests/structured/test_vocabulary_of_families.py` and `test_embedders.py`, packed by
 `tests/runtime/test_load_every_model.py`, and written as GGUF by `tests/exporting/test_gguf.py`.
 """
 
@@ -67,6 +68,13 @@ OUTSIDE: Mapping[str, str] = {
 """Why types that are known, but not in `layer_forms.FORMS`, are decoded by transformers."""
 
 
+TOKENIZERS = {
+    "byte-level": "BPE of bytes", "characters": "BPE of characters", "clip": "BPE with a suffix",
+    "bert": "WordPiece", "unigram of letters": "Unigram",
+}  # fmt: skip
+"""How the kinds of `tests/support/tokenizers_of_kinds.py` are called."""
+
+
 def main() -> None:
     """Write the page, or check it."""
     write_or_check(ROOT, {PAGE: "\n".join(page()) + "\n"}, "families_page.py")
@@ -115,7 +123,31 @@ def page() -> Iterator[str]:
             alike.setdefault(abilities(name), []).append(f"`{name}`")
         columns = ("models", "cut", "packing", "fast decoding", "GGUF")
         yield from table(columns, ((", ".join(names), *can) for can, names in alike.items()))
+    yield from fewer_tokens()
     yield from reasons()
+
+
+def fewer_tokens() -> Iterator[str]:
+    """The models whose vocabulary a test cuts."""
+    import zoo
+
+    yield "## Fewer tokens"
+    yield ""
+    yield "`structure --vocabulary` [removes tokens](structure/vocabulary.md) of these. In a test,"
+    yield "texts whose tokens all stay become the same tokens, with the same logits or embeddings"
+    yield "to float rounding. All other tensors keep their bytes. transformers loads the folder."
+    yield ""
+    yield from table(("decoders", "tables of tokens"), alike(zoo.TRIMMED))
+    yield "Copies of tables in MTP layers are cut too, and tables in int8, int4, FP8 or NVFP4."
+    yield ""
+    kinds = {name: TOKENIZERS[kind] for name, (_, kind, *_) in zoo.EMBEDDERS.items()}
+    yield from table(("embedding models", "tokenizer"), alike(kinds))
+
+
+def alike(said: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The names of which the same is said, and what."""
+    for words in dict.fromkeys(said.values()):
+        yield ", ".join(f"`{name}`" for name in said if said[name] == words), words
 
 
 def abilities(name: str) -> tuple[str, ...]:

@@ -139,10 +139,14 @@ def prove(results: Sequence[Result]) -> Iterator[str]:
         script = result.script
         proof = getattr(script, "proof", lambda _: getattr(script, "PROOF", ()))  # noqa: B023
         found = [(row, proof(row)) for row, _ in old_rows(result)]
-        every = [*dict.fromkeys(case for _, cases in found for case in cases)]
-        after, proven = weights(here, every), 0
+        wanted: dict[str, list[str]] = {here: []}
         for row, cases in found:
-            before = weights(row["commit"], every)
+            wanted.setdefault(row["commit"], []).extend(cases)
+            wanted[here].extend(cases)
+        known = {at: weights(at, [*dict.fromkeys(cases)]) for at, cases in wanted.items()}
+        after, proven = known[here], 0
+        for row, cases in found:
+            before = known[row["commit"]]
             if cases and all(after[case] and before[case] == after[case] for case in cases):
                 row["same_as"], proven = here[:8], proven + 1
         file = RESULTS / f"{result.name}.json"

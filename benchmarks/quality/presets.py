@@ -78,6 +78,7 @@ OURS: dict[str, dict[str, Any]] = {
     "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
 }
 WRITE = {
+    "fast": ("fast",), "balanced": ("balanced",), "balanced, uniform": ("balanced uniform",),
     "our ALPS": ("alps",), "our ALPS, papers' order": ("alps", "sequential"),
     "ALPS + asymmetric": ("alps", "asymmetric"), "SparseGPT + asymmetric": ("asymmetric",),
     "SparseGPT + tuning": ("sparsegpt", "tuned"), "SparseGPT + OWL": ("sparsegpt", "owl"),

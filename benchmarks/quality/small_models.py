@@ -75,10 +75,16 @@ NOISE, LEAST = 0.002, 0.01
 Rows = list[dict[str, Any]]
 
 
+def ours(row: dict[str, Any]) -> bool:
+    """Whether our code has pruned the model of a row."""
+    return bool(row["row"] != "dense")
+
+
 def proof(row: dict[str, Any]) -> tuple[str, ...]:
     """The command lines that write weights as a row does."""
-    own = {"ALPS": ("llama/alps", "llama/sequential"), "SparseGPT": ("llama/sequential",)}
-    return own.get(row["row"], ("llama/balanced", "llama/best"))
+    own = {"ALPS": ("alps", "sequential"), "SparseGPT": ("sequential",), "best": ("best",),
+           "balanced": ("balanced",), "balanced, uniform": ("balanced uniform",)}  # fmt: skip
+    return tuple(f"llama/{case}" for case in own[row["row"]])
 
 
 def judge(folder: Path, model: Path, texts: dict[str, str]) -> dict[str, float]:

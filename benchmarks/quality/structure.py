@@ -40,6 +40,11 @@ LEVELS = (0.1, 0.2, 0.3, 0.5)
 Options = dict[str, Any]
 
 
+def ours(row: dict[str, Any]) -> bool:
+    """Whether our code has cut the model of a row."""
+    return bool(row["row"] != "dense")
+
+
 def proof(row: dict[str, Any]) -> list[str]:
     """The command lines that write weights as a row does."""
     kind, _, effort = row["row"].partition(", ")

@@ -15,6 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import saved, tensors_of
 from tokenizers_of_kinds import documents, save_tokenizer
+from zoo import EMBEDDERS
 
 import secateur
 from secateur.errors import ArchitectureError, CheckpointError, RecipeError, VerificationError
@@ -28,44 +29,19 @@ SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 1200,
 }  # fmt: skip
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 SAVED = "sentence_transformers.models."
-POOLED, DENSE = ("Pooling", "Normalize"), ("Pooling", "Dense", "Dense", "Normalize")
-
-FORMS: dict[str, tuple[str, str, dict[str, Any], str, tuple[str, ...]]] = {
-    # form: class, kind of tokenizer and its class, further modules
-    "EmbeddingGemma": (
-        "Gemma3TextModel", "characters",
-        {**GROUPED, "use_bidirectional_attention": True, "sliding_window": 16}, "GemmaTokenizer",
-        DENSE,
-    ),
-    "Qwen3-Embedding": ("Qwen3ForCausalLM", "byte-level", GROUPED, "Qwen2Tokenizer", POOLED),
-    "XLM-R": ("XLMRobertaModel", "unigram of letters", {}, "XLMRobertaTokenizer", POOLED),
-    "mBERT": ("BertModel", "bert", {}, "BertTokenizer", POOLED),
-    "ModernBERT": ("ModernBertModel", "byte-level", {}, "PreTrainedTokenizerFast", POOLED),
-    "MPNet": ("MPNetModel", "bert", {}, "PreTrainedTokenizerFast", POOLED),
-    "BERT with a head": ("BertForMaskedLM", "bert", {}, "BertTokenizer", ()),
-    "XLM-R with a head": (
-        "XLMRobertaForMaskedLM", "unigram of letters", {}, "PreTrainedTokenizerFast", ()
-    ),
-    "DistilBERT with a head": ("DistilBertForMaskedLM", "bert", {}, "BertTokenizer", ()),
-    "ModernBERT with a head": (
-        "ModernBertForMaskedLM", "clip", {}, "PreTrainedTokenizerFast", ()
-    ),
-    "reranker": ("BertForSequenceClassification", "bert", {}, "BertTokenizer", ()),
-}  # fmt: skip
 SPECIAL = {"BertTokenizer": ("[PAD]", "[MASK]"), "Qwen2Tokenizer": ("<|endoftext|>", "<mask>")}
 """Tokens for padding and for masked words, which these classes add where they are missing."""
 
 PROMPTS = {"query": "Instruct: find texts that answer the quick brown fox. Query: ", "document": ""}
 
-PIPELINES = [form for form in FORMS if FORMS[form][-1]]
-HEADS = [form for form in FORMS if "head" in form]
+PIPELINES = [form for form in EMBEDDERS if EMBEDDERS[form][-1]]
+HEADS = [form for form in EMBEDDERS if "head" in form]
 
 
 def embedder(folder: Path, form: str, **settings: Any) -> Path:
     """A tiny embedding model as one of its family is stored."""
-    name, kind, own, tokenizer_class, modules = FORMS[form]
+    name, kind, own, tokenizer_class, modules = EMBEDDERS[form]
     tokenizer = save_tokenizer(folder, kind)
     pad, mask = SPECIAL.get(tokenizer_class, ("<pad>", "<mask>"))
     tokenizer.add_special_tokens({"pad_token": pad, "mask_token": mask})
@@ -139,7 +115,7 @@ def new_ids(source: Path, output: Path) -> tuple[Any, Any, dict[int, int]]:
     return old, new, {old.convert_tokens_to_ids(x): n for x, n in new.get_vocab().items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EMBEDDERS)
 def test_texts_keep_their_hidden_states(form: str, trimmed) -> None:
     source, output, made = trimmed(form)
     old, new, number = new_ids(source, output)
@@ -162,7 +138,7 @@ def test_texts_keep_their_hidden_states(form: str, trimmed) -> None:
     assert made.structure.before.decoder == made.structure.after.decoder > 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EMBEDDERS)
 def test_all_but_tables_is_the_source(form: str, trimmed) -> None:
     source, output, _ = trimmed(form)
     before, after = tensors_of(source), tensors_of(output)
@@ -255,7 +231,7 @@ def test_nothing_else_is_cut(form: str, options: dict[str, Any], trimmed, tmp_pa
         trim(source, tmp_path / "out", **options)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EMBEDDERS)
 def test_embedding_models_are_not_pruned(form: str, trimmed, tmp_path: Path) -> None:
     source, *_ = trimmed(form)
     with pytest.raises(ArchitectureError, match="only tokens"):

@@ -1,12 +1,7 @@
 """Tables of tokens of every kind lose the rows of the same tokens, and logits stay.
 
-| kind | models |
-|---|---|
-| one table | tied heads, untied ones, with a bias, with logits that are scaled or capped |
-| a second table | per-layer embeddings, as long as the first or shorter; experts of each token |
-| copies | of layers that predict further tokens |
-| with pictures and sounds | ids in configurations at any depth, a range of ids from an offset on |
-| in fewer bits | integers, float8 and 4-bit numbers whose rows stand alone |
+Tables are those of `zoo.TRIMMED`, copies in layers that predict further tokens, and integers,
+float8 and 4-bit numbers whose rows stand alone.
 """
 
 from __future__ import annotations
@@ -28,7 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers_of_kinds import documents, save_tokenizer
 from torch import Tensor, nn
 from transformers.models.gemma3n import modeling_gemma3n
-from zoo import class_of, config_of, with_routes
+from zoo import TRIMMED, class_of, config_of, with_routes
 
 import secateur
 from secateur.errors import ArchitectureError
@@ -39,14 +34,6 @@ from secateur.structured.vocabulary import _completed
 TEXTS = documents()[:3]
 LATE = 8
 """Ids of pictures or sounds behind the tokens of the tokenizer."""
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True}, "qwen2": {"tie_word_embeddings": False},
-    "gemma2": {}, "gpt2": {}, "phi": {}, "granite": {}, "opt": {}, "deepseek_v4": {},
-    "gemma3 vision": {}, "gemma4 vision small": {}, "mistral3": {}, "llama4": {},
-    "gemma3n_text": {}, "gemma4_text small": {}, "gemma3n vision": {"late": 2 * LATE},
-}  # fmt: skip
-"""Families, changes of their configurations, and how many ids no tokenizer has."""
 
 
 def save_family(folder: Path, family: str, late: int = 3, **changes: Any) -> Path:
@@ -108,7 +95,7 @@ SLOW = ("gemma2", "granite", "opt", "mistral3", "llama4", "gemma3n_text", "gemma
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in FAMILIES]
+    "family", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in TRIMMED]
 )
 def test_texts_keep_their_tokens_and_these_their_logits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +107,8 @@ def test_texts_keep_their_tokens_and_these_their_logits(
             "from_config",
             lambda config: original(config) if "text" in config.model_type else _Tower(),
         )
-    source = save_family(tmp_path / "m", family, **FAMILIES[family])
+    late = 2 * LATE if family == "gemma3n vision" else 3
+    source = save_family(tmp_path / "m", family, late)
     made = trimmed(source, tmp_path / "out")
     old, new = (transformers.AutoTokenizer.from_pretrained(x) for x in (source, tmp_path / "out"))
     for text in TEXTS:
