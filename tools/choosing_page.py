@@ -126,9 +126,9 @@ def one(found: Iterable[Row], **wanted: Any) -> Row:
 
 SOURCES = (
     ("Sizes", ("first-page", "embedding-bits"), ""),
-    ("int8, int4 and zeros", ("first-page", "low-bits", "int4-models"),
-     "zeros by `--effort balanced`, loss with rounded activations; the trained model is a small "
-     "one, its int4 in groups of 32; the model of 1.1 B has random weights"),
+    ("int8, int4 and zeros", ("first-page", "int4-models"),
+     "zeros by `--effort balanced`, loss with rounded activations; the model of 1.1 B has "
+     "random weights"),
     ("Prune weights", ("presets",), "rows with a time: one seed; others: means over seeds"),
     ("Cut units out", ("structure", "structure-speed"), ""),
     ("Train after it", ("recovery",), "they read the training parts of both texts"),
@@ -149,12 +149,7 @@ def sources() -> Iterable[str]:
 
 def low_bits() -> Iterable[str]:
     """Rounding and zeros: loss, speed, memory."""
-    loss, speed, stored = rows("low-bits"), rows("int4-models"), rows("first-page")
-
-    def rise(row: str, column: str) -> str:
-        dense = one(loss, model="trained", row="not rounded")["loss"]
-        found = one(loss, model="trained", row=row, column=column)
-        return f"{found['loss'] - dense:+.3f}"
+    speed, stored = rows("int4-models"), rows("first-page")
 
     def stored_rise(row: str) -> str:
         judged = [one(stored, row=r)["perplexity"] for r in (row, "no zeros, bfloat16")]
@@ -164,18 +159,16 @@ def low_bits() -> Iterable[str]:
         return one(speed, model="1.1b", contender=backend)
 
     lines = []
-    for storage, row, column, backend in (
-        ("int8", "dense", "50 % + int8", "dense int8"),
-        ("int4", "dense", "50 % + int4, groups of 64", "dense int4"),
-        ("50 % zeros, int8", "then", "50 % + int8", "50 % int8"),
-        ("50 % zeros, int4", "then", "50 % + int4, groups of 64", "50 % int4"),
+    for storage, backend in (
+        ("int8", "dense int8"),
+        ("int4", "dense int4"),
+        ("50 % zeros, int8", "50 % int8"),
+        ("50 % zeros, int4", "50 % int4"),
     ):
-        trained = column if storage.endswith("int8") else "50 % + int4, groups of 32"
         smol = f"balanced, {storage[-4:]}" if "zeros" in storage else f"no zeros, {storage}"
         found = large(backend)
         lines.append((
-            storage, stored_rise(smol), rise(row, trained),
-            f"{one(stored, row=smol)['tokens_per_second']:.0f}",
+            storage, stored_rise(smol), f"{one(stored, row=smol)['tokens_per_second']:.0f}",
             f"{found['tokens_per_second']:.0f}", f"{found['resident_bytes'] / 2**20:.0f} MiB",
         ))  # fmt: skip
     gains = [
@@ -186,7 +179,7 @@ def low_bits() -> Iterable[str]:
     yield ""
     yield "Loss in nats per token above the unrounded model; tokens a second on two CPU cores."
     yield ""
-    columns = ("every linear layer", "loss, SmolLM2", "loss, trained model", "tokens/s, SmolLM2",
+    columns = ("every linear layer", "loss, SmolLM2", "tokens/s, SmolLM2",
                "tokens/s, 1.1 B of random weights", "memory, 1.1 B")  # fmt: skip
     yield from table(columns, lines)
     yield (

@@ -114,8 +114,8 @@ def weights(commit: str, cases: Sequence[str]) -> dict[str, Digests]:
     checkout, found = KEPT / commit, KEPT / "found.json"
     KEPT.mkdir(parents=True, exist_ok=True)
     git("worktree", "add", "--detach", str(checkout), commit)
-    version = [sys.executable, "setup.py", "-q", "egg_info"]  # runs record it
-    subprocess.run(version, cwd=checkout, capture_output=True)
+    version = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "egg_info"]
+    subprocess.run(version, cwd=checkout, capture_output=True)  # runs record the version
     found.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "tools/same_bytes.py"), "--source", str(checkout)]
     command += ["--only", ",".join(wanted), "--write", str(found)]

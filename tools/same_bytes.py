@@ -55,6 +55,9 @@ WRITING = ("prune", "structure", "train", "compress", "fit", "draft", "chain", "
            "import", "decompress")  # fmt: skip
 AGAIN = {"export": [], "import": ["--overwrite"], "decompress": ["--overwrite"]}
 """What a second call needs, that prints a table. Verbs that are not here take `--resume`."""
+FORMER = {"--keep-parameters": "--parameters", "--hidden-size": "--hidden",
+          "--tune-passes": "--passes"}  # fmt: skip
+"""What options are called in checkouts that do not know them."""
 
 Digests = dict[str, str]
 
@@ -125,6 +128,11 @@ def run_command(name: str, lines: Mapping[str, str], done: dict[str, Digests]) -
             shutil.rmtree(output, ignore_errors=True)
         out, err = (PRINTED / name.replace(" ", "-") / f"{mode}.{x}" for x in ("out", "err"))
         status = in_fork(partial(command, *words, *more), out, err)
+        while (unknown := re.search(r"No such option: (\S+)", err.read_text())) and (
+            former := FORMER.get(unknown[1])
+        ):
+            words = [former if word == unknown[1] else word for word in words]
+            status = in_fork(partial(command, *words, *more), out, err)
         if status not in (0, 3) and "refused" not in name:
             print(f"{name} ended with {status}: {err.read_text()[-600:]}", file=sys.stderr)
         if words[0] == "bench":  # the processes that it measures have a clock of their own

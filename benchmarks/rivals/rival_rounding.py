@@ -1,4 +1,4 @@
-"""auto-round on our windows, a rival of `low_bits.py`, `fit.py` and `gguf_types.py`, run by a Python that has it.
+"""auto-round on our windows, a rival of `fit.py` and `gguf_types.py`, run by a Python that has it.
 
     RIVAL/bin/python -m benchmarks.rivals.rival_rounding MODEL WINDOWS OUTPUT [--bits 4] [--recipe default]
     RIVAL/bin/python -m benchmarks.rivals.rival_rounding MODEL WINDOWS OUTPUT --gguf q4_k_s --recipe opt_rtn

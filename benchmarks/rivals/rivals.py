@@ -6,16 +6,13 @@ Runs in an environment of its own: torch, safetensors, numpy below 2, and transf
 release that the published code was written for). The checkouts are those of locuslab/wanda (which
 carries SparseGPT too) and mazumder-lab/ALPS. What is changed of their code, in memory only:
 `cuda:0` reads as the device asked, `torch.cuda.synchronize` does nothing without CUDA, and the
-calibration windows are those of the file. `--unsorted` lets `torch.topk` give the same entries in
-any order, which ALPS does not look at; it is for runs that are not timed. OUT gets the model and
-`rival.json`: seconds of the pruning loop (windows and model already loaded) and peak resident
-memory of the process.
+calibration windows are those of the file. OUT gets the model and `rival.json`: seconds of the
+pruning loop (windows and model already loaded) and peak resident memory of the process.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import resource
@@ -115,10 +112,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="", help="N:M; without it unstructured")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--unsorted", action="store_true")
     args = parser.parse_args()
-    if args.unsorted:
-        torch.topk = functools.partial(torch.topk, sorted=False)
     if args.device == "cpu":
         torch.cuda.synchronize = lambda *_: None
         torch.cuda.empty_cache = lambda: None

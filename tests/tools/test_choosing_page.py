@@ -52,7 +52,7 @@ def test_speeds_and_sizes_are_those_of_the_first_page() -> None:
         for cells in [line.split("|")]
     }
     page = {
-        words[1].strip(): words[4].strip()
+        words[1].strip(): words[3].strip()
         for line in choosing_page.low_bits()
         if line.startswith("| ")
         for words in [line.split("|")]
