@@ -99,7 +99,7 @@ FRACTIONS = {"half": 1 / 2, "a third": 1 / 3, "a quarter": 1 / 4}
 def stored_shares() -> dict[str, str]:
     """What is left of the bytes of a bfloat16 model, in words and in per cent."""
     stored = {r["row"]: r.get("file_bytes") for r in rows("first-page")}
-    small = one(rows("embedding-bits"), linears="int4", embeddings="int4", group=64)
+    small = one(rows("fit-rivals"), contender="secateur int4, embeddings int4")
     found = {
         "int8": stored["no zeros, int8"],
         "int4": stored["no zeros, int4"],
@@ -125,7 +125,7 @@ def one(found: Iterable[Row], **wanted: Any) -> Row:
 
 
 SOURCES = (
-    ("Sizes", ("first-page", "embedding-bits"), ""),
+    ("Sizes", ("first-page", "fit-rivals"), ""),
     ("int8, int4 and zeros", ("first-page", "int4-models"),
      "zeros by `--effort balanced`, loss with rounded activations; the model of 1.1 B has "
      "random weights"),
@@ -210,7 +210,7 @@ def presets() -> Iterable[str]:
     yield ""
     yield f"Perplexity on WikiText-2 before anything is rounded; dense {dense:.1f}."
     yield ""
-    yield from table(("", *columns, "time at 50 %"), lines)
+    yield from table(("", *columns, "core minutes at 50 %"), lines)
     yield (
         "`secateur prune MODEL --sparsity 0.5 --output SPARSE`; `secateur sweep MODEL` shows how "
         "far your model can go. An ordinary GPU engine stores zeros as zeros: there only 2:4 "
@@ -220,9 +220,9 @@ def presets() -> Iterable[str]:
 
 
 def took(timed: Iterable[Row], row: str) -> str:
-    """The time of a run to 50 %; empty where other programs ran beside it."""
-    found = (r["seconds"] for r in timed if (r["row"], r["column"]) == (row, "50 %"))
-    return next((f"{seconds:.0f} s" for seconds in found if seconds is not None), "")
+    """The core minutes of a run to 50 %; empty where other programs ran beside it."""
+    found = (r for r in timed if (r["row"], r["column"]) == (row, "50 %") and r["seconds"])
+    return next((f"{r['seconds'] * r['threads'] / 60:.0f}" for r in found), "")
 
 
 def cuts() -> Iterable[str]:

@@ -9,7 +9,8 @@ next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get th
 run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
 Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
 published code are the pruning loop alone, with model and windows loaded before. Runs have one
-thread on a core of their own (`taskset`); other work may run on the other one.
+thread on a core of their own (`taskset`); other work may run on the other one. Core minutes are
+seconds times threads.
 
 Every finished run is kept in `results/presets.json` at once, with its day and machine, and skipped
 when it is there: the table can be made in several sittings, and by several processes. `--only` names
@@ -124,9 +125,10 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
     lines = [[label, *judged(rows, row, "50 %"), "", ""] for row, label in PUBLISHED.items()]
     for row in ("fast", "balanced", "thorough", "best"):
         (run,) = runs_of(rows, row, "50 %")
-        cost = [f"{run['seconds'] / 60:.0f}", f"{run['peak_resident_bytes'] / 2**30:.2f} GiB"]
+        minutes = run["seconds"] * run["threads"] / 60
+        cost = [f"{minutes:.0f}", f"{run['peak_resident_bytes'] / 2**30:.2f} GiB"]
         lines.append([f"**{row}**", *judged(rows, row, "50 %"), *cost])
-    return ["50 %", *TEXTS.values(), "minutes of one core", "peak memory"], lines
+    return ["50 %", *TEXTS.values(), "core minutes", "peak memory"], lines
 
 
 def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -162,13 +164,6 @@ def windows_file(args: argparse.Namespace, seed: int, folder: Path) -> Path:
         windows = make_windows(read_documents(args.calibration), tokenizer, plan)
         save_windows(windows, file, start=start_tokens(tokenizer))
     return file
-
-
-def own_asked(options: dict[str, Any]) -> int:
-    """How many windows the model writes; what is given by itself goes before a preset's."""
-    of_preset = options.get("calibration", {}).get("generated_windows", 0)
-    count: int = options.get("generated_windows", of_preset)
-    return count
 
 
 def run_ours(
@@ -258,6 +253,7 @@ def main() -> None:
             windows, out = windows_file(args, seed, kept), Path(scratch) / "pruned"
             run = run_rival if row in RIVALS else run_ours
             cost = run(args, row, column, seed, windows, out)
+            cost["threads"] = torch.get_num_threads()
             found = {"row": row, "column": column, "seed": seed, **cost,
                      "perplexity": judge(args, str(out))}  # fmt: skip
             shutil.rmtree(out)

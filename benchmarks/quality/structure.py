@@ -4,11 +4,10 @@
     python -m benchmarks.quality.structure … --rows "width, best" --levels 0.2 0.3
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
-file (or windows in a safetensors file); perplexity on the first 24 non-overlapping windows of 2048
+file; perplexity on the first 24 non-overlapping windows of 2048
 tokens; excess = ln(perplexity) − ln(dense perplexity). A level is the fraction of the parameters of
 the decoder layers that goes; depth removes the nearest number of layers. The published codes are
-measured by `structured_rivals.py`, on the same windows and judged tokens. Whatever a row
-trains on is its calibration windows, and what the dense model writes from them (`best`).
+measured by `structured_rivals.py`, on the same windows and judged tokens.
 
 Every finished cell is kept in `results/structure.json` at once and skipped when it is there.
 """
@@ -23,13 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import add, heading, markdown
-from benchmarks.quality.presets import own_asked
 from benchmarks.stored import known_rows
 
 import secateur
-from secateur.calibration.windows import load_windows, stored_extra
-from secateur.recipes.reading import filled_in
-from secateur.recipes.structure import structure_presets
 
 MEASURES = ("src/secateur/structured", "src/secateur/engine/search")
 MINUTES = 360
@@ -97,43 +92,21 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "depth, greedy": depth("greedy", effort="balanced", asymmetric=False),
     "depth, influence, refitted": depth("influence", effort="balanced"),
     "depth, greedy, refitted": depth("greedy", effort="balanced"),
-    "depth, best": depth("influence", effort="best"),
     "hidden": hidden(effort="fast"),
     "hidden, refitted": hidden(effort="balanced"),
-    "hidden, best": hidden(effort="best"),
-    "width, fast": width(effort="fast"),
     "width, balanced": width(effort="balanced"),
-    "width, balanced, global": width(effort="balanced", allocation="global"),
     "width, best": width(effort="best"),
-    "width, best, 128 own windows": width(effort="best", generated_windows=128, distill_tokens=0),
     "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),
-    "middle, best": middle(effort="best"),
-    "middle, best, 163,840 tokens": middle(effort="best", distill_tokens=0),
-    "middle, best, 128 own windows": middle(effort="best", generated_windows=128, distill_tokens=0),
-    "middle, best, 128 own windows, two epochs": middle(
-        effort="best", generated_windows=128, distill_tokens=0, distill_epochs=2
-    ),
     "mixed, balanced": mixed(effort="balanced"),
-    "mixed, best": mixed(effort="best"),
 }
 
 
 def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]:
     """One cell."""
     options = ROWS[row](level)
-    asked = own_asked(filled_in(options, structure_presets))
-    if args.calibration.endswith(".safetensors"):
-        options |= {"calibration": args.calibration}
-        if options["effort"] == "best" and args.own_windows:
-            both, given = (load_windows(Path(f)) for f in (args.own_windows, args.calibration))
-            written = len(both) - stored_extra(Path(args.own_windows)) - len(given)
-            if written != asked:
-                raise SystemExit(f"{row} takes {asked} own windows, the file has {written}")
-            options |= {"calibration": args.own_windows, "generated_windows": 0}
-    else:
-        options |= {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
-                    "packing": "random-crop"}  # fmt: skip
+    options |= {"calibration": args.calibration, "windows": 64, "sequence_length": 512,
+                "packing": "random-crop"}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         report = secateur.structure(MODEL, output=Path(scratch) / "cut", **options)
         judged = secateur.evaluate(
@@ -210,7 +183,6 @@ def main() -> None:
     """Fill the table, as far as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", default="boolq-calibration")
-    parser.add_argument("--own-windows", help="those windows with what the dense model wrote")
     parser.add_argument("--text", default="boolq-held-out")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--rows", nargs="*", default=[*ROWS], choices=[*ROWS])
