@@ -4,7 +4,8 @@
         --rivals-python OTHER/bin/python --wanda CHECKOUT --alps CHECKOUT
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, the seed's) of the
-calibration file; perplexity on non-overlapping windows of 2048 tokens, loss over each window's own
+calibration file (the first 700 of 1,000 documents of C4; the last 100 judge); perplexity on
+non-overlapping windows of 2048 tokens, loss over each window's own
 next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are
 run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
 Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
