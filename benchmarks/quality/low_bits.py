@@ -32,13 +32,14 @@ MINUTES = 20
 
 MODEL = "smollm2-135m"
 COLUMNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
+SCOPES = {"50 %": {"scope": "layer"}}
 ROWS = {
     "pruned": "pruned, not rounded",
     "then": "then rounded with text",
     "joint": "pruned and rounded together",
 }
 SEARCH, BITS = {"iterations": 15, "growth": 1.6}, {"bits": 4, "group": 64}
-HELD = {"score": "kept", "solver": "obs", "scope": "layer", "method_parameters": BITS}
+HELD = {"score": "kept", "solver": "obs", "method_parameters": BITS}
 
 
 def made(row: str, column: str, calibration: Path, scratch: Path) -> Path:
@@ -51,7 +52,7 @@ def made(row: str, column: str, calibration: Path, scratch: Path) -> Path:
     options["method_parameters"] = {**SEARCH, **(BITS if row == "joint" else {})}
     if row == "then":
         model = made("pruned", column, calibration, scratch)
-        options = {"windows": 16, **COLUMNS[column], **HELD}
+        options = {"windows": 16, **COLUMNS[column], **HELD, **SCOPES.get(column, {})}
     secateur.prune(
         model, output=output, calibration=calibration, sequence_length=512, asymmetric=True,
         fast_matmuls=True, **options,
@@ -67,11 +68,12 @@ def loss(model: Path | str, text: Path) -> float:
 def together(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Nats above the dense model: pruned, then rounded, or both in one solution."""
     of = {(row["row"], row["column"]): row["loss"] for row in rows}
+    columns = [column for column in COLUMNS if all((row, column) in of for row in ROWS)]
     lines = [
-        [shown, *(f"{of[row, column] - of['dense', '']:.3f}" for column in COLUMNS)]
+        [shown, *(f"{of[row, column] - of['dense', '']:.3f}" for column in columns)]
         for row, shown in ROWS.items()
     ]
-    return ["int4 in groups of 64", *COLUMNS], lines
+    return ["int4 in groups of 64", *columns], lines
 
 
 TABLES = {"together": together}

@@ -58,6 +58,7 @@ OURS: dict[str, dict[str, Any]] = {
     "balanced": {"effort": "balanced"},
     "thorough": {"effort": "thorough"},
     "best": {"effort": "best"},
+    "balanced, uniform": {"effort": "balanced", "allocation": "uniform"},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "our ALPS": {"method": "alps"},
     "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
@@ -70,7 +71,7 @@ OURS: dict[str, dict[str, Any]] = {
     "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
 }
 WRITE = {
-    "fast": ("fast",), "balanced": ("balanced",),
+    "fast": ("fast",), "balanced": ("balanced",), "balanced, uniform": ("balanced uniform",),
     "our ALPS": ("alps",), "our ALPS, papers' order": ("alps", "sequential"),
     "ALPS + asymmetric": ("alps", "asymmetric"), "SparseGPT + asymmetric": ("asymmetric",),
     "SparseGPT + tuning": ("sparsegpt", "tuned"), "SparseGPT + OWL": ("sparsegpt", "owl"),
@@ -135,11 +136,11 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
 def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Excess loss on WikiText-2 and C4 at other sparsities and patterns."""
     columns = ("60 %", "70 %", "4:8", "2:4")
-    names = PUBLISHED | {"fast": "**fast**", "balanced": "**balanced**"}
+    names = PUBLISHED | {"fast": "**fast**", "balanced, uniform": "**balanced**, uniform"}
 
     def cell(row: str, column: str) -> str:
-        found = [excess(rows, row, column, text) for text in TEXTS]
-        return ", ".join(f"{statistics.mean(x):.3f}" for x in found if x)
+        known = row if runs_of(rows, row, column) else row.removesuffix(", uniform")
+        return ", ".join(f"{statistics.mean(excess(rows, known, column, t)):.3f}" for t in TEXTS)
 
     lines = [[label, *(cell(row, c) for c in columns)] for row, label in names.items()]
     return ["", *columns], lines
