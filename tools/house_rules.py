@@ -60,8 +60,8 @@ RATCHETS: Mapping[str, float] = {
     "files from the command line to Wanda's formula": 45,
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
-    "words of documentation": 76715,
-    "lines of tests": 62059,
+    "words of documentation": 76654,
+    "lines of tests": 62057,
     "sentences that tests compare": 47,
     "names of options": 176,
 }

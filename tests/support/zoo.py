@@ -354,46 +354,36 @@ FOR_LLAMA_CPP: dict[str, dict[str, Any]] = {
 ZOO = (*CONFIGS, *DENSE, *HYBRIDS, *SEEING, *MIXTURES)
 """Everything that tests/steps/prune/test_zoo.py prunes, saves and loads."""
 
+TIED = "one for embedding and head"
 TRIMMED = {
-    **dict.fromkeys(("llama", "gpt2", "opt"), "one for embedding and head"),
-    "gemma2": "one for embedding and head, capped logits",
-    "qwen2": "embedding and head",
-    "phi": "embedding and head, with a bias",
-    "granite": "embedding and head, scaled logits",
+    **dict.fromkeys(("llama", "gpt2", "opt"), TIED), "gemma2": f"{TIED}, capped logits",
+    **dict.fromkeys(("qwen2", "mistral3", "llama4"), "embedding and head"),
+    "phi": "embedding and head, with a bias", "granite": "embedding and head, scaled logits",
     "deepseek_v4": "embedding, head, and the experts of each token",
-    **dict.fromkeys(("mistral3", "llama4"), "embedding and head"),
-    "gemma3 vision": "one for embedding and head, ids of pictures",
-    **dict.fromkeys(
-        ("gemma4_text small", "gemma4 vision small", "gemma3n_text"),
-        "one for embedding and head, and embeddings of each layer",
-    ),
+    "gemma3 vision": f"{TIED}, ids of pictures",
+    **dict.fromkeys(("gemma4_text small", "gemma4 vision small", "gemma3n_text"),
+                    f"{TIED}, and embeddings of each layer"),
     "gemma3n vision": "the same, and ranges of ids for pictures and sounds",
-}
+}  # fmt: skip
 """Families whose tokens a test removes, and their tables of tokens."""
 
-POOLED = ("Pooling", "Normalize")
+POOLED, FAST = ("Pooling", "Normalize"), "PreTrainedTokenizerFast"
 EMBEDDERS: dict[str, tuple[str, str, dict[str, Any], str, tuple[str, ...]]] = {
     "EmbeddingGemma": (
         "Gemma3TextModel", "characters", {"use_bidirectional_attention": True, "sliding_window": 16,
         "num_key_value_heads": 2, "head_dim": 8}, "GemmaTokenizer",
         ("Pooling", "Dense", "Dense", "Normalize"),
     ),
-    "Qwen3-Embedding": (
-        "Qwen3ForCausalLM", "byte-level", {"num_key_value_heads": 2, "head_dim": 8},
-        "Qwen2Tokenizer", POOLED,
-    ),
+    "Qwen3-Embedding": ("Qwen3ForCausalLM", "byte-level",
+                        {"num_key_value_heads": 2, "head_dim": 8}, "Qwen2Tokenizer", POOLED),
     "XLM-R": ("XLMRobertaModel", "unigram of letters", {}, "XLMRobertaTokenizer", POOLED),
     "mBERT": ("BertModel", "bert", {}, "BertTokenizer", POOLED),
-    "ModernBERT": ("ModernBertModel", "byte-level", {}, "PreTrainedTokenizerFast", POOLED),
-    "MPNet": ("MPNetModel", "bert", {}, "PreTrainedTokenizerFast", POOLED),
+    "ModernBERT": ("ModernBertModel", "byte-level", {}, FAST, POOLED),
+    "MPNet": ("MPNetModel", "bert", {}, FAST, POOLED),
     "BERT with a head": ("BertForMaskedLM", "bert", {}, "BertTokenizer", ()),
-    "XLM-R with a head": (
-        "XLMRobertaForMaskedLM", "unigram of letters", {}, "PreTrainedTokenizerFast", ()
-    ),
+    "XLM-R with a head": ("XLMRobertaForMaskedLM", "unigram of letters", {}, FAST, ()),
     "DistilBERT with a head": ("DistilBertForMaskedLM", "bert", {}, "BertTokenizer", ()),
-    "ModernBERT with a head": (
-        "ModernBertForMaskedLM", "clip", {}, "PreTrainedTokenizerFast", ()
-    ),
+    "ModernBERT with a head": ("ModernBertForMaskedLM", "clip", {}, FAST, ()),
     "reranker": ("BertForSequenceClassification", "bert", {}, "BertTokenizer", ()),
 }  # fmt: skip
 """Embedding models: class, kind of tokenizer, settings, class of the tokenizer, further modules."""
