@@ -221,8 +221,8 @@ def presets() -> Iterable[str]:
 
 def took(timed: Iterable[Row], row: str) -> str:
     """The core minutes of a run to 50 %; empty where other programs ran beside it."""
-    found = (r for r in timed if (r["row"], r["column"]) == (row, "50 %") and r["seconds"])
-    return next((f"{r['seconds'] * r['threads'] / 60:.0f}" for r in found), "")
+    found = (r.get("core_minutes") for r in timed if (r["row"], r["column"]) == (row, "50 %"))
+    return next((f"{minutes:.0f}" for minutes in found if minutes is not None), "")
 
 
 def cuts() -> Iterable[str]:

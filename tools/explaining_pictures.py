@@ -15,7 +15,6 @@ import random
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from written_files import write_or_check
 
@@ -135,7 +134,7 @@ def curve() -> str:
     (dense,) = (row for row in rows if row["row"] == "dense")
     presets = sorted(
         (row for row in rows if row["row"] in SHOWN and row["column"] == "50 %"),
-        key=minutes_of,
+        key=lambda row: row["core_minutes"],
     )
 
     def place(minutes: float, excess: float) -> tuple[float, float]:
@@ -150,7 +149,7 @@ def curve() -> str:
         parts.append(text(place(minutes, 0)[0], 312, f"{minutes}", "middle"))
     for name, label, color in (("wikitext2", "WikiText-2", "#0f766e"), ("c4", "C4", "#9ca3af")):
         base = dense["perplexity"][name]
-        points = [place(minutes_of(r), math.log(r["perplexity"][name] / base)) for r in presets]
+        points = [place(r["core_minutes"], math.log(r["perplexity"][name] / base)) for r in presets]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in points]
@@ -163,11 +162,6 @@ def curve() -> str:
     )
     parts.append(text(310, 332, "minutes of one core of a CPU", "middle"))
     return svg(640, 345, "Loss by time of the presets", parts)
-
-
-def minutes_of(row: dict[str, Any]) -> float:
-    """The core minutes of a run."""
-    return float(row["seconds"] * row["threads"] / 60)
 
 
 def text(x: float, y: float, words: str, anchor: str, color: str = INK) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from written_files import table, write_or_check
 
@@ -25,6 +25,7 @@ PAGE = Path("docs/families.md")
 sys.path.insert(0, str(ROOT / "tests/support"))
 
 YES, NO = "yes", ""
+Said = TypeVar("Said")
 
 KINDS = (
     ("Decoders", ("CONFIGS", "DENSE"), "Attention and a feed-forward in every layer."),
@@ -118,11 +119,9 @@ def page() -> Iterator[str]:
         yield ""
         yield said
         yield ""
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for name in sorted(name for kind in kinds for name in getattr(zoo, kind)):
-            alike.setdefault(abilities(name), []).append(f"`{name}`")
+        can = {name: abilities(name) for name in sorted(x for k in kinds for x in getattr(zoo, k))}
         columns = ("models", "cut", "packing", "fast decoding", "GGUF")
-        yield from table(columns, ((", ".join(names), *can) for can, names in alike.items()))
+        yield from table(columns, ((names, *words) for names, words in alike(can)))
     yield from fewer_tokens()
     yield from reasons()
 
@@ -144,7 +143,7 @@ def fewer_tokens() -> Iterator[str]:
     yield from table(("embedding models", "tokenizer"), alike(kinds))
 
 
-def alike(said: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def alike(said: Mapping[str, Said]) -> Iterator[tuple[str, Said]]:
     """The names of which the same is said, and what."""
     for words in dict.fromkeys(said.values()):
         yield ", ".join(f"`{name}`" for name in said if said[name] == words), words

@@ -32,7 +32,6 @@ MINUTES = 20
 
 MODEL = "smollm2-135m"
 COLUMNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
-SCOPES = {"50 %": {"scope": "layer"}}
 ROWS = {
     "pruned": "pruned, not rounded",
     "then": "then rounded with text",
@@ -40,6 +39,8 @@ ROWS = {
 }
 SEARCH, BITS = {"iterations": 15, "growth": 1.6}, {"bits": 4, "group": 64}
 HELD = {"score": "kept", "solver": "obs", "method_parameters": BITS}
+ROUNDED = {"50 %": {**HELD, "scope": "layer"}, "2:4": HELD}
+"""What rounds a pruned model and holds its mask."""
 
 
 def made(row: str, column: str, calibration: Path, scratch: Path) -> Path:
@@ -52,7 +53,7 @@ def made(row: str, column: str, calibration: Path, scratch: Path) -> Path:
     options["method_parameters"] = {**SEARCH, **(BITS if row == "joint" else {})}
     if row == "then":
         model = made("pruned", column, calibration, scratch)
-        options = {"windows": 16, **COLUMNS[column], **HELD, **SCOPES.get(column, {})}
+        options = {"windows": 16, **COLUMNS[column], **ROUNDED[column]}
     secateur.prune(
         model, output=output, calibration=calibration, sequence_length=512, asymmetric=True,
         fast_matmuls=True, **options,

@@ -5,13 +5,12 @@
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, the seed's) of the
 calibration file (the first 700 of 1,000 documents of C4; the last 100 judge); perplexity on
-non-overlapping windows of 2048 tokens, loss over each window's own
-next tokens; excess = ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are
-run by `rivals.py` in an environment of their own; all results are judged by the same evaluation.
-Seconds of ours are those of the whole run, with reading, copying and verifying; those of the
-published code are the pruning loop alone, with model and windows loaded before. Runs have one
-thread on a core of their own (`taskset`); other work may run on the other one. Core minutes are
-seconds times threads.
+non-overlapping windows of 2048 tokens, loss over each window's own next tokens; excess =
+ln(perplexity) − ln(dense perplexity). The rivals get the same windows and are run by `rivals.py` in
+an environment of their own; all results are judged by the same evaluation. Seconds of ours are
+those of the whole run, with reading, copying and verifying; those of the published code are the
+pruning loop alone, with model and windows loaded before. Runs have one thread on a core of their
+own (`taskset`); other work may run on the other one. Core minutes count the threads.
 
 Every finished run is kept in `results/presets.json` at once, with its day and machine, and skipped
 when it is there: the table can be made in several sittings, and by several processes. `--only` names
@@ -127,8 +126,7 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
     lines = [[label, *judged(rows, row, "50 %"), "", ""] for row, label in PUBLISHED.items()]
     for row in ("fast", "balanced", "thorough", "best"):
         (run,) = runs_of(rows, row, "50 %")
-        minutes = run["seconds"] * run["threads"] / 60
-        cost = [f"{minutes:.0f}", f"{run['peak_resident_bytes'] / 2**30:.2f} GiB"]
+        cost = [f"{run['core_minutes']:.0f}", f"{run['peak_resident_bytes'] / 2**30:.2f} GiB"]
         lines.append([f"**{row}**", *judged(rows, row, "50 %"), *cost])
     return ["50 %", *TEXTS.values(), "core minutes", "peak memory"], lines
 
@@ -255,7 +253,7 @@ def main() -> None:
             windows, out = windows_file(args, seed, kept), Path(scratch) / "pruned"
             run = run_rival if row in RIVALS else run_ours
             cost = run(args, row, column, seed, windows, out)
-            cost["threads"] = torch.get_num_threads()
+            cost["core_minutes"] = cost["seconds"] * torch.get_num_threads() / 60
             found = {"row": row, "column": column, "seed": seed, **cost,
                      "perplexity": judge(args, str(out))}  # fmt: skip
             shutil.rmtree(out)

@@ -6,7 +6,7 @@
 Protocol: the four models of `models/small_models.py`; 64 windows of 256 tokens of FOLDER/calibration.jsonl
 (`concatenate`, the seed's); loss on the first 64 windows of 256 tokens of FOLDER/judged.jsonl and
 of each other text, none of which was trained on. Excess is nats above the dense model. ALPS
-runs in the papers' order (`--sequential layer`), with the parameters of their papers.
+runs in the papers' order (`--sequential layer`), with the parameters of its paper.
 Float32, one thread, no times.
 
 Every finished row is kept in `results/bench-balanced.json` at once and skipped when it is there;
@@ -14,7 +14,7 @@ Every finished row is kept in `results/bench-balanced.json` at once and skipped 
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
-nothing: the table marks it, and its model needs more training.
+nothing: the table has no ratio there, and its model needs more training.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python -m benchmarks.quality.structure … --rows "width, best" --levels 0.2 0.3
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
-file; perplexity on the first 24 non-overlapping windows of 2048
-tokens; excess = ln(perplexity) − ln(dense perplexity). A level is the fraction of the parameters of
-the decoder layers that goes; depth removes the nearest number of layers. The published codes are
-measured by `structured_rivals.py`, on the same windows and judged tokens.
+file; perplexity on the first 24 non-overlapping windows of 2048 tokens; excess = ln(perplexity) −
+ln(dense perplexity). A level is the fraction of the parameters of the decoder layers that goes;
+depth removes the nearest number of layers. The published codes are measured by
+`structured_rivals.py`, on the same windows and judged tokens.
 
 Every finished cell is kept in `results/structure.json` at once and skipped when it is there.
 """
