@@ -268,14 +268,14 @@ def training() -> Iterable[str]:
     """Training after it."""
     found = rows("recovery")
     lines = []
-    for start in ("2:4", "60 %", "a quarter cut"):
+    for start in ("2:4", "a quarter cut"):
         of = [r for r in found if r["start"] == start]
         before = one(of, way="")["perplexity"]
         after = min((r for r in of if r["way"]), key=lambda r: r["perplexity"]["C4"])
         texts = ("WikiText-2", "C4")
         lines.append((
-            start, *(f"{before[t]:.1f}" for t in texts), after["way"], f"{after['minutes']:.0f}",
-            f"{after['tokens'] / 1e6:.2f} M", *(f"{after['perplexity'][t]:.1f}" for t in texts),
+            start, *(f"{before[t]:.1f}" for t in texts), after["way"], f"{after['tokens']:,}",
+            *(f"{after['perplexity'][t]:.1f}" for t in texts),
         ))  # fmt: skip
     dense = one(found, start="dense")["perplexity"]
     yield "## Train after it"
@@ -289,7 +289,6 @@ def training() -> Iterable[str]:
         "WikiText-2",
         "C4",
         "way",
-        "minutes",
         "tokens",
         "WikiText-2 after",
         "C4 after",

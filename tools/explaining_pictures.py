@@ -27,7 +27,7 @@ ROWS, COLUMNS, CELL = 8, 16, 11
 KEPT, GONE, INK = "#0d9488", "#e5e7eb", "#1f2937"
 LINES = (("wanda", "Wanda", "#9ca3af"), ("sparsegpt", "SparseGPT", "#6b7280"),
          ("alps", "ALPS", "#374151"),
-         ("balanced, uniform", "balanced, uniform", "#0f766e"))  # fmt: skip
+         ("balanced", "balanced", "#0f766e"))  # fmt: skip
 
 DARK = "".join([
     "<style>@media (prefers-color-scheme: dark) {",

@@ -1,24 +1,20 @@
-"""Trains four small decoders of different families on real text, as a bench for presets.
+"""Trains three small decoders of different families on real text, as a bench for presets.
 
     python -m benchmarks.models.small_models FOLDER --text c4.jsonl wiki.txt
 
-A preset that is tuned on one model is a preset for one model. These four differ in what matters to
-pruning: norms, biases, positions, what comes between a linear and the residual stream, experts.
+A preset that is tuned on one model is a preset for one model. These three differ in what matters
+to pruning: norms, biases, what comes between a linear and the residual stream, experts.
 
 * `gemma`: scaled and tied embeddings, norms of queries and keys, norms after attention and
   feed-forward, a sliding window in two of three layers, a start token.
-* `gpt2`: LayerNorm, biases, learned positions, tied embeddings.
 * `qwen`: biases of queries, keys and values, four query heads for two of keys and values.
 * `experts`: eight experts in each layer, two for each token.
 
-Models of the size `small` have 4 layers of 96 channels and 512 tokens (a byte-level BPE that is
-trained here), those of the size `large` 6 layers of 192 channels and 4096 tokens. Those of the size
-`wide` have 4 layers of 256 channels and 512 tokens: every row is a multiple of 256 weights long, as
-the smallest types of llama.cpp need. **A model must have used its capacity**, or pruning costs
-nothing and the bench says nothing: 4 layers of 128 channels with 2048 tokens, trained for 400 steps
-to 5.43 nats (unigrams 6.59), lost 0.002 nats by 50 % zeros. So `small` is narrow and reads its text
-for longer, and `large` takes hours. Without `--text` they read the standard library of the Python
-that runs this. Documents are cut into pieces of about 2000 characters; of ten pieces, eight train,
+They have 4 layers of 96 channels and 512 tokens (a byte-level BPE that is trained here). **A model
+must have used its capacity**, or pruning costs nothing and the bench says nothing: 4 layers of 128
+channels with 2048 tokens, trained for 400 steps to 5.43 nats (unigrams 6.59), lost 0.002 nats by
+50 % zeros. So does a GPT-2 of this size, which is why there is none. Without `--text` they read the
+standard library of the Python that runs this. Documents are cut into pieces of about 2000 characters; of ten pieces, eight train,
 one calibrates and one judges. AdamW, bfloat16 products where they are faster, 8 windows of 256
 tokens a step, one thread. The seeds are fixed.
 
@@ -54,37 +50,28 @@ SAVE_EVERY = 50
 PIECE = 2000
 START, END = "<s>", "</s>"
 
-MODELS = ("gemma", "gpt2", "qwen", "experts")
-SIZES: dict[str, dict[str, int]] = {
-    "small": {"vocabulary": 512, "width": 96, "layers": 4, "steps": 1200},
-    "large": {"vocabulary": 4096, "width": 192, "layers": 6, "steps": 10000},
-    "wide": {"vocabulary": 512, "width": 256, "layers": 4, "steps": 1600},
-}
+MODELS = ("gemma", "qwen", "experts")
+VOCABULARY, WIDTH, LAYERS, STEPS = 512, 96, 4, 1200
 
 
-def configuration(name: str, vocabulary: int, width: int, layers: int) -> Any:
+def configuration(name: str) -> Any:
     """One of the four models."""
     sizes: dict[str, Any] = {
-        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 8 * width // 768 * 256,
-        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 256,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 1,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    head = width // 4
+    head = WIDTH // 4
     if name == "gemma":
-        kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)]
+        kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(LAYERS)]
         return transformers.Gemma3TextConfig(
             **sizes, head_dim=head, query_pre_attn_scalar=head, sliding_window=64, layer_types=kinds
         )
-    if name == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=POSITIONS,
-            bos_token_id=1, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
     if name == "qwen":
         return transformers.Qwen2Config(**sizes)
     return transformers.Qwen3MoeConfig(
-        **sizes, head_dim=head, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=width,
+        **sizes, head_dim=head, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=WIDTH,
         norm_topk_prob=True,
     )  # fmt: skip
 
@@ -118,13 +105,13 @@ def write_texts(folder: Path, sources: list[str]) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def make_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
+def make_tokenizer(texts: list[str]) -> Tokenizer:
     """A byte-level BPE."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[START, END], show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=[START, END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     inner.train_from_iterator(texts, trainer)
@@ -132,12 +119,12 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
 
 
 def own_tokenizer(
-    folder: Path, texts: list[str], vocabulary: int, *, start: bool
+    folder: Path, texts: list[str], *, start: bool
 ) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of a model; the gemma's puts a start token in front."""
     file = folder / "tokenizer.json"
     if not file.exists():
-        make_tokenizer(texts, vocabulary).save(str(file))
+        make_tokenizer(texts).save(str(file))
     inner = Tokenizer.from_file(str(file))
     if start:
         inner.post_processor = processors.TemplateProcessing(
@@ -163,10 +150,10 @@ def stream_of(tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.tensor([token for text in ids for token in (*text, 1)])
 
 
-def rate(step: int, steps: int, peak: float) -> float:
+def rate(step: int, peak: float) -> float:
     """The learning rate of a step: a short warm-up, then half a cosine to a twentieth."""
     warm = min(1.0, (step + 1) / 40)
-    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
 
 
 def windows_of(stream: Tensor, step: int, start: bool) -> Tensor:
@@ -179,7 +166,7 @@ def windows_of(stream: Tensor, step: int, start: bool) -> Tensor:
     return windows
 
 
-def train(config: Any, name: str, folder: Path, stream: Tensor, steps: int, peak: float) -> Any:
+def train(config: Any, name: str, folder: Path, stream: Tensor, peak: float) -> Any:
     """Train a model, or go on with a training that stopped."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
@@ -193,9 +180,9 @@ def train(config: Any, name: str, folder: Path, stream: Tensor, steps: int, peak
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     begun, device = time.perf_counter(), torch.device("cpu")
-    for step in range(first, steps):
+    for step in range(first, STEPS):
         windows = windows_of(stream, step, start=name == "gemma")
-        optimizer.param_groups[0]["lr"] = rate(step, steps, peak)
+        optimizer.param_groups[0]["lr"] = rate(step, peak)
         with fast_matmuls(device):
             loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         loss.backward()
@@ -208,7 +195,7 @@ def train(config: Any, name: str, folder: Path, stream: Tensor, steps: int, peak
             torch.save(state, file.with_suffix(".unfinished"))
             file.with_suffix(".unfinished").rename(file)
             seconds = time.perf_counter() - begun
-            print(f"{name} {step + 1}/{steps}: {loss.item():.3f} nats, {seconds:.0f} s", flush=True)
+            print(f"{name} {step + 1}/{STEPS}: {loss.item():.3f} nats, {seconds:.0f} s", flush=True)
     return model.eval()
 
 
@@ -234,7 +221,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", nargs="*", default=[], help="files; else Python's own sources")
     parser.add_argument("--only", nargs="*", default=[*MODELS], choices=MODELS)
-    parser.add_argument("--size", default="small", choices=[*SIZES])
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,19 +228,16 @@ def main() -> None:
     if not (args.folder / "judged.jsonl").exists():
         write_texts(args.folder, args.text)
     print(heading())
-    size = dict(SIZES[args.size])
-    steps = size.pop("steps")
     texts = {x: read_documents(str(args.folder / f"{x}.jsonl")) for x in ("train", "judged")}
     for name in args.only:
         made, start = args.folder / name, name == "gemma"
         if made.exists():
             continue
-        vocabulary, known = size["vocabulary"], list(texts["train"])
-        tokenizer = own_tokenizer(args.folder, known, vocabulary, start=start)
-        config = configuration(name, **size)
+        tokenizer = own_tokenizer(args.folder, list(texts["train"]), start=start)
+        config = configuration(name)
         tokenizer = as_loaded(tokenizer, config)
         stream, judged = (stream_of(tokenizer, list(texts[x])) for x in ("train", "judged"))
-        model = train(config, name, args.folder, stream, steps, args.rate)
+        model = train(config, name, args.folder, stream, args.rate)
         loss, floor = judged_loss(model, judged, start), unigram(stream, judged)
         print(f"{name}: {loss:.3f} nats on text it has not seen, unigrams {floor:.3f}", flush=True)
         partial = args.folder / f"{name}.partial"
@@ -262,7 +245,7 @@ def main() -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        facts = {"loss": loss, "unigrams": floor, "steps": steps, "tokens": len(stream)}
+        facts = {"loss": loss, "unigrams": floor, "steps": STEPS, "tokens": len(stream)}
         (partial / "trained.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
         partial.rename(made)
         (args.folder / f"{name}.pt").unlink(missing_ok=True)

@@ -57,11 +57,9 @@ OURS: dict[str, dict[str, Any]] = {
     "balanced": {"effort": "balanced"},
     "thorough": {"effort": "thorough"},
     "best": {"effort": "best"},
-    "balanced, uniform": {"effort": "balanced", "allocation": "uniform"},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "our ALPS": {"method": "alps"},
     "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
-    "SparseGPT + asymmetric": {"method": "sparsegpt", "asymmetric": True},
     "SparseGPT + tuning": {"method": "sparsegpt", "tune_passes": 3},
     "SparseGPT + OWL": {"method": "sparsegpt", "allocation": "owl"},
     "SparseGPT + layer sensitivity": {"method": "sparsegpt", "allocation": "layer-sensitivity"},
@@ -70,9 +68,9 @@ OURS: dict[str, dict[str, Any]] = {
     "Wanda + swaps + ADMM": {"score": "wanda", "solver": "admm", "refine": "swaps"},
 }
 WRITE = {
-    "fast": ("fast",), "balanced": ("balanced",), "balanced, uniform": ("balanced uniform",),
+    "fast": ("fast",), "balanced": ("balanced",),
     "our ALPS": ("alps",), "our ALPS, papers' order": ("alps", "sequential"),
-    "ALPS + asymmetric": ("alps", "asymmetric"), "SparseGPT + asymmetric": ("asymmetric",),
+    "ALPS + asymmetric": ("alps", "asymmetric"),
     "SparseGPT + tuning": ("sparsegpt", "tuned"), "SparseGPT + OWL": ("sparsegpt", "owl"),
     "SparseGPT + layer sensitivity": ("layer sensitivity",),
     "SparseGPT + search": ("sparsegpt", "search"), "Wanda + swaps": ("swaps",),
@@ -134,11 +132,12 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
 def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Excess loss on WikiText-2 and C4 at other sparsities and patterns."""
     columns = ("60 %", "70 %", "4:8", "2:4")
-    names = PUBLISHED | {"fast": "**fast**", "balanced, uniform": "**balanced**, uniform"}
+    names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced", "thorough")}
 
     def cell(row: str, column: str) -> str:
-        known = row if runs_of(rows, row, column) else row.removesuffix(", uniform")
-        return ", ".join(f"{statistics.mean(excess(rows, known, column, t)):.3f}" for t in TEXTS)
+        if not runs_of(rows, row, column):
+            return ""
+        return ", ".join(f"{statistics.mean(excess(rows, row, column, t)):.3f}" for t in TEXTS)
 
     lines = [[label, *(cell(row, c) for c in columns)] for row, label in names.items()]
     return ["", *columns], lines

@@ -1,21 +1,19 @@
-"""What training brings back: pruned and cut SmolLM2-135M, trained for some minutes on two cores.
+"""What training brings back: pruned and cut SmolLM2-135M, trained on 65,536 tokens.
 
     python -m benchmarks.quality.recovery --calibration c4.jsonl \\
         --train C4=c4.jsonl WikiText-2=wiki-train.txt --text WikiText-2=wiki.txt C4=held-out.txt
 
-Protocol: SmolLM2-135M is pruned (64 windows of 512 tokens of the calibration file, `random-crop`,
-seed 0, preset `balanced`), then trained for `--minutes` by `secateur train`: on the next token, or
-with the dense model as teacher ("half" counts the next token as much as the teacher). All get the
-same time, the same `--batch`, and else the default recipe, with the embeddings (here the output
-head too) left as they are if `--frozen`. They read the files of `--train` (without it the
-calibration file), as many windows of each as the shortest gives. Judged like all else
-here: the first 24 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
+Protocol: SmolLM2-135M is pruned or cut (64 windows of 512 tokens of the calibration file,
+`random-crop`, seed 0, preset `balanced`), then trained by `secateur train` for `--steps` steps of
+one window: on the next token, or with the dense model as teacher ("half" counts the next token as
+much as the teacher). The embeddings, here the output head too, stay as they are. All read the files
+of `--train` (without it the calibration file), as many windows of each as the shortest gives.
+Judged on the first 8 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
 excess after / excess before, excess = ln(perplexity) − ln(dense perplexity). The judged texts are
-not trained on, nor watched.
+not trained on, nor watched. One thread; other work may run on another core.
 
 Every finished row is kept in `results/recovery.json` at once and skipped when it is there; a
-training that was stopped goes on. With `--models` the pruned and trained folders are kept too. On a
-machine with other work, `OMP_NUM_THREADS=1` and twice the minutes are the same budget.
+training that was stopped goes on. With `--models` the pruned and trained folders are kept too.
 """
 
 from __future__ import annotations
@@ -34,21 +32,19 @@ import secateur
 
 MEASURES = ("src/secateur/training",)
 PROOF = ("llama/balanced", "llama/train", "llama/teacher")
-MINUTES = 140
+MINUTES = 60
 
 MODEL = "smollm2-135m"
 STARTS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},
-    "60 %": {"sparsity": 0.6},
     "a quarter cut": {"keep_parameters": 0.75},
 }
 """What is taken of the dense model first; the last one by `secateur structure`."""
-MODES: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "next token": {},
-    "teacher": {"teacher": MODEL},
     "teacher, half": {"teacher": MODEL, "next_token": 0.5},
 }
-FROZEN = {"rates": {"*embed*": 0.0}}
+ROWS = (("2:4", "next token"), ("2:4", "teacher, half"), ("a quarter cut", "teacher, half"))
 Row = dict[str, Any]
 Texts = dict[str, str]
 """Files by name."""
@@ -86,33 +82,26 @@ def judged(args: argparse.Namespace, model: str | Path) -> dict[str, float]:
     }
 
 
-def trained(args: argparse.Namespace, start: str, mode: str, texts: Texts, models: Path) -> Row:
+def trained(args: argparse.Namespace, start: str, way: str, texts: Texts, models: Path) -> Row:
     """One training and what it brought."""
-    minutes, folder = args.minutes, started(args, start, models)
-    read = " and ".join(texts)
-    frozen = "-frozen" if args.frozen else ""
-    name = f"{folder.name}-{mode}-{minutes:g}-{read}{frozen}"
-    output = models / name.replace(",", "").replace(" ", "-")
+    folder = started(args, start, models)
+    output = models / f"{folder.name}-{way}".replace(",", "").replace(" ", "-")
     stopped = output.with_name(output.name + ".partial").exists()
     report = secateur.train(
         folder,
         output=output,
         resume=stopped,
         text=list(texts.values()),
-        minutes=minutes,
-        batch=args.batch,
+        steps=args.steps,
+        batch=1,
         validations=2,
-        **MODES[mode],
-        **(FROZEN if args.frozen else {}),
+        rates={"*embed*": 0.0},
+        **WAYS[way],
     )
     return {
         "start": start,
-        "way": mode,
-        "read": read,
-        "minutes": minutes,
-        "frozen": args.frozen,
-        "threads": torch.get_num_threads(),
-        "batch": args.batch,
+        "way": way,
+        "read": " and ".join(texts),
         "steps": report.steps,
         "tokens": report.tokens,
         "seconds": report.manifest.cost.training_seconds,
@@ -122,9 +111,9 @@ def trained(args: argparse.Namespace, start: str, mode: str, texts: Texts, model
     }
 
 
-def same(row: Row, *asked: Any) -> bool:
-    """Whether a row is this one: its start, way, text, minutes, and whether embeddings stayed."""
-    return tuple(row[part] for part in ("start", "way", "read", "minutes", "frozen")) == asked
+def same(row: Row, start: str, way: str) -> bool:
+    """Whether a row is this one."""
+    return (row["start"], row["way"]) == (start, way)
 
 
 def recovered(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -132,8 +121,8 @@ def recovered(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     dense = next(r["perplexity"] for r in rows if r["start"] == "dense")
     lines = []
     for row in rows:
-        cells = [row["start"], row["way"], f"{row['tokens']:,}" if row["tokens"] else ""]
-        before = [r for r in rows if same(r, row["start"], "", "", 0, False)]
+        cells = [row["start"], row["way"], f"{row['tokens']:,}" if row["way"] else ""]
+        before = [r for r in rows if same(r, row["start"], "")]
         for text, value in row["perplexity"].items():
             back = ""
             if row["way"]:
@@ -153,14 +142,11 @@ def main() -> None:
     parser.add_argument("--calibration", default="boolq-calibration")
     parser.add_argument("--train", nargs="*", default=[], help="NAME=FILE, one or more")
     parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--batch", type=int, default=1, help="windows of 512 tokens in a step")
-    parser.add_argument("--frozen", action="store_true", help="embeddings are not trained")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=128, help="of one window of 512 tokens")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
-    parser.add_argument("--starts", nargs="*", default=[*STARTS], choices=[*STARTS])
-    parser.add_argument("--ways", nargs="*", default=[*MODES], choices=[*MODES])
     args = parser.parse_args()
+    torch.set_num_threads(1)
     print(heading())
     protocol = {"windows": args.windows, "sequence_length": 2048,
                 "calibration": "64 x 512, random-crop, seed 0"}  # fmt: skip
@@ -173,21 +159,17 @@ def main() -> None:
         print(row, flush=True)
 
     def untrained(start: str, model: str | Path) -> None:
-        if not any(same(r, start, "", "", 0, False) for r in known_rows("recovery")):
-            add({"start": start, "way": "", "read": "", "minutes": 0, "tokens": 0,
-                 "frozen": False, "perplexity": judged(args, model)})  # fmt: skip
+        if not any(same(r, start, "") for r in known_rows("recovery")):
+            add({"start": start, "way": "", "perplexity": judged(args, model)})
 
     with tempfile.TemporaryDirectory() as scratch:
         models = args.models or Path(scratch)
         texts = files(args.train) or {"calibration": args.calibration}
-        read = " and ".join(texts)
         untrained("dense", MODEL)
-        for start in args.starts:
+        for start, way in ROWS:
             untrained(start, started(args, start, models))
-            for mode in args.ways:
-                asked = (start, mode, read, args.minutes, args.frozen)
-                if not any(same(r, *asked) for r in known_rows("recovery")):
-                    add(trained(args, start, mode, texts, models))
+            if not any(same(r, start, way) for r in known_rows("recovery")):
+                add(trained(args, start, way, texts, models))
     print(markdown(*recovered(known_rows("recovery"))))
 
 

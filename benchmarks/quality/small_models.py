@@ -3,14 +3,13 @@
     python -m benchmarks.models.small_models FOLDER --text c4.jsonl wiki.txt     (once)
     python -m benchmarks.quality.small_models FOLDER --text WikiText-2=wiki.valid.raw
 
-Protocol: the four models of `models/small_models.py`; 64 windows of 256 tokens of FOLDER/calibration.jsonl
+Protocol: the three models of `models/small_models.py`; 64 windows of 256 tokens of FOLDER/calibration.jsonl
 (`concatenate`, the seed's); loss on the first 64 windows of 256 tokens of FOLDER/judged.jsonl and
 of each other text, none of which was trained on. Excess is nats above the dense model. ALPS
 runs in the papers' order (`--sequential layer`), with the parameters of its paper.
 Float32, one thread, no times.
 
-Every finished row is kept in `results/bench-balanced.json` at once and skipped when it is there;
-`--name` keeps rows of another training of the models apart.
+Every finished row is kept in `results/bench-balanced.json` at once and skipped when it is there.
 
 **The guard:** the script fails if `balanced` is worse than ALPS on any model, column and text, by
 more than 0.002 nats, which is noise. A cell in which ALPS itself loses less than 0.01 nats says
@@ -37,7 +36,7 @@ MEASURES = ("src/secateur/engine", "src/secateur/sparsity", "src/secateur/traini
 MINUTES = 45
 
 NAME = "bench-balanced"
-MODELS = ("gemma", "gpt2", "qwen", "experts")
+MODELS = ("gemma", "qwen", "experts")
 COLUMNS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
     "2:4": {"pattern": "2:4"},
