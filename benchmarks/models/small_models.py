@@ -13,7 +13,9 @@ to pruning: norms, biases, what comes between a linear and the residual stream, 
 They have 4 layers of 96 channels and 512 tokens (a byte-level BPE that is trained here). **A model
 must have used its capacity**, or pruning costs nothing and the bench says nothing: 4 layers of 128
 channels with 2048 tokens, trained for 400 steps to 5.43 nats (unigrams 6.59), lost 0.002 nats by
-50 % zeros. So does a GPT-2 of this size, which is why there is none. Without `--text` they read the
+50 % zeros. So does a GPT-2 of this size, which is why there is none. Those of the size `wide` have
+256 channels: every row is a multiple of 256 weights long, as the smallest types of llama.cpp need.
+Without `--text` they read the
 standard library of the Python that runs this. Documents are cut into pieces of about 2000 characters; of ten pieces, eight train,
 one calibrates and one judges. AdamW, bfloat16 products where they are faster, 8 windows of 256
 tokens a step, one thread. The seeds are fixed.
@@ -51,18 +53,20 @@ PIECE = 2000
 START, END = "<s>", "</s>"
 
 MODELS = ("gemma", "qwen", "experts")
-VOCABULARY, WIDTH, LAYERS, STEPS = 512, 96, 4, 1200
+VOCABULARY, LAYERS = 512, 4
+SIZES = {"small": (96, 1200), "wide": (256, 1600)}
+"""Channels, and steps of training."""
 
 
-def configuration(name: str) -> Any:
+def configuration(name: str, width: int) -> Any:
     """One of the four models."""
     sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 256,
+        "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 8 * width // 768 * 256,
         "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 1,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    head = WIDTH // 4
+    head = width // 4
     if name == "gemma":
         kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(LAYERS)]
         return transformers.Gemma3TextConfig(
@@ -71,7 +75,7 @@ def configuration(name: str) -> Any:
     if name == "qwen":
         return transformers.Qwen2Config(**sizes)
     return transformers.Qwen3MoeConfig(
-        **sizes, head_dim=head, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=WIDTH,
+        **sizes, head_dim=head, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=width,
         norm_topk_prob=True,
     )  # fmt: skip
 
@@ -150,10 +154,10 @@ def stream_of(tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.tensor([token for text in ids for token in (*text, 1)])
 
 
-def rate(step: int, peak: float) -> float:
+def rate(step: int, steps: int, peak: float) -> float:
     """The learning rate of a step: a short warm-up, then half a cosine to a twentieth."""
     warm = min(1.0, (step + 1) / 40)
-    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+    return peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def windows_of(stream: Tensor, step: int, start: bool) -> Tensor:
@@ -166,7 +170,7 @@ def windows_of(stream: Tensor, step: int, start: bool) -> Tensor:
     return windows
 
 
-def train(config: Any, name: str, folder: Path, stream: Tensor, peak: float) -> Any:
+def train(config: Any, name: str, folder: Path, stream: Tensor, steps: int, peak: float) -> Any:
     """Train a model, or go on with a training that stopped."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
@@ -180,9 +184,9 @@ def train(config: Any, name: str, folder: Path, stream: Tensor, peak: float) -> 
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     begun, device = time.perf_counter(), torch.device("cpu")
-    for step in range(first, STEPS):
+    for step in range(first, steps):
         windows = windows_of(stream, step, start=name == "gemma")
-        optimizer.param_groups[0]["lr"] = rate(step, peak)
+        optimizer.param_groups[0]["lr"] = rate(step, steps, peak)
         with fast_matmuls(device):
             loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         loss.backward()
@@ -195,7 +199,7 @@ def train(config: Any, name: str, folder: Path, stream: Tensor, peak: float) -> 
             torch.save(state, file.with_suffix(".unfinished"))
             file.with_suffix(".unfinished").rename(file)
             seconds = time.perf_counter() - begun
-            print(f"{name} {step + 1}/{STEPS}: {loss.item():.3f} nats, {seconds:.0f} s", flush=True)
+            print(f"{name} {step + 1}/{steps}: {loss.item():.3f} nats, {seconds:.0f} s", flush=True)
     return model.eval()
 
 
@@ -221,6 +225,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", nargs="*", default=[], help="files; else Python's own sources")
     parser.add_argument("--only", nargs="*", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--size", default="small", choices=[*SIZES])
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -228,16 +233,17 @@ def main() -> None:
     if not (args.folder / "judged.jsonl").exists():
         write_texts(args.folder, args.text)
     print(heading())
+    width, steps = SIZES[args.size]
     texts = {x: read_documents(str(args.folder / f"{x}.jsonl")) for x in ("train", "judged")}
     for name in args.only:
         made, start = args.folder / name, name == "gemma"
         if made.exists():
             continue
         tokenizer = own_tokenizer(args.folder, list(texts["train"]), start=start)
-        config = configuration(name)
+        config = configuration(name, width)
         tokenizer = as_loaded(tokenizer, config)
         stream, judged = (stream_of(tokenizer, list(texts[x])) for x in ("train", "judged"))
-        model = train(config, name, args.folder, stream, args.rate)
+        model = train(config, name, args.folder, stream, steps, args.rate)
         loss, floor = judged_loss(model, judged, start), unigram(stream, judged)
         print(f"{name}: {loss:.3f} nats on text it has not seen, unigrams {floor:.3f}", flush=True)
         partial = args.folder / f"{name}.partial"
@@ -245,7 +251,7 @@ def main() -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        facts = {"loss": loss, "unigrams": floor, "steps": STEPS, "tokens": len(stream)}
+        facts = {"loss": loss, "unigrams": floor, "steps": steps, "tokens": len(stream)}
         (partial / "trained.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
         partial.rename(made)
         (args.folder / f"{name}.pt").unlink(missing_ok=True)

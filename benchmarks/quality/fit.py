@@ -1,12 +1,11 @@
 """`secateur fit` beside what people take instead: llama.cpp's files, auto-round, one level of ours.
 
-    python -m benchmarks.quality.fit MODEL --calibration C4 --c4 HELD_OUT --wiki WIKI --work DIR
+    python -m benchmarks.quality.fit MODEL --calibration C4 --wiki WIKI --work DIR
         [--make llama.cpp auto-round secateur fit] [--fit LABEL=FOLDER ...] [--sizes 60 75]
 
 Every contender becomes float32 weights, and the same evaluation judges all: the loss of the next
 token, in nats above the dense model's, on windows of 512 tokens (`--judged`, 16 of them) of
-WikiText-2's validation part and of C4 that nobody calibrated on. All are calibrated with the same
-64 windows of 512 tokens.
+WikiText-2's validation part. All are calibrated with 64 windows of 512 tokens of C4.
 
 * `llama.cpp TYPE`: its own quantizer, with an importance matrix of these windows. `types` has what
   the matrices really are: a row that is no multiple of 256 weights long gets another type. Bytes
@@ -20,7 +19,6 @@ WikiText-2's validation part and of C4 that nobody calibrated on. All are calibr
   `--fit LABEL=FOLDER` is a folder that it has made. With `--for llama.cpp` also its GGUF file.
   `memory` is the most that the process had resident until then, mapped files of weights included.
 
-For the models of `small_models.py`, use the C4 pieces of their folder: they have read the rest.
 Every finished row is kept at once; a row that is there is not made again. The source of SmolLM2 is
 a 4-bit file (Q4_1), so its dense weights have only 16 values in a group of 32.
 """
@@ -102,7 +100,7 @@ class Bench:
     @cached_property
     def judged(self) -> dict[str, Tensor]:
         """The texts that judge."""
-        return {x: self.windows(getattr(self.args, x), self.args.judged) for x in ("wiki", "c4")}
+        return {"wiki": self.windows(self.args.wiki, self.args.judged)}
 
     def known(self, contender: str) -> dict[str, Any] | None:
         """The row of a contender."""
@@ -287,11 +285,10 @@ def smollm2(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             f"{size / MIB:.1f}",
             f"{8 * size / weights:.1f}",
             f"{r['wiki']:.3f}",
-            f"{r['c4']:.3f}",
         ]
         for size, r in sorted(shown, key=lambda pair: pair[0])
     ]
-    return ["", "MiB", "bits", "WikiText-2", "C4"], lines
+    return ["", "MiB", "bits", "WikiText-2"], lines
 
 
 TABLES = {"smollm2": smollm2}
@@ -299,7 +296,7 @@ TABLES = {"smollm2": smollm2}
 
 def main() -> None:
     """Fill the table."""
-    parser = arguments(__doc__, judged=16)
+    parser = arguments(__doc__, 16, "wiki")
     parser.add_argument("--sizes", type=float, nargs="*", help="MiB")
     parser.add_argument("--bits", type=float, nargs="*", default=[2.2, 2.6, 3.2, 4.5, 8])
     contenders = ["llama.cpp", "auto-round", "secateur", "fit"]

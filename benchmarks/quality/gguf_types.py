@@ -366,7 +366,7 @@ TABLES = {"readme": readme, "ratios": ratios, **{name: shown(name) for name in M
 
 def main() -> None:
     """Fill the table."""
-    parser = arguments(__doc__, judged=32)
+    parser = arguments(__doc__, 32, "c4", "wiki")
     parser.add_argument("--first", type=int, help="judge so many of them now")
     makes = ("pure", "mixes", "auto-round", "types", "healed", "fit", "like", "files")
     parser.add_argument("--make", nargs="*", default=makes, choices=makes)

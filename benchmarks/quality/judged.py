@@ -24,12 +24,12 @@ MEASURES = ("loss", "divergence", "agreement")
 model's distribution, both in nats, and the share of tokens with the dense model's first choice."""
 
 
-def arguments(described: str, judged: int) -> argparse.ArgumentParser:
+def arguments(described: str, judged: int, *texts: str) -> argparse.ArgumentParser:
     """The model, its texts, and how many windows of each judge by default."""
     parser = argparse.ArgumentParser(description=described.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--name", help="in the table")
-    for name in ("calibration", "c4", "wiki", "work"):
+    for name in ("calibration", *texts, "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--judged", type=int, default=judged, help="windows of each text")
     return parser
