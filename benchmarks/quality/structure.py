@@ -1,7 +1,7 @@
 """Structured cuts of SmolLM2-135M, by kind and by how much of the decoder goes.
 
     python -m benchmarks.quality.structure --calibration c4.jsonl --text wiki.txt
-    python -m benchmarks.quality.structure … --rows "width, best" --levels 0.2 0.3
+    python -m benchmarks.quality.structure … --rows "middle, thorough" --levels 0.2
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
 file; perplexity on the first 24 non-overlapping windows of 2048 tokens; excess = ln(perplexity) −
@@ -44,7 +44,7 @@ def proof(row: dict[str, Any]) -> list[str]:
     """The command lines that write weights as a row does."""
     kind, _, effort = row["row"].partition(", ")
     cut = {"depth": ["layers", "layers greedy"], "hidden": ["hidden"]}.get(kind, ["parameters"])
-    learns = ["recovered"] if "best" in effort else ["osscar"]
+    learns = ["recovered"] if "thorough" in effort else ["osscar"]
     return [f"llama/{case}" for case in (*cut, *learns)]
 
 
@@ -95,9 +95,9 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "hidden": hidden(effort="fast"),
     "hidden, refitted": hidden(effort="balanced"),
     "width, balanced": width(effort="balanced"),
-    "width, best": width(effort="best"),
     "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),
+    "middle, thorough": middle(effort="thorough"),
     "mixed, balanced": mixed(effort="balanced"),
 }
 
@@ -128,8 +128,8 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
 
 SHOWN = {
     "`--keep-parameters`, `balanced`": "width, balanced",
-    "`--keep-parameters`, `best`": "width, best",
     "`--ffn … --whole-first 3 --whole-last 1`, `balanced`": "middle, balanced",
+    "the same, `thorough`": "middle, thorough",
     "`--keep-layers`, `balanced`": "depth, influence, refitted",
     "a third by `--keep-layers`, the rest by `--keep-parameters`": "mixed, balanced",
     "`--hidden-size`, `balanced`": "hidden, refitted",
