@@ -8,7 +8,7 @@ Protocol: SmolLM2-135M is pruned or cut (64 windows of 512 tokens of the calibra
 one window: on the next token, or with the dense model as teacher ("half" counts the next token as
 much as the teacher). The embeddings, here the output head too, stay as they are. All read the files
 of `--train` (without it the calibration file), as many windows of each as the shortest gives.
-Judged on the first 8 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
+Judged on the first 4 non-overlapping windows of 2048 tokens of each text, float32. Recovered = 1 −
 excess after / excess before, excess = ln(perplexity) − ln(dense perplexity). The judged texts are
 not trained on, nor watched. One thread; other work may run on another core.
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="boolq-calibration")
     parser.add_argument("--train", nargs="*", default=[], help="NAME=FILE, one or more")
     parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=128, help="of one window of 512 tokens")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
     args = parser.parse_args()
