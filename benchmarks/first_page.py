@@ -1,7 +1,7 @@
 """The first page's table: what zeros and rounding cost and bring, after everything is stored.
 
     python -m benchmarks.first_page --calibration c4.jsonl --text wiki.txt --work WORK \\
-        [--parts make judge time]
+        [--parts make time judge score]
 
 One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol for every row:
 
@@ -10,6 +10,8 @@ One model (SmolLM2-135M; its source is a 4-bit file), one machine, one protocol 
 - Perplexity is that of the stored files as they run: weights rounded, activations rounded by our
   kernels; non-overlapping windows of 2048 tokens, the loss over each window's own next tokens, the
   first windows of the text. llama.cpp's perplexity comes from its own logits, on the same windows.
+- Tasks: the mean accuracy on WinoGrande, PIQA, OpenBookQA, ARC easy and challenge, the first 200 items of each,
+  without examples; the stored files as they run. Its standard error is 1.5 points; rows share items.
 - Tokens per second: batch 1, a prompt of 64 tokens, 32 new ones, each row in a process of its own,
   rounds interleaved, medians, nothing else on the machine. llama.cpp times itself.
 
@@ -23,17 +25,21 @@ import argparse
 import math
 import random
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.hardware import heading, keep, markdown
+from benchmarks.quality.local_tasks import write_tasks
 from benchmarks.quality.presets import windows_file
+from benchmarks.quality.tasks import FIVE
 from benchmarks.stored import Rows, known_rows
 
 import secateur
 from secateur.calibration.documents import read_text
 from secateur.evaluation.speed import take_turns
+from secateur.models.cache import cache_folder
 from secateur.models.sources import resolve
 from secateur.models.tokenizer import load_tokenizer
 
@@ -58,7 +64,7 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
 GGUF = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 TIMED = ("no zeros, int8", "no zeros, int4", "balanced, int8", "balanced, int4")
 TORCH = "no zeros, bfloat16, torch"
-PROMPT_TOKENS, NEW_TOKENS = 64, 32
+PROMPT_TOKENS, NEW_TOKENS, ITEMS = 64, 32, 200
 
 
 def store(args: argparse.Namespace, row: str, output: Path) -> None:
@@ -183,6 +189,17 @@ def judge(args: argparse.Namespace, table: Table) -> None:
             table.put(row, perplexity=math.exp(llama_cpp_loss(gguf_of(args, row), windows)))
 
 
+def score(args: argparse.Namespace, table: Table) -> None:
+    """Tasks of every row whose folder is there."""
+    data = str(write_tasks(cache_folder() / "tasks", *FIVE))
+    for row in STORED:
+        if table.missing(row, "tasks") and not table.missing(row, "file_bytes"):
+            found = secateur.evaluate(
+                args.work / row, tasks=[*FIVE], task_data=data, limit=ITEMS
+            ).tasks
+            table.put(row, tasks={x.task: x.value for x in found if x.metric == "acc"})
+
+
 SHOWN = {
     "no zeros, bfloat16, in torch": "no zeros, bfloat16",
     "no zeros, int8": "no zeros, int8",
@@ -198,12 +215,13 @@ def shown(rows: Rows) -> tuple[list[str], list[list[str]]]:
     known: dict[str, dict[str, Any]] = {}
     for row in rows:  # torch and our kernels run the same file
         known.setdefault(row["row"].removesuffix(", torch"), {}).update(row)
-    columns = ["", "weight files", "tokens per second", "WikiText-2 perplexity"]
+    columns = ["", "weight files", "tokens per second", "WikiText-2 perplexity", "five tasks"]
     lines = []
     for label, name in SHOWN.items():
         row = known[name]
         size, speed = f"{row['file_bytes'] / 2**20:.0f} MiB", f"{row['tokens_per_second']:.0f}"
-        lines.append([label, size, speed, f"{row['perplexity']:.2f}"])
+        tasks = f"{statistics.mean(row['tasks'].values()):.1%}" if "tasks" in row else ""
+        lines.append([label, size, speed, f"{row['perplexity']:.2f}", tasks])
     return columns, lines
 
 
@@ -218,13 +236,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, kept")
     parser.add_argument("--windows", type=int, default=20, help="of 2048 tokens, judged")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--parts", nargs="*", default=["make", "time", "judge"])
+    parser.add_argument("--parts", nargs="*", default=["make", "time", "judge", "score"])
     args = parser.parse_args()
     args.model = MODEL
     args.work.mkdir(parents=True, exist_ok=True)
     print(heading())
-    table = Table({"script": __doc__, "windows": args.windows, "rounds": args.rounds})
-    for part, action in {"make": make, "time": time_rows, "judge": judge}.items():
+    table = Table({"windows": args.windows, "rounds": args.rounds})
+    parts = {"make": make, "time": time_rows, "judge": judge, "score": score}
+    for part, action in parts.items():
         if part in args.parts:
             action(args, table)
     columns = ("row", "file_bytes", "tokens_per_second", "perplexity")
