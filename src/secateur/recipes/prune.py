@@ -134,7 +134,7 @@ presets: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "best": {
             **_BALANCED,
-            "distillation": {"epochs": 2, "next_token": 0.5, "hidden": 3.0, "tokens": 262_144},
+            "distillation": {"epochs": 1, "next_token": 0.5, "hidden": 3.0, "tokens": 262_144},
         },
     }
 )
