@@ -59,7 +59,6 @@ OURS: dict[str, dict[str, Any]] = {
     "best": {"effort": "best"},
     "our ALPS, papers' order": {"method": "alps", "sequential": "layer"},
     "our ALPS": {"method": "alps"},
-    "ALPS + asymmetric": {"method": "alps", "asymmetric": True},
     "SparseGPT + tuning": {"method": "sparsegpt", "tune_passes": 3},
     "SparseGPT + OWL": {"method": "sparsegpt", "allocation": "owl"},
     "SparseGPT + layer sensitivity": {"method": "sparsegpt", "allocation": "layer-sensitivity"},
@@ -70,7 +69,6 @@ OURS: dict[str, dict[str, Any]] = {
 WRITE = {
     "fast": ("fast",), "balanced": ("balanced",),
     "our ALPS": ("alps",), "our ALPS, papers' order": ("alps", "sequential"),
-    "ALPS + asymmetric": ("alps", "asymmetric"),
     "SparseGPT + tuning": ("sparsegpt", "tuned"), "SparseGPT + OWL": ("sparsegpt", "owl"),
     "SparseGPT + layer sensitivity": ("layer sensitivity",),
     "SparseGPT + search": ("sparsegpt", "search"), "Wanda + swaps": ("swaps",),
@@ -147,7 +145,7 @@ def parts(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """What each part brings, alone and together, at 50 % and with seed 0."""
     first = [r for r in rows if r["seed"] == 0]
     found = [name for name in OURS if runs_of(first, name, "50 %")]
-    named = [x for x in found if x not in ("fast", "balanced", "thorough", "best")]
+    named = [x for x in found if x not in ("fast", "thorough", "best")]
     return ["50 %", *TEXTS.values()], [[name, *judged(first, name, "50 %")] for name in named]
 
 
