@@ -21,17 +21,15 @@ SHAPES = {
     "long": ({"hidden_size": 64, "intermediate_size": 96}, (8, 128)),
 }
 """Sizes of a model, and its windows: mostly weights, and mostly hidden states."""
-MOST = 1.6
-"""The plan also has room for a factorisation that fails and is done in another way."""
+MOST = 1.6  # there is room for a factorisation that fails and is done in another way
 
 
 @pytest.mark.parametrize("how", [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "alps"}])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prune(shape: str, how: dict[str, Any], tmp_path: Path) -> None:
     sizes, windows = SHAPES[shape]
-    config = transformers.LlamaConfig(
-        **{**SIZES, **sizes, "num_hidden_layers": 2, "max_position_embeddings": windows[1]}
-    )
+    own = {**SIZES, **sizes, "num_hidden_layers": 2, "max_position_embeddings": windows[1]}
+    config = transformers.LlamaConfig(**own)
     with torch.utils._python_dispatch._disable_current_modes():
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
         tiny_tokenizer().save_pretrained(tmp_path / "source")
@@ -42,7 +40,7 @@ def test_prune(shape: str, how: dict[str, Any], tmp_path: Path) -> None:
         "sparsity": 0.5, "activations": "gpu", "device": "cuda", **how,
     }  # fmt: skip
     planned = secateur.prune(tmp_path / "source", dry_run=True, **options).to_json()
-    gc.collect()  # what earlier tests left would be freed in the run, and count for it
+    gc.collect()  # what earlier tests left would be freed in the run
     before = memory[0].live
     forget_peak()
     secateur.prune(tmp_path / "source", output=tmp_path / "out", **options)
