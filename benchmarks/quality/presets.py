@@ -130,7 +130,7 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
 def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Excess loss on WikiText-2 and C4 at other sparsities and patterns."""
     columns = ("60 %", "70 %", "4:8", "2:4")
-    names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced", "thorough")}
+    names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced")}
 
     def cell(row: str, column: str) -> str:
         if not runs_of(rows, row, column):

@@ -1,7 +1,6 @@
 """Structured cuts of SmolLM2-135M, by kind and by how much of the decoder goes.
 
     python -m benchmarks.quality.structure --calibration c4.jsonl --text wiki.txt
-    python -m benchmarks.quality.structure … --rows "middle, thorough" --levels 0.2
 
 Protocol: SmolLM2-135M, float32, 64 windows of 512 tokens (`random-crop`, seed 0) of the calibration
 file; perplexity on the first 24 non-overlapping windows of 2048 tokens; excess = ln(perplexity) −
@@ -42,10 +41,9 @@ def ours(row: dict[str, Any]) -> bool:
 
 def proof(row: dict[str, Any]) -> list[str]:
     """The command lines that write weights as a row does."""
-    kind, _, effort = row["row"].partition(", ")
+    kind = row["row"].partition(", ")[0]
     cut = {"depth": ["layers", "layers greedy"], "hidden": ["hidden"]}.get(kind, ["parameters"])
-    learns = ["recovered"] if "thorough" in effort else ["osscar"]
-    return [f"llama/{case}" for case in (*cut, *learns)]
+    return [f"llama/{case}" for case in (*cut, "osscar")]
 
 
 def depth(by: str, **more: Any) -> Callable[[float], Options]:
@@ -97,7 +95,6 @@ ROWS: dict[str, Callable[[float], Options]] = {
     "width, balanced": width(effort="balanced"),
     "neurons, balanced": neurons(effort="balanced"),
     "middle, balanced": middle(effort="balanced"),
-    "middle, thorough": middle(effort="thorough"),
     "mixed, balanced": mixed(effort="balanced"),
 }
 
@@ -129,7 +126,6 @@ def measured(args: argparse.Namespace, row: str, level: float) -> dict[str, Any]
 SHOWN = {
     "`--keep-parameters`, `balanced`": "width, balanced",
     "`--ffn … --whole-first 3 --whole-last 1`, `balanced`": "middle, balanced",
-    "the same, `thorough`": "middle, thorough",
     "`--keep-layers`, `balanced`": "depth, influence, refitted",
     "a third by `--keep-layers`, the rest by `--keep-parameters`": "mixed, balanced",
     "`--hidden-size`, `balanced`": "hidden, refitted",
