@@ -49,7 +49,8 @@ from secateur.recipes.reading import filled_in
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity")
 MINUTES = 600
 
-COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4")}
+COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
+           "4:8": (0.5, "4:8")}  # fmt: skip
 RIVALS = ("wanda", "sparsegpt", "alps")
 OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
@@ -128,7 +129,7 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Excess loss on WikiText-2 and C4 at other sparsities and patterns."""
-    columns = ("60 %", "70 %", "2:4")
+    columns = ("60 %", "70 %", "4:8", "2:4")
     names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced")}
 
     def cell(row: str, column: str) -> str:
