@@ -131,7 +131,8 @@ SOURCES = (
      "random weights"),
     ("Prune weights", ("presets",), "rows with a time: one seed; others: means over seeds"),
     ("Cut units out", ("structure", "structure-speed"), ""),
-    ("Train after it", ("recovery",), "they read the training parts of both texts; four windows of each judge"),
+    ("Train after it", ("recovery",),
+     "they read the training parts of both texts; four windows of each judge"),
 )  # fmt: skip
 """Heading, results and conditions of each table."""
 

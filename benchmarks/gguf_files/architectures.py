@@ -426,7 +426,7 @@ def main() -> None:
 
 
 def cuts(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """A line for each model: what was cut, and the largest difference of a logit."""
+    """A line for each model: the largest difference of a logit after each cut."""
     columns = ["architecture", "uncut", "experts", "layers", "tokens", "equal in types of blocks"]
     lines = []
     for row in sorted(rows, key=lambda x: list(MODELS).index(x["model"])):
@@ -450,10 +450,9 @@ def shown(row: Row | None) -> str:
         return "none there"
     if "refused" in row:
         return f"refused: {row['refused']}"
-    size = f"{row['from']} → {row['to']}: "
     if row["logits"] is None:
-        return f"{size}{row['usual']:.0e} \\*"
-    return size + (f"{row['logits']:.0e}" if row["logits"] else "0")
+        return f"{row['usual']:.0e} \\*"
+    return f"{row['logits']:.0e}" if row["logits"] else "0"
 
 
 TABLES = {"cuts": cuts}
