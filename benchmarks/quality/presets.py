@@ -133,8 +133,6 @@ def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
     names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced")}
 
     def cell(row: str, column: str) -> str:
-        if not runs_of(rows, row, column):
-            return ""
         return ", ".join(f"{statistics.mean(excess(rows, row, column, t)):.3f}" for t in TEXTS)
 
     lines = [[label, *(cell(row, c) for c in columns)] for row, label in names.items()]
