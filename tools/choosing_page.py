@@ -196,7 +196,7 @@ def low_bits() -> Iterable[str]:
 def presets() -> Iterable[str]:
     """Pruning weights: perplexity by preset and sparsity."""
     timed = rows("presets")
-    columns = ("50 %", "60 %", "70 %", "4:8", "2:4")
+    columns = ("30 %", "50 %", "60 %", "70 %", "4:8", "2:4")
 
     def cell(name: str, row: str, column: str) -> str:
         of = [r for r in rows(name) if (r["row"], r["column"]) == (row, column)]

@@ -49,8 +49,8 @@ from secateur.recipes.reading import filled_in
 MEASURES = ("src/secateur/engine", "src/secateur/sparsity")
 MINUTES = 600
 
-COLUMNS = {"50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""), "2:4": (0.5, "2:4"),
-           "4:8": (0.5, "4:8")}  # fmt: skip
+COLUMNS = {"30 %": (0.3, ""), "50 %": (0.5, ""), "60 %": (0.6, ""), "70 %": (0.7, ""),
+           "2:4": (0.5, "2:4"), "4:8": (0.5, "4:8")}  # fmt: skip
 RIVALS = ("wanda", "sparsegpt", "alps")
 OURS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
