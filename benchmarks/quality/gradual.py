@@ -31,12 +31,11 @@ import secateur
 
 MEASURES = ("src/secateur/training",)
 PROOF = ("llama/balanced", "llama/wanda", "llama/train", "llama/gradual", "llama/iterative")
-MINUTES = 120
+MINUTES = 90
 
 ROUNDS = 4
 SPARSITIES = (0.5, 0.8)
 ONE_SHOT: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
     "Wanda": {"method": "wanda"},
     "balanced": {"effort": "balanced"},
 }
@@ -45,12 +44,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "balanced, then trained": {"first": "balanced", "train": {}},
     "Wanda": {"first": "Wanda"},
     "Wanda, then trained": {"first": "Wanda", "train": {}},
+    "gradual, by magnitude": {"train": {"gradual": {}}},
     "gradual, by Wanda": {"train": {"gradual": {"score": "wanda"}}},
     "iterative, by Wanda": {"train": {"iterative": {"score": "wanda"}}},
-    "magnitude": {"first": "magnitude"},
-    "magnitude, then trained": {"first": "magnitude", "train": {}},
-    "gradual, by magnitude": {"train": {"gradual": {}}},
-    "iterative, by magnitude": {"train": {"iterative": {}}},
 }
 """What is done at once, and how it trains."""
 
@@ -61,7 +57,7 @@ def pruned(args: argparse.Namespace, method: str, sparsity: float, models: Path)
     if not folder.exists():
         text: dict[str, Any] = {"calibration": args.calibration, "windows": 64,
                                 "sequence_length": 512, "packing": "random-crop"}  # fmt: skip
-        options = ONE_SHOT[method] | ({} if method == "magnitude" else text)
+        options = ONE_SHOT[method] | text
         secateur.prune(MODEL, output=folder, sparsity=sparsity, **options)
     return folder
 

@@ -130,9 +130,11 @@ def efforts(rows: Rows) -> tuple[list[str], list[list[str]]]:
 def patterns(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Excess loss on WikiText-2 and C4 at other sparsities and patterns."""
     columns = ("60 %", "70 %", "4:8", "2:4")
-    names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced")}
+    names = PUBLISHED | {row: f"**{row}**" for row in ("fast", "balanced", "thorough")}
 
     def cell(row: str, column: str) -> str:
+        if not runs_of(rows, row, column):
+            return ""
         return ", ".join(f"{statistics.mean(excess(rows, row, column, t)):.3f}" for t in TEXTS)
 
     lines = [[label, *(cell(row, c) for c in columns)] for row, label in names.items()]
