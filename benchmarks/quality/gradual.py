@@ -3,7 +3,7 @@
     python -m benchmarks.quality.gradual --calibration c4.jsonl \\
         --train C4=c4.jsonl WikiText-2=wiki-train.txt --text WikiText-2=wiki.txt C4=held-out.txt
 
-Protocol: every row ends with the same sparsity in each matrix of the decoder. All that train take
+Protocol: every row of a column ends with as many zeros in the decoder. All that train take
 `--steps` steps of one window of 512 tokens in all, so they read the same tokens; what differs is
 when the zeros come. Iterative pruning divides the steps among four rounds and rewinds the rate.
 The embeddings stay as they are. `balanced` and Wanda calibrate at once on 64 windows of 512 tokens
