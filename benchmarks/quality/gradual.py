@@ -30,7 +30,6 @@ from benchmarks.stored import known_rows
 import secateur
 
 MEASURES = ("src/secateur/training",)
-PROOF = ("llama/balanced", "llama/wanda", "llama/train", "llama/gradual", "llama/iterative")
 MINUTES = 90
 
 ROUNDS = 4
@@ -49,6 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "iterative, by Wanda": {"train": {"iterative": {"score": "wanda"}}},
 }
 """What is done at once, and how it trains."""
+
+
+def proof(row: Row) -> list[str]:
+    """The command lines that write weights as a row does."""
+    how = ROWS.get(row["name"], {})
+    first = {"balanced": ["llama/balanced"], "Wanda": ["llama/wanda"]}.get(how.get("first", ""), [])
+    return first + [f"llama/{way}" for way in how.get("train", ()) or ("train",)]
 
 
 def pruned(args: argparse.Namespace, method: str, sparsity: float, models: Path) -> Path:
@@ -140,6 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128, help="a multiple of 4")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
     parser.add_argument("--only", nargs="*", default=[*ROWS], help="names of rows")
+    parser.add_argument("--sparsities", nargs="*", type=float, default=[*SPARSITIES])
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(heading(), flush=True)
@@ -150,7 +157,7 @@ def main() -> None:
         known = {(r["name"], r.get("sparsity")) for r in known_rows("gradual", protocol)}
         if ("dense", None) not in known:
             add("gradual", protocol, {"name": "dense", "perplexity": judged(args, MODEL)})
-        for name, sparsity in ((n, s) for n in args.only for s in SPARSITIES):
+        for name, sparsity in ((n, s) for n in args.only for s in args.sparsities):
             if (name, sparsity) not in known:
                 found = row(args, name, sparsity, models)
                 add("gradual", protocol, found)

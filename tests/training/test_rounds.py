@@ -19,7 +19,7 @@ from secateur.training.loop import Outcome, TrainingTask
 from secateur.training.masks import open_masks
 from secateur.training.training_plan import TrainingPlan
 
-PLAN, WINDOWS = TrainingPlan(steps=50), tiny_windows(2)
+PLAN, BATCHES = TrainingPlan(steps=50), Batches(tiny_windows(7), 2)
 
 
 class Disturbance:
@@ -27,10 +27,11 @@ class Disturbance:
 
     def __init__(self, model, kept, held=True):
         self.model, self.kept, self.held = model, kept, held
-        self.names, self.found = [], []
+        self.names, self.found, self.read = [], [], []
 
     def __call__(self, task, plan, saved=None, label=""):
         self.plan, self.saved, self.hooks = plan, saved, task.hooks
+        self.read += [task.batches.numbers(plan.first_step)] if saved else []
         return self
 
     def validation_loss(self):
@@ -52,7 +53,7 @@ class Disturbance:
 
 
 def rounds_of(model, folder, sparsity=0.8, **how):
-    task, options = TrainingTask(model, Batches(WINDOWS, 2), None), IterativeOptions(**how)
+    task, options = TrainingTask(model, BATCHES, None), IterativeOptions(**how)
     schedule = schedules["geometric"](sparsity)
     return Rounds(open_masks(model), schedule, Criterion(), options, folder, task)
 
@@ -85,6 +86,7 @@ def test_weights_go_back_and_masks_come_from_trained_weights(family, step, tmp_p
     start = dict(tiny_model(family).named_parameters())
     masks = open_masks(tiny_model(family))
     assert loops.names == ["dense", "round-1", "round-2", "round-3"]
+    assert loops.read[1:] == [BATCHES.numbers(step)] * 3
     assert [x["sparsity"] for x in records[1:]] == list(levels(schedules["geometric"](0.8), 3))
     for number, found in enumerate(loops.found[1:]):
         twin = copy.deepcopy(rounds.task.model)
@@ -105,6 +107,7 @@ def test_weights_go_back_and_masks_come_from_trained_weights(family, step, tmp_p
 @pytest.mark.parametrize("rewind", ["rate", "none"])
 def test_weights_go_on(rewind, tmp_path):
     _, loops, _ = in_rounds(tmp_path, rewind=rewind)
+    assert loops.read == [BATCHES.numbers(step) for step in (0, 50, 100)]  # and the text too
     dense = dict(tiny_model("llama").named_parameters())
     for name, found in loops.found[0].items():
         assert bool(((found == dense[name]) | (found == 0)).all())
@@ -123,6 +126,9 @@ def test_the_steps_of_each_round(how, spans, tmp_path):
     rounds = rounds_of(tiny_model("llama"), tmp_path, rounds=3, **how)
     parts = [rounds.part(number, TrainingPlan(steps=10)) for number in (1, 2, 3)]
     assert [(x.first_step, x.last_step, x.steps) for x in parts] == spans
+    begins = {"none": 20, "rate": 20 - how.get("rewind_step", 0), "weights": 4}[how["rewind"]]
+    batches = rounds.batches(2, TrainingPlan(steps=10))
+    assert batches.numbers(parts[2].first_step) == BATCHES.numbers(begins)
 
 
 @pytest.mark.parametrize("plan", [{"steps": 4}, {"minutes": 1.0}])

@@ -34,6 +34,7 @@ from secateur.sparsity.allocation.global_threshold import global_threshold
 from secateur.sparsity.patterns import Pattern, n_of_m, parse_pattern, unstructured
 from secateur.sparsity.schedules import Schedule, levels, schedules
 from secateur.sparsity.scores import ScoreFunction, scores
+from secateur.training.batches import Batches
 from secateur.training.loop import Loop, Outcome, TrainingTask
 from secateur.training.masks import Masks, moments, prunable, stored_masks
 from secateur.training.saved import open_tensors, write_whole
@@ -374,10 +375,13 @@ class Rounds:
       early step: Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
       arXiv:1912.05671.
 
-    Deviation from all of them: any score and any pattern can choose the weights. Each training has
-    a folder, `dense` or `round-N`, with its masks, its final weights, and a report when it is
-    finished. A killed run resumes in the unfinished one. As a hook of the dense training, this
-    object writes the early weights.
+    Deviations: any score and any pattern can choose the weights. With `rate`, a round reads on from
+    where the last one stopped: weights that stay would learn the same windows by heart. With
+    `weights`, all rounds read the same windows in the same order.
+
+    Each training has a folder, `dense` or `round-N`, with its masks, its final weights, and a
+    report when it is finished. A killed run resumes in the unfinished one. As a hook of the dense
+    training, this object writes the early weights.
 
     Args:
         kept: the masks that each loop holds, True = kept, by parameter; changed in place.
@@ -422,6 +426,12 @@ class Rounds:
         whole = {"steps": self.how.rounds * plan.steps, "last_step": number * plan.steps}
         return plan.model_copy(update={**whole, "first_step": (number - 1) * plan.steps})
 
+    def batches(self, finished: int, plan: TrainingPlan) -> Batches:
+        """The windows of each step of a round, after some finished ones."""
+        read = finished * (plan.steps - self.how.rewind_step) if self.how.rewind == "rate" else 0
+        batches = self.task.batches
+        return replace(batches, chosen=lambda step: batches.numbers(read + step))
+
     def train(self, make_loop: MakeLoop, plan: TrainingPlan) -> Outcome:
         """Prune and train in rounds. A call after a kill resumes.
 
@@ -452,7 +462,9 @@ class Rounds:
             if not (place / REPORT).exists():
                 self._begin(place, last, sparsity)
                 dense = sparsity is None and self.how.rewind_step
-                task = replace(self.task, hooks=(self,)) if dense else self.task
+                hooks = (self,) if dense else self.task.hooks
+                batches = self.batches(len(whole.rounds), plan)
+                task = replace(self.task, batches=batches, hooks=hooks)
                 outcome = make_loop(task, part, saved=place, label=f"training {name}").run()
                 masks = Masks(self.kept)
                 masks.check(model)
