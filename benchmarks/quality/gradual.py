@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.hardware import add, heading, markdown
-from benchmarks.quality.recovery import MODEL, Row, files, judged
+from benchmarks.quality.recovery import MODEL, Row, files, judged, parser_of
 from benchmarks.stored import known_rows
 
 import secateur
@@ -138,13 +138,7 @@ TABLES = {"zeros": zeros}
 
 def main() -> None:
     """Make, judge and keep, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", default="boolq-calibration")
-    parser.add_argument("--train", nargs="*", default=[], help="NAME=FILE, one or more")
-    parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=128, help="a multiple of 4")
-    parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", default=[*ROWS], help="names of rows")
     parser.add_argument("--sparsities", nargs="*", type=float, default=[*SPARSITIES])
     args = parser.parse_args()

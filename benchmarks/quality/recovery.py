@@ -136,16 +136,21 @@ def recovered(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 TABLES = {"recovered": recovered}
 
 
-def main() -> None:
-    """Prune, train, judge, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A parser with the texts, the steps and the judge."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--calibration", default="boolq-calibration")
     parser.add_argument("--train", nargs="*", default=[], help="NAME=FILE, one or more")
     parser.add_argument("--text", nargs="+", default=["BoolQ=boolq-held-out"])
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=128, help="of one window of 512 tokens")
     parser.add_argument("--models", type=Path, help="an existing folder that keeps the models")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Prune, train, judge, row by row."""
+    args = parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
     print(heading())
     protocol = {"windows": args.windows, "sequence_length": 2048,
