@@ -61,7 +61,7 @@ RATCHETS: Mapping[str, float] = {
     "frames from the command line to Wanda's formula": 10,
     "moves from the command line to Wanda's formula": 18,
     "words of documentation": 76654,
-    "lines of tests": 62063,
+    "lines of tests": 62066,
     "sentences that tests compare": 47,
     "names of options": 176,
 }

@@ -47,8 +47,11 @@ def test_a_result_is_as_new_as_the_code_that_writes_its_weights(
     assert ["commit 12345678 is not here" in x for x in old([result_of("12345678")])] == [True]
     found = {first: "as before", last: digest}
     monkeypatch.setattr(old_results, "weights", lambda x, cases: {cases[0]: {"a.gguf": found[x]}})
-    assert len([*prove([result_of(first)])]) == 1
+    begun, meanwhile = result_of(first), {"commit": last, "added": "by a benchmark"}
+    (tmp_path / "x.json").write_text(json.dumps({"rows": [*begun.content["rows"], meanwhile]}))
+    assert len([*prove([begun])]) == 1
     proven = Kept("x", json.loads((tmp_path / "x.json").read_text()))
+    assert proven.content["rows"][1:] == [meanwhile]
     equal = digest == "as before"
     assert proven.content["rows"][0].get("same_as") == (last[:8] if equal else None)
     assert bool([*old([proven])]) != equal
