@@ -218,17 +218,17 @@ def test_a_parent_that_runs_packed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_fixed_times(replace=monkeypatch.setattr)
-    secateur.compress(place / "dense", output=tmp_path / "int8", values="int8", embeddings="int8")
+    secateur.compress(place / "dense", output=tmp_path / "int4", values="int4", embeddings="int4")
     found = secateur.draft(
-        place / "dense", runs_as=tmp_path / "int8", output=tmp_path / "made", effort="fast",
+        place / "dense", runs_as=tmp_path / "int4", output=tmp_path / "made", effort="fast",
         calibration=place / "text.safetensors",
     )  # fmt: skip
-    assert found.parent == str(tmp_path / "int8")
+    assert found.parent == str(tmp_path / "int4")
     judged = load_windows(place / "text.safetensors")[10:12]
     made = secateur.load(tmp_path / "made")
     [packed], [dense] = (
         acceptance(made, secateur.load(folder), judged)
-        for folder in (tmp_path / "int8", place / "dense")
+        for folder in (tmp_path / "int4", place / "dense")
     )
     assert found.acceptance.mean == pytest.approx(packed.mean, abs=1e-5)
     assert found.acceptance.mean != pytest.approx(dense.mean, abs=1e-5)
